@@ -3,6 +3,8 @@
 
 def main() -> None:
     """Run the command line."""
-    from lora_diag.cli.app import main as run  # it imports every command, which import the options of this package
+    from lora_diag.cli.app import (
+        main as run,
+    )  # deferred: app imports every command, and commands import the options of this package
 
     run()

@@ -1,1 +1,1 @@
-"""Decisions from records: one folder a command."""
+"""Decisions from records, one folder per command."""

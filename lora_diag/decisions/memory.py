@@ -1,7 +1,7 @@
-"""What a trainable parameter takes in memory: itself, its gradient, and the state of its optimizer.
+"""Memory of a trainable parameter: its value, its gradient, and the state of its optimizer.
 
-It knows bytes per parameter, and refuses to know activations, the frozen base and the fragmentation of an allocator:
-what it returns is a lower bound on what training takes beyond those.
+Activations, the frozen base and fragmentation of the allocator are not included, so results are lower bounds on the
+memory of training.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from lora_diag.errors import UsageError
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Bytes of optimizer state per parameter. Adam keeps two float32 moments. 8-bit Adam keeps two bytes, and a float32
-# scale for each block of 256 of them (Dettmers et al. 2022, section 2.2; bitsandbytes keeps tensors below 4096 entries
-# in 32 bits, which an estimate may neglect). SGD keeps nothing, with momentum one float32.
+# scale per block of 256 (Dettmers et al. 2022, section 2.2; bitsandbytes keeps tensors below 4096 entries in 32 bits,
+# which the estimate neglects). SGD keeps nothing, with momentum one float32.
 STATE = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "sgd": 0.0, "sgd_momentum": 4.0}
 
 
 @dataclass(frozen=True)
 class Training:
-    """How adapters are trained, as far as memory goes.
+    """Training settings that determine memory.
 
     Args:
         optimizer: A key of ``STATE``.
-        dtype: Of the trainable parameters and their gradients. PEFT keeps those of adapters in float32 by default.
+        dtype: Dtype of the trainable parameters and their gradients. PEFT keeps those of adapters in float32 by
+            default.
     """
 
     optimizer: str = "adamw"
@@ -34,7 +35,7 @@ class Training:
         """Refuse what is not known.
 
         Raises:
-            UsageError: Optimizer or dtype is none of those known.
+            UsageError: Optimizer or dtype is unknown.
         """
         if self.optimizer not in STATE:
             raise UsageError(f"--optimizer {self.optimizer}: must be one of {', '.join(STATE)}")
@@ -43,7 +44,7 @@ class Training:
 
     @property
     def bytes_per_param(self) -> float:
-        """Bytes that one trainable parameter takes: itself, its gradient and its optimizer's state.
+        """Memory of one trainable parameter in bytes: value, gradient and optimizer state.
 
         >>> Training().bytes_per_param, Training("sgd", "bfloat16").bytes_per_param
         (16.0, 4.0)

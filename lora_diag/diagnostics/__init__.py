@@ -1,1 +1,1 @@
-"""Diagnostics: one folder each. A layer's ΔW → records → tables, figures, sections of a report."""
+"""Diagnostics, one folder each: a layer's ΔW → records → tables, figures, report sections."""

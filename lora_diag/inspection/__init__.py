@@ -1,4 +1,4 @@
-"""``inspect``: what a checkpoint, an adapter or a results file holds."""
+"""``inspect``: the contents of a checkpoint, an adapter or a results file."""
 
 from lora_diag.feature import Feature
 

@@ -1,4 +1,4 @@
-"""What has no spectrum: its norm, where it has one, and the reason."""
+"""Layers without a spectrum: the norm, if there is one, and the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_diag.records import LeftOut
 
 
 def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
-    """Return the norm of a 1-D tensor's change: norms and biases move too, and no adapter of any rank carries them."""
+    """Return the norm of a 1-D tensor's change: norms and biases change too, and no adapter holds them."""
     change = load_change(delta, device, keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)
@@ -26,7 +26,7 @@ def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
 
 
 def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
-    """Return the record of what could not be compared; for rows that only one side has, with their norm."""
+    """Return the record of a tensor that could not be compared; for rows that only one side has, with their norm."""
     reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:
         rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape).to(device)

@@ -1,4 +1,4 @@
-"""What the files' rounding lets one see of a layer's ΔW."""
+"""Resolution of a layer's ΔW under the rounding of the files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_diag.records import Resolution
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """What a metric makes of the errors of ΔW, whose variances are taken for aᵢbⱼ.
+    """Effect of a metric on the errors of ΔW, with variances approximated by aᵢbⱼ.
 
     Args:
         left: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, times diag(√a).
@@ -40,12 +40,12 @@ def noise_of(profile: Profile, terms: int) -> Noise:
 
 
 def resolution(difference: Difference | None, factors: Factors, gains: Gains | None = None) -> Resolution:
-    """Compare an update with the rounding of the files. An adapter's factors are the update: nothing was rounded.
+    """Compare an update with the rounding of the files. An adapter's factors define the update and were not rounded.
 
     Args:
-        difference: What one pass over the two stored sides gave; None for an update that has no two sides.
+        difference: Result of one pass over the two stored sides; None for an update without two sides.
         factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
-        gains: In the metric of the data: what it makes of the errors.
+        gains: Effect of the data metric on the errors.
     """
     s, fro, complete = factors.s.numpy(), factors.fro, factors.complete
     rounding = difference.rounding if difference else None

@@ -1,4 +1,4 @@
-"""What every diagnostic is given: a layer's update, and how to measure it."""
+"""Input of every diagnostic: a layer's update, and the settings of the measurement."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lora_diag.deltas import Delta
 
 @dataclass(frozen=True, slots=True)
 class LayerSettings:
-    """How a layer is measured.
+    """Settings of the measurement of a layer.
 
     Args:
         method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
+        tol: Bound on the error of every energy fraction for ``auto`` and ``krylov``.
+        seed: Seed of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
+        memory: Memory limit of a layer in bytes; None without limit.
     """
 
     method: str = "auto"
@@ -28,7 +28,7 @@ class LayerSettings:
 
 @dataclass(frozen=True, slots=True)
 class LayerTask:
-    """One layer's update, to which diagnostics add what they compare or weigh it with.
+    """One layer's update; diagnostics add what they compare or weigh it with.
 
     Args:
         delta: Its ΔW.

@@ -1,7 +1,7 @@
 """torch matrices → norms, factors and bounds.
 
-The rule on the door: this room knows no names, no files and no LoRA. A method is one file here, named by the method or
-its paper, and one line in ``METHODS``.
+Independent of names, files and LoRA. A method is one file in this package, named after the method or its paper, and one
+line in ``METHODS``.
 """
 
 from lora_diag.linalg.decompose import METHODS, check_request, decompose

@@ -1,4 +1,4 @@
-"""Does one size explain which entries moved? The share of changed entries by binade of |W|, observed and expected."""
+"""Check whether one size explains the changed entries: their fraction by binade of |W|, observed and expected."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# A fit is refused where both are above: χ² per degree of freedom, and the misplaced share of what moved (or stayed).
-# Updates of the sample model's layers, scaled, have shares up to 0.10 (both starts, χ² up to 14), training without
-# master weights has 0.6 and more with rounding to nearest (start: stored), 0.087 to 0.26 with stochastic rounding,
-# which looks like a rounded start. There a broken fit has χ² above 40.
+# A fit is rejected if both are exceeded: χ² per degree of freedom, and the misplaced fraction of the changed (or
+# unchanged) entries. Scaled updates of the sample model's layers have fractions up to 0.10 (both starts, χ² up to 14);
+# training without master weights has 0.6 and more with rounding to nearest (start: stored), 0.087 to 0.26 with
+# stochastic rounding, which resembles a rounded start. There a rejected fit has χ² above 40.
 WORST_CHI, WORST_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
 
-# Binades with fewer expected changes, or fewer expected unchanged entries, are not judged by χ².
+# Binades with fewer expected changes or expected unchanged entries are excluded from χ².
 LEAST = 10.0
 
 # Exponents of float64 numbers.
@@ -25,8 +25,8 @@ class Binades:
     """Counts by ⌊log2|W|⌋.
 
     Args:
-        entries: How many there are.
-        changed: How many changed.
+        entries: Number of entries.
+        changed: Number of changed entries.
         expected: Σ of the probabilities of a change.
         variance: Σ p(1 − p).
     """
@@ -37,12 +37,12 @@ class Binades:
     variance: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
 
     def add(self, base: Tensor, changed: Tensor, probability: Tensor) -> None:
-        """Count a block.
+        """Add a block.
 
         Args:
             base: W.
             changed: Which entries changed.
-            probability: Of a change, under the model.
+            probability: Probability of a change under the model.
         """
         exponent = torch.frexp(base.double())[1]
         at = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
@@ -57,7 +57,7 @@ class Binades:
 
     @property
     def chi(self) -> float | None:
-        """χ² per degree of freedom; None where no two binades can be judged."""
+        """χ² per degree of freedom; None with fewer than two usable binades."""
         judged = torch.minimum(self.expected, self.entries - self.expected) >= LEAST
         if int(judged.sum()) < 2:
             return None
@@ -66,11 +66,11 @@ class Binades:
 
     @property
     def misplaced(self) -> float:
-        """Σ|changed − expected| over the binades, as a share of the changed or the unchanged, whichever are fewer."""
+        """Σ|changed − expected| over the binades, over the number of changed or unchanged entries, the smaller one."""
         fewer = min(float(self.changed.sum()), float((self.entries - self.changed).sum()))
         off = float((self.changed - self.expected).abs().sum())
         return off / fewer if fewer > 0 else 0.0
 
     def is_bad(self, start: str) -> bool:
-        """Say whether the model does not fit, given where training is taken to have started."""
+        """Return whether the model does not fit, given the assumed start of training."""
         return (self.chi or 0.0) > WORST_CHI and self.misplaced > WORST_MISPLACED[start]

@@ -27,7 +27,7 @@ class Grid:
         mantissa: Stored mantissa bits p.
         smallest: Exponent of the smallest normal number.
         largest: The largest finite value.
-        saturates: Whether larger numbers are stored as ``largest``, as quantizers do, and not as infinity.
+        saturates: Whether larger numbers are stored as ``largest``, as by quantizers, instead of infinity.
     """
 
     mantissa: int
@@ -45,12 +45,12 @@ GRIDS = {
     "float8_e5m2": Grid(2, -14, 57344.0, saturates=True),
     "float8_e4m3fnuz": Grid(3, -7, 240.0, saturates=True),
     "float8_e5m2fnuz": Grid(2, -15, 57344.0, saturates=True),
-    "int8": Grid(7, 7, 127.0, saturates=True),  # whole numbers: one spacing everywhere
+    "int8": Grid(7, 7, 127.0, saturates=True),  # integers: constant spacing
 }
 
 
 def halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return how far the cell of each value reaches below and above it.
+    """Return the extent of the cell of each value below and above it.
 
     Args:
         values: Values of the format, float32 or float64; any shape.
@@ -76,7 +76,7 @@ def halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def nearest(values: Tensor, dtype: str) -> Tensor:
-    """Round to a format, ties to even; where it saturates, larger numbers become its largest value.
+    """Round to a format, ties to even; numbers beyond the range of a saturating format become its largest value.
 
     Args:
         values: Real numbers, float32 or float64.
@@ -92,7 +92,7 @@ def nearest(values: Tensor, dtype: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """Where each entry of an update X = (trained weight) − (start of training) lies, given both stored matrices.
+    """Cells of the entries of X = (trained weight) − (start of training), given both stored matrices.
 
     The trained weight is in the cell of the stored T, so with an exact start W the entry is in ``[lo, hi]``. If BASE
     was itself rounded after the start, the start is anywhere in [W − below, W + above], uniformly: the likelihood of x
@@ -101,8 +101,8 @@ class Cells:
     Args:
         lo: ``(m, n)``, lower end of T's cell minus W.
         hi: Upper end, likewise.
-        below: How far the cell of W reaches below it; None where the start is W.
-        above: And above.
+        below: Extent of the cell of W below it; None if the start is W.
+        above: Extent above it.
     """
 
     lo: Tensor
@@ -121,7 +121,7 @@ class Cells:
         return Cells(*parts)  # type: ignore[arg-type]
 
     def at(self, entries: Tensor) -> Cells:
-        """Return some entries by their row-major numbers, as one row."""
+        """Return entries by row-major index, as one row."""
         parts = (
             None if part is None else part.reshape(-1)[entries][None]
             for part in (self.lo, self.hi, self.below, self.above)
@@ -129,11 +129,11 @@ class Cells:
         return Cells(*parts)  # type: ignore[arg-type]
 
     def exact_start(self) -> Cells:
-        """Return the same cells with the stored BASE for the start."""
+        """Return the same cells with the stored BASE as the start."""
         return replace(self, below=None, above=None)
 
     def spans(self, entries: int = 2**17) -> Iterator[tuple[int, int]]:
-        """Yield first and last row of blocks of about so many entries, which stay in the cache while they are used."""
+        """Yield row ranges of blocks of about this many entries, which stay in the cache."""
         step = max(1, entries // self.shape[1])
         for first in range(0, self.shape[0], step):
             yield first, min(self.shape[0], first + step)

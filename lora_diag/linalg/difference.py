@@ -15,12 +15,13 @@ from lora_diag.linalg.devices import move
 from lora_diag.linalg.noise import Energies, Moves, Sample
 from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, Unchanged, is_finer, mixture, rounding_bound, wide
 
-# β of ``Energies.base_rounding`` tells whether BASE was rounded after the start of training (1) or not (0) where it is
-# within 0.5 of one of them, and this many errors from the other. Beyond, f(|w|) does not fit and nothing is told.
+# β of ``Energies.base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0) if it is
+# within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start is
+# unknown.
 ERRORS = 5.0
 
-# ‖ΔW‖/‖W‖ from which the rounding of the subtraction counts. T − W is exact where T is within [W/2, 2W] (Sterbenz
-# 1974); below this share, entries that moved further add under 1/256 of the variance of the files' rounding.
+# ‖ΔW‖/‖W‖ from which the rounding of the subtraction matters. T − W is exact if T is within [W/2, 2W] (Sterbenz 1974);
+# below this ratio, entries with larger changes add less than 1/256 of the variance of the files' rounding.
 COARSE = 1 / 16
 
 Start = Literal["exact", "rounded", "unknown"]
@@ -28,18 +29,18 @@ Start = Literal["exact", "rounded", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What the rounding of the files did to ΔW.
+    """Effect of the files' rounding on ΔW.
 
     Args:
         bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored values.
         noise: Expected variance of the entries of E, by row and column: Σσ² and Σσ⁴.
-        sides: How many independent roundings make up an entry of E at most.
+        sides: Maximum number of independent roundings in an entry of E.
         start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start,
             ``unknown`` if it may have been; its rounding counts unless the start is ``exact``.
-        base_fro: √Σu²/12 of BASE over the changed entries: what its rounding adds, if it is none of the start.
+        base_fro: √Σu²/12 of BASE over the changed entries: the contribution of its rounding, if it is not the start.
         base_rounding: β of ``lora_diag.linalg.noise.Energies`` and its standard error; None if it was not
             estimated.
-        untouched: Estimated share of entries that training left alone.
+        untouched: Estimated fraction of entries that training did not change.
     """
 
     bound: float
@@ -58,16 +59,16 @@ class Rounding:
 
 @dataclass(slots=True)
 class Difference:
-    """What one pass over a pair of matrices gives.
+    """Result of one pass over a pair of matrices.
 
     Args:
-        matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. None if it was not asked for.
+        matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. None if not requested.
         fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``.
         base_fro: ‖W_base‖_F, likewise.
-        unchanged: Share of the entries that are bit-identical; across dtypes, that have the same value.
-        rounding: What rounding did to it; None after a non-finite entry.
+        unchanged: Fraction of bit-identical entries; across dtypes, of equal entries.
+        rounding: Effect of rounding; None after a non-finite entry.
         mantissa: Mantissa bits that the stored values of base and tuned really use.
-        non_finite: What and where the first entry is for which ΔW is not a finite number; None if all are.
+        non_finite: Value and position of the first entry with a non-finite ΔW; None if all are finite.
     """
 
     matrix: Tensor | None
@@ -93,8 +94,8 @@ def difference(
     Args:
         blocks: ``(base, tuned)`` row blocks from the first row to the last, ``(rows, n)`` each, floating point.
         shape: ``(m, n)``.
-        device: Where to compute and to leave ΔW.
-        keep: False to measure the norms alone, without holding ΔW.
+        device: Device of the computation and of ΔW.
+        keep: False to measure only the norms, without keeping ΔW.
         steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none.
 
     Returns:
@@ -134,7 +135,7 @@ def difference(
 
 
 class _Roundings:
-    """The spacing of both sides, and of ΔW itself where subtracting rounds as coarsely as the files do."""
+    """The spacing of both sides, and of ΔW itself if the subtraction rounds as coarsely as the files."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -151,7 +152,7 @@ class _Roundings:
         unchanged: Unchanged | None,
         subtracted: bool,
     ) -> None:
-        """Count a block of both sides and of their difference in."""
+        """Add a block of both sides and of their difference."""
         sample = self.sample.of(row)
         spacing = (
             self.base.add(base, steps[0], unchanged, row, sample=sample),
@@ -164,7 +165,7 @@ class _Roundings:
             self.subtracted.add(block, None, unchanged, row)
 
     def rounding(self) -> Rounding:
-        """Return what all blocks together say."""
+        """Return the effect of rounding over all blocks."""
         moved, base_spacing, tuned_spacing = self.sample()
         start, beta = self.start()
         exact = start == "exact"
@@ -188,7 +189,7 @@ class _Roundings:
         )
 
     def start(self) -> tuple[Start, tuple[float, float] | None]:
-        """Return whether the stored BASE is the start of training, with β and its error where they are estimated."""
+        """Return whether the stored BASE is the start of training, with β and its error if estimated."""
         if not is_finer(self.base, self.tuned):
             return "rounded", None
         estimate = self.energies.base_rounding(self.base.mantissa)
@@ -201,7 +202,7 @@ class _Roundings:
 
 
 def norm(blocks: Iterable[Tensor]) -> float:
-    """Return the Frobenius norm of a matrix that comes in blocks, accumulated in float64."""
+    """Return the Frobenius norm of a matrix in blocks, accumulated in float64."""
     return math.hypot(*(_norm(block) for block in blocks))
 
 
@@ -214,7 +215,7 @@ def _norm(block: Tensor) -> float:
 
 
 def _unchanged(base: Tensor, tuned: Tensor) -> int:
-    """Count entries with the same bits; across dtypes, with the same value."""
+    """Count bit-identical entries; across dtypes, equal entries."""
     if base.dtype != tuned.dtype:
         return int(torch.count_nonzero(base == tuned))
     bits = LAYOUT[base.dtype][0]
@@ -222,10 +223,10 @@ def _unchanged(base: Tensor, tuned: Tensor) -> int:
 
 
 def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | None:
-    """Return the value and the place of the first entry that is not finite; None if all are.
+    """Return the value and the position of the first entry that is not finite; None if all are finite.
 
     Args:
-        words: How the sentence begins.
+        words: Beginning of the sentence.
         values: ``(rows, n)``.
         first_row: Row number of the first row.
 
@@ -234,7 +235,7 @@ def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | No
         'B holds inf at [1, 1]'
     """
     if math.isfinite(float(torch.linalg.vector_norm(values, dtype=torch.float64))):
-        return None  # a fifth of the time that looking at every entry takes, a tenth of that of a whole adapter
+        return None  # a fifth of the time of checking every entry, a tenth of that of a whole adapter
     bad = ~torch.isfinite(values)
     if not bad.any():
         return None

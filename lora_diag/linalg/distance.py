@@ -1,4 +1,4 @@
-"""Two matrices compared with each other, block by block, without forming their difference."""
+"""Comparison of two matrices block by block, without forming their difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_diag.linalg.difference import norm
 
 
 class Products(NamedTuple):
-    """What one pass over D and X gives: ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ = tr(DᵀX), accumulated in float64."""
+    """Result of one pass over D and X: ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ = tr(DᵀX), accumulated in float64."""
 
     gap: float
     other: float
@@ -21,7 +21,7 @@ class Products(NamedTuple):
 
 
 def products(blocks: Iterable[tuple[Tensor, Tensor]]) -> Products:
-    """Compare two matrices that come in blocks.
+    """Compare two matrices given in blocks.
 
     Args:
         blocks: Row blocks of D and of X, of the same shape, float64.
@@ -59,7 +59,7 @@ def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
 
 
 def root(moments: Tensor) -> tuple[Tensor, float]:
-    """Return L with L·Lᵀ = C, and how far C is from positive semidefinite.
+    """Return L with L·Lᵀ = C, and the distance of C from positive semidefinite.
 
     ‖D·L‖_F² = tr(D·C·Dᵀ), and D·L has the singular values of D·C^½: L is C^½ times an orthogonal matrix.
 

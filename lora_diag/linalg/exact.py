@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_diag.errors import InputError
 from lora_diag.linalg.factors import Factors, fix_signs
 
-# The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have been seen to fail to
-# converge; the QR iteration (gesvd) has not.
+# The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have failed to converge in
+# practice; the QR iteration (gesvd) has not.
 CPU_DRIVERS = ("gesdd", "gesvd")
 CUDA_DRIVERS = ("gesvdj", "gesvd")
 
@@ -33,14 +33,14 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
     Args:
         matrix: A, ``(m, n)``, finite.
         fro: ‖A‖_F.
-        top: Keep only so many of the largest values.
+        top: Number of largest values to keep.
         vectors: Whether to compute singular vectors.
 
     Returns:
         The values. The solver returns the exact values of A + E with ‖E‖_2 ≤ p·ε·‖A‖_2 (Anderson et al., LAPACK Users'
-        Guide, 3rd ed., §4.9.1), so by Weyl |σ̂_i − σ_i| ≤ δ = p·ε·σ_1, and by Cauchy–Schwarz
-        |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤ 2δ√r‖A‖_F + rδ². p is "a modestly growing function" of the dimensions; we take
-        max(m, n), far above what is seen.
+        Guide, 3rd ed., §4.9.1), so by Weyl |σ̂_i − σ_i| ≤ δ = p·ε·σ_1, and by Cauchy–Schwarz |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤
+        2δ√r‖A‖_F + rδ². p is "a modestly growing function" of the dimensions; max(m, n) is used, far above observed
+        values.
 
     Raises:
         InputError: No driver converged.
@@ -85,7 +85,7 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
 
 
 def _run(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Run one driver: torch's, except that torch reaches only gesdd on the CPU and SciPy reaches gesvd too."""
+    """Run one driver: torch offers only gesdd on the CPU, so gesvd is run by SciPy."""
     if driver == "gesvd" and not matrix.is_cuda:
         parts = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
         u, s, vh = (torch.from_numpy(part) for part in parts)

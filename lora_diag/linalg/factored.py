@@ -20,13 +20,13 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
     Args:
         b: B, ``(m, r)``, finite.
         a: A, ``(r, n)``, finite.
-        top: Keep only so many of the largest values; None for all min(m, n, r).
+        top: Number of largest values to keep; None for all min(m, n, r).
         vectors: Whether to compute singular vectors.
 
     Returns:
-        The values that can differ from zero. Every step is backward stable in float64: the computed values are those of
-        (B + δB)(A + δA) with ‖δB‖_F ≤ p·ε·‖B‖_F and likewise for A (Higham 2002, theorem 19.4), so each is off by at
-        most δ = 2p·ε·‖B‖_F‖A‖_F, for which we take p = (m + n)·r.
+        The values that can be nonzero. Every step is backward stable in float64: the computed values are those of (B +
+        δB)(A + δA) with ‖δB‖_F ≤ p·ε·‖B‖_F and likewise for A (Higham 2002, theorem 19.4), so each has an error of at
+        most δ = 2p·ε·‖B‖_F‖A‖_F, with p = (m + n)·r.
     """
     b, a = b.to(torch.float64), a.to(torch.float64)
     scale = (norm([b]) or 1.0, norm([a]) or 1.0)  # the product of the factors' norms may underflow or overflow

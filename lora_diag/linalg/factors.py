@@ -1,4 +1,4 @@
-"""What every method returns."""
+"""The common result of all methods."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The largest singular values of a matrix A, with what is known of their errors.
+    """The largest singular values of a matrix A, with bounds on their errors.
 
     Args:
         s: Singular values, descending, float64, on the CPU.
-        complete: True if all min(m, n) are there, or all that can differ from zero.
-        method: What ran, such as ``gram`` or ``exact:gesdd``.
+        complete: True if all min(m, n) are included, or all that can be nonzero.
+        method: Method, such as ``gram`` or ``exact:gesdd``.
         energy_error: Bound on |Ĉ(r) − C(r)| for every r ≤ len(s), where Ĉ(r) = Σ_{i≤r}σ̂_i² / ‖A‖_F².
         fro: ‖A‖_F.
-        u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not asked for. In every column
+        u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not requested. In every column
             the entry of largest absolute value is positive.
-        vh: Right singular vectors ``(len(s), n)``, likewise, with the signs that go with ``u``.
+        vh: Right singular vectors ``(len(s), n)``, likewise, with signs consistent with ``u``.
     """
 
     s: Tensor
@@ -33,8 +33,8 @@ class Factors:
     vh: Tensor | None = None
 
 
-# Singular values below this share of the largest are rounding, and their vectors point anywhere: of factors, which are
-# decomposed in float64, and of a dense ΔW, whose entries are float32 and whose Gram matrix loses half the digits.
+# Singular values below this fraction of the largest are rounding, and their vectors are arbitrary: for factors,
+# decomposed in float64, and for a dense ΔW, whose entries are float32 and whose Gram matrix loses half the digits.
 ZERO_FACTORED, ZERO_DENSE = 1e-10, 1e-7
 
 
@@ -53,10 +53,10 @@ def grain(factors: Factors) -> float:
 
 
 def numerical_rank(factors: Factors) -> int:
-    """Return how many singular values are not rounding.
+    """Return the number of singular values above rounding.
 
     Args:
-        factors: What a decomposition gave.
+        factors: Result of a decomposition.
 
     Example:
         >>> numerical_rank(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
@@ -66,7 +66,7 @@ def numerical_rank(factors: Factors) -> int:
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Make singular vectors the same from run to run: the largest entry of every left vector is positive.
+    """Make singular vectors reproducible: the largest entry of every left vector is positive.
 
     Args:
         u: ``(m, k)``.
@@ -83,18 +83,18 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     return u * signs, vh * signs.T
 
 
-# log₂‖A‖_F beyond which A is scaled first: up to here AᵀA stays far from the ends of float32's range.
+# log₂‖A‖_F beyond which A is scaled first: within it AᵀA stays far from the ends of float32's range.
 MODERATE = 30
 
 
 def scale_of(fro: float, dtype: torch.dtype) -> float:
-    """Return by what A is divided first: the methods form products of two and four A's, which could leave the range.
+    """Return the divisor of A: methods form products of two and four A's, which could overflow or underflow.
 
-    It is a power of two, which rounds nothing, and one that the dtype has.
+    It is a power of two that the dtype can represent, so that division is exact.
 
     Args:
         fro: ‖A‖_F.
-        dtype: Of its entries.
+        dtype: Dtype of its entries.
 
     Example:
         >>> scale_of(8.0, torch.float32), scale_of(2.0**40, torch.float32), scale_of(1e40, torch.float32) == 2.0**127

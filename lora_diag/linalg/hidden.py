@@ -1,4 +1,4 @@
-"""An update that rounding hid: its size, and its leading directions, from the cells of a stored checkpoint.
+"""An update hidden by rounding: its size and its leading directions, from the cells of a stored checkpoint.
 
 Model: X = L + noise of variance s², L of low rank. The estimator alternates between the moments of every entry given
 its cell and L, and a new L from the shrunk singular values of the posterior mean (``shrinkage``). s follows from the
@@ -6,9 +6,9 @@ size: with s0² the maximum-likelihood variance of X where L = 0,
 
     s² = s0² − Ση²/(mn)   (rule ``norm``)      or      s² = s0² − Σx²/(mn)   (rule ``debiased``).
 
-Maximising the likelihood of s itself collapses it. The second rule keeps more of the length of L and has up to a third
-less error where cells say much, and overfits where they say little: cells that are hidden from the estimator decide
-(``recover``). L has momentum (Nesterov), restarted where it shrinks (O'Donoghue and Candès 2015).
+Maximizing the likelihood of s itself makes it collapse. The second rule keeps more of the norm of L and has up to a
+third less error if cells are informative, but overfits otherwise; held-out cells decide between them (``recover``). L
+has momentum (Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from lora_diag.linalg.cells import Cells
 from lora_diag.linalg.shrinkage import Shrunk, shrink
 from lora_diag.linalg.truncated import moments
 
-# Entries from which the size is first fitted to a sample, and how many that has.
+# Number of entries from which the size is first fitted to a sample, and the size of that sample.
 SAMPLE = 2**19
 
-# Up to this many rows or columns, singular values come from the whole decomposition.
+# Up to this many rows or columns, singular values come from the full decomposition.
 WHOLE_UP_TO = 192
 
-# Steps of log s at most, smallest s/s0, and where iterating stops: float32 moments allow no finer steps.
+# Maximum step of log s, smallest s/s0, and tolerance: float32 moments permit no finer steps.
 LARGEST_STEP, SMALLEST, DONE = 0.3, 0.03, 3e-3
 MOST_ITERATIONS = 100
 
 Rule = Literal["norm", "debiased"]
 
-# A gain of hidden cells counts from this many standard errors on.
+# Number of standard errors from which a gain in held-out cells is significant.
 SIGNIFICANT = 2.0
 
-# Share of the entries whose cells are hidden from the estimator, to test it.
+# Fraction of the entries whose cells are held out to test the estimator.
 HELD_OUT = 0.05
 
 
@@ -52,8 +52,8 @@ class Size:
         deviation: s0, the standard deviation of its entries.
         fro: √ΣE[x² | cells]: ‖X‖_F.
         error: Standard error of log ‖X‖_F, if the entries are independent and normal.
-        information: q, the share of an entry's variance that its cell removes, on average.
-        log_likelihood: Of all cells.
+        information: q, the mean fraction of an entry's variance that its cell removes.
+        log_likelihood: Log-likelihood of all cells.
     """
 
     deviation: float
@@ -65,16 +65,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """L = U·diag(η)·V, with what its singular values say.
+    """L = U·diag(η)·V, with its singular values.
 
     Args:
         u: ``(m, k)``.
         vh: ``(k, n)``.
         values: η and x, and the noise of the score.
-        deviation: s, of what L does not hold.
+        deviation: s, of the remainder outside L.
         information: q given L.
-        iterations: How many it took.
-        converged: Whether it stopped by itself.
+        iterations: Number of iterations.
+        converged: Whether it converged.
     """
 
     u: Tensor
@@ -87,7 +87,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """How many directions stand above the noise."""
+        """Number of directions above the noise."""
         return len(self.values.eta)
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -101,13 +101,13 @@ def fit_size(cells: Cells, guess: float) -> Size:
     log s += ½·log g/q with g = mean E[x²|cell]/s², a scoring step.
 
     Args:
-        cells: Where the entries lie.
-        guess: A deviation to start from, such as the root mean square of ΔW; positive.
+        cells: Cells of the entries.
+        guess: Initial deviation, such as the root mean square of ΔW; positive.
     """
     deviation = guess
     total = cells.lo.numel()
     if total > 2 * SAMPLE:
-        # An odd step, so that not all entries are from a few columns.
+        # An odd step, so that entries are not from a few columns only.
         deviation = _iterate(cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.lo.device)), deviation)
         return _last_steps(cells, deviation)
     return _last_steps(cells, _iterate(cells, deviation))
@@ -181,11 +181,11 @@ def fit_low_rank(cells: Cells, size: Size, rule: Rule = "norm", start: LowRank |
     """Estimate L.
 
     Args:
-        cells: Where the entries lie.
-        size: Of X.
-        rule: By which s follows from L.
-        start: Where to start from; None for L = 0.
-        seed: Of the first vectors.
+        cells: Cells of the entries.
+        size: Size of X.
+        rule: Rule for s given L.
+        start: Initial L; None for L = 0.
+        seed: Seed of the first vectors.
     """
     shape, total = cells.shape, size.deviation
     whole = total * math.sqrt(cells.lo.numel())
@@ -246,7 +246,7 @@ class _Decomposed:
 
 
 def _shrunk_svd(matrix: Tensor, deviation: float, information: float, basis: Tensor | None, seed: int) -> _Decomposed:
-    """Return the singular values above the noise edge, shrunk, with vectors and a basis to start from next time."""
+    """Return the shrunk singular values above the noise edge, with vectors and an initial basis for the next call."""
     shape = (matrix.shape[0], matrix.shape[1])
     smaller = min(shape)
     if smaller <= WHOLE_UP_TO:
@@ -295,7 +295,7 @@ def _gap(one: LowRank, other: LowRank | None) -> float:
 
 
 def _ahead(momentum: float, found: LowRank, previous: LowRank | None) -> tuple[float, Callable[[int, int], Tensor]]:
-    """Return the next momentum, and L + β(L − L'); without momentum where the norm of L turned back."""
+    """Return the next momentum, and L + β(L − L'); without momentum if the norm of L decreased."""
     following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
@@ -314,7 +314,7 @@ def posterior_mean(cells: Cells, found: LowRank | None, deviation: float) -> Ite
     """Yield E[X | cells] in row blocks, from the first row to the last.
 
     Args:
-        cells: Where the entries lie.
+        cells: Cells of the entries.
         found: L; None for L = 0.
         deviation: s.
     """
@@ -325,12 +325,12 @@ def posterior_mean(cells: Cells, found: LowRank | None, deviation: float) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What can be seen of L.
+    """The detectable part of L.
 
     Args:
-        z: Mean gain in log-likelihood of hidden cells over L = 0, in standard errors; 0 where no direction was found.
-        low_rank: L from all cells; None where z is not significant.
-        rule: By which s followed from L.
+        z: Mean gain in log-likelihood of held-out cells over L = 0, in standard errors; 0 without a direction.
+        low_rank: L from all cells; None if z is not significant.
+        rule: The rule for s given L.
     """
 
     z: float
@@ -339,14 +339,14 @@ class Recovered:
 
 
 def recover(cells: Cells, size: Size, seed: int = 0) -> Recovered:
-    """Estimate L where hidden cells show that there is one.
+    """Estimate L if held-out cells support it.
 
-    The cells are changed while it runs, and are as they were afterwards.
+    The cells are modified during the computation and restored afterwards.
 
     Args:
-        cells: Where the entries lie.
-        size: Of X.
-        seed: Which cells are hidden.
+        cells: Cells of the entries.
+        size: Size of X.
+        seed: Seed of the held-out cells.
     """
     entries = _held_out(cells.shape, seed, cells.lo.device)
     hidden = cells.at(entries)
@@ -371,13 +371,13 @@ def recover(cells: Cells, size: Size, seed: int = 0) -> Recovered:
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
-    """Return which entries are hidden, as row-major numbers, ascending; at least one."""
+    """Return the held-out entries as row-major indices, ascending; at least one."""
     draw = torch.rand(math.prod(shape), generator=torch.Generator().manual_seed(seed))
     return (draw <= max(HELD_OUT, float(draw.min()))).nonzero()[:, 0].to(device)
 
 
 def _likelihood(found: LowRank, hidden: Cells, entries: Tensor) -> Tensor:
-    """Return the log-likelihoods of hidden cells."""
+    """Return the log-likelihoods of held-out cells."""
     rows, columns = entries // found.vh.shape[1], entries % found.vh.shape[1]
     left = found.u * found.values.eta.to(found.u)
     parts = []

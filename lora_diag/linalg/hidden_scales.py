@@ -1,8 +1,8 @@
-"""Row and column scales of an update that rounding hid: x_ij ~ N(0, a_i·b_j·s²) given its cell.
+"""Row and column scales of an update hidden by rounding: x_ij ~ N(0, a_i·b_j·s²) given its cell.
 
 A score test decides first whether the variances differ at all between rows or columns. Then log a and log b are fitted
 in turns, by Newton steps on their posterior with a normal prior whose variance is fitted (empirical Bayes), so that
-rows of which few entries moved stay near 1. Dividing rows and columns by √a and √b gives cells of one variance.
+rows with few changed entries stay near 1. Dividing rows and columns by √a and √b gives cells of one variance.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def fit_scales(cells: Cells, size: Size) -> tuple[Scales, Cells, Size] | None:
 
     Args:
         cells: Where the entries lie.
-        size: Of X, with one variance for all entries.
+        size: Size of X, with one variance for all entries.
 
     Returns:
-        The scales, the cells divided by them, and the size of what is in those; None where one variance explains the
-        cells as well: by the score test, or by the Bayesian information criterion.
+        The scales, the cells divided by them, and the size of their contents; None if one variance explains the cells
+        equally well, by the score test or the Bayesian information criterion.
     """
     scores = _sums(cells, size.deviation)
     if max(_excess(scores, dim) for dim in (0, 1)) < DIFFERENT:
@@ -75,7 +75,7 @@ def fit_scales(cells: Cells, size: Size) -> tuple[Scales, Cells, Size] | None:
 
 @dataclass(slots=True)
 class _Scores:
-    """Sums over rows and columns of E[x²]/s² − 1 and of q, and what an entry adds to the information per q."""
+    """Sums over rows and columns of E[x²]/s² − 1 and of q, and an entry's contribution to the information per q."""
 
     score: tuple[Tensor, Tensor]
     known: tuple[Tensor, Tensor]
@@ -100,17 +100,17 @@ def _sums(cells: Cells, deviation: float) -> _Scores:
 
 
 def _excess(scores: _Scores, dim: int) -> float:
-    """Return by how many standard deviations the scores of rows (0) or columns (1) vary more than by chance."""
+    """Return the excess variation of the scores of rows (0) or columns (1) over chance, in standard deviations."""
     information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
     chi = float(((scores.score[dim] / 2) ** 2 / information).sum())
     return (chi - len(information)) / math.sqrt(2 * len(information))
 
 
 def _newton(scores: _Scores, dim: int, logs: Tensor) -> Tensor:
-    """Return a step of log a (dim 0) or log b, with the variance of its prior fitted by expectation maximisation."""
+    """Return a step of log a (dim 0) or log b, with the variance of its prior fitted by expectation maximization."""
     information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
     gradient = scores.score[dim] / 2
-    target = logs + gradient / information  # where the likelihood alone would go
+    target = logs + gradient / information  # the maximum of the likelihood alone
     prior = 1.0
     for _ in range(50):
         shrunk = target * information / (information + 1 / prior)

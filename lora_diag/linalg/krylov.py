@@ -1,4 +1,4 @@
-"""The K largest singular values by block Lanczos with full reorthogonalisation, and a bound on what they miss.
+"""The K largest singular values by block Lanczos with full reorthogonalization, and a bound on the missing energy.
 
 Let M = AᵀA and Q an orthonormal basis of a block Krylov space span{Ω, MΩ, …, M^jΩ}, p columns. In a basis of Q and its
 complement, rotated so that the Ritz values θ_i² are on the diagonal,
@@ -6,19 +6,19 @@ complement, rotated so that the Ritz values θ_i² are on the diagonal,
     M = [ D  Fᵀ ]      D = diag(θ_1², …, θ_p²),   F = the residuals (I − QQᵀ)MQ,
         [ F  N  ]      trace N = ‖A‖_F² − Σθ_i²,  known exactly because ‖A‖_F is.
 
-From below, θ_i ≤ σ_i (Cauchy): the energy found is energy that is there. From above there are two bounds.
+From below, θ_i ≤ σ_i (Cauchy): the energy found is a lower bound. From above there are two bounds.
 
-(1) All that is missing is in the trace: Σ_{i≤r}σ_i² ≤ Σ_{i≤r}θ_i² + trace N.
+(1) All missing energy is in the trace: Σ_{i≤r}σ_i² ≤ Σ_{i≤r}θ_i² + trace N.
 
 (2) Let μ ≥ λ_max(N). By Sylvester's law of inertia M has as many eigenvalues above x > μ as D + Fᵀ(xI − N)⁻¹F, and
     (xI − N)⁻¹ ≤ I/(x − μ). With x = λ_i(M) ≥ θ_r² for i ≤ r, whenever θ_r² > μ,
     λ_i(M) ≤ λ_i(D + FᵀF/(θ_r² − μ)), a p×p problem. Converged Ritz pairs have tiny residuals, and the bound is tight.
 
 μ comes from a second, independent block of b random vectors: for any symmetric N ⪰ 0 with largest eigenvalue L, the
-largest Ritz value of the Krylov space of degree q from a Gaussian x is below (1 − ε)L only if
-⟨x, v_1⟩² < ‖x‖²(1 − ε)/(ε T_q(1 + 2ε/(1 − ε))²), T_q the Chebyshev polynomial (the argument of Kuczyński and
-Woźniakowski 1992, theorem 4.1). ε is chosen such that this happens to all b vectors with probability 1e-10 at most. So
-(2) holds unless a draw of that probability went wrong; (1) always holds.
+largest Ritz value of the Krylov space of degree q from a Gaussian x is below (1 − ε)L only if ⟨x, v_1⟩² < ‖x‖²(1 −
+ε)/(ε T_q(1 + 2ε/(1 − ε))²), T_q the Chebyshev polynomial (the argument of Kuczyński and Woźniakowski 1992, theorem
+4.1). ε is chosen such that this happens to all b vectors with probability 1e-10 at most. So (2) holds except with that
+probability; (1) always holds.
 
 Products run in the matrix's own precision; the values returned are recomputed in float64 from their subspace, and
 their backward error, (m + n)ε in the energy, is part of (1). (2) carries an allowance of 4√n units of roundoff of the
@@ -37,13 +37,13 @@ from lora_diag.linalg.factors import Factors, fix_signs
 from lora_diag.linalg.streamed import Matrix, normal, times, times_wide
 
 # Columns added at a time: wide enough for matrix products at nearly full speed (32 columns took 1.3 times as long as 16
-# at 4096²), narrow enough to stop soon.
+# at 4096²), narrow enough to stop early.
 BLOCK = 32
 
-# Columns and degree of the probe for μ, and the probability with which it may be too small.
+# Columns and degree of the probe for μ, and the probability that it is too small.
 PROBES, DEGREE, FAILURE = 16, 4, 1e-10
 
-# The basis may grow to this share of the smaller dimension; beyond it the Gram matrix is cheaper.
+# Maximum size of the basis as a fraction of the smaller dimension; beyond it the Gram matrix is cheaper.
 LARGEST_BASIS = 0.25
 
 
@@ -74,15 +74,15 @@ def decompose_krylov(
     Args:
         matrix: A, ``(m, n)``, finite; its scale must let AᵀA neither underflow nor overflow.
         fro: ‖A‖_F.
-        top: K, how many values.
+        top: K, the number of values.
         vectors: Whether to compute singular vectors.
-        tol: Bound to reach on |Ĉ(r) − C(r)|, r ≤ K.
-        seed: Of the random start and of the probes.
-        largest: Columns that the basis may grow to; None for ``LARGEST_BASIS``.
+        tol: Required bound on |Ĉ(r) − C(r)|, r ≤ K.
+        seed: Seed of the random start and of the probes.
+        largest: Maximum number of columns of the basis; None for ``LARGEST_BASIS``.
 
     Returns:
-        The values, never above the true ones but for float64 rounding; None if the basis would grow beyond that, which
-        happens on flat spectra: a full method is then cheaper. None too if a solver fails.
+        The values, lower bounds of the true ones up to float64 rounding; None if the basis would exceed ``largest``, as
+        for flat spectra, for which a full method is cheaper, or if a solver fails.
     """
     most = int(LARGEST_BASIS * min(matrix.shape))
     if largest is not None:
@@ -121,7 +121,7 @@ def _decompose(matrix: Matrix, fro: float, top: int, vectors: bool, tol: float, 
 
 
 def first_basis(top: int) -> int:
-    """Return the columns of the smallest basis from which K values are taken."""
+    """Return the number of columns of the smallest basis for K values."""
     return 2 * top + BLOCK
 
 
@@ -142,15 +142,15 @@ def _grow(a: Matrix, q: Tensor, y: Tensor, z: Tensor, target: int) -> tuple[Tens
 
 
 def _orthonormal(block: Tensor, q: Tensor) -> Tensor:
-    """Orthonormalise a block against Q and itself.
+    """Orthonormalize a block against Q and itself.
 
-    Two rounds of projection and QR are enough while directions are left (Giraud et al. 2005). Where the Krylov space is
-    exhausted, QR fills up with arbitrary columns, and a third round takes Q out of those.
+    Two rounds of projection and QR suffice while directions remain (Giraud et al. 2005). If the Krylov space is
+    exhausted, QR adds arbitrary columns, and a third round removes Q from them.
     """
     for turn in range(3):
         block, r = torch.linalg.qr(block - q @ (q.T @ block))
         diagonal = r.diagonal().abs()
-        if turn == 1 and diagonal.min() > 0.5:  # the second projection found nothing to take away
+        if turn == 1 and diagonal.min() > 0.5:  # the second projection removed nothing
             break
     return block
 
@@ -179,24 +179,24 @@ def _values(a: Matrix, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _missing(squares: Tensor, fro: float, a: Matrix) -> float:
-    """Return bound (1): the energy that was not found, as a share."""
+    """Return bound (1): the fraction of energy that was not found."""
     return max(0.0, 1 - float(squares.sum()) / fro**2) + sum(a.shape) * torch.finfo(torch.float64).eps
 
 
 def _bound(ritz: _Ritz, residual_gram: Tensor, top: int, fro: float, mu: float, a: Matrix) -> float:
-    """Return bound (2) for a given μ, with the allowance for rounding; 1 if it says nothing."""
+    """Return bound (2) for a given μ, with the allowance for rounding; 1 without a useful bound."""
     gap = float(ritz.squares[top - 1]) - mu
     if gap <= 0:
         return 1.0
     above = torch.linalg.eigvalsh(torch.diag(ritz.squares) + residual_gram / gap).flip(0)
     missed = torch.cumsum(above[:top] - ritz.squares[:top], 0).max()
-    # Once for the products behind the bound, once for the values that are returned in place of these.
+    # Once for the products in the bound, once for the returned values that replace these.
     rounding = 2 * 4 * math.sqrt(a.shape[1]) * torch.finfo(a.dtype).eps / 2
     return max(0.0, float(missed)) / fro**2 + rounding
 
 
 def _promising(ritz: _Ritz, q: Tensor, z: Tensor, top: int, fro: float, tol: float) -> Tensor | None:
-    """Return FᵀF, or None where bound (2) would not hold by a guess of μ: to save it and the probe.
+    """Return FᵀF; None if bound (2) would not hold with an estimate of μ, to save computing it and the probe.
 
     On power laws and geometric decay λ_max(N) was measured near the Ritz value in the middle of the basis.
     """
@@ -222,7 +222,7 @@ def _largest_outside(a: Matrix, q: Tensor, generator: torch.Generator) -> float:
 
 
 def _enlargement(n: int) -> float:
-    """Return 1/(1 − ε): μ over the largest Ritz value of the probe, for the smallest ε that fails rarely enough.
+    """Return 1/(1 − ε): μ over the largest Ritz value of the probe, for the smallest ε with the required probability.
 
     For a Gaussian x, P(|⟨x, v_1⟩| < t) < 0.8·t, and ‖x‖ is about √n.
 
@@ -240,6 +240,6 @@ def _enlargement(n: int) -> float:
 
 
 def _is_flat(ritz: _Ritz, fro: float, n: int) -> bool:
-    """Say whether the basis holds little more energy than its share of the dimensions: no decay to gain from."""
+    """Return whether the basis holds little more energy than its fraction of the dimensions: no decay to exploit."""
     p = len(ritz.squares)
     return float(ritz.squares.sum()) / fro**2 < 2 * p / n

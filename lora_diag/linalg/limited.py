@@ -1,8 +1,8 @@
-"""Decompositions within a limit of memory: how many bytes a method takes, and which ones fit where the matrix does not.
+"""Decompositions within a memory limit: memory of each method, and the methods for a matrix that does not fit.
 
-The figures are upper bounds for what is held at one time, counted from the code of each method and compared with the
-resident memory of real runs (tests/linalg/test_limited.py). Lapack's workspaces are those of its documentation: 2n² for
-the eigenvectors of an n×n matrix (dsyevd), next to nothing for eigenvalues alone.
+The values are upper bounds on peak memory, derived from the code of each method and compared with the resident memory
+of real runs (tests/linalg/test_limited.py). LAPACK's workspaces are those of its documentation: 2n² for the
+eigenvectors of an n×n matrix (dsyevd), negligible for eigenvalues alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lora_diag.linalg.gram import IN_PLACE_FROM, decompose_gram
 from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
 from lora_diag.linalg.streamed import ROWS, Streamed
 
-# Bytes that reading and subtracting a block takes: 2^20 entries of both sides as they are stored and as float32, their
-# difference, and the spacing of their values.
+# Memory of reading and subtracting a block: 2^20 entries of both sides as stored and as float32, their difference, and
+# the spacing of their values.
 READING = 48 * 2**20
 
 # Bytes of a float32 and a float64 number.
@@ -26,13 +26,13 @@ F4, F8 = 4, 8
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What will be computed from a matrix, and how many bytes reading and computing may take.
+    """A computation on a matrix, and the memory limit of reading and computing.
 
     Args:
-        limit: The bytes.
+        limit: The limit in bytes.
         method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        top: How many of the largest values; None for all.
-        vectors: Whether with singular vectors.
+        top: Number of largest values; None for all.
+        vectors: Whether to compute singular vectors.
     """
 
     limit: int
@@ -41,7 +41,7 @@ class Allowance:
     vectors: bool = False
 
     def holds(self, shape: tuple[int, int], entry: int = F4) -> bool:
-        """Say whether the whole matrix fits, with what is computed from it.
+        """Return whether the whole matrix fits, with the computation.
 
         Args:
             shape: ``(m, n)``.
@@ -51,7 +51,7 @@ class Allowance:
 
 
 def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -> int:
-    """Return how many bytes a matrix in memory takes with its decomposition, whatever the limit.
+    """Return the memory of a matrix with its decomposition in bytes, for any limit.
 
     Example:
         >>> round(whole_bytes((4096, 4096), Allowance(0)) / 2**20)
@@ -62,18 +62,18 @@ def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -
     if allowance.method == "exact" or (allowance.method == "auto" and small <= EXACT_UP_TO):
         vectors = 4 * F8 * small * (small + large) if allowance.vectors else 0
         return READING + matrix + 3 * F8 * small * large + vectors
-    found = gram_bytes(shape, allowance)  # krylov may hand over to it
+    found = gram_bytes(shape, allowance)  # krylov may fall back to it
     if allowance.top and _krylov_first(shape, allowance):
         found = max(found, krylov_bytes(shape, allowance.top, int(LARGEST_BASIS * small)))
     return READING + matrix + found
 
 
 def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = False) -> int:
-    """Return how many bytes ``gram`` takes besides the matrix: G = AᵀA, its eigenvectors with their workspace, and A·V.
+    """Return the memory of ``gram`` besides the matrix in bytes: G = AᵀA, its eigenvectors with workspace, and A·V.
 
     Args:
         shape: ``(m, n)``.
-        allowance: What is computed.
+        allowance: The computation.
         in_place: Whether its eigenvalues overwrite G.
     """
     small, large = sorted(shape)
@@ -86,7 +86,7 @@ def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = Fa
 
 
 def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
-    """Return how many bytes ``krylov`` takes besides the matrix, with a basis of so many columns.
+    """Return the memory of ``krylov`` besides the matrix in bytes, with a basis of this many columns.
 
     Q, Y and Z in float32, one of them while it grows; Q and Y or Q, Z and the residuals in float64; or, once the values
     are taken, Q in float64, A·V, its QR factors and its left vectors.
@@ -100,23 +100,23 @@ def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
 
 
 def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = 1e-4, seed: int = 0) -> Factors:
-    """Compute the singular values of a matrix that is read in row blocks.
+    """Compute the singular values of a matrix in row blocks.
 
     The methods are the same as for a matrix in memory, and so are their bounds.
 
     Args:
         matrix: A, ``(m, n)``, finite.
-        allowance: What to compute, and within how many bytes.
+        allowance: The computation and its memory limit.
         fro: ‖A‖_F.
-        tol: Bound to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
+        tol: Required bound on the error of every energy fraction.
+        seed: Seed of random starting vectors.
 
     Returns:
-        The values, what computed them, and their bound.
+        The values, their method, and their bound.
 
     Raises:
-        MemoryLimitError: No method that can do what is asked fits.
-        UsageError: There is no such method, or ``top`` or ``tol`` makes no sense.
+        MemoryLimitError: No suitable method fits.
+        UsageError: The method is unknown, or ``top`` or ``tol`` is invalid.
     """
     check_request(allowance.method, allowance.top, tol)
     if (scale := scale_of(fro, matrix.dtype)) != 1.0:
@@ -132,20 +132,20 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
             return found
     if allowance.method == "exact" or needed > left:
         raise MemoryLimitError(_why(matrix.shape, allowance))
-    # What is left holds rows of a wide matrix, so that it is read fewer times.
+    # The remaining memory holds rows of a wide matrix, so that it is read fewer times.
     block = F4 * max(matrix.shape[1], 2**20)
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
 
 
 def require(needed: int, limit: int, shape: tuple[int, int], what: str, way: str) -> None:
-    """Refuse what has to be in memory whole and does not fit.
+    """Refuse a computation that needs the whole matrix and does not fit.
 
     Args:
-        needed: Bytes that it takes.
-        limit: Bytes that there are.
+        needed: Required memory in bytes.
+        limit: Available memory in bytes.
         shape: ``(m, n)``.
-        what: Of what, with its verb.
-        way: What else to do than to give more.
+        what: The computation, with its verb.
+        way: An alternative to more memory.
 
     Raises:
         MemoryLimitError: It does not fit.
@@ -165,7 +165,7 @@ def _krylov_first(shape: tuple[int, int], allowance: Allowance) -> bool:
 
 
 def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
-    """Return how many columns a basis can have that fits."""
+    """Return the largest number of basis columns that fits."""
     basis = int(LARGEST_BASIS * min(shape))
     while basis > 0 and krylov_bytes(shape, top, basis) > left:
         basis -= max(1, basis // 50)
@@ -173,7 +173,7 @@ def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
 
 
 def _why(shape: tuple[int, int], allowance: Allowance) -> str:
-    """Say what would take how much, and what to do."""
+    """Return a message with the required memory and a fix."""
     small = min(shape)
     what = f"{shape[0]}x{shape[1]}: --memory leaves {_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
@@ -192,7 +192,7 @@ def _why(shape: tuple[int, int], allowance: Allowance) -> str:
 
 
 def _more(needed: int, allowance: Allowance) -> str:
-    """Say how much is lacking; with ``--workers N``, N times that, for what a layer gets is an Nth."""
+    """Return the missing memory; with ``--workers N``, N times as much is needed, since a layer gets one Nth."""
     return f"give {_size(needed - allowance.limit + 10**6)} more (times --workers)"
 
 

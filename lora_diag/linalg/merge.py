@@ -1,6 +1,6 @@
-"""Is M a rounding of W + ΔW, entry by entry?
+"""Check whether M is a rounding of W + ΔW, entry by entry.
 
-A merge computes ΔW in some precision, adds it to W and rounds to the dtype d in which it is kept. Whatever the order,
+A merge computes ΔW in some precision, adds it to W and rounds to the stored dtype d. For any order of operations,
 
     |M − (W + ΔW)| ≤ ulp_d(M)/2 + δ,
 
@@ -11,14 +11,15 @@ where δ bounds the rounding inside ΔW. With u the unit roundoff of the arithme
 - the product summed in float32: (r + 8)·2⁻²⁴·P (Higham 2002, eq. 3.5);
 - W + ΔW in float32, where d is shorter: 2⁻²⁴(|W| + |ΔW|).
 
-An update that is not a product of two factors (DoRA, LoHa, rotations) is given (4u + 16·2⁻²⁴)(|W| + |ΔW| + rms ΔW).
+An update that is not a product of two factors (DoRA, LoHa, rotations) has the bound (4u + 16·2⁻²⁴)(|W| + |ΔW| + rms
+ΔW).
 
-Since δ is relative to ΔW and not to W, an update far below ulp(W) is still checked sharply: M must be the one number
+Since δ is relative to ΔW and not to W, an update far below ulp(W) is still checked sharply: M must equal the number
 that W + ΔW rounds to.
 
-The bound lets a slightly wrong scale pass in every single entry. All entries together do not: with M* = W + ΔW rounded
-once, the scale c = ⟨M − W, ΔW⟩/‖ΔW‖² of a right merge is c* = ⟨M* − W, ΔW⟩/‖ΔW‖² but for a sum of independent rounding
-errors, whose standard error is computed with it (``Check.scale_error``). This module knows no names, files or LoRA.
+Within this bound, single entries cannot reveal a slightly wrong scale, but all entries together can: with M* = W + ΔW
+rounded once, the scale c = ⟨M − W, ΔW⟩/‖ΔW‖² of a correct merge is c* = ⟨M* − W, ΔW⟩/‖ΔW‖² up to a sum of independent
+rounding errors, whose standard error is also computed (``Check.scale_error``). Independent of names, files and LoRA.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ from lora_diag.linalg.rounding import LAYOUT, SHORTER
 # Unit roundoff of float32, in which products are summed.
 _U32 = 2.0**-24
 
-# What the arithmetic of an update that is computed from W (DoRA's norm, its quotient, its product, its sum; a
-# rotation's row of products) may lose, in units of u(|W| + |ΔW|).
+# Error of the arithmetic of an update computed from W (DoRA's norm, quotient, product and sum; a rotation's row of
+# products), in units of u(|W| + |ΔW|).
 _STEPS_WITH_W = 4.0
 
-# Entries at once: so few that a dozen float64 arrays of them stay in the cache. One core on a bf16 pair of 4096², in
-# seconds of that core: 0.63 with 2^13, 0.49 with 2^14, 0.63 with 2^15, 1.4 with 2^16, 1.9 with 2^20.
+# Entries per block: a dozen float64 arrays of them fit in the cache. One core on a bf16 pair of 4096²: 0.63 s with
+# 2^13, 0.49 with 2^14, 0.63 with 2^15, 1.4 with 2^16, 1.9 with 2^20.
 _CHUNK = 2**14
 
-# Standard errors by which c may differ from c*. Errors go up as often as down; of their sizes given, a sum with random
-# signs exceeds LIMIT·√Σx² with probability 2·exp(−LIMIT²/2) = 3e-8 at most (Hoeffding 1963), however few they are.
+# Number of standard errors by which c may differ from c*. Errors have random signs; given their sizes, a sum exceeds
+# LIMIT·√Σx² with probability at most 2·exp(−LIMIT²/2) = 3e-8 (Hoeffding 1963), for any number of terms.
 LIMIT = 6.0
 
 # Variance of one rounding to nearest, in units of (u·x)²: (2u·2^e)²/12 with x log-uniform in [2^e, 2^(e+1)), for which
 # the mean of 4^e/x² is 3/(8 ln 2).
 _VARIANCE = 0.18
 
-# Roundings of each factor (cast, and scaled), and of what rows and columns share in an update computed from W.
+# Roundings of each factor (cast and scaled), and those common to rows and columns in an update computed from W.
 _FACTOR_ROUNDINGS, _WHOLE_ROUNDINGS = 2.0, 4.0
 
-# Rounding to nearest is biased where the density f of the values slopes: by (2u·2^e)²/12·f'/f, which is 0.54u² of a
-# Gaussian ΔW for each rounding. Both factors, the product and the scaled product are less than four times that.
+# Rounding to nearest is biased if the density f of the values has a slope: by (2u·2^e)²/12·f'/f, which is 0.54u² of a
+# Gaussian ΔW per rounding. Both factors, the product and the scaled product give less than four times that.
 _BIAS = 4.0
 
 # A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if it came from the
@@ -81,11 +82,11 @@ class Product:
         return self.b[first:last] @ self.a
 
     def error(self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """Return δ for rows of ΔW, of which ``size`` are the absolute values, and P, the size of what was summed."""
+        """Return δ for rows of ΔW with absolute values ``size``, and P, the sum of absolute terms."""
         magnitude = self.b[first:last].abs() @ self.a.abs()
         u = rounding.roundoff
         casts = 4 * u if rounding.cast else 0.0
-        small = smallest(rounding.dtype)  # below the normal numbers, rounding errs by an absolute amount
+        small = smallest(rounding.dtype)  # below the normal numbers, rounding has an absolute error
         bound = 2 * u * size + (casts + (self.b.shape[1] + 8) * _U32) * magnitude + (2 + rounding.scale) * small
         if rounding.cast:
             bound += small * (self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0))
@@ -106,7 +107,7 @@ class Product:
         return _VARIANCE * rounding.roundoff**2 * (_FACTOR_ROUNDINGS * relative + vectors) + _FACTOR_ROUNDINGS * least
 
     def bias(self) -> float:
-        """Return by how much of ΔW a sum that truncates can be off in all entries alike."""
+        """Return the relative error of ΔW that truncating sums can have in all entries alike."""
         return (self.b.shape[1] + 8) * _U32
 
     def times(self, factor: float) -> Product:
@@ -114,10 +115,10 @@ class Product:
         return Product(self.b * factor, self.a)
 
     def truncated(self, scale: float) -> Product:
-        """Return s·B·A with the factors cut to the 10 bits of TF32, as a tensor core reads them.
+        """Return s·B·A with the factors truncated to the 10 mantissa bits of TF32, as read by a tensor core.
 
         Args:
-            scale: s, which is in B.
+            scale: s, included in B.
         """
         b, a = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double() for x in (self.b / scale, self.a))
         return Product(b * scale, a)
@@ -127,19 +128,19 @@ class Product:
         return Product(self.a.T, self.b.T)
 
     def halves_swapped(self) -> Product:
-        """Return ΔW with its upper and lower half in each other's place."""
+        """Return ΔW with its upper and lower half swapped."""
         return Product(self.b.roll(len(self.b) // 2, 0), self.a)
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """ΔW that is known entry by entry.
+    """ΔW given entry by entry.
 
     Args:
         shape: ``(m, n)``.
         read: Takes first and last row and returns these rows of ΔW.
-        exact: Whether no arithmetic came between it and the merge: a new value that the adapter holds in full.
-        factor: c, by which ΔW is multiplied.
+        exact: Whether it needs no arithmetic: a new value stored in full in the adapter.
+        factor: The multiplier c of ΔW.
     """
 
     shape: tuple[int, int]
@@ -152,18 +153,18 @@ class Whole:
         return self.read(first, last).double() * self.factor
 
     def error(self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """Return δ for rows of ΔW, of which ``size`` are the absolute values, and the size of what was summed."""
+        """Return δ for rows of ΔW with absolute values ``size``, and the size of the terms of sums."""
         if self.exact:
             return torch.zeros_like(size), size.clone()
-        summed = size + w.abs() + float((size**2).mean().sqrt())  # what cancelled in a sum is of that size
+        summed = size + w.abs() + float((size**2).mean().sqrt())  # terms that cancelled in a sum are of this size
         return (_STEPS_WITH_W * rounding.roundoff + 16 * _U32) * summed, summed
 
     def shared_noise(self, rounding: Rounding) -> float:
-        """Return 0: what rows and columns share is known only once W was read (``Check.variance``)."""
+        """Return 0: errors common to rows and columns are only known with W (``Check.variance``)."""
         return 0.0
 
     def bias(self) -> float:
-        """Return by how much of ΔW a sum that truncates can be off in all entries alike."""
+        """Return the relative error of ΔW that truncating sums can have in all entries alike."""
         return 0.0 if self.exact else 16 * _U32
 
     def times(self, factor: float) -> Whole:
@@ -176,7 +177,7 @@ class Whole:
         return Whole((self.shape[1], self.shape[0]), lambda first, last: matrix[first:last])
 
     def halves_swapped(self) -> Whole:
-        """Return ΔW with its upper and lower half in each other's place."""
+        """Return ΔW with its upper and lower half swapped."""
         matrix = self.rows(0, self.shape[0]).roll(self.shape[0] // 2, 0)
         return Whole(self.shape, lambda first, last: matrix[first:last])
 
@@ -186,15 +187,15 @@ Addend = Product | Whole
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How a merge may have rounded.
+    """A possible rounding of a merge.
 
     Args:
-        dtype: d, whose numbers MERGED holds.
-        roundoff: u of the arithmetic that made ΔW.
+        dtype: d, the dtype of MERGED's values.
+        roundoff: u of the arithmetic of ΔW.
         cast: Whether the factors may have been cast to a shorter dtype first.
-        scale: s, by which B was multiplied after such a cast.
+        scale: s, applied to B after such a cast.
         diagonal: Whether vectors that scale columns and rows of B were cast as well.
-        bases: Dtypes to which W may have been rounded first, besides not at all.
+        bases: Dtypes to which W may have been rounded first, besides none.
         dequantized: Whether W is dequantized, which may have been done in d.
         first: The dtype to which W was rounded first, in M* (``Check.ideal``); None for not at all.
         between: The dtype to which the sum was rounded before d, in M*; None for not at all.
@@ -211,7 +212,7 @@ class Rounding:
     between: torch.dtype | None = None
 
     def once(self, w: Tensor, delta: Tensor) -> Tensor:
-        """Return M*, W + ΔW rounded as this says, float64."""
+        """Return M*, W + ΔW with this rounding, float64."""
         start = w if self.first is None else w.to(self.first).double()
         total = start + delta
         return (total if self.between is None else total.to(self.between)).to(self.dtype).double()
@@ -219,12 +220,12 @@ class Rounding:
 
 @dataclass(slots=True)
 class Check:
-    """What one pass over W, M and ΔW gives; O = M − W.
+    """Result of one pass over W, M and ΔW; O = M − W.
 
     Args:
-        entries: How many entries there are.
+        entries: Number of entries.
         beyond: Entries of M that no rounding of W + ΔW explains, by row and by column.
-        beyond_base: The same for W + 0 under the same tolerance: what moved visibly.
+        beyond_base: The same for W + 0 with the same tolerance: visible changes.
         worst: max |M − (W + ΔW)| in ulp of the largest of the numbers added, P included.
         unchanged: Entries with M = W, or W rounded.
         inner: ⟨O, ΔW⟩.
@@ -234,20 +235,20 @@ class Check:
         base: ‖W‖².
         allowed: Σ of the squared tolerances.
         ideal: ⟨M* − W, ΔW⟩, with M* = W + ΔW rounded once.
-        variance: Of ``inner`` − ``ideal`` in right merges: Σ (M − M*)²ΔW², since entries of M − M* are as often above 0
-            as below, and what the roundings of factors (rows, columns) add, which many entries share.
-        apart: Σ |(M − M*)ΔW|, which is |``inner`` − ``ideal``| if all entries are off in one direction.
+        variance: Variance of ``inner`` − ``ideal`` in correct merges: Σ (M − M*)²ΔW², since the signs of M − M* are
+            random, plus the roundings of factors, common to rows or columns.
+        apart: Σ |(M − M*)ΔW|, which is |``inner`` − ``ideal``| if all errors have one sign.
         crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M' of (1 + h)ΔW.
-        shared: ⟨W, ΔW⟩ and ‖ΔW‖² of every row (``(2, m)``), and of every column; None where they share no error.
-        bias: The share of ΔW by which sums can be off in all entries alike.
-        along: |⟨W, ΔW⟩| times what dequantizing W can be off by in all entries alike.
-        halves: Σ |ΔW|q over the entries with q/4 < |ΔW| < q, which move if ΔW rounds up to q/2.
-        roundoff: u, 0 where no arithmetic came between ΔW and the merge.
+        shared: ⟨W, ΔW⟩ and ‖ΔW‖² of every row (``(2, m)``), and of every column; None without common errors.
+        bias: Relative error of ΔW that sums can have in all entries alike.
+        along: |⟨W, ΔW⟩| times the relative error of dequantizing W in all entries alike.
+        halves: Σ |ΔW|q over the entries with q/4 < |ΔW| < q, which change if ΔW rounds up to q/2.
+        roundoff: u; 0 if ΔW needs no arithmetic.
         least: The largest error of rounding a number below the normal ones.
         coarsest: Σ step²/12 of a quantized M.
         gridded: Whether both sides are quantized, so that M* is not known.
-        base_non_finite: Where an entry of W is not finite; None if all are.
-        non_finite: Where an entry of M is not finite; None if all are.
+        base_non_finite: Position of an entry of W that is not finite; None if all are.
+        non_finite: Position of an entry of M that is not finite; None if all are.
     """
 
     beyond: tuple[Tensor, Tensor]
@@ -278,43 +279,44 @@ class Check:
 
     @property
     def count(self) -> int:
-        """How many entries no rounding explains."""
+        """Number of entries that no rounding explains."""
         return int(self.beyond[0].sum())
 
     @property
     def moved(self) -> int:
-        """How many entries differ from W by more than the tolerance."""
+        """Number of entries that differ from W by more than the tolerance."""
         return int(self.beyond_base[0].sum())
 
     @property
     def scale_error(self) -> float:
-        """Standard error of c = inner/expected about c* = ideal/expected; infinite where M* is not known."""
+        """Standard error of c = inner/expected about c* = ideal/expected; infinite if M* is not known."""
         if self.gridded or not self.expected:
             return math.inf
         return math.sqrt(self.variance) / self.expected
 
     @property
     def scale_limit(self) -> float:
-        """How far c of a right merge may be from c*: chance and what roundings add to all entries alike."""
+        """Largest difference of c from c* in a correct merge: random errors, and errors common to all entries."""
         return LIMIT * self.scale_error + self.alike
 
     @property
     def alike(self) -> float:
-        """The share of ΔW by which roundings can be off in all entries alike.
+        """Relative error of ΔW that roundings can have in all entries alike.
 
-        Among them a quantizer's gain: if it is near the best, quantizing takes the share of its noise from the signal.
+        This includes a quantizer's gain: near the optimum, quantizing removes the fraction of its noise from the
+        signal.
         """
         if not self.expected:
             return 0.0
         gain = 2 * self.coarsest / self.base if self.base else 0.0
         roundoff = self.roundoff + self.least / math.sqrt(
             self.expected / self.entries
-        )  # of a ΔW below the normal numbers
+        )  # for a ΔW below the normal numbers
         biased = _BIAS * roundoff**2 + _TIED * roundoff * self.halves / self.expected
         return self.bias + biased + gain + abs(self.along) / self.expected
 
     def resolves(self, change: float) -> bool:
-        """Whether a scale that is off by ``change`` would show, with a margin of two."""
+        """Whether a scale with the relative error ``change`` would be detected, with a margin of two."""
         if not self.expected or self.gridded:
             return False
         noise = math.sqrt(self.variance + change * self.crossing) / self.expected
@@ -322,7 +324,7 @@ class Check:
 
     @property
     def drifted(self) -> bool:
-        """Whether more or less of ΔW arrived than roundings can add or take, whatever the single entries say."""
+        """Whether more or less of ΔW arrived than roundings can add or remove, independent of single entries."""
         return self.expected > 0 and not abs(self.inner - self.ideal) <= self.scale_limit * self.expected
 
 
@@ -333,14 +335,14 @@ Block = tuple[Tensor, Tensor, Tensor | None]
 def check_merge(
     blocks: Iterable[Block], shape: tuple[int, int], addend: Addend, rounding: Rounding, whole: bool = True
 ) -> Check:
-    """Hold every entry of M against W + ΔW.
+    """Compare every entry of M with W + ΔW.
 
     Args:
         blocks: ``(W, M, steps of M)`` row blocks from the first row to the last.
         shape: ``(m, n)``.
         addend: ΔW.
         rounding: How the merge may have rounded.
-        whole: False to stop at entries that no rounding explains: for a trial of which only its failure counts.
+        whole: False to stop at entries that no rounding explains, if only the failure matters.
 
     Returns:
         Counts and norms; after a non-finite entry of BASE or MERGED nothing more is read.
@@ -435,10 +437,10 @@ def _add_scale(
     rounding: Rounding,
     span: tuple[int, int],
 ) -> None:
-    """Add what c* and the standard error of c need.
+    """Add the contributions to c* and the standard error of c.
 
     Args:
-        found: Where to.
+        found: Result to update.
         w: Rows of W.
         m: Rows of M.
         delta: Rows of ΔW.
@@ -472,7 +474,7 @@ def _inner(left: Tensor, right: Tensor) -> float:
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the spacing of a dtype's numbers at every value: 2^(⌊log₂|w|⌋ − p), and that of its subnormals below.
+    """Return the spacing of a dtype at every value: 2^(⌊log₂|w|⌋ − p), and the spacing of its subnormal numbers below.
 
     Args:
         values: float64, any shape.
@@ -502,12 +504,14 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def held_dtype(values: Tensor) -> torch.dtype:
-    """Return the shortest dtype whose numbers most of the values are, at most the one they are stored in.
+    """Return the shortest dtype that represents most of the values, at most the stored one.
 
-    A model that was merged in bfloat16 and saved in float32 holds bfloat16 numbers: it can only be held to those.
+    A model that was merged in bfloat16 and saved in float32 has bfloat16 precision only.
     """
     stored = values.dtype
-    values = values[values.abs() >= torch.finfo(stored).tiny]  # smaller ones have few bits, so that they fit anything
+    values = values[
+        values.abs() >= torch.finfo(stored).tiny
+    ]  # smaller values have few bits, so that they fit any dtype
     for dtype in SHORTER[stored]:
         if values.numel() and (values.to(dtype).to(values.dtype) == values).double().mean() > 0.5:
             return dtype

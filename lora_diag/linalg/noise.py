@@ -1,4 +1,4 @@
-"""What moves ΔW says about rounding: which entries were trained at all, and whether BASE was rounded after the start.
+"""Evidence on rounding in ΔW: which entries were trained, and whether BASE was rounded after the start.
 
 Both are read from the spacing u of the stored values, which jumps by 2 at powers of two, where |w| does not: what
 scales with u is rounding, what scales with |w| is training.
@@ -17,19 +17,19 @@ from lora_diag.linalg.rounding import LAYOUT
 # Entries of a layer in which unchanged ones are counted.
 SAMPLE = 2**18
 
-# The fewest entries from which a share is read.
+# Minimum number of entries for an estimated fraction.
 FEWEST = 64
 
-# Numbers of 8 exponent and 7 mantissa bits, and entries that are looked at in one go.
+# Numbers of 8 exponent and 7 mantissa bits, and entries per block.
 _BINS, _PART = 2**15, 2**16
 
-# Reweighting ends when no weight changes by more than this; 5 to 30 rounds were seen.
+# Reweighting ends when no weight changes by more than this; 5 to 30 rounds were observed.
 _CONVERGED, _ITERATIONS = 1e-3, 50
 
 
 @dataclass(slots=True)
 class Sample:
-    """Entries at a fixed distance from each other, over all blocks, and so the same whatever the blocks.
+    """Entries at a constant distance over all blocks, and so independent of the blocks.
 
     Args:
         shape: ``(m, n)`` of the matrix.
@@ -42,19 +42,19 @@ class Sample:
     def __post_init__(self) -> None:
         m, n = self.shape
         self.stride = max(1, -(-m * n // SAMPLE))
-        while math.gcd(self.stride, n) > 1:  # else some columns are never looked at
+        while math.gcd(self.stride, n) > 1:  # otherwise some columns are never sampled
             self.stride += 1
 
     def of(self, row: int) -> slice:
-        """Return which entries of the block that begins with this row are taken."""
+        """Return a mask of the sampled entries of the block that begins with this row."""
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
     def add(self, *taken: Tensor) -> None:
-        """Add the entries of a block: of ΔW, and the spacing of both sides."""
+        """Add the entries of a block: ΔW, and the spacing of both sides."""
         self.parts.append(tuple(values.cpu().to(torch.float64).abs() for values in taken))
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """Return what was taken of each matrix."""
+        """Return the samples of each matrix."""
         if not self.parts:
             return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(3))
         return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
@@ -62,13 +62,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """How many entries of a sample changed, by the binade of their spacing u; from the smallest to the largest.
+    """Numbers of changed entries in a sample, by the binade of their spacing u, in ascending order.
 
     Args:
         spacing: 2^⌊log₂u⌋.
-        entries: How many there are.
-        changed: How many of them changed.
-        far: How many of them moved by more than one u.
+        entries: Number of entries.
+        changed: Number of changed entries.
+        far: Number of entries that changed by more than one u.
     """
 
     spacing: Tensor
@@ -90,7 +90,7 @@ class Moves:
         return cls(2.0 ** values[present], *(each[present].double() for each in (entries, changed, far)))
 
     def untouched(self) -> float:
-        """Estimate the share of entries that training left alone, as opposed to those that rounding left as they were.
+        """Estimate the fraction of entries that training did not change, excluding those that rounding left unchanged.
 
         An entry is unchanged by rounding while its move is less than u/2, so the share of unchanged entries falls to
         that of the untouched ones as u → 0, provided that the size of moves does not go with |w|. It is read from the
@@ -116,8 +116,8 @@ class Moves:
         independent changes make, p(1 − p)u². The smaller of the two is taken for each spacing, for trained entries.
 
         Args:
-            untouched: Share of untouched entries.
-            sides: How many sides were rounded.
+            untouched: Fraction of untouched entries.
+            sides: Number of rounded sides.
         """
         trained = torch.maximum(self.entries * (1 - untouched), self.changed)
         share = self.changed / trained.clamp(min=1e-300)
@@ -130,7 +130,7 @@ class Moves:
 
 @dataclass(slots=True)
 class Energies:
-    """n, Σ ΔW² and Σ ΔW⁴ of the changed entries by the first 7 bits of |w|, which tell all that BASE's spacing does."""
+    """n, Σ ΔW² and Σ ΔW⁴ of the changed entries by the first 7 bits of |w|, which determine BASE's spacing."""
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, _BINS, dtype=torch.float64))
 
@@ -138,9 +138,9 @@ class Energies:
         """Add a block.
 
         Args:
-            block: Of ΔW.
-            base: Of W_base.
-            unchanged: True where ΔW is 0; None if it is nowhere.
+            block: Block of ΔW.
+            base: Block of W_base.
+            unchanged: True where ΔW is 0; None if nowhere.
         """
         bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)
         parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
@@ -166,7 +166,7 @@ class Energies:
             mantissa: Bits of BASE.
 
         Returns:
-            β and its standard error; None where too few entries changed, or all have one spacing.
+            β and its standard error; None if too few entries changed, or all have one spacing.
         """
         tiny = max(torch.finfo(dtype).tiny for dtype, layout in LAYOUT.items() if layout[2] == mantissa)
         values = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()

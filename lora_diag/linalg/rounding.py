@@ -1,9 +1,9 @@
-"""How coarsely a file stores its numbers: the spacing of floating-point values around each entry.
+"""The precision of stored numbers: the spacing of floating-point values around each entry.
 
-A value w stored with p mantissa bits stands for every number within half a spacing of it,
-ulp(w) = 2^(⌊log₂|w|⌋ − p). So a stored W differs from the one that was trained by an E with |E_ij| ≤ ulp(W_ij)/2, and,
-while the trained values lie anywhere between two stored ones, E_ij has the variance ulp²/12 of a uniform error
-(Widrow and Kollár 2008, *Quantization Noise*, §4).
+A value w stored with p mantissa bits represents every number within half a spacing of it, ulp(w) = 2^(⌊log₂|w|⌋ − p).
+So a stored W differs from the one that was trained by an E with |E_ij| ≤ ulp(W_ij)/2, and, while the trained values lie
+anywhere between two stored ones, E_ij has the variance ulp²/12 of a uniform error (Widrow and Kollár 2008,
+*Quantization Noise*, §4).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Profile:
         fourth = squares.square_()
         self.rows_fourth[down] += ratio**2 * _double(fourth.sum(1))
         self.columns_fourth[across] += ratio**2 * _double(fourth.sum(0))
-        return float(rows.sum()) * (top * scale) * (top * scale)  # inf where ** would raise
+        return float(rows.sum()) * (top * scale) * (top * scale)  # inf, whereas ** would raise an error
 
     def _measure_in(self, unit: float) -> None:
         """Change the unit."""
@@ -113,7 +113,7 @@ class Spacing:
 
     @classmethod
     def of(cls, shape: tuple[int, int]) -> Spacing:
-        """Return the spacing of no entries yet."""
+        """Return the spacing of no entries."""
         return cls(Profile.of(shape), Profile.of(shape))
 
     def add(
@@ -125,18 +125,18 @@ class Spacing:
         column: int = 0,
         sample: slice = slice(0),
     ) -> Tensor:
-        """Count a block in.
+        """Add a block.
 
-        A bfloat16 model that was saved as float32 is still rounded to bfloat16, so values that a shorter dtype holds
-        exactly are taken for what they are.
+        A bfloat16 model that was saved as float32 is still rounded to bfloat16, so values that a shorter dtype
+        represents exactly are treated as rounded to it.
 
         Args:
             block: Stored values, or dequantized ones; ``(rows, columns)``.
             step: The spacing of a quantized format at every entry, in place of that of the dtype.
-            unchanged: Which entries are the same on both sides; None if none is.
+            unchanged: Mask of entries equal on both sides; None if none is.
             row: Row number of the first row.
             column: Column number of the first column.
-            sample: Which entries of the block to return the spacing of.
+            sample: Mask of the entries whose spacing is returned.
 
         Returns:
             The spacing of those entries, float64.
@@ -170,7 +170,7 @@ class Spacing:
         return norm * norm
 
 
-# Share of unchanged entries of a block below which training is taken to have reached all of them.
+# Fraction of unchanged entries of a block below which training is assumed to have changed all of them.
 FEW = 0.25
 
 
@@ -183,7 +183,7 @@ class Unchanged:
 
     Args:
         entries: True where unchanged.
-        few: Whether there are less than ``FEW``.
+        few: Whether their fraction is below ``FEW``.
         limit: The largest spacing that counts.
     """
 
@@ -193,7 +193,7 @@ class Unchanged:
 
     @classmethod
     def of(cls, block: Tensor, fro: float, number: int) -> Unchanged | None:
-        """Return those of a block of ΔW, given its norm and their number; None if there is none."""
+        """Return the unchanged entries of a block of ΔW, given its norm and their number; None if there are none."""
         if not number:
             return None
         entries = block.numel()
@@ -215,14 +215,14 @@ SHORTER = {
 
 
 def spacings(values: Tensor, out: Tensor) -> int:
-    """Write the spacing of every entry in units of 2^-p, and return p, the mantissa bits that most entries use.
+    """Write the spacing of every entry in units of 2^-p, and return p, the mantissa bits used by most entries.
 
     A float32 number that was not rounded to bfloat16 fits it with probability 2⁻¹⁶, a float16 number bfloat16 with 1/8;
-    so a majority that fits was rounded, and a few entries that do not (a hand edit) change nothing about the others.
+    so a majority that fits was rounded, regardless of a few entries that do not (a manual edit).
 
     Args:
         values: float64, float32, float16 or bfloat16; any shape.
-        out: Where to; of that shape, contiguous, float64 for float64, else float32.
+        out: Output of that shape, contiguous, float64 for float64, else float32.
 
     Example:
         >>> out = torch.empty(3)
@@ -234,8 +234,8 @@ def spacings(values: Tensor, out: Tensor) -> int:
     out.view(integer).bitwise_and_(mask)  # 2^⌊log₂|w|⌋
     out.clamp_(min=torch.finfo(values.dtype).tiny)  # zero and subnormal numbers: like the smallest normal one
     own = LAYOUT[values.dtype][2]
-    # Only values that may be short pay for the whole comparison. The step is odd: by every 4096th entry, a block with
-    # 4096 columns would be told by the first of them alone.
+    # Only candidates for a shorter dtype get the full comparison. The step is odd: with every 4096th entry, a block of
+    # 4096 columns would be judged by its first column only.
     flat = values.reshape(-1)
     sample = flat[:: len(flat) // 256 | 1]
     for dtype in SHORTER[values.dtype]:
@@ -257,10 +257,10 @@ def rounding_bound(sides: Iterable[Spacing]) -> float:
 
 
 def is_finer(base: Spacing, tuned: Spacing) -> bool:
-    """Say whether TUNED is stored more finely than BASE, so that BASE may be the exact start of training.
+    """Return whether TUNED is stored more finely than BASE, so that BASE may be the exact start of training.
 
-    TUNED is what training arrived at, rounded: it always counts. BASE is where training started: its stored values are
-    exact if they are the starting point. Where both are stored alike, both may have been rounded from a finer run; and
-    a quantized BASE stands for weights that it only approximates.
+    TUNED is the rounded result of training: its rounding always counts. BASE is where training started: its stored
+    values are exact if they are the starting point. Where both are stored alike, both may have been rounded from a
+    finer run; and a quantized BASE stands for weights that it only approximates.
     """
     return tuned.mantissa > base.mantissa > 0

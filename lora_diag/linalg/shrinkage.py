@@ -25,8 +25,8 @@ class Shrunk:
     """Singular values after shrinking, float64, those that are not zero.
 
     Args:
-        eta: η, what L is given.
-        debiased: x, what L's own values are estimated to be.
+        eta: η, the singular values of the estimate of L.
+        debiased: x, the estimated singular values of L itself.
         noise: τ, the standard deviation of the score's noise.
     """
 
@@ -36,7 +36,7 @@ class Shrunk:
 
 
 def edge(shape: tuple[int, int], deviation: float) -> float:
-    """Return deviation·(√m + √n), where the singular values of pure noise end."""
+    """Return deviation·(√m + √n), the edge of the singular values of pure noise."""
     return deviation * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
@@ -46,7 +46,7 @@ def shrink(s: Tensor, shape: tuple[int, int], deviation: float, information: flo
     Args:
         s: σ, descending.
         shape: ``(m, n)``.
-        deviation: s, of what L does not hold.
+        deviation: s, of the remainder outside L.
         information: q in (0, 1].
 
     Example:

@@ -1,6 +1,6 @@
-"""How long the kernels of the spectral methods take on this machine, on matrices made for the purpose.
+"""Timing of the kernels of the spectral methods on this machine, with synthetic matrices.
 
-It times what the methods call and refuses to know models and budgets: what a whole run costs is ``planning.cost``.
+Times the kernels of the methods only; the cost of a whole run is computed in ``decisions.plan.cost``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_diag.linalg.difference import difference
 from lora_diag.linalg.gram import gram_matrix
 from lora_diag.linalg.stacked import BLOCK_ENTRIES
 
-# σ_i ∝ i^-DECAY, as the benchmark's updates have: krylov's work depends on it.
+# σ_i ∝ i^-DECAY, as for the updates of the benchmark; the work of krylov depends on it.
 DECAY = 0.7
 
 
@@ -34,7 +34,7 @@ def time_full(order: int) -> tuple[float, float]:
 
 
 def time_few(order: int, top: int) -> float:
-    """Return the seconds that the ``top`` largest values of an ``(n, n)`` matrix of decaying spectrum take.
+    """Return the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying spectrum.
 
     Args:
         order: n.
@@ -47,7 +47,7 @@ def time_few(order: int, top: int) -> float:
 
 
 def time_pass(order: int) -> float:
-    """Return the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, take the norms.
+    """Return the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, compute norms.
 
     Args:
         order: n.
@@ -57,7 +57,7 @@ def time_pass(order: int) -> float:
     tuned = (base + update).to(torch.bfloat16)
     rows = max(1, BLOCK_ENTRIES // order)
     start = time.perf_counter()
-    # a copy of a block stands for reading it from a file that the system has in memory
+    # copying a block stands for reading it from a cached file
     blocks = ((b.clone(), t.clone()) for b, t in zip(torch.split(base, rows), torch.split(tuned, rows), strict=True))
     difference(blocks, (order, order), torch.device("cpu"))
     return time.perf_counter() - start

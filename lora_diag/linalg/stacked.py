@@ -50,7 +50,7 @@ def total(parts: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
 
 
 def rows_of(matrix: Matrix) -> Iterator[Tensor]:
-    """Yield the rows in blocks, float64; of a product one block at a time, so that it is never held whole."""
+    """Yield the rows in blocks, float64; a product is formed one block at a time."""
     m, n = shape_of(matrix)
     step = max(1, BLOCK_ENTRIES // max(1, n))
     for first in range(0, m, step):
@@ -66,12 +66,12 @@ def shape_of(matrix: Matrix) -> tuple[int, int]:
 
 
 def device_of(matrix: Matrix) -> torch.device:
-    """Return where it lies."""
+    """Return its device."""
     return matrix[0].device if isinstance(matrix, tuple) else matrix.device
 
 
 def inner(x: Matrix, y: Matrix) -> float:
-    """Return ⟨X, Y⟩ = tr(XᵀY) in float64; of two products from thin matrices alone: Σ (B_1ᵀB_2)∘(A_1A_2ᵀ).
+    """Return ⟨X, Y⟩ = tr(XᵀY) in float64; for two products from thin matrices only: Σ (B_1ᵀB_2)∘(A_1A_2ᵀ).
 
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))
@@ -87,7 +87,7 @@ def inner(x: Matrix, y: Matrix) -> float:
 
 
 def gap(x: Matrix, y: Matrix) -> float:
-    """Return ‖X − Y‖_F: of two products from QR of their stacked factors, so that no digits are lost where it is small.
+    """Return ‖X − Y‖_F; for two products by QR of their stacked factors, so that small distances lose no digits.
 
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))

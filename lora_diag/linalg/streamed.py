@@ -1,4 +1,4 @@
-"""Products with a matrix that is in memory, or that is not: row blocks come and go, and every product reads it once."""
+"""Products with a matrix that is in memory or read in row blocks; every product reads it once."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-# Rows converted to float64 at a time, so few that they are still in the cache when they are multiplied: a product with
-# 64 columns at 8192×2048 took 57 ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with 1024.
+# Rows converted to float64 at a time, few enough to stay in the cache: a product with 64 columns at 8192×2048 took 57
+# ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with 1024.
 ROWS = 256
 
-# Columns multiplied at a time in float64 where two row blocks meet: 128 rows of both are then still in the cache.
+# Columns multiplied at a time in float64 for two row blocks: 128 rows of both then fit in the cache.
 COLUMNS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """A, or Aᵀ, where A is read in row blocks.
+    """A, or Aᵀ, with A read in row blocks.
 
     Args:
         read: Starts a pass: yields the rows of A from the first to the last, ``(rows, columns of A)`` each. All blocks
             but the last have the same number of rows, and every pass gives the same numbers.
-        shape: ``(m, n)`` of what this stands for.
-        dtype: Of the blocks: float32 or float64.
-        device: Where they lie.
+        shape: ``(m, n)`` of the represented matrix.
+        dtype: Dtype of the blocks: float32 or float64.
+        device: Device of the blocks.
         transposed: Whether this is Aᵀ.
 
     Example:
@@ -50,7 +50,7 @@ class Streamed:
         return replace(self, read=lambda: (block / scale for block in self.read()))
 
     def times(self, x: Tensor) -> Tensor:
-        """Return its product with a thin matrix, in the dtype of that, from one pass.
+        """Return its product with a thin matrix in the dtype of the latter, from one pass.
 
         Args:
             x: X, ``(n, k)``, no shorter a dtype than that of the blocks.
@@ -68,7 +68,7 @@ class Streamed:
         return product
 
     def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return M·X and Mᵀ·M·X, M being what this stands for: from one pass if that is A, from two if it is Aᵀ."""
+        """Return M·X and Mᵀ·M·X for the represented M: from one pass if M is A, from two if it is Aᵀ."""
         if self.transposed:
             product = self.times(x)
             return product, self.T.times(product)
@@ -81,7 +81,7 @@ class Streamed:
         return product, back
 
 
-# A matrix in memory or in a file.
+# A matrix in memory or streamed.
 Matrix = Tensor | Streamed
 
 
@@ -134,14 +134,14 @@ def at_least(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
 
 
 def gram_of_rows(a: Streamed, held: int) -> Tensor:
-    """Return the lower triangle of A·Aᵀ, holding so many row blocks at a time.
+    """Return the lower triangle of A·Aᵀ, with this many row blocks in memory.
 
-    Every pass holds the next ``held`` blocks and multiplies each block behind them with them, so A is read
-    blocks / held times.
+    Every pass keeps the next ``held`` blocks and multiplies all later blocks with them, so A is read blocks / held
+    times.
 
     Args:
         a: A, ``(m, n)``, not transposed.
-        held: Blocks to hold, at least 1.
+        held: Number of blocks in memory, at least 1.
 
     Returns:
         ``(m, m)`` float64; entries above the diagonal blocks are zero.

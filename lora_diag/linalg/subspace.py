@@ -1,4 +1,4 @@
-"""Which part of a matrix lies in given subspaces, from products with thin matrices alone.
+"""Fractions of a matrix in given subspaces, from products with thin matrices only.
 
 With orthonormal U (m × r) and V (n × r), the projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ is
 P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical low-rank approximation*, SIAM J. Matrix Anal. Appl. 29,
@@ -7,8 +7,8 @@ three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ are orthogo
 
     ‖P(G)‖² = ‖UᵀG‖² + ‖GV‖² − ‖UᵀGV‖²,
 
-and nothing of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most the smaller of the other
-two. The first r columns of larger U and V give every smaller rank at once.
+and no matrix of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most the smaller of the
+other two. The first r columns of larger U and V give every smaller rank at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_diag.linalg.difference import first_non_finite, norm
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Norms of the parts of G over ‖G‖_F; one value for each rank asked for.
+    """Norms of the parts of G over ‖G‖_F; one value per requested rank.
 
     Args:
         fro: ‖G‖_F.
@@ -43,7 +43,7 @@ class Shares:
 
 
 def orthonormal(vectors: Tensor) -> Tensor:
-    """Return float64 columns, orthonormal to rounding, of which the first k span what the first k given ones do.
+    """Return float64 columns, orthonormal up to rounding, whose first k columns span the first k given ones.
 
     Args:
         vectors: ``(m, r)``, r ≤ m, linearly independent.
@@ -53,7 +53,7 @@ def orthonormal(vectors: Tensor) -> Tensor:
 
 
 def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]) -> Shares | str:
-    """Measure which part of G lies in the subspaces of the first r columns of U and V.
+    """Measure the fractions of G in the subspaces of the first r columns of U and V.
 
     Args:
         blocks: The rows of G, ``(rows, n)`` each, any floating dtype, from the first row to the last.
@@ -62,8 +62,8 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
         ranks: The r, 1 ≤ r ≤ R each.
 
     Returns:
-        The shares, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1 and all of them 0 where G is zero; or, where an entry is
-        not finite, what and where.
+        The fractions, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1, all 0 if G is zero; or the value and position of an
+        entry that is not finite.
 
     Example:
         >>> e = torch.eye(3, dtype=torch.float64)
@@ -93,7 +93,7 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
 
 
 def _shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:
-    """Return both, left, right and tangent from squares; in order, which rounding would break in the last digit."""
+    """Return both, left, right and tangent from squares, with their order enforced against rounding."""
     inside, columns, rows = (min(1.0, math.sqrt(square) / fro) for square in (both, left, right))
     inside = min(inside, columns, rows)
     tangent = min(1.0, max(columns, rows, math.sqrt(max(0.0, left + right - both)) / fro))

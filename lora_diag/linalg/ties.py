@@ -1,8 +1,8 @@
-"""TIES: keep the largest entries of each update, elect a sign for every entry, average those that agree with it.
+"""TIES: keep the largest entries of each update, elect a sign for every entry, average the entries that agree with it.
 
 Reference: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708, in the form
-of PEFT 0.21's ``merge_utils.ties``: the sign is that of the sum of the trimmed updates, without weights, and that of a
-sum of zero is positive; what agrees is multiplied by its weight and divided by the number of those that agree.
+of PEFT 0.21's ``merge_utils.ties``: the sign is that of the unweighted sum of the trimmed updates, positive for zero;
+agreeing entries are multiplied by their weights and averaged over their number.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lora_diag.linalg.stacked import Matrix, rows_of, shape_of
 
 @dataclass(slots=True)
 class Conflicts:
-    """Entries that several updates change, and in how many of them they differ in sign.
+    """Entries that several updates change, and the number with differing signs.
 
     Args:
-        shared: Entries that at least two change.
-        differing: Those of them whose signs are not all equal.
-        by_chance: How many would differ if signs were tossed: Σ 1 − 2^(1−c), c updates changing an entry.
+        shared: Number of entries that at least two updates change.
+        differing: Number of these with differing signs.
+        by_chance: Expected number for random signs: Σ 1 − 2^(1−c), where c updates change an entry.
     """
 
     shared: int = 0
@@ -31,7 +31,7 @@ class Conflicts:
     by_chance: float = 0.0
 
     def count(self, entries: Tensor) -> None:
-        """Count those of a block, ``(K, rows, n)``."""
+        """Add the entries of a block, ``(K, rows, n)``."""
         positive, negative = (entries > 0).sum(0), (entries < 0).sum(0)
         changing = positive + negative
         self.shared += int((changing >= 2).sum())
@@ -41,7 +41,7 @@ class Conflicts:
 
     @property
     def share(self) -> float | None:
-        """Share of the shared entries that differ; None if none is shared."""
+        """Fraction of the shared entries that differ; None without shared entries."""
         return self.differing / self.shared if self.shared else None
 
     @property
@@ -51,11 +51,11 @@ class Conflicts:
 
 
 def threshold(matrix: Matrix, density: float) -> float:
-    """Return the magnitude from which on an entry is among the ⌊density·mn⌋ largest; infinite if that is none.
+    """Return the smallest magnitude among the ⌊density·mn⌋ largest; infinite if there are none.
 
     Args:
-        matrix: X, ``(m, n)``. Its magnitudes are held in float32, as long as this takes.
-        density: Share of the entries to keep.
+        matrix: X, ``(m, n)``. Its magnitudes are kept in float32 during the call.
+        density: Fraction of the entries to keep.
 
     Example:
         >>> threshold(torch.tensor([[3.0, -1.0], [2.0, 0.5]]), 0.5)
@@ -73,7 +73,7 @@ def merged(trimmed: Tensor, weights: Tensor) -> Tensor:
     """Return the elected, averaged entries of a block.
 
     Args:
-        trimmed: ``(K, rows, n)``, entries that were not kept zero.
+        trimmed: ``(K, rows, n)``, with discarded entries set to zero.
         weights: ``(K,)``.
 
     Example:
@@ -89,14 +89,14 @@ def merged(trimmed: Tensor, weights: Tensor) -> Tensor:
 def ties_blocks(
     parts: Sequence[Matrix], weights: Sequence[float], density: float, before: Conflicts, after: Conflicts
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield Σ w_kX_k and its TIES merge in row blocks, and count the entries that differ in sign on the way.
+    """Yield Σ w_kX_k and its TIES merge in row blocks, and count the entries with differing signs.
 
-    Entries of equal magnitude at the threshold are all kept, where PEFT takes some of them.
+    All entries with the magnitude of the threshold are kept, whereas PEFT keeps some of them.
 
     Args:
         parts: The X_k, ``(m, n)``.
         weights: The w_k.
-        density: Share of the entries of each X_k to keep; 1 keeps all.
+        density: Fraction of the entries of each X_k to keep; 1 keeps all.
         before: Counts all entries.
         after: Counts the kept ones.
     """
@@ -112,12 +112,12 @@ def ties_blocks(
 
 
 def ties_factor(factors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Return the TIES merge of one factor of several adapters, as PEFT merges A and B apart.
+    """Return the TIES merge of one factor of several adapters; PEFT merges A and B separately.
 
     Args:
         factors: All of one shape.
-        weights: One for each.
-        density: Share of the entries of each to keep.
+        weights: One per factor.
+        density: Fraction of the entries of each to keep.
     """
     empty = Conflicts()
     return torch.cat([block for _, block in ties_blocks(factors, weights, density, empty, empty)])

@@ -1,11 +1,11 @@
-"""Moments of a normal distribution given the cell that a value lies in, stable in float32.
+"""Moments of a normal distribution truncated to a cell, stable in float32.
 
 With t = (x − μ)/s, the density on a cell is proportional to exp(−t²/2)·w(t), w being 1 in the cell, or a trapezoid
 where the start of training was rounded, too. Differences of Φ and φ lose all digits in narrow cells and in tails, so
-the integrals are taken by Gauss-Legendre quadrature on the part of the cell that counts: with t₀ its point nearest
-to 0, exp(−(t² − t₀²)/2) is below e^−K beyond |t − t₀| = 2K/(|t₀| + √(t₀² + 2K)). With 16 nodes and K = 16 means are
-within 3e-6 standard deviations and variances within 4e-5 of quadrature with 200 nodes, over cells from e^−7 to e^4
-standard deviations wide and up to 50 away; float32 adds the rounding of the ends of the cells.
+the integrals are computed by Gauss-Legendre quadrature on the relevant part of the cell: with t₀ its point nearest to
+0, exp(−(t² − t₀²)/2) is below e^−K beyond |t − t₀| = 2K/(|t₀| + √(t₀² + 2K)). With 16 nodes and K = 16 means are within
+3e-6 standard deviations and variances within 4e-5 of quadrature with 200 nodes, over cells from e^−7 to e^4 standard
+deviations wide and up to 50 away; float32 adds the rounding of the ends of the cells.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from lora_diag.linalg.cells import Cells
 
-# Nodes and K, by dtype; the fast ones are within 1e-3 of the variance.
+# Nodes and K, by dtype; the fast ones are accurate to 1e-3 of the variance.
 NODES = {torch.float32: (16, 16.0), torch.float64: (40, 40.0)}
 FAST = (10, 10.0)
 
 
 class Moments(NamedTuple):
-    """E[x], Var[x] and the logarithm of the likelihood of the cell, for every entry."""
+    """E[x], Var[x] and the log-likelihood of the cell, for every entry."""
 
     mean: Tensor
     variance: Tensor
@@ -64,7 +64,7 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
     nearest = torch.clamp(torch.zeros_like(first), first, last)
     distance = nearest.abs()
     beyond = 2 * reach / (distance + (distance * distance + 2 * reach).sqrt())
-    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits. A cell that does not hold 0 gets its
+    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits. A cell that does not contain 0 gets its
     # width from its own ends: far out, the difference of two rounded t may be 0.
     left = torch.where(last < 0, -width, first.clamp(max=0.0))
     right = torch.where(first > 0, width, last.clamp(min=0.0))
@@ -97,7 +97,7 @@ class _Ramp(NamedTuple):
     flat: Tensor
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Return its height, not normalised."""
+        """Return its height, not normalized."""
         return torch.minimum(torch.minimum(u - self.first, self.last - u), self.flat).clamp_(min=0.0)
 
 

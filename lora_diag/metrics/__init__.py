@@ -1,7 +1,6 @@
 """Singular values → numbers. NumPy and SciPy only.
 
-The rule on the door: a function here takes singular values and norms and returns a number or an array; it knows no
-torch, no names and no files.
+Functions take singular values and norms and return numbers or arrays; independent of torch, names and files.
 """
 
 from lora_diag.metrics.distance import Distances, distances, limit, pooled

@@ -1,26 +1,27 @@
-"""Principal angles between random subspaces: what the angles of two updates are compared with."""
+"""Principal angles between random subspaces, the baseline for the angles of two updates."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Nodes of the trapezoidal rule; the integrand is smooth and periodic, so its error is far below what a figure shows.
+# Nodes of the trapezoidal rule; the integrand is smooth and periodic, so the error is far below the resolution of a
+# figure.
 _NODES = 1025
 
 
 def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -> NDArray[np.float64]:
-    """Return which share of the principal angles between two random subspaces has at most these cosines.
+    """Return the fraction of the principal angles between two random subspaces with at most these cosines.
 
-    The law for large spaces. With a = p/m ≤ b = q/m, the squared cosines λ have the density
-    √((λ₊ − λ)(λ − λ₋)) / (2πa·λ(1 − λ)) between λ± = (√(a(1 − b)) ± √(b(1 − a)))², and where p + q > m a share
-    (a + b − 1)/a of them is 1. For p = q = 8 and m = 128 it is within 0.05 of what random subspaces have.
+    The law for large spaces. With a = p/m ≤ b = q/m, the squared cosines λ have the density √((λ₊ − λ)(λ − λ₋)) /
+    (2πa·λ(1 − λ)) between λ± = (√(a(1 − b)) ± √(b(1 − a)))², and if p + q > m a fraction (a + b − 1)/a of them is 1.
+    For p = q = 8 and m = 128 it is within 0.05 of random subspaces.
 
     Args:
-        cosines: Where it is asked for, in [0, 1].
+        cosines: Cosines in [0, 1].
         first: Dimension of the one subspace.
         second: Dimension of the other.
-        dimension: m, of the space they lie in.
+        dimension: m, the dimension of the whole space.
 
     Reference: Wachter 1980, "The limiting empirical measure of multiple discriminant ratios", Ann. Statist. 8, 937–957.
 
@@ -34,16 +35,16 @@ def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -
         return np.where(squares >= 1, 1.0, 0.0)
     middle, half = np.sqrt(a * (1 - b)), np.sqrt(b * (1 - a))
     low, high = (middle - half) ** 2, min(1.0, (middle + half) ** 2)
-    # λ = λ₋ + (λ₊ − λ₋)sin²φ takes both roots out of the integral, and the pole at 0 or 1 where an edge reaches it.
+    # λ = λ₋ + (λ₊ − λ₋)sin²φ removes both roots from the integral, and the pole at 0 or 1 if an edge reaches it.
     phi = np.linspace(0.0, np.pi / 2, _NODES)
     inside = phi[1:-1]
     values = low + (high - low) * np.sin(inside) ** 2
     density = (high - low) ** 2 * (np.sin(inside) * np.cos(inside)) ** 2 / (np.pi * a * values * (1 - values))
-    # At the ends the integrand is zero but for an edge at 0 or 1, where it goes to a limit next to its neighbour.
+    # At the ends the integrand is zero, except for an edge at 0 or 1, where its limit is the neighbouring value.
     whole = np.concatenate([density[:1] * (low < 1e-12), density, density[-1:] * (high > 1 - 1e-12)])
     steps = (whole[1:] + whole[:-1]) / 2 * (phi[1] - phi[0])
     shares = np.concatenate([[0.0], np.cumsum(steps)])
-    # What rounding leaves of the mass that is known.
+    # Correct the known total mass for rounding.
     shares *= (1 - max(0.0, (a + b - 1) / a)) / shares[-1]
     at = np.arcsin(np.sqrt(np.clip((squares - low) / (high - low), 0.0, 1.0)))
     return np.where(squares >= 1, 1.0, np.interp(at, phi, shares))

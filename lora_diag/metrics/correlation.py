@@ -1,4 +1,4 @@
-"""Rank correlation of two scores, with an interval and a p-value that need no normal scores."""
+"""Rank correlation of two scores, with an interval and a p-value that do not assume normality."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from scipy.special import ndtri
 
 Array = NDArray[np.float64]
 
-# So many permutations tell a p-value of 0.05 from one of 0.06, and take milliseconds.
+# Number of permutations: enough to distinguish p = 0.05 from 0.06, in milliseconds.
 PERMUTATIONS = 9999
 
 
 def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None) -> float | None:
-    """Return Spearman's ρ: Pearson's correlation of the ranks, ties given their mean rank.
+    """Return Spearman's ρ: Pearson's correlation of the ranks, with mean ranks for ties.
 
     Args:
         x: Scores.
-        y: Other scores of the same things.
-        groups: Only compare things within a group: ranks are those within it, less their mean.
+        y: Other scores of the same items.
+        groups: Compare items only within a group: ranks are within the group, minus their mean.
 
     Returns:
-        ρ in [−1, 1]; None where all ranks of one side are the same.
+        ρ in [−1, 1]; None if all ranks of one side are equal.
 
     Example:
         >>> round(spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]), 6)
@@ -36,15 +36,15 @@ def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] 
 def p_value(
     x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> float | None:
-    """Return the share of random pairings whose ρ is as far from zero: a two-sided permutation test.
+    """Return the fraction of random pairings with a ρ at least as far from zero: a two-sided permutation test.
 
-    Things are taken as exchangeable (within their group), which layers of one model are only roughly.
+    Items are assumed exchangeable (within their group), which holds only roughly for layers of one model.
 
     Args:
         x: Scores.
-        y: Other scores of the same things.
-        groups: Only pair anew within a group.
-        seed: Of the pairings.
+        y: Other scores of the same items.
+        groups: Permute only within a group.
+        seed: Seed of the permutations.
 
     Reference: Phipson and Smyth 2010, "Permutation p-values should never be zero", equation 3.
 
@@ -73,10 +73,10 @@ def interval(rho: float, n: int) -> tuple[float, float] | None:
 
     Args:
         rho: ρ.
-        n: How many things were ranked, taken as independent.
+        n: Number of ranked items, assumed independent.
 
     Returns:
-        None for fewer than five things, or |ρ| = 1.
+        None for fewer than five items, or |ρ| = 1.
 
     Reference: Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall and Spearman
     correlations", equation 3.
@@ -92,7 +92,7 @@ def interval(rho: float, n: int) -> tuple[float, float] | None:
 
 
 def _ranks(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
-    """Return ranks within groups, less their mean."""
+    """Return ranks within groups, minus their mean."""
     array = np.asarray(values, dtype=np.float64)
     labels = [0] * len(values) if groups is None else list(groups)
     ranks = np.empty(len(array))

@@ -1,4 +1,4 @@
-"""How far one update X is from another, D: a few numbers from their norms, their inner product and D's spectrum."""
+"""Distance of an update X from another, D: numbers from their norms, their inner product and D's spectrum."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-# The adapter is D itself where the distance is no larger than this: a float16 copy of an update is 3e-4 away from it.
+# Distance below which the adapter equals D: a float16 copy of an update is at 3e-4.
 EXACT = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """Every field is None where it does not exist.
+    """Distances of two updates. A field is None if it is undefined.
 
     Args:
         epsilon: ε = ‖D − X‖ / ‖D‖.
@@ -35,10 +35,10 @@ class Distances:
 
 
 def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: float | None) -> Distances:
-    """Return how far X is from D.
+    """Return the distances of X from D.
 
-    ε is taken from ‖D − X‖ itself: from ‖D‖² − 2⟨D, X⟩ + ‖X‖² nothing would be left of an ε below 1e-8. Likewise
-    ‖D − cX‖² = ‖D − X‖² − (1 − c)²‖X‖² at the minimiser c = ⟨D, X⟩/‖X‖², where 1 − c is small if ε is.
+    ε is computed from ‖D − X‖ directly: ‖D‖² − 2⟨D, X⟩ + ‖X‖² would lose an ε below 1e-8 to cancellation. Likewise ‖D −
+    cX‖² = ‖D − X‖² − (1 − c)²‖X‖² at the minimiser c = ⟨D, X⟩/‖X‖², where 1 − c is small if ε is.
 
     Args:
         fro: ‖D‖.
@@ -48,7 +48,7 @@ def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: f
         epsilon_min: √(1 − C(r)) for X's rank; None if X has no rank.
 
     Returns:
-        The distances; none for D = 0, without a direction for X = 0.
+        The distances; all None for D = 0, and those of direction None for X = 0.
 
     Example:
         >>> found = distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0)  # X = D/2
@@ -98,13 +98,13 @@ class Measured(Protocol):
 
 
 def pooled(layers: Sequence[Measured]) -> Distances:
-    """Return the distances of several layers taken together, as one block-diagonal matrix.
+    """Return the distances of several layers, as one block-diagonal matrix.
 
-    ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all tensors given, 1-D ones included, and those with D_ℓ = 0, where only X_ℓ
-    counts. One best scale holds for all. ``epsilon_min`` is a lower bound: the layers' errors are taken off.
+    ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all given tensors, including 1-D ones and those with D_ℓ = 0, to which only X_ℓ
+    contributes. The best scale is common to all. ``epsilon_min`` is a lower bound: the layers' errors are subtracted.
 
     Args:
-        layers: Any number of them.
+        layers: Any number of layers.
     """
     fro, floor = (math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers]))
     other, gap = (math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers]))
@@ -112,20 +112,20 @@ def pooled(layers: Sequence[Measured]) -> Distances:
 
 
 def limit(found: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
-    """Say what ε is mostly made of.
+    """Return the factor that limits ε.
 
     * ``not adapted``: X is zero.
     * ``exact``: ε ≤ 1e-3.
-    * ``rank``: at least half of ε² is ε_min², which no update of this rank avoids.
+    * * ``rank``: at least half of ε² is ε_min², a lower bound for updates of this rank.
     * ``direction``: cos² is below half of 1 − ε_min², the cos² of the best update of this rank. No scale repairs that.
-    * else whichever is larger: what the best scale would take off ε² (``scale``), or what then is left of the excess
+    * * else the larger of: the part of ε² that the best scale would remove (``scale``), and the rest of the excess
       (``direction``).
 
     Args:
         found: The distances of one layer.
 
     Returns:
-        The word; None where D is zero.
+        The factor; None if D is zero.
 
     Example:
         >>> limit(distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0))

@@ -1,4 +1,4 @@
-"""Scalar summaries of how many directions carry the update."""
+"""Scalar summaries of the number of directions of an update."""
 
 from __future__ import annotations
 

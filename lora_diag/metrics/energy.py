@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Ranks at which C(r) is given unless others are asked for, and the fractions of energy whose rank is given.
+# Default ranks of C(r), and the fractions of energy whose rank is given.
 RANKS = (4, 8, 16, 32, 64)
 THRESHOLDS = (0.9, 0.95, 0.99)
 
@@ -15,7 +15,7 @@ def energy_curve(s: NDArray[np.float64], fro: float, complete: bool) -> NDArray[
 
     Args:
         s: Singular values, descending, ``(K,)``.
-        fro: ‖ΔW‖_F > 0, known independently of ``s``: it makes the fractions of an incomplete spectrum exact.
+        fro: ‖ΔW‖_F > 0, computed independently of ``s``, so that fractions of an incomplete spectrum are exact.
         complete: True if ``s`` holds every singular value; C then ends at exactly 1.
 
     Returns:

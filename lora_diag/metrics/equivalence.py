@@ -1,4 +1,4 @@
-"""Differences of means with Student's t: limits, confidences, and how many runs would decide.
+"""Differences of means with Student's t: limits, confidences, and the number of runs needed for a decision.
 
 Equality is never concluded from a difference that is not significant. It needs an equivalence test: the interval of the
 difference has to lie inside a margin that was fixed before (two one-sided tests, TOST).
@@ -19,9 +19,9 @@ from scipy.special import stdtr, stdtrit
 
 # Each limit of an interval holds with this confidence, so that a statement read from one limit is wrong in 5% at most.
 LEVEL = 0.95
-# A planned number of runs decides with this probability if the difference is what was seen.
+# Power of a planned number of runs, if the true difference is the observed one.
 POWER = 0.8
-# More runs than these are not advised.
+# Maximum number of runs that is recommended.
 MOST_RUNS = 1000
 
 
@@ -58,9 +58,9 @@ class Estimate:
 def blocks(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
     """Return the residual variance of runs paired by seed, pooled over groups, and its degrees of freedom.
 
-    The model is loss = group + seed + error with one variance of the errors (randomised blocks); what a seed has in
-    common in all groups does not count. With every seed in every one of K groups the degrees of freedom are
-    (K − 1)(n − 1); for two groups the variance is half that of the paired differences, as in the paired t test.
+    The model is loss = group + seed + error with one variance of the errors (randomised blocks); effects of a seed
+    common to all groups are removed. With every seed in every one of K groups the degrees of freedom are (K − 1)(n −
+    1); for two groups the variance is half that of the paired differences, as in the paired t test.
 
     Args:
         cells: One mapping of seed to loss for each group; seeds may be missing.
@@ -96,7 +96,7 @@ def within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
 
 
 def welch(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
-    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), of two variances of means with their own.
+    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), for two variances of means v and w.
 
     Example:
         >>> error, freedom = welch((0.02, 3), (0.02, 3))
@@ -108,19 +108,19 @@ def welch(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, fl
 
 
 def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL) -> int | None:
-    """Return about how many runs of each group decide on which side of a limit an estimate lies.
+    """Estimate the number of runs of each group needed to decide on which side of a limit an estimate lies.
 
     That is the smallest n with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ distance, ν = max(1, groups·(n − 1)).
 
     Args:
-        distance: From the estimate to the limit, taken as it was seen.
+        distance: Observed distance from the estimate to the limit.
         error: Standard error of the estimate from one run of each group.
         groups: Degrees of freedom that a further run adds.
         fixed: The part of the standard error that more runs do not change.
         level: Confidence of the limit.
 
     Returns:
-        None where more than ``MOST_RUNS`` are needed.
+        None if more than ``MOST_RUNS`` are needed.
 
     Example:
         >>> runs_needed(1.0, 1.0, 2), runs_needed(0.0, 1.0, 2)
@@ -134,7 +134,7 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
 
     if not decides(MOST_RUNS):
         return None
-    low, high = 1, MOST_RUNS  # decides() is monotonic: low does not (one run has no spread), high does
+    low, high = 1, MOST_RUNS  # decides() is monotonic: false at low (one run has no spread), true at high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)

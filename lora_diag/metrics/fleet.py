@@ -1,4 +1,4 @@
-"""Which adapters of a fleet stand out, and which are alike."""
+"""Outliers and near-duplicates in a fleet of adapters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-# |cosine| of two updates from which they are the same, and nearly the same; overlap from which two column spaces are.
+# |cosine| from which two updates are the same, and nearly the same; overlap from which two column spaces are the same.
 SAME, NEAR, SAME_SPACE = 0.999, 0.95, 0.9
 
-# An adapter uses little of its rank where 99% of its energy needs at most this share of it; one direction holds nearly
-# all of it from this share on.
+# An adapter is over-ranked if 99% of its energy needs at most this fraction of its rank; and spiked if one direction
+# holds at least this fraction.
 USED, SPIKED = 0.5, 0.9
 
-# Norms stand out that are so many robust standard deviations from the median of the logarithms, and a factor of two.
+# A norm is an outlier if it differs from the median of the logarithms by this many robust standard deviations, and by a
+# factor of two.
 DEVIATIONS, FACTOR = 3.5, 2.0
 _TO_SIGMA = 1.4826
 
@@ -25,11 +26,11 @@ Oddity = Literal["dead", "over-ranked", "spiked", "norm"]
 
 
 class Adapter(Protocol):
-    """What has to be known of an adapter to say whether it stands out: as the record ``Fleet`` has it."""
+    """Properties of an adapter needed to detect outliers, as in the record ``Fleet``."""
 
     @property
     def dead(self) -> int:
-        """How many of its updates are zero."""
+        """Number of zero updates."""
         ...
 
     @property
@@ -44,24 +45,24 @@ class Adapter(Protocol):
 
     @property
     def used(self) -> float | None:
-        """Which share of its rank 99% of the energy needs."""
+        """Fraction of its rank that 99% of the energy needs."""
         ...
 
     @property
     def spike(self) -> float | None:
-        """Which share of the energy is in the largest directions."""
+        """Fraction of the energy in the largest directions."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """Two adapters that are nearly one.
+    """Two near-duplicate adapters.
 
     Args:
-        first: Index of the one.
-        second: Index of the other.
-        cosine: Of their updates, estimated.
-        overlap: Of their column spaces, estimated.
+        first: Index of the first adapter.
+        second: Index of the second adapter.
+        cosine: Estimated cosine of their updates.
+        overlap: Estimated overlap of their column spaces.
         word: ``same``, ``near`` (nearly the same) or ``space`` (another update in the same column spaces).
     """
 
@@ -73,7 +74,7 @@ class Alike:
 
 
 def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[Alike]:
-    """Return the pairs that are alike, the most alike first.
+    """Return the pairs of near-duplicates, the most similar first.
 
     Args:
         updates: Sketches of the updates.
@@ -104,7 +105,7 @@ def _cosines(
 
 
 def norm_outliers(norms: Sequence[float]) -> list[float | None]:
-    """Return for each norm its ratio to the median where it stands out, else None; zero norms are none of this.
+    """Return the ratio to the median for each outlying norm, else None; zero norms are ignored.
 
     Example:
         >>> norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])
@@ -123,7 +124,7 @@ def norm_outliers(norms: Sequence[float]) -> list[float | None]:
 
 
 def oddities(adapters: Sequence[Adapter]) -> list[tuple[Oddity, ...]]:
-    """Return in what each adapter stands out from what an adapter should be, or from the others."""
+    """Return the properties by which each adapter is an outlier."""
     ratios = norm_outliers([adapter.fro for adapter in adapters])
     found = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
@@ -138,7 +139,7 @@ def oddities(adapters: Sequence[Adapter]) -> list[tuple[Oddity, ...]]:
 
 
 def rarest_first(told: Sequence[tuple[Oddity, ...]]) -> list[int]:
-    """Return the indices of those that stand out: what few others have first, so that a crowd hides nobody.
+    """Return the indices of outliers, those with the rarest properties first.
 
     Example:
         >>> rarest_first([("spiked",), (), ("spiked", "over-ranked"), ("spiked",), ("dead",)])

@@ -1,4 +1,4 @@
-"""What two updates have in common, compared with chance; and task interference by singular vectors."""
+"""Relation of two updates compared with random ones, and singular task interference."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-# A cosine below this is small, whatever its significance: of the energy of one update, less than 1% is along the other.
+# Cosines below this are small whatever their significance: less than 1% of the energy of one update is along the other.
 SMALL = 0.1
 
-# So many of its standard deviations above the mean of random directions an overlap or a cosine is no longer chance.
+# Number of standard deviations above the mean of random directions from which an overlap or a cosine is significant.
 SIGMAS = 3.0
 
 
 def near_chance(share: float, columns: int, dimension: int, effective_rank: float) -> bool:
-    """Say whether the share of an update's energy in a k-dimensional space is near that of a random space.
+    """Return whether the fraction of an update's energy in a k-dimensional space is near that in a random space.
 
-    For a random space it is on average k/m. An update of effective rank e is like e independent directions, each with
-    a share of variance ≈ 2k/m², so the standard deviation is about √(2k/e)/m. Near is below three of them, or twice the
-    mean if that is more, or halfway from the mean to 1 if that is less.
+    For a random space it is on average k/m. An update of effective rank e is like e independent directions, each with a
+    fraction of variance ≈ 2k/m², so the standard deviation is about √(2k/e)/m. Near is below three of them, or twice
+    the mean if that is more, or halfway from the mean to 1 if that is less.
 
     Args:
         share: ‖UᵀΔW‖² / ‖ΔW‖².
@@ -38,11 +38,11 @@ def near_chance(share: float, columns: int, dimension: int, effective_rank: floa
 
 
 def relation(near: bool, cosine: float, cosine_random: float) -> Literal["apart", "share", "reinforce", "cancel"]:
-    """Say in a word what two updates do to each other.
+    """Return the relation of two updates.
 
     Args:
-        near: Whether neither has more in the other's spaces than chance gives.
-        cosine: Of the updates.
+        near: Whether neither overlaps the other's spaces more than a random update.
+        cosine: Cosine of the updates.
         cosine_random: Its root mean square for random directions.
 
     Example:
@@ -57,11 +57,11 @@ def relation(near: bool, cosine: float, cosine_random: float) -> Literal["apart"
 def task_interference(
     columns: NDArray[np.float64], rows: NDArray[np.float64], s: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """Return singular task interference STI = ‖(UᵀU − I) Σ (VᵀV − I)‖_1, and it over Σσ.
+    """Return singular task interference STI = ‖(UᵀU − I) Σ (VᵀV − I)‖_1, and its ratio to Σσ.
 
-    U = [U_1 … U_K] and V are the singular vectors of all updates side by side, Σ their singular values. The paper
-    writes ‖·‖_1 and no more; here it is the sum of the magnitudes of the entries. Between two equal updates it is Σσ,
-    between K equal ones (K − 1)²·Σσ.
+    U = [U_1 … U_K] and V are the singular vectors of all updates side by side, Σ their singular values. The paper does
+    not define ‖·‖_1; here it is the sum of the magnitudes of the entries. Between two equal updates it is Σσ, between K
+    equal ones (K − 1)²·Σσ.
 
     Args:
         columns: UᵀU, ``(R, R)``.
@@ -81,14 +81,15 @@ def task_interference(
 
 
 def task_interference_at_random(s: NDArray[np.float64], owner: NDArray[np.int64], shape: tuple[int, int]) -> float:
-    """Return about what STI/Σσ is where the updates have random directions.
+    """Estimate STI/Σσ for updates with random directions.
 
     Entry (i, j) of (UᵀU − I)Σ(VᵀV − I) is Σ_l σ_l⟨u_i, u_l⟩⟨v_l, v_j⟩ over the l that belong to other updates than i
-    and j do. At random it has variance Σσ_l²/(mn), and, taken as normal, a mean magnitude √(2/π) times the root of it.
+    and j do. For random directions it has variance Σσ_l²/(mn), and, assumed normal, a mean magnitude of √(2/π) times
+    its root.
 
     Args:
         s: Singular values of all updates.
-        owner: Which update each belongs to.
+        owner: Index of the update of each.
         shape: ``(m, n)``.
 
     Example:

@@ -1,4 +1,4 @@
-"""When a direction of a fine-tuned weight is new, and what a random direction would look like."""
+"""Definition of new directions of a fine-tuned weight, and the random baseline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scipy.special import log_ndtr, ndtri
 def kind(
     similarity: float, projection: float, projection_random: float, epsilon: float
 ) -> Literal["kept", "rotated", "intruder"]:
-    """Say what a direction is.
+    """Return the kind of a direction.
 
-    Singular vectors whose values nearly agree may turn into each other under a tiny change, so that none of them is
-    found again though their span is. A direction is called ``rotated`` where it lies in that span by more than chance:
-    (p² − c) / (1 − c) ≥ ε², p its projection and c = window/out what a random direction has of p² on average.
+    Singular vectors with nearly equal values may rotate into each other under a tiny change, so that their span is
+    preserved but not the vectors. A direction is ``rotated`` if it lies in that span significantly: (p² − c) / (1 − c)
+    ≥ ε², where p is its projection and c = window/out the mean of p² for a random direction.
 
     Args:
         similarity: max_i |⟨u_i(W_base), u_j⟩|.
@@ -38,9 +38,9 @@ def kind(
 
 
 def similarity_at_random(dimension: int, vectors: int) -> float:
-    """Return about the median of max_i |⟨u_i, x⟩| over random unit vectors x.
+    """Estimate the median of max_i |⟨u_i, x⟩| over random unit vectors x.
 
-    The products are taken as independent normal numbers of variance 1/m: P(max ≤ t) = (2Φ(t√m) − 1)^n.
+    The products are approximated as independent normal variables of variance 1/m: P(max ≤ t) = (2Φ(t√m) − 1)^n.
 
     Args:
         dimension: m.
@@ -55,7 +55,7 @@ def similarity_at_random(dimension: int, vectors: int) -> float:
 
 
 def below_at_random(dimension: int, vectors: int, epsilon: float) -> float:
-    """Return about the probability that a random direction has a similarity below ε, by the same estimate.
+    """Estimate the probability that a random direction has a similarity below ε.
 
     Example:
         >>> round(below_at_random(4096, 4096, 0.5), 3), below_at_random(8, 8, 0.5) < 0.5

@@ -1,16 +1,16 @@
-"""What chance gives: the overlaps of a gradient with random subspaces, and when an overlap is near them."""
+"""Random baseline: overlaps of a gradient with random subspaces, and the criterion for being near them."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-# An overlap below so many times its baseline is called near it. How often random subspaces of 512² exceed it with a
-# gradient of rank one, the most erratic kind: in 2.6% of 20,000 draws at r = 4, 0.6% at 8, 0.05% at 16, never at 64.
-# With full-rank gradients they did not in 2,000 draws at any of these ranks.
+# An overlap below this multiple of its baseline is near it. Random subspaces of 512² exceed it for a gradient of rank
+# one, the most variable case, in 2.6% of 20,000 draws at r = 4, 0.6% at 8, 0.05% at 16, never at 64. For full-rank
+# gradients they did not in 2,000 draws at any of these ranks.
 NEAR = 2.0
 
-# Change of κ over a run, as a ratio, from which on it is called a trend.
+# Ratio of κ over a run from which its change is called a trend.
 TREND = 0.8
 
 
@@ -24,7 +24,7 @@ class Chance(NamedTuple):
 
 
 def chance(shape: tuple[int, int], rank: int) -> Chance:
-    """Return what random subspaces of rank r have in common with any G.
+    """Return the overlaps of random subspaces of rank r with any G.
 
     E‖UᵀG‖² = (r/m)‖G‖², E‖GV‖² = (r/n)‖G‖² and, U and V being independent, E‖UᵀGV‖² = (r²/mn)‖G‖².
 
@@ -44,7 +44,7 @@ def chance(shape: tuple[int, int], rank: int) -> Chance:
 
 
 def is_near(overlap: float, random: float) -> bool:
-    """Say whether an overlap is near its baseline: below twice that, or below halfway from there to 1 if that is less.
+    """Return whether an overlap is near its baseline: below twice the baseline, or below halfway to 1 if that is less.
 
     >>> is_near(0.05, 0.031), is_near(0.07, 0.031), is_near(0.7, 0.5), is_near(0.8, 0.5)
     (True, False, True, False)

@@ -1,4 +1,4 @@
-"""Can the files show this update? The rounding of the stored numbers, compared with ‖ΔW‖."""
+"""Resolution of an update by the files: rounding of the stored numbers, compared with ‖ΔW‖."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from scipy.optimize import brentq, minimize_scalar
 
 Verdict = Literal["resolved", "floor-limited", "unresolved"]
 
-# Share of ‖ΔW‖_F² that rounding is expected to make up. Measured on updates of planted rank 8, of a power-law spectrum
-# and of full rank to bf16 weights (docs/benchmarks.md): at 0.3% the ranks at 90 and 95% are the true ones and that at
-# 99% is a tenth too high; at 2.6% that at 99% is off by factors; at 20% that at 90% may be. Beyond 50% most entries are
-# unchanged, what moved did so by whole spacings, and every rank is that of the rounding.
+# Expected fraction of ‖ΔW‖_F² due to rounding. Measured on updates of planted rank 8, of a power-law spectrum and of
+# full rank to bf16 weights (docs/benchmarks.md): at 0.3% the ranks at 90 and 95% are exact and that at 99% is a tenth
+# too high; at 2.6% that at 99% is wrong by factors; at 20% that at 90% may be. Beyond 50% most entries are unchanged,
+# the others changed by whole spacings, and every rank is that of the rounding.
 RESOLVED, UNRESOLVED = 0.01, 0.5
 
 
-# Upper 0.1% point of the Tracy–Widom law of real matrices (Bornemann 2010); a tenth of ``FALSE_POSITIVES``, to leave
-# room for finite size and for variances that are not a product of row and column factors.
+# Upper 0.1% point of the Tracy–Widom law of real matrices (Bornemann 2010); a tenth of ``FALSE_POSITIVES``, to allow
+# for finite size and for variances that are not a product of row and column factors.
 TRACY_WIDOM = 3.2724
 
-# Share of layers without any update in which a singular value may stand above the edge. Measured: docs/benchmarks.md.
+# Fraction of layers without an update in which a singular value may exceed the edge. Measured: docs/benchmarks.md.
 FALSE_POSITIVES = 0.01
 
 Gain = tuple[float, float]
@@ -37,8 +37,8 @@ class Noise:
     Args:
         rows, columns: Σσ².
         rows_fourth, columns_fourth: Σσ⁴.
-        unit: What σ is measured in.
-        terms: How many uniform errors make up an entry at most.
+        unit: Unit of σ.
+        terms: Maximum number of uniform errors in an entry.
     """
 
     rows: Sums
@@ -74,7 +74,7 @@ class Noise:
 
 
 def _excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
-    """Return by which factor Σe² of a row may exceed its expectation Σσ², over all rows and columns together.
+    """Return the factor by which Σe² of a row may exceed its expectation Σσ², over all rows and columns.
 
     e² of a sum of k equal uniform errors has the variance (2 − 1.2/k)σ⁴ and is 3kσ² at most.
     """
@@ -83,7 +83,7 @@ def _excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
 
 
 def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
-    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and the P of it.
+    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its P.
 
     A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free counterpart of a
     matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a
@@ -103,7 +103,7 @@ def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[flo
 
 
 def _solve(b: Sums, target: float, most: float) -> float | None:
-    """Return Q with Q·B(Q) = target; None where that is beyond ``most``."""
+    """Return Q with Q·B(Q) = target; None if it exceeds ``most``."""
     if most * float((b / (1 - b * most)).sum()) <= target:
         return None
     return float(
@@ -112,7 +112,7 @@ def _solve(b: Sums, target: float, most: float) -> float | None:
 
 
 def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
-    """Return λ² where the squared singular values end, and the scale of its Tracy–Widom fluctuation.
+    """Return λ² at the edge of the squared singular values, and the scale of its Tracy–Widom fluctuation.
 
     With M the trace of the resolvent and Q as in ``_minimum``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)² near the edge, so the
     density there is (1/π)·M'(Q)·√(2t/λ²''), and the scale (λ²''/2M'²)^⅓.
@@ -149,7 +149,7 @@ def weighed_edge(left: Gain, right: Gain) -> float:
 
 
 def signal_rank(s: NDArray[np.float64], edge: float, complete: bool) -> int | None:
-    """Return how many singular values stand above the noise edge; None if all that were kept do and there are more.
+    """Return the number of singular values above the noise edge; None if all kept values are and there are more.
 
     Example:
         >>> signal_rank(np.array([3.0, 2.0, 0.5]), 1.0, complete=True)
@@ -160,7 +160,7 @@ def signal_rank(s: NDArray[np.float64], edge: float, complete: bool) -> int | No
 
 
 def verdict(noise_fro: float, fro: float, signal: int | None) -> Verdict:
-    """Judge whether the files can show the update.
+    """Return whether the files resolve the update.
 
     Args:
         noise_fro: Expected norm of the rounding error.
@@ -168,7 +168,7 @@ def verdict(noise_fro: float, fro: float, signal: int | None) -> Verdict:
         signal: Singular values above the noise edge; None if more than were kept.
 
     Returns:
-        ``unresolved`` for a zero update too: the files cannot tell it from one that rounding swallowed.
+        The verdict; ``unresolved`` also for a zero update, which may have been lost to rounding.
 
     Example:
         >>> verdict(0.03, 1.0, 8), verdict(0.3, 1.0, 8), verdict(0.9, 1.0, 8)

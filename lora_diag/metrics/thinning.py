@@ -1,4 +1,4 @@
-"""Spectra thinned for drawing: some of the values, none of them changed."""
+"""Spectra thinned for drawing: a subset of unchanged values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lora_diag.metrics.energy import energy_curve
 
 
 def thinned_ranks(values: int, points: int) -> list[int]:
-    """Return the ranks to draw: all where there is room, else the first half of them all and the rest log-spaced.
+    """Return the ranks to draw: all if they fit, else half of the points without gaps and the rest log-spaced.
 
     Args:
-        values: K, how many singular values there are.
-        points: How many may be drawn, at least 2.
+        values: K, the number of singular values.
+        points: Maximum number of points, at least 2.
 
     Returns:
         Ascending ranks from 1 to K, no more than ``points``.
@@ -31,7 +31,7 @@ def thinned_ranks(values: int, points: int) -> list[int]:
 
 
 def curve_at(s: Sequence[float], fro: float, complete: bool, ranks: Sequence[int]) -> list[float]:
-    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² at some ranks.
+    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² at given ranks.
 
     Args:
         s: Singular values, descending, ``(K,)``.

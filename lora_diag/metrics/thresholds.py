@@ -1,4 +1,4 @@
-"""Where to cut a spectrum: the knee of its energy curve, and the Gavish–Donoho hard threshold."""
+"""Truncation points of a spectrum: the knee of its energy curve, and the Gavish–Donoho hard threshold."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def knee(curve: NDArray[np.float64]) -> int:
         2
     """
     over = np.concatenate([[0.0], curve])
-    # Rounding of an all-equal spectrum must not look like a knee.
+    # Rounding of an all-equal spectrum must not be taken for a knee.
     above = (over - np.linspace(0.0, over[-1], len(over))).round(12)
     return int(np.argmax(above))
 
 
 def gavish_donoho(s: NDArray[np.float64], shape: tuple[int, int]) -> int:
-    """Return how many singular values exceed τ = ω(β)·median(s), the threshold that needs no noise level.
+    """Return the number of singular values above τ = ω(β)·median(s), the threshold for unknown noise.
 
-    ω(β) = λ(β)/√μ_β, with λ(β)² = 2(β+1) + 8β/((β+1) + √(β²+14β+1)) and μ_β the median of the Marchenko–Pastur law.
-    It assumes white noise under a low-rank signal; where most values carry signal the median is no noise level.
+    ω(β) = λ(β)/√μ_β, with λ(β)² = 2(β+1) + 8β/((β+1) + √(β²+14β+1)) and μ_β the median of the Marchenko–Pastur law. It
+    assumes white noise and a low-rank signal; if most values are signal, the median is no noise level.
 
     Args:
         s: All min(out, in) singular values, descending.
@@ -72,7 +72,7 @@ def _median(beta: float) -> float:
     """
 
     def below(angle: float) -> float:
-        # 1 + β − 2√β·cos t, without cancellation; quad of SciPy 1.11 looks at t = 0 where the interval is empty.
+        # 1 + β − 2√β·cos t, without cancellation; quad of SciPy 1.11 evaluates t = 0 if the interval is empty.
         smallest, grows = (1 - math.sqrt(beta)) ** 2, 4 * math.sqrt(beta)
         mass, _ = quad(lambda t: 2 * math.sin(t) ** 2 / (math.pi * (smallest + grows * math.sin(t / 2) ** 2)), 0, angle)
         return float(mass) - 0.5

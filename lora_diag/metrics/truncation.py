@@ -1,4 +1,4 @@
-"""Eckart–Young: how far the best rank-r approximation is from the matrix."""
+"""Eckart–Young: distance of the best rank-r approximation from the matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def truncation_error(
             free of cancellation; else it is √(‖A‖_F² − Σ_{i≤r}σ_i²).
 
     Returns:
-        Both errors; the spectral one is None where σ_{r+1} was not computed; None where r > K leaves both unknown.
+        Both errors; the spectral one is None if σ_{r+1} was not computed; None if r > K, where both are unknown.
 
     Reference: Eckart and Young 1936; Mirsky 1960, theorem 2 (any unitarily invariant norm).
 

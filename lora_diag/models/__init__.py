@@ -1,1 +1,1 @@
-"""What runs a model (extra ``[train]``): opening it, data, losses, swapping weights, training."""
+"""Running models (extra ``[train]``): opening, data, losses, swapping weights, training."""

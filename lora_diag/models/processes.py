@@ -1,4 +1,4 @@
-"""What surrounds a backward pass: other processes with their parts of the batch, and the loss scale of fp16."""
+"""Environment of a backward pass: other processes with their parts of the batch, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lora_diag.models.weights import Frozen
 
 
 def is_unscaled(scaler: Any) -> bool:
-    """Say whether ``unscale_`` was called for this update already, as clipping needs it to be."""
+    """Return whether ``unscale_`` was already called for this update, as needed for clipping."""
     states = getattr(scaler, "_per_optimizer_states", {})
     return any(getattr(state.get("stage"), "name", "") == "UNSCALED" for state in states.values())
 
 
 def is_main() -> bool:
-    """Say whether this process is the one that writes."""
+    """Return whether this process writes the output."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def averaged(weight: Frozen) -> Tensor | None:
-    """Average over processes what each summed up from its own part of the batch; every process must come here."""
+    """Average the sums of all processes, each over its part of the batch; all processes must call this."""
     distributed, gradient = torch.distributed, weight.gradient()
     if not (distributed.is_available() and distributed.is_initialized()):
         return gradient
-    if gradient is None:  # an expert that no token of this process went to
+    if gradient is None:  # an expert that got no token of this process
         gradient = torch.zeros(weight.shape, device=next(weight.module.parameters()).device)
     distributed.all_reduce(gradient)
     return gradient.div_(distributed.get_world_size())

@@ -1,6 +1,6 @@
-"""Runs of training on the same batches in the same order, for as many steps: LoRA at some rank, or a reference line.
+"""Training runs with the same batches in the same order and number of steps: LoRA at some rank, or a reference line.
 
-A run is a cell: what is trained, rank, peak learning rate, seed. BASE is the same after every run.
+A run is a cell: method, rank, peak learning rate, seed. BASE is restored after every run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lora_diag.models.opening import Model
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
 
-# Share of the steps over which the learning rate rises; it then falls to zero along a cosine.
+# Fraction of the steps over which the learning rate rises; it then falls to zero along a cosine.
 WARMUP = 0.05
 CLIP_NORM = 1.0
-# What a run record says of all that.
+# Description of these settings in a run record.
 RECIPE = f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0"
 
 
@@ -37,8 +37,8 @@ class Cell:
     Args:
         rank: r of every factor pair; None for ``full`` and ``bitfit``.
         lr: Peak learning rate.
-        seed: Of the factors' initial values, and of dropout where BASE has some.
-        subject: What is trained: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).
+        seed: Seed of the initial factors, and of dropout if BASE has it.
+        subject: Method: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).
     """
 
     rank: int | None
@@ -48,26 +48,26 @@ class Cell:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """By which its records are told from others."""
+        """Fields that identify its records."""
         return {"subject": self.subject, "rank": self.rank, "lr": self.lr, "seed": self.seed}
 
     @property
     def label(self) -> str:
-        """What is being run, in words."""
+        """Label of the run."""
         what = self.subject if self.rank is None else f"r={self.rank}"
         return f"{what} lr={self.lr:g} seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What all cells have in common.
+    """Settings shared by all cells.
 
     Args:
-        texts: What is trained on.
-        steps: Updates of a run.
-        batch: Sequences of an update.
-        order: Seed of the order in which sequences are taken; each once before any comes again.
-        kind: Of LoRA.
+        texts: The training text.
+        steps: Number of updates of a run.
+        batch: Sequences per update.
+        order: Seed of the order of sequences; each is used once before any is repeated.
+        kind: Kind of LoRA.
         decay: Weight decay of AdamW.
     """
 
@@ -80,11 +80,11 @@ class Training:
 
     @property
     def order_hash(self) -> str:
-        """16 hex digits of the SHA-256 of the order: the places in the file of every step's sequences."""
+        """16 hex digits of the SHA-256 of the order: positions in the file of every step's sequences."""
         return hashlib.sha256(repr(list(self._places())).encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[list[Tokens]]:
-        """Yield the batch of every step, the same at every call."""
+        """Yield the batch of every step, the same in every call."""
         for places in self._places():
             yield [self.texts.sequences[place] for place in places]
 
@@ -113,13 +113,13 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 def run_cell(
     model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> list[Probe]:
-    """Train one cell and return its losses, one record a set; without a loss where training diverged.
+    """Train one cell and return one record per set; without a loss if training diverged.
 
     Args:
-        model: BASE; the same after as before.
+        model: BASE; unchanged afterwards.
         cell: The run.
-        training: What all runs have in common.
-        sets: Evaluation sets, in batches of as many sequences as an update.
+        training: Settings shared by all runs.
+        sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
     """
     found, train_loss = losses_after(model, cell, training, sets, after)
@@ -137,9 +137,9 @@ def losses_after(
     """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps.
 
     Args:
-        model: BASE; the same after as before.
+        model: BASE; unchanged afterwards.
         cell: The run.
-        training: What all runs have in common.
+        training: Settings shared by all runs.
         sets: Evaluation sets.
         after: Called after every step and every batch.
         keep: Called with the trained model.
@@ -161,7 +161,7 @@ def _trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[M
 
 
 def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> list[float]:
-    """Train the parameters that can be, and return the loss of every step; one that is not finite changes nothing."""
+    """Train the trainable parameters, and return the loss of every step; a loss that is not finite changes nothing."""
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)
     model.module.train()
@@ -191,7 +191,7 @@ def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
 def record_of(
     texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None, name: str = ""
 ) -> Probe:
-    """Return the record of a run on one set; of BASE without a run, rounded to a grid if that is its name."""
+    """Return the record of a run on one set; without a run, of BASE, rounded to a grid if it has that name."""
     trained = train_loss if train_loss is not None and math.isfinite(train_loss) else None
     return Probe(
         probe="sweep",

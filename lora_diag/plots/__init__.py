@@ -1,6 +1,6 @@
-"""``plot``: figures of records; also a panel on a user's own Matplotlib axes, or the whole page.
+"""``plot``: figures of records, as single panels on a user's own Matplotlib axes or as whole pages.
 
-Measures nothing and opens no checkpoint.
+Reads records only; opens no checkpoint.
 
     >>> import lora_diag
     >>> from lora_diag import plots
@@ -46,7 +46,7 @@ _HERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return a panel of the catalog, or what this package defines, imported when first used."""
+    """Return a panel of the catalog or a name of this package, imported on first use."""
     if name in _HERE:
         return load(_HERE[name], __name__)
     from lora_diag.catalog import panels

@@ -1,1 +1,1 @@
-"""Probes: diagnostics that run the model; one folder each."""
+"""Probes: diagnostics that run the model, one folder each."""

@@ -1,1 +1,1 @@
-"""Text, tables and figures: what every command's output is made of. Knows no feature."""
+"""Text, tables and figures of all commands' output. Independent of features."""

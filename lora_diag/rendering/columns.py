@@ -1,4 +1,4 @@
-"""Tables that fit a terminal: what there is no room for goes, the names of the rows last."""
+"""Tables that fit a terminal: columns without room are dropped, then row names are shortened."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rich.text import Text
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.text import crop, short
 
-# From this many columns of the terminal on, the wide table is shown.
+# Terminal width from which the wide table is shown.
 WIDE = 120
 
-# The length of a name that columns have to make room for, in the narrow and in the wide table.
+# Length of a name that columns must leave room for, in the narrow and in the wide table.
 _NAME, _WIDE_NAME = 12, 32
 
 
 class OfLayer(Protocol):
-    """What is known of one layer."""
+    """A record of one layer."""
 
     @property
     def layer(self) -> str:
@@ -39,10 +39,11 @@ class Column:
 
     Args:
         title: Its heading.
-        cells: From the first row to the last.
-        justify: Their side.
-        drop: Which columns a narrow terminal leaves out first: the largest number, of equal ones the last; 0 for never.
-        wide: Whether only a wide terminal shows it.
+        cells: Cells from the first row to the last.
+        justify: Alignment of the cells.
+        drop: Priority of dropping in a narrow terminal: the largest value first, of equal ones the last column; 0 for
+            never.
+        wide: Whether it is shown in wide terminals only.
     """
 
     title: str
@@ -53,20 +54,20 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Characters of its longest cell or its title."""
+        """Width of its longest cell or its title."""
         return max(len(self.title), *map(len, self.cells), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table before it is shown anywhere.
+    """A table, independent of the output format.
 
     Args:
-        caption: What it is of; empty where that needs no words.
-        title: Of the column of names.
-        names: One a row.
+        caption: Caption; may be empty.
+        title: Title of the column of names.
+        names: One per row.
         columns: The others.
-        about: What one reads from it, for a page; a terminal's summary says that.
+        about: Explanation for pages; a terminal has a summary instead.
         most: How many rows, the first, a terminal shows, with whole names; None for all, with names as there is room.
     """
 
@@ -78,7 +79,7 @@ class Grid:
     most: int | None = None
 
     def shown(self, width: int) -> list[RenderableType]:
-        """Return what a terminal of so many characters shows."""
+        """Return the columns for a terminal of a given width."""
         names, most = self.names[: self.most], self.most
         columns = [replace(column, cells=column.cells[:most]) for column in self.columns]
         table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if most else None)
@@ -96,11 +97,11 @@ class Grid:
 
 
 def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
-    """Return the rows of a table: a name as it is shown, and its records in the order of the file.
+    """Return the rows of a table: names, each with its records in the order of the file.
 
     Args:
         records: Records of layers.
-        per: ``layer`` for one row a layer; ``type`` for one row a module type, attention before MLP before vocabulary
+        per: ``layer`` for one row a layer; ``type`` for one row per module type, attention before MLP before vocabulary
             tables.
     """
     groups: dict[str, list[R]] = {}
@@ -116,14 +117,14 @@ def title_of(per: str) -> str:
 
 
 def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width: int, keep: int | None = None) -> Table:
-    """Return a table of named rows; its caption names the columns for which the terminal is too narrow.
+    """Return a table of named rows; the caption names the columns that do not fit.
 
     Args:
-        title: Of the column of names.
-        names: One a row; shortened where there is no room, so that they stay different.
+        title: Title of the column of names.
+        names: One per row; shortened to fit, but kept distinct.
         columns: The others.
-        width: Characters of the terminal.
-        keep: Characters of a name that columns have to make room for; by default 12, of a wide terminal 32.
+        width: Width of the terminal.
+        keep: Characters of a name that columns must leave room for; default 12, in a wide terminal 32.
     """
     longest = max(len(title), *map(len, names), 0)
     at_most = [column for column in columns if width >= WIDE or not column.wide]
@@ -141,7 +142,7 @@ def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width:
 
 
 def captioned_once(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
-    """Return tables and what stands between them; of tables with one caption, only the last keeps it."""
+    """Return tables and the separators between them; of tables with one caption, only the last keeps it."""
     last = {part.caption: part for part in parts if isinstance(part, Table)}
     for part in parts:
         if isinstance(part, Table) and last[part.caption] is not part:
@@ -150,7 +151,7 @@ def captioned_once(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:
-    """Cut names to a width: at their beginning, and where that makes two of them alike, behind where they differ, too.
+    """Shorten names to a width: at the beginning, and also after the differing part if two would be equal.
 
     >>> shortened(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
     ['…0.…output.dense', '…1.…output.dense', 'pooler.dense']
@@ -169,7 +170,7 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
 
 
 def _apart(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
-    """Cut names that end alike so that they differ: keep the first parts in which they do, and the end."""
+    """Shorten names with equal endings: keep the first parts in which they differ, and the end."""
     differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
     start = names[0].rfind(".", 0, differ) + 1
     lead = "…" if start else ""
@@ -184,17 +185,17 @@ def _apart(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
     for heads in (*parts, *pieces):
         if max(map(len, heads)) < room and len(set(found := cuts(heads))) == len(names) and not taken & set(found):
             return found
-    # What tells them apart has no room: a number does.
+    # No room for the differing part: use a number.
     return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(taken) + 1)]
 
 
 def _room(columns: Sequence[Column], width: int) -> int:
-    """Return what a terminal's width leaves to the names: a blank before each column and at both edges."""
+    """Return the width left for names: each column takes a blank, and both edges one."""
     return max(1, width - sum(column.width + 1 for column in columns) - 2)
 
 
 def _fitting(columns: Sequence[Column], width: int, name: int) -> list[Column]:
-    """Leave out as many columns as it takes for names to keep ``name`` characters."""
+    """Drop as many columns as needed for names to keep ``name`` characters."""
     fitting = list(columns)
     for place in sorted(range(len(columns)), key=lambda place: (-columns[place].drop, -place)):
         if columns[place].drop and _room(fitting, width) < name:

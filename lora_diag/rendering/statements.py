@@ -1,4 +1,4 @@
-"""Statements: what a summary says, as data. Terminal, HTML, Markdown, advice and colours read the fields."""
+"""Statements: the content of a summary as data, read by terminal, HTML, Markdown and advice."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from rich.text import Text
 from lora_diag.records import Results
 from lora_diag.rendering.lines import inputs, left_out_line, not_measured, notes
 
-# ``note`` says something, ``ok`` that a check passed; the others ask for attention.
+# ``note`` is information, ``ok`` a passed check; the other levels need attention.
 Level = Literal["ok", "note", "warning", "failure"]
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """One line of a summary, or several under one label.
+    """One statement of a summary, with optional details under the same label.
 
     Args:
-        key: By which reports and tests refer to it.
-        label: What it is about, as a term.
+        key: Identifier for reports and tests.
+        label: Its subject, as a term.
         lead: The statement.
-        details: What stands below it.
-        level: How much attention it asks for.
-        answer: What answers the question of a report that refers to the key; ``lead`` if empty.
-        scoped: Whether the label says what the lines hold for, such as one set; elsewhere they are shown with it.
-        priority: Which statements a short summary keeps: 0 before 1 before 2, after warnings and failures.
+        details: Further lines.
+        level: Severity.
+        answer: Answer to the question of a report that refers to the key; ``lead`` if empty.
+        scoped: Whether the label gives the scope of the lines, such as one set; it is then repeated where lines are
+            shown alone.
+        priority: Priority in a short summary: 0 before 1 before 2, after warnings and failures.
     """
 
     key: str
@@ -51,12 +52,12 @@ class Statement:
 
     @property
     def text(self) -> str:
-        """All of it, a line each."""
+        """All lines, joined by newlines."""
         return "\n".join(self.lines)
 
     @property
     def answered(self) -> tuple[str, tuple[str, ...]]:
-        """The answer to a question, and the other lines.
+        """The answer to a question, and the remaining lines.
 
         >>> say("on", "On dev", "loss 2.0", "use r=4", answer="use r=4", scoped=True).answered
         ('On dev: use r=4', ('loss 2.0',))
@@ -84,7 +85,7 @@ def say(
     scoped: bool = False,
     priority: int = 1,
 ) -> Statement:
-    """Return a statement of one line or more.
+    """Return a statement with one or more lines.
 
     >>> say("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
@@ -94,28 +95,28 @@ def say(
 
 
 def find(statements: Iterable[Statement], key: str) -> Statement | None:
-    """Return the first statement with a key; None if there is none."""
+    """Return the first statement with a key; None without one."""
     return next((one for one in statements if one.key == key), None)
 
 
 def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
-    """Return the lines of the statement with a key; none if there is none."""
+    """Return the lines of the statement with a key; empty without one."""
     found = find(statements, key)
     return found.lines if found else ()
 
 
 def compared(results: Results[Any], *more: str) -> Statement:
-    """Return what was compared: every input, what else is to be said of it, and its notes."""
+    """Return the inputs with further remarks and notes."""
     return say("compared", "Compared", *inputs(results.run), *more, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any]) -> Statement:
-    """Return what was left out, and why."""
+    """Return the skipped tensors with reasons."""
     return say("left_out", "Left out", left_out_line(results.left_out), priority=2)
 
 
 def ending(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
-    """Return the last statements: what could not be measured, and that the run did not finish."""
+    """Return the final statements: unmeasured layers, and a run that did not finish."""
     found = []
     if results.unmeasured:
         found.append(say("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
@@ -127,13 +128,13 @@ def ending(results: Results[Any], so_far: str = "layers measured so far") -> lis
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}
 
 
-# Lines that a summary of the command line may take, warnings and failures apart; None for as many as there are.
+# Maximum number of lines of a command's summary, not counting warnings and failures; None for no limit.
 _MOST: ContextVar[int | None] = ContextVar("most", default=None)
 
 
 @contextmanager
 def at_most(lines: int | None) -> Iterator[None]:
-    """Let the summaries that are made meanwhile take no more lines than these; warnings and failures are all shown."""
+    """Limit summaries created within the block to this number of lines; warnings and failures are always shown."""
     before = _MOST.set(lines)
     try:
         yield
@@ -142,24 +143,24 @@ def at_most(lines: int | None) -> Iterator[None]:
 
 
 def summary_of(statements: Sequence[Statement], then: str | None = None) -> RenderableType:
-    """Return a summary as a terminal shows it: a label, and what is said.
+    """Return a summary for a terminal: labels and statements.
 
     Args:
-        statements: In their order.
+        statements: Statements in order.
         then: The command that a user would run next, said last.
     """
-    # What is said of a run that did not finish is said of its part: the reader has to know that first.
+    # The warning of an unfinished run comes first, since it applies to all statements.
     first = sorted(statements, key=lambda one: one.key != "unfinished")
     return _Summary((*first, *([say("next", "Next", then, priority=0)] if then else [])), _MOST.get())
 
 
 @dataclass(frozen=True, slots=True)
 class _Summary:
-    """Statements under each other, in so many lines.
+    """Statements below each other, with a limit on the number of lines.
 
     Args:
-        statements: In their order.
-        most: Lines that they may take, warnings and failures apart.
+        statements: Statements in order.
+        most: Maximum number of lines, not counting warnings and failures.
     """
 
     statements: tuple[Statement, ...]
@@ -186,13 +187,13 @@ class _Summary:
 
 
 def _fitting(summary: _Summary, most: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
-    """Return the lines of each statement that fit: warnings, then by priority leads before details."""
+    """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
     found = summary.statements
     shown = [one.lines if one.level in {"warning", "failure"} else () for one in found]
     free = [at for at in range(len(found)) if not shown[at]]
     if sum(height(line) for at in free for line in found[at].lines) <= most:
         return [one.lines for one in found]
-    left = most - 1  # the last line says how many are hidden
+    left = most - 1  # the last line gives the number of hidden lines
     for priority in sorted({one.priority for one in found}):
         group = [at for at in free if found[at].priority == priority]
         for at in group:

@@ -1,4 +1,4 @@
-"""The table of any records of layers, from what they declare; with it a feature needs no table of its own."""
+"""The table of any records of layers, derived from their declarations, so that a feature needs no table of its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Rows = Sequence[tuple[str, Sequence[Any]]]
 
 
 def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
-    """Return the columns that a terminal shows, without those that are empty and not main.
+    """Return the columns for a terminal, without empty ones that are not main.
 
     Args:
-        shown: As the records declare them.
-        rows: Each with its name and its records.
+        shown: Columns as declared by the records.
+        rows: Rows with name and records.
     """
     groups = [group for _, group in rows]
     columns = ((one.main, _column(one, groups)) for one in shown if one.in_terminal)
@@ -31,11 +31,11 @@ def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
 
 
 def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return a table for each kind of record that declares columns: those for a terminal.
+    """Return a table for each kind of record that declares columns, for a terminal.
 
     Args:
-        results: What was measured.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        results: The results.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
     """
     kinds = dict.fromkeys(type(record) for record in results if isinstance(record, LayerRecord))
     found = []
@@ -53,8 +53,8 @@ def grid_of(
     """Return the table of named rows: how many records each has where it is a module type, and the declared columns.
 
     Args:
-        shown: As the records declare them.
-        rows: Each with its name and its records.
+        shown: Columns as declared by the records.
+        rows: Rows with name and records.
         per: What a row is: ``type``, ``layer``, or the title of the column of names.
         caption: What the table is of; empty where that needs no words.
         about: What one reads from it.
@@ -72,14 +72,14 @@ def grids_table(
     color: bool = False,
     then: str | None = None,
 ) -> str:
-    """Return tables, and a summary below.
+    """Return tables with a summary below.
 
     Args:
         grids: The tables.
         statements: The summary.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        then: The command that a user would run next.
+        then: The suggested next command, printed last.
     """
     tables = [part for grid in grids for part in grid.shown(width)]
     return to_text(Group(*captioned_once(tables), summary_of(statements, then)), width, color)
@@ -92,7 +92,7 @@ def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
 
 
 def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
-    """Write the value of several records, with its error, what chance gives, and its mark."""
+    """Return the cell of several records, with error, random baseline and mark."""
     if shown.pool == "ends":
         return ends([each for record in group for each in value_at(record, shown.path) or ()], shown.form)
     value = pooled_value(shown, group)

@@ -1,4 +1,4 @@
-"""How numbers, names and small pictures are written in a terminal."""
+"""Formatting of numbers, names and small graphics for terminals."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 BARS = "▁▂▃▄▅▆▇█"
-# Where a bar would stand if its value had been computed.
+# Placeholder of a bar whose value was not computed.
 UNKNOWN = "·"
 
-# What stands for a sign where a terminal lacks it: as wide in the cells of a table, and what a reader knows elsewhere.
+# ASCII replacements for characters that a terminal lacks, of the same width in tables.
 _ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~|dsel<>/") | str.maketrans(
     {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-", "→": "->"}
     | {"λ": "lambda", "ρ": "rho", "κ": "kappa", "α": "alpha", "μ": "mu", "∇": "grad "}
 )
 
-# Background and foreground by share, light to dark blue: ordered also in grey and for the colour-blind (xterm colours).
+# Background and foreground by fraction, light to dark blue: ordered in grey and for colour-blind readers (xterm
+# colours).
 SHADES = (
     ("#f7fbff", "#000000"),
     ("#deebf7", "#000000"),
@@ -39,8 +40,8 @@ SHADES = (
 
 
 def to_text(renderable: RenderableType, width: int, color: bool) -> str:
-    """Return what a terminal of ``width`` columns would show, with ANSI colours if ``color``."""
-    from rich.console import Console  # a third of the time that --help takes
+    """Return the text as shown by a terminal of ``width`` columns, with ANSI colours if ``color``."""
+    from rich.console import Console  # deferred: a third of the time of --help
 
     buffer = io.StringIO()
     Console(
@@ -57,7 +58,7 @@ def to_text(renderable: RenderableType, width: int, color: bool) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """Return text as a terminal of an encoding can show it, with something in ASCII for every sign that it lacks.
+    """Return text in a terminal's encoding, with ASCII replacements for missing characters.
 
     >>> encodable("‖ΔW‖ ≥ 2 ▁▅█", "ascii"), encodable("‖ΔW‖", "utf-8"), encodable("4×4 文", "latin-1")
     ('|dW| >= 2 .+@', '‖ΔW‖', '4×4 ?')
@@ -75,7 +76,7 @@ codecs.register_error("ascii signs", _in_ascii)
 
 
 def short(layer: str) -> str:
-    """Return a layer's name as it is shown: safe, and without the ``.weight`` that every name ends in.
+    """Return a layer's name for display: safe, and without the common suffix ``.weight``.
 
     >>> short("model.layers.0.mlp.up_proj.weight")
     'model.layers.0.mlp.up_proj'
@@ -84,7 +85,7 @@ def short(layer: str) -> str:
 
 
 def named(layers: Sequence[str], most: int = 3) -> str:
-    """Return the first names as they are shown, and how many more there are.
+    """Return the first names for display, and the number of further ones.
 
     >>> named(["a.weight", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -94,7 +95,7 @@ def named(layers: Sequence[str], most: int = 3) -> str:
 
 
 def crop(text: str, width: int) -> str:
-    """Cut text at its beginning: the end of a layer's name tells more.
+    """Truncate text at its beginning; the end of a layer's name is more specific.
 
     >>> crop("block_sparse_moe.experts.*.w1", 16)
     '…oe.experts.*.w1'
@@ -103,7 +104,7 @@ def crop(text: str, width: int) -> str:
 
 
 def bar(share: float) -> str:
-    """Return one character whose height is a share in [0, 1].
+    """Return one character whose height is a fraction in [0, 1].
 
     >>> bar(0.0) + bar(0.5) + bar(1.0)
     '▁▅█'
@@ -112,13 +113,13 @@ def bar(share: float) -> str:
 
 
 def shade(share: float) -> str:
-    """Return the rich style of a share in [0, 1]."""
+    """Return the rich style of a fraction in [0, 1]."""
     background, foreground = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))]
     return f"{foreground} on {background}"
 
 
 def number(value: float) -> str:
-    """Return three significant digits, in the shorter of the usual notations.
+    """Return three significant digits, in the shorter notation.
 
     >>> number(0.0312345), number(2.1e-5), number(1234.5), number(0)
     ('0.0312', '2.1e-05', '1234', '0')
@@ -129,7 +130,7 @@ def number(value: float) -> str:
 
 
 def fraction(share: float) -> str:
-    """Return a share in four characters, never rounded up to 1.00.
+    """Return a fraction in four characters, never rounded up to 1.00.
 
     >>> fraction(0.4123), fraction(0.9987), fraction(1.0)
     ('0.41', '0.99', '1.00')
@@ -138,13 +139,13 @@ def fraction(share: float) -> str:
 
 
 def middle(values: Sequence[float | None]) -> float | None:
-    """Return the median of what is known; None if nothing is."""
+    """Return the median of known values; None without any."""
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
 def shown(value: float | None, how: Callable[[float], str] = number) -> str:
-    """Return a value as it is written in a table; a dash where there is none.
+    """Return a value as written in a table; a dash for None.
 
     >>> shown(0.5), shown(0.5, percent), shown(None)
     ('0.5', '50%', '-')
@@ -153,7 +154,7 @@ def shown(value: float | None, how: Callable[[float], str] = number) -> str:
 
 
 def span(values: Iterable[int]) -> str:
-    """Return a number that all have in common, or from which to which they go; a dash where there is none.
+    """Return the common value, or the range of values; a dash without values.
 
     >>> span([8, 8]), span([16, 4]), span([])
     ('8', '4-16', '-')
@@ -175,7 +176,7 @@ def ends(values: Sequence[float], form: str) -> str:
 
 
 def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
-    """Return the median of ranks, of which those beyond the values kept are None.
+    """Return the median of ranks, where None is a rank beyond the kept values.
 
     >>> middle_rank([3, None, 5], kept=8), middle_rank([3, None, None], kept=8)
     ('5', '> 8')
@@ -185,7 +186,7 @@ def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage that never rounds up to 100 or down to 0.
+    """Return a fraction as a percentage that never rounds up to 100 or down to 0.
 
     >>> percent(0.4123), percent(0.99996), percent(1.0), percent(0.00001)
     ('41%', '>99.9%', '100%', '<0.1%')
@@ -211,7 +212,7 @@ def small_percent(share: float) -> str:
 
 
 def count(value: int) -> str:
-    """Return a count in words that fit a column.
+    """Return a count in a short form.
 
     >>> count(999), count(1_050_000), count(6_738_415_616)
     ('999', '1.05 M', '6.74 B')
@@ -235,7 +236,7 @@ def byte_count(size: int) -> str:
 
 
 def small_share(share: float) -> str:
-    """Return a share in four or five characters; small ones keep two digits that mean something.
+    """Return a fraction in four or five characters; small ones keep two significant digits.
 
     >>> small_share(0.4123), small_share(0.0312), small_share(0.00391)
     ('0.41', '0.031', '0.0039')
@@ -244,7 +245,7 @@ def small_share(share: float) -> str:
 
 
 def plus_minus(error: float) -> str:
-    """Return a standard error as it is written behind a value.
+    """Return a standard error as written after a value.
 
     >>> plus_minus(0.01234), plus_minus(2e-6)
     (' ±0.012', ' ±<1e-4')
@@ -253,7 +254,7 @@ def plus_minus(error: float) -> str:
 
 
 def factor(value: float) -> str:
-    """Return a factor with the digits in which it differs from 1.
+    """Return a factor with enough digits to differ from 1.
 
     >>> factor(0.998765), factor(0.0312345)
     ('0.99877', '0.0312')
@@ -262,7 +263,7 @@ def factor(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Return four decimals with the sign; a zero without.
+    """Return four decimals with a sign; zero without one.
 
     >>> signed(0.01234), signed(-1e-9)
     ('+0.0123', '0')
@@ -271,7 +272,7 @@ def signed(value: float) -> str:
 
 
 def plain(value: float | int | str | None) -> str:
-    """Return a value as pages show it; nothing for what does not exist.
+    """Return a value as shown on pages; empty for None.
 
     >>> plain(None), plain(8), plain(0.0312345), plain("rank")
     ('', '8', '0.0312', 'rank')
@@ -294,11 +295,11 @@ FORMS: Mapping[str, Callable[[float], str]] = {
 
 
 def written(value: float, form: str = "", share: bool = False) -> str:
-    """Return a number as a table shows it.
+    """Return a number as shown in a table.
 
     Args:
         value: The number.
-        form: A name in ``FORMS``, or a format; empty for two decimals of a share and three digits of other numbers.
+        form: A name in ``FORMS``, or a format; empty for two decimals of a fraction and three digits of other numbers.
         share: Whether it is a fraction in [0, 1].
 
     >>> written(0.4123, share=True), written(0.4123, "percent"), written(0.4123, "+.3f"), written(1234.5)
@@ -322,7 +323,7 @@ def spark(s: Sequence[float], total: int, width: int = 8) -> str:
 
 
 def strip(shares: Sequence[float | None], width: int) -> str:
-    """Draw shares one after the other, averaged into bins where there are more of them than columns.
+    """Draw fractions in sequence, averaged into bins if there are more than columns.
 
     >>> strip([0.0, 0.5, 1.0], 10), strip([0.0, 0.0, 1.0, 1.0], 2), strip([None, 1.0], 2)
     ('▁▅█', '▁█', '·█')
@@ -334,7 +335,7 @@ def strip(shares: Sequence[float | None], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that a reader thinks in.
+    """Return a duration in a convenient unit.
 
     >>> duration(0.4), duration(75), duration(160), duration(8000), duration(400_000)
     ('1 s', '75 s', '2.7 min', '2.2 h', '4.6 days')

@@ -1,4 +1,4 @@
-"""``report``: what several runs say together, as one page, one text or one table."""
+"""``report``: combine the results of several runs in a page, a text or a table."""
 
 from lora_diag.feature import Feature
 

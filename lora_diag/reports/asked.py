@@ -1,6 +1,6 @@
-"""The questions that a report answers first from losses, from probes of parts and from several updates.
+"""The first questions of a report, answered from losses, probes of parts and several updates.
 
-Each answer is in the words and with the numbers of the command's own summary. Names come out ``safe``.
+Answers are the statements of the command's own summary. Names are ``safe``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lora_diag.reports.several import Section, is_of_losses, sections_of
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question of the top of the page.
+    """One question at the top of the page, with its answer.
 
     Args:
-        question: As a user asks it.
+        question: The question.
         says: The answer, with its numbers.
-        more: What stands below it.
-        measured: False where nothing was measured that answers it.
+        more: Further lines.
+        measured: False if no measurement answers it.
     """
 
     question: str
@@ -31,17 +31,17 @@ class Answer:
 
 
 def losses(evidence: Evidence) -> Iterator[Answer]:
-    """Yield what probes say: losses lead, with their paired standard errors, and weights are pointers."""
+    """Yield the answers of probes: losses first with their paired standard errors; weights are only indications."""
     return _answers([section for section in sections_of(evidence) if is_of_losses(section.source)])
 
 
 def several(evidence: Evidence) -> Iterator[Answer]:
-    """Yield the answers to the questions that the other features declare."""
+    """Yield the answers to the questions declared by other features."""
     return _answers([section for section in sections_of(evidence) if not is_of_losses(section.source)])
 
 
 def _answers(sections: Sequence[Section]) -> Iterator[Answer]:
-    """Yield the answers to the questions that features declare, from their statements."""
+    """Yield the answers to the questions declared by features, from their statements."""
     times = Counter(section.feature.name for section in sections)
     for section in sections:
         for key, question in section.feature.questions:
@@ -49,5 +49,5 @@ def _answers(sections: Sequence[Section]) -> Iterator[Answer]:
                 first, *others = found
                 answer, more = first.answered
                 more += tuple(line for one in others for line in one.labelled)
-                # Of several such runs each answer says whose it is.
+                # With several such runs, each answer names its run.
                 yield Answer(question, answer, (*more, *([section.title] if times[section.feature.name] > 1 else ())))

@@ -1,6 +1,6 @@
-"""Records → columns: one value a layer, whatever run it comes from. The page's heat map and table show these.
+"""Records → columns: one value per layer from any run. Used by the page's heat map and table.
 
-A field's values are those of the records, unrounded; the few that are computed say so in ``about``.
+Values are those of the records, unrounded; derived ones are marked in ``about``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_diag.records.vocabulary import metric_of
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import labels
 
-# What tells columns in another metric than the weights' from those in it.
+# Suffix of columns in metrics other than that of the weights.
 _METRIC = {"data": "data", "kfac": "K-FAC"}
 
 
@@ -35,13 +35,13 @@ class Field:
     Args:
         id: Short and unique in a page, part of its address.
         title: Its heading.
-        about: What it is, in one sentence.
-        group: Which run or adapter it belongs to; empty where only one could be meant.
-        values: One a layer; None where it does not exist.
+        about: One-sentence description.
+        group: Its run or adapter; empty if there is only one.
+        values: One per layer; None if undefined.
         share: Whether it lies in [0, 1].
-        main: Whether it is shown before anybody asks for all columns.
-        together: Gives the value of several layers taken as one, by their places, as the command's own table does.
-        pooled: Whether that is another value than the median of numbers and the most frequent word.
+        main: Whether it is shown by default.
+        together: Returns the pooled value of several layers by index, as in the command's own table.
+        pooled: Whether the pooled value differs from the median or the most frequent word.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Field:
 
 
 def layers_of(evidence: Evidence) -> tuple[str, ...]:
-    """Return the names of all layers of all runs, each once, in the order of the files; an adapter is none."""
+    """Return the distinct names of the layers of all runs, in the order of the files; adapters are not included."""
     return tuple(
         dict.fromkeys(
             record.layer for source in evidence.sources for record in source.results if not isinstance(record, Fleet)
@@ -70,7 +70,7 @@ def layers_of(evidence: Evidence) -> tuple[str, ...]:
 
 
 def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
-    """Return every column that the runs give, without those that are empty."""
+    """Return all nonempty columns of the runs."""
     found = [
         *_spectrum_fields(evidence, layers),
         *_residual_fields(evidence, layers),
@@ -102,7 +102,7 @@ def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
 
 
 def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    """Give the last step; the page's curves show all of them."""
+    """Yield the columns of overlap at the last step; the page's curves show all steps."""
     sources = list(evidence.of(Overlap))
     for place, source in enumerate(sources):
         shown = tracks(source.results)
@@ -114,7 +114,7 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
 
 
 def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    """Give the columns of every kind of record that has one a layer, as it declares them."""
+    """Yield the declared columns of every kind of record with one record per layer."""
     special = (Spectrum, Residual, Overlap)
     kinds = [
         kind
@@ -161,5 +161,5 @@ def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], p
 
 
 def _group(sources: Sequence[Source], source: Source) -> str:
-    """Name the run only where several could be meant."""
+    """Return the name of the run if there are several."""
     return labels([each.name for each in sources])[list(sources).index(source)] if len(sources) > 1 else ""

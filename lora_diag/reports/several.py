@@ -1,6 +1,6 @@
-"""What a report says of losses, merges, several updates, intruder dimensions and fleets: the commands' summaries.
+"""Report sections for losses, merges, several updates, intruder dimensions and fleets, from the commands' summaries.
 
-Both reports, HTML and Markdown, take their sections from here. Names come out ``safe``, as the terminal has them.
+Used by both the HTML and the Markdown report. Names are ``safe``, as in the terminal.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence, Source
 
-# What the list of runs says anyway.
+# Statements that the list of runs already contains.
 _ELSEWHERE = {"compared", "left_out", "adapters"}
 
-# So many updates are named in a title.
+# Maximum number of updates named in a title.
 _NAMED = 4
 
-# Roles of inputs that are read and not compared.
+# Roles of inputs that are not compared.
 _TEXTS = {"data", "eval", "shifted"}
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What one run says.
+    """The section of one run.
 
     Args:
-        title: Of what it is.
-        kind: The same without the run's inputs.
-        feature: Whose records they are.
-        statements: What it says.
+        title: Its title.
+        kind: Its title without the run's inputs.
+        feature: The feature of its records.
+        statements: Its statements.
         grids: Its tables.
-        figures: Names of the figures that belong to it; of several runs of a command, to the first.
+        figures: Names of its figures; several runs of a command have them in the first section.
         source: The run.
     """
 
@@ -55,13 +55,13 @@ class Section:
 
 
 def section_kind(source: Source) -> SectionKind | None:
-    """Return what a run's feature declares as its section; None if it has none."""
+    """Return the section declared by a run's feature; None without one."""
     feature = feature_of(source.results.run.command)
     return feature.section if feature else None
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each run whose feature has one, losses first; of one command as the user named them."""
+    """Return a section for each run whose feature has one, losses first; those of one command in the given order."""
     found = []
     drawn: set[str] = set()
     known = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
@@ -88,13 +88,13 @@ def sections_of(evidence: Evidence) -> list[Section]:
 
 
 def is_of_losses(source: Source) -> bool:
-    """Say whether a run measured losses of a model."""
+    """Return whether a run measured losses of a model."""
     kind = section_kind(source)
     return kind is not None and kind.losses
 
 
 def named_of(source: Source) -> str:
-    """Return what such a run is of: its updates, or how many adapters."""
+    """Return the subject of such a run: its updates, or the number of adapters."""
     run = source.results.run
     compared = [side for side in run.inputs if side.role not in _TEXTS]
     updates = [side.path for side in compared if side.role != "base"] or [side.path for side in compared]

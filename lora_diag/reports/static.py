@@ -1,4 +1,4 @@
-"""The static figures of a page, those of ``loradiag plot``: what it shows where no script runs."""
+"""Static figures of a page, as in ``loradiag plot``, shown without scripts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lora_diag.reports.html import Picture
 
 
 def pictures_of(evidence: Evidence) -> list[Picture]:
-    """Return every figure that the records give."""
-    from lora_diag import plots  # here: Matplotlib takes half a second
+    """Return every figure that the records allow."""
+    from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
     runs = [source.results for source in evidence.sources]
     files = [source.name for source in evidence.sources]
     pictures = []
-    # Name in the page, figure, what it shows, field of a heat map.
+    # Name in the page, figure, description, field of a heat map.
     asked: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
     asked.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
     for name, kind, shows, field in asked:

@@ -1,4 +1,4 @@
-"""One step of advice, whatever rule gives it: data, of which a page makes sentences and a command."""
+"""A step of advice as data, from which pages derive sentences and a command."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 class Advice:
     """One step.
 
-    The numbers that ``do`` asks for are fields, and the command is made of the same values: the two cannot disagree.
+    The numbers in ``do`` are fields, and the command is derived from the same values, so that the two cannot disagree.
 
     Args:
         rule: The name of the rule.
-        do: What to do, which is what the command does.
+        do: The action of the command.
         because: The evidence, with its numbers.
-        condition: When the rule speaks.
-        source: Where it comes from.
-        argv: What to run, word by word.
-        ranks: The ranks that the command tries, shows or extracts.
-        rates: The learning rates that it tries.
-        seeds: The runs of each rank that it asks for.
-        params: The trainable parameters that it spends.
-        adapters: The adapters that it takes, by their paths.
-        layers: The layers it is about, all of them; names as the file has them.
-        about: The full fine-tunes it is about, by their paths, where the page has several.
+        condition: Condition of the rule.
+        source: Source of the rule.
+        argv: The command, word by word.
+        ranks: Ranks of the command.
+        rates: Learning rates of the command.
+        seeds: Runs of each rank.
+        params: Trainable parameters.
+        adapters: Paths of its adapters.
+        layers: All layers concerned, with names as in the file.
+        about: Paths of the full fine-tunes concerned, if the page has several.
     """
 
     rule: str
@@ -45,16 +45,16 @@ class Advice:
 
     @property
     def command(self) -> str:
-        """What to run, as a shell takes it."""
+        """The command, quoted for a shell."""
         return shlex.join(self.argv)
 
 
 def command(*words: str | Sequence[str], **options: object) -> tuple[str, ...]:
-    """Return a command of ``loradiag``, word by word; options that are None, False or empty are left out.
+    """Return a command of ``loradiag``, word by word; options that are None, False or empty are omitted.
 
     Args:
-        words: Command and arguments; of a sequence each is a word.
-        options: By their names; a sequence is joined by commas, True is a flag.
+        words: Command and arguments; sequences are expanded.
+        options: Options by name; sequences are joined by commas, True is a flag.
 
     >>> command("probe sweep", "base", ["a", "b"], ranks=(4, 8), full=True, seeds=None)
     ('loradiag', 'probe', 'sweep', 'base', 'a', 'b', '--ranks', '4,8', '--full')
@@ -73,7 +73,7 @@ def command(*words: str | Sequence[str], **options: object) -> tuple[str, ...]:
 
 
 def listed(ranks: Sequence[int]) -> str:
-    """Return ranks as a sentence has them.
+    """Return ranks as part of a sentence.
 
     >>> listed([4]), listed([4, 8, 16])
     ('r=4', 'r=4, r=8 and r=16')

@@ -1,7 +1,7 @@
-"""What held-out losses say of adapters, of ranks and of truncations: the evidence that leads, where there is some.
+"""Evidence from held-out losses on adapters, ranks and truncations.
 
-Knows probe records only. A difference of two losses counts where it is more than two of its paired standard errors.
-Sets that the user named as shifted are another question and are asked apart.
+Uses probe records only. A difference of two losses is significant above two paired standard errors. Sets that the user
+declared as shifted are evaluated separately.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence, Source
 
-# An adapter whose ε² is above what its rank allows by less than this is the update, cut to that rank.
+# An adapter whose ε² exceeds the lower bound of its rank by less than this is the truncated update.
 CUT = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class SweptRun(Swept):
-    """What a sweep comes to, and which run it is.
+    """The verdict of a sweep, with its run.
 
     Args:
         source: The run.
@@ -39,8 +39,8 @@ class Compressed:
     Args:
         source: The run.
         rank: r.
-        records: At that rank, one a set.
-        without: What r = 0 keeps on the set where it keeps most: the share of norms, biases, embeddings and head.
+        records: Records at that rank, one per set.
+        without: Largest fraction over sets that r = 0 keeps: the contribution of norms, biases, embeddings and head.
     """
 
     source: Source
@@ -51,16 +51,16 @@ class Compressed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """What losses on the page have measured as worse, which no step advises again.
+    """Options shown to be worse by losses, which are not recommended again.
 
     Args:
-        trained: The highest rank that was trained and is shown to be worse: than a higher rank of a sweep, or than the
-            full fine-tune; 0 where there is none.
-        cut: The highest rank to which the update was cut, by truncation or as an adapter, and that keeps too little of
-            the gain; 0 where there is none.
-        more_rank: Whether an adapter of a higher rank is shown to be worse than one of a lower rank.
-        tuned: Whether the full fine-tune is shown to be worse than BASE on every set that is not shifted.
-        beaten: Whether an adapter is shown to be better than the full fine-tune on every such set.
+        trained: The highest trained rank that is significantly worse than a higher rank of a sweep or than the full
+            fine-tune; 0 if there is none.
+        cut: The highest rank of the truncated update, or of such an adapter, that keeps too little of the gain; 0 if
+            there is none.
+        more_rank: Whether an adapter of a higher rank is significantly worse than one of a lower rank.
+        tuned: Whether the full fine-tune is significantly worse than BASE on every set that is not shifted.
+        beaten: Whether an adapter is significantly better than the full fine-tune on every such set.
     """
 
     trained: int = 0
@@ -79,7 +79,7 @@ def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
 
 
 def lost(evidence: Evidence) -> Lost:
-    """Return what the losses of all runs have measured as worse."""
+    """Return the options that the losses of all runs show to be worse."""
     ranks = {path: {r.rank for r in records if r.rank} for path, records in evidence.adapted.items()}
     uniform = {path: next(iter(found)) for path, found in ranks.items() if len(found) == 1}
     cut = {path for path, records in evidence.adapted.items() if _is_cut(records)}
@@ -113,13 +113,13 @@ def lost(evidence: Evidence) -> Lost:
 
 
 def _is_cut(records: Sequence[Residual]) -> bool:
-    """Whether an adapter is the update itself, cut to its ranks: nothing of ε is due to its direction or scale."""
+    """Return whether an adapter is the truncated update: no part of ε is due to direction or scale."""
     excess = [record.excess for record in records if record.rank and record.excess is not None]
     return bool(excess) and max(excess) < CUT
 
 
 def _cut_short(evidence: Evidence) -> list[int]:
-    """Return the ranks at which truncating all layers keeps too little of a gain that is one."""
+    """Return the ranks at which truncating all layers keeps too little of a significant gain."""
     found = []
     for _, sets, bases, cut in _truncations(evidence):
         for record in cut:
@@ -137,7 +137,7 @@ def _tuned_is_worse(evidence: Evidence) -> bool:
 
 
 def without_matrices(evidence: Evidence) -> float | None:
-    """Return what of the gain norms, biases, embeddings and head bring by themselves, on the set where it is most."""
+    """Return the largest fraction of the gain over sets due to norms, biases, embeddings and head."""
     shares = [
         record.kept
         for source, sets, bases, cut in _truncations(evidence)
@@ -149,12 +149,12 @@ def without_matrices(evidence: Evidence) -> float | None:
 
 
 def contests(evidence: Evidence) -> list[Contest]:
-    """Return every adapter that was compared with a full fine-tune by its losses."""
+    """Return the comparison of every adapter with a full fine-tune by losses."""
     return [contest for _, records in of(evidence, "outputs") for contest in contests_of(records)]
 
 
 def swept(evidence: Evidence) -> SweptRun | None:
-    """Return what the first sweep comes to; None without one, or where none of its runs says anything."""
+    """Return the verdict of the first sweep; None without a conclusive one."""
     for source, _ in of(evidence, "sweep"):
         if (found := swept_of(source.results)) is not None:
             return SweptRun(**{each.name: getattr(found, each.name) for each in fields(found)}, source=source)
@@ -176,7 +176,7 @@ def compressed(evidence: Evidence) -> Compressed | None:
 
 
 def _truncations(evidence: Evidence) -> Iterator[tuple[Source, list[str], dict[str, Probe], list[Probe]]]:
-    """Yield the runs that truncate all layers together: sets that decide, BASE's records by set, the truncated ones."""
+    """Yield the runs that truncate all layers together: deciding sets, BASE's records by set, the truncated ones."""
     for source, records in of(evidence, "truncation"):
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):

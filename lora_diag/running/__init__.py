@@ -1,1 +1,1 @@
-"""What runs have in common: opening inputs, the loop over layers or training runs, progress, resuming."""
+"""Shared parts of runs: opening inputs, the loop over layers or training runs, progress, resuming."""

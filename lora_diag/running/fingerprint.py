@@ -1,4 +1,4 @@
-"""Words and numbers that stand for an input in a record: its path as text, and a fingerprint of what it holds."""
+"""Identification of inputs in records: the path as text, and a fingerprint of the contents."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.errors import InputError
 
-# A checkpoint that is trained on keeps its names, shapes and sizes, so what its files hold is hashed, too: every byte
-# of a file of up to WHOLE_BYTES, and of an adapter's; of a larger one a page in each STRIDE, 0.4% of it. A tensor of at
-# least a stride and a page has a whole page among them, and one that was trained on or scaled rarely keeps a page.
+# A checkpoint in training keeps its names, shapes and sizes, so file contents are hashed, too: every byte of a file of
+# up to WHOLE_BYTES and of an adapter; of a larger file one page per STRIDE, 0.4% of it. A tensor of at least a stride
+# and a page contains a whole hashed page, and training or scaling rarely leaves a page unchanged.
 WHOLE_BYTES = 2**26
 STRIDE = 2**20
 SAMPLE_BYTES = 4096
 
-# Pages of a remote file whose server tells no version: each is a request.
+# Sampled pages of a remote file without a version from its server; each is a request.
 REMOTE_SAMPLES = 16
 
-# Those of versions before had 16 digits, of other pages.
+# Fingerprints of earlier versions had 16 digits, from other pages.
 DIGITS = 32
 
 # Files with parts of tensors, in a folder that is read as one file.
 PARTS = ("*.safetensors", ".metadata", "*.distcp", "model_world_size_*.pt", "*_states.pt")
 
-# Read at a time for the hash of a whole file.
+# Bytes per read when hashing a whole file.
 HASHED_BYTES = 2**20
 
 
 def legible(text: Path | str) -> str:
-    r"""Return a path, or words that hold one, as text that UTF-8 can write; other bytes are spelled out.
+    r"""Return a path, or text that contains one, in valid UTF-8; other bytes are escaped.
 
-    What an address carries besides the place, such as a signature, is left out.
+    Passwords and signatures of addresses are removed.
 
     >>> legible("caf\udce9.safetensors")
     'caf\\xe9.safetensors'
@@ -50,7 +50,7 @@ def legible(text: Path | str) -> str:
 
 
 def fingerprint_of_adapter(source: Source) -> str:
-    """Return the fingerprint of an adapter: of its config and of every byte of its weights.
+    """Return the fingerprint of an adapter, from its config and every byte of its weights.
 
     Raises:
         InputError: A file cannot be read.
@@ -63,15 +63,15 @@ def fingerprint_of_adapter(source: Source) -> str:
 def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None, whole: bool = False) -> str:
     """Return 32 hex digits that change when the input does.
 
-    Hashed are every tensor's name, shape, dtype and storage format, the sizes of the files, their bytes (of files of
-    more than 64 MiB a page of 4 KiB in each MiB), and the settings; neither paths nor times, so that a copy of the same
-    input has the same fingerprint. A change between the pages of a large file that keeps its size goes unnoticed:
-    ``content_hash`` is for those who must know.
+    The hash covers name, shape, dtype and storage format of every tensor, the sizes of the files, their bytes (for
+    files of more than 64 MiB one page of 4 KiB per MiB), and the settings. Paths and times are not included, so a copy
+    has the same fingerprint. A change between the sampled pages of a large file that keeps its size is not detected;
+    use ``content_hash`` to detect every change.
 
     Args:
         checkpoint: The opened checkpoint.
-        settings: What else says how its tensors are read: an adapter's config.
-        whole: Whether to hash every byte of large files, too.
+        settings: Other data that determine how tensors are read: an adapter's config.
+        whole: Whether to hash every byte of large files.
 
     Raises:
         InputError: A file cannot be read.
@@ -90,7 +90,7 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = Non
 
 
 def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what a checkpoint is called: by its config, by the Hub, and by the folder in which it lies."""
+    """Return the names of a checkpoint: from its config, the Hub, and its folder."""
     path = checkpoint.path
     stored = str(checkpoint.config.get("_name_or_path") or "")
     where = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
@@ -114,9 +114,9 @@ def _parts_in(folder: Path) -> list[Path]:
 
 
 def content_hash(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of one file; of several, that of the list that ``sha256sum`` prints of them in their folder.
+    """Return the SHA-256 of a file; for several files, that of the list printed by ``sha256sum`` in their folder.
 
-    Every byte is read: 1 to 2 GB take a second, if the disk gives them.
+    Every byte is read, at 1 to 2 GB per second if the disk is fast enough.
 
     Raises:
         InputError: A file cannot be read.
@@ -128,7 +128,7 @@ def content_hash(files: Sequence[Path]) -> str:
 
 
 def _file_hash(file: Path) -> str:
-    """Hash a file, once in the life of this process as long as it stays what it is: BASE may be named many times."""
+    """Hash a file once per process while it stays unchanged, since BASE may occur many times."""
     try:
         if isinstance(file, RemotePath):
             return _hashed(file, file.facts().size, file.facts().version)
@@ -148,9 +148,9 @@ def _hashed(file: Path, *_: object) -> str:
 
 
 def _digest(file: Path, whole: bool) -> bytes:
-    """Return what stands for a file in a fingerprint: the hash of its bytes, or of its size and some pages.
+    """Return the fingerprint of one file: the hash of its bytes, or of its size and sampled pages.
 
-    A store's own word for the version of a file, its ETag, stands for the pages: they would be a request each.
+    For a remote file, its ETag replaces the pages, each of which would be a request.
     """
     if isinstance(file, RemotePath):
         size = file.facts().size
@@ -165,7 +165,7 @@ def _digest(file: Path, whole: bool) -> bytes:
 
 @cache
 def _sampled(file: Path, size: int, stride: int, *_: object) -> bytes:
-    """Return the hash of a file's size and a page in each stride, the last page among them."""
+    """Return the hash of a file's size and one page per stride, including the last page."""
     found = hashlib.sha256(f"{size};".encode())
     last = max(0, size - SAMPLE_BYTES)
     with file.open("rb") as stream:

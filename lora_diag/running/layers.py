@@ -1,4 +1,4 @@
-"""The skeleton of a run over layers: options checked, inputs opened, every layer measured, records written."""
+"""A run over layers: check options, open inputs, measure every layer, write records."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ L = TypeVar("L", bound=LayerRecord)
 T = TypeVar("T", bound=Sized)
 S = TypeVar("S", bound=Any)
 
-# The settings of a run record that follow a command's own, in this order.
+# Common settings in a run record, in this order, after a command's own.
 RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
 
 
 def entry_bytes(task: Sized, settings: Any) -> int:
-    """Return the bytes of a layer's entries in float64."""
+    """Return the size of a layer's entries in float64."""
     return 8 * math.prod(task.shape)
 
 
@@ -44,18 +44,18 @@ class LayerRun:
     """One run of a command over layers.
 
     Args:
-        command: As the results file names it.
-        given: What the caller gave of the options.
-        group: Which options the command has.
+        command: Its name in the results file.
+        given: Options given by the caller.
+        group: The command's options.
 
     Attributes:
-        options: All options, those that were not given by default.
-        where: Where numbers are computed.
+        options: All options, with defaults.
+        where: Device of the computation.
         given: α of adapters whose files give none.
-        own: The command's own options, as the run record has them.
+        own: The command's own options, in the form of the run record.
 
     Raises:
-        UsageError: An option makes no sense, or the device is not there.
+        UsageError: An option is invalid, or the device does not exist.
     """
 
     def __init__(self, command: str, given: Mapping[str, object], group: type = LayerOptions) -> None:
@@ -68,7 +68,7 @@ class LayerRun:
         self.given = given_alpha(self.options)
 
     def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
-        """Open both sides and pair their weights, those that the options select.
+        """Open both sides and pair the selected weights.
 
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
@@ -86,13 +86,13 @@ class LayerRun:
         size: Callable[..., int] = entry_bytes,
         asked: dict[str, Any] | None = None,
     ) -> Results[L]:
-        """Measure every matrix that two sides have in common: ``measure(delta, settings=LayerSettings(...))``.
+        """Measure every matrix that both sides have: ``measure(delta, settings=LayerSettings(...))``.
 
         Args:
-            base: The checkpoint before; or an adapter, if there is no ``tuned``.
-            tuned: The checkpoint after, or an adapter.
-            measure: The records of one layer, or why it has none.
-            size: Bytes that a layer takes while it is measured.
+            base: Base checkpoint; or an adapter, if ``tuned`` is None.
+            tuned: Fine-tuned checkpoint or adapter.
+            measure: Returns the records of one layer, or why it has none.
+            size: Returns the memory needed to measure a layer, in bytes.
             asked: The command's own settings, for the run record.
         """
         compared = self.compare(base, tuned)
@@ -108,7 +108,7 @@ class LayerRun:
         )
 
     def settings(self, kind: Callable[..., S], **own: Any) -> S:
-        """Return the settings of a diagnostic: its own, and of the options those that every diagnostic has."""
+        """Return the settings of a diagnostic: its own, and the options common to all diagnostics."""
         common = {name: self.options[name] for name in ("method", "tol", "seed") if name in self.options}
         return kind(**common, device=self.where.tasks, **own)
 
@@ -127,18 +127,19 @@ class LayerRun:
         """Measure every layer; write and report each record in the order of the file.
 
         Args:
-            tasks: One for each layer, in the order of the file.
-            measure: ``measure(task, settings=...)``: the records of one layer, or why it has none.
-            size: ``size(task, settings=...)``: bytes that a task takes while it runs.
-            settings: A frozen dataclass with a field ``memory``, which gets the bytes that a layer may take.
-            rest: What else is left out, of the layout, of what an interrupted run had measured, and of the settings.
+            tasks: One per layer, in the order of the file.
+            measure: ``measure(task, settings=...)`` returns the records of one layer, or why it has none.
+            size: ``size(task, settings=...)`` returns the memory of a running task in bytes.
+            settings: A frozen dataclass with a field ``memory``, which is set to the memory limit of a layer in bytes.
+            rest: Returns further skipped tensors, given the layout, the records of an interrupted run, and the
+                settings.
             inputs: For the run record.
             asked: The command's own settings, for the run record.
-            recorded: Names of settings, of options or the command's own, that come last, in this order.
+            recorded: Names of settings that come last in the run record, in this order.
             finish: Called with the records while the results file is still locked.
 
         Returns:
-            All records of the run, those of an interrupted one included.
+            All records of the run, including those of an interrupted run.
 
         Raises:
             InputError: An input cannot be read, or the file cannot be written.
@@ -170,7 +171,7 @@ class LayerRun:
         return results
 
     def layout(self, tasks: Sequence[Sized]) -> Layout:
-        """Return how this machine is shared among layers.
+        """Return the allocation of this machine to layers.
 
         Raises:
             UsageError: The memory limit is too small for the program itself.

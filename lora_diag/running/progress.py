@@ -1,4 +1,4 @@
-"""Progress of a run: events, records as they come, and what an interrupted run left."""
+"""Progress of a run: events, records, and the records of an interrupted run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ L = TypeVar("L", bound=LayerRecord)
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Args:
-        label: The layer that comes next, or what a probe is doing.
-        done: Layers finished; of a probe, batches and steps.
-        total: All of them; of a probe, as many as are known by now.
+        label: The next layer, or a probe's current activity.
+        done: Finished layers; for a probe, batches and steps.
+        total: Total number of them; for a probe, the number known so far.
         entries_done: Matrix entries of the finished layers; 0 for a probe.
         entries: Matrix entries of all layers; 0 for a probe.
     """
@@ -31,12 +31,12 @@ class Progress:
 
 
 class Watch:
-    """Passes progress, records and notes on to a caller.
+    """Callbacks for progress, records and notes.
 
     Args:
         on_progress: Called with the progress of the run.
-        on_record: Called with every record, in the order of the file, as it comes.
-        on_note: Called with the estimate of what a run will cost.
+        on_record: Called with every record, in the order of the file.
+        on_note: Called with the estimated cost of a run.
 
     Attributes:
         done: Batches that ``batch`` has counted.
@@ -55,24 +55,24 @@ class Watch:
         self.done, self.total = 0, 0
 
     def batch(self, label: str) -> None:
-        """Count one batch more; where the total was only estimated, it grows."""
+        """Count one more batch; an estimated total grows if it is exceeded."""
         self.done += 1
         self.total = max(self.total, self.done)
         self.progress(Progress(label, self.done, self.total))
 
 
 class Kept(Generic[L]):
-    """The records of a run, those of an interrupted one first, which are passed on at once.
+    """The records of a run; those of an interrupted run come first and are passed on at once.
 
     Args:
         writer: The results file.
-        watch: Who gets every record.
+        watch: Callbacks that get every record.
 
     Attributes:
-        run: The run record; of a resumed run with what its settings have become.
-        finished: The results, if the run was finished before.
+        run: The run record; for a resumed run, with the updated settings.
+        finished: The results, if the run was already finished.
         layers: The records of layers so far.
-        records: The records on the run as a whole so far, of whatever kinds the command has.
+        records: The records of the run as a whole so far, of any kind.
     """
 
     def __init__(self, writer: ResultsWriter[L], watch: Watch) -> None:
@@ -87,12 +87,12 @@ class Kept(Generic[L]):
             watch.record(record)
 
     def has(self, sets: Iterable[str], **fields: Any) -> bool:
-        """Say whether there is a record with these fields on every set; ``record`` goes first where kinds are mixed."""
+        """Return whether every set has a record with these fields; ``record`` comes first if kinds are mixed."""
         have = {r.set for r in self.records if all(getattr(r, name, ...) == value for name, value in fields.items())}
         return set(sets) <= have
 
     def put(self, *records: L | WholeRecord) -> None:
-        """Write those records that are not there yet, in one go, and pass them on."""
+        """Write the records that do not exist yet, at once, and pass them on."""
         new = [r for r in records if not isinstance(r, WholeRecord) or key_of(r) not in self._keys]
         for record in new:
             if isinstance(record, WholeRecord):
@@ -103,7 +103,7 @@ class Kept(Generic[L]):
         self._write(*new)
 
     def end(self, left_out: Iterable[LeftOut]) -> Results[L]:
-        """Write what is left out, as far as it is not there yet, and the totals; return everything."""
+        """Write missing records of skipped tensors, and the totals; return all results."""
         for item in list(left_out)[len(self._left_out) :]:
             self._left_out.append(item)
             self._write(item)
@@ -118,5 +118,5 @@ class Kept(Generic[L]):
 
 
 def key_of(record: WholeRecord) -> tuple[Any, ...]:
-    """Return by what a record is told from the others of its run."""
+    """Return the key that distinguishes a record from the others of its run."""
     return (record.record, *(getattr(record, name) for name in record.key))

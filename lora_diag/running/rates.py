@@ -1,4 +1,4 @@
-"""Which learning rate of a grid was the best, and which to try beyond its edge: one rule for all probes that train."""
+"""Choice of the best learning rate of a grid and extension of the grid at its edge, shared by all probes that train."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TypeVar
 
 What = TypeVar("What", bound=Hashable)
 
-# Learning rates are smaller than this.
+# Upper limit of learning rates.
 MOST = 10.0
-# Beyond an edge no step is longer: from 1e-3 and 1e-2 it goes on with 3.3e-2, as grids usually do.
+# Largest step beyond an edge: from 1e-3 and 1e-2 the next rate is 3.3e-2, a common grid step.
 STEP = 10 / 3
 
 
 def lowest(runs: Iterable[tuple[What, float | None, float | None]]) -> dict[What, float]:
-    """Return for everything that was trained the learning rate of its lowest loss; nothing for what always diverged.
+    """Return the learning rate with the lowest loss for each trained item; omit items that always diverged.
 
     Args:
-        runs: What was trained, the loss, and the learning rate; of one seed, on the set that decides.
+        runs: Item, loss and learning rate of each run; of one seed, on the deciding evaluation set.
 
     >>> lowest([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}
@@ -31,7 +31,7 @@ def lowest(runs: Iterable[tuple[What, float | None, float | None]]) -> dict[What
 
 
 def edge(tried: Collection[float], best: float) -> int:
-    """Return −1 or 1 where the best rate is the lowest or the highest of several, so that a better one may lie beyond.
+    """Return −1 or 1 if the best rate is the lowest or highest of several, where a better one may lie beyond; else 0.
 
     >>> edge([1e-3, 1e-2], 1e-2), edge([1e-3, 3e-3, 1e-2], 3e-3), edge([1e-2], 1e-2)
     (1, 0, 0)
@@ -42,9 +42,9 @@ def edge(tried: Collection[float], best: float) -> int:
 
 
 def beyond(tried: Collection[float], best: float) -> float | None:
-    """Return the rate to try next where the best is at the edge: a step of the grid further, 10/3 times at most.
+    """Return the rate to try next if the best is at the edge: one more grid step, by a factor of at most 10/3.
 
-    None where the best lies inside, where one rate alone was asked for, and where there is no room.
+    None if the best rate is inside the grid, if there is only one rate, or if the limit is reached.
 
     >>> beyond([1e-3, 2e-3, 4e-3], 4e-3), beyond([1e-3, 1e-2], 1e-3), beyond([1e-3, 3e-3, 1e-2], 3e-3)
     (0.008, 0.0003, None)

@@ -1,4 +1,4 @@
-"""``allocate``: ranks under a budget, with a certificate."""
+"""``allocate``: choose ranks under a budget, with a certificate."""
 
 from lora_diag.feature import Feature, Figure
 

@@ -1,7 +1,7 @@
-"""Heads of a fine-tuned model: trained in full beside the adapter (PEFT's ``modules_to_save``), and the task they tell.
+"""Heads of a fine-tuned model, trained in full beside the adapter (PEFT's ``modules_to_save``), and their task type.
 
-A head of a task is new, so BASE has nothing that an update of low rank could start from, and it is small. PEFT itself
-trains ``classifier`` and ``score`` (sequence and token classification) and ``qa_outputs`` (question answering) in full.
+A task head is new, so BASE has no weight for a low-rank update, and it is small. PEFT itself trains ``classifier`` and
+``score`` (sequence and token classification) and ``qa_outputs`` (question answering) in full.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of
 
-# What transformers 5 calls the heads of its classes for classification and question answering; the language-modelling
-# head is a table of the vocabulary (``names.part_of``) and not among them.
+# Names of heads of transformers 5 classes for classification and question answering; the language-modelling head is a
+# vocabulary table (``names.part_of``) and not included.
 _HEAD = re.compile(
     r"(?:.*\.)?(?:\w*classifier|score|qa_outputs|\w*pooler|classification_head|multiple_choice_head|sequence_summary"
     r"|logits_proj)(?=\.|$)"
 )
 
-# The end of a class's name -> PEFT's task type. Others (masked language models, multiple choice) have none.
+# The end of a class name -> PEFT's task type. Other classes (masked language models, multiple choice) have none.
 _TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
@@ -37,7 +37,7 @@ _SEQ_2_SEQ = re.compile(
 
 
 def head_of(name: str) -> str | None:
-    """Return the module of the head that a tensor is in; None outside of heads.
+    """Return the module of the head that contains a tensor; None outside of heads.
 
     >>> head_of("classifier.out_proj.weight"), head_of("bert.pooler.dense.bias"), head_of("lm_head.weight")
     ('classifier', 'bert.pooler', None)
@@ -53,16 +53,16 @@ def heads_to_save(
     target: re.Pattern[str] | None,
     exclude: re.Pattern[str] | None,
 ) -> list[LeftOut]:
-    """Return every tensor of the heads that are to be trained in full.
+    """Return every tensor of the heads to train in full.
 
-    These are the heads that TUNED changed or that only it has, but for those of which a pattern names a tensor: with
-    ``target`` it gets a rank, with ``exclude`` it stays as it is.
+    These are the heads that TUNED changed or that only it has, except those with a tensor that matches a pattern:
+    ``target`` gives it a rank, ``exclude`` leaves it unchanged.
 
     Args:
         records: Spectra.
-        left_out: What has none.
-        target: The user's choice of layers.
-        exclude: The user's choice of layers that get no adapter.
+        left_out: Tensors without a spectrum.
+        target: The user's selection of layers.
+        exclude: The user's exclusion of layers.
     """
     heads: dict[str, list[Spectrum | LeftOut]] = {}
     tensors: list[Spectrum | LeftOut] = [*records, *left_out]
@@ -94,17 +94,17 @@ def _is_named(name: str, *patterns: re.Pattern[str] | None) -> bool:
 
 
 def size_of(items: Iterable[LeftOut]) -> int:
-    """Return how many parameters these tensors have."""
+    """Return the number of parameters of these tensors."""
     return sum(math.prod(item.shape) for item in items)
 
 
 def task_type_of(results: Results[Any], heads: Collection[str]) -> str | None:
-    """Return PEFT's task type of a fine-tune, by the class that its config names; None where that tells none.
+    """Return PEFT's task type of a fine-tune by the class in its config; None if it cannot be determined.
 
     Args:
-        results: Spectra or an allocation of it: TUNED's class counts, else BASE's.
-        heads: The heads that are trained in full. PEFT trains those of a task in full whatever else it is told, so a
-            task whose head is not among them is none.
+        results: Spectra or an allocation of it: the class of TUNED is used, else that of BASE.
+        heads: Heads that are trained in full. PEFT always trains the heads of a task type in full, so a task type whose
+            head is not among them is not returned.
     """
     sides = [side for role in ("tuned", "base") for side in results.run.inputs if side.role == role]
     architecture = next((side.architecture for side in sides if side.architecture), "")

@@ -1,6 +1,6 @@
-"""The rank of one layer by each of the rules that people use, side by side.
+"""Ranks of one layer by several rules.
 
-It knows one spectrum. Rules that need every singular value say nothing about a truncated one.
+Uses one spectrum. Rules that need every singular value are undefined for a truncated one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def policies(record: Spectrum) -> Policies:
 
     Args:
         record: Its spectrum. Knee, effective rank and Gavish–Donoho are null unless it holds all min(out, in) values:
-            those of an adapter are the ranks of its factors, and no noise is left to tell signal from.
+            an adapter has the rank of its factors and no noise.
     """
     s = np.asarray(record.s)
     full = record.complete and len(s) == min(record.shape)

@@ -1,14 +1,14 @@
-"""Spend a budget on steps of falling yield: which ranks keep the most energy, and how far from the best they can be.
+"""Spend a budget on steps of decreasing yield, with a bound on the distance from the optimum.
 
-max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with falling gains. It knows gains, costs
-and a budget, and refuses to know layers, files and units of the budget.
+max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with decreasing gains. It uses gains, costs
+and a budget; independent of layers, files and units.
 
 Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r) − λ·cost_u·r) for all ranks within the budget
 (weak duality). G_u is concave on the allowed ranks, so the inner maximum takes exactly the steps whose gain per cost
 exceeds λ. The right side is least where those steps just fill the budget: with all steps sorted by gain per cost, at
-the first one that does not fit. This is the greedy order, so the greedy prefix and its bound come out of one sort. What
-is left of the budget after the prefix is filled with later steps that fit; where the table of all budgets is small,
-dynamic programming then finds the optimum itself.
+the first one that does not fit. This is the greedy order, so one sort gives the greedy prefix and its bound. The rest
+of the budget is filled with later steps that fit; if the table of all budgets is small, dynamic programming finds the
+optimum.
 
 Reference: Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix); Bellman 1957 (the table).
 """
@@ -25,18 +25,18 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Largest table of the exact method: about 1 s and 100 MB (2 cores of 2026; 40 M entries were filled in 0.4 s).
+# Largest table of the exact method: about 1 s and 100 MB (2 cores in 2026; 40 M entries took 0.4 s).
 MAX_TABLE, MAX_WORK = 4e7, 2e8
 
 
 @dataclass(frozen=True)
 class Steps:
-    """All steps up that units can take, in the order unit by unit, first step first.
+    """All steps of all units, unit by unit, in order of rank.
 
     Args:
-        gain: What each step adds to the objective, ``(n,)``; falling in ``gain / cost`` within a unit.
-        cost: What each step costs, ``(n,)``, positive.
-        unit: Which unit it belongs to, ``(n,)``, ascending.
+        gain: Gain of each step, ``(n,)``; decreasing in ``gain / cost`` within a unit.
+        cost: Cost of each step, ``(n,)``, positive.
+        unit: Index of its unit, ``(n,)``, ascending.
         rank: The unit's rank after it, ``(n,)``.
         start: The unit's rank before its first step, ``(units,)``.
     """
@@ -58,12 +58,12 @@ class Spent:
     """Ranks within a budget.
 
     Args:
-        ranks: By unit, ``(units,)``.
-        gain: What the steps taken add up to.
-        cost: What they cost.
-        bound: What no choice of steps within the budget can exceed.
+        ranks: Ranks by unit, ``(units,)``.
+        gain: Total gain of the steps.
+        cost: Total cost of the steps.
+        bound: Upper bound on the gain within the budget.
         price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
-        optimal: True if this is the optimum, found by the exact method or because every step was taken.
+        optimal: True if this is the optimum: found by the exact method, or because all steps were taken.
     """
 
     ranks: Ints
@@ -79,9 +79,9 @@ def make_steps(curves: Sequence[Floats], costs: Sequence[int], starts: Sequence[
 
     Args:
         curves: By unit: G(0), …, G(cap), concave, ``(cap + 1,)``.
-        costs: By unit: what one rank costs.
-        starts: By unit: the rank it has anyway.
-        allowed: By unit: the ranks above that which it may take, ascending.
+        costs: By unit: cost of one rank.
+        starts: By unit: its minimum rank.
+        allowed: By unit: allowed ranks above the minimum, ascending.
     """
     gain, cost, rank, sizes = [], [], [], []
     for curve, price, start, ranks in zip(curves, costs, starts, allowed, strict=True):
@@ -103,9 +103,9 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
     """Choose steps within a budget.
 
     Args:
-        steps: What can be bought.
-        budget: What may be spent on them, from 0 up.
-        exact: Whether to look for the optimum itself where its table is small.
+        steps: Available steps.
+        budget: Budget for steps, from 0 up.
+        exact: Whether to find the optimum if its table is small.
 
     Returns:
         A choice whose gain is at least that of the greedy prefix, and a bound on every choice.
@@ -136,24 +136,24 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
         ranks=_ranks(steps, choice),
         gain=gain,
         cost=int(steps.cost[chosen].sum()),
-        bound=max(bound, gain),  # equal where the prefix fills the budget, but for the rounding of sums
+        bound=max(bound, gain),  # equal if the prefix fills the budget, up to rounding of sums
         price=price,
         optimal=exact and (_table_fits(steps, budget) or left == 0),
     )
 
 
 def _by_yield(steps: Steps) -> Ints:
-    """Return the steps that gain anything by falling gain per cost, those of one unit in their order."""
+    """Return the steps with a positive gain by decreasing gain per cost, those of one unit in order."""
     density = steps.gain / steps.cost
     for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
-        # Rounding of sums must not let a unit's second step overtake its first.
+        # Rounding of sums must not reorder the steps of a unit.
         density[unit_first:unit_end] = np.minimum.accumulate(density[unit_first:unit_end])
     order = np.argsort(-density, kind="stable")
     return order[density[order] > 0]
 
 
 def _fill(steps: Steps, taken: Ints, left: int) -> None:
-    """Take, while any fits, the next step of the unit that yields most per cost."""
+    """Take the next step of the unit with the largest yield per cost while any fits."""
     first = steps.first
     while True:
         upcoming = first[:-1] + taken
@@ -169,7 +169,7 @@ def _fill(steps: Steps, taken: Ints, left: int) -> None:
 
 
 def _table(steps: Steps, budget: int) -> tuple[int, int]:
-    """Return the unit in which costs are counted exactly, and the budget in it."""
+    """Return the unit in which costs are exact integers, and the budget in this unit."""
     coarse = int(np.gcd.reduce(steps.cost))
     return coarse, budget // coarse
 
@@ -180,7 +180,7 @@ def _table_fits(steps: Steps, budget: int) -> bool:
 
 
 def _best_of(steps: Steps, taken: Ints, budget: int) -> Ints:
-    """Return how many steps of each unit are best: by dynamic programming, or ``taken`` where the table is too large.
+    """Return the optimal number of steps of each unit by dynamic programming; ``taken`` if the table is too large.
 
     best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
     """
@@ -209,19 +209,19 @@ def _best_of(steps: Steps, taken: Ints, budget: int) -> Ints:
         if exact[unit]:
             span = slice(first[unit], first[unit] + exact[unit])
             cell -= int(steps.cost[span].sum()) // coarse
-    # Of two choices that keep the same, the greedy one: its ranks do not jump with a rounding error.
+    # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
     gains = [math.fsum(steps.gain[_chosen(steps, each)]) for each in (taken, exact)]
     return exact if gains[1] > gains[0] else taken
 
 
 def _chosen(steps: Steps, taken: Ints) -> NDArray[np.bool_]:
-    """Return which steps are taken if each unit takes its first so many."""
+    """Return a mask of steps from the number of steps per unit."""
     position = np.arange(len(steps.unit)) - steps.first[steps.unit]
     return np.asarray(position < taken[steps.unit])
 
 
 def _ranks(steps: Steps, taken: Ints) -> Ints:
-    """Return the rank of each unit after so many of its steps."""
+    """Return the rank of each unit after a number of its steps."""
     ranks = steps.start.copy()
     moved = np.flatnonzero(taken)
     ranks[moved] = steps.rank[steps.first[moved] + taken[moved] - 1]

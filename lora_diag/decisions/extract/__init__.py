@@ -1,4 +1,4 @@
-"""``extract``: the best adapter of given ranks, written in PEFT's format."""
+"""``extract``: write the best adapter of given ranks in PEFT's format."""
 
 from lora_diag.feature import Feature
 

@@ -119,7 +119,7 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     """Measure what a gate needs, for ``gate --base``.
 
     Args:
-        base: The checkpoint before.
+        base: Base checkpoint.
         tuned: A full fine-tune; None if only adapters are judged.
         adapters: Adapters on ``base``.
 

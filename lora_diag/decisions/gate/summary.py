@@ -136,7 +136,7 @@ def verdict_table(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: Not used: a failure is always told by its layer.
-        then: The command that a user would run next.
+        then: The suggested next command, printed last.
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
     shown = _shown(bad)

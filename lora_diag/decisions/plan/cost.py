@@ -1,7 +1,7 @@
-"""Shapes and a machine's measured speed → how long a run of ``spectrum`` takes, and what the storage must give.
+"""Shapes and measured speed → run time of ``spectrum``, and the required read rate of storage.
 
-All times are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many core-seconds a
-second as it has cores. That leaves out what no sum shows: the last matrices, when some cores have nothing to do.
+All times are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many core-seconds
+per second as cores. Idle cores during the last matrices are not included.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from lora_diag.decisions.plan.measure import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
 
-# Machines for which a run is told.
+# Numbers of machines in the table.
 MACHINES = (1, 8, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What was measured, and how a matrix between two sizes measured is read from it.
+    """Measured speed, and interpolation between the measured sizes.
 
     Args:
         rates: As in the record.
@@ -28,11 +28,11 @@ class Speed:
     rates: PlanRates
 
     def core_seconds(self, shape: tuple[int, int], top: int | None) -> float:
-        """Return what one matrix costs.
+        """Return the core-seconds of one matrix.
 
         Args:
             shape: ``(out, in)``.
-            top: K, where only so many values are asked for and krylov is taken; None for all.
+            top: K, the number of requested values with krylov; None for all.
         """
         small, large = sorted(shape)
         read = self.rates.entry * small * large
@@ -42,7 +42,7 @@ class Speed:
 
 
 def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
-    """Return a cost by a power law between two orders that were measured, and by ``order ** beyond`` outside them.
+    """Interpolate a cost between measured orders by a power law; outside use ``order ** beyond``.
 
     >>> [round(between({1000: 0.1, 2000: 0.4}, n, beyond=3), 4) for n in (500, 1000, 1414, 2000, 4000)]
     [0.0125, 0.1, 0.1999, 0.4, 3.2]
@@ -59,12 +59,12 @@ def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
 
 
 def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int | None) -> PlanCost:
-    """Return what a run of ``spectrum`` over all matrices costs.
+    """Return the cost of a run of ``spectrum`` over all matrices.
 
     Args:
-        matrices: Those of the model.
-        size: Bytes of one side as it is stored; None if that is not known.
-        speed: Of the machine.
+        matrices: Matrices of the model.
+        size: Bytes of one side as stored; None if unknown.
+        speed: Speed of the machine.
         top: K; None for all values.
     """
     each = [speed.core_seconds(matrix.shape, top) for matrix in matrices]

@@ -1,6 +1,6 @@
-"""Names and shapes → what LoRA costs beside full fine-tuning: parameters, memory, multiply-adds.
+"""Names and shapes → cost of LoRA and of full fine-tuning: parameters, memory, multiply-adds.
 
-It knows shapes, and refuses to know checkpoints and what training would reach.
+Uses shapes only; independent of checkpoints and of the outcome of training.
 
 Reference: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead".
 """
@@ -22,12 +22,12 @@ _EXPERT = re.compile(r"\.experts(\.|$|\[)")
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Matrices of one tensor.
+    """The matrices of one tensor.
 
     Args:
         name: The tensor's name.
         shape: ``(out, in)`` of each.
-        count: How many the tensor holds: the experts of a stack, else 1.
+        count: Number of matrices in the tensor: the experts of a stack, else 1.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Matrix:
 
     @property
     def entries(self) -> int:
-        """Entries of all of them."""
+        """Total number of entries."""
         return self.count * math.prod(self.shape)
 
     @property
     def per_rank(self) -> int:
-        """What one rank costs on all of them."""
+        """Number of parameters of one rank on all of them."""
         return self.count * sum(self.shape)
 
 
@@ -50,7 +50,7 @@ def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[Plan
 
     Args:
         matrices: All matrices of the model.
-        targeted: Names of those that LoRA is put on.
+        targeted: Names of the matrices with LoRA.
     """
     groups: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = {}
     for matrix in sorted(matrices, key=lambda matrix: place_of(matrix.name)):
@@ -71,15 +71,15 @@ def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[Plan
 def rank_costs(
     matrices: Sequence[Matrix], targeted: frozenset[str], params: int, rank: int, dtype: str, active: float = 1.0
 ) -> PlanRank:
-    """Return what LoRA of one rank costs.
+    """Return the cost of LoRA of one rank.
 
     Args:
         matrices: All matrices of the model.
-        targeted: Names of those that LoRA is put on.
-        params: Parameters of the model.
+        targeted: Names of the matrices with LoRA.
+        params: Number of parameters of the model.
         rank: r.
-        dtype: Of the adapter and its gradients.
-        active: Share of a mixture's experts that a token passes through.
+        dtype: Dtype of the adapter and its gradients.
+        active: Fraction of a mixture's experts that are active for a token.
     """
     chosen = [matrix for matrix in matrices if matrix.name in targeted]
     trained = rank * sum(matrix.per_rank for matrix in chosen)
@@ -97,7 +97,7 @@ def rank_costs(
 
 
 def _multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """Return the matrices that a token is multiplied with: not the embeddings, unless one of them is the head, too."""
+    """Return the matrices that multiply a token: no embeddings, unless one is also the head."""
     inside = [matrix for matrix in matrices if part_of(matrix.name) == "matrices"]
     tables = [matrix for matrix in matrices if part_of(matrix.name) == "vocabulary"]
     heads = [matrix for matrix in tables if _HEAD.search(matrix.name)]
@@ -105,7 +105,7 @@ def _multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 
 def memory_of(params: int, dtype: str) -> dict[str, int]:
-    """Return by optimizer what trainable parameters take with their gradients and state, in bytes.
+    """Return the memory of trainable parameters with gradients and optimizer state, in bytes, by optimizer.
 
     >>> memory_of(1_000_000, "float32")["adamw"]
     16000000
@@ -114,14 +114,14 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
 
 
 def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[int], asked: str, budget: int) -> PlanFit:
-    """Return what a budget of parameters allows.
+    """Return the ranks that a budget of parameters allows.
 
     Args:
         matrices: All matrices of the model.
-        targeted: Names of those that LoRA is put on.
-        ranks: The ranks asked about.
+        targeted: Names of the matrices with LoRA.
+        ranks: The requested ranks.
         asked: The option as given.
-        budget: Parameters.
+        budget: Budget in parameters.
 
     Example:
         >>> attention = [Matrix(f"layers.{i}.{name}", (4096, 4096)) for i in range(32) for name in ("q", "v")]

@@ -1,4 +1,4 @@
-"""What a run of ``spectrum`` would take on this machine, from its speed, measured here and now in some seconds."""
+"""Run time of ``spectrum`` on this machine, from a measurement of its speed in some seconds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lora_diag.running.engines import Layout, layout_for, run_local
 
 T = TypeVar("T")
 
-# Orders at which the eigenvalue solver is timed, as far as the model has such matrices; it is extrapolated beyond.
+# Orders at which the eigenvalue solver is timed, up to the largest of the model; extrapolated beyond.
 ORDERS = (256, 1024, 2048, 4096)
 
-# Up to this order a kernel takes so little that it is timed three times at least.
+# Up to this order a kernel is timed at least three times.
 QUICK = 2048
 
 # Order of the matrix on which the pass over both sides is timed.
@@ -27,12 +27,12 @@ PASS_ORDER = 2048
 
 
 def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Return the speed of this machine, and what the spectra of a model would take on it: all values, and the largest.
+    """Return the speed of this machine, and the cost of a model's spectra on it: all values, and the largest.
 
     Args:
         matrices: Those of the model.
         size: Bytes of one side as it is stored; None if that is not known.
-        top: K of the second.
+        top: K of the second estimate.
     """
     speed = Speed(_rates(matrices, top))
     asked = (None, top) if speed.rates.few else (None,)
@@ -40,7 +40,7 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
 
 
 def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
-    """Time every kernel as a run would run it: on as many cores as its size gets, with the others as busy."""
+    """Time every kernel as in a run: with the cores of its size, and with the other cores busy."""
     layout = layout_for(max(matrix.entries // matrix.count for matrix in matrices))
     largest = max(min(matrix.shape) for matrix in matrices)
     orders = [order for order in ORDERS if order <= largest] or [ORDERS[0]]
@@ -60,7 +60,7 @@ def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
 
 
 def _side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
-    """Return how many cores one matrix gets, and what each of as many runs as have room at once gave."""
+    """Return the number of cores per matrix, and the times of as many concurrent runs as fit."""
     footprint = 4 * order**2 + 16 * order**2
     threads = layout.threads(footprint)
     copies = range(max(1 if order > QUICK else 3, layout.cores // threads))

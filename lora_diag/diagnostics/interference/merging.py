@@ -1,4 +1,4 @@
-"""How far merges of several updates are from their sum, without writing any of them."""
+"""Distance of merges of several updates from their sum, without writing the merges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_diag.metrics import distances
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The factors of one adapter as its file has them, and its scale: ΔW = scale·B·A."""
+    """The stored factors of one adapter and their scale: ΔW = scale·B·A."""
 
     b: Tensor
     a: Tensor
@@ -25,7 +25,7 @@ class Pair:
 
 
 def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
-    """Hold a merge in factored form against the sum.
+    """Return the loss of a merge in factored form relative to the sum.
 
     Args:
         total: S.
@@ -37,7 +37,7 @@ def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
 
 
 def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
-    """Return ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩ as a record."""
+    """Return a record from ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
     found = distances(fro, norm, apart, along, None)
     assert found.epsilon is not None
     assert found.norm_ratio is not None
@@ -53,7 +53,7 @@ def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
 def factor_merges(
     total: Matrix, fro: float, pairs: Sequence[Pair] | None, weights: Sequence[float], density: float
 ) -> dict[str, MergeLoss | None]:
-    """Return the losses of merges that are made from the factors.
+    """Return the losses of merges made from the factors.
 
     ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its distance from S is that of its cross terms
     Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k likewise. (``peft.tuners.lora.model``,
@@ -62,9 +62,9 @@ def factor_merges(
     Args:
         total: S.
         fro: ‖S‖_F > 0.
-        pairs: The factors; None where an update has none.
+        pairs: The factors; None if an update has none.
         weights: The w_k > 0.
-        density: Share of the entries that ``ties`` keeps.
+        density: Fraction of the entries that ``ties`` keeps.
     """
     if pairs is None:
         return {"cat": None, "linear": None, "ties": None}
@@ -88,7 +88,7 @@ def ties_merge(
         parts: The ΔW_k, without weights.
         fro: ‖Σ w_kΔW_k‖_F > 0.
         weights: The w_k.
-        density: Share of the entries of each update to keep.
+        density: Fraction of the entries of each update to keep.
     """
     before, after = Conflicts(), Conflicts()
     apart, norm, along = products(ties_blocks(parts, weights, density, before, after))

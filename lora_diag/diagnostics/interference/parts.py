@@ -1,4 +1,4 @@
-"""Several updates of one layer, read and decomposed."""
+"""Reading and decomposing several updates of one layer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lora_diag.records import Resolution
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterferenceSettings(LayerSettings):
-    """What is asked of every layer.
+    """Settings of the measurement of a layer.
 
     Args:
         ranks: Ranks r at which spaces are compared and merges recompressed.
         weights: w_k > 0 of each update in the sum.
-        density: Share of the entries of each update that TIES keeps; 0 for no TIES and no sign conflicts, which need
+        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign conflicts, which need
             every entry.
     """
 
@@ -51,7 +51,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """One layer and all updates of it."""
+    """One layer and all its updates."""
 
     layer: str
     shape: tuple[int, int]
@@ -60,7 +60,7 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One update, read and decomposed; ``s`` and ``fro`` have its weight."""
+    """One decomposed update; ``s`` and ``fro`` include its weight."""
 
     update: Update
     change: Change
@@ -71,7 +71,7 @@ class Part:
 
     @property
     def s(self) -> Tensor:
-        """Singular values that are not rounding, with the weight."""
+        """Singular values above rounding, times the weight."""
         return self.update.weight * self.factors.s[: self.rank]
 
     @property
@@ -93,7 +93,7 @@ class Part:
 
     @property
     def curve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Energy shares C(r) of every rank."""
+        """Energy fractions C(r) at every rank."""
         return energy_curve(self.factors.s.numpy(), self.factors.fro, self.factors.complete)
 
     @property
@@ -103,7 +103,7 @@ class Part:
 
 
 def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
-    """Read and decompose one update; return its change alone where it is not finite."""
+    """Read and decompose one update; return only its change if it is not finite."""
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change

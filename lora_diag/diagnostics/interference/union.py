@@ -1,4 +1,4 @@
-"""What all updates of one layer need together: the rank of their sum, their interference, what merges of them lose."""
+"""All updates of one layer together: rank of their sum, interference, and losses of merges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at, signal_rank, ve
 from lora_diag.metrics.interference import task_interference, task_interference_at_random
 from lora_diag.records import Resolution
 
-# Share of ‖S‖_F that the directions of the subspace alignment ratio may leave (Marczak et al. 2025).
+# Relative residual ‖S − S_k‖_F/‖S‖_F of the directions in the subspace alignment ratio (Marczak et al. 2025).
 ALIGNMENT_ERROR = 0.05
 
 
@@ -31,8 +31,8 @@ def union(task: Several, parts: Sequence[Part], moved: Sequence[Part], settings:
     Args:
         task: The layer.
         parts: Its updates.
-        moved: Those that are not zero.
-        settings: What is asked.
+        moved: The nonzero updates.
+        settings: Settings of the measurement.
     """
     weights = [part.update.weight for part in parts]
     summed = total([part.matrix for part in parts], weights)
@@ -40,7 +40,7 @@ def union(task: Several, parts: Sequence[Part], moved: Sequence[Part], settings:
         factors = decompose_factored(*summed, vectors=True)
     else:
         factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
-    # A sum that cancels leaves rounding of the parts behind, and no update.
+    # A sum that cancels leaves only rounding of the parts.
     largest = math.hypot(*(part.fro for part in parts))
     if factors.fro <= (ZERO_FACTORED if isinstance(summed, tuple) else ZERO_DENSE) * largest:
         factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
@@ -90,7 +90,7 @@ def _ratio(value: float | None, of: float) -> float | None:
 
 
 def _resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
-    """Bound the rounding of the sum by the sum of the roundings: those of one BASE are the same in every part."""
+    """Bound the rounding of the sum by the sum of the roundings, since those of one BASE are equal in all parts."""
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update
@@ -108,7 +108,7 @@ def _resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
 
 
 def _alone() -> dict[str, object]:
-    """Return the fields that need two updates, for a layer that has not."""
+    """Return null fields for a layer with fewer than two updates."""
     return {
         "rank_for_all": {},
         "weakest_kept": {},
@@ -129,7 +129,7 @@ def _together(
     shape: tuple[int, int],
     settings: InterferenceSettings,
 ) -> dict[str, object]:
-    """Return what the sum needs and what its directions leave of the parts."""
+    """Return the rank of the sum, and what its directions keep of the parts."""
     assert factors.u is not None
     assert factors.vh is not None
     # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
@@ -137,7 +137,7 @@ def _together(
     for part in moved:
         core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
         kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
-    # Beyond the rank of S its vectors point anywhere, and an adapter for S has no columns.
+    # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
     aligned = _alignment_rank(factors)
     alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in moved]
@@ -171,7 +171,7 @@ def _merges(
     parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
 ) -> tuple[dict[str, MergeLoss | None], dict[str, float | None]]:
     """Return the losses of merges, and the sign conflicts."""
-    # A dead adapter is no update, but its A is part of PEFT's merges.
+    # A zero adapter is not an update, but its A enters PEFT's merges.
     density = settings.density or 0.2
     merges = factor_merges(summed, factors.fro, _pairs(parts), weights, density)
     if settings.density == 0:
@@ -182,7 +182,7 @@ def _merges(
 
 
 def _pairs(parts: Sequence[Part]) -> list[Pair] | None:
-    """Return the factors as the files have them; None where an update has none, or its scale is not known."""
+    """Return the stored factors; None if an update has none or its scale is unknown."""
     pairs = []
     for part in parts:
         delta = part.update.delta
@@ -194,7 +194,7 @@ def _pairs(parts: Sequence[Part]) -> list[Pair] | None:
 
 
 def _recompressed(moved: Sequence[Part], settings: InterferenceSettings) -> list[int]:
-    """Return the ranks to recompress to: those asked, and PEFT's own choice, the largest of the adapters'."""
+    """Return the recompression ranks: the requested ones, and PEFT's default, the largest of the adapters'."""
     columns = [_columns(part) for part in moved]
     return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
 

@@ -1,4 +1,4 @@
-"""``intruders``: singular vectors of the tuned weights that the base does not have."""
+"""``intruders``: singular vectors of the tuned weights without a counterpart in the base."""
 
 from lora_diag.feature import Feature, Section
 

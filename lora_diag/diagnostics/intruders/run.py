@@ -1,4 +1,4 @@
-"""``intruders``: which of the largest directions of a fine-tuned weight are new?"""
+"""``intruders``: find new directions among the largest of a fine-tuned weight."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def intruders(
     tuned: Path | str,
     **options: Unpack[IntruderOptions],
 ) -> Results[Intruders]:
-    r"""Count intruder dimensions: largest left singular vectors of W_tuned that are unlike all of W_base.
+    r"""Count intruder dimensions: largest left singular vectors of W_tuned without a counterpart in W_base.
 
     Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after, or an adapter.
-        directions: k, how many of the largest directions of each weight are looked at.
-        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is not one of W_base.
-        window: Width of the window of nearly equal singular values, as a share of σ_j.
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint or adapter.
+        directions: k, the number of largest directions of each weight to compare.
+        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is no direction of W_base.
+        window: Width of the window of nearly equal singular values, as a fraction of σ_j.
         **options: ``IntruderOptions``.
 
     Returns:
-        One record for each matrix that both sides have.
+        One record per matrix that both sides have.
 
     Raises:
-        UsageError: An option makes no sense.
+        UsageError: An option is invalid.
         InputError: An input cannot be read.
         NothingComparedError: The sides have no weight in common.
 

@@ -1,4 +1,4 @@
-"""The subspaces of a LoRA that is being trained, as they are now."""
+"""The current subspaces of a LoRA in training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lora_diag.records import LeftOut
 
 @dataclass(frozen=True)
 class Live:
-    """Takes the subspaces of the LoRA around a frozen weight.
+    """Source of the current subspaces of the LoRA around a frozen weight.
 
     Args:
-        ranks: Ranks besides the LoRA's own; those beyond it are left out.
+        ranks: Ranks besides the LoRA's own; larger ones are skipped.
     """
 
     ranks: tuple[int, ...] = ()
 
     def subspaces(self, weight: Frozen, step: int) -> Subspaces | LeftOut:
-        """Return the subspaces that the LoRA's factors span now; why there are none while B is zero."""
+        """Return the subspaces spanned by the LoRA's factors, or a skipped record while B is zero."""
         shape = (weight.shape[0], weight.shape[1])
         b, a = _factors(weight.module)
         if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed
@@ -46,7 +46,7 @@ class Live:
 
 
 def _factors(module: Any) -> tuple[Tensor, Tensor]:
-    """Return B and A of all active adapters of a layer, side by side, with their scaling."""
+    """Return B and A of all active adapters of a layer, concatenated, with their scaling."""
     down, up = [], []
     for name in module.active_adapters:
         if name in module.lora_A:

@@ -1,4 +1,4 @@
-"""The subspaces that gradients are compared with while a model trains."""
+"""Reference subspaces for comparison with gradients in training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Reference:
     """The top singular subspaces of an update, layer by layer; made by ``lora_diag.subspaces``.
 
     Args:
-        base: Whose names the layers have.
+        base: Checkpoint that gives the layer names.
         layers: The subspaces, by layer; 8·r·(out + in) bytes each.
-        inputs: What they are of, for the run record.
-        settings: How they were computed, likewise.
-        left_out: Layers without one, and why.
+        inputs: Inputs of the update, for the run record.
+        settings: Settings of the computation, for the run record.
+        left_out: Layers without subspaces, with the reason.
     """
 
     base: Checkpoint

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``overlap``: κ of every module type or layer over the steps, and a summary to read it by."""
+"""Terminal output of ``overlap``: κ of every module type or layer over the steps, and a summary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lora_diag.rendering.columns import WIDE, Column, Grid, rows_of
 from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table
 from lora_diag.rendering.text import middle, shade, small_share, span, strip
 
-# Up to so many steps have a column of their own each, in the narrow and in the wide table. Of more steps, so many have
-# one, and a strip of so many characters shows all.
+# Maximum number of steps with a column each, in the narrow and in the wide table. With more steps, this many have
+# columns, and a strip of this many characters shows all.
 _STEPS, _WIDE_STEPS = 5, 10
 _SOME, _WIDE_SOME = 3, 6
 _STRIP, _WIDE_STRIP = 8, 24
@@ -36,15 +36,15 @@ def overlap_table(
     """Return the table and the summary of an overlap run.
 
     Args:
-        results: What was measured.
-        width: Columns of the terminal; 80 are enough, 140 are used.
+        results: The results.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to shade κ with ANSI colours.
-        per: ``type`` for one row a module type (medians over its layers), ``layer`` for one row a layer.
-        then: The command that a user would run next.
+        per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
+        then: The suggested next command, printed last.
         rank: The rank to show; default 16, or the adapter's own.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     tracked = tracks(results, rank)
     grids = [_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
@@ -70,14 +70,14 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of the steps, evenly spread, the first and the last among them."""
+    """Return at most this many steps, evenly spaced, including the first and the last."""
     if len(steps) <= most:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
 def _at_step(rows: Rows, step: int, before: str) -> Column:
-    """Return the median κ of a step, shaded by how far it is from random to 1, marked where it is near."""
+    """Return the median κ of a step, shaded by its distance from random to 1, and marked if it is near random."""
     cells: list[str | Text] = []
     for _, group in rows:
         known = [record for record in _at(group, step) if record.kappa is not None]
@@ -103,7 +103,7 @@ def _ends(group: Sequence[Track]) -> tuple[float, float] | None:
 
 
 def _over_steps(rows: Rows, steps: Sequence[int], width: int) -> Column:
-    """Draw the median κ over all steps, in bins; the full height is the largest κ of the table."""
+    """Draw the median κ over all steps, in bins; full height is the largest κ of the table."""
     most = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
     drawn = []
     for _, group in rows:

@@ -1,4 +1,4 @@
-"""Overlap records, joined to what happened to each layer over the steps."""
+"""Overlap records joined into one track per layer over the steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.metrics.overlap import TREND, is_near
 from lora_diag.records import Results
 
-# The rank that is shown if the user does not say; of an adapter, its own.
+# Default rank to show; for an adapter, its own rank.
 USUAL = 16
 
 
@@ -40,7 +40,7 @@ class Track:
 
     @property
     def near_since(self) -> int | None:
-        """From which step on κ stayed near its baseline to the end; None if it did not end there."""
+        """First step from which κ stayed near its baseline to the end; None if it did not end there."""
         since = None
         for record in reversed(self.known):
             if not near(record):
@@ -50,19 +50,19 @@ class Track:
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Mean κ of the first and of the last quarter of the steps; None if there is but one."""
+        """Mean κ of the first and of the last quarter of the steps; None for a single step."""
         kappas = [record.kappa for record in self.known if record.kappa is not None]
         quarter = max(1, len(kappas) // 4)
         return (mean(kappas[:quarter]), mean(kappas[-quarter:])) if len(kappas) > 1 else None
 
 
 def near(record: Overlap) -> bool:
-    """Say whether κ is near what a random subspace has."""
+    """Return whether κ is near its value for a random subspace."""
     return record.kappa is not None and is_near(record.kappa, record.kappa_random)
 
 
 def trend(ends: tuple[float, float] | None) -> str:
-    """Return a word for how κ went; empty if there is but one step.
+    """Return the trend of κ as a word; empty for a single step.
 
     >>> trend((0.4, 0.2)), trend((0.4, 0.39)), trend((0.2, 0.4)), trend(None)
     ('falls', 'steady', 'rises', '')
@@ -74,12 +74,12 @@ def trend(ends: tuple[float, float] | None) -> str:
 
 
 def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
-    """Return every layer at the rank that is shown, in the order of the file.
+    """Return every layer at the shown rank, in the order of the file.
 
     Args:
-        results: What was measured.
-        rank: The rank to show; default 16, or that of the adapter that is the reference. A layer too small for it is
-            shown at its largest.
+        results: The results.
+        rank: The rank to show; default 16, or that of a reference adapter. A smaller layer is shown at its largest
+            rank.
     """
     wanted = rank if rank is not None else None if reference_is_adapter(results) else _usual(results)
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
@@ -93,7 +93,7 @@ def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
 
 
 def reference_is_adapter(results: Results[Overlap]) -> bool:
-    """Say whether the subspaces are those of an adapter."""
+    """Return whether the subspaces are those of an adapter."""
     return any(side.role == "adapter" for side in results.run.inputs)
 
 

@@ -1,4 +1,4 @@
-"""What did an adapter miss? A full fine-tune's ΔW and an adapter's, compared with each other."""
+"""Distance of an adapter from a full fine-tune: comparison of their ΔW."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lora_diag.linalg import Allowance, Factors, numerical_rank, products, resol
 from lora_diag.metrics import Distances, distances, limit
 from lora_diag.records import Agreement, LeftOut, Resolution
 
-# Singular vectors compared where no adapter says how many.
+# Number of singular vectors to compare if no adapter determines it.
 SUBSPACE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """What is compared with the full fine-tune in one layer.
+    """An update that is compared with the full fine-tune in one layer.
 
     Args:
         name: The adapter's or the reference's path.
-        role: Which of the two.
-        delta: Its ΔW; None where it leaves the layer alone.
+        role: ``adapter`` or ``reference``.
+        delta: Its ΔW; None if it does not change the layer.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Other:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a full fine-tune, and what is compared with it."""
+    """One layer of a full fine-tune, and the updates compared with it."""
 
     tuned: Delta
     others: tuple[Other, ...]
@@ -64,9 +64,9 @@ class Layer:
 
 
 def size(layer: Layer, settings: LayerSettings) -> int:
-    """Return about how many bytes measuring a layer takes: D, the largest X, and what the data metric adds."""
+    """Estimate the memory of measuring a layer in bytes: D, the largest X, and the data metric."""
     if settings.memory is not None:
-        return settings.memory  # D alone may take that, and the ranks of the others are not known before they are read
+        return settings.memory  # D alone may take that, and the ranks of the others are unknown before they are read
     dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
     return footprint(layer.tuned) + dense + _weighing(layer) + _cells(layer)
 
@@ -81,7 +81,7 @@ def _weighing(layer: Layer) -> int:
 
 
 def _allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
-    """Return what D may take; and an X that is not thin, which lies beside it, as much."""
+    """Return the memory available for D; a dense X, in memory with it, takes as much."""
     if settings.memory is None:
         return None
     beside = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
@@ -90,25 +90,25 @@ def _allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | N
 
 
 def residual(layer: Layer, settings: LayerSettings) -> tuple[Residual | LeftOut, ...]:
-    """Hold every adapter against the full fine-tune in one layer.
+    """Compare every adapter with the full fine-tune in one layer.
 
     Args:
         layer: The layer.
-        settings: What is asked.
+        settings: Settings of the measurement.
 
     Returns:
-        One record for each adapter and reference; where the fine-tune is not finite, one ``left_out`` record instead of
-        all, and where an adapter is not, one instead of its own.
+        One record for each adapter and reference; if the fine-tune is not finite, a single ``left_out`` record, and if
+        an adapter is not, one in place of its record.
 
     Raises:
-        InputError: A file could not be read, or a second moment is none.
+        InputError: A file could not be read, or a second moment is invalid.
     """
     records, fallback = on_device(partial(_residual, layer, settings), resolve_device(settings.device))
     return tuple(noted(record, fallback) for record in records)
 
 
 def _residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
-    # Thin factors are all read at once, because the largest rank says how much of D is needed; the rest one by one.
+    # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
     thin = {o.name: load_change(o.delta, device) for o in layer.others if isinstance(o.delta, FactoredDelta)}
     top = min(max([SUBSPACE, *map(_columns, thin.values())]), *layer.shape)
     allowance = _allowance(layer, top, settings)
@@ -126,7 +126,7 @@ def _residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tu
         if change is None and other.delta is not None:
             change = load_change(other.delta, device, allowance=allowance)
         record = _record(layer, other, change, weights, data, before, settings)
-        del change  # a dense X: its place is needed by the next
+        del change  # frees a dense X before the next is read
         if isinstance(record, str):
             left_out = not_finite(layer.tuned, replace(full, non_finite=record))
             records.append(left_out.model_copy(update={"detail": f"{other.name}: {left_out.detail}"}))
@@ -144,7 +144,7 @@ def _record(
     before: BeforeRounding | None,
     settings: LayerSettings,
 ) -> Residual | str:
-    """Return the record of one adapter; where its update is not finite, what and where."""
+    """Return the record of one adapter; if its update is not finite, the entry and its position."""
     if change is not None and change.non_finite is not None:
         return change.non_finite
     rank = _rank(other.delta, change) if layer.tuned.is_matrix else None
@@ -240,7 +240,7 @@ def _columns(change: Change) -> int:
 
 
 def _rank(delta: Delta | None, change: Change | None) -> int | None:
-    """Return the columns of X's factors: 0 for X = 0, None where it has none."""
+    """Return the number of columns of X's factors: 0 for X = 0, None without factors."""
     if delta is None or change is None:
         return 0
     return _columns(change) if isinstance(delta, FactoredDelta) else None

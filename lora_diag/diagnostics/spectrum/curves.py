@@ -1,4 +1,4 @@
-"""Spectrum records → curves over the rank: of one layer, of a block's experts, of all layers. Draws nothing."""
+"""Spectrum records → curves over the rank: of one layer, of a block's experts, of all layers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.rendering.figures.groups import by_depth
 
-# The ranks that adapters usually have, marked in every panel.
+# Common ranks of adapters, marked in every panel.
 MARKED = (8, 16, 64)
 
-# Points of a curve: on a log axis more are not seen, and an SVG of a large model stays small.
+# Points per curve: more are not visible on a log axis, and keep an SVG of a large model small.
 POINTS = 56
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What is drawn over the rank.
+    """A quantity over the rank.
 
     Args:
-        values: Of a layer, at ranks 1, 2, …, ``(K,)``.
-        beyond: What it is beyond the last rank of a complete spectrum.
+        values: Returns a layer's values at ranks 1, 2, …, ``(K,)``.
+        beyond: Value beyond the last rank of a complete spectrum.
     """
 
     values: Callable[[Spectrum], NDArray[np.float64]]
     beyond: float
 
     def at(self, record: Spectrum, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return a layer's values at some ranks; NaN where they were not computed."""
+        """Return a layer's values at given ranks; NaN if they were not computed."""
         values = self.values(record)
         inside = values[np.minimum(ranks, len(values)) - 1]
         return np.where(ranks <= len(values), inside, self.beyond if record.complete else np.nan)
@@ -39,15 +39,15 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line: of one layer, or the pointwise median of all that a block has of a type (experts).
+    """One line: of one layer, or the pointwise median of a block's layers of one type (experts).
 
     Args:
-        layer: Name of the layer; of the first where there are several.
-        depth: Of the block; None outside the blocks.
-        ranks: r at which it is drawn.
-        values: What it is there.
-        signal: Up to which r the files resolve it.
-        layers: How many layers it stands for.
+        layer: Name of the layer, or of the first of several.
+        depth: Index of the block; None outside the blocks.
+        ranks: Ranks r.
+        values: Values at these ranks.
+        signal: Largest r that the files resolve.
+        layers: Number of layers it represents.
     """
 
     layer: str
@@ -59,7 +59,7 @@ class Curve:
 
 
 def ranks_drawn(largest: int, marked: Sequence[int] = MARKED) -> NDArray[np.int64]:
-    """Return log-spaced ranks from 1 to ``largest``, the marked ones among them.
+    """Return log-spaced ranks from 1 to ``largest``, including the marked ones.
 
     >>> ranks_drawn(6).tolist(), len(ranks_drawn(4096)) < 64
     ([1, 2, 3, 4, 5, 6], True)
@@ -69,7 +69,7 @@ def ranks_drawn(largest: int, marked: Sequence[int] = MARKED) -> NDArray[np.int6
 
 
 def curves(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> list[Curve]:
-    """Return one curve a block: of its one layer, or the median of its layers; zero updates have none."""
+    """Return one curve per block: of its one layer, or the median of its layers; zero updates have none."""
     moved = [record for record in records if record.fro > 0]
     return [_curve(depth, group, quantity, grid) for depth, group in by_depth(moved).items()]
 
@@ -85,7 +85,7 @@ def _curve(depth: int | None, group: Sequence[Spectrum], quantity: Quantity, gri
 
 
 def resolved_to(record: Spectrum) -> int:
-    """Return up to which r the files resolve a layer's values; 0 if the update as a whole is not."""
+    """Return the largest r that the files resolve; 0 if the update as a whole is not resolved."""
     signal = record.resolution.signal_rank
     if record.resolution.verdict == "unresolved":
         return 0
@@ -103,7 +103,7 @@ class Band:
 
 
 def band(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> Band | None:
-    """Return pointwise median, smallest and largest value where all layers have one; None for zero updates only."""
+    """Return pointwise median, minimum and maximum at ranks that all layers have; None for zero updates only."""
     moved = [record for record in records if record.fro > 0]
     if not moved:
         return None
@@ -116,10 +116,10 @@ def band(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64
 
 
 def largest_rank(records: Iterable[Spectrum]) -> int:
-    """Return the largest number of values kept of an update."""
+    """Return the largest number of kept singular values of an update."""
     return max((len(record.s) for record in records if record.fro > 0), default=1)
 
 
 def has_floor(records: Iterable[Spectrum]) -> bool:
-    """Say whether some layer has values that the files do not resolve."""
+    """Return whether any layer has values that the files do not resolve."""
     return any(record.fro > 0 and resolved_to(record) < len(record.s) for record in records)

@@ -1,4 +1,4 @@
-"""One panel over the rank: lines by depth or bands, marked ranks, and an axis whose labels have room."""
+"""One panel over the rank: lines by depth or bands, marked ranks, and axis labels that fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_series(
     """Draw one panel: lines by depth, or a band for each of several series.
 
     Returns:
-        The most layers that one line stands for.
+        The largest number of layers that one line represents.
     """
     everything = [record for one in series for record in one.records]
     largest = largest or largest_rank(everything)
@@ -51,11 +51,11 @@ def draw_series(
 
 
 def draw_curve(ax: Axes, curve: Curve, color: object, look: Look | None) -> None:
-    """Draw what the files resolve in colour, the rest in grey."""
+    """Draw the resolved part in colour, the rest in grey."""
     width = None if look is None else look.line
     style: dict[str, Any] = {"marker": "o", "markersize": 2 * (width or 1)} if len(curve.ranks) == 1 else {}
     clear = int(np.searchsorted(curve.ranks, curve.signal, side="right"))
-    # The grey part starts where the coloured one ends, or there would be a gap.
+    # The grey part starts where the coloured one ends; otherwise there would be a gap.
     beyond = slice(max(clear - 1, 0), None)
     if clear < len(curve.ranks):
         ax.plot(
@@ -72,7 +72,7 @@ def draw_curve(ax: Axes, curve: Curve, color: object, look: Look | None) -> None
 
 
 def depth_color(depth: int | None, deepest: int) -> object:
-    """Return the colour of a block; of what lies outside the blocks, that of text."""
+    """Return the colour of a block; outside the blocks, the text colour."""
     return INK if depth is None else DEPTH(depth / deepest if deepest else 0.0)
 
 

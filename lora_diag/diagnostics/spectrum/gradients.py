@@ -1,4 +1,4 @@
-"""Before there is an update: the spectrum of a layer's gradients, stacked over the steps."""
+"""Spectrum of a layer's gradients, stacked over the steps, before any update exists."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution
 
-# The larger side is computed, too, up to this order: its Gram matrix takes 128 MiB and its eigenvalues 2 s there.
+# Largest order of the larger side's Gram matrix: it takes 128 MiB, and its eigenvalues take 2 s.
 OTHER_UP_TO = 4096
 
 
 class _NotFiniteError(Exception):
-    """A gradient holds an entry that is not finite; says which and where."""
+    """A gradient has an entry that is not finite; the message has the step and the position."""
 
 
 def size(history: History, settings: SpectrumSettings) -> int:
-    """Return about how many bytes measuring a layer takes: one gradient, and a Gram matrix with its copy.
+    """Estimate the memory of measuring a layer in bytes: one gradient, and a Gram matrix with its copy.
 
-    Within a limit it is no fewer than it takes, and no more than there are.
+    With a memory limit, the result is at least the need and at most the limit.
     """
     if settings.memory is not None:
         return min(settings.memory, most_bytes(history))
@@ -43,7 +43,7 @@ def size(history: History, settings: SpectrumSettings) -> int:
 
 
 def most_bytes(history: History) -> int:
-    """Return how many bytes a layer takes at most: one gradient, and a Gram matrix of the larger side that is computed.
+    """Return the largest memory of a layer in bytes: one gradient, and the largest Gram matrix that is computed.
 
     Example:
         >>> round(most_bytes(History("w", (4096, 4096), ())) / 2**20)
@@ -61,17 +61,17 @@ def _largest_order(shape: tuple[int, int]) -> int:
 def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftOut:
     """Measure the spectrum of the gradients of one layer.
 
-    ΣG_tG_tᵀ and ΣG_tᵀG_t are the Gram matrices of the gradients beside each other, [G_1 G_2 …], and on top of each
-    other, [G_1; G_2; …]. C(r) of the first is the share of Σ‖G_t‖² that the best r-dimensional column space holds for
-    all steps, C(r) of the second that of the best row space.
+    ΣG_tG_tᵀ and ΣG_tᵀG_t are the Gram matrices of the gradients concatenated horizontally, [G_1 G_2 …], and vertically,
+    [G_1; G_2; …]. C(r) of the first is the fraction of Σ‖G_t‖² in the best r-dimensional column space common to all
+    steps, C(r) of the second that in the best row space.
 
     Args:
         history: The layer's gradients.
-        settings: What is asked; ``method`` and ``tol`` play no part.
+        settings: What is asked; ``method`` and ``tol`` are not used.
 
     Returns:
-        The spectrum of the smaller side, with the energy shares of the other one where both are small enough; or, where
-        a gradient is not finite, a ``left_out`` record.
+        The spectrum of the smaller side, with the energy fractions of the other if both are small enough; or a
+        ``left_out`` record if a gradient is not finite.
     """
     try:
         found, fallback = on_device(lambda device: _compute(history, settings, device), resolve_device(settings.device))
@@ -103,8 +103,8 @@ class _Found:
 
 
 def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Found:
-    """Read the gradients, once for each side: two Gram matrices at a time would take twice the memory."""
-    if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
+    """Read the gradients once for each side: two concurrent Gram matrices would take twice the memory."""
+    if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         what = "a gradient and its Gram matrix take"
         require(most_bytes(history), settings.memory, history.shape, what, "--exclude it")
     spacing = Spacing.of(_stacked(history))
@@ -121,7 +121,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
 
 
 def _gradients(history: History, device: torch.device, transposed: bool, spacing: Spacing | None) -> Iterator[Tensor]:
-    """Yield G_t, or its transpose, step by step; count the spacing of the stored values.
+    """Yield G_t, or its transpose, step by step; accumulate the spacing of the stored values.
 
     Raises:
         _NotFiniteError: An entry is not finite.
@@ -148,13 +148,13 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
 
 
 def _stacked(history: History) -> tuple[int, int]:
-    """Return the shape of the gradients on top of each other, or beside each other where they are wider than tall."""
+    """Return the shape of the gradients concatenated vertically, or horizontally if they are wider than tall."""
     (rows, columns), steps = history.shape, len(history.snapshots)
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
 def _resolution(found: _Found, history: History) -> Resolution:
-    """Hold the gradients against the rounding of their files, as one matrix of all steps."""
+    """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
     noise = noise_of(mixture([(1 / 12, found.spacing.profile)], _stacked(history)), 1)
     edge = max(noise.edge, grain(found.side))
     signal = signal_rank(found.side.s.numpy(), edge, found.side.complete)

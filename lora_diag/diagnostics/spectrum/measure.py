@@ -1,4 +1,4 @@
-"""Is this layer's update low-rank? ΔW → its singular values and what follows from them."""
+"""Spectrum of a layer's update: ΔW → singular values and derived quantities."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpectrumSettings(LayerSettings):
-    """What is asked of every layer.
+    """Settings of the measurement of a layer.
 
     Args:
-        ranks: Ranks r at which C(r) and the truncation errors are given.
-        top: Keep only so many of the largest singular values; None for all.
+        ranks: Ranks r of C(r) and the truncation errors.
+        top: Number of largest singular values to keep; None for all.
         recover: Whether to estimate the update before rounding where the files do not resolve it.
     """
 
@@ -52,19 +52,19 @@ class SpectrumSettings(LayerSettings):
 
     @property
     def allowance(self) -> Allowance | None:
-        """What is computed of a layer within how much memory."""
+        """Return the method's settings and memory limit for a layer."""
         return None if self.memory is None else Allowance(self.memory, self.method, self.top)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer(LayerTask):
-    """One layer's update, and what it is weighed by; None for the plain metric."""
+    """One layer's update and its weighting; None for the plain metric."""
 
     weighting: Weighting | None = None
 
 
 def size(layer: Layer, settings: SpectrumSettings) -> int:
-    """Return about how many bytes measuring a layer takes: ΔW, and what the metric of the data adds."""
+    """Estimate the memory of measuring a layer in bytes: ΔW, and the data metric."""
     more = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
     if settings.recover and isinstance(layer.delta, StoredDelta):
         more += recovery_bytes(layer.shape)
@@ -72,15 +72,15 @@ def size(layer: Layer, settings: SpectrumSettings) -> int:
 
 
 def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None) -> Spectrum | LeftOut:
-    """Measure one ΔW.
+    """Measure the spectrum of one ΔW.
 
     Args:
         delta: The layer.
-        settings: What is asked.
+        settings: Settings of the measurement.
         weighting: Second moments of the layer's input, and of the gradient by its output; None for the plain metric.
 
     Returns:
-        Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
+        The spectrum, or, if ΔW is not finite, a ``left_out`` record with the position of the first such entry.
     """
     compute = partial(_compute, delta, settings, weighting)
     (change, factors, weighed), fallback = on_device(compute, resolve_device(settings.device))
@@ -119,7 +119,7 @@ def record_of(
     ranks: tuple[int, ...],
     seen: Resolution,
 ) -> Spectrum:
-    """Return the record of a matrix whose singular values are known.
+    """Return the record of a matrix from its singular values.
 
     Args:
         layer: Its name.
@@ -127,8 +127,8 @@ def record_of(
         dtypes: As in the record.
         base_fro: ‖W_base‖_F; None if it is not known.
         factors: The singular values.
-        ranks: At which C(r) and the truncation errors are given.
-        seen: What the rounding of the files lets one see.
+        ranks: Ranks of C(r) and the truncation errors.
+        seen: Resolution under the rounding of the files.
     """
     fro = factors.fro
     exact = factors.s.numpy()
@@ -159,7 +159,7 @@ def record_of(
 def _compute(
     delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
 ) -> tuple[Change, Factors | None, Weighed | None]:
-    """Read ΔW, weigh it, and compute its singular values; None if it is not finite."""
+    """Read ΔW, apply the metric, and compute its singular values; None if it is not finite."""
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
         allowance = replace(allowance, limit=allowance.limit - extra(weighting, delta.shape))
@@ -178,7 +178,7 @@ def _compute(
 
 
 def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round to 9 significant digits: half the size of a results file, for some 1e-9 of the energy."""
+    """Round to 9 significant digits: half the file size at an error of 1e-9 of the energy."""
     return np.array([float(f"{value:.9g}") for value in s.tolist()])
 
 

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``spectrum``: a table by module type or layer, and a summary to read in ten seconds."""
+"""Terminal output of ``spectrum``: a table by module type or layer, and a short summary."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def spectrum_table(
     """Return the table and the summary of a spectrum run.
 
     Args:
-        results: What was measured.
-        width: Columns of the terminal; 80 are enough, 140 are used.
+        results: The results.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to shade C(r) with ANSI colours.
-        per: ``type`` for one row a module type (medians over its layers), ``layer`` for one row a layer.
-        then: The command that a user would run next.
+        per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
+        then: The suggested next command, printed last.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
     more = [Column("σ decay", tuple(_spark(group) for _, group in rows), "left", drop=4)]
@@ -37,7 +37,7 @@ def spectrum_table(
 
 
 def _spark(records: Sequence[Spectrum]) -> str:
-    """Show the spectrum of the layer with the median stable rank, over all values that it has."""
+    """Show the spectrum of the layer with the median stable rank, over all its values."""
     record = sorted(records, key=lambda record: record.stable_rank or 0)[len(records) // 2]
     return spark(record.s, len(record.s) if record.complete else min(record.shape), 7)
 

@@ -1,7 +1,8 @@
-"""What a truncation costs: the second-order model at the fine-tuned point, its bounds, and the loss as measured.
+"""Loss of a truncation: the second-order model at the fine-tuned point, its bounds, and the measured loss.
 
-With E = ΔW_r − ΔW over all truncated layers, L(W_tuned + E) − L(W_tuned) = ⟨∇L, E⟩ + ½⟨E, H(ξ)E⟩ for some point ξ on
-the way (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvature on the way exceeds λ; λ is measured at one end.
+With E = ΔW_r − ΔW over all truncated layers, L(W_tuned + E) − L(W_tuned) = ⟨∇L, E⟩ + ½⟨E, H(ξ)E⟩ for some point ξ
+between the two (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvature between them exceeds λ; λ is measured at
+one end.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.probes.curvature.measure import Curved
 from lora_diag.probes.curvature.record import LossBound
 
-# What rounding to float32 adds to a mean loss of order 1: two evaluations of one model in other batches differ by 1e-7.
+# Rounding to float32 in a mean loss of order 1: two evaluations of one model in different batches differ by 1e-7.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class TunedPoint:
-    """What is known at W_tuned.
+    """Quantities at W_tuned.
 
     Args:
-        weights: Of the truncated layers, ``(n,)``.
+        weights: Weights of the truncated layers, ``(n,)``.
         gradient: ∇L, ``(n,)``.
-        losses: Of the set.
+        losses: Losses of the set.
         largest: The joint largest eigenvalue λ.
-        smallest: The smallest, μ; None where it is not positive.
+        smallest: The smallest eigenvalue μ; None if it is not positive.
     """
 
     weights: Tensor
@@ -57,15 +58,15 @@ def loss_bounds(
     size: int,
     after: Callable[[], None],
 ) -> list[LossBound]:
-    """Return the records of one rank: one for each point on the way from TUNED to the truncated update.
+    """Return the records of one rank, one for each point between TUNED and the truncated update.
 
     Args:
-        model: Whose weights are changed.
+        model: The model to change.
         curved: Its loss as a function of the truncated layers.
-        swapped: Its weights; all layers are as in TUNED.
-        tuned: What is known there.
+        swapped: Its weights; all layers have the values of TUNED.
+        tuned: Quantities at TUNED.
         rank: r.
-        along: Shares of the way, t.
+        along: Fractions t of the distance.
         texts: The set.
         size: Sequences in a batch.
         after: Called after every batch of a loss.
@@ -103,5 +104,5 @@ def loss_bounds(
                 holds=gap <= t * linear + upper + ROUNDING * max(1.0, losses.mean),
             )
         )
-    curved.put(truncated)  # as ``swapped`` believes them to be
+    curved.put(truncated)  # restore the values that ``swapped`` expects
     return records

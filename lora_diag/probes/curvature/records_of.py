@@ -1,4 +1,4 @@
-"""The records of curvature at one point: of all layers jointly, and of every layer."""
+"""Records of curvature at one point, of all layers jointly and of every layer."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lora_diag.probes.curvature.record import Point as Where
 
 @dataclass(frozen=True)
 class Point:
-    """A model at the point where curvature is measured.
+    """A model at a point where curvature is measured.
 
     Args:
         model: The model.
         curved: Its loss as a function of the layers.
-        swapped: Its weights, where there is a TUNED.
+        swapped: Its weights, if there is a TUNED.
         texts: The set.
         batch: Sequences in a batch.
-        at: Which point it is.
-        matrix: Which matrix.
+        at: Name of the point.
+        matrix: ``hessian`` or ``ggn``.
     """
 
     model: Model
@@ -43,12 +43,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is computed.
+    """Extent of the computation.
 
     Args:
-        top: Largest eigenvalues.
-        probes: Random vectors of the trace.
-        seed: Of both.
+        top: Number of largest eigenvalues.
+        probes: Number of random vectors of the trace.
+        seed: Seed of both.
     """
 
     top: int
@@ -65,17 +65,17 @@ def curvatures(
     joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the records that are asked for; those of one list belong together.
+    """Yield the requested records; those of one list belong together.
 
     Args:
-        point: Where.
-        effort: How much.
-        per: With ``all``, layers have the gradient, the trace and the joint eigenpairs' surrogate; with ``layer``,
-            eigenvalues and a surrogate of their own.
+        point: The point.
+        effort: Extent of the computation.
+        per: With ``all``, layers have the gradient, the trace and the surrogate of the joint eigenpairs; with
+            ``layer``, their own eigenvalues and surrogate.
         gradient: ∇L, ``(n,)``.
-        losses: Of the set.
-        joint: Whether the joint record is asked for.
-        layers: Of which layers records are asked for.
+        losses: Losses of the set.
+        joint: Whether the joint record is requested.
+        layers: Layers whose records are requested.
     """
     if not joint and not layers:
         return
@@ -98,7 +98,7 @@ def curvatures(
 
 
 def _held(curved: Curved, gradient: Tensor, found: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
-    """Return what eigenpairs hold of the gradient, layer by layer."""
+    """Return the part of the gradient that eigenpairs hold, layer by layer."""
     coefficients, whole = projected(gradient, found.vectors)
     squared = inner(gradient, gradient)
     return {

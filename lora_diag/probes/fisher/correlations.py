@@ -1,6 +1,6 @@
-"""Records of ``probe fisher`` → how each number that may predict what a truncation costs orders the layers.
+"""Records of ``probe fisher`` → rank correlations between predictors and the cost of truncating a layer.
 
-Knows records only.
+Uses records only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lora_diag.records.names import module_type_of
 
 Predictor = Callable[[Fisher, int], float]
 
-# What may predict the effect of truncating a layer alone, in the order of the table.
+# Predictors of the effect of truncating a single layer, in the order of the table.
 PREDICTORS: tuple[tuple[str, Predictor], ...] = (
     ("weight energy", lambda record, rank: record.weight[str(rank)]),
     ("data energy", lambda record, rank: record.data[str(rank)]),
@@ -23,24 +23,24 @@ PREDICTORS: tuple[tuple[str, Predictor], ...] = (
     ("Fisher", lambda record, rank: record.at(rank)),
 )
 
-# Layers of fewer than so many say nothing about an order.
+# Minimum number of layers for a rank correlation.
 FEWEST = 4
 
 
 def effect_at(record: Fisher, rank: int) -> Effect | None:
-    """Return what truncating a layer to a rank did; None if that was not measured."""
+    """Return the effect of truncating a layer to a rank; None if not measured."""
     return (record.effect or {}).get(str(rank))
 
 
 class Correlations:
-    """How each predictor orders the layers, at one rank.
+    """Rank correlations of the predictors at one rank.
 
     Args:
         rank: r.
-        n: Layers that rank r truncates.
-        grouped: How many of them are of a module type with more than one.
-        kl: By predictor: Spearman's ρ with the measured KL, over all layers and within module types.
-        gap: Likewise with the measured change of the loss.
+        n: Number of layers that rank r truncates.
+        grouped: Number of these in a module type with more than one.
+        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types.
+        gap: The same with the measured change of the loss.
     """
 
     def __init__(self, rank: int, records: Sequence[Fisher]) -> None:
@@ -67,7 +67,7 @@ class Correlations:
 
 
 def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
-    """Return how the predictors order the layers at every rank with enough measured ones."""
+    """Return the rank correlations of the predictors at every rank with enough measured layers."""
     found = []
     for rank in ranks:
         known = [record for record in records if effect_at(record, rank) is not None]

@@ -1,6 +1,6 @@
-"""Losses of training in random subspaces, in full and by LoRA → the smallest that reaches a share of full's gain.
+"""Losses of training in random subspaces, in full and by LoRA → the smallest size that reaches a fraction of the gain.
 
-Knows records only. Every size counts at its own best learning rate.
+Uses records only. Every size is taken at its own best learning rate.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Line:
     Args:
         subject: ``full``, ``subspace`` or ``lora``.
         size: d of a subspace, r of a LoRA; None for full fine-tuning.
-        params: Numbers that were trained.
-        lr: Peak learning rate as Adam was given it.
-        pace: As full fine-tuning would have it; None for LoRA.
-        losses: Of all seeds at that rate.
+        params: Number of trained parameters.
+        lr: Peak learning rate of Adam.
+        pace: Equivalent learning rate of full fine-tuning; None for LoRA.
+        losses: Losses of all seeds at that rate.
         edge: Whether the rate is the lowest or the highest tried, so that a better one may lie beyond.
-        shares: (L_base − L) / (L_base − L_full) of every seed; empty where full fine-tuning gains nothing.
+        shares: (L_base − L) / (L_base − L_full) of every seed; empty if full fine-tuning has no gain.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -68,19 +68,19 @@ class Line:
 
     @property
     def share(self) -> float:
-        """Of full fine-tuning's gain, mean over seeds."""
+        """Fraction of full fine-tuning's gain, mean over seeds."""
         return fmean(self.shares)
 
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The smallest size that reaches the share asked for, by the mean over its seeds.
+    """The smallest size that reaches the requested fraction, by the mean over its seeds.
 
     Args:
-        line: The runs there; None where none reaches it.
+        line: The runs of this size; None if no size reaches it.
         below: The next smaller size, which does not.
         sure: Whether every seed reaches it.
-        missed: Larger sizes that do not: the answer is then no threshold.
+        missed: Larger sizes that do not; the size is then not a threshold.
     """
 
     line: Line | None
@@ -90,13 +90,13 @@ class Reached:
 
 
 def best_rates(records: Iterable[Intrinsic], choose: str, seed: int, subject: Subject) -> dict[int | None, float]:
-    """Return, for every size, the learning rate whose run of the first seed has the lowest loss on one set.
+    """Return, for every size, the learning rate with the lowest loss of the first seed on one set.
 
     Args:
-        records: Of a run.
+        records: Records of a run.
         choose: The set that decides.
         seed: The first seed.
-        subject: Of which runs.
+        subject: Kind of the runs.
     """
     key = (subject, choose, seed)
     return lowest((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
@@ -108,10 +108,10 @@ def size_of(record: Intrinsic) -> int | None:
 
 
 def lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int) -> list[Line]:
-    """Return the runs of every size at its best rate, on one set: full, subspaces, LoRAs, ascending.
+    """Return the runs of every size at its best rate on one set: full, subspaces, LoRAs, ascending.
 
     Args:
-        records: Of a run.
+        records: Records of a run.
         name: The set.
         choose: The set by which rates were chosen.
         seed: The first seed.
@@ -143,7 +143,7 @@ def _lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subj
 
 
 def reached(found: Sequence[Line], subject: Subject, share: float) -> Reached:
-    """Return the smallest subspace or LoRA whose mean share of full fine-tuning's gain is at least ``share``.
+    """Return the smallest subspace or LoRA whose mean fraction of full fine-tuning's gain is at least ``share``.
 
     Example:
         >>> rows = [

@@ -1,4 +1,4 @@
-"""Which of several adapters to use: their held-out losses compared with each other, paired by sequence."""
+"""Choice among adapters: comparison of their held-out losses, paired by sequence."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_diag.records import Probe
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """An adapter compared with the best one, on the same sequences.
+    """An adapter compared with the best one on the same sequences.
 
     Args:
         name: Its path.
         behind: Its loss minus that of the best.
         half: Half the interval of ``behind``: paired by sequence, t with N − 1 degrees of freedom, 95% for all
             rivals together (Bonferroni); None for one sequence.
-        sequences: About how many sequences would tell them apart; None where that is known, or takes more than 1000.
+        sequences: Estimated number of sequences that would separate them; None if already separated, or above 1000.
     """
 
     name: str
@@ -28,13 +28,13 @@ class Rival:
 
     @property
     def worse(self) -> bool:
-        """Whether it is shown to be worse than the best."""
+        """Whether it is significantly worse than the best."""
         return self.half is not None and self.behind > self.half
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which of several adapters to use, by their losses on one set.
+    """The best of several adapters by their losses on one set.
 
     Args:
         set: Its name.
@@ -48,14 +48,14 @@ class Choice:
 
     @property
     def equals(self) -> tuple[Rival, ...]:
-        """Those that cannot be told from the best."""
+        """Adapters that are not distinguishable from the best."""
         return tuple(rival for rival in self.rivals if not rival.worse)
 
 
 def choices(records: Sequence[Probe]) -> list[Choice]:
-    """Return for each set which of the adapters has the lowest loss, and from which it can be told.
+    """Return for each set the adapter with the lowest loss, and the comparison with the others.
 
-    None for sets with fewer than two adapters, and for results that have no losses of sequences.
+    None for sets with fewer than two adapters, and for results without losses of sequences.
     """
     found = []
     for name in dict.fromkeys(record.set for record in records):

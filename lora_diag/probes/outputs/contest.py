@@ -1,6 +1,6 @@
-"""Whether an adapter does as well as the full fine-tune, by held-out losses.
+"""Comparison of an adapter with the full fine-tune by held-out losses.
 
-A difference of two losses counts where it is more than two of its paired standard errors.
+A difference of two losses is significant above two paired standard errors.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Literal
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 
-# What keeps so much of the full fine-tune's gain does as well, for what an adapter is meant for.
+# Fraction of the full fine-tune's gain from which an adapter is called as good.
 KEPT = 0.9
-# A difference of so many standard errors is one.
+# Number of standard errors of a significant difference.
 ERRORS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """An adapter compared with the full fine-tune, on held-out text.
+    """An adapter compared with the full fine-tune on held-out text.
 
     Args:
         name: The adapter's path.
-        records: Its own, one a set; shifted sets are left out unless there is no other.
-        word: ``as good`` where, with two standard errors against it, it keeps at least 90% of TUNED's gain on every
-            set; ``worse`` where it is not, and worse by more than two standard errors on some set; else ``not known``.
+        records: Its records, one per set; shifted sets are ignored unless there is no other.
+        word: ``as good`` if it keeps at least 90% of TUNED's gain on every set after subtracting two standard errors;
+            else ``worse`` if it is worse by more than two standard errors on any set; else ``not known``.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Contest:
 
     @property
     def worst(self) -> Probe:
-        """Its record on the set where it falls most behind TUNED."""
+        """Its record on the set with the largest gap to TUNED."""
         return max(self.records, key=lambda record: record.gap or 0.0)
 
 
 def gains(base: Probe | None) -> float | None:
-    """Return by how much TUNED is better than BASE; None where that is within two standard errors of nothing."""
+    """Return the gain of TUNED over BASE; None if it is within two standard errors of zero."""
     if base is None or base.gap is None or base.gap_error is None or base.gap <= ERRORS * base.gap_error:
         return None
     return base.gap
 
 
 def contests_of(records: Sequence[Probe]) -> list[Contest]:
-    """Return every adapter of a run, compared with TUNED; shifted sets count only where there is no other."""
+    """Return the comparison of every adapter with TUNED; shifted sets count only if there is no other."""
     sets = main_sets(records)
     bases = {record.set: record for record in records if record.subject == "base"}
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")

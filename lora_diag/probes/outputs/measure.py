@@ -1,8 +1,8 @@
-"""How far a model's outputs are from a fine-tune's: logits, probabilities, choices, and before all of them the loss.
+"""Distance of a model's outputs from a fine-tune's: loss, logits, probabilities and top choices.
 
-An adapter is applied as its own ΔW on the weights of BASE, so any kind of adapter can be compared with any other. Sets
-are taken in chunks, so that the outputs of only three models for a few sequences are held at once: logits of what is
-predicted, and the hidden states of every token.
+An adapter is applied as ΔW on the weights of BASE, so adapters of any kind can be compared. Sets are processed in
+chunks, so that only the outputs of three models for a few sequences are in memory: logits of predictions, and hidden
+states of every token.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
 
-# What logits and hidden states of two models may take together.
+# Memory limit of logits and hidden states of two models together.
 OUTPUT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that is measured: BASE with an update, or BASE itself.
+    """A measured model: BASE with an update, or BASE itself.
 
     Args:
-        subject: What it is.
-        name: An adapter's or a reference's path.
+        subject: Kind of model.
+        name: Path of an adapter or a reference.
         swapped: Its update; None for BASE.
     """
 
@@ -42,12 +42,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class _Said:
-    """What a model says of one sequence.
+    """Outputs of a model for one sequence.
 
     Args:
-        logits: Of what is predicted, ``(n, classes)`` float32.
-        labels: What is to be predicted, ``(n,)``.
-        hidden: Hidden states of every token, one ``(tokens, size)`` for each depth: embeddings, then behind each block.
+        logits: Logits of predictions, ``(n, classes)`` float32.
+        labels: Targets, ``(n,)``.
+        hidden: Hidden states of every token, one ``(tokens, size)`` for each depth: embeddings, then the output of each
+            block.
     """
 
     logits: Tensor
@@ -57,7 +58,7 @@ class _Said:
 
 @dataclass
 class _Sums:
-    """What is added up of one contender over a set."""
+    """Running sums of one contender over a set."""
 
     nll: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -71,7 +72,7 @@ class _Sums:
         return Losses(torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.counts, dtype=torch.float64))
 
     def add(self, said: _Said, tuned: _Said) -> None:
-        """Add one sequence, beside what TUNED says of it."""
+        """Add one sequence, compared with TUNED."""
         self.nll.append(float(nll(said.logits, said.labels)))
         self.counts.append(len(said.labels))
         self.squares += _squares(tuned.logits, said.logits)
@@ -98,7 +99,7 @@ def outputs(
     """Yield one record for each contender on one set.
 
     Args:
-        model: BASE; its weights are changed and put back.
+        model: BASE; its weights are changed and restored.
         contenders: BASE first, TUNED second, then the others.
         texts: The set.
         size: Sequences in a batch.
@@ -116,7 +117,7 @@ def outputs(
 
 
 def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
-    """Yield parts of a set, whole batches, whose outputs from two models fit into ``OUTPUT_BYTES``."""
+    """Yield parts of a set, in whole batches, whose outputs from two models fit into ``OUTPUT_BYTES``."""
     config = model.module.config
     classes = len(model.labels) if model.kind == "classifier" else getattr(config, "vocab_size", 1)
     states = (getattr(config, "num_hidden_layers", 0) + 1) * getattr(config, "hidden_size", 0)
@@ -127,7 +128,7 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
 
 
 def _said(model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]) -> list[_Said]:
-    """Return what a model says of every sequence, with the contender's weights in place meanwhile."""
+    """Return the outputs of a model for every sequence, with the contender's weights in place."""
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
     found = []

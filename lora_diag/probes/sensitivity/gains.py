@@ -1,6 +1,6 @@
-"""Records of ``probe sensitivity`` → what each unit gains alone, what predicts that, and weights for an allocation.
+"""Records of ``probe sensitivity`` → gain of each unit alone, predictors of it, and weights for an allocation.
 
-Knows records only. At every rank a unit's learning rate is the one with its lowest loss.
+Uses records only. At every rank a unit has the learning rate with its lowest loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import SingularValues
 from lora_diag.running.rates import edge, lowest
 
-# A gain of less than so many standard errors is not told from none.
+# Number of standard errors below which a gain is not significant.
 ERRORS = 2
 
 
@@ -30,18 +30,18 @@ def _with_error(group: Sequence[Gain | Marginal]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What one unit gains alone at one rank, in the mean over seeds.
+    """Gain of one unit alone at one rank, mean over seeds.
 
     Args:
         unit: Its name.
         layers: Its weights.
-        params: Of its factors.
-        lr: The rate with the lowest loss at the first seed.
+        params: Number of parameters of its factors.
+        lr: The rate with the lowest loss of the first seed.
         gain: Loss of BASE minus its loss.
         error: Standard error of ``gain`` over sequences; None for one sequence.
         seeds: The gain of each seed.
-        nll: Of each sequence, in the mean over seeds.
-        edge: −1 or 1 where the rate is the lowest or the highest of several, else 0.
+        nll: Negative log-likelihood of each sequence, mean over seeds.
+        edge: −1 or 1 if the rate is the lowest or the highest of several, else 0.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -62,7 +62,7 @@ class Gain:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it differs from nothing by more than two standard errors."""
+        """Whether it differs from zero by more than two standard errors."""
         return self.error is not None and abs(self.gain) > ERRORS * self.error
 
 
@@ -83,16 +83,16 @@ class Marginal:
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """How well a score orders the measured gains.
+    """Rank correlation of a score with the measured gains.
 
     Args:
         score: Its name.
         rho: Spearman's ρ over all units.
-        ends: Its 95% interval; None for few units.
-        p: Of a permutation test.
-        within: ρ within module types; None where none has three layers.
-        within_p: Likewise.
-        n: Units.
+        ends: Its 95% interval; None with too few units.
+        p: p-value of a permutation test.
+        within: ρ within module types; None if no type has three layers.
+        within_p: p-value of ``within``.
+        n: Number of units.
     """
 
     score: str
@@ -105,16 +105,16 @@ class Correlation:
 
 
 def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, choose: str, seed: int) -> float | None:
-    """Return the rate of a unit's lowest loss on the deciding set at the first seed; None where all runs diverged."""
+    """Return the rate of a unit's lowest loss of the first seed on the deciding set; None if all runs diverged."""
     key = (unit, rank, choose, seed)
     return lowest((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
 
 
 def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, seed: int) -> list[Gain]:
-    """Return what each unit gains on one set, in the order of the run; units whose runs all diverged are left out.
+    """Return the gain of each unit on one set, in the order of the run; units whose runs all diverged are skipped.
 
     Args:
-        records: Of one run.
+        records: Records of one run.
         name: The set.
         choose: The set that decides on the rates.
         rank: r.
@@ -138,7 +138,7 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
 def marginals_of(
     records: Sequence[Sensitivity], name: str, lower: Sequence[Gain], higher: Sequence[Gain]
 ) -> list[Marginal]:
-    """Return what the higher rank gains over the lower one, for the units that have both."""
+    """Return the gain of the higher rank over the lower one, for units with both."""
     base = next((r for r in records if not r.unit and r.set == name), None)
     more = {gain.unit: gain for gain in higher}
     if base is None:
@@ -150,12 +150,12 @@ def marginals_of(
     ]
 
 
-# What is compared with the measured gains: a name, and the score of one layer.
+# A predictor of gains: a name, and the score of one layer.
 SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
-    """Return the first-order scores of a unit, sums over its layers; without those that a gradient lacks."""
+    """Return the first-order scores of a unit, summed over its layers, without scores that a gradient lacks."""
     mine = [layers[layer] for layer in gain.layers if layer in layers]
     found = {"size": float(gain.params)}
     if len(mine) == len(gain.layers):
@@ -167,10 +167,10 @@ def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
 
 
 def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
-    """Return how well each score orders the measured gains.
+    """Return the rank correlation of each score with the measured gains.
 
     Args:
-        gains: Of all units.
+        gains: Gains of all units.
         layers: First-order records, by layer.
     """
     scores = [scores_of(gain, layers) for gain in gains]
@@ -200,15 +200,15 @@ def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[C
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Factors of the layers' energies, from what was measured.
+    """Weights of the layers' energies from measured gains.
 
     Args:
         factors: w_ℓ by layer.
-        scores: w_ℓ times the energy that rank r captures: the gain of a layer, of a unit divided by those energies.
+        scores: w_ℓ times the energy at rank r: the gain of a unit, divided among its layers by energy.
         negative: Units whose gain was not positive: weight 0.
-        unclear: Units whose gain is within two standard errors of nothing, and is taken as it is.
+        unclear: Units whose gain is within two standard errors of zero; it is used unchanged.
         lacking: Layers of the spectra that were not adapted: weight 0.
-        short: Layers of which fewer values were kept than the rank that was trained.
+        short: Layers with fewer kept values than the trained rank.
     """
 
     factors: dict[str, float]
@@ -220,15 +220,14 @@ class Weights:
 
 
 def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[SingularValues]) -> Weights:
-    """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gained per energy that rank r captures.
+    """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gain per energy at rank r.
 
-    With them the weighted energy of a unit at the rank that was trained is the gain that was measured there. The layers
-    of a unit share one factor.
+    The weighted energy of a unit at the trained rank equals its measured gain. The layers of a unit share one factor.
 
     Args:
-        gains: On the deciding set.
-        rank: r that was trained.
-        spectra: Of the update that is to be allocated.
+        gains: Gains on the deciding set.
+        rank: The trained rank r.
+        spectra: Spectra of the update to allocate ranks for.
     """
     captured = {each.layer: math.fsum(s**2 for s in each.s[:rank]) for each in spectra}
     factors = dict.fromkeys(captured, 0.0)

@@ -1,8 +1,7 @@
-"""Frozen weights rounded as a quantized base stores them, while the module stays an ordinary one.
+"""Rounding of frozen weights to the values of a quantized base, in ordinary modules.
 
-Knows two grids; refuses to know what is trained on top. The numbers are those of bitsandbytes (0.50.2 on a CPU: NF4 bit
-for bit, int8 to one rounding of float32); its memory is not saved, products are in the model's own dtype, and the
-activations, which LLM.int8() rounds as well, are not rounded.
+Values equal those of bitsandbytes (0.50.2 on a CPU: NF4 bit for bit, int8 up to one rounding of float32). Memory is not
+reduced, products are in the model's own dtype, and activations, which LLM.int8() also rounds, are not rounded.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ GRIDS = ("nf4", "int8")
 
 
 def to_nf4(weight: Tensor) -> Tensor:
-    """Return the nearest values of NF4: 16 levels times the largest magnitude of each 64 entries in a row.
+    """Return the nearest NF4 values: 16 levels times the largest magnitude of each 64 consecutive entries.
 
     Args:
-        weight: ``(out, in)``, blocks run along its rows and on into the next.
+        weight: ``(out, in)``; blocks are in row-major order and may span rows.
 
     Example:
         >>> to_nf4(torch.tensor([[0.5, 0.1, -1.0, 0.0]])).tolist()[0][1:]
@@ -55,7 +54,7 @@ def to_nf4(weight: Tensor) -> Tensor:
 
 
 def to_int8(weight: Tensor) -> Tensor:
-    """Return the nearest of 255 evenly spaced values, of which each row has its own: round(127·w/a)·a/127.
+    """Return the nearest of 255 evenly spaced values per row: round(127·w/a)·a/127.
 
     Args:
         weight: ``(out, in)``; a is the largest magnitude of a row.
@@ -65,13 +64,15 @@ def to_int8(weight: Tensor) -> Tensor:
         [[127.0, 0.0, 1.0]]
     """
     largest = weight.float().abs().amax(1, keepdim=True)
-    codes = (weight.float() * (127 / largest.clamp(min=1e-30))).round()  # 127 over the least float32 would be infinite
+    codes = (
+        weight.float() * (127 / largest.clamp(min=1e-30))
+    ).round()  # 127 over the smallest float32 would be infinite
     return (codes * largest / 127).to(weight.dtype)
 
 
 @contextmanager
 def rounded(layers: Iterable[nn.Module], grid: str | None) -> Iterator[None]:
-    """Round the weights of linear layers, and give back what they were.
+    """Round the weights of linear layers within the block, then restore them.
 
     Args:
         layers: Linear layers, or transformers' Conv1D, whose weights are stored ``(in, out)``.

@@ -1,7 +1,7 @@
-"""The loss of W_0 + ΔW_r for each rank: what truncating an update costs, measured and not estimated.
+"""Loss of W_0 + ΔW_r for each rank: the measured cost of truncating an update.
 
-Nothing is trained. A rank that is enough here is enough to compress this update; what training at that rank would reach
-is another question (``probe sweep``).
+Nothing is trained. A sufficient rank is sufficient to compress this update; the result of training at that rank is
+measured by ``probe sweep``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lora_diag.records.probe import Subject
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One arrangement of the weights.
+    """One configuration of the weights.
 
     Args:
         subject: ``base``, ``tuned`` or ``truncated``.
-        rank: Of the truncated layers.
-        layers: Which layers are truncated.
+        rank: Rank of the truncated layers.
+        layers: The truncated layers.
         layer: The layer that is truncated alone.
         module_type: The module type that is truncated alone.
     """
@@ -39,12 +39,12 @@ class Cell:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """By which its records are told from others."""
+        """Fields that identify its records."""
         return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type")}
 
     @property
     def label(self) -> str:
-        """For the progress bar."""
+        """Label of the progress bar."""
         what = self.layer or self.module_type or ""
         return f"{what} r={self.rank}".strip() if self.rank is not None else self.subject
 
@@ -53,11 +53,11 @@ BASE, TUNED = Cell("base"), Cell("tuned")
 
 
 def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str) -> list[Cell]:
-    """Return what is truncated, and how far, in order.
+    """Return the configurations to measure, in order.
 
     Args:
         chosen: Shapes of the layers that are truncated.
-        ranks: Ascending; those that truncate nothing are left out.
+        ranks: Ranks, ascending; those that truncate nothing are skipped.
         per: ``all``, ``layer`` or ``type``.
     """
     cells: list[Cell] = []
@@ -81,17 +81,17 @@ def truncation(
     size: int,
     after: Callable[[str], None],
 ) -> Iterator[Probe]:
-    """Yield the records of every cell, set by set.
+    """Yield the records of every configuration, set by set.
 
     Args:
         model: BASE.
         swapped: Its weights, which are changed.
         texts: The evaluation sets.
-        cells: What to truncate; BASE and TUNED are measured before.
+        cells: Configurations; BASE and TUNED are measured first.
         matrices: All layers that are truncated in any of them.
-        rest: ``tuned`` or ``base``: what all other tensors are meanwhile.
+        rest: ``tuned`` or ``base``: source of all other tensors.
         size: Sequences in a batch.
-        after: Called after every batch with what is being measured.
+        after: Called after every batch with a label.
 
     Raises:
         InputError: A layer is not finite.
@@ -122,7 +122,7 @@ def record_of(
     ends: Mapping[str, Mapping[str, Losses]],
     energy: float | None = None,
 ) -> Probe:
-    """Return the record of one loss beside those of BASE and TUNED."""
+    """Return the record of one loss relative to those of BASE and TUNED."""
     losses, base, tuned = found[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
     gap, error = losses.minus(tuned)
     change = base.mean - tuned.mean

@@ -1,4 +1,4 @@
-"""``probe``: what a model's loss says of an update."""
+"""``probe truncation``: measure the loss of an update truncated to each rank."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ def probe_truncation(
     Weights are swapped in place; nothing is trained. Norms, biases, embeddings and head are not truncated.
 
     Args:
-        base: The model before: a folder that transformers can open, or a Hub id.
-        tuned: The model after, or an adapter.
-        evaluate: Text or JSONL files of the kind that TUNED was trained on, but held out.
-        shifted: Files of another kind, to see what truncation does there.
-        ranks: Ranks r; 0 takes the truncated layers back to ``base``.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        tuned: Fine-tuned checkpoint or adapter.
+        evaluate: Held-out text or JSONL files from TUNED's training distribution.
+        shifted: Files of another distribution.
+        ranks: Ranks r; 0 restores the truncated layers of ``base``.
         granularity: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in
             TUNED.
-        untruncated: What the tensors are that are not truncated: as in ``tuned``, or as in ``base``, which is what an
-            adapter on the matrices could give.
+        untruncated: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the matrices only.
         **options: ``TruncationOptions``.
 
     Returns:
         The records are in ``whole``: the losses of BASE, TUNED and every truncation, set by set.
 
     Raises:
-        UsageError: An option makes no sense, or the extra ``train`` is not installed.
+        UsageError: An option is invalid, or the extra ``train`` is not installed.
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: The checkpoints have no weight in common.
 

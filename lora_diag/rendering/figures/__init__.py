@@ -1,1 +1,1 @@
-"""Layout and style of figures, and the panels that several figures share."""
+"""Layout and style of figures, and panels shared by several figures."""

@@ -1,4 +1,4 @@
-"""The axes of a panel: the caller's, or those of a new figure; an axis over the rank whose labels have room."""
+"""Axes of a panel: the caller's or those of a new figure; a rank axis with labels that fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_diag.rendering.figures.style import INK, PANEL, Look, styled, width_of
 
 @contextmanager
 def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, Look | None]]:
-    """Give the caller's axes, whose fonts are left alone, or those of a new figure."""
+    """Return the caller's axes with unchanged fonts, or those of a new figure."""
     with styled(PANEL if ax is None else None):
         if ax is not None:
             yield ax, None
@@ -24,7 +24,7 @@ def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, Look | None]]:
 
 
 def rank_axis(ax: Axes, largest: int, marked: Sequence[int], look: Look | None, inches: float) -> None:
-    """Make x the rank: logarithmic, the usual ranks marked, labels only where there is room for them."""
+    """Set up the x axis for ranks: logarithmic, with common ranks marked, and labels as far as they fit."""
     ax.set_xscale("log")
     ax.set_xlim(0.92, max(largest * 1.08, 2))
     for rank in marked:
@@ -38,14 +38,14 @@ def rank_axis(ax: Axes, largest: int, marked: Sequence[int], look: Look | None, 
 def label_ticks(
     ax: Axes, ticks: Iterable[int], inches: float, look: Look | None, label: Callable[[int], str] = str
 ) -> None:
-    """Label x where labels do not touch, and nowhere else.
+    """Label the x axis where labels do not overlap.
 
     Args:
-        ax: Where; its scale and limits are set.
-        ticks: The ones to label, the most important first.
+        ax: Axes with scale and limits set.
+        ticks: Ticks to label, the most important first.
         inches: Width of the panel.
         look: The page.
-        label: Returns what is written at a tick.
+        label: Returns the label of a tick.
     """
     size = look.ticks if look else 9.0
     shown: dict[int, tuple[float, float]] = {}

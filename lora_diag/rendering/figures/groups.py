@@ -1,4 +1,4 @@
-"""Which layers share a panel, a row or a colour: by module type and depth. Knows names and records, draws nothing."""
+"""Grouping of layers into panels, rows and colours by module type and depth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R", bound=LayerRecord)
 
 
 class Types:
-    """The module types of some layers in the order people expect; towers that share a type have their name before it.
+    """Module types of layers in the usual order; types common to several towers have the tower's name as a prefix.
 
     Args:
         layers: Names of the weights.
@@ -42,7 +42,7 @@ class Types:
         self.names = tuple(dict.fromkeys(self._name.values()))
 
     def of(self, layer: str) -> str:
-        """Return the module type of one of the layers as it is drawn."""
+        """Return the module type of a layer as drawn."""
         return self._name[layer]
 
     def _drawn(self, layer: str) -> str:
@@ -51,7 +51,7 @@ class Types:
 
 
 def _telling(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Give each tower the first part of its name that not all share; all of it where one name begins another."""
+    """Return the first part of each tower's name that differs; the whole name if one is a prefix of another."""
     shared = 0
     while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):
         shared += 1
@@ -62,7 +62,7 @@ def _telling(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
-    """Group records by block, in ascending order; those outside the blocks last."""
+    """Group records by block in ascending order; those outside the blocks come last."""
     found: dict[int | None, list[R]] = {}
     for record in records:
         found.setdefault(depth_of(record.layer), []).append(record)
@@ -70,5 +70,5 @@ def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
 
 
 def deepest(layers: Iterable[str]) -> int:
-    """Return the largest index of a block, 0 without any."""
+    """Return the largest block index, 0 without blocks."""
     return max((depth for layer in layers if (depth := depth_of(layer)) is not None), default=0)

@@ -1,4 +1,4 @@
-"""Probe records as figures take them: of one probe, set by set; and the axis of the ranks that were measured."""
+"""Probe records for figures, by probe and set; and the axis of measured ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lora_diag.records.probe import OnSet
 from lora_diag.rendering.figures.axes import label_ticks
 from lora_diag.rendering.figures.style import INK, Look, name_of
 
-# What a line of text takes of a panel's height.
+# Height of a line of text as a fraction of a panel's height.
 TEXT = 0.13
 
 
 def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ...]:
-    """Return the records of one probe, out of results or of records."""
+    """Return the records of one probe from results or records."""
     records = results.whole if isinstance(results, Results) else results
     return tuple(record for record in records if isinstance(record, Probe) and record.probe == probe)
 
 
 def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
-    """Return the evaluation sets in the order of the run, each with what it is called in a figure."""
+    """Return the evaluation sets in the order of the run, each with its label."""
     found: dict[str, str] = {}
     for record in records:
         shifted = record.shifted and record.set != "shifted"
@@ -33,7 +33,7 @@ def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
 
 
 def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None) -> tuple[list[Probe], str]:
-    """Return the records of one probe on one set, the first if none is named, and what the set is called."""
+    """Return the records of one probe on one set, by default the first, and the label of the set."""
     records = probes(results, probe)
     sets = sets_of(records)
     chosen = name if name is not None else next(iter(sets))
@@ -41,13 +41,13 @@ def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None)
 
 
 def panels_of(number: int, look: Look) -> tuple[int, int]:
-    """Return rows and columns of panels that are each as wide as a reader needs: one below the other in a column."""
+    """Return rows and columns of panels of a readable width; on a column page they are stacked."""
     columns = 1 if look.columns < 3 else min(number, 2 if number in {2, 4} else 3)
     return -(-number // columns), columns
 
 
 def panel_width(look: Look, columns: int, right: float = 0.0) -> float:
-    """Return about how wide a panel with its own labels is, in inches, without ``right`` lines of text beside it."""
+    """Estimate the width of a panel with its labels in inches, without ``right`` lines of text beside it."""
     return look.width / columns - (6.5 + right) * look.text / 72
 
 
@@ -58,7 +58,7 @@ def measured_axis(
     look: Look | None,
     label: Callable[[int], str] = str,
 ) -> None:
-    """Make x the rank, logarithmic from 1 on, and label those that were measured where there is room."""
+    """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they fit."""
     known = sorted(set(ranks))
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
     first, last = known[0], known[-1]
@@ -66,18 +66,18 @@ def measured_axis(
     label_ticks(ax, (first, last, *known), inches, look, label)
 
 
-# What is behind the name of a line: lets through where other lines go, and keeps the name readable.
+# Background of a line's name: transparent enough to show other lines, but readable.
 GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
 
 
 def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None, lowest_below: bool = False) -> None:
-    """Draw horizontal lines, each with its name at its right end; lines that nearly touch share one line of names.
+    """Draw horizontal lines, each with its name at the right end; names of nearly equal lines share a row.
 
     Args:
-        ax: Where; its limits are set.
+        ax: Axes with limits set.
         named: Name, value and colour.
         look: The page.
-        lowest_below: Whether the lowest line has its name below itself, out of the way of what lies above it.
+        lowest_below: Whether the lowest line has its name below, away from lines above.
     """
     low, high = ax.get_ylim()
     groups: list[list[tuple[str, float, str]]] = []
@@ -110,13 +110,13 @@ def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None,
 
 
 def loss_axis(ax: Axes) -> None:
-    """Give the loss few, plain ticks."""
+    """Set few, plain ticks on the loss axis."""
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     ax.ticklabel_format(axis="y", useOffset=False, style="plain")
 
 
 def limits(values: Sequence[float], below: float = 0.08, above: float = 0.14) -> tuple[float, float]:
-    """Return from where to where an axis shows some values, with room for a line's name above the highest.
+    """Return the limits of an axis for values, with room for a name above the highest.
 
     >>> limits([1.0, 2.0])
     (0.92, 2.14)

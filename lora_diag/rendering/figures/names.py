@@ -1,4 +1,4 @@
-"""What runs and their inputs are called in legends and titles: by what was measured, as shortly as tells them apart."""
+"""Short, distinct labels of runs and their inputs for legends and titles."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from lora_diag.records import Run
 from lora_diag.records.names import short_names as plain_names
 from lora_diag.rendering.figures.style import name_of
 
-# What a run is of, by the roles of its inputs: the first of these that it has. Texts, activations and gradients are
-# what it was measured with.
+# Roles of the inputs that label a run; the first present role is used. Texts, activations and gradients are only means
+# of measurement.
 _MEASURED = (("tuned", "adapter", "reference"), ("weights",), ("base",))
-# Commands that measure adapters by the update of TUNED: what the run is of is TUNED, and the adapters have their own
-# records.
+# Commands that measure adapters against TUNED: the run is labelled by TUNED, since adapters have their own records.
 _BY_TUNED = {"residual", "probe outputs"}
-# More updates than these are counted and not named.
+# Larger numbers of updates are counted instead of named.
 _NAMED = 3
-# The longest settings that name a run, in characters.
+# Maximum length of settings that label a run.
 _SETTINGS = 32
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return how paths are called in figures: as in tables, what the font lacks spelled out."""
+    """Return labels of paths: as in tables, with characters missing in the font escaped."""
     return plain_names(paths, name_of)
 
 
 def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:
-    """Return what a run measured, such as ``base → full_ft``, ``sql + chat`` or ``base``.
+    """Return the label of a run's inputs, such as ``base → full_ft``, ``sql + chat`` or ``base``.
 
     Args:
         run: The run.
-        short: Returns what a path is called; by the last part if not given.
+        short: Returns the label of a path; default its last part.
     """
     base, subject = _sides(run, short or (lambda path: short_names([path])[path]))
     return " → ".join(filter(None, (base, subject))) or name_of(run.command)
 
 
 def _sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
-    """Return the names of BASE, empty if it is what was measured, and of what was measured."""
+    """Return the labels of BASE, empty if it was measured itself, and of the measured inputs."""
     roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
     paths = [side.path for side in run.inputs if side.role in roles]
     if run.command in _BY_TUNED:
@@ -50,15 +49,15 @@ def _sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
 
 
 def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Sequence[str] = ()) -> list[str]:
-    """Return what runs are called; those of different commands share no figure and need not differ.
+    """Return distinct labels of runs; runs of different commands share no figure and need not differ.
 
-    The first of these that tells the runs of a command apart: what was measured; BASE with it; more of the paths; the
-    settings in which they differ; their files; a number. What a part of them shares is named first.
+    The first of these that distinguishes the runs of a command: measured inputs; with BASE; longer paths; differing
+    settings; files; a number. Parts common to several runs come first.
 
     Args:
-        runs: What is compared.
-        metrics: Of each run, which is named elsewhere.
-        files: Where each was read.
+        runs: The runs to compare.
+        metrics: Metric of each run, which is shown elsewhere.
+        files: Path of each run.
     """
     groups: dict[Hashable, list[int]] = {}
     for place, run in enumerate(runs):
@@ -94,7 +93,7 @@ def _apart(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
 
 
 def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
-    """Return what tells runs of the same inputs apart."""
+    """Return labels that distinguish runs of the same inputs."""
     keys = [
         key
         for key in dict.fromkeys(key for run in runs for key in run.settings)
@@ -113,7 +112,7 @@ def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
 
 
 def _setting(key: str, value: Any) -> str:
-    """Return a setting in words: an option of the command line as it was given.
+    """Return a setting as text; an option of the command line as given.
 
     >>> _setting("budget", "--params 40k"), _setting("top", 8), _setting("ranks", [4, 8])
     ('--params 40k', 'top 8', 'ranks 4, 8')

@@ -1,4 +1,4 @@
-"""Named values with their errors, one below the other: a panel of dots and bars that several figures are made of."""
+"""Panels of named values with error bars, one below the other."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lora_diag.rendering.figures.series import Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cropped_all, wrapped
 
-# Share of a page's width that names may take.
+# Fraction of a page's width available to names.
 NAMES = 0.42
-# Share of a row's height over which the values of several runs are spread.
+# Fraction of a row's height over which the values of several runs are spread.
 _SPREAD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One value; those of several runs with one name share its place.
+    """One value; values of several runs with one name share a row.
 
     Args:
-        name: As it is drawn.
-        value: Where its dot is.
-        error: Half the length of its bar; None without one.
-        color: Of both.
+        name: Name as drawn.
+        value: Position of the dot.
+        error: Half the length of the bar; None without a bar.
+        color: Colour of both.
     """
 
     name: str
@@ -42,9 +42,9 @@ def highest(rows: Sequence[Row], most: int, first: Sequence[Row] = ()) -> list[R
     """Return the rows of the names with the highest values.
 
     Args:
-        rows: Of all runs.
-        most: How many names.
-        first: Rows whose order is kept; the highest come first if there are none.
+        rows: Rows of all runs.
+        most: Number of names.
+        first: Rows that define the order; if empty, the highest values come first.
     """
     best: dict[str, float] = {}
     for row in rows:
@@ -55,13 +55,13 @@ def highest(rows: Sequence[Row], most: int, first: Sequence[Row] = ()) -> list[R
 
 
 def draw_rows(ax: Axes, rows: Sequence[Row], look: Look | None, short: Mapping[str, str] | None = None) -> None:
-    """Draw one dot a row from top to bottom, a bar through it, and a line at zero.
+    """Draw one dot per row from top to bottom, with an error bar, and a line at zero.
 
     Args:
-        ax: Where.
+        ax: Axes to draw on.
         rows: From top to bottom.
         look: The page.
-        short: Names as they fit on the page; as they are if not given.
+        short: Shortens names to fit the page; default unchanged.
     """
     width = look.line if look else 1.2
     ax.axvline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
@@ -84,7 +84,7 @@ def draw_rows(ax: Axes, rows: Sequence[Row], look: Look | None, short: Mapping[s
 
 
 def run_keys(series: Sequence[Series[Any]], look: Look) -> tuple[Key, ...]:
-    """Return the legend of the colours of several runs; nothing for one."""
+    """Return the legend of the colours of several runs; empty for a single run."""
     if len(series) == 1:
         return ()
     dot: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4 * look.line}
@@ -92,13 +92,13 @@ def run_keys(series: Sequence[Series[Any]], look: Look) -> tuple[Key, ...]:
 
 
 def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: Words, look: Look) -> Figure:
-    """Return a page of such panels: side by side where there are few, and in a column one below the other."""
+    """Return a page of such panels: side by side if there are few, and stacked on a column page."""
     columns = 1 if look.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
     shown = {row.name for _, some in panels for row in some}
     short = cropped_all(sorted(shown), NAMES * look.width / columns, look.ticks)
     inches = look.width / columns * (1 - NAMES)
-    # Where runs share rows, their bars need room beside each other.
+    # Rows shared by several runs need room for all bars.
     most = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
     panel = max(look.panel, (most + 3.5) * 1.55 * look.ticks / 72)
     figure, axes = sheet(look, words, rows, columns, panel=panel, share=False, low=True)

@@ -1,4 +1,4 @@
-"""The page of a figure: title, what it says, keys, panels, notes. Measures its text, so that nothing overlaps."""
+"""The page of a figure: title, subtitle, legend, panels, notes. Text is measured to avoid overlap."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from matplotlib.transforms import Bbox
 
 from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, Look, width_of, wrapped
 
-# Height of a line of text over its size in points; the gap between blocks of text in lines.
+# Line height relative to font size; gap between blocks of text in lines.
 LEADING, GAP = 1.28, 0.55
 
-# More panels than these are not read: the smallest types share the last one.
+# Maximum number of readable panels; the smallest types share the last one.
 MAX_PANELS = 24
 
 
@@ -37,9 +37,9 @@ class Words:
     """The text around the panels.
 
     Args:
-        title: What the figure shows, its quantity and norm.
-        about: Of what; one line below the title.
-        notes: What a careful reader must know: aggregation, what is not drawn.
+        title: Quantity and norm of the figure.
+        about: Subtitle: the data shown.
+        notes: Notes: aggregation, data not drawn.
         keys: The legend.
     """
 
@@ -50,7 +50,7 @@ class Words:
 
 
 def grid_of(panels: int, look: Look) -> tuple[int, int]:
-    """Return rows and columns of small multiples: about as many columns as the page takes, few places empty.
+    """Return rows and columns of small multiples: about as many columns as fit the page, with few empty places.
 
     >>> from lora_diag.rendering.figures.style import COLUMN, SLIDE
     >>> grid_of(9, COLUMN), grid_of(7, COLUMN), grid_of(7, SLIDE), grid_of(1, SLIDE)
@@ -73,17 +73,17 @@ def sheet(
     share: bool = True,
     low: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Return a new figure with its text in place, and its panels row by row.
+    """Return a new figure with its text placed, and its panels row by row.
 
     Args:
-        look: The page; the figure is taller than it if its panels need that.
+        look: The page; the figure may be taller if its panels need it.
         words: The text.
-        rows: Of panels.
-        columns: Of panels.
-        panel: Least height of a panel with its own title, in inches; by the page if not given.
-        ratios: Of the heights of the rows.
+        rows: Rows of panels.
+        columns: Columns of panels.
+        panel: Minimum height of a panel with its title, in inches; default by the page.
+        ratios: Relative heights of the rows.
         share: Whether all panels have the same axes.
-        low: Whether the figure may be lower than its page.
+        low: Whether the figure may be shorter than its page.
     """
     if look.plain:
         words = replace(words, title="", about="", notes=())
@@ -140,7 +140,7 @@ class _Block:
 
     def add(self, text: str, size: float, color: str, weight: str = "normal") -> None:
         if text:
-            # Bold letters are a ninth wider than those that are measured.
+            # Bold text is one ninth wider than the measured regular text.
             lines = wrapped(text, self.width / (1.12 if weight == "bold" else 1), size)
             self._parts.append((lines, size, color, weight))
             self.height += ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
@@ -164,7 +164,7 @@ class _Block:
 
 
 def _key_rows(keys: Sequence[Key], width: float, look: Look) -> list[list[Key]]:
-    """Break the legend into rows that fit; a name longer than a row is broken into lines."""
+    """Break the legend into rows that fit; a name longer than a row is wrapped."""
     rows: list[list[Key]] = []
     left = 0.0
     handle = 4.2 * look.ticks / 72
@@ -204,7 +204,7 @@ def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, look:
 
 
 def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylabel: str) -> None:
-    """Label the outer panels, and take away those that are not used."""
+    """Label the outer panels, and remove unused ones."""
     for number, ax in enumerate(axes):
         if number >= used:
             ax.remove()
@@ -218,7 +218,7 @@ def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylab
 
 
 def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, look: Look) -> None:
-    """Add the scale of depths beside all panels."""
+    """Add the depth scale beside all panels."""
     scale = ScalarMappable(Normalize(0, deepest), DEPTH)
     bar = figure.colorbar(scale, ax=list(axes), fraction=0.03, aspect=30, pad=0.015)
     bar.set_label("depth (block)", size=look.text)
@@ -228,10 +228,11 @@ def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, look: Look) ->
 
 
 def settle(figure: Figure) -> Figure:
-    """Lay a figure out once and for all.
+    """Compute the layout and fix it.
 
-    The solver's result differs in its last bits from run to run (it orders by address), and with them the bytes of an
-    SVG, whose clip paths are named by a hash of their bounds. A millionth of the page is not seen.
+    The solver's result differs in the last bits between runs (it orders by address), which would change the bytes of an
+    SVG, whose clip paths are named by a hash of their bounds. Positions are therefore rounded to a millionth of the
+    page.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

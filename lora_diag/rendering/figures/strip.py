@@ -1,4 +1,4 @@
-"""Layers side by side: module types in equal slots, the blocks of each from left to right inside its slot."""
+"""Layers side by side: module types in equal slots, with their blocks from left to right."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lora_diag.rendering.figures.style import cropped_all, width_of
 
 R = TypeVar("R", bound=LayerRecord)
 
-# Share of a slot that bars may fill, and the widest a single bar may be.
+# Fraction of a slot for bars, and the maximum width of a single bar.
 _FILLED, _WIDEST = 0.86, 0.3
-# The longest name below an axis, in heights of its text.
+# Maximum length of a name below an axis, in text heights.
 LONGEST = 15
 
 
@@ -28,9 +28,9 @@ class Slot(Generic[R]):
     """The bars of one module type.
 
     Args:
-        name: Of the type.
-        edges: Of its bars on the x axis, ``(bars + 1,)``.
-        bars: The records that each bar stands for: of one block, or all of the type.
+        name: Name of the type.
+        edges: Edges of its bars on the x axis, ``(bars + 1,)``.
+        bars: The records of each bar: of one block, or of the whole type.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Slot(Generic[R]):
 
     @property
     def joined(self) -> int:
-        """The most layers that one bar stands for."""
+        """The largest number of layers of a bar."""
         return max(map(len, self.bars))
 
 
 def slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[Slot[R], ...]:
-    """Return the slots of some layers; where there are too many types, those past the limit share the last.
+    """Return the slots of layers; if there are too many types, the last slot holds the rest.
 
     Args:
-        records: One a layer.
-        per: ``layer`` for one bar a block, ``type`` for one bar a type.
-        types: Of all layers that are compared, if these are not all.
+        records: One per layer.
+        per: ``layer`` for one bar per block, ``type`` for one bar per type.
+        types: Module types of all compared layers, if ``records`` are a subset.
     """
     types = types or Types(record.layer for record in records)
     names = types.names
@@ -71,14 +71,14 @@ def _slot(place: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
 
 
 def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, labels: bool = True) -> None:
-    """Name the slots below the axis, turned as far as their width asks for.
+    """Name the slots below the axis, rotated to fit.
 
     Args:
         ax: The panel.
         drawn: Its slots.
         inches: Its width.
-        size: Of the text, in points.
-        labels: Whether the names are written.
+        size: Font size in points.
+        labels: Whether to show the names.
     """
     places = [round(float(slot.edges.mean())) for slot in drawn]
     ax.set_xlim(min(places) - 0.5, max(places) + 0.5)
@@ -98,14 +98,14 @@ def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, la
 
 
 def label_height(drawn: Sequence[Slot[R]], inches: float, size: float) -> float:
-    """Return how high the names below the axis are, in inches."""
+    """Return the height of the names below the axis in inches."""
     names, angle = _written(drawn, inches, size)
     widest = max(width_of(name, size) for name in names)
     return widest * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4 * size / 72
 
 
 def _written(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list[str], int]:
-    """Return the names as they fit, and by how many degrees they are turned."""
+    """Return the shortened names, and their rotation in degrees."""
     places = [round(float(slot.edges.mean())) for slot in drawn]
     room = inches / (max(places) - min(places) + 1)
     names = list(cropped_all([slot.name for slot in drawn], LONGEST * size / 72, size).values())

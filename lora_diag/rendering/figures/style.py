@@ -1,6 +1,6 @@
-"""Sizes, fonts and colours, set once: for a column of a paper and for a slide.
+"""Sizes, fonts and colours, for a column of a paper and for a slide.
 
-Nothing here touches Matplotlib's global settings beyond a ``with`` block, and no figure is known to ``pyplot``.
+Matplotlib's global settings are changed only within ``with`` blocks, and no figure is registered with ``pyplot``.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ FORMATS = ("png", "svg", "pdf")
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One kind of page: its width and height in inches, its text in points.
+    """A kind of page: size in inches, text in points.
 
     Args:
-        name: Of the page.
-        width: Of the figure.
-        height: Of a figure whose content leaves it open.
+        name: Name of the page.
+        width: Width of the figure.
+        height: Default height of a figure.
         text: Size of labels; titles are larger, tick labels smaller.
         line: Width of a line.
-        dpi: Of a PNG.
-        columns: Small multiples side by side.
-        panel: Least height of one of them.
-        plain: Whether figures have no title and no notes, for a paper whose caption says them.
+        dpi: Resolution of a PNG.
+        columns: Number of small multiples side by side.
+        panel: Minimum height of one of them.
+        plain: Whether to omit title and notes, for a paper with its own caption.
     """
 
     name: str
@@ -61,32 +61,32 @@ class Look:
         return 1.2 * self.text
 
 
-# 3.3 inches is a column of most two-column journals; 6 points are the least they print.
+# 3.3 inches is the column width of most two-column journals; 6 points are their minimum font size.
 COLUMN = Look("column", 3.3, 2.6, text=7, line=0.7, dpi=300, columns=2, panel=0.85)
 SLIDE = Look("slide", 10, 5.6, text=12.5, line=1.3, dpi=150, columns=4, panel=1.5)
 LOOKS = (COLUMN, SLIDE)
-# One panel on its own, in a notebook.
+# A single panel in a notebook.
 PANEL = Look("panel", 5, 3.6, text=9, line=1, dpi=150, columns=1, panel=2)
 
-# Okabe and Ito 2008, "Color universal design", without the black of text and the yellow that white paper swallows.
+# Okabe and Ito 2008, "Color universal design", without black, the text colour, and yellow, which is faint on white.
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, QUIET, FLOOR, UNKNOWN = "#222222", "#666666", "#BDBDBD", "#E4E4E4"
 
-# viridis without its last eighth: that yellow is not seen on white.
+# viridis without its last eighth, a yellow that is faint on white.
 DEPTH: Colormap = ListedColormap(mpl.colormaps["viridis"].resampled(256)(range(224)), "depth")
 SHARES: Colormap = mpl.colormaps["cividis"]
 
 _FAMILY = ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]
 
-# What a name in somebody's file, or a notebook's own settings, must not change.
+# Settings that neither a name in a file nor a notebook may change.
 _PLAIN: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": True}
 
 
 def look_of(name: str) -> Look:
-    """Return the page by its name.
+    """Return the page of a given name.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: The name is unknown.
     """
     for look in LOOKS:
         if look.name == name:
@@ -96,14 +96,14 @@ def look_of(name: str) -> Look:
 
 @contextmanager
 def styled(look: Look | None) -> Iterator[None]:
-    """Set fonts, sizes and widths for what is drawn inside; None leaves the sizes of a notebook's own axes alone."""
+    """Set fonts, sizes and widths inside the block; None keeps the sizes of a notebook's own axes."""
     with mpl.rc_context(_PLAIN if look is None else _settings(look)):
         yield
 
 
 def _settings(look: Look) -> dict[Any, Any]:
     return {
-        # From the defaults, not from what a user's matplotlibrc says: the same bytes on every machine.
+        # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
         **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _OF_THE_PROCESS},
         **_PLAIN,
         "font.family": ["sans-serif"],
@@ -152,13 +152,13 @@ def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
     """Return a figure as the bytes of a file; the same figure gives the same bytes.
 
     Args:
-        figure: What was drawn.
+        figure: The figure.
         kind: ``png``, ``svg`` (text stays text) or ``pdf`` (fonts embedded).
-        width: Of its page, which sets the resolution of a PNG.
+        width: Width of its page, which determines the resolution of a PNG.
     """
     look = look_of(width)
     metadata: dict[str, dict[str, str | None]] = {
-        "png": {"Software": "loradiag"},  # by which lora_diag.files knows it again
+        "png": {"Software": "loradiag"},  # recognized by lora_diag.files
         "svg": {"Date": None},
         "pdf": {"CreationDate": None},
     }
@@ -169,7 +169,7 @@ def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
 
 
 def name_of(layer: str) -> str:
-    r"""Return a name from a file as it is drawn: without ``.weight``; what the font lacks or hides is spelled out.
+    r"""Return a name from a file as drawn: without ``.weight``; characters that the font lacks or hides are escaped.
 
     >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
     ('model.layers.0.mlp.up_proj', 'a$b$\\n')
@@ -192,7 +192,7 @@ def _font() -> str:
 
 
 def log_label(value: float, _: object = None) -> str:
-    """Return a power of ten for a log axis, empty for what is none.
+    """Return the label of a power of ten on a log axis; empty for other values.
 
     >>> log_label(1e-3), log_label(10.0), log_label(1.0), log_label(2.0)
     ('10⁻³', '10', '1', '')
@@ -206,12 +206,12 @@ def log_label(value: float, _: object = None) -> str:
 
 
 def category(number: int) -> str:
-    """Return the colour of the n-th thing that is compared."""
+    """Return the colour of the n-th compared item."""
     return CATEGORIES[number % len(CATEGORIES)]
 
 
 def width_of(text: str, size: float) -> float:
-    """Return how wide a line of text is, in inches."""
+    """Return the width of a line of text in inches."""
     return max((_width(line) for line in text.split("\n")), default=0.0) * size / 72
 
 
@@ -225,23 +225,23 @@ def _width(line: str) -> float:
 
 
 def cropped(text: str, inches: float, size: float) -> str:
-    """Cut a name at its beginning until it fits: its end tells more."""
+    """Truncate a name at its beginning until it fits; its end is more specific."""
     return _longest([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
 
 
 def cut(text: str, inches: float, size: float) -> str:
-    """Cut a sentence at its end until it fits."""
+    """Truncate a sentence at its end until it fits."""
     return _longest([text, *(text[:end] + "…" for end in range(len(text) - 2, 3, -1))], inches, size)
 
 
 def _longest(texts: Sequence[str], inches: float, size: float) -> str:
-    """Return the first of ever shorter texts that fits, the shortest if none does."""
+    """Return the first of several ever shorter texts that fits, else the shortest."""
     found = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
     return texts[min(found, len(texts) - 1)]
 
 
 def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
-    """Shorten names to where they fit: those of one family at the same dot, else where each still means one of them.
+    """Shorten names to fit: those of one family at the same dot, others where each remains unambiguous.
 
     Returns:
         Short names by their names, in the order of ``names``.
@@ -264,7 +264,7 @@ def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, s
 
 
 def _clear(short: Mapping[str, str]) -> bool:
-    """Say whether no short name could be the end of another name, nor equals another."""
+    """Return whether no short name equals or ends another name."""
     ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
     clear = not any(other.endswith(end) for name, end in ends for other in short if other != name)
     return clear and len(set(short.values())) == len(short)
@@ -277,7 +277,7 @@ def _from(name: str, dot: int) -> str:
 
 
 def wrapped(text: str, inches: float, size: float) -> str:
-    """Break text between words, and a word that is too long anywhere, so that no line is wider."""
+    """Wrap text between words, and break words that are too long."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

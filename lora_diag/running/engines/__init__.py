@@ -1,7 +1,7 @@
-"""How a diagnostic is mapped over layers.
+"""Engines: the mapping of a diagnostic over layers.
 
-The rule on the door: this is the only room with a loop over layers. An engine takes descriptors and gives records, in
-the order of the descriptors, whatever finishes first; arrays never pass through it.
+This is the only package with a loop over layers. An engine takes descriptors and yields records in the order of the
+descriptors, whatever finishes first; arrays never pass through it.
 """
 
 from lora_diag.running.engines.connection import Ray

@@ -1,7 +1,7 @@
-"""What is measured next on machines that share nothing, and how the records come back in order.
+"""Scheduling on machines without shared memory: the next batch to send, and the order of the records.
 
-Knows costs, batches and who is waiting for what. It knows no cluster: how a batch is sent and fetched is handed in, so
-that everything here can be tested without one.
+Handles costs, batches and dependencies. Sending and fetching are arguments, so that scheduling can be tested without a
+cluster.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Protocol, TypeVar
 
 from lora_diag.errors import LoradiagError
 
-# Multiplications of one batch, see ``cost``. One core does 7 to 9·10⁹ of them a second (spectra of bf16 pairs of 384²
-# and 1024²), a task of Ray costs the program that sends it 0.4 ms: a batch of 2^32 takes half a second.
+# Multiplications per batch, see ``cost``. One core does 7 to 9·10⁹ per second (spectra of bf16 pairs of 384² and
+# 1024²), and a Ray task costs the sending program 0.4 ms: a batch of 2^32 takes half a second.
 BATCH = 2**32
-# What any layer costs besides: spectra of 64² take 0.5 ms each.
+# Fixed cost of a layer: spectra of 64² take 0.5 ms each.
 LEAST = 2**22
-# Batches that may be begun before those in front of them are written, for every one that can run at once. More keeps
-# cores busy behind a large matrix; fewer are measured again when the program that writes the file is killed.
+# Batches that may start before earlier ones are written, per concurrent batch. More keeps cores busy behind a large
+# matrix; fewer lose less work if the writing program is killed.
 REACH = 4
 
 
 class Sized(Protocol):
-    """What is measured of one layer; a small descriptor."""
+    """One layer's task; a small descriptor."""
 
     @property
     def layer(self) -> str:
@@ -48,10 +48,10 @@ class Batch:
     """Consecutive tasks that are sent together.
 
     Args:
-        start: The first of them.
+        start: Index of the first task.
         stop: One past the last.
-        threads: Cores that each of them gets.
-        cost: Multiplications, all together.
+        threads: Cores per task.
+        cost: Multiplications of all tasks.
     """
 
     start: int
@@ -63,16 +63,17 @@ class Batch:
         return self.stop - self.start
 
     def singly(self) -> list[Batch]:
-        """Return its tasks as batches of their own."""
+        """Return the tasks as batches of one."""
         return [Batch(at, at + 1, self.threads, self.cost // len(self)) for at in range(self.start, self.stop)]
 
 
 def cost(shape: tuple[int, ...], footprint: int) -> int:
-    """Return about how many multiplications a layer takes: m·n·min(m, n), as a decomposition does.
+    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition.
 
     Args:
         shape: ``(m, n)``.
-        footprint: Bytes it takes while it runs. Fewer than it has entries mean thin factors, 64 columns or so of them.
+        footprint: Memory of the running task in bytes. A value below the number of entries means thin factors, assumed
+            to have 64 columns.
 
     >>> cost((4096, 4096), 20 * 4096**2) == 4096**3 + LEAST
     True
@@ -86,13 +87,14 @@ def cost(shape: tuple[int, ...], footprint: int) -> int:
 def batches(
     tasks: Sequence[S], footprint: Callable[[S], int], threads: Callable[[int], int], slots: int
 ) -> list[Batch]:
-    """Return the tasks in batches, in their order: large ones alone, small neighbours together.
+    """Divide the tasks into batches, in order: large tasks alone, small neighbours together.
 
     Args:
-        tasks: One for each layer.
-        footprint: Bytes that a task takes while it runs.
-        threads: Cores for so many bytes.
-        slots: Batches that can run at once. There are four times as many, if there are tasks enough: all end together.
+        tasks: One per layer.
+        footprint: Memory of a running task in bytes.
+        threads: Number of cores as a function of the memory.
+        slots: Concurrent batches. Four times as many are made, if there are enough tasks, so that all slots end at
+            about the same time.
     """
     sizes = [footprint(task) for task in tasks]
     costs = [cost(task.shape, size) for task, size in zip(tasks, sizes, strict=True)]
@@ -109,13 +111,13 @@ def batches(
 
 
 class Waiting:
-    """The batches not yet begun: largest first, but none far in front of what is written.
+    """Batches not yet started: largest first, within a limited distance of the first unwritten batch.
 
-    The reach bounds what is kept in memory until its turn in the file comes, and what a crash loses.
+    The distance bounds the number of records in memory, and the work lost in a crash.
 
     Args:
         plan: All batches, in the order of the file.
-        reach: How many behind the first unwritten one may be begun.
+        reach: Largest distance from the first unwritten batch to a batch that may start.
     """
 
     def __init__(self, plan: Sequence[Batch], reach: int) -> None:
@@ -124,11 +126,11 @@ class Waiting:
         self._heap: list[tuple[int, int]] = []
 
     def pop(self, written: int, may: Callable[[Batch], bool]) -> Batch | None:
-        """Return the next batch; None if there is none within reach, or it may not be begun yet.
+        """Return the next batch; None if none is within reach or there is no room.
 
         Args:
-            written: Batches that are finished, and everything before them.
-            may: Whether there is room for a batch.
+            written: Number of leading batches that are finished.
+            may: Returns whether there is room for a batch.
         """
         while self._seen < min(len(self._plan), written + self._reach):
             heapq.heappush(self._heap, (-self._plan[self._seen].cost, self._seen))
@@ -140,18 +142,18 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much may be under way: twice what can run, so that a core that is done finds its next batch waiting for it.
+    """Capacity for submitted batches: twice the concurrent number, so that an idle core finds its next batch waiting.
 
     Args:
         cores: Cores of all machines.
-        most: Batches at once, if the user says so, or if something else than cores is short; else None.
+        most: Concurrent batches, if set by the user or limited by another resource than cores; else None.
     """
 
     cores: int
     most: int | None = None
 
     def has(self, batch: Batch, under_way: Sequence[Batch]) -> bool:
-        """Say whether a batch may be sent.
+        """Return whether a batch may be sent.
 
         >>> Room(2).has(Batch(0, 1, 2), [Batch(1, 2, 1)] * 2), Room(2).has(Batch(0, 1, 2), [Batch(1, 2, 1)] * 3)
         (True, False)
@@ -176,11 +178,11 @@ def in_order(
     Args:
         plan: All batches, in order.
         reach: See ``Waiting``.
-        room: How much may be under way now.
-        send: Begins a batch.
-        fetch: Waits a while for what is under way; yields what is done. None instead of outcomes means that every
-            machine that tried it died. Outcomes may end early, with an error.
-        lost: The error for a single task of which that is so.
+        room: Returns the current capacity.
+        send: Submits a batch.
+        fetch: Waits a while; yields finished batches. None instead of outcomes means that every worker that ran the
+            batch died. Outcomes may end early, with an error.
+        lost: Returns the error for a single task whose workers all died.
 
     Raises:
         LoradiagError: The first one in the order of the tasks; the outcomes before it are yielded first.
@@ -189,7 +191,7 @@ def in_order(
     under_way: dict[Ticket, Batch] = {}
     again: list[Batch] = []
     found: dict[int, Outcome | LoradiagError] = {}
-    end = plan[-1].stop if plan else 0  # nothing from here on is worth being sent
+    end = plan[-1].stop if plan else 0  # batches after an error are not sent
     written = 0
     while written < len(plan):
         while True:
@@ -206,7 +208,7 @@ def in_order(
         for ticket, outcomes in fetch(list(under_way)):
             batch = under_way.pop(ticket)
             if outcomes is None and len(batch) > 1:
-                again += reversed(batch.singly())  # one of them is deadly, and the others are not to die with it
+                again += reversed(batch.singly())  # one task kills its worker; run the others separately
                 continue
             for at, outcome in enumerate([lost(batch)] if outcomes is None else outcomes, batch.start):
                 found[at] = outcome
@@ -222,5 +224,5 @@ def in_order(
 
 
 def _is_whole(batch: Batch, end: int, found: Container[int]) -> bool:
-    """Say whether the outcomes of a batch are there, up to the first error of all."""
+    """Return whether the outcomes of a batch are complete, up to the first error."""
     return all(at in found for at in range(batch.start, min(batch.stop, end + 1)))

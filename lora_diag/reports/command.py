@@ -24,11 +24,14 @@ def report(
     given: ReportOptions,
     to: Annotated[
         str | None,
-        options.spelled("to", Option(None, "Tracker to send it to.", "|".join(TRACKERS), panel=OUTPUT)),
+        options.spelled("to", Option(None, "Tracker to send it to; default: none.", "|".join(TRACKERS), panel=OUTPUT)),
     ] = None,
     project: Annotated[
         str | None,
-        options.spelled("project", Option(None, "Project, experiment, log folder or model id.", "NAME", panel=OUTPUT)),
+        options.spelled(
+            "project",
+            Option(None, "Project, experiment, log folder or model id; default: the tracker's.", "NAME", panel=OUTPUT),
+        ),
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:

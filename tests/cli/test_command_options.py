@@ -136,7 +136,7 @@ def test_help_is_in_parts_of_whole_lines(loradiag, name):
     # An option that has no default value says what happens without it.
     for each in visible(COMMANDS[name]):
         said = ("default", "Budget", "repeatable", "Smallest ranks", "to write")
-        alone = {"rank", "activations", "reference", "sweep", "allocation", "tuned", "layers", "exclude"}
+        alone = {"rank", "ranks", "activations", "reference", "sweep", "allocation", "tuned", "layers", "exclude"}
         if each.default is None and not each.required and each.name not in alone and each.metavar:
             assert any(word in each.help for word in said) or each.metavar == "FILE", each.name
 

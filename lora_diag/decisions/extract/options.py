@@ -13,6 +13,7 @@ from lora_diag.running.options import (
     PARAMS,
     PORTABLE,
     RANK,
+    RECOVER,
     SWEEP,
     FolderOptions,
     Option,
@@ -30,9 +31,7 @@ class ExtractOptions(FolderOptions, total=False):
         Option(None, "Ranks by allocate: results or adapter_config.json.", "FILE", panel=INPUTS, aliases=("--ranks",)),
     ]
     signal: Annotated[bool, Option(False, "Rank: singular values above the files' rounding noise.")]
-    recover: Annotated[
-        bool, Option(False, "Factor the update before rounding where rounding hides it and it can be estimated.")
-    ]
+    recover: Annotated[bool, RECOVER]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
     split: Annotated[str, Option("both", "√Σ in both factors, or all of Σ in B.", "both|b")]

@@ -32,7 +32,9 @@ class PlanOptions(TypedDict, total=False):
     adapter_dtype: Annotated[str, ADAPTER_DTYPE]
     cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum; times this machine.")]
     top: Annotated[int, TOP.by(64)]
-    data: Annotated[Path | str | None, DATA.by(None, help="Training text whose tokens are counted, for capacity.")]
-    tokens: Annotated[str | int | None, Option(None, "Predicted tokens of the training data, e.g. 2M.", "N")]
+    data: Annotated[Path | str | None, DATA.by(None)]
+    tokens: Annotated[
+        str | int | None, Option(None, "Predicted tokens of the training data, default those in --data.", "N")
+    ]
     tokenizer: Annotated[str, declared(ModelOptions)["tokenizer"][1]]
     length: Annotated[int | None, declared(ModelOptions)["length"][1]]

@@ -31,7 +31,7 @@ def tune(
     given: TuneOptions,
     shown: options.Shown,
 ) -> None:
-    """Choose an adapter configuration by training within a budget.
+    """Choose an adapter by training within a budget.
 
     Example: loradiag tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/
     """

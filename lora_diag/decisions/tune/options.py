@@ -35,10 +35,10 @@ class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, t
     params: Annotated[str | int | None, PARAMS]
     memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
     time: Annotated[str | None, Option(None, "Time limit of the search, e.g. 2h or 90min; default: none.", "TIME")]
-    ranks: Annotated[Sequence[int], RANKS.by((), help="Ranks to try; default powers of 4 within the budget.")]
+    ranks: Annotated[Sequence[int], RANKS.by(())]
     rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
     steps: Annotated[int, STEPS]
-    repeats: Annotated[int, REPEATS.by(3, help="Training runs (seeds) at the best learning rate.")]
+    repeats: Annotated[int, REPEATS.by(3)]
     gain_tolerance: Annotated[
         float, Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", setting="tolerance")
     ]
@@ -58,7 +58,7 @@ class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, t
     no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
     widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]
     dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]
-    overwrite: Annotated[bool, Option(False, "Replace an earlier run in the output.", panel=OUTPUT)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
     on_plan: Annotated[
         "Callable[[TunePlan], bool] | None",
         Option(None, "Called with the plan; False stops before any training.", cli=False),

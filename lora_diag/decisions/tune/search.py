@@ -168,7 +168,7 @@ class Tuner:
         swept = self._swept(self._rates())
         swept, choice = self._ranked(swept)
         incumbent = self._incumbent(choice)
-        incumbent = self._redistributed(incumbent, choice)
+        incumbent = self._redistributed(incumbent, choice, swept)
         incumbent = self._stable(incumbent, swept)
         self._more(incumbent, choice, swept)
         self._finish(incumbent, choice, swept)
@@ -318,13 +318,14 @@ class Tuner:
 
     # -- non-uniform ranks -------------------------------------------------------------------------------------------
 
-    def _redistributed(self, incumbent: Variant, choice: RankChoice) -> Variant:
+    def _redistributed(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> Variant:
         """Return the better of uniform and non-uniform ranks; uniform wins ties."""
         plan, stage = self.plan, "redistribution"
         if not plan.redistribute:
             return incumbent
-        if len(self.target.shapes) < 2:
-            self.decide(stage, "non-uniform ranks", "not needed", "one matrix gets an adapter")
+        reason = self._no_redistribution(incumbent, swept)
+        if reason:
+            self.decide(stage, "non-uniform ranks", "not needed", reason)
             return incumbent
         if not self.decided(stage, "non-uniform ranks") and not self.allows(3 + plan.repeats):
             self.decide(stage, "non-uniform ranks", "not tried", "no time was left")
@@ -336,6 +337,14 @@ class Tuner:
         except TimeIsUpError:
             self.decide(stage, "non-uniform ranks", "not tried", "--time was up during the comparison")
             return incumbent
+
+    def _no_redistribution(self, incumbent: Variant, swept: Swept) -> str:
+        """Return why other ranks are not worth a comparison; empty where they may be."""
+        if len(self.target.shapes) < 2:
+            return "one matrix gets an adapter"
+        if swept.verdict.word == "no gain":
+            return f"no rank lowers the loss of BASE, {incumbent.name} neither"
+        return ""
 
     def _candidates(self, incumbent: Variant, choice: RankChoice) -> list[Variant]:
         """Return non-uniform ranks of the same budget: by marginal gains of a pilot, and by its gradients."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -159,3 +160,16 @@ def test_a_time_limit_ends_the_search_and_an_adapter_is_written(case, tmp_path, 
     assert choice.variant.startswith("uniform")
     assert not choice.significant
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_ranks_are_not_redistributed_where_none_gains():
+    """By hand: two matrices and no gain, two and a gain, one matrix."""
+
+    def reason(matrices, word):
+        tuner = SimpleNamespace(target=SimpleNamespace(shapes=dict.fromkeys(range(matrices))))
+        swept = SimpleNamespace(verdict=SimpleNamespace(word=word))
+        return Tuner._no_redistribution(tuner, SimpleNamespace(name="uniform-r2"), swept)
+
+    assert "no rank lowers the loss" in reason(2, "no gain")
+    assert reason(2, "fast saturation") == ""
+    assert "one matrix" in reason(1, "fast saturation")

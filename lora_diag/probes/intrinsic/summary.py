@@ -13,7 +13,7 @@ from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import Rows, grid_of
-from lora_diag.rendering.text import count, ends, number, percent, short
+from lora_diag.rendering.text import count, number, percent, short
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
@@ -118,7 +118,8 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
 
 
 def _shares(line: Line) -> str:
-    return f"{line.share:.0%}" + (f" ({ends(line.shares, '.0%')} over seeds)" if len(line.shares) > 1 else "")
+    spread = f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)" if len(line.shares) > 1 else ""
+    return f"{line.share:.0%}{spread}"
 
 
 # Whose learning rates were asked for by which setting, and by which option.

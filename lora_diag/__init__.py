@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_diag.decisions.extract.run import extract as extract
     from lora_diag.decisions.gate.run import gate as gate
     from lora_diag.decisions.plan.run import plan as plan
+    from lora_diag.decisions.plan_merge.run import plan_merge as plan_merge
     from lora_diag.decisions.recover.run import recover as recover
     from lora_diag.decisions.tune.run import tune as tune
     from lora_diag.diagnostics.fleet.run import fleet as fleet

@@ -39,6 +39,7 @@ _FEATURES = (
     "decisions.allocate",
     "decisions.plan",
     "decisions.tune",
+    "decisions.plan_merge",
     "decisions.extract",
     "decisions.recover",
     "decisions.gate",

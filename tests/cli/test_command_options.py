@@ -22,6 +22,7 @@ DIFFERENT = {
     "--output": "each command names what it writes",
     "--format": "figures and reports have other formats",
     "--granularity": "a probe has the units that it can change alone",
+    "--to": "a format to merge into, or a service to send a report to",
 }
 
 

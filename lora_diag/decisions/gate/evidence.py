@@ -24,6 +24,7 @@ _COMMANDS = {
     "certificate": "allocate",
     "extraction": "extract",
     "merge": "verify-merge",
+    "plan_merge": "plan-merge",
     "union": "interference",
     "fleet": "spectrum --adapters",
     "verdict": "gate",

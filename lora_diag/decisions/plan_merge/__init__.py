@@ -1,0 +1,14 @@
+"""``plan-merge``: how much of an adapter's update survives storage in a format, before anything is merged."""
+
+from lora_diag.feature import Feature, Section
+
+FEATURE = Feature(
+    __name__,
+    "plan-merge",
+    command=".command:plan_merge",
+    records=(".record:PlannedMerge",),
+    functions=(".run:plan_merge",),
+    statements=".summary:plan_lines",
+    section=Section("What survives a merge"),
+    questions=(("conclusion", "Merge, or serve unmerged?"),),
+)

@@ -1,0 +1,39 @@
+"""``loradiag plan-merge``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import again, exit_unmeasured
+from lora_diag.decisions.plan_merge.options import PlanMergeOptions
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter to merge.")]
+
+
+@options.spread
+def plan_merge(
+    base: options.Base,
+    adapter: Adapter,
+    *,
+    given: PlanMergeOptions,
+    shown: options.Rows,
+) -> None:
+    """How much of ΔW survives a merge into a storage format.
+
+    Example: loradiag plan-merge base/ lora_r16/ --to mxfp4
+    """
+    # torch comes with it: not before it is needed
+    from lora_diag.decisions.plan_merge.run import plan_merge as measure
+
+    with shown.callbacks() as callbacks:
+        results = measure(base, adapter, **given, **callbacks)
+    then = f"{again('--per', 'layer')}   (layer by layer)"
+    if given["output"] is not None:
+        words = shlex.join(["loradiag", "inspect", str(given["output"]), "--per", "layer"])
+        then = f'{words}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'
+    shown.show(results, then)
+    exit_unmeasured(results.unmeasured, "the layer was left out")

@@ -1,0 +1,13 @@
+"""Options of ``plan-merge``."""
+
+from typing import Annotated
+
+from lora_diag.running.options import REQUIRED, Option, RunOptions
+
+
+class PlanMergeOptions(RunOptions, total=False):
+    """Options of ``plan-merge``."""
+
+    to: Annotated[str, Option(REQUIRED, "Format of the merged weights.", "bf16|fp16|fp8|mxfp4|nvfp4|int4")]
+    group_size: Annotated[int | None, Option(None, "Inputs that share a scale of int4; default 128.", "N")]
+    scale: Annotated[str | None, Option(None, "Scales of fp8: one a row (default) or one in all.", "row|tensor")]

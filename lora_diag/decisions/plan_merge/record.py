@@ -1,0 +1,192 @@
+"""Records of ``plan-merge``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import LayerRecord, Norm, Record, Share
+from lora_diag.records.shown import SHAPE, Shown
+
+Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
+
+# Rules, not results: a merge keeps the update if c is within 1 ± ARRIVED, and the relative error is at most ERROR, so
+# that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
+ARRIVED = 0.1
+ERROR = 0.5
+
+_STYLES = {"merge": "", "merge into 16 bit": "bold yellow", "serve unmerged": "bold yellow"}
+
+
+class Arrival(Record):
+    """What arrives of ΔW in a format.
+
+    Args:
+        arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²; null where ΔW = 0 or an entry overflows.
+        error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
+    """
+
+    arrived: float | None
+    error: float | None
+
+    @property
+    def survives(self) -> bool:
+        """Whether a merge keeps the update, by ``ARRIVED`` and ``ERROR``."""
+        if self.arrived is None or self.error is None:
+            return False
+        return abs(self.arrived - 1) <= ARRIVED and self.error <= ERROR
+
+
+def conclude(to: str, target: Arrival, sixteen: Iterable[Arrival], base_error: float | None) -> Conclusion:
+    """Return what to do by the rules.
+
+    ``merge`` if the format keeps the update. Else, where a quantized format holds W itself (``base_error`` ≤ ERROR),
+    ``serve unmerged``: BASE in that format and the adapter lose nothing. Else ``merge into 16 bit`` if bf16 or fp16
+    keeps it, and ``serve unmerged`` if neither does.
+    """
+    if target.survives:
+        return "merge"
+    if to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
+        return "serve unmerged"
+    return "merge into 16 bit" if any(one.survives for one in sixteen) else "serve unmerged"
+
+
+class PlannedMerge(LayerRecord):
+    """One layer, and what a merge stored in a format would keep of ΔW there. Q rounds to the format.
+
+    Args:
+        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        shape: ``(out, in)``, as it is stored.
+        to: The format.
+        fro: ‖ΔW‖_F.
+        base_fro: ‖W‖_F.
+        arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²: 1 if nothing is lost. Null where ΔW = 0 or an entry overflows.
+        error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
+        moved: Fraction of the entries whose code is another in Q(W + ΔW) than in Q(W). A code is the number itself in
+            bf16 and fp16, and the number without its scale in the other formats.
+        overflow: Entries of W + ΔW that the format makes infinite.
+        base_error: ‖Q(W) − W‖_F / ‖ΔW‖_F: the error of the format without any adapter. Null where ΔW = 0 or W
+            overflows.
+        base_error_inside: ‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V an orthonormal basis of the row space of A: the part of it that
+            acts on the inputs that the adapter reads. Null likewise, and for updates that are no product B·A.
+        base_noise: √(Σ step²/12) / ‖ΔW‖_F over the steps of BASE's own quantized format: about the error that BASE has
+            already. Null where BASE is not quantized or ΔW = 0.
+        bf16: What arrives in bf16.
+        fp16: What arrives in fp16.
+        conclusion: By the rules of ``conclude``; null where ΔW = 0.
+    """
+
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "conclusion",
+            "conclusion",
+            "merge, merge into 16 bit, or serve unmerged",
+            main=True,
+            pool=lambda records: conclusion(records),
+            style=lambda word: _STYLES.get(word, ""),
+        ),
+        SHAPE,
+        Shown(
+            "arrived",
+            "arrived c",
+            "fraction of ΔW that arrives: ⟨Q(W + ΔW) − W, ΔW⟩/‖ΔW‖²",
+            main=True,
+            pool=lambda records: total(records).arrived,
+            form="factor",
+        ),
+        Shown(
+            "error",
+            "relative error",
+            "‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F",
+            main=True,
+            pool=lambda records: total(records).error,
+            head="error",
+        ),
+        Shown(
+            "moved",
+            "moved",
+            "fraction of the entries whose code changes",
+            share=True,
+            form="percent",
+            drop=2,
+            terminal=True,
+            pool=lambda records: _moved(records),
+        ),
+        Shown(
+            "base_error",
+            "base error",
+            "‖Q(W) − W‖_F / ‖ΔW‖_F, the error of the format without an adapter",
+            drop=3,
+            terminal=True,
+            pool=lambda records: rms(records, lambda record: record.base_error),
+        ),
+        Shown(
+            "base_error_inside",
+            "base error inside",
+            "‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V a basis of the adapter's input space",
+            drop=4,
+            head="inside",
+            terminal=True,
+            pool=lambda records: rms(records, lambda record: record.base_error_inside),
+        ),
+        Shown(
+            "base_noise",
+            "base noise",
+            "rounding noise of BASE's own quantized format / ‖ΔW‖_F",
+            drop=5,
+            terminal=True,
+            pool=lambda records: rms(records, lambda record: record.base_noise),
+        ),
+    )
+    record: Literal["plan_merge"] = "plan_merge"
+    layer: str
+    shape: tuple[int, int]
+    to: str
+    fro: Norm
+    base_fro: Norm
+    arrived: float | None
+    error: float | None
+    moved: Share
+    overflow: int
+    base_error: float | None
+    base_error_inside: float | None
+    base_noise: float | None
+    bf16: Arrival
+    fp16: Arrival
+    conclusion: Conclusion | None
+
+
+def total(
+    records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], PlannedMerge | Arrival] = lambda record: record
+) -> Arrival:
+    """Return what arrives of the update of several layers together; null where an entry of one overflows."""
+    moving = [record for record in records if record.fro]
+    energy = sum(record.fro**2 for record in moving)
+    inner = [(of(record).arrived, record.fro) for record in moving]
+    arrived = None
+    if moving and all(c is not None for c, _ in inner):
+        arrived = sum(c * fro**2 for c, fro in inner if c is not None) / energy
+    return Arrival(arrived=arrived, error=rms(records, lambda record: of(record).error))
+
+
+def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:
+    """Return a norm relative to ‖ΔW‖ over several layers together; null where one that has an update has none."""
+    found = [(of(record), record.fro) for record in records if record.fro]
+    if not found or any(value is None for value, _ in found):
+        return None
+    return math.hypot(*((value or 0.0) * fro for value, fro in found)) / math.hypot(*(fro for _, fro in found))
+
+
+def _moved(records: Sequence[PlannedMerge]) -> float:
+    entries = [math.prod(record.shape) for record in records]
+    return sum(record.moved * size for record, size in zip(records, entries, strict=True)) / sum(entries)
+
+
+def conclusion(records: Sequence[PlannedMerge]) -> Conclusion | None:
+    """Return what to do with several layers together, by their sums; None where no layer has an update."""
+    if not any(record.fro for record in records):
+        return None
+    sixteen = [total(records, lambda record: record.bf16), total(records, lambda record: record.fp16)]
+    base_error = rms(records, lambda record: record.base_error)
+    return conclude(records[0].to, total(records), sixteen, base_error)

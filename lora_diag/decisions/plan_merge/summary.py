@@ -1,0 +1,94 @@
+"""The terminal's answer to ``plan-merge``: what arrives, what the format costs without it, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_diag.decisions.plan_merge.record import ARRIVED, ERROR, Arrival, PlannedMerge, conclusion, rms, total
+from lora_diag.records import Results
+from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say
+from lora_diag.rendering.text import count, factor, named, number, percent
+
+_WHY = {
+    "merge": "the format keeps the update",
+    "merge into 16 bit": "the format does not keep the update, 16 bits do",
+    "serve unmerged": "rounding would lose too much of the update",
+}
+# The format holds BASE as it is, but not the update.
+_HELD = "the format holds BASE but not the update: BASE in it and the adapter lose nothing"
+
+
+def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results)]
+    records = list(results)
+    if records:
+        lines += [_conclusion(records), _arrived(records), *_overflow(records), *_base(records)]
+        lines.append(
+            say(
+                "rules",
+                "Rules",
+                f"merge if c is within 1 ± {number(ARRIVED)} and the error at most {number(ERROR)} over all layers; "
+                "rules of thumb, not calibrated against a loss",
+            )
+        )
+    return [*lines, left_out(results), *ending(results)]
+
+
+def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
+    found, to = conclusion(records), records[0].to
+    if found is None:
+        return say("conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0)
+    why = _WHY[found]
+    held = rms(records, lambda record: record.base_error)
+    if found == "serve unmerged" and to not in {"bf16", "fp16"} and held is not None and held <= ERROR:
+        why = _HELD
+    level: Level = "ok" if found == "merge" else "warning"
+    lines = [f"{found} ({to}): {why}"]
+    others = [record.layer for record in records if record.conclusion not in {found, None}]
+    if others:
+        lines.append(f"another conclusion in {len(others)} of {len(records)} layers alone: {named(others)}")
+    return say("conclusion", "Conclusion", *lines, level=level, priority=0)
+
+
+def _words(found: Arrival) -> str:
+    if found.arrived is None or found.error is None:
+        return "overflows"
+    return f"c = {factor(found.arrived)}, error {number(found.error)}"
+
+
+def _arrived(records: Sequence[PlannedMerge]) -> Statement:
+    to = records[0].to
+    lines = [f"in {to}: {_words(total(records))} over all layers"]
+    sixteen = {
+        "bf16": total(records, lambda record: record.bf16),
+        "fp16": total(records, lambda record: record.fp16),
+    }
+    lines.append("; ".join(f"in {name}: {_words(found)}" for name, found in sixteen.items() if name != to))
+    return say("arrived", "Arrives", *lines)
+
+
+def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
+    hit = [record for record in records if record.overflow]
+    if not hit:
+        return []
+    entries = sum(record.overflow for record in hit)
+    line = f"{count(entries)} entries of W + ΔW would be infinite, in {named([record.layer for record in hit])}"
+    return [say("overflow", "Overflow", line, level="warning")]
+
+
+def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
+    """Say what the format does to BASE alone, and what BASE's own format did."""
+    lines = []
+    error = rms(records, lambda record: record.base_error)
+    if error is not None:
+        factored = [record for record in records if record.base_error_inside is not None]
+        inside = rms(factored, lambda record: record.base_error_inside)
+        beside = f", {number(inside)} ‖ΔW‖ of it in the adapter's input space" if inside is not None else ""
+        lines.append(f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{beside}")
+    noisy = [record for record in records if record.base_noise is not None]
+    noise = rms(noisy, lambda record: record.base_noise)
+    if noise is not None:
+        share = percent(len(noisy) / len(records))
+        lines.append(f"BASE is quantized in {share} of the layers: its own rounding noise is {number(noise)} ‖ΔW‖")
+    return [say("base", "Base", *lines)] if lines else []

@@ -91,4 +91,8 @@ def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
     if noise is not None:
         share = percent(len(noisy) / len(records))
         lines.append(f"BASE is quantized in {share} of the layers: its own rounding noise is {number(noise)} ‖ΔW‖")
+        if error is not None and error > ERROR:
+            lines.append(
+                f"{records[0].to} does not reuse BASE's scales: BASE as it is with the adapter has no such error"
+            )
     return [say("base", "Base", *lines)] if lines else []

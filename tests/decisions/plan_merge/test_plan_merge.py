@@ -14,9 +14,11 @@ from lora_diag.decisions.plan_merge import measure as measuring
 from lora_diag.decisions.plan_merge.formats import GROUPS, Target, quantize
 from lora_diag.decisions.plan_merge.measure import MergeTask, PlanSettings
 from lora_diag.decisions.plan_merge.record import Arrival, PlannedMerge, conclude, conclusion
+from lora_diag.decisions.plan_merge.summary import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
-from tests.building import build
+from lora_diag.rendering.statements import lines_of
+from tests.building import build, results
 from tests.conftest import ROOT, save_model
 
 SAMPLES = ROOT / "sample_checkpoints"
@@ -287,6 +289,13 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     assert "What survives a merge" in (tmp_path / "r.md").read_text()
 
 
+@pytest.mark.parametrize(("noise", "error", "told"), [(2.0, 9.0, True), (2.0, 0.0, False), (None, 9.0, False)])
+def test_summary_tells_that_scales_of_base_are_not_reused(noise, error, told):
+    fields = {"fro": 1.0, "base_noise": noise, "base_error": error, "bf16": GOOD, "fp16": GOOD}
+    found = results([build(PlannedMerge, to="int4", **fields)], command="plan-merge")
+    assert any("reuse BASE's scales" in line for line in lines_of(plan_lines(found), "base")) == told
+
+
 def test_command_refuses_bad_input(loradiag, tmp_path):
     unknown = loradiag("plan-merge", BASE, R4, "--to", "fp3")
     assert (unknown.code, "fp3" in unknown.err, "nvfp4" in unknown.err) == (2, True, True)
@@ -315,10 +324,10 @@ def test_overflow_and_non_finite_entries_are_reported(tmp_path):
     assert record.conclusion == "merge into 16 bit"
     w[1, 2] = math.nan
     save_model(base, {Q: w})
-    results = lora_diag.plan_merge(base, adapter, to="bf16")
-    assert not len(results)
-    assert [item.reason for item in results.left_out] == ["non_finite"]
-    assert "[1, 2]" in results.left_out[0].detail
+    found = lora_diag.plan_merge(base, adapter, to="bf16")
+    assert not len(found)
+    assert [item.reason for item in found.left_out] == ["non_finite"]
+    assert "[1, 2]" in found.left_out[0].detail
 
 
 def test_full_tensors_of_an_adapter_are_rounded_too(tmp_path):

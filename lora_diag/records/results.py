@@ -74,7 +74,7 @@ class Results(Generic[L]):
             >>> import lora_diag
             >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
             >>> results.plot("energy").axes[0].get_ylabel()
-            'C(r), energy kept'
+            'C(r)'
         """
         return load("lora_diag.plots.figures:figure_of")(self, figure, **options)
 

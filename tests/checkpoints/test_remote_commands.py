@@ -212,7 +212,7 @@ def test_hub(hub, loradiag, tmp_path):
     }
     assert files.asked
     assert not any("authorization" in asked.headers for asked in files.asked)
-    assert "hidden" not in done.out + done.err + (tmp_path / "s.jsonl").read_text()
+    assert "hf_hidden" not in done.out + done.err + (tmp_path / "s.jsonl").read_text()
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 

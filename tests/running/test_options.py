@@ -33,6 +33,8 @@ EXPECTED = {
     "gate": {"baseline": None, "shipped": ()},
     "plot": {"per": "layer", "width": "slide"},
     "report": {"format": None, "values": False},
+    "tune": {"widen": 1, "ranks": (), "dry_run": False, "overwrite": False},
+    "plan_merge": {"exclude": None, "output": None, "overwrite": False},
 }
 # Options that a function must not have: it could not heed them.
 ABSENT = {

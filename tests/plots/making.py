@@ -1,9 +1,12 @@
 """Records made by hand, their numbers by NumPy; nothing here calls the package's own mathematics."""
 
+import math
+
 import numpy as np
 
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.decisions.recover.record import Recovery
+from lora_diag.decisions.tune.record import Tune, TuneTrial
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
@@ -484,3 +487,21 @@ def fishers(types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), m
             more |= {"fisher": curve, "on": "held_out" if measured else None, "effect": effect if measured else None}
             found.append(Fisher(layer=f"model.layers.{block}.{kind}.weight", shape=(8, 8 * number), **sums, **more))
     return found
+
+
+def searched(ranks=(4, 16, 64), sets=("held_out", "other"), base=1.8):
+    """Return the run of a search that chose the middle rank; more parameters lose less."""
+    records = []
+    for name in sets:
+        more = {"set": name, "shifted": name != sets[0], "data": "0" * 16, "tokens": 5000}
+        records.append(build(TuneTrial, variant="base", params=0, loss=base, **more))
+        for rank in ranks:
+            for seed in range(3):
+                loss = base - 0.2 * math.log2(rank) + 0.01 * seed
+                variant = f"uniform-r{rank}"
+                records.append(
+                    build(TuneTrial, variant=variant, params=1000 * rank, lr=1e-3, seed=seed, loss=loss, **more)
+                )
+    rank = ranks[len(ranks) // 2]
+    records.append(build(Tune, set=sets[0], variant=f"uniform-r{rank}", rank=rank, params=1000 * rank, seeds=3))
+    return probed(records, command="tune")

@@ -244,7 +244,7 @@ MAKERS = {
     "curvature": ranked(lambda types: making.curved(types, ranks=()), curvature),
 }
 # Their axes are numbers and their legends are checked with their lines.
-WITHOUT = {"angles", "fleet", "sweep", "truncation", "depth", "intrinsic", "fisher", "recovery", "portability"}
+WITHOUT = {"angles", "fleet", "sweep", "truncation", "depth", "intrinsic", "fisher", "recovery", "portability", "tune"}
 
 
 def test_every_figure_is_checked_for_categories():
@@ -288,5 +288,6 @@ def test_figure_without_categories_has_none(name):
         "fisher": making.probed(making.fishers()),
         "recovery": making.results(making.recoveries(2)),
         "portability": making.results(making.served(2)),
+        "tune": making.searched(),
     }
     assert not readings(plots.figure(name, made[name]))

@@ -332,6 +332,7 @@ PANELS = {
     "union": lambda **more: plots.union(making.unions(2), **more),
     "fleet": lambda **more: plots.fleet(making.adapters(9), **more),
     "budget": lambda **more: plots.budget([making.certificate()], **more),
+    "tune": lambda **more: plots.tune(making.searched(), **more),
     "sweep": lambda **more: plots.sweep(making.probed(making.swept()), **more),
     "truncation": lambda **more: plots.truncation(making.probed(making.truncated()), **more),
     "alone": lambda **more: plots.alone(making.probed(making.alone()), **more),

@@ -96,6 +96,8 @@ def probes():
         ("hostile", making.swept(sets=HOSTILE[:3])),
     ):
         yield case, "sweep", making.probed(records), {}
+    yield "a search", "tune", making.searched(), {}
+    yield "long names", "tune", making.searched(sets=("a" * 70, "$b^c_" * 9)), {}
     yield "two runs", "sweep", [making.probed(making.swept(), name=n, steps=i) for i, n in enumerate("ab")], {}
     for case, records in (
         ("two sets", making.truncated()),

@@ -38,7 +38,7 @@ def test_share_of_what_was_not_measured_is_not_claimed(loradiag, tmp_path):
     base, tuned = ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft"
     lora_diag.spectrum(base, tuned, exclude="lm_head", output=tmp_path / "s.jsonl")
     told = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
-    assert "of the whole change ‖Δ‖² in what was measured lies there" in told
+    assert "of the whole change ‖Δ‖² among the measured tensors is there" in told
 
 
 def test_small_gain_is_called_one(loradiag, tmp_path):
@@ -49,7 +49,9 @@ def test_small_gain_is_called_one(loradiag, tmp_path):
 
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):
     told = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json").out
-    assert "PEFT skips names that the model in memory lacks, so once: loradiag allocate" in " ".join(told.split())
+    assert "PEFT ignores names that the model in memory lacks, so check once: loradiag allocate" in " ".join(
+        told.split()
+    )
     ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -119,8 +121,8 @@ def test_policies_are_shown_side_by_side(loradiag, measured):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give one budget"),
-        (["--params", "1M", "--total-rank", "3"], "give one budget"),
+        ([], "give exactly one budget"),
+        (["--params", "1M", "--total-rank", "3"], "give exactly one budget"),
         (["--params", "ten"], "--params ten"),
         (["--params", "100"], "92 parameters more than the budget"),
         (["--params", "50k", "--min-rank", "6"], "8,368 parameters more than the budget"),
@@ -153,7 +155,7 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
     ]
     results(*spectra).write(tmp_path / "s.jsonl")
     out = " ".join(loradiag("allocate", "s.jsonl", "--params", "1M").out.split())
-    for word in ("spectra of gradients", "mostly rounding noise", "1 show only rounding noise", "by their signal rank"):
+    for word in ("spectra of gradients", "mostly rounding noise", "1 are only rounding noise", "by their signal rank"):
         assert word in out
 
 

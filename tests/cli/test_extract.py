@@ -103,8 +103,8 @@ def test_same_command_gives_same_bytes(loradiag, pair_of_models, tmp_path):
         ([], 2, "exactly one option"),
         (["--rank", "4", "--signal"], 2, "exactly one option"),
         (["--rank", "0"], 2, "from 1 up"),
-        (["--energy", "90"], 2, "share of the energy"),
-        (["--energy", "nan"], 2, "share of the energy"),
+        (["--energy", "90"], 2, "fraction above 0"),
+        (["--energy", "nan"], 2, "fraction above 0"),
         (["--params", "ten"], 2, "--params"),
         (["--rank", "4", "--split", "a"], 2, "--split a: is none of its values; use both, b"),
         (["--rank", "4", "--dtype", "int8"], 2, "--adapter-dtype int8: is none of its values; use float32"),
@@ -192,7 +192,7 @@ def test_rounded_away_update_is_reported_without_signal_option(loradiag, tmp_pat
     save_model(tmp_path / "tuned", {name: (w.float() + change).bfloat16() for name, w in before.items()})
     ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "adapter")
     assert ran.code == 0, ran.err
-    assert "Resolution no: no direction stands above the files' rounding noise" in " ".join(ran.out.split())
+    assert "Resolution no: no direction is above the files' rounding noise" in " ".join(ran.out.split())
     assert "--signal" not in ran.out
     ran = loradiag("extract", "base", "tuned", "--signal", "-o", "other")
     assert (ran.code, (tmp_path / "other").exists()) == (4, False)
@@ -203,7 +203,7 @@ def test_layers_that_did_not_move_get_no_adapter(loradiag, pair_of_models, tmp_p
     frozen = {name: before[name] if "layers.0" in name else value for name, value in after.items()}
     ran = loradiag("extract", base, save_model(tmp_path / "half", frozen), "--rank", "2", "-o", "adapter")
     assert ran.code == 0
-    assert "4 that did not move" in ran.out
+    assert "4 unchanged" in ran.out
     targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert "q_proj" not in targets
     assert "model.layers.1.self_attn.q_proj" in targets

@@ -27,9 +27,13 @@ def test_tables_fit_terminal(loradiag, columns):
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        ("9727", "not even r=1 fits, it takes 9,728 parameters"),
+        ("9727", "too small for r=1, which takes 9,728 parameters"),
         ("800k", "that saves nothing: full fine-tuning of these matrices trains 786,432"),
-        ("1G", "1,245,184 of 1,000,000,000 parameters, 0.1%, give every matrix full rank, r=128: more buys nothing"),
+        (
+            "1G",
+            "1,245,184 of 1,000,000,000 parameters, 0.1%, give every matrix full rank, r=128: a larger budget has no "
+            "effect",
+        ),
     ],
 )
 def test_budgets_that_allow_too_little_or_too_much(params, told):
@@ -48,7 +52,7 @@ def test_json_is_one_record(loradiag):
     ("words", "code", "message"),
     [
         (["--params", "1 million"], 2, "--params 1 million"),
-        (["--params", "1M", "--memory", "1GB"], 2, "not both"),
+        (["--params", "1M", "--memory", "1GB"], 2, "cannot be combined with --params"),
         (["--layers", "zzz"], 2, "--layers zzz"),
         (["--ranks", "x"], 2, "--ranks x"),
     ],

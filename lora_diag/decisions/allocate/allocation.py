@@ -1,6 +1,6 @@
-"""A budget spent over layers, with a certificate of how far from the best that can be.
+"""Allocation of a budget to layers, with a certificate of its distance from the optimum.
 
-It joins candidates, steps and baselines, and turns what they give into records. It opens and measures nothing.
+Combines candidates, steps and baselines into records; opens and measures nothing.
 
 Reference: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
 with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a budget of parameters the order is that of
@@ -30,13 +30,13 @@ from lora_diag.records import LeftOut
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent.
+    """A budget.
 
     Args:
-        unit: What is counted; ``energy`` is no budget but a share that every layer has to keep.
-        amount: How much of it.
-        option: The words of the option, for messages.
-        bytes_per_param: Bytes that one trainable parameter takes, for a budget of bytes.
+        unit: Unit of the budget; ``energy`` is not a budget but a fraction that every layer has to keep.
+        amount: Amount in this unit.
+        option: The option as given, for messages.
+        bytes_per_param: Memory of one trainable parameter, for a budget in bytes.
     """
 
     unit: BudgetUnit
@@ -45,12 +45,12 @@ class Budget:
     bytes_per_param: float = 1.0
 
     def cost_of(self, unit: Unit) -> int:
-        """Return what one rank of a unit costs, in whole numbers: ranks, or parameters."""
+        """Return the cost of one rank of a unit as a whole number of ranks or parameters."""
         return len(unit.members) if self.unit == "total_rank" else unit.cost
 
     @property
     def whole(self) -> int:
-        """The budget in what ``cost_of`` counts."""
+        """The budget in the unit of ``cost_of``."""
         return math.floor(self.amount / self.bytes_per_param) if self.unit == "bytes" else int(self.amount)
 
     def told(self, cost: int) -> float:
@@ -70,12 +70,12 @@ def budget_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Allocated:
-    """What became of the layers of a spectrum run.
+    """The result of an allocation for the layers of a spectrum run.
 
     Args:
-        layers: Those that could get an adapter, with their ranks.
-        certificate: How good the ranks are.
-        left_out: Those that could not.
+        layers: Candidates with their ranks.
+        certificate: Distance of the ranks from the optimum.
+        left_out: Layers that are not candidates.
     """
 
     layers: tuple[Allocation, ...]
@@ -100,23 +100,23 @@ def allocate(
     """Choose ranks that keep the most energy within a budget, or those of the heuristic prior.
 
     Args:
-        records: Spectra, one a layer.
-        budget: What may be spent.
-        constraints: What the ranks have to keep.
+        records: Spectra, one per layer.
+        budget: The budget.
+        constraints: Constraints on the ranks.
         weights: Factor of each layer's energy, by name; None for 1.
-        relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximised and not Σ‖ΔW‖².
+        relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximized instead of Σ‖ΔW‖²C_ℓ.
         target: Only layers whose name contains a match; None for the matrices that adapters usually target.
         exclude: No layers whose name contains a match.
-        losses: F(0), F(1), … by layer, as ``probe fisher`` measures them; ranks then minimise ΣF_ℓ(r_ℓ). F need not be
-            convex, so ranks are chosen from the corners of its convex envelope, and the bound is that of all ranks.
-        left_out: What has no spectrum: heads that only TUNED has are among them.
-        save_heads: Whether heads are trained in full, and the budget pays for them first; else they are layers.
+        losses: F(0), F(1), … by layer, from ``probe fisher``; ranks then minimize ΣF_ℓ(r_ℓ). F need not be convex, so
+            ranks are chosen from the corners of its convex envelope, and the bound holds for all ranks.
+        left_out: Tensors without a spectrum, including heads that only TUNED has.
+        save_heads: Whether heads are trained in full and paid for first; else they are layers.
         method: ``optimal``, or ``heuristic`` for r ∝ s·√(d_in + d_out).
-        scores: s by layer for the heuristic; None for the weights, or without those for ‖ΔW‖/‖W‖.
+        scores: s by layer for the heuristic; None for the weights, or ‖ΔW‖/‖W‖ without weights.
 
     Raises:
-        UsageError: The budget does not pay for what the constraints ask, or for any rank at all; a pattern is no
-            regular expression.
+        UsageError: The budget is too small for the constraints or for any rank; a pattern is not a valid regular
+            expression.
     """
     wanted, unwanted = compiled(target, "--layers"), compiled(exclude, "--exclude")
     saved = heads_to_save(records, left_out, wanted, unwanted) if save_heads else []
@@ -130,7 +130,7 @@ def allocate(
     fixed = sum(budget.cost_of(part) * part.start for part in parts)
     reserved = _reserve(saved, budget)
     chosen, left = _choose(parts, steps, every, budget, fixed, reserved)
-    if losses is not None:  # the exact method knew the corners only
+    if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
     found = rules(parts, every, left, np.array([_score(part, scores or weights) for part in parts]))
     if budget.unit == "energy":
@@ -147,10 +147,10 @@ def allocate(
 
 
 def _reserve(saved: Sequence[LeftOut], budget: Budget) -> int:
-    """Return what the heads take of a budget, in what ``Budget.cost_of`` counts.
+    """Return the cost of the heads in the unit of ``Budget.cost_of``.
 
     Raises:
-        UsageError: That is more than there is.
+        UsageError: The heads exceed the budget.
     """
     if budget.unit in {"total_rank", "energy"}:
         return 0
@@ -158,21 +158,21 @@ def _reserve(saved: Sequence[LeftOut], budget: Budget) -> int:
     if size > budget.whole:
         heads = sorted({head_of(item.layer) or "" for item in saved})
         raise UsageError(
-            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take {_amount(budget, size)}, "
-            f"{_amount(budget, size - budget.whole)} more than the budget; raise it, or leave a head as it is with "
-            f"--exclude {heads[0]}"
+            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
+            f"{_amount(budget, size)}, {_amount(budget, size - budget.whole)} more than the budget; raise it, or "
+            f"exclude a head with --exclude {heads[0]}"
         )
     return size
 
 
 def _follow(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: Spent) -> Spent:
-    """Return the ranks of another rule, with the bound of all ranks.
+    """Return the ranks of another rule, with the bound for all ranks.
 
     Raises:
-        UsageError: It gives no rank.
+        UsageError: The rule gives no rank.
     """
     if not rule.ranks.any():
-        raise UsageError(f"{budget.option}: does not pay for the first rank of the {rule.name}; raise it")
+        raise UsageError(f"{budget.option}: too small for the first rank of the {rule.name}; raise it")
     gain = _energy(parts, rule.ranks) - _energy(parts, steps.start)
     return Spent(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
 
@@ -186,18 +186,18 @@ def _refuse_nothing(parts: Sequence[Unit]) -> None:
     """Refuse layers of which none can get a rank.
 
     Raises:
-        UsageError: There is none that can.
+        UsageError: No layer can get a rank.
     """
     if any(part.cap and part.energy for part in parts):
         return
     moved = [member for part in parts for member in part.members if member.fro > 0]
     if not moved:
-        raise UsageError("ΔW is zero in every layer that could get an adapter; there is nothing to keep")
+        raise UsageError("ΔW is zero in every candidate layer, so there is no energy to keep")
     if not any(part.energy for part in parts):
-        raise UsageError("every layer that moved has weight 0; there is nothing to keep")
+        raise UsageError("every changed layer has weight 0, so there is no energy to keep")
     if all(member.resolution.signal_rank == 0 for member in moved):
-        raise UsageError("no update stands above the rounding noise of the files; there is nothing to keep but noise")
-    raise UsageError("every layer is smaller than the smallest rank that is allowed")
+        raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
+    raise UsageError("every layer is smaller than the smallest allowed rank")
 
 
 def _factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
@@ -206,7 +206,7 @@ def _factor(record: Spectrum, weights: Mapping[str, float] | None, relative: boo
 
 
 def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
-    """Return s for the prior: what is given, else how far the layers moved, ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
+    """Return s for the prior: the given scores, else the relative change ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
     if weights is not None:
         return math.fsum(weights[member.layer] for member in part.members) / len(part.members)
     moved = [member.fro if member.relative is None else member.relative for member in part.members]
@@ -216,7 +216,7 @@ def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
 def _choose(
     parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int, reserved: int
 ) -> tuple[Spent, int]:
-    """Return the ranks, and what the steps above the starting ranks may cost."""
+    """Return the ranks, and the budget for steps above the starting ranks."""
     if budget.unit == "energy":
         ranks = energy_ranks(parts, every, budget.amount)
         left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
@@ -224,19 +224,20 @@ def _choose(
         gain = _energy(parts, ranks) - _energy(parts, steps.start)
         return Spent(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
     left = budget.whole - reserved - fixed
-    of = "the budget" if not reserved else f"the {_amount(budget, budget.whole - reserved)} that the heads leave of it"
+    of = f"the {_amount(budget, budget.whole - reserved)} that remain after the heads" if reserved else "the budget"
     if left < 0:
         raise UsageError(
-            f"{budget.option}: the smallest ranks that --min-rank allows take {_amount(budget, fixed)}, "
-            f"{_amount(budget, -left)} more than {of}; raise it, lower --min-rank or choose layers with --layers"
+            f"{budget.option}: the smallest ranks allowed by --min-rank take {_amount(budget, fixed)}, "
+            f"{_amount(budget, -left)} more than {of}; raise it, lower --min-rank or select fewer layers with "
+            "--layers"
         )
     if not fixed and not len(steps.gain):
-        raise UsageError(f"{budget.option}: no rank that is allowed lowers what the loss suffers; raise --max-rank")
+        raise UsageError(f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank")
     if not fixed and left < (least := int(steps.cost.min())):
         part = parts[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
             f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
-            f"{_amount(budget, least)}, {_amount(budget, least - left)} more than {of}"
+            f"{_amount(budget, least)}, {_amount(budget, least - left)} more than {of}; raise it"
         )
     return spend(steps, left), left
 
@@ -272,12 +273,12 @@ def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocati
 
 
 def _at(loss: Floats, rank: int) -> float:
-    """Return F(r), which is 0 beyond its end."""
+    """Return F(r), 0 beyond its last value."""
     return float(loss[rank]) if rank < len(loss) else 0.0
 
 
 def _kept(curve: Floats, rank: int) -> float:
-    """Return C(rank) of a layer, as far as its values were measured."""
+    """Return C(rank) of a layer from its measured values."""
     return float(curve[min(rank, len(curve) - 1)])
 
 
@@ -289,11 +290,11 @@ def _certificate(
     chosen: Spent,
     found: Sequence[Rule],
 ) -> Certificate:
-    """Return how good ranks are; ``taken``: what starting ranks and heads cost, and the parameters of the heads."""
+    """Return the certificate of ranks; ``taken``: cost of starting ranks and heads, and the parameters of the heads."""
     fixed, saved = taken
     total = math.fsum(part.energy for part in parts)
     at_start = _energy(parts, steps.start)
-    # Losses may be larger at the smallest ranks than with none.
+    # Losses may be larger at the smallest ranks than without an adapter.
     kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
     error = math.fsum(
         weight * member.fro**2 * member.energy_error
@@ -322,7 +323,7 @@ def _certificate(
 
 
 def _baseline(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float) -> Baseline:
-    """Compare another rule with the ranks that keep the most for exactly what it spends."""
+    """Compare another rule with the ranks that keep the most at the same cost."""
     equal = spend(steps, rule.cost)
     gains = [
         float(part.curve[rank] - part.curve[other])
@@ -358,7 +359,7 @@ def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
 
 
 def _least_lost(member: Spectrum, curve: Floats, rank: int) -> float:
-    """Return a lower bound on Σ_{i>rank}σ_i²; of values beyond those kept, none is above the last of these."""
+    """Return a lower bound on Σ_{i>rank}σ_i²; missing values are at most the last kept value."""
     error = member.fro**2 * member.energy_error
     lost = member.fro**2 * (1.0 - _kept(curve, rank)) - error
     if rank > len(member.s) and not member.complete:

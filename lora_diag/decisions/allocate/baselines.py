@@ -1,6 +1,6 @@
-"""Other rules for the same budget: one rank for all, the article's prior, one energy share for all.
+"""Other rules for the same budget: one rank for all, the article's prior, one energy fraction for all.
 
-Each rule orders the steps up by a key and takes them in that order, those of equal keys together, as long as the budget
+Each rule orders the steps by a key and takes them in that order, steps with equal keys together, while the budget
 lasts. Constraints and caps are those of the allocation, so that only the rules differ.
 """
 
@@ -14,18 +14,18 @@ import numpy as np
 from lora_diag.decisions.allocate.candidates import Unit
 from lora_diag.decisions.allocate.spending import Floats, Ints, Steps
 
-# Place of the heuristic prior among the rules.
+# Index of the heuristic prior among the rules.
 PRIOR = 1
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a rule makes of a budget.
+    """The result of a rule for a budget.
 
     Args:
         name: Such as ``uniform r=8``.
-        ranks: By unit.
-        cost: What the steps above the starting ranks cost.
+        ranks: Ranks by unit.
+        cost: Cost of the steps above the starting ranks.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Rule:
 
 
 def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> list[Rule]:
-    """Return what uniform rank, the prior and an energy threshold make of a budget.
+    """Return the results of uniform rank, the prior and an energy threshold for a budget.
 
     Args:
         units: The units of the allocation.
         steps: Their steps.
-        budget: What may be spent on steps.
+        budget: Budget for steps.
         scores: Sensitivity s_u of each unit, for the prior r ∝ s·√(d_in + d_out).
 
     Reference: The article, "Rank Selection Strategy", step 2 (the prior).
@@ -57,7 +57,7 @@ def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> l
 
 
 def energy_ranks(units: Sequence[Unit], steps: Steps, share: float) -> Ints:
-    """Return the smallest allowed rank of each unit that keeps ``share`` of its energy, its cap where none does."""
+    """Return the smallest allowed rank of each unit that keeps ``share`` of its energy, else its cap."""
     taken = _share_before(units, steps) < share
     ranks = steps.start.copy()
     np.maximum.at(ranks, steps.unit[taken], steps.rank[taken])
@@ -65,7 +65,7 @@ def energy_ranks(units: Sequence[Unit], steps: Steps, share: float) -> Ints:
 
 
 def _share_before(units: Sequence[Unit], steps: Steps) -> Floats:
-    """Return for each step the share of its unit's energy that is kept without it.
+    """Return for each step the fraction of its unit's energy kept without it.
 
     An error of 1e-9 in the sum of 9-digit values must not ask for one rank more: 0.9 is reached by 0.8999999995.
     """
@@ -77,12 +77,12 @@ def _share_before(units: Sequence[Unit], steps: Steps) -> Floats:
 
 
 def _take(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, int]]:
-    """Take steps by rising key, those of equal keys together, while the budget lasts.
+    """Take steps by ascending key, steps with equal keys together, while the budget lasts.
 
     Returns:
-        The last key that was taken whole (0 if none), and the ranks with their cost.
+        The last key whose steps were all taken (0 if none), and the ranks with their cost.
     """
-    # A unit's steps come in their order whatever rounding does to their keys.
+    # Steps of a unit stay in order despite rounding of their keys.
     key = key.copy()
     for first, end in zip(steps.first[:-1], steps.first[1:], strict=True):
         key[first:end] = np.maximum.accumulate(key[first:end])

@@ -1,6 +1,6 @@
-"""Which layers may get an adapter, which share one rank, and how far each rank may go.
+"""Candidate layers for adapters, groups with a common rank, and the largest rank of each.
 
-It knows records of ``spectrum`` and constraints, and refuses to know budgets.
+Uses records of ``spectrum`` and constraints; independent of budgets.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _STACKED = re.compile(r"(.+)\[\d+\]")
 
 @dataclass(frozen=True)
 class Constraints:
-    """What every allocation has to keep.
+    """Constraints of every allocation.
 
     Args:
         min_rank: Smallest rank of a layer that has any signal.
         max_rank: Largest rank of a layer.
-        ranks_from: The only ranks that a layer may have (besides 0); None for any.
+        ranks_from: Allowed ranks besides 0; None for any.
     """
 
     min_rank: int = 0
@@ -39,10 +39,10 @@ class Constraints:
     ranks_from: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse constraints that no rank can meet.
+        """Check that the constraints can be met.
 
         Raises:
-            UsageError: They contradict each other or make no sense.
+            UsageError: They are invalid or contradict each other.
         """
         if self.min_rank < 0:
             raise UsageError(f"--min-rank {self.min_rank}: must be 0 or more")
@@ -52,24 +52,23 @@ class Constraints:
             raise UsageError(f"--min-rank {self.min_rank} is above --max-rank {self.max_rank}")
         if self.ranks_from is not None:
             if not self.ranks_from or min(self.ranks_from) < 1:
-                raise UsageError("--allowed-ranks: give ranks from 1 up, such as 8,16,32,64")
+                raise UsageError("--allowed-ranks: ranks must be 1 or more, such as 8,16,32,64")
             if not any(self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from):
                 raise UsageError("--allowed-ranks: none of its ranks lies between --min-rank and --max-rank")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that share one rank: one layer, or a stack of experts, for which an adapter has one factor pair.
+    """Layers with a common rank: one layer, or a stack of experts with one factor pair.
 
     Args:
         members: Their spectra.
         group: The stack's name; None for a layer on its own.
         weights: Factor of each member's energy.
-        start: The rank it has anyway.
-        allowed: The ranks above ``start`` that it may have, ascending.
-        capped_by: What set the last of them.
-        losses: Each member's F(0), F(1), …: what the loss suffers when all beyond a rank is discarded, as measured;
-            None to go by energy.
+        start: Its minimum rank.
+        allowed: Allowed ranks above ``start``, ascending.
+        capped_by: Reason for the largest of them.
+        losses: F(0), F(1), … of each member: measured cost of discarding everything beyond a rank; None to use energy.
     """
 
     members: tuple[Spectrum, ...]
@@ -99,9 +98,9 @@ class Unit:
 
     @property
     def corners(self) -> NDArray[np.int64]:
-        """The allowed ranks at which the concave envelope of ``curve`` bends, where steps yield less and less.
+        """The allowed ranks at the corners of the concave envelope of ``curve``, where the gain per rank decreases.
 
-        Between two of them no rank is better than a mixture of both, and beyond the last nothing is gained.
+        Between two corners no rank is better than a mixture of both, and beyond the last there is no gain.
         """
         stops = np.concatenate([[self.start], self.allowed]).astype(np.int64)
         values = self.curve[stops]
@@ -124,9 +123,9 @@ class Unit:
 
     @cached_property
     def curve(self) -> NDArray[np.float64]:
-        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); flat beyond the values measured.
+        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); constant beyond the measured values.
 
-        With losses ΣF(0) − F(r), which may fall where the rank rises.
+        With losses ΣF(0) − F(r), which may decrease with rank.
         """
         total = np.zeros(self.cap + 1)
         for loss in self.losses or ():
@@ -146,13 +145,13 @@ def _energy(record: Spectrum) -> NDArray[np.float64]:
 def split(
     records: Sequence[Spectrum], target: re.Pattern[str] | None, exclude: re.Pattern[str] | None
 ) -> tuple[list[Spectrum], list[LeftOut]]:
-    """Divide layers into those that may get an adapter and those that are left out, with the reason.
+    """Split layers into candidates and skipped ones, with the reason.
 
-    Without ``target``, the matrices that adapters usually target are candidates: no embeddings, no head, no routers.
-    With it, every layer whose name contains a match.
+    Without ``target``, candidates are the matrices that adapters usually target: no embeddings, no head, no routers.
+    With it, all layers whose name contains a match.
 
     Raises:
-        UsageError: No layer is left.
+        UsageError: There is no candidate.
     """
     candidates, left_out = [], []
     for record in records:
@@ -162,7 +161,7 @@ def split(
             candidates.append(record)
     if not candidates:
         asked = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
-        raise UsageError(f"{asked} no layer that could get an adapter; name layers with --layers")
+        raise UsageError(f"{asked} no layer that could get an adapter; select layers with --layers")
     return candidates, left_out
 
 
@@ -224,7 +223,7 @@ def break_even(shape: tuple[int, int]) -> int:
 
 
 def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
-    """Return the largest rank with something measured to gain, and why it ends there."""
+    """Return the largest rank with a measured gain, and the reason for this limit."""
     caps: list[tuple[int, CappedBy]] = [(break_even(record.shape), "break_even")]
     if record.complete:
         caps.append((sum(value > 0 for value in record.s), "update_rank"))
@@ -238,9 +237,9 @@ def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
 
 
 def _allowed(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
-    """Return the rank that a unit has anyway, and those above it that it may have.
+    """Return the minimum rank of a unit, and the allowed ranks above it.
 
-    From a list of ranks, the last one is the first that reaches ``soft``: a signal of rank 5 may take 8 of 8, 16, 32.
+    In a list of ranks, the last is the first that reaches ``soft``: a signal of rank 5 may get 8 of 8, 16, 32.
     """
     least = min(constraints.min_rank, soft)
     if constraints.ranks_from is None:

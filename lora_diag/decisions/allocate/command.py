@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ConfigOptions(TypedDict, total=False):
-    """How ranks are written."""
+    """Options of the written config."""
 
     output: Annotated[
         Path | None,
@@ -31,7 +31,7 @@ class ConfigOptions(TypedDict, total=False):
     scaling: Annotated[float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)]
     rslora: Annotated[bool, RSLORA]
     check: Annotated[
-        Path | None, Option(None, "PEFT config: compare its ranks with this model; default: not.", "BASE", panel=INPUTS)
+        Path | None, Option(None, "PEFT config: compare its ranks with this model; default off.", "BASE", panel=INPUTS)
     ]
     sweep: Annotated[Path | None, SWEEP]
 
@@ -53,7 +53,7 @@ def allocate(
         usual = {**filled(AllocateOptions, {}), **filled(ConfigOptions, {})}
         free = {"allow_unfinished", "overwrite", "optimizer", "adapter_dtype", "scaling", "rslora"}
         if any(plain(usual[name]) != plain(value) for name, value in {**given, **config}.items() if name not in free):
-            raise UsageError("--policies: shows the ranks of several rules; leave out all other options")
+            raise UsageError("--policies: cannot be combined with other options; use rank-rules")
         rank_rules(results=results, allow_unfinished=given["allow_unfinished"], **vars(shown))
         return
     from lora_diag.decisions.allocate.run import allocate as choose
@@ -65,7 +65,7 @@ def allocate(
     if format != "peft" and output is None:
         raise UsageError(f"--format {format}: give a file with -o")
     if check is not None and output is None:
-        raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
+        raise UsageError("--check: needs a PEFT config; write one with -o adapter_config.json")
     if output is not None:
         inputs = (results, cast(Path | None, given["layer_weights"]))
         check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
@@ -109,18 +109,20 @@ def rank_rules(
 
 
 def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:
-    """Return the command that a user would run next, as a shell takes it."""
+    """Return the suggested next command, quoted for a shell."""
     if output is None:
         return f"{again('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
-        config = f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
+        config = f"train with peft.LoraConfig.from_pretrained({str(output.parent)!r})"
         base = next((side.path for side in allocation.run.inputs if side.role == "base"), None)
-        unchecked = f"; PEFT skips names that the model in memory lacks, so once: {again('--check', base or 'BASE')}"
+        unchecked = (
+            f"; PEFT ignores names that the model in memory lacks, so check once: {again('--check', base or 'BASE')}"
+        )
         return config if check is not None else config + unchecked
     if output.suffix != ".jsonl" and output.suffix != ".json":
         return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
     if output.suffix == ".json":
-        return "rename it to adapter_config.json: PEFT reads no other name"
+        return "rename it to adapter_config.json, the only name that PEFT reads"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]
     weighed = [side.path for side in allocation.run.inputs if side.role == "activations"]
     metric = [word for path in weighed for word in ("--activations", path)]

@@ -1,4 +1,4 @@
-"""`allocation`: which rank each layer gets beside the uniform rule, and what that keeps beside what it could."""
+"""`allocation`: rank of each layer with that of the uniform rule, and the energy kept with its bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slo
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cut, name_of, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
-# Of several runs, whose colours the categories are.
+# Labels of several runs, whose colours are the categories.
 OTHERS = QUIET
 
 _UNITS = {
@@ -34,12 +34,12 @@ _UNITS = {
 
 
 def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: str = "layer") -> Axes:
-    """Draw the rank that each layer gets as bars, and what the uniform rule gives it as a line.
+    """Draw the rank of each layer as bars, and that of the uniform rule as a line.
 
     Args:
-        records: Of ``allocate``.
-        ax: Where to draw; a new figure's if not given.
-        per: ``layer`` for one bar a layer (of experts in one block: the median), ``type`` for one bar a module type.
+        records: Records of ``allocate``.
+        ax: Axes to draw on; default those of a new figure.
+        per: ``layer`` for one bar per layer (median over the experts of a block), ``type`` for one bar per module type.
 
     Returns:
         The Axes drawn on.
@@ -55,11 +55,11 @@ def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: st
 
 
 def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
-    """Draw the energy share that an allocation keeps beside other rules and the bound; of several, over their cost.
+    """Draw the energy fraction of an allocation with other rules and the bound; of several, over their cost.
 
     Args:
-        certificates: Of one allocation, or of several of the same update with budgets in the same unit.
-        ax: Where to draw; a new figure's if not given.
+        certificates: Certificates of one allocation, or of several for the same update with budgets in one unit.
+        ax: Axes to draw on; default those of a new figure.
 
     Returns:
         The Axes drawn on.
@@ -72,10 +72,10 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the ranks of the layers, and below what each allocation keeps at what it spends."""
+    """Return the ranks of the layers, and below the energy of each allocation over its cost."""
     types = Types(record.layer for one in series for record in one.records)
     certificates = [item for one in series for item in one.whole if isinstance(item, Certificate)]
-    # One axis takes one unit; what is in another is said to be missing.
+    # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
     drawn = [slots(one.records, options.per, types) for one in series]
     words = _words(series, drawn, alike, len(certificates) - len(alike), look)
@@ -111,7 +111,7 @@ def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], look: Look | N
 
 
 def _kept(ax: Axes, certificates: Sequence[Certificate], look: Look | None, inches: float) -> None:
-    """Draw what is kept: of one allocation rule by rule, of several over what they spend."""
+    """Draw the energy kept: of one allocation rule by rule, of several over their cost."""
     if len(certificates) == 1:
         _rules(ax, certificates[0], look, inches)
     else:
@@ -119,7 +119,7 @@ def _kept(ax: Axes, certificates: Sequence[Certificate], look: Look | None, inch
 
 
 def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> None:
-    """Draw one bar a rule, what it keeps and spends beside it, and the bound that none of them can pass."""
+    """Draw one bar per rule with its energy and cost, and the upper bound."""
     rules = [("this allocation", item.kept, _spent(item), BARS)]
     rules += [(name_of(base.name), base.kept, base.spent, UNIFORM) for base in item.baselines]
     size = look.ticks if look else 8
@@ -128,7 +128,7 @@ def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> Non
     for name, kept, spent, _ in rules:
         found = f": {kept:.1%} ({_count(spent)})"
         texts.append(cut(name, most - width_of(found, size), size) + found)
-    # The texts begin right of the bound, so that they cross nothing; the bars have what is left.
+    # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
     needed = max(width_of(text, size) for text in texts) + 2 * pad
     scale = max(item.bound, *(kept for _, kept, *_ in rules)) or 1.0
@@ -147,7 +147,7 @@ def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> Non
     ax.axvline(item.bound, color=BOUND, lw=look.line if look else 1.2, ls=(0, (4, 2)), label="_bound")
     ax.set_yticks([])
     ax.set_ylim(len(rules) - 0.4, -0.6)
-    ax.set_xlabel(f"energy share kept (and {_UNITS[item.unit]})")
+    ax.set_xlabel(f"energy fraction kept (and {_UNITS[item.unit]})")
     ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
 
 
@@ -177,7 +177,7 @@ def _spent(item: Certificate) -> float:
 
 
 def _count(value: float) -> str:
-    """Return an amount as an axis has room for it.
+    """Return an amount in a short form for an axis.
 
     >>> _count(40), _count(12_500), _count(2_000_000), _count(3.2e9)
     ('40', '12.5k', '2M', '3.2G')
@@ -190,7 +190,7 @@ def _count(value: float) -> str:
 
 def _budget_keys(certificates: Sequence[Certificate], look: Look | None) -> tuple[Key, ...]:
     width = look.line if look else 1.2
-    bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: nothing within the budget keeps more")
+    bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: maximum energy within the budget")
     if len(certificates) == 1:
         return (bound,)
     kept = Line2D([], [], color=INK, marker="o", ms=4.5 * width, lw=1.2 * width)
@@ -216,7 +216,7 @@ def _words(
     about = f"{layers} {'matrix' if layers == 1 else 'matrices'}"
     if len(certificates) == 1:
         (one,) = certificates
-        gap = "the best possible" if one.optimal or one.gap == 0 else f"at most {one.gap:.2%} below the best"
+        gap = "the optimum" if one.optimal or one.gap == 0 else f"at most {one.gap:.2%} below the optimum"
         about += f"; {one.params:,} parameters keep {one.kept:.1%} of the energy, {gap}"
     metrics = {one.run.settings.get("metric", "weights") if one.run else "weights" for one in series}
     told = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
@@ -225,12 +225,12 @@ def _words(
     ]
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     if joined > 1:
-        notes.append(f"A bar stands for up to {joined} layers: their median rank.")
+        notes.append(f"A bar is the median rank of up to {joined} layers.")
     if any(record.weight != 1 for record in records):
-        notes.append("Shares are of the weighted energy.")
+        notes.append("Fractions are of the weighted energy.")
     if missing:
         notes.append(
-            f"Not drawn: {missing} {'certificate' if missing == 1 else 'certificates'} whose budget is in another unit."
+            f"Not drawn: {missing} {'certificate' if missing == 1 else 'certificates'} with a budget in another unit."
         )
     return Words(
         "Allocation: rank r by layer, and the energy kept",

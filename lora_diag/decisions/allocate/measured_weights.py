@@ -1,6 +1,6 @@
-"""``allocate --layer-weights`` of a results file: what ``probe sensitivity`` or ``probe fisher`` measured.
+"""``allocate --layer-weights`` from results of ``probe sensitivity`` or ``probe fisher``.
 
-Gains become factors of energies; tails take the place of energies.
+Gains become factors of energies; tails replace energies.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from lora_diag.records import Results, RunInput
 from lora_diag.records.names import part_of
 from lora_diag.running.fingerprint import legible
 
-# So many layers are named in a note.
+# Maximum number of layers named in a note.
 _NAMED = 3
 
-# Commands whose results say what a layer is worth.
+# Commands whose results give weights of layers.
 MEASURED = ("probe sensitivity", "probe fisher")
 
-# ‖ΔW‖_F of two measurements of one update differ by no more than this share.
+# ‖ΔW‖_F of two measurements of one update differ by at most this fraction.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a results file says of the layers.
+    """Weights of layers from a results file.
 
     Args:
-        described: For the run record; None of weights that a user wrote.
-        factors: Of the layers' energies.
-        losses: What takes the place of their energies, F(0), F(1), … by layer.
-        scores: The gain of each layer alone, for the heuristic prior; of a unit of several layers, by their energies.
+        described: Input for the run record; None for weights from the user.
+        factors: Factors of the layers' energies.
+        losses: F(0), F(1), … by layer, which replace the energies.
+        scores: The gain of each layer alone, for the heuristic prior; the gain of a unit is divided among its layers by
+            energy.
     """
 
     described: RunInput | None = None
@@ -48,27 +49,27 @@ class Measured:
 
 
 def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> Measured:
-    """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), and what the run record says of them.
+    """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), and the input for the run record.
 
     Args:
-        path: Results of ``probe sensitivity``, of which the first set decides; or of ``probe fisher``.
-        spectra: Of the update that is to be allocated.
-        allow_unfinished: Take an interrupted run for what it holds.
+        path: Results of ``probe sensitivity``, whose first set decides; or of ``probe fisher``.
+        spectra: Spectra of the update to allocate ranks for.
+        allow_unfinished: Accept the results of an interrupted run.
 
     Raises:
-        UsageError: No layer of the spectra was measured, or none gains.
-        InputError: It cannot be read, is of another command, or is unfinished.
+        UsageError: No layer of the spectra was measured, or none has a gain.
+        InputError: The file cannot be read, is of another command, or is unfinished.
     """
     results = read_results(path)
     if results.run.command not in MEASURED:
         raise InputError(
-            f"--layer-weights {path}: holds results of loradiag {results.run.command}; it takes those of "
-            "probe sensitivity or fisher, or a JSON object of layer and factor"
+            f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those of probe "
+            "sensitivity or fisher, or a JSON object of layer and factor"
         )
     if results.end is None and not allow_unfinished:
         raise InputError(
-            f"--layer-weights {path}: the run did not finish, and layers it lacks would get no rank; finish it with "
-            f"loradiag {results.run.command} ... --resume, or go on with --allow-unfinished"
+            f"--layer-weights {path}: the run did not finish, and missing layers would get no rank; finish it with "
+            f"loradiag {results.run.command} ... --resume, or accept it with --allow-unfinished"
         )
     if results.run.command == "probe fisher":
         return _tails(path, results, spectra)
@@ -78,17 +79,18 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     gains = gains_of(records, first, first, settings["rank"], settings["seed"])
     found = weights_of(gains, settings["rank"], spectra.layers)
     if not any(layer in found.factors for gain in gains for layer in gain.layers):
-        raise UsageError(f"--layer-weights {path}: adapted no layer of these spectra; both must be of one BASE")
+        raise UsageError(f"--layer-weights {path}: has no gain of a layer of these spectra; measure both on one BASE")
     if not any(found.factors.values()):
         raise UsageError(
-            f"--layer-weights {path}: no layer that moved lowers the loss on {first} alone: all weights are 0"
+            f"--layer-weights {path}: no changed layer lowers the loss on {first} alone, so all weights are 0; use "
+            "other weights"
         )
     what = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
     notes = _notes(found)
     if settings["delta"]:
         more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
         notes.append(
-            f"gains from {more} are not used: ranks by them trained no better (docs, reference/probe-sensitivity)"
+            f"gains from {more} are not used: ranks from them trained no better (docs, reference/probe-sensitivity)"
         )
     described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(notes))
     return Measured(described, factors=found.factors, scores=found.scores)
@@ -99,20 +101,21 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
 
     Raises:
         UsageError: No layer of the spectra was measured.
-        InputError: They are those of another update.
+        InputError: They are of another update.
     """
     records = {record.layer: record for record in results.whole if isinstance(record, Fisher)}
     both = [record for record in spectra if record.layer in records]
     if not both:
         raise UsageError(
-            f"--layer-weights {path}: measured no layer of these spectra; both must be of one BASE and TUNED"
+            f"--layer-weights {path}: has no measurement of a layer of these spectra; measure both on one BASE and "
+            "TUNED"
         )
     for record in both:
         fro = record.fro if record.weights_fro is None else record.weights_fro
         if abs(records[record.layer].fro - fro) > _SAME * fro:
             raise InputError(
-                f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g} there and "
-                f"{fro:.4g} in the spectra: they are of different updates"
+                f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g}, but {fro:.4g} "
+                "in the spectra; measure both on the same update"
             )
     lacking = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
     notes = [f"{len(lacking)} layers were not measured and get no rank: {_listed(lacking)}"] if lacking else []
@@ -123,13 +126,13 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
 
 
 def _notes(found: Weights) -> list[str]:
-    """Say which layers get weight 0, and which gains are no more than noise."""
+    """State which layers get weight 0, and which gains are within noise."""
     lacking = [layer for layer in found.lacking if part_of(layer) == "matrices"]
     said = [
-        (found.negative, "gain nothing alone and get weight 0, so no rank"),
+        (found.negative, "have no gain alone and get weight 0, so no rank"),
         (lacking, "were not adapted alone and get weight 0, so no rank"),
-        (found.unclear, "gain less than two standard errors, and count with what they gain"),
-        (found.short, "have fewer values than the rank that was trained: measure spectra with a larger --top"),
+        (found.unclear, "gain less than two standard errors, and are used unchanged"),
+        (found.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
     return [f"{len(names)} of them {what}: {_listed(names)}" for names, what in said if names]
 

@@ -26,14 +26,14 @@ class AllocateOptions(TypedDict, total=False):
     total_rank: Annotated[int | None, Option(None, "Budget: sum of the ranks of all layers.", "R")]
     memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
     energy: Annotated[float | None, ENERGY]
-    match: Annotated[Path | str | None, Option(None, "Budget: as many parameters as this adapter.", "ADAPTER")]
+    match: Annotated[Path | str | None, Option(None, "Budget: number of parameters of this adapter.", "ADAPTER")]
     min_rank: Annotated[int, Option(0, "Smallest rank of a layer with any signal.", "R")]
     max_rank: Annotated[int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")]
     allowed_ranks: Annotated[
         Sequence[int] | None,
         Option(
             None,
-            "Ranks that a layer may have, e.g. 8,16,32; default any.",
+            "Allowed ranks, e.g. 8,16,32; default any.",
             "R,R,...",
             aliases=("--ranks-from",),
             setting="ranks_from",
@@ -58,7 +58,7 @@ class AllocateOptions(TypedDict, total=False):
         str,
         Option(
             "optimal",
-            "Most energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
+            "Maximum energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
             "optimal|heuristic",
             aliases=("--method",),
             setting="method",

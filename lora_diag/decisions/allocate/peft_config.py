@@ -1,10 +1,10 @@
 r"""An allocation as a PEFT ``LoraConfig``: the file ``adapter_config.json`` that training starts from.
 
-It knows how PEFT reads names. ``target_modules`` and ``target_parameters``: an entry speaks for every module that has
-this name or ends in ``.`` and this name. ``rank_pattern`` and ``alpha_pattern``: a key k speaks for module m iff
-``re.match(rf"(.*\.)?({k})$", m)``, the first key winning (``peft.utils.other.get_pattern_key``); a key that matches
-nothing is ignored. So every name written here is resolved by those rules against all names of the run first. It refuses
-to know models: whether the names on disk are those in memory can only be seen by building the model.
+It implements PEFT's matching of names. ``target_modules`` and ``target_parameters``: an entry matches every module with
+this name or ending in ``.`` and this name. ``rank_pattern`` and ``alpha_pattern``: a key k matches module m iff
+``re.match(rf"(.*\.)?({k})$", m)``, and the first key wins (``peft.utils.other.get_pattern_key``); a key that matches
+nothing is ignored. Every name is therefore resolved by these rules against all names of the run before it is written.
+Whether names on disk equal those in memory can only be checked by building the model.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results
 
-# What wraps a model and is not part of every name by which it is known: left off where the rest is still unambiguous.
+# Wrappers of a model that may be absent from its names; removed if the rest is unambiguous.
 _WRAPPERS = re.compile(r"^(?:(?:base_model|module|model|transformer)\.)+")
 _STACKED = re.compile(r"(.+)\[\d+\]")
-# Experts that BASE stores one by one. transformers 5 fuses them into two parameters when it loads the model.
+# Experts that BASE stores one by one; transformers 5 fuses them into two parameters on loading.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# Projections of GPT-2 whose outputs outnumber its inputs: stored with fewer rows than columns only by its Conv1D.
+# Projections of GPT-2 with more outputs than inputs; fewer stored rows than columns indicate its Conv1D.
 _WIDENING = re.compile(r"\.(c_attn|c_fc)(\.weight)?$")
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """By what PEFT multiplies B·A.
+    """PEFT's multiplier of B·A.
 
     Args:
         factor: lora_alpha / r of every layer; or, with rsLoRA, lora_alpha / √r of the layers with the usual rank.
@@ -43,10 +43,10 @@ class Scaling:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a factor that would silence the adapter or is no number.
+        """Check that the factor is positive and finite.
 
         Raises:
-            UsageError: It is not above 0 and finite.
+            UsageError: The factor is not above 0 and finite.
         """
         if not 0 < self.factor < math.inf:
             raise UsageError(f"--scaling {self.factor:g}: must be a number above 0")
@@ -65,18 +65,18 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
 
     Args:
         results: An allocation.
-        scaling: By what PEFT is to multiply B·A.
+        scaling: PEFT's multiplier of B·A.
 
     Returns:
         The content of ``adapter_config.json``: ``r`` is the most common rank, the others are in ``rank_pattern``.
 
     Raises:
-        InputError: No layer has a rank, or a name cannot be written so that PEFT reads it as it is meant.
+        InputError: No layer has a rank, or a name cannot be expressed unambiguously for PEFT.
     """
     modules, parameters = _targets(results)
     ranks = modules | parameters
     if not ranks:
-        raise InputError("every layer has rank 0: there is no adapter to configure")
+        raise InputError("every layer has rank 0, so there is no adapter to configure")
     usual = _most_common(ranks.values())
     others = _patterns(ranks, usual)
     alphas = {key: scaling.alpha(rank, usual) for key, rank in others.items()}
@@ -109,16 +109,16 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
 def check(
     config: Mapping[str, Any], modules: Mapping[str, int], parameters: Mapping[str, int], every: set[str]
 ) -> None:
-    """Resolve every name of a config as PEFT would, against the names of a model.
+    """Resolve every name of a config by PEFT's rules against the names of a model.
 
     Args:
         config: Content of ``adapter_config.json``.
-        modules: Rank by module that is to be adapted.
-        parameters: Rank by parameter (stacks of experts) that is to be adapted.
-        every: All names of the model, those included.
+        modules: Rank by module to adapt.
+        parameters: Rank by parameter (stacks of experts) to adapt.
+        every: All names of the model.
 
     Raises:
-        InputError: A name matches nothing, or another layer than it should, or two keys clash.
+        InputError: A name matches nothing or a wrong layer, or two keys clash.
     """
     for option, wanted in (("target_modules", modules), ("target_parameters", parameters)):
         entries = config.get(option) or []
@@ -139,32 +139,37 @@ def check(
 
 
 def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
-    """Hold an allocation against what PEFT made of its config.
+    """Compare an allocation with the ranks and scalings of PEFT.
 
     Args:
         results: The allocation.
         found: Rank and scaling by module or parameter of the model in memory.
-        scaling: What was asked for.
+        scaling: The requested scaling.
 
     Raises:
-        InputError: A layer has another rank or scaling, is missing, or was not meant.
+        InputError: A layer has another rank or scaling, is missing, or is adapted unexpectedly.
     """
     modules, parameters = _targets(results)
     wanted = modules | parameters
     usual = _most_common(wanted.values())
     unmet = dict(found)
     for path, rank in wanted.items():
-        module = path.removesuffix(".weight")  # a parameter is told by its module there
+        module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
         names = [name for name in unmet if _ends_in(name, _WRAPPERS.sub("", module))]
         name = next((name for name in names if name == module), names[0] if len(names) == 1 else None)
         if name is None:
-            raise InputError(f"--check: the model has no module {path} that PEFT could adapt")
+            raise InputError(
+                f"--check: the model has no module {path} that PEFT could adapt; check that it is the model of the "
+                "allocation"
+            )
         got = unmet.pop(name)
         factor = scaling.alpha(rank, usual) / (math.sqrt(rank) if scaling.rslora else rank)
         if got[0] != rank or not math.isclose(got[1], factor):
-            raise InputError(f"--check: PEFT gives {name} rank {got[0]}, scaling {got[1]:g}; meant {rank}, {factor:g}")
+            raise InputError(
+                f"--check: PEFT gives {name} rank {got[0]}, scaling {got[1]:g} instead of {rank}, {factor:g}"
+            )
     if unmet:
-        raise InputError(f"--check: PEFT also adapts {min(unmet)}, which was not meant")
+        raise InputError(f"--check: PEFT also adapts {min(unmet)}, which has no rank")
 
 
 def module_of(layer: str) -> str:
@@ -181,23 +186,23 @@ def module_of(layer: str) -> str:
 
 
 def _targets(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return ranks by module, and by parameter that is no ``weight`` of one: stacks of experts, ``in_proj_weight``."""
+    """Return ranks by module, and by parameter other than ``weight``: stacks of experts, ``in_proj_weight``."""
     chosen = [record for record in results if record.rank]
     if apart := [record.layer for record in chosen if _EXPERT.search(record.layer)]:
         raise InputError(
-            f"{len(apart)} matrices are experts that BASE stores one by one, such as {apart[0]}: PEFT cannot be told "
-            "their ranks, because transformers 5 fuses them when it loads the model. Leave them out with --exclude "
-            "experts, measure a model that transformers 5 saved fused, or write the allocation as .jsonl"
+            f"{len(apart)} matrices are experts that BASE stores one by one, such as {apart[0]}, to which PEFT "
+            "cannot give ranks, because transformers 5 fuses them on loading; exclude them with --exclude experts, "
+            "measure a model that transformers 5 saved fused, or write the allocation as .jsonl"
         )
     modules = {module_of(record.layer): record.rank for record in chosen if record.layer.endswith(".weight")}
     parameters = {module_of(record.layer): record.rank for record in chosen if not record.layer.endswith(".weight")}
     if len(modules) + len(parameters) != len({record.group or record.layer for record in chosen}):
-        raise InputError("two layers have the same name as modules of one model; choose layers with --layers")
+        raise InputError("two layers have the same module name; select layers with --layers")
     return modules, parameters
 
 
 def _universe(results: Results[Allocation]) -> set[str]:
-    """Return every module and parameter, and what they are in: a target ``0`` means ``blocks.0``, too."""
+    """Return every module and parameter with its parents: a target ``0`` also matches ``blocks.0``."""
     paths = {module_of(layer) for layer in _names(results)}
     return paths | {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
 
@@ -207,9 +212,9 @@ def _names(results: Results[Allocation]) -> list[str]:
 
 
 def _is_complete(results: Results[Allocation]) -> bool:
-    """Say whether the results name every tensor of BASE, so that a short name is known to match nothing else.
+    """Return whether the results name every tensor of BASE, so that a short name is known to be unique.
 
-    Those of an adapter do not: what it leaves alone has no record.
+    Results of an adapter do not: layers without an update have no record.
     """
     base = [side.tensors for side in results.run.inputs if side.role == "base"]
     stored = {re.sub(r"\[\d+\]$", "", layer) for layer in _names(results)}
@@ -217,7 +222,7 @@ def _is_complete(results: Results[Allocation]) -> bool:
 
 
 def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> list[str]:
-    """Return the shortest names that reach these modules and no other."""
+    """Return the shortest suffixes that match these modules and no other."""
     names = []
     for leaf in sorted({_leaf(path) for path in targets}):
         reached = {path for path in every if _ends_in(path, leaf)}
@@ -229,7 +234,7 @@ def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> li
 
 
 def _endings(heads: set[str], every: set[str]) -> list[str]:
-    """Return the shortest names by which PEFT finds these modules and no other: any end of a path, dot or not."""
+    """Return the shortest path endings, not necessarily at a dot, that match these modules and no other."""
     names = set()
     for head in heads:
         leaf = _leaf(head)
@@ -238,12 +243,12 @@ def _endings(heads: set[str], every: set[str]) -> list[str]:
 
 
 def _leaf(path: str) -> str:
-    """Return the last part of a path; of a parameter called ``weight``, which every module has, the last two."""
+    """Return the last part of a path, or the last two for a parameter named ``weight``."""
     return ".".join(path.split(".")[-2 if path.endswith(".weight") else -1 :])
 
 
 def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
-    """Return keys for the modules whose rank is not the usual one: one for a kind of module that agrees, else each."""
+    """Return pattern keys for modules with another rank than the usual: one per kind if all agree, else one each."""
     patterns: dict[str, int] = {}
     kinds: dict[str, dict[str, int]] = {}
     for path, rank in ranks.items():
@@ -261,23 +266,23 @@ def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
 
 
 def _short(path: str, every: Iterable[str]) -> str:
-    """Return a path without its wrappers, if no other path ends so."""
+    """Return a path without its wrappers, if no other path has this ending."""
     rest = _WRAPPERS.sub("", path)
     return path if any(other != path and _ends_in(other, rest) for other in every) else rest
 
 
 def _key(name: str) -> str:
-    """Return a name as a regular expression; its dots stay plain, as everyone writes them, and ``check`` sees to it."""
+    """Return a name as a regular expression; dots are not escaped, by convention, and ``check`` verifies the match."""
     return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
 
 
 def _ends_in(path: str, name: str) -> bool:
-    """Say whether PEFT takes a module for one that an entry of ``target_modules`` names."""
+    """Return whether an entry of ``target_modules`` matches a module in PEFT."""
     return path == name or path.endswith(f".{name}")
 
 
 def _matches(keys: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return by path the keys that speak for it. Only a key whose last part ends the path can, so few are tried."""
+    """Return the keys that match each path; only a key whose last part ends the path can match, so few are tried."""
     by_leaf: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for key in keys:
         by_leaf.setdefault(key.rpartition(".")[2], []).append((key, re.compile(rf"(.*\.)?({key})$")))
@@ -294,7 +299,7 @@ def _matches(keys: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _most_common(ranks: Iterable[int]) -> int:
-    """Return the most common rank; of several, the smallest."""
+    """Return the most common rank; the smallest of several."""
     counts = Counter(ranks)
     return min(counts, key=lambda rank: (-counts[rank], rank))
 

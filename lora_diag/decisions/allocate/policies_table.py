@@ -1,4 +1,4 @@
-"""The terminal's answer to ``rank-rules``: the ranks of several rules side by side."""
+"""Terminal output of ``rank-rules``: ranks of several rules side by side."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import short
 
-# So many layers are named in a sentence.
+# Maximum number of layers named in a statement.
 _NAMED = 3
 
 
 def policies_table(records: Sequence[Policies], width: int = 80, color: bool = False, per: str = "type") -> str:
-    """Return the ranks of several rules side by side, and where they disagree.
+    """Return the ranks of several rules side by side, and their disagreements.
 
     Args:
-        records: One a layer.
+        records: One per layer.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        per: ``type`` for medians over a module type, ``layer`` for one row a layer.
+        per: ``type`` for medians over a module type, ``layer`` for one row per layer.
     """
     shown = [
         Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
@@ -43,7 +43,7 @@ def _median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
 
 
 def _disagreements(records: Sequence[Policies]) -> list[Statement]:
-    """Say in how many layers the rules are far apart, where most, and which cannot be applied."""
+    """State in how many layers the rules differ, where most, and which cannot be applied."""
     spread = {}
     for record in records:
         known = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
@@ -58,12 +58,16 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
         head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
         lines.append(say("disagree", "Disagreement", head, *told))
     if noisy := [record for record in records if _beyond_signal(record)]:
-        needs = f"90% of the energy needs more than the signal rank in {len(noisy)} layers: there it counts rounding"
+        needs = (
+            f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
+            "noise"
+        )
         lines.append(say("noise", "Noise", needs))
     meanings = [
-        "energy 90%: smallest r that keeps 90% of Σσ²; knee: where the curve C(r) rises highest above its chord",
-        "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, a cap",
-        "Gavish–Donoho: values above a threshold for spectra that are mostly noise, which a full update is not",
+        "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
+        "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
+        "upper limit",
+        "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
     ]
     lines.append(say("rules", "Rules", *meanings))
     if lacking := sum(None in record.ranks.values() for record in records):

@@ -16,7 +16,7 @@ Unit = Literal["params", "total_rank", "bytes", "energy"]
 
 
 def _kept(field: str) -> Callable[[Sequence[Allocation]], float | None]:
-    """Return the pool of an energy share: of the energy of several layers together."""
+    """Return the pooled energy fraction of several layers."""
 
     def pool(records: Sequence[Allocation]) -> float | None:
         total = math.fsum(record.fro**2 for record in records)
@@ -34,22 +34,23 @@ class Allocation(LayerRecord):
         shape: ``(out, in)``.
         rank: r; 0 for a layer that gets no adapter.
         params: r·(out + in).
-        kept: Energy share C(r) kept in this layer; null for a zero update. Where r exceeds the values that were
-            measured (``capped_by`` is ``ranks_from``), the share of those: a lower bound.
+        kept: Energy fraction C(r) kept in this layer; null for a zero update. If r exceeds the measured values
+            (``capped_by`` is ``ranks_from``), their fraction, which is a lower bound.
         fro: ‖ΔW‖_F of the layer.
         base_fro: ‖W_base‖_F, null if unknown.
         weight: Factor of the layer's energy in the objective; 1 unless weights were given.
-        cap: Largest rank this layer could get, by ``--max-rank``, by break-even out·in/(out + in), beyond which factors
-            have more parameters than the matrix, by its signal rank, its non-zero singular values and the values kept.
-        capped_by: What set the cap; ``shape``, min(out, in), in results of older versions.
-        verdict: Whether the files can show this update, as ``spectrum`` judged it.
-        uniform_rank: What the uniform rule gives this layer out of the same budget.
+        cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out + in), beyond which
+            factors have more parameters than the matrix, its signal rank, its nonzero singular values and the kept
+            values.
+        capped_by: Reason for the cap; ``shape``, min(out, in), in results of older versions.
+        verdict: Resolution verdict of ``spectrum``.
+        uniform_rank: Rank by the uniform rule with the same budget.
         uniform_kept: C(uniform_rank); null for a zero update.
         group: Layers that share one rank, because an adapter has one factor pair for all of them (a stack of
             experts); the layer's own name without its index, null for a layer on its own.
-        source: ``gradients`` where the spectra are those of gradients and not of an update.
-        fisher: F(rank) where ranks were chosen by ``probe fisher``: half of it estimates the KL a prediction by which
-            truncating this layer alone to its rank changes the predictions.
+        source: ``gradients`` if the spectra are of gradients instead of an update.
+        fisher: F(rank) if ranks were chosen by ``probe fisher``: half of it estimates the mean KL per prediction of
+            truncating this layer alone to its rank.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -58,12 +59,12 @@ class Allocation(LayerRecord):
         Shown(
             "uniform_rank",
             "uniform rank",
-            "what one rank for all layers gives this one out of the same budget",
+            "rank of this layer by one rank for all, with the same budget",
             pool="range",
             head="uniform",
             terminal=True,
         ),
-        Shown("cap", "cap", "largest rank that this layer could get", pool="range", drop=5, terminal=True),
+        Shown("cap", "cap", "largest possible rank of this layer", pool="range", drop=5, terminal=True),
         Shown(
             "params",
             "parameters",
@@ -78,8 +79,8 @@ class Allocation(LayerRecord):
         Shown(
             "kept",
             "kept",
-            "share of the layer's energy that this rank can carry",
-            axis="energy share C(r) kept",
+            "fraction of the layer's energy within this rank",
+            axis="energy fraction C(r) kept",
             share=True,
             pool=_kept("kept"),
             form="percent",
@@ -88,7 +89,7 @@ class Allocation(LayerRecord):
         Shown(
             "uniform_kept",
             "kept by uniform",
-            "share of the layer's energy that one rank for all layers can carry",
+            "fraction of the layer's energy within one rank for all layers",
             share=True,
             pool=_kept("uniform_kept"),
             head="by uniform",
@@ -116,17 +117,17 @@ class Allocation(LayerRecord):
 
 
 class Baseline(Record):
-    """What another rule makes of the same budget, under the same constraints.
+    """The result of another rule for the same budget, under the same constraints.
 
     Args:
         name: Such as ``uniform r=8``.
-        spent: What it spends, in the unit of the budget.
-        kept: Share of the (weighted) energy that it keeps.
-        equal: What ranks chosen for the most energy keep when they may spend only that much: the fair comparison.
-        epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
-            smaller ε.
-        lead: The layer (or stack) that alone makes more than half of ``equal`` − ``kept``; null where none does.
-        lead_gain: What it makes of it.
+        spent: Its cost in the unit of the budget.
+        kept: Fraction of the (weighted) energy that it keeps.
+        equal: Fraction kept by the energy-optimal ranks at the same cost, for a fair comparison.
+        epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound on ε for these
+            ranks.
+        lead: The layer (or stack) that accounts for more than half of ``equal`` − ``kept``; null if there is none.
+        lead_gain: Its part of ``equal`` − ``kept``.
     """
 
     name: str
@@ -139,34 +140,34 @@ class Baseline(Record):
 
 
 class Certificate(WholeRecord):
-    """How far an allocation can be from the best one.
+    """Distance of an allocation from the optimum.
 
-    Every share is one of the (weighted) energy of the layers that were candidates, as their spectra were measured.
+    Fractions are of the (weighted) energy of the candidate layers, as measured by their spectra.
 
     Args:
-        unit: What the budget counts.
-        budget: As asked for; null where ranks follow from an energy share.
-        spent: What the allocation uses; never more than the budget.
-        params: Parameters of the allocation, whatever the unit, those of the heads included.
-        saved: Parameters of the heads that are trained in full beside the adapter. A budget of parameters or bytes pays
-            for them first; one of ranks does not.
-        kept: Share of all (weighted) energy that it keeps.
-        bound: Share that no allocation within the budget and the constraints can exceed.
+        unit: Unit of the budget.
+        budget: The requested budget; null if ranks follow from an energy fraction.
+        spent: Cost of the allocation; at most the budget.
+        params: Number of parameters of the allocation in any unit, including heads.
+        saved: Number of parameters of the heads that are trained in full. A budget of parameters or bytes pays for them
+            first; a budget of ranks does not.
+        kept: Fraction of the (weighted) energy that it keeps.
+        bound: Upper bound on the fraction for the budget and the constraints.
         gap: (bound − kept) / bound.
-        optimal: True if the exact method ran: nothing within budget and constraints keeps more.
-        energy_error: Bound on the error of ``kept`` and ``bound`` that the measurement of the spectra brings.
-        epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
-            smaller ε.
-        price: Marginal value λ: energy share by which the bound rises per further unit of the budget.
+        optimal: True if the exact method ran: no allocation within budget and constraints keeps more.
+        energy_error: Bound on the error of ``kept`` and ``bound`` due to the measured spectra.
+        epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound on ε for these
+            ranks.
+        price: Marginal value λ: increase of the bound per further unit of the budget.
         slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
-            and for a budget of bytes what the part of it that pays for no whole parameter is worth; null in results
-            of older versions.
-        baselines: Other rules at the same budget: one rank for all layers, the prior, one energy share for all layers.
+            and for a budget of bytes the value of its part below one parameter; null in results of older versions.
+        baselines: Other rules at the same budget: one rank for all layers, the prior, one energy fraction for all
+            layers.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("kept", "kept", "share of the energy that the allocation keeps", share=True, main=True),
-        Shown("bound", "bound", "share that no allocation can exceed", share=True, main=True),
+        Shown("kept", "kept", "fraction of the energy that the allocation keeps", share=True, main=True),
+        Shown("bound", "bound", "upper bound on that fraction", share=True, main=True),
         Shown("params", "parameters", "of the allocation", main=True),
     )
     record: Literal["certificate"] = "certificate"
@@ -186,10 +187,10 @@ class Certificate(WholeRecord):
     baselines: tuple[Baseline, ...] = ()
 
     def more_at_most(self, amount: float) -> float:
-        """Return a bound on the energy share that ``amount`` more units of the budget add to ``kept``.
+        """Return a bound on the energy fraction that ``amount`` more units of the budget add to ``kept``.
 
         Weak duality: within a budget B + n no allocation keeps more than the bound at B plus λn
-        (``decisions/allocate/spending.py``). The share that is missing to 1 is a bound, too.
+        (``decisions/allocate/spending.py``). The fraction missing to 1 is also a bound.
         """
         slack = self.bound - self.kept if self.slack is None else self.slack
         return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)
@@ -201,14 +202,14 @@ class Certificate(WholeRecord):
 
 
 class Policies(Record):
-    """The ranks that different rules would give one layer; printed, not kept in a file.
+    """Ranks of one layer by several rules; printed, not written to a file.
 
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
-        ranks: Rank by rule; null where the rule cannot be applied to what was measured.
+        ranks: Rank by rule; null if the rule does not apply.
         complete: Whether all singular values were kept.
-        verdict: Whether the files can show this update.
+        verdict: Whether the files resolve this update.
     """
 
     record: Literal["policies"] = "policies"

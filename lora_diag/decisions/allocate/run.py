@@ -1,4 +1,4 @@
-"""``allocate``: where should rank go, and how far from the best is it?"""
+"""``allocate``: distribute ranks over layers, with a bound on the distance from the optimum."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
         memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
-        energy: No budget: the smallest rank of each layer with C(r) ≥ this share.
-        match: Budget: as many parameters as this adapter has.
+        energy: Instead of a budget: the smallest rank of each layer with C(r) ≥ this fraction.
+        match: Budget: the number of parameters of this adapter.
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer.
-        allowed_ranks: The only ranks a layer may have (besides 0), such as ``[8, 16, 32, 64]``.
+        allowed_ranks: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``.
         layers: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
         exclude: No layers whose name contains a match.
         layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
-            what ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures;
-            or what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
+            results of ``probe sensitivity``: the gain of each layer alone per energy at the trained rank; or results of
+            ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy maximized.
         portable: Give every layer rank 0 or one common rank (of ``allowed_ranks``, else powers of two and half-way
             between them): a config without patterns, which every program that serves the adapter scales alike.
-        relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
-        strategy: ``optimal``: the most energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the weights given, the
-            gains that ``probe sensitivity`` measured, or ‖ΔW‖/‖W‖.
+        relative: Count every layer's energy as 1: maximize Σ C(r) instead of Σ‖ΔW‖²C(r).
+        strategy: ``optimal``: maximum energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the given weights, the gains
+            of ``probe sensitivity``, or ‖ΔW‖/‖W‖.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
-        adapter_dtype: Of the adapter and its gradients; for ``memory_budget``.
-        allow_unfinished: Take an interrupted run for what it holds.
+        adapter_dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
+        allow_unfinished: Accept the results of an interrupted run.
         **options: ``AllocateOptions``.
 
     Returns:
-        One ``Allocation`` a layer, and in ``whole`` the ``Certificate``.
+        One ``Allocation`` per layer, and the ``Certificate`` in ``whole``.
 
     Raises:
         UsageError: No budget or several; the budget does not pay for what was asked; an option makes no sense.
@@ -89,9 +89,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         given[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
     )
     if method == "heuristic" and energy is not None:
-        raise UsageError(
-            "--strategy heuristic: divides a budget, and --energy is none; give --params or another budget"
-        )
+        raise UsageError("--strategy heuristic: needs a budget, and --energy is none; give --params or another budget")
     portable = given["portable"]
     if portable and (energy is not None or method == "heuristic"):
         other = "--energy" if energy is not None else "--strategy heuristic"
@@ -103,7 +101,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     found = _factors(weights, spectra, allow_unfinished)
     if found.losses is not None and relative:
         raise UsageError(
-            "--relative: counts every layer's energy as 1, and --layer-weights of probe fisher counts no energy"
+            "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
 
     def plan(constraints: Constraints) -> Allocated:
@@ -154,17 +152,17 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
 
 
 def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> tuple[Policies, ...]:
-    """Return the ranks that different rules would give each layer: energy, knee, effective rank, thresholds.
+    """Return the ranks of each layer by several rules: energy, knee, effective rank, thresholds.
 
     Args:
-        results: What ``spectrum`` measured, or the file it wrote.
-        allow_unfinished: Take an interrupted run for what it holds.
+        results: Results of ``spectrum``, or their file.
+        allow_unfinished: Accept the results of an interrupted run.
 
     Raises:
         InputError: The results cannot be read or are unfinished.
     """
     from lora_diag.decisions.allocate.policies import (
-        policies as rank_policies,  # SciPy's integrals, which nothing else needs
+        policies as rank_policies,  # deferred: imports SciPy's integration
     )
 
     spectra, _ = _spectra(results, allow_unfinished)
@@ -194,8 +192,8 @@ def write_allocation(
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
-        UsageError: The name says neither, or something else lies there; there is nothing to check.
-        InputError: It cannot be written, or PEFT cannot be told these ranks.
+        UsageError: The suffix is unknown, the path exists, or there is no config to check.
+        InputError: The file cannot be written, or PEFT cannot express these ranks.
     """
     path = Path(path)
     kind = kind_of_allocation(path, check, format)
@@ -207,7 +205,7 @@ def write_allocation(
         raise UsageError("--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable")
     config = peft_config(results, Scaling(scaling, rslora))
     if check is not None:
-        from lora_diag.models.peft_check import adapted_by_peft  # transformers takes seconds to import
+        from lora_diag.models.peft_check import adapted_by_peft  # deferred: importing transformers takes seconds
 
         compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
     text = json.dumps(config, indent=2) + "\n" if format == "peft" else written_for(format, config)
@@ -218,7 +216,7 @@ def kind_of_allocation(path: Path, check: Path | str | None = None, format: str 
     """Return what an allocation is written as, by the suffix of its file.
 
     Raises:
-        UsageError: The name says neither records nor a config; or records are to be checked by PEFT.
+        UsageError: The suffix is unknown, or PEFT cannot check records.
     """
     if format != "peft":
         kind, suffixes = (PYTHON, (".py",)) if format == "unsloth" else (YAML, (".yaml", ".yml"))
@@ -226,9 +224,9 @@ def kind_of_allocation(path: Path, check: Path | str | None = None, format: str 
             raise UsageError(f"-o {path}: --format {format} writes a file named *{suffixes[0]}")
         return kind
     if path.suffix not in {".json", ".jsonl"}:
-        raise UsageError(f"-o {path}: name it .json for a PEFT adapter_config, or .jsonl for the records")
+        raise UsageError(f"-o {path}: unknown suffix; use .json for a PEFT adapter_config, or .jsonl for records")
     if path.suffix == ".jsonl" and check is not None:
-        raise UsageError(f"--check: is for a PEFT config, and {path} gets records; name it adapter_config.json")
+        raise UsageError(f"--check: needs a PEFT config, but {path} gets records; name it adapter_config.json")
     return CONFIG if path.suffix == ".json" else RESULTS
 
 
@@ -240,10 +238,10 @@ def _budget(
     match: Path | str | None,
     training: Training,
 ) -> Budget:
-    """Return the one budget that was given.
+    """Return the one given budget.
 
     Raises:
-        UsageError: There is none, or more than one, or its amount makes no sense.
+        UsageError: Not exactly one budget is given, or its amount is invalid.
         InputError: The adapter to match cannot be read.
     """
     given = {
@@ -255,7 +253,7 @@ def _budget(
     }
     named = [option for option, value in given.items() if value is not None]
     if len(named) != 1:
-        raise UsageError(f"give one budget of {', '.join(given)}{f', not {len(named)}' if named else ''}")
+        raise UsageError(f"give exactly one budget of {', '.join(given)}{f', not {len(named)}' if named else ''}")
     option = f"{named[0]} {legible(str(given[named[0]]))}"
     if params is not None:
         return Budget("params", read_count(str(params), "--params"), option)
@@ -273,16 +271,18 @@ def _budget(
 
 
 def _params_of(path: Path | str) -> int:
-    """Return how many parameters the factors of an adapter have.
+    """Return the number of parameters of an adapter's factors.
 
     Raises:
-        InputError: It is no adapter that has factors of known size.
+        InputError: The path is not an adapter with factors of known size.
     """
     total = 0
     for weight in open_adapter(locate(path), "rank").weights():  # its scale is no parameter
         sizes = [size for size in weight.shape if size is not None]
         if weight.form != "factored" or weight.rank is None or len(sizes) != 2:
-            raise InputError(f"{path}: --match needs an adapter with factors; {weight.layer} has none of known size")
+            raise InputError(
+                f"{path}: {weight.layer} has no factors of known size; give --match an adapter with factors"
+            )
         total += weight.rank * sum(sizes)
     return total
 
@@ -291,7 +291,8 @@ def _read(path: Path | str) -> Results[Spectrum]:
     """Read spectra.
 
     Raises:
-        InputError: It cannot be read or holds something else; of measured weights, with how to use them.
+        InputError: The file cannot be read or holds other results; for measured weights, the message says how to use
+            them.
     """
     try:
         return read_results_of(Spectrum, path)
@@ -302,8 +303,8 @@ def _read(path: Path | str) -> Results[Spectrum]:
         sides = {side.role: side.path for side in reversed(run.inputs)}
         update = shlex.join([sides.get("base", "BASE"), sides.get("tuned", "TUNED")])
         raise InputError(
-            f"{legible(path)}: holds what loradiag {run.command} says a layer is worth, and no spectrum; "
-            f"measure one with loradiag spectrum {update} -o spectrum.jsonl, and give these as weights: loradiag "
+            f"{legible(path)}: holds results of loradiag {run.command}, which are weights, not spectra; measure "
+            f"spectra with loradiag spectrum {update} -o spectrum.jsonl, and use these as weights: loradiag "
             f"allocate spectrum.jsonl --layer-weights {shlex.quote(str(path))} and a budget"
         ) from None
 
@@ -313,8 +314,8 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
     path = "" if isinstance(results, Results) else legible(results)
     if spectra.end is None and not allow_unfinished:
         raise InputError(
-            f"{path or 'these results'}: the run did not finish, and layers it lacks would get no rank; finish it with "
-            "loradiag spectrum ... --resume, or go on with --allow-unfinished"
+            f"{path or 'these results'}: the run did not finish, and missing layers would get no rank; finish it "
+            "with loradiag spectrum ... --resume, or accept it with --allow-unfinished"
         )
     if not spectra.layers:
         raise InputError(f"{path or 'these results'}: hold no layer")
@@ -334,7 +335,7 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
 def _factors(
     given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
 ) -> Measured:
-    """Return the factor of every layer, or what takes the place of energies, and the results file that says so.
+    """Return the factor of every layer, or losses that replace energies, and their results file.
 
     Raises:
         UsageError: See ``_weights``.
@@ -346,10 +347,10 @@ def _factors(
 
 
 def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:
-    """Return the factor of every layer; names may leave off ``.weight``.
+    """Return the factor of every layer; names may omit ``.weight``.
 
     Raises:
-        UsageError: A name is that of no layer, a layer has no weight, or a weight is not a number from 0 up.
+        UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from 0 up.
         InputError: The file cannot be read.
     """
     if given is None:
@@ -363,11 +364,11 @@ def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Sp
     short = {record.layer.removesuffix(".weight"): record.layer for record in spectra}
     full = {record.layer for record in spectra}
     if unknown := [name for name in table if name not in short and name not in full]:
-        raise UsageError(f"{where}: {unknown[0]} is no layer of these results")
+        raise UsageError(f"{where}: {unknown[0]} is not a layer of these results")
     found = {short.get(name, name): float(value) for name, value in table.items()}
     if default is None and (lacking := [layer for layer in full if layer not in found]):
         raise UsageError(
             f"{where}: {len(lacking)} layers have no weight, such as {min(lacking)}; "
-            'name them, or give all others one under "default"'
+            'add them, or a weight for all others under "default"'
         )
     return {layer: found.get(layer, default if default is not None else 0.0) for layer in full}

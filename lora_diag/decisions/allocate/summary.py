@@ -1,4 +1,4 @@
-"""The terminal's answer to ``allocate``: which rank where, what that keeps, and how far from the best it can be."""
+"""Terminal output of ``allocate``: ranks by layer, energy kept, and distance from the optimum."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import named, number, percent, safe, short, span, strip
 
-# Differences of energy shares below these are called what they are. Words, not measurements: the number is beside them.
+# Differences of energy fractions below these are called "no gain" and "a small gain"; the value is printed, too.
 _HARDLY, _SMALL = 0.005, 0.02
 
-# So many layers are named in a sentence.
+# Maximum number of layers named in a statement.
 _NAMED = 3
 
 _CAPS = {
-    "signal_rank": "by their signal rank: what is beyond is rounding noise",
-    "values_kept": "by the values that --top kept: measure with a larger --top, or without",
+    "signal_rank": "by their signal rank, beyond which is rounding noise",
+    "values_kept": "by the values kept by --top: measure with a larger --top, or without",
     "update_rank": "by the rank of their own update",
     "break_even": "by break-even: a larger rank has more parameters than the matrix",
     "shape": "by their shape",
@@ -40,13 +40,13 @@ def allocation_table(
 
     Args:
         results: An allocation and its certificate.
-        width: Columns of the terminal; 80 are enough, 140 are used.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        then: The suggested next command, printed last.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
     more = []
@@ -60,7 +60,7 @@ def allocation_table(
 def _lines(results: Results[Allocation]) -> list[Statement]:
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
-        cut = "the file was cut short: its certificate is missing, layers perhaps, too; allocate again"
+        cut = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
         return [say("unfinished", "Warning", cut, level="failure")]
     lines = [
         say("allocated", "Allocated", *_allocated(results)),
@@ -85,16 +85,19 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
 
 
 def _note(results: Results[Allocation]) -> str:
-    """Say what energy is not."""
+    """State the limits of energy as a criterion."""
     told = {
-        "fisher": "F estimates what truncating each layer alone costs, on the text it was measured on; layers together "
-        "cost more or less than the sum: a held-out loss decides",
-        "data": "energy is what the update changes in the outputs on that text, not what the loss needs: a held-out "
-        "loss decides",
-        "kfac": "energy is K-FAC's estimate of what the update changes in the loss; a held-out loss decides",
-    }.get(_counted(results), "energy is how far weights moved, not what the loss needs: a held-out loss decides")
+        "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from "
+        "the sum: compare the held-out loss",
+        "data": "energy is the change of the outputs on that text, not the importance for the loss: compare the "
+        "held-out loss",
+        "kfac": "energy is the K-FAC estimate of the change of the loss: compare the held-out loss",
+    }.get(
+        _counted(results),
+        "energy is the size of the weight change, not the importance for the loss: compare the held-out loss",
+    )
     if any(record.cap and not record.rank for record in results):
-        told += "; a layer of rank 0 learns nothing: --min-rank gives each some, --relative counts all layers alike"
+        told += "; a layer of rank 0 learns nothing: --min-rank sets a minimum, --relative counts all layers equally"
     return told
 
 
@@ -102,12 +105,12 @@ def _allocated(results: Results[Allocation]) -> list[str]:
     given = [record for record in results if record.rank]
     how = []
     if results.run.settings.get("method") == "heuristic":
-        how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), as far as caps allow; not chosen for energy"]
+        how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
     lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
     if none := [record for record in results if not record.rank]:
         still = sum(record.fro == 0 for record in none)
         noise = sum(record.cap == 0 and record.fro > 0 for record in none)
-        why = [f"{still} did not move" if still else "", f"{noise} show only rounding noise" if noise else ""]
+        why = [f"{still} did not change" if still else "", f"{noise} are only rounding noise" if noise else ""]
         lines.append(
             f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
         )
@@ -122,7 +125,7 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
     left = certificate.budget - certificate.spent
     told = f"{asked}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, {left:,.0f} left"
     if not certificate.price:
-        told += "; every layer is at its cap, so the rest buys nothing"
+        told += "; every layer is at its cap, so a larger budget has no effect"
     return told if certificate.unit == "params" else f"{told}; {certificate.params:,} parameters"
 
 
@@ -144,59 +147,62 @@ def _portable(results: Results[Allocation]) -> list[str]:
 
 
 def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
-    """Name what is trained in full, and say what that costs."""
+    """Name the heads that are trained in full, with their cost."""
     names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
     paid = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
     task = task_type_of(results, names)
     return [
         f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {paid}",
-        f"task_type {task}, as the config of the fine-tune says"
+        f"task_type {task}, from the config of the fine-tune"
         if task
-        else "task_type: no config of the fine-tune tells it; set it in the PEFT config",
+        else "task_type: not in the config of the fine-tune; set it in the PEFT config",
     ]
 
 
 def _keeps(results: Results[Allocation], certificate: Certificate) -> list[str]:
     kept = f"{_points(certificate.kept)} of {_energy_of(results)}; "
     if certificate.unit == "energy":
-        best = f"as many parameters, spent freely, could keep {_points(certificate.bound)} at most"
+        best = f"an unconstrained choice with as many parameters could keep at most {_points(certificate.bound)}"
     elif certificate.optimal:
-        best = "nothing within budget and caps keeps more"
+        best = "optimal within budget and caps"
     else:
         best = (
-            f"nothing within budget and caps keeps more than {_points(certificate.bound)}: gap {_gap(certificate.gap)}"
+            f"the maximum within budget and caps is at most {_points(certificate.bound)}: gap {_gap(certificate.gap)}"
         )
     lines = [kept + best]
     if _counted(results) == "fisher":
         left = math.fsum(record.fisher or 0.0 for record in results)
-        lines.append(f"Σ½F = {number(left / 2)} nats a prediction is left beyond these ranks")
-    lines.append(f"ε_min = {number(certificate.epsilon_min)}: no adapter of these ranks comes closer to this update")
+        lines.append(f"Σ½F = {number(left / 2)} nats per prediction remain beyond these ranks")
+    lines.append(
+        f"ε_min = {number(certificate.epsilon_min)}: lower bound on the distance of any adapter of these ranks from "
+        "this update"
+    )
     if certificate.energy_error > 1e-4:
-        lines.append(f"the measured spectra are good to ±{percent(certificate.energy_error)}")
+        lines.append(f"the measured spectra have an error of ±{percent(certificate.energy_error)}")
     return lines
 
 
 def _energy_of(results: Results[Allocation]) -> str:
-    """Say what the shares are shares of."""
+    """Describe the energy that fractions refer to."""
     counted = _counted(results)
     if counted == "fisher":
-        return "ΣF(0), the Fisher of discarding all of the update"
+        return "ΣF(0), the Fisher information of discarding the whole update"
     weights = "weighted " if results.run.settings.get("weights") is not None else ""
     if results.run.settings.get("relative"):
         return f"the layers' {weights}energies (Σσ²), each counted as 1"
-    metric = {"data": ", in the metric of the data", "kfac": ", in K-FAC's metric"}.get(counted, "")
+    metric = {"data": ", in the data metric", "kfac": ", in K-FAC's metric"}.get(counted, "")
     return f"these layers' {weights}energy (Σσ²{metric})"
 
 
 def _counted(results: Results[Allocation]) -> str:
-    """Return what ranks were chosen by: ``fisher``, or the metric of the energies."""
+    """Return the criterion of the ranks: ``fisher``, or the metric of the energies."""
     if any(record.fisher is not None for record in results):
         return "fisher"
     return str(results.run.settings.get("metric", "weights"))
 
 
 def _against(baseline: Baseline, allocated: str) -> str:
-    """Compare another rule with the best ranks for exactly what it spent."""
+    """Compare another rule with the optimal ranks at the same cost."""
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
     gain = baseline.equal - baseline.kept
@@ -204,8 +210,8 @@ def _against(baseline: Baseline, allocated: str) -> str:
         ", no gain" if gain <= 0 else ", hardly a gain" if gain < _HARDLY else ", a small gain" if gain < _SMALL else ""
     )
     told = (
-        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} for "
-        f"as much, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
+        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} at the "
+        f"same cost, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
     )
     if baseline.lead is not None and baseline.lead_gain is not None:
         told += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
@@ -213,12 +219,12 @@ def _against(baseline: Baseline, allocated: str) -> str:
 
 
 def _price(certificate: Certificate) -> str:
-    """Bound what a further part of the budget keeps: one rank, or a power of ten small against what is spent."""
+    """Bound the gain of a further part of the budget: one rank, or a power of ten small against the cost."""
     if certificate.unit == "total_rank":
-        return f"one more rank in all keeps another {_points_up(certificate.more_at_most(1))} at most"
+        return f"one more rank keeps at most another {_points_up(certificate.more_at_most(1))}"
     part = 10 ** math.floor(math.log10(max(certificate.spent, 100) / 10))
     return (
-        f"{part:,.0f} more {_UNITS[certificate.unit]} keep another {_points_up(certificate.more_at_most(part))} at most"
+        f"{part:,.0f} more {_UNITS[certificate.unit]} keep at most another {_points_up(certificate.more_at_most(part))}"
     )
 
 
@@ -236,9 +242,9 @@ def _limits(results: Results[Allocation]) -> list[str]:
 
 
 def _left_out(results: Results[Allocation]) -> list[str]:
-    """Count what has no rank, and say which share of the whole change an adapter cannot reach so.
+    """Count layers without a rank, and state the fraction of the change that an adapter cannot reach.
 
-    In another metric than the weights' there is no such share: norms, biases and tables have no energy in it.
+    This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
@@ -248,29 +254,29 @@ def _left_out(results: Results[Allocation]) -> list[str]:
     if outside and results.run.settings.get("metric", "weights") == "weights":
         share = percent(outside / (inside + outside))
         unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
-        measured = " in what was measured" if unknown else ""
-        told.append(f"{share} of the whole change ‖Δ‖²{measured} lies there, out of this adapter's reach")
+        measured = " among the measured tensors" if unknown else ""
+        told.append(f"{share} of the whole change ‖Δ‖²{measured} is there, outside this adapter")
     if tables:
-        told.append(f"name {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
+        told.append(f"select {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
     return told
 
 
 def _warnings(results: Results[Allocation]) -> list[str]:
     told = []
     if any(record.source == "gradients" for record in results):
-        told.append("these are spectra of gradients: ranks for what a first-order step would learn, not for an update")
+        told.append("these are spectra of gradients: ranks for a first-order step, not for an update")
     if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
         told.append(
-            f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy is "
-            "not that of the update; measure the adapter or a float32 fine-tune"
+            f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy "
+            "is not that of the update; measure the adapter or a float32 fine-tune"
         )
     if any("did not finish" in note for side in results.run.inputs for note in side.notes):
-        told.append("the spectrum run did not finish: layers that it lacks have no rank")
+        told.append("the spectrum run did not finish: missing layers have no rank")
     return told
 
 
 def _points(share: float) -> str:
-    """Return a share as a percentage with two decimals: allocations differ in the second.
+    """Return a fraction as a percentage with two decimals, in which allocations differ.
 
     >>> _points(0.353812), _points(1.0)
     ('35.38%', '100.00%')
@@ -279,7 +285,7 @@ def _points(share: float) -> str:
 
 
 def _points_up(share: float) -> str:
-    """Return an upper bound as a percentage, rounded up: a rounded bound is one, too.
+    """Return an upper bound as a percentage, rounded up to remain a bound.
 
     >>> _points_up(0.001201), _points_up(0.0012)
     ('0.13%', '0.12%')

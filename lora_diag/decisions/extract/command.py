@@ -31,9 +31,9 @@ def extract(
     from lora_diag.decisions.extract.folder import OutputFolder
 
     if output is None:
-        raise UsageError("extract: name the adapter folder to write with -o")
+        raise UsageError("extract: no output given; name the adapter folder with -o")
     OutputFolder(output, (), given["overwrite"], given["resume"])
-    # torch comes with it: not before it is needed
+    # deferred: imports torch
     from lora_diag.decisions.extract.run import extract as write
     from lora_diag.decisions.extract.summary import extraction_table
 

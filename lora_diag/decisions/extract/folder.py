@@ -1,8 +1,8 @@
-"""Where ``extract`` writes: a folder that grows beside the target and takes its place when it is whole.
+"""The output folder of ``extract``, written beside its target and renamed when complete.
 
-While it grows, ``NAME.part`` holds the records measured so far and the factors of each layer in a file of its own, so
-that an interrupted extraction goes on behind the last layer. The model card comes last: with it, the adapter is whole.
-Nothing that this command did not write is ever removed.
+Until then, ``NAME.part`` holds the records so far and one file of factors per layer, so that an interrupted extraction
+resumes after the last layer. The model card is written last and marks a complete adapter. Files that this command did
+not write are never removed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class OutputFolder:
     """The folder of one extraction; a subclass names the files of another command.
 
     Args:
-        final: Where the adapter will be.
-        inputs: What it is made of.
-        overwrite: Whether an adapter that is there may be replaced.
-        resume: Whether to go on with what an interrupted extraction left beside it.
+        final: Path of the adapter.
+        inputs: Input paths.
+        overwrite: Whether an existing adapter may be replaced.
+        resume: Whether to resume an interrupted extraction.
 
     Attributes:
-        finished: It was interrupted when all was done: only its records are to be told.
-        whole: Its files are all written, if perhaps not yet in their place.
+        finished: All work was done when it was interrupted: only its records remain to be reported.
+        whole: All files are written, possibly not yet at their final path.
 
     Raises:
-        UsageError: Something is there that would be lost.
+        UsageError: The path exists and may not be replaced.
         InputError: The folder cannot be created.
     """
 
@@ -59,12 +59,12 @@ class OutputFolder:
             self.work = self.final
         self.whole = resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
         if any(os.path.realpath(path) == str(self.final) for path in inputs):
-            raise UsageError(f"{final}: is an input; give -o another folder")
+            raise UsageError(f"{final}: is an input; choose another folder for -o")
         self._check_final()
         if self.work.exists() and not resume:
             if not overwrite:
                 raise UsageError(
-                    f"{self.work}: holds {self.what} that did not finish; continue it with --resume, or delete it first"
+                    f"{self.work}: holds {self.what} that did not finish; continue it with --resume, or delete it"
                 )
             self._check_ours(self.work)
 
@@ -72,31 +72,31 @@ class OutputFolder:
         if not self.final.exists():
             return
         if not self.final.is_dir():
-            raise UsageError(f"{self.final}: is a file; give -o the name of a folder for the adapter")
+            raise UsageError(f"{self.final}: is a file; give -o a folder for the adapter")
         if any(self.final.iterdir()) and not self.finished:
             if not self._overwrite:
                 raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
             self._check_ours(self.final)
 
     def _check_ours(self, folder: Path) -> None:
-        """Refuse to replace a folder that this command did not write, or with anything else in it.
+        """Refuse to replace a folder that this command did not write, or that has other files in it.
 
-        An adapter that somebody trained has files of the same names, but not the records and not the factors by layer.
+        A trained adapter has files of the same names, but no records and no factors by layer.
         """
         names = {path.name for path in folder.iterdir()}
         if not names & {self.records_name, FACTORS}:
             raise UsageError(f"{folder}: is not {self.what}, so it is not replaced; choose another folder")
         if foreign := sorted(names - self.ours - {FACTORS, SPECTRA}):
-            raise UsageError(f"{folder}: holds {foreign[0]}, which is not of {self.what}; choose another folder")
+            raise UsageError(f"{folder}: holds {foreign[0]}, which is not a file of {self.what}; choose another folder")
 
     @property
     def records(self) -> Path:
-        """The results file, while the folder grows."""
+        """The results file while the folder is incomplete."""
         return self.work / self.records_name
 
     @property
     def spectra(self) -> Path:
-        """Where the spectra lie that a budget is spent on, while the folder grows."""
+        """The file of spectra for a budget, while the folder is incomplete."""
         return self.work / SPECTRA
 
     def factors(self, index: int) -> Path:
@@ -104,11 +104,11 @@ class OutputFolder:
         return self.work / FACTORS / f"{index:06d}.safetensors"
 
     def open(self) -> None:
-        """Create the folder beside the target, if this was not done before.
+        """Create the folder beside the target, if it does not exist yet.
 
         Raises:
-            UsageError: Another process is writing what is in the way.
-            InputError: It cannot be created.
+            UsageError: Another process is writing the folder.
+            InputError: The folder cannot be created.
         """
         if self.whole:
             return
@@ -127,10 +127,10 @@ class OutputFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(self, card: str) -> None:
-        """Put the finished folder in its place, without the files that only resuming needs.
+        """Move the finished folder to its target, without the files needed only for resuming.
 
         Raises:
-            InputError: It cannot be put there.
+            InputError: The folder cannot be moved.
         """
         if self.finished:
             return
@@ -149,5 +149,7 @@ class OutputFolder:
         except OSError as error:
             if old.exists() and not self.final.exists():
                 old.rename(self.final)
-            raise InputError(f"{self.final}: cannot be written: {error.strerror}; {self.work} holds it") from error
+            raise InputError(
+                f"{self.final}: cannot be written: {error.strerror}; the adapter is in {self.work}"
+            ) from error
         shutil.rmtree(old, ignore_errors=True)

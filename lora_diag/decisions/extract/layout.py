@@ -1,4 +1,4 @@
-"""What ``extract`` does with each tensor of a pair: factors, the whole of it, or a line that says why neither."""
+"""The treatment of each tensor by ``extract``: factors, stored in full, or skipped with a reason."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ RESIZED = "its vocabulary was resized"
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything goes.
+    """The treatment of all tensors.
 
     Args:
-        base: The checkpoint before.
+        base: Base checkpoint.
         model: Its names in memory.
-        pairing: What is compared, and what is not.
-        targets: What each layer with factors is to PEFT.
-        refused: Why the other matrices have none.
-        save: Whether to store in full what no factor carries.
-        portable: Whether the adapter has one rank for all, and only what every program scales alike.
+        pairing: Compared layers, and skipped tensors.
+        targets: PEFT's view of each layer with factors.
+        refused: Reasons for matrices without factors.
+        save: Whether to store tensors without factors in full.
+        portable: Whether the adapter has one rank for all layers, and only parts that all programs scale alike.
     """
 
     base: Checkpoint
@@ -47,11 +47,12 @@ class Plan:
     portable: bool = False
 
     def notes(self) -> tuple[str, ...]:
-        """Return what someone who loads the adapter should know."""
+        """Return notes for users of the adapter."""
         untried = self.model.type and self.model.type not in TRIED_MODELS and not self.model.names_are_told
         note = (
-            f"model type {self.model.type!r} has not been tried with PEFT: its names on disk are taken for those in "
-            "memory, and PEFT drops what it does not find; watch for missing adapter keys when it loads the adapter"
+            f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
+            "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
+            "adapter"
         )
         return ((note,) if untried else ()) + self._tied()
 
@@ -60,10 +61,10 @@ class Plan:
         target = self.targets.get(table or "")
         if target is None or target.kind != "embedding" or not CAUSAL.search(self._architecture()):
             return ()
-        return (f"{table} is tied to the head: only merged does its update reach the head, too",)
+        return (f"{table} is tied to the head: its update reaches the head only after merging",)
 
     def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
-        """Yield the records of everything without factors, with the norm of its change where it has one."""
+        """Yield the records of tensors without factors, with the norm of their change if it has one."""
         for record in without_rank(self.pairing, layout, device):
             yield self._saved(record)
         for delta in self.pairing.deltas:
@@ -71,7 +72,7 @@ class Plan:
                 yield self._saved(left_out_matrix(delta, self.refused[delta.layer], device))
 
     def _saved(self, record: LeftOut) -> LeftOut:
-        """Return a record as it is, or as that of a tensor that is stored in full."""
+        """Return a record unchanged, or as that of a tensor stored in full."""
         if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
             return record
         if not can_be_saved(self._name(record.layer), self.base, self.model):
@@ -79,20 +80,20 @@ class Plan:
         return record.model_copy(update={"reason": "saved", "detail": f"{record.detail}; stored in full"})
 
     def _name(self, layer: str) -> str:
-        """Return the tensor of BASE that a layer is."""
+        """Return the tensor of BASE for a layer."""
         return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
 
     def write(self, folder: Path, results: Results[Any], files: Mapping[str, Path], base_name: str) -> None:
-        """Write the adapter's two files, and hold what is in them against what was measured.
+        """Write the adapter's two files, read them back, and compare them with the measured factors.
 
         Args:
-            folder: It is there.
-            results: The rank of each layer, 0 for none, and what is saved in full.
+            folder: An existing folder.
+            results: The rank of each layer, 0 for none, and the tensors saved in full.
             files: The factors of every layer.
             base_name: For the config.
 
         Raises:
-            InputError: They cannot be written, or read back as something else.
+            InputError: The files cannot be written, or differ when read back.
         """
         parts = [
             Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results if record.rank
@@ -122,7 +123,7 @@ class Plan:
 
 
 def _with_owners(module: str) -> Iterator[str]:
-    """Yield a module and those it is in: ``blocks.0`` is one, too, and a target ``0`` would mean it.
+    """Yield a module and its parents: a target ``0`` also matches ``blocks.0``.
 
     >>> list(_with_owners("visual.blocks.0"))
     ['visual.blocks.0', 'visual.blocks', 'visual']
@@ -135,13 +136,13 @@ def _with_owners(module: str) -> Iterator[str]:
 def plan(
     base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool, portable: bool = False, given: Given = None
 ) -> Plan:
-    """Say where everything goes.
+    """Decide on the treatment of all tensors.
 
     Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after or an adapter, whose own names of modules are kept.
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint or an adapter, whose own names of modules are kept.
         pairing: What is compared.
-        save: Whether to store in full what no factor carries.
+        save: Whether to store tensors without factors in full.
         portable: Whether only what every program scales alike gets factors.
         given: α of an adapter whose files give none.
 
@@ -158,7 +159,7 @@ def plan(
             continue
         found = RESIZED if save and delta.layer in resized else model.target(delta)
         if portable and isinstance(found, Target) and found.kind == "parameter":
-            found = "stacked experts, which have no place in a portable adapter"
+            found = "stacked experts, which a portable adapter cannot hold"
         if isinstance(found, Target):
             targets[delta.layer] = found
         else:
@@ -173,6 +174,6 @@ def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
         other = first.setdefault((target.module, target.expert, target.half), layer)
         if other != layer:
             raise InputError(
-                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication makes them, and no "
-                "adapter of BASE holds both: use this adapter as it is, or leave one of them out with --exclude"
+                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication does, and no adapter "
+                "of BASE holds both; use this adapter unchanged, or exclude one of them with --exclude"
             )

@@ -1,4 +1,4 @@
-"""One layer's ΔW → the factors of its best update of a rank, and their error as they were stored."""
+"""Extraction of one layer: ΔW → factors of its best update of a rank, and the error of the stored factors."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 
-# Singular values below this share of the largest are those of a matrix of lower rank, and get no column.
+# Singular values below this fraction of the largest are rounding of a lower rank, and get no column.
 NUMERICALLY_ZERO = 1e-10
 
 # Dtypes that PEFT reads.
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Takes B and A, stores them, and returns them as they are stored.
+# Takes B and A, stores them, and returns them as stored.
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """How the rank of a layer is found; one of the three.
+    """The rule for the rank of a layer; exactly one field is set.
 
     Args:
-        at_most: r itself, or less where the matrix or its rank is smaller.
-        energy: The smallest r with C(r) ≥ this share.
+        at_most: r, or less if the matrix or its rank is smaller.
+        energy: The smallest r with C(r) ≥ this fraction.
         signal: Whether r is the number of singular values above the rounding noise of the files.
     """
 
@@ -59,10 +59,10 @@ class Rank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractionSettings(LayerSettings):
-    """How factors are computed and stored.
+    """Computation and storage of factors.
 
     Args:
-        dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         recover: Whether to factor the estimated update before rounding where its directions are significant.
     """
@@ -74,13 +74,13 @@ class ExtractionSettings(LayerSettings):
 
 @dataclass(frozen=True, slots=True)
 class Layer(LayerTask):
-    """One matrix, and what PEFT takes it for.
+    """One matrix, and its place in PEFT.
 
     Args:
         module: PEFT's name.
-        kind: What that module is.
-        transposed: Whether PEFT's B·A is ΔWᵀ of what is stored.
-        rank: How its rank is found.
+        kind: Kind of the module.
+        transposed: Whether PEFT's B·A is the transpose of the stored ΔW.
+        rank: The rule for its rank.
         weighting: Second moment of its inputs, for factors that are best in the metric of the data; None for the
             Frobenius norm.
     """
@@ -93,7 +93,7 @@ class Layer(LayerTask):
 
 
 def size(layer: Layer, settings: ExtractionSettings) -> int:
-    """Return about how many bytes factoring a layer takes: ΔW, and what the metric of the data adds."""
+    """Estimate the memory of factoring a layer in bytes: ΔW, and the data metric."""
     cells = recovery_bytes(layer.shape) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
     return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer) + cells
 
@@ -103,7 +103,7 @@ def _weighing(layer: Layer) -> int:
 
 
 def _allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
-    """Return what ΔW may take; where the rank follows from all values, with as many vectors."""
+    """Return the memory available for ΔW; if the rank depends on all values, with as many vectors."""
     if settings.memory is None:
         return None
     return Allowance(settings.memory - _weighing(layer), settings.method, layer.rank.at_most or None, vectors=True)
@@ -113,19 +113,18 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
     """Factor one ΔW by its truncated singular value decomposition, ΔW ≈ U_r Σ_r V_rᵀ = B·A.
 
     In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A = U_rU_rᵀΔW has the
-    smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, which no matrix of rank r is nearer to. No root of C
-    is inverted, so C may be singular and nothing is damped. With K·Kᵀ = G on the other side, B·A =
-    K^{-T}U_rU_rᵀKᵀΔW with U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G
-    above 1e-7 of the largest.
+    smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, the nearest matrix of rank r. No root of C is
+    inverted, so C may be singular and no damping is needed. With K·Kᵀ = G on the other side, B·A = K^{-T}U_rU_rᵀKᵀΔW
+    with U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G above 1e-7 of the
+    largest.
 
     Args:
         layer: The layer.
-        settings: How.
-        store: Puts B ``(out, r)`` and A ``(r, in)``, in PEFT's orientation, into a file, and returns them as they are
-            there.
+        settings: Settings of the extraction.
+        store: Writes B ``(out, r)`` and A ``(r, in)``, in PEFT's orientation, to a file, and returns them as stored.
 
     Returns:
-        The record, with ε of what was stored; or why there are no factors: an entry that is not finite, rank 0.
+        The record, with ε of the stored factors; or why there are none: an entry that is not finite, or rank 0.
 
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
@@ -161,7 +160,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         )
     )
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-        way_out = "leave it out with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
+        way_out = "exclude it with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
         raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {way_out}")
     if layer.transposed:
         b, a = a.T, b.T
@@ -212,7 +211,7 @@ def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
 
 
 def _projected(change: Change, best: Factors, rank: int, weighed: Weighed) -> Factors:
-    """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ where C belongs to the rows.
+    """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ if C belongs to the rows.
 
     With K·Kᵀ = G on the other side, of K^{-T}U_rU_rᵀKᵀΔW, or of ΔW·K·V_rV_rᵀK^{-1}.
     """
@@ -236,7 +235,7 @@ def _projected(change: Change, best: Factors, rank: int, weighed: Weighed) -> Fa
 
 
 def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
-    """Return what the stored factors cost in the metric of the data."""
+    """Return the error of the stored factors in the data metric."""
     kept = float(_curve(best, rank)[-1])
     written = Change(None, None, factors=factors)
     for root in weighed.roots:
@@ -256,7 +255,7 @@ def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, 
 def _decompose(
     change: Change, layer: Layer, settings: ExtractionSettings, weighed: Weighed | None, hidden: Hidden | None
 ) -> tuple[Factors, Factors]:
-    """Return the singular values and vectors that are kept, and the values from which their number follows."""
+    """Return the kept singular values and vectors, and all values that determine their number."""
     limit = min(layer.shape)
     if layer.rank.at_most is not None:
         found = _vectors(change, min(layer.rank.at_most, limit), settings)
@@ -311,7 +310,7 @@ def _gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
 
 
 def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
-    """Return the record of a matrix that no factors can carry, with the norm of its change."""
+    """Return the record of a matrix without factors, with the norm of its change."""
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)
@@ -326,15 +325,15 @@ def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
 
 
 def _without_factors(layer: Layer, change: Change, fro: float, measured: float) -> LeftOut:
-    """Say why a layer gets no factors, given ‖ΔW‖_F and its norm in the metric of the data."""
+    """Return why a layer has no factors, given ‖ΔW‖_F and its norm in the data metric."""
     if fro == 0.0:
         detail = "its update is zero"
     elif measured == 0.0:
-        detail = "its update changes nothing in its output on this text"
+        detail = "its update does not change its output on this text"
     elif layer.rank.signal:
-        detail = "no singular value stands above the rounding noise of the files"
+        detail = "no singular value is above the rounding noise of the files"
     else:
-        detail = "rank 0 was given to it"
+        detail = "its allocated rank is 0"
     return LeftOut(
         layer=layer.layer,
         shape=layer.shape,

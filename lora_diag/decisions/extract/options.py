@@ -28,19 +28,21 @@ class ExtractOptions(FolderOptions, total=False):
     params: Annotated[str | int | None, PARAMS]
     allocation: Annotated[
         Path | str | None,
-        Option(None, "Ranks by allocate: results or adapter_config.json.", "FILE", panel=INPUTS, aliases=("--ranks",)),
+        Option(
+            None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS, aliases=("--ranks",)
+        ),
     ]
     signal: Annotated[bool, Option(False, "Rank: singular values above the files' rounding noise.")]
     recover: Annotated[bool, RECOVER]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
-    split: Annotated[str, Option("both", "√Σ in both factors, or all of Σ in B.", "both|b")]
+    split: Annotated[str, Option("both", "√Σ in both factors, or Σ in B.", "both|b")]
     adapter_dtype: Annotated[str, ADAPTER_DTYPE]
     unfactored: Annotated[
         str,
         Option(
             "list",
-            "Tensors without factors: list, or store in full.",
+            "Tensors without factors: list them, or store them in full.",
             "list|save",
             panel=OUTPUT,
             aliases=("--rest",),
@@ -53,7 +55,7 @@ class ExtractOptions(FolderOptions, total=False):
         Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
     ]
     base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and card; default its path.", "NAME", panel=OUTPUT)
+        str | None, Option(None, "Name of BASE in config and model card; default its path.", "NAME", panel=OUTPUT)
     ]
     sweep: Annotated[Path | str | None, SWEEP]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

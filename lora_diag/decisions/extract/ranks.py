@@ -1,4 +1,4 @@
-"""Which rank each layer gets: one number for all, a rule, or what ``allocate`` decided."""
+"""The rank of each layer: one value for all, a rule, or an allocation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results, is_results_file
 
-WAYS = "--rank R, --energy SHARE, --params N, --allocation FILE or --signal"
+WAYS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How ranks were asked for; one of the five.
+    """The requested rule for ranks; exactly one field is set.
 
     Args:
         rank: The same for every layer.
-        energy: Share of each layer's energy to keep.
-        params: Parameters of the whole adapter.
+        energy: Fraction of each layer's energy to keep.
+        params: Number of parameters of the whole adapter.
         allocation: File with the rank of every layer.
-        signal: As many as stand above the files' rounding noise.
+        signal: Number of singular values above the files' rounding noise.
     """
 
     rank: int | None = None
@@ -38,21 +38,21 @@ class Asked:
     signal: bool = False
 
     def check(self) -> None:
-        """Refuse what makes no sense.
+        """Check the options.
 
         Raises:
-            UsageError: None or several are given, or a number is out of range.
+            UsageError: Not exactly one is given, or a number is out of range.
         """
         given = [value for value in (self.rank, self.energy, self.params, self.allocation) if value is not None]
         if len(given) + self.signal != 1:
-            raise UsageError(f"extract: say with exactly one option how ranks are chosen: {WAYS}")
+            raise UsageError(f"extract: ranks need exactly one option; give {WAYS}")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"--energy {self.energy}: is a share of the energy, above 0 and up to 1")
+            raise UsageError(f"--energy {self.energy}: must be a fraction above 0 and up to 1")
 
     def words(self) -> str:
-        """Return the option as it was typed."""
+        """Return the option as typed."""
         if self.signal:
             return "--signal"
         name, value = next(
@@ -64,12 +64,12 @@ class Asked:
 
 
 def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[], Results[Spectrum]]) -> dict[str, Rank]:
-    """Return how the rank of every layer is found.
+    """Return the rule for the rank of every layer.
 
     Args:
-        asked: What the user said.
-        targets: What each layer is to PEFT.
-        spectra: Measures the spectra of all layers; called if a budget has to be spent on them.
+        asked: The requested rule.
+        targets: PEFT's view of each layer.
+        spectra: Measures the spectra of all layers; used for a budget.
 
     Raises:
         InputError: The file of ranks cannot be read, or does not belong to these layers.
@@ -79,7 +79,7 @@ def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[],
         measured = spectra()
         reachable = tuple(record.before_rounding() for record in measured if record.layer in targets)
         budget = Budget("params", asked.params, f"--params {asked.params}")
-        # Heads are layers here: what gets no factors is lost, unless --unfactored save keeps all of it.
+        # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
         given = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
     elif asked.allocation is not None:
         given = _read(Path(asked.allocation), targets)
@@ -96,8 +96,8 @@ def _read(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     unknown = sorted(layer for layer, rank in ranks.items() if rank and layer not in targets)
     if unknown:
         raise InputError(
-            f"{path}: gives a rank to {len(unknown)} layers that are not here, such as {unknown[0]}; layers here have "
-            f"names like {next(iter(targets), '(none)')}. Was it made for another pair, or are --layers and --exclude "
-            "not the same?"
+            f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but layers have names "
+            f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same --layers and "
+            "--exclude"
         )
     return ranks

@@ -13,16 +13,16 @@ from lora_diag.records.vocabulary import Hidden, Resolution, noise_mark
 
 
 class OnData(Record):
-    """What the factors of one layer cost in the metric of the data, E‖· x‖² = ‖·C^½‖_F², or in that of K-FAC.
+    """Error of one layer's factors in the data metric, E‖· x‖² = ‖·C^½‖_F², or in the K-FAC metric.
 
     Args:
-        metric: ``data``; or ``kfac``, where every ‖·C^½‖ here is ‖G^½·C^½‖.
+        metric: ``data``; or ``kfac`` with ‖G^½·C^½‖ instead of ‖·C^½‖.
         fro: ‖ΔW·C^½‖_F.
-        kept: Share of ‖ΔW·C^½‖_F² that the best update of this rank keeps.
+        kept: Fraction of ‖ΔW·C^½‖_F² that the best update of this rank keeps.
         energy_error: Bound on the error of ``kept``.
-        epsilon: ‖(ΔW − B·A)C^½‖_F / ‖ΔW·C^½‖_F of the factors as they are in the file.
-        epsilon_min: √(1 − kept), the smallest of any update of this rank, as far as ``energy_error``; these factors
-            reach it but for rounding.
+        epsilon: ‖(ΔW − B·A)C^½‖_F / ‖ΔW·C^½‖_F of the stored factors.
+        epsilon_min: √(1 − kept), the smallest of any update of this rank up to ``energy_error``; these factors attain
+            it up to rounding.
     """
 
     metric: Literal["data", "kfac"] = "data"
@@ -39,7 +39,7 @@ class OnData(Record):
 
 
 def _signal(records: Sequence[Extraction]) -> int | str | None:
-    """Return the median signal rank; ``≥`` the ranks stored where all values that were kept are above the noise."""
+    """Return the median signal rank, with ``≥`` if all kept values are above the noise."""
     merged = [record for record in records if record.method != "factored"]
     known = [record.resolution.signal_rank for record in merged if record.resolution.signal_rank is not None]
     if len(known) < len(merged):
@@ -53,29 +53,30 @@ def _mark(records: Sequence[Extraction]) -> str:
 
 
 class Extraction(LayerRecord):
-    """The factors that were written for one layer, and what they cost.
+    """The factors written for one layer, and their error.
 
     Args:
         layer: The weight's name in BASE.
-        shape: ``(out, in)`` as BASE stores it.
-        module: PEFT's name for what the factors sit on; of ``parameter``, the parameter's own path.
-        kind: What PEFT takes it for.
+        shape: ``(out, in)`` as stored in BASE.
+        module: PEFT's name of the adapted module; for ``parameter``, the parameter's own path.
+        kind: Its kind in PEFT.
         rank: r.
         params: r·(out + in).
-        kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy share that the best update of this rank keeps.
+        kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy fraction that the best update of this rank keeps.
         energy_error: Bound on the error of ``kept``.
-        epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the factors as they are in the file, in their dtype.
-        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young), as far as ``energy_error``.
+        epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the stored factors in their dtype.
+        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young), up to ``energy_error``.
         fro: ‖ΔW‖_F.
-        base_fro: ‖W_base‖_F; null for an update known by its factors, for which W_base is not read.
-        dtype: In which the factors are stored.
-        method: What computed the singular vectors.
-        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
-        resolution: What the files' rounding lets one see of ΔW.
+        base_fro: ‖W_base‖_F; null for an update given by factors, for which W_base is not read.
+        dtype: Dtype of the stored factors.
+        method: Method of the singular vectors.
+        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
+            fits.
+        resolution: Resolution of ΔW under the rounding of the files.
         hidden: The update before rounding, where it was asked for; where its ``status`` is ``recovered``, the factors
             are of its estimate E[X | cells], and ``fro``, ``kept`` and both ε are of that in place of ΔW.
-        data: The same in the metric of the data, for which the factors were chosen to be best; ``epsilon`` is then
-            above ``epsilon_min``. Null where they are best in the Frobenius norm.
+        data: The error in the data metric, if the factors are optimal in it; ``epsilon`` is then above ``epsilon_min``.
+            Null if they are optimal in the Frobenius norm.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -87,8 +88,8 @@ class Extraction(LayerRecord):
         Shown(
             "retained",
             "kept",
-            "share of the energy ‖ΔW‖² that the factors keep",
-            axis="energy share kept",
+            "fraction of the energy ‖ΔW‖² that the factors keep",
+            axis="energy fraction kept",
             share=True,
             main=True,
             pool=lambda records: pooled_kept(records),
@@ -120,7 +121,7 @@ class Extraction(LayerRecord):
         Shown(
             "data.least_epsilon",
             "floor data",
-            "lower bound on that ε for an update of this rank",
+            "lower bound on this ε for an update of this rank",
             pool=lambda records: pooled_data(records, "least_epsilon"),
             drop=2,
             terminal=True,
@@ -134,8 +135,8 @@ class Extraction(LayerRecord):
             terminal=True,
             mark=_mark,
         ),
-        Shown("kind", "kind", "what PEFT takes the layer for", pool="each", drop=5, terminal=True, wide=True),
-        Shown("solver", "solver", "what computed the singular vectors", pool="each", drop=7, terminal=True, wide=True),
+        Shown("kind", "kind", "method of the singular vectors", pool="each", drop=5, terminal=True, wide=True),
+        Shown("solver", "solver", "kind of the layer in PEFT", pool="each", drop=7, terminal=True, wide=True),
     )
     record: Literal["extraction"] = "extraction"
     layer: str
@@ -174,12 +175,12 @@ class Extraction(LayerRecord):
 
     @property
     def retained(self) -> Share:
-        """Share of ‖ΔW‖_F² that these factors keep: ``kept``, or 1 − ε² where they are best in another metric."""
+        """Fraction of ‖ΔW‖_F² that these factors keep: ``kept``, or 1 − ε² if they are optimal in another metric."""
         return self.kept if self.data is None else max(0.0, 1 - self.epsilon**2)
 
     @property
     def signal_rank(self) -> int | None:
-        """``resolution.signal_rank``; None for an update by its factors: no rounding of merged weights in between."""
+        """``resolution.signal_rank``; None for an update given by factors, without rounding of merged weights."""
         return None if self.method == "factored" else self.resolution.signal_rank
 
     @property
@@ -189,19 +190,19 @@ class Extraction(LayerRecord):
 
 
 def pooled(records: Sequence[Extraction], field: Literal["epsilon", "epsilon_min", "least_epsilon"]) -> float:
-    """Return an error of several layers together, as of ε = √(Σ‖ΔW − B·A‖² / Σ‖ΔW‖²)."""
+    """Return a pooled error of several layers, as ε = √(Σ‖ΔW − B·A‖² / Σ‖ΔW‖²)."""
     gaps = (getattr(record, field) * record.fro for record in records)
     return math.hypot(*gaps) / math.hypot(*(record.fro for record in records))
 
 
 def pooled_data(records: Sequence[Extraction], field: Literal["epsilon", "least_epsilon"]) -> float | None:
-    """Return an error in the metric of the data of several layers together; None where none has one."""
+    """Return a pooled error in the data metric of several layers; None if no layer has one."""
     found = [record.data for record in records if record.data is not None]
     total = math.hypot(*(data.fro for data in found))
     return math.hypot(*(getattr(data, field) * data.fro for data in found)) / total if total else None
 
 
 def pooled_kept(records: Sequence[Extraction]) -> float:
-    """Return the energy share that is kept of several layers together."""
+    """Return the pooled energy fraction kept of several layers."""
     total = math.fsum(record.fro**2 for record in records)
     return min(1.0, math.fsum(record.retained * record.fro**2 for record in records) / total)

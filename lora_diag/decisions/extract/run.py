@@ -1,4 +1,4 @@
-"""``extract``: the best adapter of given ranks for an update, written as PEFT reads it."""
+"""``extract``: write the best adapter of given ranks for an update in PEFT's format."""
 
 from __future__ import annotations
 
@@ -53,42 +53,42 @@ def extract(
     r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
 
     In every layer B·A = U_r Σ_r V_rᵀ, the nearest matrix of rank r to ΔW in the Frobenius and the spectral norm (Eckart
-    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the factors as they are in the file, in their dtype.
+    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the stored factors in their dtype.
 
     Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after; or an adapter, which is compressed again without ever forming B·A.
-        output: Adapter folder to write. It grows as ``NAME.part`` and takes its place when it is whole.
-        rank: r of every layer; less where a matrix is smaller.
-        energy: The smallest r of each layer with C(r) ≥ this share.
-        params: Parameters of the whole adapter, such as ``"10M"``, spent as ``allocate`` would.
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint; or an adapter, which is compressed again without ever forming B·A.
+        output: Adapter folder to write. It is written as ``NAME.part`` and renamed when complete.
+        rank: r of every layer; less if a matrix is smaller.
+        energy: The smallest r of each layer with C(r) ≥ this fraction.
+        params: Number of parameters of the adapter, such as ``"10M"``, allocated as by ``allocate``.
         allocation: Results file of ``allocate``, or an ``adapter_config.json``.
         signal: r is the number of singular values above the files' rounding noise.
         recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding hides it and its
             directions are significant, see ``recover``; the other layers as without this option.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
             then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
-            ``params`` and ``signal`` count in that metric. Layers without a C are factored as without this option.
-        kfac: Make ‖G^½(ΔW − B·A)C^½‖ smallest instead, with G = E[ggᵀ] of the output gradients in the same file:
-            K-FAC's estimate of what the factors miss of the loss.
+            ``params`` and ``signal`` refer to that metric. Layers without C are factored as without this option.
+        kfac: Minimize ‖G^½(ΔW − B·A)C^½‖ instead, with G = E[ggᵀ] of the output gradients in the same file: the K-FAC
+            estimate of the loss that the factors miss.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        adapter_dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
-        unfactored: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list
-            it.
-        portable: Write one rank for all layers, factors of a lower one filled up with zeros: an adapter that every
-            program scales alike, see ``portability``. Stacked experts are left out.
+        adapter_dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        unfactored: ``save`` to store tensors without factors in full (norms, biases, resized tables), ``list`` to list
+            them.
+        portable: Write one rank for all layers, with smaller factors padded with zeros: an adapter that every program
+            scales alike, see ``portability``. Stacked experts are skipped.
         format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
-        base_name: The base model's name for config and model card; by default ``base`` as it was given.
-        sweep: Results of ``probe sweep``, whose best learning rate the model card names.
-        overwrite: Replace an adapter that is in ``output``.
+        base_name: The base model's name for config and model card; default ``base`` as given.
+        sweep: Results of ``probe sweep``, source of the learning rate in the model card.
+        overwrite: Replace an existing adapter in ``output``.
         **options: ``ExtractOptions``.
 
     Returns:
-        The records that are also in ``extraction.jsonl`` of the folder. Layers whose entries are not finite are in
+        The records, also in ``extraction.jsonl`` of the folder. Layers with entries that are not finite are in
         ``left_out`` and not in the adapter.
 
     Raises:
-        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        UsageError: An option is invalid, or ``output`` exists and may not be replaced.
         InputError: An input cannot be read, or the adapter cannot be written.
         NothingComparedError: The sides have no weight in common, or no layer gets factors.
 
@@ -146,7 +146,7 @@ def extract(
     except UsageError as error:
         if not folder.spectra.exists():
             raise
-        raise UsageError(f"{error}; the spectra are kept in {folder.work}: --resume with another budget") from error
+        raise UsageError(f"{error}; the spectra are kept in {folder.work}: use --resume with another budget") from error
     tasks = [
         Layer(
             _without_base(delta),
@@ -160,7 +160,7 @@ def extract(
         if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
     ]
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
-    run.layout(tasks)  # refuses a memory limit before the folder is made
+    run.layout(tasks)  # raises an error on the memory limit before the folder is created
     folder.open()
 
     def finish(results: Results[Extraction]) -> None:
@@ -226,7 +226,7 @@ def _write(
 
 
 def _options(run: Run) -> list[str]:
-    """Return the settings that are not the usual ones, as they are typed."""
+    """Return the settings other than the defaults, as typed."""
     given = {**typed(ExtractOptions, run.settings), "allocation": None, "params": None, "energy": None, "rank": None}
     return [
         word
@@ -241,7 +241,7 @@ def _flag(name: str) -> str:
 
 
 def _without_base(delta: Delta) -> Delta:
-    """Return an update that its factors tell, without the weight it changes: reading W_base would take minutes."""
+    """Return an update given by factors without its base weight: reading W_base would take minutes."""
     return replace(delta, base=None) if isinstance(delta, FactoredDelta) else delta
 
 
@@ -250,10 +250,10 @@ def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSetti
 
 
 def _nothing(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
-    """Return the error of an extraction that gave no factors."""
+    """Return the error for an extraction without factors."""
     if results.non_finite:
         bad = results.non_finite[0]
-        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; no other layer gets factors, so nothing was written")
+        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; no other layer has factors, so nothing was written")
     reasons = sorted({item.detail for item in results.left_out if item.reason in {"rank_0", "no_factors"}})
     why = f" ({'; '.join(reasons[:3])})" if reasons else ""
-    return NothingComparedError(f"{tuned}: no layer gets factors{why}, so nothing was written")
+    return NothingComparedError(f"{tuned}: no layer has factors{why}, so nothing was written")

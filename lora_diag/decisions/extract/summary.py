@@ -1,4 +1,4 @@
-"""The terminal's answer to ``extract``, and the model card of the adapter."""
+"""Terminal output of ``extract``, and the model card of the adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_diag.rendering.statements import Level, Statement, compared, ending, s
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import count, named, number, percent, safe, short, shown, span
 
-# Why a layer has no factors if ΔW = 0, as the diagnostic says it.
+# Reason of a layer without factors if ΔW = 0, as recorded.
 ZERO = "its update is zero"
 
 # Format of an adapter -> the library in the card's metadata, and how the adapter is loaded.
@@ -44,7 +44,7 @@ _USAGE = {
     "gguf": ("", ("```console", "llama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf", "```")),
 }
 
-# ε above the floor by more than this share of it is said to be the price of the dtype.
+# Fraction of the lower bound by which ε must exceed it to be attributed to the dtype.
 _VISIBLE = 1e-3
 
 
@@ -59,15 +59,15 @@ def extraction_table(
     """Return the table and the summary of an extraction.
 
     Args:
-        results: What was written.
-        width: Columns of the terminal; 80 are enough, 140 are used.
+        results: Records of the written adapter.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-        folder: Where the adapter is.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        then: The suggested next command, printed last.
+        folder: Folder of the adapter.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
     grids = [grid_of(Extraction.shown, rows, per)] if rows else []
@@ -78,10 +78,10 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     """Return the ``README.md`` of an adapter folder.
 
     Args:
-        results: What was written.
+        results: Records of the written adapter.
         base_name: The base model.
         command: The command that wrote it.
-        rate: The learning rate to train it on with, and where it was measured.
+        rate: The learning rate for further training, and its source.
     """
     ranks = sorted(record.rank for record in results)
     table = [
@@ -109,20 +109,19 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             "",
             f"# LoRA adapter extracted from {_code(subject(results.run))}",
             "",
-            f"The {_what(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
-            f"{_code(base_name)}, rank {span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
-            f"{percent(pooled_kept(results.layers))} of the energy ‖ΔW‖² of these weights and is ε = "
-            f"{number(pooled(results.layers, 'epsilon'))} away from them (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors "
-            f"in the file); no adapter of these ranks comes nearer than "
-            f"{number(pooled(results.layers, 'least_epsilon'))}.",
+            f"The {_what(results)} of ΔW = W_tuned − W_base, {len(results)} weights of {_code(base_name)}, rank "
+            f"{span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
+            f"{percent(pooled_kept(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of ε = "
+            f"{number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
+            f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
             "",
             *(["**Part of it is an estimate.** " + _estimated(results)[0].lead + ".", ""] if made else []),
             *([*_data_price(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
-            *([f"Learning rate to train it on with: {_code(rate)}.", ""] if rate is not None else []),
-            *(["Beside the factors:", "", *in_full, ""] if in_full else []),
-            *(["Not in it:", "", *missing, ""] if missing else []),
+            *([f"Learning rate for further training: {_code(rate)}.", ""] if rate is not None else []),
+            *(["In addition to the factors:", "", *in_full, ""] if in_full else []),
+            *(["Not included:", "", *missing, ""] if missing else []),
             *usage,
             "",
             f"Made by loradiag {results.run.version}; `extraction.jsonl` has the numbers of every weight:",
@@ -139,7 +138,7 @@ def _what(results: Results[Extraction]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return text as YAML takes it."""
+    """Return text quoted for YAML."""
     return "'" + safe(text).replace("'", "''") + "'"
 
 
@@ -152,14 +151,14 @@ def _params(results: Results[Extraction]) -> int:
 
 
 def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     lines = [compared(results)]
     if len(results):
         lines.append(say("wrote", "Written", *_wrote(results, folder)))
         lines += [say("price", "Error", *_price(results)), _resolved(results), *_estimated(results)]
     if where := _where(results):
         lines.append(say("where", "Distribution", where))
-    missing = _missing(results) or ["nothing: every tensor that moved is in the adapter"]
+    missing = _missing(results) or ["nothing: every changed tensor is in the adapter"]
     return [*lines, say("not_in_it", "Not included", *missing), *ending(results)]
 
 
@@ -176,8 +175,8 @@ def _wrote(results: Results[Extraction], folder: str | None) -> list[str]:
 
 
 def _in_full(results: Results[Extraction]) -> list[str]:
-    """Say what is stored in full, and what has to be done to the base model before that can be loaded."""
-    rows: Counter[str] = Counter()  # of a table, those that both sides have and those that were added
+    """State what is stored in full, and how to prepare the base model before loading."""
+    rows: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
     resized = set()
     for item in results.left_out:
         if item.reason == "saved":
@@ -189,12 +188,12 @@ def _in_full(results: Results[Extraction]) -> list[str]:
     lines = [f"stored in full: {named(names)}"]
     if resized:
         sizes = ", ".join(str(size) for size in sorted({rows[name] for name in resized}))
-        lines.append(f"before it is loaded: base_model.resize_token_embeddings({sizes})")
+        lines.append(f"before loading: base_model.resize_token_embeddings({sizes})")
     return lines
 
 
 def _price(results: Results[Extraction]) -> list[str]:
-    """Say what truncation costs, and what the dtype adds to it."""
+    """State the error of truncation, and that of the dtype."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
     truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_kept(results.layers))
     lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
@@ -213,7 +212,7 @@ def _price(results: Results[Extraction]) -> list[str]:
 
 
 def _data_price(results: Results[Extraction]) -> list[str]:
-    """Say what the factors cost in the metric for which they are the best, and which are not."""
+    """State the error in the metric for which the factors are optimal, and layers without it."""
     weighed = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
     epsilon, floor = shown(pooled_data(weighed, "epsilon")), shown(pooled_data(weighed, "least_epsilon"))
@@ -222,16 +221,16 @@ def _data_price(results: Results[Extraction]) -> list[str]:
         chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
     truncated = number(pooled(results.layers, "epsilon_min"))
     lines = [
-        f"Chosen for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; no adapter of these "
-        f"ranks is below {floor}. The price is a larger ε; truncation would have {truncated}."
+        f"Optimal for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; the lower bound "
+        f"for these ranks is {floor}. The price is a larger ε; truncation would have {truncated}."
     ]
     if plain:
-        lines.append(f"Without activations, and the best for the weights: {named(plain)}.")
+        lines.append(f"Without activations, and optimal for the weights: {named(plain)}.")
     return lines
 
 
 def _up(value: float) -> str:
-    """Return an upper bound in one digit, rounded up, from 1e-6 on.
+    """Return an upper bound with one digit, rounded up, from 1e-6 on.
 
     >>> _up(1.23e-5), _up(2e-3), _up(-1e-17)
     ('2e-05', '0.002', '1e-06')
@@ -242,7 +241,7 @@ def _up(value: float) -> str:
 
 
 def _resolved(results: Results[Extraction]) -> Statement:
-    """Say whether the files can show the update at all: else the adapter carries rounding noise."""
+    """State whether the files resolve the update: else the adapter holds rounding noise."""
     noisy = [record for record in results if record.resolution.verdict == "unresolved" and not record.estimated]
     beyond = [
         record
@@ -253,19 +252,17 @@ def _resolved(results: Results[Extraction]) -> Statement:
     ]
     level: Level = "note"
     if all(record.method == "factored" for record in results):
-        word = "yes: the factors are the update; no rounding of merged weights comes between"
+        word = "yes: the factors define the update, without rounding of merged weights"
     elif not beyond and not noisy and any(record.estimated for record in results):
         word = "yes: by the files, or by rounding cells where those do not resolve it"
     elif not beyond and not noisy:
-        word = "yes: every direction in the adapter stands above the rounding of the files"
+        word = "yes: every direction in the adapter is above the rounding of the files"
     else:
         level = "warning"
-        more = (
-            f"{len(beyond)} of {len(results)} weights have more directions than stand above the files' rounding noise"
-        )
-        word = f"partly: {more}; --signal writes only those that do"
+        more = f"{len(beyond)} of {len(results)} weights have directions below the files' rounding noise"
+        word = f"partly: {more}; --signal writes only those above"
         if all(record.resolution.signal_rank == 0 and not record.estimated for record in results):
-            word = "no: no direction stands above the files' rounding noise; save the fine-tune in float32, if you can"
+            word = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
         elif not beyond:
             word = f"no: {len(noisy)} are rounding noise"
     return say("resolved", "Resolution", word, level=level)
@@ -285,12 +282,12 @@ def _estimated(results: Results[Extraction]) -> list[Statement]:
 
 
 def _where(results: Results[Extraction]) -> str:
-    """Split the whole change ‖Δ‖² into what the adapter carries, what its ranks cut off, and what is not in it."""
+    """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the rest."""
     parts = {
         "in the adapter": [math.sqrt(max(0.0, 1 - record.epsilon**2)) * record.fro for record in results],
-        "cut off by rank": [min(1.0, record.epsilon) * record.fro for record in results],
+        "truncated by rank": [min(1.0, record.epsilon) * record.fro for record in results],
         "stored in full": [item.fro or 0.0 for item in results.left_out if item.reason == "saved"],
-        "not in it": [item.fro for item in results.left_out if item.fro and item.reason != "saved"],
+        "not included": [item.fro for item in results.left_out if item.fro and item.reason != "saved"],
     }
     norms = {words: math.hypot(*values) for words, values in parts.items()}
     total = math.hypot(*norms.values())
@@ -301,7 +298,7 @@ def _where(results: Results[Extraction]) -> str:
 
 
 def _missing(results: Results[Extraction], tip: str = "; --unfactored save stores them") -> list[str]:
-    """Return one line for every reason for which tensors are not in the adapter, with their share of ‖Δ‖²."""
+    """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖²."""
     listed = results.run.settings.get("rest") == "list"
     total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0
     groups: dict[tuple[str, str], list[LeftOut]] = {}
@@ -314,11 +311,11 @@ def _missing(results: Results[Extraction], tip: str = "; --unfactored save store
         moved = math.hypot(*(item.fro or 0.0 for item in items))
         share = f", {percent((moved / total) ** 2)} of ‖Δ‖²" if moved else ""
         if why == ZERO:
-            lines.append(f"{len(items)} that did not move: {_names(items)}")
+            lines.append(f"{len(items)} unchanged: {_names(items)}")
             continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
-            line += (tip if listed else "") if moved else " that did not move"
+            line += (tip if listed else "") if moved else "  unchanged"
         elif reason != "not_selected":
             line += f": {_names(items)}"
         lines.append(f"{line} ({why})" if why else line)

@@ -1,7 +1,7 @@
 """A model's ``config.json`` → the names and shapes of its weights, for common decoders.
 
-It knows how these architectures follow from their sizes, in the names that transformers gives them in memory (experts
-fused into stacks, as since version 5). It opens no checkpoint; what it does not know it refuses by name.
+It derives these architectures from their sizes, with the names of transformers in memory (experts fused into stacks, as
+since version 5). It opens no checkpoint; unknown architectures are an error.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ MAX_BLOCKS = 10_000
 
 @dataclass(frozen=True)
 class Reader:
-    """Sizes out of one ``config.json``.
+    """Reader of sizes in one ``config.json``.
 
     Args:
         values: Its content.
-        where: What to call it in messages.
+        where: Its name in messages.
     """
 
     values: Mapping[str, Any]
     where: str
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """Return the first of these keys that is there.
+        """Return the value of the first of these keys that exists.
 
         Raises:
-            InputError: None is there and there is no default, or it is not a positive whole number.
+            InputError: No key exists and there is no default, or the value is not a positive whole number.
         """
         value = next((self.values[key] for key in keys if self.values.get(key) is not None), default)
         if value is None:
-            raise InputError(f"{self.where}: says nothing of {keys[0]}; give the checkpoint itself")
+            raise InputError(f"{self.where}: has no {keys[0]}; give the checkpoint itself")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{self.where}: {keys[0]} must be a whole number from 1 up, not {value!r}")
         return value
@@ -47,29 +47,29 @@ class Reader:
         """Return the number of blocks.
 
         Raises:
-            InputError: As ``size``; or there are more than any model has, and listing them would take forever.
+            InputError: As ``size``; or the number is implausibly large.
         """
         if (number := self.size(*keys)) > MAX_BLOCKS:
-            raise InputError(f"{self.where}: {keys[0]} is {number:,}; no model has more than {MAX_BLOCKS:,} blocks")
+            raise InputError(f"{self.where}: {keys[0]} is {number:,}; at most {MAX_BLOCKS:,} blocks are supported")
         return number
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a yes or no."""
+        """Return a Boolean value."""
         value = self.values.get(key)
         return default if value is None else bool(value)
 
 
 @dataclass(frozen=True)
 class Llama:
-    """What one of Llama's many relatives does differently.
+    """Differences of an architecture from Llama.
 
     Args:
-        tied: Whether the head is the embedding, unless the config says.
-        qkv_bias: Whether the query, key and value projections have biases, unless the config says.
+        tied: Whether the head is the embedding by default.
+        qkv_bias: Whether the query, key and value projections have biases by default.
         qk_norm: Norms on queries and keys: of one head, of all, or none.
         norms: Norms of a block.
         fused: Whether query, key, value are one matrix, and gate and up another.
-        head_dim: Width of a head where the config says nothing of it; None for hidden_size / heads.
+        head_dim: Default width of a head; None for hidden_size / heads.
     """
 
     tied: bool = False
@@ -82,7 +82,7 @@ class Llama:
 
 _GEMMA = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
-# model_type -> what it does differently.
+# model_type -> differences from Llama.
 LLAMAS = {
     "llama": Llama(),
     "mistral": Llama(),
@@ -105,11 +105,11 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     """Return the name and shape of every weight, in the order of the model.
 
     Args:
-        config: Content of ``config.json``; of a vision-language model, its ``text_config`` is read.
-        where: What to call it in messages.
+        config: Content of ``config.json``; for a vision-language model, its ``text_config`` is used.
+        where: Its name in messages.
 
     Raises:
-        InputError: The architecture is not one of those known, or a size is missing.
+        InputError: The architecture is unknown, or a size is missing.
 
     Example:
         >>> config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -124,8 +124,8 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     if build is None:
         known = ", ".join(BUILDERS)
         raise InputError(
-            f"{where}: model_type {kind!r} is none of those whose shapes follow from the config ({known}); give the "
-            "checkpoint itself, of which only headers are read"
+            f"{where}: model_type {kind!r} is not supported ({known}); give the checkpoint itself, of which only "
+            "headers are read"
         )
     return list(build(reader))
 
@@ -183,7 +183,7 @@ def _mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> W
 
 
 def _is_dense(reader: Reader, index: int) -> bool:
-    """Say whether a block of a mixture of experts has none (Qwen: ``mlp_only_layers``, ``decoder_sparse_step``)."""
+    """Return whether a block of a mixture of experts is dense (Qwen: ``mlp_only_layers``, ``decoder_sparse_step``)."""
     step = reader.size("decoder_sparse_step", default=1)
     return index in (reader.values.get("mlp_only_layers") or []) or (index + 1) % step > 0
 
@@ -244,7 +244,7 @@ def _gpt_neox(reader: Reader) -> Weights:
 
 
 def _deepseek(reader: Reader) -> Weights:
-    """DeepSeek V3: queries, keys and values through narrow matrices (MLA), and a mixture behind the first blocks."""
+    """DeepSeek V3: low-rank queries, keys and values (MLA), and a mixture of experts after the first blocks."""
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
@@ -269,7 +269,7 @@ def _latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
     heads, values = reader.size("num_attention_heads"), reader.size("v_head_dim")
     turned, plain = reader.size("qk_rope_head_dim"), reader.size("qk_nope_head_dim")
     narrow, biased = reader.size("kv_lora_rank"), reader.flag("attention_bias", False)
-    if reader.values.get("q_lora_rank", 0) is None:  # as in the smaller ones: queries are not narrowed
+    if reader.values.get("q_lora_rank", 0) is None:  # as in the smaller models: full-rank queries
         yield prefix + "q_proj.weight", (heads * (plain + turned), hidden)
     else:
         rank = reader.size("q_lora_rank")

@@ -1,4 +1,4 @@
-"""Records of ``plan``, which are printed and not kept in a file."""
+"""Records of ``plan``, which are printed and not written to a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class PlanType(Record):
 
     Args:
         name: The module type, such as ``self_attn.q_proj``.
-        shape: ``(out, in)`` of each matrix as it is stored.
-        matrices: How many there are; experts of a stack count each.
-        params: Their entries: what full fine-tuning trains.
-        per_rank: What LoRA trains for each rank: matrices · (out + in).
-        targeted: Whether LoRA is put on them.
+        shape: ``(out, in)`` of each matrix as stored.
+        matrices: Number of matrices; experts of a stack count separately.
+        params: Number of entries, all trained by full fine-tuning.
+        per_rank: Parameters of LoRA per rank: matrices · (out + in).
+        targeted: Whether they get LoRA.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -41,7 +41,7 @@ class PlanRank(Record):
         params: Σ r(d_in + d_out).
         rho: params / entries of the targeted matrices; of one matrix r(d_in + d_out)/(d_in·d_out).
         of_model: params / parameters of the model.
-        bytes: By optimizer: what the trainable parameters take, with gradients and state.
+        bytes: By optimizer: memory of the trainable parameters, gradients and state.
         flops: Multiply-adds per token that the unmerged adapter adds / those of the model's matrices.
     """
 
@@ -64,19 +64,19 @@ class PlanRank(Record):
 
 
 class PlanFit(Record):
-    """What a budget of parameters allows.
+    """The ranks that a budget of parameters allows.
 
     Args:
         asked: The option as given.
-        budget: Parameters that it comes to.
+        budget: The budget in parameters.
         rank: Largest rank that all targeted matrices can have, up to ``full_rank``; 0 if not even 1 fits.
         full_rank: max of min(out, in) over them: no update of any of them has a higher rank.
-        spent: What that takes.
-        left: What it leaves.
-        listed: Largest of the ranks asked about that fits; null if none does.
-        listed_left: What that leaves; null likewise.
-        doubled: How many blocks can have twice that rank out of the rest.
-        blocks: How many blocks have targeted matrices.
+        spent: Parameters at this rank.
+        left: Remaining parameters.
+        listed: Largest requested rank that fits; null if none does.
+        listed_left: Parameters remaining at ``listed``; null if none fits.
+        doubled: Number of blocks that can have twice that rank with the rest.
+        blocks: Number of blocks with targeted matrices.
     """
 
     asked: str
@@ -92,15 +92,15 @@ class PlanFit(Record):
 
 
 class PlanRates(Record):
-    """How fast this machine was just now, in core-seconds: t seconds on p cores are p·t.
+    """Current speed of this machine, in core-seconds: t seconds on p cores are p·t.
 
     Args:
-        cores: It has.
-        entry: For an entry of a matrix: both sides read from memory, subtracted, norms taken.
-        product: For one multiply-add of the Gram product of order n with n rows, n³ of them.
-        eigen: For the eigenvalues of a matrix, by its order.
-        few: For an entry, of the K largest values of a decaying spectrum, by order; empty where krylov is not taken.
-        few_from: Order from which it is.
+        cores: Number of cores.
+        entry: Per entry of a matrix: both sides read from memory, subtracted, norms computed.
+        product: Per multiply-add of the Gram product of order n with n rows, which has n³.
+        eigen: Eigenvalues of a matrix, by its order.
+        few: Per entry, the K largest values of a decaying spectrum, by order; empty if krylov is not used.
+        few_from: Order from which krylov is used.
     """
 
     cores: int
@@ -112,14 +112,14 @@ class PlanRates(Record):
 
 
 class PlanCost(Record):
-    """What a run of ``spectrum`` takes; an estimate.
+    """Estimated cost of a run of ``spectrum``.
 
     Args:
         top: K of ``--top``; null for all values.
-        core_seconds: In all.
-        longest: Seconds of the largest matrix by itself: no number of machines is faster.
-        seconds: By the number of machines like this one.
-        bytes: Read from both sides; null if the dtype is not known.
+        core_seconds: Total core-seconds.
+        longest: Seconds of the largest matrix alone, a lower bound for any number of machines.
+        seconds: Seconds by number of machines like this one.
+        bytes: Bytes read from both sides; null if the dtype is unknown.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -173,22 +173,22 @@ class PlanCapacity(Record):
 
 
 class Plan(Record):
-    """What full fine-tuning and LoRA of a model cost, from headers or a config alone.
+    """Cost of full fine-tuning and LoRA of a model, from headers or a config alone.
 
     Args:
-        path: What was read.
-        kind: What it is, in words.
+        path: The input path.
+        kind: Kind of input, as text.
         notes: What a careful reader should know.
         params: Parameters of the model.
-        targeted: Entries of the matrices that LoRA is put on.
-        base_bytes: What the model takes as it is stored; null if its dtype is not known.
-        dtype: Of the trainable parameters and their gradients.
-        full_bytes: By optimizer: what training every parameter takes, with gradients and state.
+        targeted: Number of entries of the matrices with LoRA.
+        base_bytes: Stored size of the model; null if its dtype is unknown.
+        dtype: Dtype of the trainable parameters and their gradients.
+        full_bytes: By optimizer: memory of training every parameter, with gradients and state.
         types: The module types.
         ranks: LoRA by rank.
-        fit: What the budget allows; null without one.
-        rates: This machine's speed; null if that was not asked.
-        costs: Of the spectra of all matrices on it; empty likewise.
+        fit: Ranks that the budget allows; null without one.
+        rates: Speed of this machine; null if not requested.
+        costs: Cost of the spectra of all matrices on it; empty if not requested.
         capacity: What the data holds and rules of thumb say of it; null where neither data nor tokens were given.
     """
 

@@ -1,4 +1,4 @@
-"""``plan``: what do full fine-tuning and LoRA cost on this model? Reads headers, or a bare ``config.json``."""
+"""``plan``: cost of full fine-tuning and LoRA of a model, from headers or a bare ``config.json``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lora_diag.running.options import filled, show_options
 
 @dataclass(frozen=True)
 class _Model:
-    """Names and shapes of a model, however they were come by.
+    """Names and shapes of a model.
 
     Args:
-        kind: Where from, in words.
-        shapes: Of every weight by its name.
-        size: Bytes as it is stored; None if that is not known.
+        kind: Source, as text.
+        shapes: Shape of every weight by name.
+        size: Stored size in bytes; None if unknown.
         config: Its ``config.json``; empty without one.
-        notes: What a careful reader should know.
+        notes: Notes on the source.
         is_derived: Whether shapes come from the config alone.
     """
 
@@ -49,19 +49,19 @@ class _Model:
 
 @show_options
 def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
-    """Return what full fine-tuning and LoRA of a model cost, and what a budget allows.
+    """Return the cost of full fine-tuning and LoRA of a model, and the ranks that a budget allows.
 
     Args:
         base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with nothing else.
-        ranks: Ranks to count.
-        layers: LoRA on the matrices whose name contains a match; None for all but embeddings, head and routers.
+        ranks: Ranks r.
+        layers: LoRA on matrices whose name contains a match; None for all except embeddings, head and routers.
         exclude: No matrices whose name contains a match.
         params: Budget of trainable parameters, such as ``"10M"``.
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
         optimizer: That of ``memory_budget``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
-        adapter_dtype: Of the trainable parameters and their gradients.
-        cost: Whether to estimate what ``spectrum`` takes on this machine, whose speed is measured for some seconds.
-        top: How many of the largest values the second of two estimates is for.
+        adapter_dtype: Dtype of the trainable parameters and their gradients.
+        cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some seconds.
+        top: Number of largest values in the second of two estimates.
         data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
         tokens: Their number instead, such as ``"2M"``.
         tokenizer: As for the probes.
@@ -69,7 +69,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         **options: ``PlanOptions``.
 
     Raises:
-        UsageError: An option makes no sense, or no matrix is targeted.
+        UsageError: An option is invalid, or no matrix is targeted.
         InputError: The model cannot be read.
 
     Example:
@@ -84,9 +84,9 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     dtype, cost, top = given["adapter_dtype"], given["cost"], given["top"]
     training = Training(given["optimizer"], dtype)
     if params is not None and memory is not None:
-        raise UsageError("give --params or --memory-budget, not both")
+        raise UsageError("--memory-budget: cannot be combined with --params; give one of them")
     if given["data"] is not None and given["tokens"] is not None:
-        raise UsageError("give --data or --tokens, not both")
+        raise UsageError("--tokens: cannot be combined with --data; give one of them")
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
     asked_ranks = sorted(set(ranks))
@@ -96,7 +96,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, wanted, unwanted))
     if not targeted:
         asked = f"--layers {target}" if target is not None else "the model"
-        raise UsageError(f"{asked}: there is no matrix to put LoRA on")
+        raise UsageError(f"{asked}: no matrix is selected for LoRA; check --layers and --exclude")
     total = sum(math.prod(shape) for shape in model.shapes.values())
     active, notes = _active(model.config, matrices)
     capacity = _capacity(base, given, [matrix for matrix in matrices if matrix.name in targeted])
@@ -150,8 +150,8 @@ def _capacity(base: Path | str, given: Mapping[str, Any], chosen: Sequence[Matri
 
 
 def _costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Estimate a run of ``spectrum``; experts whose shapes a config gave are apart, as checkpoints store them."""
-    # torch comes with it: not before it is needed
+    """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them."""
+    # deferred: imports torch
     from lora_diag.decisions.plan.speed import costs
 
     if top < 1:
@@ -161,7 +161,7 @@ def _costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRat
 
 
 def _apart(matrix: Matrix) -> list[Matrix]:
-    """Return gate and up of a stack of experts, which transformers holds as one."""
+    """Return the gate and up matrices of a stack of experts, which transformers holds as one."""
     if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
         return [matrix]
     half = (matrix.shape[0] // 2, matrix.shape[1])
@@ -186,10 +186,10 @@ def _fit(
 
 
 def _model(base: Path | str) -> _Model:
-    """Return names and shapes, from headers where there are weights, else from the config.
+    """Return names and shapes, from headers if there are weights, else from the config.
 
     Raises:
-        UsageError: It is an adapter.
+        UsageError: The path is an adapter.
         InputError: Neither can be read.
     """
     base = as_path(base)
@@ -199,12 +199,12 @@ def _model(base: Path | str) -> _Model:
     if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
         config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
         shapes = dict(weights_of(config, str(path)))
-        note = "only the language model: its text_config" if isinstance(config.get("text_config"), Mapping) else ""
+        note = "only the language model, from its text_config" if isinstance(config.get("text_config"), Mapping) else ""
         return _Model(
             "config.json, shapes derived", shapes, _size(shapes, config), config, (note,) if note else (), True
         )
     if is_adapter(path):
-        raise UsageError(f"{base}: is an adapter; give the model it belongs to")
+        raise UsageError(f"{base}: is an adapter; give its base model")
     checkpoint = open_checkpoint(base)
     names = sorted(checkpoint, key=natural_order)
     return _Model(
@@ -217,27 +217,27 @@ def _model(base: Path | str) -> _Model:
 
 
 def _has_weights(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in WEIGHTS):  # a web server does not list
+    if any((folder / name).is_file() for name in WEIGHTS):  # a web server has no listing
         return True
     return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
 
 
 def _matrix(name: str, shape: tuple[int, ...]) -> Matrix:
-    """Return a tensor's matrices: a 3-D one is a stack of experts, unless it is a convolution, as in ``deltas``."""
+    """Return a tensor's matrices: a 3-D tensor is a stack of experts, unless it is a convolution, as in ``deltas``."""
     if len(shape) == 3 and (EXPERTS.search(name) or not CONVOLUTION.search(name)):
         return Matrix(name, (shape[1], shape[2]), shape[0])
     return Matrix(name, (shape[0], math.prod(shape[1:])))
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int | None:
-    """Return the bytes of a model in the dtype that its config names; None if it names none."""
+    """Return the size of a model in the dtype of its config in bytes; None if the config has none."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     each = BYTES.get(dtype) if isinstance(dtype, str) else None
     return None if each is None else each * sum(math.prod(shape) for shape in shapes.values())
 
 
 def _stored(checkpoint: Checkpoint) -> int | None:
-    """Return the bytes of the weights as they are stored; None where that is quantized or not a common dtype."""
+    """Return the stored size of the weights in bytes; None if quantized or of an uncommon dtype."""
     infos = [checkpoint[name] for name in checkpoint]
     if any(info.stored is not None or info.dtype not in BYTES for info in infos):
         return None
@@ -245,7 +245,7 @@ def _stored(checkpoint: Checkpoint) -> int | None:
 
 
 def _active(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
-    """Return the share of a mixture's experts that a token passes through, and what to say of it."""
+    """Return the fraction of a mixture's experts that are active for a token, and a note."""
     if not any(EXPERTS.search(matrix.name) for matrix in matrices):
         return 1.0, ()
     inner = config.get("text_config")
@@ -255,5 +255,5 @@ def _active(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[floa
         (values[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in values), 0
     )
     if isinstance(chosen, int) and isinstance(experts, int) and 0 < chosen <= experts:
-        return chosen / experts, (f"of the experts, {chosen} of {experts} count as multiply-adds of a token",)
-    return 1.0, ("how many experts a token passes through is not known: all count as its multiply-adds",)
+        return chosen / experts, (f"{chosen} of {experts} experts count for the multiply-adds per token",)
+    return 1.0, ("number of active experts unknown: all count for the multiply-adds per token",)

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``plan``: what LoRA of each rank trains, takes and adds, beside full fine-tuning."""
+"""Terminal output of ``plan``: parameters, memory and compute of LoRA by rank, with full fine-tuning."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | Non
     """Return the tables and the summary of a plan.
 
     Args:
-        plan: What was counted.
+        plan: The costs.
         width: Columns of the terminal; 80 are enough.
         color: Whether to use ANSI colours.
-        then: The command that a user would run next.
+        then: The suggested next command, printed last.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     grids = [_types(plan), _ranks(plan), *([_costs(plan)] if plan.costs else [])]
     return grids_table(grids, _lines(plan), width, color, then)
@@ -111,13 +111,14 @@ def _lines(plan: Plan) -> list[Statement]:
         say(
             "memory",
             "Memory",
-            f"at the right, of what is trained: weights and gradients in {plan.dtype}, and the optimizer's state; "
-            f"LoRA needs the frozen model, too{_frozen(plan)}; activations come on top of both",
+            f"right columns: trainable weights and gradients in {plan.dtype}, and the optimizer's state; LoRA also "
+            f"needs the frozen model{_frozen(plan)}; activations are not included",
         ),
         say(
             "flops",
             "FLOPs",
-            "what an unmerged adapter adds to the multiply-adds of the model's matrices; merged, it adds none",
+            "multiply-adds of an unmerged adapter relative to those of the model's matrices; a merged adapter adds "
+            "none",
         ),
     ]
     if plan.rates is not None:
@@ -126,23 +127,24 @@ def _lines(plan: Plan) -> list[Statement]:
         lines.append(say("budget", "Budget", *_fit(plan, plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
-        nothing = f"r={too_large[0].rank} trains more than the matrices themselves hold: LoRA saves nothing"
+        nothing = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
         lines.append(say("note", "Note", nothing))
     return lines
 
 
 def _time(plan: Plan, rates: PlanRates) -> list[str]:
-    """Say what the estimate stands on."""
+    """State the basis of the estimate."""
     cores = "1 core" if rates.cores == 1 else f"{rates.cores} cores"
     lines = [
-        f"an estimate for {cores}, from the speed of this machine measured just now: what else it was busy "
-        "with counts; start-up is not in it",
-        "storage is taken to keep up: one machine reads as fast as the last column says, many that many times as fast",
+        f"an estimate for {cores}, from the current speed of this machine, including its current load; start-up is "
+        "not included",
+        "storage is assumed to be fast enough: one machine reads at the rate in the last column, n machines at n "
+        "times that",
     ]
     if len(plan.costs) > 1:
-        lines.append(f"--top {plan.costs[1].top} is for spectra that decay; a flat one costs as much as all values")
+        lines.append(f"--top {plan.costs[1].top} assumes decaying spectra; a flat spectrum costs as much as all values")
     if any(seconds <= cost.longest for cost in plan.costs for seconds in cost.seconds.values()):
-        lines.append("no number of machines is faster than one is on the largest matrix")
+        lines.append("the largest matrix on one machine is a lower bound for any number of machines")
     return lines
 
 
@@ -168,19 +170,19 @@ def _frozen(plan: Plan) -> str:
 def _fit(plan: Plan, fit: PlanFit) -> list[str]:
     if fit.rank == 0:
         least = sum(row.per_rank for row in plan.types if row.targeted)
-        return [f"{safe(fit.asked)}: not even r=1 fits, it takes {least:,} parameters"]
+        return [f"{safe(fit.asked)}: too small for r=1, which takes {least:,} parameters"]
     if fit.rank == fit.full_rank:
         used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
         return [
-            f"{safe(fit.asked)}: {used} give every matrix full rank, r={fit.rank}: more buys nothing, and full "
-            f"fine-tuning of these matrices trains {plan.targeted:,}"
+            f"{safe(fit.asked)}: {used} give every matrix full rank, r={fit.rank}: a larger budget has no effect, "
+            f"and full fine-tuning of these matrices trains {plan.targeted:,}"
         ]
-    allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere, {fit.spent:,}; {fit.left:,} are left"
+    allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere, {fit.spent:,}; {fit.left:,} remain"
     lines = [f"{safe(fit.asked)}: {allowed}"]
     if fit.spent >= plan.targeted:
         lines.append(f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}")
     if fit.listed is not None and fit.listed_left is not None and fit.listed != fit.rank:
-        lines.append(f"of the ranks asked about, r={fit.listed} fits and leaves {fit.listed_left:,}")
+        lines.append(f"of the requested ranks, r={fit.listed} fits with {fit.listed_left:,} remaining")
     if fit.listed is not None and fit.doubled:
         lines.append(f"the rest doubles it to r={2 * fit.listed} in {fit.doubled} of {fit.blocks} blocks")
-    return [*lines, "where the rest keeps most is what loradiag allocate computes from a pilot's spectrum"]
+    return [*lines, "loradiag allocate computes where the rest keeps the most energy, from the spectrum of a pilot run"]

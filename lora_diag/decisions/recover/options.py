@@ -29,6 +29,6 @@ class RecoverOptions(FolderOptions, total=False):
         Option(False, "Scale each layer's estimate to its estimated norm, which shrinking shortens.", panel=OUTPUT),
     ]
     base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and card; default its path.", "NAME", panel=OUTPUT)
+        str | None, Option(None, "Name of BASE in config and model card; default its path.", "NAME", panel=OUTPUT)
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

@@ -184,11 +184,11 @@ def test_layers_get_no_rank_from_noise():
     assert ranks_of(found) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 4}
     assert [layer.capped_by for layer in found.layers] == ["signal_rank", "signal_rank", "update_rank", "break_even"]
     assert found.layers[2].kept is None
-    with pytest.raises(UsageError, match="stands above the rounding noise"):
+    with pytest.raises(UsageError, match="below the rounding noise"):
         allocate(spectra[1:3], params(10**6))
     with pytest.raises(UsageError, match="ΔW is zero"):
         allocate(spectra[2:3], params(10**6))
-    with pytest.raises(UsageError, match="smaller than the smallest rank"):
+    with pytest.raises(UsageError, match="smaller than the smallest allowed rank"):
         allocate(spectra, params(10**6), Constraints(ranks_from=(64,)))
 
 

@@ -127,10 +127,10 @@ def test_files_that_say_nothing_of_these_layers_are_refused(tmp_path):
     found, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
     other = stored(tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)])
-    with pytest.raises(UsageError, match="measured no layer of these spectra"):
+    with pytest.raises(UsageError, match="has no measurement of a layer of these spectra"):
         lora_diag.allocate(results(*found), params=180, weights=other)
     off = stored(tmp_path / "off.jsonl", [record.model_copy(update={"fro": record.fro * 1.1}) for record in records])
-    with pytest.raises(InputError, match="different updates"):
+    with pytest.raises(InputError, match="measure both on the same update"):
         lora_diag.allocate(results(*found), params=180, weights=off)
     cut = stored(tmp_path / "cut.jsonl", records, end=False)
     with pytest.raises(InputError, match="did not finish"):
@@ -148,4 +148,4 @@ def test_spectra_in_another_metric_say_so():
     found = [each.model_copy(update={"metric": "kfac", "weights_fro": 1.0}) for each in spectra()]
     table = allocation_table(lora_diag.allocate(results(*found), params=180), 80)
     assert "K-FAC's metric" in table
-    assert "how far weights moved" not in table
+    assert "size of the weight change" not in table

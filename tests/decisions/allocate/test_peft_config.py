@@ -233,7 +233,7 @@ def test_peft_model_is_compared_with_intended_ranks():
     rank, scaling = good[first]
     for wrong, message in (
         ({**good, first: (rank + 1, scaling)}, "PEFT gives"),
-        ({**good, first: (rank, 1.0)}, "scaling 1; meant"),
+        ({**good, first: (rank, 1.0)}, "scaling 1 instead of"),
         ({name: value for name, value in good.items() if name != first}, "has no module"),
         ({**good, "wrapped.other": (2, 2.0)}, "also adapts wrapped.other"),
     ):

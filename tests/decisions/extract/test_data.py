@@ -144,7 +144,7 @@ def test_adapter_that_is_written_is_one_that_is_told(tmp_path, loradiag):
     words = ("extract", SAMPLES / "base", SAMPLES / "full_ft", "--rank", 4, "--layers", r"layers\.[01]\.mlp")
     ran = loradiag(*words, "--activations", file, "-o", tmp_path / "new")
     assert ran.code == 0, ran.err
-    assert "Chosen for the outputs" in ran.out
+    assert "Optimal for the outputs" in ran.out
     assert "Without activations" in ran.out
     assert f"--activations {file}" in (tmp_path / "new" / "README.md").read_text()
     assert "extracted from" in (tmp_path / "new" / "README.md").read_text()
@@ -192,7 +192,7 @@ def test_update_that_text_never_sees_gets_no_factors(tmp_path):
     weighed = replace(layer, weighting=weighting(tmp_path, x, False))
     left_out = extract(weighed, ExtractionSettings(), Kept())
     assert left_out.reason == "rank_0"
-    assert "changes nothing in its output" in left_out.detail
+    assert "does not change its output" in left_out.detail
     assert left_out.fro == pytest.approx(1, rel=1e-5)
 
 

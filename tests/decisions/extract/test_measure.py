@@ -138,5 +138,5 @@ def test_dtype_that_cannot_hold_factors_is_refused(tmp_path):
     with pytest.raises(InputError, match="float16 cannot hold its factors; use --adapter-dtype float32"):
         extract(layer, ExtractionSettings(dtype="float16", split="b"), Kept())
     layer, _ = layer_of(np.full((6, 5), 3e38), tmp_path, Rank(1))
-    with pytest.raises(InputError, match="float32 cannot hold its factors; leave it out"):
+    with pytest.raises(InputError, match="float32 cannot hold its factors; exclude it with"):
         extract(layer, ExtractionSettings(split="b"), Kept())

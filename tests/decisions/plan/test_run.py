@@ -124,7 +124,7 @@ def test_budget_beyond_full_rank_buys_nothing(tmp_path):
     ("options", "message"),
     [
         ({"params": "ten"}, "--params ten"),
-        ({"params": "10M", "memory": "1GB"}, "not both"),
+        ({"params": "10M", "memory": "1GB"}, "cannot be combined with --params"),
         ({"memory": "2"}, "--memory-budget 2"),
         ({"target": "nothing"}, "--layers nothing"),
         ({"target": "("}, "--layers"),
@@ -157,7 +157,7 @@ def test_rules_of_thumb_ask_for_rank_that_stores_tokens(tmp_path):
     assert asked == [(100_000_000, -(-100_000_000 // per_rank)), (50_000_000, -(-50_000_000 // per_rank))]
     assert [rule.rank for rule in plan(tmp_path, tokens=10**12).capacity.rules] == [None, None]
     assert plan(tmp_path).capacity is None
-    with pytest.raises(UsageError, match="not both"):
+    with pytest.raises(UsageError, match="cannot be combined with --data"):
         plan(tmp_path, tokens=5, data=tmp_path / "config.json")
     with pytest.raises(UsageError, match="--tokens none"):
         plan(tmp_path, tokens="none")

@@ -58,7 +58,9 @@ def outputs():
         required = []
         for each in command.params:
             if each.required and each.name != "output":
-                required += [each.opts[0], "missing"] if each.name in options else ["missing"]
+                word = each.metavar.split("|")[0] if each.metavar and "|" in each.metavar else "missing"
+                required += [each.opts[0], word] if each.name in options else [word]
+        required += ["--yes"] if "yes" in options else []
         for name, option in options.items():
             if has_path(kinds[name].annotation) and option.rich_help_panel == OUTPUT:
                 yield pytest.param([*words, *required], option.opts[0], name, id=" ".join((*words, option.opts[0])))
@@ -108,7 +110,7 @@ def test_commands_and_their_outputs_are_found():
 def test_hostile_places_are_refused_before_work(run, tmp_path, words, option, name):
     """Links, strangers' files, another kind of our own, folders: nothing changes, and the message says what to do."""
     out = tmp_path / names_of(words, name)
-    folder = words[0] == "extract"
+    folder = words[0] in {"extract", "tune"}
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00weights")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "kept").write_text("mine")
@@ -150,7 +152,9 @@ def test_hostile_places_are_refused_before_work(run, tmp_path, words, option, na
     assert state(tmp_path) == before
 
 
-@pytest.mark.parametrize(("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] != "extract"])
+@pytest.mark.parametrize(
+    ("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] not in {"extract", "tune"}]
+)
 def test_overwrite_gets_past_foreign_file(run, tmp_path, words, option, name):
     """With it, the missing inputs are what is wrong; the file is still there, because nothing was made."""
     out = tmp_path / names_of(words, name)

@@ -13,8 +13,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Those of development, and experiment trackers, whose own packages are not listed.
+UNLISTED = {"audit", "docs", "release", "test", "mlflow", "tensorboard", "trackio", "wandb"}
 # Those that users install; "" is what comes without any.
-EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in {"audit", "docs", "test"}))
+EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in UNLISTED))
 PAGE = ROOT / "docs" / "explanation" / "security.md"
 BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from lora_diag.decisions.tune.record import TunePlan
 from lora_diag.decisions.tune.schedule import read_time
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
+from lora_diag.files import check_folder_of
 from lora_diag.models.methods import Lora
 from lora_diag.models.opening import kept_open
 from lora_diag.models.training import RECIPE
@@ -63,6 +65,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     """
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
     given, folder = run.options, Path(output)
+    _check_place(folder, given)
     limit = None if given["time"] is None else read_time(given["time"])
     if not 0 < given["gain_tolerance"] < 1:
         raise UsageError(f"--gain-tolerance {given['gain_tolerance']}: must lie between 0 and 1")
@@ -106,27 +109,40 @@ def _settings(run: TrainRun, target: Target) -> dict[str, Any]:
     }
 
 
-def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
-    """Return the plan of an interrupted run that is to be resumed; None for a new run.
+def _check_place(folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuse an output before any work.
 
     Raises:
-        UsageError: Something lies in the output's place.
+        UsageError: A link, a file or something that would be lost is there.
+        InputError: The folder cannot be created.
+    """
+    records = folder / RECORDS
+    for path in (folder, records):
+        if os.path.islink(path):  # noqa: PTH114  (unlike Path.is_symlink(), False for names that no file can have)
+            raise UsageError(f"{path}: is a symbolic link, which is not followed; give the folder itself")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"-o {folder}: is a file; give a folder")
+    check_folder_of(folder)
+    if given["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not records.is_file():
+        raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
+    if not (given["overwrite"] or given["resume"]):
+        raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
+
+
+def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
+    """Return the plan of an interrupted run that is to be resumed; None for a new run, whose place is cleared.
+
+    Raises:
         InputError: The folder's records cannot be read.
     """
     records = folder / RECORDS
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"-o {folder}: is a file; give a folder")
-    if not folder.parent.is_dir():
-        raise UsageError(f"-o {folder}: there is no folder {folder.parent}; create it first")
     if records.is_file() and given["resume"]:
         found = [one for one in read_results(records).whole if isinstance(one, TunePlan)]
         return found[0] if found else None
-    if given["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
+    if given["dry_run"] or not given["overwrite"]:
         return None
-    if not records.is_file():
-        raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
-    if not given["overwrite"]:
-        raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
     for name in ("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", "weights.json", RECORDS):
         for path in (folder / name, folder / f"{name}.part"):
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Named ΔW: what is compared with what, and what is left out and why.
+"""Named ΔW: the pairing of two checkpoints, and the reasons for skipped tensors.
 
-A ``Delta`` is a descriptor: it knows where its numbers lie and how to read them, and is small enough to be sent to
-another process. There are three kinds: the difference of two stored tensors, an update in factored form, and an
-update that has to be computed in full. None measures anything; ``linalg`` does.
+A ``Delta`` is a descriptor: it holds the location of its entries and how to read them, and is small enough to be sent
+to another process. There are three kinds: the difference of two stored tensors, an update in factored form, and an
+update that must be computed in full. Measurements are done by ``linalg``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPERTS = re.compile(r"expert", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Entries ``offset`` onwards of one stored tensor."""
+    """The entries of one stored tensor from ``offset`` on."""
 
     checkpoint: Checkpoint
     name: str
@@ -44,21 +44,21 @@ class Side:
 
     @property
     def info(self) -> TensorInfo:
-        """What the checkpoint says of the tensor."""
+        """The tensor's name, shape and dtype in the checkpoint."""
         return self.checkpoint[self.name]
 
     @property
     def dtype(self) -> str:
-        """Stored dtype, in torch's words."""
+        """Stored dtype, by its torch name."""
         return self.info.dtype
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the numbers are dequantized while they are read."""
+        """Whether values are dequantized when read."""
         return self.checkpoint[self.name].stored is not None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return entries ``start:stop``, counted from this side's own offset; 1-D, stored dtype."""
+        """Return the entries ``start:stop``, relative to ``offset``; 1-D, stored dtype."""
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
@@ -66,20 +66,20 @@ class Side:
         return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return by what the codes at these entries are multiplied; None where they are not codes times a scale."""
+        """Return the scales of the codes at these entries; None if the format is not codes times a scale."""
         return self.checkpoint.read_scales(self.name, self.offset + start, self.offset + stop)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDelta:
-    """ΔW = W_tuned − W_base of one layer, both stored.
+    """ΔW = W_tuned − W_base of one layer with both weights stored.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
-        base: Where W_base lies.
-        tuned: Where W_tuned lies.
-        is_matrix: False for 1-D tensors (norms, biases), whose norm is measured and nothing else.
+        base: Location of W_base.
+        tuned: Location of W_tuned.
+        is_matrix: False for 1-D tensors (norms, biases), of which only the norm is measured.
     """
 
     layer: str
@@ -111,17 +111,17 @@ class StoredDelta:
 
 @dataclass(frozen=True, slots=True)
 class FactoredDelta:
-    """ΔW = B·A of one layer, known by its factors.
+    """ΔW = B·A of one layer, given by its factors.
 
     Args:
         layer: The weight's name in BASE, or in the adapter when there is no BASE.
         shape: ``(out, in)``.
-        load: Reads B ``(out, r)`` and A ``(r, in)``, every scaling applied. A ``functools.partial`` of a module's
-            function, so that a descriptor can be sent to another process.
+        load: Returns B ``(out, r)`` and A ``(r, in)`` with all scaling applied. A ``functools.partial`` of a
+            module-level function, so that the descriptor can be pickled.
         dtypes: Stored dtype of the base (None without one) and of the factors.
-        base: Where W_base lies, if it is there.
-        is_matrix: True: only matrices have factors.
-        scale: s, which is in B; None if it is not known or not the same for all of it.
+        base: Location of W_base, if available.
+        is_matrix: Always True: only matrices have factors.
+        scale: s, already applied to B; None if it is unknown or not uniform.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
     """
 
@@ -137,14 +137,14 @@ class FactoredDelta:
 
 @dataclass(frozen=True, slots=True)
 class DenseDelta:
-    """ΔW of one layer that is neither a difference of files nor a product of two thin factors.
+    """ΔW of one layer that is neither a difference of stored tensors nor a product of two thin factors.
 
     Args:
         layer: The weight's name in BASE, or in the adapter when there is no BASE.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
-        load: Computes ΔW, ``(out, in)``, float32 or float64; a ``functools.partial`` like in ``FactoredDelta``.
-        dtypes: Stored dtype of the base (None without one) and of what the update is made of.
-        base: Where W_base lies, if it is there.
+        load: Computes ΔW, ``(out, in)``, float32 or float64; a ``functools.partial`` as in ``FactoredDelta``.
+        dtypes: Stored dtype of the base (None without one) and of the tensors that define the update.
+        base: Location of W_base, if available.
         is_matrix: False for 1-D tensors.
     """
 
@@ -160,7 +160,7 @@ Delta = StoredDelta | FactoredDelta | DenseDelta
 
 
 def footprint(delta: Delta) -> int:
-    """Return about how many bytes measuring a layer takes: ΔW in float32, its Gram matrix in float64, and a copy."""
+    """Estimate the bytes needed to measure a layer: ΔW in float32, its Gram matrix in float64, and a copy."""
     if isinstance(delta, FactoredDelta):
         return 8 * 64 * sum(delta.shape)  # thin factors; 64 columns stand for any usual rank
     rows, columns = delta.shape
@@ -175,7 +175,7 @@ def row_blocks(side: Side, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
 
 
 def row_spans(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield first and last row of every block of a matrix."""
+    """Yield the row range ``(start, stop)`` of every block of a matrix."""
     rows, columns = shape
     step = max(1, BLOCK_ENTRIES // max(1, columns))
     for first in range(0, rows, step):
@@ -189,10 +189,10 @@ class Unpaired:
     Args:
         layer: Its name.
         shape: Its shape; for added rows, theirs.
-        reason: One word of ``results.records.Reason``.
-        detail: The same for people.
-        rows: The rows themselves when the reason is that only one side has them.
-        tuned_shape: Its shape in TUNED when the reason is that it is another.
+        reason: A value of ``lora_diag.records.Reason``.
+        detail: The reason as text.
+        rows: The rows, if the reason is that only one side has them.
+        tuned_shape: Its shape in TUNED, if the reason is that the shapes differ.
     """
 
     layer: str
@@ -205,7 +205,7 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Everything in two checkpoints: what is compared, in the order of BASE, and what is not."""
+    """All tensors of two checkpoints: compared pairs in the order of BASE, and the rest."""
 
     deltas: tuple[Delta, ...]
     unpaired: tuple[Unpaired, ...]
@@ -215,16 +215,16 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
     """Pair the tensors of two checkpoints by name.
 
     Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after.
-        layers: Regular expression; only names in which it is found are compared. Default all.
-        exclude: Regular expression; names in which it is found are not compared. Default none.
+        base: The base checkpoint.
+        tuned: The fine-tuned checkpoint.
+        layers: Regular expression; only names with a match are compared. Default all.
+        exclude: Regular expression; names with a match are not compared. Default none.
 
     Returns:
         The pairs and the rest. Every tensor of either side is in exactly one of the two.
 
     Raises:
-        UsageError: A regular expression is not valid.
+        UsageError: A regular expression is invalid.
     """
     selected = selector(layers, exclude)
     deltas: list[Delta] = []
@@ -243,7 +243,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
 
 
 def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
-    """Refuse a pairing in which nothing is compared.
+    """Refuse a pairing without any compared layer.
 
     Raises:
         NothingComparedError: The sides have no name in common, or none is selected.
@@ -253,7 +253,7 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return the name under which a checkpoint stores a weight; None if it does not.
+    """Return the name under which a checkpoint stores a weight; None if it does not store it.
 
     A model with tied embeddings stores its output layer as the input embedding.
     """
@@ -266,7 +266,7 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
-    """Say whether ``config.json`` ties the embeddings; transformers leaves the key out where it is true."""
+    """Return whether ``config.json`` ties the embeddings; transformers omits the key if they are tied."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
     return bool(config) and inner.get("tie_word_embeddings", config.get("tie_word_embeddings", True)) is True
@@ -283,7 +283,7 @@ def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
 
 
 def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:
-    """Return the matrices that a stored tensor holds, as ``(layer, (out, in))``, in the order in which they are stored.
+    """Return the matrices of a stored tensor, as ``(layer, (out, in))``, in stored order.
 
     A convolution ``(out, in, kh, kw)`` acts as the matrix ``(out, in·kh·kw)``; a 3-D stack of experts is one matrix
     per expert.
@@ -299,7 +299,7 @@ def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, in
 
 
 def why_left_out(info: TensorInfo) -> str | None:
-    """Return why a tensor would have no spectrum whatever it is compared with; None if it would have one."""
+    """Return why a tensor cannot have a spectrum; None if it can."""
     if info.dtype not in FLOAT_DTYPES:
         return "not a float"
     if info.numel == 0:
@@ -326,7 +326,7 @@ def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpair
 
 
 def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str] | None:
-    """Return reason and detail when two tensors of one name cannot be subtracted."""
+    """Return reason and detail if two tensors of one name cannot be subtracted; else None."""
     if not {before.dtype, after.dtype} <= FLOAT_DTYPES:
         dtypes = before.dtype if before.dtype == after.dtype else f"{before.dtype} against {after.dtype}"
         return "not_float", f"stored as {dtypes}, which is not a plain floating-point weight"
@@ -340,7 +340,7 @@ def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str]
 
 
 def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
-    """Describe the vocabulary rows that only one side of a table has."""
+    """Describe the vocabulary rows that only one side of an embedding has."""
     before, after = base.info.shape, tuned.info.shape
     first, last = sorted((before[0], after[0]))
     added = after[0] > before[0]
@@ -350,10 +350,10 @@ def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
 
 
 def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
-    """Return whether a name is selected by ``--layers`` and ``--exclude``.
+    """Return a predicate of names for ``--layers`` and ``--exclude``.
 
     Raises:
-        UsageError: A regular expression is not valid.
+        UsageError: A regular expression is invalid.
     """
     wanted, unwanted = _regex(layers, "--layers"), _regex(exclude, "--exclude")
 

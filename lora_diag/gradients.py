@@ -1,6 +1,6 @@
-"""Gradient snapshots: of which training step each file is, and where the gradient of each weight lies in it.
+"""Gradient snapshots: the training step of each file, and the location of each weight's gradient in it.
 
-Knows files, steps and names. It reads no numbers and measures nothing; ``linalg`` does.
+Handles files, steps and names; numbers are read and measured by ``linalg``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Step:
     """The gradients of one training step.
 
     Args:
-        step: Updates that the weights had seen when they were taken.
+        step: Number of optimizer steps before the gradients were taken.
         checkpoint: The gradients, by name.
     """
 
@@ -43,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Where G_t of one weight lies.
+    """Location of G_t of one weight.
 
     Args:
         step: t.
@@ -54,9 +54,9 @@ class Snapshot:
     side: Side
 
     def blocks(self, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-        """Yield the rows of G_t in blocks, ``(rows, in)`` in the stored dtype, from the first row to the last.
+        """Yield the rows of G_t in blocks, ``(rows, in)`` in the stored dtype, in order.
 
-        The file is open only meanwhile: a run may have more steps than a process may have open files.
+        The file is closed afterwards: a run may have more steps than a process may have open files.
 
         Raises:
             InputError: A file could not be read.
@@ -73,9 +73,9 @@ class History:
     """The gradients of one weight over the steps.
 
     Args:
-        layer: The weight's name in BASE; without one, in the gradients.
+        layer: The weight's name in BASE; without BASE, in the gradients.
         shape: ``(out, in)``.
-        snapshots: In the order of the steps; one for each step that has this weight.
+        snapshots: One per step that has this weight, in the order of the steps.
     """
 
     layer: str
@@ -84,24 +84,23 @@ class History:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Dtypes in which the snapshots are stored, each once."""
+        """Distinct dtypes of the stored snapshots."""
         return tuple(dict.fromkeys(snapshot.side.dtype for snapshot in self.snapshots))
 
 
 def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
-    """Open gradient snapshots by their headers.
+    """Open gradient snapshots, reading their headers only.
 
-    A step's number is the ``step`` in the metadata of its file, else the last number in the name.
+    The step number is ``step`` in the file's metadata, else the last number in the file name.
 
     Args:
-        paths: Files of one step each, shard indices, folders that hold the shards of one step, or folders that hold
-            such steps.
+        paths: Files of one step each, shard indices, folders with the shards of one step, or folders of such steps.
 
     Returns:
         The steps in ascending order.
 
     Raises:
-        InputError: Something cannot be read, has no step, or two are of one step.
+        InputError: A path cannot be read, has no step number, or repeats a step.
     """
     steps: dict[int, Step] = {}
     for path in (found for given in paths for found in _sources(locate(given))):
@@ -114,7 +113,7 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
 
 
 def _sources(path: Path) -> list[Path]:
-    """Return what in a path holds the gradients of one step each."""
+    """Return the sources in a path, one per step."""
     if not path.is_dir() or any((path / name).is_file() for name in WEIGHTS):
         return [path]
     try:
@@ -132,10 +131,10 @@ def _sources(path: Path) -> list[Path]:
 
 
 def _step_of(checkpoint: Checkpoint, path: Path) -> int:
-    """Return the step of a snapshot.
+    """Return the step number of a snapshot.
 
     Raises:
-        InputError: Neither metadata nor name say it, or its shards do not agree.
+        InputError: Neither metadata nor file name has a step number, or its shards disagree.
     """
     said = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
     if len(said) > 1:
@@ -156,17 +155,17 @@ def _step_of(checkpoint: Checkpoint, path: Path) -> int:
 
 
 def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[History, ...], tuple[Unpaired, ...]]:
-    """Follow every weight through the steps.
+    """Collect the gradients of every weight over the steps.
 
     Args:
         steps: The snapshots.
-        base: Whose names the layers get; None to take those of the gradients.
+        base: Checkpoint that gives the layer names; None to use the names of the gradients.
 
     Returns:
-        The matrices, in natural order of their names, and the tensors that are none or that ``base`` does not have.
+        The matrices, in natural order of their names, and the tensors that are not matrices or not in ``base``.
 
     Raises:
-        InputError: One weight has two gradients in one step, or gradients of two shapes.
+        InputError: A weight has two gradients in one step, or gradients of different shapes.
     """
     snapshots: dict[str, list[Snapshot]] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -194,7 +193,7 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
 def _located(
     stored: Checkpoint, base: Checkpoint | None
 ) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
-    """Return layer, shape and place of every matrix in one snapshot; and what is none."""
+    """Return layer, shape and location of every matrix in one snapshot, and the tensors that are not matrices."""
     unpaired: dict[str, Unpaired] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for name in stored:

@@ -1,4 +1,4 @@
-"""The ``loradiag`` command: its subcommands, its version, and how errors become exit codes."""
+"""The ``loradiag`` command: its subcommands, its version, and the mapping of errors to exit codes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ INTERRUPTED = 130
 
 
 class _Command(TyperCommand):
-    """A command that accepts former names of options, and whose help is in parts (``running.options.PANELS``)."""
+    """A command that accepts former option names and groups its help (``running.options.PANELS``)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Replace former names; let ``--gradients`` take every word up to the next option, as in ``grads/*``."""
+        """Replace former option names; let ``--gradients`` take all words up to the next option, as in ``grads/*``."""
         former = getattr(self.callback, "aliases", {})
         end = args.index("--") if "--" in args else len(args)
         args = [*(_today(word, former) for word in args[:end]), *args[end:]]
@@ -61,7 +61,7 @@ class _Command(TyperCommand):
                     formatter.write_dl(told)
 
     def get_short_help_str(self, limit: int = 0) -> str:
-        """Return the line of the list of commands, whole."""
+        """Return the command's line in the list of commands, not truncated."""
         return super().get_short_help_str(80)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -69,7 +69,7 @@ class _Command(TyperCommand):
 
 
 def _today(word: str, former: Mapping[str, str]) -> str:
-    """Return a word of the command line, the former name of an option as it is called now.
+    """Return a command-line word with a former option name replaced by the current one.
 
     >>> _today("--tol=0.1", {"--tol": "--tolerance"}), _today("base", {})
     ('--tolerance=0.1', 'base')
@@ -79,7 +79,7 @@ def _today(word: str, former: Mapping[str, str]) -> str:
 
 
 class _Commands(TyperGroup):
-    """The commands, some of two words: ``gate init`` is one beside ``gate``, which takes files."""
+    """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` alone takes files."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         words = " ".join(args[:2])
@@ -87,7 +87,7 @@ class _Commands(TyperGroup):
 
 
 def _choices(kind: re.Match[str]) -> str:
-    """Return the words that an option takes, as our own metavars have them; nothing of a Python type."""
+    """Return the choices of an option in the form of our metavars, without Python types."""
     return f" {kind[1]}" if kind[1] else ""
 
 
@@ -130,12 +130,12 @@ def _main(
 
 @cache
 def commands() -> Any:
-    """Return the commands as click runs them, made once in a process."""
+    """Return the click command, built once per process."""
     return typer.main.get_command(app)
 
 
 def main() -> None:
-    """Run the command line; every error meant for the user becomes one message and an exit code."""
+    """Run the command line; convert each user-facing error to one message and an exit code."""
     code = _run()
     with suppress(ValueError):  # not the main thread: then Ctrl-C is not for us
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and written: what Python tidies up now is no work
@@ -182,7 +182,7 @@ def _run() -> int:
 
 
 def _usage(problem: str, context: Any) -> str:
-    """Return a usage error of typer in the style of ours: what is wrong, and what to do.
+    """Return typer's usage error in our style: the problem and the fix.
 
     >>> _usage("No such option: --rnak Did you mean --rank?", None)
     'No such option: --rnak Did you mean --rank?'
@@ -193,11 +193,11 @@ def _usage(problem: str, context: Any) -> str:
 
 
 def _resumes(words: list[str]) -> bool:
-    """Return whether the command of these words has ``--resume``."""
+    """Return whether the command given by these words has ``--resume``."""
     named = (one for one in features() if one.command and one.name.split() == words[: len(one.name.split())])
     return any("resume" in signature(one.load(one.command)).parameters for one in named)
 
 
 def _is_of_a_stream(error: OSError) -> bool:
-    """Say whether typer could not write its own help: everything else names a file or is one message already."""
+    """Return whether typer failed to write its own help; any other error names a file or has its own message."""
     return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}

@@ -1,8 +1,8 @@
-"""The options of commands, and how their words are read.
+"""Options of commands and the parsing of their values.
 
-A command takes a group as one parameter, and ``spread`` shows typer the options in it. A group is a ``TypedDict`` of
-``running.options``, whose options a Python function has, too: the command gets a dictionary to pass on. Or it is a
-dataclass of options that only the command line has::
+A command takes a group as one parameter, and ``spread`` presents its options to typer. A group is either a
+``TypedDict`` of ``running.options``, shared with a Python function, and the command gets a dictionary to pass on; or a
+dataclass of options that exist on the command line only::
 
     @spread
     def residual(base: Base, tuned: Tuned, *, given: LayerOptions, shown: Rows) -> None:
@@ -39,7 +39,7 @@ LINES: int | None = 12
 
 
 class Engine(StrEnum):
-    """What a command runs on."""
+    """Where a command runs."""
 
     local = "local"
     ray = "ray"
@@ -53,7 +53,7 @@ class Per(StrEnum):
 
 
 def spelled(name: str, option: Option) -> Any:
-    """Return the typer option of a declaration."""
+    """Return the typer option for a declaration."""
     flags = option.flags or (option.flag(name),)
     words = option.completions or option.choices
     return typer.Option(
@@ -67,7 +67,7 @@ def spelled(name: str, option: Option) -> Any:
 
 
 def flag(name: str, help: str, panel: str, *flags: str) -> Any:
-    """Return a typer option that is on or off, of the command line alone."""
+    """Return a typer flag that exists on the command line only."""
     return spelled(name, Option(False, help, flags=flags, panel=panel))
 
 
@@ -88,7 +88,7 @@ Overwrite = Annotated[bool, spelled("overwrite", declared(Output)["overwrite"][1
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the option ``engine`` of a function is on the command line."""
+    """The command-line form of a function's option ``engine``."""
 
     engine: Annotated[
         Engine, spelled("engine", Option("", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION))
@@ -102,10 +102,10 @@ class Cluster:
     ] = 0.0
 
     def value(self) -> Ray | None:
-        """Return the cluster; None for this machine alone.
+        """Return the cluster; None to run on this machine only.
 
         Raises:
-            UsageError: An option of a cluster is given without one.
+            UsageError: A cluster option is given without ``--engine ray``.
         """
         if self.engine is Engine.local:
             if self.ray_address is not None or self.gpus_per_task:
@@ -119,7 +119,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown, and where."""
+    """What is printed, and where."""
 
     json: Json = False
     quiet: Quiet = False
@@ -127,15 +127,15 @@ class Shown:
 
     @property
     def table(self) -> bool:
-        """Whether a table is shown."""
+        """Whether to print a table."""
         return not (self.json or self.quiet)
 
     @contextmanager
     def callbacks(self, notes: bool = False) -> Iterator[dict[str, Any]]:
-        """Give the callbacks of a run: a progress bar, and with ``--json`` every record as a line.
+        """Return the callbacks of a run: a progress bar and, with ``--json``, one line per record.
 
         Args:
-            notes: Whether the run tells what it will cost before it starts.
+            notes: Whether the run estimates its cost before it starts.
         """
         with progress_bar(self.quiet) as on_progress:
             called: dict[str, Any] = {"on_progress": on_progress, "on_record": as_lines(self.json)}
@@ -145,8 +145,8 @@ class Shown:
         """Print the tables and the summary of results, where they are shown.
 
         Args:
-            results: What was measured.
-            then: The command that a user would run next.
+            results: The results.
+            then: The suggested next command, printed last.
             per: What a row is, ``type`` or ``layer``; by default as the options say.
         """
         if self.table:
@@ -157,17 +157,17 @@ class Shown:
 
 @dataclass(frozen=True)
 class Rows(Shown):
-    """What is shown, where, and in which rows."""
+    """What is printed, where, and in which rows."""
 
     per: PerRow = Per.type
 
 
 def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
-    """Refuse, before any work, a results file that could not be written.
+    """Check, before any work, that the results file can be written.
 
     Raises:
-        UsageError: A run that was not kept should be resumed, or something is in the way of the output.
-        InputError: Nothing could be written there.
+        UsageError: ``--resume`` without ``-o``, or the output exists and may not be replaced.
+        InputError: The output's location is not writable.
     """
     if output is not None:
         from lora_diag.records.writing import check_results_file
@@ -178,7 +178,7 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose groups are spread: typer sees their options, and the command gets the groups.
+    """Return a command with its groups spread: typer sees single options, and the command gets groups.
 
     >>> from lora_diag.running.options import Selection
     >>> @spread
@@ -213,7 +213,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _brief(brief: bool) -> Iterator[None]:
-    """Let summaries take few lines."""
+    """Limit summaries to a few lines."""
     from lora_diag.rendering.statements import at_most  # rich comes with it: not before it is needed
 
     with at_most(LINES if brief else None):
@@ -221,7 +221,7 @@ def _brief(brief: bool) -> Iterator[None]:
 
 
 def _options(group: Any) -> Iterator[Parameter]:
-    """Yield the options of a group; nothing if it is none."""
+    """Yield the options of a group; nothing for other types."""
     if is_dataclass(group):
         kinds = get_type_hints(group, include_extras=True)
         for each in fields(group):
@@ -236,7 +236,7 @@ def _options(group: Any) -> Iterator[Parameter]:
 
 
 def _default(option: Option) -> Any:
-    """Return a default as the command line has it: numbers as words with commas, nothing for no files.
+    """Return a default in its command-line form: comma-separated numbers, and None for no files.
 
     >>> _default(Option((1e-4, 0.1, 1000), "Numbers.", "X,X,...")), _default(Option((), "Files.", "FILE"))
     ('1e-4,0.1,1000', None)
@@ -247,7 +247,7 @@ def _default(option: Option) -> Any:
 
 
 def _word(number: float) -> str:
-    """Return the shorter of two spellings of a number; a whole one has digits alone."""
+    """Return the shorter spelling of a number; integers have digits only."""
     if isinstance(number, int):
         return str(number)
     mantissa, exponent = f"{number:e}".split("e")
@@ -255,12 +255,12 @@ def _word(number: float) -> str:
 
 
 def _kind(kind: Any) -> Any:
-    """Return the first of several types."""
+    """Return the first type of a union."""
     return get_args(kind)[0] if isinstance(kind, UnionType) else kind
 
 
 def _typed(kind: Any, option: Option) -> Any:
-    """Return what a word on the command line becomes, of all types that a function takes: the first, or None.
+    """Return the type of an option's command-line value: the first type that the function accepts, or None.
 
     >>> _typed(str | int | None, Option(None, "Memory limit.", "SIZE"))
     str | None
@@ -279,7 +279,7 @@ def _typed(kind: Any, option: Option) -> Any:
 
 
 def _read(kind: Any, option: Option, name: str, word: Any) -> Any:
-    """Return the value of an option: several numbers or names of one word, and of no files none."""
+    """Return the value of an option; a comma-separated word is split, and no files give an empty value."""
     first = _kind(kind)
     if get_origin(first) is not Sequence:
         return word
@@ -295,11 +295,11 @@ def _read(kind: Any, option: Option, name: str, word: Any) -> Any:
 
 
 def _gathered(group: Any, given: dict[str, Any]) -> Any:
-    """Return a group of what was given.
+    """Return a group built from the given values.
 
     Raises:
-        UsageError: An option makes no sense beside another, or something is in the way of the output.
-        InputError: The output could not be written.
+        UsageError: Two options contradict each other, or the output exists and may not be replaced.
+        InputError: The output cannot be written.
     """
     if is_dataclass(group):
         return group(**given)  # type: ignore[operator]
@@ -314,7 +314,7 @@ def _gathered(group: Any, given: dict[str, Any]) -> Any:
 
 
 def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
-    """Read ``4,8,16``; ``option`` is what the message names.
+    """Parse ``4,8,16``; ``option`` is the name used in the error.
 
     >>> parse_ranks("4,8,16")
     [4, 8, 16]
@@ -326,7 +326,7 @@ def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
 
 
 def parse_numbers(words: str, option: str, such: str) -> list[float]:
-    """Read numbers with commas between them; a message gives ``such`` as an example.
+    """Parse comma-separated numbers; the error gives ``such`` as an example.
 
     >>> parse_numbers("1,0.5", "--weights", "1,0.5")
     [1.0, 0.5]

@@ -1,4 +1,4 @@
-"""What goes where: results to standard output, progress and messages to standard error."""
+"""Output: results to standard output, progress and messages to standard error."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NAMED = 20
 
 
 class ReaderGoneError(Exception):
-    """The reader of standard output has seen enough (``| head``)."""
+    """The reader closed standard output (``| head``)."""
 
 
 def message(text: str) -> None:
-    """Print a message to standard error; where that is closed, nobody wants to know.
+    """Print a message to standard error; ignore a closed one.
 
-    It is one line, which a log keeps together; on a terminal it is wrapped between words, so that paths can be copied.
+    A message is a single line in a log; on a terminal it is wrapped between words, so that paths can be copied.
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
@@ -53,7 +53,7 @@ def _wrapped(line: str, width: int) -> str:
 
 
 def _columns(stream: TextIO) -> int:
-    """Return how wide the terminal of a stream is; of the other stream nothing is known where that goes into a pipe."""
+    """Return the width of a stream's own terminal; the other stream may be redirected."""
     try:
         return max(MINIMUM, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))
     except (OSError, ValueError):
@@ -61,7 +61,7 @@ def _columns(stream: TextIO) -> int:
 
 
 def public(text: str) -> str:
-    """Return text as it may be printed: addresses without a password or a signature."""
+    """Return text that is safe to print: addresses without passwords and signatures."""
     if "://" not in text:
         return text
     from lora_diag.running.fingerprint import legible
@@ -70,11 +70,11 @@ def public(text: str) -> str:
 
 
 def result(text: str) -> None:
-    """Print a result to standard output, whatever encoding the terminal has.
+    """Print a result to standard output in any terminal encoding.
 
     Raises:
-        ReaderGoneError: Nobody reads it any more.
-        InputError: It is closed, or its disk is full.
+        ReaderGoneError: The reader closed the pipe.
+        InputError: Standard output is closed, or its disk is full.
     """
     if sys.stdout is None or sys.stdout.closed:
         raise InputError("standard output: cannot be written: it is closed")
@@ -89,7 +89,7 @@ def result(text: str) -> None:
 
 
 def line(json: str) -> None:
-    """Print a line of JSON; a sign that standard output's encoding may lack is escaped, as JSON has it."""
+    """Print a line of JSON; characters outside the encoding of standard output are escaped."""
     if (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8":
         json = re.sub(r"[^\x00-\x7f]", lambda sign: dumps(sign[0])[1:-1], json)
     result(json)
@@ -98,16 +98,16 @@ def line(json: str) -> None:
 def check_outputs(
     inputs: Iterable[Path | str | None], outputs: Iterable[tuple[Path | None, Kind]], overwrite: bool
 ) -> None:
-    """Refuse, before any work, to write over an input, two outputs to one file, or what ``check_output`` refuses.
+    """Refuse, before any work, to overwrite an input, two outputs in one file, or an unwritable output.
 
     Args:
-        inputs: What is read, or written by other means.
-        outputs: The files, if they are asked for, and what is written to each.
-        overwrite: Replace whatever file is there; inputs are safe from it.
+        inputs: Files that are read, or written by other means.
+        outputs: The requested output files, and the kind of each.
+        overwrite: Replace existing files; inputs are never replaced.
 
     Raises:
         UsageError: An output is refused.
-        InputError: There is no such folder, or it may not be written to.
+        InputError: The folder does not exist or is not writable.
     """
     taken = {os.path.realpath(path) for path in inputs if path is not None}
     for path, kind in outputs:
@@ -120,14 +120,14 @@ def check_outputs(
 
 
 def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
-    """Return what prints each record as it is measured, as ``--json`` asks; None without."""
+    """Return a callback that prints each record as it is measured; None without ``--json``."""
     from lora_diag.records import to_line
 
     return (lambda record: line(to_line(record))) if json else None
 
 
 def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
-    """Name what could not be measured, where, and what became of it; return whether there is any."""
+    """Report layers that could not be measured, and why; return whether there are any."""
     for item in items[:NAMED]:
         message(f"Error: {item.layer}: {item.detail}; {then}")
     if len(items) > NAMED:
@@ -146,14 +146,14 @@ def exit_unmeasured(items: Sequence[LeftOut], then: str) -> None:
 
 
 def again(*more: str) -> str:
-    """Return the command that is running with more options, as a shell takes it; how much it prints is left out."""
+    """Return the running command, quoted for a shell, with more options and without verbosity options."""
     words = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     end = words.index("--") if "--" in words else len(words)
     return shlex.join(["loradiag", *words[:end], *more, *words[end:]])
 
 
 def forget_output() -> None:
-    """Keep Python from failing once more at what standard output did not take, when it flushes at exit."""
+    """Discard unwritten output, so that the flush at interpreter exit does not fail again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -164,7 +164,7 @@ def forget_output() -> None:
 
 
 def terminal() -> tuple[int, bool]:
-    """Return the width of standard output and whether it takes colours (https://no-color.org)."""
+    """Return the width of standard output and whether it supports colours (https://no-color.org)."""
     tty = sys.stdout is not None and sys.stdout.isatty()
     color = (tty or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
     return max(MINIMUM, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
@@ -172,7 +172,7 @@ def terminal() -> tuple[int, bool]:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """Give a function that shows how far a run is; it shows nothing where standard error is not a terminal."""
+    """Return a function that displays progress; it does nothing if standard error is not a terminal."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda event: None
         return
@@ -205,10 +205,10 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
 
 def next_step(output: Path | str | None, then: str) -> str:
-    """Return the command that a user would run next: first the one that keeps these numbers, if nothing does."""
+    """Return the suggested next command; without a results file, first the command that writes one."""
     return then if output is not None else f"{again('-o', 'probe.jsonl')}   (keeps these numbers)"
 
 
 def quiet_matplotlib() -> None:
-    """Keep Matplotlib's messages off the terminal: where its caches are is nothing that a user must know."""
+    """Suppress Matplotlib's messages, such as the location of its cache."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

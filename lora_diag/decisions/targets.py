@@ -1,4 +1,4 @@
-"""Which weights adapters are put on: by a user's pattern, or the matrices that they usually target."""
+"""The weights that get adapters: by the user's pattern, or the matrices that adapters usually target."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
     """Compile a user's pattern.
 
     Raises:
-        UsageError: It is no regular expression.
+        UsageError: The pattern is not a valid regular expression.
     """
     try:
         return re.compile(pattern) if pattern is not None else None

@@ -1,4 +1,4 @@
-"""``inspect``: what is in this checkpoint or adapter?"""
+"""``inspect``: list the contents of a checkpoint or an adapter."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from lora_diag.running.inputs import MOMENTS
 
 
 def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory:
-    """Describe a checkpoint or an adapter from its headers.
+    """Describe a checkpoint or an adapter by its headers.
 
-    No weight is read; of an adapter, only the factors that start at zero, to see whether they still are.
+    No weights are read, except those factors of an adapter that are initialized to zero, to check whether they still
+    are.
 
     Args:
         path: A file, a folder, or a shard index.
         alpha: α of an adapter whose files give none: s = α/r.
-        alpha_is_rank: State that α = r, so s = 1, where an adapter's files give no α.
+        alpha_is_rank: Assume α = r, so s = 1, if an adapter's files give no α.
 
     Returns:
-        Its tensors in natural order of their names; of an adapter also the weights it changes.
+        The tensors in natural order of their names; for an adapter, also the weights it changes.
 
     Raises:
-        InputError: Nothing readable is there, or a results file, which ``read_results`` reads.
+        InputError: The path cannot be read, or is a results file, which ``read_results`` reads.
 
     Example:
         >>> inspect("sample_checkpoints/base").kind

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``inspect`` on a checkpoint or an adapter."""
+"""The table of ``inspect`` for a checkpoint or an adapter."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lora_diag.rendering.text import count, safe, to_text
 
 
 def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) -> str:
-    """Return what a checkpoint holds, or what an adapter changes: one row per module type, shape and dtype.
+    """Return the table of a checkpoint or an adapter: one row per module type, shape and dtype.
 
     Args:
-        inventory: What was found.
+        inventory: The contents of the checkpoint or adapter.
         width: Columns of the terminal.
         color: Whether to use ANSI styles.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     grid = (
         _grid(AdaptedWeight.shown, inventory.adapts)

@@ -1,4 +1,4 @@
-"""Which table shows which results: ``inspect`` shows them again as the command did that measured them."""
+"""Tables of any results: ``inspect`` shows them as the command that measured them did."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lora_diag.rendering.tables import grids_table
 def table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return the table and the summary of any results.
+    """Return the table and the summary of results of any command.
 
     Args:
-        results: What was measured.
+        results: The results.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        then: The suggested next command, printed last.
 
     Raises:
-        InputError: They come from a command that this version does not know.
+        InputError: The results come from a command that is unknown to this version.
     """
     feature = feature_of(results.run.command)
     if feature is not None and feature.table:

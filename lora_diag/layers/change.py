@@ -1,4 +1,4 @@
-"""One layer's ΔW, however it is stored: its norms, and what its singular values are computed from."""
+"""One layer's ΔW in any form: its norms, and the input of its singular values."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Change:
     """ΔW on a device.
 
     Args:
-        fro: ‖ΔW‖_F; None for factors, whose decomposition gives it.
+        fro: ‖ΔW‖_F; None for factors, whose decomposition yields it.
         base_fro: ‖W_base‖_F; None if the base was not given.
-        rounding: What the rounding of two stored sides did to ΔW; None for an update that has no two sides.
-        matrix: ΔW ``(out, in)``, or None if it is known by its factors or was not kept.
+        rounding: Effect of the rounding of two stored sides on ΔW; None for an update without two sides.
+        matrix: ΔW ``(out, in)``; None if it is given by factors or was not kept.
         factors: B and A, or None.
-        non_finite: Where the first entry is that is not a finite number; None if all are.
-        streamed: ΔW as it is read again in row blocks, where memory does not hold it; else None.
-        limit: Bytes that computing with it may take; None for no limit.
+        non_finite: Position of the first entry that is not finite; None if all are.
+        streamed: ΔW in row blocks, if it exceeds the memory limit; else None.
+        limit: Memory limit of computations with it in bytes; None without limit.
     """
 
     fro: float | None
@@ -67,11 +67,11 @@ class Change:
 
     @property
     def row_blocks(self) -> int | None:
-        """How many row blocks ΔW is read in again and again; None where memory holds it."""
+        """Number of row blocks in which ΔW is read repeatedly; None if it is in memory."""
         return None if self.streamed is None else len(list(row_spans(self.streamed.shape)))
 
     def blocks(self, shape: tuple[int, int]) -> Iterator[Tensor]:
-        """Yield ΔW in row blocks, float64; the product of factors block by block, so that it is never held whole."""
+        """Yield ΔW in row blocks, float64; a product of factors is formed block by block."""
         if self.streamed is not None:
             yield from (block.to(torch.float64) for block in self.streamed.read())
             return
@@ -86,7 +86,7 @@ class Change:
     def decompose(
         self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 1e-4, seed: int = 0
     ) -> Factors:
-        """Compute singular values, in factored form where there are factors."""
+        """Compute singular values, in factored form if there are factors."""
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
         if self.streamed is not None:
@@ -107,10 +107,10 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
 
     Args:
         delta: The layer.
-        device: Where to compute.
-        keep: False to measure the norms alone.
-        allowance: What will be computed from it within how much memory; None for no limit. Of a stored ΔW that does
-            not fit the norms are measured, and whatever is computed from it reads it again in row blocks.
+        device: Device of the computation.
+        keep: False to measure only the norms.
+        allowance: The computation and its memory limit; None without limit. If a stored ΔW does not fit, its norms are
+            measured, and later computations read it again in row blocks.
 
     Returns:
         ΔW; without matrix and factors if an entry is not finite.
@@ -151,7 +151,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
 
 
 def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
-    """Return about how many bytes measuring a layer takes; within an allowance no fewer than it does."""
+    """Estimate the memory of measuring a layer in bytes; within an allowance an upper bound."""
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
     entry = COMPUTED if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
@@ -159,16 +159,16 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
 
 
 def _again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:
-    """Yield the rows of ΔW, subtracted once more."""
+    """Yield the rows of ΔW, subtracted again."""
     for base, tuned in delta.blocks():
         yield tuned.to(wide) - base.to(wide)
 
 
 def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
-    """Compute on a device, and on the CPU where that is out of memory; return the result and words for the record.
+    """Compute on a device, or on the CPU if the device is out of memory; return the result and a note for the record.
 
     Raises:
-        MemoryLimitError: This machine has no memory left.
+        MemoryLimitError: This machine is out of memory.
     """
     with _allocations_told(), own_stream(device):
         try:
@@ -179,7 +179,7 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
 
 
 def why_not_comparable(fro: float) -> str | None:
-    """Return why an update of this norm is not compared with another; None if it is."""
+    """Return why an update with this norm cannot be compared with another; None if it can."""
     if not math.isfinite(fro):
         return OVERFLOW
     if fro == 0.0 or LEAST <= fro <= MOST:
@@ -188,7 +188,7 @@ def why_not_comparable(fro: float) -> str | None:
 
 
 def noted(record: T, words: str) -> T:
-    """Add words of ``on_device`` to the method of a record; return one that names no method as it is."""
+    """Append a note of ``on_device`` to the method of a record; records without a method are unchanged."""
     told: Any = record
     if not words or not hasattr(record, "method"):
         return record
@@ -197,7 +197,7 @@ def noted(record: T, words: str) -> T:
 
 @contextmanager
 def _allocations_told() -> Iterator[None]:
-    """Make a message of an allocation that fails."""
+    """Convert failed allocations to an error message."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -208,7 +208,7 @@ def _allocations_told() -> Iterator[None]:
 
 
 def _in_base(side: Side, shape: tuple[int, int]) -> str:
-    """Return where the first entry of W_base is that is not finite."""
+    """Return the position of the first entry of W_base that is not finite."""
     for (first, _), block in zip(row_spans(shape), row_blocks(side, shape), strict=True):
         if problem := first_non_finite("BASE holds", block, first):
             return problem

@@ -1,9 +1,9 @@
-"""The norm in which updates are measured: Frobenius's, or the one that the layer's own inputs (and gradients) give.
+"""The metric of updates: the Frobenius norm, or a norm defined by the layer's inputs (and gradients).
 
-With C = E[xxᵀ] the second moment of the inputs, ‖D·C^½‖_F² = E‖Dx‖² is the mean square of what an update changes in the
-layer's output. D·L with L·Lᵀ = C has the same norm and the same singular values, so everything that holds for D holds
-for D·L, the Eckart–Young floor included. With G = E[ggᵀ] of the loss's gradient by the output, ‖G^½·D·C^½‖_F² is
-K-FAC's estimate of E⟨∇ℓ, D⟩² (Martens and Grosse 2015): what the update changes in the loss, squared.
+With C = E[xxᵀ] the second moment of the inputs, ‖D·C^½‖_F² = E‖Dx‖² is the mean square change of the layer's output due
+to the update. D·L with L·Lᵀ = C has the same norm and the same singular values, so all results for D apply to D·L,
+including the Eckart–Young bound. With G = E[ggᵀ] of the loss's gradient with respect to the output, ‖G^½·D·C^½‖_F² is
+the K-FAC estimate of E⟨∇ℓ, D⟩² (Martens and Grosse 2015), the squared change of the loss.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Where a second moment of a layer lies: C = E[xxᵀ] of its input, or G = E[ggᵀ] of the gradient by its output.
+    """Location of a second moment of a layer: C = E[xxᵀ] of its input, or G = E[ggᵀ] of its output gradient.
 
     Args:
         side: The stored matrix.
         size: Its order.
-        on_rows: Whether it belongs to the rows of the stored weight: C where that is ``(in, out)``, G where it is not.
+        on_rows: Whether it belongs to the rows of the stored weight: C if that is ``(in, out)``, else G.
     """
 
     side: Side
@@ -48,7 +48,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """What a layer is weighed by: C, and G where both sides are."""
+    """The weighting of a layer: C, and G if both sides are weighted."""
 
     inputs: Moments
     gradients: Moments | None = None
@@ -60,7 +60,7 @@ class Weighting:
 
 
 def extra(weighting: Weighting, shape: tuple[int, int]) -> int:
-    """Return about how many bytes it takes to weigh a matrix: a root and its eigenvectors, ΔW and W_base in float64."""
+    """Estimate the memory of weighting a matrix in bytes: a root and its eigenvectors, ΔW and W_base in float64."""
     return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))
 
 
@@ -92,13 +92,13 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """An update in the metric of the data: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; stored ``(in, out)`` alike, transposed.
+    """An update in the data metric: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; transposed if stored as ``(in, out)``.
 
     Args:
         change: The product.
-        error: Bound on the error of every energy fraction that C, its root and the product bring.
+        error: Bound on the error of every energy fraction due to C, its root and the product.
         plain_fro: ‖ΔW‖_F.
-        gains: What the metric makes of the rounding errors.
+        gains: Effect of the metric on rounding errors.
         roots: L, and K.
     """
 
@@ -111,11 +111,11 @@ class Weighed:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """D in one metric: as it is, or times a root of C.
+    """D in one metric: unchanged, or multiplied by a root of C.
 
     Args:
         change: D, or D·L.
-        factors: Its largest singular values, with vectors where they are needed.
+        factors: Its largest singular values, with vectors if needed.
         shape: ``(out, in)``.
         root: L; None in the plain metric.
         on_rows: Whether L belongs to the rows.
@@ -128,9 +128,9 @@ class Metric:
     on_rows: bool = False
 
     def distances(self, other: Change | None, rank: int | None) -> tuple[Distances, float]:
-        """Return how far X, given in the plain metric, is from D, and ‖X‖; None stands for X = 0.
+        """Return the distances of X, given in the plain metric, from D, and ‖X‖; None stands for X = 0.
 
-        There are no distances where ‖X‖ is not comparable.
+        Returns no distances if ‖X‖ is not comparable.
         """
         fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
         if other is not None:
@@ -151,20 +151,20 @@ class Metric:
 
 
 def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighed:
-    """Return an update, and its base, in the metric of the data.
+    """Return an update and its base in the data metric.
 
     The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of the r largest moves by
     no more than ‖D(Ĉ − C)Dᵀ‖_* ≤ c‖D‖_F² (Fan 1949), with G by c‖KᵀD‖_F² + g‖D·L‖_F² + c·g‖D‖_F². Rounding of a product
-    with n terms a sum is at most n·ε·‖D‖_F‖L‖_F. A fraction has such an error above and below its line.
+    with n terms per sum is at most n·ε·‖D‖_F‖L‖_F. A fraction has such an error in both numerator and denominator.
 
     Args:
         change: ΔW, finite.
-        delta: Where it is from.
+        delta: Its layer.
         weighting: C, and G.
         device: Where to compute.
 
     Raises:
-        InputError: A second moment is none.
+        InputError: A second moment is invalid.
     """
     roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
     plain, base_fro = fro_of(change), None
@@ -189,7 +189,7 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
 
 
 def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
-    """Return what the metric makes of the rounding errors: of their variances as products of row and column factors."""
+    """Return the effect of the metric on rounding errors with variances that are products of row and column factors."""
     rounding = change.rounding.rounding if change.rounding else None
     found, base, bound = [], 1.0, 1.0
     for on_rows, size in zip((True, False), shape, strict=True):
@@ -210,7 +210,7 @@ def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
 
 
 def fro_of(change: Change) -> float:
-    """Return ‖·‖_F, of factors without forming their product."""
+    """Return ‖·‖_F; for factors without forming their product."""
     if change.fro is not None:
         return change.fro
     assert change.factors is not None
@@ -218,7 +218,7 @@ def fro_of(change: Change) -> float:
 
 
 def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
-    """Return ΔW·L, or Lᵀ·ΔW where the layer is stored ``(in, out)``; in factored form where there are factors.
+    """Return ΔW·L, or Lᵀ·ΔW if the layer is stored as ``(in, out)``; in factored form if there are factors.
 
     Raises:
         MemoryLimitError: ΔW is read in row blocks.

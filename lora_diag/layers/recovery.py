@@ -1,4 +1,4 @@
-"""One layer's update before rounding: cells from both files, what they say of its size and directions, and gates.
+"""Estimate of one layer's update before rounding: rounding cells of both files, size, directions, and validity checks.
 
 Reference: docs/recover.md; ``lora_diag.linalg.hidden`` for the estimator.
 """
@@ -52,16 +52,16 @@ BLOCKS = 96 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What was found of one layer.
+    """The estimate of one layer.
 
     Args:
         hidden: The record's part.
-        cells: Where the entries lie, in units of ``unit`` and divided by the scales; None where nothing was estimated.
-        low_rank: L in these units; None where no direction was found.
+        cells: Cells of the entries, in units of ``unit`` and divided by the scales; None without an estimate.
+        low_rank: L in these units; None without a detected direction.
         deviation: s in these units.
         scales: Of rows and columns; None if all are 1.
         unit: A power of two.
-        curve: C(r) of the directions that were found.
+        curve: C(r) of the detected directions.
         shape: Of the entries' distribution, where no direction was found.
     """
 
@@ -96,7 +96,7 @@ class Estimate:
 
 
 def recovery_bytes(shape: tuple[int, int]) -> int:
-    """Return about how many bytes recovering a layer takes.
+    """Estimate the memory of recovering a layer in bytes.
 
     Cells with both halves of BASE's, the posterior mean, and their copies while they are divided by scales; float32.
     """
@@ -105,12 +105,12 @@ def recovery_bytes(shape: tuple[int, int]) -> int:
 
 @dataclass(slots=True)
 class _Stored:
-    """One side as it is stored: numbers of a format, times a scale for each entry where it has codes.
+    """One stored side: values of a format, multiplied by a scale per entry if the format has codes.
 
     Args:
-        side: Where it lies.
+        side: Location of the side.
         format: Key of ``GRIDS`` that most entries fit.
-        own: Key of the dtype, for entries that do not.
+        own: Key of the dtype, for entries that do not fit.
     """
 
     side: Side
@@ -119,7 +119,7 @@ class _Stored:
 
     @classmethod
     def of(cls, side: Side, sample: Tensor) -> _Stored | None:
-        """Return the side; None if its format has no cells."""
+        """Return the side; None if its format has no known cells."""
         stored = side.info.stored
         if stored is not None:
             return cls(side, stored, stored) if stored in GRIDS else None
@@ -138,7 +138,7 @@ class _Stored:
         return None if found is None else found.view(-1, shape[1]).to(like)
 
     def halves(self, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return how far the cells of values reach below and above them."""
+        """Return the extent of the cells of values below and above them."""
         if scale is not None:
             codes = nearest(values / scale, self.format)
             below, above = halves(codes, GRIDS[self.format])
@@ -152,7 +152,7 @@ class _Stored:
         return below, above
 
     def round(self, values: Tensor, scale: Tensor | None) -> Tensor:
-        """Return what a number would have been stored as."""
+        """Return the stored value of a number."""
         return nearest(values, self.format) if scale is None else nearest(values / scale, self.format) * scale
 
 
@@ -177,8 +177,8 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
     Args:
         delta: The layer; finite.
         fro: ‖D‖_F.
-        ranks: At which C(r) is given.
-        seed: Of hidden cells and starting vectors.
+        ranks: Ranks of C(r).
+        seed: Seed of hidden cells and starting vectors.
         device: Where to compute.
 
     Raises:
@@ -257,14 +257,14 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What is fitted to a layer.
+    """The model fitted to a layer.
 
     Args:
         cells: Divided by the scales.
-        size: Of what is in them.
+        size: Size of their contents.
         scales: None if all are 1.
-        fit: Of which entries changed.
-        found: L, where the fit needs it; else it is not known yet.
+        fit: Fit of the changed entries.
+        found: L, if the fit needs it; else not known yet.
         shaped: The size under the likeliest shape of the entries' distribution; None with scales or L.
     """
 
@@ -314,7 +314,7 @@ def _sides(delta: StoredDelta) -> tuple[Side, Side]:
 
 
 def _head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the entries from which the format that most values fit is told."""
+    """Return the entries that determine the format of most values."""
     return side.offset, side.offset + min(math.prod(shape), 2**16)
 
 
@@ -414,7 +414,7 @@ def _moments(cells: Cells, deviation: float, shape: Shape, low_rank: LowRank | N
 
 
 def _norm(cells: Cells, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
-    """Return √ΣE[x² | cells] before the division by scales."""
+    """Return √ΣE[x² | cells] before division by the scales."""
     total, row = 0.0, 0
     for found in _moments(cells, deviation, shape, low_rank):
         square = found.mean.square() + found.variance
@@ -434,7 +434,7 @@ def _curves(
     ranks: Sequence[int],
     unit: float,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Return C(r) at all ranks, and the fields on C(r) and ranks of the directions that were found.
+    """Return C(r) at all ranks, and the fields on C(r) and ranks of the detected directions.
 
     x_i has a standard error of about τ, the noise of the score in one direction. Lower ends take x_i − 1.96τ for the
     values and nothing else; upper ends x_i + 1.96τ with the remaining variance spread over all directions, and for the

@@ -1,4 +1,4 @@
-"""The door to the methods for a dense matrix: validates and chooses."""
+"""Choice of a method for a dense matrix, with validation."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def decompose(
 
     Args:
         matrix: A, ``(m, n)`` with m, n ≥ 1, float32 or float64, finite.
-        method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and hands over to ``gram`` where the spectrum is
-            too flat for it; or ``auto`` for the cheapest whose bound meets ``tol``.
-        top: Keep only so many of the largest values; None for all.
-        fro: ‖A‖_F in float64 accuracy, if it is known; else it is computed.
+        method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and falls back to ``gram`` if the spectrum is too
+            flat; or ``auto`` for the cheapest whose bound meets ``tol``.
+        top: Number of largest values to keep; None for all.
+        fro: ‖A‖_F in float64 accuracy if known; else computed.
         vectors: Whether to compute singular vectors.
-        tol: Bound to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
+        tol: Required bound on the error of every energy fraction.
+        seed: Seed of random starting vectors.
 
     Returns:
-        The values, what computed them, and a bound on the error of every energy fraction.
+        The values, their method, and a bound on the error of every energy fraction.
 
     Raises:
-        UsageError: There is no such method, or ``top`` or ``tol`` makes no sense.
+        UsageError: The method is unknown, or ``top`` or ``tol`` is invalid.
 
     Example:
         >>> import torch
@@ -76,10 +76,10 @@ def decompose(
 
 
 def check_request(method: str, top: int | None, tol: float) -> None:
-    """Refuse a method that does not exist, and numbers that make no sense.
+    """Check method, ``top`` and ``tol``.
 
     Raises:
-        UsageError: One of them.
+        UsageError: One of them is invalid.
     """
     if method not in {"auto", *METHODS}:
         raise UsageError(f"--method {method}: use auto, {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Which device computes, and how numbers get there while it does."""
+"""Choice of the device, and transfers to it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lora_diag.errors import UsageError
 
 
 def resolve_device(word: str) -> torch.device:
-    """Turn the word of ``--device`` into a device that is there.
+    """Return the device for a value of ``--device``.
 
     Args:
         word: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
     Returns:
-        The device. It can do float64 arithmetic, on which the error bounds rest.
+        The device, which supports float64 arithmetic, as required by the error bounds.
 
     Raises:
-        UsageError: The word means nothing, or the device is not there or has no float64.
+        UsageError: The value is unknown, or the device does not exist or has no float64.
     """
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,9 +46,9 @@ _streams = threading.local()
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Compute on a stream of this thread's own: on a GPU the copies of one layer then go on beside another's kernels.
+    """Compute on a stream of this thread: on a GPU the transfers of one layer then overlap with kernels of another.
 
-    On other devices this does nothing. What was computed is there when it ends: other threads may use it then.
+    On other devices this does nothing. Results are complete when the block ends, and may be used by other threads.
     """
     if device.type != "cuda":
         yield
@@ -63,7 +63,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def move(block: Tensor, device: torch.device) -> Tensor:
-    """Return a block on a device; to a GPU through pinned memory, so that the processor need not wait for the copy.
+    """Copy a block to a device; to a GPU through pinned memory, so that the CPU does not wait for the copy.
 
     PyTorch keeps the pinned memory until the copy has been made, then gives it to the next block.
     """

@@ -1,9 +1,9 @@
-"""The eigenpairs at one end of a symmetric operator that is known only by its products with vectors.
+"""Eigenpairs at one end of a symmetric operator given by its products with vectors.
 
 ARPACK's implicitly restarted Lanczos (Lehoucq, Sorensen and Yang 1998) by SciPy: memory is that of its basis, whatever
-the number of products. A Ritz value never lies beyond the true end of the spectrum, and within ‖Hv − λv‖ of an
-eigenvalue; that a whole eigenvalue beyond it was missed takes a random start orthogonal to its eigenvector. Behind
-the outermost, one that is there several times or has near neighbours may be passed over, and the next told instead.
+the number of products. A Ritz value never lies beyond the true end of the spectrum, and is within ‖Hv − λv‖ of an
+eigenvalue; missing an eigenvalue beyond it requires a random start orthogonal to its eigenvector. Among the others,
+multiple or clustered eigenvalues may be skipped in favour of the next.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ BASIS, RESTARTS = 20, 30
 
 @dataclass(frozen=True, slots=True)
 class Eigenpairs:
-    """Some eigenpairs of a symmetric operator.
+    """Eigenpairs at one end of a symmetric operator.
 
     Args:
         values: ``(k,)`` float64, the outermost first.
         vectors: ``(n, k)``, of norm 1.
         residual: ‖Hv − λv‖ of the outermost.
-        products: Products that it took, that for the residual included.
+        products: Number of products, including that for the residual.
     """
 
     values: Tensor
@@ -46,7 +46,7 @@ class Eigenpairs:
 
 
 def basis_size(size: int, count: int) -> int:
-    """Return how many vectors are held at once.
+    """Return the number of vectors in memory.
 
     >>> basis_size(10**6, 1), basis_size(10**6, 30), basis_size(100, 60)
     (20, 61, 100)
@@ -63,17 +63,18 @@ def eigenpairs(
     device: torch.device,
     largest: float = 0.0,
 ) -> Eigenpairs:
-    """Return the largest or the smallest eigenvalues, by their signs, and their vectors.
+    """Return the largest or the smallest eigenvalues, by sign, with eigenvectors.
 
     Args:
         product: H·x for x ``(n,)`` float32 on the device.
         size: n.
-        count: How many; fewer where the operator has fewer.
-        end: Which.
-        seed: Of the random start.
-        device: Where x is.
-        largest: The largest eigenvalue c, for the smallest: those of cI − H are sought. Tolerances are relative, and an
-            eigenvalue near zero, as a Gauss–Newton matrix has many, would never meet one of its own size.
+        count: Number of eigenvalues; fewer if the operator has fewer.
+        end: ``largest`` or ``smallest``.
+        seed: Seed of the random start.
+        device: Device of x.
+        largest: The largest eigenvalue c, needed for the smallest, which are computed from cI − H. Tolerances are
+            relative, and the many near-zero eigenvalues of a Gauss–Newton matrix would never meet one of their own
+            size.
 
     Raises:
         InputError: Lanczos did not converge, or a product is not finite.

@@ -1,9 +1,9 @@
 """All singular values through the eigenvalues of the smaller Gram matrix, AᵀA or AAᵀ, in float64.
 
-A product and a symmetric eigenvalue problem cost a fraction of a bidiagonalisation. The price is known: σ² is found to
-an absolute error, so a σ far below ‖A‖_F·√ε is noise. With a float32 product that would be everything below 1e-3 of
-the largest value, and no rigorous bound on the energy fractions would be left (γ_k√r = 0.015 at k = r = 4096); in
-float64 it is 1e-8, and the bound is 1e-9.
+A product and a symmetric eigenvalue problem cost a fraction of a bidiagonalization. The disadvantage is that σ² has an
+absolute error, so that a σ far below ‖A‖_F·√ε is noise. With a float32 product that would be all values below 1e-3 of
+the largest, without a useful rigorous bound on energy fractions (γ_k√r = 0.015 at k = r = 4096); in float64 it is 1e-8,
+and the bound is 1e-9.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def decompose_gram(
         fro: ‖A‖_F.
         top: Keep only so many of the largest values.
         vectors: Whether to compute singular vectors.
-        held: Row blocks to hold at a time where A comes in them and has fewer rows than columns.
-        in_place: Whether eigenvalues are to be computed without a second copy of the Gram matrix, which is slower.
+        held: Number of row blocks in memory, if A is streamed and has fewer rows than columns.
+        in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is slower.
 
     Returns:
-        The values. Rounding of the product: |Ĝ − G| ≤ γ_k|A|ᵀ|A| entrywise with γ_k = kε/(1 − kε) and k terms a sum
+        The values. Rounding of the product: |Ĝ − G| ≤ γ_k|A|ᵀ|A| entrywise with γ_k = kε/(1 − kε) and k terms per sum
         (Higham 2002, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., §3.5), so ‖Ĝ − G‖_F ≤ γ_k‖A‖_F². The
-        eigensolver adds p·ε·‖Ĝ‖_2 to each eigenvalue (LAPACK Users' Guide, §4.7.1; we take p = n, the order of G).
-        The sum of the r largest eigenvalues moves by no more than the sum of the r largest singular values of the
-        perturbation (Fan 1949), which is at most √r‖·‖_F: |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤ √r γ_k‖A‖_F² + r·n·ε·σ_1².
+        eigensolver adds p·ε·‖Ĝ‖_2 to each eigenvalue (LAPACK Users' Guide, §4.7.1, with p = n, the order of G). The sum
+        of the r largest eigenvalues changes by at most the sum of the r largest singular values of the perturbation
+        (Fan 1949), which is at most √r‖·‖_F: |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤ √r γ_k‖A‖_F² + r·n·ε·σ_1².
     """
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
@@ -80,7 +80,7 @@ def decompose_gram(
 
 
 def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Factors:
-    """Compute the singular values of S = [A_1; A_2; …], one A in memory at a time.
+    """Compute the singular values of S = [A_1; A_2; …] with one A in memory at a time.
 
     SᵀS = ΣA_tᵀA_t, so they are the roots of the eigenvalues of that sum.
 
@@ -89,7 +89,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
         top: Keep only so many of the largest values.
 
     Returns:
-        The values, min(Σk_t, n) of them at most. Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
+        The values, at most min(Σk_t, n). Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
 
     Example:
         >>> decompose_stack([torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])]).s.tolist()
@@ -116,7 +116,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
 
 
 def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
-    """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², k terms being in a sum."""
+    """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², with k terms per sum."""
     if not fro:
         return 0.0
     epsilon = torch.finfo(torch.float64).eps
@@ -125,7 +125,7 @@ def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
 
 
 def _gram(tall: Matrix, held: int) -> Tensor:
-    """Return the lower triangle of AᵀA, for A in memory or in row blocks, of itself or of its transpose."""
+    """Return the lower triangle of AᵀA, for A or its transpose in memory or in row blocks."""
     if not isinstance(tall, Streamed):
         return gram_matrix(tall)
     if tall.transposed:
@@ -141,7 +141,7 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
 
     Args:
         matrix: A, ``(k, n)``, any floating dtype.
-        gram: What an earlier call returned, to which AᵀA is added in place.
+        gram: Result of an earlier call, to which AᵀA is added in place.
 
     Returns:
         ``(n, n)`` float64; entries above the diagonal panels are zero.
@@ -187,8 +187,8 @@ def _eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
 def _largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     """Return the largest eigenvalues, ascending, and their vectors, by bisection and inverse iteration.
 
-    None if inverse iteration does not converge, or if bisection cannot tell the ``top``-th value from those behind it
-    and returns fewer, which was seen on 600 equal values.
+    None if inverse iteration does not converge, or if bisection cannot separate the ``top``-th value from the next ones
+    and returns fewer, as observed for 600 equal values.
     """
     n = len(gram)
     try:
@@ -202,7 +202,7 @@ def _largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _left_vectors(matrix: Matrix, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U and V with A·V = U·Σ. A·V has orthogonal columns; QR makes them orthonormal, also where σ is zero."""
+    """Return U and V with A·V = U·Σ. A·V has orthogonal columns; QR makes them orthonormal, also for σ = 0."""
     u, r = torch.linalg.qr(times_wide(matrix, v))
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
     return u * signs, v

@@ -1,7 +1,7 @@
-"""Second moments C = E[xxᵀ] of the inputs of linear layers, summed up while a model reads a text.
+"""Second moments C = E[xxᵀ] of the inputs of linear layers, accumulated while a model reads a text.
 
-Sums are float64. Layers that are given one and the same tensor, such as query, key and value, share one sum. With
-gradients, G = E[ggᵀ] of the gradient g of a sequence's loss by each output of a layer, too.
+Sums are float64. Layers with the same input tensor, such as query, key and value, share one sum. With gradients, also G
+= E[ggᵀ] of the gradient g of a sequence's loss with respect to each output of a layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Moment:
     Args:
         layers: Their names in the model.
         total: ``(in, in)`` float64.
-        rows: How many inputs there were.
+        rows: Number of inputs.
     """
 
     layers: list[str]
@@ -45,7 +45,7 @@ class Moment:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that multiply their input by one matrix, by the name of that matrix in the model."""
+    """Return the layers that multiply their input by one matrix, by the name of the matrix in the model."""
     return {
         f"{name}.weight": layer
         for name, layer in module.named_modules()
@@ -54,28 +54,28 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def inputs_of(layer: nn.Module) -> int:
-    """Return how many numbers an input of a linear layer has."""
+    """Return the input dimension of a linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
 
 
 def outputs_of(layer: nn.Module) -> int:
-    """Return how many numbers an output of a linear layer has."""
+    """Return the output dimension of a linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
 
 
 class Listener:
-    """Adds up xxᵀ of every input of chosen layers.
+    """Accumulator of xxᵀ over every input of selected layers.
 
     Args:
         layers: By name.
-        gradients: Whether to add up ggᵀ of the gradient by every output, too.
+        gradients: Whether to also accumulate ggᵀ of the output gradients.
 
     Attributes:
-        moments: What was added up, by the name of the first layer that shares it.
+        moments: The sums, by the name of the first layer that shares it.
         outputs: Σ ggᵀ, by the name of the layer.
     """
 
@@ -92,12 +92,12 @@ class Listener:
             self._hooks += [layer.register_forward_hook(self._output_hook(name)) for name, layer in layers.items()]
 
     def close(self) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def next_batch(self) -> None:
-        """Forget the inputs of the last batch."""
+        """Discard the inputs of the last batch."""
         self._input = {}
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -148,15 +148,15 @@ def record(
     after: Callable[[], None],
     draw: Draw | None = None,
 ) -> Listener:
-    """Let a model read a text and return the second moments of its layers' inputs.
+    """Run a model on a text and return the second moments of its layers' inputs.
 
     Args:
         model: The model.
-        texts: The text; sequences of one length go into a batch, so that nothing is padded.
+        texts: The text; batches have sequences of equal length, without padding.
         layers: Of ``linear_layers``, those wanted.
         size: Sequences in a batch.
         after: Called after every batch.
-        draw: Also add up the gradients by the outputs, of the loss against these labels.
+        draw: Also accumulate the output gradients of the loss for these labels.
     """
     listener = Listener(layers, draw is not None)
     try:

@@ -1,8 +1,8 @@
-"""Evaluation and training texts: a file becomes sequences of token ids.
+"""Evaluation and training texts: files → sequences of token ids.
 
-Text files are cut into windows that follow each other; what is left at the end is dropped unless it is all there is.
-JSON lines and the rows of a data set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the
-completion is predicted; ``text`` and ``label`` for a classifier.
+Text files are cut into consecutive windows; an incomplete last window is dropped unless it is the only one. JSON lines
+and the rows of a data set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the completion
+is predicted; ``text`` and ``label`` for a classifier.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MASKED, MASK_SEED = 0.15, 0
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Token ids and what is predicted.
+    """Token ids and labels.
 
     Args:
         ids: Of the tokens.
@@ -43,12 +43,12 @@ class Texts:
 
     Args:
         name: The file's name without its ending, or the folder's.
-        path: As the user named it.
+        path: The path as given.
         sequences: In the order of the file.
         hash: 16 hex digits of the SHA-256 of the file, or of a data set's rows.
-        about: What it is, in words.
-        notes: What a careful reader should know.
-        shifted: Whether the user named it as shifted.
+        about: Description.
+        notes: Notes on the reading.
+        shifted: Whether the user declared it as shifted.
     """
 
     name: str
@@ -71,12 +71,12 @@ def read_texts(path: Path | str, model: Model, most: int | None = None, shifted:
         path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
             saved with ``save_to_disk``.
         model: Gives tokenizer, length and kind.
-        most: Keep the first so many sequences.
-        shifted: Whether the user named it as shifted.
+        most: Maximum number of sequences to keep.
+        shifted: Whether the user declared it as shifted.
 
     Raises:
-        UsageError: It is a data set, and datasets is not installed.
-        InputError: It cannot be read, or nothing in it can be predicted.
+        UsageError: The path is a data set, and datasets is not installed.
+        InputError: The file cannot be read, or has nothing to predict.
     """
     source = read_source(path)
     if model.kind == "classifier" and source.text is not None:
@@ -108,10 +108,10 @@ def read_texts(path: Path | str, model: Model, most: int | None = None, shifted:
 
 
 def check_names(texts: list[Texts]) -> None:
-    """Refuse two sets of one name: records would not tell them apart.
+    """Refuse two sets with one name, which records could not distinguish.
 
     Raises:
-        UsageError: There are such.
+        UsageError: Two sets have one name.
     """
     names = [each.name for each in texts]
     for name in names:
@@ -138,10 +138,10 @@ def _predicts(sequence: Sequence, model: Model) -> bool:
 
 
 def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
-    """Hide some of the tokens that can be predicted; which, follows from the sequence's place in the file alone.
+    """Mask some of the predictable tokens; the choice depends only on the position of the sequence in the file.
 
-    All chosen tokens become the mask, none a random or the same token: those of the 80/10/10 rule of BERT's training
-    (Devlin et al. 2019) ask less of a model, and add noise to the comparison of two.
+    All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10 rule (Devlin et al.
+    2019) are easier to predict, and add noise to comparisons.
     """
     places = [place for place, label in enumerate(sequence.labels) if label != IGNORED]
     # Only ``random()`` is promised to stay the same from one version of Python to the next.
@@ -156,7 +156,7 @@ def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
 
 
 def _windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
-    """Yield windows of a text that follow each other, each with what the tokenizer puts around it."""
+    """Yield consecutive windows of a text, each with the tokenizer's special tokens."""
     tokens = model.tokens
     ids = tokens.ids(text)
     room = model.length - len(tokens.first) - len(tokens.last)
@@ -193,7 +193,7 @@ def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence
 def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
     """Return the sequence of ``text`` with its ``label``, the name of a class or an index.
 
-    The name that a data set has for a number counts before the number where the model has a class of that name.
+    A data set's class name takes precedence over its number if the model has a class of that name.
     """
     text, label = item.get("text"), item.get("label")
     if not isinstance(text, str) or not isinstance(label, int | str):

@@ -1,6 +1,6 @@
-"""One backward pass through a frozen model: the gradient of each sequence's loss by what its layers put out.
+"""One backward pass through a frozen model: the gradient of each sequence's loss with respect to layer outputs.
 
-No weight needs a gradient of its own: the inner products of ∇ℓ with an update follow from the inputs x and the output
+No weight gradients are needed: the inner products of ∇ℓ with an update follow from the inputs x and the output
 gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ T x_t.
 """
 
@@ -24,23 +24,23 @@ LABELS = ("data", "model")
 
 @dataclass
 class Draw:
-    """Which labels the loss is taken against.
+    """The labels of the loss.
 
     Args:
-        labels: ``data`` for the text's own (the empirical Fisher); ``model`` for labels drawn from the model's own
+        labels: ``data`` for the text's own (the empirical Fisher); ``model`` for labels sampled from the model's
             probabilities (the Fisher itself).
-        seed: Of what is drawn.
+        seed: Seed of the sampled labels.
     """
 
     labels: Labels = "data"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Start drawing."""
+        """Initialize the random generator."""
         self._random = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return what the loss of these logits is taken against."""
+        """Return the labels for these logits."""
         if self.labels == "data":
             return labels
         shares = logits.detach().double().softmax(-1).cpu()
@@ -48,7 +48,7 @@ class Draw:
 
 
 def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
-    """Run one batch forward and back; hooks on the layers see the gradients.
+    """Run one batch forward and backward; hooks on the layers see the gradients.
 
     Args:
         model: Its weights are frozen; gradients start at the embedding of the tokens.
@@ -56,8 +56,8 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
         draw: Which labels.
 
     Returns:
-        How many predictions each sequence has. The loss of a sequence is the sum over them, so that the gradients of
-        one sequence do not depend on what else is in the batch.
+        The number of predictions of each sequence. The loss of a sequence is the sum over them, so that its gradients
+        are independent of the rest of the batch.
 
     Raises:
         InputError: The loss is not finite.

@@ -1,4 +1,4 @@
-"""The loss of a model on a set of sequences, sequence by sequence, and differences of such losses with their errors."""
+"""Losses of a model on a set, by sequence, and differences of such losses with standard errors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Losses:
     """Negative log-likelihoods of one model on one set.
 
     Args:
-        sums: Of each sequence, in nats, float64.
-        counts: Predictions of each sequence.
+        sums: Sum of each sequence in nats, float64.
+        counts: Number of predictions of each sequence.
     """
 
     sums: Tensor
@@ -35,10 +35,10 @@ class Losses:
 
     @property
     def mean(self) -> float:
-        """Per prediction.
+        """Mean per prediction.
 
         Raises:
-            InputError: It is not finite.
+            InputError: The loss is not finite.
         """
         if not self.is_finite:
             raise InputError("the loss is not a finite number: the weights are broken, or --dtype is too small")
@@ -46,7 +46,7 @@ class Losses:
 
     @property
     def tokens(self) -> int:
-        """How many predictions there are."""
+        """Number of predictions."""
         return int(self.counts.sum())
 
     @property
@@ -55,14 +55,14 @@ class Losses:
         return tuple(round(float(each), 6) for each in self.sums)
 
     def on(self, texts: Texts) -> dict[str, Any]:
-        """Return the fields that every record of a loss has: its set, and how many predictions there are."""
+        """Return the common fields of records of a loss: its set, and the number of predictions."""
         return {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": self.tokens}
 
     def minus(self, other: Losses) -> tuple[float, float | None]:
         r"""Return the difference of two losses on the same sequences, and its standard error.
 
         With d_i the difference of sequence i, n_i its predictions and N sequences, the gap is g = Σd_i/Σn_i and its
-        error √(N/(N−1)·Σ(d_i − g·n_i)²)/Σn_i (ratio estimator); sequences are taken as independent. None for N = 1.
+        error √(N/(N−1)·Σ(d_i − g·n_i)²)/Σn_i (ratio estimator); sequences are assumed independent. None for N = 1.
 
         Reference: Cochran 1977, Sampling Techniques, section 2.11.
 
@@ -82,7 +82,7 @@ class Losses:
 
 
 def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield, batch by batch, the logits of every sequence that count ``(n_i, classes)``, and what they predict."""
+    """Yield, batch by batch, the logits of predictions ``(n_i, classes)`` of every sequence, and their targets."""
     for batch in in_batches(len(texts.sequences), size):
         chosen = [texts.sequences[i] for i in batch]
         logits = logits_of(model, chosen)
@@ -91,14 +91,14 @@ def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Te
 
 
 def logits_of(model: Model, chosen: list[Sequence]) -> Tensor:
-    """Return the logits of some sequences, with the gradient off or on as the caller has it."""
+    """Return the logits of sequences, with gradients as set by the caller."""
     logits = forward(model, chosen).logits
     assert isinstance(logits, Tensor)
     return logits
 
 
 def forward(model: Model, chosen: list[Sequence], hidden: bool = False) -> Any:
-    """Return what transformers returns for some sequences, padded at the end; with ``hidden_states`` if asked for."""
+    """Return the output of transformers for sequences, padded at the end; optionally with ``hidden_states``."""
     ids = padded([sequence.ids for sequence in chosen], model.tokens.pad).to(model.device)
     mask = padded([[1] * len(sequence.ids) for sequence in chosen], 0).to(model.device)
     extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal" else {}
@@ -108,7 +108,7 @@ def forward(model: Model, chosen: list[Sequence], hidden: bool = False) -> Any:
 
 
 def counted(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits that count ``(n, classes)``, and the classes that they predict ``(n,)``."""
+    """Return the logits of predictions ``(n, classes)`` and their targets ``(n,)``."""
     labels = torch.tensor(sequence.labels, device=logits.device)
     if model.kind == "classifier":
         return logits[None], labels

@@ -1,6 +1,6 @@
-"""What is trained: LoRA's factors on a frozen BASE, all of BASE, or its biases and norms. BASE is the same after.
+"""Training methods: LoRA factors on a frozen BASE, all of BASE, or its biases and norms. BASE is restored afterwards.
 
-Knows PEFT; refuses to know steps, rates and losses.
+Handles PEFT; independent of steps, rates and losses.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RSLORA_ALPHA = 16
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The kind of LoRA.
+    """A kind of LoRA.
 
     Args:
         targets: Modules as PEFT takes them: names, or a regular expression for whole names; None for all linear layers
-            but the head.
-        dora: Whether a magnitude of each output is trained, too (Liu et al. 2024).
+            except the head.
+        dora: Whether to also train a magnitude per output (Liu et al. 2024).
         rslora: Whether B A is scaled by alpha/√r and not alpha/r (Kalajdzievski 2023).
         config: Content of an ``adapter_config.json`` that says all of this and the ranks, instead of the other fields.
         vectors: Whether BASE's biases and norms are trained, too.
@@ -44,16 +44,16 @@ class Lora:
 
     @property
     def about(self) -> str:
-        """What it is, in words."""
+        """Description of the kind."""
         name = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
         alpha = f"{RSLORA_ALPHA}" if self.rslora else f"{ALPHA_OVER_RANK}r"
         return f"{name[self.dora, self.rslora]}, alpha = {alpha}"
 
 
 def inner_layers(module: Any) -> dict[str, nn.Module]:
-    """Return the linear layers but those of the head, by the names of their weights.
+    """Return the linear layers except those of the head, by the names of their weights.
 
-    The head is what stands outside the inner model: ``lm_head``, ``classifier``, ``score``.
+    The head is the part outside the inner model: ``lm_head``, ``classifier``, ``score``.
     """
     inner, output = getattr(module, "base_model", module), module.get_output_embeddings()
     inside = {id(each) for each in inner.modules()} - {id(output)}
@@ -62,7 +62,7 @@ def inner_layers(module: Any) -> dict[str, nn.Module]:
 
 @contextmanager
 def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
-    """Give BASE with fresh factors, and take them off again.
+    """Add fresh factors to BASE within the block, and remove them afterwards.
 
     Raises:
         UsageError: peft is not installed.
@@ -122,11 +122,11 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
-    """Let BASE itself be trained, and give its weights back, bit for bit, from a copy in main memory.
+    """Train BASE itself within the block, and restore its weights bit for bit from a copy in main memory.
 
     Args:
         model: BASE.
-        only_vectors: Train only what has one dimension: biases and norms (BitFit: Ben Zaken et al. 2022).
+        only_vectors: Train only 1-D parameters: biases and norms (BitFit: Ben Zaken et al. 2022).
 
     Raises:
         InputError: There is nothing to train.

@@ -1,6 +1,6 @@
-"""A transformers model, opened to be measured: its weights by the names of its checkpoint, and its tokens.
+"""Opening of transformers models: weights by the names of the checkpoint, and the tokenizer.
 
-Knows transformers; refuses to know what is measured with it. Code that comes with a checkpoint is never run.
+Handles transformers, independent of measurements. Code in a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _KEPT: ContextVar[dict[tuple[Any, ...], Model] | None] = ContextVar("_KEPT", def
 
 @dataclass(frozen=True)
 class Tokens:
-    """Turns text into token ids.
+    """Conversion of text to token ids.
 
     Args:
-        ids: Of a text, without special tokens.
-        first: What every sequence starts with, such as the id of ``<s>``.
-        last: What the sequences of a classifier and of a masked model end with.
-        pad: Fills up the shorter sequences of a batch; never looked at.
-        about: What it is, in words.
-        mask: Of a masked model, what a hidden token is replaced by.
+        ids: Returns the ids of a text, without special tokens.
+        first: Ids at the start of every sequence, such as that of ``<s>``.
+        last: Ids at the end of sequences of a classifier or a masked model.
+        pad: Padding of shorter sequences in a batch; always masked.
+        about: Description.
+        mask: For a masked model, the mask token.
     """
 
     ids: Callable[[str], list[int]]
@@ -62,11 +62,11 @@ class Model:
 
     Args:
         module: The model.
-        kind: What it predicts.
+        kind: Kind of prediction.
         tokens: Its tokenizer.
         length: Tokens of a sequence.
-        device: Where it is.
-        labels: Of a classifier, the index of a class by its name.
+        device: Its device.
+        labels: For a classifier, the index of each class by name.
     """
 
     module: Any
@@ -84,14 +84,14 @@ def open_model(
 
     Args:
         base: A folder that transformers can open, or a Hub id.
-        device: Where to put it.
-        dtype: Of its weights.
-        length: Tokens of a sequence; by default 512, or fewer where the model has fewer positions.
+        device: Its device.
+        dtype: Dtype of its weights.
+        length: Tokens of a sequence; default 512, or the number of positions if smaller.
         tokenizer: ``auto`` for the one in ``base``, ``bytes`` for UTF-8 bytes as token ids, or a folder.
 
     Raises:
-        UsageError: An option makes no sense, or transformers is not installed.
-        InputError: transformers cannot open it, it is quantized, or of a kind that is not supported.
+        UsageError: An option is invalid, or transformers is not installed.
+        InputError: transformers cannot open the model, it is quantized, or its kind is not supported.
     """
     kept, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
     if kept is not None and key in kept:
@@ -158,7 +158,7 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
         A model whose ``module`` is None.
 
     Raises:
-        UsageError: An option makes no sense, or transformers is not installed.
+        UsageError: An option is invalid, or transformers is not installed.
         InputError: transformers cannot open the config or the tokenizer.
     """
     transformers = _transformers()
@@ -213,7 +213,7 @@ def _transformers() -> Any:
 
 @contextlib.contextmanager
 def _quietly(transformers: Any) -> Any:
-    """Keep transformers from talking: what it would say is asked for and told in one message."""
+    """Suppress transformers' messages; relevant ones are reported in one message."""
     verbosity = transformers.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -229,7 +229,7 @@ def _quietly(transformers: Any) -> Any:
 
 
 def _where(base: Path | str) -> tuple[str, dict[str, Any]]:
-    """Return what transformers takes for a path or a Hub id."""
+    """Return the argument of transformers for a path or a Hub id."""
     local = locate(base)
     if isinstance(local, RemotePath):
         raise InputError(f"{local}: a model that is run must be whole on this machine; download it first")
@@ -300,7 +300,7 @@ def _bytes(why: str) -> Tokens:
 
 
 def _or_bytes(vocabulary: int, kind: Kind) -> str:
-    """Say whether bytes are a way out for a model without a tokenizer."""
+    """Return whether bytes are an alternative for a model without a tokenizer, as text."""
     if kind == "masked":
         return ""
     if vocabulary < 256:
@@ -309,22 +309,22 @@ def _or_bytes(vocabulary: int, kind: Kind) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of what transformers says; the rest is about other models.
+    """Return the first line of transformers' message; the rest is about other models.
 
-    Where it is the heading of a list of ways to get a tokenizer, no file of one is there.
+    If it is the heading of a list of ways to get a tokenizer, there are no tokenizer files.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(": ")
     return "it has no tokenizer files" if line.endswith("one of") else line
 
 
 class Weights:
-    """The weights of a model by the names that its checkpoint has for them.
+    """The weights of a model by the names in its checkpoint.
 
     Args:
         module: The model.
 
-    A checkpoint may leave out the prefix of the inner model (``transformer.``), or a model may; one expert of a stack
-    is ``name[3]``.
+    The prefix of the inner model (``transformer.``) may be absent in the checkpoint or in the model; one expert of a
+    stack is ``name[3]``.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -332,12 +332,12 @@ class Weights:
         self._prefix = f"{getattr(module, 'base_model_prefix', '')}."
 
     def name(self, stored: str) -> str | None:
-        """Return what the model calls a tensor of the checkpoint; None if it has none."""
+        """Return the model's name of a tensor in the checkpoint; None if it has none."""
         candidates = (stored, f"{self._prefix}{stored}", stored.removeprefix(self._prefix))
         return next((candidate for candidate in candidates if candidate in self._named), None)
 
     def find(self, layer: str) -> Tensor | None:
-        """Return the tensor of a layer, or the part of it that the layer is; None if the model has none."""
+        """Return the tensor of a layer, or the part of it for the layer; None if the model has none."""
         stored, _, index = layer.partition("[")
         name = self.name(stored)
         if name is None:
@@ -345,13 +345,13 @@ class Weights:
         return self._named[name].data[int(index.rstrip("]"))] if index else self._named[name].data
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-        """Return the tensors of those layers that the model has, viewed ``(out, in)``.
+        """Return the tensors of the layers in the model, viewed as ``(out, in)``.
 
         Args:
             layers: Shapes by names.
 
         Raises:
-            InputError: A layer has another shape in the model, or two layers are one weight there.
+            InputError: A layer has another shape in the model, or two layers share one weight.
         """
         found: dict[str, Tensor] = {}
         taken: dict[int, str] = {}
@@ -369,7 +369,7 @@ class Weights:
 
 
 def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return sequences as one tensor ``(n, longest)``, filled up at the end."""
+    """Return sequences as one tensor ``(n, longest)``, padded at the end."""
     longest = max(map(len, sequences))
     return torch.tensor([[*ids, *([value] * (longest - len(ids)))] for ids in sequences])
 

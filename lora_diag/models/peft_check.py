@@ -1,4 +1,4 @@
-"""What PEFT makes of an adapter's config: the model built without weights, the adapter put in, its ranks read off."""
+"""PEFT's result for an adapter's config: build the model without weights, apply the adapter, read the ranks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lora_diag.errors import InputError, UsageError
 
 
 def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:
-    """Build a model on the meta device, put an adapter in, and return what each module got.
+    """Build a model on the meta device, apply an adapter, and return the rank and scaling of each module.
 
     Args:
         config: Content of ``adapter_config.json``.
-        base: The model's folder or its ``config.json``; weights are not read, code of its own is not run.
+        base: The model's folder or its ``config.json``; weights are not read, and its code is not run.
 
     Returns:
-        Rank and scaling by module, or by parameter where that is no module's weight.
+        Rank and scaling by module, or by parameter other than ``weight``.
 
     Raises:
         UsageError: transformers or peft is not installed.
-        InputError: transformers cannot build the model, or PEFT refuses the config.
+        InputError: transformers cannot build the model, or PEFT rejects the config.
     """
     try:
         import peft
@@ -60,7 +60,7 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
 
 
 def _short(error: Exception) -> str:
-    """Return PEFT's reason without the module's whole inside, which it prints."""
+    """Return PEFT's reason without its dump of the module."""
     return re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).strip()
 
 

@@ -1,6 +1,6 @@
-"""Where texts come from: a text file, JSON lines, or a folder that Hugging Face's ``datasets`` saved.
+"""Sources of texts: a text file, JSON lines, or a folder saved by Hugging Face's ``datasets``.
 
-Knows files and folders; refuses to know tokens and models.
+Handles files and folders; independent of tokens and models.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What was read.
+    """The contents of a source.
 
     Args:
-        name: What the set is called: the file's name without its ending, or the folder's.
+        name: Name of the set: the file's name without its suffix, or the folder's.
         digest: 16 hex digits of a SHA-256: of the file; of a data set, of the rows that are read, as JSON lines.
-        text: Of a text file, its content.
-        rows: Else what each row holds and where it is, for messages.
-        unit: What a row is called.
+        text: Content of a text file.
+        rows: Otherwise the contents and the position of each row.
+        unit: Name of a row, for messages.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Source:
 
 
 def check_texts(path: Path | str) -> None:
-    """Refuse what cannot be a text, before anything is opened.
+    """Check that a path can be a text, before anything is opened.
 
     Raises:
         InputError: There is no such file, or the folder holds no data set.
@@ -104,7 +104,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _data_set(path: Path) -> Source:
-    """Read the columns that are used; a class label becomes its name, beside its number."""
+    """Read the columns in use; a class label is read as its name and its number."""
     try:
         import datasets
     except ImportError as error:
@@ -137,7 +137,7 @@ def _stay_inside(path: Path) -> None:
     """Refuse a data set that names files elsewhere.
 
     Raises:
-        InputError: It does.
+        InputError: A file is outside the folder.
     """
     files = _json(path / _STATE).get("_data_files")
     for file in files if isinstance(files, list) else []:

@@ -1,7 +1,7 @@
-"""Weights of a model changed in place: W_0, W_0 + ΔW, or W_0 + ΔW_r, layer by layer.
+"""In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, layer by layer.
 
-Only one layer's ΔW and its decomposition are in memory at a time. What is kept between ranks are the leading singular
-triplets, as many numbers as an adapter of the largest rank has.
+Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets are
+kept, as many numbers as in an adapter of the largest rank.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class _Leading:
 
 
 class Swapped:
-    """A model whose weights are those of BASE plus as much of an update as is asked for.
+    """A model whose weights are those of BASE plus a selectable part of an update.
 
     Args:
-        model: BASE as transformers opened it; changed in place.
+        model: BASE opened by transformers; changed in place.
         deltas: ΔW of every layer that can change.
-        most: Largest rank that will be asked for.
+        most: Largest rank that will be used.
 
     Attributes:
-        absent: ΔW of tensors that the model does not have; no matrix is among them.
+        absent: ΔW of tensors that the model does not have, without matrices.
 
     Raises:
-        InputError: A matrix is not in the model, or the model holds other numbers than BASE's file does.
+        InputError: A matrix is not in the model, or the model's values differ from BASE's file.
     """
 
     def __init__(self, model: Model, deltas: Iterable[Delta], most: int) -> None:
@@ -61,7 +61,7 @@ class Swapped:
             self._check(layer)
 
     def arrange(self, ranks: Mapping[str, int]) -> None:
-        """Give every layer W_0 + ΔW_r: ΔW whole for ``FULL``, nothing of it for 0 and for layers that are not named."""
+        """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0 and for layers that are not named."""
         for layer, before in self._state.items():
             wanted = ranks.get(layer, 0)
             if wanted >= min(self._deltas[layer].shape):
@@ -80,7 +80,7 @@ class Swapped:
         return _finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
-        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over some layers; None where none of them moved."""
+        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers; None if none of them changed."""
         kept = total = 0.0
         for layer in layers:
             found = self._leading_of(layer)

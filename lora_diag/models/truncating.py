@@ -1,4 +1,4 @@
-"""Which layers a probe truncates."""
+"""The layers that a probe truncates."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lora_diag.records.names import part_of
 def truncated_layers(
     deltas: Sequence[Delta], layers: str | None = None, exclude: str | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return the layers that are truncated, with their shapes: the selected matrices outside embeddings and head.
+    """Return the layers to truncate, with their shapes: the selected matrices outside embeddings and head.
 
     Raises:
-        UsageError: A regular expression is not valid.
-        NothingComparedError: There is none.
+        UsageError: A regular expression is invalid.
+        NothingComparedError: No matrix is selected.
     """
     selected = selector(layers, exclude)
     found = {

@@ -1,12 +1,12 @@
-"""The weights of a model in training whose gradient can be had, and how.
+"""The weights of a model in training with an available gradient, and its computation.
 
-A weight that is trained has a gradient of its own. One that is frozen under a LoRA has none: autograd only goes
-through it. But with y = W·x + s·B·A·x + b the gradient of the loss with respect to W, were it trained, is
+A trained weight has its own gradient. A weight frozen under a LoRA has none: autograd only passes through it. But with
+y = W·x + s·B·A·x + b the gradient of the loss with respect to W would be
 
     G = Σ_tokens δy xᵀ,    δy = ∂L/∂y,
 
-and both are at hand: x goes into the adapted layer and δy comes back to its output. From G follow those of the factors,
-∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G (Hu et al. 2021, *LoRA*, eq. 3, differentiated).
+and both are available: x is the input of the adapted layer and δy its output gradient. The gradients of the factors
+follow from G, ∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G (Hu et al. 2021, *LoRA*, eq. 3, differentiated).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+(?=\.)")
 
 @dataclass
 class Trained:
-    """A weight with a gradient of its own.
+    """A weight with its own gradient.
 
     Args:
-        name: Its name, as it is without wrappers and adapters.
+        name: Its name without wrappers and adapters.
         parameter: The weight.
     """
 
@@ -43,22 +43,22 @@ class Trained:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
+        """Its stored shape."""
         return tuple(self.parameter.shape)
 
     def gradient(self) -> Tensor | None:
-        """Return what autograd has accumulated; None before any backward pass."""
+        """Return the gradient accumulated by autograd; None before any backward pass."""
         return self.parameter.grad
 
 
 @dataclass
 class Frozen:
-    """A frozen weight under a LoRA; its gradient is summed up from the inputs and output gradients of its layer.
+    """A frozen weight under a LoRA; its gradient is accumulated from the inputs and output gradients of its layer.
 
     Args:
-        name: Its name, as it is without wrappers and adapters.
+        name: Its name without wrappers and adapters.
         module: The LoRA layer around it.
-        active: Whether the running step is to be recorded; else nothing is computed or held.
+        active: Whether to record the current step; else nothing is computed or kept.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Frozen:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is stored; that of a quantized weight before it was quantized."""
+        """Its stored shape; for a quantized weight, that before quantization."""
         base = self.module.get_base_layer()
         if isinstance(base, nn.Linear):
             return base.out_features, base.in_features
@@ -79,11 +79,11 @@ class Frozen:
         return self._sum
 
     def start(self, active: bool) -> None:
-        """Forget the last step, and say whether the next one counts."""
+        """Discard the last step, and set whether to record the next one."""
         self.active, self._sum = active, None
 
     def hook(self) -> Callable[[], None]:
-        """Listen to the layer; return a function that stops it."""
+        """Register hooks on the layer; return a function that removes them."""
         stop: Callable[[], None] = self.module.register_forward_hook(self._forward, with_kwargs=True).remove
         return stop
 
@@ -115,11 +115,11 @@ Weight = Trained | Frozen
 
 
 def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
-    """Return the matrices whose gradient can be had, in order of their names, and why others cannot.
+    """Return the matrices with an available gradient, ordered by name, and the reasons for the others.
 
     Args:
-        model: Plain, wrapped for data parallelism, or with PEFT adapters.
-        chosen: Whether a name is wanted.
+        model: A model, possibly wrapped for data parallelism or with PEFT adapters.
+        chosen: Returns whether a name is selected.
 
     Raises:
         UsageError: The weights are sharded over processes, so that no process sees a whole gradient.
@@ -160,7 +160,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
 
 
 def _why_not(module: Any) -> str | None:
-    """Return why the gradient of a frozen weight cannot be had exactly; None if it can."""
+    """Return why the exact gradient of a frozen weight is not available; None if it is."""
     base = module.get_base_layer()
     if not isinstance(module, LoraLayer):
         return f"a {type(module).__name__} is no LoRA: its output is not W·x plus an update"
@@ -175,7 +175,7 @@ def _why_not(module: Any) -> str | None:
 
 
 def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
-    """Refuse weights of which this process holds a part.
+    """Refuse weights that are sharded over processes.
 
     Raises:
         UsageError: FSDP or DeepSpeed ZeRO-3 has sharded them.

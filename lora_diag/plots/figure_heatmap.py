@@ -1,4 +1,4 @@
-"""`heatmap`: any number of the records, module type against depth."""
+"""`heatmap`: a numeric field of the records by module type and depth."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Cells:
     """A field by module type and depth.
 
     Args:
-        types: Of the rows, from the top.
-        depths: Of the columns; None first, if there are layers outside the blocks.
-        values: ``(types, depths)``; NaN where it is null or there is no such layer.
-        layers: How many there are, ``(types, depths)``; the value is the median of those that have one.
+        types: Module types of the rows, from the top.
+        depths: Block indices of the columns; None first, if there are layers outside the blocks.
+        values: ``(types, depths)``; NaN if the value is null or the layer does not exist.
+        layers: Number of layers, ``(types, depths)``; a value is the median of the layers that have one.
     """
 
     types: tuple[str, ...]
@@ -63,9 +63,9 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None
     """Return the cells of a heat map.
 
     Args:
-        records: One a layer.
-        field: Dotted name of the number.
-        types: Of all layers that are compared, if these are not all.
+        records: One record per layer.
+        field: Dotted name of the field.
+        types: Module types of all layers, if ``records`` are a subset.
     """
     types = types or Types(record.layer for record in records)
     present = {types.of(record.layer) for record in records}
@@ -90,12 +90,12 @@ def _ascending(depths: Iterable[int | None]) -> tuple[int | None, ...]:
 
 
 def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: str | None = None) -> Axes:
-    """Draw a field by module type and depth; where a block has several matrices of a type (experts), their median.
+    """Draw a field by module type and depth; several matrices of a type in a block (experts) give their median.
 
     Args:
-        records: Of one diagnostic, one a layer.
-        ax: Where to draw; a new figure's if not given.
-        field: Dotted name of a number in the records, such as ``energy.16``; by the kind of record if not given.
+        records: Records of one diagnostic, one per layer.
+        ax: Axes to draw on; default those of a new figure.
+        field: Dotted name of a numeric field, such as ``energy.16``; default by the kind of record.
 
     Returns:
         The Axes drawn on; ``ax.collections`` are the coloured cells.
@@ -120,7 +120,7 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the heat map of each series: rows of its own, one scale of depths and one of colours for all."""
+    """Return a heat map of each series, with its own rows and a common depth axis and colour scale."""
     field = options.field or default_field(series[0].records)
     types = Types(record.layer for one in series for record in one.records)
     shown = [cells(one.records, field, types) for one in series]
@@ -152,7 +152,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 
 def _words(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> Words:
-    """Return the text around the panels."""
+    """Return title, subtitle and notes."""
     records = [record for one in series for record in one.records]
     title = title_in(field, records)
     layers = len({record.layer for one in series for record in one.records})
@@ -177,7 +177,7 @@ def _finish_bar(bar: Colorbar, norm: Normalize) -> None:
 
 
 def default_field(records: Sequence[LayerRecord]) -> str:
-    """Return the field that says most of the records of their kind."""
+    """Return the default field of records of a kind."""
     fields = numbers_of(records[:1])
     energies = [name for name in fields if re.fullmatch(r"energy\.\d+", name)]
     for name in ("energy.8", *energies[:1], "epsilon", "kappa", "intruders", "cosine", "rank"):
@@ -187,7 +187,7 @@ def default_field(records: Sequence[LayerRecord]) -> str:
 
 
 def norm_of(shown: Sequence[Cells]) -> Normalize:
-    """Return the scale of colours of all values: logarithmic where they span decades."""
+    """Return the common colour scale; logarithmic if the values span decades."""
     values = np.concatenate([one.values.ravel() for one in shown])
     values = values[np.isfinite(values)]
     if not len(values):
@@ -208,15 +208,15 @@ def draw_cells(
     inches: float | None = None,
     depths: Sequence[int | None] | None = None,
 ) -> None:
-    """Draw the cells; with their numbers where they have room.
+    """Draw the cells, with their values where they fit.
 
     Args:
-        ax: Where.
+        ax: Axes to draw on.
         shown: The cells.
-        norm: Of their colours.
+        norm: The colour scale.
         look: The page.
-        inches: Width of the panel; three if not given.
-        depths: Of the columns of all panels that are compared, if these are not all.
+        inches: Width of the panel; default 3.
+        depths: Depths of all panels, if ``shown`` has a subset.
     """
     size = look.ticks if look else 8
     columns = _columns(shown.depths if depths is None else depths)
@@ -250,7 +250,7 @@ def draw_cells(
 
 
 def _columns(depths: Sequence[int | None]) -> dict[int | None, tuple[float, float]]:
-    """Return where the column of each depth begins and how wide it is; layers outside the blocks stand apart."""
+    """Return start and width of the column of each depth; layers outside the blocks are set apart."""
     blocks = [depth for depth in depths if depth is not None]
     if not blocks:
         return dict.fromkeys(depths, (-0.5, 1.0))

@@ -1,4 +1,4 @@
-"""The figures by name: which records each needs, and how its page is drawn."""
+"""The figures by name: the records that each needs, and the drawing of its page."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from lora_diag.rendering.figures.style import CATEGORIES, Look, encoded, look_of
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """What keeps a figure from being drawn.
+    """The reason why a figure cannot be drawn.
 
     Attributes:
-        reason: In words.
-        missing: What the command that makes the figure's records would add: such ``records``, or ``values`` that those
-            given do not have; empty where it would not help.
+        reason: The reason as text.
+        missing: What the command that makes the figure's records would add: ``records``, or ``values`` that the given
+            records do not have; empty if it would not help.
     """
 
     reason: str
@@ -45,7 +45,7 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True)
 class FigureKind:
-    """One kind of figure: what a feature declares, and what that names.
+    """One kind of figure: its feature and its declaration.
 
     Attributes:
         feature: The feature.
@@ -57,12 +57,12 @@ class FigureKind:
 
     @property
     def name(self) -> str:
-        """As users call it."""
+        """The figure's name on the command line."""
         return self.spec.name
 
     @property
     def shows(self) -> str:
-        """What it shows, in one line."""
+        """One-line description of its contents."""
         return self.spec.shows
 
     @property
@@ -76,7 +76,7 @@ class FigureKind:
         return found
 
     def lacks(self, records: Sequence[Any], options: Options) -> str | None:
-        """Return why records cannot be drawn with the options; None if they can."""
+        """Return why records cannot be drawn with these options; None if they can."""
         if not self.spec.lacks:
             return None
         reason: str | None = self.feature.load(self.spec.lacks)(records, options)
@@ -90,7 +90,7 @@ def figure_named(name: str) -> FigureKind:
     """Return a kind of figure by its name.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no figure of this name.
     """
     for kind in FIGURES:
         if kind.name == name:
@@ -110,21 +110,22 @@ def figure(
     files: Sequence[str] = (),
     plain: bool = False,
 ) -> Figure:
-    """Return a figure as ``loradiag plot`` writes it; ``pyplot`` does not know of it.
+    """Return a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
 
     Args:
         name: One of ``FIGURES``.
-        results: Of one run, or of several to compare; those without the records that the figure needs do not count.
-        labels: What each of them is called; by what was measured if not given.
+        results: Results of one run, or of several to compare; those without the records that the figure needs are
+            ignored.
+        labels: Label of each of ``results``; default by the inputs that were measured.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
-        per: ``layer``, or ``type`` for all layers of a module type together.
-        field: Of a heat map: the dotted name of any number in the records.
-        rank: Of ``overlap`` and ``angles``, where several were measured.
-        files: Where each of the results was read: the name of runs that nothing else tells apart.
-        plain: Whether to leave out title and notes, for a paper whose caption says them.
+        per: ``layer``, or ``type`` to pool the layers of a module type.
+        field: For a heat map: dotted name of a numeric field.
+        rank: For ``overlap`` and ``angles`` with several measured ranks.
+        files: Path of each of ``results``; the label of runs that nothing else distinguishes.
+        plain: Whether to omit title and notes, for a paper with its own caption.
 
     Raises:
-        UsageError: No such figure, width or field, or the results do not have what it needs.
+        UsageError: The figure, width or field does not exist, or the results do not have the records it needs.
     """
     kind, look = figure_named(name), replace(look_of(width), plain=plain)
     series, options = _asked(results, labels, per, field, rank, files)
@@ -164,10 +165,10 @@ def why_not(
     field: str | None = None,
     rank: int | None = None,
 ) -> str | None:
-    """Say why ``figure`` cannot draw some results; None if it can.
+    """Return why ``figure`` cannot draw some results; None if it can.
 
     Raises:
-        UsageError: No such figure or width.
+        UsageError: The figure or width does not exist.
     """
     found = obstacle(name, results, labels=labels, width=width, per=per, field=field, rank=rank)
     return found.reason if found else None
@@ -183,10 +184,10 @@ def obstacle(
     field: str | None = None,
     rank: int | None = None,
 ) -> Obstacle | None:
-    """Return what keeps ``figure`` from drawing some results; None if it can.
+    """Return why ``figure`` cannot draw some results, and what would help; None if it can.
 
     Raises:
-        UsageError: No such figure or width.
+        UsageError: The figure or width does not exist.
     """
     look_of(width)
     return _obstacle(figure_named(name), *_asked(results, labels, per, field, rank))
@@ -209,7 +210,7 @@ def _asked(
 
 
 def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
-    """Return the series whose records a figure can draw; of a heat map, those of the first kind that has its field."""
+    """Return the series whose records a figure can draw; for a heat map, those of the first kind that has its field."""
     filled = [one for one in series if one.records]
     if kind.spec.needs:
         return tuple(one for one in filled if kind_of(one.records[0]) == kind.spec.needs)

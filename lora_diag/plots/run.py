@@ -1,4 +1,4 @@
-"""``plot``: figures of results files, one or all that their records allow."""
+"""``plot``: draw one figure of results files, or all that their records allow."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ KINDS = {"png": PNG, "svg": SVG, "pdf": PDF}
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One figure: where it was written, or why it was not drawn.
+    """One figure: its file, or the reason why it was not drawn.
 
     Args:
-        name: Of the figure.
-        shows: One line on what it shows.
+        name: Name of the figure.
+        shows: One-line description of its contents.
         path: Its file; None if it was not drawn.
-        reason: Why it was not drawn; empty if it was.
-        made_by: The command that makes the records it draws; empty where any will do.
-        missing: What that command would add: ``records`` of the figure's kind, or ``values`` that those given do not
-            have; empty where it would not help.
+        reason: Reason why it was not drawn; empty if it was.
+        made_by: Command that makes the records it draws; empty if any command does.
+        missing: What that command would add: ``records`` of the figure's kind, or ``values`` that the given records do
+            not have; empty if it would not help.
     """
 
     name: str
@@ -47,30 +47,30 @@ def plot(
     output: Path | str,
     **options: Unpack[PlotOptions],
 ) -> tuple[Drawn, ...]:
-    """Draw results into files; ``lora_diag.plots`` has the same figures for a notebook.
+    """Draw figures of results into files; ``lora_diag.plots`` has the same figures for notebooks.
 
     Args:
-        results: Results, or the files that hold them; several runs of one command are compared.
-        output: A file whose suffix (png, svg, pdf) says the format, for one figure; else a folder.
-        figure: Which one; ``all``, or None for all into a folder and into a file the first that the records allow.
-        labels: What each of ``results`` is called.
-        field: Of the heat map: the dotted name of any number in the records, such as ``energy.16``.
-        show_rank: Of ``overlap``, ``angles`` and ``alone``, where several ranks were measured.
-        per: ``layer``, or ``type`` for all layers of a module type together.
+        results: Results or results files; several runs of one command are compared.
+        output: A file whose suffix (png, svg, pdf) gives the format, for one figure; else a folder.
+        figure: Name of a figure, or ``all``; None for all in a folder, or in a file the first that the records allow.
+        labels: Label of each of ``results``.
+        field: For the heat map: dotted name of a numeric field, such as ``energy.16``.
+        show_rank: For ``overlap``, ``angles`` and ``alone`` with several measured ranks.
+        per: ``layer``, or ``type`` to pool the layers of a module type.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
-        format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
-        layers: Regular expression: only layers whose name contains a match.
-        plain: Whether to leave out title and notes, for a paper whose caption says them.
-        overwrite: Replace files in the way that loradiag did not write, or that were edited since.
+        format: Format of files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
+        layers: Regular expression; only layers whose name contains a match.
+        plain: Whether to omit title and notes, for a paper with its own caption.
+        overwrite: Replace existing files even if loradiag did not write them or they were edited since.
         **options: ``PlotOptions``.
 
     Returns:
-        What was drawn and what was not, in the order of ``lora_diag.plots.FIGURES``.
+        All figures, drawn or not, in the order of ``lora_diag.plots.FIGURES``.
 
     Raises:
-        UsageError: No such figure, field or format; or the one asked for cannot be drawn.
-        InputError: A results file cannot be read, or a figure not be written.
-        NothingComparedError: No figure can be drawn of these records.
+        UsageError: The figure, field or format does not exist, or the requested figure cannot be drawn.
+        InputError: A results file cannot be read, or a figure cannot be written.
+        NothingComparedError: No figure can be drawn from these records.
     """
     from lora_diag import plots  # here: Matplotlib takes half a second
 
@@ -129,7 +129,7 @@ def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str])
     """Return the format of the files.
 
     Raises:
-        UsageError: It is none of ours, or is not that of the file's suffix.
+        UsageError: The format is not supported, or contradicts the file's suffix.
     """
     suffix = path.suffix.lower().removeprefix(".")
     if asked is not None and asked not in formats:
@@ -145,17 +145,17 @@ def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str])
 
 
 def _check_output(path: Path, kind: str | None, there: bool, overwrite: bool) -> None:
-    """Refuse, before anything is drawn, where figures could not be written; a folder of them is made, not its parents.
+    """Check, before drawing, that figures can be written; their folder is created, but not its parents.
 
     Args:
-        path: A file of this kind, or a folder, which may be a link to one.
-        kind: Its format; None for a folder.
+        path: A file of this format, or a folder, or a link to one.
+        kind: Format of the file; None for a folder.
         there: Whether the folder exists.
         overwrite: Replace a file that loradiag did not write.
 
     Raises:
-        UsageError: Something else is there.
-        InputError: They could not be written.
+        UsageError: Another kind of file exists at the path.
+        InputError: The location is not writable.
     """
     if kind is not None:
         check_output(path, KINDS[kind], overwrite)
@@ -166,10 +166,10 @@ def _check_output(path: Path, kind: str | None, there: bool, overwrite: bool) ->
 
 
 def _check_options(figure: str | None, field: str | None, rank: int | None) -> None:
-    """Refuse an option that the figure asked for has no use of.
+    """Refuse an option that the requested figure does not use.
 
     Raises:
-        UsageError: It has none.
+        UsageError: The figure does not use the option.
     """
     if field is not None and figure not in {None, "all", "heatmap"}:
         raise UsageError(f"field {field}: is for the heat map; {figure} has its own quantity")
@@ -185,7 +185,7 @@ def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
 
 
 def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
-    """Give what is in the way of the figures whose records are there, or say that none is of these results."""
+    """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
     own = [f"{one.name}: {one.reason}" for one in made if one.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return "; ".join(own) or f"none is of results of {commands}; loradiag inspect and loradiag report show them"
@@ -201,7 +201,7 @@ def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
 
 
 def _write(path: Path, content: bytes, kind: str, overwrite: bool) -> None:
-    """Write a figure, into a folder of figures that need not be there."""
+    """Write a figure; create its folder if needed."""
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What all records have in common.
+"""Base classes of all records.
 
-Fractions lie in [0, 1]. "Energy" means Σσ² and nothing else. A value that does not exist (the energy share of a zero
-update, a rank beyond the values kept) is null, never NaN.
+Fractions lie in [0, 1]. "Energy" always means Σσ². An undefined value (the energy fraction of a zero update, a rank
+beyond the kept values) is null, never NaN.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Norm = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """Frozen, strict about its fields' values, and silent about fields that a later version added.
+    """A frozen record with strict validation; unknown fields of later versions are ignored.
 
     Attributes:
-        key: The fields by which one record of a layer is told from another of its kind.
-        long: Tables whose entries are layers: rows of their own in data frames, not columns.
+        key: The fields that distinguish records of one kind and layer.
+        long: Tables whose entries are layers: separate rows in data frames instead of columns.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -46,7 +46,7 @@ class Record(BaseModel):
         """Register a kind of record by its name.
 
         Raises:
-            TypeError: Another class has that name.
+            TypeError: Another class has this name.
         """
         kind = cls.model_fields["record"].default if "record" in cls.model_fields else None
         if isinstance(kind, str):
@@ -56,26 +56,26 @@ class Record(BaseModel):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
-        """Return what the settings of a run need and lack before records of this kind can be read; None if nothing."""
+        """Return why the settings of a run do not suffice to read records of this kind; None if they do."""
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return which field this record lacks that the settings of its run promise; None if none."""
+        """Return the name of a field that the run's settings require and this record lacks; None if complete."""
         return None
 
 
 class LayerRecord(Record):
-    """What a diagnostic measured of one layer; in a fleet, of one adapter.
+    """The measurement of one layer by a diagnostic; in a fleet, of one adapter.
 
     Attributes:
-        shown: How its values are shown, in the order of a table.
+        shown: Presentation of its values, in table order.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = ()
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return how a run's records are shown, where that depends on what was asked for."""
+        """Return the presentation of a run's records, if it depends on the settings."""
         return cls.shown
 
     if TYPE_CHECKING:
@@ -90,10 +90,10 @@ class LayerRecord(Record):
 
 
 class WholeRecord(Record):
-    """What is said of a run as a whole: a certificate, a verdict, a loss.
+    """A record about a run as a whole: a certificate, a verdict, a loss.
 
     Attributes:
-        shown: How its values are shown in short, the one that says most first.
+        shown: Presentation of its values in short, the most important first.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = ()
@@ -106,13 +106,13 @@ class WholeRecord(Record):
 
 
 def least_epsilon(epsilon_min: float, energy_error: float | None) -> float:
-    """Return √(max(0, ε_min² − energy_error)), which no update of rank r is nearer than.
+    """Return √(max(0, ε_min² − energy_error)), a lower bound on ε for updates of rank r.
 
-    ε_min = √(1 − Ĉ(r)) alone is no lower bound: a truncated decomposition finds less energy than is there.
+    ε_min = √(1 − Ĉ(r)) alone is not a lower bound: a truncated decomposition may miss energy.
 
     Args:
         epsilon_min: √(1 − Ĉ(r)).
-        energy_error: Bound on |Ĉ(r) − C(r)|; None where it is not known (results of older versions), counted as 0.
+        energy_error: Bound on |Ĉ(r) − C(r)|; None if unknown (results of older versions), which counts as 0.
 
     Example:
         >>> round(least_epsilon(0.5, 0.09), 12), least_epsilon(0.01, 0.09)

@@ -1,4 +1,4 @@
-"""Results in five lines, for a prompt."""
+"""Short forms of results: five lines for a prompt, a table by module type for a notebook."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INPUTS = 4
 
 
 def text_of(results: Results[Any]) -> str:
-    """Return what was measured of what, in at most five lines."""
+    """Return a description of results in at most five lines."""
     return "\n".join([_title(results), *(f"  {label:<9} {words}" for label, words in _facts(results))])
 
 
@@ -44,7 +44,7 @@ def _facts(results: Results[Any]) -> list[tuple[str, str]]:
 
 
 def _kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown]]]:
-    """Return each kind of record that says how it is shown, with its records and main columns."""
+    """Return each kind of record with a presentation, with its records and main columns."""
     found = []
     for kind in dict.fromkeys(type(record) for record in (*results.layers, *results.whole)):
         records = [record for record in (*results.layers, *results.whole) if type(record) is kind]
@@ -55,12 +55,12 @@ def _kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown
 
 
 def _is_of_layer(kind: type[Any]) -> bool:
-    """Return whether records of a kind have a layer; in a fleet an adapter stands in the place of one."""
+    """Return whether records of a kind have a layer; in a fleet an adapter takes its place."""
     return "layer" in kind.model_fields
 
 
 def _range(shown: Shown, records: Sequence[Any]) -> str | None:
-    """Return the first of the main values over all records, such as ``ε 0.5 to 0.9, pooled 0.7 over 30 records``."""
+    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7 over 30 records``."""
     values = [value for record in records if (value := shown.value(record)) is not None]
     whole = pooled_value(shown, records)
     if not values or whole is None:
@@ -80,7 +80,7 @@ def _word(value: Any) -> str:
 
 
 def _cell(shown: Shown, value: Value) -> str:
-    """Return a value in four digits; a share below 1 is not rounded up to 1."""
+    """Return a value in four digits; a fraction below 1 is not rounded up to 1."""
     if isinstance(value, float) and shown.share and value < 1:
         return _word(min(value, 0.9999))
     return _word(value)

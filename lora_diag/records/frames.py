@@ -1,11 +1,11 @@
-"""Records → a tidy table, by columns: one row a record, one value a cell.
+"""Records → a tidy table by columns: one row per record, one value per cell.
 
 Fields of a record in a record, and the entries of a table, are columns with dotted names (``energy.8``,
-``resolution.verdict``); those of a field with a fixed number of entries are numbered (``shape.0``). A list of numbers
-or of records is no cell: its entries are rows of a table of their own, the values.
+``resolution.verdict``); those of a field with a fixed number of entries are numbered (``shape.0``). Lists of numbers or
+records are not cells: their entries are rows of a separate table of values.
 
-Columns that no record has are computed from its fields: ``module_type`` and ``block`` from ``layer``, ``relative`` =
-``fro`` / ``base_fro``, and the short name of every field that holds the path of an input (``adapter_name``).
+Further columns are derived from the fields: ``module_type`` and ``block`` from ``layer``, ``relative`` = ``fro`` /
+``base_fro``, and the short name of every field that holds the path of an input (``adapter_name``).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _WHICH = {"results", "record", "module_type", "block", "adapter", "adapter_name"
 def record_columns(
     records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
 ) -> Columns:
-    """Return a table with one row a record; what a record does not have is None.
+    """Return a table with one row per record; missing values are None.
 
     Args:
-        records: Each with cells to put in front of its own.
-        short: What the paths of inputs are called.
+        records: Records, each with leading cells.
+        short: Labels of the paths of inputs.
     """
     return _joined(({**first, **_row(record, short or {})}, {}) for record, first in records)
 
@@ -45,17 +45,17 @@ def record_columns(
 def value_columns(
     records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
 ) -> Columns:
-    """Return a table with one row an entry of a list: ``field``, ``index`` from 1 on, and ``value`` or ``text``.
+    """Return a table with one row per entry of lists: ``field``, ``index`` from 1 on, and ``value`` or ``text``.
 
     Args:
-        records: Each with cells to put in front of those that say which record it is.
-        short: What the paths of inputs are called.
+        records: Records, each with leading cells.
+        short: Labels of the paths of inputs.
     """
     return _joined(block for record, first in records for block in _values(record, first, short or {}))
 
 
 def one_type_each(columns: Columns) -> Columns:
-    """Return columns of one type each, as Arrow wants them: words where numbers and words are mixed.
+    """Return columns of one type each, as required by Arrow: strings if numbers and words are mixed.
 
     >>> one_type_each({"measured": [0.5, None, "unresolved"], "rank": [8, 16]})
     {'measured': ['0.5', None, 'unresolved'], 'rank': [8, 16]}
@@ -69,7 +69,7 @@ def one_type_each(columns: Columns) -> Columns:
 
 
 def _joined(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]]) -> Columns:
-    """Return the columns of several blocks, each of cells that all its rows have in common and of lists of cells."""
+    """Return the columns of several blocks, each of common cells of all rows and lists of cells."""
     columns: Columns = {}
     rows = 0
     for cells, lists in blocks:
@@ -143,7 +143,7 @@ def _values(
 
 
 def _lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:
-    """Yield each list of a record: its name, the layer that it is of where that is another's, and its entries."""
+    """Yield each list of a record: its name, the layer of a nested record, and its entries."""
     for name, form in _forms(type(record)).items():
         value = getattr(record, name)
         if name in record.long:
@@ -168,20 +168,20 @@ def _lists_of(name: str, value: Any, form: str) -> Iterator[tuple[str, str | Non
 
 
 def _numbered(name: str, form: str) -> bool:
-    """Return whether the entries of a list are columns: there are always as many, or it is a shape."""
+    """Return whether the entries of a list are columns: their number is fixed, or it is a shape."""
     return form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}
 
 
 @cache
 def _forms(kind: type[Record]) -> dict[str, str]:
-    """Return how each field of a kind of record is laid out; of a table, how its entries are."""
+    """Return the layout of each field of a kind of record; for a table, that of its entries."""
     fields = kind.model_fields
     order = [*(name for name in _FIRST if name in fields), *(name for name in fields if name not in _FIRST)]
     return {name: _form(fields[name].annotation) for name in order}
 
 
 def _form(annotation: Any) -> str:
-    """Return ``scalar``, ``record``, ``fixed`` for so many entries, or ``list`` for any number of them.
+    """Return ``scalar``, ``record``, ``fixed`` for a fixed number of entries, or ``list`` for any number.
 
     >>> _form(float | None), _form(tuple[int, int] | None), _form(tuple[float, ...]), _form(dict[str, float | None])
     ('scalar', 'fixed', 'list', 'scalar')
@@ -200,7 +200,7 @@ def _form(annotation: Any) -> str:
 
 
 def _options(annotation: Any) -> Iterator[Any]:
-    """Yield the types that a value may have, None left out."""
+    """Yield the types of a value, except None."""
     if get_origin(annotation) is Annotated:
         yield from _options(get_args(annotation)[0])
     elif get_origin(annotation) in {Union, UnionType}:

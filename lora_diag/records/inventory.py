@@ -1,4 +1,4 @@
-"""Records of ``inspect``, which are printed and not kept in a file."""
+"""Records of ``inspect``, which are printed and not written to a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StoredTensor(Record):
         layer: Its name.
         shape: Its shape.
         dtype: Stored dtype.
-        left_out: Why ``spectrum`` would not measure it; null if it would.
+        left_out: Reason why ``spectrum`` would skip it; null if it would not.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -50,13 +50,13 @@ class AdaptedWeight(Record):
     """One weight that an adapter changes.
 
     Args:
-        layer: The adapter's name for it; of stacked experts, one of them.
-        shape: ``(out, in)`` in the adapter's orientation; null where only the base tells.
+        layer: Its name in the adapter; for stacked experts, one of them.
+        shape: ``(out, in)`` in the adapter's orientation; null if it depends on the base.
         form: ``factored`` (B·A), ``dense`` (computed in full) or ``value`` (the weight's new value).
         dtype: Stored dtype.
-        rank: r of its factors; null where it has none.
-        scaling: s by which they are multiplied; null where it has none or it lies in the file as a number.
-        needs_base: What makes ΔW depend on the base weight, such as ``DoRA``; empty if nothing does.
+        rank: r of its factors; null without factors.
+        scaling: Their scaling s; null without one, or if it is stored as a tensor.
+        needs_base: Reason why ΔW depends on the base weight, such as ``DoRA``; empty if it does not.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -81,15 +81,15 @@ class AdaptedWeight(Record):
 
 
 class Inventory(Record):
-    """What is in a checkpoint or an adapter, from headers alone.
+    """The contents of a checkpoint or an adapter, from headers alone.
 
     Args:
-        path: Where it is.
-        kind: What it is, in words.
-        notes: What a careful reader should know.
+        path: Its path.
+        kind: Its kind, as text.
+        notes: Notes on the input.
         tensors: The tensors of its files.
-        adapts: Of an adapter: the weights it changes; else empty.
-        scaling: Of an adapter: how its updates are scaled and where that is said.
+        adapts: For an adapter: the adapted weights; else empty.
+        scaling: For an adapter: the scaling of its updates and its source.
     """
 
     record: Literal["inventory"] = "inventory"

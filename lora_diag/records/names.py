@@ -1,6 +1,6 @@
-"""What a layer's name says: its depth, its module type, its part of the model.
+"""Information in a layer's name: depth, module type, part of the model.
 
-Names are only grouped here, for tables, plots and selectors; nothing that is computed depends on these guesses.
+Used to group names in tables, plots and selectors; no computed value depends on these guesses.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def depth_of(layer: str) -> int | None:
 
 
 def module_type_of(layer: str) -> str:
-    """Return what the weight is within its block, numbers of experts replaced by ``*``.
+    """Return the type of a weight within its block, with expert numbers replaced by ``*``.
 
     >>> module_type_of("model.layers.17.self_attn.q_proj.weight")
     'self_attn.q_proj'
@@ -54,7 +54,7 @@ def module_type_of(layer: str) -> str:
 
 
 def part_of(layer: str) -> Part:
-    """Return the part of the model in which a matrix is counted: with embeddings and head, or with the others.
+    """Return the part of the model of a matrix: embeddings and head, or the others.
 
     >>> part_of("model.embed_tokens.weight"), part_of("model.layers.0.mlp.up_proj.weight")
     ('vocabulary', 'matrices')
@@ -79,7 +79,7 @@ def place_of(layer: str) -> tuple[bool, bool, int]:
 
 
 def tower_of(layer: str) -> tuple[str, ...]:
-    """Return the parts of the name before its block's number: what tells an encoder's blocks from a decoder's.
+    """Return the parts of the name before its block's number, which distinguish an encoder's blocks from a decoder's.
 
     >>> tower_of("vision_tower.layers.3.fc1.weight"), tower_of("lm_head.weight")
     (('vision_tower', 'layers'), ())
@@ -89,11 +89,11 @@ def tower_of(layer: str) -> tuple[str, ...]:
 
 
 def short_names(paths: Iterable[str], spelled: Callable[[str], str] = str) -> dict[str, str]:
-    """Return how paths are called: by their last part, or by as many last parts as tell them apart.
+    """Return labels of paths: their last part, or as many last parts as needed to distinguish them.
 
     Args:
-        paths: Such as those of a run's inputs.
-        spelled: Returns how a name is written where it is shown; names are told apart as they are written.
+        paths: Paths, such as those of a run's inputs.
+        spelled: Returns the displayed form of a name; names must differ in this form.
 
     >>> short_names(["runs/full", "runs/lora"]), short_names(["a/x/lora", "b/y/lora"])
     ({'runs/full': 'full', 'runs/lora': 'lora'}, {'a/x/lora': 'x/lora', 'b/y/lora': 'y/lora'})

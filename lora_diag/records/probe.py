@@ -1,4 +1,4 @@
-"""Records of ``probe``: what a model's loss says of an update."""
+"""Records of ``probe``: losses of a model."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", 
 
 
 class Probe(WholeRecord):
-    """One loss measured on one evaluation set: of a truncated update, of an adapter, of a run of a sweep.
+    """One loss on one evaluation set: of a truncated update, of an adapter, or of a run of a sweep.
 
     A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a classifier), in nats.
 
     Args:
-        probe: Which probe measured it.
+        probe: The probe that measured it.
         set: The evaluation set, by its file's name.
-        shifted: Whether the user named it as shifted.
-        subject: Whose loss it is: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; of a sweep's
-            run ``lora``, or ``full`` and ``bitfit`` for the reference lines.
-        name: Of an adapter or a reference, its path; of BASE the grid that it is rounded to, if any; else empty.
+        shifted: Whether the user declared it as shifted.
+        subject: Model of the loss: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; for a sweep's run
+            ``lora``, or ``full`` and ``bitfit`` for the reference lines.
+        name: Path of an adapter or a reference; for BASE the grid that it is rounded to, if any; else empty.
         layer: The layer that was truncated alone; null for all together.
         module_type: The module type that was truncated alone; null for all types together.
-        rank: r; null where none applies.
-        lr: Peak learning rate of a sweep's run; null elsewhere.
-        seed: Of the run: of a sweep's factors; elsewhere of nothing random but kept for the reader.
-        tokens: Predictions that the loss is the mean of.
+        rank: r; null if not applicable.
+        lr: Peak learning rate of a sweep's run; null otherwise.
+        seed: Seed of the run: of a sweep's factors; otherwise informational only.
+        tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
-        loss: In nats; null where a sweep's run diverged.
-        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null where that is not known.
-        gap_error: Standard error of ``gap``, from the paired differences of sequences taken as independent.
-        kept: (loss_base − loss) / (loss_base − loss_tuned), the share of TUNED's change of the loss that is there;
-            not clamped; null where TUNED's loss is that of BASE.
-        energy: Share of ‖ΔW‖² of the truncated layers that rank r keeps, C(r) over all of them; null elsewhere.
+        loss: Loss in nats; null if a sweep's run diverged.
+        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if unknown.
+        gap_error: Standard error of ``gap``, from paired differences of sequences, assumed independent.
+        kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the loss; not clamped;
+            null if TUNED's loss equals that of BASE.
+        energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null otherwise.
         distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
-        hidden: The same of the hidden states of every token at each depth: the embeddings, then behind each block, as
-            transformers gives them; null at a depth where BASE and TUNED agree, and where none were taken.
+        hidden: The same for the hidden states of every token at each depth: the embeddings, then the output of each
+            block, as in transformers; null at a depth where BASE and TUNED agree, and if not recorded.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
-        agreement: Share of the predictions whose most likely token is TUNED's.
+        agreement: Fraction of the predictions with the same most likely token as TUNED.
         train_loss: Mean loss over the last tenth of a sweep's steps.
         nll: Of ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
             which any two models can be paired; empty elsewhere.
-        predictions: Of each sequence; of BASE only, because all models have the same.
+        predictions: Number of predictions of each sequence; only for BASE, since it is the same for all models.
     """
 
     key: ClassVar[tuple[str, ...]] = (
@@ -111,7 +111,7 @@ class Probe(WholeRecord):
 
     @property
     def to_tuned(self) -> float | None:
-        """``gap``; None of TUNED itself."""
+        """``gap``; None for TUNED itself."""
         return None if self.subject == "tuned" else self.gap
 
     @property
@@ -122,15 +122,15 @@ class Probe(WholeRecord):
 
 
 class LayerInput(Record):
-    """What reached one linear layer while a model read a text.
+    """Statistics of the inputs of one linear layer on a text.
 
     Args:
         layer: The weight's name in BASE.
-        size: How many numbers one input x has.
-        rows: How many inputs there were.
+        size: Dimension of an input x.
+        rows: Number of inputs.
         square: E‖x‖², the trace of C = E[xxᵀ].
-        directions: tr(C)²/‖C‖_F², between 1 and ``size``: in how many directions the inputs lie, roughly.
-        shares: The layer that is given the same input, and has the same C; null if none before it is.
+        directions: tr(C)²/‖C‖_F², between 1 and ``size``: effective number of directions of the inputs.
+        shares: An earlier layer with the same input and the same C; null without one.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -147,18 +147,18 @@ class LayerInput(Record):
 
 
 class Activations(Record):
-    """What ``probe activations`` wrote; printed and not kept in a results file.
+    """The result of ``probe activations``; printed, not written to a results file.
 
     Args:
         path: The safetensors file.
-        model: Whose inputs these are.
+        model: The model.
         text: The file that was read.
-        about: What it was read as.
-        notes: What a careful reader should know.
-        tokens: How many tokens were read.
-        gradients: Whose labels the loss was taken against, if E[ggᵀ] of the outputs' gradients is in the file, too.
-        layers: What is in the file.
-        left_out: Weights of the model that are not in it, each with its reason.
+        about: Description of the reading.
+        notes: Notes on the text.
+        tokens: Number of tokens.
+        gradients: Source of the labels of the loss, if E[ggᵀ] of the output gradients is also in the file.
+        layers: The recorded layers.
+        left_out: Weights of the model that were skipped, each with its reason.
     """
 
     record: Literal["activations"] = "activations"
@@ -174,7 +174,7 @@ class Activations(Record):
 
 
 class OnSet(Protocol):
-    """What was measured on one text."""
+    """A record measured on one text."""
 
     @property
     def set(self) -> str:
@@ -183,7 +183,7 @@ class OnSet(Protocol):
 
     @property
     def shifted(self) -> bool:
-        """Whether it is of another kind than what was trained on."""
+        """Whether it differs in distribution from the training text."""
         ...
 
 
@@ -193,5 +193,5 @@ def set_names(records: Iterable[OnSet]) -> list[str]:
 
 
 def main_sets(records: Sequence[OnSet]) -> list[str]:
-    """Return the sets that decide: those that are not shifted, or all where there is no other."""
+    """Return the deciding sets: those that are not shifted, or all if there is no other."""
     return set_names(record for record in records if not record.shifted) or set_names(records)

@@ -1,4 +1,4 @@
-"""Results files: read back, checked line by line."""
+"""Reading of results files, with a check of every line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Other(WholeRecord):
 
 
 def is_results_file(path: Path | str) -> bool:
-    """Say whether a file begins like a results file; never so of a pipe or a device, which are not opened."""
+    """Return whether a file begins like a results file; False for pipes and devices, which are not opened."""
     try:
         if not Path(path).is_file():
             return False
@@ -45,18 +45,18 @@ def is_results_file(path: Path | str) -> bool:
 
 
 def read_results(path: Path | str) -> Results[Any]:
-    """Read a results file whose kinds of records are defined; ``catalog.read_results`` defines all first.
+    """Read a results file with defined kinds of records; ``catalog.read_results`` defines all kinds first.
 
     Args:
-        path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
+        path: A file written by ``-o`` or ``Results.write``, or the saved output of ``--json``.
 
     Returns:
-        The records. A half-written last line, as a crash leaves it, is dropped, and so is what follows a zero byte, as
-        a loss of power leaves it; ``end`` is then None.
+        The records. An incomplete last line, left by a crash, is dropped, and so is everything after a zero byte, left
+        by a loss of power; ``end`` is then None.
 
     Raises:
-        InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
-            loradiag.
+        InputError: The file is not a results file, is damaged, holds several runs, or has a schema newer than this
+            version of loradiag.
     """
     path = Path(path)
     seal = Seal()
@@ -79,15 +79,15 @@ def read_results(path: Path | str) -> Results[Any]:
 
 
 def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iterator[AnyRecord]:
-    """Yield the whole records of a file, checked one against the other; what a crash left behind them is no error.
+    """Yield the complete records of a file, checked for consistency; incomplete data after a crash are ignored.
 
     Args:
         path: The file.
-        strict: Whether a kind of record that is not defined is an error; else its fields are not read.
+        strict: Whether an undefined kind of record is an error; else its fields are not read.
         seal: The hash to which the lines before the ``end`` record are added.
 
     Raises:
-        InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
+        InputError: The file cannot be read, or a line is not a record or is in the wrong place.
     """
     first: AnyRecord | None = None
     last: AnyRecord | None = None
@@ -106,10 +106,10 @@ def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iter
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """Yield lines with their newlines, which the last may lack: a file of many layers is not held as text as well.
+    """Yield lines with their newlines, which the last may lack; the whole text is never in memory.
 
-    JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure. Nor
-    is what another process writes behind a line without a newline while this one reads.
+    JSON has no zero bytes: they mark data lost in a power failure, and nothing after them is reliable. Neither is text
+    that another process appends after a line without a newline during reading.
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
@@ -133,15 +133,15 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def bytes_of(path: Path, records: int) -> int:
-    """Return how many bytes the first so many records of a file take, without the newline of the last."""
+    """Return the number of bytes of the first records of a file, without the newline of the last."""
     return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(lines(path), records)) - 1
 
 
 def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:
-    """Refuse a record that cannot stand where it stands, or lacks what the run record promises.
+    """Refuse a record in the wrong place, or without fields that the run record requires.
 
     Raises:
-        InputError: It cannot.
+        InputError: The record is invalid here.
     """
     if first is None:
         kind = KINDS.get(record.command) if isinstance(record, Run) else None

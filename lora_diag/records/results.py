@@ -29,15 +29,15 @@ W = TypeVar("W", bound=WholeRecord)
 class Results(Generic[L]):
     """All records of one run, in memory.
 
-    Iterating gives the layers' records: one a layer for ``spectrum``, one a layer and adapter for ``residual``, one a
-    layer, step and rank for ``overlap``.
+    Iteration yields the records of layers: one per layer for ``spectrum``, one per layer and adapter for ``residual``,
+    one per layer, step and rank for ``overlap``.
 
     Attributes:
-        run: What was asked of what.
+        run: The command, its inputs and settings.
         layers: The layers' records, in the order of BASE.
-        left_out: Tensors without one.
+        left_out: Skipped tensors.
         end: Totals; None if the run did not finish.
-        whole: What is said of the run as a whole: an allocation's certificate, a gate's verdicts.
+        whole: Records about the run as a whole: an allocation's certificate, a gate's verdicts.
     """
 
     run: Run
@@ -126,22 +126,22 @@ class Results(Generic[L]):
 
     @property
     def non_finite(self) -> tuple[LeftOut, ...]:
-        """What could not be measured, because of an entry that is not a finite number."""
+        """Layers that could not be measured because an entry is not finite."""
         return tuple(item for item in self.left_out if item.reason == "non_finite")
 
     @property
     def unmeasured(self) -> tuple[LeftOut, ...]:
-        """What was asked for and could not be measured: entries that are not finite, or too little memory."""
+        """Layers that could not be measured: entries that are not finite, or too little memory."""
         return tuple(item for item in self.left_out if item.reason in {"non_finite", "memory"})
 
     def whole_of(self, kind: type[W]) -> list[W]:
-        """Return the records on the run as a whole that are of one kind."""
+        """Return the records of one kind about the run as a whole."""
         return [record for record in self.whole if isinstance(record, kind)]
 
     def filter(self, layers: str) -> Results[L]:
         """Return the results of the layers whose name contains a match of a regular expression.
 
-        What was left out is filtered alike, and the totals of ``end`` are those of what remains.
+        Skipped tensors are filtered in the same way, and ``end`` has the totals of the remaining records.
         """
         pattern = re.compile(layers)
         kept = tuple(record for record in self.layers if pattern.search(record.layer))
@@ -162,30 +162,30 @@ class Results(Generic[L]):
             yield self.end
 
     def write(self, path: Path | str, overwrite: bool = False) -> None:
-        """Write a results file: beside the target, then renamed over it.
+        """Write a results file atomically.
 
         Args:
             path: The file; a finished run there is replaced.
-            overwrite: Replace a file there that loradiag did not write.
+            overwrite: Replace an existing file that loradiag did not write.
 
         Raises:
-            UsageError: A link, an unfinished run or another file is there.
+            UsageError: The path is a link, an unfinished run or another file.
             InputError: It cannot be written.
         """
         write_whole(Path(path), "".join(f"{line}\n" for line in lines_of(self.records())), RESULTS, overwrite)
 
     def columns(self, values: bool = False, kind: str | None = None) -> dict[str, list[Any]]:
-        """Return a tidy table of the records by its columns, for any library of data frames.
+        """Return a tidy table of the records by columns, for any data frame library.
 
-        One row a record, one value a cell: ``energy.8``, ``rank_at.0.9`` and so on are columns; ``module_type``,
-        ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are computed. Lists, such as the singular
-        values, are no cells: with ``values`` each of their entries is a row.
+        One row per record, one value per cell: ``energy.8``, ``rank_at.0.9`` and so on are columns; ``module_type``,
+        ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are computed. Lists, such as singular values,
+        are not cells: with ``values`` each of their entries is a row.
 
         Args:
-            values: Give the entries of lists, one row each: ``field`` (``s``), ``index`` from 1 on, ``value``; of lists
-                of words ``text``.
-            kind: Only the records of a kind, such as ``spectrum``, ``certificate`` or ``left_out``; else those of
-                layers, or where there are none those of the run as a whole (a probe's losses, a gate's verdicts).
+            values: Return the entries of lists, one row each: ``field`` (``s``), ``index`` from 1 on, and ``value``, or
+                ``text`` for lists of words.
+            kind: Only the records of a kind, such as ``spectrum``, ``certificate`` or ``left_out``; default those of
+                layers, or without layers those about the whole run (a probe's losses, a gate's verdicts).
 
         Example:
             >>> import lora_diag
@@ -202,7 +202,7 @@ class Results(Generic[L]):
         return make(((record, {}) for record in records), short_names(side.path for side in self.run.inputs))
 
     def to_pandas(self, values: bool = False, kind: str | None = None) -> Any:
-        """Return ``columns`` as a ``pandas.DataFrame``; whole numbers of which some are missing are ``Int64``.
+        """Return ``columns`` as a ``pandas.DataFrame``; integer columns with missing values are ``Int64``.
 
         Raises:
             ImportError: pandas is not installed (extra ``pandas``).
@@ -218,7 +218,7 @@ class Results(Generic[L]):
         )
 
     def to_arrow(self, values: bool = False, kind: str | None = None) -> Any:
-        """Return ``columns`` as a ``pyarrow.Table``, which other libraries take without a copy.
+        """Return ``columns`` as a ``pyarrow.Table``, which other libraries read without a copy.
 
         Raises:
             ImportError: pyarrow is not installed (extra ``arrow``).
@@ -257,23 +257,23 @@ def to_line(record: AnyRecord) -> str:
 
 
 class Seal:
-    """The SHA-256 of the lines of a results file, which its ``end`` record carries."""
+    """The SHA-256 of the lines of a results file, stored in its ``end`` record."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def copy(self) -> Seal:
-        """Return another one to which the same lines were added."""
+        """Return a copy in the same state."""
         other = Seal()
         other._hash = self._hash.copy()
         return other
 
     def add(self, line: bytes) -> None:
-        """Add one line; how it ends does not count, so that a checkout with other line ends has the same hash."""
+        """Add one line; line endings are ignored, so that a checkout with other line endings has the same hash."""
         self._hash.update(line.rstrip(b"\r\n") + b"\n")
 
     def sealed(self, record: A) -> A:
-        """Return a record as it is written: an ``end`` record with the hash of what was added before."""
+        """Return a record as written: an ``end`` record gets the hash of the lines before it."""
         if isinstance(record, End):
             return record.model_copy(update={"sha256": self.hexdigest()})
         return record
@@ -284,7 +284,7 @@ class Seal:
 
 
 def lines_of(records: Iterable[AnyRecord]) -> Iterator[str]:
-    """Yield the lines of a results file; its last one carries the hash of those before it."""
+    """Yield the lines of a results file; the last one has the hash of the others."""
     seal = Seal()
     for record in records:
         line = to_line(seal.sealed(record))

@@ -1,4 +1,4 @@
-"""The records that every results file has: the run, what was left out, the end."""
+"""Records of every results file: the run, the skipped tensors, the end."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ Reason = Literal[
 
 
 class RunInput(Record):
-    r"""One input of a run: its part in the command, where it was, what it is.
+    r"""One input of a run: its role, path and kind.
 
     Args:
         role: ``base``, ``tuned``, ``adapter``, ``reference``, ``activations`` or ``gradients``.
-        path: What the user named; bytes that are not UTF-8 are spelled ``\xff``.
-        kind: What it is, in words.
-        tensors: How many it holds.
-        notes: What a careful reader should know.
-        fingerprint: By which ``--resume`` and ``gate`` notice that the input changed; empty if it was not taken.
-        sha256: Of every byte of its files, with ``--verify``; of results, the hash in their last line; else empty.
-        architecture: The model's class as its ``config.json`` names it, such as ``BertForSequenceClassification``;
-            empty where there is none.
-        names: Of a BASE, what it is called: its folder, its Hub id, what its config says. Of an adapter, what its
-            config calls its base.
-        targets: How many weights of BASE an adapter's config targets; null where that is not known.
-        lacking: Those of them for which the adapter's file holds nothing.
+        path: The path as given; bytes that are not UTF-8 are escaped as ``\xff``.
+        kind: Its kind, as text.
+        tensors: Number of tensors.
+        notes: Notes on the input.
+        fingerprint: Detects a changed input in ``--resume`` and ``gate``; empty if not computed.
+        sha256: Hash of every byte of its files with ``--verify``; for results, the hash in their last line; else empty.
+        architecture: The model's class in its ``config.json``, such as ``BertForSequenceClassification``; empty without
+            one.
+        names: Names of a BASE: its folder, its Hub id, that in its config. For an adapter, the name of the base in its
+            config.
+        targets: Number of weights of BASE that an adapter's config targets; null if unknown.
+        lacking: Targeted weights that the adapter's file does not contain.
     """
 
     role: str
@@ -70,16 +70,16 @@ class RunInput(Record):
 
 
 class Run(Record):
-    """First line of a results file: what was asked of what.
+    """First line of a results file: command, inputs and settings.
 
     Args:
         schema: Version of the fields, 1.
         command: The command, without ``loradiag``.
-        version: Of loradiag.
-        inputs: What was measured.
-        settings: The options that change numbers.
+        version: Version of loradiag.
+        inputs: The results.
+        settings: The options that affect results.
         made: When the run began, in UTC, such as ``2026-11-27T04:15:19Z``; empty in files of older versions. The only
-            field in which two runs of the same input and settings differ; ``SOURCE_DATE_EPOCH`` sets it.
+            field that differs between runs with the same input and settings; set by ``SOURCE_DATE_EPOCH``.
     """
 
     record: Literal["run"] = "run"
@@ -92,10 +92,10 @@ class Run(Record):
 
 
 def timestamp() -> str:
-    """Return the time in UTC as ``Run.made`` has it; that of ``SOURCE_DATE_EPOCH`` where it is set.
+    """Return the current time in UTC in the form of ``Run.made``; or ``SOURCE_DATE_EPOCH`` if set.
 
     Raises:
-        UsageError: ``SOURCE_DATE_EPOCH`` is no number of seconds.
+        UsageError: ``SOURCE_DATE_EPOCH`` is not a number of seconds.
 
     Reference: https://reproducible-builds.org/specs/source-date-epoch/
     """
@@ -114,12 +114,12 @@ class LeftOut(Record):
 
     Args:
         layer: Its name.
-        shape: Its shape; for rows that only one side has, theirs.
-        reason: One word, for programs.
-        detail: One sentence, for people.
-        fro: ‖Δ‖_F where both sides have it (1-D tensors), the norm of the rows that only one side has, else null.
-        base_fro: ‖W_base‖_F where both sides have it, else null.
-        tuned_shape: Its shape in TUNED where that is another than in BASE (``shape_differs``), else null.
+        shape: Its shape; for rows that only one side has, the shape of the rows.
+        reason: Machine-readable reason.
+        detail: Reason as text.
+        fro: ‖Δ‖_F if both sides have it (1-D tensors), the norm of rows that only one side has, else null.
+        base_fro: ‖W_base‖_F if both sides have it, else null.
+        tuned_shape: Its shape in TUNED if different from BASE (``shape_differs``), else null.
     """
 
     record: Literal["left_out"] = "left_out"
@@ -136,11 +136,11 @@ class End(Record):
     """Last line of a finished results file; without it, the run was interrupted.
 
     Args:
-        layers: How many layers have records.
-        left_out: How many ``left_out`` records there are.
-        fro: ‖ΔW‖_F over the layers; null for records that have none.
-        base_fro: ‖W_base‖_F over the layers; null if one of them is not known.
-        sha256: Of the lines before this one, each with its newline; empty in files of older versions.
+        layers: Number of layers with records.
+        left_out: Number of ``left_out`` records.
+        fro: ‖ΔW‖_F over the layers; null for records without norms.
+        base_fro: ‖W_base‖_F over the layers; null if any is unknown.
+        sha256: Hash of the lines before this one, each with its newline; empty in files of older versions.
     """
 
     record: Literal["end"] = "end"

@@ -1,4 +1,4 @@
-"""How a value of a record is shown: declared once, beside the record's fields, and read by every table and figure."""
+"""Presentation of a record's value: declared once with the record, used by every table and figure."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Shown:
     Args:
         path: The value's dotted name, such as ``resolution.signal_rank``; a field or a property of the record.
         title: Heading of a column.
-        about: What it is, in one sentence.
-        axis: What it is called on an axis; ``title`` if empty.
+        about: One-sentence description.
+        axis: Title of an axis; ``title`` if empty.
         share: Whether it is a fraction in [0, 1].
-        main: Whether it is shown before a reader asks for all columns.
-        pool: Value of several layers taken together: a name in ``POOLS``, or a function of their records; None for the
-            median of numbers and the most frequent word. ``ends`` for the smallest and the largest of all numbers of a
-            tuple, in a terminal.
-        drop: Which columns a narrow terminal leaves out first, the largest number first; 0 for never.
+        main: Whether it is shown by default.
+        pool: Pooled value of several layers: a name in ``POOLS``, or a function of their records; None for the median
+            of numbers and the most frequent word. ``ends`` for the smallest and the largest of all numbers of a tuple,
+            in a terminal.
+        drop: Priority of dropping in a narrow terminal, the largest first; 0 for never.
         head: Heading in a terminal; ``title`` if empty.
-        form: How a number is written: a name in ``FORMS`` (``rendering.text``) or a format such as ``.4f``; empty for
-            two decimals of a share and three digits of other numbers.
-        terminal: Whether a terminal shows it; None for as ``main`` says.
+        form: Format of a number: a name in ``FORMS`` (``rendering.text``) or a format such as ``.4f``; empty for two
+            decimals of a fraction and three digits of other numbers.
+        terminal: Whether a terminal shows it; None for the value of ``main``.
         wide: Whether only a wide terminal shows it.
-        chance: Dotted name of what chance gives, shown in brackets; empty if nothing is.
-        error: Dotted name of the standard error, shown behind ±; empty if none is.
+        chance: Dotted name of the random baseline, shown in brackets; empty without one.
+        error: Dotted name of the standard error, shown after ±; empty without one.
         style: Style of a value in a terminal with colours.
-        mark: What stands behind the value of several records in a terminal, explained by its summary.
+        mark: Mark after the value of several records in a terminal, explained by the summary.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Shown:
     mark: Callable[[Sequence[Any]], str] | None = None
 
     def value(self, record: Any) -> Value:
-        """Return the value of a record, a shape as text; None where it is null or does not exist."""
+        """Return the value in a record, a shape as text; None if it is null or does not exist."""
         found = value_at(record, self.path)
         if isinstance(found, tuple) and found and all(isinstance(size, int) for size in found):
             return "×".join(map(str, found))
@@ -82,7 +82,7 @@ SHAPE = Shown(
 
 
 def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
-    """Return the value of several records taken together: as declared, the median, or the most frequent word."""
+    """Return the pooled value of several records: as declared, the median, or the most frequent word."""
     if callable(shown.pool):
         return shown.pool(records)
     known: list[Any] = [value for record in records if (value := shown.value(record)) is not None]
@@ -98,7 +98,7 @@ def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
 
 
 def counted(words: Iterable[str]) -> str:
-    """Return the word that all have in common, or each with how often it occurs.
+    """Return the common word, or each word with its number of occurrences.
 
     >>> counted(["rank", "rank"]), counted(["rank", "scale", "rank"])
     ('rank', 'rank 2, scale 1')
@@ -117,7 +117,7 @@ POOLS: Mapping[str, Callable[[list[Any]], Value]] = {
 
 
 def value_at(record: Any, path: str) -> Any:
-    """Return what a dotted name leads to in a record; None where that does not exist.
+    """Return the value at a dotted name in a record; None if it does not exist.
 
     Args:
         record: A record, a dataclass with slots, or a table (``dict``).

@@ -1,4 +1,4 @@
-"""What the records of several features are made of: rounding, truncation errors, principal angles, metrics."""
+"""Parts of records used by several features: rounding, truncation errors, principal angles, metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Tail(Record):
     """Eckart–Young errors of the best rank-r approximation.
 
     Args:
-        fro: √Σ_{i>r}σ_i²; its square is off by at most ``energy_error``·‖ΔW‖_F².
+        fro: √Σ_{i>r}σ_i²; its square has an error of at most ``energy_error``·‖ΔW‖_F².
         spectral: σ_{r+1}; null if it was not computed.
         spectral_error: Bound on the error of ``spectral``, from ``energy_error``; null in results of older versions.
     """
@@ -23,15 +23,15 @@ class Tail(Record):
 
 
 class Resolution(Record):
-    """What the files' rounding lets one see of ΔW.
+    """Resolution of ΔW under the rounding of the files.
 
     Args:
-        unchanged: Share of the entries that are bit-identical on both sides; null for an adapter, which has no sides.
-        mantissa: Mantissa bits that the stored values of base and tuned really use; null for an adapter.
+        unchanged: Fraction of the entries that are bit-identical on both sides; null for an adapter.
+        mantissa: Mantissa bits in use by the stored values of base and tuned; null for an adapter.
         rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
         noise_fro: Expected ‖E‖_F if E behaves like noise.
-        edge: Where the singular values of such noise end: the largest stands above it in at most 1% of layers. Not
-            below 1e-7 σ_1, where values are rounding of the decomposition.
+        edge: Upper edge of the singular values of such noise: the largest exceeds it in at most 1% of layers. Not below
+            1e-7 σ_1, where values are rounding of the decomposition.
         start: ``exact`` if ``base_rounding`` shows that the stored BASE is the start of training; ``unknown`` if it may
             be, or a rounded copy; ``rounded`` if it is a rounded copy, or TUNED is stored no more finely, so that both
             may be. The rounding of BASE counts unless the start is exact. Null for an adapter.
@@ -39,10 +39,10 @@ class Resolution(Record):
             null for an adapter.
         base_rounding: β of E[ΔW²] = β·ulp²/12 + f(|w|), f smooth, and its standard error: 1 if BASE was rounded after
             the start, 0 if not; null where TUNED is not stored more finely, or too few entries changed.
-        untouched: Estimated share of entries that training left alone (a sparse update), as opposed to those that
+        untouched: Estimated fraction of entries that training did not change (a sparse update), excluding those that
             rounding left unchanged; null for an adapter.
-        signal_rank: Singular values above the edge; null if all that were kept are and there are more.
-        verdict: Whether the files can show this update.
+        signal_rank: Number of singular values above the edge; null if all kept values are and there are more.
+        verdict: Whether the files resolve this update.
     """
 
     unchanged: Share | None
@@ -69,42 +69,42 @@ Interval = tuple[float, float]
 
 
 class Hidden(Record):
-    """What the rounding cells of the files say about the update before rounding, X; an estimate.
+    """Estimate of the update before rounding, X, from the rounding cells of the files.
 
-    Each stored entry says in which interval X_ij lay. Model: X = L + noise of variance s², L of low rank. All
-    intervals are of about 95% under it, wider where the model fits badly; they do not cover another model.
+    Each stored entry gives an interval for X_ij. Model: X = L + noise of variance s², L of low rank. All intervals have
+    about 95% coverage under it, and are wider if the model fits badly; they do not cover other models.
 
     Args:
-        status: ``recovered``: directions of X stand above what rounding hides, and hidden cells confirm them.
+        status: ``recovered``: directions of X are above the rounding noise, and held-out cells confirm them.
             ``size_only``: only the size of X is estimated; no direction is significant. ``not_hidden``: the files
             resolve the update, D is the answer. ``refused``: nothing is estimated.
-        reason: Why, in one sentence.
-        unchanged: Share of the entries that are the same on both sides once BASE is rounded as TUNED is stored.
+        reason: Reason, in one sentence.
+        unchanged: Fraction of the entries that are equal on both sides after rounding BASE to the format of TUNED.
         fro_estimate: ‖X‖_F; null where refused.
-        fro_interval: Of ``fro_estimate``.
+        fro_interval: Interval of ``fro_estimate``.
         values_estimate: Singular values x_i of X in the directions that were found, descending; of ``not_hidden``
             those of D. Null where refused, of ``size_only`` and in older results.
-        energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the directions that were found, a lower bound as far as they
-            are right: energy in directions that rounding hides is not in it; null unless recovered.
-        energy_interval: From that bound to what the rest of X could add.
+        energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the detected directions, a lower bound if they are correct: energy
+            in hidden directions is not included; null unless recovered.
+        energy_interval: From that bound to the maximum including the rest of X.
         rank_at_estimate: Smallest r at which ``energy_estimate`` reaches the threshold; null if it does not.
         rank_at_interval: The same for the ends of ``energy_interval``, the smaller rank first.
-        directions: How many directions of X were found.
-        gain_z: Mean gain in log-likelihood of hidden cells over a model without directions, in standard errors; null
-            where that was not tried.
-        rule: How s followed from L: ``norm`` or ``debiased``, as hidden cells decided.
+        directions: Number of detected directions of X.
+        gain_z: Mean gain in log-likelihood of held-out cells over a model without directions, in standard errors; null
+            if not tested.
+        rule: Rule for s given L: ``norm`` or ``debiased``, chosen by held-out cells.
         start: ``stored``: BASE is where training started. ``rounded``: BASE was rounded after the start, which lay
             anywhere in its cells. The larger likelihood decides.
-        start_gain: Log-likelihood of ``rounded`` minus that of ``stored``, over a sample of entries where there are
-            many; null where BASE is stored more finely than TUNED.
-        information: Share of the variance of an entry of X that its cell removes; 1 where rounding hides nothing.
-        fit_chi: χ² per degree of freedom of the share of changed entries by binade of |W|.
-        fit_misplaced: Changed entries in the wrong binade, as a share of the changed or the unchanged.
-        scales: Whether rows and columns have variances of their own, a_i·b_j, because one did not fit.
+        start_gain: Log-likelihood of ``rounded`` minus that of ``stored``, over a sample if there are many entries;
+            null if BASE is stored more finely than TUNED.
+        information: Fraction of the variance of an entry of X that its cell removes; 1 without hidden information.
+        fit_chi: χ² per degree of freedom of the fraction of changed entries by binade of |W|.
+        fit_misplaced: Changed entries in the wrong binade, as a fraction of the changed or the unchanged.
+        scales: Whether rows and columns have separate variances, a_i·b_j, because a common one did not fit.
         kurtosis: Of the likeliest distribution of the entries, 3 where it is normal; null where scales or directions
             were needed to fit, and in older results.
-        iterations: Of the last fit.
-        converged: Whether that ended by itself.
+        iterations: Iterations of the last fit.
+        converged: Whether the last fit converged.
     """
 
     status: Literal["recovered", "size_only", "not_hidden", "refused"]
@@ -135,9 +135,9 @@ class Agreement(Record):
     """Principal angles between a space of the adapter's update and that of the top k singular vectors of D.
 
     Args:
-        cosines: Of the principal angles, descending, min(k, rank of X) of them.
+        cosines: Cosines of the min(k, rank of X) principal angles, descending.
         overlap: Mean of their squares: 1 for the same space, 0 for orthogonal ones.
-        random: What ``overlap`` is on average for a random space: k/m for column spaces, k/n for row spaces.
+        random: Mean of ``overlap`` for a random space: k/m for column spaces, k/n for row spaces.
     """
 
     cosines: tuple[float, ...]
@@ -146,7 +146,7 @@ class Agreement(Record):
 
 
 class SingularValues(Protocol):
-    """The singular values of one layer's update, as a record has them."""
+    """The singular values of one layer's update in a record."""
 
     @property
     def layer(self) -> str:
@@ -160,7 +160,7 @@ class SingularValues(Protocol):
 
     @property
     def complete(self) -> bool:
-        """Whether all that can differ from zero are there."""
+        """Whether all values that can be nonzero are included."""
         ...
 
 
@@ -176,11 +176,11 @@ METRIC_NAMES = {"weights": "the weights' metric", "data": "the data's metric", "
 
 
 def metrics_of(records: Iterable[object]) -> list[Metric]:
-    """Return the metrics of the spectra among some records, each once."""
+    """Return the distinct metrics of the spectra among records."""
     spectra: list[Any] = [record for record in records if getattr(record, "record", "") == "spectrum"]
     return list(dict.fromkeys(record.metric for record in spectra))
 
 
 def metric_of(records: Iterable[object]) -> Metric:
-    """Return the metric of the spectra among some records of one run, which mixes none; ``weights`` without any."""
+    """Return the metric of the spectra among records of one run, which are all equal; ``weights`` without any."""
     return next(iter(metrics_of(records)), "weights")

@@ -1,9 +1,9 @@
 """The results file: JSON lines, appended as they are measured, by one process at a time.
 
-Every layer is handed to the system at once, so that a killed process loses only the layers in flight, and to the disk
-every ``SYNC_SECONDS``, so that a loss of power takes little more. A file without its ``end`` line is an interrupted
-run; opening it with ``resume`` drops a half-written last line and goes on behind what is there. A finished run is only
-ever replaced by a finished run: until its ``end`` is on the disk, the new one grows in ``NAME.part`` beside it.
+Every layer is written to the system at once, so that a killed process loses only unfinished layers, and synced to disk
+every ``SYNC_SECONDS``, which bounds the loss in a power failure. A file without its ``end`` line is an interrupted run;
+opening it with ``resume`` drops an incomplete last line and appends to the rest. A finished run is only replaced by a
+finished run: until its ``end`` is on disk, the new one is written to ``NAME.part``.
 """
 
 from __future__ import annotations
@@ -45,30 +45,29 @@ SYNC_SECONDS = 5.0
 
 
 class ResultsWriter(Generic[L]):
-    """Appends records to a file, line by line, each handed to the system as it comes.
+    """Append records to a file, line by line, each written to the system at once.
 
-    The file is locked from the start, so that no two processes measure into it, and created, if it is not there: empty,
-    and gone again unless a record comes. Where ``path`` holds a finished run, records go to ``NAME.part`` beside it,
-    which takes its place once the ``end`` record is written.
+    The file is locked from the start, so that no two processes write to it, and created empty if needed; it is removed
+    if no record is written. If ``path`` holds a finished run, records go to ``NAME.part``, which replaces it once the
+    ``end`` record is written.
 
     Args:
         path: The results file; None to write nothing.
         run: The first line.
-        resume: Go on behind the records that an interrupted run left there, or in ``NAME.part``.
-        overwrite: Replace a file there that is no results file, as a finished run is replaced.
-        grows: Settings that may ask for more when a run, finished or not, is resumed, each with what the earlier value
-            and the new one become together. If that is more than there was, the earlier records are copied to
+        resume: Append to the records of an interrupted run in the file, or in ``NAME.part``.
+        overwrite: Replace an existing file that is not a results file.
+        grows: Settings that may be extended when a run, finished or not, is resumed, each with a function that combines
+            the earlier and the new value. If the result is an extension, the earlier records are copied to
             ``NAME.part`` under the new first line, and the file is replaced once the run has ended.
 
     Attributes:
-        run: The first line, with the time; of a resumed run, with the time at which it was begun and what its settings
-            have become.
-        earlier: What is there already and is kept; without layers unless resuming.
+        run: The first line, with the time; for a resumed run, with its original time and the combined settings.
+        earlier: Existing results that are kept; without layers unless resuming.
 
     Raises:
-        UsageError: The file holds an unfinished run and ``resume`` is False, the run of other inputs or settings and
-            ``resume`` is True, or something that is no results file; or another process writes it.
-        InputError: It cannot be read or written.
+        UsageError: The file holds an unfinished run and ``resume`` is False, a run of other inputs or settings and
+            ``resume`` is True, or is not a results file; or another process writes it.
+        InputError: The file cannot be read or written.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class ResultsWriter(Generic[L]):
             raise
 
     def _begin(self, resume: bool) -> None:
-        """Look at what is there, and decide where records go."""
+        """Inspect the existing files, and decide where records go."""
         part = _part(self._final)
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
@@ -124,7 +123,7 @@ class ResultsWriter(Generic[L]):
             self._replace()
 
     def _extended(self, earlier: Results[L]) -> Results[L]:
-        """Return the earlier run with the settings that may grow as both runs ask for them; unfinished if they grew."""
+        """Return the earlier run with the combined settings of both runs; unfinished if they were extended."""
         then, now = earlier.run.settings, self.run.settings
         both = {key for key in self._grows if then.get(key) is not None and now.get(key) is not None}
         grown = {key: self._grows[key](then[key], now[key]) for key in both}
@@ -134,7 +133,7 @@ class ResultsWriter(Generic[L]):
         return replace(earlier, run=earlier.run.model_copy(update={"settings": {**then, **grown}}), end=None)
 
     def _add_kept(self, path: Path | None) -> None:
-        """Add the lines that are kept to the hash, as they are in the file; nothing comes behind a finished run."""
+        """Add the kept lines to the hash, as in the file; nothing follows a finished run."""
         if path is None or self.earlier.end is not None:
             return
         for line in islice(lines(path), self._kept):
@@ -142,13 +141,13 @@ class ResultsWriter(Generic[L]):
         self._begun = self._kept > 0
 
     def append(self, *records: AnyRecord) -> tuple[Any, ...]:
-        """Write records as lines, all of one layer in one go.
+        """Write records as lines, all records of a layer at once.
 
         Returns:
-            The records as they are written: ``end`` with the hash of the lines before it.
+            The records as written: ``end`` with the hash of the lines before it.
 
         Raises:
-            InputError: They cannot be written; what was written before stays and can be resumed.
+            InputError: They cannot be written; earlier records remain and can be resumed.
         """
         first = () if self._begun else (self.run,)
         seal = self._seal.copy()
@@ -192,7 +191,7 @@ class ResultsWriter(Generic[L]):
             self._replace()
 
     def _open(self, path: Path) -> FileIO:
-        """Open the file behind what is kept of it."""
+        """Open the file after the kept records."""
         if not self._kept:
             return FileIO(path, "w", opener=_without_links)
         file = FileIO(path, "r+", opener=_without_links)
@@ -202,7 +201,7 @@ class ResultsWriter(Generic[L]):
         return file
 
     def _replace(self) -> None:
-        """Put the finished new run in the place of the old one."""
+        """Replace the old run by the finished new one."""
         assert self.path is not None
         try:
             self.path.replace(self._final)
@@ -213,7 +212,7 @@ class ResultsWriter(Generic[L]):
             ) from error
 
     def _release(self) -> None:
-        """Let go of the file, and leave none behind that holds nothing."""
+        """Unlock the file, and remove it if it is empty."""
         if self._file is not None:
             self._file.close()
         if self._lock is not None:
@@ -233,7 +232,7 @@ class ResultsWriter(Generic[L]):
 
 
 def _write(file: FileIO, content: bytes) -> None:
-    """Write all of it, or nothing: a full disk takes a part, which is taken back.
+    """Write all of it, or nothing: a partial write to a full disk is undone.
 
     Raises:
         OSError: It cannot be written.
@@ -261,14 +260,14 @@ def _without_links(path: str, flags: int) -> int:
 
 
 def _part(path: Path) -> Path:
-    """Return where a run grows while a finished one is in its place."""
+    """Return the path of a run in progress while a finished one exists."""
     return path.with_name(f"{path.name}.part")
 
 
 def check_results_file(
     path: Path, resume: bool = False, overwrite: bool = False, locked: bool = False
 ) -> tuple[State, State]:
-    """Refuse, before any work, what no run may be written to.
+    """Check, before any work, that a run may be written to a path.
 
     Args:
         path: The results file.
@@ -277,11 +276,11 @@ def check_results_file(
         locked: Whether this process holds the file's lock.
 
     Returns:
-        What is at ``path``, and what is in ``NAME.part`` beside it.
+        The states of ``path`` and of ``NAME.part``.
 
     Raises:
         UsageError: As ``ResultsWriter``.
-        InputError: It cannot be read or written.
+        InputError: The file cannot be read or written.
     """
     path = output_path(path)
     check_output(path, RESULTS, overwrite, appending=True)
@@ -300,10 +299,10 @@ def check_results_file(
 
 
 def _spare_inputs(path: Path, run: Run) -> None:
-    """Refuse to replace a file of an input, which ``overwrite`` would allow.
+    """Refuse to replace an input file, even with ``overwrite``.
 
     Raises:
-        UsageError: It is one.
+        UsageError: The path is an input.
     """
     place = Path(os.path.realpath(path))
     for side in run.inputs:
@@ -312,9 +311,9 @@ def _spare_inputs(path: Path, run: Run) -> None:
 
 
 def _state(path: Path, overwrite: bool = False) -> State:
-    """Return what lies where records are to go; ``empty`` also if a crash cut its very first line.
+    """Return the state of an output path; ``empty`` also if a crash truncated its first line.
 
-    With ``overwrite``, a file that is no whole results file is ``foreign``.
+    With ``overwrite``, a file that is not a complete results file is ``foreign``.
 
     Raises:
         UsageError: A results file that is damaged.
@@ -333,7 +332,7 @@ def _state(path: Path, overwrite: bool = False) -> State:
 
 
 def _whole_layers(earlier: Results[Any]) -> Results[Any]:
-    """Drop the last layer's records where there may be fewer of them than there should be: a crash came between."""
+    """Drop the last layer's records if a crash may have interrupted them."""
     one_a_layer = all(record.key == ("layer",) for record in earlier.layers[-1:])
     if one_a_layer or earlier.left_out or earlier.end is not None:
         return earlier
@@ -342,7 +341,7 @@ def _whole_layers(earlier: Results[Any]) -> Results[Any]:
 
 
 def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
-    """Return the earlier records if they came from the same inputs and settings."""
+    """Return the earlier records if they are from the same inputs and settings."""
     for before, now in zip(earlier.run.inputs, run.inputs, strict=False):
         if bool(before.sha256) != bool(now.sha256):
             without = "without --verify" if now.sha256 else "with --verify"

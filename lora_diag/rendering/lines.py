@@ -1,4 +1,4 @@
-"""What every summary says: what was compared, what was left out and why, what could not be measured."""
+"""Statements common to all summaries: inputs, skipped tensors, unmeasured layers."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ REASONS = {
 
 
 def inputs(run: Run) -> list[str]:
-    """Return one line for each input: its role, its path, what it is."""
+    """Return one line per input: role, path and kind."""
     longest = max((len(side.role) for side in run.inputs), default=0)
     return [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in run.inputs]
 
 
 def subject(run: Run) -> str:
-    """Return the path of what was measured: the last input that is not what it was weighed by."""
+    """Return the path of the measured input: the last one that is not a weighting."""
     paths = [side.path for side in run.inputs if side.role != "activations"]
     return paths[-1] if paths else ""
 
 
 def notes(run: Run) -> list[str]:
-    """Return one line for each note about an input, called by its role, or by its name where several have that role."""
+    """Return one line per note about an input, labelled by its role, or by its name if several have that role."""
     roles = Counter(side.role for side in run.inputs)
     names = called([side.path for side in run.inputs])
     return [
@@ -61,7 +61,7 @@ def notes(run: Run) -> list[str]:
 
 
 def called(paths: Sequence[str]) -> list[str]:
-    """Return the last part of each path, or the whole path where that is not enough to tell them apart.
+    """Return the last part of each path, or the whole paths if these are equal.
 
     >>> called(["runs/a/lora_r4", "runs/b/lora_r8"]), called(["runs/a/lora", "runs/b/lora"])
     (['lora_r4', 'lora_r8'], ['runs/a/lora', 'runs/b/lora'])
@@ -71,7 +71,7 @@ def called(paths: Sequence[str]) -> list[str]:
 
 
 def left_out_line(left_out: Sequence[LeftOut]) -> str:
-    """Count by reason; name what a user may not expect."""
+    """Count skipped tensors by reason; name unexpected ones."""
     if not left_out:
         return "nothing"
     counts = Counter(item.reason for item in left_out)
@@ -85,7 +85,7 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
 
 
 def within(left_out: Sequence[LeftOut]) -> str:
-    """Return in words what shares of the change are shares of, where some of it was not measured."""
+    """Return a qualification of fractions of the change if a part was not measured."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " in what was selected"
     unknown = {"shape_differs", "non_finite", "memory", "unreadable"}
@@ -93,6 +93,6 @@ def within(left_out: Sequence[LeftOut]) -> str:
 
 
 def not_measured(failed: Sequence[LeftOut]) -> str:
-    """Name the layers with entries that are not finite, or that did not fit into memory, and say where or why."""
+    """Name the layers with entries that are not finite, or that did not fit into memory, with position or reason."""
     lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
     return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])

@@ -1,4 +1,4 @@
-"""What the summaries of several probes say of losses and of learning rates."""
+"""Statements on losses and learning rates, shared by several probes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lora_diag.rendering.text import percent, plus_minus, short
 
 
 def probe_summary(results: Results[Any], *found: Statement, reading: str) -> list[Statement]:
-    """Return the summary of a probe: what was compared and how, what was found, and what was left out.
+    """Return the summary of a probe: inputs, findings, and skipped tensors.
 
     Args:
-        results: What was measured.
-        found: What the probe found.
-        reading: What to know before the numbers are used; nothing is said if empty.
+        results: The results.
+        found: Statements of the probe.
+        reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
     how = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
@@ -31,27 +31,27 @@ def probe_summary(results: Results[Any], *found: Statement, reading: str) -> lis
 
 
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:
-    """Return what was found on one evaluation set.
+    """Return the findings on one evaluation set.
 
     Args:
-        name: The set.
-        lines: What is said of it.
-        shifted: Say that the set is of another kind than the training data.
-        answer: Which line answers the question of a report; the first if empty.
+        name: Name of the set.
+        lines: Its statements.
+        shifted: Whether the set differs in distribution from the training data.
+        answer: The line that answers the question of a report; the first if empty.
     """
     prefix = "shifted: " if shifted and name != "shifted" else ""
     return say("on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True)
 
 
 def gap(record: Probe) -> str:
-    """Return the gap to TUNED and its standard error; nothing for TUNED itself."""
+    """Return the gap to TUNED and its standard error; empty for TUNED itself."""
     if record.to_tuned is None:
         return ""
     return f"{record.to_tuned:+.4f}" + ("" if record.gap_error is None else plus_minus(record.gap_error))
 
 
 def share(record: Probe) -> str:
-    """Return the share of TUNED's change of the loss that is there."""
+    """Return the fraction of TUNED's change of the loss."""
     if record.kept is None:
         return "-"
     if abs(record.kept) > 1:
@@ -60,7 +60,7 @@ def share(record: Probe) -> str:
 
 
 def both_ends(base: Probe, tuned: Probe) -> str:
-    """Return the losses of BASE and of TUNED; with a warning where their difference is within its error."""
+    """Return the losses of BASE and of TUNED, with a warning if their difference is within its error."""
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
     if base.gap is None or base.gap_error is None or abs(base.gap) > 2 * base.gap_error:
         return ends

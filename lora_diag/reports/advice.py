@@ -1,11 +1,11 @@
-"""What to do next: the escalation path of the article, each step with its evidence and the command that begins it.
+"""Recommended next steps: the escalation path of the article, each step with its evidence and its command.
 
-Rules are read from top to bottom: those on held-out losses (``loss_advice``), those on probes of parts
-(``advice_probes``), then those here, the cheapest step first. Each sees all runs on one full fine-tune together: all
-adapters, an allocation with its budget, and what losses have measured as worse (``worth.lost``), which no rule advises
-again. A rule is silent where its evidence is missing or lies at the rounding floor. The rules here speak of energy in
-weights, which says what a rank could carry of *this* full fine-tune; the loss of an adapter trained at that rank is
-another matter: it may be lower or higher.
+Rules are evaluated in order: those on held-out losses (``loss_advice``), those on probes of parts (``advice_probes``),
+then those in this module, the cheapest step first. Each rule sees all runs of one full fine-tune: all adapters, an
+allocation with its budget, and options that losses have shown to be worse (``worth.lost``), which are not recommended
+again. A rule does not apply if its evidence is missing or at the rounding noise floor. The rules in this module use
+energy in weights, which bounds what a rank can hold of *this* full fine-tune; the loss of an adapter trained at that
+rank may be lower or higher.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ SIZEABLE = 4
 
 
 def advice(evidence: Evidence) -> list[Advice]:
-    """Return the steps that all records of a page support, losses first, then the cheapest first.
+    """Return the steps supported by the records, those on losses first, then the cheapest first.
 
-    A run that did not finish supports none. No step is repeated: where several full fine-tunes ask for the same one, it
-    names them all.
+    Unfinished runs support no step. A step that applies to several full fine-tunes is listed once and names them all.
     """
     groups = evidence.finished().groups()
     found: dict[tuple[str, ...], Advice] = {}
@@ -72,9 +71,9 @@ def advice(evidence: Evidence) -> list[Advice]:
 def _of_one(evidence: Evidence) -> list[Advice]:
     """Return the steps for one full fine-tune and its adapters.
 
-    Where held-out loss has settled that an adapter does as well as the full fine-tune, nothing else is to be done but
-    to look at shifted text; where the full fine-tune is worse than BASE, nothing in its weights is worth keeping; where
-    a sweep has shown a rank to be enough, weights are not asked for one.
+    If the held-out loss shows that an adapter is as good as the full fine-tune, only steps on shifted text remain; if
+    the full fine-tune is worse than BASE, no step uses its weights; if a sweep has shown a sufficient rank, no step
+    derives one from weights.
     """
     first = [step for rule in LOSS_RULES if (step := rule(evidence)) is not None]
     rules = {step.rule for step in first}
@@ -94,7 +93,7 @@ def _of_one(evidence: Evidence) -> list[Advice]:
 
 
 def set_scale(evidence: Evidence) -> Advice | None:
-    """Step 0: adapters at the wrong scale are repaired without training."""
+    """Step 0: correct the scale of adapters, without training."""
     found = {}
     for path in evidence.adapted or ([evidence.adapter] if evidence.adapter else []):
         one = replace(evidence, about=path)
@@ -117,7 +116,7 @@ def set_scale(evidence: Evidence) -> Advice | None:
 
 
 def take_allocation(evidence: Evidence) -> Advice | None:
-    """Step 1, where the user has named a budget: the ranks that ``allocate`` found for it."""
+    """Step 1 with a budget of the user: the ranks chosen by ``allocate``."""
     for source, certificate in allocated(evidence):
         argv = _again(source.results.run, evidence)
         if argv is None or not evidence.readable:
@@ -141,10 +140,10 @@ def take_allocation(evidence: Evidence) -> Advice | None:
 
 
 def raise_rank(evidence: Evidence) -> Advice | None:
-    """Step 1: more rank where the largest that there is falls short; in named layers if these are few, else everywhere.
+    """Step 1: a higher rank if the largest one is too small, in named layers if these are few, else everywhere.
 
-    Nothing is asked of adapters that a larger one makes superfluous, and nothing where losses say that a higher rank is
-    worse, or where an allocation spends the user's budget.
+    Does not apply to adapters superseded by a larger one, if losses show that a higher rank is worse, or if an
+    allocation uses the user's budget.
     """
     capacities, worse = evidence.largest, lost(evidence)
     short = [item for item in capacities if item.kept < SHORT]
@@ -199,7 +198,7 @@ def raise_rank(evidence: Evidence) -> Advice | None:
 
 
 def widen_placement(evidence: Evidence) -> Advice | None:
-    """Step 2: adapt the module types that every adapter leaves alone, out of the same budget."""
+    """Step 2: adapt module types that no adapter covers, with the same budget."""
     if not any(record.rank for records in evidence.adapted.values() for record in records):
         return None
     reached = {r.layer for records in evidence.adapted.values() for r in records if r.rank}
@@ -275,7 +274,7 @@ def train_the_rest(evidence: Evidence) -> Advice | None:
 
 
 def train_fully(evidence: Evidence) -> Advice | None:
-    """Step 4: where even the largest usual rank is short, train the weights themselves."""
+    """Step 4: train the weights themselves if the largest common rank is too small."""
     rank = LADDER[-1]
     large = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
     by_type: dict[str, list[float]] = {}
@@ -305,7 +304,7 @@ ABOUT_RANK = (fit_rank, take_allocation, raise_rank, train_fully)
 
 
 def enough(evidence: Evidence) -> Advice | None:
-    """Where no rule speaks: say that a small rank carries every layer, if one does."""
+    """Without another rule: recommend a small rank that suffices for every layer, if there is one."""
     for rank in LADDER[:-1]:
         kept = [kept_at(record, rank) for record in evidence.readable]
         known = [share for share in kept if share is not None]
@@ -328,7 +327,7 @@ def enough(evidence: Evidence) -> Advice | None:
 
 
 def sweep(evidence: Evidence) -> Advice | None:
-    """Where no rule speaks and no small rank carries all: only the loss can tell."""
+    """Without another rule and without a sufficient small rank: compare losses."""
     items = evidence.largest
     kept = [item.kept for item in items]
     above = [rank for rank in (*LADDER, *(LADDER[-1] * 2**i for i in (1, 2))) if rank > lost(evidence).trained]
@@ -350,7 +349,7 @@ def sweep(evidence: Evidence) -> Advice | None:
 
 
 def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float, above: int) -> int | None:
-    """Return the smallest usual rank that keeps half of the energy in a share of the layers; None if none does."""
+    """Return the smallest common rank that keeps half of the energy in a fraction of the layers; None if none does."""
     for rank in LADDER:
         kept = [kept_at(measured[item.layer], rank) or 0.0 for item in items]
         more = rank > max(above, *(item.rank for item in items)) if len(items) else False
@@ -360,7 +359,7 @@ def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_leas
 
 
 def _holders(evidence: Evidence) -> list[str]:
-    """Return the adapters that have the largest rank in some layer."""
+    """Return the adapters with the largest rank in some layer."""
     most = {item.layer: item.rank for item in evidence.largest}
     return [
         path
@@ -370,7 +369,7 @@ def _holders(evidence: Evidence) -> list[str]:
 
 
 def _limits(evidence: Evidence, holders: Sequence[str]) -> str:
-    """Say where adapters are limited by something that rank does not mend."""
+    """State where adapters are limited by factors other than rank."""
     limited = [record.limited_by for path in holders for record in evidence.adapted[path] if record.rank]
     times = limited.count("rank")
     if not limited or 2 * times >= len(limited):
@@ -383,7 +382,7 @@ def _limits(evidence: Evidence, holders: Sequence[str]) -> str:
 
 
 def _kept_by(evidence: Evidence, params: int) -> str:
-    """Say what the command will keep, by running it: it is a function of these records."""
+    """State what the command will keep, by running it on these records."""
     assert evidence.update is not None
     results = evidence.update.results
     try:
@@ -394,7 +393,7 @@ def _kept_by(evidence: Evidence, params: int) -> str:
 
 
 def _again(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
-    """Return the command of an allocation, to write its config; None where its weights were given in Python."""
+    """Return the command of an allocation that writes its config; None if its weights were given in Python."""
     settings = run.settings
     if isinstance(settings.get("weights"), Mapping):
         return None

@@ -1,8 +1,8 @@
-"""The rules of advice that stand on probes of parts: layers alone, Fisher, curvature, random subspaces.
+"""Advice rules based on probes of parts: layers alone, Fisher, curvature, random subspaces.
 
-They come after those on losses of the whole and before those on weights. Each is silent without its probe's records,
-and where what it would say is within the noise of its measurement: standard errors paired by sequence, 95% intervals of
-ρ, every seed. Of many units some pass two standard errors by chance, so theirs are Bonferroni's: 3.0 for 20 of them.
+They come after rules on losses of the whole model and before those on weights. A rule does not apply without its
+probe's records, or if the effect is within the noise of the measurement: standard errors paired by sequence, 95%
+intervals of ρ, every seed. Significance over many units is corrected by Bonferroni: 3.0 standard errors for 20 units.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ APART = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """What the units of one run of ``probe sensitivity`` surely gain.
+    """Significant gains of the units of one run of ``probe sensitivity``.
 
     Args:
         source: The run.
         name: The set that decides.
         known: Every unit with an error, the highest gain first.
-        clear: Those that gain for sure.
-        idle: Those that gain at most a tenth of what the best surely gains.
-        uneven: Whether the highest gain is surely, and by a factor that matters, above the lowest.
-        errors: How many standard errors make a gain sure.
+        clear: Units with a significant gain.
+        idle: Units with at most a tenth of the best significant gain.
+        uneven: Whether the highest gain exceeds the lowest significantly, and by a relevant factor.
+        errors: Number of standard errors of a significant gain.
     """
 
     source: Source
@@ -68,7 +68,7 @@ class Gains:
 
 
 def place_by_gain(evidence: Evidence) -> Advice | None:
-    """Spend rank by what each unit gains alone, where some gain little or they differ."""
+    """Distribute rank by the gain of each unit alone, if some gains are small or they differ."""
     for found in _sure_gains(evidence):
         if not found.idle and not found.uneven:
             continue
@@ -94,12 +94,12 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
 
 
 def idle_layers(evidence: Evidence) -> set[str]:
-    """Return the layers that are measured to gain next to nothing alone, which no step asks to adapt."""
+    """Return the layers with a negligible gain alone, which no step adapts."""
     return {layer for found in _sure_gains(evidence) for gain in found.idle for layer in gain.layers}
 
 
 def _sure_gains(evidence: Evidence) -> Iterator[Gains]:
-    """Yield what runs over all layers say; nothing of one in which not even the best unit gains for sure."""
+    """Yield the gains of runs over all layers, unless not even the best unit has a significant gain."""
     for source, records in _runs(evidence, Sensitivity):
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):
@@ -119,7 +119,7 @@ def _sure_gains(evidence: Evidence) -> Iterator[Gains]:
 
 
 def fit_rank(evidence: Evidence) -> Advice | None:
-    """Hold the adapter's rank against the smallest LoRA that came near to full fine-tuning, or one that did not."""
+    """Compare the adapter's rank with the smallest LoRA that came close to full fine-tuning, or one that did not."""
     chosen = sorted({record.rank for records in evidence.adapted.values() for record in records if record.rank})
     if not chosen:
         return None
@@ -169,7 +169,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
 
 
 def trust_fisher(evidence: Evidence) -> Advice | None:
-    """Do not cut by energy where it orders the layers otherwise than what cutting them costs."""
+    """Avoid truncation by energy if its order of layers differs from the measured cost."""
     for source, records in _runs(evidence, Fisher):
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
@@ -181,7 +181,7 @@ def trust_fisher(evidence: Evidence) -> Advice | None:
 
 
 def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | None:
-    """Speak where the measured cost has the Fisher's order, and surely not that of energy."""
+    """Apply if the measured cost has the order of the Fisher information, and significantly not that of energy."""
     fisher, energy = (_rho(at.kl[name][0], at.n) for name in ("Fisher", "weight energy"))
     if fisher is None or energy is None or fisher[1] <= energy[2]:
         return None
@@ -199,7 +199,7 @@ def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | No
 
 
 def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
-    """Where nothing was measured, but the two orders surely differ: measure which is right."""
+    """Without a measured cost, but with significantly different orders: recommend the measurement."""
     both = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
     rho = _rho(spearman([one for one, _ in both], [two for _, two in both]), len(both)) if both else None
     if rho is None or rho[2] >= APART:
@@ -217,7 +217,7 @@ def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | Non
 
 
 def mind_the_bound(evidence: Evidence) -> Advice | None:
-    """Choose no rank by a bound that is far above what it bounds; silent where the loss of truncations is measured."""
+    """Advise against ranks from a loose bound, unless the loss of truncations is measured."""
     if any(of(evidence, "truncation")):
         return None
     for source, records in _runs(evidence, LossBound):
@@ -257,7 +257,7 @@ def _gains(source: Source, records: Sequence[Sensitivity]) -> tuple[str, list[Ga
 
 
 def _uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], errors: float) -> bool:
-    """Whether the highest gain is surely, and by a factor that matters, above the lowest: paired over sequences."""
+    """Return whether the highest gain exceeds the lowest significantly and by a relevant factor, by sequence."""
     best, worst = known[0], known[-1]
     base = next(record for record in records if not record.unit and record.set == name)
     gap, error = paired(worst.nll, best.nll, base.predictions)
@@ -282,9 +282,10 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _rho(rho: float | None, n: int) -> tuple[float, float, float] | None:
-    """Return ρ and the ends of its interval; None where they are not known.
+    """Return ρ and its interval; None if unknown.
 
-    A ρ of 1 has the interval of half a swap of neighbours less, as a few layers in order do not make it certain.
+    For ρ = 1 the interval is that of a ρ reduced by half a swap of neighbours, since few layers in order are not
+    certain.
     """
     if rho is None or n < FEWEST:
         return None
@@ -297,9 +298,9 @@ def _told(rho: tuple[float, float, float]) -> str:
 
 
 def _allocate(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int | None, str]:
-    """Return the command that spends a budget by these weights, the budget, and both in words.
+    """Return the command that spends a budget by these weights, the budget, and both as text.
 
-    Without a spectrum it is the command that measures one.
+    Without a spectrum, return the command that measures one.
     """
     if evidence.update is None:
         base, tuned = weights.given("base"), evidence.given("tuned")

@@ -1,4 +1,4 @@
-"""The trainable parameters that a step of advice may spend: the user's budget, or what there is already."""
+"""The trainable parameters of a step of advice: the user's budget, or that of existing adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
 
 
 def allocated(evidence: Evidence) -> Iterator[tuple[Source, Certificate]]:
-    """Yield the allocations of the page, each with its certificate."""
+    """Yield the allocations of the page with their certificates."""
     for source in evidence.sources:
         for record in source.results.whole:
             if isinstance(record, Certificate):
@@ -19,9 +19,10 @@ def allocated(evidence: Evidence) -> Iterator[tuple[Source, Certificate]]:
 
 
 def reference(evidence: Evidence) -> tuple[int, str]:
-    """Return how many parameters a step may spend, and whose they are, in words.
+    """Return the number of parameters of a step, and their origin as text.
 
-    An allocation's, which the user asked for; else those of the largest adapter; else those of the default rank.
+    The parameters of an allocation, requested by the user; else those of the largest adapter; else those of the default
+    rank.
     """
     for source, certificate in allocated(evidence):
         return certificate.params, f"the budget of {source.name}"
@@ -34,7 +35,7 @@ def reference(evidence: Evidence) -> tuple[int, str]:
 
 
 def params_of(evidence: Evidence, path: str) -> int:
-    """Return how many parameters an adapter's factors of matrices have, Σ r(out + in)."""
+    """Return the number of parameters of an adapter's factors of matrices, Σ r(out + in)."""
     records: Sequence[Residual] = [
         record
         for source in evidence.of(Residual)
@@ -45,7 +46,7 @@ def params_of(evidence: Evidence, path: str) -> int:
 
 
 def saved_params(evidence: Evidence) -> int:
-    """Return what heads that are trained in full take, for which ``allocate`` pays first."""
+    """Return the number of parameters of heads trained in full, which ``allocate`` pays for first."""
     if evidence.update is None:
         return 0
     results = evidence.update.results

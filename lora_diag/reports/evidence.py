@@ -1,6 +1,6 @@
-"""What the records of several runs say together: the ground that findings and advice stand on.
+"""The records of several runs, combined as evidence for findings and advice.
 
-Knows records only. It refuses to know how anything is shown, and gives no rank where the files cannot show one.
+Uses records only, independent of presentation; gives no rank if the files do not resolve one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SPOKEN_OF = 8
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A run and where its records came from.
+    """A run and the origin of its records.
 
     Args:
-        name: The results file as a command would take it.
+        name: The results file, as in a command.
         results: Its records.
-        written: When the file was last written, in words; empty where that is not known.
+        written: Modification time of the file as text; empty if unknown.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Source:
     written: str = ""
 
     def given(self, role: str, unnamed: str = "") -> str:
-        """Return the path of the first input of a role; without one, in capitals, what it would be."""
+        """Return the path of the first input of a role; a placeholder in capitals without one."""
         return next(iter(self.paths(role)), unnamed or role.upper())
 
     def paths(self, role: str) -> list[str]:
@@ -52,13 +52,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a rank can carry of one layer's update.
+    """The energy of one layer's update within a rank.
 
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
         rank: The adapter's rank there, or ``DEFAULT_RANK``.
-        kept: C(rank) in [0, 1]: the best that any update of this rank keeps of ‖ΔW‖².
+        kept: C(rank) in [0, 1]: upper bound on the fraction of ‖ΔW‖² for updates of this rank.
         energy: ‖ΔW‖².
     """
 
@@ -71,11 +71,11 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The records of several runs, by what they can testify to.
+    """The records of several runs, by the questions they answer.
 
     Args:
-        sources: The runs, in the order in which the user named them.
-        about: The adapter that is asked about; None for the first.
+        sources: The runs, in the given order.
+        about: The adapter in question; None for the first.
     """
 
     sources: tuple[Source, ...]
@@ -91,24 +91,25 @@ class Evidence:
     def update(self) -> Source | None:
         """The first spectrum of a full update, in the weights' metric.
 
-        An adapter's own rank is a setting and testifies to nothing; nor does the data's metric to norms and placement.
+        Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which says nothing about
+        norms and placement.
         """
         return next((source for source in self.of(Spectrum) if _is_full_update(source.results.layers)), None)
 
     @cached_property
     def weighed(self) -> tuple[Source, ...]:
-        """The spectra in another metric than the weights'."""
+        """The spectra in metrics other than that of the weights."""
         return tuple(source for source in self.of(Spectrum) if metric_of(source.results.layers) != "weights")
 
     @cached_property
     def audit(self) -> Source | None:
-        """The first run of ``residual``, of those that have the adapter that is asked about."""
+        """The first run of ``residual`` among those with the adapter in question."""
         runs = self.of(Residual)
         return next((run for run in runs if self.about is None or self.about in _adapters(run)), None)
 
     @cached_property
     def adapter(self) -> str | None:
-        """The adapter that is asked about, or the first of ``audit``, by its path."""
+        """The path of the adapter in question, or of the first of ``audit``."""
         return self.about or next(iter(_adapters(self.audit) if self.audit else ()), None)
 
     @cached_property
@@ -119,7 +120,7 @@ class Evidence:
 
     @cached_property
     def largest(self) -> tuple[Capacity, ...]:
-        """What the largest rank of any adapter can carry, layer by layer; ``capacities`` where there is no adapter."""
+        """Energy within the largest rank of any adapter, by layer; ``capacities`` without an adapter."""
         found: dict[str, Capacity] = {}
         for path in self.adapted:
             for item in replace(self, about=path).capacities:
@@ -129,11 +130,11 @@ class Evidence:
         return tuple(item for item in found.values() if item.layer not in whole) if found else self.capacities
 
     def finished(self) -> Evidence:
-        """Return the same without runs that did not finish, which say nothing of the layers they lack."""
+        """Return the evidence without unfinished runs, which lack layers."""
         return replace(self, sources=tuple(source for source in self.sources if source.results.end is not None))
 
     def groups(self) -> list[Evidence]:
-        """Return what testifies to each full fine-tune, with the runs that are of none, such as sweeps."""
+        """Return the evidence for each full fine-tune, with the runs that belong to none, such as sweeps."""
         sides: list[set[str]] = []  # path and fingerprint of each fine-tune
         for source in self.sources:
             if own := _tuned(source):
@@ -149,12 +150,12 @@ class Evidence:
         ]
 
     def given(self, role: str, unnamed: str = "") -> str:
-        """Return the path of the first input of a role in any run; without one, in capitals, what it would be."""
+        """Return the path of the first input of a role in any run; a placeholder in capitals without one."""
         found = (path for source in self.sources for path in source.paths(role))
         return next(found, unnamed or role.upper())
 
     def each(self) -> list[Evidence]:
-        """Return what testifies to each adapter, and to each full update but the first; the first of all first."""
+        """Return the evidence for each adapter, and for each full update except the first; the first of all first."""
         named = list(dict.fromkeys(path for run in self.of(Residual) for path in _adapters(run)))
         updates = [run for run in self.of(Spectrum) if _is_full_update(run.results.layers)]
         adapters = [replace(self, about=path) for path in named[1:]]
@@ -162,19 +163,19 @@ class Evidence:
 
     @cached_property
     def spectra(self) -> tuple[Spectrum, ...]:
-        """Of ``update``: the matrices outside embeddings and head that moved."""
+        """Spectra of ``update``: the changed matrices outside embeddings and head."""
         records = self.update.results if self.update else ()
         return tuple(record for record in records if record.fro > 0 and part_of(record.layer) == "matrices")
 
     @cached_property
     def readable(self) -> tuple[Spectrum, ...]:
-        """Those of ``spectra`` whose ranks the files can show; none where these are less than half of them."""
+        """The resolved ones of ``spectra``; empty if fewer than half are resolved."""
         resolved = tuple(record for record in self.spectra if record.resolution.verdict == "resolved")
         return resolved if 2 * len(resolved) >= len(self.spectra) else ()
 
     @cached_property
     def residuals(self) -> tuple[Residual, ...]:
-        """Of ``adapter``: the matrices outside embeddings and head that the full fine-tune moved, and shows."""
+        """Residuals of ``adapter``: resolved matrices outside embeddings and head that the full fine-tune changed."""
         records = [
             record
             for record in (self.audit.results if self.audit else ())
@@ -188,10 +189,10 @@ class Evidence:
 
     @cached_property
     def capacities(self) -> tuple[Capacity, ...]:
-        """What the adapter's ranks can carry, or ``DEFAULT_RANK`` where no adapter was measured.
+        """Energy within the adapter's ranks, or within ``DEFAULT_RANK`` without a measured adapter.
 
-        Layers that are no larger than the rank keep everything whatever their update is, so they do not count;
-        neither do layers that the adapter leaves alone.
+        Layers that are not larger than the rank keep everything for any update and are not counted; neither are layers
+        that the adapter does not change.
         """
         if self.residuals:
             return tuple(
@@ -208,9 +209,9 @@ class Evidence:
 
     @cached_property
     def shares(self) -> dict[str, float] | None:
-        """Shares of the whole change ‖Δ‖² in ``matrices``, ``vocabulary`` and ``vectors`` (norms, biases).
+        """Fractions of the change ‖Δ‖² in ``matrices``, ``vocabulary`` and ``vectors`` (norms, biases).
 
-        None without a full update, without any change, or where a selection hides part of the model.
+        None without a full update, without any change, or if only a selection was measured.
         """
         if self.update is None:
             return None
@@ -226,12 +227,12 @@ class Evidence:
 
     @cached_property
     def vectors(self) -> tuple[LeftOut, ...]:
-        """Of ``update``: norms and biases."""
+        """Norms and biases of ``update``."""
         left_out = self.update.results.left_out if self.update else ()
         return tuple(item for item in left_out if item.reason == "vector")
 
     def missing(self) -> list[tuple[str, str]]:
-        """Return what was not measured or cannot be read, each with what would say it."""
+        """Return what was not measured or not resolved, each with the command that measures it."""
         lacking = []
         if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
             lacking.append(
@@ -271,13 +272,13 @@ class Evidence:
         return lacking
 
     def _sides(self, adapters: int = SPOKEN_OF) -> str:
-        """Return base, full fine-tune and adapters as a shell takes them; in capitals where no run has them."""
+        """Return base, full fine-tune and adapters quoted for a shell; placeholders in capitals without a run."""
         named = list(dict.fromkeys(path for source in self.sources for path in source.paths("adapter"))) or ["ADAPTER"]
         return shlex.join([self.given("base"), self.given("tuned", "FULL_FT"), *named[:adapters]])
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Of all gates."""
+        """Verdicts of all gates."""
         return tuple(
             record for source in self.sources for record in source.results.whole if isinstance(record, Verdict)
         )
@@ -290,7 +291,7 @@ def _adapters(run: Source) -> list[str]:
 
 
 def _tuned(source: Source) -> set[str]:
-    """Return path and fingerprint of the one fine-tune that a run is of; nothing for a run of none or of several."""
+    """Return path and fingerprint of the fine-tune of a run; None without one or with several."""
     sides = [side for side in source.results.run.inputs if side.role == "tuned"]
     return {word for side in sides for word in (side.path, side.fingerprint) if word} if len(sides) == 1 else set()
 
@@ -303,13 +304,13 @@ def _is_full_update(records: Sequence[Any]) -> bool:
 
 
 def measure_weights(weighed: Source) -> str:
-    """Return the command that measures in the weights what a run measured in another metric."""
+    """Return the command that repeats in the weights a measurement in another metric."""
     paths = [shlex.quote(s.path) for s in weighed.results.run.inputs if s.role in {"base", "tuned", "adapter"}]
     return f"loradiag spectrum {' '.join(paths)} -o spectrum.jsonl"
 
 
 def kept_at(record: Spectrum, rank: int) -> float | None:
-    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖²; None for a zero update and where too few values were kept.
+    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖²; None for a zero update and beyond the kept values.
 
     Example:
         >>> from types import SimpleNamespace

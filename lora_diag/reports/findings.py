@@ -1,9 +1,9 @@
-"""Failure modes of the low-rank assumption, where the records show them.
+"""Failure modes of the low-rank assumption that the records show.
 
 The modes are those of "LoRA's Low-Rank Assumption: When It Holds, When It Breaks" (2026), section "Empirical Failure
-Modes". A record shows a symptom, never its cause: each finding says what was seen and what it is a sign of. Nothing is
-found in layers whose files cannot show their update. What weights alone do not show (skills that interfere, long
-contexts, alignment) has no rule here.
+Modes". Records show symptoms, not causes: each finding states the observation and its interpretation. Layers whose
+update is not resolved are ignored. Effects that weights alone do not show (interfering skills, long contexts,
+alignment) have no rule.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ _PROJECTION = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One failure mode that the records show.
+    """One failure mode found in the records.
 
     Args:
-        name: Of the failure mode.
-        seen: What the records show, with its numbers.
-        means: What it is a sign of, and what it is not.
-        condition: When this is found.
-        source: Where the rule comes from.
-        layers: The layers it is about, all of them; names as the file has them.
+        name: Name of the failure mode.
+        seen: The observation, with its numbers.
+        means: Its interpretation, with limits.
+        condition: The condition of the rule.
+        source: Source of the rule.
+        layers: All layers concerned, with names as in the file.
     """
 
     name: str
@@ -76,7 +76,7 @@ def findings(evidence: Evidence) -> list[Finding]:
 
 
 def slow_decay(evidence: Evidence) -> Finding | None:
-    """Find spectra that decay slowly in nearly every layer."""
+    """Find a slow spectral decay in nearly all layers."""
     shares = shares_at(USUAL_RANK, evidence.readable)
     slow = tuple(layer for layer, share in shares.items() if share < SHORT)
     if len(shares) < FEWEST or len(slow) < MOST * len(shares):
@@ -95,7 +95,7 @@ def slow_decay(evidence: Evidence) -> Finding | None:
 
 
 def under_ranked(evidence: Evidence) -> Finding | None:
-    """Find few layers that the rank is short in while it suffices in most, and that move as much as others."""
+    """Find few important layers whose rank is too small while it suffices in most."""
     capacities = evidence.capacities
     if len(capacities) < FEWEST or median(item.kept for item in capacities) < SHORT:
         return None
@@ -120,7 +120,7 @@ def under_ranked(evidence: Evidence) -> Finding | None:
 
 
 def flat_projections(evidence: Evidence) -> Finding | None:
-    """Find projections whose spectrum is as flat as that of a random matrix."""
+    """Find projections with a spectrum as flat as that of a random matrix."""
     flatness: dict[str, list[tuple[str, float]]] = {}
     for record in evidence.readable:
         name, share = module_type_of(record.layer), _flatness(record)
@@ -145,7 +145,7 @@ def flat_projections(evidence: Evidence) -> Finding | None:
 
 
 def scale_mismatch(evidence: Evidence) -> Finding | None:
-    """Find an adapter that points the right way and goes the wrong distance, in most layers."""
+    """Find an adapter with the right direction and the wrong scale in most layers."""
     scaled = [
         record
         for record in evidence.residuals
@@ -170,7 +170,7 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
 
 
 def heavy_vectors(evidence: Evidence) -> Finding | None:
-    """Find a change that lies in norms and biases, where no adapter on matrices reaches."""
+    """Find a change in norms and biases, which no adapter on matrices reaches."""
     share = evidence.shares["vectors"] if evidence.shares else 0.0
     if share < VECTORS:
         return None
@@ -187,7 +187,7 @@ def heavy_vectors(evidence: Evidence) -> Finding | None:
 
 
 def out_of_reach(evidence: Evidence) -> Finding | None:
-    """Find layers whose last gradient lies no more in the adapter's reach than in that of a random subspace."""
+    """Find layers whose last gradient is no more within the adapter's reach than within that of a random subspace."""
     records = [
         record
         for source in evidence.of(Overlap)
@@ -227,13 +227,13 @@ RULES = (slow_decay, under_ranked, flat_projections, scale_mismatch, heavy_vecto
 
 
 def shares_at(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
-    """Return C(rank) by layer, of the layers that are larger than the rank and kept enough values."""
+    """Return C(rank) by layer, for layers that are larger than the rank and kept enough values."""
     found = {record.layer: kept_at(record, rank) for record in records if min(record.shape) > rank}
     return {layer: share for layer, share in found.items() if share is not None}
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage that is never rounded up to 100 or down to 0.
+    """Return a fraction as a percentage that is never rounded up to 100 or down to 0.
 
     >>> percent(0.414), percent(0.9996), percent(1.0), percent(0.001)
     ('41%', '>99%', '100%', '<1%')
@@ -244,7 +244,7 @@ def percent(share: float) -> str:
 
 
 def named(layers: Sequence[str], most: int = 3) -> str:
-    """Return the first names and how many more there are.
+    """Return the first names and the number of further ones.
 
     >>> named(["a.weight", "b.weight", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -254,7 +254,7 @@ def named(layers: Sequence[str], most: int = 3) -> str:
 
 
 def ranks(values: Sequence[int]) -> str:
-    """Return one rank, or from which to which.
+    """Return one rank, or the range of ranks.
 
     >>> ranks([8, 8]), ranks([16, 4])
     ('8', '4 to 16')
@@ -263,13 +263,13 @@ def ranks(values: Sequence[int]) -> str:
 
 
 def _flatness(record: Spectrum) -> float | None:
-    """Return the rank at 90% energy as a share of the most there can be; 1 − ε is not known from too few values."""
+    """Return the rank at 90% energy as a fraction of the maximum; None with too few kept values."""
     rank = record.rank_at["0.9"]
     return None if rank is None else rank / min(record.shape)
 
 
 def _confused(factor: float, records: Sequence[Residual]) -> str:
-    """Say where the factor is the one between LoRA's scaling α/r and rsLoRA's α/√r."""
+    """Return a hint if the factor is the ratio of LoRA's scaling α/r and rsLoRA's α/√r."""
     roots = [math.sqrt(record.rank) for record in records if record.rank]
     for word, wanted in (("α/r where rsLoRA's α/√r was meant", 1.0), ("rsLoRA's α/√r where α/r was meant", -1.0)):
         if roots and abs(math.log(factor) - wanted * math.log(median(roots))) < 0.05 < math.log(median(roots)):

@@ -1,9 +1,9 @@
-r"""Records → one HTML page that opens from disk, without a network, and says everything without JavaScript.
+r"""Records → one HTML page that opens from disk, without a network, and is complete without JavaScript.
 
-Jinja2 escapes every word; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are spelled
-``\u003c`` and so on, so that no layer's name can end the script element it stands in. plotly.js draws the interactive
-charts: it is embedded compressed, which takes 2.0 MB of the page where plain text would take 4.8 MB. The page's policy
-forbids every connection. Refuses to know how anything was measured.
+Jinja2 escapes all text; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are escaped as
+``\u003c`` and so on, so that no layer name can close the script element. plotly.js draws the interactive charts; it is
+embedded compressed, in 2.0 MB instead of 4.8 MB. The page's content security policy forbids all connections.
+Independent of how values were measured.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Picture:
     """A static figure, for readers without JavaScript.
 
     Args:
-        name: Of the figure.
-        title: What it shows.
-        alt: The same for who cannot see it.
-        data: A ``data:`` address.
+        name: Name of the figure.
+        title: Its title.
+        alt: Its alternative text.
+        data: A ``data:`` URL.
     """
 
     name: str
@@ -71,8 +71,8 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
 
     Args:
         evidence: The runs.
-        pictures: Static figures, shown until the interactive ones are there.
-        made: When the page was made, in words; the records do not know.
+        pictures: Static figures, shown until the interactive ones are ready.
+        made: Creation time of the page as text.
 
     Raises:
         InputError: Jinja2 or plotly is not installed.
@@ -129,7 +129,7 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
 def _parts(
     subject: Subject, outcome: str, evidence: Evidence, sections: Sequence[Section], layers: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return the parts of the page that are there, as their ids and titles; of two runs of a command the whole ones."""
+    """Return the ids and titles of the parts of the page; several runs of a command have whole titles."""
     kinds = [section.kind for section in sections]
     titles = [kind if kinds.count(kind) == 1 else each.title for kind, each in zip(kinds, sections, strict=True)]
     there = (
@@ -146,12 +146,12 @@ def _parts(
 
 @cache
 def _packed(read: Callable[[], str]) -> str:
-    """Return a script, compressed; plotly.js takes half a second of the processor, so once a process."""
+    """Return a compressed script; cached, since plotly.js takes half a second to compress."""
     return base64.b64encode(gzip.compress(read().encode(), 9, mtime=0)).decode()
 
 
 def _shown(source: Source) -> str:
-    """Return the table and summary that a terminal shows of a run; nothing for a command that has none."""
+    """Return the table and summary of a run as in a terminal; empty for a command without one."""
     try:
         return table(source.results, TERMINAL)
     except InputError:
@@ -159,7 +159,7 @@ def _shown(source: Source) -> str:
 
 
 def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
-    """Return what the page's script works on (``templates/page.js``); layers are numbers from here on."""
+    """Return the data of the page's script (``templates/page.js``); layers are numbered."""
     from lora_diag.rendering.figures.groups import Types
 
     types = Types(layers)
@@ -191,7 +191,7 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
 
 
 def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``; these are listed once for each length."""
+    """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
     points = _points(evidence)
     found = []
     sources = list(evidence.of(Spectrum))
@@ -215,13 +215,13 @@ def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any]
 
 
 def _metrics(evidence: Evidence) -> list[dict[str, str]]:
-    """Return the metrics that spectra are in, the weights' first: curves of one are never drawn beside another's."""
+    """Return the metrics of the spectra, that of the weights first; curves of different metrics are never combined."""
     found = {metric_of(source.results) for source in evidence.of(Spectrum)}
     return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in found]
 
 
 def _overlaps(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    """Return the overlaps over the steps, a row (step, κ, its baseline, tangent, its baseline) each."""
+    """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
     found = []
     for source in evidence.of(Overlap):
         curves = [
@@ -240,13 +240,13 @@ def _overlaps(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any
 
 
 def _points(evidence: Evidence) -> int:
-    """Return how many points a spectrum is drawn with."""
+    """Return the number of points of a spectrum."""
     spectra = sum(len(source.results) for source in evidence.of(Spectrum))
     return max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, spectra)))
 
 
 def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
-    """Say what the page does not hold of the records."""
+    """State what the page omits from the records."""
     said = []
     points = _points(evidence)
     longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
@@ -264,7 +264,7 @@ def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
 
 
 def _some(items: Sequence[T], most: int) -> list[T]:
-    """Return evenly chosen items with the first and the last.
+    """Return evenly spaced items including the first and the last.
 
     >>> _some([0, 1, 2, 3, 4], 3)
     [0, 2, 4]

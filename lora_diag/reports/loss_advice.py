@@ -1,7 +1,7 @@
-"""The rules of advice that stand on held-out losses. They come before those on weights, which are pointers.
+"""Advice rules based on held-out losses. They take precedence over those on weights, which are only indications.
 
-Each is silent without its probe's records. A rule names its set and prints the paired standard error, or what seeds
-allow to tell apart, because that is what makes a difference one.
+A rule does not apply without its probe's records. Each rule names its set and gives the paired standard error, or the
+difference detectable with the seeds, which determine significance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
 
 def keep_adapter(evidence: Evidence) -> Advice | None:
-    """Nothing has to be done where an adapter does as well as the full fine-tune."""
+    """Recommend no change if an adapter is as good as the full fine-tune."""
     good = [contest for contest in contests(evidence) if contest.word == "as good"]
     if not good:
         return None
@@ -46,7 +46,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
 
 
 def distrust(evidence: Evidence) -> Advice | None:
-    """A full fine-tune that is worse than BASE is nothing to imitate."""
+    """Do not imitate a full fine-tune that is worse than BASE."""
     if not lost(evidence).tuned or not (found := [*of(evidence, "outputs"), *of(evidence, "truncation")]):
         return None
     source, records = found[0]
@@ -71,7 +71,7 @@ def distrust(evidence: Evidence) -> Advice | None:
 
 
 def close_gap(evidence: Evidence) -> Advice | None:
-    """Every adapter that was measured is worse than the full fine-tune: say by how much, as weights do not."""
+    """State the gap if every measured adapter is worse than the full fine-tune."""
     found = contests(evidence)
     if not found or any(contest.word != "worse" for contest in found) or train_at_rank(evidence) is not None:
         return None  # a sweep says what to train
@@ -95,7 +95,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
 
 
 def measure_more(evidence: Evidence) -> Advice | None:
-    """Held-out text was too little to tell."""
+    """Recommend more held-out text if the comparison is inconclusive."""
     found = contests(evidence)
     unknown = [contest for contest in found if contest.word == "not known"]
     if not unknown or any(contest.word == "as good" for contest in found):
@@ -121,7 +121,7 @@ def measure_more(evidence: Evidence) -> Advice | None:
 
 
 def train_at_rank(evidence: Evidence) -> Advice | None:
-    """The rank that a sweep found, with its learning rate; or its best answer, and the seeds that would show it."""
+    """Recommend the rank and learning rate of a sweep; or the best candidate, and the seeds needed to confirm it."""
     found = swept(evidence)
     if found is None or found.verdict.word == "no verdict":
         return None
@@ -206,7 +206,7 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
 
 
 def mind_the_shift(evidence: Evidence) -> Advice | None:
-    """A shifted set that a sweep makes worse, or that is shown to ask for more rank."""
+    """Report a shifted set that a sweep makes worse, or that needs a higher rank."""
     found = swept(evidence)
     if found is None:
         return None
@@ -242,7 +242,7 @@ def _not_enough(verdict: SweepVerdict, rank: int) -> bool:
 
 
 def compress(evidence: Evidence) -> Advice | None:
-    """The full fine-tune itself, cut to a rank."""
+    """Recommend extracting the full fine-tune itself at a rank."""
     found = compressed(evidence)
     if found is None or found.rank <= lost(evidence).cut:
         return None
@@ -276,7 +276,7 @@ LOSS_RULES = (keep_adapter, distrust, close_gap, measure_more, train_at_rank, mi
 
 
 def _choice(choice: Choice) -> str:
-    """Say of a set which adapter is better than every other, or which cannot be told apart."""
+    """State which adapter is significantly better than all others on a set, or which are not distinguishable."""
     equal = ", ".join(rival.name for rival in choice.equals)
     if not equal:
         return f"On {choice.set}, paired by sequence, {choice.best} is better than every other adapter"
@@ -284,7 +284,7 @@ def _choice(choice: Choice) -> str:
 
 
 def _told(contest: Contest) -> str:
-    """Say how an adapter does where it does worst."""
+    """State the result of an adapter on its worst set."""
     record = contest.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     return f"{contest.name} is {_gap(record)} nats from the full fine-tune on {record.set}{kept}"
@@ -302,7 +302,7 @@ def sweep_of(
     data: str | None = None,
     bitfit: bool = False,
 ) -> tuple[str, ...]:
-    """Return the command of a rank sweep on the inputs that the records name; what they do not is in capitals."""
+    """Return the command of a rank sweep on the inputs in the records; unknown inputs are placeholders in capitals."""
     found = swept(evidence)
     source = found.source if found else None
     texts = [

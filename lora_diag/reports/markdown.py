@@ -1,6 +1,6 @@
 """Records → GitHub-flavoured Markdown for a pull request or a model card, below 60 KB.
 
-Names from files are code spans or have their markup spelled out: they neither link, mention nor format anything.
+Names from files are code spans or have their markup escaped, so that they create no links, mentions or formatting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS, NAMED, NAME = 40, 10, 90
 
 
 def markdown_report(evidence: Evidence) -> str:
-    """Return the report: the answers, what to do next, failure modes, tables, what was measured."""
+    """Return the report: answers, next steps, failure modes, tables, inputs."""
     subject = subject_of(evidence)
     parts = [
         f"# {_text(crop(subject.title, 200))}",
@@ -40,7 +40,7 @@ def markdown_report(evidence: Evidence) -> str:
 
 
 def _fitting(parts: Sequence[str]) -> str:
-    """Join the parts that fit, and say where some do not."""
+    """Join the parts that fit, and state that some do not."""
     kept: list[str] = []
     room = MOST_BYTES - 200
     for part in parts:
@@ -57,7 +57,7 @@ def _more(lines: Sequence[str]) -> str:
 
 
 def _table(evidence: Evidence) -> list[str]:
-    """Return the main columns by module type: ε and cosine of its layers taken together, else medians."""
+    """Return the main columns by module type: pooled ε and cosine, else medians."""
     layers = sorted(layers_of(evidence), key=place_of)
     groups: dict[str, list[int]] = {}
     for place, layer in enumerate(layers):
@@ -75,7 +75,7 @@ def _table(evidence: Evidence) -> list[str]:
 
 
 def _how(columns: Sequence[Field]) -> str:
-    """Say what a row's values are."""
+    """State how a row's values are pooled."""
     pooled = [field.title for field in columns if field.pooled and field.is_number]
     together = f"{', '.join(dict.fromkeys(pooled))}: of all layers of the type taken together. " if pooled else ""
     return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; of words, the most frequent."
@@ -167,7 +167,7 @@ def _named(layers: Sequence[str]) -> str:
 
 
 def code(text: str, most: int = NAME) -> str:
-    r"""Return a code span that a table can hold, whatever the text: a fence longer than any run of backticks in it.
+    r"""Return a code span for any text in a table, with a fence longer than any run of backticks in it.
 
     >>> code("q_proj"), code("a`b|c")
     ('`q_proj`', '``a`b\\|c``')
@@ -179,7 +179,7 @@ def code(text: str, most: int = NAME) -> str:
 
 
 def _text(text: str) -> str:
-    """Return text in which nothing is markup, a mention, an issue or a link.
+    """Return text without markup, mentions, issues or links.
 
     >>> _text("<b>|@me #1 https://x *y*")
     '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'

@@ -1,4 +1,4 @@
-"""``report``: what several runs say together, as one page, one text or one table."""
+"""``report``: combine the results of several runs in a page, a text or a table."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def report(
 
     Args:
         results: Results files, or results in memory.
-        output: Where to write it, too; an earlier report there is replaced.
-        format: ``html``, ``md``, ``csv`` or ``parquet``; by the suffix of ``output`` if not given, else ``html``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write, or that was edited since.
-        values: Of ``csv`` and ``parquet``: the entries of lists, such as the singular values, one row each.
+        output: File to write; an earlier report is replaced.
+        format: ``html``, ``md``, ``csv`` or ``parquet``; default by the suffix of ``output``, else ``html``.
+        overwrite: Replace an existing ``output`` even if loradiag did not write it or it was edited since.
+        values: For ``csv`` and ``parquet``: one row per entry of lists, such as singular values.
         **options: ``ReportOptions``.
 
     Returns:
         The report: bytes for ``parquet``, else text.
 
     Raises:
-        UsageError: There are no results, the format is not known, or something is in the way of ``output``.
-        InputError: A file cannot be read or written, or what a format needs is not installed.
+        UsageError: There are no results, the format is unknown, or ``output`` exists and may not be replaced.
+        InputError: A file cannot be read or written, or a package that the format needs is not installed.
 
     Example:
         >>> import lora_diag
@@ -135,10 +135,10 @@ def _minute(time: datetime) -> str:
 
 
 def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
-    """Refuse to write a report over the records that it is made of.
+    """Refuse to overwrite an input with the report.
 
     Raises:
-        UsageError: That was asked.
+        UsageError: The output is one of the inputs.
     """
     for path in inputs:
         if os.path.realpath(path) == os.path.realpath(output):

@@ -1,7 +1,6 @@
-"""What a report says before any table: what was compared, three answers, what to do next, what failed.
+"""The first part of a report: inputs, answers, next steps, failure modes.
 
-HTML and Markdown say the same because both take it from here. Names and paths come out ``safe``; escaping for a page is
-left to the page.
+Shared by HTML and Markdown. Names and paths are ``safe``; escaping for a page is left to the page.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ T = TypeVar("T", Advice, Finding)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Everything a report says in words.
+    """All statements of a report.
 
     Args:
-        title: What was compared.
-        answers: To the first questions.
-        unfinished: What has to be known before anything else: the runs that did not finish.
-        advice: What to do next, for all adapters and updates together.
+        title: The compared inputs.
+        answers: Answers to the first questions.
+        unfinished: Warnings on runs that did not finish.
+        advice: Next steps for all adapters and updates.
         findings: Failure modes.
-        missing: What was not measured, and what would measure it.
-        silent: How many more adapters and updates there are than are spoken of.
-        update: Whether anything was measured of one update, or there is nothing else: else there is no advice to give.
-        weights: Whether that was measured in weights, which failure modes show in.
+        missing: Missing measurements and their commands.
+        silent: Number of further adapters and updates.
+        update: Whether an update was measured, or nothing else was; otherwise there is no advice.
+        weights: Whether it was measured in the weights, which failure modes need.
     """
 
     title: str
@@ -69,7 +68,7 @@ class Subject:
 
 
 def subject_of(evidence: Evidence) -> Subject:
-    """Return what the records of several runs say together."""
+    """Return the statements of a report on several runs."""
     others, probed = tuple(several(evidence)), tuple(losses(evidence))
     usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
     measured = any(answer.measured for answer in usual)
@@ -90,7 +89,7 @@ def subject_of(evidence: Evidence) -> Subject:
 
 
 def labels(paths: Sequence[str]) -> list[str]:
-    """Return how runs and adapters are called in columns and legends: the last parts of their paths that differ.
+    """Return labels of runs and adapters for columns and legends: the last differing parts of their paths.
 
     >>> labels(["runs/full.jsonl"]), labels(["a/x/adapter", "b/y/adapter"]), labels(["a", "a"])
     (['full'], ['x/adapter', 'y/adapter'], ['a', 'a'])
@@ -105,7 +104,7 @@ def labels(paths: Sequence[str]) -> list[str]:
 
 
 def _safe(item: T) -> T:
-    """Return advice or a finding whose words are safe to show; its ``layers`` stay as the file has them."""
+    """Return advice or a finding with text that is safe to show; its ``layers`` are unchanged."""
     said: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
     changes: dict[str, Any] = {name: safe(value) for name, value in said.items() if isinstance(value, str)}
     changes |= {name: tuple(map(safe, said[name])) for name in ("argv", "about") if name in said}
@@ -150,14 +149,14 @@ def _low_rank(evidence: Evidence) -> Answer:
 
 
 def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]:
-    """Return what spectra say of the rank that is needed, or used, with more about it; or what moved at all."""
+    """Return the statement of spectra on the rank needed, or used, with details; or on what changed."""
     if found := find(statements, "low_rank") or find(statements, "rank_used"):
         return found.lead, (*found.details, *(f"rank at 90%: {line}" for line in lines_of(statements, "rank_at_90")))
     return (*lines_of(statements, "moved"), "")[0], ()
 
 
 def _answer(question: str, statements: Sequence[Statement], key: str, otherwise: str) -> Answer:
-    """Return what a statement says, as the answer to a question."""
+    """Return a statement as the answer to a question."""
     first, *more = lines_of(statements, key) or (otherwise,)
     return Answer(question, first, tuple(more))
 
@@ -167,7 +166,7 @@ def _in_weights(evidence: Evidence) -> list[Source]:
 
 
 def _weighed(evidence: Evidence) -> Iterator[Answer]:
-    """Yield what spectra in another metric say: it is true of the outputs or of the loss, and not of the weights."""
+    """Yield the statements of spectra in other metrics, which apply to outputs or the loss instead of weights."""
     for source in evidence.weighed[:SPOKEN_OF]:
         statements = summary_lines(source.results)
         first, more = _rank_needed(statements)
@@ -177,7 +176,7 @@ def _weighed(evidence: Evidence) -> Iterator[Answer]:
 
 
 def metrics_said(evidence: Evidence) -> list[str]:
-    """Return a sentence for each other metric that columns and curves are in."""
+    """Return a sentence for each other metric of columns and curves."""
     found = dict.fromkeys(metric_of(source.results) for source in evidence.weighed)
     return [f"The metric is {METRICS[metric]}." for metric in found]
 
@@ -210,12 +209,12 @@ def _limits(evidence: Evidence) -> Answer:
 
 
 def _pointer(evidence: Evidence) -> list[str]:
-    """Say what ε is worth where the loss is known."""
+    """State the role of ε if the loss is known."""
     return ["A pointer only: the held-out loss, above, decides."] if any(of(evidence, "outputs")) else []
 
 
 def certificates(evidence: Evidence) -> list[tuple[str, str]]:
-    """Return one sentence for each allocation: what it spends, keeps, and how far from the best it can be."""
+    """Return one sentence per allocation: its cost, energy, and distance from the optimum."""
     said = []
     for source in evidence.sources:
         for record in source.results.whole:
@@ -234,7 +233,7 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def judged(evidence: Evidence) -> tuple[str, list[Verdict]]:
-    """Return the gates' outcome in words, and the verdicts that did not pass, the worst first; no words without any."""
+    """Return the outcome of the gates as text, and the verdicts that did not pass, worst first; empty without gates."""
     found = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     counts = Counter(verdict.status for verdict in found)
     words = ", ".join(f"{times} {status}" for status, times in counts.items())

@@ -1,6 +1,6 @@
-"""Records → a tidy table: one row a record or, of their lists, one row an entry (``records/frames.py``).
+"""Records → a tidy table: one row per record, or per entry of their lists (``records/frames.py``).
 
-The first column, ``results``, says which file a row is from.
+The first column, ``results``, is the file of the row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def to_csv(evidence: Evidence, values: bool = False) -> str:
-    """Return all records but ``run`` and ``end`` as CSV (RFC 4180); numbers are written unrounded.
+    """Return all records except ``run`` and ``end`` as CSV (RFC 4180), with unrounded numbers.
 
-    A text that a spreadsheet would run as a formula gets a ``'`` in front.
+    Text that a spreadsheet would interpret as a formula is prefixed with ``'``.
 
     Args:
         evidence: The runs.
-        values: Return the entries of the records' lists, such as the singular values, in place of the records.
+        values: Return the entries of the records' lists, such as singular values, instead of the records.
     """
     columns = _columns(evidence, values)
     buffer = io.StringIO()

@@ -1,4 +1,4 @@
-"""Second moments of layers' inputs and output gradients, found in a file and matched with the layers of BASE."""
+"""Second moments of layers' inputs and output gradients: reading a file and matching it with the layers of BASE."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class SecondMoments:
 
     Args:
         described: For the run record.
-        of: Where C lies, by the layer's name in BASE.
-        gradients: Where G lies, likewise.
+        of: Location of C, by the layer's name in BASE.
+        gradients: Location of G, by the layer's name in BASE.
     """
 
     described: RunInput
@@ -33,7 +33,7 @@ class SecondMoments:
     gradients: dict[str, Moments]
 
     def weighting(self, layer: str, kfac: bool) -> Weighting | None:
-        """Return what a layer is weighed by; None where the file has not all that is needed."""
+        """Return the weighting of a layer; None if the file does not have all it needs."""
         inputs, gradients = self.of.get(layer), self.gradients.get(layer)
         if inputs is None or (kfac and gradients is None):
             return None
@@ -41,17 +41,17 @@ class SecondMoments:
 
 
 def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify: bool = False) -> SecondMoments:
-    """Open a file of second moments by its header and match it with BASE.
+    """Open a file of second moments, reading its header, and match it with BASE.
 
     Args:
         path: A safetensors file, or a folder, with one ``(in, in)`` matrix under each weight's name, and perhaps one
             ``(out, out)`` under ``output_gradients.`` and its name.
         base: The checkpoint whose weights they belong to.
-        pairing: What is compared.
-        verify: Whether to take a SHA-256 of every byte, too.
+        pairing: The compared layers.
+        verify: Whether to hash every byte (SHA-256).
 
     Raises:
-        InputError: It cannot be read, a matrix is not square, or none belongs to a weight that is compared.
+        InputError: The file cannot be read, a matrix is not square, or no matrix belongs to a compared weight.
     """
     stored, before = open_checkpoint(path), open_checkpoint(base)
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Budgets in words: ``10M`` parameters, ``2GB`` of memory, ``0.9`` of the energy."""
+"""Parsing of amounts: ``10M`` parameters, ``2GB`` of memory, ``0.9`` of the energy."""
 
 from __future__ import annotations
 

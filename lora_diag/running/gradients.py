@@ -1,4 +1,4 @@
-"""What the run record says of gradient files."""
+"""Description of gradient files in the run record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, finger
 
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
-    """Return what the run record says of the gradients."""
+    """Return the inputs of gradients for the run record."""
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
     found = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())

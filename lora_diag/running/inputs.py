@@ -1,4 +1,4 @@
-"""What a command compares: paths → inputs for the run record, and named ΔW."""
+"""Opening what a command compares: paths → inputs for the run record, and named ΔW."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MOMENTS = "second moments of layers' inputs"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was named on the command line, opened by its headers and paired.
+    """The inputs of a command, opened by their headers and paired.
 
     Args:
-        inputs: For the run record.
-        pairing: What is compared, and what is not.
+        inputs: Inputs for the run record.
+        pairing: Compared layers, and skipped tensors.
     """
 
     inputs: tuple[RunInput, ...]
@@ -55,18 +55,19 @@ def compare(
     """Open both sides and pair their weights.
 
     Args:
-        base: The checkpoint before; or an adapter, if there is no ``tuned``.
-        tuned: The checkpoint after, or an adapter; None to measure an adapter alone.
+        base: Base checkpoint; or an adapter, if ``tuned`` is None.
+        tuned: Fine-tuned checkpoint or adapter; None to measure an adapter without BASE.
         layers: Only weights whose name contains a match.
         exclude: No weights whose name contains a match.
-        allow_unmatched: Whether to leave out what the adapter changes and BASE does not have, instead of stopping.
-        verify: Whether to take a SHA-256 of every byte, too.
+        allow_unmatched: Whether to skip weights that the adapter changes and BASE does not have, instead of raising an
+            error.
+        verify: Whether to hash every byte (SHA-256).
         given: α of an adapter whose files give none.
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
         NothingComparedError: The sides have no weight in common.
-        UsageError: There is one side, and it is no adapter; or the adapter was named first.
+        UsageError: The only side is not an adapter, or the adapter comes first.
     """
     base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
     if tuned is None and not is_adapter(locate(base)):
@@ -95,10 +96,10 @@ def compare(
 
 
 def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
-    """Refuse two weights of one name: a stack ``w`` holds ``w[0]``, and a tensor may be called that, too.
+    """Refuse two weights with one name: a stack ``w`` holds ``w[0]``, which may also be the name of a tensor.
 
     Raises:
-        InputError: There are such.
+        InputError: Two weights have one name.
     """
     first: dict[str, Delta] = {}
     for delta in deltas:
@@ -109,10 +110,10 @@ def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
 
 
 def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
-    """Pair what TUNED stores under another name than BASE, such as fused experts that BASE stores one by one.
+    """Pair tensors that TUNED stores under other names, such as fused experts that BASE stores one by one.
 
-    Two sides without a name in common may be one model, saved with and without its head or inside a wrapper. They are
-    taken for that if half of either side finds its other name, and no config says that they are two.
+    Two sides without a common name may be one model, saved with and without its head or inside a wrapper. They are
+    paired if half of either side has a matching name, unless their configs name different models.
     """
     places = _other_names(base, tuned)
     if not places or not (pairing.deltas or _is_one_model(base, tuned, places)):
@@ -137,10 +138,10 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
 
 
 def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, ...]]:
-    """Find in BASE what only TUNED has by name, whatever is selected of it.
+    """Find names in BASE for tensors that only TUNED has by name, whatever the selection.
 
-    Of two towers that are alike inside (text and vision), none stands for the other, nor does a model that is called
-    BERT for one called RoBERTa.
+    Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
+    one named RoBERTa.
     """
     found, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
     alike = Counter((bare(name), base[name].shape) for name in base)
@@ -157,7 +158,7 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, 
 
 
 def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Place]]) -> bool:
-    """Say whether two sides of which nothing pairs by name are one model, by what of them has another name there."""
+    """Return whether two sides without common names are one model, by the number of tensors with a matching name."""
     types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
     common = {name for name in base if name in tuned}
     found = common | {place.name for places in renamed.values() for place in places}
@@ -165,13 +166,13 @@ def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Seq
 
 
 def _own_shape(base: Checkpoint, place: Place) -> tuple[int, ...]:
-    """Return the shape that the whole stored weight has as a matrix: only those are paired under another name."""
+    """Return the shape of the whole stored weight as a matrix; only whole weights are paired under another name."""
     shape = base[place.name].shape
     return shape if len(shape) < 3 else place.shape
 
 
 def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> StoredDelta:
-    """Return the difference of one weight of BASE and the rows of TUNED that stand for it."""
+    """Return the difference between one weight of BASE and the rows of TUNED that correspond to it."""
     shape = place.shape if len(place.shape) == 2 else (1, math.prod(place.shape))
     stored = tuned[name].shape
     row = place.index * (stored[1] if len(stored) == 3 else 0) + (place.rows[0] if place.rows else 0)
@@ -187,7 +188,7 @@ def describe_adapter(
     notes: tuple[str, ...],
     verify: bool,
 ) -> RunInput:
-    """Return what the run record says of an adapter."""
+    """Return the description of an adapter for the run record."""
     config = adapter.source.config
     targets = targets_of(adapter, base, pairing) if base is not None else None
     named = config.text("base_model_name_or_path") if config is not None else ""
@@ -206,7 +207,7 @@ def describe_adapter(
 
 
 def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:
-    """Return what the run record says of a checkpoint."""
+    """Return the description of a checkpoint for the run record."""
     classes = checkpoint.config.get("architectures")
     named = classes[0] if isinstance(classes, list) and classes else None
     return RunInput(

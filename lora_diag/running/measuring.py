@@ -1,4 +1,4 @@
-"""The one way a command goes over its layers: what is there already is kept, the rest is measured, told and written."""
+"""The loop of a command over its layers: keep existing records, measure, report and write the others."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ T = TypeVar("T", bound=Sized)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where numbers are computed.
+    """The device of a computation.
 
     Args:
-        tasks: The device of the layers, in the words of ``--device``.
-        kind: What the results file calls it, such as ``cuda``.
-        here: The device of what this process measures itself: norms, biases, added rows.
+        tasks: Device of the layers, as in ``--device``.
+        kind: Its name in the results file, such as ``cuda``.
+        here: Device of the measurements in this process: norms, biases, added rows.
     """
 
     tasks: str
@@ -38,10 +38,10 @@ class Place:
 
 
 def place(engine: Ray | None, device: str) -> Place:
-    """Return where numbers are computed; on a cluster that follows from the GPUs which its tasks get.
+    """Return the device; on a cluster it follows from the GPUs of its tasks.
 
     Raises:
-        UsageError: The device is not there, or the cluster's tasks have none.
+        UsageError: The device does not exist, or the cluster's tasks have no GPU.
     """
     if engine is None:
         return Place(device, resolve_device(device).type, device)
@@ -54,25 +54,25 @@ def place(engine: Ray | None, device: str) -> Place:
 
 
 def layout_of(tasks: Sequence[Sized], workers: int | None, device: str, memory: int | None = None) -> Layout:
-    """Return how this machine is shared among layers, which goes by the largest.
+    """Return the allocation of this machine, determined by the largest layer.
 
     Args:
-        tasks: One for each layer; there may be none.
-        workers: Layers at once, or None to choose.
-        device: Where matrices are computed, such as ``cuda``.
-        memory: Bytes that the whole program may take; None for what the largest matrix needs.
+        tasks: One per layer; may be empty.
+        workers: Concurrent layers; None to choose.
+        device: Device of the computation, such as ``cuda``.
+        memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
 
     Raises:
-        UsageError: So little memory that not even the program fits.
+        UsageError: The memory limit is too small for the program itself.
     """
     return layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, device, memory)
 
 
 def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
-    """Read how much memory a run may take.
+    """Parse the memory limit of a run.
 
     Raises:
-        UsageError: It is no size, or a cluster is to be used.
+        UsageError: The value is not a size, or the run uses a cluster.
     """
     if words is None:
         return None
@@ -82,7 +82,7 @@ def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
 
 
 def _or_left_out(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
-    """Measure one layer; where it does not fit into memory, say so in its place."""
+    """Measure one layer; if it does not fit into memory, return a record that says so."""
     try:
         return measure(task)
     except MemoryLimitError as error:
@@ -100,20 +100,20 @@ def measure_layers(
     watch: Watch,
     engine: Ray | None = None,
 ) -> Results[L]:
-    """Measure what is not yet in the results file; write and tell each record in the order of the file.
+    """Measure the layers that are not in the results file; write and report each record in the order of the file.
 
     Args:
-        writer: The results file, with what an earlier run left in it.
-        tasks: One for each layer, in the order of the file.
-        measure: A diagnostic with its settings bound: the records of one layer, or why it has none.
-        rest: What else is left out, measured after the layers.
-        layout: How the machine is shared.
-        size: Bytes that a task takes while it runs.
-        watch: Who is told.
-        engine: A cluster to measure on; None for this machine alone.
+        writer: The results file, with the records of an earlier run.
+        tasks: One per layer, in the order of the file.
+        measure: A diagnostic with its settings bound; returns the records of one layer, or why it has none.
+        rest: Further skipped tensors, measured after the layers.
+        layout: Allocation of the machine.
+        size: Returns the memory of a running task in bytes.
+        watch: Callbacks.
+        engine: A cluster to measure on; None for this machine only.
 
     Returns:
-        All records of the run, earlier ones included.
+        All records of the run, including earlier ones.
 
     Raises:
         InputError: An input cannot be read, or the file cannot be written.
@@ -145,23 +145,23 @@ def _with_progress(
 
 
 def without_rank(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
-    """Yield the records of 1-D tensors and of what could not be paired."""
+    """Yield the records of 1-D tensors and of tensors that could not be paired."""
     vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
     yield from run_local(partial(left_out_vector, device=resolve_device(device)), vectors, layout, footprint)
     yield from not_paired(pairing, layout, device)
 
 
 def not_paired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
-    """Yield the records of what could not be paired."""
+    """Yield the records of tensors that could not be paired."""
     measure = partial(left_out_rows, device=resolve_device(device))
     yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
 
 
 def checked_ranks(ranks: Sequence[int], least: int = 1) -> tuple[int, ...]:
-    """Return ranks in ascending order, each once.
+    """Return the distinct ranks in ascending order.
 
     Raises:
-        UsageError: There is none, or one below ``least``.
+        UsageError: There is no rank, or one below ``least``.
     """
     if not ranks or min(ranks) < least:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {least} up")
@@ -169,10 +169,10 @@ def checked_ranks(ranks: Sequence[int], least: int = 1) -> tuple[int, ...]:
 
 
 def check_running(workers: int | None, seed: int) -> None:
-    """Refuse numbers that make no sense, before anything is opened.
+    """Check numeric options before any input is opened.
 
     Raises:
-        UsageError: There are such.
+        UsageError: A number is out of range.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")

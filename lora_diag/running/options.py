@@ -50,17 +50,17 @@ class Option:
     """One option.
 
     Args:
-        default: Its value where it is not given; ``REQUIRED`` if it has to be.
-        help: What it does, in one line that is complete by itself.
-        metavar: The placeholder of its value on the command line; ``a|b`` if it is one of these; empty for a flag.
-        flags: Its names on the command line; by default ``--`` and its name.
-        panel: Of ``PANELS``: the part of the help that shows it.
-        aliases: Former names, such as ``--tolerance``: accepted, also as keywords of Python, and not shown.
-        values: Former values, each with what it is now.
-        setting: Its name in the settings of the run record, if not its own.
-        hidden: Whether it is accepted without being shown.
-        completions: Words that a shell completes, besides the choices.
-        cli: Whether the command line has it.
+        default: Value if it is not given; ``REQUIRED`` for a required option.
+        help: Help text, one complete line.
+        metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a flag.
+        flags: Names on the command line; default ``--`` and its name.
+        panel: Part of the help that shows it, from ``PANELS``.
+        aliases: Former names, such as ``--tolerance``: accepted, also as Python keywords, but not shown.
+        values: Former values, each with the current one.
+        setting: Name in the settings of the run record, if different.
+        hidden: Whether it is accepted but not shown.
+        completions: Words for shell completion, besides the choices.
+        cli: Whether it exists on the command line.
     """
 
     default: Any
@@ -76,7 +76,7 @@ class Option:
     cli: bool = True
 
     def words(self) -> str:
-        """Return what it does and, where it is one of a few words, which."""
+        """Return the help text, with the choices if there are any."""
         return f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
 
     def by(self, default: Any, **changes: Any) -> "Option":
@@ -85,7 +85,7 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it may be; none if it may be others.
+        """The allowed values; empty if others are allowed.
 
         >>> Option("both", "How Σ is split.", "both|b").choices, Option("auto", "Device.", "auto|cpu|cuda[:i]").choices
         (('both', 'b'), ())
@@ -97,10 +97,10 @@ class Option:
         return self.flags[0] if self.flags else f"--{name.replace('_', '-')}"
 
     def checked(self, name: str, value: Any) -> Any:
-        """Return its value, a former one as it is called now.
+        """Return a value, with a former one replaced by the current one.
 
         Raises:
-            UsageError: It is none of its choices.
+            UsageError: The value is not a choice of the option.
         """
         if not isinstance(value, str) or not self.choices:
             return value
@@ -151,7 +151,7 @@ PER = Option("type", "Rows: pooled by module type, or every layer.", "type|layer
 
 
 class Selection(TypedDict, total=False):
-    """Which weights."""
+    """Selection of weights."""
 
     layers: Annotated[str | None, LAYERS]
     exclude: Annotated[str | None, EXCLUDE]
@@ -172,7 +172,7 @@ def stated_alpha(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Matching(Selection, MissingAlpha, total=False):
-    """Which weights of two sides, and how adapters without α are scaled."""
+    """Selection of weights of two sides, and the scaling of adapters without α."""
 
     allow_unmatched: Annotated[
         bool, Option(False, "Skip what an adapter changes and BASE lacks; default: an error.", panel=INPUTS)
@@ -180,38 +180,38 @@ class Matching(Selection, MissingAlpha, total=False):
 
 
 class Device(TypedDict, total=False):
-    """Where numbers are computed."""
+    """Device of the computation."""
 
     device: Annotated[str, Option("auto", "Device to compute on.", "auto|cpu|cuda[:i]|mps", panel=EXECUTION)]
 
 
 class Method(Device, total=False):
-    """How singular values are computed."""
+    """Computation of singular values."""
 
     method: Annotated[str, Option("auto", "Method for singular values.", "auto|exact|gram|krylov")]
     seed: Annotated[int, SEED]
 
 
 class Accuracy(Method, total=False):
-    """How singular values are computed, and how well."""
+    """Computation and accuracy of singular values."""
 
     tol: Annotated[float, Option(1e-4, "Largest error of an energy fraction.", "T")]
 
 
 class Workers(TypedDict, total=False):
-    """How layers share this machine."""
+    """Concurrency on this machine."""
 
     workers: Annotated[int | None, Option(None, "Layers at once; default by cores and memory.", "N", panel=EXECUTION)]
 
 
 class Machines(Workers, total=False):
-    """How layers share this machine, or a cluster."""
+    """Concurrency on this machine, or a cluster."""
 
     engine: Annotated["Ray | None", Option(None, "Ray cluster to measure on; None for this machine.", cli=False)]
 
 
 class Resources(Machines, total=False):
-    """How layers share this machine and its memory, or a cluster."""
+    """Concurrency and memory of this machine, or a cluster."""
 
     memory: Annotated[
         str | int | None,
@@ -220,7 +220,7 @@ class Resources(Machines, total=False):
 
 
 class Output(TypedDict, total=False):
-    """Where records go."""
+    """Destination of records."""
 
     output: Annotated[
         Path | str | None, Option(None, "Results file (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)
@@ -229,14 +229,14 @@ class Output(TypedDict, total=False):
 
 
 class Resuming(TypedDict, total=False):
-    """How an interrupted run is resumed."""
+    """Resuming of interrupted runs."""
 
     resume: Annotated[bool, Option(False, "Resume the interrupted run in the output.", panel=EXECUTION)]
     verify: Annotated[bool, Option(False, "Hash every byte of the inputs (SHA-256).", panel=EXECUTION)]
 
 
 class OnProgress(TypedDict, total=False):
-    """What is called as a run goes on."""
+    """Progress callback."""
 
     on_progress: Annotated[
         "Callable[[Progress], None] | None",
@@ -245,7 +245,7 @@ class OnProgress(TypedDict, total=False):
 
 
 class Callbacks(OnProgress, total=False):
-    """What is called as a run goes on, and with its records."""
+    """Callbacks for progress and records."""
 
     on_record: Annotated[
         "Callable[[AnyRecord], None] | None",
@@ -254,23 +254,23 @@ class Callbacks(OnProgress, total=False):
 
 
 class FolderOptions(Matching, Accuracy, Resources, Resuming, Callbacks, total=False):
-    """Options of a command that measures layers into an output of its own form."""
+    """Options of a command that measures layers and writes an output of its own format."""
 
 
 class RunOptions(Matching, Resources, Output, Resuming, Callbacks, total=False):
-    """Options of a command that compares the weights of two sides, and computes no singular values."""
+    """Options of a command that compares the weights of two sides without singular values."""
 
 
 class MethodOptions(Matching, Method, Resources, Output, Resuming, Callbacks, total=False):
-    """``RunOptions``, and how singular values are computed."""
+    """``RunOptions``, and the method for singular values."""
 
 
 class LayerOptions(Matching, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
-    """``MethodOptions``, and how well they are computed."""
+    """``MethodOptions``, and the accuracy of singular values."""
 
 
 class HeldOut(TypedDict, total=False):
-    """Which texts the loss is measured on."""
+    """Evaluation sets."""
 
     evaluate: Annotated[
         Sequence[Path | str],
@@ -279,13 +279,13 @@ class HeldOut(TypedDict, total=False):
 
 
 class Shifted(HeldOut, total=False):
-    """``HeldOut``, and texts of another kind."""
+    """``HeldOut``, and evaluation sets of another distribution."""
 
     shifted: Annotated[Sequence[Path | str], Option((), "Text of another kind; repeatable.", "FILE", panel=INPUTS)]
 
 
 class ModelOptions(Device, total=False):
-    """How a model runs on texts."""
+    """Options of running a model on texts."""
 
     length: Annotated[int | None, Option(None, "Tokens of a sequence; default 512 or the model's limit.", "N")]
     batch: Annotated[int, Option(8, "Sequences in a batch.", "N", panel=EXECUTION)]
@@ -299,7 +299,7 @@ class ModelOptions(Device, total=False):
 
 
 class Notes(TypedDict, total=False):
-    """What is called before a model runs."""
+    """Callback for the cost estimate."""
 
     on_note: Annotated[
         "Callable[[str], None] | None", Option(None, "Called with the estimate of what the run will cost.", cli=False)
@@ -307,7 +307,7 @@ class Notes(TypedDict, total=False):
 
 
 class RecordModelOptions(Selection, ModelOptions, OnProgress, Notes, total=False):
-    """Options of a command that runs a model once over its selected layers, into an output of its own form."""
+    """Options of a command that runs a model once over selected layers and writes an output of its own format."""
 
 
 class ProbeOptions(ModelOptions, Output, Resuming, Callbacks, Notes, total=False):
@@ -315,28 +315,28 @@ class ProbeOptions(ModelOptions, Output, Resuming, Callbacks, Notes, total=False
 
 
 class LayerProbeOptions(Selection, ProbeOptions, total=False):
-    """``ProbeOptions``, and which layers."""
+    """``ProbeOptions``, and the selection of layers."""
 
 
 class Training(TypedDict, total=False):
-    """How runs are trained."""
+    """Training options."""
 
     widen: Annotated[int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N")]
     seed: Annotated[int, SEED]
 
 
 class TrainOptions(Training, ProbeOptions, total=False):
-    """``ProbeOptions``, and how runs are trained."""
+    """``ProbeOptions``, and training options."""
 
 
 class LayerTrainOptions(Selection, TrainOptions, total=False):
-    """``TrainOptions``, and which layers."""
+    """``TrainOptions``, and the selection of layers."""
 
 
 def declared(group: type) -> dict[str, tuple[Any, Option]]:
-    """Return every option of a group by its name, with its type: first those of one command, then the common ones.
+    """Return every option of a group by name, with its type: first the command's own, then the common ones.
 
-    A type that is not imported stays quoted.
+    A type that is not imported stays a string.
 
     >>> kind, option = declared(Selection)["layers"]
     >>> kind, option.default, option.metavar
@@ -347,7 +347,7 @@ def declared(group: type) -> dict[str, tuple[Any, Option]]:
 
 
 def own_options(group: type) -> list[str]:
-    """Return the names of the options of a group that no group of this module has: those of one command."""
+    """Return the names of a group's options that no group of this module has: the command's own options."""
     common = _common()
     return [name for name, (_, option) in _declared(group).items() if common.get(name) != option]
 
@@ -370,19 +370,19 @@ def _common() -> dict[str, Option]:
 
 
 def aliases(group: type) -> dict[str, str]:
-    """Return the former flags of the options of a group, each with the flag of today."""
+    """Return the former flags of a group's options, each with the current flag."""
     return {former: option.flag(name) for name, (_, option) in declared(group).items() for former in option.aliases}
 
 
 def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
-    """Return all options of a group: those given, and the defaults of the others.
+    """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
         group: A ``TypedDict`` of options.
-        given: What a caller gave, by the names of today or former ones.
+        given: Options of the caller, by current or former names.
 
     Raises:
-        TypeError: There is no such option, it is given twice, or one is missing.
+        TypeError: An option is unknown, given twice, or missing.
         UsageError: A value is none of the option's choices.
     """
     options = declared(group)
@@ -403,22 +403,22 @@ def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
 
 
 def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the run record: the options of one command.
+    """Return the options of one command for the settings of the run record.
 
     Args:
         group: A ``TypedDict`` of options.
-        values: All options, and what was made of them.
+        values: Options and values derived from them.
     """
     options = declared(group)
     return {options[name][1].setting or name: plain(values[name]) for name in own_options(group)}
 
 
 def typed(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options by their names from the settings of a run record: those that are not the default.
+    """Return the options in the settings of a run record that differ from their defaults, by name.
 
     Args:
         group: A ``TypedDict`` of options.
-        recorded: Settings; those that are no option of the group are passed over.
+        recorded: Settings; those that are not options of the group are ignored.
     """
     return {
         name: recorded[option.setting or name]
@@ -428,14 +428,14 @@ def typed(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: a list for a tuple."""
+    """Return a value in its JSON form: a list for a tuple."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def show_options(function: F) -> F:
-    """Show the options of a function's group in its signature and its documentation.
+    """Show the options of a function's group in its signature and docstring.
 
-    An option that the documentation describes at length keeps its description.
+    An option that the docstring already describes keeps that description.
 
     Args:
         function: One with ``**options: Unpack[GROUP]``, and a line ``**options:`` under ``Args:``.

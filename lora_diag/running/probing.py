@@ -1,4 +1,4 @@
-"""The skeleton of a probe's run: options checked, the model opened, texts read, records written, costs estimated."""
+"""A run of a probe: check options, open the model, read texts, estimate the cost, write records."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class ProbeRun:
     """One run of a probe.
 
     Args:
-        command: As the results file names it.
-        given: What the caller gave of the options.
-        group: Which options the probe has.
+        command: Its name in the results file.
+        given: Options given by the caller.
+        group: The probe's options.
 
     Attributes:
-        options: All options, those that were not given by default.
-        watch: Who gets progress, records and notes.
+        options: All options, with defaults.
+        watch: Callbacks for progress, records and notes.
         model: BASE, once it is open.
 
     Raises:
-        UsageError: An option makes no sense.
+        UsageError: An option is invalid.
     """
 
     model: Model
@@ -57,7 +57,7 @@ class ProbeRun:
 
     @property
     def selection(self) -> dict[str, str | None]:
-        """The options that select weights, as the run record has them."""
+        """The options that select weights, in the form of the run record."""
         return {name: self.options[name] for name in ("layers", "exclude")}
 
     def compare(self, base: Path | str, tuned: Path | str) -> Comparison:
@@ -70,14 +70,14 @@ class ProbeRun:
         return compare(base, tuned, verify=self.options["verify"], given=given_alpha(self.options))
 
     def describe(self, stored: Checkpoint) -> RunInput:
-        """Return what the run record says of BASE, where nothing is compared with it."""
+        """Return the description of BASE for the run record, if nothing is compared with it."""
         return describe("base", stored, verify=self.options["verify"])
 
     def open(self, base: Path | str) -> Model:
         """Open the model.
 
         Raises:
-            UsageError: The device is not there, or the extra ``train`` is not installed.
+            UsageError: The device does not exist, or the extra ``train`` is not installed.
             InputError: Transformers cannot open it.
         """
         dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
@@ -104,17 +104,17 @@ class ProbeRun:
         return texts
 
     def batches(self, texts: Sequence[Texts]) -> int:
-        """Return how many batches some sets have."""
+        """Return the number of batches of evaluation sets."""
         return sum(-(-len(each.sequences) // self.batch) for each in texts)
 
     def estimate(self, texts: Texts, what: str, more: str = "", passes: int | None = None) -> None:
-        """Time one batch, and give a note of what the run will take.
+        """Time one batch, and report an estimate of the run's duration.
 
         Args:
-            texts: A set.
-            what: What is done.
-            more: What else is to be said.
-            passes: Forward passes in all; by default the batches.
+            texts: An evaluation set.
+            what: Description of the work.
+            more: Text to append.
+            passes: Total number of forward passes; default the number of batches.
         """
         first, passes = texts.first(self.batch), self.watch.total if passes is None else passes
         measure(self.model, first, self.batch)  # the first pass also sets things up
@@ -130,16 +130,16 @@ class ProbeRun:
         measured: Callable[[Kept[Any]], Iterable[LeftOut]],
         grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
-        """Measure what an interrupted run did not; nothing where it was finished.
+        """Measure what an interrupted run did not; nothing if it was finished.
 
         Args:
             inputs: For the run record.
             settings: The probe's own settings, for the run record.
-            measured: Measures what is not kept yet, puts every record there, and returns what is left out.
-            grows: Settings that may ask for more when the run is resumed, as ``ResultsWriter`` has them.
+            measured: Measures what is not yet in ``kept``, puts every record there, and returns the skipped tensors.
+            grows: Settings that may be extended when the run is resumed, as in ``ResultsWriter``.
 
         Returns:
-            All records of the run, those of an interrupted one included.
+            All records of the run, including those of an interrupted run.
 
         Raises:
             InputError: An input cannot be read, or the file cannot be written.
@@ -164,11 +164,11 @@ class ProbeRun:
 
 
 def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
-    """Refuse texts that are not there before a model is opened.
+    """Check that text files exist before a model is opened.
 
     Raises:
-        UsageError: No evaluation set is named.
-        InputError: A file is not there, or a folder holds no data set.
+        UsageError: No evaluation set is given.
+        InputError: A file does not exist, or a folder holds no data set.
     """
     if not evaluate:
         raise UsageError("--eval: name at least one file of held-out text")
@@ -177,7 +177,7 @@ def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
 
 
 def described(texts: Texts, role: str | None = None) -> RunInput:
-    """Return what the run record says of a set."""
+    """Return the description of an evaluation set for the run record."""
     return RunInput(
         role=role or ("shifted" if texts.shifted else "eval"),
         path=legible(texts.path),
@@ -189,7 +189,7 @@ def described(texts: Texts, role: str | None = None) -> RunInput:
 
 
 def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
-    """Return what could not be paired, and what the model does not use."""
+    """Return the tensors that could not be paired or that the model does not use."""
     detail = "the model that transformers builds of BASE has no such weight"
     return [
         *not_paired(pairing, Layout(1, 1), "cpu"),

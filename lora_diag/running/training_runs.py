@@ -1,8 +1,8 @@
-"""What the probes that train have in common: numbers that make sense, a held-out text, and the walk over their runs.
+"""Shared parts of probes that train: validation of options, a held-out text, and the sequence of runs.
 
-The walk: every size at every learning rate with the first seed, and beyond them where the best is at their edge; then
-the best rate of each size with the other seeds. It knows what is finished, so that nothing is run twice, and refuses to
-know what is trained.
+The sequence: every size at every learning rate with the first seed, extended if the best rate is at the edge of the
+grid; then the best rate of each size with the other seeds. Finished runs are not repeated. What is trained is up to the
+probe.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[Whole
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run.
+    """One training run.
 
     Args:
-        fields: By which its records are told from others.
-        label: What it is called while it runs.
-        train: Trains as told, evaluates on these sets, and calls its last argument after every step and every batch;
-            gives one record a set.
+        fields: Fields that identify its records.
+        label: Label of its progress.
+        train: Trains, evaluates on the given sets, calls its last argument after every step and every batch, and
+            returns one record per set.
     """
 
     fields: Mapping[str, Any]
@@ -47,13 +47,13 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """What is trained at a grid of sizes and learning rates.
+    """A trained method with its grid of sizes and learning rates.
 
     Args:
-        sizes: Ranks or dimensions, ascending; None for what has no size.
+        sizes: Ranks or dimensions, ascending; None for a method without sizes.
         rates: Learning rates, ascending.
         trial: The run of a size, a rate and a seed.
-        earlier: Rates that a resumed run may have tried beyond the edge of a smaller grid; none is run for their sake.
+        earlier: Rates that an earlier run may have tried beyond the edge of a smaller grid; they are used, but not run.
     """
 
     sizes: tuple[int | None, ...]
@@ -64,13 +64,13 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The runs of a probe, as far as they are.
+    """The sequence of a probe's runs and its state.
 
     Args:
-        training: What all have in common.
+        training: Settings shared by all runs.
         sets: Evaluation sets; the first decides on learning rates.
-        seeds: Runs of each size at its best rate.
-        widen: So many rates more where the best of a size is the lowest or the highest tried.
+        seeds: Number of runs of each size at its best rate.
+        widen: Number of further rates if the best of a size is the lowest or highest tried.
         kept: The records.
     """
 
@@ -82,41 +82,41 @@ class Walk:
 
     @property
     def watch(self) -> Watch:
-        """Who gets progress and notes."""
+        """Callbacks for progress and notes."""
         return self.kept.watch
 
     @property
     def batches(self) -> int:
-        """Batches of an evaluation on all sets."""
+        """Number of batches of an evaluation on all sets."""
         return sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
 
     def has(self, **fields: Any) -> bool:
-        """Say whether there is a record with these fields on every set."""
+        """Return whether every set has a record with these fields."""
         return self.kept.has([each.name for each in self.sets], **fields)
 
     def measure_base(
         self, model: Model, record: Callable[[Texts, Losses], WholeRecord], name: str | None = None
     ) -> None:
-        """Measure BASE on every set, if that is not done yet.
+        """Measure BASE on every set, unless that is done.
 
         Args:
             model: BASE.
-            record: The record of a set.
-            name: Name of these records, where BASE is measured more than once.
+            record: Returns the record of a set.
+            name: Name of these records, if BASE is measured more than once.
         """
         if not self.has(subject="base", **({} if name is None else {"name": name})):
             for each in self.sets:
                 self.kept.put(record(each, measure(model, each, self.training.batch, lambda: self.watch.batch("BASE"))))
 
     def cost(self, arms: Sequence[Arm], bases: int) -> tuple[float, list[tuple[int, float]]]:
-        """Time what is trained, and set how many steps and batches there will be.
+        """Time the training, and set the expected number of steps and batches.
 
         Args:
-            arms: What is trained.
-            bases: How many times BASE is to be measured.
+            arms: The trained methods.
+            bases: Number of measurements of BASE.
 
         Returns:
-            Seconds in all; and of each arm the runs that are left, and the seconds of a step.
+            Total seconds; and for each arm the remaining runs and the seconds of a step.
         """
         self.watch.total = bases * self.batches
         seconds, found, evaluation = 0.0, [], 0.0
@@ -147,7 +147,7 @@ class Walk:
                     self._finish(arm.trial(size, chosen, seed))
 
     def left(self, arm: Arm) -> int:
-        """Count the runs that are not finished, but for those beyond the grid, of which nothing is known before."""
+        """Count the unfinished runs, except those beyond the grid, which are unknown in advance."""
         first, left = self.training.order, 0
         for size in arm.sizes:
             best = self._best(arm, size, [*self._rates(arm, size), *arm.earlier])
@@ -158,16 +158,16 @@ class Walk:
         return left
 
     def more(self, arms: Sequence[Arm]) -> str:
-        """Say how many runs the edges of the grids may add."""
+        """Describe how many runs the edges of the grids may add."""
         most = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
         return f"; up to {counted(most, 'run', 'runs')} more where the best rate is at the edge" if most else ""
 
     def expect(self, runs: int) -> None:
-        """Tell who watches of so many runs more."""
+        """Add a number of runs to the expected total."""
         self.watch.total += runs * (self.training.steps + self.batches)
 
     def timed(self, arm: Arm) -> tuple[float, float]:
-        """Return the seconds of one step at the largest size, the second of two, and of one batch of an evaluation."""
+        """Return the seconds of one step at the largest size (the second of two steps), and of one evaluation batch."""
         ticks = [time.perf_counter()]
         first = self.sets[0].first(self.training.batch)
         trial = arm.trial(arm.sizes[-1], 1e-6, 0)
@@ -182,7 +182,7 @@ class Walk:
         return self.has(**trial.fields)
 
     def _rates(self, arm: Arm, size: int | None) -> Iterator[float]:
-        """Yield the rates to try, each to be finished before the next is asked for: the grid, then beyond its edge."""
+        """Yield the rates to try, each to be finished before the next is requested: the grid, then beyond its edge."""
         tried = list(arm.rates)
         yield from tried
         for _ in range(self.widen):
@@ -194,12 +194,12 @@ class Walk:
             tried.append(further)
 
     def _best(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
-        """Return the rate of a size whose run of the first seed has the lowest loss on the first set, so far."""
+        """Return the rate of a size with the lowest loss of the first seed on the first set, so far."""
         runs = ((size, self._loss(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
         return lowest(runs).get(size)
 
     def _loss(self, trial: Trial) -> float | None:
-        """Return the loss of a run on the first set; None where it diverged or is not finished."""
+        """Return the loss of a run on the first set; None if it diverged or is not finished."""
         fields = {**trial.fields, "set": self.sets[0].name}
         mine = (r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items()))
         return next((record.loss for record in mine), None)
@@ -209,18 +209,18 @@ class TrainRun(ProbeRun):
     """One run of a probe that trains.
 
     Args:
-        command: As the results file names it.
-        given: What the caller gave of the options.
-        group: Which options the probe has.
-        rates: Those that are learning rates.
-        counts: Those that are whole numbers from 1 up; None where one was not given.
+        command: Its name in the results file.
+        given: Options given by the caller.
+        group: The probe's options.
+        rates: Names of the options that are learning rates.
+        counts: Names of the options that are whole numbers from 1 up; None values are allowed.
 
     Attributes:
-        sets: Evaluation sets, once they are read.
-        training: What all trained runs have in common, once the texts are read.
+        sets: Evaluation sets, once read.
+        training: Settings shared by all runs, once the texts are read.
 
     Raises:
-        UsageError: An option makes no sense.
+        UsageError: An option is invalid.
     """
 
     sets: list[Texts]
@@ -250,7 +250,7 @@ class TrainRun(ProbeRun):
         """Read the text to train on and the evaluation sets.
 
         Raises:
-            UsageError: Two evaluation sets have one name, or a text is trained on and evaluated.
+            UsageError: Two evaluation sets have one name, or the training text is also an evaluation set.
             InputError: A text cannot be read.
         """
         self.sets = self.read_sets(evaluate, shifted)
@@ -262,7 +262,7 @@ class TrainRun(ProbeRun):
         return [self.describe(stored), described(self.training.texts, "data"), *map(described, self.sets)]
 
     def trained(self, seeds: int) -> dict[str, Any]:
-        """Return the settings of training, for the run record."""
+        """Return the training settings for the run record."""
         widen, seed = self.options["widen"], self.options["seed"]
         return {
             "widen": widen,
@@ -273,23 +273,23 @@ class TrainRun(ProbeRun):
         }
 
     def walk(self, kept: Kept[Any], seeds: int) -> Walk:
-        """Return the walk over the runs."""
+        """Return the sequence of runs."""
         return Walk(self.training, self.sets, seeds, self.options["widen"], kept)
 
 
 def check_training(
     rates: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], widen: int, seed: int
 ) -> None:
-    """Refuse numbers that make no sense.
+    """Check numeric options of training.
 
     Args:
-        rates: Learning rates by their option.
-        counts: Whole numbers from 1 up, by their option; None where it was not given.
+        rates: Learning rates by option.
+        counts: Whole numbers from 1 up, by option; None if not given.
         widen: Rates to try beyond an edge.
-        seed: Of the data's order.
+        seed: Seed of the data order.
 
     Raises:
-        UsageError: There are such.
+        UsageError: A number is out of range.
     """
     for option, given in rates.items():
         if not given or not all(0 < rate < MOST for rate in given):
@@ -308,7 +308,7 @@ def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Text
     """Read the text to train on.
 
     Raises:
-        UsageError: It is one of the evaluation sets.
+        UsageError: The text is one of the evaluation sets.
         InputError: It cannot be read.
     """
     texts = read_texts(data, model)

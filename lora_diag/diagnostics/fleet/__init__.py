@@ -1,4 +1,4 @@
-"""``fleet``: many adapters, compared with each other."""
+"""``fleet``: comparison of many adapters."""
 
 from lora_diag.feature import Feature, Figure, Section
 

@@ -1,4 +1,4 @@
-"""`fleet`: how large the updates of many adapters are, and how much of their rank they use; who stands out is named."""
+"""`fleet`: norm of the updates of many adapters against the fraction of their rank in use; outliers are named."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class _Point:
     """One adapter.
 
     Args:
-        name: As it is drawn.
-        told: In what it stands out; nothing if it does not.
-        used: Where it is on the x axis.
-        fro: Where it is on the y axis; 0 for a dead one.
-        run: Of which of the runs it is.
+        name: Label in the figure.
+        told: Description of the outlier; empty for other adapters.
+        used: Position on the x axis.
+        fro: Position on the y axis; 0 for a zero update.
+        run: Index of its run.
     """
 
     name: str
@@ -51,11 +51,11 @@ class _Point:
 
 
 def fleet(records: Iterable[Fleet], ax: Axes | None = None) -> Axes:
-    """Draw ‖ΔW‖_F of every adapter over the share of its rank that 99% of the energy needs; name those that stand out.
+    """Draw ‖ΔW‖_F of every adapter over the fraction of its rank that 99% of the energy needs; name outliers.
 
     Args:
-        records: Of ``fleet``; adapters without a rank are left out.
-        ax: Where to draw; a new figure's if not given.
+        records: Records of ``fleet``; adapters without a rank are skipped.
+        ax: Axes to draw on; default those of a new figure.
 
     Returns:
         The Axes drawn on.
@@ -71,7 +71,7 @@ def _inches(ax: Axes) -> tuple[float, float]:
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the scatter of all adapters, of several runs in colours."""
+    """Return the scatter plot of all adapters, with a colour per run."""
     points = _points(series)
     figure, (ax,) = sheet(look, _words(series, points, look), 1, 1)
     # How high the panel is follows from the text around it: names have the room that is left.
@@ -131,7 +131,7 @@ def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, h
 
 
 def _named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
-    """Return the adapters that are named: of those that stand out the rarest, as many as there are lines."""
+    """Return the named adapters: the rarest outliers, as many as there are lines."""
     odd = [points[i] for i in rarest_first([point.told for point in points])]
     return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
@@ -146,7 +146,7 @@ def _names(
     size: float,
     line: float,
 ) -> None:
-    """Write names at the right, in the order of the norms, so that none touches another, and a line to each point."""
+    """Write names at the right, ordered by norm and without overlap, each with a line to its point."""
     step = 1.5 * size / 72 / height
     span = (high / low) ** step
     # From its norm each name moves up as far as the one below it asks for, and down from the top again.

@@ -1,4 +1,4 @@
-"""One adapter of many: what each of its layers holds, and a sketch by which it is told from the others."""
+"""One adapter of a fleet: the norm and rank of its layers, and a sketch for comparison with others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIGITS = 4
 
 @dataclass(slots=True)
 class _Sums:
-    """Sketches of all layers so far, and what is summed."""
+    """Running sketches and sums over layers."""
 
     update: Tensor
     space: Tensor
@@ -31,16 +31,16 @@ class _Sums:
 
 
 def fleet(path: str, kind: str, deltas: Iterable[Delta], device: torch.device) -> Fleet:
-    """Measure one adapter, layer by layer; nothing of the size of a weight is kept.
+    """Measure one adapter layer by layer; nothing of the size of a weight is kept.
 
     Args:
         path: The adapter's path.
-        kind: What it is.
+        kind: Type of adapter.
         deltas: Its matrices.
-        device: Where to compute.
+        device: Device of the computation.
 
     Raises:
-        InputError: It cannot be read, or an entry is not finite.
+        InputError: The adapter cannot be read, or an entry is not finite.
     """
     layers: dict[str, FleetLayer] = {}
     sums = _Sums(torch.zeros(LENGTH, dtype=torch.float64), torch.zeros(LENGTH, dtype=torch.float64))

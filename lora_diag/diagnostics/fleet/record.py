@@ -1,4 +1,4 @@
-"""Records of ``fleet``: one adapter of many."""
+"""Records of ``fleet``: one adapter of a fleet."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class FleetLayer(Record):
 
 
 class Fleet(LayerRecord):
-    """One adapter of a fleet, all its layers taken together.
+    """One adapter of a fleet, with all its layers.
 
     Args:
         adapter: Its path.
-        kind: What it is, in words.
-        modules: Matrices that it changes.
-        dead: How many of their updates are zero.
+        kind: Type of adapter, as text.
+        modules: Number of adapted matrices.
+        dead: Number of matrices with a zero update.
         rank: The largest rank of its factors; null if it has none.
-        fro: ‖ΔW‖_F over all of them.
+        fro: ‖ΔW‖_F over all matrices.
         total_rank: Σ of the ranks; null if one has no factors.
         total_rank_99: Σ of the ranks at 99% of each layer's energy.
         used: ``total_rank_99`` over ``total_rank``.
@@ -86,7 +86,7 @@ class Fleet(LayerRecord):
 
     @property
     def layer(self) -> str:
-        """The adapter's path: in a fleet, what a layer is elsewhere."""
+        """The adapter's path, in place of a layer name."""
         return self.adapter
 
     @property

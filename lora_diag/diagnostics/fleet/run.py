@@ -1,4 +1,4 @@
-"""``fleet``: many adapters in one pass."""
+"""``fleet``: measure many adapters in one pass."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A path and what was there when the run began.
+    """A path and its files at the start of the run.
 
     Args:
         path: An adapter, or the base of all.
-        files: A hash of its files' names and sizes; empty where they cannot be listed, as on object storage.
+        files: Hash of its files' names and sizes; empty if they cannot be listed, as on object storage.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Seen:
 
     @classmethod
     def now(cls, path: Path) -> Seen:
-        """Look at what is there."""
+        """Return the path with its current files."""
         try:
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
             told = [f"{file.name} {file.stat().st_size}" for file in files if file.suffix in READ and file.is_file()]
@@ -59,10 +59,10 @@ class Seen:
         return cls(path, known if told else "")
 
     def check(self) -> None:
-        """Refuse other files than those that were seen: a worker of a cluster has mounts of its own.
+        """Check that the files are those at the start of the run: a cluster's worker has its own mounts.
 
         Raises:
-            InputError: There are others, or none.
+            InputError: The files differ or are missing.
         """
         if self.now(self.path).files != self.files:
             raise InputError(
@@ -73,7 +73,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One adapter, not yet opened."""
+    """One adapter that is not opened yet."""
 
     layer: str
     seen: Seen
@@ -82,14 +82,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
-    """How an adapter is measured.
+    """Settings of the measurement of an adapter.
 
     Args:
-        base: The base of all.
+        base: Base checkpoint of all adapters.
         layers: Only weights whose name contains a match.
         exclude: No weights whose name contains a match.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that an adapter may take; there is no limit here.
+        memory: Unused; adapters have no memory limit.
         given: α of adapters whose files give none.
     """
 
@@ -106,23 +106,23 @@ def fleet(
     adapters: Iterable[Path | str],
     **options: Unpack[FleetOptions],
 ) -> Results[Fleet]:
-    r"""Measure many adapters: what rank each uses, which are dead, spiked or far from the others, and which are alike.
+    r"""Measure many adapters: used rank, zero updates, spikes, outliers and near-duplicates.
 
-    An adapter is one task: ``workers`` of them are measured at once, by default as many as there are cores, with one
-    layer of each in memory. An adapter that cannot be read is left out.
+    Each adapter is a task: ``workers`` of them run concurrently, by default one per core, with one layer of each in
+    memory. An adapter that cannot be read is skipped.
 
     Args:
         adapters: Folders, files, or patterns such as ``runs/**``.
-        base: The base of all, for adapters that need it (DoRA, PiSSA).
+        base: Base checkpoint, for adapters that need it (DoRA, PiSSA).
         **options: ``FleetOptions``.
 
     Returns:
-        One record for each adapter.
+        One record per adapter.
 
     Raises:
-        UsageError: An option makes no sense.
-        InputError: The results file cannot be written, or a worker of the cluster does not see what is here.
-        NothingComparedError: No adapter is there.
+        UsageError: An option is invalid.
+        InputError: The results file cannot be written, or a cluster's worker has different files.
+        NothingComparedError: No adapter was found.
 
     Example:
         >>> found = fleet(["sample_checkpoints/*"], layers=r"layers\.0")
@@ -175,12 +175,12 @@ def _here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
 
 
 def expand(patterns: Iterable[Path | str]) -> list[Path]:
-    """Return the adapters that paths and patterns name, in natural order, each once.
+    """Return the distinct adapters given by paths and patterns, in natural order.
 
-    A pattern's folders and files that are no adapter are passed over; so is what lies in an adapter's folder.
+    Matches of a pattern that are not adapters are ignored, and so are the contents of an adapter's folder.
 
     Raises:
-        NothingComparedError: There is none.
+        NothingComparedError: No adapter was found.
     """
     words = [str(pattern) for pattern in patterns]
     found: dict[Path, None] = {}
@@ -197,9 +197,9 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
 
 
 def _fingerprint(seen: Seen) -> str:
-    """Return by what ``--resume`` notices that an adapter changed, without opening a thousand: its files' sizes.
+    """Return a fingerprint that lets ``--resume`` detect a changed adapter by file sizes, without opening it.
 
-    One on object storage is opened: its server may not tell what is in a folder, and sizes are no cheaper there.
+    An adapter on object storage is opened, since its server may not list folders and sizes cost as many requests.
     """
     if not isinstance(seen.path, RemotePath):
         return seen.files
@@ -210,7 +210,7 @@ def _fingerprint(seen: Seen) -> str:
 
 
 def _content(path: Path) -> str:
-    """Return the hash of an adapter's weights; empty where it cannot be read, which is told when it is measured."""
+    """Return the hash of an adapter's weights; empty if they cannot be read, an error that measuring reports."""
     try:
         return content_hash(files_of(open_adapter(path, "rank").checkpoint))
     except LoradiagError:

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``fleet``: what stands out, what is alike, and what the fleet is like."""
+"""Terminal output of ``fleet``: outliers, near-duplicates, and a summary."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def fleet_table(
     """Return the tables and the summary of a fleet.
 
     Args:
-        results: What was measured.
-        width: Columns of the terminal; 80 are enough, 140 are used.
+        results: The results.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
-        per: ``layer`` for a row for every adapter, ``type`` for those that stand out.
-        then: The command that a user would run next.
+        per: ``layer`` for one row per adapter, ``type`` for outliers only.
+        then: The suggested next command, printed last.
 
     Returns:
-        Lines of text, without a newline at the end.
+        Lines of text, without a trailing newline.
     """
     pairs = pairs_of(results)
     return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, then)
 
 
 def pairs_of(results: Results[Fleet]) -> list[Alike]:
-    """Return the adapters that are alike, two by two."""
+    """Return the pairs of near-duplicate adapters."""
     return alike([record.update for record in results], [record.space for record in results])
 
 
 def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "type") -> list[Grid]:
-    """Return the tables: what stands out, or every adapter; and what is alike."""
+    """Return the tables: outliers, or every adapter; and near-duplicates."""
     records = list(results)
     names, told = short_names([record.adapter for record in records]), remarks(records)
     odd = rarest_first(oddities(records))
@@ -119,7 +119,7 @@ def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     records = list(results)
     lines: list[Statement] = []
     if records:

@@ -1,4 +1,4 @@
-"""``interference``: several updates of one base, their angles, sums and merges."""
+"""``interference``: angles, sums and merges of several updates of one base."""
 
 from lora_diag.feature import Feature, Figure, Section
 

@@ -1,4 +1,4 @@
-"""`union`: which rank the sum of several updates needs beside the sum of their ranks, layer by layer."""
+"""`union`: rank of the sum of several updates against the sum of their ranks, layer by layer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ ENERGY = "0.9"
 def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer") -> Axes:
     """Draw the rank at which the sum of the updates has 90% of its energy, and the sum of the ranks of the updates.
 
-    The one over the other is the additive share: 1 where every direction is needed, 1/K for K equal updates. Green: the
-    rank at which every update keeps 90% of its energy; no line where none does.
+    Their ratio is the additive fraction: 1 if every direction is needed, 1/K for K equal updates. Green: the rank at
+    which every update keeps 90% of its energy; no line if none does.
 
     Args:
-        records: Of ``interference``; those of layers that one update changes are left out.
-        ax: Where to draw; a new figure's if not given.
-        per: ``layer`` for one bar a layer (of experts in one block: the median), ``type`` for one bar a module type.
+        records: Records of ``interference``; layers that a single update changes are skipped.
+        ax: Axes to draw on; default those of a new figure.
+        per: ``layer`` for one bar per layer (median over the experts of a block), ``type`` for one bar per module type.
 
     Returns:
         The Axes drawn on.
@@ -52,12 +52,12 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
 
 
 def shared(records: Iterable[Union]) -> tuple[Union, ...]:
-    """Return those of layers that at least two updates change."""
+    """Return the records of layers that at least two updates change."""
     return tuple(record for record in records if len(record.updates) > 1)
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the ranks of the layers and below their additive share, once for each run."""
+    """Return the ranks of the layers, with the additive fraction below, once per run."""
     shown = [(one, shared(one.records)) for one in series]
     shown = [(one, records) for one, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)
@@ -118,13 +118,13 @@ def _stairs(
 
 
 def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
-    """Return the median of each bar's layers; NaN where one of them has no value."""
+    """Return the median of each bar's layers; NaN if a layer has no value."""
     found = [[value(record) for record in bar] for bar in slot.bars]
     return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in found])
 
 
 def _finding(one: Series[Any], records: Sequence[Union]) -> str:
-    """Name a run with what its layers need together."""
+    """Return the label of a run with the total rank of its layers."""
     known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
     together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
     apart = sum(record.parts_rank_at[ENERGY] for record in known)

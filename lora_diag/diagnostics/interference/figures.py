@@ -1,4 +1,4 @@
-"""`angles`: how far apart the spaces of two updates lie, beside what random spaces have."""
+"""`angles`: principal angles between the spaces of two updates, with the distribution of random spaces."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ POINTS = 400
 def angles(
     records: Iterable[Interference], ax: Axes | None = None, *, side: Side = "columns", rank: int | None = None
 ) -> Axes:
-    """Draw which share of the principal angles between two updates' spaces has at most a cosine, all layers together.
+    """Draw the cumulative distribution of the cosines of principal angles between two updates, over all layers.
 
-    Dotted: the same of random spaces of these dimensions (``metrics.angles.random_angles``).
+    Dotted: the same for random spaces of these dimensions (``metrics.angles.random_angles``).
 
     Args:
-        records: Of ``interference``; one curve a pair.
-        ax: Where to draw; a new figure's if not given.
+        records: Records of ``interference``; one curve per pair.
+        ax: Axes to draw on; default those of a new figure.
         side: ``columns`` for the spaces of the left singular vectors, ``rows`` for those of the right ones.
-        rank: How many singular vectors span each space; 8 if that was measured, else the smallest.
+        rank: Number of singular vectors that span each space; default 8 if measured, else the smallest.
 
     Returns:
         The Axes drawn on.
@@ -102,7 +102,7 @@ def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: in
 
 
 def cumulated(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the distribution of some values in [0, 1] as the corners of its steps, from (0, 0) to (1, 1)."""
+    """Return the cumulative distribution of values in [0, 1] as the corners of its steps, from (0, 0) to (1, 1)."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
     kept = np.unique(np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().astype(np.int64))
@@ -110,7 +110,7 @@ def cumulated(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.
 
 
 def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
-    """Return the same of random spaces, each with the dimensions of one that was measured."""
+    """Return the same distribution for random spaces with the measured dimensions."""
     sizes = Counter(
         (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
     )
@@ -152,5 +152,5 @@ def _words(
 
 
 def lacks(records: Sequence[Interference], options: Options) -> str | None:
-    """Return why records cannot be drawn: the rank asked for was not measured."""
+    """Return why records cannot be drawn: the requested rank was not measured."""
     return rank_absent(ranks_of(records), options)

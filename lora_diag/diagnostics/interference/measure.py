@@ -1,4 +1,4 @@
-"""Do several updates of one layer fight? Their spaces pair by pair, and what their sum needs."""
+"""Interference of several updates of one layer: their spaces pair by pair, and their sum."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _SORTED, _COMPARED = 16, 96
 
 
 def size(task: Several, settings: InterferenceSettings) -> int:
-    """Return about how many bytes measuring a layer takes: every update and its vectors, and the sum.
+    """Estimate the memory of measuring a layer in bytes: every update with its vectors, and the sum.
 
-    Within a limit it is no fewer than it takes, and no more than there are.
+    With a memory limit, the result is at least the need and at most the limit.
     """
     if settings.memory is not None:
         return min(settings.memory, most_bytes(task, settings))
@@ -46,10 +46,11 @@ def size(task: Several, settings: InterferenceSettings) -> int:
 
 
 def most_bytes(task: Several, settings: InterferenceSettings) -> int:
-    """Return how many bytes a layer takes at most: what is held of every update, and the step that takes most.
+    """Return the largest memory of a layer in bytes: what is kept of every update, and the most expensive step.
 
-    Of an update without factors ΔW and all singular vectors are held. The steps are decomposing one, decomposing their
-    sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one at a time.
+    An update without factors keeps ΔW and all singular vectors. The steps are decomposing one update, decomposing the
+    sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one update at a
+    time.
     """
     entries, small = math.prod(task.shape), min(task.shape)
     vectors = 8 * small * sum(task.shape)
@@ -74,10 +75,10 @@ def _entry(delta: Delta) -> int:
 
 
 def _check_room(task: Several, settings: InterferenceSettings) -> None:
-    """Refuse a layer that does not fit.
+    """Refuse a layer that does not fit into memory.
 
     Raises:
-        MemoryLimitError: So it is; the message says whether it would without TIES.
+        MemoryLimitError: The layer does not fit; the message says whether it would without TIES.
     """
     if settings.memory is None:
         return
@@ -89,15 +90,15 @@ def _check_room(task: Several, settings: InterferenceSettings) -> None:
 
 
 def interference(task: Several, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
-    """Hold all updates of one layer against each other.
+    """Compare all updates of one layer.
 
     Args:
         task: The layer.
-        settings: What is asked.
+        settings: Settings of the measurement.
 
     Returns:
-        One record for each pair of updates that are not zero, and one for all together; where an update is not finite,
-        one ``left_out`` record instead.
+        One record for each pair of nonzero updates, and one for all together; if an update is not finite, one
+        ``left_out`` record instead.
 
     Raises:
         InputError: A file could not be read.

@@ -19,7 +19,7 @@ _SHOWN_RANK = 8
 
 
 def _middle_rank(path: str) -> Callable[[Sequence[Any]], float | None]:
-    """Return the pool of a rank that is null where none is enough: such a rank lies beyond all others."""
+    """Return a pooled rank in which null counts as larger than any rank."""
 
     def pool(records: Sequence[Any]) -> float | None:
         ranks = [value_at(record, path) for record in records]
@@ -30,13 +30,13 @@ def _middle_rank(path: str) -> Callable[[Sequence[Any]], float | None]:
 
 
 class EnergyOverlap(Record):
-    """How much of one update's energy lies in the column space of the other's r largest directions.
+    """Fraction of one update's energy in the column space of the other's r largest directions.
 
     Args:
         second_in_first: ‖U_1ᵀΔW_2‖_F² / ‖ΔW_2‖_F², U_1 the r largest left singular vectors of ΔW_1.
         first_in_second: ‖U_2ᵀΔW_1‖_F² / ‖ΔW_1‖_F².
-        random_first: What ``second_in_first`` is on average for a random U_1: its columns over ``out``.
-        random_second: The same of ``first_in_second``.
+        random_first: Mean of ``second_in_first`` for a random U_1: its columns over ``out``.
+        random_second: The same for ``first_in_second``.
     """
 
     second_in_first: Share
@@ -46,23 +46,23 @@ class EnergyOverlap(Record):
 
 
 class Interference(LayerRecord):
-    """Two updates of one layer, compared with each other. Tables are by rank r, as far as either has r directions.
+    """Comparison of two updates of one layer. Tables are by rank r, up to the number of directions of either update.
 
     Args:
-        layer: The weight's name in BASE, or in the adapters where there is no BASE.
+        layer: The weight's name in BASE, or in the adapters without a BASE.
         shape: ``(out, in)``.
-        first: Which of the run's inputs ΔW_1 is, by its path.
-        second: Which ΔW_2 is.
+        first: Path of the input with ΔW_1.
+        second: Path of the input with ΔW_2.
         first_fro: ‖ΔW_1‖_F.
         second_fro: ‖ΔW_2‖_F.
         cosine: ⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖‖ΔW_2‖).
-        cosine_random: 1/√(out·in), its root mean square for a ΔW_2 turned at random.
+        cosine_random: 1/√(out·in), its root mean square for a randomly rotated ΔW_2.
         columns: Principal angles between the spaces of the r largest left singular vectors.
-        rows: The same of the right ones.
+        rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
-        relation: ``apart`` if the spaces have no more in common than chance gives; else ``reinforce`` or ``cancel`` by
-            the cosine, ``share`` if that is small (``metrics.interference.relation``); ``noise`` if the files cannot
-            show one of the updates.
+        relation: ``apart`` if the spaces overlap no more than random ones; else ``reinforce`` or ``cancel`` by the sign
+            of the cosine, ``share`` if that is small (``metrics.interference.relation``); ``noise`` if an update is not
+            resolved.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")
@@ -133,7 +133,7 @@ class Interference(LayerRecord):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return how a run's records are shown: at which rank spaces are compared is in the headings."""
+        """Return how a run's records are shown; headings include the rank at which spaces are compared."""
         spaces = {"column_space.overlap", "row_space.overlap"}
         rank = _nearest({key for record in records for key in record.columns})
         return tuple(replace(one, title=f"{one.title} {rank}") if one.path in spaces else one for one in cls.shown)
@@ -160,20 +160,20 @@ def _nearest(ranks: Iterable[str]) -> str:
 
 
 def pooled_cosine(records: Sequence[Interference]) -> float:
-    """Return the cosine of two updates over several layers taken together."""
+    """Return the cosine of two updates over several layers."""
     first, second = (math.hypot(*norms) for norms in zip(*((r.first_fro, r.second_fro) for r in records), strict=True))
     along = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
     return along / first / second
 
 
 class MergeLoss(Record):
-    """How far a merge M is from the sum S of the updates.
+    """Distance of a merge M from the sum S of the updates.
 
     Args:
         residual: ‖S − M‖_F / ‖S‖_F.
         norm_ratio: ‖M‖_F / ‖S‖_F.
         cosine: ⟨S, M⟩ / (‖S‖‖M‖); null for M = 0.
-        best_scale: c = ⟨S, M⟩ / ‖M‖²: by how much M has to be multiplied to come nearest to S.
+        best_scale: c = ⟨S, M⟩ / ‖M‖², the factor that minimizes ‖S − cM‖.
         residual_best_scale: ‖S − cM‖_F / ‖S‖_F.
     """
 
@@ -185,45 +185,45 @@ class MergeLoss(Record):
 
 
 class Union(LayerRecord):
-    """All updates of one layer together: S = Σ w_k ΔW_k, and what becomes of it in a merge.
+    """All updates of one layer together: S = Σ w_k ΔW_k, and the loss of merging them.
 
-    Tables are by share of energy (``0.9``), by merge (``linear``) or by rank (``16``). The weights w_k are in the norms
-    and spectra of the parts, too. What needs two updates is null where only one changes the layer.
+    Tables are by energy fraction (``0.9``), by merge (``linear``) or by rank (``16``). The norms and spectra of the
+    parts include the weights w_k. Fields that need two updates are null if only one changes the layer.
 
     Args:
-        layer: The weight's name in BASE, or in the adapters where there is no BASE.
+        layer: The weight's name in BASE, or in the adapters without a BASE.
         shape: ``(out, in)``.
-        updates: Which of the run's inputs change the layer.
-        ranks: Columns of their factors; null for those that have none.
+        updates: Paths of the inputs that change the layer.
+        ranks: Columns of their factors; null for updates without factors.
         fro: ‖S‖_F.
-        base_fro: Null: BASE is not read for its own sake.
+        base_fro: Null: BASE is not measured.
         parts_fro: ‖w_kΔW_k‖_F.
-        spectrum: That of S: its ``rank_at`` is what an adapter needs that is to carry the sum.
-        parts_rank_at: Σ_k of the ranks at which the single updates reach a share of their energy.
+        spectrum: Spectrum of S; its ``rank_at`` is the rank of an adapter that holds the sum.
+        parts_rank_at: Σ_k of the ranks at which the single updates reach an energy fraction.
         additive: ``rank_at`` of S over ``parts_rank_at``: 1 if every direction is needed, 1/K for K equal updates.
         parts_effective_rank: Σ_k of the effective ranks.
-        additive_effective: Effective rank of S over that.
-        rank_for_all: Smallest r for which the best rank-r approximation of S keeps that share of *every* update k:
-            ‖U_rᵀΔW_kV_r‖² ≥ share·‖ΔW_k‖²; null if none does, because the spaces of S
-            do not hold every update (they cancel, or S has not the room).
-        weakest_kept: What the update that suffers most keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r = ``rank_at`` of S.
+        additive_effective: Effective rank of S over ``parts_effective_rank``.
+        rank_for_all: Smallest r for which the best rank-r approximation of S keeps a fraction f of *every* update k:
+            ‖U_rᵀΔW_kV_r‖² ≥ f·‖ΔW_k‖²; null if none does, because the spaces of S do not contain every update (the
+            updates cancel, or the rank of S is too small).
+        weakest_kept: Smallest fraction that an update keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r = ``rank_at`` of S.
         energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if they cancel.
         sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed.
         sti_relative: ``sti`` over the sum of the singular values in it: 0 for orthogonal updates, 1 for two equal ones.
-        sti_random: What ``sti_relative`` is about for random directions: an estimate, for entries that are normal.
+        sti_random: Estimate of ``sti_relative`` for random directions with normal entries.
         alignment: Mean of ``alignments``.
         alignments: Subspace alignment ratios ‖U_MU_MᵀΔW_k‖_F / ‖ΔW_k‖_F, U_M the left singular vectors of S that leave
             at most 5% of ‖S‖_F.
-        alignment_rank: How many those are.
+        alignment_rank: Number of these vectors.
         alignment_random: √(alignment_rank / out), for random directions.
-        sign_conflicts: Share of the entries that several updates change, in which they differ in sign.
+        sign_conflicts: Fraction of the entries changed by several updates in which they differ in sign.
         sign_conflicts_random: The same for random signs: ½ for two updates.
-        trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null if no entry is among
-            those of two.
+        trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null if no two updates
+            share such an entry.
         trimmed_conflicts_random: The same for random signs.
-        merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``: what PEFT's
-            add_weighted_adapter makes of the factors, A and B merged apart. ``ties_dense``: TIES on ΔW itself. Null
-            where a merge does not exist (factors of several ranks, or none).
+        merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``: results of PEFT's
+            add_weighted_adapter, which merges A and B separately. ``ties_dense``: TIES on ΔW itself. Null if a merge
+            does not exist (factors of different ranks, or none).
         recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
     """
 
@@ -343,5 +343,5 @@ class Union(LayerRecord):
 
     @property
     def resolution(self) -> Resolution:
-        """What the rounding of the files lets one see of S."""
+        """Resolution of S under the rounding of the files."""
         return self.spectrum.resolution

@@ -1,4 +1,4 @@
-"""``interference``: do several updates fight?"""
+"""``interference``: compare several updates of one model."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def interference(
     base: Path | str | None = None,
     **options: Unpack[InterferenceOptions],
 ) -> Results[Interference | Union]:
-    r"""Hold several updates of one model against each other, pair by pair and all together, layer by layer.
+    r"""Compare several updates of one model, pair by pair and all together, layer by layer.
 
     Args:
         updates: Two or more checkpoints or adapters.
-        base: The checkpoint before them; adapters alone need none.
+        base: Base checkpoint; not needed for adapters.
         weights: w_k > 0 of each update in the sum Σ w_kΔW_k; all 1 by default.
         ranks: Ranks at which spaces are compared, and to which merges are recompressed.
-        density: Share of the entries of each update that TIES keeps; 0 for no TIES and no sign conflicts, which take
+        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign conflicts, which need
             every entry of every layer.
         **options: ``InterferenceOptions``.
 
@@ -50,7 +50,7 @@ def interference(
         layer that any changes.
 
     Raises:
-        UsageError: An option makes no sense, or there are not two updates.
+        UsageError: An option is invalid, or there are fewer than two updates.
         InputError: An input cannot be read, or two of them are not of one model.
         NothingComparedError: No weight is changed by two of them.
 
@@ -88,7 +88,7 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Pa
     """Return BASE and the updates: adapters alone have no BASE, else it comes first.
 
     Raises:
-        UsageError: An adapter comes first, and what follows is not all adapters.
+        UsageError: An adapter comes first, but not all inputs are adapters.
     """
     inputs = [as_path(path) for path in inputs]
     adapters = [is_adapter(locate(path)) for path in inputs]
@@ -100,10 +100,10 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Pa
 
 
 def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
-    """Return the spectra of the sums, as ``spectrum`` would have written them, for ``allocate``, ``plot`` and ``gate``.
+    """Return the spectra of the sums in the form of ``spectrum``, for ``allocate``, ``plot`` and ``gate``.
 
     Args:
-        results: What ``interference`` measured.
+        results: Results of ``interference``.
     """
     spectra = tuple(record.spectrum for record in results if isinstance(record, Union))
     end = totals(spectra, results.left_out) if results.end is not None else None
@@ -165,7 +165,7 @@ def _first_layer(side: Comparison) -> str:
 
 
 def _vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
-    """Yield each 1-D tensor once: it is left out, whoever changes it."""
+    """Yield a skipped record for each 1-D tensor, once."""
     seen: set[str] = set()
     for delta in (delta for side in compared for delta in side.pairing.deltas if not delta.is_matrix):
         if delta.layer not in seen:
@@ -174,7 +174,7 @@ def _vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
 
 
 def _unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
-    """Yield what no update can be compared in, once, and what only one could not."""
+    """Yield skipped records for tensors that could not be compared, once per tensor."""
     seen = set(known)
     for side in compared:
         for item in side.pairing.unpaired:

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``interference``: the pairs, what their sum needs, what merges lose, and a summary."""
+"""Terminal output of ``interference``: pairs, rank of the sum, losses of merges, and a summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
 
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
-    """Return the tables: of each pair, or one of all; of what the sum needs; of what merges lose."""
+    """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of merges."""
     grids = _pair_grids(pairs_of(results), per)
     if unions := shared(results):
         rows = rows_of(unions, per)
@@ -81,7 +81,7 @@ def _losses(unions: Sequence[Union]) -> Iterator[Shown]:
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
-    """Return ‖S − M‖/‖S‖ over several layers taken together; None if one of them cannot be merged so."""
+    """Return ‖S − M‖/‖S‖ over several layers; None if a layer does not have the merge."""
     losses: list[MergeLoss | None] = [r.merges.get(merge) for r in records if r.fro > 0]
     known = [loss for loss in losses if loss is not None]
     if not known or len(known) < len(losses):
@@ -91,20 +91,20 @@ def merge_residual(records: Sequence[Union], merge: str) -> float | None:
 
 
 def recompressed_residual(records: Sequence[Union], rank: int) -> float:
-    """Return ‖S − S_r‖/‖S‖ over several layers taken together; where r was not measured, of all that were kept."""
+    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r lost nothing."""
     gaps = [(r.recompressed.get(str(rank)) or 0.0) * r.fro for r in records]
     return math.hypot(*gaps) / (math.hypot(*(r.fro for r in records)) or 1.0)
 
 
 def _lossy_ranks(records: Sequence[Union]) -> list[int]:
-    """Return the ranks to which the sums were cut, up to the first that holds all of every sum."""
+    """Return the truncation ranks, up to the first that holds all of every sum."""
     ranks = sorted({int(rank) for record in records for rank in record.recompressed})
     lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
     return [rank for rank in ranks if rank <= min(lossless, default=rank)]
 
 
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     lines = [compared(results)]
     pairs, unions = pairs_of(results), shared(results)
     if pairs:
@@ -133,7 +133,7 @@ def _strongest(pairs: Sequence[tuple[str, str, list[Interference]]]) -> list[tup
 
 
 def _interfere(first: str, second: str, records: list[Interference]) -> str:
-    """Say what two updates have in common, and where most."""
+    """State what two updates have in common, and in which layers most."""
     counts = Counter(record.relation for record in records)
     words: dict[Relation, str] = {
         "apart": "no more in common than chance",
@@ -151,7 +151,7 @@ def _interfere(first: str, second: str, records: list[Interference]) -> str:
 
 
 def _rank_needed(unions: Sequence[Union]) -> str:
-    """Say what rank the sum needs against the parts, and one that keeps every part."""
+    """State the rank of the sum against the parts, and the rank that keeps every part."""
     apart = sum(record.parts_rank_at["0.9"] for record in unions)
     together = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
     share = number(together / apart) if apart else "-"
@@ -171,7 +171,7 @@ def _rank_needed(unions: Sequence[Union]) -> str:
 
 
 def _merge(unions: Sequence[Union]) -> list[str]:
-    """Say what each merge loses."""
+    """State the loss of each merge."""
     lines = []
     if merge_residual(unions, "cat") is not None:
         ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)

@@ -1,4 +1,4 @@
-"""Which of the largest directions of a fine-tuned weight are new? W_tuned's left singular vectors against W_base's."""
+"""New directions of a fine-tuned weight: W_tuned's left singular vectors compared with W_base's."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntruderSettings(LayerSettings):
-    """What is asked of every layer.
+    """Settings of the measurement of a layer.
 
     Args:
-        k: How many of the largest directions of W_tuned are looked at.
-        epsilon: ε in (0, 1): a similarity below it makes an intruder.
+        k: Number of largest directions of W_tuned to compare.
+        epsilon: ε in (0, 1), the similarity below which a direction is an intruder.
         window: Singular values σ_i of W_base with |σ_i − σ_j| ≤ window·σ_j count as nearly σ_j.
     """
 
@@ -38,9 +38,9 @@ class IntruderSettings(LayerSettings):
 
 
 def size(delta: Delta, settings: IntruderSettings) -> int:
-    """Return about how many bytes measuring a layer takes: both weights, and all singular vectors of W_base.
+    """Estimate the memory of measuring a layer in bytes: both weights, and all singular vectors of W_base.
 
-    Within a limit it is no fewer than it takes, and no more than there are.
+    With a memory limit, the result is at least the need and at most the limit.
     """
     if settings.memory is not None:
         return min(settings.memory, most_bytes(delta, settings))
@@ -50,7 +50,7 @@ def size(delta: Delta, settings: IntruderSettings) -> int:
 
 
 def most_bytes(delta: Delta, settings: IntruderSettings) -> int:
-    """Return how many bytes a layer takes at most: ΔW and both weights, and W_base's vectors beside W_tuned's.
+    """Return the largest memory of a layer in bytes: ΔW, both weights, and the vectors of both.
 
     Example:
         >>> from lora_diag.deltas import FactoredDelta
@@ -67,14 +67,14 @@ def most_bytes(delta: Delta, settings: IntruderSettings) -> int:
 
 
 def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
-    """Hold the largest directions of one fine-tuned weight against all of its base.
+    """Compare the largest directions of a fine-tuned weight with all directions of its base.
 
     Args:
         delta: The layer.
-        settings: What is asked.
+        settings: Settings of the measurement.
 
     Returns:
-        One record; a ``left_out`` record where a weight is not finite or BASE has not got it.
+        One record; a ``left_out`` record if a weight is not finite or missing in BASE.
 
     Raises:
         InputError: A file could not be read.
@@ -107,14 +107,14 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
 
 
 def _weight(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return a stored matrix in float32, or float64 if it is stored so."""
+    """Return a stored matrix in float32, or in float64 if it is stored so."""
     parts = [block.to(device) for block in blocks]
     dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
     return torch.cat([part.to(dtype) for part in parts])
 
 
 def _tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
-    """Return W_tuned: as it is stored, or W_base + ΔW."""
+    """Return W_tuned, either stored or W_base + ΔW."""
     if isinstance(delta, StoredDelta):
         return _weight(row_blocks(delta.tuned, delta.shape), device)
     after, row = before.clone(), 0

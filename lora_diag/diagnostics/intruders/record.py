@@ -14,12 +14,12 @@ class Direction(Record):
     Args:
         sigma: σ_j of W_tuned.
         similarity: max_i |⟨u_i(W_base), u_j⟩|.
-        nearest: Which i that is, from 1 on.
-        window: How many singular values of W_base are within the window, |σ_i − σ_j| ≤ window·σ_j.
-        projection: Norm of the projection of u_j on the span of their vectors.
+        nearest: The i of the maximum, from 1 on.
+        window: Number of singular values of W_base within the window, |σ_i − σ_j| ≤ window·σ_j.
+        projection: Norm of the projection of u_j on the span of their singular vectors.
         projection_random: √(window / out), that norm for a random direction.
-        kind: ``kept`` if ``similarity`` ≥ ε; else ``rotated`` if u_j lies in the window's span beyond what chance puts
-            there, ``intruder`` if not (``metrics.intruders.kind``).
+        kind: ``kept`` if ``similarity`` ≥ ε; else ``rotated`` if u_j lies in the window's span more than a random
+            direction does, else ``intruder`` (``metrics.intruders.kind``).
     """
 
     sigma: float
@@ -32,26 +32,26 @@ class Direction(Record):
 
 
 class Intruders(LayerRecord):
-    """The k largest directions of W_tuned, and which of them W_base has not.
+    """The k largest directions of W_tuned, and those without a counterpart in W_base.
 
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
-        k: Directions that were looked at; at most min(out, in).
-        epsilon: ε, below which a similarity makes an intruder.
+        k: Number of compared directions; at most min(out, in).
+        epsilon: ε, the similarity below which a direction is an intruder.
         window: Width of the window.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F.
-        count: Directions with a similarity below ε: the published count.
-        rotated: How many of them lie in the span of directions of W_base with nearly the same singular value, which
-            rotate freely.
+        count: Number of directions with a similarity below ε, the definition in the literature.
+        rotated: Number of these in the span of directions of W_base with nearly the same singular value, which rotate
+            freely.
         intruders: ``count`` − ``rotated``.
         share: ``intruders`` / k.
         similarity_lowest: The smallest similarity; null where ΔW = 0.
-        similarity_random: About the median similarity of a random direction: an estimate.
-        count_random: About how many of k random directions have a similarity below ε: an estimate.
-        directions: Each direction, the largest first; none where ΔW = 0.
-        method: What computed the singular vectors of W_base and of W_tuned.
+        similarity_random: Estimate of the median similarity of a random direction.
+        count_random: Estimate of how many of k random directions have a similarity below ε.
+        directions: Each direction, the largest first; empty if ΔW = 0.
+        method: Methods of the singular vectors of W_base and of W_tuned.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -130,11 +130,11 @@ class Intruders(LayerRecord):
 
     @property
     def first_intruder(self) -> int | None:
-        """Place of the first intruder, from 1 on; None where there is none."""
+        """Index of the first intruder, from 1 on; None without intruders."""
         return next((place for place, one in enumerate(self.directions, 1) if one.kind == "intruder"), None)
 
     @property
     def intruder_size(self) -> Share | None:
-        """σ of the first intruder over σ_1; None where there is none."""
+        """σ of the first intruder over σ_1; None without intruders."""
         place = self.first_intruder
         return None if place is None else self.directions[place - 1].sigma / self.directions[0].sigma

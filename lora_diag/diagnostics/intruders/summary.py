@@ -1,4 +1,4 @@
-"""The terminal's answer to ``intruders``: how many directions are new, where, and what chance would give."""
+"""Terminal output of ``intruders``: number and location of new directions, with a random baseline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid
 
 
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     lines = [compared(results)]
     records = list(results)
     if records:
@@ -63,7 +63,7 @@ def _intruders(records: Sequence[Intruders]) -> str:
 
 
 def _rotated(records: Sequence[Intruders]) -> str:
-    """Say what the published count has on top."""
+    """State how many directions the published count adds."""
     rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
     near = number(records[0].window * 100)
     if not rotated:

@@ -1,4 +1,4 @@
-"""`overlap`: which part of the gradients an update's subspaces reach, step by step, beside chance."""
+"""`overlap`: fraction of the gradients in an update's subspaces, step by step, with random baseline."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ SINGLE = 16
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """A measure over the steps, for some layers.
+    """A measure over the steps, for a set of layers.
 
     Args:
-        steps: At which gradients were taken.
+        steps: Steps of the gradients.
         middle: Median over the layers.
         low: Smallest.
         high: Largest.
-        random: Median of what random subspaces reach.
+        random: Median of the random baseline.
     """
 
     steps: NDArray[np.int64]
@@ -53,7 +53,7 @@ class Course:
 
 
 def course(records: Sequence[Overlap], field: str, random: str) -> Course:
-    """Return a measure over the steps at which some layer has it."""
+    """Return a measure over the steps at which any layer has it."""
     values: dict[int, list[float]] = {}
     chance: dict[int, list[float]] = {}
     for record in records:
@@ -75,13 +75,13 @@ def course(records: Sequence[Overlap], field: str, random: str) -> Course:
 
 
 def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | None = None, per: str = "layer") -> Axes:
-    """Draw κ = ‖UᵀGV‖_F / ‖G‖_F and the tangent overlap ‖P_T G‖_F / ‖G‖_F over the steps, beside their baselines.
+    """Draw κ = ‖UᵀGV‖_F / ‖G‖_F and the tangent overlap ‖P_T G‖_F / ‖G‖_F over the steps, with their baselines.
 
     Args:
-        records: Of ``overlap``.
-        ax: Where to draw; a new figure's if not given.
-        rank: Of the subspaces, where several were measured; 8 if it was, else the smallest.
-        per: ``layer`` for a thin line a layer (of up to 16), ``type`` for their range; the thick line is their median.
+        records: Records of ``overlap``.
+        ax: Axes to draw on; default those of a new figure.
+        rank: Rank of the subspaces; default 8 if measured, else the smallest.
+        per: ``layer`` for a thin line per layer (up to 16), ``type`` for their range; the thick line is their median.
 
     Returns:
         The Axes drawn on.
@@ -163,7 +163,7 @@ def _top(records: Sequence[Overlap]) -> float:
 
 
 def _step_axis(ax: Axes, steps: Sequence[int], inches: float, look: Look | None) -> None:
-    """Make x the step, with labels at steps that were measured, where there is room for them."""
+    """Set up the step axis, with labels at measured steps as far as they fit."""
     low, high = steps[0], steps[-1]
     margin = 0.06 * (high - low) or 1
     ax.set_xlim(low - margin, high + margin)
@@ -217,5 +217,5 @@ def _words(
 
 
 def lacks(records: Sequence[Overlap], options: Options) -> str | None:
-    """Return why records cannot be drawn: the rank asked for was not measured."""
+    """Return why records cannot be drawn: the requested rank was not measured."""
     return rank_absent({record.rank for record in records}, options)

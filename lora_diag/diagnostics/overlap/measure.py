@@ -1,4 +1,4 @@
-"""Do a layer's gradients lie within reach of an update's subspaces? ΔW and G_t → overlaps by step and rank."""
+"""Overlap of a layer's gradients with an update's subspaces: ΔW and G_t → overlaps by step and rank."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TOL = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapSettings(LayerSettings):
-    """What is asked of every layer.
+    """Settings of the measurement of a layer.
 
     Args:
-        ranks: Ranks r of the subspaces. Those beyond the rank of ΔW or of an adapter are left out; an adapter's own
-            rank is always measured.
+        ranks: Ranks r of the subspaces. Ranks above that of ΔW or of an adapter are skipped; an adapter's own rank is
+            always measured.
     """
 
     ranks: tuple[int, ...] = RANKS
@@ -58,10 +58,10 @@ class Subspaces:
         layer: The weight's name in BASE.
         u: U, ``(out, R)`` float64, orthonormal columns, the most important direction first.
         v: V, ``(in, R)``, likewise.
-        ranks: At which overlaps are measured, ascending; the last is R.
-        method: What computed them.
-        verdict: Whether the files can show the update.
-        blocks: In how many row blocks ΔW was read, because memory did not hold it; None if it did.
+        ranks: Ranks of the measured overlaps, ascending; the last is R.
+        method: Method of the computation.
+        verdict: Whether the files resolve the update.
+        blocks: Number of row blocks in which ΔW was read, because memory did not hold it; None if it did.
     """
 
     layer: str
@@ -79,12 +79,12 @@ class Subspaces:
 
 
 def size(followed: Followed, settings: OverlapSettings) -> int:
-    """Return about how many bytes measuring a layer takes: its decomposition; a gradient passes through in blocks."""
+    """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in blocks."""
     return bytes_of(followed.delta, _allowance(followed.delta, settings))
 
 
 def _allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
-    """Return what ΔW may take with the vectors of the largest rank asked for."""
+    """Return the memory available for ΔW next to the vectors of the largest requested rank."""
     top = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
     return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
 
@@ -94,11 +94,11 @@ def overlap(followed: Followed, settings: OverlapSettings) -> tuple[Overlap | Le
 
     Args:
         followed: The layer.
-        settings: What is asked.
+        settings: Settings of the measurement.
 
     Returns:
-        One record for each step and rank. Where ΔW is zero or not finite, one ``left_out`` record instead; where a
-        gradient is not finite, one instead of those of its step.
+        One record for each step and rank. If ΔW is zero or not finite, one ``left_out`` record instead; if a gradient
+        is not finite, one instead of the records of its step.
 
     Raises:
         InputError: A file could not be read.
@@ -123,11 +123,11 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
 
     Args:
         delta: The layer.
-        settings: What is asked.
-        device: Where to compute and to leave them.
+        settings: Settings of the measurement.
+        device: Device of the computation and of the result.
 
     Returns:
-        The subspaces; of an adapter, those its factors span. A ``left_out`` record where there are none.
+        The subspaces; for an adapter, those spanned by its factors. A ``left_out`` record if there are none.
     """
     if not isinstance(delta, StoredDelta):
         delta = replace(delta, base=None)  # the update is known without W_base, which would be read for its norm alone
@@ -172,7 +172,7 @@ def _too_few(delta: Delta, settings: OverlapSettings) -> LeftOut:
 
 
 def _ranks(delta: Delta, change: Change, asked: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the ranks at which there are subspaces, an adapter's own among them."""
+    """Return the ranks that have subspaces, including an adapter's own."""
     if not isinstance(delta, FactoredDelta) or change.factors is None:
         return tuple(rank for rank in asked if rank <= min(delta.shape))
     own = min(change.factors[0].shape[1], *delta.shape)
@@ -188,7 +188,7 @@ def overlaps(found: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ove
         blocks: The rows of G_t, ``(rows, in)`` each, from the first row to the last.
 
     Returns:
-        One record for each rank; where G_t is not finite, one ``left_out`` record.
+        One record for each rank; if G_t is not finite, one ``left_out`` record.
     """
     parts = shares(blocks, found.u, found.v, found.ranks)
     if isinstance(parts, str):

@@ -9,15 +9,15 @@ from lora_diag.records.shown import SHAPE, Shown
 
 
 class Overlap(LayerRecord):
-    """Which part of one layer's gradient G lies in the top-r singular subspaces (U, V) of an update.
+    """Fraction of one layer's gradient G in the top-r singular subspaces (U, V) of an update.
 
-    Every share is of ‖G‖_F, lies in [0, 1] and is null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V
-    are sides of the matrix as stored: where that is ``(in, out)`` (GPT-2's Conv1D), A and B below change places.
+    All fractions are of ‖G‖_F, lie in [0, 1] and are null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V
+    refer to the stored matrix: if it is ``(in, out)`` (GPT-2's Conv1D), A and B below swap roles.
 
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``, m × n.
-        step: Of training, at which the gradient was taken.
+        step: Training step of the gradient.
         rank: r.
         kappa: κ = ‖UᵀGV‖_F / ‖G‖_F.
         kappa_random: r/√(mn), its root mean square for random subspaces.
@@ -28,9 +28,10 @@ class Overlap(LayerRecord):
         right: ‖GV‖_F / ‖G‖_F, what factor B can reach while A spans V: all that a fresh adapter (B = 0) reaches.
         right_random: √(r/n).
         gradient_fro: ‖G‖_F.
-        method: What computed U and V.
-        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
-        verdict: Whether the files can show the update that U and V are of.
+        method: Method of U and V.
+        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
+            fits.
+        verdict: Whether the files resolve the update of U and V.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")

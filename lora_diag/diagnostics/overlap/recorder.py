@@ -1,4 +1,4 @@
-"""Gradients recorded while a model trains: saved as snapshots, or compared with subspaces at once."""
+"""Recording of gradients in training: saved as snapshots, or compared with subspaces at once."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ DTYPES = ("float32", "bfloat16")
 
 
 class GradientRecorder(TrainerCallback):
-    r"""Record the gradient of every matrix each so many updates.
+    r"""Record the gradient of every matrix at every n-th update.
 
-    Give it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in a loop of your own::
+    Pass it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in your own loop::
 
         with GradientRecorder("gradients", every=100).attach(model) as recorder:
             for batch in batches:
@@ -49,26 +49,26 @@ class GradientRecorder(TrainerCallback):
                 ...
 
     The gradient of step t is ∂L/∂W at the weights after t updates, summed over the backward passes of one update, with
-    the loss scale of mixed precision taken out. Weights that are trained give their own; those frozen under a LoRA give
-    Σ δy xᵀ from the inputs and output gradients of their layer (``training.weights``).
+    the loss scale of mixed precision removed. For trained weights it is the gradient of the weight; for weights frozen
+    under a LoRA it is Σ δy xᵀ from the inputs and output gradients of the layer (``models.weights``).
 
     Args:
-        output: Without a reference: a folder, which gets one safetensors file a step, as ``overlap`` and
-            ``gradient-spectrum`` read it. With one: a new results file for the overlap records.
+        output: Without a reference: a folder for one safetensors file per step, as read by ``overlap`` and
+            ``gradient-spectrum``. With one: a new results file for the overlap records.
         every: Record the steps 0, ``every``, 2·``every``, ….
-        reference: Subspaces to hold gradients against, from ``lora_diag.subspaces``; or ``live`` for those of the LoRA
-            itself, as it is at each step.
+        reference: Subspaces to compare gradients with, from ``lora_diag.subspaces``; or ``live`` for the current
+            subspaces of the LoRA at each step.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
-        dtype: Of the saved gradients, ``float32`` or ``bfloat16``.
+        dtype: Dtype of the saved gradients, ``float32`` or ``bfloat16``.
         ranks: With ``live``: ranks besides the LoRA's own.
-        log: Called with a dictionary of numbers after every recorded step; ``log_to`` makes it a Trainer's.
+        log: Called with a dictionary of numbers after every recorded step; ``log_to`` connects it to a Trainer's log.
 
     Attributes:
         records: The overlap records so far.
 
     Raises:
-        UsageError: An argument makes no sense, or ``output`` is in the way.
+        UsageError: An argument is invalid, or ``output`` exists.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class GradientRecorder(TrainerCallback):
     # --- in a loop of one's own -----------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, step: int = 0) -> Self:
-        """Find the weights of a model and listen to those that are frozen under a LoRA.
+        """Find the weights of a model and register hooks at those that are frozen under a LoRA.
 
         Args:
-            model: The model, adapters and wrappers for data parallelism included.
-            step: Updates that it has seen.
+            model: The model, possibly with adapters and data-parallel wrappers.
+            step: Number of updates so far.
 
         Raises:
-            UsageError: Nothing in it can be recorded, or the output is in the way.
+            UsageError: The model has nothing to record, or the output exists.
         """
         if self._stop or self._weights:
             raise UsageError("the recorder is attached already; close it first")
@@ -130,19 +130,19 @@ class GradientRecorder(TrainerCallback):
         return self
 
     def step(self, scaler: Any = None) -> None:
-        """Record if it is time; call it after the last backward pass of an update, before clipping and the update.
+        """Record if a snapshot is due; call after the last backward pass of an update, before clipping and the update.
 
         Args:
-            scaler: The ``torch.amp.GradScaler`` of fp16 training, whose scale is taken out.
+            scaler: The ``torch.amp.GradScaler`` of fp16 training, whose loss scale is removed.
         """
         self._record(scaler)
         self._begin(self._step + 1)
 
     def close(self, finished: bool = True) -> None:
-        """Stop listening, and end the results file.
+        """Remove the hooks, and end the results file.
 
         Args:
-            finished: False to leave it without its last line, as a run that was interrupted.
+            finished: False to omit the last line, which marks an interrupted run.
         """
         for stop in self._stop:
             stop()
@@ -164,7 +164,7 @@ class GradientRecorder(TrainerCallback):
     # --- in a Trainer ---------------------------------------------------------------------------------------------
 
     def log_to(self, trainer: Any) -> Self:
-        """Send medians over the layers to a Trainer's log, and with it to TensorBoard or W&B."""
+        """Send medians over the layers to a Trainer's log, including TensorBoard and W&B."""
         self.log = trainer.log
         return self
 
@@ -177,12 +177,12 @@ class GradientRecorder(TrainerCallback):
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Record. The Trainer has taken the loss scale out and has clipped by now."""
+        """Record. The Trainer has already removed the loss scale and clipped."""
         self._clipped = args.max_grad_norm > 0
         self._record(getattr(optimizer, "scaler", None))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish."""
+        """Close the recorder."""
         self.close()
 
     # --- what both do ---------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class GradientRecorder(TrainerCallback):
             self._measure(known)
 
     def _unscaled(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
-        """Return what gives the gradient, averaged over processes and without the loss scale; None if there is none."""
+        """Return a function for the gradient, averaged over processes and without the loss scale; None without one."""
         gradient = weight.gradient()
         if isinstance(weight, Frozen):
             gradient = averaged(weight)
@@ -285,7 +285,7 @@ class GradientRecorder(TrainerCallback):
         )
 
     def _measure(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
-        """Hold every gradient against its subspaces; write and log what comes out."""
+        """Compare every gradient with its subspaces; write and log the records."""
         taken: list[Overlap] = []
         for weight in self._weights:
             if weight.name not in gradients:
@@ -310,7 +310,7 @@ class GradientRecorder(TrainerCallback):
 
 
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
-    """Return medians over the layers of one step, by rank and by module type, under names that sort well in a plot."""
+    """Return medians over the layers of one step by rank and module type, under names that sort well in a plot."""
     found: dict[str, float] = {}
     for rank in sorted({record.rank for record in records}):
         known = [record for record in records if record.rank == rank and record.kappa is not None]
@@ -325,7 +325,7 @@ def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
 
 
 def _near(layer: Subspaces, gradient: Tensor) -> Subspaces:
-    """Return the subspaces on the gradient's device, if that has float64."""
+    """Return the subspaces on the gradient's device, if that supports float64."""
     if gradient.device == layer.u.device or gradient.device.type == "mps":
         return layer
     return replace(layer, u=layer.u.to(gradient.device), v=layer.v.to(gradient.device))

@@ -1,4 +1,4 @@
-"""``overlap``: is training still inside the adapter's reach?"""
+"""``overlap``: measure the fraction of gradients in an update's subspaces."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def overlap(
     gradients: Sequence[Path | str],
     **options: Unpack[OverlapOptions],
 ) -> Results[Overlap]:
-    r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F, and what an adapter there can reach, for every layer, step and rank.
+    r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F and the reach of an adapter, for every layer, step and rank.
 
-    U_r and V_r are the top singular vectors of ΔW = W_tuned − W_base. Gradients pass through memory in blocks of rows,
-    one layer of one step at a time for each worker.
+    U_r and V_r are the top singular vectors of ΔW = W_tuned − W_base. Gradients are read in row blocks, one layer of
+    one step at a time per worker.
 
     Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after, a pilot run; or an adapter, whose own subspaces are then the reference.
-        gradients: Snapshots of ∂L/∂W: folders with one safetensors file (or one folder of shards) a step, or such
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint, of a pilot run; or an adapter, whose own subspaces are then the reference.
+        gradients: Snapshots of ∂L/∂W: folders with one safetensors file (or one folder of shards) per step, or such
             files.
-        ranks: Ranks r. Those that a layer, or an adapter, is too small for are left out there; an adapter's own rank is
-            always measured.
+        ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; an adapter's own rank is always
+            measured.
         **options: ``OverlapOptions``.
 
     Returns:
@@ -61,7 +61,7 @@ def overlap(
         that are not finite are in ``left_out``.
 
     Raises:
-        UsageError: An option makes no sense.
+        UsageError: An option is invalid.
         InputError: An input cannot be read, or two snapshots are of one step.
         NothingComparedError: No layer that changed has a gradient.
 
@@ -114,21 +114,21 @@ def subspaces(
     ranks: Sequence[int] = (16,),
     **options: Unpack[SubspaceOptions],
 ) -> Reference:
-    """Compute the top singular subspaces of ΔW, for a ``GradientRecorder`` to hold gradients against.
+    """Compute the top singular subspaces of ΔW, as a reference for a ``GradientRecorder``.
 
-    They are left on ``device``, and move to the gradients' device as these come.
+    They stay on ``device`` and are moved to the gradients' device when compared.
 
     Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after a pilot run; or an adapter, whose own subspaces are taken.
-        ranks: Ranks at which overlaps will be measured.
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint a pilot run; or an adapter, whose own subspaces are taken.
+        ranks: Ranks of the overlaps to measure.
         **options: ``SubspaceOptions``.
 
     Returns:
-        The subspaces, 8·r·(out + in) bytes a layer with r the largest rank.
+        The subspaces, 8·r·(out + in) bytes per layer, where r is the largest rank.
 
     Raises:
-        UsageError: An option makes no sense.
+        UsageError: An option is invalid.
         InputError: An input cannot be read.
         NothingComparedError: The checkpoints have no weight in common.
 
@@ -160,10 +160,10 @@ def subspaces(
 
 
 def _refuse_gradient(pairing: Pairing, tuned: Path | str) -> None:
-    """Refuse gradients in the place of TUNED, which every number would make sense for.
+    """Refuse gradients given as TUNED, which would be measured without an error.
 
     Raises:
-        UsageError: Its metadata say that they are such.
+        UsageError: Its metadata mark it as gradients.
     """
     stored = next((delta.tuned.checkpoint for delta in pairing.deltas if isinstance(delta, StoredDelta)), None)
     if stored is not None and any(file.metadata.get("kind") == "gradient" for file in stored.files):
@@ -177,7 +177,7 @@ def _base_of(pairing: Pairing) -> Checkpoint | None:
 def _follow(
     pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
 ) -> tuple[list[Followed], list[Unpaired]]:
-    """Join updates and gradients; return also the layers, or the steps of one, that have no gradient."""
+    """Join updates and gradients; also return layers without a gradient at some or all steps."""
     by_layer = {history.layer: history for history in followed}
     why = {item.layer: item.detail for item in unmatched}
     tasks: list[Followed] = []
@@ -203,7 +203,7 @@ def _follow(
 
 
 def _covers(history: History, delta: Delta) -> bool:
-    """Say whether gradients hold every row of an update; a vocabulary that grew has more rows than were compared."""
+    """Return whether gradients cover all rows of an update; an extended vocabulary has rows that were not compared."""
     return history.shape[1] == delta.shape[1] and history.shape[0] >= delta.shape[0]
 
 
@@ -227,7 +227,7 @@ def _without_overlap(
     earlier: Results[Overlap],
     settings: OverlapSettings,
 ) -> Iterator[LeftOut]:
-    """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
+    """Yield skipped layers other than those found while measuring, including those of a resumed run."""
     yield from without_rank(pairing, layout, settings.device)
     yield from not_paired(Pairing((), tuple(rest)), layout, settings.device)
     done: dict[str, set[int]] = {}

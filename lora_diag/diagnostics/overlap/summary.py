@@ -1,4 +1,4 @@
-"""The summary of an overlap run: are the gradients inside, what is out, since when, and what that suggests."""
+"""Summary of an overlap run: containment of gradients, trend, and a suggestion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
     """Return the summary.
 
     Args:
-        results: What was measured.
+        results: The results.
         shown: Its layers at the rank of the table.
     """
     told = [compared(results, *_measured(results))]
@@ -62,7 +62,7 @@ def _judged(shown: Sequence[Track]) -> list[Track]:
 
 
 def _inside(judged: Sequence[Track], outside: bool) -> Statement:
-    """Say how many layers end near the baseline, and which, since when."""
+    """State how many layers end near the baseline, which, and since when."""
     out = sorted(
         (t for t in judged if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
     )
@@ -95,7 +95,7 @@ def _matrices(number_of: int) -> str:
 
 
 def _reach(judged: Sequence[Track]) -> str:
-    """Say what adapters reach to first order: one that lies there, and a fresh one."""
+    """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
 
     def said(name: str) -> str:
         first, last = (middle([getattr(t.known[i], name) for t in judged]) or 0.0 for i in (0, -1))
@@ -110,7 +110,7 @@ def _reach(judged: Sequence[Track]) -> str:
 
 
 def _trend(judged: Sequence[Track]) -> str:
-    """Count the layers whose κ falls, rises or stays, and name where it falls most."""
+    """Count the layers whose κ falls, rises or stays, and name the layer where it falls most."""
     went = {track.layer: ends for track in judged if (ends := track.ends) is not None}
     if not went:
         return "one step shows none; record several"
@@ -126,7 +126,7 @@ def _trend(judged: Sequence[Track]) -> str:
 
 
 def _by_rank(results: Results[Overlap], judged: Sequence[Track]) -> str:
-    """Show κ at the last step for every rank, beside its baseline: raw values rise with rank whatever the subspace."""
+    """Show κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
     last = {track.layer: track.last.step for track in judged}
     parts = []
     for rank in sorted({record.rank for record in results}):
@@ -138,12 +138,12 @@ def _by_rank(results: Results[Overlap], judged: Sequence[Track]) -> str:
 
 
 def _leaves_chance(record: Overlap) -> bool:
-    """Say whether κ is well above its baseline; never where the subspaces are all there is, and both are 1."""
+    """Return whether κ is well above its baseline; never for full subspaces, where both are 1."""
     return record.kappa_random < 1 and not near(record)
 
 
 def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
-    """Say what to do about the layers near their baseline."""
+    """Suggest what to do about the layers near their baseline."""
     out = [track for track in judged if track.near_since is not None]
     if not out:
         return "nothing to change: in every layer these subspaces see more of the gradient than chance would"
@@ -174,7 +174,7 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
 
 
 def _reaches(record: Overlap) -> bool:
-    """Say whether an adapter reaches a good deal more of ‖G‖² than chance would let it, whatever κ is."""
+    """Return whether an adapter reaches clearly more of ‖G‖² than its baseline, for any κ."""
     return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= REACHES
 
 
@@ -208,7 +208,7 @@ def _reading(results: Results[Overlap]) -> str:
 
 
 def _skipped(results: Results[Overlap]) -> str:
-    """Say at which of the ranks asked for layers were too small."""
+    """State which requested ranks exceed some layers."""
     have: dict[str, set[int]] = {}
     for record in results:
         have.setdefault(record.layer, set()).add(record.rank)

@@ -1,4 +1,4 @@
-"""``residual``: what an adapter missed of a full fine-tune."""
+"""``residual``: distance of an adapter from a full fine-tune."""
 
 from lora_diag.feature import Feature, Figure
 

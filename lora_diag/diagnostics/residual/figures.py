@@ -1,4 +1,4 @@
-"""`residual`: how far adapters are from a full fine-tune, layer by layer, and what that is made of."""
+"""`residual`: distance of adapters from a full fine-tune by layer, and its parts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RANK, DIRECTION, SCALE = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Nested levels of ε of several layers together (``metrics.pooled``).
+    """Nested levels of ε over several layers (``metrics.pooled``).
 
     Args:
-        floor: Lower bound for every update of these ranks; 0 where X has no rank.
-        direction: At the best scale, one for all these layers; what lies above the floor is direction.
-        epsilon: ε itself; what lies above the best scale is scale.
+        floor: Lower bound for every update of these ranks; 0 if X has no rank.
+        direction: ε at the best common scale of these layers; the part above the floor is direction.
+        epsilon: ε; the part above the best scale is scale.
         adapted: Whether X touches any of the layers.
     """
 
@@ -44,7 +44,7 @@ class Levels:
 
 
 def levels(records: Sequence[Residual]) -> Levels | None:
-    """Return the levels of some layers together; None where ΔW = 0 in all of them."""
+    """Return the pooled levels of layers; None if ΔW = 0 in all of them."""
     found = pooled(records)
     if found.epsilon is None:
         return None
@@ -57,13 +57,13 @@ def levels(records: Sequence[Residual]) -> Levels | None:
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
     """Draw ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F² of one adapter's update X, layer by layer, as a stack of its three parts.
 
-    ε² = rank + direction + scale: rank is ε_min² = 1 − C(r), which no adapter of the rank can avoid; direction is what
-    is left above it at the best scale of X; scale is what the best scale would take off.
+    ε² = rank + direction + scale: rank is ε_min² = 1 − C(r), a lower bound for every adapter of the rank; direction is
+    the remainder at the best scale of X; scale is the part that the best scale would remove.
 
     Args:
-        records: Of ``residual``, for one adapter.
-        ax: Where to draw; a new figure's if not given.
-        per: ``layer`` for one bar a layer (of experts in one block: pooled), ``type`` for one bar a module type.
+        records: Records of ``residual``, for one adapter.
+        ax: Axes to draw on; default those of a new figure.
+        per: ``layer`` for one bar per layer (experts of a block are pooled), ``type`` for one bar per module type.
 
     Returns:
         The Axes drawn on.
@@ -85,7 +85,7 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return one panel an adapter, each with its own scale of ε²: an adapter far away would flatten the others."""
+    """Return one panel per adapter, each with its own scale of ε²: a distant adapter would flatten the others."""
     shown = by_adapter(series)
     matrices = [_matrices(one.records) for one in shown]
     types = Types(record.layer for records in matrices for record in records)
@@ -130,7 +130,7 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
 
 
 def _finding(one: Series[Any]) -> str:
-    """Name an adapter with its pooled ε and the parts of ε² as they are drawn."""
+    """Return the label of an adapter with its pooled ε and the parts of ε²."""
     records = _matrices(one.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
@@ -141,7 +141,7 @@ def _finding(one: Series[Any]) -> str:
 
 
 def parts(records: Sequence[Residual]) -> dict[str, float]:
-    """Return the shares of ‖ΔW − X‖² over some layers that are due to rank, direction, scale and no adapter."""
+    """Return the fractions of ‖ΔW − X‖² over layers due to rank, direction, scale and missing adaptation."""
     found = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
     for record in records:
         own = levels([record])
@@ -160,7 +160,7 @@ def parts(records: Sequence[Residual]) -> dict[str, float]:
 
 
 def _astray(records: Sequence[Residual]) -> bool:
-    """Say whether layers are limited by direction while most of their ε² is scale."""
+    """Return whether layers are limited by direction while most of their ε² is scale."""
     found = levels([record for record in records if record.limited_by == "direction"])
     if found is None:
         return False

@@ -24,19 +24,19 @@ EPSILON = (
 
 
 class Distance(Record):
-    """How far an adapter's update X is from the full update D, in one norm ‖·‖.
+    """Distance of an adapter's update X from the full update D, in one norm ‖·‖.
 
-    A value that does not exist is null: all of them where D is zero, cosine and scale where X is.
+    Undefined values are null: all if D is zero, cosine and scale if X is zero.
 
     Args:
-        epsilon: ε = ‖D − X‖ / ‖D‖. Not a share: it exceeds 1 whenever the norm ratio exceeds twice the cosine.
-        epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has (Eckart–Young), as far as
-            D's spectrum is known: ``energy_error``; null where the adapter has no rank.
-        excess: ε² − ε_min²: what direction and scale cost, as a share of ‖D‖². Not negative but for the rounding of
-            the adapter's factors and for ``energy_error``.
+        epsilon: ε = ‖D − X‖ / ‖D‖. Not a fraction: it exceeds 1 whenever the norm ratio exceeds twice the cosine.
+        epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has (Eckart–Young), up to
+            ``energy_error``; null if the adapter has no rank.
+        excess: ε² − ε_min²: the cost of direction and scale, as a fraction of ‖D‖². Nonnegative up to the rounding of
+            the adapter's factors and ``energy_error``.
         norm_ratio: ‖X‖ / ‖D‖.
         cosine: ⟨D, X⟩ / (‖D‖‖X‖).
-        best_scale: c = ⟨D, X⟩ / ‖X‖², by which X would have to be multiplied to come nearest to D.
+        best_scale: c = ⟨D, X⟩ / ‖X‖², the factor that minimizes ‖D − cX‖.
         epsilon_best_scale: ‖D − cX‖ / ‖D‖.
         energy_error: Bound on the error of ε_min² and ``excess``.
     """
@@ -57,7 +57,7 @@ class Distance(Record):
 
 
 def limits_of(records: Sequence[Residual]) -> str:
-    """Say what limits several layers: the word, or each with its number of layers where they differ."""
+    """Return what limits several layers: one word, or each word with its number of layers."""
     return counted(record.limited_by or "-" for record in records)
 
 
@@ -72,7 +72,7 @@ def _pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
 
 
 def _pooled_floor(records: Sequence[Residual]) -> float | None:
-    """Return the pooled floor; None where no rank is known."""
+    """Return the pooled lower bound; None if no rank is known."""
     return _pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
 
 
@@ -94,28 +94,29 @@ def _pooled_before(records: Sequence[Residual]) -> float | None:
 
 
 class Residual(Distance, LayerRecord):
-    """One layer of a full fine-tune D = W_tuned − W_base, and what one adapter makes of it, in the Frobenius norm.
+    """One layer of a full fine-tune D = W_tuned − W_base compared with an adapter's update X, in the Frobenius norm.
 
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
-        adapter: Which of the run's inputs X is, by its path.
-        role: ``adapter``; or ``reference``, another full fine-tune to judge distances by.
-        rank: Columns of the adapter's factors; 0 where it leaves the layer alone; null where X has no factors.
+        adapter: Path of the input with X.
+        role: ``adapter``; or ``reference``, another full fine-tune, for scale.
+        rank: Columns of the adapter's factors; 0 0 if it does not change the layer; null if X has no factors.
         fro: ‖D‖_F.
         base_fro: ‖W_base‖_F.
         adapter_fro: ‖X‖_F.
-        method: What computed the singular values of D.
-        blocks: In how many row blocks D was read, again and again, because memory did not hold it; null if it did.
-        column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 where X has no rank); null for 1-D
-            tensors and where D or X is zero.
-        row_space: The same of the right ones.
+        method: Method of the singular values of D.
+        blocks: Number of row blocks in which D was read repeatedly because it exceeded the memory limit; null if it
+            fits.
+        column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 if X has no rank); null for 1-D
+            tensors and if D or X is zero.
+        row_space: The same for right singular vectors.
         data: The distance in the data metric ‖D·C^½‖_F with C = E[xxᵀ], the mean square of the change in the layer's
             output; null without activations for the layer.
         before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
             cells of the files; null where that was not asked for, is not hidden, or could not be estimated.
-        limited_by: What ε is mostly made of (``metrics.limit``).
-        resolution: What the files' rounding lets one see of D; null for a 1-D tensor.
+        limited_by: The largest part of ε² (``metrics.limit``).
+        resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
@@ -252,6 +253,6 @@ class Residual(Distance, LayerRecord):
 
     @property
     def floor(self) -> float:
-        """Lower bound on ‖D − X‖_F of X's rank; 0 where X has no rank, ‖D‖_F where it is zero."""
+        """Lower bound on ‖D − X‖_F for X's rank; 0 if X has no rank, ‖D‖_F if it is zero."""
         least = self.least_epsilon
         return (float(self.adapter_fro == 0.0) if least is None else least) * self.fro

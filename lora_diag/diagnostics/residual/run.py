@@ -33,24 +33,24 @@ def residual(
     adapters: Sequence[Path | str] = (),
     **options: Unpack[ResidualOptions],
 ) -> Results[Residual]:
-    r"""Measure how far adapters are from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
+    r"""Measure the distance of adapters from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, by layer.
 
     Both checkpoints are read once, whatever the number of adapters.
 
     Args:
-        base: The checkpoint before.
-        tuned: The full fine-tune D is measured from; an adapter will do.
-        adapters: Adapters, or checkpoints into which one was merged.
-        reference: Another full fine-tune, such as another seed, to tell how far apart equally good solutions are.
+        base: Base checkpoint.
+        tuned: Full fine-tune that gives D; may be an adapter.
+        adapters: Adapters, or checkpoints with a merged adapter.
+        reference: Another full fine-tune, such as another seed, to show the distance between equally good solutions.
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
-            under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
-            ‖·C^½‖_F, too.
+            under each weight's name and, in its metadata, ``tokens``. Distances are then also given in the norm
+            ‖·C^½‖_F.
         recover: Estimate the update before rounding, as ``recover`` does, and give the expected distance to it, too.
         **options: ``ResidualOptions``.
 
     Returns:
-        One record for each layer and adapter; layers that an adapter leaves alone among them, with ε = 1, and norms and
-        biases, which have no rank.
+        One record for each layer and adapter, including layers that an adapter does not change, with ε = 1, and norms
+        and biases, which have no rank.
 
     Raises:
         UsageError: An option is invalid, or there is nothing to compare with ``tuned``.
@@ -109,7 +109,7 @@ def _rest(
     earlier: Results[Residual],
     settings: LayerSettings,
 ) -> Iterator[LeftOut]:
-    """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
+    """Yield skipped layers other than those found while measuring, including those of a resumed run."""
     yield from not_paired(left_out, layout, settings.device)
     done: dict[str, set[str]] = {}
     for record in earlier:
@@ -122,7 +122,7 @@ def _rest(
 
 
 def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
-    """Refuse to compare nothing, or one thing with itself or twice."""
+    """Refuse to compare nothing, or an input with itself or twice."""
     if not others:
         raise UsageError("residual: name at least one ADAPTER, or another full fine-tune with --reference")
     seen = {os.path.realpath(tuned): "TUNED itself"}
@@ -133,7 +133,7 @@ def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
 
 
 def _named(found: Comparison, role: str) -> Comparison:
-    """Return a comparison whose second input has the role it plays here."""
+    """Return a comparison whose second input has its role in this command."""
     return replace(found, inputs=(*found.inputs[:-1], found.inputs[-1].model_copy(update={"role": role})))
 
 
@@ -142,12 +142,12 @@ def _role(found: Comparison) -> Literal["adapter", "reference"]:
 
 
 def _alone(delta: Delta) -> Delta:
-    """Return a ΔW without its base, whose norm is known already."""
+    """Return a ΔW without its base, whose norm is already known."""
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
 def _more_left_out(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
-    """Yield what adapters have that the fine-tune cannot be compared with."""
+    """Yield tensors of adapters that the fine-tune cannot be compared with."""
     known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
     for other in others:
         path = other.inputs[-1].path

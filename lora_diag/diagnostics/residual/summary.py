@@ -1,4 +1,4 @@
-"""The terminal's answer to ``residual``: one table an adapter, what limits it first, and a summary to read it by."""
+"""Terminal output of ``residual``: one table per adapter, sorted by the limiting factor, and a summary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
 
 
 def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
-    """Return the records of each adapter and reference by its shortest name, in the order in which they were named."""
+    """Return the records of each adapter and reference by its shortest name, in the given order."""
     groups: dict[str, list[Residual]] = {}
     for record in results:
         groups.setdefault(record.adapter, []).append(record)
@@ -50,9 +50,9 @@ def _grid(name: str, records: Sequence[Residual], per: str) -> Grid:
 
 
 def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
-    """Return the rows of the matrices that the adapter reaches, what limits them most first, and of the rest together.
+    """Return rows of the adapted matrices, sorted by their limiting factor, and one row for the rest.
 
-    The rest are the tensors that are not adapted, and norms and biases, which have no rank.
+    The rest are tensors that are not adapted, and norms and biases, which have no rank.
     """
     rest: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
     reached = []
@@ -81,7 +81,7 @@ def _most(records: Sequence[Residual]) -> str | None:
 
 
 def _agreement(spaces: Sequence[Agreement | None]) -> str:
-    """Show the median overlap, and in brackets that of random spaces."""
+    """Return the median overlap, with the random baseline in brackets."""
     known = [space for space in spaces if space is not None]
     if not known:
         return "-"
@@ -89,7 +89,7 @@ def _agreement(spaces: Sequence[Agreement | None]) -> str:
 
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     lines = [compared(results)]
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         against = f"{safe(tuned.path)}, which stands in the place of TUNED, is an adapter and no full fine-tune"
@@ -110,7 +110,7 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
 
 
 def _distance(records: Sequence[Residual]) -> str:
-    """Say how far the adapter is from the whole update, and from the part on which it acts."""
+    """State the distance from the whole update, and from the part that the adapter changes."""
     whole, acting = pooled(records), [record for record in records if record.adapter_fro > 0]
     if whole.epsilon is None:
         return "TUNED changes nothing, so there is no ε"
@@ -125,7 +125,7 @@ def _distance(records: Sequence[Residual]) -> str:
 
 
 def _limited(records: Sequence[Residual]) -> str:
-    """Say in how many layers what limits the adapter, and what it does not reach."""
+    """State in how many layers each factor limits the adapter, and which layers it does not change."""
     total = math.hypot(*(record.fro for record in records)) or 1.0
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)
@@ -142,7 +142,7 @@ def _tensors(number_of: int) -> str:
 
 
 def _low_rank(records: Sequence[Residual]) -> str:
-    """Say where no adapter of this rank could do better, and what that costs."""
+    """State where the rank is the limit, and its cost."""
     total = math.hypot(*(record.fro for record in records)) or 1.0
     ranked = [record for record in records if record.rank and record.epsilon_min is not None]
     if not ranked:
@@ -157,7 +157,7 @@ def _low_rank(records: Sequence[Residual]) -> str:
 
 
 def _resolved(records: Sequence[Residual]) -> Statement:
-    """Say whether the files can show TUNED's update at all."""
+    """State whether the files resolve TUNED's update."""
     seen = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
     if not seen:
         return say("resolved", "Resolution", "no matrix of TUNED moved", level="warning")
@@ -175,7 +175,7 @@ def _resolved(records: Sequence[Residual]) -> Statement:
 
 
 def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
-    """Say what ε can tell: against another full fine-tune where there is one, in general where not."""
+    """Interpret ε: against another full fine-tune if there is one, else in general."""
     lines = []
     for name, records in groups:
         if records[0].role == "reference":

@@ -1,4 +1,4 @@
-"""``spectrum``: singular values of ΔW, energy curves, and what the files' rounding hides."""
+"""``spectrum``: singular values of ΔW, energy curves, and the rounding noise of the files."""
 
 from lora_diag.feature import Feature, Figure
 

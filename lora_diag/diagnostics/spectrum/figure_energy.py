@@ -1,4 +1,4 @@
-"""`energy`: which share of an update the best adapter of each rank could carry, layer by layer."""
+"""`energy`: energy fraction of the best adapter of each rank, layer by layer."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SHARE = Quantity(_shares, beyond=1.0)
 def energy(
     records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
 ) -> Axes:
-    """Draw C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² over r, one line a layer, all in one panel.
+    """Draw C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² over r, one line per layer, all in one panel.
 
-    What the files resolve is coloured by depth; from the signal rank on, where a curve counts the rounding of the
-    files, it is grey. A zero update has no curve. Blocks with several such matrices (experts) have one curve, their
-    pointwise median: give the records of one module type (``results.filter("q_proj")``) for one curve a layer.
+    Curves are coloured by depth, and grey beyond the signal rank, where they include rounding noise of the files. A
+    zero update has no curve. Blocks with several such matrices (experts) have one curve, their pointwise median: pass
+    the records of one module type (``results.filter("q_proj")``) for one curve per layer.
 
     Args:
-        records: Of ``spectrum``.
-        ax: Where to draw; a new figure's if not given (``ax.figure`` is then the figure).
-        ranks: Which are marked.
+        records: Records of ``spectrum``.
+        ax: Axes to draw on; default those of a new figure (``ax.figure`` is then the figure).
+        ranks: Ranks to mark.
         per: ``layer``; or ``type`` for the median and the range of all records.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Small multiples of curves over the rank: one panel a module type, one scale of depths, one legend."""
+"""Small multiples of curves over the rank: one panel per module type, a common depth scale, one legend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_diag.rendering.figures.style import FLOOR, INK, Look, category
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One of the small multiples: a module type, and its records of every series."""
+    """One panel: a module type, and its records of every series."""
 
     name: str
     series: tuple[Series[Spectrum], ...]
@@ -45,20 +45,20 @@ def small_multiples(
     keys: Sequence[Key] = (),
     formula: str = "",
 ) -> Figure:
-    """Return a figure with one panel a module type.
+    """Return a figure with one panel per module type.
 
     Args:
-        series: What is compared; one for lines by depth, several for bands.
-        quantity: What is drawn over the rank.
+        series: Series to compare; one for lines by depth, several for bands.
+        quantity: Quantity over the rank.
         look: The page.
         per: ``layer`` or ``type``.
-        title: Of the figure.
-        xlabel: Of the panels at the bottom.
-        ylabel: Of the panels at the left.
+        title: Title of the figure.
+        xlabel: Label of the panels at the bottom.
+        ylabel: Label of the panels at the left.
         scale: Sets the y axis of a panel.
-        also: Adds to a panel what else belongs there.
-        keys: What that is, for the legend.
-        formula: Of the quantity.
+        also: Adds further elements to a panel.
+        keys: Legend entries of these elements.
+        formula: Formula of the quantity.
     """
     records = [record for one in series for record in one.records]
     shown = _panels(series)
@@ -86,7 +86,7 @@ def small_multiples(
 
 
 def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
-    """Return one panel a module type with an update; where there are too many, those of least ‖ΔW‖ share the last."""
+    """Return one panel per module type with an update; if there are too many, those of least ‖ΔW‖ share the last."""
     types = Types(record.layer for one in series for record in one.records)
     energy: dict[str, float] = defaultdict(float)
     for one in series:
@@ -111,7 +111,7 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
 
 
 def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
-    """Say of what the figure is."""
+    """Return the subtitle: what the figure shows."""
     layers = len({record.layer for record in records})
     what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
     whose = series[0].label if len(series) == 1 else ""
@@ -140,7 +140,7 @@ def _keys(
 
 
 def _notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
-    """Say what was joined and what has no curve."""
+    """Return notes on joined layers and on layers without a curve."""
     found = []
     joined = max((len(g) for panel in shown for g in by_depth(panel.series[0].records).values()), default=1)
     if joined > 1 and not bands:

@@ -1,4 +1,4 @@
-"""`spectrum`: the singular values of an update, and where the rounding of the files begins."""
+"""`spectrum`: singular values of an update, and the rounding noise of the files."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ SIGMA = Quantity(_values, beyond=0.0)
 def spectrum(
     records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
 ) -> Axes:
-    """Draw the singular values σ_i of ΔW over i, log–log, one line a layer, all in one panel.
+    """Draw the singular values σ_i of ΔW over i, log–log, one line per layer, all in one panel.
 
-    Values above the layer's noise edge are coloured by depth, those below it, which the rounding of the files could
-    have made, are grey; the dashed line is the median edge. Zeros are not drawn. Experts are joined as in ``energy``.
+    Values above the layer's noise edge are coloured by depth; values below it, which rounding of the files can explain,
+    are grey. The dashed line is the median edge. Zeros are not drawn. Experts are joined as in ``energy``.
 
     Args:
-        records: Of ``spectrum``.
-        ax: Where to draw; a new figure's if not given.
-        ranks: Which are marked.
+        records: Records of ``spectrum``.
+        ax: Axes to draw on; default those of a new figure.
+        ranks: Ranks to mark.
         per: ``layer``; or ``type`` for the median and the range of all records.
 
     Returns:
@@ -60,7 +60,7 @@ def spectrum(
 
 
 def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
-    """Return σ_i by module type, one panel each, all on the same axes."""
+    """Return σ_i by module type, one panel each, with common axes."""
     everything = tuple(record for one in series for record in one.records)
     return small_multiples(
         series,
@@ -85,7 +85,7 @@ def _scale(ax: Axes, records: Sequence[Spectrum]) -> None:
 
 
 def _limits(records: Sequence[Spectrum]) -> tuple[float, float]:
-    """Return what the y axis shows: all that the files resolve, and the noise edge if it lies near that."""
+    """Return the range of the y axis: all resolved values, and the noise edge if it is near."""
     resolved = [value for record in records for value in record.s[: resolved_to(record)] if value > 0]
     values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
     low, high = min(values), max(values)
@@ -99,7 +99,7 @@ def _edges(records: Sequence[Spectrum]) -> list[float]:
 
 
 def _edge(ax: Axes, records: Sequence[Spectrum], look: Look | None) -> None:
-    """Mark where singular values of the files' rounding end, at the median layer."""
+    """Mark the edge of the files' rounding noise for the median layer."""
     if edges := _edges(records):
         ax.axhline(float(np.median(edges)), zorder=1.8, label="_edge", **_line(look))
 
@@ -117,12 +117,12 @@ def _line(look: Look | None) -> dict[str, Any]:
 
 
 def nothing_moved(records: Sequence[Spectrum], options: Options) -> str | None:
-    """Return why no energy can be drawn: every update is zero."""
+    """Return why energy cannot be drawn: every update is zero."""
     return None if any(record.fro for record in records) else "ΔW = 0 in every matrix"
 
 
 def no_one_unit(records: Sequence[Spectrum], options: Options) -> str | None:
-    """Refuse σ of several metrics on one axis: they have different units. Shares of energy have none."""
+    """Refuse σ of different metrics on one axis, since their units differ. Energy fractions have no unit."""
     metrics = dict.fromkeys(record.metric for record in records)
     if len(metrics) > 1:
         named = " and ".join(METRIC_NAMES[metric] for metric in metrics)

@@ -27,9 +27,9 @@ def gradient_spectrum(
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
     Raises:
-        UsageError: A method was asked for that does not apply.
+        UsageError: The requested method does not apply.
         InputError: An input cannot be read.
-        NothingComparedError: There is no gradient of a matrix, or none is selected.
+        NothingComparedError: No gradient of a matrix exists or is selected.
     """
     if settings.method not in {"auto", "gram"}:
         raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")

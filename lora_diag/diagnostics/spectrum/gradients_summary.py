@@ -1,4 +1,4 @@
-"""What a summary says of a spectrum that is one of gradients."""
+"""Statements of a summary for the spectrum of gradients."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora_diag.rendering.text import number
 
 
 def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
-    """Return what was stacked, and how far it tells what an update would be.
+    """State which gradients were stacked, and how far their spectrum predicts that of an update.
 
     Args:
-        records: The layers that are judged, each with its stack.
+        records: The records of the judged layers, each with its stack.
     """
     steps = sorted({step for record in records if record.stack for step in record.stack.steps})
     span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
@@ -40,7 +40,7 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
 
 
 def _ranks(records: Sequence[Spectrum]) -> list[tuple[int, int]]:
-    """Return the ranks at 90% on both sides, of the layers of which both are known."""
+    """Return the ranks at 90% on both sides, for layers with both."""
     pairs = [
         (record.rank_at["0.9"], record.stack.other_rank_at["0.9"])
         for record in records

@@ -18,19 +18,19 @@ def usual_ranks(ranks: Sequence[int]) -> list[int]:
 
 
 def _middle_rank(path: str) -> Callable[[Sequence[Spectrum]], str]:
-    """Return the pool of a rank that is null where it lies beyond the values kept."""
+    """Return a pooled rank in which null, beyond the kept values, counts as larger than any rank."""
     return lambda records: middle_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
 
 class Stack(Record):
-    """What the spectrum of gradients is one of: G_t of several steps, on top of or beside each other.
+    """The gradients of several steps whose stack has this spectrum.
 
     Args:
         steps: The steps t.
         side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` if of ΣG_tG_tᵀ
             (out × out): the smaller of the two.
-        other_energy: Energy shares of the other side; null where it was not computed. With one step both are equal.
-        other_rank_at: Ranks at the thresholds, likewise.
+        other_energy: Energy fractions of the other side; null if not computed. With one step both sides are equal.
+        other_rank_at: Ranks at the thresholds of the other side.
     """
 
     steps: tuple[int, ...]
@@ -40,7 +40,7 @@ class Stack(Record):
 
 
 class Spectrum(LayerRecord):
-    """The singular values of one ΔW and what follows from them; of ΔW·C^½ or G^½·ΔW·C^½ in another ``metric``.
+    """The singular values of one ΔW and derived quantities; of ΔW·C^½ or G^½·ΔW·C^½ in another ``metric``.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
@@ -49,26 +49,27 @@ class Spectrum(LayerRecord):
         fro: ‖ΔW‖_F, accumulated in float64.
         base_fro: ‖W_base‖_F, likewise; null if the base was not given.
         s: Singular values of ΔW, descending, to 9 significant digits.
-        complete: True if ``s`` holds all min(out, in) of them, or all that can differ from zero (an adapter's r).
-        method: What computed them, such as ``gram`` or ``exact``.
-        energy_error: Bound on the absolute error of every energy fraction in this record, the digits of ``s`` included,
-            for ΔW as it was subtracted: in float32, unless a file is float64, for 2.4e-7 more at the very most.
-        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the values kept.
-        rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the values kept, 0 for a zero update.
+        complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an adapter's r).
+        method: Method of the computation, such as ``gram`` or ``exact``.
+        energy_error: Bound on the absolute error of every energy fraction in this record, including the digits of
+            ``s``, for ΔW as subtracted: in float32, unless a file is float64, which adds at most 2.4e-7.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the kept values.
+        rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the kept values, 0 for a zero update.
         tail: Errors of the best rank-r approximation, by r.
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
         effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
-        resolution: What the files' rounding lets one see.
-        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
-        source: ``update``; or ``gradients``, where ΔW stands for the gradients of several steps, stacked.
-        stack: Which gradients; null for an update.
-        metric: What an energy means. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C = E[xxᵀ] of the
-            layer's input, the mean square of what the update changes in the layer's output. ``kfac``:
-            ‖G^½·ΔW·C^½‖_F² with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s,
-            fro, base_fro (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
+        resolution: Resolution under the rounding of the files.
+        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
+            fits.
+        source: ``update``; or ``gradients`` if ΔW is the stacked gradients of several steps.
+        stack: The stacked gradients; null for an update.
+        metric: Definition of energy. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C = E[xxᵀ] of the
+            layer's input, the mean square of what the update changes in the layer's output. ``kfac``: ‖G^½·ΔW·C^½‖_F²
+            with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s, fro, base_fro
+            (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
         hidden: The update before rounding, estimated from rounding cells; null where that was not asked for, and where
             the files resolve ΔW.
-        weights_fro: ‖ΔW‖_F in another metric than ``weights``; null in that.
+        weights_fro: ‖ΔW‖_F if ``metric`` is not ``weights``; else null.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -201,14 +202,14 @@ class Spectrum(LayerRecord):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with the settings of a run of ``spectrum``; None if nothing is."""
+        """Return why the settings of a run of ``spectrum`` are invalid; None if they are valid."""
         ranks = settings.get("ranks")
         if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
             return "settings.ranks must be a list of ranks"
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the first value at a rank or threshold that the record lacks."""
+        """Return the first missing value at a rank or threshold."""
         asked = [str(rank) for rank in settings.get("ranks", [])]
         lacking = [f"energy.{r}" for r in asked if r not in self.energy]
         lacking += [f"tail.{r}" for r in asked if r not in self.tail]
@@ -217,7 +218,7 @@ class Spectrum(LayerRecord):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return how a run's records are shown: C(r) at its ranks among the rest, in words of its metric."""
+        """Return how a run's records are shown, with C(r) at its ranks and names of its metric."""
         metric = metric_of(records)
         update, weights = NORMS[metric]
         of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
@@ -256,7 +257,7 @@ class Spectrum(LayerRecord):
 
     @property
     def relative(self) -> float | None:
-        """‖ΔW‖ / ‖W_base‖ in the metric; None without a base, or where it is zero."""
+        """‖ΔW‖ / ‖W_base‖ in the metric; None without a base or if it is zero."""
         return self.fro / self.base_fro if self.base_fro else None
 
     @property
@@ -282,5 +283,5 @@ class Spectrum(LayerRecord):
 
     @property
     def spike_to_base(self) -> float | None:
-        """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base, or where it is zero."""
+        """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base or if it is zero."""
         return self.s[0] / self.base_fro if self.base_fro and self.s else None

@@ -1,4 +1,4 @@
-"""``spectrum``: singular values of ΔW, layer by layer."""
+"""``spectrum``: measure the singular values of ΔW, layer by layer."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def spectrum(
 ) -> Results[Spectrum]:
     r"""Measure the spectrum of ΔW = W_tuned − W_base for every weight that both checkpoints have.
 
-    Layers are read one by one, as many at a time as cores and memory have room for.
+    Layers are measured concurrently, as far as cores and memory permit.
 
     Args:
-        base: The checkpoint before: a file, a folder, or a shard index; None only with ``gradients``.
-        tuned: The checkpoint after, or an adapter; None if ``base`` is an adapter to be measured alone.
-        gradients: Snapshots as ``overlap`` takes them. The spectrum is then that of the gradients of all steps,
-            stacked: what a first-order pilot would show before any update exists. ``base`` only gives the names.
+        base: Base checkpoint: a file, a folder, or a shard index; None only with ``gradients``.
+        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter to be measured alone.
+        gradients: Snapshots as in ``overlap``. The spectrum is then that of the stacked gradients of all steps, a
+            first-order estimate before any update exists. ``base`` only gives the names.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Singular
-            values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without a C are left out.
-        kfac: Weigh the other side, too: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
+            values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without C are skipped.
+        kfac: Also weigh the output side: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
         recover: Estimate size, energy curve and ranks of the update before rounding, as ``recover`` does, in layers
             whose files do not resolve it; in the field ``hidden``.
-        ranks: Ranks r at which C(r) and the truncation errors are given.
-        top: Keep only so many of the largest singular values.
+        ranks: Ranks r of C(r) and the truncation errors.
+        top: Number of largest singular values to keep.
         **options: ``SpectrumOptions``.
 
     Returns:
-        All records of the run. Layers whose entries are not finite are in ``left_out``, the rest is measured.
+        All records of the run. Layers with entries that are not finite are in ``left_out``.
 
     Raises:
-        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        UsageError: An option is invalid, or ``output`` exists and may not be replaced.
         InputError: An input cannot be read.
         NothingComparedError: The checkpoints have no weight in common.
 
@@ -105,7 +105,7 @@ def spectrum(
 
 
 def _weighed(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
-    """Return the rest, with the matrices that have nothing to be weighed by; and the others with what they have."""
+    """Split the layers into those without second moments, and those with their weighting."""
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
     if moments is None:
         return pairing, [Layer(delta) for delta in matrices]

@@ -1,4 +1,4 @@
-"""The summary of a spectrum run: what moved, whether the files can show it, and which rank it needs."""
+"""Summary of a spectrum run: size of the change, resolution by the files, and the rank needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ METRICS = {
 
 
 def summary_lines(results: Results[Spectrum]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     moved, ranks = _moving(results), results.run.settings["ranks"]
     lines = [compared(results, *([_measured(results)] if len(results) else []))]
     if metric := METRICS.get(next((record.metric for record in results), "weights")):
@@ -58,7 +58,7 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
 
 
 def _moving(results: Results[Spectrum]) -> list[Spectrum]:
-    """Return the matrices that moved: those that adapters usually target, or else the others."""
+    """Return the changed matrices: those that adapters usually target, or else the others."""
     moved = [record for record in results if record.fro > 0]
     return [record for record in moved if part_of(record.layer) == "matrices"] or moved
 
@@ -76,7 +76,7 @@ def _matrices(number_of: int) -> str:
 
 
 def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> list[str]:
-    """Say how far the weights went, and which of them did."""
+    """State how far the weights changed, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
     if not len(results):
         reasons = Counter(item.reason for item in results.left_out)
@@ -115,12 +115,12 @@ def _how_far(records: Sequence[Spectrum], over: str) -> list[str]:
 
 
 def _is_factored(records: Sequence[Spectrum]) -> bool:
-    """Say whether these are updates of known factors, whose rank is a setting and not a finding."""
+    """Return whether these are updates with known factors, whose rank is a setting, not a result."""
     return all(record.method == "factored" for record in records)
 
 
 def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
-    """Say how much of an adapter's rank is used."""
+    """State how much of an adapter's rank is used."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
     given = sorted({len(record.s) for record in records})
@@ -139,7 +139,7 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
 
 
 def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
-    """Say which rank the update needs, as far as the files can show it."""
+    """State which rank the update needs, as far as the files resolve it."""
     readable = [record for record in moved if record.resolution.verdict != "unresolved"]
     return [
         _files(moved),
@@ -150,7 +150,7 @@ def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[State
 
 
 def _files(moved: Sequence[Spectrum]) -> Statement:
-    """Say whether the files can show the update at all, before any rank is printed."""
+    """State whether the files resolve the update, before any rank is printed."""
     counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
     if counts["resolved"] == len(moved):
@@ -172,7 +172,7 @@ def _files(moved: Sequence[Spectrum]) -> Statement:
 
 
 def _start(moved: Sequence[Spectrum]) -> str:
-    """Say which start of training is assumed or was found, and how many layers were trained in part."""
+    """State which start of training is assumed or was found, and how many layers were trained in part."""
     seen = [record.resolution for record in moved]
     rounded = [each for each in seen if each.start == "rounded" and each.base_rounding is not None]
     unknown = [record for record in moved if record.resolution.start == "unknown"]
@@ -222,7 +222,7 @@ def _verdict_of_start(record: Spectrum) -> str:
 
 
 def _not_resolved(counts: Counter[str]) -> str:
-    """Say how many matrices are not resolved, by verdict and the mark it has in the table."""
+    """State how many matrices are not resolved, by verdict and its mark in the table."""
     words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
     parts = [f"{counts[verdict]} {shown}" for verdict, shown in words.items() if counts[verdict]]
     if len(counts) > 1:
@@ -233,7 +233,7 @@ def _not_resolved(counts: Counter[str]) -> str:
 
 
 def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
-    """Say what each usual rank keeps at the median and at the worst layer, and put a word to it."""
+    """State what each common rank keeps at the median and in the worst layer, with a verdict."""
     if not records:
         return ["these files cannot tell: no matrix is resolved"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
@@ -248,9 +248,9 @@ def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
 
 
 def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:
-    """Return what a rank keeps of the median layer, None if that is not known, and the line that says it.
+    """Return what a rank keeps of the median layer, or None, and the line that states it.
 
-    A layer that is no larger than the rank keeps everything, whatever its update is: it does not count.
+    A layer that is not larger than the rank keeps everything for any update and is not counted.
     """
     larger = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
     shares = {layer: share for layer, share in larger.items() if share is not None}
@@ -287,7 +287,7 @@ def _rank_at_90(records: Sequence[Spectrum]) -> str:
 
 
 def _coverage(results: Results[Spectrum]) -> str:
-    """Say which share of ‖Δ‖² lies in matrices, in vocabulary tables, in norms and biases."""
+    """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases."""
     norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
     for record in results:
         norms[part_of(record.layer)] = math.hypot(norms[part_of(record.layer)], record.fro)

@@ -1,4 +1,4 @@
-"""``verify-merge``: whether a merged checkpoint holds what the adapter says."""
+"""``verify-merge``: check whether a merged checkpoint equals BASE plus the adapter."""
 
 from lora_diag.feature import Feature, Section
 

@@ -1,8 +1,8 @@
-"""What went wrong with a layer that is no merge of W and ΔW: the usual faults, each tried in turn.
+"""Diagnosis of a layer that is not a merge of W and ΔW: common faults, tested one by one.
 
-A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's ΔW: c·ΔW, ΔWᵀ, another expert's ΔW.
-It is believed if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is no more than rounding and 5% of
-‖D'‖. That a layer fails was decided before, entry by entry; what is said here is the likely cause.
+A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's ΔW: c·ΔW, ΔWᵀ, another expert's ΔW. It
+is accepted if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is at most rounding plus 5% of ‖D'‖. The
+failure itself was established entry by entry before; this module only gives the likely cause.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a layer suffers from.
+    """The fault of a layer.
 
     Args:
-        status: In one word.
-        cause: In a sentence.
+        status: Status word.
+        cause: Likely cause, as a sentence.
     """
 
     status: MergeStatus
@@ -74,7 +74,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A failing layer, and how to look at it again.
+    """A failing layer, with functions to check hypotheses on it.
 
     Args:
         layer: Its name.
@@ -124,7 +124,7 @@ def find_fault(look: Look) -> Fault:
 
 
 def _scaled(look: Look) -> Fault | None:
-    """A scale other than 1 that leaves nothing but rounding: no other cause is needed."""
+    """Test a scale other than 1 that leaves only rounding: no other cause is needed."""
     fit = fit_scale(look)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
@@ -139,7 +139,7 @@ def _scaled(look: Look) -> Fault | None:
 
 
 def scaled_precisely(look: Look) -> Fault | None:
-    """A scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
+    """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
 
     In a right merge whose arithmetic was coarser, the entries that 1 does not explain are off in both directions: by
     chance COHERENT of them in one with probability 2·exp(−COHERENT²·FLIPPED/2) = 1e-6 (Hoeffding 1963), and no scale
@@ -162,7 +162,7 @@ def scaled_precisely(look: Look) -> Fault | None:
 
 
 def is_coherent(check: Check) -> bool:
-    """Say whether nearly all that M differs from M* by is in the direction of ΔW, or against it."""
+    """Return whether nearly all differences of M from M* are in the direction of ΔW, or against it."""
     return abs(check.inner - check.ideal) > COHERENT * check.apart
 
 
@@ -193,7 +193,7 @@ class Fit:
     check: Check
 
     def __str__(self) -> str:
-        """Return the factor to the digits that its error leaves, and the error."""
+        """Return the factor with the digits that its error permits, and the error."""
         digits = min(12, max(2, 1 - math.floor(math.log10(max(self.error, 1e-12)))))
         return f"{self.factor:.{digits}f} ± {self.error:.1g}"
 
@@ -226,7 +226,7 @@ def fit_scale(look: Look) -> Fit | None:
 
 
 def _coarse(look: Look) -> Fault | None:
-    """A float32 merge whose ΔW was computed less precisely (bfloat16, TF32) is right, though not to the last bit."""
+    """Test a float32 merge whose ΔW was computed less precisely (bfloat16, TF32): correct, but not exact."""
     if look.rounding.roundoff >= COARSE:
         return None
 
@@ -251,7 +251,7 @@ def _coarse(look: Look) -> Fault | None:
 
 
 def _partial(look: Look) -> Fault | None:
-    """Rows (or columns) that have the update beside others that have none."""
+    """Test rows (or columns) with the update next to others without."""
     for axis, word in enumerate(("rows", "columns")):
         lacking, still = look.found.beyond[axis] > 0, look.found.beyond_base[axis] == 0
         if lacking.any() and not (lacking & ~still).any() and (~still).any():
@@ -260,7 +260,7 @@ def _partial(look: Look) -> Fault | None:
 
 
 def _best(look: Look) -> Fault | None:
-    """Try every usual fault; of those that explain the layer, return the one that leaves fewest entries and least."""
+    """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
     for fault, check in _hypotheses(look):
         near = check.residual <= min(_near(check.expected, check.allowed), look.found.residual / 2)
@@ -293,12 +293,12 @@ def _hypotheses(look: Look) -> Iterator[tuple[Fault, Check]]:
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
-    """Say whether a weight is made of two, by its name."""
+    """Return whether a weight has two halves, by its name."""
     return shape[0] % 2 == 0 and any(word in layer for word in HALVES)
 
 
 def scales(s: float | None, rank: int | None) -> dict[float, str]:
-    """Return the factors c that usual mistakes give, and what they are.
+    """Return the factors c of common mistakes, with their descriptions.
 
     Args:
         s: The adapter's scaling, α/r or α/√r; None if it is not known.
@@ -327,7 +327,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
 
 
 def _nearest_other(look: Look) -> str | None:
-    """Return the layer whose ΔW points most nearly where this one moved, if that is clear; told by the first rows."""
+    """Return the layer whose ΔW is clearly nearest in direction to this layer's change, by the first rows."""
     span = next(row_spans(look.shape))
     observed = look.observed(*span)
     best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
@@ -347,7 +347,7 @@ def _few(look: Look) -> Fault | None:
 
 
 def _rounded_base(look: Look) -> Fault | None:
-    """A merge into a base that was loaded in a shorter dtype than MERGED's."""
+    """Test a merge into a base that was loaded in a shorter dtype than MERGED's."""
     for dtype in (torch.bfloat16, torch.float16):
         if LAYOUT[dtype][2] >= LAYOUT[look.rounding.dtype][2]:
             continue
@@ -359,7 +359,7 @@ def _rounded_base(look: Look) -> Fault | None:
 
 
 def _by_numbers(look: Look) -> Fault:
-    """Say what the norms say where no usual fault explains every entry."""
+    """Describe the norms if no common fault explains every entry."""
     found = look.found
     if not found.expected:
         return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
@@ -382,7 +382,7 @@ def _by_numbers(look: Look) -> Fault:
 
 
 def _drifted(look: Look) -> Fault:
-    """Name the scale where every entry could be a rounding, and all of them together could not."""
+    """Report the scale if every entry alone could be a rounding, but not all together."""
     c, error = look.found.inner / look.found.expected, look.found.scale_error
     return Fault("wrong scale", f"c = {c:.6g} ± {error:.1g}: single entries could be roundings, all together are not")
 

@@ -1,6 +1,6 @@
-"""Did the merge do what the adapter says? One layer's W, ΔW and M → one record.
+"""Check of one merged layer: W, ΔW and M → one record.
 
-It knows what a correct merge is; what an incorrect one may be is in ``merge_faults``.
+Decides whether a merge is correct; ``faults`` diagnoses incorrect ones.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ SWALLOWED = 0.1
 
 @dataclass(frozen=True, slots=True)
 class MergedLayer:
-    """One layer of a merge, as it lies in the files.
+    """One layer of a merge, as stored.
 
     Args:
         layer: Its name in BASE.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
-        base: Where W lies.
-        merged: Where M lies; None if MERGED has no such layer.
+        base: Location of W.
+        merged: Location of M; None if MERGED has no such layer.
         deltas: The adapter's updates of it; several where tied weights are stored once. None at all: M must be W.
         is_matrix: False for 1-D tensors.
-        adapted: Whether the adapter has something to say of it.
+        adapted: Whether the adapter changes it.
         others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
             layers: a list for each of 256 experts would be 65,000 entries a block.
-        missing: Why there is no M.
+        missing: Reason without M.
     """
 
     layer: str
@@ -118,14 +118,14 @@ class MergedLayer:
 
     @property
     def footprint(self) -> int:
-        """At most how many bytes checking it takes, whatever is wrong: blocks, and what is not known by rows."""
+        """Return an upper bound on the memory of the check in bytes: blocks, and what is not available by rows."""
         blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
         thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
         return blocks + thin + self.held
 
     @property
     def held(self) -> int:
-        """At most how many bytes an update takes that is no product of thin factors and is not read by rows."""
+        """Return an upper bound on the memory of updates without thin factors that cannot be read by rows."""
         others = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
         if not others:
             return 0
@@ -137,14 +137,14 @@ class MergedLayer:
 
 
 def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
-    """Hold one layer of MERGED against BASE and the adapter.
+    """Compare one layer of MERGED with BASE and the adapter.
 
     Args:
         task: The layer.
-        memory: Bytes that it may take; None for what it needs.
+        memory: Memory limit in bytes; None without limit.
 
     Returns:
-        What was found; where BASE or the adapter is not finite, that nothing could be.
+        The record; if BASE or the adapter is not finite, a skipped record.
 
     Raises:
         InputError: A file could not be read.
@@ -210,7 +210,7 @@ def _is_clear(task: MergedLayer, right: _Right) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Right:
-    """A right merge that explains a layer: which ΔW in which arithmetic, and the check with it."""
+    """A correct merge that explains a layer: ΔW with its arithmetic, and the check with it."""
 
     addend: Addend
     rounding: Rounding
@@ -218,7 +218,7 @@ class _Right:
 
 
 def _right(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> _Right | None:
-    """Return the right merge that explains every entry and the scale of a layer; None if none does.
+    """Return the correct merge that explains every entry and the scale of a layer; None without one.
 
     Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
     that was rounded itself. Each is tried as such.
@@ -239,7 +239,7 @@ def _right(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
 
 
 def orders(rounding: Rounding) -> Iterator[Rounding]:
-    """Yield the orders in which W, its sum with ΔW and M may have been rounded."""
+    """Yield the possible orders of rounding of W, its sum with ΔW, and M."""
     finer = [dtype for dtype in LAYOUT if LAYOUT[rounding.dtype][2] < LAYOUT[dtype][2] < LAYOUT[torch.float32][2]]
     for first in (None, *rounding.bases):
         for between in (None, *finer):
@@ -257,7 +257,7 @@ def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
 
 
 def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
-    """Say that this file cannot tell the scale to ``RESOLVED``, where it cannot; empty if it can."""
+    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can."""
     assert task.merged is not None
     check = right.check
     exact = isinstance(addend, Whole) and addend.exact
@@ -274,7 +274,7 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
 
 
 def _told_sharply(task: MergedLayer, addend: Addend, rounding: Rounding) -> tuple[MergeStatus, str]:
-    """Tell ΔW from nothing where the tolerance lets both pass, by supposing that ΔW was computed in float32."""
+    """Distinguish ΔW from zero if the tolerance permits both, assuming that ΔW was computed in float32."""
     sharp = check_merge(task.blocks(), task.shape, addend, replace(rounding, roundoff=2.0**-24))
     if sharp.count == 0 and sharp.moved > 0:
         return "ok", ""
@@ -322,13 +322,13 @@ def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -
 
 
 def _on_top(task: MergedLayer, addend: Addend, rounding: Rounding) -> Iterator[Block]:
-    """Yield the blocks of a merge whose W has ΔW in it already, rounded."""
+    """Yield the blocks of a merge whose W already includes ΔW, rounded."""
     for span, (w, m, step) in zip(row_spans(task.shape), task.blocks(), strict=True):
         yield (w.double() + addend.rows(*span)).to(rounding.dtype), m, step
 
 
 def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
-    """Return the sum of a layer's updates, and what is not finite in it.
+    """Return the sum of a layer's updates, and any entry that is not finite.
 
     Args:
         deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
@@ -366,7 +366,7 @@ def _load(delta: Delta) -> Addend:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of the difference between a value that the adapter holds in full and BASE, read when they are needed."""
+    """Rows of the difference between a full value in the adapter and BASE, read on demand."""
 
     delta: StoredDelta
 
@@ -386,12 +386,12 @@ def _not_finite(part: Addend) -> str | None:
 
 
 def _fitted(b: Tensor, rows: int) -> Tensor:
-    """Return B with as many rows as the layer has; new rows are zero."""
+    """Return B with as many rows as the layer; new rows are zero."""
     return torch.cat([b[:rows], b.new_zeros(max(0, rows - len(b)), b.shape[1])])
 
 
 def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
-    """Return how the merge may have rounded, and whether that is a guess because nothing moved."""
+    """Return the possible rounding of the merge, and whether it is a guess because nothing changed."""
     assert task.merged is not None
     dtype, ambiguous = _held(task)
     mantissa = LAYOUT[dtype][2]
@@ -413,12 +413,12 @@ def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
 
 
 def _is_power_of_two(scale: float | None) -> bool:
-    """Say whether scaling a factor rounds nothing."""
+    """Return whether scaling a factor is exact."""
     return bool(scale) and math.frexp(scale or 0.0)[0] in {0.5, -0.5}
 
 
 def _held(task: MergedLayer) -> tuple[torch.dtype, bool]:
-    """Return the dtype whose numbers MERGED holds, told by entries that moved, and whether none did."""
+    """Return the dtype of MERGED's values, determined by changed entries, and whether none changed."""
     assert task.merged is not None
     stored = getattr(torch, task.merged.dtype)
     if task.merged.is_quantized or stored == torch.bfloat16:

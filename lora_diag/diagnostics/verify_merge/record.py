@@ -42,7 +42,7 @@ def _style(status: MergeStatus) -> str:
 
 
 def _differing(records: Sequence[Merge]) -> float | None:
-    """Return the share of entries that no rounding explains, over all layers together."""
+    """Return the fraction of entries that no rounding explains, over all layers."""
     known = [(record.differing, math.prod(record.shape)) for record in records if record.differing is not None]
     total = sum(entries for _, entries in known)
     return sum(differing for differing, _ in known) / total if total else None
@@ -159,12 +159,12 @@ class Merge(LayerRecord):
 
     @property
     def failed(self) -> bool:
-        """Whether MERGED is not what the adapter says."""
+        """Whether MERGED differs from W + ΔW."""
         return self.status not in CORRECT and self.status != "inconclusive"
 
 
 def outcome(records: Iterable[Merge]) -> Outcome:
-    """Return what the layers say of the merge as a whole.
+    """Return the outcome of the merge over its layers.
 
     One failure fails it. A merge in which no adapted layer moved at all cannot be told from a dropped adapter, even
     where rounding explains it; nor can one with an inconclusive layer.

@@ -30,10 +30,10 @@ _LACKING = {"only_in_base", "shape_differs", "not_float"}
 
 @dataclass(frozen=True, slots=True)
 class MergeSettings:
-    """How a layer is checked.
+    """Settings of the check of a layer.
 
     Args:
-        memory: Bytes that a layer may take; None for what it needs.
+        memory: Memory limit of a layer in bytes; None without limit.
     """
 
     memory: int | None = None
@@ -63,7 +63,7 @@ def verify_merge(
         is not. ``results.merge.outcome`` says what they mean together.
 
     Raises:
-        UsageError: An option makes no sense, an input is in the wrong place, or ``output`` would lose something.
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
         InputError: An input cannot be read, or the adapter does not fit ``base``.
         NothingComparedError: The three have no weight in common.
 
@@ -110,7 +110,7 @@ def _size(task: MergedLayer, settings: MergeSettings) -> int:
 def _tasks(
     said: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
 ) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
-    """Align what the adapter says with what MERGED holds, by the layers of BASE.
+    """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Returns:
         One task a layer, in natural order of their names; and what neither side can tell anything of.
@@ -139,7 +139,7 @@ def _tasks(
 
 
 def _by_target(said: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
-    """Return the updates of every layer of MERGED, and those that have none.
+    """Return the updates of every layer of MERGED, and those without a layer.
 
     Tied weights are stored once: where MERGED has no head of its own, its update is part of the embedding's.
     """
@@ -173,7 +173,7 @@ def _task(
 
 
 def _missing(delta: Delta, lacking: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
-    """Return the task of a layer that the adapter changes and MERGED does not have, with the reason."""
+    """Return the task of a layer that the adapter changes and MERGED lacks, with the reason."""
     why = lacking.get(delta.layer) or (lacking.get(delta.base.name) if delta.base is not None else None)
     if delta.base is None or (why is not None and why.reason == "not_float"):
         detail = why.detail if why is not None else "BASE stores it as other than plain numbers"
@@ -185,7 +185,7 @@ def _missing(delta: Delta, lacking: Mapping[str, Unpaired], merged: Path | str) 
 
 
 def _siblings(said: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
-    """Group factored updates by what could be mistaken for another: experts of a block, or the same layer of others."""
+    """Group factored updates that could be confused: experts of a block, or the same layer of other blocks."""
     groups: dict[str, list[FactoredDelta]] = {}
     for delta in said.deltas:
         if isinstance(delta, FactoredDelta):
@@ -203,7 +203,7 @@ def _kind(layer: str) -> str:
 
 
 def _added_rows(said: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
-    """Hold vocabulary rows that MERGED adds against those that the adapter holds in full; return the rest as well."""
+    """Compare vocabulary rows that MERGED adds with those in the adapter; also return the rest."""
     held = {item.layer: item for item in said.unpaired if item.reason == "added_rows" and item.rows is not None}
     tasks, rest = [], []
     for item in done.unpaired:

@@ -1,4 +1,4 @@
-"""The answer to ``verify-merge``: what failed first, what it probably is, and what to do about it."""
+"""Terminal output of ``verify-merge``: failures first, with likely cause and fix."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ SHOWN = 3
 
 
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
-    """Return the table, the worst first; none where no layer was looked at."""
+    """Return the table, the worst status first; empty without layers."""
     rows = _rows(results, per)
     return [grid_of(Merge.shown, rows, per)] if rows else []
 
 
 def _rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
-    """Group the layers by name and status; those that are not adapted and as they should be are one row."""
+    """Group the layers by name and status; unchanged layers without an adapter are one row."""
     groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
     for record in results:
         name = short(module_type_of(record.layer) if per == "type" else record.layer)
@@ -61,7 +61,7 @@ _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     lines = [compared(results, *_measured(results))]
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
@@ -124,7 +124,7 @@ def _why_inconclusive(adapted: Sequence[Merge]) -> str:
 
 
 def _faults(results: Results[Merge]) -> list[Statement]:
-    """Return one line for every status that fails, with its layers, its cause and the way out."""
+    """Return one line for every failing status, with its layers, cause and fix."""
     lines = []
     for status in ORDER:
         records = [record for record in results if record.status == status and record.failed]
@@ -150,7 +150,7 @@ def _right(results: Results[Merge]) -> list[Merge]:
 
 
 def _rounding(results: Results[Merge]) -> str:
-    """Say what the dtype of MERGED left of the update where the merge is right."""
+    """State how much of the update the dtype of MERGED kept where the merge is correct."""
     right = _right(results)
     if not right:
         return "not shown: no adapted layer is right"

@@ -1,4 +1,4 @@
-"""``probe activations``: second moments of the layers' inputs on a user's own text, for ``--activations``."""
+"""``probe activations``: second moments of layer inputs on a text, for ``--activations``."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ def probe_activations(
 ) -> Activations:
     r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
 
-    With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square of what an update changes in the layer's output.
+    With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square change of the layer's output due to the update.
 
     Args:
-        base: The model whose inputs are recorded: a folder that transformers can open, or a Hub id.
+        base: Model whose layer inputs are recorded: a folder that transformers can open, or a Hub id.
         data: A text or JSONL file.
         output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
-        output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss by each output of a layer,
-            for K-FAC's metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Takes a backward pass.
-        labels: Of that loss: ``data`` for the text's own, ``model`` for labels drawn from the model.
-        seed: Of what is drawn.
-        overwrite: Replace a file in the place of ``output``.
+        output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss with respect to each output
+            of a layer, for the K-FAC metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Needs a
+            backward pass.
+        labels: Labels of that loss: ``data`` for those of the text, ``model`` for labels sampled from the model.
+        seed: Seed of the sampled labels.
+        overwrite: Replace an existing ``output``.
         **options: ``ActivationsOptions``.
 
     Returns:
-        What was recorded, layer by layer, and what was not.
+        The recorded and the skipped layers.
 
     Raises:
-        UsageError: An option makes no sense, or ``output`` is there already.
+        UsageError: An option is invalid, or ``output`` exists.
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
     """
@@ -102,7 +103,7 @@ def probe_activations(
 
 
 def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the selected linear layers, by their names in the model, with those in BASE; and what is left out, why."""
+    """Return the selected linear layers by their names in the model, with those in BASE; and the skipped ones."""
     weights, linear = Weights(model.module), linear_layers(model.module)
     known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
     names = {name: known[name] for name in linear if name in known and selected(known[name])}

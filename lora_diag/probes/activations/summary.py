@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe activations``."""
+"""Terminal output of ``probe activations``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_diag.rendering.text import count, named, safe, short
 def activations_table(
     recorded: Activations, width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return what was recorded, one row a module ``type`` (medians) or one a ``layer``, and a summary."""
+    """Return the table of recorded layers, one row per module ``type`` (medians) or per ``layer``, and a summary."""
     rows = rows_of(recorded.layers, per)
     return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, then)
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:
-    """Return the summary: of what model and text, what was recorded, and what was left out."""
+    """Return the statements: model and text, recorded layers, and skipped layers."""
     sums = sum(item.shares is None for item in recorded.layers)
     few = [item for item in recorded.layers if item.rows < item.size]
     found = [

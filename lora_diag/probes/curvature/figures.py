@@ -1,4 +1,4 @@
-"""`curvature`: what a truncation costs, as measured, as the second-order model says, and as its bound allows."""
+"""`curvature`: loss gap of a truncation as measured, by the second-order model, and its upper bound."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def curvature(
     """Draw the gap of each truncation on a logarithmic axis: measured, predicted, and bounded from above.
 
     Args:
-        results: Of ``probe curvature``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe curvature``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
-        The Axes drawn on; of a run at BASE, which truncates nothing, the largest eigenvalues of the layers instead.
+        The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers.
     """
     records = list(results.whole if isinstance(results, Results) else results)
     sets = _sets(records)
@@ -74,7 +74,7 @@ def curvature(
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the gaps, one panel a set, and the largest eigenvalue of each layer where they were computed."""
+    """Return the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
     runs = [(one.label, [r for r in one.whole if isinstance(r, Curvature | LossBound)]) for one in series]
     everything = [record for _, records in runs for record in records]
     sets = _sets(everything)
@@ -113,7 +113,7 @@ def _is_bound(records: Iterable[Curvature | LossBound]) -> bool:
 
 
 def _bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBound]:
-    """Return the truncations of a set as far along as any was measured, by rank."""
+    """Return the truncations of a set at the farthest measured point, by rank."""
     mine = [record for record in records if isinstance(record, LossBound) and record.set == name]
     along = max((record.along for record in mine), default=1.0)
     return sorted((record for record in mine if record.along == along), key=lambda record: record.rank)
@@ -152,7 +152,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, loo
 
 
 def _finding(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
-    """Name a set with what model and bound are of the measured gap."""
+    """Return the label of a set with the ratios of model and bound to the measured gap."""
     called = name_of(name)
     found = [record for records in runs for record in records if record.gap > 0]
     if len(runs) > 1 or not found:
@@ -163,7 +163,7 @@ def _finding(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> s
 
 
 def _span(ratios: Sequence[float]) -> str:
-    """Return from where to where, to two digits."""
+    """Return a range to two digits."""
     low, high = (_short(ratio) for ratio in (min(ratios), max(ratios)))
     return low if low == high else f"{low} to {high}"
 
@@ -174,7 +174,7 @@ def _short(ratio: float) -> str:
 
 
 def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
-    """Return the largest eigenvalues of the layers; without such their traces, and what the panel is called."""
+    """Return the largest eigenvalues of the layers, else their traces, and the title of the panel."""
     found = [
         (category(number), record)
         for number, (_, records) in enumerate(runs)

@@ -1,8 +1,8 @@
-"""How the loss bends: Hessian-vector products of a model's mean loss on a set, and what they say of an update.
+"""Curvature of the loss: Hessian-vector products of a model's mean loss on a set, and derived quantities.
 
-A product is one backward pass through a gradient (Pearlmutter 1994), so it works for every model that torch can
-differentiate twice. Forward mode, as in curvlinops 3.0, stops at SiLU, which every Llama has; the tests hold these
-products against curvlinops where it runs, and against dense Hessians.
+A product is one backward pass through a gradient (Pearlmutter 1994), which works for every model that torch can
+differentiate twice. Forward mode, as in curvlinops 3.0, does not support SiLU, used by every Llama; the tests compare
+these products with curvlinops where it runs, and with dense Hessians.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the model has a layer: a parameter, or one expert of a stack."""
+    """Location of a layer in the model: a parameter, or one expert of a stack."""
 
     parameter: nn.Parameter
     index: int | None
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return the layer's part of a tensor of the parameter's shape."""
+        """Return the layer's part of a tensor with the parameter's shape."""
         return whole if self.index is None else whole[self.index]
 
 
 class Curved:
-    """The loss of a model as a function of some layers: its gradient, and products with its Hessian or GGN.
+    """The loss as a function of selected layers: its gradient, and products with its Hessian or GGN.
 
-    The loss is the mean negative log-likelihood over the predictions of the set. All else of the model stays as it is.
+    The loss is the mean negative log-likelihood over the predictions of the set. All other weights are constant.
 
     Args:
-        model: In evaluation mode, float32.
+        model: The model in evaluation mode, float32.
         texts: The set.
         size: Sequences in a batch; products are summed over batches.
         layers: Their shapes, by their names in BASE.
@@ -74,7 +74,7 @@ class Curved:
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors are."""
+        """Device of the vectors."""
         return self._model.device
 
     @property
@@ -83,7 +83,7 @@ class Curved:
         return sum(out * into for out, into in self.layers.values())
 
     def only(self, layer: str) -> Curved:
-        """Return the same loss as a function of one layer alone."""
+        """Return the same loss as a function of one layer."""
         shapes = {layer: self.layers[layer]}
         return Curved(self._model, self._texts, self._size, shapes, self._matrix, self._after)
 
@@ -113,13 +113,13 @@ class Curved:
         return self._sum(lambda loss, logits: torch.autograd.grad(loss, self._parameters, materialize_grads=True))
 
     def product(self, vector: Tensor) -> Tensor:
-        """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss in the logits; ``(n,)``."""
+        """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss with respect to the logits; ``(n,)``."""
         step = _hessian_product if self._matrix == "hessian" else _ggn_product
         vectors = self._spread(vector)
         return self._sum(lambda loss, logits: step(loss, logits, self._parameters, vectors))
 
     def ends(self, count: int, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
-        """Return the ``count`` largest eigenpairs (fewer where there are fewer), and the smallest one.
+        """Return the ``count`` largest eigenpairs, or all if there are fewer, and the smallest one.
 
         Raises:
             InputError: Lanczos did not converge, or a product is not finite.
@@ -129,7 +129,7 @@ class Curved:
         return top, eigenpairs(self.product, n, 1, "smallest", seed, device, float(top.values[0]))
 
     def _sum(self, step: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
-        """Sum what a step gives for each batch, over the number of predictions."""
+        """Sum the results of a step over batches, divided by the number of predictions."""
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
         predictions = 0
         with _differentiable(self._parameters):
@@ -149,7 +149,7 @@ class Curved:
         return self.flat(parts) / predictions
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
-        """Return a vector as tensors of the parameters' shapes, zero where a parameter is not of these layers."""
+        """Return a vector as tensors of the parameters' shapes, zero for other parameters."""
         found = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
         for layer, part in self.split(vector).items():
             place = self._places[layer]
@@ -172,7 +172,7 @@ def _places(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[st
 
 @contextmanager
 def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Ask for gradients of these parameters alone, by attention that can be differentiated twice."""
+    """Enable gradients of these parameters only, with attention that can be differentiated twice."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -218,7 +218,7 @@ class Trace:
     """Hutchinson's estimate of a trace.
 
     Args:
-        mean: Of xᵀHx over random signs x.
+        mean: Mean of xᵀHx over random signs x.
         error: Its standard error; None for one x.
     """
 
@@ -235,7 +235,7 @@ def traces(curved: Curved, probes: int, seed: int) -> tuple[Trace, dict[str, Tra
     Args:
         curved: The loss.
         probes: Random vectors.
-        seed: Of their signs.
+        seed: Seed of their signs.
 
     Reference:
         Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix".
@@ -266,14 +266,14 @@ def projected(gradient: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squared: float) -> Surrogate:
-    """Say how few eigenpairs, and what matrix rank, hold a projected gradient.
+    """Return how many eigenpairs, and which matrix rank, hold most of a projected gradient.
 
     Args:
-        coefficients: Of all eigenpairs in their order, ``(k,)``.
+        coefficients: Coefficients of all eigenpairs in order, ``(k,)``.
         matrix: The projected gradient of this layer, ``(out, in)``.
         joint: Whether the eigenpairs are those of all layers together.
-        size: Number of parameters in which they live.
-        squared: ‖g‖² of what was projected.
+        size: Number of parameters of the eigenvectors.
+        squared: ‖g‖² of the projected gradient.
     """
     held = coefficients.double().square().cumsum(0)
     s = torch.linalg.svdvals(matrix.double())

@@ -1,4 +1,4 @@
-"""Records of ``probe curvature``: how the loss bends around a point, and what that says of a truncated update."""
+"""Records of ``probe curvature``: curvature of the loss at a point, and its prediction for a truncated update."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Surrogate(Record):
 
     Args:
         eigenpairs: K.
-        joint: Whether the eigenvectors are those of all layers together, cut to this layer; else of its own block.
-        share: ‖P‖²/‖g‖² of what was projected: all layers together where ``joint``, else this layer.
-        random: What a random K-dimensional space would hold of it, K over the number of parameters.
+        joint: Whether the eigenvectors are those of all layers jointly, restricted to this layer; else of its own
+            block.
+        share: ‖P‖²/‖g‖² of the projected gradient: of all layers if ``joint``, else of this layer.
+        random: Expected fraction in a random K-dimensional space, K over the number of parameters.
         pairs_at: The smallest m such that the first m eigenpairs hold 90% of ‖P‖²; null if P is 0.
         rank_at: Matrix rank of P at 90%, 95% and 99% of its energy; null if P is 0.
-        rank: rank(P) to rounding: no more than K times the rank of an eigenvector's matrix.
+        rank: rank(P) up to rounding: at most K times the rank of an eigenvector's matrix.
     """
 
     eigenpairs: int
@@ -49,25 +50,25 @@ def _trace_error(records: Sequence[Curvature]) -> float | None:
 class Curvature(WholeRecord):
     """Curvature of the loss at one point: of one layer, or of all layers jointly.
 
-    The loss is the mean negative log-likelihood over the predictions of the evaluation set, dropout off.
+    The loss is the mean negative log-likelihood over the predictions of the evaluation set, without dropout.
 
     Args:
         set: The evaluation set, by its file's name.
         data: Hash of the evaluation file.
-        tokens: Predictions that the loss is the mean of.
+        tokens: Number of predictions in the mean loss.
         layer: The weight's name in BASE; null for all layers jointly.
-        at: Where: ``base`` or ``tuned``.
+        at: The point: ``base`` or ``tuned``.
         matrix: ``hessian`` or ``ggn``, the generalised Gauss–Newton matrix.
         params: Number of parameters n.
-        loss: At the point, in nats.
+        loss: Loss at the point, in nats.
         gradient: ‖∇L‖.
-        eigenvalues: The largest, descending; empty where they were not computed for this layer.
-        residual: Of the largest, ‖Hv − λv‖: an eigenvalue lies within so much of it.
-        smallest: The smallest eigenvalue μ; null where it was not computed.
+        eigenvalues: The largest eigenvalues, descending; empty if not computed for this layer.
+        residual: ‖Hv − λv‖ of the largest; an eigenvalue lies within this distance of λ.
+        smallest: The smallest eigenvalue μ; null if not computed.
         trace: Hutchinson's estimate of tr(H).
         trace_error: Its standard error; null with one random vector.
-        products: Hessian-vector products that the eigenvalues took.
-        surrogate: Of the gradient; null elsewhere than at BASE.
+        products: Number of Hessian-vector products for the eigenvalues.
+        surrogate: Surrogate from the gradient; null except at BASE.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "layer", "at", "matrix")
@@ -100,35 +101,35 @@ class Curvature(WholeRecord):
 
     @property
     def largest(self) -> float | None:
-        """The largest eigenvalue λ; None where it was not computed."""
+        """The largest eigenvalue λ; None if not computed."""
         return self.eigenvalues[0] if self.eigenvalues else None
 
     @property
     def strongly_convex(self) -> bool:
-        """Whether μ is above zero by more than rounding of float32 can make it: 1e-4 of λ."""
+        """Whether μ is above zero by more than float32 rounding, 1e-4 of λ."""
         return self.smallest is not None and self.smallest > 1e-4 * abs(self.eigenvalues[0])
 
 
 class LossBound(WholeRecord):
-    """What a truncation costs, by the second-order model at TUNED and as measured, on the same sequences.
+    """Loss of a truncation by the second-order model at TUNED, and as measured on the same sequences.
 
-    E = t(ΔW_r − ΔW) over all truncated layers jointly, and L(W) the loss; everything else is as in TUNED.
+    E = t(ΔW_r − ΔW) over all truncated layers jointly, and L(W) the loss; all other weights are those of TUNED.
 
     Args:
         set: The evaluation set.
         data: Hash of the evaluation file.
-        tokens: Predictions that the loss is the mean of.
+        tokens: Number of predictions in the mean loss.
         rank: r.
-        along: t, how far on the way from TUNED (0) to the truncated update (1).
+        along: t, the fraction of the distance from TUNED (0) to the truncated update (1).
         tail_energy: ‖E‖² = t²·Σ_{i>r}σ_i² over all truncated layers.
         linear: ⟨∇L, E⟩.
         quadratic: ½⟨E, HE⟩.
         upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
-        lower: (μ/2)‖E‖² with μ the smallest eigenvalue where that is positive; else null.
+        lower: (μ/2)‖E‖² with μ the smallest eigenvalue if that is positive; else null.
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian at W_tuned + E.
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.
-        gap_error: Its standard error as a gap on other text of the kind; it has none on this set.
+        gap_error: Its standard error over other text of the distribution; on this set the gap is exact.
         holds: Whether ``gap`` ≤ ``linear`` + ``upper``.
     """
 
@@ -164,15 +165,15 @@ class LossBound(WholeRecord):
 
     @property
     def predicted(self) -> float:
-        """⟨∇L, E⟩ + ½⟨E, HE⟩, the second-order model's gap."""
+        """⟨∇L, E⟩ + ½⟨E, HE⟩, the gap of the second-order model."""
         return self.linear + self.quadratic
 
     @property
     def predicted_ratio(self) -> float | None:
-        """``predicted`` over ``gap``; None where the gap is nothing."""
+        """``predicted`` over ``gap``; None if the gap is zero."""
         return self.predicted / self.gap if abs(self.gap) >= 1e-6 else None
 
     @property
     def upper_ratio(self) -> float | None:
-        """``upper`` over ``gap``; None where the gap is nothing or below zero."""
+        """``upper`` over ``gap``; None if the gap is not positive."""
         return self.upper / self.gap if self.gap >= 1e-6 else None

@@ -1,4 +1,4 @@
-"""``probe curvature``: how the loss bends, and what that says of truncating an update."""
+"""``probe curvature``: measure the curvature of the loss and its prediction for truncations."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def probe_curvature(
     tuned: Path | str | None = None,
     **options: Unpack[CurvatureOptions],
 ) -> Results[Any]:
-    r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and hold the loss bound against the measured gap.
+    r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and compare the loss bound with the measured gap.
 
     For every rank, with E = ΔW_r − ΔW over all truncated layers: ⟨∇L, E⟩, ½⟨E, HE⟩, (λ/2)‖E‖² = (λ/2)Σ_{i>r}σ_i², and
-    L(W_0 + ΔW_r) − L(W_tuned) as measured on the same sequences. Without TUNED everything is at BASE, and the gradient
-    is projected on the top eigenpairs instead.
+    L(W_0 + ΔW_r) − L(W_tuned) measured on the same sequences. Without TUNED all quantities are at BASE, and the
+    gradient is projected on the top eigenpairs instead.
 
     Args:
-        base: The model before: a folder that transformers can open, or a Hub id.
-        tuned: The model after, or an adapter; None for the curvature at BASE.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        tuned: Fine-tuned checkpoint or adapter; None for the curvature at BASE.
         evaluate: One text or JSONL file; the mean negative log-likelihood of all its predictions is differentiated.
-        ranks: Ranks r; 0 takes the truncated layers back to ``base``.
-        along: Shares t of the way from TUNED to the truncated update; 1 is added.
-        eigenvalues: How many of the largest eigenvalues.
-        trace_vectors: Random vectors of the trace's estimate.
-        ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian but for the part that
-            comes from the model's own curvature, never negative.
-        granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` for those of every layer's own block, too.
-        seed: Of Lanczos' start and of the trace's random vectors.
+        ranks: Ranks r; 0 restores the truncated layers of ``base``.
+        along: Fractions t of the distance from TUNED to the truncated update; 1 is added.
+        eigenvalues: Number of largest eigenvalues.
+        trace_vectors: Number of random vectors of the trace estimate.
+        ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without the part from the
+            model's own curvature, never negative definite.
+        granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every layer's own block.
+        seed: Seed of the Lanczos start and of the random vectors of the trace.
         **options: ``CurvatureOptions``.
 
     Returns:
         The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank.
 
     Raises:
-        UsageError: An option makes no sense, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
+        UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
             extra ``train`` is not installed.
         InputError: An input cannot be read, transformers cannot open BASE, or Lanczos did not converge.
         NothingComparedError: No matrix is selected.
@@ -114,10 +114,10 @@ def probe_curvature(
 
 
 def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:
-    """Refuse numbers that make no sense; return the points on the way, the end among them.
+    """Check numeric options; return the points between TUNED and the truncation, including the end.
 
     Raises:
-        UsageError: There are such.
+        UsageError: An option is invalid.
     """
     if not all(0 < t <= 1 for t in along):
         raise UsageError(f"--along {','.join(f'{t:g}' for t in along)}: shares of the way must lie in (0, 1]")
@@ -130,10 +130,10 @@ def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[flo
 
 
 def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
-    """Return the matrices of BASE outside embeddings and head that are selected and that the model has.
+    """Return the selected matrices of BASE outside embeddings and head that the model uses.
 
     Raises:
-        NothingComparedError: There is none.
+        NothingComparedError: No matrix is selected.
     """
     selected, weights, stored = selector(**selection), Weights(model.module), open_checkpoint(base)
     found = {
@@ -159,7 +159,7 @@ def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftO
 
 
 def _todo(kept: Kept[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
-    """Return the ranks that truncate something and are not measured yet."""
+    """Return the ranks that truncate a layer and are not measured yet."""
     done = {record.rank for record in kept.records if isinstance(record, LossBound)}
     largest = max(min(shape) for shape in chosen.values())
     return [rank for rank in ranks if rank < largest and rank not in done]
@@ -168,7 +168,7 @@ def _todo(kept: Kept[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, in
 def _measure(
     point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: Kept[Any], batches: int
 ) -> None:
-    """Measure what is not in the file yet: the joint curvature, the layers, the ranks."""
+    """Measure what is not in the file yet: joint curvature, layers, ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
     curved, watch = point.curved, kept.watch
     missing = [layer for layer in curved.layers if layer not in done]
@@ -193,7 +193,7 @@ def _measure(
 def _cost(
     point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], way: list[float]
 ) -> tuple[int, str]:
-    """Time one product; return about how many there will be, and a note of what the run will take."""
+    """Time one product; return the estimated number of products, and a note on the duration."""
     start = time.perf_counter()
     point.curved.product(point.curved.weights())
     took = time.perf_counter() - start
@@ -210,5 +210,5 @@ def _cost(
 
 
 def _products(count: int) -> int:
-    """Return about how many products Lanczos takes for so many eigenpairs."""
+    """Estimate the number of products that Lanczos needs for a number of eigenpairs."""
     return 25 + 5 * count

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe curvature``: how the loss bends, and what the loss bound is worth."""
+"""Terminal output of ``probe curvature``: curvature of the loss, and quality of the loss bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOOSE = 100.0
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: how the loss bends, and what the model and the bound of a truncation are worth."""
+    """Return the statements: curvature of the loss, and quality of the model and the bound of a truncation."""
     joint, layers, bounds = _parts(results)
     found = []
     if joint is not None:
@@ -41,7 +41,7 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table of curvatures, one row a module ``type`` or a ``layer``, and that of the bounds by rank."""
+    """Return the table of curvatures, one row per module ``type`` or ``layer``, and that of bounds by rank."""
     joint, layers, bounds = _parts(results)
     return [
         *([_curvatures(joint, layers, per)] if joint is not None else []),
@@ -152,7 +152,7 @@ def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
 
 
 def _model(bounds: Sequence[LossBound]) -> str:
-    """Say from which rank on, and how near to TUNED, the second-order model predicts the gap."""
+    """State from which rank on, and how near to TUNED, the second-order model predicts the gap."""
     lines = []
     for along in sorted({record.along for record in bounds}, reverse=True):
         mine = [record for record in bounds if record.along == along and abs(record.gap) > 1e-6]
@@ -204,7 +204,7 @@ def _lower(joint: Curvature) -> str:
 
 
 def _surrogate(layers: Sequence[Curvature]) -> str:
-    """Say what the top eigenpairs hold of the gradient, and which rank that asks for."""
+    """State the fraction of the gradient in the top eigenpairs, and the rank that it suggests."""
     found = [(record, record.surrogate) for record in layers if record.surrogate is not None]
     if not found:
         return "not measured yet"

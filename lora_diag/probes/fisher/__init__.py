@@ -1,4 +1,4 @@
-"""``probe fisher``: the Fisher information of what a truncation discards."""
+"""``probe fisher``: Fisher information of the part that a truncation discards."""
 
 from lora_diag.feature import Feature, Figure, Section
 

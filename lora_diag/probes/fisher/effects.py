@@ -1,4 +1,4 @@
-"""What a change of a model's weights does to its loss and its probabilities on a text, beside the model before."""
+"""Effect of a weight change on a model's loss and probabilities on a text, relative to the unchanged model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGIT_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Before:
-    """A model on a text: its losses, and its logits of every sequence."""
+    """The unchanged model on a text: its losses, and its logits of every sequence."""
 
     losses: Losses
     logits: tuple[Tensor, ...]
@@ -28,7 +28,7 @@ class Before:
 
 @torch.no_grad()
 def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> Before:
-    """Run a model on a text and keep what it says.
+    """Run a model on a text and keep its logits.
 
     Raises:
         InputError: Its logits take too much memory.
@@ -54,7 +54,7 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
 
 @torch.no_grad()
 def effect(model: Model, texts: Texts, before: Before, size: int, after: Callable[[], None]) -> Effect:
-    """Run the changed model on the same text, and return what the change did."""
+    """Run the changed model on the same text, and return the effect of the change."""
     sums = list[float]()
     kl = 0.0
     place = 0

@@ -1,4 +1,4 @@
-"""`fisher`: which number orders the layers as truncating each alone does; or what each type's tail may cost."""
+"""`fisher`: rank correlation of predictors with the effect of truncating each layer, or the expected cost of tails."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LEAST = 1e-5
 
 
 def lacks(records: Sequence[Fisher], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+    """Return why nothing can be drawn; None if it can."""
     return None if any(max(record.fisher, default=0.0) > 0 for record in records) else "no tail moves the loss"
 
 
@@ -47,10 +47,10 @@ def fisher(
     """Draw Spearman's ρ of each predictor with the measured KL, over the ranks; or ½F(r) of each module type.
 
     Args:
-        results: Of ``probe fisher``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        per: ``layer`` for the correlations over layers, where they were measured; ``type`` for the tails of types.
-        within: Whether layers are compared within their module types only.
+        results: Results of ``probe fisher``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        per: ``layer`` for correlations over layers, if measured; ``type`` for tails of module types.
+        within: Whether to compare layers within their module types only.
 
     Returns:
         The Axes drawn on.
@@ -68,7 +68,7 @@ def fisher(
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return one or two panels a run of correlations, or one of tails where nothing was measured or types are asked."""
+    """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
     found = [_correlations(one.records) if options.per == "layer" else [] for one in series]
     types = _types([r for one, known in zip(series, found, strict=True) if not known for r in one.records])
     panels: list[tuple[str, Draw]] = []
@@ -117,7 +117,7 @@ def _mark(number: int, width: float) -> dict[str, Any]:
 
 
 def _finding(found: Sequence[Correlations], place: int) -> str:
-    """Say which predictor is best at the middle rank, and by how much the next."""
+    """Return the best predictor at the middle rank, and its lead over the next."""
     at = found[len(found) // 2]
     known = sorted(((both[place], name) for name, both in at.kl.items() if both[place] is not None), reverse=True)
     n = at.grouped if place else at.n
@@ -129,7 +129,7 @@ def _finding(found: Sequence[Correlations], place: int) -> str:
 
 
 def _types(records: Sequence[Fisher]) -> dict[str, str]:
-    """Return the module types whose updates matter most with their colours; the others share the last."""
+    """Return the module types with the largest updates and their colours; the others share the last."""
     sums: dict[str, float] = {}
     for record in records:
         kind = module_type_of(record.layer)

@@ -1,7 +1,7 @@
 r"""The exact Fisher of what truncation discards of a layer: Σ_s ⟨∇ℓ_s, T_r⟩², T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i v_iᵀ.
 
 No gradient of a weight is formed. In a linear layer ∇ℓ_s = Σ_t g_t x_tᵀ over the tokens of sequence s, with x the input
-and g the gradient by the output, so that
+and g the gradient with respect to the output, so that
 
     ⟨∇ℓ_s, T_r⟩ = Σ_{i>r} a_{s,i},    a_{s,i} = σ_i Σ_t (u_iᵀ g_t)(v_iᵀ x_t),
 
@@ -31,7 +31,7 @@ PASS_BYTES = 2 * 2**30
 
 @dataclass
 class Tail:
-    """One layer's ΔW = Σσ_i u_i v_iᵀ, and what is summed up of it.
+    """One layer's ΔW = Σσ_i u_i v_iᵀ, and its running sums.
 
     Args:
         module: The layer.
@@ -45,7 +45,7 @@ class Tail:
         total: Σ_s ⟨∇ℓ_s, T_r⟩.
         xx: Σ (Vᵀx)(Vᵀx)ᵀ.
         gg: Σ (Uᵀg)(Uᵀg)ᵀ.
-        tokens: How many inputs there were.
+        tokens: Number of inputs.
         problem: Why the layer cannot be measured; empty if it can.
     """
 
@@ -63,7 +63,7 @@ class Tail:
     _alone: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Begin at zero."""
+        """Initialize the sums."""
         k, like = len(self.s), self.outer
         self.squares, self.total = like.new_zeros(k + 1), like.new_zeros(k + 1)
         self.xx, self.gg = like.new_zeros(k, k), like.new_zeros(k, k)
@@ -72,8 +72,8 @@ class Tail:
         """Add the inputs of a batch, and return Vᵀx of every token ``(sequences, tokens, k)``.
 
         Args:
-            x: ``(sequences, tokens, in)``, or ``(sequences, in)`` where there is one a sequence.
-            mask: Which tokens are no padding, ``(sequences, tokens)``.
+            x: ``(sequences, tokens, in)``, or ``(sequences, in)`` with one input per sequence.
+            mask: True for tokens other than padding, ``(sequences, tokens)``.
         """
         if x.shape[:-1] == mask.shape[:1]:
             x, mask = x[:, None], torch.ones_like(mask[:, :1])
@@ -87,7 +87,7 @@ class Tail:
         return inner
 
     def take_gradient(self, g: Tensor, inner: Tensor) -> None:
-        """Add the output gradients of a batch, given what ``take_input`` returned; padding has none."""
+        """Add the output gradients of a batch, given the result of ``take_input``; padding has none."""
         outer = g.detach().to(torch.float64).reshape(*inner.shape[:2], -1) @ self.outer
         rows = outer.reshape(-1, outer.shape[-1])
         self.gg.addmm_(rows.T, rows)
@@ -95,7 +95,7 @@ class Tail:
         self._alone = alone if self._alone is None else self._alone + alone  # a layer may be used several times
 
     def end_batch(self) -> None:
-        """Square what each sequence adds up to."""
+        """Add the square of each sequence's sum."""
         if self._alone is not None:
             tails = torch.cat([self._alone.flip(1).cumsum(1).flip(1), self._alone.new_zeros(len(self._alone), 1)], 1)
             self.squares += (tails**2).sum(0)
@@ -116,7 +116,7 @@ def _tails(values: Tensor) -> Tensor:
 
 
 def tail_of(module: nn.Module, factors: Factors) -> Tail:
-    """Return a layer with the singular vectors of its update, on the sides that they act on."""
+    """Return a layer with the singular vectors of its update, on their sides of the layer."""
     assert factors.u is not None
     assert factors.vh is not None
     where = next(module.parameters()).device
@@ -126,13 +126,13 @@ def tail_of(module: nn.Module, factors: Factors) -> Tail:
 
 
 def bytes_of(shape: tuple[int, int]) -> int:
-    """Return what one layer's singular vectors and sums take during a pass."""
+    """Return the memory of one layer's singular vectors and sums during a pass."""
     k = min(shape)
     return 8 * k * (sum(shape) + 2 * k)
 
 
 def groups_of(layers: Mapping[str, tuple[int, int]], most: int = PASS_BYTES) -> Iterator[list[str]]:
-    """Yield the layers of each pass over the text, by what they take.
+    """Yield the layers of each pass over the text, grouped by memory.
 
     >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, most=2 * 8 * 8 * 32)]
     [2, 1]
@@ -152,18 +152,18 @@ def groups_of(layers: Mapping[str, tuple[int, int]], most: int = PASS_BYTES) -> 
 def add_up(
     model: Model, texts: Texts, tails: Mapping[str, Tail], size: int, draw: Draw, after: Callable[[], None]
 ) -> int:
-    """Run a text forward and back, and add up what each layer's tail is to the gradients of its sequences.
+    """Run a text forward and backward, and accumulate each layer's products with the gradients of its sequences.
 
     Args:
         model: TUNED.
         texts: The text.
         tails: By layer.
-        size: Sequences in a batch; they are taken by length, so that there is little padding.
-        draw: Which labels the loss is taken against.
+        size: Sequences per batch, sorted by length to reduce padding.
+        draw: Returns the labels of the loss.
         after: Called after every batch.
 
     Returns:
-        How many predictions there were.
+        The number of predictions.
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
 

@@ -9,13 +9,13 @@ from lora_diag.records.shown import Shown
 
 
 class Effect(Record):
-    """What truncating one layer alone did on held-out text.
+    """Effect of truncating one layer alone on held-out text.
 
     Args:
-        loss: In nats a prediction.
+        loss: Loss in nats per prediction.
         gap: Loss minus that of TUNED, on the same predictions.
-        gap_error: Standard error of ``gap``, from the paired differences of sequences taken as independent; null for
-            one sequence.
+        gap_error: Standard error of ``gap``, from paired differences of sequences, assumed independent; null for one
+            sequence.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
     """
 
@@ -26,27 +26,27 @@ class Effect(Record):
 
 
 class Fisher(WholeRecord):
-    """What discarding the tail T_r = ΔW − ΔW_r of one layer is expected to cost, r by r.
+    """Expected cost of discarding the tail T_r = ΔW − ΔW_r of one layer, by r.
 
     ℓ_s is the summed negative log-likelihood of sequence s at TUNED, N the number of predictions of all sequences.
 
     Args:
         layer: The weight's name in BASE.
-        shape: ``(out, in)`` as it is stored.
-        set: The text that the gradients are of, by its file's name.
-        labels: ``data`` for the text's own labels (the empirical Fisher), ``model`` for labels drawn from TUNED.
-        sequences: How many gradients.
+        shape: ``(out, in)`` as stored.
+        set: File name of the text of the gradients.
+        labels: ``data`` for the text's own labels (the empirical Fisher), ``model`` for labels sampled from TUNED.
+        sequences: Number of gradients.
         predictions: N.
-        tokens: Inputs of the layer that C and G are means over.
+        tokens: Number of layer inputs in the means C and G.
         fro: ‖ΔW‖_F.
         fisher: F(0), F(1), …: Σ_s⟨∇ℓ_s, T_r⟩²/N for every rank, to 9 significant digits. F(r)/2 is the second-order
-            estimate of the mean KL a prediction.
-        linear: −Σ_s⟨∇ℓ_s, T_r⟩/N by r: what the loss on that text changes by in first order.
+            estimate of the mean KL per prediction.
+        linear: −Σ_s⟨∇ℓ_s, T_r⟩/N by r: the first-order change of the loss on that text.
         weight: ‖T_r‖_F² by r.
         data: E‖T_r x‖² = ‖T_r·C^½‖_F² by r.
-        kfac: tokens/N·‖G^½·T_r·C^½‖_F² by r, which is F(r) where inputs and gradients, and tokens, are independent.
-        on: The held-out text of ``effect``; null if nothing was measured.
-        effect: What truncation did there, by r; null if nothing was measured.
+        kfac: tokens/N·‖G^½·T_r·C^½‖_F² by r, which equals F(r) if inputs and gradients, and tokens, are independent.
+        on: Held-out text of ``effect``; null if not measured.
+        effect: Measured effect of truncation, by r; null if not measured.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer",)
@@ -69,5 +69,5 @@ class Fisher(WholeRecord):
     effect: dict[str, Effect] | None = None
 
     def at(self, rank: int) -> float:
-        """Return F(r); 0 beyond the values that there are."""
+        """Return F(r); 0 beyond the last value."""
         return self.fisher[rank] if rank < len(self.fisher) else 0.0

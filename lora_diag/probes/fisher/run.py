@@ -1,4 +1,4 @@
-"""``probe fisher``: which layers' tails the loss needs, by the exact Fisher of what truncation discards."""
+"""``probe fisher``: measure the exact Fisher information of the part that a truncation discards."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ def probe_fisher(
     tuned: Path | str,
     **options: Unpack[FisherOptions],
 ) -> Results[Any]:
-    r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with the gradients of TUNED's loss.
+    r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with gradients of the loss at TUNED.
 
-    ∇ℓ_s is the gradient of the summed loss of sequence s by the layer's weight, N the number of predictions; F(r)/2
-    estimates the mean KL by which truncating this layer alone to rank r changes the predictions.
+    ∇ℓ_s is the gradient of the summed loss of sequence s with respect to the layer's weight, N the number of
+    predictions; F(r)/2 estimates the mean KL by which truncating this layer alone to rank r changes the predictions.
 
     Args:
-        base: The model before: a folder that transformers can open, or a Hub id.
-        tuned: The model after, or an adapter.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        tuned: Fine-tuned checkpoint or adapter.
         data: Text or JSONL whose loss is differentiated.
-        evaluate: One held-out file on which every layer is truncated alone, to hold the estimates against; implies
+        evaluate: One held-out file on which every layer is truncated alone, for comparison with the estimates; implies
             ``measure``.
-        measure: Truncate every layer alone and measure, on ``evaluate``, or without it on ``data``.
-        ranks: Ranks r of what is measured, and of the other estimates; F is given for all.
-        labels: ``data`` for the text's own labels; ``model`` for labels drawn from TUNED.
-        seed: Of what is drawn.
+        measure: Truncate every layer alone and measure, on ``evaluate``, or on ``data`` without it.
+        ranks: Ranks r of measurements and of the other estimates; F is given for all ranks.
+        labels: ``data`` for the text's own labels; ``model`` for labels sampled from TUNED.
+        seed: Seed of the sampled labels.
         **options: ``FisherOptions``.
 
     Returns:
-        The records are in ``whole``: one ``Fisher`` a layer.
+        The records are in ``whole``: one ``Fisher`` per layer.
 
     Raises:
-        UsageError: An option makes no sense, or the extra ``train`` is not installed.
+        UsageError: An option is invalid, or the extra ``train`` is not installed.
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: The checkpoints have no weight in common, or no linear layer is selected.
 
@@ -102,7 +102,7 @@ def probe_fisher(
 
 
 def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
-    """Return the linear layer that each matrix is the weight of; and the matrices that are of none."""
+    """Return the linear layer of each matrix, and the matrices that belong to none."""
     weights, linear = Weights(model.module), linear_layers(model.module)
     found: dict[str, Any] = {}
     rest = []
@@ -118,7 +118,7 @@ def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[
 
 @dataclass(frozen=True)
 class _Probe:
-    """A run as far as it is."""
+    """State of a run."""
 
     of: ProbeRun
     swapped: Swapped
@@ -129,7 +129,7 @@ class _Probe:
     draw: Draw
 
     def tell_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
-        """Tell what it takes: passes forward and back, and a forward pass for every truncation."""
+        """Estimate the cost: passes forward and backward, and a forward pass per truncation."""
         passes = sum(1 for _ in groups_of(todo))
         changes = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
         batches, measured = passes * self.of.batches([self.texts]), 0
@@ -190,7 +190,7 @@ class _Probe:
         )
 
     def _effects(self, layer: str, shape: tuple[int, int], before: Before | None) -> dict[str, Effect] | None:
-        """Return what truncating one layer alone does, at every rank that truncates it."""
+        """Return the effect of truncating one layer alone, at every rank below its own."""
         if before is None or self.held_out is None:
             return None
         found = {}

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe fisher``: whose tail the loss needs, and which number would have said so."""
+"""Terminal output of ``probe fisher``: tails that matter for the loss, and the best predictor of their cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USUAL = 8
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: where the tails that the loss needs are, and which number would have said so."""
+    """Return the statements: the layers whose tails matter for the loss, and the best predictor."""
     records, rank = results.whole_of(Fisher), _rank(results)
     found = []
     if records:
@@ -37,7 +37,7 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table of tails, one row a module ``type`` or a ``layer``, and that of how predictors order them."""
+    """Return the table of tails, one row per module ``type`` or ``layer``, and that of rank correlations."""
     records = results.whole_of(Fisher)
     found = correlations(records, results.run.settings["ranks"])
     return [
@@ -52,7 +52,7 @@ def _rank(results: Results[Any]) -> int:
 
 
 def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
-    """Return what each module type's or layer's tail is of all tails, and what its truncation does."""
+    """Return the fraction of each module type or layer in all tails, and the effect of its truncation."""
     shown = [
         _share(records, title, PREDICTORS[place][1], rank, drop)
         for title, place, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
@@ -159,7 +159,7 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
 
 
 def _hint(record: Fisher, ratio: float) -> str:
-    """Say what brings F down to the KL where the predictions of a sequence add up."""
+    """Return a hint on reducing F to the KL if the predictions of a sequence add up."""
     if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH:
         return "; with the text's own labels the predictions of a sequence add up: --labels model takes that out"
     return ""

@@ -1,4 +1,4 @@
-"""``probe intrinsic``: how many trained parameters reach a share of the full gain."""
+"""``probe intrinsic``: number of trained parameters that reach a fraction of the full gain."""
 
 from lora_diag.feature import Feature, Figure, Section
 

@@ -1,4 +1,4 @@
-"""`intrinsic`: what share of full fine-tuning's gain comes with how few trained numbers, beside LoRA's."""
+"""`intrinsic`: fraction of full fine-tuning's gain by number of trained parameters, with LoRA."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SHARE = 0.9
 
 
 def lacks(records: Sequence[Intrinsic], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+    """Return why nothing can be drawn; None if it can."""
     if any(line.subject != "full" for name in sets_of(records) for line in _lines(records, name)):
         return None
     return "no set on which full fine-tuning gains, and a subspace or a LoRA is finished"
 
 
 def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the share of full fine-tuning's gain over the number of trained parameters, each size at its best rate.
+    """Draw the fraction of full fine-tuning's gain over the number of trained parameters, each size at its best rate.
 
     Args:
-        results: Of ``probe intrinsic``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first on which full fine-tuning gains if not given.
+        results: Results of ``probe intrinsic``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first on which full fine-tuning gains.
 
     Returns:
         The Axes drawn on: subspaces as a line over d, LoRAs over their parameters with their ranks.
@@ -57,7 +57,7 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return a panel for each set on which full fine-tuning gains; several runs are told apart by colour."""
+    """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
     every = sets_of(record for one in series for record in one.records)
     found = {name: [_lines(one.records, name) for one in series] for name in every}
     sets = [name for name, runs in found.items() if any(line.subject != "full" for run in runs for line in run)]
@@ -72,7 +72,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 
 def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
-    """Return the runs of every size with a share, at the rate that the first set chose."""
+    """Return the runs of every size with a gain, at the rate chosen by the first set."""
     seed = min((record.seed for record in records if record.subject != "base"), default=0)
     return [line for line in lines(records, name, records[0].set, seed) if line.shares] if records else []
 
@@ -130,7 +130,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | N
 
 
 def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
-    """Name a set with the smallest subspace that is enough, and the smallest LoRA."""
+    """Return the label of a set with the smallest sufficient subspace and LoRA."""
     if len(runs) > 1:
         return called
     said = []
@@ -144,7 +144,7 @@ def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
 
 
 def _below(found: float, wanted: float) -> str:
-    """Return a share in whole percent, with a digit more where it would read like the one that it misses."""
+    """Return a fraction in percent, with one more digit if it would round to the missed threshold."""
     return f"{found:.0%}" if f"{found:.0%}" != f"{wanted:.0%}" else f"{found:.1%}"
 
 

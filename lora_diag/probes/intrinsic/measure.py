@@ -1,7 +1,7 @@
-"""Training in a random subspace: θ = θ_0 + P·z with P a Fastfood projection that is never written out.
+"""Training in a random subspace: θ = θ_0 + P·z with P a Fastfood projection that is never materialized.
 
-Li et al. 2018 define the intrinsic dimension so; Aghajanyan et al. 2020 add one scale a layer (SAID). BASE's weights
-are not touched: the model is called with other ones.
+This is the definition of the intrinsic dimension by Li et al. 2018; Aghajanyan et al. 2020 add one scale per layer
+(SAID). BASE's weights are unchanged: the model is called with other weights.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SCALE_STEP = 0.01
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Return H·x for the rows of x, H the Hadamard matrix of entries ±1 in Sylvester's order.
+    """Return H·x for the rows of x, where H is the Hadamard matrix with entries ±1 in Sylvester's order.
 
-    H of size b is a Kronecker product of small ones, each applied along its own axis: of order b·log b operations.
+    H of size b is a Kronecker product of small factors, each applied along its own axis, in O(b·log b) operations.
 
     Args:
         x: ``(q, b)``, b a power of two.
@@ -63,18 +63,18 @@ def _sylvester(size: int) -> Tensor:
 
 
 class Fastfood:
-    r"""The rows of P that belong to one tensor: blocks M = H·G·Π·H·B of b × b, b the power of two at or above d.
+    r"""The rows of P that belong to one tensor: blocks M = H·G·Π·H·B of b × b, b the smallest power of two ≥ d.
 
     B are random signs, Π is a permutation, G are standard normal numbers, all fixed by the seed; memory is five bytes
-    an entry of the tensor. An entry of M has mean 0 and variance b, so that with the factor 1/√(b·D) the columns of P,
-    over all D rows, have norm 1 in the mean.
+    per entry of the tensor. An entry of M has mean 0 and variance b, so that with the factor 1/√(b·D) the columns of P,
+    over all D rows, have mean norm 1.
 
     Args:
         size: Entries of the tensor, n.
         dim: d.
         total: Entries of all tensors, D.
-        generator: Of the random numbers.
-        device: Where they are kept.
+        generator: Generator of the random numbers.
+        device: Device that keeps them.
 
     Reference:
         Le, Sarlós and Smola 2013, "Fastfood"; Aghajanyan et al. 2020, section 3.
@@ -97,17 +97,17 @@ class Fastfood:
 
 
 class Subspace(nn.Module):
-    """A model whose weights are θ_0 + P·z, or θ_0 + λ_ℓ·P·z with one scale λ_ℓ a layer; z alone, and λ, can be trained.
+    """A model with weights θ_0 + P·z, or θ_0 + λ_ℓ·P·z with one scale λ_ℓ per layer; only z and λ are trained.
 
     Args:
-        inner: The model; its own parameters stay as they are.
-        dim: d, the numbers that are trained in all, scales included.
-        seed: Of P.
+        inner: The model; its own parameters are constant.
+        dim: d, the total number of trained parameters, including scales.
+        seed: Seed of P.
         method: ``plain`` or ``said``.
-        lr: Peak learning rate, by which scales are measured.
+        lr: Peak learning rate, which determines the step of the scales.
 
     Raises:
-        UsageError: ``said`` has as many scales as there are dimensions, or there are more dimensions than parameters.
+        UsageError: ``said`` has at least as many scales as dimensions, or there are more dimensions than parameters.
     """
 
     def __init__(self, inner: nn.Module, dim: int, seed: int, method: Method, lr: float) -> None:
@@ -140,7 +140,7 @@ class Subspace(nn.Module):
         return found
 
     def fix(self) -> None:
-        """Compute the weights once for all calls that follow."""
+        """Compute the weights once for all following calls."""
         with torch.no_grad():
             self._fixed = self.weights()
 
@@ -150,10 +150,10 @@ class Subspace(nn.Module):
 
 
 def check_dim(dim: int, total: int, layers: int) -> None:
-    """Refuse a dimension that makes no sense for a model of ``total`` parameters and ``layers`` scales.
+    """Check a dimension against the ``total`` number of parameters and ``layers`` scales.
 
     Raises:
-        UsageError: It makes none.
+        UsageError: The dimension is too large or too small.
     """
     if dim > total:
         raise UsageError(f"--dims {dim}: the model has only {total} parameters")
@@ -162,7 +162,7 @@ def check_dim(dim: int, total: int, layers: int) -> None:
 
 
 def scales_of(module: nn.Module) -> int:
-    """Return how many scales SAID has: one a block, and one for every weight outside the blocks."""
+    """Return the number of scales of SAID: one per block, and one for every weight outside the blocks."""
     return len({_layer_of(name) for name, _ in module.named_parameters()})
 
 
@@ -172,9 +172,9 @@ def _layer_of(name: str) -> tuple[object, ...]:
 
 
 def rate_of(pace: float, dim: int, total: int) -> float:
-    """Return the rate at which a step of Adam on z moves θ as far as one of rate ``pace`` on θ itself: pace·√(D/d).
+    """Return the rate at which a step of Adam on z moves θ as far as a step of rate ``pace`` on θ: pace·√(D/d).
 
-    A step of Adam changes each number by about its rate, and P keeps norms: ‖Δθ‖ is rate·√d against pace·√D.
+    A step of Adam changes each parameter by about its rate, and P preserves norms: ‖Δθ‖ is rate·√d against pace·√D.
 
     >>> rate_of(1e-4, 100, 1_000_000)
     0.01
@@ -188,8 +188,8 @@ class Run:
 
     Args:
         dim: d.
-        pace: Learning rate as full fine-tuning would have it.
-        seed: Of P, and of dropout where BASE has some.
+        pace: Equivalent learning rate of full fine-tuning.
+        seed: Seed of P, and of dropout if BASE has it.
         method: ``plain`` or ``said``.
     """
 
@@ -205,10 +205,10 @@ def subspace_losses(
     """Train in a subspace; return the losses on every set, and the mean loss of the last tenth of the steps.
 
     Args:
-        model: BASE; the same after as before.
+        model: BASE; unchanged afterwards.
         run: Dimension, rate, seed.
-        training: What all runs have in common.
-        sets: Evaluation sets, in batches of as many sequences as an update.
+        training: Settings shared by all runs.
+        sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
     """
     torch.manual_seed(run.seed)

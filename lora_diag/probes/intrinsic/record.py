@@ -15,17 +15,16 @@ class Intrinsic(WholeRecord):
         set: The evaluation set, by its file's name.
         shifted: Whether the user named it as shifted.
         data: Hash of the evaluation file.
-        tokens: Predictions that the loss is the mean of.
+        tokens: Number of predictions in the mean loss.
         subject: ``base`` (not trained), ``full`` (all parameters), ``subspace`` or ``lora``.
-        dim: d of a subspace; null elsewhere.
-        rank: r of a LoRA; null elsewhere.
-        params: Numbers that were trained; 0 for BASE.
-        lr: Peak learning rate as Adam was given it; null for BASE.
-        pace: Of ``full`` and ``subspace``: the rate at which full fine-tuning moves as far in a step, lr·√(d/D);
-            null elsewhere.
-        seed: Of the projection, of LoRA's factors, and of dropout where BASE has some.
-        loss: In nats; null where the run diverged.
-        train_loss: Mean loss over the last tenth of the steps; null where that is not finite.
+        dim: d of a subspace; null otherwise.
+        rank: r of a LoRA; null otherwise.
+        params: Number of trained parameters; 0 for BASE.
+        lr: Peak learning rate of Adam; null for BASE.
+        pace: For ``full`` and ``subspace``: the equivalent rate of full fine-tuning, lr·√(d/D); null otherwise.
+        seed: Seed of the projection, of LoRA's factors, and of dropout if BASE has it.
+        loss: Loss in nats; null if the run diverged.
+        train_loss: Mean loss over the last tenth of the steps; null if not finite.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "subject", "dim", "rank", "lr", "seed")

@@ -1,4 +1,4 @@
-"""``probe intrinsic``: in how few random directions training gets nearly as far as full fine-tuning."""
+"""``probe intrinsic``: measure the loss of training in random subspaces."""
 
 from __future__ import annotations
 
@@ -35,33 +35,34 @@ def probe_intrinsic(
 ) -> Results[Any]:
     r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
 
-    θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never written out); ``said`` has
-    one trained scale a layer besides. All runs take the same batches in the same order, for as many steps. Each size
-    tries all its learning rates with the first seed; the best on the first evaluation set is run with the other seeds.
+    θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never materialized); ``said``
+    adds one trained scale per layer. All runs have the same batches in the same order and the same number of steps.
+    Each size tries all its learning rates with the first seed; the best on the first evaluation set is run with the
+    other seeds.
 
     Args:
-        base: The model: a folder that transformers can open, or a Hub id.
-        data: What to train on: text or JSONL.
-        evaluate: Held-out files of the same kind; the first decides on learning rates.
-        shifted: Files of another kind.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        data: Training text or JSONL.
+        evaluate: Held-out files of the same distribution; the first decides on learning rates.
+        shifted: Files of another distribution.
         dims: Dimensions d.
         projection: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
-        share: Of full fine-tuning's gain over BASE that is to be reached.
-        ranks: Ranks of the LoRAs beside it; none if empty.
-        paces: Learning rates of the subspaces as full fine-tuning would have them: z is given pace·√(D/d), at which a
-            step of Adam moves the weights as far.
+        share: Fraction of full fine-tuning's gain over BASE to reach.
+        ranks: Ranks of LoRAs for comparison; may be empty.
+        paces: Learning rates of the subspaces as equivalent rates of full fine-tuning: z has the rate pace·√(D/d), at
+            which a step of Adam moves the weights as far.
         full_rates: Learning rates of full fine-tuning.
         lora_rates: Learning rates of LoRA.
-        steps: Updates of a run.
-        repeats: Runs of each size at its best rate; they differ in P or in the factors' initial values.
+        steps: Number of updates of a run.
+        repeats: Number of runs of each size at its best rate; they differ in P or in the initial factors.
         **options: ``IntrinsicOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, set by set.
 
     Raises:
-        UsageError: An option makes no sense, ``dtype`` is not ``float32`` (others round the steps of full fine-tuning
-            away), a text is trained on and evaluated, or the extra ``train`` is missing.
+        UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of full fine-tuning to
+            rounding), the training text is also an evaluation set, or the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
 
     Reference:
@@ -125,10 +126,10 @@ class _Cell:
     Args:
         subject: What is trained: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
         size: d or r; None for all weights.
-        rate: Learning rate; of a subspace as full fine-tuning would have it, its pace.
-        seed: Of P, of the factors' initial values, and of dropout where BASE has some.
-        method: Of the subspace.
-        total: Parameters of BASE.
+        rate: Learning rate; for a subspace the equivalent rate of full fine-tuning.
+        seed: Seed of P, of the initial factors, and of dropout if BASE has it.
+        method: Projection of the subspace.
+        total: Number of parameters of BASE.
     """
 
     subject: Subject
@@ -140,34 +141,34 @@ class _Cell:
 
     @property
     def dim(self) -> int | None:
-        """Dimension of a subspace; None for the others."""
+        """Dimension of a subspace; None for other runs."""
         return self.size if self.subject == "subspace" else None
 
     @property
     def rank(self) -> int | None:
-        """Rank of a LoRA; None for the others."""
+        """Rank of a LoRA; None for other runs."""
         return self.size if self.subject == "lora" else None
 
     @property
     def lr(self) -> float:
-        """The rate as Adam is given it."""
+        """The learning rate of Adam."""
         return self.rate if self.dim is None else rate_of(self.rate, self.dim, self.total)
 
     @property
     def fields(self) -> dict[str, Any]:
-        """By which its records are told from others."""
+        """Fields that identify its records."""
         return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
 
     @property
     def label(self) -> str:
-        """What is being run, in words."""
+        """Label of the run."""
         what = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
         return f"{what} lr={self.lr:.3g} seed {self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A run as far as it is."""
+    """State of a run."""
 
     model: Model
     method: Method
@@ -175,7 +176,7 @@ class _Probe:
     walk: Walk
 
     def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
-        """Return what is trained at a grid of sizes and rates."""
+        """Return a trained method with its grid of sizes and rates."""
         return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._trial, subject))
 
     def _trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
@@ -195,14 +196,14 @@ class _Probe:
         return [_record(each, losses, cell, params, last) for each, losses in zip(sets, found, strict=True)]
 
     def _params(self, cell: _Cell) -> int:
-        """Count the numbers that a run trains."""
+        """Count the trained parameters of a run."""
         if cell.rank is not None:
             with with_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
                 return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
         return cell.dim or self.total
 
     def tell_cost(self, arms: Mapping[str, Arm]) -> None:
-        """Time one step of each kind and one batch of an evaluation, and tell what everything will take."""
+        """Time one step of each kind and one evaluation batch, and report the estimated cost."""
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
         told = [

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe intrinsic``: what each size gains, and the smallest that is nearly enough."""
+"""Terminal output of ``probe intrinsic``: gain of each size, and the smallest sufficient one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_diag.rendering.text import count, number, percent, short
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: set by set, the smallest subspace and LoRA that gain nearly as much."""
+    """Return the statements: for each set, the smallest subspace and LoRA with nearly the full gain."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
     found = [say("trained", "Trained", _trained(settings))]
@@ -31,7 +31,7 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
 
 
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return a table for each set, one row a size."""
+    """Return a table per set, one row per size."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
     found = []

@@ -1,4 +1,4 @@
-"""``probe outputs``: held-out loss and outputs of adapters and of the full fine-tune."""
+"""``probe outputs``: held-out loss and outputs of adapters compared with the full fine-tune."""
 
 from lora_diag.feature import Feature, Figure, Section
 

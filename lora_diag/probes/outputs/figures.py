@@ -1,4 +1,4 @@
-"""`outputs`: each adapter's held-out loss beside a full fine-tune's; `depth`: where its hidden states part from it."""
+"""`outputs`: held-out loss of each adapter minus the full fine-tune's; `depth`: distance of hidden states by depth."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
 
 def lacks(records: Sequence[Probe], options: Options) -> str | None:
-    """Say why there are no gaps to draw; None if there are."""
+    """Return why gaps cannot be drawn; None if they can."""
     return None if any(_others(records)) else "no model beside TUNED is finished"
 
 
 def lacks_depth(records: Sequence[Probe], options: Options) -> str | None:
-    """Say why there are no depths to draw; None if there are."""
+    """Return why depths cannot be drawn; None if they can."""
     if any(value is not None for record in _others(records) for value in record.hidden or ()):
         return None
     return "no hidden states were compared"
@@ -41,9 +41,9 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
     """Draw each model's loss minus that of TUNED, with two paired standard errors; TUNED is the line at zero.
 
     Args:
-        results: Of ``probe outputs``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe outputs``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
         The Axes drawn on.
@@ -61,9 +61,9 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of the hidden states h at each depth; BASE is 1, TUNED 0.
 
     Args:
-        results: Of ``probe outputs``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe outputs``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
         The Axes drawn on.
@@ -78,7 +78,7 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the gaps, one panel a set."""
+    """Return the gaps, one panel per set."""
     panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for one in series for record in one.records)
     models = _called(record for one in series for record in one.records)
@@ -102,7 +102,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 
 def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the distances by depth, one panel a set."""
+    """Return the distances by depth, one panel per set."""
     sets = sets_of(record for one in series for record in one.records if not lacks_depth([record], options))
     models = _called(record for one in series for record in one.records)
     by_set = {
@@ -154,7 +154,7 @@ def _rows(mine: Sequence[Probe], called: Mapping[tuple[str, str], str], color: s
 
 
 def _called(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
-    """Return what models are called, by subject and path."""
+    """Return the labels of models by subject and path."""
     known = dict.fromkeys((record.subject, record.name) for record in records)
     short = short_names(path for _, path in known if path)
     return {

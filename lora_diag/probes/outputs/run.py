@@ -1,4 +1,4 @@
-"""``probe outputs``: adapters compared with a full fine-tune by what the models say."""
+"""``probe outputs``: compare adapters with a full fine-tune by the outputs of the models."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def probe_outputs(
     adapters: Sequence[Path | str] = (),
     **options: Unpack[OutputsOptions],
 ) -> Results[Any]:
-    r"""Measure the loss of every model on held-out text, and how far its outputs are from those of a full fine-tune.
+    r"""Measure the held-out loss of every model, and the distance of its outputs from those of a full fine-tune.
 
     With z the logits of a model at all predicted positions, the distance of A is ‖z_tuned − z_A‖ / ‖z_tuned − z_base‖;
     likewise with the hidden states h of every token, at each depth.
 
     Args:
-        base: The model before: a folder that transformers can open, or a Hub id.
-        tuned: The full fine-tune; an adapter will do.
-        adapters: Adapters of any kind that ``loradiag`` reads, or checkpoints with one merged in.
-        reference: Another full fine-tune, such as another seed: how far equally good models are apart.
-        evaluate: Held-out texts: text or JSONL files, or folders that ``datasets`` saved.
-        shifted: Files of another kind.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        tuned: Full fine-tune; may be an adapter.
+        adapters: Adapters of any supported kind, or checkpoints with a merged adapter.
+        reference: Another full fine-tune, such as another seed, to show the distance between equally good models.
+        evaluate: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
+        shifted: Files of another distribution.
         **options: ``OutputsOptions``.
 
     Returns:
-        The records are in ``whole``: one a set and model, BASE and TUNED among them.
+        The records are in ``whole``: one per set and model, including BASE and TUNED.
 
     Raises:
-        UsageError: An option makes no sense, nothing is to be compared with TUNED, or the extra ``train`` is missing.
+        UsageError: An option is invalid, there is nothing to compare with TUNED, or the extra ``train`` is missing.
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: A checkpoint has no weight in common with BASE.
     """
@@ -81,10 +81,10 @@ def probe_outputs(
 
 
 def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
-    """Refuse to compare nothing, or one thing twice.
+    """Refuse to compare nothing, or an input twice.
 
     Raises:
-        UsageError: That was asked.
+        UsageError: There is nothing to compare, or an input is given twice.
     """
     if not others:
         raise UsageError("probe outputs: name at least one ADAPTER, or another full fine-tune with --reference")
@@ -96,7 +96,7 @@ def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
 
 
 def _left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
-    """Return what could not be put into the model, each tensor once."""
+    """Return tensors that could not be put into the model, each once."""
     found: dict[tuple[str, str], LeftOut] = {}
     for comparison, contender in zip(compared, contenders, strict=True):
         assert contender.swapped is not None

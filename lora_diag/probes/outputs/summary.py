@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe outputs``: the loss of every model first, then how far its outputs are."""
+"""Terminal output of ``probe outputs``: loss of every model, and distance of its outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEPTHS = 7
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: set by set, which model is better, then how alike they are."""
+    """Return the statements: for each set, the better model, then the distances."""
     records = results.whole_of(Probe)
     names, judged = _names(records), _as_good(contests_of(records))
     by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
@@ -47,7 +47,7 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
 
 
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return two tables a set, one row a model: loss and outputs; hidden states by depth, if they were taken."""
+    """Return two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
     records = results.whole_of(Probe)
     names = _names(records)
     found = []
@@ -67,7 +67,7 @@ _READING = (
 
 
 def _names(records: Sequence[Probe]) -> dict[str, str]:
-    """Return what each adapter and reference is called."""
+    """Return the label of each adapter and reference."""
     paths = list(dict.fromkeys(record.name for record in records if record.name))
     return dict(zip(paths, called(paths), strict=True))
 
@@ -84,7 +84,7 @@ def _losses(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
 
 
 def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
-    """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly chosen where there are many."""
+    """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
     last = max(len(record.hidden or ()) for record in mine) - 1
     shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
     columns = []
@@ -108,7 +108,7 @@ def _losses_of(mine: Sequence[Probe], names: dict[str, str]) -> list[str]:
 
 
 def _as_good(found: Sequence[Contest]) -> str:
-    """Say of the best adapter whether it does as well as the full fine-tune, and of how many it is the best."""
+    """State whether the best adapter does as well as the full fine-tune."""
     if not found:
         return ""
     words = {"as good": "yes", "worse": "no", "not known": "not known"}
@@ -122,7 +122,7 @@ def _as_good(found: Sequence[Contest]) -> str:
 
 
 def _choice(choice: Choice, names: dict[str, str]) -> str:
-    """Say which adapter to use: the one that is better than every other, or that some cannot be told apart."""
+    """State which adapter to use: the significantly best one, or that some are not distinguishable."""
     best = names[choice.best]
     told = "; ".join(f"{names[rival.name]} {_behind(rival)}" for rival in choice.rivals)
     if not choice.equals:
@@ -142,7 +142,7 @@ def _behind(rival: Rival) -> str:
 
 
 def _against(record: Probe) -> str:
-    """Say whether a model is better or worse than TUNED, or cannot be told from it."""
+    """State whether a model is better or worse than TUNED, or not distinguishable."""
     if record.gap is None or record.gap_error is None:
         return "one sequence has no error"
     if abs(record.gap) <= 2 * record.gap_error:

@@ -1,4 +1,4 @@
-"""``probe sensitivity``: the gain of adapting one layer or module type alone."""
+"""``probe sensitivity``: loss gain of adapting one layer or module type alone."""
 
 from lora_diag.feature import Feature, Figure, Section
 

@@ -1,4 +1,4 @@
-"""`sensitivity`: what each layer, block or module type gains in held-out loss where it is adapted alone."""
+"""`sensitivity`: held-out loss gain of each layer, block or module type adapted alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = 24
 
 
 def lacks(records: Sequence[Sensitivity], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+    """Return why nothing can be drawn; None if it can."""
     return None if _rows(records, _first(records), 0) else "no unit is finished with a gain"
 
 
@@ -33,12 +33,12 @@ def sensitivity(
     """Draw BASE's loss minus that of each unit adapted alone, at its best learning rate, with two standard errors.
 
     Args:
-        results: Of ``probe sensitivity``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe sensitivity``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
-        The Axes drawn on: at the smallest rank trained, the highest gain first.
+        The Axes drawn on: at the smallest trained rank, the highest gain first.
     """
     every = results.whole if isinstance(results, Results) else results
     records = [record for record in every if isinstance(record, Sensitivity)]
@@ -52,7 +52,7 @@ def sensitivity(
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the gains, one panel a set, the highest first."""
+    """Return the gains, one panel per set, the highest first."""
     panels, most = [], 0
     for name, called in sets_of(record for one in series for record in one.records).items():
         rows = []

@@ -1,6 +1,6 @@
-"""Layers adapted one at a time, and the gradient of every layer at BASE from one pass.
+"""Training of layers adapted one at a time, and the gradient of every layer at BASE from one pass.
 
-Knows the model and its layers; refuses to know what the losses mean.
+Handles the model and its layers; losses are interpreted elsewhere.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lora_diag.records.names import depth_of, module_type_of, tower_of
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is adapted alone.
+    """The layers that are adapted together, alone of the model.
 
     Args:
-        name: By which it is called.
+        name: Its name.
         layers: Its weights, by their names in BASE.
         modules: Its modules, by their paths in the model.
-        sizes: out + in of each.
+        sizes: out + in of each module.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Unit:
 
     @property
     def kind(self) -> Lora:
-        """LoRA on these modules and no others."""
+        """LoRA on these modules only."""
         return Lora("|".join(map(re.escape, self.modules)))
 
 
 def units_of(layers: Mapping[str, nn.Module], names: Mapping[str, str], per: str) -> list[Unit]:
-    """Group linear layers into what is adapted alone.
+    """Group linear layers into units.
 
     Args:
-        layers: By the names of their weights in the model.
-        names: The same weights' names in BASE.
+        layers: Layers by the names of their weights in the model.
+        names: Names of the same weights in BASE.
         per: ``layer``; ``block`` for the layers of one depth; ``type`` for those of one module type.
     """
     groups: dict[str, list[str]] = {}
@@ -94,13 +94,13 @@ def adapted_alone(
     bases: Mapping[str, Losses],
     after: Callable[[], None],
 ) -> list[Sensitivity]:
-    """Train one unit alone and return what that gained, one record a set; without a loss where training diverged.
+    """Train one unit alone and return one record per set with its gain; without a loss if training diverged.
 
     Args:
-        model: BASE; the same after as before.
-        unit: What is adapted.
+        model: BASE; unchanged afterwards.
+        unit: The adapted unit.
         cell: Rank, rate and seed.
-        training: What all runs have in common.
+        training: Settings shared by all runs.
         sets: Evaluation sets.
         bases: BASE's losses, by set.
         after: Called after every step and every batch.
@@ -121,7 +121,7 @@ def record_of(
     base: Losses | None = None,
     train_loss: float = math.nan,
 ) -> Sensitivity:
-    """Return the record of a run on one set; of BASE without a run."""
+    """Return the record of a run on one set; without a run, of BASE."""
     same = losses.on(texts)
     if unit is None or cell is None or base is None:
         counts = tuple(int(count) for count in losses.counts)
@@ -147,17 +147,17 @@ def record_of(
 def gradients(
     model: Model, layers: Mapping[str, nn.Module], texts: Texts, size: int, after: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Return the gradient of the mean loss on a set by every weight, ``(out, in)``, summed up in float32 or better.
+    """Return the gradient of the mean loss on a set for every weight, ``(out, in)``, summed in float32 or better.
 
     Args:
-        model: BASE; the same after as before.
-        layers: By the names of their weights.
+        model: BASE; unchanged afterwards.
+        layers: Layers by the names of their weights.
         texts: The set.
         size: Sequences in a batch.
         after: Called after every batch.
 
     Raises:
-        InputError: It is not finite.
+        InputError: A gradient is not finite.
     """
     weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
     wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
@@ -191,17 +191,17 @@ def gradients(
 
 
 def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstOrder:
-    r"""Return what the gradient of one layer says of a LoRA of some rank there.
+    r"""Return first-order predictions for a LoRA of a given rank from the gradient of one layer.
 
-    ‖P_T G‖² with P_T the projection on what a fresh adapter can reach, in the mean over A; Σ_{i≤r}σ_i² for what any
-    adapter of that rank could; and the mean fall of the loss in Adam's first step, ‖s·G Aᵀ‖_1 with A uniform on
-    ±1/√in, so of variance 1/(3·in), and sums of in terms taken as normal.
+    ‖P_T G‖², the mean over A, with P_T the projection on the reach of a fresh adapter; Σ_{i≤r}σ_i², the reach of any
+    adapter of this rank; and the mean decrease of the loss in Adam's first step, ‖s·G Aᵀ‖_1 with A uniform on ±1/√in,
+    so of variance 1/(3·in), with sums of ``in`` terms approximated as normal.
 
     Args:
         layer: Its name.
         gradient: G, ``(out, in)``.
-        rank: r; no more than min(out, in) of it count.
-        texts: What the gradient is of.
+        rank: r, capped at min(out, in).
+        texts: Text of the gradient.
     """
     (out, inputs), fro = gradient.shape, norm([gradient])
     top = decompose(gradient.contiguous(), top=min(rank, out, inputs), fro=fro).s if fro else torch.zeros(1)

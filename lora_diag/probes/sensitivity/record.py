@@ -1,4 +1,4 @@
-"""Records of ``probe sensitivity``: what layers gain when each is adapted alone, and what one gradient says of that."""
+"""Records of ``probe sensitivity``: gains of layers adapted alone, and first-order predictions of them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Sensitivity(WholeRecord):
         set: The evaluation set, by its file's name.
         shifted: Whether the user named it as shifted.
         data: Hash of the evaluation file.
-        tokens: Predictions that the loss is the mean of.
-        unit: What was adapted: a layer, a block of layers or a module type, by its name; empty for BASE.
-        layers: The weights in it, by their names in BASE.
+        tokens: Number of predictions in the mean loss.
+        unit: Name of the adapted layer, block of layers or module type; empty for BASE.
+        layers: Names of its weights in BASE.
         rank: r of every factor pair; null for BASE.
         params: Σ r(out + in); 0 for BASE.
         lr: Peak learning rate; null for BASE.
-        seed: Of the factors' initial values, and of dropout where BASE has some.
-        loss: In nats; null where the run diverged.
-        gain: Loss of BASE minus this one, on the same tokens; null for BASE and where the run diverged.
-        gain_error: Standard error of ``gain``, from the paired differences of sequences taken as independent; null for
-            one sequence.
-        train_loss: Mean loss over the last tenth of the steps; null where that is not finite.
-        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals: by which any two runs can be
-            paired. Empty where the run diverged.
-        predictions: Of each sequence; of BASE only, because all runs have the same.
+        seed: Seed of the initial factors, and of dropout if BASE has it.
+        loss: Loss in nats; null if the run diverged.
+        gain: Loss of BASE minus this one, on the same tokens; null for BASE and if the run diverged.
+        gain_error: Standard error of ``gain``, from paired differences of sequences, assumed independent; null for one
+            sequence.
+        train_loss: Mean loss over the last tenth of the steps; null if not finite.
+        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals, for pairing any two runs. Empty if
+            the run diverged.
+        predictions: Number of predictions of each sequence; only for BASE, since it is the same for all runs.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "unit", "rank", "lr", "seed")
@@ -58,7 +58,7 @@ class Sensitivity(WholeRecord):
 
 
 class FirstOrder(WholeRecord):
-    """What the gradient G of one layer at BASE says before anything is trained.
+    """First-order predictions from the gradient G of one layer at BASE.
 
     Args:
         layer: The weight's name in BASE.
@@ -66,11 +66,12 @@ class FirstOrder(WholeRecord):
         rank: r.
         gradient_fro: ‖G‖_F, G = ∂L/∂W ``(out, in)`` over the sequences below.
         top: Σ_{i≤r}σ_i(G)², the square of the steepest descent per ‖ΔW‖_F that a matrix of rank r allows.
-        fresh: (r/in)·‖G‖_F², the mean of ‖P_T G‖_F² over fresh adapters: at B = 0 only the rows of A can be reached.
-        adam: r·s·√(2/(3π·in))·Σ_i‖g_i‖, g_i the rows of G and s the scaling: the fall of the loss per unit of learning
-            rate in Adam's first step, in the mean over A as PEFT draws it.
-        sequences: How many the gradient is the mean over.
-        data: Hash of the file they are from.
+        fresh: (r/in)·‖G‖_F², the mean of ‖P_T G‖_F² over fresh adapters: at B = 0 only the row space of A can be
+            reached.
+        adam: r·s·√(2/(3π·in))·Σ_i‖g_i‖, g_i the rows of G and s the scaling: the decrease of the loss per unit of
+            learning rate in Adam's first step, mean over A as initialized by PEFT.
+        sequences: Number of sequences in the mean gradient.
+        data: Hash of their file.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer",)

@@ -1,4 +1,4 @@
-"""``probe sensitivity``: which layers are worth adapting, by adapting each alone."""
+"""``probe sensitivity``: measure the loss gain of adapting each layer alone."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def probe_sensitivity(
 ) -> Results[Any]:
     r"""Train a LoRA on each layer alone, on the same batches in the same order, and measure ΔL_ℓ = L(BASE) − L.
 
-    First the gradient of every layer at BASE is taken in one pass, for scores that cost next to nothing. Then each unit
-    is adapted alone at every rate with the first seed, and with the others at the rate of its lowest loss on the first
-    evaluation set.
+    First the gradient of every layer at BASE is computed in one pass, which gives cheap first-order scores. Then each
+    unit is adapted alone at every rate with the first seed, and at the rate of its lowest loss on the first evaluation
+    set with the other seeds.
 
     Args:
-        base: The model: a folder that transformers can open, or a Hub id.
-        data: What to train on: text or JSONL.
-        evaluate: Held-out files of the same kind; the first decides on the learning rate.
-        shifted: Files of another kind.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        data: Training text or JSONL.
+        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        shifted: Files of another distribution.
         rank: Rank r.
-        delta: δ: train at r + δ, too, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        granularity: What is adapted alone: each ``layer``, the layers of a ``block``, or of a module ``type``.
+        delta: δ: also train at r + δ, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
+        granularity: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module ``type``.
         rates: Peak learning rates.
-        steps: Updates of a run.
-        repeats: Runs of each unit at its best rate; they differ in the factors' initial values.
+        steps: Number of updates of a run.
+        repeats: Number of runs of each unit at its best rate; they differ in the initial factors.
         **options: ``SensitivityOptions``.
 
     Returns:
@@ -65,7 +65,8 @@ def probe_sensitivity(
         of every run, set by set.
 
     Raises:
-        UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
+        UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is
+            missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
         NothingComparedError: No linear layer is selected.
     """
@@ -104,10 +105,10 @@ def probe_sensitivity(
 
 
 def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], list[LeftOut]]:
-    """Return the linear layers to adapt, by their names in the model, with those in BASE; and the others, why.
+    """Return the linear layers to adapt by their names in the model, with those in BASE; and the skipped ones.
 
     Raises:
-        NothingComparedError: There is none.
+        NothingComparedError: No linear layer is selected.
     """
     weights, inner = Weights(model.module), inner_layers(model.module)
     known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
@@ -129,7 +130,7 @@ def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A run as far as it is."""
+    """State of a run."""
 
     model: Model
     units: Sequence[Unit]
@@ -151,7 +152,7 @@ class _Probe:
         return Trial(fields, f"{unit.name} {cell.label}", train)
 
     def score(self, layers: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """Take the gradient of every layer at BASE, and keep what it says."""
+        """Compute the gradient of every layer at BASE, and its first-order records."""
         if self._scored():
             return
         texts, walk = self._seen(), self.walk
@@ -159,7 +160,7 @@ class _Probe:
         walk.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in found.items()))
 
     def measure_base(self) -> dict[str, Losses]:
-        """Measure BASE; again after an interruption, because errors need its losses sequence by sequence."""
+        """Measure BASE; repeated after an interruption, because errors need its losses by sequence."""
         walk = self.walk
         after = partial(walk.watch.batch, "BASE")
         bases = {each.name: measure(self.model, each, walk.training.batch, after) for each in walk.sets}
@@ -176,13 +177,13 @@ class _Probe:
         return any(isinstance(record, FirstOrder) for record in self.walk.kept.records)
 
     def _seen(self) -> Texts:
-        """Return the sequences that a run sees, each once, in that order."""
+        """Return the distinct sequences that a run trains on, in order."""
         training = self.walk.training
         seen = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
         return replace(training.texts, sequences=tuple(seen))
 
     def tell_cost(self) -> None:
-        """Time one step of the first unit, through which gradients go farthest, and tell what all will take."""
+        """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
         walk, steps = self.walk, self.walk.training.steps
         first = walk.sets[0].first(walk.training.batch)
         bases = {first.name: measure(self.model, first, walk.training.batch)}

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe sensitivity``: what each unit gains alone, and what would have said so for less."""
+"""Terminal output of ``probe sensitivity``: gain of each unit alone, and cheaper predictors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _CHANCE = 0.05
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: set by set who gains, whether more rank does, and whether one gradient would have said so."""
+    """Return the statements: for each set, gains by unit, gains by rank, and quality of first-order predictions."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains = _gains(results)
     found = [say("trained", "Trained", _trained(settings))]
@@ -72,14 +72,14 @@ def _scores_of(results: Results[Any]) -> dict[str, FirstOrder]:
 
 
 def _gains(results: Results[Any]) -> dict[str, list[Gain]]:
-    """Return the gains by set, the one that decides first."""
+    """Return the gains by set, the deciding set first."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     sets = set_names(records)
     return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
 
 
 def _marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
-    """Return what the higher rank gains by set; nothing where only one rank was trained."""
+    """Return the gains of the higher rank by set; empty if only one rank was trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     rank = settings["rank"] + (settings["delta"] or 0)
     if rank == settings["rank"]:
@@ -99,7 +99,7 @@ _READING = (
 
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return one row a unit, the most sensitive first; no table before a run is finished."""
+    """Return one row per unit, the most sensitive first; no table before a run is finished."""
     gains, scores, settings = _gains(results), _scores_of(results), results.run.settings
     more = _marginals(results, gains)
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
@@ -126,7 +126,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def _about(settings: dict[str, Any]) -> str:
-    """Say what one reads from the table."""
+    """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
     more = f"; g({rank}→{rank + delta}) is what {delta} more ranks gain there" if delta else ""
     return (
@@ -181,7 +181,7 @@ def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statem
 
 
 def _repeats(gains: Sequence[Gain]) -> list[Statement]:
-    """Say whether another seed orders the units alike."""
+    """State whether another seed gives the same order of units."""
     both = [gain.seeds for gain in gains if len(gain.seeds) > 1]
     if len(both) < 3:
         return []
@@ -196,7 +196,7 @@ def _repeats(gains: Sequence[Gain]) -> list[Statement]:
 
 
 def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
-    """Say whether other sets order the units alike."""
+    """State whether other sets give the same order of units."""
     lines = []
     for name in sets[1:]:
         other = {gain.unit: gain.gain for gain in gains[name]}
@@ -208,7 +208,7 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
 
 
 def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:
-    """Say how well scores from one gradient order the measured gains, and whether the size of a layer does as well."""
+    """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
     if not found:
         return "not known: three units at least have to be measured"
     ordered = sorted(found, key=lambda each: -(each.rho or 0.0))
@@ -230,7 +230,7 @@ def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:
 
 
 def _verdict(best: Correlation, size: Correlation) -> str:
-    """Say whether the best score of the gradient is worth having."""
+    """State whether the best score of the gradient is useful."""
     name = _SCORES[best.score]
     if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
         return f"no: no score of one gradient orders the {best.n} better than chance"

@@ -1,4 +1,4 @@
-"""The learning rate that a sweep found best, for those who write what is trained next."""
+"""The best learning rate of a sweep, for the commands that suggest the next training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_diag.running.fingerprint import legible
 
 
 def swept_rate(path: Path | str) -> str:
-    """Return the best learning rate of a sweep's chosen rank, with what it was measured for.
+    """Return the best learning rate of a sweep's chosen rank, with its origin as text.
 
     Args:
         path: Results of ``probe sweep``.
 
     Raises:
-        UsageError: No rank of it gains, or it has no verdict.
-        InputError: It cannot be read.
+        UsageError: No rank has a gain, or there is no verdict.
+        InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)
     found = swept_of(results)

@@ -1,4 +1,4 @@
-"""`sweep`: the held-out loss of LoRA trained at each rank, its seeds, its learning rates, and which rank is enough."""
+"""`sweep`: held-out loss of LoRA trained at each rank, with seeds, learning rates and verdict."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """What one sweep says on one set.
+    """The result of one sweep on one set.
 
     Args:
-        rows: One a rank, at its own learning rate.
-        base: BASE's loss; None where it was not measured.
-        verdict: What it comes to; None without BASE's loss.
-        lines: Mean losses of what was trained in LoRA's place, by name.
+        rows: One per rank, at its own learning rate.
+        base: BASE's loss; None if not measured.
+        verdict: The verdict; None without BASE's loss.
+        lines: Mean losses of the reference lines by name.
     """
 
     rows: tuple[AtRank, ...]
@@ -58,18 +58,18 @@ class Course:
 
     @property
     def losses(self) -> list[float]:
-        """Of all runs."""
+        """Losses of all runs."""
         return [loss for row in self.rows for loss in row.losses]
 
 
 def lacks(records: Sequence[Probe], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+    """Return why nothing can be drawn; None if it can."""
     found = any(record.subject == "lora" and record.loss is not None for record in records)
     return None if found else "no run of the sweep is finished with a loss"
 
 
 def course(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> Course:
-    """Return a sweep on one set; rates are those with the lowest loss of the first seed on the first set."""
+    """Return the course of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
     first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
     rows = tuple(by_rank(records, name, best_rates(records, first, seed)))
     base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
@@ -82,12 +82,12 @@ def course(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) ->
 
 
 def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss at each rank: the mean over seeds, each seed a dot, BASE as a line, what is within tolerance grey.
+    """Draw the loss at each rank: mean over seeds, each seed a dot, BASE as a line, the tolerance band in grey.
 
     Args:
-        results: Of ``probe sweep``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe sweep``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
         The Axes drawn on.
@@ -106,7 +106,7 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return a panel a set; several sweeps are told apart by colour."""
+    """Return a panel per set; several sweeps differ by colour."""
     sets = sets_of(record for one in series for record in one.records)
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
@@ -150,7 +150,7 @@ def _draw(ax: Axes, found: Sequence[Course], inches: float, look: Look | None) -
 
 
 def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Look | None) -> None:
-    """Draw BASE and what else was trained as lines; name at the edge what lies too far away for one."""
+    """Draw BASE and other reference lines; name those too far away at the edge."""
     named = {("BASE", one.base): INK for one in found if one.base is not None}
     for number, one in enumerate(found):
         for word, loss in one.lines.items():
@@ -178,7 +178,7 @@ def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Lo
 
 
 def _finding(called: str, found: Course) -> str:
-    """Name a set with what the sweep says on it."""
+    """Return the label of a set with the verdict of the sweep."""
     verdict = found.verdict
     if verdict is None:
         return called

@@ -1,4 +1,4 @@
-"""``probe sweep``: which rank is enough, by training at each."""
+"""``probe sweep``: measure the loss of LoRA trained at each rank."""
 
 from __future__ import annotations
 
@@ -39,39 +39,40 @@ def probe_sweep(
     base: Path | str,
     **options: Unpack[SweepOptions],
 ) -> Results[Any]:
-    r"""Train a LoRA at every rank, on the same batches in the same order and for as many steps, and compare losses.
+    r"""Train a LoRA at every rank, with the same batches in the same order and number of steps, and compare losses.
 
-    At every rank all learning rates are tried with the first seed; the one with the lowest loss on the first evaluation
-    set is run with the other seeds, too.
+    At every rank all learning rates are tried with the first seed; the rate with the lowest loss on the first
+    evaluation set is also run with the other seeds.
 
-    ``resume`` continues a sweep, interrupted or finished: runs that are in ``output`` are not run again; more
-    ``repeats``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
+    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``repeats`` and
+    other ``ranks`` and ``rates`` are added; all other settings must be equal.
 
     Args:
-        base: The model: a folder that transformers can open, or a Hub id.
-        data: What to train on: text or JSONL.
-        evaluate: Held-out files of the same kind; the first decides on the learning rate.
-        shifted: Files of another kind.
+        base: Base model: a folder that transformers can open, or a Hub id.
+        data: Training text or JSONL.
+        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        shifted: Files of another distribution.
         ranks: Ranks r.
-        rates: Peak learning rates, of LoRA and of BitFit.
-        full: Fully fine-tune BASE, too: every parameter, embeddings and head included.
-        full_rates: Peak learning rates of that.
-        bitfit: Train its biases and norms alone, too.
-        dora: Train DoRA: a magnitude for each output beside the factors.
+        rates: Peak learning rates of LoRA and BitFit.
+        full: Also fine-tune BASE fully: every parameter, including embeddings and head.
+        full_rates: Peak learning rates of full fine-tuning.
+        bitfit: Also train biases and norms only.
+        dora: Train DoRA: factors and a magnitude per output.
         rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
-        quantized: ``nf4`` or ``int8``: LoRA is trained on BASE's linear layers as rounded to that grid. They are
-            rounded and not packed: the numbers of a quantized base without the memory that it saves.
-        steps: Updates of a run.
-        repeats: Runs of each rank at its best rate; they differ in the factors' initial values, not in the data.
-        gain_tolerance: Share of the gain that a smaller rank may lose and still be enough.
-        target_modules: Modules to adapt, as PEFT names them; by default all linear layers but the head.
+        quantized: ``nf4`` or ``int8``: LoRA is trained on linear layers rounded to this grid. They are rounded but not
+            packed: the values of a quantized base without its memory savings.
+        steps: Number of updates of a run.
+        repeats: Number of runs of each rank at its best rate; they differ in the initial factors, not in the data.
+        gain_tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
+        target_modules: Modules to adapt, by PEFT's names; default all linear layers except the head.
         **options: ``SweepOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, set by set.
 
     Raises:
-        UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
+        UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is
+            missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
     run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
@@ -123,12 +124,12 @@ def probe_sweep(
 
 @dataclass(frozen=True, slots=True)
 class _Arm:
-    """What is trained, and on which BASE.
+    """A trained method, and its BASE.
 
     Args:
         subject: LoRA, or a reference line.
         runs: Its ranks and rates.
-        grid: What BASE's linear layers are rounded to; None for as they are.
+        grid: Grid of BASE's linear layers; None without rounding.
     """
 
     subject: Subject
@@ -138,13 +139,13 @@ class _Arm:
 
 @dataclass(frozen=True, slots=True)
 class _Sweep:
-    """A sweep as far as it is."""
+    """State of a sweep."""
 
     model: Model
     walk: Walk
 
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
-        """Return what is trained at a grid of ranks and rates."""
+        """Return a method with its grid of ranks and rates."""
         tried = {r.lr for r in self.walk.kept.records if r.subject == subject and r.lr is not None}
         runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._trial, subject), tuple(sorted(tried)))
         return _Arm(subject, runs, grid)
@@ -154,7 +155,7 @@ class _Sweep:
         return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell))
 
     def measure_base(self, grid: str) -> None:
-        """Measure BASE, rounded to a grid if there is one."""
+        """Measure BASE, rounded to the grid if there is one."""
         self.walk.measure_base(self.model, partial(record_of, name=grid), grid)
 
     def run(self, arm: _Arm) -> None:
@@ -166,7 +167,7 @@ class _Sweep:
             self.walk.run(arm.runs)
 
     def tell_cost(self, arms: Sequence[_Arm]) -> None:
-        """Time one step of what is trained and one batch of an evaluation, and tell what the sweep will take."""
+        """Time one step of each method and one evaluation batch, and report the estimated cost."""
         walk = self.walk
         grids = {"", *(arm.grid or "" for arm in arms)}
         bases = sum(not walk.has(subject="base", name=grid) for grid in grids)
@@ -181,7 +182,7 @@ class _Sweep:
         )
 
     def _copies(self, arms: Sequence[_Arm]) -> str:
-        """Say what memory a full fine-tune takes beside BASE: copy, gradients and AdamW's two moments."""
+        """Return the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
         if not any(arm.subject == "full" for arm in arms):
             return ""
         size = sum(each.numel() * each.element_size() for each in self.model.module.parameters()) / 2**30

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``probe sweep``: the loss at every rank and learning rate, and which rank is enough."""
+"""Terminal output of ``probe sweep``: loss at every rank and learning rate, and the sufficient rank."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lora_diag.rendering.text import number, short
 
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
-    """Return the verdict on the first set that is not shifted; None where none has one."""
+    """Return the verdict on the first set that is not shifted; None without one."""
     found = swept_of(results)
     return None if found is None else found.verdict
 
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return a table for each set, one row a rank."""
+    """Return a table per set, one row per rank."""
     records, seed = results.whole_of(Probe), results.run.settings["seed"]
     sets = set_names(records)
     rates = best_rates(records, sets[0], seed) if sets else {}
@@ -50,7 +50,7 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: set by set, which rank is enough, and what that stands on."""
+    """Return the statements: for each set, the sufficient rank and its evidence."""
     records, settings = results.whole_of(Probe), results.run.settings
     sets = set_names(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
@@ -82,7 +82,7 @@ _READING = (
 
 
 def _reading(settings: dict[str, Any]) -> str:
-    """Return what a reader should know before believing the table."""
+    """Return notes on the interpretation of the table."""
     more = []
     if settings.get("full_rates"):
         more.append(
@@ -113,7 +113,7 @@ def _against(
     beside: Sequence[tuple[Subject, str, AtRank]],
     share: float,
 ) -> list[Statement]:
-    """Compare the best rank with each reference line, on every set that BASE was measured on."""
+    """Compare the best rank with each reference line, on every set with a measured BASE."""
     said: dict[Subject, list[str]] = {}
     for subject, name, row in beside:
         base = bases.get(name)
@@ -125,7 +125,7 @@ def _against(
 
 
 def _compared(found: Versus, line: str) -> str:
-    """Say how the best rank compares with a line, with the interval of the difference."""
+    """Compare the best rank with a line, with the interval of the difference."""
     both = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
     if found.half is None:
         return f"no verdict: {both} ({found.gap:+.4f}); one seed shows no spread"
@@ -171,7 +171,7 @@ def _trained(settings: dict[str, Any]) -> str:
 
 
 def _said(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
-    """Say which rank to train at, with which confidence, and what speaks against smaller ones."""
+    """State the rank to train at, its confidence, and the reasons against smaller ranks."""
     if verdict.best is None:
         return ["no verdict: no run is finished with a finite loss"]
     if verdict.word == "no gain":
@@ -195,7 +195,7 @@ def _said(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
 
 
 def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
-    """Say whether shifted sets ask for another rank."""
+    """State whether shifted sets need another rank."""
     shifted = [name for name in verdicts if bases[name].shifted]
     own = [name for name in verdicts if not bases[name].shifted]
     if not shifted or not own:

@@ -1,13 +1,13 @@
-"""Losses of a sweep over ranks → which rank is enough, and with which confidence: the one place where that is decided.
+"""Losses of a sweep over ranks → the sufficient rank, and its confidence.
 
-Knows records only. At every rank the learning rate with the lowest loss counts, because one rate for all ranks would
-compare rates and not ranks. A rank is *enough* if it keeps 1 − δ of the gain of every other rank, δ the tolerance:
+Uses records only. Every rank has the learning rate with its lowest loss, since a common rate would compare rates
+instead of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of every other rank, where δ is the tolerance:
 
     θ_rk = μ_r − (1 − δ)·μ_k − δ·L_base ≤ 0    for every rank k
 
-with μ the mean loss over seeds. That is a claim of equivalence, so it has to be shown: the upper limit of every θ_rk
-lies at or below 0. Where neither that nor the contrary is shown, the rank is ``not known``, with about the number of
-seeds that would tell. Noisier seeds make limits wider, so they never make a smaller rank enough.
+with μ the mean loss over seeds. This is a claim of equivalence, so it must be demonstrated: the upper confidence limit
+of every θ_rk is at or below 0. If neither this nor the contrary is demonstrated, the rank is ``not known``, with an
+estimate of the number of seeds needed. Noisier seeds widen the limits and never make a smaller rank sufficient.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class AtRank:
 
     Args:
         rank: r; None for full fine-tuning and BitFit.
-        lr: The learning rate with the lowest loss at the first seed.
+        lr: The learning rate with the lowest loss of the first seed.
         runs: Loss of each seed at that rate, without runs that diverged.
         edge: Whether the rate is the lowest or the highest tried, so that a better one may lie beyond.
-        diverged: How many seeds at that rate diverged.
+        diverged: Number of seeds that diverged at that rate.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -61,7 +61,7 @@ class AtRank:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Of all seeds that did not diverge."""
+        """Losses of all seeds that did not diverge."""
         return tuple(self.runs.values())
 
     @property
@@ -71,25 +71,25 @@ class AtRank:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return fmean(self.losses)
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Whether one rank is enough.
+    """Whether one rank is sufficient.
 
     Args:
         rank: r.
         lr: Its best learning rate.
-        behind: Its mean loss minus the lowest of a rank, in nats, on the seeds that both have.
-        share: ``behind`` as a share of the gain of the best rank.
+        behind: Its mean loss minus the lowest of any rank, in nats, on common seeds.
+        share: ``behind`` as a fraction of the gain of the best rank.
         half: Half the interval of ``behind``; each limit holds with 95% confidence. None without a spread over seeds.
-        enough: ``yes`` where the upper limits of all θ are at or below 0, ``no`` where the lower limit of one is above.
-        confidence: That it is enough: the smallest confidence of all θ; None without a spread.
-        against: That it is not, with Bonferroni's correction for the ranks it is compared with; None without a spread.
-        seeds: About how many seeds would tell, if means and spread stay as they are; None where it is known, where
-            there is no spread, and where more than 1000 would be needed.
+        enough: ``yes`` if the upper limits of all θ are at or below 0, ``no`` if the lower limit of any is above 0.
+        confidence: Confidence that it is sufficient: the smallest of all θ; None without a spread.
+        against: Confidence that it is not, with Bonferroni correction over the compared ranks; None without a spread.
+        seeds: Estimated number of seeds to decide, for these means and spread; None if decided, without a spread, or
+            above 1000.
     """
 
     rank: int
@@ -105,22 +105,22 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class SweepVerdict:
-    """What a sweep says on one set.
+    """The verdict of a sweep on one set.
 
     Args:
-        word: ``fast saturation`` where a rank in the lower half of those tried is shown to be enough; ``gradual
-            decline`` where a higher one is, and all of the lower half are shown not to be; ``not resolved`` where
-            seeds are too few or too noisy to show either; ``no gain`` where no mean loss is below BASE's; ``no
-            verdict`` where there is one rank or one seed.
-        rank: The smallest rank shown to be enough; None where none is.
-        answer: The smallest rank whose mean loss is within tolerance of every other's: the best answer, shown or not;
-            None where no rank gains.
-        confidence: That ``answer`` is enough and every smaller rank tried is not, at least; None without a spread.
+        word: ``fast saturation`` if a rank in the lower half is shown to be sufficient; ``gradual decline`` if a higher
+            one is, and all of the lower half are shown not to be; ``not resolved`` if seeds are too few or too noisy to
+            show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with one rank or one seed.
+        rank: The smallest rank shown to be sufficient; None without one.
+        answer: The smallest rank whose mean loss is within tolerance of every other's, shown or not; None if no rank
+            has a gain.
+        confidence: Lower bound on the confidence that ``answer`` is sufficient and every smaller rank is not; None
+            without a spread.
         best: The rank with the lowest mean loss.
-        tolerance: In nats: the share of the gain asked for. Seeds do not change it.
+        tolerance: Tolerance in nats; independent of seeds.
         spread: Highest mean loss of a rank minus lowest.
         gain: Loss of BASE minus the lowest mean loss.
-        standings: Of every rank, ascending.
+        standings: Standing of every rank, ascending.
         seeds: The fewest runs of a rank.
     """
 
@@ -137,25 +137,25 @@ class SweepVerdict:
 
     @property
     def chosen(self) -> Standing | None:
-        """The rank to train at: the smallest shown to be enough; where none is, the best answer."""
+        """The rank to train at: the smallest shown to be sufficient, else the best answer."""
         wanted = self.rank if self.rank is not None else self.answer
         return next((one for one in self.standings if one.rank == wanted), None)
 
     @property
     def open(self) -> tuple[Standing, ...]:
-        """Ranks below ``rank``, or all where there is none, of which seeds do not tell whether they are enough."""
+        """Ranks below ``rank``, or all without one, that the seeds do not decide."""
         return tuple(
             one for one in self.standings if one.enough == "not known" and (self.rank is None or one.rank < self.rank)
         )
 
     @property
     def more_seeds(self) -> int | None:
-        """About how many seeds tell of one of the open ranks; None where none is open or that takes too many."""
+        """Estimated number of seeds that decide an open rank; None without open ranks, or if too many are needed."""
         return min((one.seeds for one in self.open if one.seeds is not None), default=None)
 
 
 def confident(confidence: float) -> str:
-    """Return a confidence in whole percent, rounded down so that none reads like the one that would have been enough.
+    """Return a confidence in whole percent, rounded down so that it never reads as the required level.
 
     >>> confident(0.9472), confident(0.998)
     ('94%', '>99%')
@@ -164,11 +164,11 @@ def confident(confidence: float) -> str:
 
 
 def reasons(verdict: SweepVerdict, share: float) -> list[str]:
-    """Return a line for every rank below the chosen one, and for those that seeds tell nothing of.
+    """Return a line for every rank below the chosen one, and for those that seeds do not decide.
 
     Args:
-        verdict: Of a set.
-        share: Tolerance as a share of the gain.
+        verdict: Verdict on a set.
+        share: Tolerance as a fraction of the gain.
     """
     chosen, lines = verdict.chosen, []
     for one in verdict.standings:
@@ -186,7 +186,7 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
 
 
 def needs(seeds: int | None) -> str:
-    """Say that nothing was decided, and how many seeds would."""
+    """State that a rank is undecided, and how many seeds are needed."""
     more = f"more than {MOST_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
     return f"cannot be told with these seeds, needs {more}"
 
@@ -201,11 +201,11 @@ class Versus:
         gap: Mean loss of the best rank minus that of the line.
         half: Half the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni); None
             without a spread over seeds.
-        tolerance: Share of a gain that may be lost.
-        word: ``as good`` where each keeps 1 − δ of the other's gain, both shown; ``better`` or ``worse`` where the
-            interval lies on one side of 0; ``not known`` where neither is shown; ``no verdict`` without a spread.
-        fixed: Whether the line does not depend on the seed: one run, whose error is taken to be that of one LoRA run.
-        seeds: About how many seeds would tell; None where it is known and where no number of them does.
+        tolerance: Fraction of a gain that may be lost.
+        word: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
+            lies on one side of 0; else ``not known``; ``no verdict`` without a spread.
+        fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
+        seeds: Estimated number of seeds to decide; None if decided, or if no number suffices.
     """
 
     best: AtRank
@@ -219,18 +219,17 @@ class Versus:
 
 
 def versus(rows: Sequence[AtRank], other: AtRank, base: float, share: float) -> Versus | None:
-    """Return how the best rank compares with a reference line; None where no rank has a loss.
+    """Return the comparison of the best rank with a reference line; None if no rank has a loss.
 
-    The variance of a LoRA run is that within ranks, pooled over them. Where the line depends on the seed (dropout) it
-    has its own, and the degrees of freedom are Welch and Satterthwaite's. Where it does not, all its seeds are one run;
-    that does not make it exact, as another order of the data would end elsewhere, so its variance is *assumed* to be
-    that of one LoRA run.
+    The variance of a LoRA run is that within ranks, pooled over them. A line that depends on the seed (dropout) has its
+    own variance, with Welch–Satterthwaite degrees of freedom. Otherwise all its seeds are one run, whose variance is
+    *assumed* to be that of one LoRA run, since another order of the data would give another loss.
 
     Args:
-        rows: One for each rank.
+        rows: One per rank.
         other: The line.
         base: BASE's loss.
-        share: Tolerance δ as a share of the gain.
+        share: Tolerance δ as a fraction of the gain.
 
     Reference: Welch 1947, "The generalization of Student's problem", equation 28.
 
@@ -274,10 +273,10 @@ def versus(rows: Sequence[AtRank], other: AtRank, base: float, share: float) -> 
 
 
 def diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
-    """Return the runs that diverged, by subject, rank, rate and seed: judged on the first set, left out on all.
+    """Return the runs that diverged, by subject, rank, rate and seed: judged on the first set, excluded on all.
 
-    A run has diverged where its loss is not finite, or where it ends more than 10% above BASE while another seed at the
-    same rank and rate ends below BASE. Such a run tells of the rate's stability and not of the spread over seeds.
+    A run has diverged if its loss is not finite, or if it ends more than 10% above BASE while another seed at the same
+    rank and rate ends below BASE. Such a run shows the stability of the rate, not the spread over seeds.
     """
     if not records:
         return set()
@@ -292,7 +291,7 @@ def diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float |
 
 
 def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subject = "lora") -> dict[int | None, float]:
-    """Return, for every rank, the learning rate whose run of the first seed has the lowest loss on one set.
+    """Return, for every rank, the learning rate with the lowest loss of the first seed on one set.
 
     Args:
         records: Of a sweep.
@@ -308,7 +307,7 @@ def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subjec
 def by_rank(
     records: Sequence[Probe], name: str, rates: Mapping[int | None, float], subject: Subject = "lora"
 ) -> list[AtRank]:
-    """Return the runs of each rank, or of a reference line, at its rate, on one set; runs that diverged are counted.
+    """Return the runs of each rank, or of a reference line, at its rate, on one set, with the number that diverged.
 
     Args:
         records: All of a sweep: which runs diverged is judged on its first set.
@@ -329,12 +328,12 @@ def by_rank(
 
 
 def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tuple[SweepVerdict, Probe]]:
-    """Return what a sweep comes to on each set that BASE was measured on, with BASE's record there.
+    """Return the verdict of a sweep on each set with a measured BASE, with BASE's record.
 
     Args:
         records: Of a sweep; the first set decides on the learning rates.
         seed: The first seed.
-        share: Tolerance as a share of the gain.
+        share: Tolerance as a fraction of the gain.
     """
     found = {}
     rates = best_rates(records, records[0].set, seed) if records else {}
@@ -345,12 +344,12 @@ def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tup
 
 
 def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
-    """Return what the losses of a sweep come to.
+    """Return the verdict on the losses of a sweep.
 
     Args:
         rows: One for each rank, ascending.
         base: BASE's loss on the same set.
-        share: Tolerance δ as a share of the gain.
+        share: Tolerance δ as a fraction of the gain.
 
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01}), AtRank(8, 1e-3, {0: 0.80, 1: 0.812})]
@@ -402,22 +401,23 @@ class _Noise:
         return self.paired > 0 and self.plain > 0
 
     def of(self, one: AtRank, other: AtRank) -> float:
-        """Return the paired variance for two ranks: the pooled one, or their own where that is larger.
+        """Return the paired variance for two ranks: the pooled one, or their own if larger.
 
-        Spreads differ between ranks. Pooled alone, two noisy ranks among quiet ones were taken for equal in 14% of
-        simulated sweeps instead of 5% (spreads 5 times apart, 5 ranks); so it is 7 to 10%, and 4% where all are alike.
+        Spreads differ between ranks. With the pooled variance alone, two noisy ranks among quiet ones were judged equal
+        in 14% of simulated sweeps instead of 5% (spreads 5 times apart, 5 ranks); with the maximum it is 7 to 10%, and
+        4% for equal spreads.
         """
         return max(self.paired, blocks([one.runs, other.runs])[0])
 
     def theta(self, value: float, variance: float, share: float, n: int, m: int) -> Estimate:
-        """Return θ of n and m runs. Seeds in common cancel, but for the part δ that the margin, a gain, brings in."""
+        """Return θ of n and m runs. Common seeds cancel, except for the fraction δ from the margin, which is a gain."""
         common = max(0.0, self.plain - self.paired)
         error = math.sqrt(variance * (1 / n + (1 - share) ** 2 / m) + share**2 * common / min(n, m))
         return Estimate(value, error, self.freedom)
 
 
 def _pair(one: AtRank, other: AtRank) -> tuple[float, float, int, int]:
-    """Return the means of two ranks and their numbers of runs: on the seeds that both have, if there are any."""
+    """Return the means of two ranks and their numbers of runs, on common seeds if there are any."""
     shared: Collection[int] = one.runs.keys() & other.runs.keys()
     ours = [loss for seed, loss in one.runs.items() if not shared or seed in shared]
     theirs = [loss for seed, loss in other.runs.items() if not shared or seed in shared]
@@ -477,7 +477,7 @@ def _word(standings: Sequence[Standing], shown: Standing | None, noise: _Noise) 
 
 
 def _confidence(answer: Standing, standings: Sequence[Standing]) -> float | None:
-    """Return at least with which confidence the answer is enough and no smaller rank is (Bonferroni)."""
+    """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is (Bonferroni)."""
     if answer.confidence is None:
         return None
     smaller = (1 - (one.against or 0.0) for one in standings if one.rank < answer.rank)
@@ -486,16 +486,16 @@ def _confidence(answer: Standing, standings: Sequence[Standing]) -> float | None
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep comes to.
+    """The verdict of a sweep.
 
     Args:
-        results: Of the run.
+        results: Results of the run.
         set: The first set that is not shifted.
-        verdict: On it.
-        base: BASE's record there.
+        verdict: The verdict on it.
+        base: BASE's record on it.
         shifted: The verdicts on shifted sets, by name.
         ranks: Ranks tried, ascending.
-        tolerance: Share of the gain that a smaller rank may lose.
+        tolerance: Fraction of the gain that a smaller rank may lose.
     """
 
     results: Results[Any]
@@ -508,10 +508,10 @@ class Swept:
 
 
 def swept_of(results: Results[Any]) -> Swept | None:
-    """Return what a sweep comes to; None where none of its runs says anything.
+    """Return the verdict of a sweep; None if no run is conclusive.
 
     Args:
-        results: Of ``probe sweep``.
+        results: Results of ``probe sweep``.
     """
     records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
     share = results.run.settings.get("tolerance", TOLERANCE)

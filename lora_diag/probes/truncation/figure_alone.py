@@ -1,4 +1,4 @@
-"""`alone`: which layers or module types cost most where each is truncated by itself."""
+"""`alone`: layers or module types with the largest cost of truncation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = 24
 
 
 def lacks(records: Sequence[Probe], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+    """Return why nothing can be drawn; None if it can."""
     known = _ranks(records)
     if not known:
         return "no layer or module type was truncated alone (--per layer, --per type)"
@@ -31,12 +31,12 @@ def lacks(records: Sequence[Probe], options: Options) -> str | None:
 
 
 def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss minus TUNED's where one layer or module type is truncated, with two standard errors.
+    """Draw the loss minus TUNED's with one layer or module type truncated, with two standard errors.
 
     Args:
-        results: Of ``probe truncation --per layer`` or ``--per type``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe truncation --per layer`` or ``--per type``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
         The Axes drawn on: at the smallest rank measured, the costliest first.
@@ -54,7 +54,7 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the costliest layers or types at the smallest rank measured, one panel a set."""
+    """Return the layers or types with the largest cost at the smallest measured rank, one panel per set."""
     records = [record for one in series for record in one.records]
     rank = options.rank if options.rank is not None else _smallest(records)
     panels = []

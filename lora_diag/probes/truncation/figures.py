@@ -1,4 +1,4 @@
-"""`truncation`: the loss of W_0 + ΔW_r over the rank, between those of BASE and TUNED, beside the energy kept."""
+"""`truncation`: loss of W_0 + ΔW_r over the rank, between those of BASE and TUNED, with the energy kept."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ENOUGH = 0.9
 
 
 def together(records: Iterable[Probe]) -> tuple[Probe, ...]:
-    """Return the records of all layers truncated together, BASE's and TUNED's among them."""
+    """Return the records of all layers truncated together, including BASE and TUNED."""
     return tuple(record for record in records if record.layer is None and record.module_type is None)
 
 
 def lacks(records: Sequence[Probe], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+    """Return why nothing can be drawn; None if it can."""
     if any(record.subject == "truncated" for record in together(records)):
         return None
     return "no rank at which all layers were truncated together (--granularity all)"
@@ -45,13 +45,13 @@ def lacks(records: Sequence[Probe], options: Options) -> str | None:
 def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
     """Draw the loss of W_0 + ΔW_r minus TUNED's over r with two paired standard errors; BASE and TUNED are lines.
 
-    Dotted: the same if the loss followed the energy, (1 − C(r)) of the change from BASE to TUNED. Where the loss is
-    nearer to TUNED than that, energy understates what the rank is worth.
+    Dotted: the loss if it were proportional to energy, (1 − C(r)) of the change from BASE to TUNED. A loss nearer to
+    TUNED means that energy underestimates the rank.
 
     Args:
-        results: Of ``probe truncation``, or their records.
-        ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the first if not given.
+        results: Results of ``probe truncation``, or their records.
+        ax: Axes to draw on; default those of a new figure.
+        name: Name of the evaluation set; default the first.
 
     Returns:
         The Axes drawn on.
@@ -67,7 +67,7 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return a panel a set: of one run its losses, of several the share of TUNED's change that each rank keeps."""
+    """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
     runs = [together(one.records) for one in series]
     single = len(runs) == 1
     panels: list[tuple[str, Draw]] = []
@@ -82,7 +82,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 
 def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:
-    """Draw the loss minus TUNED's, whose errors are those of the bars, and where it would be if it followed energy."""
+    """Draw the loss minus TUNED's with error bars, and its value if it were proportional to energy."""
     width = look.line if look else 1.2
     cut = [record for record in _cut(mine) if record.gap is not None]
     base, tuned = _end(mine, "base"), _end(mine, "tuned")
@@ -116,7 +116,7 @@ def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None
 
 
 def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look: Look | None) -> None:
-    """Draw what each run keeps of its own TUNED's change of the loss, and its energy, dotted."""
+    """Draw the fraction of TUNED's change that each run keeps, and its energy, dotted."""
     width = look.line if look else 1.2
     shares, ranks = [0.0, 1.0], []
     for number, mine in enumerate(runs):
@@ -148,7 +148,7 @@ def _end(records: Sequence[Probe], subject: str) -> Probe | None:
 
 
 def _finding(called: str, mine: Sequence[Probe]) -> str:
-    """Name a set with the smallest rank that keeps nearly all of what TUNED changed there."""
+    """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
     cut = _cut(mine)
     enough = next((record for record in cut if record.kept is not None and record.kept >= ENOUGH), None)
     if enough is not None and enough.kept is not None:

@@ -1,4 +1,4 @@
-"""Table and summary of ``probe truncation``: losses by rank, and what share of the gain each rank keeps."""
+"""Table and summary of ``probe truncation``: losses by rank, and the fraction of the gain that each rank keeps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
 
 
 def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table: for every set the loss, its gap to TUNED with the standard error, and the share kept."""
+    """Return the table: for every set the loss, its gap to TUNED with the standard error, and the fraction kept."""
     records = results.whole_of(Probe)
     sets, rows = set_names(records), _truncation_rows(records)
     if not rows:
@@ -60,7 +60,7 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def truncation_lines(results: Results[Any]) -> list[Statement]:
-    """Return the summary: set by set, which rank keeps how much of what TUNED changed."""
+    """Return the statements: for each set, the fraction of TUNED's change that each rank keeps."""
     records = results.whole_of(Probe)
     found = [_on_set(name, [record for record in records if record.set == name]) for name in set_names(records)]
     return probe_summary(results, *found, reading=_reading(results.run))
@@ -81,7 +81,7 @@ def _on_set(name: str, records: Sequence[Probe]) -> Statement:
 
 
 def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
-    """Say which rank is enough: for a share of the change, and to be told from TUNED no more."""
+    """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
     word = "gain" if gains else "rise of the loss"
     lines = []
     if enough := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
@@ -107,7 +107,7 @@ def _energy(record: Probe) -> str:
 
 
 def _most_hurt(alone: Sequence[Probe]) -> str:
-    """Name where truncation alone costs most, at the smallest rank measured."""
+    """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
     found = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
     named = ", ".join(f"{short(r.layer or r.module_type or '')} {gap(r)}" for r in found)

@@ -1,4 +1,4 @@
-"""A number of a record by its dotted name, and how it is called on an axis."""
+"""Numeric fields of records by dotted name, and their axis titles."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
-    """Return what the values of spectra are of: ``ΔW``, or in another metric ``ΔW·C^½``; of several, all of them."""
+    """Return the changed quantity of records: ``ΔW``, or ``ΔW·C^½`` in another metric; all of them if several."""
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
 def metric_said(records: Iterable[LayerRecord]) -> str:
-    """Return words to put behind what all records are, in another metric than the weights'."""
+    """Return a suffix that names the metric of all records, if other than that of the weights."""
     found = metrics_of(records)
     return f", in {METRIC_NAMES[found[0]]}" if len(found) == 1 and found != ["weights"] else ""
 
 
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
-    """Return what a field is called on an axis, in the metric of the records."""
+    """Return the axis title of a field, in the metric of the records."""
     records = tuple(records)
     title, of = title_of(field, type(records[0]) if records else LayerRecord), changes_of(records)
     if of == "ΔW":
@@ -64,20 +64,20 @@ def _percent(share: str) -> str:
 
 
 def value_of(record: LayerRecord, field: str) -> float | None:
-    """Return a number of a record; None where it is null or does not exist.
+    """Return a numeric field of a record; None if it is null or does not exist.
 
     Args:
-        record: Of any diagnostic.
-        field: Its name, dotted: ``energy.16``, ``resolution.signal_rank``, ``rank_at.0.9``.
+        record: Record of any diagnostic.
+        field: Dotted name: ``energy.16``, ``resolution.signal_rank``, ``rank_at.0.9``.
     """
     found = value_at(record, field)
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
 def numbers_of(records: Iterable[Record]) -> list[str]:
-    """Return the names of all fields that are a number in some record.
+    """Return the names of all fields that are numeric in any record.
 
-    What is computed from fields is among them for layers only: a run that diverged has no loss to compute from.
+    Derived fields are included for layers only: a diverged run has no loss to derive from.
     """
     names: dict[str, None] = {}
     for record in records:
@@ -100,7 +100,7 @@ def _numbers(content: Any, prefix: str) -> Iterable[str]:
 
 
 def written(value: float) -> str:
-    """Return a number as short as a cell needs it.
+    """Return a number in a short form for a cell.
 
     >>> written(0.4123), written(12.0), written(1234.5), written(2.6e-5)
     ('0.41', '12', '1234', '3e-05')

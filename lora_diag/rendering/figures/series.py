@@ -1,4 +1,4 @@
-"""What is compared in a figure, and what was asked of it."""
+"""The compared series of a figure, and its options."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Series(Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user may ask of a figure; each figure reads what concerns it.
+    """Options of figures; each figure uses the relevant ones.
 
     Args:
-        per: ``layer`` or ``type``: one line, bar or row a layer, or all layers of a module type together.
-        field: Of a heat map, dotted; None for the one that says most.
-        rank: Of ``overlap``, where several were measured; None for 8, or else the smallest.
+        per: ``layer`` or ``type``: one line, bar or row per layer, or the layers of a module type pooled.
+        field: Dotted field of a heat map; None for the default.
+        rank: Rank of ``overlap`` with several measured ranks; None for 8, else the smallest.
     """
 
     per: str = "layer"
@@ -46,12 +46,12 @@ class Options:
 def series_of(
     results: Sequence[Results[Any]], labels: Sequence[str] = (), files: Sequence[str] = ()
 ) -> tuple[Series[Any], ...]:
-    """Return one series a results file and kind of record in it.
+    """Return one series per results file and kind of record.
 
     Args:
-        results: What is compared.
-        labels: What each of them is called; by what it measured if not given.
-        files: Where each of them was read, which names runs that nothing else tells apart.
+        results: The results to compare.
+        labels: Label of each; default by its inputs.
+        files: Path of each, the label of runs that nothing else distinguishes.
     """
     runs = [one.run for one in results]
     metrics = [metric_of(one) if any(r.record == "spectrum" for r in one) else "" for one in results]
@@ -67,17 +67,17 @@ def series_of(
 
 
 def drawn(results: Results[Any]) -> tuple[Any, ...]:
-    """Return the records that figures are made of: those of layers, and those of probes."""
+    """Return the records with figures: those of layers, and those of probes."""
     return (*results.layers, *(one for one in results.whole if one.record not in _NOT_DRAWN))
 
 
 def kind_of(record: LayerRecord | WholeRecord) -> str:
-    """Return the kind of a record as figures ask for it: of a probe's, which probe."""
+    """Return the kind of a record for figures; for a probe's record, the probe."""
     return record.probe if isinstance(record, Probe) else record.record
 
 
 def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
-    """Split series of ``residual`` by the adapters, named with the full update where the runs have several."""
+    """Split series of ``residual`` by adapter, labelled with the full update if there are several."""
     several = len({run_name(one.run) for one in series if one.run is not None}) > 1
     return _split(series, lambda record: (record.adapter,), several)
 
@@ -101,7 +101,7 @@ def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
 def _split(
     series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], named: bool
 ) -> tuple[Series[Any], ...]:
-    """Split series by the inputs that their records name, which the parts are called by; ``named``: and by the run."""
+    """Split series by the inputs named in their records, which label the parts; ``named``: also by the run."""
     short = short_names(path for one in series for record in one.records for path in paths_of(record))
     found = []
     for one in series:
@@ -120,7 +120,7 @@ def _split(
 
 
 def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any], ...]:
-    """Split series of ``overlap`` by step, at one rank: where there are many, the first, the middle and the last."""
+    """Split series of ``overlap`` by step, at one rank; with many steps, only the first, middle and last."""
     found = []
     for one in series:
         ranks = sorted({record.rank for record in one.records})
@@ -135,7 +135,7 @@ def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
-    """Return how a subtitle begins: with the name of the run, or with what all runs measured."""
+    """Return the start of a subtitle: the label of the run, or the inputs of all runs."""
     if len(series) == 1:
         return f"{series[0].label}; " if series[0].label else ""
     measured = {run_name(one.run) if one.run is not None else "" for one in series}
@@ -143,12 +143,12 @@ def subject_of(series: Sequence[Series[Any]]) -> str:
 
 
 def owner_of(one: Series[Any], series: Sequence[Series[Any]]) -> str:
-    """Return what is put before a name of one of several runs."""
+    """Return the prefix of a name in one of several runs."""
     return f"{one.label}: " if len(series) > 1 else ""
 
 
 def rank_absent(known: Collection[int], options: Options) -> str | None:
-    """Return why records cannot be drawn at the rank of the options: it was not measured."""
+    """Return why records cannot be drawn at the requested rank: it was not measured."""
     if options.rank is None or options.rank in known:
         return None
     return f"rank {options.rank} was not measured; there are {', '.join(map(str, sorted(known)))}"

@@ -1,6 +1,6 @@
-"""A Ray cluster: which one is meant, connecting to it or starting one here, and leaving it.
+"""The Ray cluster: finding its address, connecting to it or starting one on this machine, and leaving it.
 
-Knows addresses, tokens and what Ray prints on the way. It knows no task.
+Handles addresses, tokens and Ray's own output; independent of tasks.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Ray:
-    """A Ray cluster to measure on, instead of this machine alone.
+    """A Ray cluster to measure on, instead of this machine only.
 
     Args:
-        address: Of a running cluster, such as ``10.0.0.1:6379`` or ``auto``; None for that in ``RAY_ADDRESS``, else a
-            Ray of this machine's own that ends with the run.
-        gpus_per_task: GPUs that each layer gets, or a share of one; 0 to compute on processors.
+        address: Address of a running cluster, such as ``10.0.0.1:6379`` or ``auto``; None for ``RAY_ADDRESS``, else a
+            local Ray that ends with the run.
+        gpus_per_task: GPUs per layer, or a fraction of one; 0 to compute on CPUs.
     """
 
     address: str | None = None
     gpus_per_task: float = 0.0
 
     def check(self) -> None:
-        """Refuse what makes no sense.
+        """Check the options.
 
         Raises:
-            UsageError: It does not, or Ray is not installed.
+            UsageError: An option is invalid, or Ray is not installed.
         """
         gpus = self.gpus_per_task
         if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
@@ -67,7 +67,7 @@ class Ray:
         import_ray()
 
     def named(self) -> tuple[str, str | None]:
-        """Return where the address comes from, for messages, and the address."""
+        """Return the origin of the address, for messages, and the address."""
         if self.address is not None:
             return f"--ray-address {self.address}", self.address
         address = os.environ.get("RAY_ADDRESS") or None
@@ -75,10 +75,10 @@ class Ray:
 
 
 def import_ray() -> Any:
-    """Return the module ``ray``, told to be quiet.
+    """Import ``ray`` with its logging off.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: Ray is not installed.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -91,7 +91,7 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
-    """Connect to the cluster, or start one here; what the caller is connected to already stays as it is.
+    """Connect to the cluster or start a local one; an existing connection of the caller is kept.
 
     Raises:
         InputError: The cluster cannot be reached.
@@ -128,7 +128,7 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep Ray's C++ from standard error, where it tells of every second that it waits; what it says is raised, too."""
+    """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are raised anyway."""
     try:
         kept = os.dup(2)
     except OSError:  # there is none
@@ -146,7 +146,7 @@ def _hushed() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the block for sure: where Ray's start calls Python from C, the interrupt is lost."""
+    """Make Ctrl-C end the block reliably: an interrupt is lost while Ray's start calls Python from C."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
@@ -180,11 +180,11 @@ def _reason(ray: Any, error: BaseException) -> str:
 
 
 def _check_answers(named: str, address: str) -> None:
-    """Refuse an address at which nobody listens: Ray would try for minutes.
+    """Refuse an address where no server listens; Ray would retry for minutes.
 
     Raises:
-        UsageError: It is no address.
-        InputError: Nobody does.
+        UsageError: The address is malformed.
+        InputError: No server listens at the address.
     """
     if address == "auto":
         return

@@ -1,4 +1,4 @@
-"""The engine on one machine: several layers at once, each on its share of the cores."""
+"""The engine on one machine: several layers at once, each on its fraction of the cores."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ LEAST_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How layers share a machine.
+    """Allocation of a machine to layers.
 
-    A matrix runs on as many cores as its share of the memory budget: many small ones side by side on one core each,
-    which an eigenvalue solver uses best (docs/benchmarks.md), a large one alone on all of them. The share depends on
-    the matrix and the machine alone, so that the same matrix gives the same bytes whatever runs beside it.
+    The number of cores of a matrix is proportional to its fraction of the memory budget: many small matrices run
+    concurrently on one core each, the most efficient use of an eigenvalue solver (docs/benchmarks.md), and a large one
+    alone on all cores. The fraction depends only on the matrix and the machine, so that a matrix gives the same bytes
+    whatever runs concurrently.
 
     Args:
-        cores: Cores in all.
-        budget: Bytes that all layers at hand may take together.
-        workers: Layers at once, if the user says so; else None.
-        limited: Whether a layer must not take more than there is room for: it is then computed in row blocks.
+        cores: Number of cores.
+        budget: Memory of all concurrent layers in bytes.
+        workers: Concurrent layers, if set by the user; else None.
+        limited: Whether a layer must fit into the budget, and is else processed in row blocks.
     """
 
     cores: int
@@ -50,7 +51,7 @@ class Layout:
 
     @property
     def limit(self) -> int | None:
-        """Bytes that one layer may take; None if it may take what it needs.
+        """Memory limit of one layer in bytes; None without limit.
 
         >>> Layout(8, 800, limited=True).limit, Layout(8, 800, workers=2, limited=True).limit, Layout(8, 800).limit
         (800, 400, None)
@@ -69,16 +70,16 @@ class Layout:
 
 
 def layout_for(largest: int, workers: int | None = None, device: str = "cpu", memory: int | None = None) -> Layout:
-    """Return how this machine is shared.
+    """Return the allocation of this machine.
 
     Args:
         largest: Entries of the largest matrix.
-        workers: Layers at once, or None to choose.
-        device: Where matrices are computed. On a GPU two layers are at hand: one is read while one is computed.
-        memory: Bytes that the whole program may take; None for what the largest matrix needs.
+        workers: Concurrent layers; None to choose.
+        device: Device of the computation. A GPU has two concurrent layers: one is read while the other is computed.
+        memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
 
     Raises:
-        UsageError: So little memory that not even the program fits.
+        UsageError: The memory limit is too small for the program itself.
     """
     cores = torch.get_num_threads()
     workers = workers or (2 if device == "cuda" else None)
@@ -99,12 +100,12 @@ def run_local(
 
     Args:
         measure: A diagnostic with its settings bound.
-        tasks: What to measure, one layer each.
-        layout: How the machine is shared.
-        footprint: Bytes that a task takes while it runs.
+        tasks: The tasks, one per layer.
+        layout: Allocation of the machine.
+        footprint: Memory of a running task in bytes.
 
     Raises:
-        LoradiagError: What the diagnostic raised, for the first task that did; later ones are abandoned.
+        LoradiagError: The error of the first failing task; later tasks are abandoned.
     """
     most = layout.workers or layout.cores
     pending: deque[Future[Record]] = deque()

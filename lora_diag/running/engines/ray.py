@@ -1,7 +1,7 @@
-"""The engine on many machines: batches of layers as tasks of Ray, retried where a worker or a node dies.
+"""The engine on a cluster: batches of layers as Ray tasks, retried if a worker or a node dies.
 
-Tasks go out as numbers into a list that each worker gets once, records come back; no array passes through the object
-store.
+Tasks are sent as indices into a list that each worker gets once, and records are returned; no array passes through the
+object store.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def run_ray(
 
     Args:
         measure: A diagnostic with its settings bound.
-        tasks: What to measure, one layer each.
-        layout: How a machine is shared; of a cluster, that many cores are counted as its largest node has.
-        footprint: Bytes that a task takes while it runs.
+        tasks: The tasks, one per layer.
+        layout: Allocation of a machine; a cluster counts the cores of its largest node.
+        footprint: Memory of a running task in bytes.
         on: The cluster.
 
     Raises:
-        LoradiagError: What the diagnostic raised, for the first task that did; the cluster cannot be reached, does not
-            see the inputs, or loses a layer again and again.
+        LoradiagError: The error of the first failing task; or the cluster cannot be reached, does not see the inputs,
+            or repeatedly loses a layer.
     """
     listed = list(tasks)
     if not listed:
@@ -70,10 +70,10 @@ def run_ray(
 
 
 class _Cluster:
-    """The nodes that can take a task.
+    """The nodes that can run a task.
 
     Raises:
-        InputError: There is none, and none comes.
+        InputError: No node can run a task within the waiting time.
     """
 
     def __init__(self, ray: Any, gpus: float) -> None:
@@ -86,7 +86,7 @@ class _Cluster:
         self.largest = int(max(node["CPU"] for node in self._nodes))
 
     def _fitting(self, cores: int) -> list[dict[str, float]]:
-        """Return what the living nodes have that have enough."""
+        """Return the resources of living nodes that have enough for a layer."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
 
@@ -102,27 +102,27 @@ class _Cluster:
 
     @property
     def slots(self) -> int:
-        """Layers that can be measured at once, if each takes the least."""
+        """Maximum number of concurrent layers with the smallest request."""
         if self.gpus:
             return max(1, int(sum(node["GPU"] // self.gpus for node in self._nodes)))
         return int(sum(node["CPU"] for node in self._nodes))
 
     def threads(self, layout: Layout) -> Callable[[int], int]:
-        """Return how many cores a layer gets, by the bytes that it takes; beside a GPU, that GPU's share of them."""
+        """Return the number of cores for a layer of this size; with a GPU, that GPU's fraction of the cores."""
         if self.gpus:
             share = int(min(node["CPU"] * self.gpus / node["GPU"] for node in self._nodes))
             return lambda footprint: max(1, share)
         return replace(layout, cores=self.largest).threads
 
     def room(self, workers: int | None) -> Room:
-        """Return how much may be under way on the nodes that are there now."""
+        """Return the capacity of the nodes that are alive now."""
         return Room(int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None))
 
     def look(self, cores: int) -> None:
-        """Look which nodes are there; called again and again while nothing is finished.
+        """Look up the living nodes; called repeatedly while no task finishes.
 
         Raises:
-            InputError: For long there was none that could take what waits.
+            InputError: No node could run the waiting tasks for the whole waiting time.
         """
         if time.monotonic() - self._looked < LOOK:
             return
@@ -136,7 +136,7 @@ class _Cluster:
 
 
 class _Run:
-    """The tasks of Ray of one run."""
+    """The Ray tasks of one run."""
 
     def __init__(self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized]) -> None:
         self._ray, self._cluster, self._tasks = ray, cluster, tasks
@@ -145,7 +145,7 @@ class _Run:
         self._under_way: dict[Any, Batch] = {}
 
     def send(self, batch: Batch) -> Any:
-        """Begin a batch."""
+        """Submit a batch."""
         remote = self._remote.options(
             num_cpus=batch.threads,
             num_gpus=self._cluster.gpus,
@@ -157,7 +157,7 @@ class _Run:
         return ticket
 
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
-        """Wait a while; yield the outcomes of what is done, None where its workers died."""
+        """Wait a while; yield the outcomes of finished batches, None if their workers died."""
         done, _ = self._ray.wait(tickets, num_returns=1, timeout=LOOK)
         for ticket in done:
             del self._under_way[ticket]
@@ -180,7 +180,7 @@ class _Run:
         return outcomes
 
     def lost(self, batch: Batch) -> LoradiagError:
-        """Return what to say of a layer whose workers died, every one."""
+        """Return the error for a layer whose workers all died."""
         died = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(
             f"{self._tasks[batch.start].layer}: {died} measured it, perhaps for want of memory; give it a node with "
@@ -188,19 +188,19 @@ class _Run:
         )
 
     def stop(self) -> None:
-        """Stop what is under way."""
+        """Cancel the running tasks."""
         for ticket in self._under_way:
             with suppress(Exception):  # that the cluster is gone is what we came for
                 self._ray.cancel(ticket, force=True)
 
 
 def _job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
-    """Put into one parcel what every worker needs: with all tasks, whose checkpoints are then in it once."""
+    """Pack what every worker needs into one object; with all tasks, so that shared checkpoints are stored once."""
     files: dict[str, int] = {}
 
     class Pickler(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
         def persistent_id(self, item: Any) -> None:
-            """Note the files that are seen on the way; everything is pickled as usual."""
+            """Collect the files that are referenced; pickling is unchanged."""
             if isinstance(item, FORMATS) and isinstance(item.path, Path):  # not an address, which is one everywhere
                 with suppress(OSError):  # gone since it was opened: reading it will say so
                     files[str(item.path)] = item.path.stat().st_size

@@ -1,8 +1,8 @@
-"""What runs on a worker of a cluster: it takes numbers of tasks and returns records.
+"""The worker of a cluster: takes indices of tasks and returns records.
 
-A worker is given the list of all tasks once; a batch names its tasks by their place in it. Tasks are descriptors
-(paths, names, offsets), so a worker reads from its own mounts what it measures; before it does, it makes sure that the
-files there are those that the program which asks has seen.
+A worker gets the list of all tasks once; a batch refers to tasks by index. Tasks are descriptors (paths, names,
+offsets), so a worker reads its inputs from its own mounts, after checking that the files are those that the submitting
+program opened.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lora_diag.version import __version__
 
 @dataclass(frozen=True)
 class Job:
-    """What all workers are given.
+    """The data that all workers get.
 
     Args:
-        version: Of this package, where the run was started.
-        folder: Where it was started; relative paths are meant from there.
-        files: The files that are read, and their sizes in bytes.
-        work: ``(measure, tasks)``, pickled: it is only opened once the files are there.
+        version: Version of loradiag where the run was started.
+        folder: Working directory of the run; relative paths start there.
+        files: Input files and their sizes in bytes.
+        work: ``(measure, tasks)``, pickled; unpickled after the files have been checked.
     """
 
     version: str
@@ -45,11 +45,11 @@ _at_hand: tuple[str, Work] | None = None
 
 
 def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, threads: int) -> list[Any | LoradiagError]:
-    """Return what was measured of the tasks ``start:stop``; it ends with the first that cannot be measured.
+    """Return the outcomes of the tasks ``start:stop``, up to the first that fails.
 
     Args:
-        name: Of the job.
-        job: Fetches it.
+        name: Name of the job.
+        job: Returns the job.
         start: The first task.
         stop: One past the last.
         threads: Cores to use.
@@ -72,10 +72,10 @@ def _work(name: str, job: Callable[[], Job]) -> Work:
 
 
 def open_job(job: Job) -> Work:
-    """Return what to do with what.
+    """Unpickle a job after checking the version and the files.
 
     Raises:
-        InputError: This worker cannot do it as it was meant: another version, or other files.
+        InputError: The worker has another version of loradiag or other files.
     """
     where = f"the worker on {platform.node()}"
     if job.version != __version__:

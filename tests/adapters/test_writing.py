@@ -150,7 +150,7 @@ def test_gpt2_in_names_of_hub(tmp_path):
 def test_tied_embeddings_are_changed_once(tmp_path):
     results, _ = check(llama(tie_word_embeddings=True), tmp_path, rank=2)
     assert results.run.inputs[-1].notes == (
-        "model.embed_tokens.weight is tied to the head: only merged does its update reach the head, too",
+        "model.embed_tokens.weight is tied to the head: its update reaches the head only after merging",
     )
 
 
@@ -319,7 +319,7 @@ def test_model_type_that_was_never_tried_is_told(tmp_path):
         model = write_base(tmp_path / kind, tensors, {"model_type": kind})
         tuned = write_base(tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()})
         run = lora_diag.extract(model, tuned, tmp_path / kind / "adapter", rank=1).run
-        assert sum("'segformer' has not been tried with PEFT" in note for note in run.inputs[1].notes) == told
+        assert sum("'segformer' has not been tested with PEFT" in note for note in run.inputs[1].notes) == told
     smaller = lora_diag.extract(model, tmp_path / "segformer" / "adapter", tmp_path / "smaller", rank=1).run
     assert smaller.inputs[1].notes == ("adapts 1 of 1 tensors of BASE",)  # that adapter tells the names
 

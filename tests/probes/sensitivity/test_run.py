@@ -290,7 +290,7 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
         lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl")
     assert len(lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl", allow_unfinished=True)) > 0
     other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
-    with pytest.raises(UsageError, match="adapted no layer of these spectra"):
+    with pytest.raises(UsageError, match="no gain of a layer"):
         lora_diag.allocate(other, total_rank=2, weights=measured[1])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import save_file
 
 import lora_diag
@@ -376,6 +377,8 @@ def test_tie_of_signs_is_positive_as_in_peft():
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "ties_svd"])
 def test_predicted_residual_is_that_of_merge_that_peft_makes(tmp_path, kind):
     peft = pytest.importorskip("peft")
+    if "svd" in kind and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT before 0.21 gives another matrix for merges by SVD")
     torch.manual_seed(0)
 
     class Tiny(torch.nn.Module):

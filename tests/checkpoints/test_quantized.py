@@ -59,6 +59,10 @@ KINDS = {
 }
 
 
+if not hasattr(torch, "float8_e8m0fnu"):  # before torch 2.7: the stand-in above has no exponents to store
+    del KINDS["mxfp8"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_range_is_weight_that_codes_stand_for(tmp_path, kind):
     (tensors, expected), stored = KINDS[kind]

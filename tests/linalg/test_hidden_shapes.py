@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from scipy.special import ndtr
 
 from lora_diag.linalg.cells import GRIDS, Cells, halves
@@ -16,15 +17,15 @@ from lora_diag.linalg.hidden_shapes import FLATTER, HEAVIER, NORMAL, fit_shape
 def test_shapes_have_variance_1_and_moments_of_their_density(shape):
     x = np.linspace(-12, 12, 200_001)
     density = sum(w * np.exp(-(((x - mean) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi)) for w, mean, s in shape.parts)
-    assert np.trapezoid(density * x**2, x) == pytest.approx(1, abs=1e-6)
-    assert np.trapezoid(density * x**4, x) == pytest.approx(shape.kurtosis, rel=1e-3)
+    assert trapezoid(density * x**2, x) == pytest.approx(1, abs=1e-6)
+    assert trapezoid(density * x**4, x) == pytest.approx(shape.kurtosis, rel=1e-3)
     lo, hi = torch.tensor([[-0.5, 0.3, 1.0]]).double(), torch.tensor([[0.4, 0.5, 3.0]]).double()
     found = shape.moments(Cells(lo, hi), 1.3)
     for k in range(3):
         inside = (x * 1.3 >= float(lo[0, k])) & (x * 1.3 <= float(hi[0, k]))
-        mass = np.trapezoid(np.where(inside, density, 0), x)
-        mean = np.trapezoid(np.where(inside, density * x, 0), x) * 1.3 / mass
-        variance = np.trapezoid(np.where(inside, density * (x * 1.3 - mean) ** 2, 0), x) / mass
+        mass = trapezoid(np.where(inside, density, 0), x)
+        mean = trapezoid(np.where(inside, density * x, 0), x) * 1.3 / mass
+        variance = trapezoid(np.where(inside, density * (x * 1.3 - mean) ** 2, 0), x) / mass
         assert float(found.log_mass[0, k]) == pytest.approx(math.log(mass), abs=2e-3)
         assert float(found.mean[0, k]) == pytest.approx(mean, abs=1e-3)
         assert float(found.variance[0, k]) == pytest.approx(variance, rel=5e-3)

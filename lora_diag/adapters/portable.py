@@ -101,7 +101,7 @@ def write_portable(
     dora_to_lora: bool = False,
     leave_out: bool = False,
 ) -> Written:
-    """Write a portable copy of an adapter: beside its place, and renamed into it when it is whole.
+    """Write a portable copy of an adapter to a temporary folder, then rename it.
 
     Args:
         adapter: The adapter.

@@ -226,7 +226,7 @@ def open_source(path: Path | str, given: Given = None) -> Source:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     file = _weights_in(path) if path.is_dir() else path
-    if file.suffix == GGUF:  # an adapter_config.json beside it is that of the PEFT adapter it was made from
+    if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
         return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, given)
     config_path = file.parent / CONFIG

@@ -184,8 +184,8 @@ def _added(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
     kind = str(config.get("checkpoint_format", "gptq")).lower()
     if not config:
         raise InputError(
-            f"{source.path}: is GPTQ without quantization_config, whose checkpoint_format tells how zero points are "
-            "stored; copy config.json of the model beside it"
+            f"{source.path}: is GPTQ without quantization_config, which states how zero points are "
+            "stored; copy the config.json of the model into the same folder"
         )
     if kind not in FORMATS:
         raise InputError(f"{source.path}: is GPTQ in the format {kind!r}; gptq and gptq_v2 are read; {_OUT}")

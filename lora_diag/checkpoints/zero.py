@@ -265,7 +265,7 @@ def _step(folder: Path) -> Path:
     if latest.is_file() and latest.stat().st_size <= MAX_TAG_BYTES:
         tag = latest.read_bytes().decode(errors="replace").strip()
         if tag in {"", ".", ".."} or set(tag) & set("/\\\0") or not (folder / tag).is_dir():
-            raise InputError(f"{latest}: names {tag!r}, which is no folder beside it; give the folder of a step")
+            raise InputError(f"{latest}: names {tag!r}, but {folder} has no such folder; give the folder of a step")
         return folder / tag
     steps = sorted(path for path in folder.glob(STEPS) if path.is_dir())
     if len(steps) != 1:

@@ -23,7 +23,7 @@ from lora_diag.version import __version__
 
 # What an extra adds; one that is not listed serves the development of loradiag and is not checked.
 ADDS = {
-    "train": "probes, the gradient recorder",
+    "train": "probes, tune, the gradient recorder",
     "report": "HTML reports",
     "ray": "clusters: --engine ray",
     "remote": "s3://, gs://, https://",

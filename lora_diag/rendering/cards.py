@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from lora_diag.errors import InputError, UsageError
+from lora_diag.files import CARD
 
 
 def with_section(card: str, name: str, section: str) -> str:
@@ -26,3 +30,20 @@ def with_section(card: str, name: str, section: str) -> str:
     if found := re.search(f"{begin}((?!{begin}).)*?{finish}", card, re.DOTALL):
         return f"{card[: found.start()]}{block}{card[found.end() :]}"
     return f"{card.rstrip()}{end * 2 if card.strip() else ''}{block}{end}"
+
+
+def read_card(path: Path) -> str:
+    """Return the text of a model card, line ends as they are; empty if there is none yet.
+
+    Raises:
+        UsageError: It is not Markdown in UTF-8.
+        InputError: It cannot be read.
+    """
+    try:
+        if path.suffix.lower() not in {".md", ".markdown"} or (path.exists() and not CARD.is_at(path)):
+            raise UsageError(f"{path}: is not Markdown; give a Markdown file whose name ends in .md")
+        return path.read_bytes().decode("utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text ({error}); convert it") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error

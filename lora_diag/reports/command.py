@@ -11,7 +11,7 @@ from lora_diag.cli.output import message, quiet_matplotlib, result
 from lora_diag.errors import UsageError
 from lora_diag.reports.options import ReportOptions
 from lora_diag.reports.trackers import TRACKERS, track
-from lora_diag.running.options import OUTPUT, Option
+from lora_diag.running.options import OUTPUT, Option, filled, plain
 
 # Where a page goes that nobody named; the other text formats go to standard output then.
 PAGE = Path("report.html")
@@ -45,6 +45,9 @@ def report(
     if project is not None and to is None:
         raise UsageError("--project: is of a tracker; add --to")
     if to is not None:
+        usual = filled(ReportOptions, {})
+        if any(plain(value) != plain(usual[name]) for name, value in given.items()):
+            raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
         quiet_matplotlib()
         where = track(results, to, project)
         if not quiet:

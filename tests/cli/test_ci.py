@@ -165,6 +165,13 @@ def test_action_measures_judges_and_reports(shell, repository):
     code, other = action(shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=found["results"])
     assert (code, other["verdict"], other["report"]) == (2, "error", "")
     assert other["key"] != found["key"]
+    weights = repository / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    _, changed = action(shell, repository, RESULTS=found["results"])
+    assert changed["key"] != found["key"]  # results of other weights are not taken from the cache
+    assert changed["verdict"] != "passed"  # nor judged as those of these
 
 
 def test_action_never_reuses_a_key_of_a_remote_base(shell, repository):

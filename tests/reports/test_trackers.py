@@ -47,6 +47,19 @@ def test_card_section_is_replaced_and_the_rest_stays(tmp_path):
     assert card.read_text(encoding="utf-8") == first
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"<!doctype html>"])
+def test_card_that_is_no_markdown_is_refused(loradiag, tmp_path, content):
+    card = tmp_path / "README.md"
+    card.write_bytes(content)
+    ran = loradiag("report", SPECTRUM, "--to", "hub", "--project", tmp_path)
+    assert (ran.code, card.read_bytes(), "README.md" in ran.err) == (2, content, True)
+    (tmp_path / "other").write_text("mine")
+    card.unlink()
+    card.symlink_to(tmp_path / "other")
+    assert loradiag("report", SPECTRUM, "--to", "hub", "--project", tmp_path).code == 2
+    assert (tmp_path / "other").read_text() == "mine"
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_card_keeps_line_ends_and_a_section_without_end(end):
     card = f"a{end}<!-- loradiag x: begin -->{end}mine{end}"
@@ -137,3 +150,5 @@ def test_report_to_a_folder_by_the_command(loradiag, tmp_path):
     assert (tmp_path / "README.md").exists()
     assert loradiag("report", SPECTRUM, "--project", "x").code == 2
     assert loradiag("report", SPECTRUM, "--to", "nowhere").code == 2
+    ran = loradiag("report", SPECTRUM, "--to", "hub", "--project", tmp_path, "-o", "x.html")  # it would not be written
+    assert (ran.code, "-o" in ran.err) == (2, True)

@@ -15,6 +15,7 @@ from lora_diag.cli.output import again, check_outputs, line, message, result, te
 from lora_diag.decisions.gate.options import GateOptions
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, SARIF, write_whole
+from lora_diag.rendering.cards import read_card
 from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def gate(
     # Of the card only a block is replaced: what else it holds is checked as it is read.
     check_outputs([*read, *(path for path, _ in written)], [(reports["model_card"], CARD)], overwrite=True)
     if reports["model_card"] is not None:
-        _read_card(reports["model_card"])
+        read_card(reports["model_card"])
     from lora_diag.decisions.gate.record import outcome
     from lora_diag.decisions.gate.run import gate as judge
     from lora_diag.decisions.gate.run import ready_policy
@@ -183,7 +184,7 @@ def _write_reports(
     if card is not None:
         from lora_diag.decisions.gate.model_card import model_card
 
-        write_whole(card, model_card(results, _read_card(card)), CARD, overwrite=True)
+        write_whole(card, model_card(results, read_card(card)), CARD, overwrite=True)
 
 
 def _show(results: Results[Any], github: bool, then: str) -> None:
@@ -221,20 +222,3 @@ def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     if output is None:
         return f"{again('-o', 'verdicts.jsonl')}   (keeps these verdicts)"
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"
-
-
-def _read_card(path: Path) -> str:
-    """Return the text of a model card, line ends as they are; empty if there is none yet.
-
-    Raises:
-        UsageError: It is not Markdown.
-        InputError: It cannot be read.
-    """
-    try:
-        if path.suffix.lower() not in {".md", ".markdown"} or (path.exists() and not CARD.is_at(path)):
-            raise UsageError(f"--model-card {path}: is not Markdown; give a Markdown file whose name ends in .md")
-        return path.read_bytes().decode("utf-8") if path.exists() else ""
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--model-card {path}: is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -84,8 +84,8 @@ def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
     if error is not None:
         factored = [record for record in records if record.base_error_inside is not None]
         inside = rms(factored, lambda record: record.base_error_inside)
-        beside = f", {number(inside)} ‖ΔW‖ of it in the adapter's input space" if inside is not None else ""
-        lines.append(f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{beside}")
+        inner = f", {number(inside)} ‖ΔW‖ of it in the adapter's input space" if inside is not None else ""
+        lines.append(f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{inner}")
     noisy = [record for record in records if record.base_noise is not None]
     noise = rms(noisy, lambda record: record.base_noise)
     if noise is not None:

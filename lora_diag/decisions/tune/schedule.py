@@ -20,9 +20,9 @@ SHORT = 4
 KEPT_RATES = 2
 # Below so many steps a search is not narrowed: a rank says nothing any more.
 LEAST_STEPS = 10
-# Runs that stability and escalation may take, at most, beside the seeds of what is confirmed.
+# Runs that stability and escalation may take, at most, in addition to the seeds of confirmed ones.
 TRIALS = 6
-# What opening models, writing files and a busy machine take beside the runs.
+# What opening models, writing files and a busy machine take in addition to the runs.
 MARGIN = 1.1
 
 _UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -147,14 +147,14 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
             Stage("rates", runs, runs * short, f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs")
         )
     runs = len(search.ranks) * (search.rates_each + later)
-    found.append(Stage("ranks", runs, runs * run, "smallest rank within tolerance, learning rate tuned at each"))
+    found.append(Stage("ranks", runs, runs * run, "smallest rank within tolerance, tuned rates"))
     if search.full:
         runs = min(search.rates_each, len(search.rates)) + search.widen + later
         seconds = runs * (search.steps * costs.full_step + costs.evaluation)
         found.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
     if search.more_seeds and len(search.ranks) > 1:
         runs = len(search.ranks) * search.repeats
-        found.append(Stage("seeds", runs, runs * run, "the same with more seeds, where these would tell"))
+        found.append(Stage("seeds", runs, runs * run, "the same with more seeds, if they can decide"))
     if search.finer and len(search.ranks) > 1:
         runs = search.rates_each + later
         found.append(Stage("finer", runs, runs * run, "whether a rank in between is enough"))
@@ -164,9 +164,7 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
         found.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
     if search.trials:
         found.append(
-            Stage(
-                "trials", search.trials, search.trials * run, "stability where curves ask for it; what more would buy"
-            )
+            Stage("trials", search.trials, search.trials * run, "stability if needed; gain of more parameters")
         )
     return tuple(found)
 

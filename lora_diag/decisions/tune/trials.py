@@ -197,7 +197,7 @@ def save_adapter(module: Any, folder: Path) -> None:
 
 
 def save_copy(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write an adapter's weights with another configuration beside them; it takes its place when it is whole."""
+    """Write an adapter's weights with another configuration to a temporary folder, then rename it."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()

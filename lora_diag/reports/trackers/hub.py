@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import CARD, write_whole
-from lora_diag.rendering.cards import with_section
+from lora_diag.files import CARD, check_output, write_whole
+from lora_diag.rendering.cards import read_card, with_section
 from lora_diag.reports.trackers.payload import Payload
 
 
@@ -19,15 +19,15 @@ def send(payload: Payload, project: str | None) -> str:
     folder = Path(project)
     if folder.is_dir():
         card = folder / "README.md"
-        before = card.read_text(encoding="utf-8") if card.exists() else ""
-        write_whole(card, with_section(before, "report", section), CARD, overwrite=True)
+        check_output(card, CARD, overwrite=True)
+        write_whole(card, with_section(read_card(card), "report", section), CARD, overwrite=True)
         return str(card)
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     try:
         try:
-            before = Path(hf_hub_download(project, "README.md")).read_text(encoding="utf-8")
+            before = read_card(Path(hf_hub_download(project, "README.md")))
         except EntryNotFoundError:
             before = ""
         done = HfApi().upload_file(

@@ -7,10 +7,10 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # Compiled once, not by every process of the tests, also where the environment asks for the latter.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test docs wheel tag man lowest samples bench fuzz sbom licences clean help
+.PHONY: demo check test docs wheel tag man lowest samples bench bench-quick bench-gpu fuzz sbom licences clean help
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(VENV)/demo ## set up, then measure the sample checkpoints
 	@rm -f $(VENV)/demo.jsonl $(VENV)/demo.jsonl.part
@@ -55,6 +55,12 @@ samples: $(VENV)/train ## train the sample checkpoints again
 
 bench: $(VENV)/test ## measure speed and memory beside the alternatives
 	$(BIN)/python -m tests.benchmarks
+
+bench-quick: $(VENV)/test ## measure the kernels for a minute; fail if one is 1.3 times slower than its stored ratio
+	$(BIN)/python -m tests.benchmarks.quick
+
+bench-gpu: $(VENV)/test ## check the numbers of a GPU, measure it, and write the tables into docs/benchmarks.md
+	$(BIN)/python -m tests.benchmarks.gpu --write
 
 fuzz: $(VENV)/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)

@@ -45,12 +45,16 @@ def in_turn(commands: Mapping[str, Sequence[str]], runs: int = 3) -> dict[str, F
     }
 
 
+def processor() -> str:
+    """Return the model name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def machine() -> str:
     """Return the machine in words, without its name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
 def table(figures: Mapping[str, Figure], reference: str) -> str:

@@ -1,0 +1,58 @@
+"""Benchmarks that judge: what they accept and what they refuse. No time is asserted."""
+
+import pytest
+
+from tests.benchmarks import gpu, quick
+
+
+def test_quick_refuses_slower_kernels_only():
+    stored = {"a": 1.0, "b": 2.0}
+    text, good = quick.compare({"a": 1.29, "b": 1.0}, stored)
+    assert good
+    text, good = quick.compare({"a": 1.31, "b": 2.0}, stored)
+    assert not good
+    assert [line for line in text.splitlines() if "SLOWER" in line] == ["| a | 1.31 | 1 | 1.31 SLOWER |"]
+
+
+def test_quick_refuses_kernels_without_stored_ratio():
+    assert not quick.compare({"a": 1.0, "new": 1.0}, {"a": 1.0})[1]
+
+
+def test_quick_ratio_of_equal_work_is_near_one(monkeypatch):
+    monkeypatch.setattr(quick, "SECONDS", 0.05)
+    work = lambda: sum(range(20_000))  # noqa: E731
+    assert quick.ratio(quick.Kernel("same", work, work, quick.here)) == pytest.approx(1.0, rel=0.5)
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_and_checks_on_stand_in(capsys):
+    assert gpu.main(["--device", "cpu", "--small"]) == 0
+    table = capsys.readouterr().out
+    assert "stand-in" in table
+    assert "EXCEEDED" not in table
+    assert table.count("| residual: ε") == 1
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_fails_on_wrong_values(monkeypatch, capsys):
+    measured = gpu.spectrum
+
+    def wrong(*sides, **options):
+        for record in measured(*sides, **options):
+            yield record.model_copy(update={"s": (record.s[0] * 1.001, *record.s[1:])})
+
+    monkeypatch.setattr(gpu, "spectrum", wrong)
+    monkeypatch.setattr(gpu, "kernels", lambda *_: ())
+    assert gpu.main(["--device", "cpu", "--small"]) == 1
+    assert "EXCEEDED" in capsys.readouterr().out
+
+
+def test_gpu_tables_replace_the_marked_part_of_the_page():
+    page = f"before\n{gpu.MARKS[0]}old\n{gpu.MARKS[1]}after\n"
+    assert gpu.insert(page, "new") == f"before\n{gpu.MARKS[0]}\nnew\n{gpu.MARKS[1]}after\n"
+    with pytest.raises(ValueError, match="GPU tables"):
+        gpu.insert("no marks", "new")
+
+
+def test_gpu_benchmark_page_has_its_marks():
+    gpu.insert(gpu.PAGE.read_text(), "new")

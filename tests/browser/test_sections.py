@@ -62,7 +62,7 @@ def test_heading_sorts_up_down_then_as_written(tab):
         assert page.js(shown) == wanted
     page.click(*center(page, ".several thead th:first-child button"))
     page.wait(f"{table}.tHead.rows[0].cells[0].getAttribute('aria-sort') === 'ascending'")
-    assert page.js(shown) == ["50", "2", "3"]  # by name: all jointly, block 0, block 1
+    assert page.js(shown) == ["50", "2", "3"]  # by name: all layers, block 0, block 1
     assert (page.problems, page.requests) == ([], [])
 
 

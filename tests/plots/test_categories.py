@@ -181,7 +181,7 @@ def curvature(records):
         if record.record == "curvature":
             value = float(next(NUMBERS))
             record = record.model_copy(update={"eigenvalues": (value,)})
-            expected[record.layer or "all jointly"].append(value)
+            expected[record.layer or "all layers"].append(value)
         marked.append(record)
     return marked, expected
 

@@ -112,7 +112,7 @@ def test_probe_figure_takes_its_own_records_of_mix(name):
 def test_layers_truncated_alone_are_not_all_layers():
     alone = making.truncated(module_type="mlp.up_proj")
     ends = making.truncated(ranks=())
-    assert "truncated together" in plots.why_not("truncation", making.probed(alone))
+    assert "all layers truncated" in plots.why_not("truncation", making.probed(alone))
     assert plots.why_not("truncation", making.probed([*ends, *making.truncated()])) is None
 
 
@@ -140,7 +140,7 @@ def test_parts_truncated_alone_are_ranked_by_cost_with_errors():
     crowd = making.alone(tuple(f"h.{i}.q.weight" for i in range(40)), kind="layer")
     page = plots.figure("alone", making.probed(crowd))
     assert len(page.axes[0].containers) == 24
-    assert "The 24 costliest of 40" in words(page)
+    assert "The 24 with the highest cost, of 40" in words(page)
 
 
 def test_adapters_stand_beside_full_fine_tune_with_two_errors():
@@ -194,7 +194,7 @@ def test_curvature_draws_model_and_bound_beside_measured_gap():
     assert ax.get_title(loc="left") == "held_out: model 0.9, bound 100 times the measured gap"
     both = plots.figure("curvature", making.probed(records))
     named = [label.get_text() for label in both.axes[1].get_yticklabels()]
-    assert [name.split(".")[-1] for name in named] == ["all jointly", "up_proj", "up_proj"]
+    assert [name.split(".")[-1] for name in named] == ["all layers", "up_proj", "up_proj"]
     assert "1.mlp" in named[1]
     rows = [float(line.lines[0].get_xdata()[0]) for line in both.axes[1].containers]
     assert rows == [50.0, 3.0, 2.0]
@@ -213,7 +213,7 @@ def test_gauss_newton_matrix_bounds_nothing():
     newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
     page = plots.figure("curvature", making.probed(newton))
     assert "and its bound" not in words(page)
-    assert "bounds nothing" in words(page)
+    assert "not a bound" in words(page)
     keys = [text.get_text() for legend in page.legends for text in legend.get_texts()]
     assert keys == ["measured", "linear + quadratic model", "λ term, no bound"]
     assert "λ term 100 times" in page.axes[0].get_title(loc="left").replace("\n", " ")
@@ -227,12 +227,12 @@ def test_intrinsic_shows_shares_of_gain_and_omits_set_without():
     np.testing.assert_allclose(lines(ax, "_lora")[0], [[500, 0.7 / gain], [4000, 0.84 / gain]])
     assert lines(ax, "_share")[0][0, 1] == 0.9
     assert sum(map(len, lines(ax, "_seeds"))) == 10
-    assert "d = 1\u202f000 comes to 89.8%, LoRA r = 8 comes to 86%" in ax.get_title(loc="left").replace("\xa0", " ")
+    assert "d = 1\u202f000 reaches 89.8%, LoRA r = 8 reaches 86%" in ax.get_title(loc="left").replace("\xa0", " ")
     page = plots.figure("intrinsic", making.probed(making.reached()))
     assert len(page.axes) == 1
-    assert "gains nothing there: shifted" in words(page)
+    assert "(full fine-tuning has no gain): shifted" in words(page)
     none = plots.why_not("intrinsic", making.probed(making.reached(sets=("shifted",))))
-    assert none == "no set on which full fine-tuning gains, and a subspace or a LoRA is finished"
+    assert none == "no set has a gain of full fine-tuning and a finished subspace or LoRA"
 
 
 def test_fisher_shows_predictor_orders_and_unmeasured_tails():
@@ -248,7 +248,7 @@ def test_fisher_shows_predictor_orders_and_unmeasured_tails():
         (tail,) = lines(ax, "_mlp.up_proj")
         np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
     still = [record.model_copy(update={"fisher": (0.0,)}) for record in making.fishers()]
-    assert plots.why_not("fisher", making.probed(still)) == "no tail moves the loss"
+    assert plots.why_not("fisher", making.probed(still)) == "no truncation changes the loss"
 
 
 def test_outputs_of_adapters_are_named_by_reference_in_order():
@@ -261,6 +261,6 @@ def test_outputs_of_adapters_are_named_by_reference_in_order():
     adapters = [run.run.inputs[1].model_copy(update={"role": "adapter", "path": f"runs/r{r}"}) for r in (4, 16)]
     run = dataclasses.replace(run, run=run.run.model_copy(update={"inputs": (*run.run.inputs, *adapters)}))
     page = plots.figure("outputs", run)
-    assert words(page).startswith("Held-out loss of each model, less that of the full fine-tune base → tuned; ")
+    assert words(page).startswith("Held-out loss of each model minus that of the full fine-tune base → tuned; ")
     first, second = ([label.get_text() for label in ax.get_yticklabels()] for ax in page.axes)
     assert first == second == ["r16", "r4"]

@@ -69,8 +69,8 @@ KINDS = {
 }
 QUESTIONS = {
     "outputs": "Is the adapter as good as the full fine-tune?",
-    "sweep": "Which rank is enough, by training at it?",
-    "truncation": "What does a rank of the update keep of its gain?",
+    "sweep": "Which rank does training need?",
+    "truncation": "How much of its gain does the truncated update keep?",
 }
 MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size)]
 

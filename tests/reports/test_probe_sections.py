@@ -34,16 +34,16 @@ RECORDS = {
 SAID = {
     "probe sensitivity": (
         "On held_out",
-        "Which layers gain most where each is adapted alone?",
+        "Which layers gain most when adapted alone?",
         "On held_out: highest: self_attn",
     ),
     "probe curvature": (
         "largest eigenvalue λ = 50",
-        "What is the loss bound of a truncation worth?",
+        "How tight is the loss bound of a truncation?",
         "(λ/2)Σσ² is 100",
     ),
-    "probe intrinsic": ("d=1000", "In how few directions does training get as far?", "On held_out: d: not reached"),
-    "probe fisher": ("half of ΣF", "Which layers' tails does the loss need?", "At r=8: half of ΣF lies in"),
+    "probe intrinsic": ("d=1000", "How many directions does training need?", "On held_out: d: not reached"),
+    "probe fisher": ("half of ΣF", "In which layers does truncation cost most?", "At r=8: half of ΣF is in"),
 }
 
 
@@ -93,7 +93,7 @@ def test_numbers_are_those_of_records():
 
     found = cells(html_report(evidence(probed("probe curvature"))))
     _, *layers = [r for r in probed("probe curvature").whole if r.record == "curvature"]
-    assert found["all jointly"][2:6] == ["50", "-1", "9", "1"]
+    assert found["all layers"][2:6] == ["50", "-1", "9", "1"]
     assert [found[r.layer][2] for r in layers] == ["2", "3"]
     for bound in (r for r in probed("probe curvature").whole if r.record == "loss_bound" and r.along == 1):
         assert f"{bound.gap:+.4f}" in found[f"r={bound.rank}"]

@@ -29,12 +29,12 @@ def activations(
     Example: loradiag probe activations base/ --data text.txt -o activations.safetensors
     """
     check_outputs([data], [(output, SECOND_MOMENTS)], given["overwrite"])
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.probes.activations.run import probe_activations
     from lora_diag.probes.activations.summary import activations_table
 
     with shown.callbacks(notes=True) as callbacks:
-        callbacks.pop("on_record")  # what is recorded goes into the file
+        callbacks.pop("on_record")  # moments are written to the file
         recorded = probe_activations(base, data, output, **given, **callbacks)
     if shown.json:
         line(recorded.model_dump_json())

@@ -76,8 +76,8 @@ def probe_activations(
     wanted = {name: linear[name] for name in names}
     sizes = [(inputs_of(layer), outputs_of(layer)) for layer in wanted.values()]
     size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
-    memory = f"; sums take up to {size:.1f} GiB" if size >= 0.1 else ""
-    memory += "; with the backward pass about three times that long" if gradients else ""
+    memory = f"; the sums take up to {size:.1f} GiB" if size >= 0.1 else ""
+    memory += "; about three times as long with the backward pass" if gradients else ""
     run.estimate(texts, f"{counted(len(wanted), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None
     heard = record(model, texts, wanted, run.batch, partial(run.watch.batch, "reading"), draw)
@@ -112,7 +112,9 @@ def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -
         if name not in names and len(stored[stored_name].shape) > 1:
             left_out[stored_name] = "not selected" if name in linear else "not a linear layer of its own"
     if not names:
-        raise NothingComparedError(f"{stored.path}: no linear layer is selected, so there is nothing to record")
+        raise NothingComparedError(
+            f"{stored.path}: no linear layer is selected, so there is nothing to record; change --layers or --exclude"
+        )
     return names, left_out
 
 

@@ -29,17 +29,22 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         say(
             "recorded",
             "Recorded",
-            f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} tokens; "
-            f"{sums} of them are given an input of their own, the others share one",
+            f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} "
+            f"tokens; {sums} of them have inputs of their own, the others share inputs",
         ),
     ]
     if recorded.gradients:
         whose = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
-        gradients = f"G = E[ggᵀ] of the loss's gradient by each output is in it, too; {whose}"
+        gradients = (
+            f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {whose}"
+        )
         found.append(say("gradients", "Gradients", gradients))
     if few:
         found.append(say("few_inputs", "Warning", _too_few(few), level="warning"))
-    reading = "directions = tr(C)²/‖C‖_F²: few where a mean or an outlier makes up most of ‖x‖²"
+    reading = (
+        "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
+        "dimension has most of ‖x‖²"
+    )
     found.append(say("interpretation", "Interpretation", reading))
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
@@ -51,6 +56,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
 def _too_few(few: Sequence[LayerInput]) -> str:
     worst = min(few, key=lambda item: item.rows / item.size)
     return (
-        f"{len(few)} layers saw fewer inputs than an input has numbers, such as {short(worst.layer)} with {worst.rows} "
-        f"of {worst.size}: C is singular there, and directions it never saw count for nothing; give more text"
+        f"{len(few)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
+        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more "
+        "text"
     )

@@ -15,13 +15,13 @@ FEATURE = Feature(
     grids=".summary:curvature_grids",
     section=Section("Curvature of the loss", per="layer", order=14, losses=True),
     questions=(
-        ("bound", "What is the loss bound of a truncation worth?"),
+        ("bound", "How tight is the loss bound of a truncation?"),
         ("curvature", "How large is the curvature of the loss?"),
     ),
     figures=(
         Figure(
             "curvature",
-            "curvature of the loss, and what it says of truncations beside their measured gaps",
+            "curvature of the loss; modelled and measured loss gaps of truncations",
             "curvature",
             ".figures:figure",
             panels=(".figures:curvature",),

@@ -30,15 +30,15 @@ from lora_diag.rendering.figures.style import (
 )
 
 MEASURED, MODEL, BOUND = CATEGORIES[0], CATEGORIES[1], QUIET
-# How the three are drawn, whatever their colour.
+# Names and styles of the lines.
 STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gap", "measured", {"marker": "o"}),
     ("predicted", "linear + quadratic model", {"ls": (0, (4, 2)), "marker": "s"}),
     ("bound", "upper bound", {"ls": (0, (1, 1.5))}),
 )
-# What the third is where λ is of the Gauss–Newton matrix, which leaves out part of the Hessian and bounds nothing.
+# Name of the last line if λ is of the Gauss–Newton matrix, which omits part of the Hessian and so gives no bound.
 NO_BOUND = "λ term, no bound"
-# Rows of eigenvalues.
+# Maximum number of rows of eigenvalues.
 ROWS = 24
 
 
@@ -83,7 +83,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     number = len(sets) + bool(rows)
     columns = 1 if look.columns < 3 else min(number, 2)
     inches = panel_width(look, columns)
-    if rows and (columns == 1 or number > columns):  # panels of one column start at the same place, behind the names
+    if rows and (columns == 1 or number > columns):  # align the panels of a column behind the longest name
         inches *= 1 - NAMES
     short = cropped_all(sorted({row.name for row in rows}), NAMES * look.width / columns, look.ticks)
     panel = max(1.9 * look.panel, (len(rows) + 3.5) * 1.55 * look.ticks / 72 if rows else 0)
@@ -136,7 +136,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, loo
             lines: dict[str, Any] = {"color": color if len(runs) == 1 else category(number), "ms": 3 * width, **style}
             if what == "gap":
                 error = np.array([2 * (record.gap_error or 0.0) for record in records])
-                # A bar that reaches zero would have no end on this axis: it stops at a tenth of the gap.
+                # A bar that reaches zero has no end on a logarithmic axis: it stops at a tenth of the gap.
                 bars = [np.fmin(error, 0.9 * values), error]
                 ax.errorbar(
                     ranks, values, yerr=bars, lw=1.6 * width, elinewidth=width, zorder=2.5, label="_gap", **lines
@@ -184,7 +184,7 @@ def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[
     eigen = any(record.layer is not None and record.eigenvalues for _, record in found)
     rows = []
     for color, record in found:
-        called = "all jointly" if record.layer is None else name_of(record.layer)
+        called = "all layers" if record.layer is None else name_of(record.layer)
         color = INK if record.layer is None and len(runs) == 1 else color
         if eigen and record.eigenvalues:
             rows.append(Row(called, record.eigenvalues[0], record.residual, color))
@@ -220,18 +220,20 @@ def _words(
     ]
     if len(series) > 1:
         keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]
-    term = "⟨∇L, E⟩ + (λ/2)‖E‖², E what truncating all layers to r takes away, λ the largest joint eigenvalue at TUNED"
+    term = "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔW_r − ΔW of all layers and λ the largest joint eigenvalue at TUNED"
     notes = [
-        f"Bound: {term}; it holds as long as the curvature on the way does not exceed λ."
+        f"Bound: {term}; it holds if the curvature between the two points does not exceed λ."
         if bounded
-        else f"λ term: {term}, of the Gauss–Newton matrix, which leaves out part of the Hessian and bounds nothing.",
-        "Bars: two standard errors on other text of the kind; one that would reach zero ends at a tenth of the gap.",
+        else f"λ term: {term}, of the Gauss–Newton matrix, which omits part of the Hessian: not a bound.",
+        "Error bars: two standard errors for other text of this kind; a bar that would reach zero ends at a tenth "
+        "of the gap.",
     ]
     truncations = [record for name in _sets(records) for record in _bounds(records, name)]
     if hidden := sum(record.gap <= 0 or record.predicted <= 0 for record in truncations):
-        notes.append(f"Not drawn, for a logarithm has none: what is not above zero, at {hidden} ranks.")
+        notes.append(f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks.")
     return Words(
-        f"Loss of a truncated update: measured, by the {matrix} at {first.at.upper()}{', and its bound' * bounded}",
+        f"Loss gap of a truncated update: measured, modelled with the {matrix} at "
+        f"{first.at.upper()}{', and its bound' * bounded}",
         f"{about}loss of the truncated update minus that of TUNED",
         (" ".join(notes),),
         tuple(keys),

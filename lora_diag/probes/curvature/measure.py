@@ -24,11 +24,11 @@ from lora_diag.models.losses import counted, logits_of
 from lora_diag.models.opening import Model, Weights, in_batches
 from lora_diag.probes.curvature.record import Matrix, Surrogate
 
-# The share of the projected gradient by which eigenpairs are counted, and of its energy by which ranks are.
+# Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
 SHARE = 0.9
 SHARES = (0.9, 0.95, 0.99)
 
-# Singular values below so much of the largest are rounding of float32.
+# Singular values below this fraction of the largest are rounding errors of float32.
 ROUNDING = 1e-6
 
 
@@ -165,7 +165,9 @@ def _places(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[st
         stored, _, index = layer.partition("[")
         name = names.name(stored)
         if name is None:
-            raise InputError(f"{layer}: the model that transformers builds of BASE has no such weight")
+            raise InputError(
+                f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with --exclude"
+            )
         found[layer] = _Place(parameters[name], int(index.rstrip("]")) if index else None)
     return found
 

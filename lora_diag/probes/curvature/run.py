@@ -72,13 +72,15 @@ def probe_curvature(
     names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
     evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
     asked, way = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
-    if (dtype := run.options["dtype"]) != "float32":  # a product in bfloat16 is off by 2%, and Lanczos goes to 1e-4
+    # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
+    if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
-            f"--dtype {dtype}: Hessian-vector products in it are off by percents, more than Lanczos allows; use float32"
+            f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large for Lanczos; use "
+            "float32"
         )
     check_files(evaluate)
     if len(evaluate) > 1:
-        raise UsageError("--eval: curvature is that of one loss; name one file")
+        raise UsageError("--eval: curvature is computed for one evaluation set; give one file")
     compared = run.compare(base, tuned) if tuned is not None else None
     deltas = compared.pairing.deltas if compared is not None else ()
     chosen = truncated_layers(deltas, **run.selection) if compared is not None else {}
@@ -120,7 +122,7 @@ def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[flo
         UsageError: An option is invalid.
     """
     if not all(0 < t <= 1 for t in along):
-        raise UsageError(f"--along {','.join(f'{t:g}' for t in along)}: shares of the way must lie in (0, 1]")
+        raise UsageError(f"--along {','.join(f'{t:g}' for t in along)}: fractions must lie in (0, 1]")
     for option, value in (("--eigenvalues", top), ("--trace-vectors", probes)):
         if value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")
@@ -145,7 +147,9 @@ def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None
         and weights.find(name) is not None
     }
     if not found:
-        raise NothingComparedError(f"{base}: no matrix outside embeddings and head is selected")
+        raise NothingComparedError(
+            f"{base}: no matrix outside embeddings and head is selected; change --layers or --exclude"
+        )
     return found
 
 
@@ -201,10 +205,10 @@ def _cost(
     products = lanczos + effort.probes + len(layers) * (_products(effort.top) + _products(1))
     products += len(ranks) * (1 + len(way)) if point.swapped else 0
     memory = 4 * point.curved.params * basis_size(point.curved.params, effort.top) / 2**30
-    basis = f"; Lanczos holds {memory:.1f} GiB" if memory >= 0.1 else ""
+    basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
     blocks = f" and {counted(len(layers), 'block', 'blocks')}" if layers else ""
     return products, (
-        f"about {duration(products * took)}: {products} or so Hessian-vector products of {took:.2g} s each, of all "
+        f"about {duration(products * took)}: some {products} Hessian-vector products of {took:.2g} s each, all "
         f"layers jointly{blocks}{basis}"
     )
 

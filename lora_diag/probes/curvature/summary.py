@@ -14,9 +14,9 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import Rows, columns_of, grid_of
 from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown
 
-# A second-order model that is this near to the measured gap is called right.
+# Relative error below which the second-order model is accurate, and the linear term is small.
 NEAR = 0.1
-# A bound that is so many times the measured gap says nothing about it: on two models it was 700 to 12,000 times that.
+# Ratio of the bound to the measured gap above which it is too loose for a choice: 700 to 12,000 on two models.
 LOOSE = 100.0
 
 
@@ -50,7 +50,7 @@ def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
-    """Return the record of all layers jointly, those of single layers, and those of truncations."""
+    """Return the record of all layers, those of single layers, and those of truncations."""
     found = results.whole_of(Curvature)
     joint = next((record for record in found if record.layer is None), None)
     layers = [record for record in found if record.layer is not None]
@@ -58,11 +58,11 @@ def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], li
 
 
 def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
-    groups: Rows = [("all jointly", [joint]), *rows_of(layers, per)]
+    groups: Rows = [("all layers", [joint]), *rows_of(layers, per)]
     more = []
     if joint.at == "base":
         held = [[each.surrogate for each in group if each.surrogate is not None] for _, group in groups]
-        # Joint eigenpairs hold one share of the whole gradient, so it stands in the row of all.
+        # Joint eigenpairs have one fraction of the whole gradient, which belongs in the row of all layers.
         shares = [held[1][:1], *([] for _ in held[1:])] if held[1:] and any(s.joint for s in held[1]) else held
         more = [
             Column("held", tuple(shown(middle([s.share for s in group]), percent) for group in shares)),
@@ -71,11 +71,13 @@ def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
         ]
     more = [column for column in more if set(column.cells) != {"-"}]
     about = (
-        "λ max is how sharply the loss bends in its steepest direction, the trace the sum over all directions, with "
-        "its standard error: a step of one length costs most where λ is large."
+        "λ max is the largest curvature of the loss in any direction; the trace is the sum over all directions, "
+        "with its standard error. A step of a given length costs most where λ is large."
     )
     if joint.at == "base":
-        about += " Held is the share of the gradient in the top eigenpairs, rank 90% that of the part they hold."
+        about += (
+            " Held is the fraction of the gradient in the span of the top eigenpairs, rank 90% the rank of that part."
+        )
     caption = f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})"
     return grid_of(Curvature.shown, groups, title_of(per), caption, about, more)
 
@@ -100,19 +102,19 @@ def _bounds(bounds: Sequence[LossBound]) -> Grid:
         at = next(one for one in LossBound.shown if one.path == "predicted_ratio")
         columns[-2:-2] = columns_of([replace(at, head=f"at {share:g}")], nearer)
     return Grid(
-        "Loss gap of truncating to rank r, E = ΔW_r − ΔW, L measured beside its models",
+        "Loss gap of truncation to rank r, measured and modelled, E = ΔW_r − ΔW",
         "rank",
         tuple(name for name, _ in rows),
         tuple(columns),
-        "The columns with ÷ are the second-order model and the bound (λ/2)Σσ² over the measured gap: a model near 1 "
-        "may stand for measuring, a bound of many times the gap cannot choose a rank.",
+        "Columns with ÷ are the second-order model and the bound (λ/2)Σσ² divided by the measured gap. A model "
+        "near 1 can replace a measurement; a bound many times the gap cannot choose a rank.",
     )
 
 
 def _loss(joint: Curvature) -> str:
     return (
         f"{joint.loss:.4f}, the mean negative log-likelihood of {count(joint.tokens)} predictions of "
-        f"{short(joint.set)}, dropout off; that is what is differentiated"
+        f"{short(joint.set)}, without dropout; derivatives are of this loss"
     )
 
 
@@ -126,18 +128,22 @@ def _curvature(joint: Curvature) -> str:
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
     told = f"trace {number(joint.trace)}{error}"
     if joint.trace > 2 * (joint.trace_error or 0.0):
-        told += f", so {number(mean)} in a mean direction: λ is {number(first / mean)} times that"
+        told += f", {number(mean)} per direction on average; λ is {number(first / mean)} times that"
     else:
-        told += ": not to be told from zero; more --trace-vectors would say"
+        told += ", not significantly different from zero; use more --trace-vectors"
     return "\n".join([*lines, told])
 
 
 def _convex(joint: Curvature) -> str:
     if joint.matrix == "ggn":
-        return ": never below zero but for rounding, by its definition"
+        return ": non-negative by definition, up to rounding"
     if joint.strongly_convex:
         return ": the loss is strongly convex there"
-    return ": the loss bends down in some directions, so it is not convex there" if (joint.smallest or 0) < 0 else ""
+    return (
+        ": the curvature is negative in some directions, so the loss is not convex there"
+        if (joint.smallest or 0) < 0
+        else ""
+    )
 
 
 def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
@@ -147,7 +153,11 @@ def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
         return told
     last = whole[-1]
     part = last.linear / last.gap
-    verdict = "small beside the gap" if abs(part) < NEAR else "not small: the bound's zero gradient is not given here"
+    verdict = (
+        "small compared with the gap"
+        if abs(part) < NEAR
+        else "not small, so the zero gradient that the bound assumes does not hold"
+    )
     return f"{told}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
 
 
@@ -159,10 +169,14 @@ def _model(bounds: Sequence[LossBound]) -> str:
         ratios = [record.predicted / record.gap for record in mine]
         if not ratios:
             continue
-        where = "at the truncated weights" if along == 1 else f"at {along:g} of the way there"
+        where = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
         right = [record.rank for record, ratio in zip(mine, ratios, strict=True) if abs(ratio - 1) <= NEAR]
-        named = f"within {NEAR:.0%} at {', '.join(f'r={rank}' for rank in right)}" if right else "nowhere within 10%"
-        lines.append(f"{where} it gives {min(ratios):.2f} to {max(ratios):.2f} of the measured gap; {named}")
+        named = (
+            f"within {NEAR:.0%} at {', '.join(f'r={rank}' for rank in right)}"
+            if right
+            else f"not within {NEAR:.0%} at any rank"
+        )
+        lines.append(f"{where} it is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, {named}")
     return "\n".join(lines) or "no gap is large enough to compare"
 
 
@@ -173,19 +187,23 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     whole = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
     lines, answer = [], ""
     if broken:
-        named = ", ".join(f"r={record.rank} at {record.along:g}" for record in broken)
-        why = "curvature on the way exceeds λ" if over else "λ is measured at TUNED alone and does not hold on the way"
+        named = ", ".join(f"r={record.rank} (fraction {record.along:g})" for record in broken)
+        why = (
+            "the curvature between the points exceeds λ"
+            if over
+            else "λ was measured at TUNED and does not hold between the points"
+        )
         lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is exceeded at {named}: {why}")
     else:
         lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is at or above the gap at all {len(bounds)} points measured")
     if whole:
         ratios = [record.upper / record.gap for record in whole]
-        loose = ": far too loose to choose a rank by" if min(ratios) > LOOSE else ""
+        loose = ": too loose to choose a rank" if min(ratios) > LOOSE else ""
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
         lines.append(answer)
     bent = max(record.curvature for record in bounds)
     seen = "exceeds" if over else "does not exceed"
-    lines.append(f"along E the curvature is {number(bent)} at most, and {seen} λ at the points measured")
+    lines.append(f"the curvature along E is at most {number(bent)} and {seen} λ at the points measured")
     if whole and joint.trace > 2 * (joint.trace_error or 0.0):
         last = whole[-1]
         mean = joint.trace / joint.params / 2 * last.tail_energy
@@ -198,9 +216,9 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
 
 def _lower(joint: Curvature) -> str:
     if not joint.strongly_convex:
-        rounding = " is rounding of zero" if (joint.smallest or 0) > 0 else ""
+        rounding = " is zero up to rounding" if (joint.smallest or 0) > 0 else ""
         return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}{rounding}"
-    return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the loss is as convex on the whole way"
+    return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the curvature between the points is nowhere below μ"
 
 
 def _surrogate(layers: Sequence[Curvature]) -> str:
@@ -209,27 +227,35 @@ def _surrogate(layers: Sequence[Curvature]) -> str:
     if not found:
         return "not measured yet"
     one = found[0][1]
-    whose = "all layers' joint" if one.joint else "each layer's own"
+    whose = "joint" if one.joint else "each layer's"
     share = middle([surrogate.share for _, surrogate in found])
     lines = [
-        f"{whose} top {one.eigenpairs} eigenpairs hold {shown(share, percent)} of the gradient"
+        f"the span of {whose} top {one.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
         + ("" if one.joint else " (median)")
-        + f"; a random space as large would hold {percent(middle([s.random for _, s in found]) or 0.0)}"
+        + f"; a random subspace of the same dimension would have {percent(middle([s.random for _, s in found]) or 0.0)}"
     ]
     ranks = sorted((s.rank_at["0.9"], short(r.layer or "")) for r, s in found if s.rank_at["0.9"] is not None)
     if ranks:
         (low, _), (high, name) = ranks[0], ranks[-1]
-        lines.append(f"projected on them, it has rank {low} to {high} at 90% of its energy, most in {name}")
+        lines.append(
+            f"the gradient projected onto them has rank {low} to {high} at 90% of its energy, the highest in {name}"
+        )
     return "\n".join(lines)
 
 
 def _reading(joint: Curvature) -> str:
-    told = "λ is the largest at this point; a bound needs it on the whole way, so it is an estimate"
+    told = (
+        "λ is the largest eigenvalue at this point, but a bound needs it for the whole path, so the bound is an "
+        "estimate"
+    )
     if joint.matrix == "ggn":
-        told = "Gauss-Newton leaves out the model's own curvature: with its λ, (λ/2)Σσ² is no bound even near TUNED"
+        told = (
+            "Gauss-Newton omits the curvature of the model's outputs: with its λ, (λ/2)Σσ² is not a bound, even near "
+            "TUNED"
+        )
     if joint.at == "base":
         told = (
-            "the projected gradient is a surrogate of the update, from one point and few eigenpairs: what training "
-            "needs is measured by probe sweep"
+            "the projected gradient is a surrogate for the update, from one point and few eigenpairs; probe sweep "
+            "measures the rank that training needs"
         )
-    return f"{told}; all numbers are of this set, and curvature of few tokens is not that of many"
+    return f"{told}; all numbers are for this set; the curvature on few tokens can differ from that on many"

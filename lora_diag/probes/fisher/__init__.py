@@ -11,16 +11,16 @@ FEATURE = Feature(
     statements=".summary:fisher_lines",
     grids=".summary:fisher_grids",
     section=Section(
-        "Fisher of what a rank discards",
+        "Expected cost of truncation (Fisher)",
         per="layer",
         order=16,
         losses=True,
     ),
-    questions=(("at_rank", "Which layers' tails does the loss need?"),),
+    questions=(("at_rank", "In which layers does truncation cost most?"),),
     figures=(
         Figure(
             "fisher",
-            "which number predicts what cutting a layer costs",
+            "how well predictors rank layers by the cost of truncation",
             "fisher",
             ".figures:figure",
             panels=(".figures:fisher",),

@@ -14,7 +14,7 @@ from lora_diag.models.losses import Losses, nll, predictions
 from lora_diag.models.opening import Model
 from lora_diag.probes.fisher.record import Effect
 
-# What the logits of the model before may take: they are kept, because every change is compared with them.
+# Memory limit of the logits of the unchanged model, which are kept because every change is compared with them.
 LOGIT_BYTES = 2 * 2**30
 
 
@@ -43,8 +43,8 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
             taken += each.numel() * 4
         if taken > LOGIT_BYTES:
             raise InputError(
-                f"{texts.path}: the logits of its first {len(kept)} of {len(texts.sequences)} sequences take more than "
-                f"{LOGIT_BYTES / 2**30:.0f} GiB, and they are kept; take fewer with --max-sequences"
+                f"{texts.path}: the logits of its first {len(kept)} of {len(texts.sequences)} sequences need more "
+                f"than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
             )
         after()
     return Before(

@@ -30,15 +30,15 @@ from lora_diag.rendering.figures.style import (
     name_of,
 )
 
-# The colours and marks of the predictors; Fisher's is the one that the others are compared with.
+# Markers of the predictors.
 MARKS = ("o", "s", "D", "v", "^")
-# Tails below this share of the largest are rounding.
+# Tails below this fraction of the largest are rounding errors.
 LEAST = 1e-5
 
 
 def lacks(records: Sequence[Fisher], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    return None if any(max(record.fisher, default=0.0) > 0 for record in records) else "no tail moves the loss"
+    return None if any(max(record.fisher, default=0.0) > 0 for record in records) else "no truncation changes the loss"
 
 
 def fisher(
@@ -102,7 +102,7 @@ def _draw_correlations(ax: Axes, found: Sequence[Correlations], place: int, inch
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
     measured_axis(ax, [each.rank for each in found], inches, look)
     loss_axis(ax)
-    ax.set(xlabel="rank r that each layer is cut to", ylabel="Spearman's ρ with the KL")
+    ax.set(xlabel="rank r to which each layer is truncated", ylabel="Spearman's ρ with the KL")
 
 
 def _mark(number: int, width: float) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _draw_tails(ax: Axes, records: Sequence[Fisher], types: dict[str, str], inch
     ax.yaxis.set_major_formatter(log_label)
     end = int(max((np.flatnonzero(tail > LEAST * high).max(initial=0) for tail in curves.values()), default=0)) + 1
     rank_axis(ax, end, (), look, inches)
-    ax.set(xlabel="rank r that each layer is cut to", ylabel="½F(r) (nats)")
+    ax.set(xlabel="rank r to which each layer is truncated", ylabel="½F(r) (nats)")
 
 
 def _words(
@@ -171,13 +171,15 @@ def _words(
     if any(found):
         keys = [Key(Line2D([], [], **_mark(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)]
         title = "Rank correlation of predicted and measured cost of truncating each layer alone"
-        notes.append("Each layer is cut alone, all else as in TUNED. 1: the same order; 0: none.")
-        notes.append("Layers of one model are not independent, and with few of them small differences of ρ say little.")
-        what = "Spearman's ρ of each with the measured KL on held-out text"
+        notes.append("Each layer is truncated alone, all others as in TUNED. ρ = 1: same order; 0: no correlation.")
+        notes.append(
+            "Layers of one model are not independent, and with few layers small differences of ρ are not significant."
+        )
+        what = "Spearman's ρ of each predictor with the measured KL on held-out text"
     else:
-        title = "What each module type's tail is expected to cost: ½F(r)"
-        what = "second-order estimate of the mean KL a prediction, summed over the layers of a type"
-        notes.append("Each layer is cut alone, all else as in TUNED; together they cost more or less than the sum.")
+        title = "Expected cost of truncating each module type: ½F(r)"
+        what = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
+        notes.append("Each layer is truncated alone, all others as in TUNED; the joint cost can differ from the sum.")
     keys += [
         Key(Line2D([], [], color=color, lw=1.4 * width), name_of(kind))
         for kind, color in types.items()

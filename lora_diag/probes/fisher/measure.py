@@ -25,7 +25,7 @@ from lora_diag.models.data import Sequence, Texts
 from lora_diag.models.gradients import Draw, backward
 from lora_diag.models.opening import Model, in_batches
 
-# What the sums and singular vectors of the layers of one pass over the text may take.
+# Memory limit of the sums and singular vectors of the layers of one pass over the text.
 PASS_BYTES = 2 * 2**30
 
 

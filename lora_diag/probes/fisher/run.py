@@ -26,7 +26,7 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
 from lora_diag.running.progress import Kept
 
-# What a backward pass costs, in forward passes, beside its own.
+# Cost of a backward pass in forward passes, in addition to its own forward pass.
 _BACKWARD = 3
 
 
@@ -70,7 +70,7 @@ def probe_fisher(
     labels, seed = run.options["labels"], run.options["seed"]
     asked = checked_ranks(run.options["ranks"])
     if len(evaluate) > 1:
-        raise UsageError("--eval: one order of the layers is compared with F; name one file")
+        raise UsageError("--eval: F is compared with measurements on one set; give one file")
     check_files([data, *evaluate])
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
@@ -81,7 +81,9 @@ def probe_fisher(
     swapped = Swapped(model, deltas, max(asked))
     modules, rest = _modules(model, chosen)
     if not modules:
-        raise NothingComparedError(f"{open_checkpoint(base).path}: no linear layer is selected that a tail could be of")
+        raise NothingComparedError(
+            f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
+        )
     probe = _Probe(run, swapped, modules, texts, held_out, asked, Draw(labels, seed))
 
     def measured(kept: Kept[Any]) -> list[LeftOut]:
@@ -139,7 +141,7 @@ class _Probe:
         what = f"{counted(len(todo), 'layer', 'layers')}, {counted(passes, 'pass', 'passes')} forward and back"
         if self.held_out is not None:
             what += f" and {changes} truncations measured"
-        self.of.estimate(self.texts, what, "; a pass back counts as three", _BACKWARD * batches + measured)
+        self.of.estimate(self.texts, what, "; a backward pass counts as three", _BACKWARD * batches + measured)
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the records of all layers, in the order of BASE."""
@@ -163,7 +165,7 @@ class _Probe:
     ) -> Fisher:
         curve = (tail.squares / predictions).tolist()
         if not all(value < float("inf") for value in curve):
-            raise InputError(f"{layer}: its gradients are not finite numbers; use --dtype float32")
+            raise InputError(f"{layer}: the gradients are not finite; use --dtype float32")
         last = len(curve) - 1
         weight, data, kfac = (energy.clamp(min=0) for energy in tail.energies)
         scale = tail.tokens / predictions

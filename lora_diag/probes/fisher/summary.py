@@ -16,10 +16,10 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, number, percent, short
 
-# ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
+# Ratio of ½F to the KL above which it is too high; on the sample model 2.0 with the text's labels, 1.0 with drawn ones.
 HIGH = 1.5
 
-# The rank whose shares the table shows, if it was asked for.
+# The rank of the table's fractions, if it was measured.
 USUAL = 8
 
 
@@ -57,16 +57,16 @@ def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
         _share(records, title, PREDICTORS[place][1], rank, drop)
         for title, place, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
     ]
-    half = Shown("fro", "½F", "mean KL a prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2)
+    half = Shown("fro", "½F", "mean KL per prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2)
     effects = (
         Shown(f"effect.{rank}.kl", "KL", "measured", terminal=True, pool="sum"),
         Shown(f"effect.{rank}.gap", "loss gap", "measured", terminal=True, form="+.4f", pool="sum"),
     )
     known = any(effect_at(record, rank) for record in records)
     about = (
-        f"Each tail beyond r={rank} as a share of all layers': where F({rank}) is far above the tail of σ², energy "
-        "makes too little of what the loss needs there. ½F is the mean KL a prediction, in nats, that truncating each "
-        f"layer alone is expected to cost{', beside the measured KL and loss gap' if known else ''}."
+        f"Columns in % are fractions of all layers' tails beyond r={rank}. Where that of F({rank}) is far above "
+        "that of σ², the energy underestimates the cost of truncation. ½F is the mean KL per prediction, in nats, "
+        f"expected from truncating each layer alone{'; KL and loss gap are measured' if known else ''}."
     )
     return grid_of([*shown, half, *effects], rows_of(records, per), per, about=about)
 
@@ -78,21 +78,21 @@ def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: in
     def share(row: Sequence[Fisher]) -> float | None:
         return sum(predictor(record, rank) for record in row) / total if total else None
 
-    return Shown("fro", title, "share of all layers' tails", main=True, form="percent", pool=share, drop=drop)
+    return Shown("fro", title, "fraction of all layers' tails", main=True, form="percent", pool=share, drop=drop)
 
 
 def _caption(records: Sequence[Fisher], found: Sequence[Correlations]) -> str:
     sizes = sorted({each.n for each in found})
     n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return f"Spearman's ρ with the measured KL, n = {n} layers: over all | within module types"
+    return f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
 
 
 def _predictors(records: Sequence[Fisher], found: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
     columns = tuple(Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in found)
     about = (
-        "1 is the order of the measured cost and 0 is chance; a number that is high over all and low within module "
-        "types knows types and not layers."
+        "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
+        "module types distinguishes types, not layers."
     )
     return Grid(_caption(records, found), "predictor", names, columns, about=about)
 
@@ -105,8 +105,8 @@ def _gradients(records: Sequence[Fisher]) -> str:
     first = records[0]
     whose = {"data": "the text's own labels (empirical Fisher)", "model": "labels drawn from TUNED (Fisher)"}
     return (
-        f"one a sequence, at TUNED, {count(first.sequences)} of them over {count(first.predictions)} predictions; "
-        f"{whose[first.labels]}; F is a mean a prediction"
+        f"one per sequence at TUNED, {count(first.sequences)} over {count(first.predictions)} predictions; "
+        f"{whose[first.labels]}; F is a mean per prediction"
     )
 
 
@@ -114,7 +114,7 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
     total = sum(record.at(rank) for record in records)
     energy = sum(record.weight[str(rank)] for record in records)
     if not total or not energy:
-        return "nothing: no tail moves the loss"
+        return "none: no truncation changes the loss"
     top = sorted(records, key=lambda record: -record.at(rank))
     named = ", ".join(
         f"{short(record.layer.removesuffix('.weight'))} {percent(record.at(rank) / total)}" for record in top[:3]
@@ -124,13 +124,13 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
         running += top[half].at(rank)
         half += 1
     tails = sum(record.weight[str(rank)] for record in top[:half]) / energy
-    said = f"half of ΣF lies in {half} of {len(records)} layers, which have {percent(tails)} of Σσ² beyond r"
+    said = f"half of ΣF is in {half} of {len(records)} layers, which have {percent(tails)} of Σσ² beyond r"
     return f"{said}\nmost: {named}"
 
 
 def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not found:
-        return [say("predicts", "Prediction", "not measured: give --measure, or --eval with held-out text")]
+        return [say("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
     at = next((each for each in found if each.rank == USUAL), found[0])
     lines = []
     for place, what in ((0, "over all"), (1, "within module types")):
@@ -152,7 +152,7 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
                 "calibrated",
                 "Calibration",
                 f"½F ÷ measured KL at r={at.rank}: median {number(at.ratio)}, from {number(at.ratios[0])} to "
-                f"{number(at.ratios[1])}; 1 would be exact{_hint(records[0], at.ratio)}",
+                f"{number(at.ratios[1])}; 1 is exact{_hint(records[0], at.ratio)}",
             )
         )
     return told
@@ -161,12 +161,15 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
 def _hint(record: Fisher, ratio: float) -> str:
     """Return a hint on reducing F to the KL if the predictions of a sequence add up."""
     if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH:
-        return "; with the text's own labels the predictions of a sequence add up: --labels model takes that out"
+        return (
+            "; with the text's own labels the gradients of a sequence's predictions are correlated; --labels model "
+            "avoids this"
+        )
     return ""
 
 
 def _reading(records: Sequence[Fisher]) -> str:
-    said = "each layer truncated alone, all else as in TUNED; what layers do together is not the sum of those"
+    said = "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum"
     if any(record.effect for record in records):
         said += "; layers of one model are not independent, so intervals of ρ are too narrow"
     return said

@@ -11,11 +11,11 @@ FEATURE = Feature(
     statements=".summary:intrinsic_lines",
     grids=".summary:intrinsic_grids",
     section=Section("Intrinsic dimension", order=15, losses=True),
-    questions=(("on", "In how few directions does training get as far?"),),
+    questions=(("on", "How many directions does training need?"),),
     figures=(
         Figure(
             "intrinsic",
-            "share of full fine-tuning's gain by trained parameters",
+            "fraction of full fine-tuning's gain by trained parameters",
             "intrinsic",
             ".figures:figure",
             panels=(".figures:intrinsic",),

@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.sheet import Key, Words
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label
 
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
-# The share that makes the dimension, where no run says which was asked for: the command's default.
+# Fraction that defines the dimension if the run does not record it: the command's default.
 SHARE = 0.9
 
 
@@ -29,7 +29,7 @@ def lacks(records: Sequence[Intrinsic], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     if any(line.subject != "full" for name in sets_of(records) for line in _lines(records, name)):
         return None
-    return "no set on which full fine-tuning gains, and a subspace or a LoRA is finished"
+    return "no set has a gain of full fine-tuning and a finished subspace or LoRA"
 
 
 def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -51,7 +51,7 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     found = _lines(records, chosen)
     with panel_axes(ax) as (axes, look):
         _draw(axes, [found], share, look)
-        axes.set(xlabel="trained parameters", ylabel="share of full's gain")
+        axes.set(xlabel="trained parameters", ylabel="fraction of the full gain")
         axes.set_title(_finding(sets[chosen], [found], share), parse_math=False, loc="left")
     return axes
 
@@ -68,7 +68,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         for name in sets
     ]
     words = _words(series, share, without, look)
-    return page_of(panels, words, look, xlabel="trained parameters", ylabel="share of full's gain")
+    return page_of(panels, words, look, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
 def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
@@ -139,7 +139,7 @@ def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
         if answer.line is not None:
             said.append(f"{word}\xa0=\xa0{_size(answer.line)} reaches {share:.0%}")
         elif answer.below is not None:
-            said.append(f"{word}\xa0=\xa0{_size(answer.below)} comes to {_below(answer.below.share, share)}")
+            said.append(f"{word}\xa0=\xa0{_size(answer.below)} reaches {_below(answer.below.share, share)}")
     return f"{called}: {', '.join(said)}" if said else called
 
 
@@ -167,10 +167,10 @@ def _words(series: Sequence[Series[Any]], share: float, without: Sequence[str], 
     run = series[0].run
     if single and run is not None and "steps" in run.settings:
         about += f"{run.settings['steps']} steps, "
-    notes = ["The dimension is that of this task and these steps: more steps ask for other ones."]
-    notes += [f"Not drawn, because full fine-tuning gains nothing there: {', '.join(without)}."] if without else []
+    notes = ["The dimension is for this task and number of steps; more steps can give another."]
+    notes += [f"Not drawn (full fine-tuning has no gain): {', '.join(without)}."] if without else []
     return Words(
-        f"How few trained parameters reach {share:.0%} of full fine-tuning's gain",
+        f"Trained parameters that reach {share:.0%} of full fine-tuning's gain",
         f"{about}(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)",
         (" ".join(notes),),
         tuple(keys),

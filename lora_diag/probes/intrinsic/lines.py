@@ -39,12 +39,12 @@ class Line:
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("params", "params", "numbers that were trained", main=True, form="count"),
-        Shown("lr", "lr", "peak learning rate as Adam was given it", main=True, form=".2g"),
-        Shown("pace", "pace", "that rate as full fine-tuning would have it", main=True, form=".2g", drop=2),
+        Shown("params", "params", "number of trained parameters", main=True, form="count"),
+        Shown("lr", "lr", "peak learning rate of Adam", main=True, form=".2g"),
+        Shown("pace", "pace", "equivalent learning rate of full fine-tuning", main=True, form=".2g", drop=2),
         Shown("seeds", "seeds", "runs at that rate", main=True, drop=1),
         Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f"),
-        Shown("shares", "gain", "share of full fine-tuning's gain, mean", main=True, form=".0%", pool=_mean_share),
+        Shown("shares", "gain", "fraction of full fine-tuning's gain, mean", main=True, form=".0%", pool=_mean_share),
         Shown("shares", "min to max", "over seeds", main=True, form=".0%", pool="ends"),
     )
     subject: Subject

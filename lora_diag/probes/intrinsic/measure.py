@@ -28,7 +28,7 @@ Method = Literal["plain", "said"]
 # and 7, 9 and 12 ms by matrix products with factors of 16, 32 and 64.
 FACTOR = 16
 
-# By how much one step at the peak rate moves a layer's scale from 1, whatever the rate of z.
+# Change of a layer's scale in one step at the peak rate, independent of the learning rate of z.
 SCALE_STEP = 0.01
 
 
@@ -156,9 +156,9 @@ def check_dim(dim: int, total: int, layers: int) -> None:
         UsageError: The dimension is too large or too small.
     """
     if dim > total:
-        raise UsageError(f"--dims {dim}: the model has only {total} parameters")
+        raise UsageError(f"--dims {dim}: the model has only {total} parameters; use smaller dimensions")
     if dim <= layers:
-        raise UsageError(f"--dims {dim}: --projection said trains {layers} scales, one a layer, and d must be more")
+        raise UsageError(f"--dims {dim}: --projection said trains {layers} scales, one per layer; d must be larger")
 
 
 def scales_of(module: nn.Module) -> int:

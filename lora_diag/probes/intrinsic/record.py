@@ -30,7 +30,7 @@ class Intrinsic(WholeRecord):
     key: ClassVar[tuple[str, ...]] = ("set", "subject", "dim", "rank", "lr", "seed")
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True),
-        Shown("params", "parameters", "numbers that were trained", main=True),
+        Shown("params", "parameters", "number of trained parameters", main=True),
     )
     record: Literal["intrinsic"] = "intrinsic"
     set: str

@@ -76,12 +76,13 @@ def probe_intrinsic(
     kind: Method = "said" if run.options["projection"] == "said" else "plain"
     asked = list(checked_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
-        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
+        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
     if not 0 < share < 1:
         raise UsageError(f"--share {share}: must lie between 0 and 1")
     if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
-            f"--dtype {dtype}: rounds most steps of full fine-tuning away, by which all else is measured; use float32"
+            f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the measurement; use "
+            "float32"
         )
     check_files(evaluate, *shifted, data)
     model = run.open(base)
@@ -106,7 +107,7 @@ def probe_intrinsic(
     def measured(kept: Kept[Any]) -> list[LeftOut]:
         probe = _Probe(model, kind, total, run.walk(kept, seeds))
         arms = {
-            "in full": probe.arm("full", [None], full_rates),
+            "of full fine-tuning": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
             **({"of LoRA": probe.arm("lora", asked, lora_rates)} if ranks else {}),
         }
@@ -212,10 +213,9 @@ class _Probe:
         ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
         size = 16 * self.total / 2**30
-        memory = f"; takes {size:.1f} GiB beside BASE" if size >= 0.1 else ""
+        memory = f"; takes {size:.1f} GiB in addition to BASE" if size >= 0.1 else ""
         walk.watch.note(
-            f"about {duration(seconds)}: {', '.join(told)}, and their evaluations"
-            f"{walk.more(list(arms.values()))}{memory}"
+            f"about {duration(seconds)}: {', '.join(told)}, plus evaluation{walk.more(list(arms.values()))}{memory}"
         )
 
 

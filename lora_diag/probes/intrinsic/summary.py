@@ -47,9 +47,9 @@ def _base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
 
 
 _READING = (
-    "the dimension is that of this task, these steps and this share: more steps ask for other ones; rates were chosen "
-    "on the first set, so losses there are a little too low; LoRA trains no embeddings, norms, biases or head, full "
-    "fine-tuning and subspaces train all"
+    "the dimension is for this task, number of steps and fraction; more steps can give another; rates were chosen "
+    "on the first set, so losses there are slightly too low; LoRA trains no embeddings, norms, biases or head, "
+    "full fine-tuning and subspaces train all"
 )
 
 
@@ -59,16 +59,16 @@ def _name(line: Line) -> str:
 
 def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: float) -> Grid:
     about = (
-        f"Gain is the share of full fine-tuning's fall of the loss, in the mean over seeds: the first d whose gain is "
-        f"{percent(share)} or more is the intrinsic dimension, the first such r the LoRA that is as good; where min to "
-        "max crosses that share, seeds decide."
+        "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. The intrinsic "
+        f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the smallest such r. "
+        "If min to max includes that fraction, the result depends on the seed."
     )
     rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name(line), [line]) for line in found)]
     return grid_of(Line.shown, rows, "trained", caption, about)
 
 
 def _trained(settings: dict[str, Any]) -> str:
-    scales = f", one scale a layer, {settings['scale_step']:.0%} a step" if settings["method"] == "said" else ""
+    scales = f", one scale per layer, {settings['scale_step']:.0%} per step" if settings["method"] == "said" else ""
     return (
         f"all {count(settings['params'])} parameters, or z in random subspaces of them (Fastfood, {settings['method']}"
         f"{scales}), or LoRA on all linear layers but the head, alpha = 2r; {settings['steps']} steps of "
@@ -84,14 +84,14 @@ def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: 
         return on_set(name, "no run of full fine-tuning is finished with a finite loss")
     gain = base.loss - full.loss
     if gain <= 0:
-        worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
+        worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
         return on_set(name, worse)
     share = settings["share"]
-    told = [f"full fine-tuning gains {number(gain)} nats; wanted is {percent(share)} of that"]
+    told = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
     if full.edge:
-        told.append("but its rate is at the edge of --full-lr: it may gain more, and every share would be smaller")
+        told.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
     if any(line.shares and line.share > 1 for line in found if line.subject != "full"):
-        told.append("some gain more than it does: with these steps and rates it is no upper limit")
+        told.append("some runs gain more, so it is not an upper limit with these steps and rates")
     told.append(answer := _answer(reached(found, "subspace", share), "d", settings))
     if settings["ranks"]:
         told.append(_answer(reached(found, "lora", share), "LoRA r", settings))
@@ -111,9 +111,10 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
     if below is not None:
         told += f"; {what}={below.size} gains {_shares(below)}"
     if len(line.shares) > 1 and not answer.sure:
-        told += "; not with every seed, so the next larger one is the safer answer"
+        told += "; not with every seed, so the next larger size is safer"
     if answer.missed:
-        told += f"; {', '.join(map(str, answer.missed))} again does not: seeds or rates decide here, not size"
+        missed = ", ".join(map(str, answer.missed))
+        told += f"; not reached at {missed}, so seeds or rates matter here, not only size"
     return told
 
 
@@ -122,7 +123,7 @@ def _shares(line: Line) -> str:
     return f"{line.share:.0%}{spread}"
 
 
-# Whose learning rates were asked for by which setting, and by which option.
+# Setting and option of the learning rates of each subject.
 _GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
 
 
@@ -132,8 +133,8 @@ def _rates(found: Sequence[Line], records: Sequence[Intrinsic], settings: dict[s
         mine = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
         told += beyond_grid(mine, settings.get(grid), option)
     if edge := [_name(line) for line in found if line.edge]:
-        told.append(f"at the edge of what was tried for {', '.join(edge)}: extend --lr, --full-lr or --lora-lr there")
+        told.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
-        told.append("only one rate for full fine-tuning or LoRA: theirs may be far from the best")
+        told.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
     diverged = sum(record.loss is None for record in records)
     return "\n".join([*told, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])

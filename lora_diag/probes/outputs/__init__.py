@@ -15,7 +15,7 @@ FEATURE = Feature(
     figures=(
         Figure(
             "outputs",
-            "held-out loss of each adapter against the full fine-tune's",
+            "held-out loss of each adapter compared with the full fine-tune",
             "outputs",
             ".figures:figure",
             panels=(".figures:outputs",),
@@ -25,7 +25,7 @@ FEATURE = Feature(
         ),
         Figure(
             "depth",
-            "how far hidden states are from the full fine-tune's, by depth",
+            "distance of hidden states from the full fine-tune's, by depth",
             "outputs",
             ".figures:depth_figure",
             panels=(".figures:depth",),

@@ -22,7 +22,7 @@ def outputs(
 
     Example: loradiag probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o outputs.jsonl
     """
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.probes.outputs.run import probe_outputs
 
     with shown.callbacks(notes=True) as callbacks:

@@ -20,7 +20,7 @@ from lora_diag.rendering.figures.series import Options, Series, owner_of, subjec
 from lora_diag.rendering.figures.sheet import Key, Words
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
-# Rows of a panel, and lines: more are not told apart.
+# Maximum number of rows of a panel, and of lines that are still distinguishable.
 ROWS = 24
 _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
@@ -89,12 +89,15 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
             rows += _rows([r for r in one.records if r.set == name], models, color)
         panels.append((called, highest(rows, ROWS, panels[0][1] if panels else ())))
     most = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
-    notes = ["Bars are two paired standard errors, by sequence: one that crosses zero cannot be told from TUNED."]
+    notes = [
+        "Error bars: two standard errors, paired by sequence. A bar that crosses zero: no significant difference from "
+        "TUNED."
+    ]
     notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
     about = subject_of(series)
     words = Words(
-        "Held-out loss of each model, less that of the full fine-tune",
-        f"{about}mean negative log-likelihood, nats; to the left of the line is better than TUNED",
+        "Held-out loss of each model minus that of the full fine-tune",
+        f"{about}mean negative log-likelihood, nats; left of the line: better than TUNED",
         (" ".join(filter(None, notes)),),
         run_keys(series, look),
     )
@@ -119,7 +122,7 @@ def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) ->
         "Distance of the hidden states from those of the full fine-tune",
         f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
         (
-            "How alike two models are, which is no quality: the loss says which is better."
+            "Distance measures similarity, not quality; compare models by their loss."
             + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
         ),
         _keys([(name, ()) for name in names[: len(CATEGORIES)]], look),
@@ -138,7 +141,7 @@ def _others(records: Iterable[Probe]) -> list[Probe]:
 
 def _rows(mine: Sequence[Probe], called: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
     found = [record for record in mine if record.subject != "tuned" and record.gap is not None]
-    # BASE far away would press all others together: its gap is in the table.
+    # A distant BASE would compress the axis of all others; its gap is in the table.
     others = _others(found)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
     return [

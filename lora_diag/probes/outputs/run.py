@@ -87,11 +87,14 @@ def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
         UsageError: There is nothing to compare, or an input is given twice.
     """
     if not others:
-        raise UsageError("probe outputs: name at least one ADAPTER, or another full fine-tune with --reference")
+        raise UsageError(
+            "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
+            "--reference"
+        )
     seen = {os.path.realpath(tuned)}
     for path in others:
         if os.path.realpath(path) in seen:
-            raise UsageError(f"{path}: is named twice")
+            raise UsageError(f"{path}: given twice; give each path once")
         seen.add(os.path.realpath(path))
 
 

@@ -19,11 +19,11 @@ from lora_diag.rendering.text import safe, short
 
 # For runs without a reference: what was measured elsewhere (docs/reference/probe-outputs.md).
 _NONE = (
-    "none for the distances: give another full fine-tune with --reference; two seeds of one were 0.39 apart on the one "
-    "model where that was measured"
+    "none for the distances; give another full fine-tune with --reference (two seeds had a distance of 0.39 on the "
+    "one model measured)"
 )
 
-# So many depths of hidden states are shown; the records have all.
+# Maximum number of depths of hidden states in the table; the records have all.
 DEPTHS = 7
 
 
@@ -60,9 +60,9 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 _READING = (
-    "the loss says which model is better; distance (of logits, of hidden states) and KL say how alike they are, which "
-    "is no quality: on one real triple the adapter nearest in logits had the worst loss. Runs that saw their batches "
-    "in one order come out closer than they are (0.35 against 0.42 to 0.44 there)"
+    "compare models by their loss; distances (of logits, of hidden states) and KL measure similarity, not quality: "
+    "in one real case the adapter nearest in logits had the worst loss. Runs with the same batch order are closer "
+    "than others (0.35 instead of 0.42 to 0.44 there)"
 )
 
 
@@ -128,7 +128,7 @@ def _choice(choice: Choice, names: dict[str, str]) -> str:
     if not choice.equals:
         return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {told}"
     equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
-    return f"{equal} cannot be told apart, use the one that costs least; losses above {best}'s, paired: {told}"
+    return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {told}"
 
 
 def _behind(rival: Rival) -> str:
@@ -138,7 +138,7 @@ def _behind(rival: Rival) -> str:
     if rival.worse:
         return span
     needed = f"more than {MOST_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
-    return f"{span}, {needed} sequences would tell"
+    return f"{span}, {needed} sequences would decide"
 
 
 def _against(record: Probe) -> str:
@@ -146,7 +146,7 @@ def _against(record: Probe) -> str:
     if record.gap is None or record.gap_error is None:
         return "one sequence has no error"
     if abs(record.gap) <= 2 * record.gap_error:
-        return f"cannot be told from TUNED ({gap(record)})"
+        return f"no significant difference from TUNED ({gap(record)})"
     kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
 
@@ -168,6 +168,6 @@ def _distances(mine: Sequence[Probe], names: dict[str, str]) -> list[str]:
         same = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
         lines.append(
             f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {same}"
-            + (" the best in loss" if nearest is best else " distance is no quality")
+            + (" the best in loss" if nearest is best else " distance is not quality")
         )
     return lines

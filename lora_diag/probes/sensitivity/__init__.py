@@ -14,11 +14,11 @@ FEATURE = Feature(
     statements=".summary:sensitivity_lines",
     grids=".summary:sensitivity_grids",
     section=Section("Layers adapted alone", order=13, losses=True),
-    questions=(("on", "Which layers gain most where each is adapted alone?"),),
+    questions=(("on", "Which layers gain most when adapted alone?"),),
     figures=(
         Figure(
             "sensitivity",
-            "what each layer or module type gains where it is adapted alone",
+            "gain of each layer or module type adapted alone",
             "sensitivity",
             ".figures:figure",
             panels=(".figures:sensitivity",),

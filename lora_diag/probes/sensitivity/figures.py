@@ -18,7 +18,7 @@ from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Words
 from lora_diag.rendering.figures.style import Look, category, name_of
 
-# Rows of a panel.
+# Maximum number of rows of a panel.
 ROWS = 24
 
 
@@ -62,13 +62,14 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         panels.append((called, highest(rows, ROWS)))
     ranks = sorted({_rank(one.records) for one in series})
     notes = [
-        "Bars are two standard errors, paired by sequence. What a part gains alone is not its share of what all gain."
+        "Error bars: two standard errors, paired by sequence. Gains of parts adapted alone do not add up to that "
+        "of all."
     ]
     notes += [f"The {ROWS} highest of {most}."] if most > ROWS else []
     about = subject_of(series)
     words = Words(
-        f"What each part gains where it is adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
-        f"{about}loss of BASE minus loss on held-out text, nats; to the right of the line is better",
+        f"Gain of each part adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
+        f"{about}loss of BASE minus loss on held-out text, nats; right of the line: better",
         (" ".join(notes),),
         run_keys(series, look),
     )

@@ -45,9 +45,9 @@ class Gain:
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gain", "gain", "loss of BASE minus its loss", main=True, pool=_with_error),
-        Shown("seeds", "seeds", "the smallest and the largest gain", form=".4f", pool="ends", drop=1, terminal=True),
-        Shown("lr", "lr", "rate with the lowest loss at the first seed", main=True, form="g", drop=3),
+        Shown("gain", "gain", "loss of BASE minus loss after training", main=True, pool=_with_error),
+        Shown("seeds", "seeds", "smallest and largest gain", form=".4f", pool="ends", drop=1, terminal=True),
+        Shown("lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g", drop=3),
         Shown("params", "params", "of its factors", main=True, form="count", drop=6),
     )
     unit: str

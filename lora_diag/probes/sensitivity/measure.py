@@ -185,7 +185,7 @@ def gradients(
     for name, layer in layers.items():
         gradient = sums[name] / predictions
         if not torch.isfinite(gradient).all():
-            raise InputError(f"{name}: its gradient is not finite: the weights are broken, or --dtype is too small")
+            raise InputError(f"{name}: the gradient is not finite; check the weights, or use --dtype float32")
         found[name] = gradient if isinstance(layer, nn.Linear) else gradient.T
     return found
 

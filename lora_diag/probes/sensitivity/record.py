@@ -34,7 +34,7 @@ class Sensitivity(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("set", "unit", "rank", "lr", "seed")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gain", "gain", "loss of BASE minus this one, on the same tokens", main=True),
+        Shown("gain", "gain", "loss of BASE minus loss after training, on the same tokens", main=True),
         Shown("gain_error", "± gain", "standard error of the gain", main=True),
         Shown("loss", "loss", "in nats", main=True),
     )

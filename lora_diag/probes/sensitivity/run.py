@@ -124,7 +124,9 @@ def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -
             detail = "not stored under a name of its own in BASE (tied)"
         left_out.append(LeftOut(layer=called, shape=shape_of(layer), reason="not_selected", detail=detail))
     if not names:
-        raise NothingComparedError(f"{stored.path}: no linear layer is selected, so there is nothing to adapt")
+        raise NothingComparedError(
+            f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change --layers or --exclude"
+        )
     return names, left_out
 
 
@@ -195,7 +197,7 @@ class _Probe:
         walk.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation
         sizes = sum(shape_of(layer)[0] * shape_of(layer)[1] for layer in inner_layers(self.model.module).values())
-        memory = f"; gradients take {4 * sizes / 2**30:.1f} GiB" if passes and 4 * sizes >= 2**30 / 10 else ""
+        memory = f"; the gradients take {4 * sizes / 2**30:.1f} GiB" if passes and 4 * sizes >= 2**30 / 10 else ""
         walk.watch.note(
             f"about {duration(seconds)}: {counted(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
             f"at most ({counted(len(self.units), 'unit', 'units')}), each evaluated on "

@@ -27,12 +27,12 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import Rows, columns_of
 from lora_diag.rendering.text import short
 
-# More rows than these are in the file and on a page only.
+# Maximum number of rows of the table in a terminal; the file and the HTML report have all.
 MOST = 40
-# So many units are named in a sentence.
+# Maximum number of units named in a sentence.
 _NAMED = 3
 _UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
-# What each score is, in the words of docs/reference/probe-sensitivity.md.
+# Descriptions of the scores, as in docs/reference/probe-sensitivity.md.
 _SCORES = {
     "top": "Σσ_i(G)² to r",
     "fresh": "‖P_T G‖² of a fresh LoRA",
@@ -43,11 +43,17 @@ _SCORES = {
 # Scores from one gradient that the table shows.
 _PROXIES = (
     Shown("top", "Σσ² to r", "Σ_{i≤r}σ_i(G)²", terminal=True, drop=5),
-    Shown("adam", "first step", "fall of the loss in Adam's first step, per unit of its rate", terminal=True, drop=2),
+    Shown(
+        "adam",
+        "first step",
+        "decrease of the loss in Adam's first step, per unit of learning rate",
+        terminal=True,
+        drop=2,
+    ),
 )
-# From this ρ on, an order is called told; the number is beside the word.
+# ρ from which a score predicts the order; below it, the statement says "in part". Both print ρ.
 _WELL = 0.7
-# Above this p, an order is not told from chance.
+# Largest p-value of a significant correlation.
 _CHANCE = 0.05
 
 
@@ -92,9 +98,9 @@ def _marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str,
 
 
 _READING = (
-    "what a layer gains alone is not its share of what all gain together; a short budget says little about a long one; "
-    "rates were chosen on the first set, so gains there are a little too high; layers of one model are not "
-    "independent, so intervals and p-values of ρ are too good"
+    "gains of layers adapted alone do not add up to that of all; results of few steps need not hold for many; "
+    "rates were chosen on the first set, so gains there are slightly too high; layers of one model are not "
+    "independent, so intervals of ρ are too narrow and p-values too small"
 )
 
 
@@ -128,11 +134,11 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def _about(settings: dict[str, Any]) -> str:
     """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
-    more = f"; g({rank}→{rank + delta}) is what {delta} more ranks gain there" if delta else ""
+    more = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
     return (
-        f"Gain is by how much a LoRA of r={rank} on this {_UNITS[settings['per']][0]} alone lowers the held-out loss, "
-        "in nats, beside its standard error over sequences: a gain of less than twice that is not told from none"
-        f"{more}. Σσ² to r and first step are what one gradient at BASE would have said for less."
+        f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
+        f"{_UNITS[settings['per']][0]} alone, with its standard error over sequences; a gain below two standard "
+        f"errors is not significant{more}. Σσ² to r and first step are predictions from one gradient at BASE."
     )
 
 
@@ -210,16 +216,16 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
 def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:
     """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
     if not found:
-        return "not known: three units at least have to be measured"
+        return "not known; at least three units must be measured"
     ordered = sorted(found, key=lambda each: -(each.rho or 0.0))
     best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), found[-1]
     clear = sum(gain.is_clear for gain in gains)
     lines = [_verdict(best, size)]
-    if 2 * clear < len(gains):  # noise has no order that anything could predict
-        lines = [f"not known: {clear} of {len(gains)} gains are told from nothing; more --steps, or a longer --eval"]
+    if 2 * clear < len(gains):  # noise has no order to predict
+        lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
     inside = [each.within_p for each in found if each.within_p is not None]
     if inside and min(inside) > _CHANCE:
-        lines.append("within a module type no score is told from chance")
+        lines.append("within module types, no score is significantly better than chance")
     lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
     for each in ordered:
         ends = f" [{each.ends[0]:+.2f}, {each.ends[1]:+.2f}]" if each.ends else ""
@@ -233,11 +239,11 @@ def _verdict(best: Correlation, size: Correlation) -> str:
     """State whether the best score of the gradient is useful."""
     name = _SCORES[best.score]
     if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
-        return f"no: no score of one gradient orders the {best.n} better than chance"
+        return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
     if size.rho is not None and size.rho >= best.rho:
-        return f"no: parameters alone order the {best.n} as well as the gradient's best score, {name}"
+        return f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {name}"
     word = "yes" if best.rho >= _WELL else "in part"
-    return f"{word}: {name} orders the {best.n} with ρ = {best.rho:.2f}, parameters alone with {_rho(size.rho)}"
+    return f"{word}: {name} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters with {_rho(size.rho)}"
 
 
 def _p(value: float) -> str:
@@ -254,7 +260,7 @@ def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict
     told = "\n".join([told, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
     low, high = (sum(gain.edge == end for gain in gains) for end in (-1, 1))
     if len({record.lr for record in records if record.lr is not None}) == 1:
-        told += "\none rate for all: what suits some better than others cannot be told from what they could gain"
+        told += "\none rate for all: the effect of the rate cannot be separated from the gain"
     elif low or high:
         ways = [f"{n} at the {end} rate tried" for n, end in ((low, "lowest"), (high, "highest")) if n]
         told += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"

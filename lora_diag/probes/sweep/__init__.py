@@ -12,8 +12,8 @@ FEATURE = Feature(
     grids=".summary:sweep_grids",
     section=Section("Rank sweep", order=11, losses=True),
     questions=(
-        ("on", "Which rank is enough, by training at it?"),
-        ("shifted", "Do shifted sets ask for the same rank?"),
+        ("on", "Which rank does training need?"),
+        ("shifted", "Do shifted sets need the same rank?"),
     ),
     figures=(
         Figure(

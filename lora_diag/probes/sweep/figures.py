@@ -29,9 +29,9 @@ from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category
 
-# BASE is drawn in the panel unless it is so many times further away than the runs are from each other.
+# BASE is drawn in the panel unless its distance from the runs exceeds their range by this factor.
 FAR = 8.0
-# What else may be trained, and how its line is called.
+# Other subjects of training, and the names of their lines.
 LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit", "norms and biases"))
 
 
@@ -100,7 +100,7 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     with panel_axes(ax) as (axes, look):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw(axes, [found], inches, look)
-        axes.set(xlabel="rank r, and its learning rate", ylabel="loss (nats)")
+        axes.set(xlabel="rank r, with its learning rate", ylabel="loss (nats)")
         axes.set_title(_finding(sets[chosen], found), parse_math=False, loc="left")
     return axes
 
@@ -113,7 +113,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         found = [course(one.records, name, _tolerance(one)) for one in series]
         title = called if len(found) > 1 else _finding(called, found[0])
         panels.append((title, partial(_draw, found=found, look=look)))
-    xlabel = "rank r" if len(series) > 1 else "rank r, and its learning rate"
+    xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
     return page_of(panels, _words(series, sets, look), look, xlabel=xlabel, ylabel="loss (nats)")
 
 
@@ -213,7 +213,7 @@ def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> W
     if single and run is not None and "steps" in run.settings:
         about += f"{run.settings['steps']} steps, "
     about += "mean negative log-likelihood of held-out predictions"
-    notes = [f"The rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}."]
+    notes = [f"The learning rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}."]
     diverged = sum(record.loss is None for one in series for record in one.records)
     if diverged:
         notes.append(f"Not drawn: {diverged} losses of runs that diverged.")

@@ -29,11 +29,9 @@ class SweepOptions(Shifted, TrainOptions, total=False):
     # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
     full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
     bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
-    dora: Annotated[bool, Option(False, "Train DoRA.")]
+    dora: Annotated[bool, Option(False, "Train DoRA instead of LoRA.")]
     rslora: Annotated[bool, RSLORA]
-    quantized: Annotated[
-        str | None, Option(None, "Round frozen weights as QLoRA stores them; default: not.", "nf4|int8")
-    ]
+    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's storage format.", "nf4|int8")]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS]
     gain_tolerance: Annotated[
@@ -50,7 +48,7 @@ class SweepOptions(Shifted, TrainOptions, total=False):
         Sequence[str],
         Option(
             (),
-            "Modules to adapt, as PEFT names them; default all linear layers but the head.",
+            "Modules to adapt, as PEFT names them; default all linear layers except the head.",
             "NAME,NAME",
             panel=INPUTS,
             aliases=("--target", "--targets"),

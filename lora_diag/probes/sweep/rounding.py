@@ -66,7 +66,7 @@ def to_int8(weight: Tensor) -> Tensor:
     largest = weight.float().abs().amax(1, keepdim=True)
     codes = (
         weight.float() * (127 / largest.clamp(min=1e-30))
-    ).round()  # 127 over the smallest float32 would be infinite
+    ).round()  # 127 divided by the smallest float32 would be infinite
     return (codes * largest / 127).to(weight.dtype)
 
 

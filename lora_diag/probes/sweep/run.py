@@ -25,7 +25,7 @@ from lora_diag.running.probing import check_files, counted
 from lora_diag.running.progress import Kept
 from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
 
-# Settings that a finished sweep takes more of with ``resume``: what was asked for before and now, together.
+# Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
 GROWS: dict[str, Callable[[Any, Any], Any]] = {
     "ranks": lambda then, now: sorted({*then, *now}),
     "rates": lambda then, now: sorted({*then, *now}),
@@ -87,8 +87,8 @@ def probe_sweep(
         raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
     if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
-            f"--dtype {dtype}: rounds most steps of {'--full' if full else '--bitfit'} away, while LoRA's factors stay "
-            "float32; use --dtype float32"
+            f"--dtype {dtype}: rounds away most steps of {'--full' if full else '--bitfit'}, while LoRA's factors "
+            "stay float32; use --dtype float32"
         )
     check_files(evaluate, *shifted, data)
     model = run.open(base)
@@ -108,7 +108,7 @@ def probe_sweep(
     }
 
     def measured(kept: Kept[Any]) -> list[LeftOut]:
-        plan = kept.run.settings  # of a resumed sweep with what it had before
+        plan = kept.run.settings  # with the values of the sweep before it was resumed
         sweep = _Sweep(model, run.walk(kept, plan["seeds"]))
         arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
         arms += [sweep.arm("full", [None], plan["full_rates"], None)] if full else []
@@ -186,4 +186,4 @@ class _Sweep:
         if not any(arm.subject == "full" for arm in arms):
             return ""
         size = sum(each.numel() * each.element_size() for each in self.model.module.parameters()) / 2**30
-        return f"; a full fine-tune takes {4 * size:.1f} GiB beside BASE" if 4 * size >= 0.1 else ""
+        return f"; a full fine-tune takes {4 * size:.1f} GiB in addition to BASE" if 4 * size >= 0.1 else ""

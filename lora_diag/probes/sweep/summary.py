@@ -71,13 +71,13 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     )
 
 
-# What a reference line is called.
+# Names of the reference lines.
 _LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
 
 _READING = (
-    "the rate of each rank was chosen on the first set, so losses there are a little too low; all runs see their "
-    "batches in one order, so seeds differ by less than independent runs would; with fewer steps than you will train, "
-    "small ranks may look better than they are"
+    "the rate of each rank was chosen on the first set, so losses there are slightly too low; all runs have the "
+    "same batch order, so seeds differ less than independent runs; with fewer steps than you will train, small "
+    "ranks may look better than they are"
 )
 
 
@@ -86,13 +86,13 @@ def _reading(settings: dict[str, Any]) -> str:
     more = []
     if settings.get("full_rates"):
         more.append(
-            "full trains every parameter, embeddings and head too, and only dropout in it depends on the seed: without "
-            "dropout all its seeds are one run, whose error is assumed to be that of a LoRA run"
+            "full trains every parameter, including embeddings and head, and only its dropout depends on the seed: "
+            "without dropout all its seeds are one run, whose error is assumed to be that of a LoRA run"
         )
     if settings.get("quantized"):
         more.append(
-            f"BASE's linear layers are rounded to {settings['quantized']} and not packed: the numbers of a quantized "
-            "base, not its memory or speed; reference lines are trained on BASE as it is"
+            f"BASE's linear layers are rounded to {settings['quantized']} and not packed, so values are those of a "
+            "quantized base, memory and speed are not; reference lines are trained on the unrounded BASE"
         )
     return "; ".join([_READING, *more])
 
@@ -128,12 +128,12 @@ def _compared(found: Versus, line: str) -> str:
     """Compare the best rank with a line, with the interval of the difference."""
     both = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
     if found.half is None:
-        return f"no verdict: {both} ({found.gap:+.4f}); one seed shows no spread"
+        return f"no verdict: {both} ({found.gap:+.4f}); one seed has no spread"
     words = {
         "as good": f"LoRA is as good: each keeps {1 - found.tolerance:.0%} of the other's gain",
         "better": "LoRA is better",
         "worse": "LoRA is worse",
-        "not known": "not known: " + ("no number of seeds tells" if found.seeds is None else needs(found.seeds)),
+        "not known": "not known: " + ("no number of seeds would decide" if found.seeds is None else needs(found.seeds)),
     }
     span = f"{found.gap:+.4f} [{found.gap - found.half:.4f}, {found.gap + found.half:.4f}]"
     return f"{words[found.word]}; {both} ({span}){f'; {line} is one run' if found.fixed else ''}"
@@ -176,13 +176,11 @@ def _said(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
         return ["no verdict: no run is finished with a finite loss"]
     if verdict.word == "no gain":
         by = number(-verdict.gain)
-        return [f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} least, by {by}"]
+        return [f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} by the least, {by}"]
     chosen = verdict.chosen
     if verdict.word == "no verdict" or chosen is None or chosen.confidence is None:
-        why = (
-            "one rank" if chosen is None else "one seed shows no spread" if verdict.seeds < 2 else "seeds do not differ"
-        )
-        more = "" if chosen is None else "; more --repeats with --resume tell"
+        why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
+        more = "" if chosen is None else "; use more --repeats with --resume"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{more}"]
     at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
     keeps = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
@@ -213,7 +211,7 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
             answers_are = f"; the best answers are {both}" if first.answer and other.answer else ""
             lines.append(f"not known on {short(name)}: {(other if other.rank is None else first).word}{answers_are}")
         elif other.rank == first.rank:
-            lines.append(f"yes: r={other.rank} is enough on {short(name)}, too")
+            lines.append(f"yes: r={other.rank} is also enough on {short(name)}")
         else:
             lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
     return [say("shifted", "Shifted sets", *lines)]
@@ -241,11 +239,11 @@ def _rates(
     beyond += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
     told = "\n".join([told, *beyond])
     if edge := [row for row in rows if row.edge]:
-        told += f"\nat the edge of what was tried for r={', '.join(str(row.rank) for row in edge)}: extend --lr there"
+        told += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in edge)}; extend --lr"
     for subject, row in lines:
         if row.edge:
             option = "--full-lr" if subject == "full" else "--lr"
-            told += f"\nat the edge of what was tried for {_LINES[subject]}: extend {option} there"
+            told += f"\nat the edge of the rates tried for {_LINES[subject]}; extend {option}"
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
-        told += "\none rate for all ranks: rank and rate cannot be told apart"
+        told += "\none rate for all ranks: the effects of rank and rate cannot be separated"
     return "\n".join([told, *lost])

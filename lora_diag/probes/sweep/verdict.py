@@ -27,11 +27,12 @@ from lora_diag.running.rates import edge, lowest
 Word = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
 Answer = Literal["yes", "no", "not known"]
 
-# A run that ends so much above BASE, where another seed at the same rank and rate ends below it, has diverged.
+# A run that ends above this multiple of BASE's loss, while another seed at its rank and rate ends below it, has
+# diverged.
 DIVERGED = 1.1
-# A reference line whose seeds differ by less than this share of the ranks' standard deviation does not depend on them.
+# A reference line with a standard deviation below this fraction of that of the ranks is independent of the seed.
 FIXED = 0.1
-# Share of the gain that a smaller rank may lose, where no run says which was asked for: the command's default.
+# Fraction of the gain that a smaller rank may lose if the run does not record it: the command's default.
 TOLERANCE = 0.02
 
 
@@ -188,7 +189,7 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
 def needs(seeds: int | None) -> str:
     """State that a rank is undecided, and how many seeds are needed."""
     more = f"more than {MOST_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
-    return f"cannot be told with these seeds, needs {more}"
+    return f"undecided with these seeds, needs {more}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +371,9 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     noise = _Noise(*blocks([row.runs for _, row in ranked]), *within([row.losses for _, row in ranked]))
     standings = tuple(_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
     close = (rank for rank, row in ranked if max(_theta(row, other, base, share) for _, other in ranked) <= 0)
-    chosen = next(close, best.rank)  # where seeds are missing, the best may not be it on the seeds that two ranks share
+    chosen = next(
+        close, best.rank
+    )  # with missing seeds, the best rank may not be the best on the seeds that two ranks share
     answer = next(one for one in standings if one.rank == chosen)
     shown = next((one for one in standings if one.enough == "yes"), None)
     return SweepVerdict(
@@ -446,7 +449,7 @@ def _standing(
     found = []
     for _, other in ranked:
         theta, (_, _, a, b), variance = _theta(row, other, base, share), _pair(row, other), noise.of(row, other)
-        if other is row:  # θ_rr = δ·(μ_r − L_base): it has to gain at all
+        if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
             estimate = Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
             found.append((estimate, share * math.sqrt(noise.plain)))
         else:

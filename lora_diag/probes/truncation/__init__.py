@@ -11,7 +11,7 @@ FEATURE = Feature(
     statements=".summary:truncation_lines",
     grids=".summary:truncation_grids",
     section=Section("Truncated update", order=12, losses=True),
-    questions=(("on", "What does a rank of the update keep of its gain?"),),
+    questions=(("on", "How much of its gain does the truncated update keep?"),),
     figures=(
         Figure(
             "truncation",
@@ -24,7 +24,7 @@ FEATURE = Feature(
         ),
         Figure(
             "alone",
-            "what it costs to truncate one layer or module type alone",
+            "cost of truncating one layer or module type alone",
             "truncation",
             ".figure_alone:figure",
             panels=(".figure_alone:alone",),

@@ -21,7 +21,7 @@ def truncation(
 
     Example: loradiag probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl
     """
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.probes.truncation.run import probe_truncation
 
     with shown.callbacks(notes=True) as callbacks:

@@ -16,7 +16,7 @@ from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Words
 from lora_diag.rendering.figures.style import Look, category, name_of
 
-# Rows of a panel.
+# Maximum number of rows of a panel.
 ROWS = 24
 
 
@@ -49,7 +49,7 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     with panel_axes(ax) as (axes, look):
         draw_rows(axes, rows, look)
         axes.set_xlabel("loss minus TUNED's (nats)")
-        axes.set_title(f"{sets[chosen]}: each alone to r\xa0=\xa0{rank}", parse_math=False, loc="left")
+        axes.set_title(f"{sets[chosen]}: each part alone to r\xa0=\xa0{rank}", parse_math=False, loc="left")
     return axes
 
 
@@ -65,15 +65,15 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         if rows:
             panels.append((called, highest(rows, ROWS)))
     most = len({_what(record) for record in records if record.rank == rank and _what(record)})
-    notes = ["The others are as in TUNED. Bars are two paired standard errors, by sequence."]
+    notes = ["All others are as in TUNED. Error bars: two standard errors, paired by sequence."]
     if most > ROWS:
-        notes.append(f"The {ROWS} costliest of {most}.")
+        notes.append(f"The {ROWS} with the highest cost, of {most}.")
     if others := [other for other in _ranks(records) if other != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
     about = subject_of(series)
     words = Words(
-        f"What it costs to truncate one part alone to r\xa0=\xa0{rank}",
-        f"{about}held-out loss minus that of TUNED, nats; to the right of the line is worse",
+        f"Cost of truncating one part alone to r\xa0=\xa0{rank}",
+        f"{about}held-out loss minus that of TUNED, nats; right of the line: worse",
         (" ".join(notes),),
         run_keys(series, look),
     )

@@ -26,7 +26,7 @@ from lora_diag.rendering.figures.sheet import Key, Words
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
-# Of TUNED's change of the loss, what is called nearly all: as in the summary of ``probe truncation``.
+# Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
 ENOUGH = 0.9
 
 
@@ -39,7 +39,7 @@ def lacks(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     if any(record.subject == "truncated" for record in together(records)):
         return None
-    return "no rank at which all layers were truncated together (--granularity all)"
+    return "no rank was measured with all layers truncated (--granularity all)"
 
 
 def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -77,7 +77,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
             panels.append((_finding(called, mine[0]), partial(_draw_gaps, mine=mine[0], look=look)))
         else:
             panels.append((called, partial(_draw_shares, runs=mine, look=look)))
-    ylabel = "loss minus TUNED's (nats)" if single else "share of the change"
+    ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
     return page_of(panels, _words(series, look), look, xlabel="rank r of the update", ylabel=ylabel)
 
 
@@ -175,17 +175,17 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
         keys = [
             Key(Line2D([], [], color=category(number), lw=1.6 * width), one.label) for number, one in enumerate(series)
         ]
-        keys.append(Key(Line2D([], [], color=QUIET, **dots), "its energy share C(r)"))
+        keys.append(Key(Line2D([], [], color=QUIET, **dots), "energy fraction C(r)"))
     keys.append(Key(Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2))), "BASE, TUNED"))
     about = subject_of(series)
     about += "mean negative log-likelihood of held-out predictions; nothing is trained"
     rest = {one.run.settings.get("rest") for one in series if one.run is not None}
-    notes = ["Errors are those of the difference to TUNED, paired by sequence."]
+    notes = ["Errors are of the difference from TUNED, paired by sequence."]
     if not single:
-        notes.insert(0, "Share of the change: 0 at BASE, 1 at TUNED.")
+        notes.insert(0, "Fraction of the change: 0 at BASE, 1 at TUNED.")
     if rest == {"tuned"}:
         notes.append("Norms, biases, embeddings and head are as in TUNED at every rank.")
     if rest == {"base"}:
-        notes.append("Norms, biases, embeddings and head are as in BASE, so that no rank need reach TUNED.")
-    notes.append("What a rank keeps is about compressing this update, not about training at it.")
+        notes.append("Norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED.")
+    notes.append("Results are for compression of this update, not for training at a rank.")
     return Words("Loss of the update truncated to rank r", about, (" ".join(notes),), tuple(keys))

@@ -14,7 +14,7 @@ from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import columns_of
 from lora_diag.rendering.text import fraction, short
 
-# A share of the loss that is called nearly all: printed with the numbers it stands on.
+# Fraction of the change of the loss that is enough.
 ENOUGH = 0.9
 
 
@@ -89,16 +89,16 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
     else:
         last = ranks[-1]
         lines.append(
-            f"no rank measured keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = {_energy(last)}"
+            f"no measured rank keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = {_energy(last)}"
         )
     same = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)
     lines.append(
-        f"from r={same.rank} on the gap to TUNED is first within two standard errors"
+        f"the gap to TUNED is first within two standard errors at r={same.rank}"
         if same
-        else f"at every rank, r={ranks[-1].rank} too, the gap to TUNED is more than two standard errors"
+        else f"the gap to TUNED is more than two standard errors at every rank, up to r={ranks[-1].rank}"
     )
     if ranks[0].rank == 0:
-        lines.append(f"r=0, what is not truncated, {'gives' if gains else 'brings'} {share(ranks[0])} by itself")
+        lines.append(f"r=0, only what is not truncated, {'gives' if gains else 'brings'} {share(ranks[0])}")
     return lines
 
 
@@ -117,9 +117,9 @@ def _most_hurt(alone: Sequence[Probe]) -> str:
 def _reading(run: Run) -> str:
     rest = {
         "tuned": "norms, biases, embeddings and head are as in TUNED",
-        "base": "norms, biases, embeddings and head are as in BASE, so that no rank need reach TUNED",
+        "base": "norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED",
     }[run.settings["rest"]]
     return (
-        f"{rest}; errors take sequences as independent, which those of one text are not quite; "
-        "what a rank keeps is about compressing this update, not about training at that rank"
+        f"{rest}; errors assume independent sequences, which those of one text are not quite; results are for "
+        "compression of this update, not for training at a rank"
     )

@@ -496,7 +496,7 @@ def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, by_layer, tmp_pat
         ({"probes": 0}, UsageError, "--trace-vectors 0"),
         ({"per": "type"}, UsageError, "--granularity type"),
         ({"seed": -1}, UsageError, "--seed -1"),
-        ({"dtype": "bfloat16"}, UsageError, "--dtype bfloat16: Hessian-vector products in it"),
+        ({"dtype": "bfloat16"}, UsageError, "--dtype bfloat16: Hessian-vector products have errors"),
         ({"layers": "nobody"}, NothingComparedError, "no matrix"),
         ({"evaluate": ["a", "b"]}, InputError, "no such file"),
     ],
@@ -512,7 +512,7 @@ def test_invalid_options_are_refused(case, tmp_path, change, error, message):
 
 
 def test_one_set_only(case):
-    with pytest.raises(UsageError, match="name one file"):
+    with pytest.raises(UsageError, match="give one file"):
         lora_diag.probe_curvature(case[0], evaluate=[case[2], case[2]])
 
 

@@ -82,5 +82,5 @@ def test_share_of_joint_eigenpairs_stands_once(is_joint):
     text = table(Results(RUN, (), whole=(joint(at="base"), *layers)), 100, per="layer")
     rows = text[: text.index("Compared")]
     assert rows.count("12%") == (1 if is_joint else 2)
-    assert "it has rank 5 to 5 at 90%" in " ".join(text.split())
+    assert "has rank 5 to 5 at 90%" in " ".join(text.split())
     assert all(len(line) <= 100 for line in text.splitlines())

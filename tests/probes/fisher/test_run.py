@@ -208,7 +208,7 @@ def test_invalid_options_are_refused(models, tmp_path):
         lora_diag.probe_fisher(base, tuned, data=text, labels="mine")
     with pytest.raises(UsageError, match="--ranks"):
         lora_diag.probe_fisher(base, tuned, data=text, ranks=(0,))
-    with pytest.raises(UsageError, match="name one file"):
+    with pytest.raises(UsageError, match="give one file"):
         lora_diag.probe_fisher(base, tuned, data=text, evaluate=[text, text])
     with pytest.raises(InputError, match="no such file"):
         lora_diag.probe_fisher(base, tuned, data=tmp_path / "none.txt")

@@ -297,8 +297,8 @@ def test_reference_that_may_be_too_weak_is_told():
     """Full fine-tuning at its lowest rate, and a subspace that gains more than it does."""
     records = [*planted([("subspace", 10, 0.1, (1.2, 0.89)), ("lora", 2, 0.1, (0.5, 0.4))])]
     told = shown(records)
-    assert "full fine-tuning gains 1 nats; wanted is 90% of that" in told
-    assert "some gain more than it does" in told
+    assert "full fine-tuning gains 1 nats; the target is 90% of that" in told
+    assert "some runs gain more" in told
     assert "d=10 is the smallest that reaches it, with 104% (89% to 120% over seeds); not with every seed" in told
     assert "LoRA r: not reached up to r=2, whose gain is 45% (40% to 50% over seeds)" in told
     assert "edge of --full-lr" not in told
@@ -353,7 +353,7 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
         ({"seed": -1}, "--seed -1"),
         ({"share": 1.0}, "--share 1"),
         ({"widen": -1}, "--widen -1"),
-        ({"dtype": "bfloat16"}, "--dtype bfloat16: rounds most steps"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16: rounds away most steps"),
     ],
     ids=str,
 )
@@ -374,5 +374,5 @@ def test_command_states_dimension_or_that_none_was_reached(base, texts, loradiag
     ran = loradiag(*words, *more, env={"COLUMNS": "80"})
     assert ran.code == 0, ran.err
     assert "d: not reached up to d=10" in ran.out
-    assert "one scale a layer" in " ".join(ran.out.split())
+    assert "one scale per layer" in " ".join(ran.out.split())
     assert "about" in ran.err

@@ -205,5 +205,5 @@ def test_nothing_to_compare_or_one_thing_twice_is_refused(tmp_path):
     tuned = moved(base, tmp_path / "tuned")
     with pytest.raises(UsageError, match="name at least one ADAPTER"):
         lora_diag.probe_outputs(base, tuned, evaluate=[text])
-    with pytest.raises(UsageError, match="is named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

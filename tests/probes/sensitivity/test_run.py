@@ -146,7 +146,7 @@ def test_gradients_leave_base_frozen_and_are_finite_or_error(case):
     sensitivity.gradients(model, layers, texts, 2, lambda: None)
     assert all(not weight.requires_grad and weight.grad is None for weight in model.module.parameters())
     next(iter(layers.values())).weight.fill_(float("inf"))
-    with pytest.raises(InputError, match="its gradient is not finite"):
+    with pytest.raises(InputError, match="the gradient is not finite"):
         sensitivity.gradients(model, layers, texts, 2, lambda: None)
 
 
@@ -250,7 +250,7 @@ def test_table_names_who_gains_most_and_fits_narrow_terminal(measured):
         record.unit: record.gain for record in runs_of(measured[0]) if record.rank == 2 and record.set == "held_out"
     }
     assert "transformer.h.1.mlp.c_proj" in shown
-    for word in ("g(2→3)", "More rank", "Proxies", "not known: three units", "Seed agreement", "layer alone"):
+    for word in ("g(2→3)", "More rank", "Proxies", "not known; at least three units", "Seed agreement", "layer alone"):
         assert (word in shown) == (word != "Seed agreement"), word
     assert len(gains) == 2
 

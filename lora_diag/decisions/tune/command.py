@@ -56,6 +56,8 @@ def tune(
         result(tune_table(results, *terminal(), then=again("--yes").replace(" --dry-run", "")))
     found = next(iter(results.whole_of(Tune)), None)
     if found is None:
+        if not dry:
+            message(f"stopped before training; nothing was written to {output}")
         return
     if shown.table:
         then = (

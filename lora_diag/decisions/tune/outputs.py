@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_diag.catalog import read_results
+from lora_diag.decisions import trainers
 from lora_diag.decisions.gate.run import gate_init
+from lora_diag.decisions.trainers import yaml_of
 from lora_diag.decisions.tune.record import Tune, TunePlan
 from lora_diag.decisions.tune.schedule import short_steps
 from lora_diag.decisions.tune.trials import save_copy
@@ -22,7 +25,14 @@ from lora_diag.running.training_runs import TrainRun
 
 
 def write_outputs(
-    base: Path | str, folder: Path, run: TrainRun, plan: TunePlan, variant: Variant, choice: Tune, adapter: Path
+    base: Path | str,
+    folder: Path,
+    run: TrainRun,
+    plan: TunePlan,
+    variant: Variant,
+    uniform: Mapping[str, Any],
+    choice: Tune,
+    adapter: Path,
 ) -> None:
     """Write all but the report, which reads the finished records.
 
@@ -32,7 +42,8 @@ def write_outputs(
         run: Its options.
         plan: What was done.
         variant: The chosen configuration.
-        choice: Its record.
+        uniform: Content of ``adapter_config.json`` of the shared rank.
+        choice: The record of the choice.
         adapter: The folder of its trained adapter.
 
     Raises:
@@ -50,7 +61,7 @@ def write_outputs(
     write_whole(folder / "commands.sh", commands(base, folder, run.options, plan, choice))
     data = (str(run.options["data"]), str(run.options["evaluate"][0]))
     settings = {"batch": run.batch, "length": run.model.length}
-    for name, text in configs(str(base), data, variant, settings).items():
+    for name, text in configs(str(base), data, variant, uniform, settings).items():
         write_whole(folder / name, text)
 
 
@@ -90,7 +101,7 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
         pilot = next(iter(sorted((folder / "trials").glob("pilot-r*"))))
         lines.append(["loradiag", "spectrum", base, pilot, *_to("pilot.jsonl")])
         least = least_rank(choice.rank)
-        spent = ["--params", choice.rank * plan.per_rank, "--min-rank", least]
+        spent = ["--params", choice.rank * plan.per_rank, "--min-rank", least, "--layers", "."]
         spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
         prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
         lines += [[*spend, *_to("marginal.json")], [*spend, *prior, *_to("prior.json")]]
@@ -129,40 +140,40 @@ def _listed(values: Iterable[float]) -> str:
     return ",".join(f"{value:g}" for value in sorted(values))
 
 
-def configs(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, str]:
+def configs(
+    base: str, texts: Sequence[str], variant: Variant, uniform: Mapping[str, Any], settings: Mapping[str, int]
+) -> dict[str, str]:
     """Return configurations of the chosen adapter for other trainers, by file name.
 
     Args:
         base: The model.
         texts: The training file and the held-out one.
         variant: The chosen configuration.
+        uniform: Content of ``adapter_config.json`` of the shared rank, for trainers that have no rank of each layer.
         settings: ``batch`` and ``length``.
     """
-    config, note = variant.config, ""
-    if config["rank_pattern"]:
+    note, single = "", variant.config
+    if single["rank_pattern"]:
         note = (
-            "# Ranks differ by layer (rank_pattern in adapter_config.json); this file has only the most common one.\n"
-            "# config.trl.py trains with all of them.\n"
+            f"# LLaMA-Factory has one rank for all layers: this is the uniform rank {uniform['r']} that the search\n"
+            f"# compared with {variant.name}; config.axolotl.yaml and config.trl.py have a rank for each layer.\n"
         )
+        single = {**uniform, "lora_dropout": single["lora_dropout"]}
     return {
-        "config.axolotl.yaml": note + _yaml(_axolotl(base, texts, variant, settings)),
-        "config.llamafactory.yaml": note + _yaml(_llamafactory(base, texts, variant, settings)),
+        "config.axolotl.yaml": yaml_of(_axolotl(base, texts, variant, settings)),
+        "config.llamafactory.yaml": note
+        + yaml_of(_llamafactory(base, texts, replace(variant, config=single), settings)),
         "config.trl.py": _trl(base, texts, variant, settings),
     }
 
 
 def _axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
-    config = variant.config
     return {
         "base_model": base,
         "datasets": [{"path": texts[0], "type": "completion"}],
         "test_datasets": [{"path": texts[1], "type": "completion", "split": "train"}],
         "sequence_len": settings["length"],
-        "adapter": "lora",
-        "lora_r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "lora_dropout": config["lora_dropout"],
-        "lora_target_modules": list(config["target_modules"]),
+        **trainers.axolotl(variant.config),
         "micro_batch_size": settings["batch"],
         "gradient_accumulation_steps": 1,
         "max_steps": variant.steps,
@@ -177,16 +188,11 @@ def _axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mappin
 
 
 def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
-    config = variant.config
     return {
         "model_name_or_path": base,
         "stage": "sft",
         "do_train": True,
-        "finetuning_type": "lora",
-        "lora_rank": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "lora_dropout": config["lora_dropout"],
-        "lora_target": ",".join(config["target_modules"]),
+        **trainers.llamafactory(variant.config),
         "dataset": Path(texts[0]).stem,
         "dataset_dir": str(Path(texts[0]).parent),
         "template": "default",
@@ -201,11 +207,6 @@ def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: M
         "max_grad_norm": 1.0,
         "output_dir": "./out",
     }
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    """Return YAML of flat values: JSON is YAML, so strings and lists are written as JSON."""
-    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
 
 
 def _trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +23,11 @@ from lora_diag.models.data import predicted
 from lora_diag.models.methods import is_transposed
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import Cell
+from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.training_runs import TrainRun
+
+_NO_FULL = "full fine-tuning as a baseline, which needs float32 weights as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +109,8 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     """
     given = run.options
     tokens = predicted(run.training.texts, run.model)
-    exact = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
     budgets = {name: given[name] for name in ("params", "memory_budget")}
+    exact = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
     counted = plan(base, layers=exact, tokens=max(1, tokens), **budgets)
     assert counted.fit is not None
     assert counted.capacity is not None
@@ -125,34 +130,71 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     wanted = Search(
         asked, tuple(sorted(set(given["rates"]))), given["steps"], given["repeats"], given["widen"], full=full
     )
-    search, left_out = narrowed(wanted, costs, limit)
-    if not full and not given["no_full"]:
-        left_out = (*left_out, "full fine-tuning as a baseline, which needs float32 weights as they are")
+    never = () if full or given["no_full"] else (_NO_FULL,)
     return TunePlan(
         budget=counted.fit.budget,
         per_rank=target.per_rank,
         largest=largest,
         tokens=tokens,
         rules={f"{rule.name} ({rule.source})": rule.rank for rule in counted.capacity.rules},
-        ranks=search.ranks,
-        rates=search.rates,
-        steps=search.steps,
-        repeats=search.repeats,
-        widen=search.widen,
-        halving=search.halving,
-        full=search.full,
-        more_seeds=search.more_seeds,
-        finer=search.finer,
-        redistribute=search.redistribute,
-        trials=search.trials,
         step_seconds=step,
         full_step_seconds=full_step,
         evaluation_seconds=costs.evaluation,
-        seconds=seconds_of(search, costs),
-        limit=limit,
-        left_out=left_out,
-        stages=tuple(
+        **_within(wanted, costs, limit, never),
+    )
+
+
+def extended(plan: TunePlan, run: TrainRun, limit: float) -> TunePlan:
+    """Return the plan of a search that is given more time: all that was asked for, as far as this limit allows.
+
+    The steps of a run stay those of the earlier plan, so that its runs can be compared with new ones.
+
+    Args:
+        plan: The earlier plan.
+        run: Its options.
+        limit: Seconds.
+
+    Raises:
+        UsageError: The limit is not above the earlier one.
+    """
+    if plan.limit is None or limit < plan.limit:
+        then = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
+        raise UsageError(
+            f"--time: allows {duration(limit)}, but the search to resume was planned {then}; give at least that, or "
+            "leave --time out"
+        )
+    given = run.options
+    wanted = Search(
+        tuple(checked_ranks(given["ranks"])) if given["ranks"] else ranks_within(plan.largest),
+        tuple(sorted(set(given["rates"]))),
+        plan.steps,
+        given["repeats"],
+        given["widen"],
+        full=plan.full_step_seconds > 0,
+    )
+    costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds)
+    kept = tuple(what for what in plan.left_out if what == _NO_FULL or what.endswith("of the steps"))
+    return plan.model_copy(update=_within(wanted, costs, limit, kept))
+
+
+def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of a plan that follow from its limit.
+
+    Args:
+        wanted: What would be trained without one.
+        costs: Times.
+        limit: Seconds; None for none.
+        left_out: What is left out for another reason.
+    """
+    search, narrower = narrowed(wanted, costs, limit)
+    fields = {each.name: getattr(search, each.name) for each in dataclass_fields(search)}
+    return {
+        **fields,
+        "seconds": seconds_of(search, costs),
+        "limit": limit,
+        "left_out": (*narrower, *left_out),
+        "stages": tuple(
             TuneStage(name=one.name, runs=one.runs, seconds=one.seconds, decides=one.decides)
             for one in stages(search, costs)
         ),
-    )
+    }

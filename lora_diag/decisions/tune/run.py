@@ -12,16 +12,18 @@ from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.tune.options import TuneOptions
 from lora_diag.decisions.tune.outputs import write_report
-from lora_diag.decisions.tune.planning import Target, plan_of, target_of
-from lora_diag.decisions.tune.record import TunePlan
+from lora_diag.decisions.tune.planning import Target, extended, plan_of, target_of
+from lora_diag.decisions.tune.record import TunePlan, TuneTrial
 from lora_diag.decisions.tune.schedule import read_time
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
-from lora_diag.files import check_folder_of
+from lora_diag.files import check_folder_of, write_whole
 from lora_diag.models.methods import Lora
 from lora_diag.models.opening import kept_open
 from lora_diag.models.training import RECIPE
 from lora_diag.records import LeftOut, Results, Run
+from lora_diag.records.results import to_line
+from lora_diag.records.run import AnyRecord
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files
@@ -29,6 +31,12 @@ from lora_diag.running.progress import Kept
 from lora_diag.running.training_runs import TrainRun
 
 RECORDS = "tune.jsonl"
+FILES = (
+    RECORDS,
+    *("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", "weights.json"),
+    *("adapter_config.json", "gate.toml", "report.html", "commands.sh"),
+    *("config.axolotl.yaml", "config.llamafactory.yaml", "config.trl.py"),
+)
 
 
 @show_options
@@ -48,7 +56,8 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         shifted: Files of another kind.
         params: Budget: trainable parameters, such as ``"10M"``.
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
-        time: Time limit, such as ``"2h"``; what is given up to keep it is named in the plan.
+        time: Time limit, such as ``"2h"``; what is given up to keep it is named in the plan. With ``resume``, a larger
+            limit than before extends the search: it keeps all runs, and trains what was given up.
         ranks: Shared ranks to try; by default up to four powers of 4 below the largest that the budget pays for.
         dry_run: Stop after the plan.
         on_plan: Called with the plan before any training; where it returns False, nothing is trained or written.
@@ -77,11 +86,20 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(given["data"], given["evaluate"], given["shifted"], given["steps"], Lora())
         target = target_of(model, stored, given["target_modules"])
-        plan = earlier or plan_of(base, run, target, limit)
+        plan = earlier
+        if earlier is None:
+            plan = plan_of(base, run, target, limit)
+        elif limit is not None and limit != earlier.limit:
+            plan = extended(earlier, run, limit)
+        assert plan is not None
         record = Run(command="tune", version="", inputs=(), settings=_settings(run, target))
-        if given["dry_run"] or (earlier is None and given["on_plan"] is not None and not given["on_plan"](plan)):
+        if given["dry_run"] or (plan is not earlier and given["on_plan"] is not None and not given["on_plan"](plan)):
             return Results(record, (), (), None, (plan,))
         folder.mkdir(exist_ok=True)
+        if earlier is None and given["overwrite"]:
+            _clear(folder)
+        elif earlier is not None and plan is not earlier:
+            _extend(folder, plan)
         given["output"] = folder / RECORDS
 
         def measured(kept: Kept[Any]) -> list[LeftOut]:
@@ -131,20 +149,35 @@ def _check_place(folder: Path, given: Mapping[str, Any]) -> None:
         raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
 
 
+def _latest(folder: Path) -> Path:
+    """Return the records of a run; those of a search that was extended grow in another file until it ends."""
+    part = folder / f"{RECORDS}.part"
+    return part if part.is_file() else folder / RECORDS
+
+
 def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
-    """Return the plan of an interrupted run that is to be resumed; None for a new run, whose place is cleared.
+    """Return the plan of the run that is to be resumed; None for a new run.
 
     Raises:
         InputError: The folder's records cannot be read.
     """
-    records = folder / RECORDS
-    if records.is_file() and given["resume"]:
-        found = [one for one in read_results(records).whole if isinstance(one, TunePlan)]
-        return found[0] if found else None
-    if given["dry_run"] or not given["overwrite"]:
+    if not given["resume"] or not _latest(folder).is_file():
         return None
-    for name in ("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", "weights.json", RECORDS):
+    found = [one for one in read_results(_latest(folder)).whole if isinstance(one, TunePlan)]
+    return found[0] if found else None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier search wrote."""
+    for name in FILES:
         for path in (folder / name, folder / f"{name}.part"):
             path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "trials", ignore_errors=True)
-    return None
+    for name in ("trials", "adapter"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _extend(folder: Path, plan: TunePlan) -> None:
+    """Write an unfinished run with another plan and all runs of the earlier one, whose decisions are made anew."""
+    found = read_results(_latest(folder))
+    records: tuple[AnyRecord, ...] = (found.run, plan, *found.whole_of(TuneTrial))
+    write_whole(folder / f"{RECORDS}.part", "".join(f"{to_line(record)}\n" for record in records))

@@ -17,6 +17,7 @@ from typing import Any
 
 from lora_diag.catalog import read_results
 from lora_diag.decisions.allocate.peft_config import peft_config
+from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
 from lora_diag.decisions.tune.contest import (
     Curves,
@@ -51,6 +52,8 @@ from lora_diag.running.training_runs import TrainRun
 FULL_OVER_LORA = 0.1
 # More of the budget than so many times is what "higher ranks" are trained at.
 RAISED = 1.5
+# All layers of a pilot's spectrum: a pooler that has an adapter gets a rank, and is no head that is trained in full.
+ADAPTED = "."
 # Layers that a decision names.
 NAMED = 4
 
@@ -362,7 +365,7 @@ class Tuner:
         found = []
         for name, options in asked.items():
             try:
-                allocated = allocate(path, params=budget, min_rank=least, **options)
+                allocated = self._allocated(budget, least, **options)
                 config = {**peft_config(allocated), "task_type": self.target.task}
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
@@ -373,6 +376,10 @@ class Tuner:
                 continue
             found.append(Variant(name, config, incumbent.lr, self.plan.steps))
         return found
+
+    def _allocated(self, params: int, least: int, **options: Any) -> Results[Allocation]:
+        """Return ranks from the pilot's spectrum."""
+        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=least, layers=ADAPTED, **options)
 
     def _gradient_weights(self) -> Path:
         """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
@@ -604,7 +611,7 @@ class Tuner:
         if not path.is_file():
             return None, ()
         try:
-            allocated = allocate(path, params=round(RAISED * choice.rank * self.plan.per_rank), min_rank=choice.rank)
+            allocated = self._allocated(round(RAISED * choice.rank * self.plan.per_rank), choice.rank)
             config = {**peft_config(allocated), "task_type": self.target.task}
         except LoradiagError:
             return None, ()
@@ -720,7 +727,8 @@ class Tuner:
         adapter = self._adapter(incumbent)
         if not (adapter / ADAPTER).is_file():
             self.trials.train(incumbent, self.first, adapter)
-        write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, found, adapter)
+        uniform = self.target.config(choice.rank)
+        write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, found, adapter)
 
 
 def _gaps(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ GROWS: dict[str, Callable[[Any, Any], Any]] = {
     "rates": lambda then, now: sorted({*then, *now}),
     "full_rates": lambda then, now: sorted({*then, *now}),
     "seeds": max,
+    "widen": max,
 }
 
 
@@ -44,8 +45,8 @@ def probe_sweep(
     At every rank all learning rates are tried with the first seed; the rate with the lowest loss on the first
     evaluation set is also run with the other seeds.
 
-    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``repeats`` and
-    other ``ranks`` and ``rates`` are added; all other settings must be equal.
+    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``repeats``, a
+    larger ``widen``, ``full``, and other ``ranks`` and ``rates`` are added; all other settings must be equal.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.

@@ -1,20 +1,27 @@
 """One search on a tiny model: what it writes, that its losses are those of a plain loop, and that it resumes."""
 
+import io
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 import transformers
+import yaml
 
 import lora_diag
 from lora_diag.catalog import read_results
+from lora_diag.cli.app import commands
+from lora_diag.decisions.tune.outputs import configs
+from lora_diag.decisions.tune.planning import extended
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
-from lora_diag.errors import UsageError
-from tests.probes.making import gpt2, ids_of, some_text, trained
+from lora_diag.decisions.tune.variants import Variant, uniform
+from lora_diag.errors import InconclusiveError, UsageError
+from tests.probes.making import bert, gpt2, ids_of, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -143,23 +150,130 @@ def test_the_command_needs_a_confirmation(loradiag, case):
     assert "--yes" in refused.err
 
 
-def test_a_time_limit_ends_the_search_and_an_adapter_is_written(case, tmp_path, monkeypatch):
-    """Time is up when the pilot of non-uniform ranks begins: what is left is named, and uniform ranks are written."""
+class Terminal(io.StringIO):
+    """Standard input with a user who answers."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("answer", "trains"), [("n\n", False), ("y\n", True), ("\n", True)])
+def test_the_prompt_decides_in_a_terminal(case, tmp_path, monkeypatch, capsys, answer, trains):
+    """No stops before anything is written, with exit code 0; yes, which is the default, goes on to train."""
     base, texts, *_ = case
-    began = []
-    original = Tuner.left.fget
+    started = []
+
+    def run(self):
+        started.append(self.plan)
+        raise InconclusiveError("stopped by the test")
+
+    monkeypatch.setattr(Tuner, "run", run)
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    words = ["tune", base, "--data", texts["data"], "--eval", texts["evaluate"][0], "--params", "4k", "-o", "run"]
+    monkeypatch.chdir(tmp_path)
+    with nullcontext() if not trains else pytest.raises(InconclusiveError):
+        commands()([str(word) for word in words], standalone_mode=False)
+    assert bool(started) == trains
+    assert (tmp_path / "run").exists() == trains
+    printed = capsys.readouterr()
+    assert "Budget" in printed.out
+    assert "Start?" in printed.err
+    assert ("nothing was written" in printed.err) == (not trains)
+
+
+def test_a_run_is_replaced_only_after_confirmation(case, tmp_path):
+    base, texts, _, folder, _ = case
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    stale = run / "trials" / "stale"
+    stale.mkdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "repeats": 1, "no_full": True}
+    with pytest.raises(UsageError, match="--overwrite"):
+        lora_diag.tune(base, run, **texts, **options)
+    lora_diag.tune(base, run, overwrite=True, on_plan=lambda plan: False, **texts, **options)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    found = lora_diag.tune(base, run, overwrite=True, **texts, **options)
+    assert not stale.exists()
+    assert read_results(run / "tune.jsonl") == found
+    assert found.run.settings["ranks"] == [2]
+    assert {one.rank for one in read_results(run / "sweep.jsonl").whole if one.subject == "lora"} == {2}
+
+
+def test_a_search_out_of_time_is_extended(case, tmp_path, monkeypatch):
+    """Time is up when the pilot of non-uniform ranks begins; with a larger limit, all comes out as without one."""
+    base, texts, whole, *_ = case
+    began, run, original = [], tmp_path / "run", Tuner.left.fget
     monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if began else original(self)))
     found = lora_diag.tune(
-        base, tmp_path / "run", time="1h", on_progress=lambda e: began.extend([1] * e.label.startswith("pilot")),
-        **texts, **OPTIONS | {"ranks": (2, 4), "repeats": 1, "no_full": True},
+        base, run, time="1h", on_progress=lambda e: began.extend([1] * e.label.startswith("pilot")),
+        **texts, **OPTIONS,
     )  # fmt: skip
     (choice,) = found.whole_of(Tune)
     outcomes = {one.name: one.outcome for one in found.whole_of(TuneDecision)}
     assert outcomes["non-uniform ranks"] == "not tried"
     assert "kept" not in outcomes.values()
     assert choice.variant.startswith("uniform")
-    assert not choice.significant
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="planned for 60 min"):
+        lora_diag.tune(base, run, resume=True, time="30min", **texts, **OPTIONS)
+    assert lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS) == found
+    labels = []
+    more = lora_diag.tune(
+        base, run, resume=True, time="2h", on_progress=lambda e: labels.append(e.label), **texts, **OPTIONS
+    )
+    assert more.whole_of(Tune) == whole.whole_of(Tune)
+    assert more.whole_of(TuneDecision) == whole.whole_of(TuneDecision)
+    assert not [label for label in labels if label.startswith("r=")]  # the sweep is not trained again
+    assert more.whole_of(TunePlan)[0].limit == 7200
+    assert read_results(run / "tune.jsonl") == more
+
+
+def test_more_time_asks_for_what_was_given_up():
+    """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of the steps."""
+    options = {"ranks": (), "rates": (1e-3, 1e-2), "repeats": 3, "widen": 1}
+    plan = TunePlan.model_construct(
+        largest=64, ranks=(1, 64), rates=(1e-3, 1e-2), steps=50, step_seconds=0.1, full_step_seconds=0.2,
+        evaluation_seconds=1.0, limit=60.0, full=False, widen=0, left_out=("every second rank", "half of the steps"),
+    )  # fmt: skip
+    found = extended(plan, SimpleNamespace(options=options), 36_000.0)
+    assert (found.ranks, found.steps, found.full, found.widen, found.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
+    assert found.left_out == ("half of the steps",)
+    assert found.limit == 36_000
+    with pytest.raises(UsageError, match="without a limit"):
+        extended(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0)
+
+
+def test_trainers_get_the_ranks_that_they_can_express():
+    """LLaMA-Factory has one rank for all layers, and gets the uniform one; axolotl has patterns."""
+    shared = uniform(["q", "v"], 4, False, "CAUSAL_LM")
+    mixed = {**shared, "r": 2, "lora_alpha": 4, "rank_pattern": {"0.q": 8}, "alpha_pattern": {"0.q": 16}}
+    found = configs(
+        "base", ("a.jsonl", "b.jsonl"), Variant("prior", mixed, 1e-3, 9), shared, {"batch": 8, "length": 64}
+    )
+    axolotl, factory = (yaml.safe_load(found[f"config.{name}.yaml"]) for name in ("axolotl", "llamafactory"))
+    assert (axolotl["lora_r"], axolotl["lora_rank_pattern"], axolotl["lora_alpha_pattern"]) == (
+        2,
+        {"0.q": 8},
+        {"0.q": 16},
+    )
+    assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (4, 8, "q,v")
+    assert "uniform rank 4" in found["config.llamafactory.yaml"]
+    same = configs("base", ("a.jsonl", "b.jsonl"), Variant("one", shared, 1e-3, 9), shared, {"batch": 8, "length": 64})
+    assert yaml.safe_load(same["config.axolotl.yaml"])["learning_rate"] == 1e-3
+    assert "#" not in same["config.llamafactory.yaml"]
+
+
+def test_a_pooler_gets_a_rank_like_other_layers(tmp_path):
+    """It has an adapter in the pilot; ``allocate`` by itself trains it in full, beyond the budget."""
+    base = bert(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    lora = peft.LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "pilot")
+    lora_diag.spectrum(base, tmp_path / "pilot", output=tmp_path / "pilot.jsonl")
+    found = Tuner._allocated(SimpleNamespace(folder=tmp_path), 200, 1)
+    assert {record.rank > 0 for record in found if "pooler" in record.layer} == {True}
 
 
 def test_ranks_are_not_redistributed_where_none_gains():

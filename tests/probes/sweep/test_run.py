@@ -135,6 +135,19 @@ def test_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
         lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
 
 
+def test_finished_sweep_takes_full_and_rates_beyond(case, tmp_path):
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "seeds": 1}
+    first = lora_diag.probe_sweep(base, widen=0, output=tmp_path / "s.jsonl", **options)
+    more = {"widen": 1, "full": True, "full_rates": (1e-3,)}
+    grown = lora_diag.probe_sweep(base, resume=True, output=tmp_path / "s.jsonl", **options, **more)
+    at_once = lora_diag.probe_sweep(base, **options, **more)
+    assert grown.whole[: len(first.whole)] == first.whole
+    assert {(r.subject, r.lr): r.loss for r in grown.whole} == {(r.subject, r.lr): r.loss for r in at_once.whole}
+    assert grown.run.settings == at_once.run.settings
+    assert any(r.subject == "full" for r in grown.whole)
+
+
 def test_whole_bill_is_known_before_first_step(case):
     base, train, held, _ = case
     last = []

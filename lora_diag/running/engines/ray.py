@@ -159,6 +159,8 @@ class _Run:
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
         """Wait a while; yield the outcomes of finished batches, None if their workers died."""
         done, _ = self._ray.wait(tickets, num_returns=1, timeout=LOOK)
+        if done:  # others may have finished, too: a wait costs as much as there are tickets
+            done, _ = self._ray.wait(tickets, num_returns=len(tickets), timeout=0)
         for ticket in done:
             del self._under_way[ticket]
             yield ticket, self._outcomes(ticket)

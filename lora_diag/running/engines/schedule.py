@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 from lora_diag.errors import LoradiagError
@@ -20,7 +22,7 @@ BATCH = 2**32
 # Fixed cost of a layer: spectra of 64² take 0.5 ms each.
 LEAST = 2**22
 # Batches that may start before earlier ones are written, per concurrent batch. More keeps cores busy behind a large
-# matrix; fewer lose less work if the writing program is killed.
+# matrix; fewer lose less work if the writing program is killed. See ``Waiting`` for large ones.
 REACH = 4
 
 
@@ -113,16 +115,19 @@ def batches(
 class Waiting:
     """Batches not yet started: largest first, within a limited distance of the first unwritten batch.
 
-    The distance bounds the number of records in memory, and the work lost in a crash.
+    The distance bounds the number of records in memory, and the work lost in a crash. A batch of c times the mean cost
+    may start c times further away, or the others would wait for it: there are few of them.
 
     Args:
         plan: All batches, in the order of the file.
-        reach: Largest distance from the first unwritten batch to a batch that may start.
+        reach: Largest distance from the first unwritten batch to a batch of at most the mean cost that may start.
     """
 
     def __init__(self, plan: Sequence[Batch], reach: int) -> None:
-        self._plan, self._reach = plan, reach
-        self._seen = 0
+        self._plan = plan
+        mean = sum(batch.cost for batch in plan) / max(1, len(plan)) or 1.0
+        opens = [(at - math.ceil(reach * max(1.0, batch.cost / mean)), at) for at, batch in enumerate(plan)]
+        self._closed = deque(sorted(opens))
         self._heap: list[tuple[int, int]] = []
 
     def pop(self, written: int, may: Callable[[Batch], bool]) -> Batch | None:
@@ -132,9 +137,9 @@ class Waiting:
             written: Number of leading batches that are finished.
             may: Returns whether there is room for a batch.
         """
-        while self._seen < min(len(self._plan), written + self._reach):
-            heapq.heappush(self._heap, (-self._plan[self._seen].cost, self._seen))
-            self._seen += 1
+        while self._closed and self._closed[0][0] < written:
+            at = self._closed.popleft()[1]
+            heapq.heappush(self._heap, (-self._plan[at].cost, at))
         if not self._heap or not may(self._plan[self._heap[0][1]]):
             return None
         return self._plan[heapq.heappop(self._heap)[1]]
@@ -152,17 +157,22 @@ class Room:
     cores: int
     most: int | None = None
 
-    def has(self, batch: Batch, under_way: Sequence[Batch]) -> bool:
+    def has(self, batch: Batch, batches: int, threads: int) -> bool:
         """Return whether a batch may be sent.
 
-        >>> Room(2).has(Batch(0, 1, 2), [Batch(1, 2, 1)] * 2), Room(2).has(Batch(0, 1, 2), [Batch(1, 2, 1)] * 3)
+        Args:
+            batch: The batch.
+            batches: Number of submitted batches.
+            threads: Cores of all submitted batches.
+
+        >>> Room(2).has(Batch(0, 1, 2), 2, 2), Room(2).has(Batch(0, 1, 2), 3, 3)
         (True, False)
         """
-        if not under_way:
+        if not batches:
             return True
-        if self.most is not None and len(under_way) >= self.most:
+        if self.most is not None and batches >= self.most:
             return False
-        return sum(other.threads for other in under_way) + batch.threads <= 2 * self.cores
+        return threads + batch.threads <= 2 * self.cores
 
 
 def in_order(
@@ -192,21 +202,20 @@ def in_order(
     again: list[Batch] = []
     found: dict[int, Outcome | LoradiagError] = {}
     end = plan[-1].stop if plan else 0  # batches after an error are not sent
-    written = 0
+    written = threads = 0
     while written < len(plan):
         while True:
             now = room()
-            running = list(under_way.values())
-            if again:
-                batch = again.pop() if now.has(again[-1], running) else None
-            else:
-                batch = waiting.pop(written, lambda one: now.has(one, running))  # noqa: B023  (called at once)
+            may = partial(now.has, batches=len(under_way), threads=threads)
+            batch = (again.pop() if may(again[-1]) else None) if again else waiting.pop(written, may)
             if batch is None:
                 break
             if batch.start < end:
                 under_way[send(batch)] = batch
+                threads += batch.threads
         for ticket, outcomes in fetch(list(under_way)):
             batch = under_way.pop(ticket)
+            threads -= batch.threads
             if outcomes is None and len(batch) > 1:
                 again += reversed(batch.singly())  # one task kills its worker; run the others separately
                 continue

@@ -1,5 +1,6 @@
 """Costs, batches, order and back-pressure, without a cluster."""
 
+import math
 import random
 from collections import namedtuple
 
@@ -41,11 +42,27 @@ def test_small_layers_go_in_few_batches_that_fill_all_slots():
 
 
 def test_largest_within_reach_is_next():
-    plan = [Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 99])]
+    plan = [Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 7, 5, 5, 5])]  # 5 on average
     waiting = Waiting(plan, 3)
-    taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 1, 2, 2, 2)]
-    assert [batch.start if batch else None for batch in taken] == [2, 0, 3, 4, 1, None]
-    assert waiting.pop(0, lambda batch: False) is None
+    taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 0, 0, 1, 2, 2)]
+    assert [batch.start if batch else None for batch in taken] == [2, 4, 0, 1, 3, None, None]
+    assert Waiting(plan, 3).pop(0, lambda batch: False) is None
+
+
+@pytest.mark.parametrize("reach", [2, 8])
+def test_large_batch_starts_as_many_times_further_away(reach):
+    sizes = [1] * 40
+    sizes[30] = 11  # the mean is 1.25, so it may start 8.8 times further away
+    plan = [Batch(at, at + 1, 1, size) for at, size in enumerate(sizes)]
+    furthest = next(written for written in range(40) if plan[30] in _within_reach(plan, reach, written))
+    assert furthest == max(0, 30 - math.ceil(8.8 * reach) + 1)
+    ahead = {batch.start - 5 for batch in _within_reach(plan, reach, 5) if batch.cost == 1}
+    assert max(ahead) == reach - 1
+
+
+def _within_reach(plan, reach, written):
+    waiting = Waiting(plan, reach)
+    return list(iter(lambda: waiting.pop(written, lambda batch: True), None))
 
 
 class Machines:

@@ -20,7 +20,12 @@ from lora_diag.records.names import RESIZABLE
 from lora_diag.records.run import Reason
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    # B (out, r), A (r, in) and s: ΔW = s·B·A.
+    Thin = tuple[NDArray[np.float64], NDArray[np.float64], float]
 
 # Entries per block and side: small enough that a block and its float32 copies stay near the cache. One core on a bf16
 # pair of 4096²: 0.52 s with 2^18, 0.39 s with 2^20, 0.95 s with 2^22, 2.7 s with 2^24.
@@ -123,6 +128,9 @@ class FactoredDelta:
         is_matrix: Always True: only matrices have factors.
         scale: s, already applied to B; None if it is unknown or not uniform.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
+        rank: r.
+        load_thin: Returns B, A and s without torch; None where B and A are not stored as they are, or in another format
+            than safetensors.
     """
 
     layer: str
@@ -133,6 +141,8 @@ class FactoredDelta:
     is_matrix: bool = True
     scale: float | None = None
     diagonal: bool = False
+    rank: int = 0
+    load_thin: Callable[[], Thin] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def with_lengths(update: Update, source: Source, magnitude: str, by_column: bool
         raise InputError(f"{source.checkpoint.path}: {magnitude} has the shape {list(shape)}; {wanted} entries are due")
     load = partial(delta, update.load, source.checkpoint, magnitude, by_column)
     plain = update.load if update.factored else None
-    return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="", plain=plain)
+    return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="", plain=plain, thin=None)
 
 
 def delta(

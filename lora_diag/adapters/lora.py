@@ -15,8 +15,9 @@ from lora_diag.adapters import dora, experts, residual
 from lora_diag.adapters.keys import Modules, by_module, check_rank, pair_of
 from lora_diag.adapters.refused import refuse_lora_variants
 from lora_diag.adapters.replication import replicated
-from lora_diag.adapters.scales import Scaling, scaling_words
+from lora_diag.adapters.scales import Scale, Scaling, scaling_words
 from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.thin import thin_loader
 from lora_diag.adapters.updates import Reading, Site, Update, flat, read
 from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     import torch
 
     from lora_diag.adapters.updates import Factors
+    from lora_diag.deltas import Thin
 
-PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
+PAIR, TABLE = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
+PARTS = (*PAIR, *TABLE, "lora_magnitude_vector", "lora_diag")
 
 # PEFT merges the update of a MultiheadAttention's out_proj twice, in the forward pass and in the merge (peft 0.21.2,
 # since huggingface/peft#1324): measured, forward and merged weights agree to 6e-8 with a factor of 2.
@@ -126,6 +129,7 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
         zero_if=_zero_factor(scaling.config, *keys),
         rank=rank,
         scale=scale,
+        thin=_thin(source, owner.module, parts, keys, scale),
     )
     update = residual.from_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
@@ -135,6 +139,19 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     key = parts["lora_B.bias"]
     bias = partial(scaled, source.checkpoint, key, scale)
     return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
+
+
+def _thin(
+    source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
+) -> Callable[[], Thin] | None:
+    """Return what loads the factors without torch; None where more than the two takes part."""
+    if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _blocks(source.settings, module):
+        return None
+    a, b = keys
+    known = Scale(scale)
+    if "lora_embedding_A" in parts:  # ΔW = (B·A)ᵀ
+        return thin_loader(source.checkpoint, a, b, known, turned=True)
+    return thin_loader(source.checkpoint, b, a, known)
 
 
 # ``(out, in)``, what loads the factors, and the names of A and B.

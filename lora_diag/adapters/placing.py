@@ -254,7 +254,12 @@ def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor]
         scale = scales.pop() if len(scales) == 1 else None
         diagonal = any(piece.update.diagonal for piece in pieces)
         load = partial(load_factors, pieces)
-        return FactoredDelta(layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal)
+        whole = len(pieces) == 1 and first.place.rows is None and first.place.into is None and not first.site.transposed
+        thin = first.update.thin if whole else None
+        ranks = [piece.update.rank or 0 for piece in pieces]
+        return FactoredDelta(
+            layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=sum(ranks), load_thin=thin
+        )
     is_matrix = len(first.place.shape) == 2
     return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
 

@@ -41,7 +41,7 @@ def from_base(update: Update, config: Config, scale: float, rank: int) -> Update
         return update
     factors = cast("Callable[[Site], Factors]", update.load)
     load = partial(less_part, factors, name, scale, rank)
-    return replace(update, load=load, needs_weight=name, zero_if="", plain=factors)
+    return replace(update, load=load, needs_weight=name, zero_if="", plain=factors, thin=None)
 
 
 def less_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from lora_diag.adapters.patterns import Pattern, read_pattern
 from lora_diag.adapters.source import Config, Source
@@ -41,7 +42,8 @@ def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
     """Return s, reading α if it lies in the file."""
     if not scale.alpha:
         return scale.factor
-    alpha = float(read(checkpoint, scale.alpha).reshape(-1)[0])
+    value = checkpoint.read_array if checkpoint.decodes(scale.alpha) else partial(read, checkpoint)
+    alpha = float(value(scale.alpha).reshape(-1)[0])
     return scale.factor * (alpha / scale.rank if alpha else 1.0)
 
 

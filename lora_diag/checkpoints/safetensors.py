@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.checkpoints.tensors import DECODED, TensorInfo
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 # The library's own limit, which prevents huge allocations for a hostile length.
 MAX_HEADER_BYTES = 100_000_000
@@ -100,6 +102,20 @@ class SafetensorsFile:
         buffer = memoryview(out.view(torch.uint8).numpy().data)
         self._content.fill(buffer, self._start[name] + start * dtype.itemsize, name)
         return out
+
+    def decodes(self, name: str) -> bool:
+        """Return whether ``read_array`` can read a tensor."""
+        return self.tensors[name].dtype in DECODED
+
+    def read_array(self, name: str) -> NDArray[np.float64]:
+        """Return a whole tensor in its shape, float64, without torch."""
+        import numpy as np  # imported here, so that headers can be read without NumPy
+
+        from lora_diag.checkpoints.decoding import decode
+
+        content = np.empty(self._bytes[name], np.uint8)
+        self._content.fill(content.data, self._start[name], name)
+        return decode(content, self.tensors[name].dtype).reshape(self.tensors[name].shape)
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor, without torch."""

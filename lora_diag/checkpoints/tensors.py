@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from lora_diag.checkpoints.remote import RemotePath
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 # Floating-point dtypes whose bytes are the values. 8-bit floats are excluded: their values also depend on scales.
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+# What ``decoding`` reads without torch.
+DECODED = FLOAT_DTYPES | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,19 @@ class SteppedFile(Protocol):
         ...
 
 
+@runtime_checkable
+class ArrayFile(Protocol):
+    """A file whose tensors can be read without torch."""
+
+    def decodes(self, name: str) -> bool:
+        """Return whether ``read_array`` can read a tensor."""
+        ...
+
+    def read_array(self, name: str) -> NDArray[np.float64]:
+        """Return a whole tensor in its shape, float64."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Named tensors of one file, or of the shards of a folder.
@@ -121,6 +139,21 @@ class Checkpoint:
             yield from map_concurrently(self.read_bytes, names)
             return
         yield from map(self.read_bytes, names)
+
+    def decodes(self, name: str) -> bool:
+        """Return whether ``read_array`` can read a tensor: its file and format need no torch."""
+        file = self._home[name]
+        return isinstance(file, ArrayFile) and file.decodes(name)
+
+    def read_array(self, name: str) -> NDArray[np.float64]:
+        """Return a whole tensor for which ``decodes`` is true, in its shape and in float64.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
+        file = self._home[name]
+        assert isinstance(file, ArrayFile)
+        return file.read_array(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read a range of a tensor's entries.

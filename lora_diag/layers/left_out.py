@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from lora_diag.deltas import Delta, Unpaired
-from lora_diag.layers.change import Change, load_change
-from lora_diag.linalg import first_non_finite, norm
 from lora_diag.records import LeftOut
 
+if TYPE_CHECKING:
+    from lora_diag.layers.change import Change
 
-def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
+
+def left_out_vector(delta: Delta, device: str) -> LeftOut:
     """Return the norm of a 1-D tensor's change: norms and biases change too, and no adapter holds them."""
-    change = load_change(delta, device, keep=False)
+    from lora_diag.layers.change import load_change  # torch comes with it
+    from lora_diag.linalg import resolve_device
+
+    change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)
     return LeftOut(
@@ -25,11 +29,14 @@ def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
     )
 
 
-def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
+def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
     """Return the record of a tensor that could not be compared; for rows that only one side has, with their norm."""
     reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:
-        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape).to(device)
+        from lora_diag.linalg import first_non_finite, norm, resolve_device
+
+        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape)
+        rows = rows.to(resolve_device(device))
         if problem := first_non_finite("they hold", rows):
             reason, detail = "non_finite", f"{detail}; {problem}"
         else:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lora_diag.linalg import Difference, Factors, grain
-from lora_diag.linalg.rounding import Profile
 from lora_diag.metrics import Gain, Noise, signal_rank, verdict, weighed_edge
 from lora_diag.records import Resolution
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lora_diag.linalg import Difference, Factors
+    from lora_diag.linalg.rounding import Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +53,12 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
         factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
         gains: Effect of the data metric on the errors.
     """
+    from lora_diag.linalg import grain
+
     s, fro, complete = factors.s.numpy(), factors.fro, factors.complete
     rounding = difference.rounding if difference else None
     if difference is None or rounding is None:
-        signal = signal_rank(s, 0.0, complete)
-        return Resolution(
-            unchanged=None,
-            mantissa=None,
-            rounding_fro=0.0,
-            noise_fro=0.0,
-            edge=0.0,
-            signal_rank=signal,
-            verdict=verdict(0.0, fro, signal),
-        )
+        return unrounded(s, fro, complete)
     noise = noise_of(rounding.noise, rounding.sides)
     noise_fro, edge = noise.fro, noise.edge if gains is None else 0.0
     if gains is not None:
@@ -78,4 +77,24 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
         base_noise_fro=rounding.base_fro * (gains.base if gains else 1.0),
         base_rounding=rounding.base_rounding,
         untouched=rounding.untouched,
+    )
+
+
+def unrounded(s: NDArray[np.float64], fro: float, complete: bool) -> Resolution:
+    """Return the resolution of an update that no file rounds: the factors of an adapter are the update.
+
+    Args:
+        s: Its largest singular values.
+        fro: ‖ΔW‖_F.
+        complete: Whether ``s`` are all that can be nonzero.
+    """
+    signal = signal_rank(s, 0.0, complete)
+    return Resolution(
+        unchanged=None,
+        mantissa=None,
+        rounding_fro=0.0,
+        noise_fro=0.0,
+        edge=0.0,
+        signal_rank=signal,
+        verdict=verdict(0.0, fro, signal),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr
 
 
 def stable_rank(s: NDArray[np.float64], fro: float) -> float:
@@ -32,4 +31,5 @@ def effective_rank(s: NDArray[np.float64]) -> float:
         2.0
     """
     energy = np.square(s / s[0])
-    return float(np.exp(entr(energy / energy.sum()).sum()))
+    p = energy[energy > 0] / energy.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))

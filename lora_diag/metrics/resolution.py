@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq, minimize_scalar
 
 Verdict = Literal["resolved", "floor-limited", "unresolved"]
 
@@ -89,6 +88,8 @@ def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[flo
     matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a
     and b, rows and columns of that energy may stand alone above the others.
     """
+    from scipy.optimize import minimize_scalar  # half of the start-up of an adapter's measurement, which needs none
+
     most_p, most_q = (1 - 1e-9) / row_pole, (1 - 1e-9) / column_pole
 
     def squared(log_p: float) -> float:
@@ -104,6 +105,8 @@ def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[flo
 
 def _solve(b: Sums, target: float, most: float) -> float | None:
     """Return Q with Q·B(Q) = target; None if it exceeds ``most``."""
+    from scipy.optimize import brentq
+
     if most * float((b / (1 - b * most)).sum()) <= target:
         return None
     return float(

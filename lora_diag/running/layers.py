@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (
+    Place,
     check_running,
     layout_of,
     measure_layers,
@@ -50,7 +51,8 @@ class LayerRun:
 
     Attributes:
         options: All options, with defaults.
-        where: Device of the computation.
+        torch: Whether torch is needed: a command says False, before it asks for ``where``, if its layers are measured
+            with NumPy, on the CPU.
         given: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
@@ -62,10 +64,18 @@ class LayerRun:
         self.command = command
         self.options: dict[str, Any] = filled(group, given)
         self.own = settings(group, self.options)
-        self.where = place(self.options["engine"], self.options.get("device", "cpu"))
+        self.torch = True
+        self._device = self.options.get("device", "cpu")
+        if self.options["engine"] is not None or self._device not in {"auto", "cpu"}:
+            self.where  # noqa: B018  (refuses what is not there before any input is opened)
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
         check_running(self.options["workers"], self.options.get("seed", 0))
         self.given = given_alpha(self.options)
+
+    @cached_property
+    def where(self) -> Place:
+        """Device of the computation."""
+        return place(self.options["engine"], self._device) if self.torch else Place(self._device, "cpu", "cpu")
 
     def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
         """Open both sides and pair the selected weights.
@@ -110,7 +120,7 @@ class LayerRun:
     def settings(self, kind: Callable[..., S], **own: Any) -> S:
         """Return the settings of a diagnostic: its own, and the options common to all diagnostics."""
         common = {name: self.options[name] for name in ("method", "tol", "seed") if name in self.options}
-        return kind(**common, device=self.where.tasks, **own)
+        return kind(**common, device=self.where.tasks if self.options["engine"] else self._device, **own)
 
     def over(
         self,
@@ -176,4 +186,4 @@ class LayerRun:
         Raises:
             UsageError: The memory limit is too small for the program itself.
         """
-        return layout_of(tasks, self.options["workers"], self.where.kind, self._limit)
+        return layout_of(tasks, self.options["workers"], self.where.kind, self._limit, self.torch)

@@ -11,7 +11,6 @@ from typing import TypeVar
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.layers.left_out import left_out_rows, left_out_vector
-from lora_diag.linalg import resolve_device
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter
 from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
@@ -44,6 +43,8 @@ def place(engine: Ray | None, device: str) -> Place:
         UsageError: The device does not exist, or the cluster's tasks have no GPU.
     """
     if engine is None:
+        from lora_diag.linalg import resolve_device  # torch comes with it
+
         return Place(device, resolve_device(device).type, device)
     engine.check()
     kind = "cuda" if engine.gpus_per_task else "cpu"
@@ -53,7 +54,9 @@ def place(engine: Ray | None, device: str) -> Place:
     return Place(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
-def layout_of(tasks: Sequence[Sized], workers: int | None, device: str, memory: int | None = None) -> Layout:
+def layout_of(
+    tasks: Sequence[Sized], workers: int | None, device: str, memory: int | None = None, torch: bool = True
+) -> Layout:
     """Return the allocation of this machine, determined by the largest layer.
 
     Args:
@@ -61,11 +64,13 @@ def layout_of(tasks: Sequence[Sized], workers: int | None, device: str, memory: 
         workers: Concurrent layers; None to choose.
         device: Device of the computation, such as ``cuda``.
         memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
+        torch: Whether layers are computed with torch.
 
     Raises:
         UsageError: The memory limit is too small for the program itself.
     """
-    return layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, device, memory)
+    largest = max((math.prod(task.shape) for task in tasks), default=0)
+    return layout_for(largest, workers, device, memory, torch)
 
 
 def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
@@ -147,13 +152,13 @@ def _with_progress(
 def without_rank(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
     """Yield the records of 1-D tensors and of tensors that could not be paired."""
     vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
-    yield from run_local(partial(left_out_vector, device=resolve_device(device)), vectors, layout, footprint)
+    yield from run_local(partial(left_out_vector, device=device), vectors, layout, footprint)
     yield from not_paired(pairing, layout, device)
 
 
 def not_paired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
     """Yield the records of tensors that could not be paired."""
-    measure = partial(left_out_rows, device=resolve_device(device))
+    measure = partial(left_out_rows, device=device)
     yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
 
 

@@ -13,7 +13,7 @@ from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.interference.merging import Pair, factor_merges, ties_merge
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, within
 from lora_diag.diagnostics.interference.record import MergeLoss, Union
-from lora_diag.diagnostics.spectrum.measure import record_of
+from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.linalg import Factors, decompose, decompose_factored, grain, numerical_rank
 from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
 from lora_diag.linalg.stacked import Matrix, total

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_diag.diagnostics.spectrum.measure import SpectrumSettings, record_of
 from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
+from lora_diag.diagnostics.spectrum.task import SpectrumSettings
+from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.gradients import History
 from lora_diag.layers.change import COARSE, on_device
 from lora_diag.layers.resolution import noise_of

@@ -8,8 +8,8 @@ from pathlib import Path
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.spectrum.gradients import covariance, size
-from lora_diag.diagnostics.spectrum.measure import SpectrumSettings
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.spectrum.task import SpectrumSettings
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
 from lora_diag.records import LeftOut, Results

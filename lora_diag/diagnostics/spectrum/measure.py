@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
+from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
 from lora_diag.layers.recovery import recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings, LayerTask
-from lora_diag.linalg import Allowance, Factors, resolve_device
-from lora_diag.metrics import (
-    RANKS,
-    THRESHOLDS,
-    effective_rank,
-    energy_curve,
-    rank_at,
-    spectral_error,
-    stable_rank,
-    truncation_error,
-)
-from lora_diag.records import LeftOut, Resolution, Tail
+from lora_diag.linalg import Factors, resolve_device
+from lora_diag.records import LeftOut
 from lora_diag.records.vocabulary import Hidden
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpectrumSettings(LayerSettings):
-    """Settings of the measurement of a layer.
-
-    Args:
-        ranks: Ranks r of C(r) and the truncation errors.
-        top: Number of largest singular values to keep; None for all.
-        recover: Whether to estimate the update before rounding where the files do not resolve it.
-    """
-
-    ranks: tuple[int, ...] = RANKS
-    top: int | None = None
-    recover: bool = False
-
-    @property
-    def allowance(self) -> Allowance | None:
-        """Return the method's settings and memory limit for a layer."""
-        return None if self.memory is None else Allowance(self.memory, self.method, self.top)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer(LayerTask):
-    """One layer's update and its weighting; None for the plain metric."""
-
-    weighting: Weighting | None = None
+    import torch
 
 
 def size(layer: Layer, settings: SpectrumSettings) -> int:
@@ -110,52 +71,6 @@ def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidde
     return on_device(compute, resolve_device(settings.device))[0].hidden
 
 
-def record_of(
-    layer: str,
-    shape: tuple[int, int],
-    dtypes: tuple[str | None, str],
-    base_fro: float | None,
-    factors: Factors,
-    ranks: tuple[int, ...],
-    seen: Resolution,
-) -> Spectrum:
-    """Return the record of a matrix from its singular values.
-
-    Args:
-        layer: Its name.
-        shape: ``(out, in)``.
-        dtypes: As in the record.
-        base_fro: ‖W_base‖_F; None if it is not known.
-        factors: The singular values.
-        ranks: Ranks of C(r) and the truncation errors.
-        seen: Resolution under the rounding of the files.
-    """
-    fro = factors.fro
-    exact = factors.s.numpy()
-    s = _nine_digits(exact)
-    zero = fro == 0.0
-    rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
-    error = min(1.0, factors.energy_error + rounding)
-    curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
-    return Spectrum(
-        layer=layer,
-        shape=shape,
-        dtypes=dtypes,
-        fro=fro,
-        base_fro=base_fro,
-        s=tuple(s.tolist()),
-        complete=factors.complete,
-        method=factors.method,
-        energy_error=error,
-        energy={str(r): None if zero else _at(curve, r, factors.complete) for r in ranks},
-        rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
-        tail={str(r): _tail(s, fro, r, factors.complete, error) for r in ranks},
-        stable_rank=None if zero else stable_rank(s, fro),
-        effective_rank=effective_rank(s) if factors.complete and not zero else None,
-        resolution=seen,
-    )
-
-
 def _compute(
     delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
 ) -> tuple[Change, Factors | None, Weighed | None]:
@@ -175,24 +90,3 @@ def _compute(
     if weighed is not None:
         factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighed.error))
     return change, factors, weighed
-
-
-def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round to 9 significant digits: half the file size at an error of 1e-9 of the energy."""
-    return np.array([float(f"{value:.9g}") for value in s.tolist()])
-
-
-def _at(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
-    if rank <= len(curve):
-        return float(curve[rank - 1])
-    return 1.0 if complete else None
-
-
-def _tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float) -> Tail | None:
-    errors = truncation_error(s, fro, rank, complete)
-    if errors is None:
-        return None
-    spectral, error = errors[1], None
-    if spectral is not None:
-        error = spectral_error(spectral, fro, energy_error) if rank < len(s) else 0.0
-    return Tail(fro=errors[0], spectral=spectral, spectral_error=error)

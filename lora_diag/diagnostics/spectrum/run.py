@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from lora_diag.deltas import Pairing, StoredDelta, Unpaired
-from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
-from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
-from lora_diag.diagnostics.spectrum.measure import spectrum as measure
+from lora_diag.deltas import Pairing, StoredDelta, Unpaired, footprint
 from lora_diag.diagnostics.spectrum.options import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
+from lora_diag.diagnostics.spectrum.thin import is_thin, thin_spectrum
 from lora_diag.errors import UsageError
-from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.activations import SecondMoments, second_moments
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import checked_ranks, without_rank
 from lora_diag.running.options import show_options
+
+if TYPE_CHECKING:
+    from lora_diag.running.activations import SecondMoments
 
 
 @show_options
@@ -62,7 +62,11 @@ def spectrum(
     ranks, top = run.options["ranks"], run.options["top"]
     recover = run.options["recover"]
     settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top, recover=recover)
-    check_request(settings.method, top, settings.tol)
+    usual = SpectrumSettings()
+    if (settings.method, top, settings.tol) != (usual.method, usual.top, usual.tol):
+        from lora_diag.linalg import check_request  # torch comes with it
+
+        check_request(settings.method, top, settings.tol)
     if kfac and activations is None:
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
     if recover and (activations is not None or gradients):
@@ -73,6 +77,8 @@ def spectrum(
             raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
         if tuned is not None:
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
+        from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
+
         return gradient_spectrum(run, base, gradients, settings)
     if base is None:
         raise UsageError("spectrum: name BASE and TUNED, or an adapter alone")
@@ -81,16 +87,25 @@ def spectrum(
     if recover and not any(isinstance(delta, StoredDelta) for delta in pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     if activations is not None:
+        from lora_diag.running.activations import second_moments  # torch comes with it
+
         if tuned is None:
             raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
         moments = second_moments(activations, base, pairing, run.options["verify"])
         if kfac and not moments.gradients:
             raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --output-gradients")
     pairing, matrices = _weighed(pairing, moments, kfac)
+    run.torch = not (
+        all(is_thin(layer, settings) for layer in matrices)
+        and len(matrices) == len(pairing.deltas)
+        and all(item.rows is None for item in pairing.unpaired)
+    )
+    if run.torch:  # it is imported before the results file is opened
+        import lora_diag.diagnostics.spectrum.measure  # noqa: F401
     return run.over(
         matrices,
         _one_layer,
-        size,
+        _size,
         settings,
         lambda layout, _, __: without_rank(pairing, layout, run.where.here),
         (*compared.inputs, *((moments.described,) if moments else ())),
@@ -122,4 +137,18 @@ def _weighed(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tup
 
 
 def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+    found = thin_spectrum(layer, settings) if is_thin(layer, settings) else None
+    if found is not None:
+        return (found,)
+    from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # torch comes with it
+
     return (measure(layer.delta, settings, layer.weighting),)
+
+
+def _size(layer: Layer, settings: SpectrumSettings) -> int:
+    """Estimate the memory of measuring a layer in bytes."""
+    if is_thin(layer, settings):
+        return footprint(layer.delta)
+    from lora_diag.diagnostics.spectrum.measure import size
+
+    return size(layer, settings)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
 
 from lora_diag.errors import UsageError
 
@@ -42,12 +41,14 @@ class Layout:
         budget: Memory of all concurrent layers in bytes.
         workers: Concurrent layers, if set by the user; else None.
         limited: Whether a layer must fit into the budget, and is else processed in row blocks.
+        torch: Whether layers are computed with torch, whose threads are then set.
     """
 
     cores: int
     budget: int
     workers: int | None = None
     limited: bool = False
+    torch: bool = True
 
     @property
     def limit(self) -> int | None:
@@ -69,7 +70,9 @@ class Layout:
         return min(self.cores, max(1, math.ceil(self.cores * footprint / self.budget)))
 
 
-def layout_for(largest: int, workers: int | None = None, device: str = "cpu", memory: int | None = None) -> Layout:
+def layout_for(
+    largest: int, workers: int | None = None, device: str = "cpu", memory: int | None = None, torch: bool = True
+) -> Layout:
     """Return the allocation of this machine.
 
     Args:
@@ -77,20 +80,35 @@ def layout_for(largest: int, workers: int | None = None, device: str = "cpu", me
         workers: Concurrent layers; None to choose.
         device: Device of the computation. A GPU has two concurrent layers: one is read while the other is computed.
         memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
+        torch: Whether layers are computed with torch; without, it is not imported.
 
     Raises:
         UsageError: The memory limit is too small for the program itself.
     """
-    cores = torch.get_num_threads()
+    cores = _torch_threads() if torch else own_cores()
     workers = workers or (2 if device == "cuda" else None)
     if memory is None:
-        return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers)
+        return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
     budget = memory - PROGRAM_BYTES
     if budget < LEAST_BYTES * (workers or 1):
         least = math.ceil((PROGRAM_BYTES + LEAST_BYTES * (workers or 1)) / 1e6)
         program = f"the program alone takes {PROGRAM_BYTES / 1e6:.0f} MB"
         raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {least}MB or more")
-    return Layout(cores, budget, workers, limited=True)
+    return Layout(cores, budget, workers, limited=True, torch=torch)
+
+
+def own_cores() -> int:
+    """Return the number of cores that this program may use: ``OMP_NUM_THREADS``, else those of the process."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if stated.isdecimal() and int(stated) > 0:
+        return int(stated)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def run_local(
@@ -110,7 +128,7 @@ def run_local(
     most = layout.workers or layout.cores
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
-    before = torch.get_num_threads()
+    before = _torch_threads() if layout.torch else 0
     pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a name that cli/app.py knows
     patient = True
     try:
@@ -121,7 +139,7 @@ def run_local(
                     del running[done]
                 while pending and pending[0].done():
                     yield pending.popleft().result()
-            future = pool.submit(_on_threads, threads, measure, task)
+            future = pool.submit(_on_threads, threads if layout.torch else 0, measure, task)
             pending.append(future)
             running[future] = threads
         while pending:
@@ -131,9 +149,17 @@ def run_local(
         raise
     finally:
         pool.shutdown(wait=patient, cancel_futures=True)
-        torch.set_num_threads(before)
+        _set_torch_threads(before)
 
 
 def _on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:
-    torch.set_num_threads(threads)  # of this Python thread alone
+    _set_torch_threads(threads)
     return measure(task)
+
+
+def _set_torch_threads(threads: int) -> None:
+    """Set the threads of torch for this Python thread alone; 0 leaves them."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

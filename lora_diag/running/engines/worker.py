@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_diag.errors import InputError, LoradiagError
 from lora_diag.version import __version__
 
@@ -57,6 +55,8 @@ def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, thre
     outcomes: list[Any | LoradiagError] = []
     try:
         measure, tasks = _work(name, job)
+        import torch
+
         torch.set_num_threads(threads)
         outcomes.extend(map(measure, tasks[start:stop]))  # keeps those before an error
     except LoradiagError as error:

@@ -1,0 +1,64 @@
+"""Decode stored numbers to float64 with NumPy, exactly: every format here is a subset of float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Formats that NumPy has: torch's name -> NumPy's.
+_OWN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
+
+# 8-bit formats: torch's name -> bits of the mantissa, exponent bias, and what the largest exponent holds: ``ieee`` (an
+# infinity and NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
+# References: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433; Noune et al. 2022,
+# https://arxiv.org/abs/2206.02915.
+_EIGHT_BITS = {
+    "float8_e4m3fn": (3, 7, "fn"),
+    "float8_e5m2": (2, 15, "ieee"),
+    "float8_e4m3fnuz": (3, 8, "fnuz"),
+    "float8_e5m2fnuz": (2, 16, "fnuz"),
+}
+
+
+def decode(content: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
+    """Return the numbers that little-endian bytes stand for.
+
+    Args:
+        content: The bytes.
+        dtype: One of ``tensors.DECODED``.
+
+    Example:
+        >>> decode(np.array([0x80, 0x3F, 0x20, 0xC1], np.uint8), "bfloat16").tolist()
+        [1.0, -10.0]
+    """
+    if dtype in _EIGHT_BITS:
+        return _table(dtype)[content.astype(np.intp)]
+    if dtype == "bfloat16":  # the upper half of a float32
+        stored: NDArray[Any] = np.left_shift(content.view("<u2"), 16, dtype=np.uint32).view(np.float32)
+    else:
+        stored = content.view(_OWN[dtype])
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return stored.astype(np.float64, copy=False)
+
+
+@cache
+def _table(dtype: str) -> NDArray[np.float64]:
+    """Return the numbers of all 256 codes of an 8-bit format."""
+    mantissa_bits, bias, kind = _EIGHT_BITS[dtype]
+    codes = np.arange(256)
+    fraction = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    exponent = (codes & 0x7F) >> mantissa_bits
+    size = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+    if kind == "ieee":
+        top = exponent == 0x7F >> mantissa_bits
+        size = np.where(top, np.where(fraction == 0, np.inf, np.nan), size)
+    elif kind == "fn":
+        size[[0x7F, 0xFF]] = np.nan
+    else:
+        size[0x80] = np.nan
+    return np.where(codes < 0x80, size, -size)

@@ -1,0 +1,65 @@
+"""Spectrum of a LoRA adapter's layer from its two stored factors, with NumPy alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_diag.deltas import FactoredDelta
+from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
+from lora_diag.diagnostics.spectrum.values import record_of
+from lora_diag.layers.resolution import unrounded
+from lora_diag.thin import MAX_RANK, thin_values
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lora_diag.diagnostics.spectrum.record import Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The values that are kept: a ``Values``."""
+
+    s: NDArray[np.float64]
+    complete: bool
+    energy_error: float
+    fro: float
+    method: str = "factored"
+
+
+def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
+    """Return whether a layer is measured here; this depends on the input and the options alone.
+
+    Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``; nothing of BASE is
+    measured; and no GPU is asked for.
+    """
+    delta = layer.delta
+    return (
+        isinstance(delta, FactoredDelta)
+        and delta.load_thin is not None
+        and delta.base is None
+        and delta.rank <= MAX_RANK
+        and layer.weighting is None
+        and settings.device in {"auto", "cpu"}
+    )
+
+
+def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
+    """Measure the spectrum of a layer that ``is_thin``.
+
+    Returns:
+        The spectrum; None if a number is not finite, or overflows: ``measure`` then says which.
+    """
+    delta = layer.delta
+    assert isinstance(delta, FactoredDelta)
+    assert delta.load_thin is not None
+    b, a, scale = delta.load_thin()
+    found = thin_values(b, a, scale)
+    if found is None:
+        return None
+    s = found.s[: settings.top]
+    values = _Kept(s, len(s) == len(found.s), found.energy_error, found.fro)
+    seen = unrounded(s, found.fro, values.complete)
+    return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, seen)

@@ -1,0 +1,9 @@
+"""Thin factors → singular values, with NumPy alone.
+
+What ``linalg`` does with torch, for the one input that needs neither torch nor a GPU: B ``(m, r)`` and A ``(r, n)`` of
+a small rank. Importing torch takes ten times as long as measuring an adapter.
+"""
+
+from lora_diag.thin.values import MAX_RANK, ThinValues, thin_values
+
+__all__ = ["MAX_RANK", "ThinValues", "thin_values"]

@@ -1,0 +1,172 @@
+"""Singular values of B·A from its thin factors, with NumPy alone: an adapter is measured without importing torch.
+
+With B = Q_b R_b and Aᵀ = Q_a R_a, B·A = Q_b (R_b R_aᵀ) Q_aᵀ, so the singular values are those of the r×r core R_b R_aᵀ.
+A factor that is well conditioned needs no Q: R is the Cholesky factor of BᵀB, and the error of every σ_i is *relative*.
+Any other is reduced by Householder QR.
+
+All products and decompositions are of blocks that OpenBLAS, which NumPy's wheels contain, computes on one thread, so
+that the bytes of the result do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Largest rank: beyond, a block of r columns is no longer small.
+MAX_RANK = 64
+
+# OpenBLAS starts threads for products of m·n·k ≥ 2^18 (interface/gemm.c), and for m·n > 2^13 entries of a matrix times
+# a vector (interface/ger.c, gemv.c), of which Householder QR consists.
+PRODUCT, ENTRIES = 2**18, 2**13
+
+# Least eigenvalue of XᵀX with columns scaled to norm 1, from which it is factored by Cholesky. Its bound is then below
+# that of QR. Trained adapters: 0.05 and more (tests/thin/test_values.py); Gaussian factors 0.9.
+CONDITIONED = 1 / 32
+
+# ‖x_i‖² within which squares and products of two factors are far from the ends of float64's range.
+LEAST, MOST = 1e-100, 1e100
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, slots=True)
+class ThinValues:
+    """Singular values of B·A.
+
+    Args:
+        s: All min(m, n, r) that can be nonzero, descending.
+        energy_error: Bound on |Ĉ(k) − C(k)| for every k.
+        fro: ‖B·A‖_F.
+    """
+
+    s: NDArray[np.float64]
+    energy_error: float
+    fro: float
+
+
+@dataclass(frozen=True, slots=True)
+class Triangle:
+    """R of X = QR, scaled.
+
+    Args:
+        r: R/scale, ``(min(m, r), r)``.
+        scale: The scale.
+        relative: R is that of (I + E)X with ‖E‖_2 ≤ relative.
+        backward: Then R is that of X + E with ‖E‖_F ≤ backward·‖X‖_F.
+    """
+
+    r: NDArray[np.float64]
+    scale: float
+    relative: float
+    backward: float
+
+
+def thin_values(b: NDArray[np.float64], a: NDArray[np.float64], factor: float = 1.0) -> ThinValues | None:
+    """Compute the singular values of s·B·A.
+
+    Args:
+        b: B, ``(m, r)``, r ≤ ``MAX_RANK``.
+        a: A, ``(r, n)``.
+        factor: s.
+
+    Returns:
+        The values; None if an entry or a norm is not finite. With relative errors η_b, η_a and backward errors β_b, β_a
+        of the two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of
+        at most δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its
+        decomposition. Hence Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(kΣσ_i²) + kδ², by Cauchy–Schwarz.
+    """
+    left, right = triangle(b), triangle(a.T)
+    if left is None or right is None:
+        return None
+    rank = b.shape[1]
+    s = np.asarray(np.linalg.svd(left.r @ right.r.T, compute_uv=False), np.float64)
+    energy = float((s**2).sum())
+    scale = left.scale * right.scale * abs(factor)
+    fro = math.sqrt(energy) * scale
+    if not math.isfinite(fro):
+        return None
+    eta = left.relative + right.relative
+    size = float(np.linalg.norm(left.r)) * float(np.linalg.norm(right.r))
+    delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * size
+    error = 2 * eta + eta**2 + (2 * delta * math.sqrt(len(s) * energy) + len(s) * delta**2) / energy if energy else 0.0
+    return ThinValues(s * scale, min(1.0, error), fro)
+
+
+def triangle(x: NDArray[np.float64]) -> Triangle | None:
+    """Return R of X ``(m, r)``; None if an entry is not finite."""
+    products, terms = gram(x)
+    squares = products.diagonal()
+    if not np.isfinite(squares).all():
+        return _by_reflections(x) if np.isfinite(x).all() else None
+    if squares.min() < LEAST or squares.max() > MOST:
+        return _by_reflections(x)
+    found = _by_cholesky(products, terms)
+    return _by_reflections(x) if found is None else found
+
+
+def gram(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+    """Return XᵀX, summed over blocks of rows, and the number of terms t of its error t·ε·‖x_i‖‖x_j‖ in entry (i, j)."""
+    rows, rank = x.shape
+    block = max(1, (PRODUCT - 1) // rank**2)
+    count = rows // block
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = x[: count * block].reshape(count, block, rank)
+        total = np.matmul(parts.transpose(0, 2, 1), parts).sum(axis=0)
+        rest = x[count * block :]
+        return total + rest.T @ rest, min(rows, block) + count + 1
+
+
+def _by_cholesky(products: NDArray[np.float64], terms: int) -> Triangle | None:
+    """Return R from XᵀX; None if X is not well conditioned.
+
+    XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖. Each entry has an error
+    of at most (t + r + 2)·ε, from the product and from Cholesky (Higham 2002, theorem 10.3), so RᵀR = Xᵀ(I + F)X on the
+    range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H), and R = Uᵀ(I + F)^½X. λ_min(H) ≥ 1/‖L⁻¹‖_F².
+    """
+    rank = len(products)
+    norms = np.sqrt(products.diagonal())
+    unit = products / np.outer(norms, norms)
+    try:
+        lower = np.linalg.cholesky(unit)
+    except np.linalg.LinAlgError:
+        return None
+    least = 1 / float(np.square(np.linalg.inv(lower)).sum())
+    if not least >= CONDITIONED:
+        return None
+    return Triangle(lower.T * norms, 1.0, rank * (terms + rank + 2) * EPS / least, 0.0)
+
+
+def _by_reflections(x: NDArray[np.float64]) -> Triangle:
+    """Return R by Householder QR of blocks of rows, and of their triangles, until one is left.
+
+    Each QR of p rows has a backward error of p·r·ε (Higham 2002, theorem 19.4), and they add up along the path from a
+    row to the last triangle. Reference: Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal parallel and
+    sequential QR and LU factorizations" (TSQR).
+    """
+    largest = float(np.abs(x).max())
+    scale = 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
+    rank = x.shape[1]
+    block = max(2 * rank, ENTRIES // rank)
+    part, path = x / scale, 0
+    while len(part) > block:
+        count = -(-len(part) // block)
+        each = -(-len(part) // count)
+        padded = np.zeros((count * each, rank))
+        padded[: len(part)] = part
+        part = _qr(padded.reshape(count, each, rank)).reshape(-1, rank)
+        path += each
+    path += len(part)
+    return Triangle(_qr(part), scale, 0.0, path * rank * EPS)
+
+
+def _qr(stack: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return R of each matrix of a stack."""
+    found: Any = np.linalg.qr(stack, mode="r")  # NumPy 2.4 declares another type
+    return np.asarray(found, np.float64)

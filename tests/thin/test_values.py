@@ -1,0 +1,122 @@
+"""Singular values of thin factors with NumPy, against float64 SVDs of the products."""
+
+import os
+import subprocess
+import sys
+from decimal import Decimal, getcontext
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.thin import MAX_RANK, thin_values, values
+from tests.served import ROOT
+
+
+def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors whose columns and rows shrink by ``decay`` each, and are turned into each other in B."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.standard_normal((rank, rank)))[0]
+    b = rng.standard_normal((m, rank)) * decay ** np.arange(rank) @ turn
+    return b, turn.T @ rng.standard_normal((rank, n))
+
+
+@given(
+    m=st.integers(1, 700),
+    n=st.integers(1, 700),
+    rank=st.integers(1, MAX_RANK),
+    decay=st.sampled_from([1.0, 0.9, 0.3]),
+    scale=st.sampled_from([1.0, -2.0, 1e-30]),
+    seed=st.integers(0, 99),
+)
+def test_values_are_those_of_product(m, n, rank, decay, scale, seed):
+    b, a = factors(m, n, rank, decay, seed)
+    found = thin_values(b, a, scale)
+    due = np.linalg.svd(scale * (b @ a), compute_uv=False)[: min(m, n, rank)]
+    assert len(found.s) == len(due)
+    assert np.abs(found.s - due).max() <= 1e-12 * due[0]
+    energy = np.cumsum(due**2) / (due**2).sum()
+    assert np.abs(np.cumsum(found.s**2) / found.fro**2 - energy).max() <= found.energy_error + 1e-13
+    assert found.energy_error <= 1e-8
+    assert found.fro == pytest.approx(np.linalg.norm(due), rel=1e-12)
+
+
+def test_both_ways_to_triangle_agree_within_bounds():
+    """Cholesky where the factor is conditioned, reflections else; on the same factor both hold."""
+    x = np.random.default_rng(0).standard_normal((3000, 16)) @ np.diag(2.0 ** -np.arange(16))
+    one, other = values._by_cholesky(*values.gram(x)), values._by_reflections(x)
+    due = np.linalg.svd(x, compute_uv=False)
+    for found in (one, other):
+        s = np.linalg.svd(found.r, compute_uv=False) * found.scale
+        slack = found.relative * due + found.backward * np.linalg.norm(x) + 1e-15 * due[0]
+        assert (np.abs(s - due) <= slack).all()
+    repeated = np.hstack([x, x[:, :1] * (1 + 1e-9)])
+    assert values._by_cholesky(*values.gram(repeated)) is None
+    assert values.triangle(repeated).relative == 0
+
+
+def test_small_values_are_accurate_relative_to_themselves():
+    """σ_i = 10^−i, i = 0…15: an eigenvalue of ΔWᵀΔW loses those below 1e-8."""
+    rng = np.random.default_rng(1)
+    b, a = (np.linalg.qr(rng.standard_normal((1000, 16)))[0] for _ in range(2))
+    s = 10.0 ** -np.arange(16)
+    assert thin_values(b * s, a.T).s == pytest.approx(s, rel=1e-8)
+
+
+def test_gram_has_error_of_its_bound():
+    x = np.random.default_rng(2).standard_normal((1500, 3)).astype(np.float32).astype(np.float64)
+    getcontext().prec = 60
+    columns = [[Decimal(value) for value in column] for column in x.T.tolist()]
+    found, terms = values.gram(x)
+    for i in range(3):
+        for j in range(3):
+            exact = sum(p * q for p, q in zip(columns[i], columns[j], strict=True))
+            size = np.linalg.norm(x[:, i]) * np.linalg.norm(x[:, j])
+            assert abs(Decimal(float(found[i, j])) - exact) <= Decimal(terms * values.EPS * size)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-180, 1e180])
+def test_ends_of_range_are_measured_or_refused(size):
+    b, a = factors(300, 200, 4, 0.9, 3)
+    due = np.linalg.svd(b @ a, compute_uv=False)[:4]
+    assert thin_values(b * size, a / size).s == pytest.approx(due, rel=1e-11)
+    assert thin_values(b * 1e200, a * 1e200) is None
+    assert thin_values(b, a, np.inf) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_factor_that_is_not_finite_is_refused(bad):
+    b, a = factors(40, 30, 2, 1.0, 4)
+    a[1, 7] = bad
+    assert thin_values(b, a) is None
+    assert thin_values(a.T, b.T) is None
+
+
+def test_update_of_zero_has_zeros():
+    found = thin_values(np.zeros((50, 3)), np.ones((3, 20)))
+    assert (found.s.tolist(), found.energy_error, found.fro) == ([0.0] * 3, 0.0, 0.0)
+
+
+BYTES = """
+import hashlib, numpy
+from lora_diag.thin import thin_values
+rng, found = numpy.random.default_rng(0), hashlib.sha256()
+for rank in (1, 4, 16, 33, 64):
+    for m, n in ((4096, 1111), (129, 5000)):
+        b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
+        for factor in (b, b[:, :1] + 1e-9 * b):
+            values = thin_values(factor, a)
+            found.update(values.s.tobytes())
+print(found.hexdigest())
+"""
+
+
+def test_bytes_do_not_depend_on_threads():
+    """Products and decompositions stay below the sizes from which OpenBLAS starts threads."""
+    found = set()
+    for threads in ("1", "2", "7"):
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", BYTES], env=env, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1

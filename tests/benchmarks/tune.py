@@ -203,18 +203,22 @@ class Baselines:
 def tuned(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run ``tune``, and return its plan, choice, decisions and runs on the test set."""
     texts = {part: folder / f"{part}.{case['suffix']}" for part in ("train", "held", "test")}
-    run, begin = folder / "run", time.process_time()
-    resumed = (run / "tune.jsonl").is_file()
+    run, spent, begin = folder / "run", folder / "seconds", time.process_time()
+    earlier = float(spent.read_text()) if spent.is_file() else 0.0
+
+    def count(_: object = None) -> None:
+        spent.write_text(f"{earlier + time.process_time() - begin}")
+
     found = lora_diag.tune(
         case["base"], run, data=texts["train"], evaluate=[texts["held"], texts["test"]], params=case["params"],
         rates=case["rates"], widen=0, steps=case["steps"], repeats=SEEDS, length=case["length"], batch=case["batch"],
-        target_modules=case["targets"], no_full=True, resume=resumed,
-        on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+        target_modules=case["targets"], no_full=True, resume=run.is_dir(),
+        on_progress=count, on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )  # fmt: skip
-    seconds = time.process_time() - begin
+    count()
     (choice,), (plan,) = found.whole_of(Tune), found.whole_of(TunePlan)
     return {
-        "seconds": None if resumed else seconds,
+        "seconds": float(spent.read_text()),
         "choice": choice.model_dump(mode="json"),
         "per_rank": plan.per_rank,
         "decisions": [one.model_dump(mode="json") for one in found.whole_of(TuneDecision)],

@@ -37,8 +37,10 @@ def tune(
     """
     dry = given["dry_run"]
     if not (yes or dry or sys.stdin.isatty()):
-        raise UsageError("tune: trains, and there is no terminal to ask; confirm with --yes, or look with --dry-run")
-    # torch comes with it: not before it is needed
+        raise UsageError(
+            "tune: cannot ask for a confirmation without a terminal; add --yes, or print the plan with --dry-run"
+        )
+    # These import torch.
     from lora_diag.decisions.tune.record import Tune
     from lora_diag.decisions.tune.run import tune as choose
     from lora_diag.decisions.tune.summary import plan_text, tune_table
@@ -65,5 +67,5 @@ def tune(
         )
         result(tune_table(results, *terminal(), then=then))
     if not found.significant:
-        message("the choice is not significant: exit code 5; more --repeats or --steps may tell")
+        message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
         raise typer.Exit(INCONCLUSIVE)

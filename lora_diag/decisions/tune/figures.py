@@ -44,8 +44,8 @@ class Point:
         return fmean(self.losses)
 
 
-def lacks(records: Sequence[TuneTrial], options: Options) -> str | None:
-    """Say why there is nothing to draw; None if there is."""
+def missing(records: Sequence[TuneTrial], options: Options) -> str | None:
+    """Return why there is nothing to draw; None if there is something."""
     return None if any(one.params and one.loss is not None for one in records) else "no run is finished with a loss"
 
 
@@ -108,9 +108,9 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     inches = panel_width(look, columns)
     with styled(look):
         page, axes = sheet(look, _words(series, look), rows, columns, panel=1.9 * look.panel, share=False)
-        for (name, called), ax in zip(sets.items(), axes, strict=False):
+        for (name, title), ax in zip(sets.items(), axes, strict=False):
             _draw(ax, trials, name, choice, look)
-            ax.set_title(wrapped(called, inches, look.text), parse_math=False)
+            ax.set_title(wrapped(title, inches, look.text), parse_math=False)
             ax.set(xlabel="trained parameters", ylabel="loss (nats)")
         for ax in axes[len(sets) :]:
             ax.remove()

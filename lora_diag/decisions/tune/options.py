@@ -46,20 +46,18 @@ class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, t
         Sequence[str],
         Option(
             (),
-            "Modules to adapt, as PEFT names them; default all linear layers but the head.",
+            "Modules to adapt, as PEFT names them; default all linear layers except the head.",
             "NAME,NAME",
             panel=INPUTS,
             setting="targets",
         ),
     ]
-    quantized: Annotated[
-        str | None, Option(None, "Round frozen weights as QLoRA stores them; default: not.", "nf4|int8")
-    ]
+    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
     no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
     widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]
     dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
     on_plan: Annotated[
         "Callable[[TunePlan], bool] | None",
-        Option(None, "Called with the plan; False stops before any training.", cli=False),
+        Option(None, "Called with the plan; training stops if it returns False.", cli=False),
     ]

@@ -1,4 +1,4 @@
-"""The files of a finished search: the configuration, the adapter, a gate, a report, and what trains it elsewhere."""
+"""The files of a finished search: configuration, adapter, gate, report, and configurations of trainers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_outputs(
         base: The model.
         folder: Of the run.
         run: Its options.
-        plan: What was done.
+        plan: The plan.
         variant: The chosen configuration.
         uniform: Content of ``adapter_config.json`` of the shared rank.
         choice: The record of the choice.
@@ -55,7 +55,7 @@ def write_outputs(
     spectrum(base, folder / "adapter", output=folder / "spectrum.jsonl", overwrite=True, device=run.options["device"])
     try:
         gate = gate_init(folder / "spectrum.jsonl", name="gate.toml")
-    except InputError as error:  # the adapter did not move: there is no limit to take
+    except InputError as error:  # an update of zero gives no limits
         gate = f"# No limits: {error}\n"
     write_whole(folder / "gate.toml", f"{_significance(choice)}{gate}")
     write_whole(folder / "commands.sh", commands(base, folder, run.options, plan, choice))
@@ -68,7 +68,7 @@ def write_outputs(
 def _significance(choice: Tune) -> str:
     if choice.significant:
         return ""
-    return "# The choice was not significant: these limits are of the smallest candidate, not of a rank shown enough.\n"
+    return "# The choice was not significant: these limits are of a candidate that is not shown to be sufficient.\n"
 
 
 def write_report(folder: Path) -> None:
@@ -121,7 +121,7 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
 
 
 def _given(options: Mapping[str, Any], *names: str) -> list[Any]:
-    """Return options that were given, as words."""
+    """Return the given options as arguments."""
     return [
         word for name in names if options[name] is not None for word in (f"--{name.replace('_', '-')}", options[name])
     ]

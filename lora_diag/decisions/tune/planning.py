@@ -1,4 +1,4 @@
-"""What is adapted, what it costs, and the plan of a search from one timed step."""
+"""The adapted layers, their cost, and the plan of a search from one timed step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NO_FULL = "full fine-tuning as a baseline, which needs float32 weights as they 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What gets an adapter.
+    """The layers that get an adapter.
 
     Args:
         layers: Linear layers by their paths in the model.
@@ -62,28 +62,29 @@ class Target:
         return uniform(self.names, rank, self.transposed, self.task)
 
 
-def target_of(model: Model, stored: Checkpoint, asked: Sequence[str]) -> Target:
-    """Return what gets an adapter.
+def target_of(model: Model, stored: Checkpoint, names: Sequence[str]) -> Target:
+    """Return the layers that get an adapter.
 
     Args:
         model: BASE, opened.
         stored: BASE, its file.
-        asked: Modules as PEFT names them; empty for all linear layers but the head.
+        names: Modules as PEFT names them; empty for all linear layers but the head.
 
     Raises:
         InputError: There is no such layer.
     """
-    layers = target_modules(model.module, asked)
+    layers = target_modules(model.module, names)
     if not layers:
-        raise InputError(f"{stored.path}: no linear layer to adapt is called {', '.join(asked) or 'anything'}")
+        which = f" named {', '.join(names)}" if names else ""
+        raise InputError(f"{stored.path}: has no linear layer to adapt{which}; check --target-modules")
     weights = Weights(model.module)
-    in_model = {name: called for called in stored if (name := weights.name(called)) is not None}
+    in_model = {inner: name for name in stored if (inner := weights.name(name)) is not None}
     every = [path for path, _ in model.module.named_modules()]
     return Target(
         layers,
         {path: in_model.get(f"{path}.weight", f"{path}.weight") for path in layers},
         {path: _shape(layer) for path, layer in layers.items()},
-        tuple(asked) or tuple(shortest(list(layers), every)),
+        tuple(names) or tuple(shortest(list(layers), every)),
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
         sum(each.numel() for each in model.module.parameters()),
@@ -101,7 +102,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     Args:
         base: The model.
         run: Its options, model and texts.
-        target: What gets an adapter.
+        target: The layers that get an adapter.
         limit: Seconds; None for none.
 
     Raises:
@@ -117,18 +118,18 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     largest = counted.fit.rank
     if largest < 1:
         raise UsageError(
-            f"{counted.fit.asked}: not even r=1 fits, it takes {target.per_rank:,} parameters; raise it, or choose "
-            "fewer layers with --target-modules"
+            f"{counted.fit.asked}: not even r=1 fits, which takes {target.per_rank:,} parameters; raise the budget, or "
+            "choose fewer layers with --target-modules"
         )
-    asked = tuple(checked_ranks(given["ranks"])) if given["ranks"] else ranks_within(largest)
-    if above := [rank for rank in asked if rank > largest]:
+    ranks = tuple(checked_ranks(given["ranks"])) if given["ranks"] else ranks_within(largest)
+    if above := [rank for rank in ranks if rank > largest]:
         raise UsageError(f"--ranks {','.join(map(str, above))}: {counted.fit.asked} allows r ≤ {largest}")
     full = not given["no_full"] and given["dtype"] == "float32" and not given["quantized"]
-    step, batch = step_seconds(run.model, Cell(max(asked), 1e-6, 0), run.training, run.sets)
+    step, batch = step_seconds(run.model, Cell(max(ranks), 1e-6, 0), run.training, run.sets)
     full_step = step_seconds(run.model, Cell(None, 1e-9, 0, "full"), run.training, run.sets)[0] if full else 0.0
     costs = Costs(step, batch * run.batches(run.sets), full_step)
     wanted = Search(
-        asked, tuple(sorted(set(given["rates"]))), given["steps"], given["repeats"], given["widen"], full=full
+        ranks, tuple(sorted(set(given["rates"]))), given["steps"], given["repeats"], given["widen"], full=full
     )
     never = () if full or given["no_full"] else (_NO_FULL,)
     return TunePlan(
@@ -145,7 +146,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
 
 
 def extended(plan: TunePlan, run: TrainRun, limit: float) -> TunePlan:
-    """Return the plan of a search that is given more time: all that was asked for, as far as this limit allows.
+    """Return the plan of a search that is given more time: all options as given, as far as this limit allows.
 
     The steps of a run stay those of the earlier plan, so that its runs can be compared with new ones.
 

@@ -1,4 +1,4 @@
-"""Records of ``tune``: the plan, what it trained itself, every decision, and the choice."""
+"""Records of ``tune``: the plan, every run, every decision, and the choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TuneStage(Record):
         name: The stage.
         runs: Training runs, at most.
         seconds: Estimated from one timed step.
-        decides: What comes out of it.
+        decides: Its result.
     """
 
     name: str
@@ -27,7 +27,7 @@ class TuneStage(Record):
 
 
 class TunePlan(WholeRecord):
-    """What a search was to do: printed first, and followed when it is resumed.
+    """The plan of a search: printed first, and followed when it is resumed.
 
     Args:
         budget: Trainable parameters allowed.
@@ -42,7 +42,7 @@ class TunePlan(WholeRecord):
         widen: Learning rates beyond the grid.
         halving: Whether a short round chooses the learning rates.
         full: Whether full fine-tuning is a baseline.
-        more_seeds: Whether seeds are added where they would tell.
+        more_seeds: Whether seeds are added where they would decide.
         finer: Whether a rank in between is tried.
         redistribute: Whether non-uniform ranks are trained.
         trials: Runs of stability and escalation at most.
@@ -51,7 +51,7 @@ class TunePlan(WholeRecord):
         evaluation_seconds: Of measuring all sets.
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
-        left_out: What was given up to keep it.
+        left_out: Omissions to keep it.
         stages: The stages.
     """
 
@@ -92,7 +92,7 @@ class TuneTrial(WholeRecord):
         shifted: Whether the user named it as shifted.
         data: Hash of the evaluation file.
         tokens: Predictions that the loss is the mean of.
-        variant: What was trained: ``base``, ``uniform-r8``, ``full``, ``prior``, ``marginal``, ``dropout``, …
+        variant: The configuration: ``base``, ``uniform-r8``, ``full``, ``prior``, ``marginal``, ``dropout``, …
         params: Trainable parameters; 0 for BASE.
         lr: Peak learning rate; null for BASE.
         steps: Updates; 0 for BASE.
@@ -129,7 +129,7 @@ class TuneDecision(WholeRecord):
 
     Args:
         stage: The stage.
-        name: What was decided on.
+        name: Subject of the decision.
         outcome: ``chosen``; of a challenger ``kept`` or ``rejected``; ``not needed``; ``proposed`` where it was not
             trained; ``not tried``.
         why: The reason, with its numbers.
@@ -170,7 +170,7 @@ class Tune(WholeRecord):
 
     Args:
         set: The evaluation set that decided.
-        variant: What was chosen: ``uniform-r8``, or the name of a challenger that was kept.
+        variant: The chosen configuration: ``uniform-r8``, or the name of a challenger that was kept.
         rank: The shared rank that it stands on.
         ranks: Rank of each layer by its path in the model; empty where all have ``rank``.
         significant: Whether the rank is shown to be enough and gains; else it is the smallest candidate.

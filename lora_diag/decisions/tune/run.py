@@ -41,23 +41,23 @@ FILES = (
 
 @show_options
 def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -> Results[Any]:
-    r"""Choose an adapter configuration by training within a budget, and put every decision on record.
+    r"""Choose an adapter configuration by training within a budget, and record every decision.
 
     The search goes from coarse to fine: shared ranks with the learning rate tuned at each; the smallest rank within
     tolerance by an equivalence test; non-uniform ranks of the same budget against uniform ones with paired seeds;
-    stability only where the curves ask for it; then what more than this would buy. All runs see the same batches in
-    the same order.
+    stability only where the curves justify it; then the gain of more parameters. All runs see the same batches in the
+    same order.
 
     Args:
         base: The model: a folder that transformers can open, or a Hub id.
         output: Folder of the run. It gets the records, ``adapter_config.json``, ``adapter/``, a report and configs.
-        data: What to train on: text or JSONL.
+        data: Training data: text or JSONL.
         evaluate: Held-out files of the same kind; the first decides.
         shifted: Files of another kind.
         params: Budget: trainable parameters, such as ``"10M"``.
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
-        time: Time limit, such as ``"2h"``; what is given up to keep it is named in the plan. With ``resume``, a larger
-            limit than before extends the search: it keeps all runs, and trains what was given up.
+        time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With ``resume``, a larger
+            limit than before extends the search: all runs are kept, and the omitted ones are trained.
         ranks: Shared ranks to try; by default up to four powers of 4 below the largest that the budget pays for.
         dry_run: Stop after the plan.
         on_plan: Called with the plan before any training; where it returns False, nothing is trained or written.
@@ -69,7 +69,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
 
     Raises:
         UsageError: An option makes no sense, the budget pays for no rank, the time for no search, or ``output`` holds
-            something that would be lost.
+            other files.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
@@ -131,7 +131,7 @@ def _check_place(folder: Path, given: Mapping[str, Any]) -> None:
     """Refuse an output before any work.
 
     Raises:
-        UsageError: A link, a file or something that would be lost is there.
+        UsageError: The output is a link, a file, or a folder with other files.
         InputError: The folder cannot be created.
     """
     records = folder / RECORDS

@@ -1,6 +1,6 @@
-"""What a search costs, and how it narrows to keep a time limit: stages, successive halving, what is left out.
+"""Cost of a search, and its reduction to a time limit: stages, successive halving, omissions.
 
-It knows times and counts, and trains nothing.
+Uses times and counts only; trains nothing.
 
 Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"
 (successive halving), here over training steps: many learning rates get few steps, the best of them all steps.
@@ -16,13 +16,13 @@ from lora_diag.errors import UsageError
 
 # The short round of halving trains for this share of the steps, at the smallest and the largest rank.
 SHORT = 4
-# Learning rates that go on from it.
+# Learning rates that continue after it.
 KEPT_RATES = 2
-# Below so many steps a search is not narrowed: a rank says nothing any more.
+# A search is not reduced below this number of steps, where ranks can no longer be compared.
 LEAST_STEPS = 10
-# Runs that stability and escalation may take, at most, in addition to the seeds of confirmed ones.
+# Most runs of stability and escalation, in addition to the seeds of confirmed ones.
 TRIALS = 6
-# What opening models, writing files and a busy machine take in addition to the runs.
+# Factor for opening models, writing files and a busy machine.
 MARGIN = 1.1
 
 _UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -36,7 +36,7 @@ class Costs:
     Args:
         step: Of one step of LoRA at the largest rank.
         evaluation: Of measuring all evaluation sets.
-        full_step: Of one step of full fine-tuning; 0 if it is not asked for.
+        full_step: Of one step of full fine-tuning; 0 without it.
     """
 
     step: float
@@ -46,7 +46,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a search trains.
+    """The runs of a search.
 
     Args:
         ranks: Shared ranks, ascending.
@@ -56,7 +56,7 @@ class Search:
         widen: Rates beyond the grid, at each rank.
         halving: Whether a short round chooses ``KEPT_RATES`` of the rates.
         full: Whether full fine-tuning is trained as a baseline.
-        more_seeds: Whether seeds are added, up to twice as many, where they would tell which rank is enough.
+        more_seeds: Whether seeds are added, up to twice as many, where they would decide which rank is enough.
         finer: Whether a rank between the chosen and the next lower one is tried.
         redistribute: Whether non-uniform ranks are trained against uniform ones.
         trials: Runs of stability and escalation at most.
@@ -89,7 +89,7 @@ class Stage:
         name: By which decisions refer to it.
         runs: At most.
         seconds: Estimated.
-        decides: What comes out of it.
+        decides: Its result.
     """
 
     name: str
@@ -110,7 +110,7 @@ def read_time(words: str) -> float:
     (7200.0, 5400.0, 90.0, 43200.0)
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is not a time.
     """
     text = words.strip()
     parts = _TIME.findall(text)
@@ -136,7 +136,7 @@ def ranks_within(largest: int) -> tuple[int, ...]:
 
 
 def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
-    """Return the stages of a search with what each decides; runs and seconds are upper estimates."""
+    """Return the stages of a search with their results; runs and seconds are upper estimates."""
     run = search.steps * costs.step + costs.evaluation
     later = search.repeats - 1
     found = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
@@ -154,7 +154,7 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
         found.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
     if search.more_seeds and len(search.ranks) > 1:
         runs = len(search.ranks) * search.repeats
-        found.append(Stage("seeds", runs, runs * run, "the same with more seeds, if they can decide"))
+        found.append(Stage("seeds", runs, runs * run, "the same with more seeds, if these can decide"))
     if search.finer and len(search.ranks) > 1:
         runs = search.rates_each + later
         found.append(Stage("finer", runs, runs * run, "whether a rank in between is enough"))
@@ -170,7 +170,7 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
 
 
 def seconds_of(search: Search, costs: Costs) -> float:
-    """Return about what a search takes."""
+    """Return the estimated duration of a search."""
     return MARGIN * sum(stage.seconds for stage in stages(search, costs))
 
 
@@ -179,13 +179,13 @@ def _thinned(ranks: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({ranks[0], *ranks[::-2]})) if len(ranks) > 2 else tuple(ranks)
 
 
-# What is given up, in this order, until the search fits: each with what is said of it.
+# Omissions, in this order, until the search fits: each with its description.
 _NARROWER: tuple[tuple[str, Callable[[Search], Search]], ...] = (
     (
         "learning rates: all but two after a quarter of the steps (successive halving)",
         lambda s: replace(s, halving=len(s.rates) > KEPT_RATES),
     ),
-    ("more seeds where they would tell", lambda s: replace(s, more_seeds=False)),
+    ("more seeds where these would decide", lambda s: replace(s, more_seeds=False)),
     ("learning rates beyond the grid", lambda s: replace(s, widen=0)),
     ("stability and escalation trials, which are proposed only", lambda s: replace(s, trials=0)),
     ("full fine-tuning as a baseline", lambda s: replace(s, full=False)),
@@ -200,10 +200,10 @@ _NARROWER: tuple[tuple[str, Callable[[Search], Search]], ...] = (
 
 
 def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search, tuple[str, ...]]:
-    """Return a search that fits a time limit, and what it leaves out.
+    """Return a search that fits a time limit, and its omissions.
 
     Args:
-        search: What would be trained without one.
+        search: The search without one.
         costs: Times.
         limit: Seconds; None for none.
 
@@ -227,15 +227,15 @@ def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search,
 
 
 def _merged(left_out: Sequence[str]) -> tuple[str, ...]:
-    """Return what was left out, of the steps only the last word."""
+    """Return the omissions, with the last of those of steps only."""
     steps = [what for what in left_out if what.endswith("of the steps")]
     return tuple(what for what in left_out if what not in steps[:-1])
 
 
 def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
-    """Return the ``KEPT_RATES`` learning rates that go on after the short round, ascending.
+    """Return the ``KEPT_RATES`` learning rates that continue after the short round, ascending.
 
-    At every rank the rate with the lowest loss goes on. Where all agree, so does the better of its neighbours in the
+    At every rank the rate with the lowest loss continues. Where all agree, so does the better of its neighbours in the
     order of losses; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
 
     Args:

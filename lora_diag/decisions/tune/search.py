@@ -1,6 +1,6 @@
-"""The search itself: stage by stage, each decision put on record as it is made.
+"""Run the search stage by stage, and record each decision as it is made.
 
-What was decided by an interrupted run is read from its records; what it trained is not trained again.
+Decisions of an interrupted run are read from its records; its training runs are not repeated.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lora_diag.decisions.tune.contest import (
     Gap,
     Measured,
     RankChoice,
-    asked_by,
-    asks_for_more,
     between,
     choose_rank,
     contest,
+    escalation_reason,
     gap_of,
+    stability_trials,
 )
 from lora_diag.decisions.tune.outputs import write_outputs
 from lora_diag.decisions.tune.planning import Target
@@ -50,18 +50,18 @@ from lora_diag.running.training_runs import TrainRun
 
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
 FULL_OVER_LORA = 0.1
-# More of the budget than so many times is what "higher ranks" are trained at.
+# "Higher ranks" are trained at this multiple of the budget.
 RAISED = 1.5
 # All layers of a pilot's spectrum: a pooler that has an adapter gets a rank, and is no head that is trained in full.
 ADAPTED = "."
-# Layers that a decision names.
+# Most layers that a decision lists.
 NAMED = 4
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
 
 
 class TimeIsUpError(Exception):
-    """The time limit has come in the middle of a run."""
+    """The time limit was reached during a run."""
 
 
 @dataclass
@@ -72,9 +72,10 @@ class Tuner:
         base: The model.
         folder: Of the run.
         run_: Options, model and texts.
-        target: What gets an adapter.
-        plan: What is to be done.
+        target: The layers that get an adapter.
+        plan: The plan.
         kept: The records.
+        tolerance: Nats that a smaller rank may lose, and a challenger must be ahead by at the first seed to go on.
     """
 
     base: Path | str
@@ -83,6 +84,7 @@ class Tuner:
     target: Target
     plan: TunePlan
     kept: Kept[Any]
+    tolerance: float = 0.0
     _trained: int = 0
     _ends: bool = False
     _began: float = field(default_factory=time.monotonic)
@@ -108,18 +110,18 @@ class Tuner:
 
     @property
     def left(self) -> float:
-        """Seconds left for the search; what trains the chosen adapter is kept back."""
+        """Seconds left for the search, without the time to train the chosen adapter."""
         if self.plan.limit is None:
             return math.inf
         return self.plan.limit - self.one_run - (time.monotonic() - self._began)
 
     def allows(self, runs: float) -> bool:
-        """Say whether there is time for so many runs."""
+        """Return whether there is time for this number of runs."""
         return runs * self.one_run <= self.left
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        """End what is trained inside when the time is up; the chosen adapter is trained in any case."""
+        """Stop training in the block at the time limit; the chosen adapter is trained in any case."""
         self._ends = True
         try:
             yield
@@ -142,7 +144,7 @@ class Tuner:
         return next((one for one in mine if (one.stage, one.name) == (stage, name)), None)
 
     def decide(self, stage: str, name: str, outcome: Any, why: str, **fields: Any) -> TuneDecision:
-        """Put a decision on record, and tell it."""
+        """Record a decision, and report it as a note."""
         decision = TuneDecision(stage=stage, name=name, outcome=outcome, why=why, **fields)
         if self.decided(stage, name) is None:
             self.kept.put(decision)
@@ -152,7 +154,7 @@ class Tuner:
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run all stages, and write what they come to."""
+        """Run all stages, and write the outputs."""
         plan = self.plan
         rules = "; ".join(
             f"{name}: {'more than full rank' if r is None else f'r ≥ {r}'}" for name, r in plan.rules.items()
@@ -166,10 +168,11 @@ class Tuner:
             params=plan.largest * plan.per_rank,
         )
         for what in plan.left_out:
-            self.decide("budget", what, "not tried", "left out to keep --time")
+            self.decide("budget", what, "not tried", "omitted to keep --time")
         self.trials.measure_base()
         swept = self._swept(self._rates())
         swept, choice = self._ranked(swept)
+        self.tolerance = swept.verdict.tolerance
         incumbent = self._incumbent(choice)
         incumbent = self._redistributed(incumbent, choice, swept)
         incumbent = self._stable(incumbent, swept)
@@ -228,7 +231,7 @@ class Tuner:
         try:
             results = self._sweep("sweep.jsonl", **wanted)
         except TimeIsUpError:
-            self.decide("ranks", "the rest of the sweep", "not tried", "--time was up")
+            self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
             results = read_results(self.folder / "sweep.jsonl")
         ranks, seeds = wanted["ranks"], range(self.first, self.first + wanted["repeats"])
         whole = tuple(
@@ -247,51 +250,51 @@ class Tuner:
         return found
 
     def _ranked(self, swept: Swept) -> tuple[Swept, RankChoice]:
-        """Return the shared rank, with more seeds and a rank in between where these may tell more."""
+        """Return the shared rank, with more seeds and an intermediate rank where these may decide more."""
         choice = choose_rank(swept.verdict, self._best_rates(swept))
-        self._say_rank("coarse", choice, swept)
+        self._record_rank("coarse", choice, swept)
         swept, choice, repeats = self._with_seeds(swept, choice)
         middle = between(choice.rank, swept.ranks) if self.plan.finer else None
         if middle is None:
             return swept, choice
         rates = swept.results.run.settings["rates"]
-        if middle not in self._asked("ranks") and not self.allows(len(rates) + self.plan.widen + repeats - 1):
+        if middle not in self._swept_setting("ranks") and not self.allows(len(rates) + self.plan.widen + repeats - 1):
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
             return swept, choice
         finer = self._swept(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
         found = choose_rank(finer.verdict, self._best_rates(finer))
         if choice.significant and not found.significant:
             found = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
-        self._say_rank("fine", found, finer)
+        self._record_rank("fine", found, finer)
         return finer, found
 
     def _with_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
-        """Return the sweep with more seeds, where it is not significant and these would tell; and how many."""
+        """Return the sweep with more seeds, where it is not significant and these would decide; and their number."""
         needed, plan = swept.verdict.more_seeds, self.plan
         if choice.significant or not plan.more_seeds or needed is None:
             return swept, choice, plan.repeats
         why = ""
         if needed > 2 * plan.repeats:
-            why = f"about {needed} seeds would tell, more than twice those of the plan"
-        elif self._asked("seeds") < needed and not self.allows(len(swept.ranks) * (needed - plan.repeats)):
-            why = f"no time was left; about {needed} would tell"
+            why = f"about {needed} seeds would decide, more than twice those of the plan"
+        elif self._swept_setting("seeds") < needed and not self.allows(len(swept.ranks) * (needed - plan.repeats)):
+            why = f"no time was left; about {needed} would decide"
         if why:
             self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
             return swept, choice, plan.repeats
         more = self._swept(swept.results.run.settings["rates"], repeats=needed)
         found = choose_rank(more.verdict, self._best_rates(more))
-        self._say_rank(f"{needed} seeds", found, more)
+        self._record_rank(f"{needed} seeds", found, more)
         return more, found, needed
 
-    def _asked(self, setting: str) -> Any:
-        """Return a setting of the sweep on disk, by which a resumed search goes the way of the interrupted one."""
+    def _swept_setting(self, setting: str) -> Any:
+        """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
 
     def _best_rates(self, swept: Swept) -> dict[int, float]:
         found = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first)
         return {rank: rate for rank, rate in found.items() if rank is not None}
 
-    def _say_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
+    def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
         verdict = swept.verdict
         one = next((each for each in verdict.standings if each.rank == choice.rank), None)
         behind = None if one is None else one.behind
@@ -338,11 +341,11 @@ class Tuner:
                 candidates = self._candidates(incumbent, choice)
                 return self._best_of(stage, incumbent, candidates, "non-uniform ranks")
         except TimeIsUpError:
-            self.decide(stage, "non-uniform ranks", "not tried", "--time was up during the comparison")
+            self.decide(stage, "non-uniform ranks", "not tried", "--time was reached during the comparison")
             return incumbent
 
     def _no_redistribution(self, incumbent: Variant, swept: Swept) -> str:
-        """Return why other ranks are not worth a comparison; empty where they may be."""
+        """Return why non-uniform ranks are not compared; empty where they are."""
         if len(self.target.shapes) < 2:
             return "one matrix gets an adapter"
         if swept.verdict.word == "no gain":
@@ -358,12 +361,12 @@ class Tuner:
         spectrum(self.base, self._adapter(pilot), output=path, overwrite=True, device=self.run_.options["device"])
         weights = self._gradient_weights()
         budget, least = choice.rank * self.plan.per_rank, least_rank(choice.rank)
-        asked: dict[str, dict[str, Any]] = {
+        strategies: dict[str, dict[str, Any]] = {
             "marginal": {},
             "prior": {"layer_weights": weights, "strategy": "heuristic"},
         }
         found = []
-        for name, options in asked.items():
+        for name, options in strategies.items():
             try:
                 allocated = self._allocated(budget, least, **options)
                 config = {**peft_config(allocated), "task_type": self.target.task}
@@ -394,8 +397,8 @@ class Tuner:
             weights = {}
             for name, gradient in found.items():
                 weight = layers[name].get_parameter("weight")
-                called = self.target.stored[name.removesuffix(".weight")]
-                weights[called] = float(gradient.double().norm() / weight.double().norm())
+                stored = self.target.stored[name.removesuffix(".weight")]
+                weights[stored] = float(gradient.double().norm() / weight.double().norm())
             path.write_text(json.dumps(weights, indent=2) + "\n", encoding="utf-8")
         return path
 
@@ -422,23 +425,28 @@ class Tuner:
         for one in candidates:
             if one is not best:
                 gap = losses.get(one.name, math.inf) - uniform_loss
-                self._say_gap(stage, one, "rejected", f"{best.name} has a lower loss at the first seed", gap)
+                self._record_gap(stage, one, "rejected", f"{best.name} has a lower loss at the first seed", gap)
         gap = losses.get(best.name, math.inf) - uniform_loss
-        if gap >= 0:
-            self._say_gap(stage, best, "rejected", f"not better than {incumbent.name} at the first seed", gap)
+        if gap >= -self.tolerance:
+            why = f"{self._not_ahead()} of {incumbent.name} at the first seed"
+            self._record_gap(stage, best, "rejected", why, gap)
             self.decide(stage, whole, "rejected", f"{incumbent.name} is as good at the same budget")
             return incumbent
         kept = self._confirmed(stage, incumbent, best, fresh=len(candidates) > 1)
-        word = f"{best.name} is better" if kept else f"{incumbent.name} wins, also a tie"
+        word = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
         self.decide(stage, whole, "kept" if kept else "rejected", word)
         return best if kept else incumbent
 
-    def _say_gap(self, stage: str, one: Variant, outcome: str, why: str, gap: float) -> None:
+    def _not_ahead(self) -> str:
+        """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""
+        return f"not ahead by the tolerance of {self.tolerance:.4f} nats" if self.tolerance else "not ahead"
+
+    def _record_gap(self, stage: str, one: Variant, outcome: str, why: str, gap: float) -> None:
         known = gap if math.isfinite(gap) else None
         self.decide(stage, one.name, outcome, why, lr=one.lr, params=self._params(one), gap=known, seeds=1)
 
     def _confirmed(self, stage: str, incumbent: Variant, one: Variant, fresh: bool) -> bool:
-        """Train a challenger and the incumbent with the same seeds, and say whether the challenger is kept."""
+        """Train a challenger and the incumbent with the same seeds; return whether the challenger is kept."""
         seeds = list(range(self.first, self.first + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
@@ -452,19 +460,19 @@ class Tuner:
             self.shifted,
             self.trials.predictions,
         )
-        said = {
+        reason = {
             "better": f"better than {incumbent.name} by more than two paired standard errors",
             "tie": f"within two paired standard errors of {incumbent.name}",
             "worse": f"worse than {incumbent.name} by more than two paired standard errors",
             "not known": "too few runs with a loss",
         }[found.word]
         if found.word == "better" and not found.kept:
-            said += ", but worse on a shifted set"
+            reason += ", but worse on a shifted set"
         self.decide(
             stage,
             one.name,
             "kept" if found.kept else "rejected",
-            said,
+            reason,
             lr=one.lr,
             params=self._params(one),
             **_gaps(found.own, found.shifted),
@@ -478,28 +486,30 @@ class Tuner:
     # -- stability ---------------------------------------------------------------------------------------------------
 
     def _stable(self, incumbent: Variant, swept: Swept) -> Variant:
-        """Return the configuration after the trials that the curves ask for."""
-        asked = asked_by(self._curves(incumbent, swept))
-        if not asked:
+        """Return the configuration after the trials that the curves justify."""
+        reasons = stability_trials(self._curves(incumbent, swept))
+        if not reasons:
             self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
             return incumbent
         for name in STABILITY:
-            if name not in asked:
+            if name not in reasons:
                 continue
             trial = changed(incumbent, name)
             known = self.decided("stability", trial.name)
-            if known is None and not self._has_room(1 + self.plan.repeats):
-                self.decide("stability", trial.name, "proposed", asked[name], seconds=self.plan.repeats * self.one_run)
+            if known is None and not self._has_time(1 + self.plan.repeats):
+                self.decide(
+                    "stability", trial.name, "proposed", reasons[name], seconds=self.plan.repeats * self.one_run
+                )
                 continue
             try:
                 with self._limited():
-                    incumbent = self._tried(incumbent, trial, asked[name])
+                    incumbent = self._tried(incumbent, trial, reasons[name])
             except TimeIsUpError:
-                self.decide("stability", trial.name, "proposed", f"{asked[name]}; --time was up")
+                self.decide("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached")
         return incumbent
 
-    def _has_room(self, runs: int) -> bool:
-        """Say whether the plan and the time have room for a trial, whose other seeds come on top."""
+    def _has_time(self, runs: int) -> bool:
+        """Return whether the plan and the time allow another trial, in addition to the seeds of confirmed ones."""
         return self._trained < self.plan.trials and self.allows(runs)
 
     def _tried(self, incumbent: Variant, trial: Variant, why: str) -> Variant:
@@ -508,8 +518,8 @@ class Tuner:
         ours = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
         theirs = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
         gap = math.inf if ours is None else ours.loss - theirs.loss
-        if gap >= 0:
-            self._say_gap("stability", trial, "rejected", f"{why}; not better at the first seed", gap)
+        if gap >= -self.tolerance:
+            self._record_gap("stability", trial, "rejected", f"{why}; {self._not_ahead()} at the first seed", gap)
             return incumbent
         return trial if self._confirmed("stability", incumbent, trial, fresh=False) else incumbent
 
@@ -538,24 +548,28 @@ class Tuner:
     # -- escalation --------------------------------------------------------------------------------------------------
 
     def _more(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
-        """Look at what more than the budget would buy, with evidence where there is time."""
+        """Estimate the gain of more parameters than the budget, by training where there is time."""
         gain, of_full = self._gains(swept, incumbent)
         share = gain / of_full if of_full else None
-        why = asks_for_more(choice.rank, swept.ranks, share)
+        why = escalation_reason(choice.rank, swept.ranks, share)
         if not why:
-            self.decide("escalation", "more than LoRA within the budget", "not needed", "a smaller rank is enough")
+            self.decide(
+                "escalation", "more than LoRA within the budget", "not needed", "a rank below the largest is enough"
+            )
             return
         for name, build in self._escalations(incumbent, choice).items():
             if self.decided("escalation", name) is not None:
                 continue
             variant, layers = build()
             if variant is None:
-                self.decide("escalation", name, "not needed", "there is nothing more of this kind", layers=layers)
-            elif not self._has_room(1):
+                self.decide(
+                    "escalation", name, "not needed", "the model has no further layers of this kind", layers=layers
+                )
+            elif not self._has_time(1):
                 self.decide("escalation", name, "proposed", why, seconds=self.one_run, layers=layers)
             else:
                 self._escalated(name, variant, incumbent, layers)
-        self._say_full(swept, incumbent, why)
+        self._record_full(swept, incumbent, why)
 
     def _escalated(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
         self._trained += 1
@@ -563,7 +577,7 @@ class Tuner:
             with self._limited():
                 self.trials.train(variant, self.first)
         except TimeIsUpError:
-            self.decide("escalation", name, "proposed", "--time was up", seconds=self.one_run, layers=layers)
+            self.decide("escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers)
             return
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
@@ -572,12 +586,12 @@ class Tuner:
         gap = self._gap_of_one(runs[0], runs[1], self.own)
         moved = self._gap_of_one(runs[0], runs[1], self.shifted[0]) if self.shifted else None
         better = gap is not None and gap.error is not None and gap.value < -2 * gap.error
-        said = "lowers the loss" if better else "does not lower the loss by two standard errors"
+        reason = "lowers the loss" if better else "does not lower the loss by two standard errors"
         self.decide(
             "escalation",
             name,
             "proposed" if better else "rejected",
-            f"trained with one seed: {said}; outside the budget",
+            f"trained with one seed: {reason}; outside the budget",
             lr=variant.lr,
             params=self._params(variant),
             layers=layers,
@@ -596,7 +610,7 @@ class Tuner:
         return None if found is None else Gap(found.value, found.error or None, 1)
 
     def _escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
-        """Return the steps beyond the budget, in order, each with what makes its configuration and names its layers."""
+        """Return the steps beyond the budget in order, each with a function of its configuration and layers."""
         return {
             "higher ranks in named layers": lambda: self._raised(incumbent, choice),
             "more placements": lambda: self._placed(incumbent),
@@ -636,8 +650,8 @@ class Tuner:
         config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *more]}
         return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(more[:NAMED])
 
-    def _say_full(self, swept: Swept, incumbent: Variant, why: str) -> None:
-        """Say what full fine-tuning gains more, or would cost."""
+    def _record_full(self, swept: Swept, incumbent: Variant, why: str) -> None:
+        """Record the further gain of full fine-tuning, or its predicted cost."""
         row = self._full(swept)
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
@@ -683,7 +697,7 @@ class Tuner:
         return math.nan if found is None else found
 
     def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
-        """Put the choice on record, and write the outputs."""
+        """Record the choice, and write the outputs."""
         runs = self.trials.runs(incumbent.name, incumbent.lr)
         losses = [one.loss for one in runs[self.own].values()]
         gain, of_full = self._gains(swept, incumbent)
@@ -732,7 +746,7 @@ class Tuner:
 
 
 def _gaps(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:
-    """Return the fields of a decision that say how two configurations compare."""
+    """Return the fields of a decision for the comparison of two configurations."""
     return {
         "gap": None if own is None else own.value,
         "error": None if own is None else own.error,

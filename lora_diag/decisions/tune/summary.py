@@ -66,15 +66,11 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def tune_lines(results: Results[Any]) -> list[Statement]:
-    """Return the choice and what it stands on."""
+    """Return the choice and its evidence."""
     found, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
     if found is None:
         last = decisions[-1] if decisions else None
-        at = (
-            "nothing is decided yet"
-            if last is None
-            else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
-        )
+        at = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
         return [say("choice", "Choice", at, level="warning"), *ending(results, "records so far")]
     return [
         say("choice", "Choice", _choice(found), level="ok" if found.significant else "warning", priority=0),
@@ -99,7 +95,7 @@ def _choice(found: Tune) -> str:
     what = f"ranks {ranks} by layer ({found.variant})" if ranks else f"r={found.rank} in every layer"
     if found.significant:
         return what
-    return f"{what}: NOT significant, the smallest candidate"
+    return f"{what}: NOT significant, the smallest within tolerance by the mean losses"
 
 
 def _settings(found: Tune) -> str:
@@ -143,14 +139,14 @@ def _shifted(found: Tune) -> str:
 
 
 def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
-    """Return what was tried for stability, and what more would buy."""
+    """Return the trials for stability, and the gain of more parameters."""
     found = []
     for stage, label in (("stability", "Stability"), ("escalation", "More")):
         mine = [one for one in decisions if one.stage == stage]
         if not mine:
             continue
         shown = [f"{safe(one.name)} {one.outcome}{_of(one)}" for one in mine if one.outcome != "not needed"]
-        lead = "; ".join(shown) or "nothing was asked for by the curves"
+        lead = "; ".join(shown) or "the curves give no reason for a trial"
         found.append(say(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in mine)))
     return found
 

@@ -1,6 +1,6 @@
-"""Runs that ``tune`` trains itself, because they are of no shared rank: each once, kept with its losses.
+"""Training runs of ``tune`` other than those of the sweep: each runs once and is recorded with its losses.
 
-BASE is the same after every run.
+BASE is unchanged after every run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ADAPTER = "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """The runs of a search, as far as they are.
+    """The runs of a search so far.
 
     Args:
         model: BASE.
-        training: What all runs have in common.
+        training: Settings shared by all runs.
         sets: Evaluation sets, those of the training's kind first.
         kept: The records.
-        grid: What BASE's linear layers are rounded to; None for as they are.
+        grid: Grid of BASE's linear layers; None without rounding.
         after: Called with a label after every step and every batch.
     """
 
@@ -58,7 +58,7 @@ class Trials:
         return [record for record in self.kept.records if isinstance(record, TuneTrial)]
 
     def has(self, variant: Variant, seed: int) -> bool:
-        """Say whether a run is finished."""
+        """Return whether a run is finished."""
         fields = {"variant": variant.name, "lr": variant.lr, "seed": seed}
         return self.kept.has([each.name for each in self.sets], record="tune_trial", **fields)
 
@@ -68,7 +68,7 @@ class Trials:
         Args:
             variant: The configuration.
             seed: Of the factors' initial values.
-            folder: Where the adapter is kept; not kept if None.
+            folder: Folder for the adapter; None to discard it.
         """
         if self.has(variant, seed) and (folder is None or (folder / ADAPTER).is_file()):
             return
@@ -112,7 +112,7 @@ class Trials:
         )
 
     def copy(self, probes: Sequence[Probe], per_rank: int, total: int, steps: int) -> None:
-        """Keep the runs of a sweep, too, so that one file has all losses.
+        """Record the runs of a sweep, so that one file has all losses.
 
         Args:
             probes: Records of ``probe sweep``.
@@ -163,7 +163,7 @@ class Trials:
 
 
 def uniform_name(rank: int) -> str:
-    """Return what a shared rank is called."""
+    """Return the name of a uniform rank."""
     return f"uniform-r{rank}"
 
 
@@ -187,7 +187,7 @@ def trial_of(
 
 
 def save_adapter(module: Any, folder: Path) -> None:
-    """Write PEFT's folder of a trained adapter; it takes its place when it is whole."""
+    """Write PEFT's folder of a trained adapter; it replaces an earlier one once it is complete."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     module.save_pretrained(part)

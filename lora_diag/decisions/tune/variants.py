@@ -1,4 +1,4 @@
-"""What a search trains: adapter configurations in PEFT's form, and how each differs from another. Trains nothing."""
+"""Adapter configurations of a search, in PEFT's form. Trains nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Variant:
     """One configuration.
 
     Args:
-        name: By which its trials are told from others.
+        name: Identifies its runs.
         config: Content of ``adapter_config.json``.
         lr: Peak learning rate.
         steps: Updates.
@@ -110,7 +110,7 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
 
 
 def least_rank(rank: int) -> int:
-    """Return the least rank of a layer where ranks differ: 1, so that no layer is given up; 0 where the mean is 1."""
+    """Return the least rank of a layer where ranks differ: 1, so that every layer is trained; 0 where the mean is 1."""
     return min(1, rank - 1)
 
 

@@ -31,7 +31,7 @@ class SweepOptions(Shifted, TrainOptions, total=False):
     bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
     dora: Annotated[bool, Option(False, "Train DoRA instead of LoRA.")]
     rslora: Annotated[bool, RSLORA]
-    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's storage format.", "nf4|int8")]
+    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS]
     gain_tolerance: Annotated[

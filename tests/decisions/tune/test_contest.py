@@ -6,12 +6,12 @@ import pytest
 from lora_diag.decisions.tune.contest import (
     Curves,
     Measured,
-    asked_by,
-    asks_for_more,
     between,
     choose_rank,
     contest,
+    escalation_reason,
     gap_of,
+    stability_trials,
 )
 from lora_diag.decisions.tune.figures import Point, frontier
 from lora_diag.decisions.tune.variants import Variant, changed, shortest, uniform
@@ -79,24 +79,27 @@ def test_a_rank_is_chosen_by_the_verdict_or_marked():
     assert (found.rank, found.lr, found.significant) == (8, 1e-3, True)
     noisy = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.7}), AtRank(8, 1e-3, {0: 0.8, 1: 1.0})], 2.0, 0.02)
     assert (choose_rank(noisy, rates).rank, choose_rank(noisy, rates).significant) == (2, False)
+    wide = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.75}), AtRank(8, 1e-3, {0: 0.8, 1: 0.82})], 2.0, 0.02)
+    assert [one.enough for one in wide.standings] == ["not known", "not known"]
+    assert (choose_rank(wide, rates).rank, choose_rank(wide, rates).significant) == (8, False)
     none = judge([AtRank(2, 1e-2, {0: 3.0, 1: 3.1}), AtRank(8, 1e-3, {0: 3.2, 1: 3.3})], 2.0, 0.02)
     assert (choose_rank(none, rates).rank, choose_rank(none, rates).significant) == (2, False)
 
 
 def test_stability_is_tried_only_where_curves_ask():
     sound = {"base": 2.0, "loss": 1.5, "base_train": 2.1, "train": 1.55, "spread": 0.005, "tolerance": 0.01}
-    assert asked_by(Curves(**sound)) == {}
-    assert set(asked_by(Curves(**sound | {"train": 1.2}))) == {"dropout", "weight-decay", "fewer-steps"}
-    assert set(asked_by(Curves(**sound | {"spread": 0.03}))) == {"half-alpha"}
-    assert set(asked_by(Curves(**sound | {"diverged": 2}))) == {"half-alpha"}
-    assert set(asked_by(Curves(**sound, base_shifted=3.0, shifted=3.1))) == {"fewer-steps"}
-    assert asked_by(Curves(**sound, base_shifted=3.0, shifted=2.9)) == {}
+    assert stability_trials(Curves(**sound)) == {}
+    assert set(stability_trials(Curves(**sound | {"train": 1.2}))) == {"dropout", "weight-decay", "fewer-steps"}
+    assert set(stability_trials(Curves(**sound | {"spread": 0.03}))) == {"half-alpha"}
+    assert set(stability_trials(Curves(**sound | {"diverged": 2}))) == {"half-alpha"}
+    assert set(stability_trials(Curves(**sound, base_shifted=3.0, shifted=3.1))) == {"fewer-steps"}
+    assert stability_trials(Curves(**sound, base_shifted=3.0, shifted=2.9)) == {}
 
 
 def test_more_is_looked_at_where_the_largest_rank_was_needed():
-    assert asks_for_more(16, [1, 4, 16], 0.99)
-    assert asks_for_more(4, [1, 4, 16], 0.5)
-    assert not asks_for_more(4, [1, 4, 16], 0.95)
+    assert escalation_reason(16, [1, 4, 16], 0.99)
+    assert escalation_reason(4, [1, 4, 16], 0.5)
+    assert not escalation_reason(4, [1, 4, 16], 0.95)
     assert [between(chosen, [1, 4, 16, 64]) for chosen in (64, 16, 4, 1)] == [32, 8, 2, None]
 
 

@@ -15,6 +15,7 @@ import yaml
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
+from lora_diag.decisions.tune.contest import Measured
 from lora_diag.decisions.tune.outputs import configs
 from lora_diag.decisions.tune.planning import extended
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
@@ -274,6 +275,27 @@ def test_a_pooler_gets_a_rank_like_other_layers(tmp_path):
     lora_diag.spectrum(base, tmp_path / "pilot", output=tmp_path / "pilot.jsonl")
     found = Tuner._allocated(SimpleNamespace(folder=tmp_path), 200, 1)
     assert {record.rank > 0 for record in found if "pooler" in record.layer} == {True}
+
+
+@pytest.mark.parametrize(("gap", "goes_on"), [(0.01, False), (-0.004, False), (-0.006, True)])
+def test_a_challenger_must_be_ahead_by_the_tolerance(gap, goes_on):
+    """By hand: uniform has a loss of 1, the tolerance is 0.005; otherwise no further seed is trained."""
+    losses, confirmed, outcomes = {"uniform": 1.0, "prior": 1.0 + gap, "marginal": 1.5}, [], {}
+    tuner = SimpleNamespace(
+        trials=SimpleNamespace(
+            train=lambda *_: None, runs=lambda name, lr, *_: {"dev": {0: Measured(losses[name])}}
+        ),
+        tolerance=0.005, first=0, own="dev", _adapter=lambda one: None, _params=lambda one: 1, _not_ahead=lambda: "",
+        _record_gap=lambda stage, one, outcome, why, gap: outcomes.update({one.name: outcome}),
+        decide=lambda stage, name, outcome, why: outcomes.update({name: outcome}),
+        _confirmed=lambda stage, incumbent, one, fresh: bool(confirmed.append(one.name)) or True,
+    )  # fmt: skip
+    one, *others = (Variant(name, uniform(["q"], 4, False, None), 1e-3, 9) for name in losses)
+    best = Tuner._best_of(tuner, "redistribution", one, others, "non-uniform ranks")
+    assert confirmed == (["prior"] if goes_on else [])
+    assert best.name == ("prior" if goes_on else "uniform")
+    assert outcomes["non-uniform ranks"] == ("kept" if goes_on else "rejected")
+    assert outcomes["marginal"] == "rejected"
 
 
 def test_ranks_are_not_redistributed_where_none_gains():

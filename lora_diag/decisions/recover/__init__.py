@@ -10,7 +10,6 @@ FEATURE = Feature(
     functions=(".run:recover",),
     table=".summary:recovery_table",
     statements=".summary:recovery_lines",
-    grids=".summary:recovery_grids",
     section=Section(
         "Update below the rounding of the files",
     ),

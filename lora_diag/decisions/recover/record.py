@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Norm, Share
 from lora_diag.records.shown import Shown, Value
 from lora_diag.records.vocabulary import Hidden
+from lora_diag.rendering.text import middle_rank
+
+STATUS = {
+    "recovered": "recovered",
+    "size_only": "size only",
+    "not_hidden": "not hidden",
+    "refused": "refused",
+}
 
 
-def _size(records: Sequence[Any]) -> Value:
-    """Return ‖X‖/‖W‖ of several layers together, those with an estimate."""
-    known = [record for record in records if record.fro_estimate is not None and record.base_fro]
-    if not known:
+def _ratio(field: str) -> Callable[[Sequence[Any]], Value]:
+    """Return ‖·‖/‖W‖ of several layers together, those with a value."""
+
+    def pooled(records: Sequence[Any]) -> Value:
+        known = [record for record in records if getattr(record, field) is not None and record.base_fro]
+        if not known:
+            return None
+        return math.hypot(*(getattr(r, field) for r in known)) / math.hypot(*(r.base_fro for r in known))
+
+    return pooled
+
+
+def _verdicts(records: Sequence[Any]) -> str:
+    """Return the common verdict, or the best with its number of layers."""
+    counts: Counter[str] = Counter(record.status for record in records)
+    best = next(status for status in STATUS if counts[status])
+    return STATUS[best] if len(counts) == 1 else f"{STATUS[best]} {counts[best]}/{len(records)}"
+
+
+def _middle_of_file(records: Sequence[Any]) -> Value:
+    """Return the median rank; none where a layer needs more than the values that were kept."""
+    known = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
+    return int(median(known)) if known and len(known) == len(records) else None
+
+
+def _middle_estimate(records: Sequence[Any]) -> Value:
+    """Return the median rank; where the directions that were found carry less, more than their number."""
+    found = [record for record in records if record.rank_at_estimate is not None]
+    if not found:
         return None
-    return math.hypot(*(r.fro_estimate for r in known)) / math.hypot(*(r.base_fro for r in known))
+    beyond = int(median(record.directions or 0 for record in found))
+    return middle_rank([record.rank_at_estimate["0.9"] for record in found], beyond)
+
+
+def _middle_directions(records: Sequence[Any]) -> Value:
+    known = [record.directions for record in records if record.directions is not None]
+    return int(median(known)) if known else None
 
 
 class Recovery(Hidden, LayerRecord):
@@ -39,28 +80,58 @@ class Recovery(Hidden, LayerRecord):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("status", "verdict", "whether rounding hides an update, and whether it could be estimated", main=True),
-        Shown("unchanged", "unchanged", "share of the entries that stayed the same", share=True, main=True),
-        Shown("relative", "‖D‖/‖W‖", "norm of the difference of the files over that of the base", main=True),
+        Shown(
+            "verdict",
+            "verdict",
+            "whether rounding hides an update, and whether it could be estimated",
+            main=True,
+            pool=_verdicts,
+        ),
+        Shown(
+            "unchanged", "unchanged", "share of the entries that stayed the same", share=True, main=True, form="percent"
+        ),
+        Shown(
+            "relative",
+            "‖D‖/‖W‖",
+            "norm of the difference of the files over that of the base",
+            main=True,
+            pool=_ratio("fro"),
+            drop=1,
+        ),
         Shown(
             "relative_estimate",
             "‖X‖/‖W‖",
             "norm of the update before rounding, estimated, over that of the base",
             main=True,
-            pool=_size,
+            pool=_ratio("fro_estimate"),
         ),
         Shown("kept", "‖D‖/‖X‖", "norm of what the files show over the estimated norm of the update"),
-        Shown("rank_at.0.9", "r@90% file", "smallest rank that keeps 90% of the energy of the files' difference"),
+        Shown(
+            "rank_at.0.9",
+            "r@90% file",
+            "smallest rank that keeps 90% of the energy of the files' difference",
+            main=True,
+            pool=_middle_of_file,
+            drop=3,
+        ),
         Shown(
             "rank_at_estimate.0.9",
             "r@90%",
             "smallest rank whose estimated directions carry 90% of the update's energy; empty if they do not",
             axis="estimated rank at 90% of the energy",
             main=True,
+            pool=_middle_estimate,
         ),
-        Shown("directions", "directions", "directions of the update that stand above what rounding hides", main=True),
-        Shown("gain_z", "z", "gain of hidden cells in standard errors", main=True),
-        Shown("fit_chi", "χ²/df", "misfit of the changed entries by binade of |W|"),
+        Shown(
+            "directions",
+            "directions",
+            "directions of the update that stand above what rounding hides",
+            main=True,
+            pool=_middle_directions,
+            drop=5,
+        ),
+        Shown("gain_z", "z", "gain of hidden cells in standard errors", main=True, form=".1f", drop=2),
+        Shown("fit_chi", "χ²/df", "misfit of the changed entries by binade of |W|", drop=6, terminal=True),
         Shown("fit_misplaced", "misplaced", "share of changed entries in the wrong binade"),
         Shown("information", "information", "share of an entry's variance that its cell removes", share=True),
         Shown("rank", "rank", "rank of the factors in the adapter"),
@@ -86,6 +157,16 @@ class Recovery(Hidden, LayerRecord):
         if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
             return "settings.curve must be a list of ranks"
         return None
+
+    @classmethod
+    def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
+        """Return the columns, without those of estimates where no layer has one."""
+        return tuple(one for one in cls.shown if any(one.value(record) is not None for record in records))
+
+    @property
+    def verdict(self) -> str:
+        """``status`` in words."""
+        return STATUS[self.status]
 
     @property
     def relative(self) -> float | None:

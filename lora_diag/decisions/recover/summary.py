@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
-from lora_diag.decisions.recover.record import Recovery
+from lora_diag.decisions.recover.record import STATUS, Recovery
 from lora_diag.records import Results
-from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.lines import subject
 from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import grids_table
-from lora_diag.rendering.text import count, middle, named, number, percent, safe, short, shown, span
-
-STATUS = {
-    "recovered": "recovered",
-    "size_only": "size only",
-    "not_hidden": "not hidden",
-    "refused": "refused",
-}
+from lora_diag.rendering.tables import grids_table, record_grids
+from lora_diag.rendering.text import count, named, number, percent, safe, short, span
 
 
 def recovery_table(
@@ -41,56 +33,8 @@ def recovery_table(
         then: The command that a user would run next.
         folder: Where the adapter or the checkpoint is; None if none was written.
     """
-    grids = recovery_grids(results, per) if len(results) else []
+    grids = record_grids(results, per)
     return grids_table(grids, [*recovery_lines(results), *_written(results, folder)], width, color, then)
-
-
-def recovery_grids(results: Results[Recovery], per: str = "type") -> list[Grid]:
-    """Return the table."""
-    rows = rows_of(results, per)
-
-    def column(title: str, cell: Callable[[Sequence[Recovery]], str], drop: int = 0) -> Column:
-        return Column(title, tuple(cell(group) for _, group in rows), drop=drop)
-
-    columns = [
-        column("n", lambda group: str(len(group)), 4),
-        column("verdict", _verdicts),
-        column("unchanged", lambda group: percent(median(r.unchanged for r in group))),
-        column("‖D‖/‖W‖", lambda group: shown(middle([r.relative for r in group])), 1),
-        column("‖X‖/‖W‖", lambda group: shown(middle([r.relative_estimate for r in group]))),
-        column("r@90% file", lambda group: _rank([r.rank_at["0.9"] for r in group]), 3),
-        column("r@90%", lambda group: _estimated(group)),
-        column("directions", lambda group: _rank([r.directions for r in group if r.directions is not None]), 5),
-        column("z", lambda group: shown(middle([r.gain_z for r in group]), lambda z: f"{z:.1f}"), 2),
-        column("χ²/df", lambda group: shown(middle([r.fit_chi for r in group])), 6),
-    ]
-    kept = tuple(one for one in columns if (per == "type" or one.title != "n") and set(one.cells) != {"-"})
-    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept)]
-
-
-def _verdicts(group: Sequence[Recovery]) -> str:
-    counts: Counter[str] = Counter(record.status for record in group)
-    if len(counts) == 1:
-        return STATUS[group[0].status]
-    best = next(status for status in STATUS if counts[status])
-    return f"{STATUS[best]} {counts[best]}/{len(group)}"
-
-
-def _rank(ranks: Sequence[int | None]) -> str:
-    known = [rank for rank in ranks if rank is not None]
-    return str(int(median(known))) if known and len(known) == len(ranks) else "-"
-
-
-def _estimated(group: Sequence[Recovery]) -> str:
-    """Return the median estimated rank at 90%; of layers whose directions carry less, more than they have."""
-    found = [record for record in group if record.rank_at_estimate is not None]
-    if not found:
-        return "-"
-    ranks = [record.rank_at_estimate["0.9"] for record in found if record.rank_at_estimate is not None]
-    known = [rank for rank in ranks if rank is not None]
-    if 2 * len(known) <= len(ranks):
-        return f"> {int(median(record.directions or 0 for record in found))}"
-    return str(int(median(known)))
 
 
 def recovery_lines(results: Results[Recovery]) -> list[Statement]:

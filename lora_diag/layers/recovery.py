@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Side, StoredDelta, row_spans
-from lora_diag.linalg.binades import Binades
+from lora_diag.linalg.binades import MOST_UNEVEN, Binades
 from lora_diag.linalg.cells import GRIDS, Cells, halves, nearest
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.hidden import SAMPLE, LowRank, Recovered, Size, fit_size, recover
@@ -211,13 +211,15 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         "information": size.information,
         "fit_chi": fit.chi,
         "fit_misplaced": fit.misplaced,
+        "fit_uneven": fit.uneven,
         "scales": scales is not None,
         "kurtosis": None if shaped is None else shaped.shape.kurtosis,
     }
     if fit.is_bad(start):
         reason = (
             f"which entries changed does not fit one size of update: χ²/df = {fit.chi:.3g} over binades of |W|, "
-            f"{fit.misplaced:.2g} of the entries misplaced; was it trained without float32 master weights, or in part?"
+            f"{fit.misplaced:.2g} of the entries misplaced, and its size varies by {fit.uneven:.0%} with |W|; was it "
+            "trained without float32 master weights, or in part?"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     found = model.found if model.found is not None else recover(model.cells, size, seed)
@@ -227,7 +229,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
     elif scales is not None:
         whole = _norm(model.cells, size.deviation, NORMAL, scales, None)
     if model.found is not None and found.low_rank is not None:  # one variance alone does not fit, so its size is none
-        whole = _norm(model.cells, found.low_rank.deviation, NORMAL, scales, found.low_rank)
+        whole = _norm(model.cells, found.deviation, NORMAL, scales, found.low_rank)
     error *= math.sqrt(max(1.0, fit.chi or 1.0))
     common |= {
         "fro_estimate": whole * read.unit,
@@ -252,7 +254,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         **common,
         **curves,
     )
-    return Estimate(hidden, model.cells, found.low_rank, found.low_rank.deviation, scales, read.unit, curve)
+    return Estimate(hidden, model.cells, found.low_rank, found.deviation, scales, read.unit, curve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,22 +286,22 @@ def _model(
     An update of rank 1 or 2 has entries of very different sizes, and L is what explains them.
     """
     shaped = fit_shape(cells, size.deviation)
-    expected = _binades(delta, read, shaped.deviation, shaped.shape, None, start, device)
+    expected = _binades(delta, read, cells, shaped.deviation, shaped.shape, None, start, device)
     plain = _Model(cells, size, None, expected, shaped=shaped)
     tried = [plain]
     if plain.fit.is_bad(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, divided, fitted = scaled
-        tried.append(
-            _Model(divided, fitted, scales, _binades(delta, read, fitted.deviation, NORMAL, scales, start, device))
-        )
+        fit = _binades(delta, read, divided, fitted.deviation, NORMAL, scales, start, device)
+        tried.append(_Model(divided, fitted, scales, fit))
     for model in tried:
         if not model.fit.is_bad(start):
             return model
     for model in tried:
         found = recover(model.cells, model.size, seed)
         if found.low_rank is not None:
-            deviation = found.low_rank.deviation
-            fit = _binades(delta, read, deviation, NORMAL, model.scales, start, device, found.low_rank)
+            fit = _binades(
+                delta, read, model.cells, found.deviation, NORMAL, model.scales, start, device, found.low_rank
+            )
             if not fit.is_bad(start):
                 return replace(model, fit=fit, found=found, shaped=None)
     return plain
@@ -370,6 +372,7 @@ def _start(read: _Read) -> tuple[Cells, Start, float | None]:
 def _binades(
     delta: StoredDelta,
     read: _Read,
+    stored: Cells,
     deviation: float,
     form: Shape,
     scales: Scales | None,
@@ -377,8 +380,13 @@ def _binades(
     device: torch.device,
     low_rank: LowRank | None = None,
 ) -> Binades:
-    """Compare which entries changed with what N(L, s²), or another shape, expects, by binade of |W|."""
-    counts, shape = Binades(), delta.shape
+    """Compare which entries changed, and how far, with what N(L, s²), or another shape, expects, by binade of |W|.
+
+    ``stored`` are the cells that the model was fitted to, divided by ``scales``.
+    """
+    # Scales are fitted roughly, and where L is most of X few binades show the size of the rest.
+    limit = math.inf if low_rank is not None else MOST_UNEVEN * (1 if scales is None else 2)
+    counts, shape = Binades(most_uneven=limit), delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
         wide = torch.promote_types(torch.float32, torch.promote_types(w.dtype, t.dtype))
         w, t = move(w, device).to(wide), move(t, device).to(wide)
@@ -395,11 +403,13 @@ def _binades(
         if scales is not None:
             cells = Scales(scales.rows[first:last], scales.columns).divide(cells)
         if low_rank is None:
-            found = form.moments(cells, deviation, fast=True)
+            mean: Tensor | float = 0.0
+            still, found = (form.moments(each, deviation, fast=True) for each in (cells, stored.rows(first, last)))
         else:
-            found = moments(cells, low_rank.rows(first, last), deviation, fast=True)
-        probability = 1 - found.log_mass.exp()
-        counts.add(w, t != home, probability)
+            mean = low_rank.rows(first, last)
+            still, found = (moments(each, mean, deviation, fast=True) for each in (cells, stored.rows(first, last)))
+        square = ((found.mean - mean) ** 2 + found.variance) / deviation**2
+        counts.add(w, t != home, 1 - still.log_mass.exp(), square, 1 - found.variance / deviation**2)
     return counts
 
 

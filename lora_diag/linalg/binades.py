@@ -1,7 +1,13 @@
-"""Check whether one size explains the changed entries: their fraction by binade of |W|, observed and expected."""
+"""Check whether one size explains the changed entries: how many changed and how far, by binade of |W|.
+
+The size of a binade's updates relative to that of all is one scoring step, log s_b − log s = ½·log g/q, g = mean
+E[(x − L)²]/s² over its entries and q the mean fraction of the variance that a cell removes. Steps of optimizers do not
+depend on |W|; errors of stochastic rounding grow with the spacing of the numbers, hence with |W|.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,11 +19,23 @@ from torch import Tensor
 # stochastic rounding, which resembles a rounded start. There a rejected fit has χ² above 40.
 WORST_CHI, WORST_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
 
+# It is rejected, too, if the size varies so much with |W|, and by so many times its error. In 190 scaled updates of the
+# sample model's layers it varied by up to 0.07, and by 2 times its error; in training without master weights and with
+# stochastic rounding by 0.10 to 0.51, and by 6 to 28 times (256², tests/benchmarks/recovery.py).
+MOST_UNEVEN, UNEVEN_ERRORS = 0.08, 3.0
+
 # Binades with fewer expected changes or expected unchanged entries are excluded from χ².
 LEAST = 10.0
 
 # Exponents of float64 numbers.
 _LOWEST, _BINADES = -1100, 2200
+
+# Binades with fewer entries have no size.
+FEWEST = 50
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(_BINADES, dtype=torch.float64)
 
 
 @dataclass(slots=True)
@@ -29,29 +47,43 @@ class Binades:
         changed: Number of changed entries.
         expected: Σ of the probabilities of a change.
         variance: Σ p(1 − p).
+        square: Σ E[(x − L)²]/s².
+        scatter: Σ of its squares.
+        known: Σ of the fractions of the variance that cells remove.
+        most_uneven: Largest ``uneven`` of an accepted fit.
     """
 
-    entries: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
-    changed: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
-    expected: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
-    variance: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
+    entries: Tensor = field(default_factory=_zeros)
+    changed: Tensor = field(default_factory=_zeros)
+    expected: Tensor = field(default_factory=_zeros)
+    variance: Tensor = field(default_factory=_zeros)
+    square: Tensor = field(default_factory=_zeros)
+    scatter: Tensor = field(default_factory=_zeros)
+    known: Tensor = field(default_factory=_zeros)
+    most_uneven: float = MOST_UNEVEN
 
-    def add(self, base: Tensor, changed: Tensor, probability: Tensor) -> None:
+    def add(self, base: Tensor, changed: Tensor, probability: Tensor, square: Tensor, known: Tensor) -> None:
         """Add a block.
 
         Args:
             base: W.
             changed: Which entries changed.
             probability: Probability of a change under the model.
+            square: E[(x − L)²]/s² given the cells.
+            known: 1 − Var[x]/s² given the cells.
         """
         exponent = torch.frexp(base.double())[1]
         at = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
         p = probability.double().clamp(0.0, 1.0).reshape(-1).cpu()
+        second = square.double().reshape(-1).cpu()
         for sums, values in (
             (self.entries, torch.ones_like(p)),
             (self.changed, changed.reshape(-1).double().cpu()),
             (self.expected, p),
             (self.variance, p * (1 - p)),
+            (self.square, second),
+            (self.scatter, second**2),
+            (self.known, known.double().reshape(-1).cpu()),
         ):
             sums.index_add_(0, at, values)
 
@@ -71,6 +103,29 @@ class Binades:
         off = float((self.changed - self.expected).abs().sum())
         return off / fewer if fewer > 0 else 0.0
 
+    @property
+    def _variation(self) -> tuple[float, float]:
+        """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors."""
+        used = self.entries >= FEWEST
+        count = self.entries[used]
+        if len(count) < 2:
+            return 0.0, 0.0
+        mean, q = self.square[used] / count, (self.known[used] / count).clamp(min=1e-4)
+        size = mean.clamp(min=1e-12).log() / 2 / q
+        error = ((self.scatter[used] / count - mean**2).clamp(min=0.0) / count).sqrt() / 2 / q
+        weight = count * q / (count * q).sum()
+        variance = float((weight * (size - (weight * size).sum()) ** 2).sum())
+        return math.sqrt(variance), math.sqrt(float((weight * error**2).sum()))
+
+    @property
+    def uneven(self) -> float:
+        """Standard deviation of the logarithm of the size over binades, beyond its error."""
+        spread, error = self._variation
+        return math.sqrt(max(0.0, spread**2 - error**2))
+
     def is_bad(self, start: str) -> bool:
         """Return whether the model does not fit, given the assumed start of training."""
+        spread, error = self._variation
+        if self.uneven > self.most_uneven and spread > UNEVEN_ERRORS * error:
+            return True
         return (self.chi or 0.0) > WORST_CHI and self.misplaced > WORST_MISPLACED[start]

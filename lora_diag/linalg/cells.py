@@ -115,6 +115,21 @@ class Cells:
         """``(m, n)``."""
         return self.lo.shape[0], self.lo.shape[1]
 
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return self.lo.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the ends."""
+        return self.lo.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the ends."""
+        return self.lo.device
+
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows, as views."""
         parts = (None if part is None else part[first:last] for part in (self.lo, self.hi, self.below, self.above))
@@ -128,6 +143,14 @@ class Cells:
         )
         return Cells(*parts)  # type: ignore[arg-type]
 
+    def opened(self, entries: Tensor) -> Opened:
+        """Return the same cells with some entries unknown.
+
+        Args:
+            entries: Row-major indices, ascending.
+        """
+        return Opened(self, entries)
+
     def exact_start(self) -> Cells:
         """Return the same cells with the stored BASE as the start."""
         return replace(self, below=None, above=None)
@@ -137,3 +160,50 @@ class Cells:
         step = max(1, entries // self.shape[1])
         for first in range(0, self.shape[0], step):
             yield first, min(self.shape[0], first + step)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Cells of which some entries are unknown: from −∞ to ∞.
+
+    Args:
+        cells: All of them.
+        entries: Row-major indices of the unknown, ascending.
+    """
+
+    cells: Cells
+    entries: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        return self.cells.shape
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return self.cells.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the ends."""
+        return self.cells.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the ends."""
+        return self.cells.device
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield row ranges of blocks."""
+        return self.cells.spans()
+
+    def rows(self, first: int, last: int) -> Cells:
+        """Return some of the rows."""
+        known, columns = self.cells.rows(first, last), self.shape[1]
+        ends = torch.tensor([first * columns, last * columns], device=self.entries.device)
+        start, stop = torch.searchsorted(self.entries, ends).tolist()
+        here = self.entries[start:stop] - first * columns
+        low, high = known.lo.clone(), known.hi.clone()
+        low.view(-1)[here], high.view(-1)[here] = -math.inf, math.inf
+        return replace(known, lo=low, hi=high)

@@ -92,7 +92,7 @@ class Hidden(Record):
         directions: Number of detected directions of X.
         gain_z: Mean gain in log-likelihood of held-out cells over a model without directions, in standard errors; null
             if not tested.
-        rule: Rule for s given L: ``norm`` or ``debiased``, chosen by held-out cells.
+        rule: Rule for s given L: ``norm``, ``debiased`` or ``held_out``, chosen by held-out cells.
         start: ``stored``: BASE is where training started. ``rounded``: BASE was rounded after the start, which lay
             anywhere in its cells. The larger likelihood decides.
         start_gain: Log-likelihood of ``rounded`` minus that of ``stored``, over a sample if there are many entries;
@@ -100,6 +100,8 @@ class Hidden(Record):
         information: Fraction of the variance of an entry of X that its cell removes; 1 without hidden information.
         fit_chi: χ² per degree of freedom of the fraction of changed entries by binade of |W|.
         fit_misplaced: Changed entries in the wrong binade, as a fraction of the changed or the unchanged.
+        fit_uneven: Standard deviation over binades of |W| of the logarithm of the size of X, beyond its error; null in
+            older results.
         scales: Whether rows and columns have separate variances, a_i·b_j, because a common one did not fit.
         kurtosis: Of the likeliest distribution of the entries, 3 where it is normal; null where scales or directions
             were needed to fit, and in older results.
@@ -119,12 +121,13 @@ class Hidden(Record):
     rank_at_interval: dict[str, tuple[int | None, int | None]] | None = None
     directions: int | None = None
     gain_z: float | None = None
-    rule: Literal["norm", "debiased"] | None = None
+    rule: Literal["norm", "debiased", "held_out"] | None = None
     start: Literal["stored", "rounded"] | None = None
     start_gain: float | None = None
     information: Share | None = None
     fit_chi: float | None = None
     fit_misplaced: float | None = None
+    fit_uneven: float | None = None
     scales: bool = False
     kurtosis: float | None = None
     iterations: int | None = None

@@ -113,12 +113,21 @@ def test_what_did_not_move_or_hardly_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("rate", [1e-5, 1e-6])
-def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate):
+@pytest.mark.parametrize(
+    ("stochastic", "rate", "lean"),
+    [
+        (False, 1e-5, 0.3),
+        (False, 1e-6, 0.3),
+        (True, 1e-5, 0.3),
+        (True, 1e-6, 0.3),
+        (True, 3e-6, 1.0),
+        (True, 1e-5, 1.0),
+    ],
+)
+def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate, lean):
     rng = torch.Generator().manual_seed(8)
     start = (torch.randn(256, 256, generator=rng) * 0.02).bfloat16().float()
-    drift, now = 0.3 * torch.randn(256, 256, generator=rng), start.clone()
+    drift, now = lean * torch.randn(256, 256, generator=rng), start.clone()
     for _ in range(40):
         moved = now - rate * torch.tanh(torch.randn(256, 256, generator=rng) + drift)
         if stochastic:
@@ -128,7 +137,7 @@ def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate):
             now = moved.bfloat16().float()
     found = estimate(tmp_path, start.bfloat16(), now.bfloat16()).hidden
     assert found.status == "refused"
-    assert found.fit_chi > 20
+    assert found.fit_uneven > 0.08 if stochastic else found.fit_chi > 20
     assert found.fro_estimate is None
 
 

@@ -81,7 +81,7 @@ class Recovery(Hidden, LayerRecord):
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
-            "verdict",
+            "status_words",
             "verdict",
             "whether rounding hides an update, and whether it could be estimated",
             main=True,
@@ -164,7 +164,7 @@ class Recovery(Hidden, LayerRecord):
         return tuple(one for one in cls.shown if any(one.value(record) is not None for record in records))
 
     @property
-    def verdict(self) -> str:
+    def status_words(self) -> str:
         """``status`` in words."""
         return STATUS[self.status]
 

@@ -92,7 +92,7 @@ def matrix(peers: bool) -> None:
     }
     if peers:
         commands |= peer_commands(base, tuned)
-    print(table(in_turn(commands, 3), "loradiag spectrum"))
+    print(table(in_turn(commands, 5), "loradiag spectrum"))
 
 
 def model(peers: bool) -> None:
@@ -158,6 +158,13 @@ def fleet(peers: bool) -> None:
     print(f"\ntorch.linalg.svdvals(B @ A), from one of 16 layers: {plain:.0f} s for one adapter")
 
 
+def reading(peers: bool) -> None:
+    """A 1 B-parameter pair that is not in the page cache."""
+    from tests.benchmarks.reading import reading_table
+
+    print(reading_table(*made("make_pair", FOLDER / "model16", 2048, 8192, 512, 16)))
+
+
 def rounding(peers: bool) -> None:
     """The rounding floor on planted updates."""
     from tests.benchmarks.rounding import rounding_table
@@ -192,7 +199,7 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
     }
 
 
-PARTS = {part.__name__: part for part in (kernels, matrix, model, residual, adapters, fleet, rounding)}
+PARTS = {part.__name__: part for part in (kernels, matrix, model, residual, adapters, fleet, reading, rounding)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""Whole processes: wall time and peak memory as the system accounts them, in turn, as medians."""
+"""Whole processes: wall time, processor time and peak memory as the system accounts them, in turn."""
 
 import os
 import statistics
@@ -11,12 +11,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Figure:
-    """Medians over the runs of one command."""
+    """The runs of one command, in the order in which they were made.
 
-    wall: float
-    cpu: float
-    peak_mib: float
-    runs: int
+    Args:
+        wall: Seconds of every run.
+        cpu: Processor seconds of every run.
+        peak_mib: Peak resident MiB of every run.
+    """
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+    peak_mib: tuple[float, ...]
+
+    def ratios(self, other: "Figure") -> tuple[float, ...]:
+        """Return the wall time of every run divided by that of the other command's run next to it."""
+        return tuple(own / its for own, its in zip(self.wall, other.wall, strict=True))
 
 
 def run(words: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[float, float, float]:
@@ -39,10 +48,7 @@ def in_turn(commands: Mapping[str, Sequence[str]], runs: int = 3) -> dict[str, F
     for _ in range(runs):
         for name, words in commands.items():
             seen[name].append(run(words))
-    return {
-        name: Figure(*(statistics.median(column) for column in zip(*rows, strict=True)), runs)
-        for name, rows in seen.items()
-    }
+    return {name: Figure(*zip(*rows, strict=True)) for name, rows in seen.items()}
 
 
 def processor() -> str:
@@ -58,9 +64,14 @@ def machine() -> str:
 
 
 def table(figures: Mapping[str, Figure], reference: str) -> str:
-    """Return figures as a Markdown table, wall time also as a ratio to one of them."""
-    lines = ["| command | wall s | processor s | peak MiB | wall, as a multiple |", "|---|---:|---:|---:|---:|"]
+    """Return figures as a Markdown table: medians, and the ratio of paired runs with its smallest and largest value."""
+    runs = len(figures[reference].wall)
+    ratio = "wall, as a multiple" + (" (smallest to largest)" if runs > 1 else "")
+    lines = [f"| command | wall s | processor s | peak MiB | {ratio} |", "|---|---:|---:|---:|---:|"]
     for name, figure in figures.items():
-        ratio = figure.wall / figures[reference].wall
-        lines.append(f"| {name} | {figure.wall:.2f} | {figure.cpu:.2f} | {figure.peak_mib:.0f} | {ratio:.2f} |")
+        wall, cpu, peak = (statistics.median(values) for values in (figure.wall, figure.cpu, figure.peak_mib))
+        ratios = figure.ratios(figures[reference])
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if runs > 1 else ""
+        middle = statistics.median(ratios)
+        lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {middle:.2f}{spread} |")
     return "\n".join(lines)

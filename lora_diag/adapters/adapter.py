@@ -141,9 +141,7 @@ class Adapter:
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
         notes = (f"rank {rank}: {CAP}",) if rank > SERVED_RANK else ()
-        # The bytes of 0.0 and -0.0, whatever the dtype; so that torch is not needed to look.
-        stored = zip(keys, self.checkpoint.read_bytes_each(keys), strict=True)
-        dead = [key for key, content in stored if not content.strip(b"\0\x80")]
+        dead = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
         if not dead:
             return notes
         example = f"such as {dead[0]}"

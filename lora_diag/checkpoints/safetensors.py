@@ -117,9 +117,9 @@ class SafetensorsFile:
         self._content.fill(content.data, self._start[name], name)
         return decode(content, self.tensors[name].dtype).reshape(self.tensors[name].shape)
 
-    def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor, without torch."""
-        content = bytearray(self._bytes[name])
+    def read_bytes(self, name: str, most: int | None = None) -> bytes:
+        """Return the bytes of a small tensor, or the first of any, without torch."""
+        content = bytearray(self._bytes[name] if most is None else min(most, self._bytes[name]))
         self._content.fill(memoryview(content), self._start[name], name)
         return bytes(content)
 

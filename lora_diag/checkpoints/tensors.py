@@ -21,6 +21,9 @@ FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 # What ``decoding`` reads without torch.
 DECODED = FLOAT_DTYPES | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 
+# The bytes of 0.0 and -0.0, whatever the dtype; so many are looked at first.
+ZERO, FIRST_BYTES = b"\0\x80", 4096
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -87,6 +90,10 @@ class ArrayFile(Protocol):
         """Return a whole tensor in its shape, float64."""
         ...
 
+    def read_bytes(self, name: str, most: int | None = None) -> bytes:
+        """Return the first bytes of a tensor, or all."""
+        ...
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -131,14 +138,20 @@ class Checkpoint:
         """Return the bytes of a small tensor, such as the settings of a quantizer."""
         return self._home[name].read_bytes(name)
 
-    def read_bytes_each(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Yield the bytes of small tensors; those of remote files are requested concurrently."""
+    def are_zero(self, names: Iterable[str]) -> Iterator[bool]:
+        """Yield whether all entries of tensors are zero; remote files are requested concurrently."""
         if isinstance(self.files[0].path, RemotePath):
             from lora_diag.checkpoints.ranges import map_concurrently  # imported only for remote files
 
-            yield from map_concurrently(self.read_bytes, names)
+            yield from map_concurrently(self._is_zero, names)
             return
-        yield from map(self.read_bytes, names)
+        yield from map(self._is_zero, names)
+
+    def _is_zero(self, name: str) -> bool:
+        file = self._home[name]
+        if isinstance(file, ArrayFile) and file.read_bytes(name, FIRST_BYTES).strip(ZERO):
+            return False
+        return not file.read_bytes(name).strip(ZERO)
 
     def decodes(self, name: str) -> bool:
         """Return whether ``read_array`` can read a tensor: its file and format need no torch."""

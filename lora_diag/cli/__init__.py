@@ -5,6 +5,6 @@ def main() -> None:
     """Run the command line."""
     from lora_diag.cli.app import (
         main as run,
-    )  # deferred: app imports every command, and commands import the options of this package
+    )  # deferred: app imports commands, and commands import the options of this package
 
     run()

@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from lora_diag.catalog import features
 from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
+from lora_diag.feature import Feature
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS
 from lora_diag.version import __version__
 
@@ -91,35 +92,12 @@ def _choices(kind: re.Match[str]) -> str:
     return f" {kind[1]}" if kind[1] else ""
 
 
-app = typer.Typer(
-    name="loradiag",
-    cls=_Commands,
-    help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
-    epilog="Exit codes: 0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, "
-    "5 inconclusive.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
-for feature in features():
-    if feature.command:
-        group, _, name = feature.name.rpartition(" ")
-        run = feature.load(feature.command)
-        (probe if group else app).command(name, cls=_Command, no_args_is_help=feature.needs_input)(run)
-    for name, path in feature.subcommands:
-        app.command(name, cls=_Command, no_args_is_help=True)(feature.load(path))
-app.add_typer(probe)
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"loradiag {__version__}")
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
@@ -129,9 +107,56 @@ def _main(
 
 
 @cache
-def commands() -> Any:
-    """Return the click command, built once per process."""
-    return typer.main.get_command(app)
+def application(only: str = "") -> typer.Typer:
+    """Return the application, built once per process.
+
+    Args:
+        only: The one command to build, by its name; default all. Importing the others takes longer than an adapter.
+    """
+    app = typer.Typer(
+        name="loradiag",
+        cls=_Commands,
+        help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
+        epilog="Exit codes: 0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, "
+        "5 inconclusive.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_main)
+    probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
+    for feature in features():
+        for full, path, needs_input in _paths(feature):
+            if full == only or not only:
+                group, name = ("probe", full.removeprefix("probe ")) if full.startswith("probe ") else ("", full)
+                command = (probe if group else app).command(name, cls=_Command, no_args_is_help=needs_input)
+                command(feature.load(path))
+    if probe.registered_commands:
+        app.add_typer(probe)
+    return app
+
+
+@cache
+def commands(only: str = "") -> Any:
+    """Return the click command of ``application``."""
+    return typer.main.get_command(application(only))
+
+
+def _paths(feature: Feature) -> list[tuple[str, str, bool]]:
+    """Return name and path of each command of a feature, and whether it shows its help if it is given nothing."""
+    own = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
+    return [*own, *((name, path, True) for name, path in feature.subcommands)]
+
+
+def _named(words: list[str]) -> str:
+    """Return the command that the first words name in full; empty if they name none.
+
+    >>> _named(["probe", "sweep", "base"]), _named(["gate", "init"]), _named(["gate", "r.jsonl"]), _named(["spektrum"])
+    ('probe sweep', 'gate init', 'gate', '')
+    """
+    known = {name for feature in features() for name, _, _ in _paths(feature)}
+    return next((name for name in (" ".join(words[:2]), *words[:1]) if name in known), "")
 
 
 def main() -> None:
@@ -148,7 +173,7 @@ def main() -> None:
 def _run() -> int:
     try:
         # Not in typer's standalone mode, which says nothing about Ctrl-C.
-        code = commands()(prog_name="loradiag", standalone_mode=False)
+        code = commands(_named(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
     except LoradiagError as error:
         message(f"Error: {error}")
         return error.exit_code

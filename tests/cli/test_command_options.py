@@ -9,7 +9,7 @@ import typer.main
 import lora_diag
 from lora_diag import catalog
 from lora_diag.cli import options
-from lora_diag.cli.app import app
+from lora_diag.cli.app import application
 from lora_diag.probes.intrinsic.options import IntrinsicOptions
 from lora_diag.running.options import PANELS, Option, filled
 from tests.conftest import ROOT
@@ -34,7 +34,7 @@ def leaves(command, name=""):
     }
 
 
-COMMANDS = {name.strip(): command for name, command in leaves(typer.main.get_command(app)).items()}
+COMMANDS = {name.strip(): command for name, command in leaves(typer.main.get_command(application())).items()}
 
 
 def visible(command):

@@ -62,7 +62,7 @@ def test_ctrl_c_names_resume_where_command_has_it(monkeypatch, capsys, words, to
         raise KeyboardInterrupt
 
     module = importlib.import_module("lora_diag.cli.app")
-    monkeypatch.setattr(module, "commands", lambda: interrupted)
+    monkeypatch.setattr(module, "commands", lambda only: interrupted)
     monkeypatch.setattr(sys, "argv", ["loradiag", *words])
     with pytest.raises(SystemExit) as stop:
         module.main()

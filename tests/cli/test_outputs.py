@@ -15,7 +15,7 @@ import typer.main
 
 import lora_diag
 from lora_diag.cli import main
-from lora_diag.cli.app import app
+from lora_diag.cli.app import application
 from lora_diag.files import PAGE, write_whole
 from lora_diag.records import Run, to_line, totals
 from lora_diag.running.options import OUTPUT
@@ -52,7 +52,7 @@ def has_path(annotation):
 
 
 def outputs():
-    for words, command in commands(typer.main.get_command(app)):
+    for words, command in commands(typer.main.get_command(application())):
         kinds = inspect.signature(command.callback, eval_str=True).parameters
         options = {each.name: each for each in command.params if each.opts[0].startswith("-")}
         required = []

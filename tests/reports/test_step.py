@@ -7,7 +7,7 @@ import pytest
 import typer
 
 import lora_diag
-from lora_diag.cli.app import app
+from lora_diag.cli.app import application
 from lora_diag.rendering.statements import say, summary_of
 from lora_diag.rendering.text import to_text
 from lora_diag.reports.advice import advice
@@ -66,7 +66,7 @@ SITUATIONS = {
 def parsed(argv):
     """Return the command's name and what the program makes of its words."""
     assert argv[0] == "loradiag"
-    command, words = typer.main.get_command(app), list(argv[1:])
+    command, words = typer.main.get_command(application()), list(argv[1:])
     context = click.Context(command, info_name="loradiag")
     name = []
     while hasattr(command, "resolve_command"):

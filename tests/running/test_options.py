@@ -11,7 +11,7 @@ import typer.main
 
 import lora_diag
 from lora_diag import catalog
-from lora_diag.cli.app import app
+from lora_diag.cli.app import application
 from lora_diag.errors import UsageError
 from lora_diag.running.options import LayerOptions, RunOptions, declared, filled, show_options
 
@@ -83,7 +83,7 @@ def commands(command):
 
 def test_command_line_shows_declaration():
     """By name, default and help; ``engine`` is three options there, and a callback none."""
-    found = {command.name: command for command in commands(typer.main.get_command(app))}
+    found = {command.name: command for command in commands(typer.main.get_command(application()))}
     for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
         shown = {each.name: each for each in found[name].params}
         assert {"ray_address", "gpus_per_task"} <= set(shown)

@@ -430,12 +430,20 @@ class Tuner:
         if gap >= -self.tolerance:
             why = f"{self._not_ahead()} of {incumbent.name} at the first seed"
             self._record_gap(stage, best, "rejected", why, gap)
-            self.decide(stage, whole, "rejected", f"{incumbent.name} is as good at the same budget")
+            why = f"{incumbent.name} is as good at the same budget{self._cost_of(candidates)}"
+            self.decide(stage, whole, "rejected", why)
             return incumbent
         kept = self._confirmed(stage, incumbent, best, fresh=len(candidates) > 1)
         word = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
-        self.decide(stage, whole, "kept" if kept else "rejected", word)
+        self.decide(stage, whole, "kept" if kept else "rejected", f"{word}{self._cost_of(candidates)}")
         return best if kept else incumbent
+
+    def _cost_of(self, candidates: Sequence[Variant]) -> str:
+        """Return the share of the runs so far that the comparison took: those of the pilot and of the candidates."""
+        names = {one.name for one in candidates}
+        runs = {(one.variant, one.lr, one.seed) for one in self.trials.records if one.variant != "base"}
+        mine = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
+        return f", found with {len(mine)} of {len(runs)} runs"
 
     def _not_ahead(self) -> str:
         """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""

@@ -95,7 +95,7 @@ def _choice(found: Tune) -> str:
     what = f"ranks {ranks} by layer ({found.variant})" if ranks else f"r={found.rank} in every layer"
     if found.significant:
         return what
-    return f"{what}: NOT significant, the smallest within tolerance by the mean losses"
+    return f"{what}: NOT significant, chosen by the mean losses"
 
 
 def _settings(found: Tune) -> str:

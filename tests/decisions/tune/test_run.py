@@ -99,6 +99,11 @@ def test_the_folder_holds_an_adapter_that_peft_loads(case):
 
 def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
     _, _, found, _, _ = case
+    every = [*found.whole]
+    end = next(i for i, one in enumerate(every) if getattr(one, "name", "") == "non-uniform ranks")
+    ran = {(o.variant, o.lr, o.seed) for o in every[:end] if isinstance(o, TuneTrial) and o.variant != "base"}
+    mine = [name for name, _, _ in ran if name in {"prior", "marginal"} or name.startswith("pilot")]
+    assert every[end].why.endswith(f"found with {len(mine)} of {len(ran)} runs")
     (choice,) = found.whole_of(Tune)
     trials = found.whole_of(TuneTrial)
     uniform = next(one.params for one in trials if one.variant == f"uniform-r{choice.rank}")
@@ -286,6 +291,7 @@ def test_a_challenger_must_be_ahead_by_the_tolerance(gap, goes_on):
             train=lambda *_: None, runs=lambda name, lr, *_: {"dev": {0: Measured(losses[name])}}
         ),
         tolerance=0.005, first=0, own="dev", _adapter=lambda one: None, _params=lambda one: 1, _not_ahead=lambda: "",
+        _cost_of=lambda candidates: "",
         _record_gap=lambda stage, one, outcome, why, gap: outcomes.update({one.name: outcome}),
         decide=lambda stage, name, outcome, why: outcomes.update({name: outcome}),
         _confirmed=lambda stage, incumbent, one, fresh: bool(confirmed.append(one.name)) or True,

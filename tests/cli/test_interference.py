@@ -27,7 +27,7 @@ def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
     assert f"cosine {along / norms[0] / norms[1]:.3g}" in said
     together = sum(r["spectrum"]["rank_at"]["0.9"] for r in unions)
     apart = sum(r["parts_rank_at"]["0.9"] for r in unions)
-    assert f"takes Σr = {together}, {together / apart:.3g} of the {apart} of the updates apart" in said
+    assert f"needs Σr = {together}, {together / apart:.3g} of the {apart} that the updates need" in said
     energy = sum(r["fro"] ** 2 for r in unions)
     lost = sum((r["recompressed"]["8"] * r["fro"]) ** 2 for r in unions) / energy
     assert f"{lost:.0%} at r = 8" in said
@@ -92,7 +92,7 @@ def test_gate_judges_it(loradiag, tmp_path):
     ("words", "code", "told"),
     [
         ((R4,), 2, "at least two updates"),
-        ((R4, R4), 2, "named twice"),
+        ((R4, R4), 2, "given twice"),
         ((BASE, TUNED), 2, "at least two updates"),
         ((R4, R16, "--weights", "1"), 2, "1 weights for 2"),
         ((R4, R16, "--weights", "1,x"), 2, "--weights"),

@@ -48,7 +48,7 @@ def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     assert "model.layers.1.mlp.up_proj" in ran.out
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "70000", "--layers", "q_proj")
     assert "at r=2" in ran.out
-    assert ran.err == "--show-rank 70000: no layer and no adapter here has so many; another rank is shown\n"
+    assert ran.err == "--show-rank 70000: larger than all layers and adapters; another rank is shown\n"
 
 
 def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, tmp_path):

@@ -28,7 +28,7 @@ def test_table_adapter_and_summary(loradiag, tmp_path):
         assert f"{name}: ε = {epsilon:.3g} for the whole model" in said
         still = sum(record["fro"] ** 2 for record in mine if record["limited_by"] == "not adapted") / fro
         assert f"{name}: direction in 28 of 28 tensors; 11 tensors not adapted, with {still:.0%} of ‖ΔW‖²" in said
-    assert "no quality" in said
+    assert "not quality" in said
 
 
 def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
@@ -42,7 +42,7 @@ def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
 
 def test_adapter_in_place_of_fine_tune_is_told(loradiag):
     told = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
-    assert "lora_r4, which stands in the place of TUNED, is an adapter and no full fine-tune" in told
+    assert "lora_r4, given as TUNED, is an adapter, not a full fine-tune" in told
     assert "The order is BASE TUNED ADAPTER" in told
     assert "The order" not in loradiag("residual", BASE, TUNED, R4, "--layers", r"layers\.0\..*q_proj").out
 

@@ -164,7 +164,7 @@ def test_title_of_residual_gives_shares_that_are_drawn():
 def test_long_update_that_points_elsewhere_is_explained(length, told):
     record = making.residual("h.0.q.weight", 1.0, length, 0.2, 0.5)  # limited by direction, says the record
     text = " ".join(text.get_text() for text in plots.figure("residual", making.results([record])).texts)
-    assert ("points elsewhere, so no scale helps" in text.replace("\n", " ")) == told
+    assert ("not aligned with ΔW, so scaling does not help" in text.replace("\n", " ")) == told
 
 
 def test_experts_are_pooled_by_their_norms():
@@ -278,7 +278,7 @@ def test_pairs_with_most_in_common_are_drawn():
         for second in names[i + 1 :]
     }
     assert drawn == sorted(mean, key=mean.__getitem__, reverse=True)[:6]
-    assert "Not drawn: 4 of the pairs" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "Not drawn: 4 pairs" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert "rank 5 was not measured; there are 4, 8" in plots.why_not("angles", making.results(records), rank=5)
 
 
@@ -295,7 +295,7 @@ def test_sum_s_rank_stands_against_ranks_added_and_share_below():
     np.testing.assert_allclose(shares.patches[0].get_data().values, [3 / 6, 4 / 5, 2 / 8])
     assert [line.get_ydata()[0] for line in shares.lines] == [1, 0.5]
     words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-    assert "1 layer that fewer than two updates change" in words
+    assert "1 layer changed by fewer than two updates" in words
     assert "No green line" in words
     assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
 

@@ -186,7 +186,7 @@ def test_page_states_what_it_leaves_out():
 def test_epsilon_is_never_shown_without_its_warning():
     page = html_report(evidence(small()[1]))
     assert Elements(page).words
-    assert page.count("the distance to one full fine-tune, never a quality") >= 3  # answer, chart, column
+    assert page.count("the distance to one full fine-tune, not a measure of quality") >= 3  # answer, chart, column
 
 
 def test_unfinished_run_is_called_so():

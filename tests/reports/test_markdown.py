@@ -71,7 +71,7 @@ def test_adapter_rows_pool_layers_of_type_as_residual_does():
 def test_every_part_is_there():
     text = markdown_report(evidence(*small()))
     for part in ("Is the update low-rank?", "Can the files show it?", "What limits the adapter?", "## By module type",
-                 "## What to do next", "## Measured", "never a quality"):  # fmt: skip
+                 "## What to do next", "## Measured", "not a measure of quality"):  # fmt: skip
         assert part in text
 
 

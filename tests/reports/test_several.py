@@ -116,8 +116,8 @@ def test_any_mix_has_page_text_and_table(mix, also):
 def test_section_has_terminal_lines_and_keeps_figures():
     page = html_report(evidence(interference()), pictures_of(evidence(interference())))
     shown = " ".join(Elements(page).words)
-    assert "90% of the sum's energy takes Σr = 15, 0.625 of the 24 of the updates apart" in shown
-    assert "weights alone do not say whether skills fight" in shown
+    assert "90% of the sum's energy needs Σr = 15, 0.625 of the 24 that the updates need separately" in shown
+    assert "weights alone do not show interference between tasks" in shown
     body = page[: page.index('<div class="static-figures">')]
     assert body.count("<img") == 2
     data = json.loads(Elements(page).scripts["data"])

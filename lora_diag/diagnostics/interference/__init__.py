@@ -19,7 +19,7 @@ FEATURE = Feature(
     figures=(
         Figure(
             "angles",
-            "principal angles between updates, beside chance",
+            "principal angles between updates, compared with chance",
             "interference",
             ".figures:figure",
             panels=(".figures:angles",),
@@ -29,7 +29,7 @@ FEATURE = Feature(
         ),
         Figure(
             "union",
-            "rank of the sum of updates, against the sum of ranks",
+            "rank of the sum of updates, compared with the sum of ranks",
             "union",
             ".figure_union:figure",
             panels=(".figure_union:union",),
@@ -40,6 +40,6 @@ FEATURE = Feature(
     ),
     questions=(
         ("interfere", "Do the updates interfere?"),
-        ("rank_needed", "What rank do all of them need?"),
+        ("rank_needed", "Which rank do all updates together need?"),
     ),
 )

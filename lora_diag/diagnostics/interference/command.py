@@ -39,7 +39,7 @@ def interference(
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
     check_outputs([*inputs, given["output"]], [(spectrum, RESULTS)], given["overwrite"])
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.interference.run import interference as measure
     from lora_diag.diagnostics.interference.run import split_base, union_spectra
 
@@ -56,6 +56,6 @@ def interference(
 def _next(inputs: list[str], spectrum: Path | None) -> str:
     if spectrum is not None:
         words = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
-        return f"{words}   (the rank of each layer that carries the sum)"
+        return f"{words}   (the rank that the sum needs in each layer)"
     words = shlex.join(["loradiag", "interference", *map(str, inputs), "--spectrum", "union.jsonl"])
     return f"{words}   (then allocate union.jsonl: a rank for each layer)"

@@ -23,7 +23,7 @@ from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, wrapped
 
 SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
 
-# The share of the energy whose ranks are shown.
+# Fraction of the energy at which ranks are shown.
 ENERGY = "0.9"
 
 
@@ -128,7 +128,7 @@ def _finding(one: Series[Any], records: Sequence[Union]) -> str:
     known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
     together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
     apart = sum(record.parts_rank_at[ENERGY] for record in known)
-    found = f"Σr = {together} of {apart}" + (f", share {together / apart:.2f}" if apart else "")
+    found = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
     return f"{one.label}: {found}" if one.label else found
 
 
@@ -136,10 +136,10 @@ def _keys(look: Look | None, shares: bool = True) -> tuple[Key, ...]:
     width = look.line if look else 1.2
     line = Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2)))
     return (
-        Key(Patch(facecolor=SUM), "of the sum"),
-        Key(Line2D([], [], color=APART, lw=1.3 * width), "of the updates apart, added"),
-        Key(Line2D([], [], color=EVERY, lw=1.3 * width), "to keep 90% of every update"),
-        *((Key(line, "share 1: every direction needed; 1/K: K equal updates"),) if shares else ()),
+        Key(Patch(facecolor=SUM), "rank of the sum"),
+        Key(Line2D([], [], color=APART, lw=1.3 * width), "sum of the updates' ranks"),
+        Key(Line2D([], [], color=EVERY, lw=1.3 * width), "rank that keeps 90% of every update"),
+        *((Key(line, "fraction 1: every direction needed; 1/K: K equal updates"),) if shares else ()),
     )
 
 
@@ -151,17 +151,17 @@ def _words(
 ) -> Words:
     layers = len({record.layer for _, records in shown for record in records})
     joined = max((slot.joined for part in drawn for slot in part), default=1)
-    notes = ["In each module type blocks from left to right. Weights alone do not show interference between skills."]
+    notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
     if joined > 1:
-        notes.append(f"A bar stands for up to {joined} layers: their median.")
+        notes.append(f"A bar is the median of up to {joined} layers.")
     if lone := sum(len(one.records) - len(shared(one.records)) for one in series):
-        notes.append(f"Not drawn: {lone} {'layer' if lone == 1 else 'layers'} that fewer than two updates change.")
+        notes.append(f"Not drawn: {lone} {'layer' if lone == 1 else 'layers'} changed by fewer than two updates.")
     if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
         notes.append("No green line: no rank of the sum keeps 90% of every update.")
     return Words(
-        "Rank of the sum of the updates against the sum of their ranks",
+        "Rank of the sum of updates, compared with the sum of their ranks",
         f"{layers} {'matrix' if layers == 1 else 'matrices'}; ranks at 90% of the energy Σσ²; below, the additive "
-        "share: the rank of the sum over the sum of the ranks",
+        "fraction: rank of the sum / sum of the ranks",
         (" ".join(notes),),
         _keys(look),
     )

@@ -23,7 +23,7 @@ from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category
 Side = Literal["columns", "rows"]
 SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "row spaces"))
 
-# Points of a curve: all angles of a small model, evenly chosen ones of a large one.
+# Maximum number of points of a curve; of more angles, evenly spaced ones are drawn.
 POINTS = 400
 
 
@@ -47,7 +47,7 @@ def angles(
     chosen = chosen_rank([record for one in series for record in one.records], rank)
     with panel_axes(ax) as (axes, look):
         _draw(axes, series, side, chosen, look)
-        axes.set(xlabel="cosine of a principal angle", ylabel=f"share of the angles, r = {chosen}")
+        axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {chosen}")
         keys = _keys(series, look)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
@@ -126,7 +126,7 @@ def _keys(series: Sequence[Series[Interference]], look: Look | None) -> tuple[Ke
     width = look.line if look else 1.2
     return (
         *(Key(Line2D([], [], color=category(n), lw=2 * width), one.label) for n, one in enumerate(series)),
-        Key(Line2D([], [], color=INK, lw=width, ls=(0, (1, 1.5))), "random spaces"),
+        Key(Line2D([], [], color=INK, lw=width, ls=(0, (1, 1.5))), "random subspaces"),
     )
 
 
@@ -135,17 +135,17 @@ def _words(
 ) -> Words:
     records = [record for one in shown for record in one.records]
     drawn = {record.layer for record in records if str(rank) in record.columns}
-    notes = ["The further right of its dotted line a curve lies, the more two updates have in common."]
+    notes = ["The further a curve is to the right of its dotted line, the more two updates have in common."]
     if missing := len(pairs) - len(shown):
-        notes.append(f"Not drawn: {missing} of the pairs, with less in common.")
+        notes.append(f"Not drawn: {missing} pairs with less in common.")
     if small := len({record.layer for record in records} - drawn):
         notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
     if others := [each for each in ranks_of(records) if each != rank]:
         notes.append(f"Also measured: r = {', '.join(map(str, others))} (--show-rank).")
     return Words(
         f"Principal angles between the {rank} largest directions of two updates",
-        f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; share of the principal angles with at most this "
-        "cosine: 1 is a direction that both have, 0 one at right angles",
+        f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; fraction of the principal angles with at most "
+        "this cosine (1: common direction, 0: orthogonal)",
         (" ".join(notes),),
         _keys(shown, look),
     )

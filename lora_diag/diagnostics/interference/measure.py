@@ -22,10 +22,10 @@ from lora_diag.linalg.stacked import inner
 from lora_diag.metrics.interference import near_chance, relation
 from lora_diag.records import LeftOut
 
-# The rank at which two updates are called apart or not: the asked one that is nearest to this.
+# The relation of two updates is judged at the requested rank nearest to this.
 RELATION_RANK = 8
 
-# Bytes of an entry whose magnitude is sorted (itself twice and its place), and of one that TIES compares in a block.
+# Bytes of an entry whose magnitude is sorted (two copies and its index), and of one that TIES compares in a block.
 _SORTED, _COMPARED = 16, 96
 
 
@@ -115,7 +115,7 @@ def interference(task: Several, settings: InterferenceSettings) -> tuple[Interfe
 def _measure(
     task: Several, settings: InterferenceSettings, device: torch.device
 ) -> tuple[Interference | Union | LeftOut, ...]:
-    if device.type == "cpu":  # the limit is on the memory of the machine
+    if device.type == "cpu":  # the limit applies to the machine's memory
         _check_room(task, settings)
     parts: list[Part] = []
     for update in task.updates:
@@ -133,7 +133,7 @@ def _pair(task: Several, first: Part, second: Part, settings: InterferenceSettin
     cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     by_chance = 1 / math.sqrt(math.prod(task.shape))
-    # As far as either has directions; beyond that, every rank would say the same.
+    # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
     energy = {str(r): _energy(task, first, second, r) for r in ranks}
     at = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))

@@ -14,7 +14,7 @@ from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
 
-# The rank whose overlaps are shown: the measured one that is nearest.
+# Overlaps are shown at the measured rank nearest to this.
 _SHOWN_RANK = 8
 
 
@@ -94,7 +94,7 @@ class Interference(LayerRecord):
         Shown(
             "energy_overlap.first_in_second",
             "1 in 2",
-            "share of the first update's energy in the column space of the second",
+            "fraction of the first update's energy in the column space of the second",
             share=True,
             drop=3,
             form="percent",
@@ -103,7 +103,7 @@ class Interference(LayerRecord):
         Shown(
             "energy_overlap.second_in_first",
             "2 in 1",
-            "share of the second update's energy in the column space of the first",
+            "fraction of the second update's energy in the column space of the first",
             share=True,
             drop=4,
             form="percent",
@@ -112,7 +112,7 @@ class Interference(LayerRecord):
         Shown(
             "relation",
             "relation",
-            "what the two updates have in common",
+            "relation of the two updates",
             main=True,
             pool=lambda records: counted([record.relation for record in records]),
         ),
@@ -246,14 +246,14 @@ class Union(LayerRecord):
         Shown(
             "additive.0.9",
             "additive",
-            "that over the sum of the updates' own ranks: 1 if every direction is needed",
+            "rank of the sum over the sum of the updates' ranks: 1 if every direction is needed",
             axis="rank of the sum over ranks of the updates, at 90%",
             main=True,
         ),
         Shown(
             "rank_for_all.0.9",
             "every r@90%",
-            "rank at which the sum, cut to it, keeps 90% of every update; empty if none does",
+            "smallest rank at which the truncated sum keeps 90% of every update; empty if none does",
             pool=_middle_rank("rank_for_all.0.9"),
             head="all 90%",
             terminal=True,
@@ -285,7 +285,7 @@ class Union(LayerRecord):
         Shown(
             "trimmed_conflicts",
             "sign conflicts",
-            "share of the largest entries of several updates in which they differ in sign; in brackets by chance",
+            "fraction of the largest entries of several updates that differ in sign; in brackets: by chance",
             share=True,
             drop=4,
             head="signs",
@@ -295,7 +295,7 @@ class Union(LayerRecord):
         Shown(
             "alignment",
             "aligned",
-            "mean subspace alignment ratio of the updates with the sum; in brackets by chance",
+            "mean subspace alignment ratio of the updates with the sum; in brackets: by chance",
             share=True,
             drop=5,
             terminal=True,
@@ -304,7 +304,7 @@ class Union(LayerRecord):
         Shown(
             "sti_relative",
             "STI",
-            "singular task interference: 0 for orthogonal updates, 1 for two equal ones; in brackets by chance",
+            "singular task interference: 0 for orthogonal updates, 1 for two equal ones; in brackets: by chance",
             share=True,
             drop=6,
             terminal=True,

@@ -69,7 +69,7 @@ def interference(
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
     _check_names(updates)
-    base = as_path(base) if base is not None else None  # once, so that what is known of it is not asked again
+    base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
     compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
     tasks = _tasks(compared, settings.weights)
     rest = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
@@ -95,7 +95,7 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Pa
     if all(adapters):
         return None, list(inputs)
     if adapters[0]:
-        raise UsageError(f"{inputs[0]}: is an adapter; give BASE first, and the updates after it")
+        raise UsageError(f"{inputs[0]}: is an adapter, not BASE; give BASE first, then the updates")
     return inputs[0], list(inputs[1:])
 
 
@@ -115,17 +115,19 @@ def _weights(given: Sequence[float] | None, number: int) -> tuple[float, ...]:
     if len(weights) != number:
         raise UsageError(f"--weights: {len(weights)} weights for {number} updates; give one for each, in their order")
     if not all(0 < weight < math.inf for weight in weights):
-        raise UsageError("--weights: must be above 0; subtracting an update is not a merge that is measured here")
+        raise UsageError("--weights: must be positive; subtraction of updates is not measured")
     return weights
 
 
 def _check_names(updates: Sequence[Path | str]) -> None:
     if len(updates) < 2:
-        raise UsageError("interference: name at least two updates, BASE before them unless all are adapters")
+        raise UsageError(
+            "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"
+        )
     seen: set[str] = set()
     for path in map(os.path.realpath, updates):
         if path in seen:
-            raise UsageError(f"{path}: is named twice")
+            raise UsageError(f"{path}: is given twice; give each path once")
         seen.add(path)
 
 
@@ -149,8 +151,8 @@ def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Sev
         for other in found[1:]:
             if other.delta.shape != found[0].delta.shape:
                 raise InputError(
-                    f"{layer}: {list(found[0].delta.shape)} in {found[0].name} against {list(other.delta.shape)} in "
-                    f"{other.name}: these are not updates of one model; leave the weight out with --exclude"
+                    f"{layer}: {list(found[0].delta.shape)} in {found[0].name} but {list(other.delta.shape)} in "
+                    f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
                 )
     names = sorted(by_layer, key=natural_order)
     return [Several(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]

@@ -18,16 +18,16 @@ from lora_diag.rendering.statements import Statement, compared, ending, left_out
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import number, percent, short
 
-# So many pairs get a table each; more share one, a row a pair.
+# Maximum number of pairs with a table each; more share one table with a row per pair.
 _TABLES = 3
 
-# So many layers or pairs are named in a sentence.
+# Maximum number of layers or pairs named in a sentence.
 _NAMED = 3
 
 # Below this, ‖sum − merge‖/‖sum‖ is rounding.
 _EXACT = 1e-9
 
-# What merges are called, in the order of the columns; ``cat`` is exact and has none.
+# Names of merges in the order of the columns; ``cat`` is exact and has no column.
 MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
 
 
@@ -116,13 +116,13 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
         ]
         lines.append(_resolved(unions))
     else:
-        why = "not measured: no layer is left" if results.unmeasured else "no layer is changed by two updates"
+        why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
         lines.append(say("interfere", "Interference", why))
     lines.append(
         say(
             "interpretation",
             "Interpretation",
-            "weights alone do not say whether skills fight: a held-out loss of each task does",
+            "weights alone do not show interference between tasks; the held-out loss of each task does",
         )
     )
     return [*lines, left_out(results), *ending(results)]
@@ -140,7 +140,7 @@ def _interfere(first: str, second: str, records: list[Interference]) -> str:
         "share": "sharing directions",
         "reinforce": "reinforcing each other",
         "cancel": "cancelling each other",
-        "noise": "that the files cannot show",
+        "noise": "not resolved by the files",
     }
     told = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
     cosine = number(round(pooled_cosine(records), 4))
@@ -155,15 +155,15 @@ def _rank_needed(unions: Sequence[Union]) -> str:
     apart = sum(record.parts_rank_at["0.9"] for record in unions)
     together = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
     share = number(together / apart) if apart else "-"
-    sentence = f"90% of the sum's energy takes Σr = {together}, {share} of the {apart} of the updates apart"
+    sentence = f"90% of the sum's energy needs Σr = {together}, {share} of the {apart} that the updates need separately"
     kept = [record.weakest_kept["0.9"] for record in unions if record.weakest_kept.get("0.9") is not None]
     known = [value for value in kept if value is not None]
     if known:
-        sentence += f", but keeps a median {percent(median(known))} of the update that suffers most"
+        sentence += f", but keeps a median of {percent(median(known))} of the most affected update"
     ranks = [record.rank_for_all.get("0.9") for record in unions]
     reached = [rank for rank in ranks if rank is not None]
     if len(reached) == len(ranks) and reached:
-        sentence += f"; 90% of every update takes Σr = {sum(reached)}, at most r = {max(reached)} in a layer"
+        sentence += f"; 90% of every update needs Σr = {sum(reached)}, at most r = {max(reached)} in a layer"
     elif reached:
         missing = len(ranks) - len(reached)
         sentence += f"; in {missing} of {len(ranks)} layers no rank of the sum keeps 90% of every update"
@@ -175,24 +175,27 @@ def _merge(unions: Sequence[Union]) -> list[str]:
     lines = []
     if merge_residual(unions, "cat") is not None:
         ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
-        lines.append(f"cat (factors side by side) is exact, at r = {ranks}")
+        lines.append(f"cat (concatenated factors) is exact, with r = {ranks}")
     lossy = [(rank, recompressed_residual(unions, rank)) for rank in _lossy_ranks(unions)]
     if lossy:
         told = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in lossy)
-        lines.append(f"svd (the sum, cut to rank r) loses {told} of the energy")
+        lines.append(f"svd (the sum truncated to rank r) loses {told} of the energy")
     linear, ties, dense = (merge_residual(unions, name) for name in ("linear", "ties", "ties_dense"))
     if linear is not None:
-        lines.append(f"PEFT's linear adds A and B apart: its cross terms are {number(linear)} times the sum's norm")
+        lines.append(
+            f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"
+        )
     elif any(None not in record.ranks for record in unions):
-        lines.append("PEFT's linear and ties need adapters of one rank, with a known scale, in every layer")
+        lines.append("PEFT's linear and ties need adapters of equal rank and known scale in every layer")
     if ties is not None:
-        lines.append(f"PEFT's ties (of A and B apart) is {number(ties)} of the sum's norm away from it")
+        lines.append(f"PEFT's ties (of A and B separately) differs from the sum by {number(ties)} of its norm")
     if dense is not None:
         best = [loss.best_scale for r in unions if (loss := r.merges.get("ties_dense")) and loss.best_scale]
         lines.append(
-            f"TIES of ΔW is {number(dense)} away; nearest to the sum when scaled by about {number(median(best))}"
+            f"TIES of ΔW differs by {number(dense)}; it is nearest to the sum when scaled by about "
+            f"{number(median(best))}"
             if best
-            else f"TIES of ΔW is {number(dense)} away"
+            else f"TIES of ΔW differs by {number(dense)}"
         )
     return lines
 

@@ -36,7 +36,7 @@ def overlap(
 
     Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
     """
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.overlap.run import overlap as measure
     from lora_diag.diagnostics.overlap.table import overlap_table
 
@@ -47,7 +47,7 @@ def overlap(
         results = measure(base, tuned, gradients, **given, **callbacks)
     if shown.table:
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
-            message(f"--show-rank {rank}: no layer and no adapter here has so many; another rank is shown")
+            message(f"--show-rank {rank}: larger than all layers and adapters; another rank is shown")
         then = _next(given["output"], shown.per) if results.layers else None
         result(overlap_table(results, *terminal(), per=shown.per, rank=rank, then=then))
     exit_unmeasured(results.unmeasured, "left out")
@@ -59,4 +59,4 @@ def _next(output: Path | str | None, per: str) -> str:
         return f"{again('--per', 'layer')}   (layer by layer)"
     if output is None:
         return f"{again('-o', 'overlap.jsonl')}   (keeps these numbers)"
-    return f"loradiag inspect {shlex.quote(str(output))}   (this table without measuring again)"
+    return f"loradiag inspect {shlex.quote(str(output))}   (this table, without measuring again)"

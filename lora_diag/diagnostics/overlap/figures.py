@@ -23,13 +23,13 @@ from lora_diag.rendering.figures.series import Options, Series, rank_absent
 from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
-# The measures drawn: name, field, field of the baseline, colour, dashes where colour tells runs apart.
+# The measures drawn: name, field, field of the baseline, colour, and dashes for when colours distinguish runs.
 MEASURES = (
     ("κ", "kappa", "kappa_random", CATEGORIES[0], (0, ())),
     ("tangent", "tangent", "tangent_random", CATEGORIES[1], (0, (3, 1.2))),
 )
 
-# More lines than these in one panel are drawn as their range.
+# Maximum number of lines of a panel; more are drawn as their range.
 SINGLE = 16
 
 
@@ -93,7 +93,7 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
         _draw(axes, (Series("", shown),), per, look)
         steps = sorted({record.step for record in shown})
         _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, look)
-        axes.set(xlabel="training step", ylabel=f"share of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
+        axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
         keys = _keys((Series("", shown),), per, look, len({record.layer for record in shown}))
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
@@ -206,7 +206,7 @@ def _words(
     if missing:
         notes.append(f"Not drawn: {missing} more module types (--layers).")
     if zero := sum(record.kappa is None for one in series for record in one.records):
-        notes.append(f"No point: {zero} zero gradients.")
+        notes.append(f"Not drawn: {zero} zero gradients.")
     return Words(
         f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",
         f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "

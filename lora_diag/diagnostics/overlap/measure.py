@@ -146,7 +146,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     assert factors.u is not None
     assert factors.vh is not None
     directions = numerical_rank(factors)
-    if directions < ranks[-1]:  # the vectors beyond point anywhere
+    if directions < ranks[-1]:  # the vectors beyond it are arbitrary
         own = {directions} if isinstance(delta, FactoredDelta) else set[int]()
         ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own}))
         factors = replace(factors, u=factors.u[:, :directions], vh=factors.vh[:directions])

@@ -41,7 +41,7 @@ class Overlap(LayerRecord):
         Shown(
             "kappa_random",
             "κ random",
-            "what a random subspace gives",
+            "value of a random subspace",
             share=True,
             head="random",
             form="small",
@@ -51,7 +51,7 @@ class Overlap(LayerRecord):
         Shown(
             "tangent",
             "tangent",
-            "share of ‖G‖ that an adapter there reaches to first order",
+            "fraction of ‖G‖ that an adapter there reaches to first order",
             axis="tangent overlap ‖P_T G‖_F / ‖G‖_F",
             share=True,
             main=True,
@@ -60,13 +60,11 @@ class Overlap(LayerRecord):
             form="small",
             chance="tangent_random",
         ),
-        Shown(
-            "tangent_random", "tangent random", "what a random subspace gives", share=True, main=True, terminal=False
-        ),
+        Shown("tangent_random", "tangent random", "value of a random subspace", share=True, main=True, terminal=False),
         Shown(
             "left",
             "left",
-            "share of ‖G‖ in the update's output directions; in brackets by chance",
+            "fraction of ‖G‖ in the update's output directions; in brackets: by chance",
             share=True,
             drop=4,
             head="left (random)",
@@ -78,7 +76,7 @@ class Overlap(LayerRecord):
         Shown(
             "right",
             "right",
-            "share of ‖G‖ in the update's input directions; in brackets by chance",
+            "fraction of ‖G‖ in the update's input directions; in brackets: by chance",
             share=True,
             drop=5,
             head="right (random)",

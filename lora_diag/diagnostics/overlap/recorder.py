@@ -114,7 +114,7 @@ class GradientRecorder(TrainerCallback):
             UsageError: The model has nothing to record, or the output exists.
         """
         if self._stop or self._weights:
-            raise UsageError("the recorder is attached already; close it first")
+            raise UsageError("the recorder is already attached; close it first")
         self._weights, unread = weights_of(model, self._chosen)
         for name, why in unread.items():
             _LOG.warning("%s: its gradient is not recorded: %s", name, why)
@@ -243,7 +243,7 @@ class GradientRecorder(TrainerCallback):
         if not known:
             raise UsageError(
                 f"step {self._step}: no selected weight has a gradient; call step() after backward() and before "
-                "zero_grad(); DeepSpeed keeps gradients to itself and cannot be recorded"
+                "zero_grad(); DeepSpeed does not expose gradients, so they cannot be recorded"
             )
         if not is_main():
             return

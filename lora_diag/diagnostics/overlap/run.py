@@ -76,11 +76,11 @@ def overlap(
     settings = run.settings(OverlapSettings, ranks=checked_ranks(run.options["ranks"]))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
-        raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")
+        raise UsageError("overlap: no gradients are given; give a folder with one safetensors file per step")
     compared = run.compare(base, tuned)
     _refuse_gradient(compared.pairing, tuned)
     steps = open_steps(gradients)
-    # The layers of a BASE that was compared are named as in its files, so those are what gradients are matched to.
+    # Layers of a compared BASE have the names of its files, and gradients are matched to these.
     stored = _base_of(compared.pairing) or open_checkpoint(base)
     followed, unmatched = histories(steps, stored)
     tasks, lacking = _follow(compared.pairing, followed, unmatched, steps)
@@ -167,7 +167,7 @@ def _refuse_gradient(pairing: Pairing, tuned: Path | str) -> None:
     """
     stored = next((delta.tuned.checkpoint for delta in pairing.deltas if isinstance(delta, StoredDelta)), None)
     if stored is not None and any(file.metadata.get("kind") == "gradient" for file in stored.files):
-        raise UsageError(f"{tuned}: holds gradients; name BASE, then TUNED or an adapter, then the gradients")
+        raise UsageError(f"{tuned}: contains gradients; give BASE, then TUNED or an adapter, then the gradients")
 
 
 def _base_of(pairing: Pairing) -> Checkpoint | None:

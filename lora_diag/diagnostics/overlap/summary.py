@@ -13,13 +13,13 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
 from lora_diag.rendering.text import middle, number, short
 
-# So many layers are named in a sentence.
+# Maximum number of layers named in a sentence.
 _NAMED = 4
 
-_LIMIT = f"below {NEAR:g}× it, or halfway from it to 1"
+_LIMIT = f"below {NEAR:g}× the random value, or below halfway from it to 1"
 
-# Share of ‖G‖² by which tangent² exceeds its baseline where an adapter is said to reach the gradient all the same. A
-# word, not a measurement: it is printed with the numbers it stands on.
+# An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
+# numbers are printed.
 REACHES = 0.1
 
 
@@ -70,8 +70,8 @@ def _inside(judged: Sequence[Track], outside: bool) -> Statement:
     kappa, random = middle([t.last.kappa for t in judged]), middle([t.last.kappa_random for t in judged])
     where = " outside embeddings and head" if outside else ""
     head = (
-        f"{word}: at the last step κ is {number(kappa or 0)} at the median of {_matrices(len(judged))}{where}, "
-        f"random subspaces have {number(random or 0)}"
+        f"{word}: at the last step the median κ of {_matrices(len(judged))}{where} is {number(kappa or 0)}, that of "
+        f"random subspaces {number(random or 0)}"
     )
     if not out:
         return say("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
@@ -87,7 +87,7 @@ def _since(track: Track, first: int) -> str:
 
 
 def _in_layers(some: Sequence[Track]) -> str:
-    return f"in {len(some)} of the layers near random" if len(some) > 1 else f"in {short(some[0].layer)}"
+    return f"in {len(some)} layers near random" if len(some) > 1 else f"in {short(some[0].layer)}"
 
 
 def _matrices(number_of: int) -> str:
@@ -104,8 +104,8 @@ def _reach(judged: Sequence[Track]) -> str:
         return f"{went} of ‖G‖ (random {number(random)})"
 
     return (
-        f"an adapter at these subspaces reaches {said('tangent')} to first order; "
-        f"a fresh one (B = 0) whose A spans V, {said('right')}"
+        f"an adapter in these subspaces reaches {said('tangent')} to first order; a new one (B = 0, with the rows "
+        f"of A spanning V) {said('right')}"
     )
 
 
@@ -113,10 +113,10 @@ def _trend(judged: Sequence[Track]) -> str:
     """Count the layers whose κ falls, rises or stays, and name the layer where it falls most."""
     went = {track.layer: ends for track in judged if (ends := track.ends) is not None}
     if not went:
-        return "one step shows none; record several"
+        return "not known from one step; record several"
     counts = Counter(trend(ends) for ends in went.values())
     words = [f"{word} in {counts[word]}" for word in ("falls", "rises") if counts[word]]
-    words += [f"is steady in {counts['steady']}"] if counts["steady"] else []
+    words += [f"is constant in {counts['steady']}"] if counts["steady"] else []
     sentence = f"κ {', '.join(words)} of {_matrices(len(went))}"
     falling = sorted((layer for layer in went if trend(went[layer]) == "falls"), key=lambda x: went[x][1] / went[x][0])
     if falling:
@@ -146,7 +146,7 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
     """Suggest what to do about the layers near their baseline."""
     out = [track for track in judged if track.near_since is not None]
     if not out:
-        return "nothing to change: in every layer these subspaces see more of the gradient than chance would"
+        return "nothing to change: in every layer these subspaces contain more of the gradient than random ones"
     reached = [track for track in out if _reaches(track.last)]
     largest = {track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in out}
     helped = [track for track in out if track not in reached and _leaves_chance(largest[track.layer])]
@@ -155,20 +155,20 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
     if reached:
         tangent, random = (middle([getattr(t.last, name) for t in reached]) for name in ("tangent", "tangent_random"))
         told.append(
-            f"{_in_layers(reached)} one side fits: an adapter there still reaches {number(tangent or 0)} of ‖G‖ "
-            f"(random {number(random or 0)}); leave it"
+            f"{_in_layers(reached)} one side is aligned: an adapter there still reaches {number(tangent or 0)} of "
+            f"‖G‖ (random {number(random or 0)}); keep it"
         )
     if helped:
         ranks = max(largest[track.layer].rank for track in helped)
-        told.append(f"{_in_layers(helped)} κ leaves the baseline by r={ranks}: raise the rank there")
+        told.append(f"{_in_layers(helped)} κ exceeds the baseline at r={ranks}: use a higher rank there")
     if lost:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
-        # At full rank the subspaces are all there is, and nothing lies elsewhere.
+        # At full rank the subspaces are the whole space, which contains every gradient.
         full = any(largest[track.layer].kappa_random >= 1 for track in lost)
         told.append(
-            f"{_in_layers(lost)} the gradients lie elsewhere than {cause}, at every rank measured"
-            f"{' below full rank' if full else ''}: start the "
-            "adapter there from recent gradients, or move its parameters to layers that are inside"
+            f"{_in_layers(lost)} the gradients are outside {cause} at every rank "
+            f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
+            "move its parameters to layers that contain theirs"
         )
     return "\n".join(told)
 
@@ -191,8 +191,8 @@ def _resolved(judged: Sequence[Track]) -> list[Statement]:
         say(
             "resolved",
             "Resolution",
-            f"of {_matrices(len(judged))} {' and '.join(parts)}: where the files cannot show the update, its subspaces "
-            "are those of rounding noise and κ near random says nothing",
+            f"of {_matrices(len(judged))} {' and '.join(parts)}: where the files do not resolve the update, its "
+            "subspaces are those of rounding noise and a κ near random has no meaning",
             level="warning",
         )
     ]
@@ -200,11 +200,15 @@ def _resolved(judged: Sequence[Track]) -> list[Statement]:
 
 def _reading(results: Results[Overlap]) -> str:
     own = (
-        "; near a minimum over the adapter's own weights tangent goes to 0 because its reach is used up"
+        "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
+        "directions"
         if reference_is_adapter(results)
         else ""
     )
-    return f"overlap shows direction, not quality, and rises with rank by itself: compare with random, not with 1{own}"
+    return (
+        "overlap measures direction, not quality, and increases with rank for any subspace: compare with random, not "
+        f"with 1{own}"
+    )
 
 
 def _skipped(results: Results[Overlap]) -> str:

@@ -65,7 +65,7 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
             columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
         elif one.path != "rank" or len(ranks) > 1:
             columns += columns_of([one], last)
-    caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by step of training"
+    caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
     return grid_of((), rows, per, f"{caption} ({NEAR} near random)", more=columns)
 
 

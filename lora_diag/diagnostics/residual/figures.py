@@ -74,7 +74,9 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
     records = _matrices(records)
     adapters = list(dict.fromkeys(record.adapter for record in records))
     if len(adapters) > 1:
-        raise UsageError(f"records of {len(adapters)} adapters: one panel shows one; keep those of one .adapter")
+        raise UsageError(
+            f"records of {len(adapters)} adapters, but a panel shows one; pass the records of one .adapter"
+        )
     with panel_axes(ax) as (axes, look):
         drawn = slots(records, per)
         _draw(axes, drawn, look)
@@ -145,7 +147,7 @@ def parts(records: Sequence[Residual]) -> dict[str, float]:
     found = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
     for record in records:
         own = levels([record])
-        if own is None:  # ΔW = 0: at its best scale, 0, X would be no distance away
+        if own is None:  # ΔW = 0: the best scale of X would be 0, without a distance
             found["scale"] += record.gap**2
         else:
             steps = (own.floor, own.direction, own.epsilon) if own.adapted else ()
@@ -188,18 +190,19 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
     ]
     if any(_astray(_matrices(one.records)) for one in shown):
         notes.append(
-            "Direction limits layers whose largest part is scale: X is long and points elsewhere, so no scale helps."
+            "Layers whose largest part is scale are limited by direction: X is long and not aligned with ΔW, so "
+            "scaling does not help."
         )
     if joined > 1:
-        notes.append(f"A bar stands for up to {joined} layers, pooled by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
+        notes.append(f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
     if vectors:
         notes.append(f"Not drawn: {vectors} one-dimensional tensors.")
     if zero:
-        notes.append(f"No bar: {zero} with ΔW = 0.")
+        notes.append(f"Not drawn: {zero} with ΔW = 0.")
     return Words(
         "Residual ε² of the adapter by layer, and its parts",
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
-        "in each module type blocks from left to right",
+        "blocks run from left to right in each module type",
         (" ".join(notes),),
         _keys(look),
     )

@@ -16,10 +16,10 @@ Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
 # The one measurement of a seed-to-seed distance: docs/benchmarks.md, "Accuracy on a real encoder".
 SEEDS = "two seeds of one full fine-tune were ε = 1.2 to 1.3 apart on one encoder of 22 M parameters"
 
-# What has to be said wherever ε is shown.
+# Note for every place that shows ε.
 EPSILON = (
-    "ε is the distance to one full fine-tune, never a quality: on one real encoder it rose with rank while the loss "
-    f"fell, and {SEEDS}."
+    "ε is the distance to one full fine-tune, not a measure of quality: on one real encoder it rose with rank "
+    f"while the loss fell, and {SEEDS}."
 )
 
 
@@ -63,7 +63,7 @@ def limits_of(records: Sequence[Residual]) -> str:
 
 def _pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
     def pool(records: Sequence[Residual]) -> float | None:
-        from lora_diag.metrics import pooled  # NumPy comes with it
+        from lora_diag.metrics import pooled  # imports NumPy
 
         value: float | None = getattr(pooled(records), name)
         return value
@@ -141,13 +141,13 @@ class Residual(Distance, LayerRecord):
         Shown(
             "least_epsilon",
             "ε floor",
-            "√(1 − C(r)), less its error: no update of this rank has a smaller ε",
+            "√(1 − C(r)) minus its error: no update of this rank has a smaller ε",
             main=True,
             pool=_pooled_floor,
             head="floor",
         ),
         Shown("epsilon_min", "ε_min", "√(1 − C(r)), as computed", axis="ε_min = √(1 − C(r)), least ε at this rank"),
-        Shown("excess", "excess", "ε² − floor²: what direction and scale cost", axis="excess ε² − ε_min²"),
+        Shown("excess", "excess", "ε² − floor²: cost of direction and scale", axis="excess ε² − ε_min²"),
         Shown(
             "cosine",
             "cosine",
@@ -167,7 +167,7 @@ class Residual(Distance, LayerRecord):
         Shown(
             "column_space.overlap",
             "column space",
-            "overlap of the adapter's output directions with the largest of the update; in brackets by chance",
+            "overlap of the adapter's output directions with the largest of the update; in brackets: by chance",
             axis="overlap of the column spaces",
             share=True,
             drop=4,
@@ -178,7 +178,7 @@ class Residual(Distance, LayerRecord):
         Shown(
             "row_space.overlap",
             "row space",
-            "overlap of the adapter's input directions with the largest of the update; in brackets by chance",
+            "overlap of the adapter's input directions with the largest of the update; in brackets: by chance",
             axis="overlap of the row spaces",
             share=True,
             drop=5,
@@ -188,7 +188,7 @@ class Residual(Distance, LayerRecord):
         Shown(
             "best_scale",
             "best scale",
-            "factor by which the adapter would come nearest",
+            "factor that minimizes ε",
             pool=_pooled("best_scale"),
             drop=6,
             terminal=True,
@@ -221,7 +221,7 @@ class Residual(Distance, LayerRecord):
             drop=1,
             terminal=True,
         ),
-        Shown("limited_by", "limited by", "what ε is mostly made of", main=True, pool=limits_of),
+        Shown("limited_by", "limited by", "largest part of ε²", main=True, pool=limits_of),
     )
     record: Literal["residual"] = "residual"
     layer: str

@@ -67,7 +67,7 @@ def residual(
     reference, activations, recover = (run.options[name] for name in ("reference", "activations", "recover"))
     check_request(run.options["method"], 1, run.options["tol"])
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
-    base = as_path(base)  # once, so that what is known of it is not asked again
+    base = as_path(base)  # opened once, so that its headers are not read again
     full = run.compare(base, tuned)
     others = [_named(run.compare(base, path), "adapter") for path in adapters]
     if reference is not None:
@@ -124,12 +124,15 @@ def _rest(
 def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
     """Refuse to compare nothing, or an input with itself or twice."""
     if not others:
-        raise UsageError("residual: name at least one ADAPTER, or another full fine-tune with --reference")
-    seen = {os.path.realpath(tuned): "TUNED itself"}
+        raise UsageError(
+            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
+            "--reference"
+        )
+    seen = {os.path.realpath(tuned): "TUNED itself; give another input"}
     for path in others:
         if (known := seen.get(os.path.realpath(path))) is not None:
             raise UsageError(f"{path}: is {known}")
-        seen[os.path.realpath(path)] = "named twice"
+        seen[os.path.realpath(path)] = "given twice; give each path once"
 
 
 def _named(found: Comparison, role: str) -> Comparison:

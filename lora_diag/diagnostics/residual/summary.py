@@ -40,13 +40,13 @@ def _grid(name: str, records: Sequence[Residual], per: str) -> Grid:
     share = Shown(
         "epsilon",
         "of ε²",
-        "share of ‖ΔW_full − ΔW_adapter‖² of all",
+        "fraction of the total ‖ΔW_full − ΔW_adapter‖²",
         main=True,
         form="percent",
         pool=lambda group: (_gap(group) / total) ** 2,
     )
     *first, last = Residual.shown
-    return grid_of([*first, share, last], rows, per, f"{name}, {records[0].role}, against TUNED")
+    return grid_of([*first, share, last], rows, per, f"{name}, {records[0].role}, compared with TUNED")
 
 
 def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
@@ -92,9 +92,9 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     """Return the statements of the summary."""
     lines = [compared(results)]
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
-        against = f"{safe(tuned.path)}, which stands in the place of TUNED, is an adapter and no full fine-tune"
+        against = f"{safe(tuned.path)}, given as TUNED, is an adapter, not a full fine-tune"
         lines.append(
-            say("note", "Note", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER...")
+            say("note", "Note", f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER...")
         )
     groups = _by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
@@ -120,7 +120,9 @@ def _distance(records: Sequence[Residual]) -> str:
     parts = [f"ε = {shown(whole.epsilon)} for the whole model"]
     if len(acting) < len(records) and there.epsilon is not None:
         parts.append(f"{shown(there.epsilon)} where it acts")
-    parts.append(f"it moves {shown(there.norm_ratio)} times as far there, with cosine {shown(there.cosine)}")
+    parts.append(
+        f"there its norm is {shown(there.norm_ratio)} times that of TUNED's update, with cosine {shown(there.cosine)}"
+    )
     return "; ".join(parts)
 
 
@@ -150,17 +152,17 @@ def _low_rank(records: Sequence[Residual]) -> str:
     out_of_reach = percent((math.hypot(*(record.floor for record in ranked)) / total) ** 2)
     bound = [record for record in ranked if record.limited_by == "rank"]
     if not bound:
-        return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the rank that its layers have"
+        return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the ranks of its layers"
     cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
     worst = named([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
-    return f"dominates in {len(bound)} of {len(ranked)} layers, at the cost of {cost} of ‖ΔW‖²: {worst}"
+    return f"is the limit in {len(bound)} of {len(ranked)} layers, at a cost of {cost} of ‖ΔW‖²: {worst}"
 
 
 def _resolved(records: Sequence[Residual]) -> Statement:
     """State whether the files resolve TUNED's update."""
     seen = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
     if not seen:
-        return say("resolved", "Resolution", "no matrix of TUNED moved", level="warning")
+        return say("resolved", "Resolution", "no matrix of TUNED changed", level="warning")
     counts = Counter(resolution.verdict for resolution in seen)
     if counts["resolved"] == len(seen):
         return say("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
@@ -168,7 +170,7 @@ def _resolved(records: Sequence[Residual]) -> Statement:
     return say(
         "resolved",
         "Resolution",
-        f"of {len(seen)} matrices of TUNED {' and '.join(parts)}: ε against rounding noise means nothing there "
+        f"of {len(seen)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning there "
         "(limited by: noise)",
         level="warning",
     )
@@ -182,22 +184,22 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
             found = pooled(records)
             spaces = [record.column_space for record in records], [record.row_space for record in records]
             lines.append(
-                f"another full fine-tune, {name}, is ε = {shown(found.epsilon)} away with cosine "
-                f"{shown(found.cosine)}; its top directions overlap {_agreement(spaces[0])} in the column space "
-                f"and {_agreement(spaces[1])} in the row space (in brackets: random ones)"
+                f"another full fine-tune, {name}, has ε = {shown(found.epsilon)} and cosine {shown(found.cosine)}; "
+                f"its top directions overlap {_agreement(spaces[0])} in the column space and "
+                f"{_agreement(spaces[1])} in the row space (in brackets: random)"
             )
             lines += [_judged(other, pooled(theirs), found) for other, theirs in groups if theirs[0].role == "adapter"]
     if lines:
-        return [*lines, "ε is a distance to one solution; the held-out loss says which is better"]
+        return [*lines, "ε is the distance to one solution; the held-out loss shows which is better"]
     return [
-        f"ε is the distance to this one solution and no quality: it exceeds 1 wherever ‖X‖/‖ΔW‖ > 2·cosine; {SEEDS}. "
-        "--reference TUNED2 measures how far yours are; the held-out loss says which is better"
+        f"ε is the distance to this one solution, not quality: it exceeds 1 where ‖X‖/‖ΔW‖ > 2·cosine; {SEEDS}. "
+        "--reference TUNED2 measures the distance of yours; the held-out loss shows which is better"
     ]
 
 
 def _judged(name: str, adapter: Distances, reference: Distances) -> str:
     if adapter.epsilon is None or reference.epsilon is None or adapter.cosine is None or reference.cosine is None:
-        return f"{name} has no distance to judge"
-    nearer = "no farther away than that" if adapter.epsilon <= reference.epsilon else "farther away than that"
-    turned = "no more turned" if adapter.cosine >= reference.cosine else "more turned"
+        return f"{name} has no known distance"
+    nearer = "no farther than the reference" if adapter.epsilon <= reference.epsilon else "farther than the reference"
+    turned = "at least as aligned" if adapter.cosine >= reference.cosine else "less aligned"
     return f"{name} is {nearer} (ε = {shown(adapter.epsilon)}) and {turned} (cosine {shown(adapter.cosine)})"

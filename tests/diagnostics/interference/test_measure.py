@@ -457,7 +457,7 @@ def test_incomparable_inputs_are_reported(tmp_path):
     elsewhere = lora(tmp_path / "e", {LAYER.replace("0", "7"): pair})
     with pytest.raises(UsageError, match="at least two"):
         lora_diag.interference([one])
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         lora_diag.interference([one, one])
     with pytest.raises(UsageError, match="1 weights for 2"):
         lora_diag.interference([one, two], weights=[1.0])

@@ -214,7 +214,7 @@ def test_nothing_in_common_is_error(model, tmp_path):
     path = save_step(tmp_path / "other" / "1.safetensors", {"x.weight": torch.ones(3, 3)})
     with pytest.raises(NothingComparedError, match=r"x\.weight"):
         lora_diag.overlap(base, tuned, [path])
-    with pytest.raises(UsageError, match="name the gradients"):
+    with pytest.raises(UsageError, match="no gradients are given"):
         lora_diag.overlap(base, tuned, [])
     with pytest.raises(InputError):
         lora_diag.overlap(base, tuned, [tmp_path / "absent"])
@@ -232,7 +232,7 @@ def test_reference_below_rounding_floor_says_so(tmp_path, model):
 def test_gradients_and_checkpoints_in_swapped_places_are_noticed(model, tmp_path):
     base, tuned, _ = model
     first = SAMPLES / "gradients" / "grad_step000000.safetensors"
-    with pytest.raises(UsageError, match="holds gradients; name BASE, then TUNED"):
+    with pytest.raises(UsageError, match="contains gradients; give BASE, then TUNED"):
         lora_diag.overlap(SAMPLES / "base", first, [SAMPLES / "gradients"])
     (tuned / "config.json").write_text('{"model_type": "llama"}')
     named = tuned.rename(tmp_path / "checkpoint-40")

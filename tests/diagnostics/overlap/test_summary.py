@@ -39,8 +39,8 @@ def test_layer_fallen_to_baseline_is_named_with_step():
     said = flat(found)
     assert "Containment partly" in said
     assert "layers.0.self_attn.q_proj: 0.05, since step 30" in said
-    assert "falls in 1, is steady in 1 of 2 matrices" in said
-    assert "lie elsewhere than this update's directions" in said
+    assert "falls in 1, is constant in 1 of 2 matrices" in said
+    assert "are outside this update's directions" in said
 
 
 def test_all_inside_all_outside_and_none_known():
@@ -55,7 +55,7 @@ def test_all_inside_all_outside_and_none_known():
 
 def test_helpful_higher_rank_and_fitting_side_are_told_apart():
     raised = [record(A, 0, 0.05, tangent=0.26), record(A, 0, 0.6, rank=64, tangent=0.7)]
-    assert "κ leaves the baseline by r=64: raise the rank there" in flat(results(raised, ranks=(16, 64)))
+    assert "κ exceeds the baseline at r=64: use a higher rank there" in flat(results(raised, ranks=(16, 64)))
     one_side = [record(A, 0, 0.05, tangent=0.7), record(A, 0, 0.1, rank=64, tangent=0.8)]
     assert "still reaches 0.7 of ‖G‖ (random 0.248); leave it" in flat(results(one_side, ranks=(16, 64)))
 
@@ -65,8 +65,8 @@ def test_subspaces_that_are_everything_suggest_no_rank():
     near, full = record(A, 0, 0.031), record(A, 0, 1.0, rank=512, tangent=1.0)
     assert full.kappa_random == 1
     said = flat(results([near.model_copy(update={"tangent": 0.26}), full], ranks=(16, 512)))
-    assert "raise the rank" not in said
-    assert "the gradients lie elsewhere" in said
+    assert "use a higher rank" not in said
+    assert "the gradients are outside" in said
 
 
 def test_adapter_is_shown_at_its_own_rank_and_checkpoint_at_16():

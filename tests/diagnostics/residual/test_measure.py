@@ -343,7 +343,7 @@ def test_nothing_and_twice_are_refused(model, tmp_path):
     with pytest.raises(UsageError, match="TUNED itself"):
         lora_diag.residual(base, tuned, [tuned])
     adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         lora_diag.residual(base, tuned, [adapter, f"{adapter}/"])
 
 

@@ -203,7 +203,7 @@ def test_reference_is_yardstick_of_distances(tmp_path):
 def test_nothing_to_compare_or_one_thing_twice_is_refused(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
-    with pytest.raises(UsageError, match="name at least one ADAPTER"):
+    with pytest.raises(UsageError, match="give at least one ADAPTER"):
         lora_diag.probe_outputs(base, tuned, evaluate=[text])
     with pytest.raises(UsageError, match="given twice"):
         lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

@@ -52,7 +52,7 @@ def test_list_on_standard_input(server, tmp_path):
 def test_messages(loradiag, tmp_path):
     none = loradiag("spectrum", "--adapters", "nowhere/**")
     assert none.code == 4
-    assert "no adapter is at" in none.err
+    assert "no adapter found at" in none.err
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_config.json").write_text("{")
     ran = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", "--adapters", "bad")

@@ -59,7 +59,7 @@ def test_right_merge_passes(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "merged")
     assert (ran.code, ran.err) == (0, "")
     assert "yes: all 4 layers adapted are W + ΔW" in " ".join(ran.out.split())
-    assert "all 2 are BASE's" in ran.out
+    assert "all 2 equal BASE" in ran.out
     assert "verify-merge base adapter merged -o merge.jsonl" in " ".join(ran.out.split())
 
 
@@ -73,7 +73,7 @@ def test_wrong_one_fails_and_its_faults_come_first(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "spoilt")
     assert (ran.code, ran.err) == (1, "")
     words = " ".join(ran.out.split())
-    assert "no: 2 of 4 layers adapted are not W + ΔW and 1 that the adapter does not touch changed" in words
+    assert "no: 2 of 4 adapted layers are not W + ΔW and 1 layer without an update changed" in words
     rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:5]
     for row, status in zip(rows, ("missing", "dropped", "changed", "ok", "ok"), strict=True):
         assert f" {status} " in row
@@ -156,7 +156,7 @@ def test_merge_that_lost_adapter_to_rounding_passes_with_warning(files, loradiag
     ran = loradiag("verify-merge", "base", "adapter", "small")
     assert ran.code == 0
     words = " ".join(ran.out.split())
-    assert "Lost update rounding took more than 10% of ΔW" in words
+    assert "Lost update rounding removed more than 10% of ΔW" in words
     assert "serve the adapter unmerged, or merge into float32" in words
 
 
@@ -218,5 +218,5 @@ def test_why_expert_is_missing_stands_at_stack_that_holds_it(reason, told):
     expert = SimpleNamespace(layer="mlp.experts.up_proj[1]", base=stack, shape=(8, 4), is_matrix=True)
     why = Unpaired(stack.name, (2, 8, 4), reason, "4×4")
     assert told in _missing(expert, {stack.name: why}, "merged").missing
-    with pytest.raises(InputError, match=r"^merged: mlp\.experts\.up_proj\[1\]: packed; merge into plain numbers"):
+    with pytest.raises(InputError, match=r"^merged: mlp\.experts\.up_proj\[1\]: packed; merge into a dtype"):
         _missing(expert, {stack.name: replace(why, reason="not_float", detail="packed")}, "merged")

@@ -104,7 +104,7 @@ def test_any_mix_has_page_text_and_table(mix, also):
         assert ("What to do next" in shown) == also
         assert ("Do the updates interfere?" in shown) == ("interference" in mix)
         assert ("Are there intruder dimensions?" in shown) == ("intruders" in mix)
-        assert ("Which adapters stand out?" in shown) == ("fleet" in mix)
+        assert ("Which adapters are outliers?" in shown) == ("fleet" in mix)
     figures = {a["alt"].split(":")[0] for tag, a in Elements(page).seen if tag == "img"}
     wanted = {"interference": {"angles", "union"}, "intruders": {"intruders"}, "fleet": {"fleet"}}
     for name, own in wanted.items():
@@ -205,7 +205,7 @@ def test_merge_comes_first_and_one_wrong_layer_decides():
     runs = evidence(merged("ok", "dropped", "ok"))
     page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
     for said in (" ".join(Elements(page).words), text):
-        assert "Did the merge do what the adapter says?" in said
+        assert "Is the merge correct?" in said
         assert "no: 1 of 3 layers adapted are not W + ΔW" in said
         assert "Merge: a in m" in said
         assert "Is the update low-rank?" not in said

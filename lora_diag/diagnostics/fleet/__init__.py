@@ -17,7 +17,7 @@ FEATURE = Feature(
     figures=(
         Figure(
             "fleet",
-            "many adapters: norm, and rank used; who stands out",
+            "many adapters: norm, used fraction of the rank, outliers",
             "fleet",
             ".figures:figure",
             panels=(".figures:fleet",),
@@ -26,7 +26,7 @@ FEATURE = Feature(
         ),
     ),
     questions=(
-        ("stand_out", "Which adapters stand out?"),
-        ("alike", "Which adapters are alike?"),
+        ("stand_out", "Which adapters are outliers?"),
+        ("alike", "Which adapters are near-duplicates?"),
     ),
 )

@@ -32,7 +32,7 @@ def fleet(
 
 def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     """Measure many adapters in one pass, and show what was measured."""
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.fleet.run import fleet as measure
     from lora_diag.diagnostics.fleet.run import unreadable
 
@@ -43,6 +43,6 @@ def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     then = f"{again('-o', 'fleet.jsonl')}   (keeps these numbers)"
     if output is not None:
         words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
-        then = f"{words}   (every adapter, without measuring again)"
+        then = f"{words}   (all adapters, without measuring again)"
     shown.show(results, then)
     exit_unmeasured(unreadable(results), "the adapter was left out")

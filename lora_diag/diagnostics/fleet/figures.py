@@ -27,7 +27,7 @@ from lora_diag.rendering.figures.style import (
     width_of,
 )
 
-# The rest of the width is for names, and so many of them at most.
+# The rest of the width is for names, of which there are at most as many as this.
 _PLOT, _NAMES = 0.62, 12
 
 
@@ -74,7 +74,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     """Return the scatter plot of all adapters, with a colour per run."""
     points = _points(series)
     figure, (ax,) = sheet(look, _words(series, points, look), 1, 1)
-    # How high the panel is follows from the text around it: names have the room that is left.
+    # The panel's height depends on the text around it; names have the remaining space.
     _draw(ax, (), look, 1.0, 1.0)
     figure.draw_without_rendering()
     _draw(ax, points, look, *_inches(ax))
@@ -149,7 +149,7 @@ def _names(
     """Write names at the right, ordered by norm and without overlap, each with a line to its point."""
     step = 1.5 * size / 72 / height
     span = (high / low) ** step
-    # From its norm each name moves up as far as the one below it asks for, and down from the top again.
+    # Move each name up from its norm until it is clear of the one below, then down from the top.
     places: list[float] = []
     for point in named:
         wanted = max(point.fro or low, low * span**0.5)
@@ -158,11 +158,11 @@ def _names(
     for i in reversed(range(len(places))):
         places[i] = min(places[i], top)
         top = places[i] / span
-    # Letters are set a little wider than they are measured.
+    # Letters are drawn slightly wider than they are measured.
     room = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
     for point, place in zip(named, places, strict=True):
         told = f": {', '.join(point.told)}"
-        # A name says more than what can be seen, too.
+        # Without space for both, keep the name: the remark can be seen in the figure.
         text = point.name + told if width_of(point.name + told, size) <= room else cropped(point.name, room, size)
         ax.plot(
             [point.used, 1.03, 1.06],
@@ -191,16 +191,17 @@ def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
     if any(point.fro == 0 for point in points):
         keys.append(Key(Line2D([], [], color=INK if several else category(0), marker="v", **marker), "ΔW = 0"))
     line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
-    keys.append(Key(line, f"{USED:g}: at most that is over-ranked"))
+    keys.append(Key(line, f"over-ranked: at most {USED:g}"))
     odd = sum(bool(point.told) for point in points)
     notes = [
-        f"{odd or 'None'} of them stand{'s' if odd == 1 else ''} out; the rarest are named, as far as there is room."
+        f"{odd or 'None'} of them {'is an outlier' if odd == 1 else 'are outliers'}; the rarest are named where "
+        "space permits."
     ]
     if rankless := sum(len(one.records) for one in series) - len(points):
         notes.append(f"Not drawn: {rankless} without a rank.")
     many = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return Words(
-        "A fleet of adapters: norm of the update, and how much of its rank it uses",
+        "A fleet of adapters: norm of the update and used fraction of its rank",
         f"{many}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
         (" ".join(notes),),
         tuple(keys),

@@ -17,7 +17,7 @@ from lora_diag.linalg import Factors
 from lora_diag.linalg.sketch import LENGTH, sketch
 from lora_diag.metrics import energy_curve, rank_at
 
-# Digits of a sketch: far below its own error.
+# Digits of a sketch, far below its own error.
 DIGITS = 4
 
 

@@ -46,13 +46,13 @@ class Fleet(LayerRecord):
     key: ClassVar[tuple[str, ...]] = ("layer",)
     long: ClassVar[tuple[str, ...]] = ("layers",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("modules", "layers", "matrices that it changes", drop=5, terminal=True),
-        Shown("rank", "rank", "the largest of its factors", main=True, head="r"),
+        Shown("modules", "layers", "number of changed matrices", drop=5, terminal=True),
+        Shown("rank", "rank", "largest rank of its factors", main=True, head="r"),
         Shown("mean_rank_99", "r at 99%", "mean rank at 99% of a layer's energy", drop=2, terminal=True),
         Shown(
             "used",
             "used",
-            "ranks at 99% of each layer's energy over the ranks it has",
+            "Σ of the ranks at 99% of each layer's energy, over Σ of the ranks",
             share=True,
             main=True,
             form="percent",
@@ -60,14 +60,14 @@ class Fleet(LayerRecord):
         Shown(
             "spike",
             "spike",
-            "energy in the largest direction of every layer",
+            "fraction of the energy in the largest direction of every layer",
             share=True,
             drop=4,
             form="percent",
             terminal=True,
         ),
-        Shown("fro", "‖ΔW‖", "Frobenius norm over all of its layers", main=True, drop=3),
-        Shown("dead", "dead", "updates that are zero", main=True, terminal=False),
+        Shown("fro", "‖ΔW‖", "Frobenius norm over all layers", main=True, drop=3),
+        Shown("dead", "dead", "number of zero updates", main=True, terminal=False),
     )
     record: Literal["fleet"] = "fleet"
     adapter: str

@@ -28,10 +28,10 @@ from lora_diag.running.options import show_options
 
 COMMAND = "spectrum --adapters"
 
-# Bytes that one adapter takes while it is measured: the factors of a layer, their vectors, the sketches' normals.
+# Memory of one adapter while it is measured: factors of a layer, their vectors, normals of the sketches.
 SIZE = 64 * 2**20
 
-# Files by which an adapter or a base is known; a log may grow beside them.
+# Files that identify an adapter or a base; others, such as a log, may change.
 READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
 
 
@@ -66,8 +66,8 @@ class Seen:
         """
         if self.now(self.path).files != self.files:
             raise InputError(
-                f"{self.path}: the worker on {platform.node()} sees other files there, or none; adapters and their "
-                "base must be on storage that all nodes share, under the same path, and stay as they are"
+                f"{self.path}: the worker on {platform.node()} finds other files there, or none; put adapters and "
+                "base on storage shared by all nodes, under the same path, and do not change them during the run"
             )
 
 
@@ -192,7 +192,7 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     folders = {path for path in found if path.is_dir()}
     paths = [path for path in found if path.parent not in folders]
     if not paths:
-        raise NothingComparedError(f"no adapter is at {', '.join(words) or 'the end of an empty list'}")
+        raise NothingComparedError(f"no adapter found at {', '.join(words) or 'the end of an empty list'}")
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 

@@ -26,13 +26,13 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import number, percent, safe
 
-# So many rows a table has; the records have them all.
+# Maximum number of rows of a table; the records have all.
 _ROWS, _NAMED = 20, 3
 
 _WORDS = {
     "same": "the same update, up to scale",
     "near": "nearly the same update",
-    "space": "same column spaces, another update",
+    "space": "same column spaces, different update",
 }
 
 
@@ -67,7 +67,7 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "typ
     odd = rarest_first(oddities(records))
     shown = [*odd, *(i for i in range(len(records)) if not told[i])] if per == "layer" else odd
     most = len(shown) if per == "layer" else _ROWS
-    caption = "every adapter" if per == "layer" else "what stands out"
+    caption = "all adapters" if per == "layer" else "outliers"
     found = [_adapters(caption, records, names, told, shown[:most])] if shown else []
     return [*found, _alike(names, pairs[:_ROWS])] if pairs else found
 
@@ -115,7 +115,7 @@ _ALIKE = (
 def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
     said = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
-    return grid_of(_ALIKE, rows, "pair", "what is alike", more=[said])
+    return grid_of(_ALIKE, rows, "pair", "near-duplicates", more=[said])
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:
@@ -140,7 +140,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Stateme
             say(
                 "unfinished",
                 "Warning",
-                "the run did not finish: these are the adapters measured so far",
+                "the run did not finish; these are the adapters measured so far",
                 level="failure",
             )
         )
@@ -155,7 +155,9 @@ def _rank(records: Sequence[Fleet]) -> str:
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     needed = sum(record.total_rank_99 for record in known) / sum(record.total_rank or 0 for record in known)
     middle = median(record.total_rank_99 / record.modules for record in known)
-    return f"r = {span}; 99% of the energy needs a median r of {number(middle)} a layer, {percent(needed)} of all ranks"
+    return (
+        f"r = {span}; 99% of the energy needs a median r of {number(middle)} per layer, {percent(needed)} of all ranks"
+    )
 
 
 def _stand_out(records: Sequence[Fleet]) -> str:
@@ -163,8 +165,8 @@ def _stand_out(records: Sequence[Fleet]) -> str:
     words: dict[Oddity, str] = {
         "dead": "with dead layers (ΔW = 0)",
         "over-ranked": f"over-ranked (99% of the energy in at most {USED:.0%} of the rank)",
-        "spiked": f"spiked (one direction a layer holds {SPIKED:.0%})",
-        "norm": "of another norm than the rest",
+        "spiked": f"spiked (one direction per layer has {SPIKED:.0%})",
+        "norm": "with an outlying norm",
     }
     told = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
     return ", ".join(told) or "none"

@@ -22,7 +22,7 @@ def intruders(
 
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.intruders.run import intruders as measure
 
     with shown.callbacks() as callbacks:
@@ -35,7 +35,7 @@ def intruders(
 def _next(base: str, tuned: str, output: Path | str | None) -> str:
     if output is None:
         words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
-        return f"{words}   (where they are; -o FILE keeps the records for loradiag gate)"
-    # Not gate init: where no layer has an intruder, or one has little else, there is no limit to take from them.
+        return f"{words}   (each layer; -o FILE keeps the records for loradiag gate)"
+    # Not gate init: without intruders, or with little else, the records give no limit.
     words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
-    return f'{words}   (where they are; loradiag gate takes a rule such as require = "intruders <= 2")'
+    return f'{words}   (each layer; loradiag gate takes a rule such as require = "intruders <= 2")'

@@ -85,7 +85,7 @@ def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | Lef
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
-    if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
+    if settings.memory is not None and device.type == "cpu":  # the limit applies to the machine's memory
         what = "both weights with all singular vectors of BASE take"
         require(most_bytes(delta, settings), settings.memory, delta.shape, what, "--exclude it")
     change = load_change(delta, device)

@@ -55,11 +55,19 @@ class Intruders(LayerRecord):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("k", "directions", "the largest, looked at", pool="sum", drop=2, head="of", terminal=True),
+        Shown(
+            "k",
+            "directions",
+            "number of largest singular directions tested",
+            pool="sum",
+            drop=2,
+            head="of",
+            terminal=True,
+        ),
         Shown(
             "intruders",
             "intruders",
-            "of the largest directions, those that the base does not have",
+            "tested directions that the base does not have",
             axis="intruder dimensions",
             main=True,
             pool="sum",
@@ -67,14 +75,14 @@ class Intruders(LayerRecord):
         Shown(
             "rotated",
             "rotated",
-            "directions without a single match in the base that lie in the span of such with nearly the same σ",
+            "directions without a match in the base that lie in the span of base directions with nearly equal σ",
             pool="sum",
             terminal=True,
         ),
         Shown(
             "similarity_lowest",
             "similarity",
-            "of the direction that is least like any of the base",
+            "lowest similarity of a direction to the base",
             share=True,
             pool="min",
             head="lowest",
@@ -83,7 +91,7 @@ class Intruders(LayerRecord):
         Shown(
             "similarity_random",
             "similarity by chance",
-            "about the median similarity of a random direction: an estimate",
+            "estimated median similarity of a random direction",
             share=True,
             drop=3,
             head="by chance",
@@ -92,7 +100,7 @@ class Intruders(LayerRecord):
         Shown(
             "first_intruder",
             "first intruder",
-            "place of the first intruder among the directions, the largest first",
+            "position of the first intruder, by descending singular value",
             pool="min",
             drop=4,
             head="first at",

@@ -12,7 +12,7 @@ from lora_diag.rendering.statements import Statement, compared, ending, left_out
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import number, short
 
-# So many layers are named in a sentence.
+# Maximum number of layers named in a sentence.
 _NAMED = 3
 
 
@@ -41,8 +41,8 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
         say(
             "interpretation",
             "Interpretation",
-            "intruders were found beside forgetting (arXiv 2410.21228); a loss on data from before the fine-tune says "
-            "whether this one forgot",
+            "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the "
+            "fine-tune shows whether this model forgot",
         )
     )
     return [*lines, left_out(results), *ending(results)]
@@ -67,10 +67,10 @@ def _rotated(records: Sequence[Intruders]) -> str:
     rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
     near = number(records[0].window * 100)
     if not rotated:
-        return f"none: the published count is {count}, too"
+        return f"none: the published count is also {count}"
     return (
-        f"{rotated} more have no single match, yet lie in the span of directions of BASE whose singular values are "
-        f"within {near}%: such directions turn freely. The published count, {count}, has them in"
+        f"{rotated} more have no single match but lie in the span of directions of BASE with singular values within "
+        f"{near}%, which can rotate freely. The published count, {count}, includes them"
     )
 
 
@@ -78,6 +78,6 @@ def _chance(records: Sequence[Intruders]) -> str:
     similarity = median(record.similarity_random for record in records)
     count, looked = sum(record.count_random for record in records), sum(record.k for record in records)
     return (
-        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {looked} would count: "
-        "an intruder is a direction that BASE does not have, not one that is rarer than chance"
+        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {looked} would "
+        "count: an intruder is a direction that BASE does not have, not one that is significant against chance"
     )

@@ -14,7 +14,7 @@ FEATURE = Feature(
     figures=(
         Figure(
             "portability",
-            "adapters where they are served: what each program makes of each weight, and its ε",
+            "error ε of each weight of an adapter in each serving program",
             "portability",
             ".figures:figure",
             panels=(".figures:portability",),
@@ -22,5 +22,5 @@ FEATURE = Feature(
             by_color=False,
         ),
     ),
-    questions=(("portable", "Will the adapter mean the same where it is served?"),),
+    questions=(("portable", "Do serving programs apply the intended update?"),),
 )

@@ -19,7 +19,7 @@ Base = Annotated[str | None, typer.Argument(metavar="BASE", help="Base checkpoin
 class FixOptions(TypedDict, total=False):
     """How a portable adapter is written."""
 
-    fix: Annotated[bool, Option(False, "Write to -o an adapter that every program scales alike.", panel=OUTPUT)]
+    fix: Annotated[bool, Option(False, "Write to -o an adapter that all programs scale alike.", panel=OUTPUT)]
     format: Annotated[
         str | None,
         Option(None, "With --fix: format; default that of ADAPTER.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
@@ -51,9 +51,9 @@ def portability(
         result(rules_table(*terminal()))
         return
     if adapter is None:
-        raise UsageError("portability: name an adapter; --rules shows what the programs do without one")
+        raise UsageError("portability: no adapter is given; give one, or use --rules for the rules of all programs")
     _check_fix(fixing["fix"], given, {"--format": form, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out})
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.portability.fix import make_portable
     from lora_diag.diagnostics.portability.run import portability as measure
     from lora_diag.diagnostics.portability.summary import failed
@@ -84,12 +84,12 @@ def _check_fix(fix: bool, given: PortabilityOptions, others: dict[str, str | boo
     """
     if not fix:
         if option := next((name for name, value in others.items() if value), None):
-            raise UsageError(f"{option}: is of --fix; add it, and -o with the folder to write")
+            raise UsageError(f"{option}: needs --fix, and -o with the folder to write; add both")
         return
     if given["output"] is None:
-        raise UsageError("--fix: name the folder to write with -o")
+        raise UsageError("--fix: no output folder; give it with -o")
     if any((given["resume"], given["overwrite"], given["layers"], given["exclude"], given["intended"])):
         raise UsageError(
-            "--fix: writes the whole adapter to a new folder; it takes none of --resume, --overwrite, "
-            "--layers, --exclude and --intended"
+            "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, --layers, --exclude "
+            "and --intended"
         )

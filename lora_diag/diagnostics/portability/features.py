@@ -32,7 +32,7 @@ def _kohya(*pairs: tuple[int, float, float | None]) -> Contents:
     return Contents("kohya", tuple(items))
 
 
-# Feature -> an adapter of two layers that has it and nothing else, with the scales that are intended.
+# Feature -> an adapter of two layers with only this feature, and the intended scales.
 FEATURES: dict[str, Contents] = {
     "one rank, one alpha": _peft({}, (8, 8), (2.0, 2.0)),
     "rsLoRA": _peft({"use_rslora": True}, (8, 8), (16 / 8**0.5, 16 / 8**0.5)),
@@ -123,7 +123,7 @@ def history(contents: Contents, consumer: Consumer) -> str:
 
     Rules that do the same are one range of versions.
     """
-    spans: list[tuple[str, str]] = []  # the first version of which it is known, and what is done; the newest first
+    spans: list[tuple[str, str]] = []  # the first known version of each behaviour, newest first
     for rule in consumer.rules:
         done = words(outcome(contents, consumer, rule))
         if spans and spans[-1][1] == done:

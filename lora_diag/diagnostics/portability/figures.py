@@ -34,11 +34,11 @@ from lora_diag.rendering.figures.style import (
     wrapped,
 )
 
-# Colours by status; a wrong weight has that of its ε, and this one where its ε is not known.
+# Colours by status; a wrong weight has the colour of its ε, or this one if its ε is not known.
 COLORS = {"exact": UNKNOWN, "full": UNKNOWN, "dropped": CATEGORIES[0], "refused": QUIET, "wrong": "#F4D9C6"}
 EPSILON: Colormap = ListedColormap(mpl.colormaps["Oranges"].resampled(256)(range(80, 256)), "epsilon")
 
-# Share of the page's width that the names of the rows may take; columns between two programs.
+# Maximum fraction of the page's width for row names; number of columns between two programs.
 _NAMES, _GAP = 0.3, 0.06
 
 
@@ -196,8 +196,8 @@ def _words(series: Sequence[Series[Any]], shown: Cells) -> Words:
     layers = len({record.layer for one in series for record in one.records})
     several = len({(name, depth) for name, _, depth in shown.records}) < layers
     return Words(
-        "What each program makes of the adapter",
+        "Weights of the adapter as each program applies them",
         f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
-        ("Where a block has several matrices of a type, the cell is the worst.",) if several else (),
+        ("A cell shows the worst of a block's matrices of its type.",) if several else (),
         tuple(keys),
     )

@@ -18,7 +18,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.linalg.stacked import gap
 from lora_diag.records import Results
 
-# Rounding of s·B to float32 is 2^-24 an entry; what is above this is a fault of the writer.
+# Rounding of s·B to float32 is 2^-24 per entry; a larger error is a fault of the writer.
 ROUNDING = 1e-5
 
 
@@ -62,7 +62,7 @@ def make_portable(
     """
     path = as_path(adapter)
     if not is_adapter(locate(path)):
-        raise UsageError(f"{adapter}: is no adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
     opened = open_adapter(locate(path), given_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     checkpoint = open_checkpoint(as_path(base)) if base is not None else None
     folder = Path(output)
@@ -70,7 +70,7 @@ def make_portable(
     rounded = distances(opened, folder, checkpoint)
     worst = max(rounded.values(), default=0.0)
     if worst > ROUNDING and written.dtype == "float32":
-        raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use it, and report this")
+        raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use the output, and report this")
     results = portability(folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank)
     fixed = {
         "rank": written.rank,
@@ -97,8 +97,10 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
         other = old.get(item.layer)
         if other is None:
             if base is None and after.exists() and open_adapter(after).form != before.form:
-                continue  # the two layouts name weights in their own ways, and only BASE would tell
-            raise InputError(f"{after}: {item.layer} is no weight of {before.path}; do not use it, and report this")
+                continue  # the two layouts name weights differently, and only BASE relates the names
+            raise InputError(
+                f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, and report this"
+            )
         if other.load is None or item.load is None or other.part in FORMED:
             continue
         one, two = item.load(Site(item.shape)), other.load(Site(other.shape))

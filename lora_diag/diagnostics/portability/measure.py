@@ -22,7 +22,7 @@ from lora_diag.records import LeftOut
 if TYPE_CHECKING:
     from lora_diag.linalg.stacked import Matrix
 
-# Scales that differ by less than this are one scale, computed in another order: α/√r against √(α²/r).
+# Scales that differ by less than this are equal, computed in another order: α/√r and √(α²/r).
 SAME = 1e-9
 
 # Consumer and version.

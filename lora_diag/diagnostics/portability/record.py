@@ -9,13 +9,13 @@ from lora_diag.records.shown import Shown
 
 Status = Literal["exact", "wrong", "dropped", "full", "refused"]
 
-# The worst first.
+# From worst to best.
 ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "full", "exact")
 
-# What a consumer that does what is intended does with a layer.
+# Statuses of a layer that is applied as intended.
 AS_INTENDED: tuple[Status, ...] = ("exact", "full")
 
-# Parts whose ΔW is more than B·A, so that an error is no matter of scales alone.
+# Parts whose ΔW is not B·A alone, so that errors are not those of scales alone.
 FORMED = frozenset({"dora", "residual"})
 
 
@@ -41,9 +41,9 @@ class Portability(LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "consumer", "version")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("status", "status", "what the consumer makes of the weight", main=True),
+        Shown("status", "status", "treatment of the weight by the consumer", main=True),
         Shown("epsilon", "ε", "relative error of the ΔW that the consumer applies", axis="relative error ε"),
-        Shown("scale", "scale", "by which the consumer multiplies B·A", axis="applied scale"),
+        Shown("scale", "scale", "factor by which the consumer multiplies B·A", axis="applied scale"),
     )
     record: Literal["portability"] = "portability"
     layer: str

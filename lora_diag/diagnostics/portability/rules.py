@@ -93,9 +93,9 @@ class Consumer:
         if not version:
             return self.rules[0]
         if read := next((rule for rule in self.rules if version in rule.read), None):
-            return read  # a commit is no number
+            return read  # a commit is not a number
         if not _VERSION.fullmatch(version):
-            raise UsageError(f"--for {self.name}=={version}: is no version; give one such as {self.newest}")
+            raise UsageError(f"--for {self.name}=={version}: not a version; give one such as {self.newest}")
         for rule in self.rules:
             if not rule.since or not is_before(version, rule.since):
                 return rule

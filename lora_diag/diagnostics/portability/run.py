@@ -65,9 +65,9 @@ def portability(
     intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
     path = as_path(adapter)
     if not is_adapter(locate(path)):
-        raise UsageError(f"{adapter}: is no adapter; the order is: loradiag portability ADAPTER [BASE]")
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE]")
     if base is not None and is_adapter(locate(base)):
-        raise UsageError(f"{base}: is an adapter; the order is: loradiag portability ADAPTER [BASE]")
+        raise UsageError(f"{base}: an adapter, not a base; the order is: loradiag portability ADAPTER [BASE]")
     opened = open_adapter(locate(path), run.given)
     checkpoint = open_checkpoint(as_path(base)) if base is not None else None
     contents = contents_of(opened, checkpoint)
@@ -116,7 +116,7 @@ def choose(words: Sequence[str], form: str) -> Chosen:
         name = name.strip().replace(".", "").replace("-", "").lower()
         consumer = CONSUMERS.get(name)
         if consumer is None:
-            raise UsageError(f"--for {word}: no rule is known for it; there are {', '.join(CONSUMERS)}")
+            raise UsageError(f"--for {word}: unknown program; give one of {', '.join(CONSUMERS)}")
         rule = consumer.rule(version.strip())
         chosen[name, version.strip() or consumer.newest] = consumer, rule
     return chosen

@@ -163,7 +163,7 @@ def _of(name: Name, records: list[Portability], results: Results[Portability]) -
     if name[0] in (needed := results.run.settings.get("ranks_to_set") or {}) and not counts["refused"]:
         details.append(f"start it with {needed[name[0]]}")
     if "==".join(name) in (results.run.settings.get("newer") or ()):
-        details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may do otherwise")
+        details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ")
     label = f"{title_of(name, [name])} {name[1]}"
     return say(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
 

@@ -11,5 +11,5 @@ FEATURE = Feature(
     statements=".summary:merge_lines",
     grids=".summary:merge_grids",
     section=Section("Merge", order=40),
-    questions=(("correct", "Did the merge do what the adapter says?"),),
+    questions=(("correct", "Is the merge correct?"),),
 )

@@ -14,7 +14,7 @@ from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
 from lora_diag.running.options import RunOptions
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that was merged.")]
-Merged = Annotated[str, typer.Argument(metavar="MERGED", help="What the merge wrote.")]
+Merged = Annotated[str, typer.Argument(metavar="MERGED", help="Merged checkpoint.")]
 
 
 @options.spread
@@ -32,7 +32,7 @@ def verify_merge(
 
     Example: loradiag verify-merge base/ lora_r16/ merged/
     """
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.verify_merge.record import outcome
     from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
 

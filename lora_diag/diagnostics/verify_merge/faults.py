@@ -19,13 +19,13 @@ from lora_diag.diagnostics.verify_merge.record import MergeStatus
 from lora_diag.linalg.merge import Addend, Check, Product, Rounding, unit_roundoff
 from lora_diag.linalg.rounding import LAYOUT
 
-# A fault may leave so many entries unexplained: roundings that differ from those of a correct merge.
+# Maximum fraction of entries that a fault may leave unexplained: roundings that differ from those of a correct merge.
 UNEXPLAINED = 1e-3
 
-# Besides rounding, a fault may leave so much of ‖D'‖ unexplained.
+# Maximum fraction of ‖D'‖, besides rounding, that a fault may leave unexplained.
 NEAR = 0.05
 
-# Where fewer entries than this share are wrong, the rest is held to be right.
+# If less than this fraction of the entries is wrong, the others are taken as correct.
 FEW = 0.05
 
 # Errors of a ΔW that was computed less precisely are of all sizes: in units of their bound their standard deviation is
@@ -40,22 +40,22 @@ COARSE = 2.0**-8
 # Unit roundoff of float32, in which most merges compute ΔW whatever the dtype of the model.
 FINE = 2.0**-24
 
-# Rows and columns with entries that a scale has to explain where 1 does not, and which share of them.
+# Minimum number of rows and columns with entries that a scale explains and 1 does not, and their minimum fraction.
 FLIPPED, COHERENT = 32, 0.95
 
-# Steps to the scale at most; two or three are usual, more where ΔW lies about the grain of M.
+# Maximum number of steps to the scale; two or three are usual, more where ΔW is close to the spacing of M.
 CHORDS = 12
 
-# The cosine from which on a layer is held to have moved along another's ΔW.
+# Minimum cosine of a layer's change with the ΔW of another layer that was added to it.
 CLEAR = 0.5
 
-# Weights whose two halves are two layers, so that they can be put together in the wrong order.
+# Weights that join two layers, whose halves can be in the wrong order.
 HALVES = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_linear")
 
 TWICE = "it was added twice"
 UNCHANGED = "MERGED holds BASE's weight: the update was not added"
 
-# How many ranges of rows a message names.
+# Maximum number of row ranges named in a message.
 SHOWN = 3
 
 
@@ -154,7 +154,7 @@ def scaled_precisely(look: Look) -> Fault | None:
     fit = fit_scale(replace(look, rounding=how, found=one))
     if fit is None or fit.check.count > (1 - COHERENT) * one.count or fit.check.drifted:
         return None
-    spacing = abs(fit.factor - 1) / one.count  # from one entry that a scale changes to the next, on the average
+    spacing = abs(fit.factor - 1) / one.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
     if abs(fit.factor - 1) <= fit.limit + look.found.alike:
         return None
@@ -211,7 +211,7 @@ def fit_scale(look: Look) -> Fit | None:
     for _ in range(CHORDS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
-        # a wrong scale is seldom a power of two, so that a factor may be rounded once more than in a right merge
+        # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a correct merge
         check = look.recheck(look.addend.times(factor), replace(look.rounding, cast=True))
         now = (check.inner - check.ideal) / (factor * expected)
         slope = (off - now) / (factor - 1.0)
@@ -244,7 +244,7 @@ def _coarse(look: Look) -> Fault | None:
         return None
     visible = look.found.entries >= MANY and look.found.worst > FAR
     if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
-        return None  # a few entries far off beside others that are right to the last bit
+        return None  # a few entries are far off while others are correct to the last bit
     apart = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
     dtype = str(look.rounding.dtype).removeprefix("torch.")
     return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
@@ -369,7 +369,9 @@ def _by_numbers(look: Look) -> Fault:
     if far or (apart <= found.allowed and found.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is none of the usual mistakes")
     rest = math.sqrt(found.residual)
-    doubt = 4 * rest / math.sqrt(found.expected * found.entries)  # of c, if the rest has nothing to do with ΔW
+    doubt = (
+        4 * rest / math.sqrt(found.expected * found.entries)
+    )  # the standard error of c, if the rest is independent of ΔW
     if abs(c - 1) <= 0.05 + doubt < 0.5:
         share = rest / math.sqrt(found.base) if found.base else math.inf
         return Fault(

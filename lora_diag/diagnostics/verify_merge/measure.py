@@ -54,24 +54,24 @@ from lora_diag.linalg.merge import (
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 from lora_diag.records import LeftOut
 
-# So many entries that changed are looked at to tell which dtype's numbers MERGED holds.
+# Number of changed entries inspected to infer the dtype of MERGED's values.
 SAMPLE = 2**16
 
 # Bytes for every entry of a block: both sides, and float64 copies of them while faults are tried. Measured on
 # 4096x11008 (bfloat16, float32): 29 and 37 where a merge is right, 47 and 64 where every fault was tried in vain.
 BLOCK = 72
 
-# Where ΔW should have moved more than this share of the entries and none moved, coarse arithmetic is no excuse: its
-# errors are as often up as down, and would have moved some.
+# If ΔW should change more than this fraction of the entries and none changed, coarse arithmetic is not the cause: its
+# errors have both signs and would change some.
 DROPPED = 0.1
 
-# A right layer tells 1 from a scale that is off by so much; else it is inconclusive.
+# A correct layer must distinguish a scale of 1 from one with this error; otherwise it is inconclusive.
 RESOLVED = 0.05
 
-# Where single errors of c allow more than this, it is tried whether ΔW was computed precisely, entry by entry.
+# If the errors of c allow more than this, test entry by entry whether ΔW was computed precisely.
 RESOLVED_ENTRIES = 0.005
 
-# Where rounding took more than this share of ΔW, or added it, the standard error of c is not that of the scale.
+# If rounding removed or added more than this fraction of ΔW, the standard error of c is not that of the scale.
 SWALLOWED = 0.1
 
 
@@ -131,7 +131,7 @@ class MergedLayer:
             return 0
         computed = COMPUTED if any(isinstance(delta, DenseDelta) for delta in others) else 0
         summed = 8 if len(self.deltas) > 1 or others[0].shape != self.shape else 0
-        copies = 16 if computed else 28  # one that the adapter holds in full is read from two files
+        copies = 16 if computed else 28  # a weight that the adapter stores in full is read from two files
         turned = copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
         return (computed + summed + turned) * math.prod(self.shape)
 
@@ -430,7 +430,7 @@ def _held(task: MergedLayer) -> tuple[torch.dtype, bool]:
             return held_dtype(moved[:: max(1, len(moved) // SAMPLE)]), False
         still = m.reshape(-1)[:SAMPLE] if still is None else still
         if not task.adapted:
-            return stored, False  # whatever the dtype, M = W so far; a block that differs is looked at by its own
+            return stored, False  # M = W so far, independent of the dtype; a block that differs is inspected separately
     shortest = held_dtype(still) if still is not None else stored
     return shortest, shortest != stored
 

@@ -24,13 +24,13 @@ MergeStatus = Literal[
     "other",
 ]
 
-# What a merge may show and still be what the adapter says, exactly or in a shorter dtype.
+# Statuses of a correct merge, exact or in a shorter dtype.
 CORRECT = frozenset({"ok", "coarse"})
 
 Outcome = Literal["correct", "failed", "inconclusive"]
 
 
-# From the worst to the best; what an engineer has to look at comes first.
+# From worst to best: failures come first.
 ORDER: tuple[MergeStatus, ...] = (
     "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base", "changed", "other",
     "inconclusive", "coarse", "ok",
@@ -90,7 +90,7 @@ class Merge(LayerRecord):
         Shown(
             "status",
             "merge",
-            "whether MERGED holds W + ΔW there; of several layers the worst",
+            "whether MERGED is W + ΔW; of several layers the worst",
             main=True,
             pool=lambda records: min((record.status for record in records), key=ORDER.index),
             head="status",
@@ -100,7 +100,7 @@ class Merge(LayerRecord):
         Shown(
             "dtype",
             "numbers",
-            "dtype whose numbers MERGED holds",
+            "dtype that represents the values of MERGED",
             pool="each",
             drop=5,
             head="dtype",
@@ -110,7 +110,7 @@ class Merge(LayerRecord):
         Shown(
             "differing_share",
             "differing",
-            "share of the entries that no rounding of W + ΔW explains",
+            "fraction of the entries that no rounding of W + ΔW explains",
             share=True,
             main=True,
             pool=_differing,
@@ -128,13 +128,13 @@ class Merge(LayerRecord):
         Shown(
             "unchanged",
             "unchanged",
-            "share of the entries with M = W",
+            "fraction of the entries with M = W",
             share=True,
             drop=2,
             form="percent",
             terminal=True,
         ),
-        Shown("scale", "arrived c", "how much of ΔW arrived: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
+        Shown("scale", "arrived c", "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
         Shown("residual", "residual", "‖M − W − ΔW‖_F / ‖ΔW‖_F", drop=3, terminal=True),
     )
     record: Literal["merge"] = "merge"

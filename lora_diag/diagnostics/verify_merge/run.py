@@ -20,11 +20,11 @@ from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import not_paired
 from lora_diag.running.options import RunOptions, show_options
 
-# The number of an expert, stacked (``w[3]``) or by itself (``experts.3.``); and every number in a name.
+# The index of an expert, stacked (``w[3]``) or separate (``experts.3.``); and every number in a name.
 _EXPERT = re.compile(r"\[\d+\]$|(?<=experts\.)\d+(?=\.)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-# Why MERGED lacks what BASE has.
+# Reasons for tensors of BASE that MERGED does not have.
 _LACKING = {"only_in_base", "shape_differs", "not_float"}
 
 
@@ -75,13 +75,15 @@ def verify_merge(
     """
     engine = options.get("engine")
     if engine is not None and engine.gpus_per_task:
-        raise UsageError("--gpus-per-task: verify-merge compares files on processors; leave it out")
+        raise UsageError("--gpus-per-task: verify-merge runs on CPUs only; remove the option")
     run = LayerRun("verify-merge", options, RunOptions)
     base, adapter, merged = map(as_path, (base, adapter, merged))
     if not is_adapter(locate(adapter)):
-        raise UsageError(f"{adapter}: is no adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     if is_adapter(locate(merged)):
-        raise UsageError(f"{merged}: is an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
+        raise UsageError(
+            f"{merged}: an adapter, not a merged checkpoint; the order is: loradiag verify-merge BASE ADAPTER MERGED"
+        )
     verify = run.options["verify"]
     said = compare(base, adapter, None, None, run.options["allow_unmatched"], verify, given=run.given)
     done = compare(base, merged, verify=verify)
@@ -127,9 +129,7 @@ def _tasks(
     unpaired = [item for item in unpaired if item.layer not in gone]
     chosen = sorted((task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer))
     if not any(task.adapted for task in chosen):
-        raise NothingComparedError(
-            "nothing was compared: --layers and --exclude leave no weight that the adapter adapts"
-        )
+        raise NothingComparedError("nothing was compared: --layers and --exclude select no adapted weight; change them")
     dropped = [
         Unpaired(task.layer, task.shape, "not_selected", "left out by --layers or --exclude")
         for task in tasks
@@ -177,7 +177,9 @@ def _missing(delta: Delta, lacking: Mapping[str, Unpaired], merged: Path | str) 
     why = lacking.get(delta.layer) or (lacking.get(delta.base.name) if delta.base is not None else None)
     if delta.base is None or (why is not None and why.reason == "not_float"):
         detail = why.detail if why is not None else "BASE stores it as other than plain numbers"
-        raise InputError(f"{merged}: {delta.layer}: {detail}; merge into plain numbers, or leave it out with --exclude")
+        raise InputError(
+            f"{merged}: {delta.layer}: {detail}; merge into a dtype that is not quantized, or skip it with --exclude"
+        )
     detail = "the adapter changes it, but MERGED has no such weight"
     if why is not None and why.reason == "shape_differs":
         detail = f"the adapter changes it, but MERGED has it in another shape: {why.detail.replace('TUNED', 'MERGED')}"

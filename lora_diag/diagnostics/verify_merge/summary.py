@@ -15,23 +15,23 @@ from lora_diag.rendering.statements import Level, Statement, compared, ending, s
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, named, number, percent, safe, short
 
-# What to do about each fault.
+# Remedy for each fault.
 WAYS_OUT: dict[MergeStatus, str] = {
     "missing": "save the whole merged model again, under BASE's names",
-    "dropped": "merge again, and see that the merge finds these modules in the adapter (names, target_modules)",
-    "partial": "merge again from whole weights: a shard, a rank or a block of rows was left out",
+    "dropped": "merge again, and check that the merge finds these modules in the adapter (names, target_modules)",
+    "partial": "merge again from complete weights: a shard, a rank or a block of rows is missing",
     "wrong scale": "merge again with the scaling that adapter_config.json gives, once",
-    "transposed": "merge again with the model's own class: it knows which weights are stored (in, out)",
-    "wrong order": "merge again with versions of peft and transformers that agree on the order of experts and halves",
-    "other base": "give the BASE that was merged into, or merge again into this one",
-    "changed": "merge again from BASE, or find what else wrote to these weights",
-    "other": "see that this is the adapter that was merged; else merge again from BASE (peft's merge_and_unload())",
+    "transposed": "merge again with the model's own class, which knows the weights stored as (in, out)",
+    "wrong order": "merge again with versions of peft and transformers that use the same order of experts and halves",
+    "other base": "give the BASE of the merge, or merge again into this one",
+    "changed": "merge again from BASE, or find what else changed these weights",
+    "other": "check that this is the merged adapter; else merge again from BASE (peft's merge_and_unload())",
 }
 
-# A correct merge that kept less than this of ΔW somewhere is warned about.
+# A correct merge that kept less than this fraction of ΔW in a layer gets a warning.
 LOST = 0.9
 
-# So many causes of a fault are told.
+# Maximum number of causes stated per fault.
 SHOWN = 3
 
 
@@ -82,13 +82,15 @@ def _measured(results: Results[Merge]) -> list[str]:
     adapted = sum(record.adapted for record in results)
     dtypes = sorted({record.dtype for record in results if record.adapted and record.dtype})
     others = len(results) - adapted
-    return [
-        f"{_layers(adapted)} adapted, {others} not, {count(entries)} entries, numbers of {', '.join(dtypes) or '-'}"
-    ]
+    return [f"{_layers(adapted)} adapted, {others} not, {count(entries)} entries, values in {', '.join(dtypes) or '-'}"]
 
 
 def _layers(number_of: int) -> str:
     return f"{number_of} {'layer' if number_of == 1 else 'layers'}"
+
+
+def _adapted(number_of: int) -> str:
+    return f"{number_of} adapted {'layer' if number_of == 1 else 'layers'}"
 
 
 def _correct(results: Results[Merge]) -> str:
@@ -97,29 +99,29 @@ def _correct(results: Results[Merge]) -> str:
     changed = sum(record.failed for record in results if not record.adapted)
     found = outcome(results)
     if found == "failed":
-        parts = [f"{len(bad)} of {_layers(len(adapted))} adapted are not W + ΔW"] if bad else []
-        parts += [f"{changed} that the adapter does not touch changed"] if changed else []
+        parts = [f"{len(bad)} of {_adapted(len(adapted))} are not W + ΔW"] if bad else []
+        parts += [f"{_layers(changed)} without an update changed"] if changed else []
         return f"no: {' and '.join(parts)}"
     if found == "inconclusive":
-        return f"cannot tell: {_why_inconclusive(adapted)}"
+        return f"inconclusive: {_why_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
     but = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
-    return f"yes: all {_layers(len(adapted))} adapted are W + ΔW, every entry within what rounding allows{but}"
+    return f"yes: all {_adapted(len(adapted))} are W + ΔW, every entry within what rounding allows{but}"
 
 
 def _why_inconclusive(adapted: Sequence[Merge]) -> str:
     if all(not record.expected_fro for record in adapted):
-        return "the adapter's update is zero everywhere (was it trained?), so BASE itself is the merge"
+        return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
     still = all(record.unchanged == 1 for record in adapted if record.expected_fro)
     unclear = [record for record in adapted if record.status == "inconclusive"]
     if unclear and not still:
         return (
-            f"in {len(unclear)} of {_layers(len(adapted))} adapted MERGED's numbers are too coarse to tell BASE + ΔW "
-            f"from BASE, or from BASE + c·ΔW with another c: {_names(unclear)}; merge into a finer dtype"
+            f"in {len(unclear)} of {_adapted(len(adapted))} MERGED's values are too coarse to distinguish "
+            f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_names(unclear)}; merge into a finer dtype"
         )
     return (
-        "MERGED is BASE in every adapted layer. Rounding alone would do that to so small an update, and so would a "
-        "merge that never happened; merge into float32, or serve the adapter unmerged"
+        "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
+        "merge that did not happen; merge into float32, or serve the adapter unmerged"
     )
 
 
@@ -153,22 +155,22 @@ def _rounding(results: Results[Merge]) -> str:
     """State how much of the update the dtype of MERGED kept where the merge is correct."""
     right = _right(results)
     if not right:
-        return "not shown: no adapted layer is right"
+        return "unknown: no adapted layer is correct"
     kept = {record.layer: record.retained for record in right if record.retained is not None}
     least = min(kept, key=kept.__getitem__)
     noise = median(record.residual for record in right if record.residual is not None)
     still = median(record.unchanged for record in right if record.unchanged is not None)
     arrived = (
-        f"{_kept(median(kept.values()))} of ΔW arrived at the median, least {_kept(kept[least])} in {short(least)}"
+        f"a median of {_kept(median(kept.values()))} of ΔW was kept, the least, {_kept(kept[least])}, in {short(least)}"
     )
     if len(kept) == 1 or kept[least] > 0.995:
-        arrived = f"{_kept(kept[least])} of ΔW arrived{' in every layer' if len(kept) > 1 else ''}"
+        arrived = f"{_kept(kept[least])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
     if any(record.failed for record in results if record.adapted):
-        arrived = f"where the merge is right, {arrived}"
+        arrived = f"where the merge is correct, {arrived}"
     errors = [record.scale_error for record in right if record.scale_error is not None]
     if errors:
         arrived += f" (standard error at most {number(100 * max(errors))}%)"
-    return f"{arrived}; it added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries as they were"
+    return f"{arrived}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries unchanged"
 
 
 def _kept(share: float) -> str:
@@ -182,16 +184,16 @@ def _lost(results: Results[Merge]) -> str:
         return ""
     lost.sort(key=lambda record: record.retained or 0.0)
     return (
-        f"rounding took more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(lost))}: "
-        f"{_names(lost)}. The merge is right, its dtype is too coarse for this adapter: serve the adapter unmerged, or "
-        "merge into float32"
+        f"rounding removed more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(lost))}: "
+        f"{_names(lost)}. The merge is correct, but its dtype is too coarse for this adapter: serve the adapter "
+        "unmerged, or merge into float32"
     )
 
 
 def _untouched(records: Sequence[Merge]) -> str:
     changed = [record for record in records if record.failed]
     if not changed:
-        return f"all {len(records)} are BASE's"
+        return f"all {len(records)} equal BASE"
     entries = sum(math.prod(record.shape) for record in records)
     share = sum(record.differing or 0 for record in changed) / max(1, entries)
     most = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))

@@ -37,7 +37,7 @@ def test_portability_cell_of_experts_is_the_worst():
     assert len(two) == 1
     assert np.allclose(two, to_rgb(COLORS["dropped"]))
     words = " ".join(text.get_text() for text in plots.figure("portability", making.results(records)).texts)
-    assert "the cell is the worst" in words
+    assert "A cell shows the worst" in words
 
 
 @pytest.mark.parametrize("number", [1, 2])

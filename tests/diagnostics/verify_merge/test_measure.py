@@ -476,7 +476,7 @@ def test_layers_and_exclude(merges):
     assert {item.reason for item in results.left_out} == {"not_selected"}
     spoilt = merged.spoil(lambda before, after: after.update({Q: before[Q]}), "selected")
     assert outcome(verified(merged, spoilt, exclude=r"layers\.0\..*q_proj")) == "correct"
-    with pytest.raises(NothingComparedError, match="leave no weight that the adapter adapts"):
+    with pytest.raises(NothingComparedError, match="select no adapted weight"):
         verified(merged, layers="norm")
 
 
@@ -484,7 +484,7 @@ def test_invalid_options_are_refused(merges, tmp_path):
     merged = merges(torch.float32, 0.02)
     with pytest.raises(UsageError, match="is no adapter; the order is"):
         verify_merge(merged.base, merged.merged, merged.adapter)
-    with pytest.raises(UsageError, match="is an adapter; the order is"):
+    with pytest.raises(UsageError, match="an adapter, not a merged checkpoint; the order is"):
         verify_merge(merged.base, merged.adapter, merged.adapter)
     integers = write(tmp_path / "int", dict(merged.after) | {Q: torch.zeros(32, 32, dtype=torch.int32)})
     with pytest.raises(InputError, match=r"q_proj.*int32"):

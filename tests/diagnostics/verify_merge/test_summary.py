@@ -94,8 +94,8 @@ def test_single_layer_is_in_singular():
 def test_lost_to_rounding():
     assert "Lost" not in words(results(record()))
     kept = results(record(), record(layer="b", retained=0.2, scale=0.2), record(layer="c"))
-    assert "Lost update rounding took more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
-    assert "99% of ΔW arrived at the median, least 20% in b" in words(kept)
+    assert "Lost update rounding removed more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
+    assert "a median of 99% of ΔW was kept, the least, 20%, in b" in words(kept)
     assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
 
 
@@ -103,7 +103,7 @@ def test_layers_that_changed_without_adapter():
     changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
     found = words(results(record(), record(adapted=False, layer="b"), changed))
     assert "Not adapted 1 of 2 changed, 50% of their entries; most in model.norm" in found
-    assert "1 that the adapter does not touch changed" in found
+    assert "1 layer without an update changed" in found
 
 
 def test_unreadable_or_unfinished_results_are_reported():

@@ -296,7 +296,7 @@ def test_worker_refuses_adapters_that_it_does_not_see(tmp_path):
     seen.check()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match=r"the worker on .* sees other files there, or none; adapters"):
+        with pytest.raises(InputError, match=r"the worker on .* finds other files there, or none; put"):
             Seen(path, seen.files).check()
     assert Seen.now(tmp_path / "none").files == ""
 
@@ -313,7 +313,7 @@ def test_worker_looks_at_adapter_and_at_its_base(other):
         return _on_a_worker(member, FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu"))
 
     if other in seen:
-        with pytest.raises(InputError, match=rf"{other}: the worker on .* sees other files there"):
+        with pytest.raises(InputError, match=rf"{other}: the worker on .* finds other files there"):
             work()
     else:
         assert work()[0].adapter == "one"
@@ -338,7 +338,7 @@ def test_invalid_options_are_refused(asked, message):
 def test_comparison_of_files_takes_no_gpu(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
     files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
-    with pytest.raises(UsageError, match="--gpus-per-task: verify-merge compares files on processors; leave it out"):
+    with pytest.raises(UsageError, match="--gpus-per-task: verify-merge runs on CPUs only"):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 

@@ -206,17 +206,17 @@ def test_merge_comes_first_and_one_wrong_layer_decides():
     page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
     for said in (" ".join(Elements(page).words), text):
         assert "Is the merge correct?" in said
-        assert "no: 1 of 3 layers adapted are not W + ΔW" in said
+        assert "no: 1 of 3 adapted layers are not W + ΔW" in said
         assert "Merge: a in m" in said
         assert "Is the update low-rank?" not in said
         assert "Failure modes" not in said
     fields = {field["title"]: field["values"] for field in json.loads(Elements(page).scripts["data"])["fields"]}
     assert fields["merge"] == ["ok", "dropped", "ok"]
     assert fields["differing"] == [0, 0.125, 0.25]
-    assert fields["arrived c"] == [1, 0.75, 0.5]
+    assert fields["scale c"] == [1, 0.75, 0.5]
     by_type = text[text.index("## By module type") :]
     assert "| `self_attn.q_proj` | 3 | dropped |" in by_type
-    assert "yes: all 2 layers adapted are W + ΔW" in markdown_report(evidence(merged("ok", "ok")))
+    assert "yes: all 2 adapted layers are W + ΔW" in markdown_report(evidence(merged("ok", "ok")))
 
 
 def test_layers_without_number_have_no_empty_charts(tmp_path, monkeypatch):

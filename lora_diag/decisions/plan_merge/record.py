@@ -89,7 +89,7 @@ class PlannedMerge(LayerRecord):
         SHAPE,
         Shown(
             "arrived",
-            "arrived c",
+            "scale c",
             "fraction of ΔW that arrives: ⟨Q(W + ΔW) − W, ΔW⟩/‖ΔW‖²",
             main=True,
             pool=lambda records: total(records).arrived,

@@ -116,7 +116,7 @@ def _trend(judged: Sequence[Track]) -> str:
         return "not known from one step; record several"
     counts = Counter(trend(ends) for ends in went.values())
     words = [f"{word} in {counts[word]}" for word in ("falls", "rises") if counts[word]]
-    words += [f"is constant in {counts['steady']}"] if counts["steady"] else []
+    words += [f"is steady in {counts['steady']}"] if counts["steady"] else []
     sentence = f"κ {', '.join(words)} of {_matrices(len(went))}"
     falling = sorted((layer for layer in went if trend(went[layer]) == "falls"), key=lambda x: went[x][1] / went[x][0])
     if falling:

@@ -134,7 +134,7 @@ class Merge(LayerRecord):
             form="percent",
             terminal=True,
         ),
-        Shown("scale", "arrived c", "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
+        Shown("scale", "scale c", "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
         Shown("residual", "residual", "‖M − W − ΔW‖_F / ‖ΔW‖_F", drop=3, terminal=True),
     )
     record: Literal["merge"] = "merge"

@@ -39,7 +39,7 @@ def test_layer_fallen_to_baseline_is_named_with_step():
     said = flat(found)
     assert "Containment partly" in said
     assert "layers.0.self_attn.q_proj: 0.05, since step 30" in said
-    assert "falls in 1, is constant in 1 of 2 matrices" in said
+    assert "falls in 1, is steady in 1 of 2 matrices" in said
     assert "are outside this update's directions" in said
 
 

@@ -79,7 +79,7 @@ def test_cause_is_stated_once_with_its_layers():
     found = words(results(*layers), width=140)
     assert "Wrong scale l.0.w, l.1.w, l.2.w and 2 more: twice" in found
     assert found.count("twice") == 1
-    assert "no: 5 of 5 layers adapted are not W + ΔW" in found
+    assert "no: 5 of 5 adapted layers are not W + ΔW" in found
 
 
 def test_many_causes_are_counted():

@@ -482,7 +482,7 @@ def test_layers_and_exclude(merges):
 
 def test_invalid_options_are_refused(merges, tmp_path):
     merged = merges(torch.float32, 0.02)
-    with pytest.raises(UsageError, match="is no adapter; the order is"):
+    with pytest.raises(UsageError, match="not an adapter; the order is"):
         verify_merge(merged.base, merged.merged, merged.adapter)
     with pytest.raises(UsageError, match="an adapter, not a merged checkpoint; the order is"):
         verify_merge(merged.base, merged.adapter, merged.adapter)

@@ -94,7 +94,7 @@ def test_single_layer_is_in_singular():
 def test_lost_to_rounding():
     assert "Lost" not in words(results(record()))
     kept = results(record(), record(layer="b", retained=0.2, scale=0.2), record(layer="c"))
-    assert "Lost update rounding removed more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
+    assert "rounding removed more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
     assert "a median of 99% of ΔW was kept, the least, 20%, in b" in words(kept)
     assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
 

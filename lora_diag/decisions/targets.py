@@ -7,11 +7,11 @@ import re
 from lora_diag.errors import UsageError
 from lora_diag.records.names import part_of
 
-# The router of a mixture of experts: a few rows, and since transformers 5 a module of its own that PEFT cannot adapt.
+# The router of a mixture of experts: a few rows, and since transformers 5 a separate module that PEFT cannot adapt.
 ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate|mlp\.router)(\.weight)?$")
 
-# Parameters of modules that are no layers (tokens, positions, tables of biases, Mamba's A), told by their own names,
-# and the short convolutions of state-space models: PEFT's all-linear leaves them out, and as targets it refuses them.
+# Parameters of modules that are not layers (tokens, positions, tables of biases, Mamba's A), recognized by name, and
+# the short convolutions of state-space models: PEFT's all-linear skips them, and PEFT refuses them as targets.
 BARE = re.compile(
     r"(^|[._])(A_log|probe|tokens?|position_embeddings|positional_embedding\w*|time_mix_\w+|bias(_table)?"
     r"|(in|input)_(proj|projection)_weight)(\[\d+\])?$"

@@ -118,7 +118,7 @@ def _given(key: str, value: Any) -> Settings:
 
 def _whole(alpha: float, trainer: str) -> int:
     if alpha != int(alpha):
-        raise InputError(f"--format {trainer}: takes whole lora_alpha only, not {alpha:g}; choose another --scaling")
+        raise InputError(f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another --scaling")
     return int(alpha)
 
 

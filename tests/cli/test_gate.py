@@ -58,17 +58,17 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
         (2, ["absent.toml", "r.jsonl"], "absent.toml: cannot be read as a policy"),
         (2, [name], "give results files"),
         (2, ["--policy", "nope", "r.jsonl"], "adapter-basic"),
-        (2, [name, "r.jsonl", "--base", "x"], "leave out the results file"),
+        (2, [name, "r.jsonl", "--base", "x"], "remove the results file"),
         (2, [name, "--tuned", "x"], "need --base"),
         (2, [name, "r.jsonl", "--json", "--github"], "both write"),
         (2, [name, "r.jsonl", "--ratchet"], "--baseline"),
         (2, [name, "r.jsonl", "-o", "r.jsonl"], "read or written already"),
         (2, [name, "r.jsonl", "--junit", "x.xml", "--sarif", "./x.xml"], "read or written already"),
-        (2, ["-q", "init", "r.jsonl", "--junit", "x.xml"], "nothing else"),
-        (2, ["-q", "init"], "give the results"),
+        (2, ["-q", "init", "r.jsonl", "--junit", "x.xml"], "takes only results"),
+        (2, ["-q", "init"], "no results are given"),
         (3, [name, "absent.jsonl"], "absent.jsonl"),
         (3, [name, "cut.jsonl"], "not a results file"),
-        (3, [name, "lacking.jsonl"], "holds 5 layers where its last line says 6"),
+        (3, [name, "lacking.jsonl"], "has 5 layers, but its last line says 6"),
         (3, [name, "r.jsonl", "--junit", "no/such/folder.xml"], "cannot be written"),
         (4, [name, "none.jsonl"], "no records"),
         (5, [name, "u.jsonl"], ""),
@@ -89,7 +89,7 @@ def test_mistake_in_policy_is_one_line_with_its_place(loradiag, results, policy)
 def test_results_in_place_of_policy_are_called_so(loradiag, results):
     ran = loradiag("gate", "r.jsonl", "r.jsonl")
     assert (ran.code, ran.out) == (2, "")
-    assert "r.jsonl: holds results and is no policy; the order is: loradiag gate POLICY RESULTS..." in ran.err
+    assert "r.jsonl: contains results, not a policy; the order is: loradiag gate POLICY RESULTS..." in ran.err
 
 
 def test_json_equals_file_and_inspect_shows_it(loradiag, results, policy, tmp_path):

@@ -73,7 +73,7 @@ def test_trainer_of_one_rank_refuses_several(trainer):
 
 @pytest.mark.parametrize("trainer", sorted(set(TRAINERS) - {"unsloth"}))
 def test_trainer_of_whole_alphas_refuses_others(trainer):
-    with pytest.raises(InputError, match="whole"):
+    with pytest.raises(InputError, match="lora_alpha must be an integer"):
         written_for(trainer, {**UNIFORM, "lora_alpha": 12.5})
 
 

@@ -16,7 +16,7 @@ FEATURE = Feature(
     figures=(
         Figure(
             "allocation",
-            "rank by layer, and energy kept against the bound",
+            "rank by layer, and energy kept compared with the bound",
             "allocation",
             ".figures:figure",
             panels=(".figures:allocation", ".figures:budget"),

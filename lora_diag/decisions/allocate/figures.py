@@ -221,7 +221,7 @@ def _words(
     metrics = {one.run.settings.get("metric", "weights") if one.run else "weights" for one in series}
     told = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
     notes = [
-        f"Energy is Σσ² as measured{f', in {told}' if told else ''}; in each module type blocks from left to right."
+        f"Energy is Σσ² as measured{f', in {told}' if told else ''}; blocks run from left to right in each module type."
     ]
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     if joined > 1:

@@ -111,11 +111,11 @@ def extract(
     asked.check()
     recover = given["recover"]
     if recover and activations is not None:
-        raise UsageError("--recover: factors an update in the weights' metric; leave --activations out")
+        raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
     rate = None if sweep is None else swept_rate(sweep)
     if (portable or form != PEFT) and rest == "save":
         other = "a portable adapter" if portable else f"an adapter in {form}"
-        raise UsageError(f"--unfactored save: weights in full have no place in {other}; leave out one of the two")
+        raise UsageError(f"--unfactored save: {other} cannot store weights in full; remove one of the two")
     portable = portable or form != PEFT
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])

@@ -222,7 +222,7 @@ def _data_price(results: Results[Extraction]) -> list[str]:
     truncated = number(pooled(results.layers, "epsilon_min"))
     lines = [
         f"Optimal for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; the lower bound "
-        f"for these ranks is {floor}. The price is a larger ε; truncation would have {truncated}."
+        f"for these ranks is {floor}. The cost is a larger ε; truncation has {truncated}."
     ]
     if plain:
         lines.append(f"Without activations, and optimal for the weights: {named(plain)}.")

@@ -27,7 +27,7 @@ class Stored:
             self.subjects[kind] = {}
             for subject in found:
                 place = (subject.layer, *subject.key)
-                # Of two records in one place nobody can say which one a new record is compared with.
+                # With two records in one place it is undefined which one a new record is compared with.
                 twice = place in self.subjects[kind] and subject.record is not None
                 ambiguous = replace(subject, record=None, why="several records of it, told apart by nothing")
                 self.subjects[kind][place] = ambiguous if twice else subject

@@ -22,18 +22,18 @@ from lora_diag.records.vocabulary import METRIC_NAMES
 
 K = TypeVar("K", bound=Record)
 
-# Below this part of σ_1 a direction of an adapter counts as unused: ten times float32's spacing, in which the smallest
-# values of a product of float32 factors drown.
+# Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the rounding error of the
+# smallest singular values of a product of float32 factors.
 UNUSED = 1e-6
 
 _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
 
 
-# Checks whose alarms leave the gate open and are no proof of a fault.
+# Checks whose findings are inconclusive and do not prove a fault.
 _UNKNOWN = frozenset({"finished", "base"})
-# Checks that look at records of updates.
+# Checks of records of updates.
 _OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
-# Of these, what spectra in another metric do not show: there, one direction tells how inputs lie.
+# Those that do not apply to spectra in another metric, where one direction reflects the distribution of the inputs.
 _IN_WEIGHTS = frozenset({"unused_rank", "spike"})
 
 

@@ -75,7 +75,7 @@ def gate(
     if files[:1] == ["init"] and policy is None:
         measured = (reports["base"], reports["tuned"], reports["adapter"])
         if any((*measured, *given.values(), github, shown.json, *cards)):
-            raise UsageError("gate init: takes results files and -o POLICY, nothing else; a policy file is ./init")
+            raise UsageError("gate init: takes only results files and -o POLICY; a policy file of this name is ./init")
         _init(files[1:], output, shown.quiet, overwrite)
         return
     baseline, ratchet = given["baseline"], given["ratchet"]
@@ -85,7 +85,7 @@ def gate(
     check_outputs([], [(Path(baseline) if ratchet and baseline else None, RESULTS)], overwrite=True)
     written = [(output, RESULTS), (reports["junit"], JUNIT), (reports["sarif"], SARIF)]
     check_outputs(read, written, overwrite)
-    # Of the card only a block is replaced: what else it holds is checked as it is read.
+    # Only a block of the card is replaced; the rest is checked when it is read.
     check_outputs([*read, *(path for path, _ in written)], [(reports["model_card"], CARD)], overwrite=True)
     if reports["model_card"] is not None:
         read_card(reports["model_card"])
@@ -135,7 +135,7 @@ def init(
 def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
     """Write a policy, or print it."""
     if not given:
-        raise UsageError("gate init: give the results of a checkpoint that served well")
+        raise UsageError("gate init: no results are given; give those of a checkpoint that is good enough to ship")
     check_outputs(given, [(output, POLICY)], overwrite)
     from lora_diag.decisions.gate.run import gate_init
 
@@ -149,8 +149,8 @@ def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -
         from lora_diag.decisions.gate.summary import headline
 
         rules = text.count("\n[[rule]]")
-        result(f"{output}: {rules} {'rule' if rules == 1 else 'rules'}; read it: every limit says what it is from")
-        result(f"These results under it: {headline(judge(output, *given))}")
+        result(f"{output}: {rules} {'rule' if rules == 1 else 'rules'}; review each limit: a comment states its origin")
+        result(f"Outcome of these results: {headline(judge(output, *given))}")
         result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *given])}")
 
 
@@ -158,13 +158,13 @@ def _measured(base: str | None, tuned: str | None, adapters: list[str], given: l
     """Measure first, where that is asked."""
     if base is None:
         if tuned is not None or adapters:
-            raise UsageError("--tuned and --adapter: need --base, the checkpoint that they are compared with")
+            raise UsageError("--tuned and --adapter: need --base, the checkpoint to compare with; add it")
         if not given:
             raise UsageError("gate: give results files, or --base with --tuned or --adapter to measure first")
         return []
     if given:
-        raise UsageError(f"--base: measures first, so leave out the results file {given[0]}")
-    # torch comes with it: not before it is needed
+        raise UsageError(f"--base: measures results itself; remove the results file {given[0]}")
+    # imports torch, so only here
     from lora_diag.decisions.gate.run import measure
 
     return measure(base, tuned, adapters)
@@ -194,7 +194,7 @@ def _show(results: Results[Any], github: bool, then: str) -> None:
     if github:
         import secrets
 
-        # A layer's name may begin like a workflow command; between these lines none is obeyed.
+        # A layer's name may look like a workflow command; between these lines GitHub executes none.
         token = secrets.token_hex(16)
         text = f"::stop-commands::{token}\n{text}\n::{token}::"
     result(text)
@@ -218,7 +218,7 @@ def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     from lora_diag.decisions.gate.record import outcome
 
     if outcome(results.whole) != "passed" and given:
-        return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the numbers behind this)"
+        return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the measured values)"
     if output is None:
         return f"{again('-o', 'verdicts.jsonl')}   (keeps these verdicts)"
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"

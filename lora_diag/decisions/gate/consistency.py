@@ -56,7 +56,7 @@ def _totals(results: Results[Any]) -> Iterator[str]:
     for name in ("fro", "base_fro"):
         before, now = getattr(told, name), getattr(found, name)
         if (before is None) != (now is None) or (before is not None and not _close(before, now)):
-            yield f"end: {name} is {_shown(before)}, and {_shown(now)} by the records of the layers"
+            yield f"end: {name} is {_shown(before)}, but {_shown(now)} by the records of the layers"
 
 
 def _between_adapters(results: Results[Any]) -> Iterator[str]:
@@ -76,24 +76,24 @@ def _spectrum(record: Spectrum) -> Iterator[str]:
     if fro == 0 or not s or s[0] == 0:
         derived = (record.stable_rank, record.effective_rank, *record.energy.values())
         if fro != 0 or any(s) or any(value is not None for value in derived):
-            yield f"fro is {fro:.9g}, and the rest of the record is not that of such an update"
+            yield f"fro is {fro:.9g}, which the rest of the record contradicts"
         return
     curve = list(accumulate((value / fro) ** 2 for value in s))
     tails = [*accumulate((value / fro) ** 2 for value in reversed(s))][::-1] if record.complete else []
     room = record.energy_error + DIGITS
     if curve[-1] > 1 + room or (record.complete and curve[-1] < 1 - room):
-        yield f"Σσ² is {curve[-1]:.9g} of fro², which energy_error = {record.energy_error:.2g} does not allow"
+        yield f"Σσ² is {curve[-1]:.9g} of fro², a difference above energy_error = {record.energy_error:.2g}"
     if record.complete:
         curve[-1] = 1.0
     yield from _curve(record, curve)
     yield from _tails(record, tails)
     if record.stable_rank is None or not _close(record.stable_rank, max(1.0, (fro / s[0]) ** 2)):
-        yield f"stable_rank is {_shown(record.stable_rank)}, and fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
+        yield f"stable_rank is {_shown(record.stable_rank)}, but fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
     effective = _effective_rank(s) if record.complete else None
     if (record.effective_rank is None) != (effective is None) or (
         effective is not None and not _close(record.effective_rank or 0.0, effective)
     ):
-        yield f"effective_rank is {_shown(record.effective_rank)}, and {_shown(effective)} by the singular values"
+        yield f"effective_rank is {_shown(record.effective_rank)}, but {_shown(effective)} by the singular values"
     yield from _resolution(record)
 
 
@@ -104,7 +104,7 @@ def _curve(record: Spectrum, curve: Sequence[float]) -> Iterator[str]:
         if (value is None) != (expected is None) or (
             value is not None and expected is not None and abs(value - min(expected, 1.0)) > ROUNDING
         ):
-            yield f"energy.{rank} is {_shown(value)}, and {_shown(expected)} by the singular values"
+            yield f"energy.{rank} is {_shown(value)}, but {_shown(expected)} by the singular values"
     for share, rank_at in record.rank_at.items():
         threshold = float(share)
         reached = rank_at is not None and 0 < rank_at <= len(curve) and curve[rank_at - 1] >= threshold - ROUNDING
@@ -120,7 +120,7 @@ def _tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
         r = int(rank) if rank.isdecimal() else 0
         if tail is None:
             if record.complete or r <= len(s):
-                yield f"tail.{rank} is null, and the singular values tell it"
+                yield f"tail.{rank} is null, but the singular values determine it"
             continue
         if record.complete:
             square = tails[r] if r < len(s) else 0.0
@@ -145,19 +145,19 @@ def _resolution(record: Spectrum) -> Iterator[str]:
     else:
         agrees = above[0] <= seen.signal_rank <= above[1]
     if not agrees:
-        yield f"resolution.signal_rank is {_shown(seen.signal_rank)}, and {above[0]} singular values exceed edge"
+        yield f"resolution.signal_rank is {_shown(seen.signal_rank)}, but {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
         # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
         least = seen.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
         if not least * (1 - DIGITS) <= seen.edge <= 3 * seen.noise_fro * (1 + DIGITS):
-            yield f"resolution.edge is {seen.edge:.9g}, and {least:.9g} to {3 * seen.noise_fro:.9g} by noise_fro"
+            yield f"resolution.edge is {seen.edge:.9g}, but {least:.9g} to {3 * seen.noise_fro:.9g} by noise_fro"
     noise = (seen.noise_fro / record.fro) ** 2
     verdicts = [
         "unresolved" if seen.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""
         for share in (noise * (1 - ROUNDING), noise * (1 + ROUNDING))
     ]
     if seen.verdict not in [verdict or "floor-limited" for verdict in verdicts]:
-        yield f"resolution.verdict is {seen.verdict}, and noise_fro is {seen.noise_fro / record.fro:.3g} of fro"
+        yield f"resolution.verdict is {seen.verdict}, but noise_fro is {seen.noise_fro / record.fro:.3g} of fro"
 
 
 def _residual(record: Residual) -> Iterator[str]:
@@ -167,7 +167,7 @@ def _residual(record: Residual) -> Iterator[str]:
         yield f"fro is 0 and epsilon is {record.epsilon:.9g}"
         return
     if record.norm_ratio is None or not _close(record.norm_ratio, record.adapter_fro / record.fro):
-        yield f"norm_ratio is {_shown(record.norm_ratio)}, and {record.adapter_fro / record.fro:.9g} by the norms"
+        yield f"norm_ratio is {_shown(record.norm_ratio)}, but {record.adapter_fro / record.fro:.9g} by the norms"
     yield from _distance(record, "")
     if record.data is not None:
         yield from _distance(record.data, "data.")
@@ -182,18 +182,18 @@ def _distance(found: Distance, prefix: str) -> Iterator[str]:
     if (cosine is None) != (ratio == 0) or (cosine is not None and abs(cosine) > 1):
         yield f"{prefix}cosine is {_shown(cosine)} with a norm_ratio of {ratio:.9g}"
     elif abs(epsilon**2 - square) > FLOAT32 * (1 + ratio**2):
-        yield f"{prefix}epsilon is {epsilon:.9g}, and {math.sqrt(max(0.0, square)):.9g} by norm_ratio and cosine"
+        yield f"{prefix}epsilon is {epsilon:.9g}, but {math.sqrt(max(0.0, square)):.9g} by norm_ratio and cosine"
     if cosine is not None:
         scale, best = found.best_scale, found.epsilon_best_scale
         if scale is None or best is None or abs(scale * ratio - cosine) > ROUNDING:
-            yield f"{prefix}best_scale is {_shown(scale)}, and {cosine / ratio:.9g} by cosine and norm_ratio"
+            yield f"{prefix}best_scale is {_shown(scale)}, but {cosine / ratio:.9g} by cosine and norm_ratio"
         elif abs(best**2 - max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2)) > ROUNDING * (1 + epsilon**2):
             yield f"{prefix}epsilon_best_scale is {best:.9g}, which epsilon and best_scale contradict"
     excess = None if found.epsilon_min is None else epsilon**2 - found.epsilon_min**2
     if (excess is None) != (found.excess is None) or (
         excess is not None and found.excess is not None and abs(excess - found.excess) > ROUNDING * (1 + epsilon**2)
     ):
-        yield f"{prefix}excess is {_shown(found.excess)}, and {_shown(excess)} by epsilon and epsilon_min"
+        yield f"{prefix}excess is {_shown(found.excess)}, but {_shown(excess)} by epsilon and epsilon_min"
 
 
 def _close(first: float, second: float) -> bool:

@@ -14,7 +14,7 @@ from lora_diag.errors import InputError
 from lora_diag.records.vocabulary import metric_of
 
 # A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
-# had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter fits another field is for the user to say.
+# had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter suits other fields is for the user to decide.
 MARGIN = 0.25
 
 
@@ -34,53 +34,49 @@ _SUGGESTIONS = (
         "drift",
         "spectrum.relative",
         "max",
-        "this weight moved further than it used to: check the learning rate, or raise the limit knowingly",
+        "the weight change is larger than before: check the learning rate, or raise the limit",
     ),
     Suggestion(
         "rank",
         "spectrum.rank_at.0.9",
         "max",
-        "the update needs more rank than it used to: an adapter of the usual rank misses more of it",
+        "the update needs more rank than before: an adapter of the usual rank misses more of it",
     ),
     Suggestion(
         "one-direction",
         "spectrum.spike",
         "max",
-        "one direction holds more of the update than it used to: look for divergence",
+        "one direction has more of the update than before: check for divergence",
     ),
     Suggestion(
         "distance",
         "residual.epsilon",
         "max",
-        "the adapter is further from the full fine-tune than it used to be: check its scaling and its rank",
+        "the adapter is further from the full fine-tune than before: check its scaling and its rank",
         'role = "adapter"',
     ),
     Suggestion(
         "direction",
         "residual.cosine",
         "min",
-        "the adapter points elsewhere than it used to: compare its data and its learning rate",
+        "the adapter's direction differs more than before: compare its data and its learning rate",
         'role = "adapter"',
     ),
-    Suggestion(
-        "reach", "overlap.tangent", "min", "less of the gradient lies in the reach of the adapter than it used to"
-    ),
-    Suggestion(
-        "budget-gap", "certificate.gap", "max", "the allocation is further from the best one than it used to be"
-    ),
+    Suggestion("reach", "overlap.tangent", "min", "the adapter reaches less of the gradient than before"),
+    Suggestion("budget-gap", "certificate.gap", "max", "the allocation is further from the optimum than before"),
     Suggestion(
         "intruders",
         "intruders.share",
         "max",
-        "more of the largest directions are new than used to be: check on older data whether it forgot",
+        "more of the largest directions are new than before: check for forgetting on older data",
     ),
     Suggestion(
         "union-rank",
         "union.spectrum.rank_at.0.9",
         "max",
-        "the sum of the updates needs more rank than it used to: a merge of the usual rank loses more of it",
+        "the sum of the updates needs more rank than before: a merge of the usual rank loses more of it",
     ),
-    Suggestion("fleet-rank", "fleet.used", "min", "this adapter uses less of its rank than the fleet used to"),
+    Suggestion("fleet-rank", "fleet.used", "min", "this adapter uses less of its rank than the fleet before"),
 )
 
 
@@ -97,7 +93,10 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
     given = " ".join(source.path for source in sources)
     rules = [text for own, of in _by_metric(sources) for suggestion in own if (text := _rule(suggestion, of))]
     if not rules:
-        raise InputError(f"{given}: no value to take a limit from: nothing moved, or the files cannot show it")
+        raise InputError(
+            f"{given}: no value for a limit, since no update is resolved by the files; give results of a checkpoint "
+            "that changed"
+        )
     spared = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
     return "\n".join([_head(given, name, spared), *rules, _tail(sources)])
 
@@ -152,9 +151,7 @@ def _coverage(field: Field, found: Sequence[Subject]) -> str:
     if not lost:
         return ""
     share = math.floor(100 * (1 - lost / energy)) / 100
-    return (
-        f"coverage = {share} # of ‖Δ‖²: {len(none)} of {len(found)} layers have no {field.name}, which is null there\n"
-    )
+    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(found)} layers\n"
 
 
 def _subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
@@ -178,36 +175,36 @@ def _limit(worst: float, field: Field, end: str) -> float | None:
 
 def _head(given: str, name: str, spared: bool) -> str:
     left_out = (
-        'left_out = ["no_activations"] # embeddings have none; nor is any other layer missed that was not recorded'
+        'left_out = ["no_activations"] # embeddings and other layers without recorded activations'
         if spared
-        else '# left_out = ["only_in_tuned"] # reasons that are fine for a tensor to have no record'
+        else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record'
     )
     return f"""\
-# What has to hold before a checkpoint may ship. Limits are from {_comment(given)}
-# with a margin of {MARGIN:.0%}: check each, it is your call and not the tool's.
+# Requirements for shipping a checkpoint. Limits are from {_comment(given)}
+# with a margin of {MARGIN:.0%}; review each of them.
 #
 #     loradiag gate {_comment(name)} RESULTS...
 #
-# A rule is a condition and which layers it is about. docs/reference/gate.md has the grammar and every field.
+# A rule is a condition on selected layers. docs/reference/gate.md has the grammar and every field.
 #     require   field, operator, value: "relative <= 0.3"; max, min, mean, median, sum or p95 before it judges one
 #               number; "share of layers with energy.16 >= 0.9 is >= 0.95" counts layers
 #     layers, exclude, type, depth, where   which records: regex on the name, module type, [first, last] block
-#     severity  "error" fails the gate, "warning" is told
-title = "What has to hold before a checkpoint may ship"
+#     severity  "error" fails the gate, "warning" is reported
+title = "Requirements for shipping a checkpoint"
 
 [coverage]
-by = "energy" # share of the change ‖Δ‖² that has to be judged, or "layers"
+by = "energy" # share of the change ‖Δ‖² that must be judged, or "layers"
 minimum = 1.0 # a layer without a record leaves the gate inconclusive, which is never a pass
 {left_out}
 
 [checks] # built-in checks: "error", "warning" or "off"; NaN, Inf and unfinished runs always count
 mismatch = "error"      # the adapter does not fit BASE
-dead = "error"          # an adapter's update is zero; or nothing moved at all
-missing = "error"       # a layer of the baseline is gone
-unused_rank = "warning" # directions of an adapter's rank that hold nothing
-spike = "warning"       # one direction holds more than spike_above of ‖ΔW‖²
+dead = "error"          # an adapter's update is zero; or nothing changed
+missing = "error"       # a layer of the baseline is missing
+unused_rank = "warning" # unused directions of an adapter's rank
+spike = "warning"       # one direction has more than spike_above of ‖ΔW‖²
 spike_above = {SPIKE}
-unresolved = "warning"  # the files' rounding hides the update
+unresolved = "warning"  # the update is below the files' rounding
 """
 
 
@@ -215,13 +212,13 @@ def _tail(sources: Sequence[Source]) -> str:
     field = "energy.16" if any(source.holds("spectrum") for source in sources) else "epsilon"
     worse = "lower" if field == "energy.16" else "higher"
     return f"""\
-# To keep each layer from getting worse than it is on main: loradiag gate ... --baseline main.jsonl
+# To compare each layer with main: loradiag gate ... --baseline main.jsonl
 # [[baseline]]
 # field = "{field}"
 # worse = "{worse}"
 # tolerance = 0.02 # or "5%" of the stored value
 
-# To let one layer pass for a while:
+# To accept one layer until a date:
 # [[waiver]]
 # rule = "drift"
 # layers = 'lm_head'

@@ -15,7 +15,7 @@ from lora_diag.records import Results, totals
 from lora_diag.records.base import Record
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
-# Tensors left out that no record was to be expected of: 1-D ones have no rank, and of the others the rest is measured.
+# Reasons of left-out tensors that need no record: 1-D tensors have no rank, and of the others the rest is measured.
 NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})
 
 # Kinds that a command of another name writes.
@@ -112,9 +112,12 @@ def checked(source: Source) -> Source:
         told, found = results.end, totals(results.layers, results.left_out)
         for name, n, of in (("layers", found.layers, told.layers), ("left_out", found.left_out, told.left_out)):
             if n != of:
-                raise InputError(f"{source.path}: holds {n} {name} where its last line says {of}: it was cut or edited")
+                raise InputError(
+                    f"{source.path}: has {n} {name}, but its last line says {of}, so it was truncated or edited; "
+                    "measure again"
+                )
     if problem := next(contradictions(results), None):
-        raise InputError(f"{source.path}: {problem}; its records contradict each other: measure again")
+        raise InputError(f"{source.path}: {problem}; its records contradict each other; measure again")
     return source
 
 

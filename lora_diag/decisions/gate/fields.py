@@ -22,8 +22,8 @@ KINDS: dict[str, type[Record]] = {**record_kinds(), "end": End}
 # Kinds of which a layer has records, by their name in a results file.
 LAYER_KINDS = frozenset(name for name, kind in KINDS.items() if issubclass(kind, LayerRecord))
 
-# Said of the stored bytes or of the run, and so true whatever rounding did to the update. Every other field of a record
-# with a ``resolution`` is a statement about the update, and doubtful where the files cannot show it.
+# Fields of the stored bytes or of the run, independent of the rounding of the update. Every other field of a record
+# with a ``resolution`` describes the update, and is doubtful where the files do not resolve it.
 ABOUT_THE_FILES = frozenset(
     {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "dtype", "fro", "gradient_fro"}
     | {"layer", "method", "params", "rank", "relative", "resolution", "role", "source", "step", "verdict"}
@@ -78,7 +78,7 @@ def find(name: str) -> tuple[Field, ...]:
     first, *rest = name.split(".")
     if first in KINDS and (field := _resolve(first, KINDS[first], (), tuple(rest), False)):
         return (field,)
-    # ``end`` counts; its norms are those of the layers' records and are named in full.
+    # ``end`` has counts; its norms repeat those of the layers' records, so they need their full name.
     kinds = [kind for kind in KINDS if kind != "end"]
     found = (_resolve(kind, KINDS[kind], (), (first, *rest), False) for kind in kinds)
     return tuple(field for field in found if field is not None)
@@ -121,7 +121,7 @@ def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...],
             return None
         return _resolve(kind, inner, (*done, step), tuple(further), marked)
     if get_origin(hint) is dict:
-        # A key may hold dots, as in rank_at.0.9.
+        # A key may contain dots, as in rank_at.0.9.
         splits: Iterator[Field | None] = (
             _resolve(kind, get_args(hint)[1], (*done, ".".join(rest[:n])), rest[n:], share)
             for n in range(1, len(rest) + 1)

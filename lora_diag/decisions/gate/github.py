@@ -15,7 +15,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 
 ANNOTATIONS = 9
-# So many layers of a rule are named in its annotation.
+# Maximum number of layers of a rule named in its annotation.
 WORST = 3
 SUMMARY_BYTES = 900 * 1024
 

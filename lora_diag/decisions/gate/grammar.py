@@ -147,11 +147,13 @@ def parse(text: str) -> Condition:
     total = None
     if share:
         if not rest or rest[0][1] != "is":
-            raise ConditionError(f"'{text}': after 'share of layers with {name} {test}' comes 'is >= 0.95' or the like")
+            raise ConditionError(
+                f"'{text}': write a comparison such as 'is >= 0.95' after 'share of layers with {name} {test}'"
+            )
         total, rest = _comparison(rest[1:], text)
         _check_share(total, "the share of layers", text)
     if rest:
-        raise ConditionError(f"'{text}': ends after '{name} {test}'; what is '{rest[0][1]}'?")
+        raise ConditionError(f"'{text}': unexpected '{rest[0][1]}' after '{name} {test}'; remove it")
     condition = Condition(text, name, test, aggregate, total)
     candidates = find(name)
     if not candidates:
@@ -175,9 +177,9 @@ def problem_with(condition: Condition, field: Field) -> str | None:
             return str(error)
         return None
     if condition.aggregate:
-        return f"'{text}': {field.name} is no number, so it has no {condition.aggregate}"
+        return f"'{text}': {field.name} is not a number, so it has no {condition.aggregate}"
     if test.operator not in {"==", "!=", "in"}:
-        return f"'{text}': {field.name} is no number: compare it with ==, != or in"
+        return f"'{text}': {field.name} is not a number; compare it with ==, != or in"
     if field.leaf == "flag":
         return None if isinstance(test.value, bool) else f"'{text}': {field.name} is true or false"
     for word in test.words:
@@ -186,7 +188,7 @@ def problem_with(condition: Condition, field: Field) -> str | None:
         if field.options and word not in field.options:
             return f"'{text}': {field.name} is never '{word}'; it is one of {', '.join(field.options)}"
     if field.options and set(field.options) <= set(test.words):
-        return f"'{text}': {field.name} is always one of these, so this judges nothing"
+        return f"'{text}': {field.name} is always one of these, so the condition has no effect"
     return None
 
 
@@ -195,7 +197,7 @@ def _tokens(text: str) -> Tokens:
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
-            raise ConditionError(f"'{text}': cannot be read from '{text[at:].strip()}' on")
+            raise ConditionError(f"'{text}': cannot be parsed from '{text[at:].strip()}' on")
         kind = match.lastgroup or ""
         found.append(("quoted" if kind in {"double", "single"} else kind, match[kind]))
         at = match.end()
@@ -266,7 +268,7 @@ def _check_share(test: Comparison, what: str, text: str) -> None:
     ends = [test.holds(0.0), test.holds(1.0), test.holds(0.5)]
     if test.operator not in {"==", "!="} and (all(ends) or not any(ends)):
         verb = "always" if all(ends) else "never"
-        raise ConditionError(f"'{text}': {what} lies between 0 and 1, so this is {verb} true and judges nothing")
+        raise ConditionError(f"'{text}': {what} lies between 0 and 1, so this is {verb} true and has no effect")
 
 
 def _unknown(name: str) -> str:

@@ -9,7 +9,7 @@ from lora_diag.decisions.gate.evidence import Present, Source
 from lora_diag.decisions.gate.policy import Policy
 from lora_diag.decisions.gate.record import Status, Verdict
 
-# Clocks of the machines that measure and judge may differ by so much.
+# Maximum difference between the clocks of the machines that measure and judge.
 CLOCKS = timedelta(days=1)
 
 

@@ -303,7 +303,7 @@ def _covered(policy: Policy, demand: Demand, found: list[Finding]) -> tuple[bool
     if left == 0:
         return True, ""
     share = kept / (kept + left)
-    # A tiny layer must not vanish in the rounding of a sum that is compared with 1.
+    # Rounding of a sum compared with 1 must not hide a small layer.
     return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
 
 

@@ -15,7 +15,7 @@ from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import safe
 
-# Of one group so many layers are named.
+# Maximum number of layers of a group named.
 NAMED = 50
 
 

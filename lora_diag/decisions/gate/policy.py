@@ -21,8 +21,8 @@ from lora_diag.records.run import Reason
 
 # Policies that come with the package.
 READY = ("adapter-basic", "full-ft-drift", "merge")
-# Share of ‖ΔW‖² in one direction from which on a layer is called a spike. The layers of sample_checkpoints/ lie between
-# 0.04 and 0.41, its head, which a byte-level model can move as a whole, at 0.88.
+# Fraction of ‖ΔW‖² in one direction above which a layer has a spike. It is 0.04 to 0.41 in the layers of
+# sample_checkpoints/ and 0.88 in the head, which a byte-level model can change as a whole.
 SPIKE = 0.9
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
@@ -97,7 +97,7 @@ class Demand(Table):
     @classmethod
     def _check_depth(cls, depth: Depth | None) -> Depth | None:
         if depth and depth[0] > depth[1]:
-            raise ValueError(f"depth {depth} selects nothing: the first block comes first")
+            raise ValueError(f"depth {depth} selects nothing; give the first block before the last")
         return depth
 
     @field_validator("where")
@@ -112,7 +112,7 @@ class Demand(Table):
         selecting = sorted(self.model_fields_set & {"layers", "exclude", "type", "depth"})
         if selecting and not any(item.kind in LAYER_KINDS for item in find(self.field)):
             key = selecting[0]
-            raise PlacedError(f"{self.field} is a value of the whole run; {key} selects nothing of it", key)
+            raise PlacedError(f"{self.field} is a value of the whole run, so {key} does not apply", key)
         return self
 
     def takes(self, layer: str) -> bool:
@@ -148,7 +148,7 @@ class Rule(Demand):
     @classmethod
     def _check_name(cls, name: str) -> str:
         if name in Checks.names() or name.startswith("baseline.") or name in {"about", "waiver"}:
-            raise ValueError(f"'{name}' is the name of something built in; choose another")
+            raise ValueError(f"'{name}' is a built-in name; choose another")
         return name
 
 
@@ -165,7 +165,7 @@ class Regression(Demand):
     worse: Literal["higher", "lower"]
     tolerance: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
-        is_a('a number from 0 up, or a share of the stored value such as "5%"'),
+        is_a('a number from 0 up, or a percentage of the stored value such as "5%"'),
     ] = 0.0
 
     @property
@@ -177,8 +177,8 @@ class Regression(Demand):
     @classmethod
     def _check_field(cls, name: str) -> str:
         if all(item.leaf != "number" for item in find(name)):
-            parse(f"{name} <= 0.5")  # says what is wrong with a name
-            raise ValueError(f"{name} is no number")
+            parse(f"{name} <= 0.5")  # raises an error that describes the fault of a name
+            raise ValueError(f"{name} is not a number")
         return name
 
     def room(self, before: float) -> float:
@@ -193,7 +193,7 @@ class Waiver(Table):
 
     rule: Text
     layers: Pattern
-    reason: Annotated[str, Field(pattern=r"\S"), is_a("text in quotes that says why")]
+    reason: Annotated[str, Field(pattern=r"\S"), is_a("text in quotes that gives the reason")]
     expires: Annotated[date, is_a("a date without quotes, such as 2027-01-31")]
     line: int = Field(1, exclude=True)
 
@@ -239,7 +239,7 @@ class Checks(Table):
     spike_above: Annotated[
         float,
         Field(gt=0, lt=1, allow_inf_nan=False),
-        is_a("a number between 0 and 1 (at either end the check says nothing)"),
+        is_a("a number between 0 and 1, which are excluded, as the check would have no effect"),
     ] = SPIKE
 
     @classmethod
@@ -321,7 +321,7 @@ class Policy(Table):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         if not self.rules and not self.regressions and "checks" not in self.model_fields_set:
-            raise PlacedError("no [[rule]]: nothing could fail; an empty [checks] asks for the built-in checks alone")
+            raise PlacedError("no [[rule]], so nothing could fail; add an empty [checks] for the built-in checks alone")
         names = [rule.name for rule in self.rules]
         for i, name in enumerate(names):
             if name in names[:i]:

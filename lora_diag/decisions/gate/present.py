@@ -59,7 +59,7 @@ def _known(path: Path | str) -> tuple[str, bool]:
 def _present(source: Source, shipped: dict[str, tuple[str, bool]]) -> list[Present]:
     inputs = [given for given in source.results.run.inputs if given.role in WEIGHTS]
     found = {now: path for path, (now, _) in shipped.items()}
-    # Of each kind that is shipped, the results must have one: of an old adapter and a new one, both are adapters.
+    # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
     kinds = {is_adapter for _, is_adapter in shipped.values()}
     absent = {kind for kind in kinds if not any(_is(given, kind) and given.fingerprint in found for given in inputs)}
     states = []

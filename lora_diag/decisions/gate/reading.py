@@ -30,17 +30,17 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             content = Path(path).read_bytes().decode("utf-8")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "is not UTF-8 text"
-            own = f"; the package has one of this name: --policy {path}" if str(path) in READY else ""
+            own = f"; for the built-in policy of this name use --policy {path}" if str(path) in READY else ""
             raise UsageError(f"{path}: cannot be read as a policy: {why}{own}") from error
     if content.startswith('{"record"'):
-        raise UsageError(f"{path}: holds results and is no policy; the order is: loradiag gate POLICY RESULTS...")
+        raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")
     try:
         policy = Policy.model_validate(tomllib.loads(content))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         place = f"line {at[1]}" if at else f"line {content.count(chr(10)) + 1}"
-        raise UsageError(f"{path}: {place}: is not TOML: {str(error)[: at.start() if at else None]}") from error
+        raise UsageError(f"{path}: {place}: is not valid TOML: {str(error)[: at.start() if at else None]}") from error
     except ValidationError as error:
         where, text = _explained(error)
         raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error

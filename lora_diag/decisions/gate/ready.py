@@ -21,8 +21,8 @@ def ready_policy(name: str) -> Policy:
     """
     if name not in READY:
         raise UsageError(
-            f"--policy {name}: there are {', '.join(READY)}; a policy file is named without --policy: "
-            f"loradiag gate {name} RESULTS"
+            f"--policy {name}: unknown; give one of {', '.join(READY)}, or a policy file without --policy: loradiag "
+            f"gate {name} RESULTS"
         )
     text = files("lora_diag.decisions.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
     return read_policy(name, text).model_copy(update={"ready": True})

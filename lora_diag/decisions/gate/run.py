@@ -70,10 +70,13 @@ def gate(
     if ratchet and baseline is None:
         raise UsageError("--ratchet: give the file to tighten with --baseline")
     if ratchet and baseline is not None:
-        check_output(Path(baseline), RESULTS, overwrite=True)  # what it holds is checked as it is read
+        check_output(Path(baseline), RESULTS, overwrite=True)  # its content is checked when it is read
     rules = policy if isinstance(policy, Policy) else read_policy(policy)
     if baseline is not None and not rules.regressions:
-        raise UsageError(f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}")
+        raise UsageError(
+            f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}; add one, or remove "
+            "--baseline"
+        )
     if max_age is not None:
         rules = _no_older(rules, max_age)
     stored = _baseline(baseline) if baseline is not None else None
@@ -111,7 +114,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     sources = [_source(given, i) for i, given in enumerate(results, 1)]
     for source in sources:
         if source.results.end is None:
-            raise InputError(f"{source.path}: the run did not finish; go on with --resume before taking limits from it")
+            raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
     return draft(sources, name)
 
 
@@ -135,7 +138,7 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
 
     shipped = list(adapters) or ([tuned] if tuned is not None else [])
     if not shipped:
-        raise UsageError("--base: give what to judge, too, with --tuned or --adapter")
+        raise UsageError("--base: nothing to judge; give --tuned or --adapter")
     found: list[Results[Any]] = [spectrum(base, path) for path in shipped]
     return [*found, residual(base, tuned, list(adapters))] if tuned is not None and adapters else found
 
@@ -155,7 +158,7 @@ def _baseline(path: Path | str) -> Source:
     """
     source = read_source(path)
     if source.results.end is None:
-        raise InputError(f"{path}: the run did not finish, so it is no baseline; go on with --resume")
+        raise InputError(f"{path}: the run did not finish, so it cannot be a baseline; continue it with --resume")
     return source
 
 

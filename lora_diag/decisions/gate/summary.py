@@ -18,10 +18,10 @@ from lora_diag.rendering.columns import shortened
 from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
-# So many rows of verdicts are shown, and so many of one rule where several have some; --output has all.
+# Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
 ROWS, ROWS_OF_A_RULE = 20, 6
 
-# How bad a status is: what comes first in every report.
+# Order of statuses in every report, the most severe first.
 WORST_FIRST: tuple[Status, ...] = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
 _STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow"}
 
@@ -81,9 +81,7 @@ def _headline(results: Results[Any]) -> str:
         return f"FAILED: {_how_many(failed)}"
     if came_to == "inconclusive":
         unknown = [verdict for verdict in found if verdict.status == "inconclusive" and verdict.blocks]
-        return (
-            f"INCONCLUSIVE, which is no pass: {_how_many(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
-        )
+        return f"INCONCLUSIVE (not a pass): {_how_many(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
     warned = [verdict for verdict in found if verdict.status == "warned"]
     return f"PASSED{f', with warnings: {_how_many(warned)}' if warned else ''}"
 
@@ -174,7 +172,7 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
     before = ("", "")
     for verdict, name in zip(shown, shortened(names, room), strict=True):
         status = Text(verdict.status, style=_STYLE[verdict.status])
-        # The condition of a rule is said once.
+        # The condition of a rule is shown once.
         condition = Text("" if before == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
         table.add_row(status, crop(safe(verdict.rule), rules), name, measured(verdict), condition)
         before = (verdict.rule, verdict.allowed)
@@ -194,13 +192,13 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         lines.append(say("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     if len(groups) == 1 and "" not in groups:
-        lines.append(say("about", "About", safe(groups.pop())))
+        lines.append(say("about", "Group", safe(groups.pop())))
     passed = outcome(verdicts_of(results)) == "passed"
     lines.append(say("outcome", "Gate", headline(results), level="ok" if passed else "failure"))
     for label, status in (
         ("Failed", "failed"),
-        ("Unknown", "inconclusive"),
-        ("Warned", "warned"),
+        ("Inconclusive", "inconclusive"),
+        ("Warnings", "warned"),
         ("Waived", "waived"),
     ):
         told = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]

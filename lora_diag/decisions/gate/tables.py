@@ -44,7 +44,7 @@ class Table(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                meant = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+                meant = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
                 raise PlacedError(f"unknown key '{key}'; {meant}", key)
         return values
 
@@ -76,10 +76,10 @@ def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{info.field_name}: {quoted(text)} is no regular expression: {error}") from error
+        raise ValueError(f"{info.field_name}: {quoted(text)} is not a valid regular expression: {error}") from error
 
 
-# Before what reads it, see ``Pattern``.
+# Applied before the validator that reads the text, as in ``Pattern``.
 QUOTED = BeforeValidator(_text)
 Text = Annotated[str, QUOTED]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), is_a("a number from 0 to 1")]

@@ -9,6 +9,6 @@ FEATURE = Feature(
     records=(".record:PlannedMerge",),
     functions=(".run:plan_merge",),
     statements=".summary:plan_lines",
-    section=Section("What survives a merge"),
-    questions=(("conclusion", "Merge, or serve unmerged?"),),
+    section=Section("Merge plan"),
+    questions=(("conclusion", "Should the adapter be merged or served unmerged?"),),
 )

@@ -26,7 +26,7 @@ def plan_merge(
 
     Example: loradiag plan-merge base/ lora_r16/ --to mxfp4
     """
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.decisions.plan_merge.run import plan_merge as measure
 
     with shown.callbacks() as callbacks:

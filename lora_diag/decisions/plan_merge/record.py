@@ -90,7 +90,7 @@ class PlannedMerge(LayerRecord):
         Shown(
             "arrived",
             "scale c",
-            "fraction of ΔW that arrives: ⟨Q(W + ΔW) − W, ΔW⟩/‖ΔW‖²",
+            "fraction of ΔW that is kept: ⟨Q(W + ΔW) − W, ΔW⟩/‖ΔW‖²",
             main=True,
             pool=lambda records: total(records).arrived,
             form="factor",

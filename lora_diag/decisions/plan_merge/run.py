@@ -56,12 +56,12 @@ def plan_merge(
     """
     engine = options.get("engine")
     if engine is not None and engine.gpus_per_task:
-        raise UsageError("--gpus-per-task: plan-merge rounds on processors; leave it out")
+        raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
     target = _target(*(run.options[name] for name in ("to", "group_size", "scale")))
     base, adapter = as_path(base), as_path(adapter)
     if not is_adapter(locate(adapter)):
-        raise UsageError(f"{adapter}: is no adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
     compared = run.compare(base, adapter)
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     orientation = next((Orientation(d.base.checkpoint, {}, flag=False) for d in matrices if d.base is not None), None)
@@ -84,11 +84,11 @@ def _target(to: str, group_size: int | None, scale: str | None) -> Target:
         UsageError: An option is of another format, or a group has no inputs.
     """
     if group_size is not None and to != "int4":
-        raise UsageError(f"--group-size: is of int4; {to} has none or its own, so leave it out")
+        raise UsageError(f"--group-size: applies to int4 only; remove it with --to {to}")
     if scale is not None and to != "fp8":
-        raise UsageError(f"--scale: is of fp8; leave it out with --to {to}")
+        raise UsageError(f"--scale: applies to fp8 only; remove it with --to {to}")
     if group_size is not None and group_size < 1:
-        raise UsageError(f"--group-size {group_size}: must be a whole number from 1 up")
+        raise UsageError(f"--group-size {group_size}: must be a positive integer")
     return Target(to, group_size or GROUPS.get(to, 0), scale == "tensor")
 
 

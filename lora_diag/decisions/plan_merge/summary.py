@@ -14,8 +14,8 @@ _WHY = {
     "merge into 16 bit": "the format does not keep the update, 16 bits do",
     "serve unmerged": "rounding would lose too much of the update",
 }
-# The format holds BASE as it is, but not the update.
-_HELD = "the format holds BASE but not the update: BASE in it and the adapter lose nothing"
+# The format represents BASE exactly, but not the update.
+_HELD = "the format keeps BASE but not the update: BASE in this format with the adapter unmerged loses nothing"
 
 
 def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
@@ -47,7 +47,9 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     lines = [f"{found} ({to}): {why}"]
     others = [record.layer for record in records if record.conclusion not in {found, None}]
     if others:
-        lines.append(f"another conclusion in {len(others)} of {len(records)} layers alone: {named(others)}")
+        lines.append(
+            f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {named(others)}"
+        )
     return say("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
@@ -65,7 +67,7 @@ def _arrived(records: Sequence[PlannedMerge]) -> Statement:
         "fp16": total(records, lambda record: record.fp16),
     }
     lines.append("; ".join(f"in {name}: {_words(found)}" for name, found in sixteen.items() if name != to))
-    return say("arrived", "Arrives", *lines)
+    return say("arrived", "Kept", *lines)
 
 
 def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
@@ -93,6 +95,7 @@ def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
         lines.append(f"BASE is quantized in {share} of the layers: its own rounding noise is {number(noise)} ‖ΔW‖")
         if error is not None and error > ERROR:
             lines.append(
-                f"{records[0].to} does not reuse BASE's scales: BASE as it is with the adapter has no such error"
+                f"{records[0].to} does not reuse BASE's scales: unchanged BASE with the adapter unmerged has no "
+                "such error"
             )
     return [say("base", "Base", *lines)] if lines else []

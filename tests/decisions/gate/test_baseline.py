@@ -96,7 +96,7 @@ def test_policy_with_baseline_needs_one_and_other_way_round(tmp_path):
 def test_unfinished_baseline_is_none(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     main = write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=INPUTS, finished=False)
-    with pytest.raises(InputError, match="no baseline"):
+    with pytest.raises(InputError, match="cannot be a baseline"):
         gate(policy(), new, baseline=main, today=TODAY)
 
 

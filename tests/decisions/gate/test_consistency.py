@@ -154,7 +154,7 @@ def test_gate_refuses_with_layer_and_numbers(loradiag, tmp_path):
     write(tmp_path / "r.jsonl", records)
     ran = loradiag("gate", "--policy", "full-ft-drift", "r.jsonl")
     assert (ran.code, ran.out) == (3, "")
-    assert f"r.jsonl: {LAYERS[2]}: stable_rank is 9, and fro²/σ_1² is 1.3125" in ran.err
+    assert f"r.jsonl: {LAYERS[2]}: stable_rank is 9, but fro²/σ_1² is 1.3125" in ran.err
 
 
 def test_baseline_is_checked_as_well(tmp_path):
@@ -165,7 +165,7 @@ def test_baseline_is_checked_as_well(tmp_path):
     assert text != path.read_text()
     policy = tmp_path / "p.toml"
     policy.write_text('[[baseline]]\nfield = "residual.epsilon"\nworse = "higher"\n')
-    with pytest.raises(InputError, match=r"norm_ratio is 1\.4, and 1\.5"):
+    with pytest.raises(InputError, match=r"norm_ratio is 1\.4, but 1\.5"):
         gate(policy, path, baseline=main)
 
 

@@ -51,7 +51,7 @@ def test_value_missing_in_layers_lowers_drafted_coverage(tmp_path):
     records = [residual(LAYERS[0], "a", 0.5, cosine=0.9, fro=3.0), residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0)]
     path = write(tmp_path / "r.jsonl", records, inputs=ADAPTER)
     text = gate_init(path)
-    assert "coverage = 0.36 # of ‖Δ‖²: 1 of 2 layers have no cosine" in text
+    assert "coverage = 0.36 # of ‖Δ‖²: cosine is null in 1 of 2 layers" in text
     assert outcome(gate(read_policy("p.toml", text), path, today=TODAY).whole) == "passed"
 
 
@@ -71,5 +71,5 @@ def test_hostile_names_stay_in_their_comment(tmp_path):
 def test_limit_without_value_is_error(tmp_path):
     with pytest.raises(InputError, match="did not finish"):
         gate_init(write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False))
-    with pytest.raises(InputError, match="no value to take a limit from"):
+    with pytest.raises(InputError, match="no value for a limit"):
         gate_init(write(tmp_path / "z.jsonl", [spectrum(LAYERS[0], s=(0.0,), base_fro=None)]))

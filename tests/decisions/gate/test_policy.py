@@ -47,8 +47,8 @@ def test_good_policy_is_read():
         (6, "did you mean 'layers'", GOOD + 'layer = "x"'),
         (6, "unknown key 'rules'", GOOD.replace("title", "#") + "[[rules]]\nname = 'x'"),
         (6, "severity is", GOOD + 'severity = "fatal"'),
-        (6, "no regular expression", GOOD + 'layers = "("'),
-        (6, "no regular expression", GOOD + 'exclude = "*"'),
+        (6, "not a valid regular expression", GOOD + 'layers = "("'),
+        (6, "not a valid regular expression", GOOD + 'exclude = "*"'),
         (6, "layers is text", GOOD + "layers = 3"),
         (6, "the first and the last block", GOOD + "depth = [1]"),
         (6, "selects nothing", GOOD + "depth = [3, 1]"),
@@ -66,10 +66,10 @@ def test_good_policy_is_read():
         (3, "'require' is missing", GOOD.replace("require", "message")),
         (3, "'name' is missing", GOOD.replace('name = "drift"', "")),
         (4, "name is text of letters", GOOD.replace("drift", "dr ift")),
-        (4, "built in", GOOD.replace("drift", "spike")),
-        (4, "built in", GOOD.replace("drift", "baseline.x")),
-        (4, "built in", GOOD.replace("drift", "about")),
-        (4, "built in", GOOD.replace("drift", "waiver")),
+        (4, "built-in", GOOD.replace("drift", "spike")),
+        (4, "built-in", GOOD.replace("drift", "baseline.x")),
+        (4, "built-in", GOOD.replace("drift", "about")),
+        (4, "built-in", GOOD.replace("drift", "waiver")),
         (7, "second rule", GOOD + GOOD.replace('title = "x"\n\n', "")),
         (1, "no [[rule]]", "title = 'x'"),
         (1, "no [[rule]]", ""),
@@ -78,19 +78,19 @@ def test_good_policy_is_read():
         (1, "checks is a table, [checks], not 3", "checks = 3\n" + GOOD),
         (1, "unknown key 'path'", "path = 'x'\n" + GOOD),
         (6, "unknown key 'line'", GOOD + "line = 3"),
-        (6, "no regular expression", GOOD + f"layers = '{'(' * 5000}{')' * 5000}'"),
+        (6, "not a valid regular expression", GOOD + f"layers = '{'(' * 5000}{')' * 5000}'"),
         (6, "list of tables", "[checks]\n\n\n\n\n[rule]\nname = 'x'"),
         (7, "spike is", GOOD + "[checks]\nspike = 'never'"),
         (7, "unknown key 'spikes'", GOOD + "[checks]\nspikes = 'off'"),
         (7, "always an error", GOOD + "[checks]\nnon_finite = 'off'"),
         (7, "always an error", GOOD + "[checks]\nfinished = 'warning'"),
-        (7, "says nothing", GOOD + "[checks]\nspike_above = 1"),
+        (7, "no effect", GOOD + "[checks]\nspike_above = 1"),
         (7, "by is", GOOD + "[coverage]\nby = 'size'"),
         (7, "a number from 0 to 1", GOOD + "[coverage]\nminimum = 100"),
         (7, "a list out of", GOOD + "[coverage]\nleft_out = ['because']"),
         (7, "cannot be left out", GOOD + "[coverage]\nleft_out = ['non_finite']"),
         (7, "no record has a field", GOOD + "[[baseline]]\nfield = 'enrgy'\nworse = 'lower'"),
-        (7, "is no number", GOOD + "[[baseline]]\nfield = 'limited_by'\nworse = 'lower'"),
+        (7, "is not a number", GOOD + "[[baseline]]\nfield = 'limited_by'\nworse = 'lower'"),
         (6, "'worse' is missing", GOOD + "[[baseline]]\nfield = 'epsilon'"),
         (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
         (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = '5'"),
@@ -100,14 +100,14 @@ def test_good_policy_is_read():
         (8, "waives every layer", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = ''\nreason = 'x'\nexpires = 2030-01-01"),
         (
             9,
-            "text in quotes that says why",
+            "text in quotes that gives the reason",
             GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = ' '\nexpires = 2030-01-01",
         ),
         (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = '2030-01-01'"),
         (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = 2030-01-01T00:00:00"),
         (6, "'expires' is missing", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'"),
-        (6, "is not TOML", GOOD + "layers = "),
-        (4, "is not TOML", "title = 'x'\n\n[[rule]]\nname drift"),
+        (6, "is not valid TOML", GOOD + "layers = "),
+        (4, "is not valid TOML", "title = 'x'\n\n[[rule]]\nname drift"),
         (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
     ],
 )
@@ -146,5 +146,7 @@ def test_every_ready_policy_is_valid_and_says_what_to_do(name):
 def test_unknown_ready_policy_names_those_there_are():
     with pytest.raises(UsageError, match="adapter-basic"):
         ready_policy("../secrets")
-    with pytest.raises(UsageError, match="No such file or directory; the package has one of this name: --policy merge"):
+    with pytest.raises(
+        UsageError, match="No such file or directory; for the built-in policy of this name use --policy merge"
+    ):
         read_policy("merge")

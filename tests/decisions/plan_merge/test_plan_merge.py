@@ -286,7 +286,7 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "kept"\nrequire = "plan_merge.error <= 0.1"\n')
     assert loradiag("gate", "p.toml", "mxfp4.jsonl").code == 1
     assert loradiag("report", "bf16.jsonl", "-o", "r.md").code == 0
-    assert "What survives a merge" in (tmp_path / "r.md").read_text()
+    assert "Merge plan" in (tmp_path / "r.md").read_text()
 
 
 @pytest.mark.parametrize(("noise", "error", "told"), [(2.0, 9.0, True), (2.0, 0.0, False), (None, 9.0, False)])

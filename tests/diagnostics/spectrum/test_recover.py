@@ -65,7 +65,7 @@ def test_allocate_spends_on_the_update_before_rounding(pair):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--activations", "none.safetensors"], "leave --activations out"), (["--adapters", "x"], "--recover: not with")],
+    [(["--activations", "none.safetensors"], "remove --activations"), (["--adapters", "x"], "--recover: not with")],
 )
 def test_what_recover_does_not_go_with_is_refused(loradiag, pair, words, message):
     ran = loradiag("spectrum", pair[0], *([] if "--adapters" in words else [pair[1]]), "--recover", *words)

@@ -103,7 +103,7 @@ def test_records_and_file_they_are_kept_in(files, loradiag):
     shown = loradiag("inspect", "merge.jsonl", "--per", "layer")
     assert shown.code == 0
     assert "layers.0.self_attn.v_proj" in shown.out
-    assert "yes: all 4 layers" in shown.out
+    assert "yes: all 4 adapted layers" in shown.out
 
 
 def test_interrupted_run_goes_on(files, loradiag):

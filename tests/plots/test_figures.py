@@ -291,7 +291,7 @@ def test_sum_s_rank_stands_against_ranks_added_and_share_below():
     assert list(apart.get_data().values) == [6, 5, 8]
     figure = plots.figure("union", making.results([*records, lone]))
     ranks, shares = figure.axes
-    assert "Σr = 9 of 19, share 0.47" in ranks.get_title(loc="left")
+    assert "Σr = 9 of 19, fraction 0.47" in ranks.get_title(loc="left")
     np.testing.assert_allclose(shares.patches[0].get_data().values, [3 / 6, 4 / 5, 2 / 8])
     assert [line.get_ydata()[0] for line in shares.lines] == [1, 0.5]
     words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")

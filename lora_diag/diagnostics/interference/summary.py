@@ -179,7 +179,7 @@ def _merge(unions: Sequence[Union]) -> list[str]:
     lossy = [(rank, recompressed_residual(unions, rank)) for rank in _lossy_ranks(unions)]
     if lossy:
         told = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in lossy)
-        lines.append(f"svd (the sum truncated to rank r) loses {told} of the energy")
+        lines.append(f"svd (the sum truncated to rank r) loses this fraction of the energy: {told}")
     linear, ties, dense = (merge_residual(unions, name) for name in ("linear", "ties", "ties_dense"))
     if linear is not None:
         lines.append(

@@ -461,7 +461,7 @@ def test_incomparable_inputs_are_reported(tmp_path):
         lora_diag.interference([one, one])
     with pytest.raises(UsageError, match="1 weights for 2"):
         lora_diag.interference([one, two], weights=[1.0])
-    with pytest.raises(UsageError, match="above 0"):
+    with pytest.raises(UsageError, match="must be positive"):
         lora_diag.interference([one, two], weights=[1.0, -1.0])
     with pytest.raises(UsageError, match="--density"):
         lora_diag.interference([one, two], density=1.5)

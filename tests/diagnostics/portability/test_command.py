@@ -132,10 +132,10 @@ def test_newer_versions_than_were_read_are_said_to_be(patterned, loradiag):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("adapter", "--for", "ollama"), 2, "there are peft"),
+        (("adapter", "--for", "ollama"), 2, "give one of peft"),
         (("adapter", "--for", "vllm==0.2"), 2, "no rule is known"),
-        (("base",), 2, "is no adapter"),
-        (("adapter", "adapter"), 2, "is an adapter"),
+        (("base",), 2, "not an adapter"),
+        (("adapter", "adapter"), 2, "not a base"),
         (("--layers", "q"), 2, "no adapter is given"),
         (("adapter", "--intended", "kohya"), 2, "refuses this adapter"),
         (("adapter", "--layers", "nothing"), 4, "no weight"),

@@ -84,7 +84,7 @@ class Change:
                 yield self.matrix[first:last].to(torch.float64)
 
     def decompose(
-        self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 1e-4, seed: int = 0
+        self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 5e-4, seed: int = 0
     ) -> Factors:
         """Compute singular values, in factored form if there are factors."""
         if self.factors is not None:

@@ -20,7 +20,7 @@ class LayerSettings:
     """
 
     method: str = "auto"
-    tol: float = 1e-4
+    tol: float = 5e-4
     seed: int = 0
     device: str = "auto"
     memory: int | None = None

@@ -11,16 +11,15 @@ from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import decompose_exact
 from lora_diag.linalg.factors import Factors, scale_of
 from lora_diag.linalg.gram import decompose_gram
-from lora_diag.linalg.krylov import decompose_krylov
+from lora_diag.linalg.krylov import decompose_krylov, worth_trying
+
+# Default bound on the error of an energy fraction: C(r) to three digits.
+TOL = 5e-4
 
 METHODS = ("exact", "gram", "krylov")
 
 # Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the smallest values.
 EXACT_UP_TO = 128
-
-# Krylov is tried first where at most this share of the values is asked for, in matrices larger than that: below, its
-# smallest basis (2K + 32 columns, and the probes) is no small part of the matrix.
-KRYLOV_SHARE, KRYLOV_FROM = 1 / 12, 512
 
 
 def decompose(
@@ -29,7 +28,7 @@ def decompose(
     top: int | None = None,
     fro: float | None = None,
     vectors: bool = False,
-    tol: float = 1e-4,
+    tol: float = TOL,
     seed: int = 0,
 ) -> Factors:
     """Compute the singular values of a matrix.
@@ -67,12 +66,24 @@ def decompose(
     smaller = min(matrix.shape)
     if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
         return decompose_exact(matrix, fro, top, vectors)
-    few = top is not None and top <= KRYLOV_SHARE * smaller and smaller >= KRYLOV_FROM
-    if top is not None and (method == "krylov" or (method == "auto" and few)):
+    if top is not None and tries_krylov(matrix.shape, method, top, vectors):
         found = decompose_krylov(matrix, fro, top, vectors, tol, seed)
         if found is not None:
             return found
     return decompose_gram(matrix, fro, top, vectors)
+
+
+def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: bool = False) -> bool:
+    """Return whether ``krylov`` is tried before a full method.
+
+    Args:
+        shape: ``(m, n)``.
+        method: As in ``decompose``.
+        top: Number of largest values; None for all.
+        vectors: Whether to compute singular vectors.
+    """
+    m, n = shape
+    return top is not None and (method == "krylov" or (method == "auto" and worth_trying((m, n), top, vectors)))
 
 
 def check_request(method: str, top: int | None, tol: float) -> None:

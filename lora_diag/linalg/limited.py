@@ -7,10 +7,11 @@ eigenvectors of an n×n matrix (dsyevd), negligible for eigenvalues alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from lora_diag.errors import MemoryLimitError
-from lora_diag.linalg.decompose import EXACT_UP_TO, KRYLOV_FROM, KRYLOV_SHARE, check_request
+from lora_diag.linalg.decompose import EXACT_UP_TO, TOL, check_request, tries_krylov
 from lora_diag.linalg.factors import Factors, scale_of
 from lora_diag.linalg.gram import IN_PLACE_FROM, decompose_gram
 from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
@@ -63,7 +64,7 @@ def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -
         vectors = 4 * F8 * small * (small + large) if allowance.vectors else 0
         return READING + matrix + 3 * F8 * small * large + vectors
     found = gram_bytes(shape, allowance)  # krylov may fall back to it
-    if allowance.top and _krylov_first(shape, allowance):
+    if allowance.top and tries_krylov(shape, allowance.method, allowance.top, allowance.vectors):
         found = max(found, krylov_bytes(shape, allowance.top, int(LARGEST_BASIS * small)))
     return READING + matrix + found
 
@@ -99,7 +100,7 @@ def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
     return held + max(growing, projected, values)
 
 
-def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = 1e-4, seed: int = 0) -> Factors:
+def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = TOL, seed: int = 0) -> Factors:
     """Compute the singular values of a matrix in row blocks.
 
     The methods are the same as for a matrix in memory, and so are their bounds.
@@ -125,9 +126,11 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     left = allowance.limit - READING
     in_place = gram_bytes(matrix.shape, allowance) > left
     needed = gram_bytes(matrix.shape, allowance, in_place)
-    if allowance.top and (_krylov_first(matrix.shape, allowance) or (allowance.method == "auto" and needed > left)):
+    tried = tries_krylov(matrix.shape, allowance.method, allowance.top, allowance.vectors)
+    if allowance.top and (tried or (allowance.method == "auto" and needed > left)):
         largest = _largest_basis(matrix.shape, allowance.top, left)
-        found = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest)
+        budget = math.inf if needed > left else None
+        found = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget)
         if found is not None:
             return found
     if allowance.method == "exact" or needed > left:
@@ -158,12 +161,6 @@ def require(needed: int, limit: int, shape: tuple[int, int], what: str, way: str
         raise MemoryLimitError(f"{left}, and {what} {_size(needed)}; {_more(needed, Allowance(limit))}, or {way}")
 
 
-def _krylov_first(shape: tuple[int, int], allowance: Allowance) -> bool:
-    small = min(shape)
-    few = allowance.top is not None and allowance.top <= KRYLOV_SHARE * small and small >= KRYLOV_FROM
-    return allowance.top is not None and (allowance.method == "krylov" or (allowance.method == "auto" and few))
-
-
 def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
     """Return the largest number of basis columns that fits."""
     basis = int(LARGEST_BASIS * min(shape))
@@ -180,7 +177,7 @@ def _why(shape: tuple[int, int], allowance: Allowance) -> str:
         return f"{what}, and exact takes {_size(whole_bytes(shape, allowance))}; --method gram reads it in row blocks"
     needed = READING + gram_bytes(shape, allowance, in_place=True)
     wanted = allowance.top or min(64, small)
-    few = READING + krylov_bytes(shape, wanted, first_basis(wanted))
+    few = READING + krylov_bytes(shape, wanted, first_basis(wanted, allowance.vectors))
     if allowance.top is None and few < needed:
         more = _more(needed, allowance)
         return f"{what}, and all values take {_size(needed)}; {more}, or --top {wanted} ({_size(few)} if they decay)"

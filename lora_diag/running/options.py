@@ -195,7 +195,7 @@ class Method(Device, total=False):
 class Accuracy(Method, total=False):
     """Computation and accuracy of singular values."""
 
-    tol: Annotated[float, Option(1e-4, "Largest error of an energy fraction.", "T")]
+    tol: Annotated[float, Option(5e-4, "Largest error of an energy fraction.", "T")]
 
 
 class Workers(TypedDict, total=False):

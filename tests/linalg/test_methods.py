@@ -159,7 +159,7 @@ def test_krylov_certificate_is_never_broken(spectrum, shape):
     matrix = oracles.with_spectrum(ADVERSARIAL[spectrum], *shape, seed=11).astype(dtype)
     factors = decompose(torch.from_numpy(matrix), "krylov", top=K, seed=seed, vectors=True)
     s = true_values(matrix)
-    assert factors.energy_error <= 1e-4
+    assert factors.energy_error <= 5e-4
     found, true = np.cumsum(factors.s.numpy() ** 2), np.cumsum(s[:K] ** 2)
     assert ((true - found) / (s**2).sum()).max() <= factors.energy_error
     assert np.all(factors.s.numpy() <= s[:K] * (1 + 1e-9) + 1e-9 * s[0])
@@ -179,10 +179,10 @@ def test_krylov_certificate_is_never_broken(spectrum, shape):
 @pytest.mark.parametrize("spectrum", ["power law 1", "power law 1/2", "geometric", "flat"])
 def test_certificate_does_not_depend_on_scale(spectrum, dtype, scale):
     matrix = (oracles.with_spectrum(ADVERSARIAL[spectrum], N, 700, seed=2) * scale).astype(dtype)
-    factors = decompose(torch.from_numpy(matrix), top=9)
+    factors = decompose(torch.from_numpy(matrix), "krylov", top=9)
     s = true_values(matrix)
     error = (np.cumsum(s[:9] ** 2) - np.cumsum(factors.s.numpy() ** 2)).max() / (s**2).sum()
-    assert error <= factors.energy_error <= 1e-4
+    assert error <= factors.energy_error <= 5e-4
     assert factors.method.startswith("gram" if spectrum == "flat" else "krylov")
 
 
@@ -229,12 +229,14 @@ def test_bound_sees_what_basis_missed(monkeypatch):
     matrix = torch.from_numpy(np.diag(s))
     matrix[0, 0] = 0.05  # a direction worth 0.15% of the energy, on an axis of its own
 
-    def blind(a, generator):
-        omega = torch.randn(a.shape[1], krylov.BLOCK, generator=generator, dtype=a.dtype)
-        omega[0] = 0
-        q, _ = torch.linalg.qr(omega)
-        return q, a @ q, a.T @ (a @ q)
+    start, gaussian = krylov._start, torch.randn
 
+    def blind(a, generator):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *size, **options: gaussian(*size, **options).index_fill_(0, first, 0))
+            return start(a, generator)
+
+    first = torch.tensor([0])
     monkeypatch.setattr(krylov, "_start", blind)
     factors = krylov.decompose_krylov(matrix, float(matrix.norm()), top=30)
     true = np.sort(np.diag(matrix.numpy()))[::-1]
@@ -245,15 +247,17 @@ def test_bound_sees_what_basis_missed(monkeypatch):
 
 def test_energy_outside_basis_is_bounded_above(monkeypatch):
     """The probe's Ritz value lies below λ_max(N), whatever the matrix; μ has to lie above it."""
-    s = np.concatenate([4.0 ** -np.arange(4.0), np.linspace(0.003, 0.001, 236)])
+    s = np.concatenate([4.0 ** -np.arange(4.0), np.linspace(0.003, 0.001, 396)])
     seen = []
-    outside, bound = krylov._largest_outside, krylov._bound
-    monkeypatch.setattr(krylov, "_largest_outside", lambda a, q, probe: seen.append((a, q)) or outside(a, q, probe))
-    monkeypatch.setattr(krylov, "_bound", lambda *words: seen.append(words[4]) or bound(*words))
-    matrix = torch.from_numpy(oracles.with_spectrum(s, 300, 240, 3))
+    outside = krylov._largest_outside
+    monkeypatch.setattr(
+        krylov, "_largest_outside", lambda a, q, probe: seen.append((a, q, outside(a, q, probe))) or seen[-1][2]
+    )
+    matrix = torch.from_numpy(oracles.with_spectrum(s, 500, 400, 3))
     assert krylov.decompose_krylov(matrix, float(matrix.norm()), top=4) is not None
-    (a, q), mu = seen
-    assert np.linalg.norm((a - a @ q @ q.T).numpy(), 2) ** 2 <= mu
+    ((a, q, mu),) = seen
+    largest = np.linalg.norm((a - a @ q @ q.T).numpy(), 2) ** 2
+    assert largest <= mu <= 2 * largest
 
 
 def test_krylov_repeats_and_seeds_agree_within_bound():
@@ -326,12 +330,13 @@ def test_all_vectors_where_largest_cannot_be_had(monkeypatch, failure):
 
 def test_auto_takes_cheapest_method_that_fits():
     rng = np.random.default_rng(0)
-    decaying = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))
+    decaying = torch.from_numpy(rng.standard_normal((800, 800)) / np.arange(1, 801)).float()
     assert decompose(torch.from_numpy(rng.standard_normal((64, 500)))).method.startswith("exact")
     assert decompose(torch.from_numpy(rng.standard_normal((200, 300)))).method == "gram"
     assert decompose(decaying).method == "gram"
     assert decompose(decaying, top=16).method.startswith("krylov")
-    assert decompose(decaying, top=N // 2).method == "gram"
+    assert decompose(decaying, top=200).method == "gram"
+    assert decompose(decaying[:600, :600], top=16).method == "gram"  # the first checks would be no small part of it
 
 
 def test_tighter_tolerance_is_met_or_handed_over():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 from lora_diag.decisions.plan.cost import Speed, cost_of
 from lora_diag.decisions.plan.measure import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
-from lora_diag.linalg.decompose import KRYLOV_FROM, KRYLOV_SHARE
+from lora_diag.linalg.krylov import first_order
 from lora_diag.linalg.speed import time_few, time_full, time_pass
 from lora_diag.running.engines import Layout, layout_for, run_local
 
@@ -49,7 +48,7 @@ def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
         threads, times = _side_by_side(partial(time_full, order), order, layout)
         eigen[order] = threads * _middle([values for _, values in times])
         product = threads * _middle([products for products, _ in times]) / order**3
-    few_from = max(KRYLOV_FROM, math.ceil(top / KRYLOV_SHARE))
+    few_from = first_order(top)
     few = {}
     for order in (order for order in orders if order >= few_from):
         threads, seconds = _side_by_side(partial(time_few, order, top), order, layout)

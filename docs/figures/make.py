@@ -48,6 +48,7 @@ PLOTS = {
     "plot-portability": ["{portability}", "--figure", "portability"],
     "plot-fleet": ["{fleet}", "--figure", "fleet"],
     "plot-sweep": ["{sweep}", "--figure", "sweep"],
+    "plot-tune": ["{tune}", "--figure", "tune"],
     "plot-truncation": ["{truncation}", "--figure", "truncation"],
     "plot-outputs": ["{outputs}", "--figure", "outputs"],
 }
@@ -111,7 +112,7 @@ def plots(folder: Path) -> None:
     }
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
-    files |= {"fleet": fleet(folder), "sweep": "docs/examples/sweep.jsonl"}
+    files |= {"fleet": fleet(folder), "sweep": "docs/examples/sweep.jsonl", "tune": "docs/examples/tune.jsonl"}
     for name, words in PLOTS.items():
         terminal(
             ["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "--overwrite", "-q"]

@@ -25,7 +25,7 @@ from lora_diag.feature import Feature
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS
 from lora_diag.version import __version__
 
-# What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
+# Exit code that a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
 
 
@@ -43,7 +43,7 @@ class _Command(TyperCommand):
         for at, word in enumerate(args):
             before = args[at - 1] if at else ""
             if "://" in word and (before in {"-o", "--output"} or word.startswith("--output=")):
-                raise UsageError(f"{word}: what -o names is written to this machine, not to an address")
+                raise UsageError(f"{word}: -o cannot write to an address; name a local path")
             follows = spread[-2:-1] == ["--gradients"] and before != "--gradients" and not word.startswith("-")
             spread += ["--gradients", word] if follows else [word]
         return super().parse_args(ctx, spread)
@@ -100,7 +100,7 @@ def _version(asked: bool) -> None:
 
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
@@ -116,8 +116,9 @@ def application(only: str = "") -> typer.Typer:
     app = typer.Typer(
         name="loradiag",
         cls=_Commands,
-        help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
-        epilog="Exit codes: 0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, "
+        help="Rank diagnostics for fine-tuned models: is the update low-rank, do the files resolve it, "
+        "what did LoRA miss?",
+        epilog="Exit codes: 0 done or passed, 1 check failed, 2 usage error, 3 could not measure, 4 nothing compared, "
         "5 inconclusive.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -162,17 +163,18 @@ def _named(words: list[str]) -> str:
 def main() -> None:
     """Run the command line; convert each user-facing error to one message and an exit code."""
     code = _run()
-    with suppress(ValueError):  # not the main thread: then Ctrl-C is not for us
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and written: what Python tidies up now is no work
+    with suppress(ValueError):  # not the main thread, which receives no Ctrl-C
+        # All output is written; an interrupt during interpreter shutdown loses nothing.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     forget_output()
     if code == INTERRUPTED and any(thread.name.startswith("layer") for thread in threading.enumerate()):
-        os._exit(code)  # Python would wait for the matrices that are being measured, minutes each where they are large
+        os._exit(code)  # otherwise Python waits for matrices still being measured, minutes each if they are large
     sys.exit(code)
 
 
 def _run() -> int:
     try:
-        # Not in typer's standalone mode, which says nothing about Ctrl-C.
+        # Not in typer's standalone mode, which prints no message on Ctrl-C.
         code = commands(_named(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
     except LoradiagError as error:
         message(f"Error: {error}")
@@ -180,10 +182,11 @@ def _run() -> int:
     except ReaderGoneError:
         return DONE
     except SystemExit as error:
-        if not isinstance(error.__context__, BrokenPipeError):  # of typer, when nobody reads its help
+        # Raised by typer when the reader of its help has closed the pipe.
+        if not isinstance(error.__context__, BrokenPipeError):
             raise
         return DONE
-    except (KeyboardInterrupt, typer.Abort):  # typer up to 0.15 makes Abort of it, later ones exit code 130
+    except (KeyboardInterrupt, typer.Abort):  # typer up to 0.15 raises Abort, later versions exit code 130
         code = INTERRUPTED
     except typer.Exit as error:
         code = error.exit_code
@@ -193,16 +196,16 @@ def _run() -> int:
         message(f"Error: standard output: cannot be written: {error.strerror}")
         return UNREADABLE
     except Exception as error:
-        # A usage error, of typer or of the click that an older typer brings: it knows its message and its exit code.
+        # A usage error of typer, or of the click that an older typer depends on; it carries its message and exit code.
         tell, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
         if not callable(tell) or not isinstance(code, int):
             raise
-        if "\n" in tell():  # the help of a command that was given nothing
+        if "\n" in tell():  # the help of a command without arguments
             error.show()  # type: ignore[attr-defined]
         else:
             message(f"Error: {_usage(tell(), getattr(error, 'ctx', None))}")
     if code == INTERRUPTED:
-        message("interrupted; with -o, --resume goes on from here" if _resumes(sys.argv[1:3]) else "interrupted")
+        message("interrupted; a run with -o continues with --resume" if _resumes(sys.argv[1:3]) else "interrupted")
     return code if isinstance(code, int) else DONE
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
 
 
-# Lines below a table without --verbose; warnings and failures come on top.
+# Maximum number of lines below a table without --verbose, not counting warnings and failures.
 LINES: int | None = 12
 
 
@@ -71,7 +71,7 @@ def flag(name: str, help: str, panel: str, *flags: str) -> Any:
     return spelled(name, Option(False, help, flags=flags, panel=panel))
 
 
-# What is read is given as words: a Path would make one slash of the two in s3://.
+# Inputs are strings: a Path would collapse the two slashes of s3://.
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: file, folder, index, address or Hub id.")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint, or an adapter.")]
 Adapters = Annotated[
@@ -79,9 +79,9 @@ Adapters = Annotated[
 ]
 ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any commands.")]
 ResultsFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file of spectrum.")]
-Json = Annotated[bool, flag("json", "Print records as JSON lines, and nothing else.", OUTPUT)]
+Json = Annotated[bool, flag("json", "Print only the records, as JSON lines.", OUTPUT)]
 PerRow = Annotated[Per, spelled("per", PER)]
-Quiet = Annotated[bool, flag("quiet", "Print no progress, messages or table.", OUTPUT, "--quiet", "-q")]
+Quiet = Annotated[bool, flag("quiet", "Suppress progress, messages and tables.", OUTPUT, "--quiet", "-q")]
 Verbose = Annotated[bool, flag("verbose", "Print every line of the summary.", OUTPUT, "--verbose", "-v")]
 Overwrite = Annotated[bool, spelled("overwrite", declared(Output)["overwrite"][1])]
 
@@ -110,9 +110,9 @@ class Cluster:
         if self.engine is Engine.local:
             if self.ray_address is not None or self.gpus_per_task:
                 option = "--ray-address" if self.ray_address is not None else "--gpus-per-task"
-                raise UsageError(f"{option}: is of a Ray cluster; add --engine ray")
+                raise UsageError(f"{option}: needs a Ray cluster; add --engine ray")
             return None
-        from lora_diag.running.engines import Ray  # torch comes with it: not before it is needed
+        from lora_diag.running.engines import Ray  # deferred: imports torch
 
         return Ray(self.ray_address, self.gpus_per_task)
 
@@ -203,7 +203,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     shown = [
         option
         for name, each in parameters.items()
-        for option in groups.get(name) or [each.replace(kind=Parameter.KEYWORD_ONLY)]  # typer calls by name
+        for option in groups.get(name) or [each.replace(kind=Parameter.KEYWORD_ONLY)]  # typer passes arguments by name
     ]
     gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
     typed = [each.annotation for each in parameters.values() if is_typeddict(each.annotation)]
@@ -214,7 +214,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def _brief(brief: bool) -> Iterator[None]:
     """Limit summaries to a few lines."""
-    from lora_diag.rendering.statements import at_most  # rich comes with it: not before it is needed
+    from lora_diag.rendering.statements import at_most  # deferred: imports rich
 
     with at_most(LINES if brief else None):
         yield
@@ -308,7 +308,7 @@ def _gathered(group: Any, given: dict[str, Any]) -> Any:
     for name, (kind, option) in declared(group).items():
         if name in given:
             given[name] = _read(kind, option, name, option.checked(name, given[name]))
-    if {"output", "resume"} <= set(given):  # now: reading a model may take minutes
+    if {"output", "resume"} <= set(given):  # checked here because reading a model may take minutes
         check_output(given["output"], given["resume"], given["overwrite"])
     return given
 
@@ -322,7 +322,9 @@ def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
     try:
         return [int(word) for word in words.split(",")]
     except ValueError as error:
-        raise UsageError(f"{option} {words}: give whole numbers with commas, such as 4,8,16") from error
+        raise UsageError(
+            f"{option} {words}: not a list of whole numbers; separate them by commas, such as 4,8,16"
+        ) from error
 
 
 def parse_numbers(words: str, option: str, such: str) -> list[float]:
@@ -334,4 +336,4 @@ def parse_numbers(words: str, option: str, such: str) -> list[float]:
     try:
         return [float(word) for word in words.split(",")]
     except ValueError as error:
-        raise UsageError(f"{option} {words}: give numbers with commas, such as {such}") from error
+        raise UsageError(f"{option} {words}: not a list of numbers; separate them by commas, such as {such}") from error

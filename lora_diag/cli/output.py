@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from lora_diag.running.progress import Progress
 
 
-# Columns below which nothing is made to fit.
+# Smallest width that output is fitted to.
 MINIMUM = 60
 
-# Layers of which it is said one by one that they could not be measured; a large model has 70,000.
+# Maximum number of unmeasured layers listed one by one; a large model has 70,000 layers.
 NAMED = 20
 
 
@@ -79,7 +79,7 @@ def result(text: str) -> None:
     if sys.stdout is None or sys.stdout.closed:
         raise InputError("standard output: cannot be written: it is closed")
     text = encodable(public(text), sys.stdout.encoding or "utf-8")
-    # Not an OSError from here on: typer makes exit code 1 of a closed pipe, which means that a gate failed.
+    # Not an OSError: typer turns a closed pipe into exit code 1, which means that a gate failed.
     try:
         print(text, flush=True)
     except BrokenPipeError as error:
@@ -114,7 +114,7 @@ def check_outputs(
         if path is None:
             continue
         if os.path.realpath(path) in taken:
-            raise UsageError(f"{path}: is read or written already by this command; choose another name")
+            raise UsageError(f"{path}: already read or written by this command; choose another name")
         check_output(path, kind, overwrite)
         taken.add(os.path.realpath(path))
 
@@ -131,7 +131,9 @@ def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
     for item in items[:NAMED]:
         message(f"Error: {item.layer}: {item.detail}; {then}")
     if len(items) > NAMED:
-        message(f"Error: and {len(items) - NAMED} more like these; the records name every one (--json, or -o FILE)")
+        message(
+            f"Error: {len(items) - NAMED} more layers could not be measured; the records list all (--json, or -o FILE)"
+        )
     return bool(items)
 
 
@@ -206,7 +208,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
 def next_step(output: Path | str | None, then: str) -> str:
     """Return the suggested next command; without a results file, first the command that writes one."""
-    return then if output is not None else f"{again('-o', 'probe.jsonl')}   (keeps these numbers)"
+    return then if output is not None else f"{again('-o', 'probe.jsonl')}   (saves these results)"
 
 
 def quiet_matplotlib() -> None:

@@ -127,7 +127,7 @@ def _command() -> Statement:
         fix = f"add {_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
         return say("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
     if Path(found).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(found):
-        other = f"loradiag on PATH is {_home(found)}, of another environment than this one ({_home(sys.prefix)})"
+        other = f"loradiag on PATH is {_home(found)}, in another environment than this one ({_home(sys.prefix)})"
         return say("command", "Command", other, level="warning")
     return say("command", "Command", _home(found), level="ok")
 
@@ -154,7 +154,7 @@ def _devices() -> Iterator[Statement]:
         names = [f"cuda:{at} {each.name}, {byte_count(each.total_memory)}" for at, each in enumerate(found)]
         yield say("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
     elif shutil.which("nvidia-smi"):
-        lead = f"there is an NVIDIA driver, but torch {torch.__version__} sees no device"
+        lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"
         fix = (
             "check nvidia-smi" if torch.version.cuda else "install torch for CUDA: pip install --force-reinstall torch"
         )
@@ -174,7 +174,7 @@ def _blas() -> str:
 def _memory() -> Statement:
     available, total = machine.memory()
     if total is None:
-        return say("memory", "Memory", "not known on this system")
+        return say("memory", "Memory", "unknown on this system")
     lead = f"{byte_count(total)}" if available is None else f"{byte_count(available)} available of {byte_count(total)}"
     return say("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
 
@@ -188,7 +188,7 @@ def _disk() -> Iterator[Statement]:
         if not os.access(folder, os.W_OK):
             yield say(key, label, f"{_home(str(folder))} is not writable", level="warning")
         elif free < LITTLE_SPACE:
-            fix = "make room" if key == "folder" else "make room, or set TMPDIR to a larger disk"
+            fix = "make room" if key == "folder" else "free some space, or set TMPDIR to a larger disk"
             yield say(key, label, f"only {byte_count(free)} free in {_home(str(folder))}; {fix}", level="warning")
         else:
             yield say(key, label, f"{byte_count(free)} free", level="ok")

@@ -18,7 +18,7 @@ def inspect(
     given: MissingAlpha,
     shown: options.Rows,
 ) -> None:
-    """Show a results file again, or list a checkpoint.
+    """Show a results file, or list a checkpoint.
 
     Example: loradiag inspect results.jsonl --per layer
     """

@@ -42,7 +42,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
     if not is_adapter(locate(path)):
         checkpoint = open_checkpoint(path)
         moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
-        told = (f"holds {MOMENTS} and is no checkpoint; it is what --activations takes",) if moments else ()
+        told = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if moments else ()
         return Inventory(
             path=legible(checkpoint.path),
             kind=legible(checkpoint.kind),

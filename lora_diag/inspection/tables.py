@@ -32,4 +32,7 @@ def table(
     if feature is not None and feature.statements:
         statements = feature.load(feature.statements)(results)
         return grids_table(feature.tables(results, per), statements, width, color, then)
-    raise InputError(f"results of loradiag {results.run.command}: this version has no table for them")
+    raise InputError(
+        f"results of loradiag {results.run.command}: this version has no table for them; update loradiag, or install "
+        "the package that adds the command"
+    )

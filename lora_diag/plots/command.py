@@ -38,11 +38,11 @@ def plot(
     quiet_matplotlib()
     drawn = draw(*results, output=output, **given)
     if shown.table:
-        result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all of it on one page)"))
+        result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)"))
 
 
 def _table(drawn: Sequence[Drawn], then: str) -> str:
-    """Say what was drawn, and what was not and why."""
+    """Return a table of the figures drawn, and of those not drawn with the reason."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -64,9 +64,9 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
             why = f"{one.reason}: {one.made_by}" if one.made_by and one.missing else one.reason
             reasons.setdefault(why, []).append(one.name)
     lines = [f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items()]
-    # Of so many figures the records are missing that a reason for each would hide what was drawn.
+    # Most figures have no records; a reason for each would bury the figures that were drawn.
     absent = [one.name for one in not_drawn if one.missing == "records"]
     if absent:
-        lines.append(f"no records for {', '.join(absent)}; --figure NAME tells the command that writes them")
+        lines.append(f"no records for {', '.join(absent)}; --figure NAME names the command that writes them")
     statements = [say("not_drawn", "Not drawn", *lines)] if lines else []
     return to_text(Group(made, "", summary_of(statements, then)), *terminal())

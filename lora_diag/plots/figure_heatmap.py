@@ -36,9 +36,9 @@ from lora_diag.rendering.figures.style import (
     wrapped,
 )
 
-# From this ratio of the largest to the smallest value on, colours are logarithmic.
+# Ratio of the largest to the smallest value from which the colour scale is logarithmic.
 _LOG_FROM = 50
-# Share of the page's width that the names of the rows may take.
+# Fraction of the page's width available to row labels.
 NAMES = 0.38
 
 
@@ -134,7 +134,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         for one, title in zip(shown, titles, strict=True)
     ]
     panel = (sum(rows) + 2.6 * line) / len(series)
-    # The panels have different rows, so they share no axis: shared ticks would name them by the last panel's.
+    # The panels have different rows, so the y axis is not shared: shared tick labels would be those of the last panel.
     page, axes = sheet(
         look, _words(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
     )
@@ -162,10 +162,8 @@ def _words(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) ->
     return Words(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
         f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}",
-        (f"Where a block has several matrices of a type (up to {count}), the cell is their median.",)
-        if count > 1
-        else (),
-        (Key(_unknown(0, 0, 1), "null: not computed, or ΔW = 0"),) if unknown else (),
+        (f"A cell is the median over the matrices of its type in the block (up to {count}).",) if count > 1 else (),
+        (Key(_unknown(0, 0, 1), "not computed, or ΔW = 0"),) if unknown else (),
     )
 
 
@@ -195,7 +193,7 @@ def norm_of(shown: Sequence[Cells]) -> Normalize:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low >= _LOG_FROM:
         return LogNorm(low, high)
-    if low == high:  # one colour, and a scale from nothing to it
+    if low == high:  # a single value: the scale starts at zero
         return Normalize(min(0.0, low), max(0.0, high) if high else 1.0)
     return Normalize(low, high)
 
@@ -225,7 +223,7 @@ def draw_cells(
         column = np.ma.masked_invalid(shown.values[:, number : number + 1])
         missing = np.isnan(shown.values[:, number]) & (shown.layers[:, number] > 0)
         rows = np.arange(len(shown.types) + 1) - 0.5
-        # Cells with white between them; where they are thin, it would be all that is seen.
+        # Cells have white gaps, except thin cells, which the gaps would hide.
         wide = len(columns) <= 40
         between: dict[str, Any] = {"edgecolors": "white" if wide else "face", "lw": 0.5 if wide else 0.1}
         ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **between)

@@ -95,7 +95,7 @@ def figure_named(name: str) -> FigureKind:
     for kind in FIGURES:
         if kind.name == name:
             return kind
-    raise UsageError(f"figure {name}: there are {', '.join(kind.name for kind in FIGURES)}")
+    raise UsageError(f"figure {name}: unknown; use one of {', '.join(kind.name for kind in FIGURES)}")
 
 
 def figure(
@@ -203,9 +203,11 @@ def _asked(
 ) -> tuple[tuple[Series[Any], ...], Options]:
     runs = [results] if isinstance(results, Results) else list(results)
     if labels and len(labels) != len(runs):
-        raise UsageError(f"{len(labels)} labels for {len(runs)} results: give one label each, in their order")
+        raise UsageError(
+            f"{len(labels)} labels for {len(runs)} results: give one label per results file, in their order"
+        )
     if per not in {"layer", "type"}:
-        raise UsageError(f"per {per}: choose layer or type")
+        raise UsageError(f"per {per}: unknown; use layer or type")
     return series_of(runs, labels, files), Options(per, field, rank)
 
 
@@ -214,7 +216,7 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
     filled = [one for one in series if one.records]
     if kind.spec.needs:
         return tuple(one for one in filled if kind_of(one.records[0]) == kind.spec.needs)
-    # The records of a fleet are of adapters, which have no depth and no module type; those of probes are of whole runs.
+    # Records of a fleet describe adapters, which have no depth or module type; records of probes describe whole runs.
     filled = [one for one in filled if isinstance(one.records[0], LayerRecord) and one.records[0].record != "fleet"]
     kinds = dict.fromkeys(type(one.records[0]) for one in filled)
     field = options.field
@@ -237,11 +239,11 @@ def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options)
     fitting = _usable(kind, series, options)
     if not fitting:
         if options.field and not kind.spec.needs and any(one.records for one in series):
-            return Obstacle(f"no record has a number {options.field}; there are {_fields(series)}")
+            return Obstacle(f"no record has a numeric field {options.field}; use one of {_fields(series)}")
         return Obstacle(f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records", "records")
     most = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
     if len(fitting) > most:
-        return Obstacle(f"{len(fitting)} runs at once are not told apart: give {most} results at most")
+        return Obstacle(f"{len(fitting)} runs are too many for one figure; give at most {most} results")
     records: list[Any] = [record for one in fitting for record in one.records]
     reason = kind.lacks(records, options)
     return Obstacle(reason, "values") if reason else None

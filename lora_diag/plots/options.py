@@ -6,7 +6,7 @@ from typing import Annotated, TypedDict
 from lora_diag.catalog import figures
 from lora_diag.running.options import LAYERS, OUTPUT, PER, SHOW_RANK, Option
 
-# Derived from the features, those of installed packages among them.
+# Derived from all features, including those of installed packages.
 _NAMES = ("all", *(figure.name for _, figure in figures()))
 
 
@@ -17,14 +17,14 @@ class PlotOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            f"One of {', '.join(_NAMES)}; default all into a folder, the first that can be drawn into a file.",
+            f"One of {', '.join(_NAMES)}; default: all for a folder, the first that can be drawn for a file.",
             "FIGURE",
             panel=OUTPUT,
             completions=_NAMES,
         ),
     ]
     labels: Annotated[
-        Sequence[str], Option((), "Label of each of RESULTS, in their order; repeatable.", "NAME", ("--label",), OUTPUT)
+        Sequence[str], Option((), "Label of each of RESULTS, in order; repeatable.", "NAME", ("--label",), OUTPUT)
     ]
     field: Annotated[
         str | None,
@@ -33,11 +33,12 @@ class PlotOptions(TypedDict, total=False):
     show_rank: Annotated[int | None, SHOW_RANK]
     per: Annotated[str, PER.by("layer")]
     width: Annotated[
-        str, Option("slide", "Width: of a paper's column (3.3 in) or a slide (10 in).", "column|slide", panel=OUTPUT)
+        str, Option("slide", "Width: a paper's column (3.3 in) or a slide (10 in).", "column|slide", panel=OUTPUT)
     ]
     format: Annotated[
-        str | None, Option(None, "Format; default by the name of the output.", "png|svg|pdf", panel=OUTPUT)
+        str | None,
+        Option(None, "Format; default by the output's suffix, png in a folder.", "png|svg|pdf", panel=OUTPUT),
     ]
-    plain: Annotated[bool, Option(False, "Leave out title and notes, for a paper's caption.", panel=OUTPUT)]
+    plain: Annotated[bool, Option(False, "Omit title and notes, for a paper with its own caption.", panel=OUTPUT)]
     layers: Annotated[str | None, LAYERS]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

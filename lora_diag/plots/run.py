@@ -72,7 +72,7 @@ def plot(
         InputError: A results file cannot be read, or a figure cannot be written.
         NothingComparedError: No figure can be drawn from these records.
     """
-    from lora_diag import plots  # here: Matplotlib takes half a second
+    from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
     given = filled(PlotOptions, options)
     figure, labels, field, rank, per = (given[name] for name in ("figure", "labels", "field", "show_rank", "per"))
@@ -82,14 +82,16 @@ def plot(
     if not results:
         raise UsageError("no results: give at least one results file")
     if labels and len(labels) != len(results):
-        raise UsageError(f"{len(labels)} labels for {len(results)} results: give one --label each, in their order")
+        raise UsageError(
+            f"{len(labels)} labels for {len(results)} results: give one --label per results file, in their order"
+        )
     path = Path(output)
     there = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
     single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not there
     kind = _format(path, single, format, plots.FORMATS)
     _check_output(path, kind if single else None, there, overwrite)
     if single and figure == "all":
-        raise UsageError(f"{path}: is one file, and all figures are several: give a folder, or one --figure")
+        raise UsageError(f"{path}: one file cannot hold all figures; give a folder, or one --figure")
     if single and figure is None and field is not None:
         figure = "heatmap"
     _check_options(figure, field, rank)
@@ -109,12 +111,12 @@ def plot(
             made.append(Drawn(one.name, one.shows, None, obstacle.reason, one.made_by, obstacle.missing))
             continue
         if single and any(drawn.path for drawn in made):
-            why = f"{path} takes one figure: choose with --figure, or give a folder"
+            why = f"{path}: one file cannot hold several figures; choose one with --figure, or give a folder"
             made.append(Drawn(one.name, one.shows, None, why, one.made_by))
             continue
         target = path if single else path / f"{one.name}.{kind}"
         if there:
-            check_output(target, KINDS[kind], overwrite)  # of all, before the first is drawn
+            check_output(target, KINDS[kind], overwrite)  # checked for all files before the first is drawn
         made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
     for drawn in made:
         if drawn.path is not None:
@@ -136,11 +138,11 @@ def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str])
         raise UsageError(f"format {asked}: choose {', '.join(formats)}")
     if single:
         if asked not in {None, suffix}:
-            raise UsageError(f"{path}: ends in .{suffix}, and the format asked for is {asked}")
+            raise UsageError(f"{path}: the suffix .{suffix} contradicts --format {asked}; give one of them")
         return suffix
-    # A folder's name may have a dot; one that looks like a picture's is a mistake.
+    # A folder's name may contain a dot, but the suffix of another image format is a mistake.
     if suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"} and not path.is_dir():
-        raise UsageError(f"{path}: figures are written as {', '.join(formats)}")
+        raise UsageError(f"{path}: unsupported format; use {', '.join(formats)}")
     return asked or "png"
 
 
@@ -162,7 +164,7 @@ def _check_output(path: Path, kind: str | None, there: bool, overwrite: bool) ->
         return
     check_folder_of(path / "figure" if there else path)
     if os.path.lexists(path) and not there:
-        raise UsageError(f"{path}: is no folder; give one, or a name that ends in .png, .svg or .pdf")
+        raise UsageError(f"{path}: not a folder; give a folder, or a name that ends in .png, .svg or .pdf")
 
 
 def _check_options(figure: str | None, field: str | None, rank: int | None) -> None:
@@ -172,23 +174,25 @@ def _check_options(figure: str | None, field: str | None, rank: int | None) -> N
         UsageError: The figure does not use the option.
     """
     if field is not None and figure not in {None, "all", "heatmap"}:
-        raise UsageError(f"field {field}: is for the heat map; {figure} has its own quantity")
+        raise UsageError(f"field {field}: not used by {figure}; use it with the heatmap")
     if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap", "alone"}:
-        raise UsageError(f"rank {rank}: is for overlap, angles and alone; {figure} shows the ranks that it finds")
+        raise UsageError(f"rank {rank}: not used by {figure}; use it with overlap, angles or alone")
 
 
 def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
     if layers is not None:
         return f"no name matches {layers}"
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
-    return f"the results of loradiag {commands} have no records of layers; loradiag inspect shows what they have"
+    return f"results of loradiag {commands} have no records of layers; show them with loradiag inspect"
 
 
 def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
     own = [f"{one.name}: {one.reason}" for one in made if one.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
-    return "; ".join(own) or f"none is of results of {commands}; loradiag inspect and loradiag report show them"
+    return (
+        "; ".join(own) or f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"
+    )
 
 
 def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
@@ -197,7 +201,7 @@ def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
     try:
         return results.filter(layers)
     except re.error as error:
-        raise UsageError(f"layers {layers}: is not a regular expression: {error}") from error
+        raise UsageError(f"layers {layers}: not a valid regular expression: {error}") from error
 
 
 def _write(path: Path, content: bytes, kind: str, overwrite: bool) -> None:

@@ -16,16 +16,16 @@ from lora_diag.records.shown import Shown
 
 SCHEMA = 1
 
-# Every kind of record that is defined so far, by its name in a results file; ``catalog.load_records`` defines all.
+# Every kind of record defined so far, by its name in a results file; ``catalog.record_kinds`` defines all.
 KINDS: dict[str, type[Record]] = {}
 
-# By how much rounding may carry a fraction out of [0, 1].
+# Tolerance for fractions outside [0, 1] due to rounding.
 SLACK = 1e-6
 
-# A fraction of a whole, in [0, 1]; marked so that a threshold outside can be refused, as a record with one is.
+# A fraction in [0, 1]; marked so that thresholds outside are rejected like records.
 Share = Annotated[float, "share", Field(ge=-SLACK, le=1 + SLACK)]
 
-# A norm: a record with a negative one is refused when it is read.
+# A norm; negative values are rejected on reading.
 Norm = Annotated[float, Field(ge=0)]
 
 
@@ -52,7 +52,7 @@ class Record(BaseModel):
         if isinstance(kind, str):
             known = KINDS.setdefault(kind, cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(f"record kind {kind!r} is defined by {known.__module__} already")
+                raise TypeError(f"record kind {kind!r} is already defined by {known.__module__}")
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from lora_diag.records.shown import Shown, Value, pooled_value
 if TYPE_CHECKING:
     from lora_diag.records.results import Results
 
-# More inputs than these are counted and not named.
+# Maximum number of inputs that are named.
 _INPUTS = 4
 
 

@@ -20,13 +20,13 @@ from lora_diag.records.names import depth_of, module_type_of
 
 Columns = dict[str, list[Any]]
 
-# What stands between several words in one cell.
+# Separator of several words in one cell.
 _BETWEEN = "; "
 
-# What a record is of comes first; a record in a record has the same.
+# Leading columns that identify a record, including nested ones.
 _FIRST = ("record", "layer")
 
-# Which columns say what a row of values is of, beside the fields that tell records apart.
+# Columns that identify a row of values, besides the key fields.
 _WHICH = {"results", "record", "module_type", "block", "adapter", "adapter_name"}
 
 
@@ -87,7 +87,7 @@ def _joined(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]])
 def _row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, value in _cells(record):
-        if value is None and name in row:  # a probe of one layer has no module type of its own
+        if value is None and name in row:  # a probe of one layer has no separate module type
             continue
         paths = value if isinstance(value, tuple) else (value,)
         row[name] = _BETWEEN.join(value) if isinstance(value, tuple) else value
@@ -96,7 +96,7 @@ def _row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
         elif name in {"fro", "base_fro"} and {"fro", "base_fro"} <= row.keys():
             row["relative"] = row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
         elif paths and all(isinstance(path, str) and path in short for path in paths):
-            # A probe names an adapter by ``name``, other records by ``adapter``: one column to join them by.
+            # Probes name an adapter ``name``, other records ``adapter``: one common column to join them.
             named = "adapter" if name == "name" else name
             row[f"{named}_name"] = _BETWEEN.join(short[path] for path in paths)
     return row

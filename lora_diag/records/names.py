@@ -11,19 +11,19 @@ from typing import Literal
 
 Part = Literal["matrices", "vocabulary"]
 
-# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own Llama files call the
-# head ``output``; deeper in a model that is the name of other layers, so only the whole name counts.
+# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own Llama files name the
+# head ``output``, which is the name of other layers inside a model, so only the whole name matches.
 RESIZABLE = re.compile(
     r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|shared|lm_head|embed_out)(\.weight)?$"
     r"|^output\.weight$"
 )
-# Other tables, such as those of positions. An adapter's usual placement reaches neither kind.
+# Other tables, such as those of positions. Adapters usually target neither kind.
 _TABLES = re.compile(
     r"(^|\.)(embed_\w+|pos_embed|wpe|(?!patch_)\w*embeddings?|relative_attention_bias)(\.\w+)?(\[\d+\])?$"
 )
 _NUMBER = re.compile(r"(?:\.|^)(\d+)(?=\.|$)")
 
-# In which order people expect the types of one block; what is not here comes after, in the order of the file.
+# Usual order of the types in a block; others follow in the order of the file.
 _ORDER = ("qkv", "c_attn", "q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "gate", "up_proj", "down")
 
 

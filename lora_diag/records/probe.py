@@ -65,18 +65,18 @@ class Probe(WholeRecord):
         Shown(
             "to_tuned",
             "to TUNED",
-            "loss minus that of TUNED, of all but TUNED, with its standard error",
+            "loss minus that of TUNED, with its standard error; empty for TUNED",
             form="+.4f",
             terminal=True,
             error="gap_error",
         ),
-        Shown("kept", "kept", "share of TUNED's change of the loss", drop=2, form=".2f", terminal=True),
+        Shown("kept", "kept", "fraction of TUNED's change of the loss", drop=2, form=".2f", terminal=True),
         Shown("distance", "distance", "‖z_tuned − z‖/‖z_tuned − z_base‖ of logits", form=".3f", terminal=True),
         Shown("kl", "KL", "mean KL(p_tuned ‖ p) in nats", terminal=True),
         Shown(
             "agreement",
             "agree",
-            "share of the predictions whose most likely token is TUNED's",
+            "fraction of tokens with the same most likely prediction as TUNED",
             share=True,
             drop=1,
             form="percent",
@@ -134,9 +134,9 @@ class LayerInput(Record):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("size", "in", "numbers of one input", main=True, pool="each"),
+        Shown("size", "in", "dimension of an input", main=True, pool="each"),
         Shown("square", "E‖x‖²", "mean square of the inputs", main=True),
-        Shown("directions", "directions", "in how many directions the inputs lie, roughly", main=True),
+        Shown("directions", "directions", "effective number of directions of the inputs", main=True),
     )
     layer: str
     size: int

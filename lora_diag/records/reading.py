@@ -16,14 +16,14 @@ from lora_diag.records.base import KINDS, SCHEMA, LayerRecord, WholeRecord
 from lora_diag.records.results import Results, Seal
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
-# What a line of a results file can be.
+# The possible lines of a results file.
 _IN_FILES = (Run, LayerRecord, WholeRecord, LeftOut, End)
 
-# Every finished or interrupted results file begins so.
+# Start of every results file.
 _HEAD = b'{"record":"run"'
 
-# The longest line that is read or written. Lines of real runs stay below 1 MB, a fleet's first line takes 300 bytes an
-# adapter; JSON takes up to 24 times its length in memory once it is parsed (``[{},{},…]``).
+# Longest line that is read or written. Lines of real runs stay below 1 MB, a fleet's first line takes 300 bytes per
+# adapter; parsed JSON takes up to 24 times its length in memory (``[{},{},…]``).
 MAX_LINE_BYTES = 16 * 2**20
 
 
@@ -63,11 +63,11 @@ def read_results(path: Path | str) -> Results[Any]:
     records = list(each_line(path, seal=seal))
     if not records or not isinstance(records[0], Run):
         why = "its first line must be a run record" if path.stat().st_size else "it is empty"
-        raise InputError(f"{path}: is not a results file: {why}")
+        raise InputError(f"{path}: not a results file: {why}; give a file that loradiag wrote with -o")
     if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
         raise InputError(
-            f"{path}: does not have the SHA-256 in its last line: it was edited or damaged; measure again, or remove "
-            "sha256 from that line to read it as a file without a hash"
+            f"{path}: does not match the SHA-256 in its last line, so it was edited or damaged; measure again, or "
+            "remove sha256 from that line to read it anyway"
         )
     return Results(
         records[0],
@@ -100,7 +100,7 @@ def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iter
         except InputError:
             if line.endswith(b"\n"):
                 raise
-            return  # cut short by a crash; a record that only lacks its newline is taken
+            return  # truncated by a crash; a record that only lacks its newline is accepted
         first, last = record if first is None else first, record
         yield record
 
@@ -114,7 +114,7 @@ def lines(path: Path) -> Iterator[bytes]:
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
             what = "is a folder" if path.is_dir() else "is not a regular file"
-            raise InputError(f"{path}: {what}; a results file is wanted here, as -o FILE writes it")
+            raise InputError(f"{path}: {what}; give a results file as written by -o FILE")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
@@ -122,8 +122,8 @@ def lines(path: Path) -> Iterator[bytes]:
                 before, _, zeros = line.partition(b"\0")
                 if len(line) > MAX_LINE_BYTES and not zeros:
                     raise InputError(
-                        f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes, so it is no record; "
-                        "give a file that loradiag wrote with -o"
+                        f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes; give a file that loradiag "
+                        "wrote with -o"
                     )
                 yield before
                 if not before.endswith(b"\n"):
@@ -149,7 +149,7 @@ def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | N
             raise InputError(f"{where} is not a run record: {reason}")
         return
     if isinstance(record, Run):
-        raise InputError(f"{where} begins a second run: one file holds one run; split it there")
+        raise InputError(f"{where} begins a second run; split the file there, one run per file")
     if isinstance(last, End):
         raise InputError(f"{where} comes after the end record of the run")
     if isinstance(record, LayerRecord) and isinstance(first, Run) and (lacking := record.check(first.settings)):
@@ -161,13 +161,15 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
         content = json.loads(line.decode("utf-8"))
         if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
             raise InputError(
-                f"{path}: written in schema {schema}, this loradiag reads up to {SCHEMA}: upgrade loradiag"
+                f"{path}: written in schema {schema}, but this loradiag reads up to {SCHEMA}; upgrade loradiag"
             )
         if not isinstance(content, dict) or not isinstance(name := content.get("record"), str):
             raise InputError(f'{path}: line {number} is not a record: it has no kind ("record": ...)')
         kind = KINDS.get(name, None if strict else _Other)
         if kind is None or not issubclass(kind, _IN_FILES):
-            raise InputError(f"{path}: line {number} is not a record: no kind of record is called {name!r} here")
+            raise InputError(
+                f"{path}: line {number} is not a record: unknown kind {name!r}; install the package that defines it"
+            )
         record: Any = kind.model_validate(content)
         return record  # type: ignore[no-any-return]  # _IN_FILES are the members of AnyRecord
     except ValidationError as error:

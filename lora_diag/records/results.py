@@ -85,15 +85,15 @@ class Results(Generic[L]):
     def __getitem__(self, item: slice) -> Results[L]: ...
 
     def __getitem__(self, item: str | SupportsIndex | slice) -> L | Results[L]:
-        """Return the first record of a layer, a record by its place, or the results of a slice of the records.
+        """Return the first record of a layer, a record by index, or the results for a slice of the records.
 
         Args:
-            item: A layer's name, with or without its ``.weight``; a place, from the end if negative; or a slice, whose
-                ``end`` has the totals of the records in it.
+            item: A layer's name, with or without ``.weight``; an index, from the end if negative; or a slice, whose
+                ``end`` has the totals of its records.
 
         Raises:
-            KeyError: No such layer was measured; the message names those whose names are close.
-            IndexError: There are not so many records.
+            KeyError: The layer was not measured; the message suggests similar names.
+            IndexError: The index is out of range.
 
         Example:
             >>> import lora_diag
@@ -122,7 +122,7 @@ class Results(Generic[L]):
         wanted = name.removesuffix(".weight")
         close = [short for short in known if wanted and wanted in short][::-1][:3] or get_close_matches(wanted, known)
         hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
-        return f"{name}: no record of such a layer{hint}"
+        return f"{name}: no record of this layer{hint}"
 
     @property
     def non_finite(self) -> tuple[LeftOut, ...]:

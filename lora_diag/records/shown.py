@@ -69,7 +69,7 @@ class Shown:
         return self.main if self.terminal is None else self.terminal
 
 
-# The shape of a layer, where a table shows it.
+# The shape of a layer, for tables.
 SHAPE = Shown(
     "shape",
     "shape",

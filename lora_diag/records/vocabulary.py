@@ -169,7 +169,7 @@ class SingularValues(Protocol):
 
 Metric = Literal["weights", "data", "kfac"]
 
-# What ‖ΔW‖ and ‖W‖ are called in each metric, and it itself.
+# Names of ‖ΔW‖ and ‖W‖ in each metric, and of the metric.
 NORMS = {
     "weights": ("‖ΔW‖", "‖W‖"),
     "data": ("‖ΔW·C^½‖", "‖W·C^½‖"),

@@ -37,10 +37,10 @@ from lora_diag.records.reading import MAX_LINE_BYTES, bytes_of, each_line, lines
 from lora_diag.records.results import L, Results, Seal, to_line
 from lora_diag.records.run import AnyRecord, End, Run, timestamp
 
-# What may lie where records are to go.
+# Possible states of an output path.
 State = Literal["absent", "empty", "unfinished", "finished", "foreign"]
 
-# Between two waits for the disk, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a run.
+# Interval between syncs, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a run.
 SYNC_SECONDS = 5.0
 
 
@@ -160,8 +160,8 @@ class ResultsWriter(Generic[L]):
             seal.add(encoded[-1])
         if self.path is not None and max(map(len, encoded)) > MAX_LINE_BYTES:
             raise InputError(
-                f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that is "
-                "read back; give fewer inputs"
+                f"{self.path}: cannot be written: a record is longer than the limit of {MAX_LINE_BYTES:,} bytes; "
+                "give fewer inputs"
             )
         if self.path is not None:
             self._write(self.path, b"".join(encoded), isinstance(records[-1], End))
@@ -183,9 +183,7 @@ class ResultsWriter(Generic[L]):
                 sync(path.parent)
                 self._synced = time.monotonic()
         except OSError as error:
-            kept = (
-                "; what was measured before is in it: go on with --resume" if self._file and self._file.tell() else ""
-            )
+            kept = "; it holds the results so far; continue with --resume" if self._file and self._file.tell() else ""
             raise InputError(f"{path}: cannot be written: {error.strerror}{kept}") from error
         if ends and path != self._final:
             self._file.close()
@@ -292,10 +290,10 @@ def check_results_file(
     for file, found in ((path, state), (part, part_state)):
         if not resume and found == "unfinished":
             if not locked and os.path.lexists(path):
-                os.close(_lock(path))  # refused while another process writes it: then it is not to be deleted
+                os.close(_lock(path))  # also refused while another process writes it, when it must not be deleted
             raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")
     if not resume and part_state == "finished":
-        raise UsageError(f"{part}: is left over from an interrupted run; continue it with --resume, or delete it")
+        raise UsageError(f"{part}: left over from an interrupted run; continue it with --resume, or delete it")
     return state, part_state
 
 
@@ -329,7 +327,7 @@ def _state(path: Path, overwrite: bool = False) -> State:
     except InputError as error:
         if overwrite and not is_unfinished(path):
             return "foreign"
-        raise UsageError(f"{error}; the file is left as it is: delete it first, or choose another name") from error
+        raise UsageError(f"{error}; the file is unchanged; delete it, or choose another name") from error
 
 
 def _whole_layers(earlier: Results[Any]) -> Results[Any]:
@@ -346,11 +344,11 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
     for before, now in zip(earlier.run.inputs, run.inputs, strict=False):
         if bool(before.sha256) != bool(now.sha256):
             without = "without --verify" if now.sha256 else "with --verify"
-            raise UsageError(f"{path}: this run was begun {without}; resume with the same command")
+            raise UsageError(f"{path}: this run was started {without}; resume with the same command")
         if before.path == now.path and (before.fingerprint, before.sha256) != (now.fingerprint, now.sha256):
             raise UsageError(
-                f"{path}: the input {now.path} changed since this run was begun, and its layers must not be mixed; "
-                "delete the file and measure again, or write to another file"
+                f"{path}: the input {now.path} changed since this run began, and old and new layers must not be "
+                "mixed; delete the file and measure again, or write to another file"
             )
     then, wanted = (each.model_dump(exclude={"made"}) for each in (earlier.run, run))
     differing = [key for key in wanted if then[key] != wanted[key]]
@@ -359,12 +357,12 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
     lacking = [f"settings.{key}" for key in asked if key not in told]
     if lacking and set(differing) == {"settings", *lacking}:
         raise UsageError(
-            f"{path}: tells no {', '.join(lacking)}: was begun by an older loradiag or with other options; "
-            "resume with what began it, or write to another file"
+            f"{path}: has no {', '.join(lacking)}, so it is from an older loradiag or other options; resume with "
+            "the original command, or write to another file"
         )
     if differing:
         raise UsageError(
-            f"{path}: was begun with another {', '.join(k for k in differing if k != 'settings')}; "
+            f"{path}: this run was started with another {', '.join(k for k in differing if k != 'settings')}; "
             "resume with the same command, or write to another file"
         )
     return earlier

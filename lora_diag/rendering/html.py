@@ -11,7 +11,7 @@ from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.text import safe
 
-# More rows of a table are counted and not shown.
+# Maximum number of rows of a table; further rows are counted.
 _ROWS = 40
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lora_diag.records import LeftOut, Run
 from lora_diag.rendering.text import named, safe, short
 
-# So many layers that could not be measured are named.
+# Maximum number of unmeasured layers that are named.
 NAMED = 5
 
 REASONS = {
@@ -28,7 +28,7 @@ REASONS = {
     "no_gradient": "without a gradient at some step",
     "no_reference": "without an update to take subspaces from",
     "rank_0": "of rank 0",
-    "no_factors": "that no factors can carry",
+    "no_factors": "without a factored form",
     "saved": "saved in full",
     "unreadable": "unreadable",
     "not_in_model": "that the model does not use",
@@ -87,9 +87,9 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
 def within(left_out: Sequence[LeftOut]) -> str:
     """Return a qualification of fractions of the change if a part was not measured."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
-        return " in what was selected"
+        return " among the selected tensors"
     unknown = {"shape_differs", "non_finite", "memory", "unreadable"}
-    return " in what was measured" if any(item.reason in unknown for item in left_out) else ""
+    return " among the measured layers" if any(item.reason in unknown for item in left_out) else ""
 
 
 def not_measured(failed: Sequence[LeftOut]) -> str:

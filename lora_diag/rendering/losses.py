@@ -64,18 +64,21 @@ def both_ends(base: Probe, tuned: Probe) -> str:
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
     if base.gap is None or base.gap_error is None or abs(base.gap) > 2 * base.gap_error:
         return ends
-    return f"{ends}: within two standard errors (±{base.gap_error:.3f}) of nothing, so that shares kept mean little"
+    return (
+        f"{ends}: the difference is within two standard errors (±{base.gap_error:.3f}), so fractions of it are not "
+        "meaningful"
+    )
 
 
 def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
-    """Say which learning rates were tried beyond those that were asked for, because the best was at their edge.
+    """State which learning rates were tried beyond the grid because the best was at its edge.
 
     >>> beyond_grid([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
-    ['beyond --lr, whose edge was the best somewhere, 0.033 was tried, too']
+    ['0.033 was also tried, because a best rate was at the edge of --lr']
     """
     further = sorted({rate for rate in tried if rate is not None} - set(grid)) if grid else []
     if not further:
         return []
     listed = ", ".join(f"{rate:g}" for rate in further)
     verb = "were" if len(further) > 1 else "was"
-    return [f"beyond {option}, whose edge was the best somewhere, {listed} {verb} tried, too"]
+    return [f"{listed} {verb} also tried, because a best rate was at the edge of {option}"]

@@ -42,13 +42,13 @@ from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import lost, swept, without_matrices
 from lora_diag.running.options import typed
 
-# Ranks that are tried and that servers take.
+# Ranks commonly used in training and supported by servers.
 LADDER = (4, 8, 16, 32, 64)
-# A rank is enough where it keeps so much of every layer's energy.
+# Energy fraction of every layer from which a rank is sufficient.
 ENOUGH = 0.9
-# A part of the model that the adapter leaves alone is worth adapting from this share of the change on.
+# Fraction of the change from which adapting a skipped part of the model is recommended.
 PLACEMENT = 0.1
-# A LoRA of rank r on an n×n matrix has 2r/n of its parameters: from n = 4r down it is no longer small.
+# A LoRA of rank r on an n×n matrix has 2r/n of its parameters: for n < 4r it is not small.
 SIZEABLE = 4
 
 
@@ -64,7 +64,7 @@ def advice(evidence: Evidence) -> list[Advice]:
         for step in _of_one(group):
             known = found.get(step.argv, step)
             found[step.argv] = replace(known, about=(*known.about, *about))
-    # What is said of every one of them is said of the page.
+    # A step that applies to all applies to the page.
     return [replace(step, about=()) if len(step.about) == len(groups) else step for step in found.values()]
 
 
@@ -105,7 +105,7 @@ def set_scale(evidence: Evidence) -> Advice | None:
     factors = ", ".join(f"of {path} by {factor:.3g}" for path, (factor, _) in found.items())
     return Advice(
         "scale",
-        f"Multiply lora_alpha {factors} and measure again, before any rank is changed",
+        f"Multiply lora_alpha {factors} and measure again, before changing any rank",
         " ".join(seen.seen for _, seen in found.values()),
         next(iter(found.values()))[1].condition,
         "Article, rank selection step 4 (α scaling)",
@@ -128,9 +128,9 @@ def take_allocation(evidence: Evidence) -> Advice | None:
         return Advice(
             "take the allocation",
             f"Train with the ranks of {source.name}, {certificate.params:,} parameters",
-            f"They spend {amount} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of the "
+            f"They use {amount} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of the "
             f"energy{beside}; {len(short)} of {len(source.results)} matrices keep less than {SHORT:.0%}.",
-            "an allocation by a budget, and nothing says that a smaller rank is enough",
+            "an allocation by a budget, and no evidence that a smaller rank suffices",
             "Article, multi-layer allocation",
             argv,
             params=certificate.params,
@@ -154,13 +154,13 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     known = all(item.layer in measured for item in capacities)
     target = _target(measured, short if few else capacities, 1.0 if few else 0.5, worse.trained) if known else None
     if known and target is None and (not few or LADDER[-1] <= worse.trained or train_fully(evidence) is not None):
-        return None  # no usual rank mends these layers, which is for ``train_fully`` to say
+        return None  # no common rank suffices for these layers: handled by ``train_fully``
     now, worst = ranks([item.rank for item in short]), min(short, key=lambda item: item.kept)
     many = f"{len(short)} of {len(capacities)} matrices"
     holders = _holders(evidence)
     at = f"At rank {now}{f' ({_some(holders)})' if holders else ''}"
     because = (
-        f"{at}, {many} can carry less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
+        f"{at}, {many} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
         f"{named([worst.layer])}."
     )
     rule = "raise rank in named layers" if few else "raise rank everywhere"
@@ -168,26 +168,30 @@ def raise_rank(evidence: Evidence) -> Advice | None:
         f"C(r) < {SHORT} in at most half of the resolved matrices, at the largest rank of any adapter there"
         if few
         else f"C(r) < {SHORT} in more than half of the resolved matrices, at the largest rank of any adapter there; a "
-        f"rank up to {LADDER[-1]} mends the median"
+        f"rank up to {LADDER[-1]} suffices for the median"
     )
     source, layers = "Article, rank selection step 5.1; Eckart & Young 1936", tuple(item.layer for item in short)
     because += _limits(evidence, holders)
     if not known:
-        do = f"Measure how much more than rank {now} the update needs"
+        do = f"Measure which rank above {now} the update needs"
         return Advice(rule, do, because, condition, source, _spectrum(evidence), layers=layers)
     to = target or LADDER[-1]
     chosen = {item.layer for item in (short if few else capacities)}
     spent = sum(sum(i.shape) * (max(to, i.rank) if i.layer in chosen else i.rank) for i in capacities)
     params, now_spent, words = spent + saved_params(evidence), *reference(evidence)
     where = f"r={to} in {'these' if few else 'all of them'}"
-    mends = f"carries half in {'each' if few else 'the median one'}" if target else "does not carry half in each"
+    mends = (
+        f"holds half of the energy in {'each of them' if few else 'the median matrix'}"
+        if target
+        else "holds less than half of the energy in some of them"
+    )
     because += (
-        f" The budget is what {where} takes{' and what the others have' if few else ''}; that {mends}."
-        f"{_kept_by(evidence, params)}"
+        f" The budget is that of {where}{', with the others unchanged' if few else ''}, which "
+        f"{mends}.{_kept_by(evidence, params)}"
     )
     return Advice(
         rule,
-        f"Spend {params:,} trainable parameters on ranks, by energy: {params / now_spent:.2g} times {words}",
+        f"Allocate {params:,} trainable parameters to ranks by energy: {params / now_spent:.2g} times {words}",
         because,
         condition,
         source,
@@ -217,12 +221,12 @@ def widen_placement(evidence: Evidence) -> Advice | None:
     measured = evidence.update is not None
     return Advice(
         "widen placement",
-        f"Spread {params:,} trainable parameters, {words}, over all matrices: {kinds} have none"
+        f"Allocate {params:,} trainable parameters, {words}, to all matrices: {kinds} have none"
         if measured
         else f"Measure the spectrum, to adapt {kinds} too",
-        f"{percent(math.fsum(shares.values()))} of ‖ΔW‖² lies in matrices that {_some(list(evidence.adapted))} "
-        f"{'leaves' if len(evidence.adapted) == 1 else 'leave'} alone: {_listed(shares)}.",
-        f"share of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
+        f"{percent(math.fsum(shares.values()))} of ‖ΔW‖² is in matrices that {_some(list(evidence.adapted))} "
+        f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_listed(shares)}.",
+        f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
         "Article, rank selection step 5.2",
         command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json")
         if measured
@@ -242,30 +246,30 @@ def train_the_rest(evidence: Evidence) -> Advice | None:
         return None
     parts = [*(["embeddings and head"] if table else []), *(["norms and biases"] if vectors else [])]
     what = " and ".join(parts)
-    seen = f"{percent(share)} of the whole change ‖Δ‖² lies in embeddings and head." if table else ""
+    seen = f"{percent(share)} of the whole change ‖Δ‖² is in embeddings and head." if table else ""
     seen += f" {vectors.seen} Most in {named(vectors.layers)}." if vectors else ""
     both = (evidence.given("base"), evidence.given("tuned"))
     text = evidence.given("eval", "HELD_OUT_TEXT")
     if not evidence.spectra:
-        do = "Train norms and biases alone: no matrix outside embeddings and head moved"
+        do = "Train norms and biases alone: no matrix outside embeddings and head changed"
         tried: tuple[int, ...] = (LADDER[0],)
-        do += f"; {listed(tried)} beside them shows whether matrices matter"
+        do += f"; compare with {listed(tried)} in addition, to see whether matrices matter"
         argv = sweep_of(evidence, tried, bitfit=True)
     elif brings is None:
         tried = (0,)
-        do = f"Measure what {what} bring by themselves, with every matrix cut to r=0"
+        do = f"Measure the gain of {what} alone, with every matrix truncated to r=0"
         argv = command("probe truncation", *both, eval=text, ranks=tried, untruncated="tuned", o="truncation.jsonl")
     else:
         tried = (next((rank for rank in LADDER if rank > lost(evidence).cut), 2 * LADDER[-1]),)
-        do = f"Train {what} too (PEFT: modules_to_save), as an adapter of {listed(tried)} with all of them saved has it"
-        seen += f" With every matrix as in BASE they bring {percent(brings)} of the gain."
+        do = f"Also train {what} (PEFT: modules_to_save), as in an adapter of {listed(tried)} that saves all of them"
+        seen += f" With every matrix as in BASE they give {percent(brings)} of the gain."
         argv = command("extract", *both, rank=tried[0], unfactored="save", o="adapter/")
     return Advice(
         "hybrid" if vectors else "train embeddings and head",
         do,
         f"{seen} An adapter on the other matrices cannot reach it.".strip(),
-        f"share of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}, or in norms and biases ≥ {VECTORS}; truncation to r=0, "
-        f"if measured, keeps ≥ {PLACEMENT} of the gain",
+        f"fraction of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}, or in norms and biases ≥ {VECTORS}; truncation to "
+        f"r=0, if measured, keeps ≥ {PLACEMENT} of the gain",
         "Article, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
         argv,
         ranks=tried,
@@ -292,7 +296,8 @@ def train_fully(evidence: Evidence) -> Advice | None:
         f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
         f"{'every type' if every else f'these types, {len(slow)} of {len(by_type)}'}.",
         f"C({rank}) < {SHORT} in at least {MOST:.0%} of a type's resolved matrices with both sizes ≥ {SIZEABLE * rank}",
-        "Article, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times usual ranks",
+        "Article, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times common "
+        "ranks",
         command("plan", evidence.given("base"), ranks=(rank,)),
         ranks=(rank,),
         layers=tuple(record.layer for record in large if module_type_of(record.layer) in slow),
@@ -314,11 +319,11 @@ def enough(evidence: Evidence) -> Advice | None:
         if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= ENOUGH:
             return Advice(
                 "enough",
-                f"Extract the update at r={rank}, which is enough",
-                f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and "
-                "nothing that was measured lies where an adapter does not reach.",
+                f"Extract the update at r={rank}, which is sufficient",
+                f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and no "
+                "measured change is outside the reach of an adapter.",
                 f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved, half of them "
-                f"{SIZEABLE * rank} or more wide; no other rule speaks",
+                f"{SIZEABLE * rank} or more wide; no other rule applies",
                 "Article, rank sweep (fast saturation); Eckart & Young 1936",
                 command("extract", evidence.given("base"), evidence.given("tuned"), rank=rank, o="adapter/"),
                 ranks=(rank,),
@@ -338,10 +343,10 @@ def sweep(evidence: Evidence) -> Advice | None:
     tried = tuple(above[max(0, nearest - 1) : max(0, nearest - 1) + 3])
     return Advice(
         "sweep",
-        f"Let the held-out loss decide: train at {listed(tried)}",
+        f"Compare the held-out loss: train at {listed(tried)}",
         f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
-        f"{percent(median(kept))} in the median matrix: no rule above settles whether that is enough.",
-        "no other rule speaks",
+        f"{percent(median(kept))} in the median matrix: no other rule shows whether that is sufficient.",
+        "no other rule applies",
         "Article, diagnostic 3 (rank sweep)",
         sweep_of(evidence, tried),
         ranks=tried,
@@ -375,9 +380,9 @@ def _limits(evidence: Evidence, holders: Sequence[str]) -> str:
     if not limited or 2 * times >= len(limited):
         return ""
     return (
-        f" But rank is the larger part of ε in {f'only {times}' if times else 'none'} of the {len(limited)} matrices "
-        f"that {_some(holders)} {'adapts' if len(holders) == 1 else 'adapt'}: another solution was found there, which "
-        "may be as good."
+        f" But rank is the larger part of ε in {f'only {times}' if times else 'none'} of the {len(limited)} "
+        f"matrices that {_some(holders)} {'adapts' if len(holders) == 1 else 'adapt'}: the adapter found another "
+        "solution, which may be as good."
     )
 
 
@@ -389,7 +394,7 @@ def _kept_by(evidence: Evidence, params: int) -> str:
         found = allocate(results.layers, Budget("params", params, "--params"), left_out=results.left_out)
     except UsageError:
         return ""
-    return f" So spent, they keep {percent(found.certificate.kept)} of the energy of all matrices."
+    return f" Allocated this way, they keep {percent(found.certificate.kept)} of the energy of all matrices."
 
 
 def _again(run: Run, evidence: Evidence) -> tuple[str, ...] | None:

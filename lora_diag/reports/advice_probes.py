@@ -32,15 +32,15 @@ from lora_diag.reports.findings import named, percent
 from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import lost, of
 
-# The level that the units of a run share.
+# Joint significance level of the units of a run.
 LEVEL = 0.05
-# A unit that surely gains less than this share of what the best surely gains is left out.
+# A unit with a significant gain below this fraction of the best significant gain is skipped.
 IDLE = 0.1
-# Gains that differ by less than this factor are one rank for all.
+# Gains that differ by less than this factor get one rank.
 UNEVEN = 2.0
-# Fewer units or layers than these have no order.
+# Minimum number of units or layers for an order.
 FEWEST = 5
-# Energy whose order of the layers is surely below this ρ with the Fisher's knows another order.
+# Upper confidence limit of ρ with the Fisher information below which energy has another order.
 APART = 0.7
 
 
@@ -81,8 +81,8 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
             f"{words} by what each gains alone: most in {most}{little}",
             f"Adapted alone at r={found.source.results.run.settings['rank']}, {best.unit.removesuffix('.weight')} "
             f"lowers the loss on {found.name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
-            f"{_gain(lowest)}; {len(found.clear)} of {len(found.known)} gain for sure, {len(found.idle)} at most a "
-            "tenth of the best. A gain alone is no share of what all gain together.",
+            f"{_gain(lowest)}; {len(found.clear)} of {len(found.known)} gains are significant, {len(found.idle)} "
+            "are at most a tenth of the best. The gain of a unit alone is not its contribution to the joint gain.",
             f"some gain ≤ {IDLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
             f"{found.errors:.1f} paired standard errors (95% over {len(found.known)} units); {FEWEST} units or more",
             "Article, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
@@ -103,7 +103,7 @@ def _sure_gains(evidence: Evidence) -> Iterator[Gains]:
     for source, records in _runs(evidence, Sensitivity):
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):
-            continue  # a selection says nothing of the others, to which its gains would give no rank
+            continue  # a selection of layers would leave the others without a rank
         name, gains = _gains(source, records)
         known = sorted((gain for gain in gains if gain.error is not None), key=lambda gain: -gain.gain)
         if len(known) < FEWEST:
@@ -136,24 +136,24 @@ def fit_rank(evidence: Evidence) -> Advice | None:
         dimension = _dimension(found, share)
         line = answer.line
         if line is not None and line in repeated and answer.sure and not answer.missed and (line.size or 0) < chosen[0]:
-            do = f"Try r={line.size} before r={_span(chosen)}"
-            because = f"On {name}, r={line.size} came to {_shares(line)} of full fine-tuning's gain with every seed"
+            do = f"Try r={line.size} instead of r={_span(chosen)}"
+            because = f"On {name}, r={line.size} reached {_shares(line)} of full fine-tuning's gain with every seed"
             tried = [line.size or 0, chosen[0]]
         elif short and not any(each.edge for each in short) and line is None:
             higher = [2 * (short[-1].size or 0), 4 * (short[-1].size or 0)]
-            do = f"Expect r={_span(chosen)} to fall short of full fine-tuning: try {listed(higher)} beside it"
-            because = f"On {name}, even r={short[-1].size} came to {_shares(short[-1])} of full fine-tuning's gain"
+            do = f"Expect r={_span(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
+            because = f"On {name}, even r={short[-1].size} reached {_shares(short[-1])} of full fine-tuning's gain"
             tried = [chosen[-1], *higher]
         else:
             continue
         if tried[0] <= lost(evidence).trained or (line is None and lost(evidence).more_rank):
-            continue  # losses on the page know better
+            continue  # losses of the page take precedence
         return Advice(
             "fit the rank",
             do,
-            f"{because}; the adapters here have r={_span(chosen)}.{dimension} More steps may ask for more.",
-            f"the smallest LoRA with ≥ {percent(share)} of full fine-tuning's gain at every seed has a lower rank than "
-            "the adapter; or no LoRA of its rank or more comes to that at any seed, at a rate inside the grid",
+            f"{because}; the adapters here have r={_span(chosen)}.{dimension} More steps may need more.",
+            f"the smallest LoRA with ≥ {percent(share)} of full fine-tuning's gain at every seed has a lower rank "
+            "than the adapter; or no LoRA of its rank or more reaches that at any seed, at a rate inside the grid",
             "Aghajanyan et al. 2020 (arXiv 2012.13255), d for 90% of full fine-tuning, carried over to ranks",
             command(
                 "probe sweep",
@@ -188,10 +188,10 @@ def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | No
     argv, params, words = _allocate(evidence, source)
     return Advice(
         "rank by Fisher",
-        f"{words} by the Fisher information of what is cut and not by energy",
-        f"Spearman's ρ with the measured cost of cutting each of {at.n} layers to r={at.rank} is {_told(fisher)} for "
-        f"the Fisher of what is cut and {_told(energy)} for its energy Σσ².",
-        "95% interval of the Fisher's ρ above that of energy's",
+        f"{words} by the Fisher information of the discarded part instead of energy",
+        f"Spearman's ρ with the measured cost of truncating each of {at.n} layers to r={at.rank} is {_told(fisher)} "
+        f"for the Fisher information of the discarded part and {_told(energy)} for its energy Σσ².",
+        "95% interval of ρ of the Fisher information above that of energy",
         "SVD-LLM (arXiv 2403.07378) and Fisher-weighted SVD (arXiv 2207.00112); measured, Spearman 1904",
         argv,
         params=params,
@@ -207,9 +207,10 @@ def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | Non
     base, tuned, data = source.given("base"), source.given("tuned"), source.given("data", "TEXT")
     return Advice(
         "rank by Fisher",
-        "Measure whether energy or Fisher knows what cutting a layer costs, before a rank is chosen by energy",
+        "Measure whether energy or Fisher information predicts the cost of truncation, before choosing ranks by energy",
         f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_told(rho)}.",
-        f"95% interval of ρ between energy and Fisher of what r={rank} cuts below {APART}; no cost measured",
+        f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below {APART}; no "
+        "cost measured",
         "Fisher-weighted SVD (arXiv 2207.00112); Spearman 1904",
         command("probe fisher", base, tuned, data=data, eval="HELD_OUT_TEXT", ranks=(rank,), o="fisher-2.jsonl"),
         ranks=(rank,),
@@ -229,7 +230,8 @@ def mind_the_bound(evidence: Evidence) -> Advice | None:
         tried = tuple(record.rank for record in whole)
         return Advice(
             "mind the bound",
-            f"Choose no rank by the loss bound (λ/2)Σσ²: measure the loss of the update cut to {listed(tried)}",
+            "Do not choose a rank by the loss bound (λ/2)Σσ²: measure the loss of the update truncated to "
+            f"{listed(tried)}",
             f"On {whole[0].set} the bound is {min(times):.0f} to {max(times):.0f} times the measured gap at "
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
             f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "
@@ -270,7 +272,7 @@ def _gain(gain: Gain) -> str:
 
 def _dimension(found: Sequence[Line], share: float) -> str:
     line = reached(found, "subspace", share).line
-    return "" if line is None else f" {line.size} random directions came as far."
+    return "" if line is None else f" {line.size} random directions reached the same."
 
 
 def _shares(line: Line) -> str:
@@ -304,7 +306,7 @@ def _allocate(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int
     """
     if evidence.update is None:
         base, tuned = weights.given("base"), evidence.given("tuned")
-        return command("spectrum", base, tuned, o="spectrum.jsonl"), None, "Measure the spectrum, then spend rank"
+        return command("spectrum", base, tuned, o="spectrum.jsonl"), None, "Measure the spectrum, then allocate ranks"
     params, words = reference(evidence)
     argv = command("allocate", evidence.update.name, params=params, layer_weights=weights.name, o="adapter_config.json")
-    return argv, params, f"Spend {params:,} trainable parameters, {words},"
+    return argv, params, f"Allocate {params:,} trainable parameters, {words},"

@@ -29,9 +29,9 @@ def reference(evidence: Evidence) -> tuple[int, str]:
     sizes = {path: params_of(evidence, path) for path in evidence.adapted}
     if sizes and (most := max(sizes.values())):
         path = next(path for path, size in sizes.items() if size == most)
-        return most + saved_params(evidence), f"as many as {path} has"
+        return most + saved_params(evidence), f"as many as in {path}"
     default = sum(DEFAULT_RANK * sum(record.shape) for record in evidence.spectra)
-    return default + saved_params(evidence), f"as many as r={DEFAULT_RANK} everywhere"
+    return default + saved_params(evidence), f"as many as with r={DEFAULT_RANK} everywhere"
 
 
 def params_of(evidence: Evidence, path: str) -> int:

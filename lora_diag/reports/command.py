@@ -13,7 +13,7 @@ from lora_diag.reports.options import ReportOptions
 from lora_diag.reports.trackers import TRACKERS, track
 from lora_diag.running.options import OUTPUT, Option, filled, plain
 
-# Where a page goes that nobody named; the other text formats go to standard output then.
+# Default name of an HTML page; other text formats go to standard output.
 PAGE = Path("report.html")
 
 
@@ -24,7 +24,9 @@ def report(
     given: ReportOptions,
     to: Annotated[
         str | None,
-        options.spelled("to", Option(None, "Tracker to send it to; default: none.", "|".join(TRACKERS), panel=OUTPUT)),
+        options.spelled(
+            "to", Option(None, "Tracker to send the report to; default: none.", "|".join(TRACKERS), panel=OUTPUT)
+        ),
     ] = None,
     project: Annotated[
         str | None,
@@ -35,7 +37,7 @@ def report(
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write one page on any mix of results.
+    """Combine any results in one page.
 
     Example: loradiag report spectrum.jsonl residual.jsonl -o report.html
     """
@@ -43,7 +45,7 @@ def report(
     from lora_diag.reports.run import report as make
 
     if project is not None and to is None:
-        raise UsageError("--project: is of a tracker; add --to")
+        raise UsageError("--project: names a project of a tracker; add --to")
     if to is not None:
         usual = filled(ReportOptions, {})
         if any(plain(value) != plain(usual[name]) for name, value in given.items()):
@@ -55,7 +57,7 @@ def report(
         return
     output, format = cast(Path | None, given["output"]), given["format"]
     if output is None and format == "parquet":
-        raise UsageError("--format parquet: give a file with -o")
+        raise UsageError("--format parquet: needs a file; give one with -o")
     if output is None and format in {None, "html"}:
         output = PAGE
     quiet_matplotlib()
@@ -64,7 +66,7 @@ def report(
     if output is None and isinstance(made, str):
         result(made.rstrip("\n"))
     elif output is not None and not quiet:
-        how = ", opens in any browser without a network" if format_of(output, format) == "html" else ""
+        how = ", opens in any browser without a network connection" if format_of(output, format) == "html" else ""
         message(f"{shlex.quote(str(output))}: {_size(output)}{how}")
 
 

@@ -21,9 +21,9 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
-# The rank that is asked about where no adapter was measured: the default of PEFT, and the article's first step.
+# Default rank without a measured adapter: the default of PEFT, and the article's first step.
 DEFAULT_RANK = 8
-# More adapters and updates than these are not spoken of one by one.
+# Maximum number of adapters and updates that are reported one by one.
 SPOKEN_OF = 8
 
 
@@ -254,13 +254,16 @@ class Evidence:
         elif self.update is not None and self.spectra and not self.readable:
             lacking.append(
                 (
-                    "the files cannot show the update: most of its matrices are at the rounding floor, so no rank is "
-                    "advised; save the fine-tune in float32, or measure the adapter instead of its merge",
+                    "the files do not resolve the update: most of its matrices are at the rounding noise floor, so "
+                    "no rank is recommended; save the fine-tune in float32, or measure the adapter instead of its "
+                    "merge",
                     "loradiag spectrum ADAPTER -o adapter.jsonl",
                 )
             )
         if self.audit is not None and not self.residuals and self.adapter is not None:
-            lacking.append(("ε is measured against rounding noise in most matrices: nothing is concluded from it", ""))
+            lacking.append(
+                ("ε is measured against rounding noise in most matrices: no conclusions are drawn from it", "")
+            )
         if self.audit is None:
             lacking.append(
                 ("no adapter was compared", f"loradiag residual {self._sides()} -o residual.jsonl"),

@@ -21,28 +21,27 @@ from lora_diag.metrics.overlap import NEAR, is_near
 from lora_diag.records.names import module_type_of, part_of
 from lora_diag.reports.evidence import Evidence, kept_at
 
-# A rank that keeps less than half of a layer's energy is short there; most layers are three quarters of them.
+# A rank that keeps less than half of a layer's energy is too small there; "most layers" are three quarters of them.
 SHORT, MOST = 0.5, 0.75
-# The usual LoRA ranks end here; what 16 does not carry at the median is not what LoRA is known to do well.
+# Largest common LoRA rank; LoRA is not known to work well for updates that 16 does not hold at the median.
 USUAL_RANK = 16
-# Fewer layers than these have no "everywhere".
+# Minimum number of layers for "everywhere".
 FEWEST = 4
 # The rank at 90% energy of a Gaussian matrix is 0.51 of a square one's size and 0.76 of a 1:4 one's (256² to 1024²).
 FLAT = 0.5
-# Of smaller matrices a usual rank is a large part whatever they are, so a flat spectrum means nothing there.
+# Smaller matrices are ignored: a common rank is a large fraction of any of them.
 SIZEABLE = 4 * USUAL_RANK
 # A factor within these of 1 changes ε² by less than 6% of ‖X‖²: (1 − 1/1.25)² = 0.04, (1.25 − 1)² = 0.0625.
 SCALE = 1.25
-# Below this cosine the adapter's direction carries less than a quarter of ‖D‖², and no scale is worth a word.
+# Below this cosine the adapter's direction holds less than a quarter of ‖D‖², and the scale is irrelevant.
 ALIGNED = 0.5
-# Norms and biases hold less than 0.1% of a transformer's parameters. With 5% of ‖Δ‖² in them, an adapter that were
-# perfect on every matrix would still be √0.05 = 0.22 away from the whole change.
+# Norms and biases hold less than 0.1% of a transformer's parameters. With 5% of ‖Δ‖² in them, an adapter that is exact
+# on every matrix is still at a distance of √0.05 = 0.22.
 VECTORS = 0.05
-# Share of ‖G‖² by which tangent² has to exceed its baseline for an adapter to reach more than chance: what the summary
-# of ``overlap`` calls reaching.
+# Fraction of ‖G‖² by which tangent² must exceed its baseline, as in the summary of ``overlap``.
 REACH = 0.1
 
-# Projections that write into the residual stream, or lead from one modality into another.
+# Projections into the residual stream, or from one modality to another.
 _PROJECTION = re.compile(
     r"(^|[._])(o_proj|out_proj|wo|c_proj|down_proj|attention\.output\.dense"
     r"|(mm|multi_modal|visual|vision|audio|text)_proj\w*|projector|connector|merger)([._]|$)"
@@ -85,8 +84,9 @@ def slow_decay(evidence: Evidence) -> Finding | None:
         "Slow spectral decay everywhere",
         f"r={USUAL_RANK} keeps less than {SHORT:.0%} of the energy in {len(slow)} of {len(shares)} matrices; "
         f"{percent(median(shares.values()))} in the median one.",
-        "The article's sign of a large distribution shift. A task of several independent skills looks the same in the "
-        "weights, and so does a high learning rate: compare with a second full fine-tune before you blame the data.",
+        "The article's sign of a large distribution shift. A task of several independent skills and a high "
+        "learning rate have the same effect: compare with a second full fine-tune before attributing it to the "
+        "data.",
         f"C({USUAL_RANK}) < {SHORT} in at least {MOST:.0%} of the resolved matrices larger than that, and these are "
         f"{FEWEST} or more",
         "Article, failure modes 1 and 2",
@@ -107,11 +107,11 @@ def under_ranked(evidence: Evidence) -> Finding | None:
     share = math.fsum(item.energy for item in short) / math.fsum(item.energy for item in capacities)
     return Finding(
         "Under-ranked critical layers",
-        f"{named([item.layer for item in short])}: rank {ranks([item.rank for item in short])} can carry less than "
-        f"{SHORT:.0%} of the energy there (at worst {percent(worst.kept)}), against "
-        f"{percent(median(item.kept for item in capacities))} in the median layer. "
-        f"Together they hold {percent(share)} of ‖ΔW‖² in these {len(capacities)} matrices.",
-        "One rank for all layers is too little for these. Energy is not loss: a layer's share says how far it moved, "
+        f"{named([item.layer for item in short])}: rank {ranks([item.rank for item in short])} can hold less than "
+        f"{SHORT:.0%} of the energy there (at worst {percent(worst.kept)}), compared with "
+        f"{percent(median(item.kept for item in capacities))} in the median layer. Together they have "
+        f"{percent(share)} of ‖ΔW‖² in these {len(capacities)} matrices.",
+        "A uniform rank is too small for these layers. Energy is not loss: it measures how much a layer changed, "
         "not how much the task needs it.",
         f"C(r) < {SHORT} at the layer's rank, at least {SHORT} in the median layer; ‖ΔW‖ at least the median",
         "Article, failure mode 4",
@@ -136,8 +136,8 @@ def flat_projections(evidence: Evidence) -> Finding | None:
     return Finding(
         "Flat spectra in projection layers",
         f"For 90% of the energy, {told}.",
-        "As flat as a random square matrix (51%): no small rank is close to this update. Where the projection joins "
-        "two modalities, the article expects it.",
+        "As flat as a random square matrix (51%): no small rank approximates this update. The article expects this "
+        "where the projection joins two modalities.",
         f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}, min(out, in) ≥ {SIZEABLE}",
         "Article, failure mode 3",
         tuple(layer for rows in flat.values() for layer, _ in rows),
@@ -158,11 +158,11 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
     factor = median(record.best_scale or 0.0 for record in off)
     return Finding(
         "Scale mismatch",
-        f"{evidence.adapter} would be nearest to the full fine-tune at {factor:.3g} times its scale (median of "
-        f"{len(off)} of {len(adapted)} adapted matrices; cosine {median(r.cosine or 0.0 for r in off):.2f})."
-        f"{_confused(factor, off)}",
-        "The direction is right and the length is not: lora_alpha, the learning rate, or a scaling that was applied "
-        "twice or not at all.",
+        f"{evidence.adapter} is nearest to the full fine-tune at {factor:.3g} times its scale (median of {len(off)} "
+        f"of {len(adapted)} adapted matrices; cosine "
+        f"{median(r.cosine or 0.0 for r in off):.2f}).{_confused(factor, off)}",
+        "The direction is right but the scale is not: check lora_alpha, the learning rate, and whether the scaling "
+        "was applied exactly once.",
         f"best scale outside [{1 / SCALE:.2g}, {SCALE}], cosine ≥ {ALIGNED} in at least half of the adapted matrices",
         "Article, rank sweep (noisy or unstable: scaling α); LoRA's α/r against rsLoRA's α/√r (arXiv 2312.03732)",
         tuple(record.layer for record in off),
@@ -177,10 +177,10 @@ def heavy_vectors(evidence: Evidence) -> Finding | None:
     moved = [item for item in evidence.vectors if item.fro]
     return Finding(
         "Norm- or bias-heavy update",
-        f"{percent(share)} of the whole change ‖Δ‖² lies in {len(moved)} norms and biases.",
-        f"No low-rank adapter on matrices reaches them: one that were perfect elsewhere would stay "
-        f"{math.sqrt(share):.2f}·‖Δ‖ away.",
-        f"share of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
+        f"{percent(share)} of the whole change ‖Δ‖² is in {len(moved)} norms and biases.",
+        "No low-rank adapter on matrices reaches them: one that is exact elsewhere remains at a distance of "
+        f"{math.sqrt(share):.2f}·‖Δ‖.",
+        f"fraction of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
         "Article, escalation step 3 (hybrid); BitFit (Ben Zaken et al. 2022)",
         tuple(item.layer for item in sorted(moved, key=lambda item: -(item.fro or 0.0))),
     )
@@ -214,8 +214,8 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
         "Gradients outside the adapter's reach",
         f"At step {last}, r={rank}, in {len(outside)} of {len(late)} matrices: {named([r.layer for r in outside])}. At "
         f"worst an adapter reaches {worst.tangent:.2f} of ‖G‖, one on a random subspace {worst.tangent_random:.2f}.",
-        "What the loss still asks for there lies elsewhere: more rank or another placement may reach it. At a low loss "
-        "it only says that training is done.",
+        "The remaining gradient is outside these subspaces: a higher rank or another placement may reach it. At a "
+        "low loss it only shows that training has converged.",
         f"at the last step κ near its random baseline (below {NEAR:g}× it, or halfway from it to 1) and tangent² above "
         f"its own by less than {REACH}",
         "Article, diagnostic 4 (κ)",
@@ -273,5 +273,5 @@ def _confused(factor: float, records: Sequence[Residual]) -> str:
     roots = [math.sqrt(record.rank) for record in records if record.rank]
     for word, wanted in (("α/r where rsLoRA's α/√r was meant", 1.0), ("rsLoRA's α/√r where α/r was meant", -1.0)):
         if roots and abs(math.log(factor) - wanted * math.log(median(roots))) < 0.05 < math.log(median(roots)):
-            return f" That is the factor between the two usual scalings: {word}?"
+            return f" This is the ratio of the two common scalings; check for {word}."
     return ""

@@ -33,17 +33,18 @@ from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, lab
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-# Points of all spectra together: 256 a layer up to 2,000 layers, and 7 at 70,000, where the page stays below 30 MB.
+# Total number of points of all spectra: 256 per layer up to 2,000 layers, and 7 at 70,000, where the page stays below
+# 30 MB.
 POINTS, MOST_POINTS, FEWEST_POINTS = 500_000, 256, 6
-# From so many layers on, numbers have six digits and not all.
+# Number of layers from which numbers have six digits.
 LARGE, DIGITS = 5_000, 6
-# Without JavaScript the table ends here.
+# Maximum number of rows of the table without JavaScript.
 PLAIN_ROWS = 200
-# Points of one overlap curve.
+# Maximum number of points of an overlap curve.
 STEPS = 60
-# Columns of the terminal whose tables the page shows.
+# Terminal width of the tables on the page.
 TERMINAL = 118
-# Verdicts of a gate, and inputs of a run (a fleet has thousands), that are listed.
+# Maximum number of listed verdicts of a gate, and of inputs of a run (a fleet has thousands).
 VERDICTS, INPUTS = 50, 20
 
 T = TypeVar("T")
@@ -81,7 +82,9 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise InputError(f"an HTML report needs {error.name}: pip install 'loradiag[report]'") from error
+        raise InputError(
+            f"an HTML report needs {error.name}; install it with pip install 'loradiag[report]'"
+        ) from error
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -95,7 +98,7 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
     layers = layers_of(evidence)
     columns = fields_of(evidence, layers)
     if not any(column.is_number for column in columns):
-        layers, columns = (), []  # nothing to colour cells by: the runs' own summaries say all there is
+        layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
     outcome, verdicts = judged(evidence)
     subject, sections = subject_of(evidence), sections_of(evidence)
     own = {name for section in sections for name in section.figures}
@@ -139,7 +142,7 @@ def _parts(
         ("allocation", "Allocation", certificates(evidence)),
         *((f"several{place}", title, True) for place, title in enumerate(titles, 1)),
         ("explore", "Layer by layer", layers),
-        ("runs", "What was measured", True),
+        ("runs", "Runs", True),
     )
     return [(id, title) for id, title, has in there if has]
 
@@ -253,13 +256,13 @@ def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     if longest > points:
         said.append(
             f"Spectra and energy curves are drawn with up to {points} of up to {longest} points: the first "
-            f"{points // 2} ranks and log-spaced ones beyond. Each point is a value of the results file."
+            f"{points // 2} ranks and log-spaced ones beyond. All points are values of the results file."
         )
     if len(layers) >= LARGE:
-        said.append(f"With {len(layers)} layers, numbers are given to {DIGITS} digits.")
+        said.append(f"With {len(layers)} layers, numbers have {DIGITS} digits.")
     steps = max((len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0)
     if steps > STEPS:
-        said.append(f"Overlap curves show {STEPS} of {steps} steps, evenly chosen.")
+        said.append(f"Overlap curves show {STEPS} of {steps} steps, evenly spaced.")
     return said
 
 

@@ -18,7 +18,7 @@ from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import SweptRun, compressed, contests, lost, of, swept
 
-# Ranks of a sweep that is advised.
+# Ranks of a recommended sweep.
 _RANKS = tuple(2**power for power in range(2, 12))
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
@@ -35,8 +35,9 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
     which = "".join(f" {_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
-        f"Nothing: {best.name} does as well as the full fine-tune on held-out text",
-        f"{_told(best)}.{f' So do: {others}.' if others else ''}{which} Distances in weights say nothing against that.",
+        f"No change: {best.name} does as well as the full fine-tune on held-out text",
+        f"{_told(best)}.{f' The same holds for {others}.' if others else ''}{which} Distances in weights do not "
+        "contradict this.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
@@ -74,7 +75,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
     """State the gap if every measured adapter is worse than the full fine-tune."""
     found = contests(evidence)
     if not found or any(contest.word != "worse" for contest in found) or train_at_rank(evidence) is not None:
-        return None  # a sweep says what to train
+        return None  # a sweep recommends the training
     best = min(found, key=lambda contest: contest.worst.gap or 0.0)
     sweep = swept(evidence)
     highest = max([lost(evidence).trained, *(sweep.ranks if sweep else ())])
@@ -84,10 +85,10 @@ def close_gap(evidence: Evidence) -> Advice | None:
         "close the gap",
         f"Close a gap of {_gap(best.worst)} nats to the full fine-tune: "
         f"{f'train at {listed(tried)}' if tried else 'sweep learning rates'}",
-        f"{_told(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps that stand on "
-        "weights say where it may lie; train and measure the loss again.",
-        f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and with as many against it "
-        f"keeping less than {KEPT:.0%} of the gain",
+        f"{_told(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps based on weights "
+        "suggest its cause; train and measure the loss again.",
+        f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
+        f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
         f"Article, rank selection step 5 (escalation); {_PAIRED}",
         argv,
         ranks=tried,
@@ -104,8 +105,8 @@ def measure_more(evidence: Evidence) -> Advice | None:
     return Advice(
         "measure more",
         f"Measure the loss of {', '.join(contest.name for contest in unknown)} on more held-out text",
-        f"{'; '.join(map(_told, unknown))}: too little to tell whether {'it does' if len(unknown) == 1 else 'they do'} "
-        "as well as the full fine-tune.",
+        f"{'; '.join(map(_told, unknown))}: not enough text to decide whether "
+        f"{'it does' if len(unknown) == 1 else 'they do'} as well as the full fine-tune.",
         f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
         _PAIRED,
         command(
@@ -132,7 +133,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     if chosen is None:
         lowest = min(record.lr for _, records in of(evidence, "sweep") for record in records if record.lr)
         rates = tuple(float(f"{lowest / factor:.2g}") for factor in (100, 10, 3))
-        do = f"Change the training before the rank: learning rates {', '.join(f'{rate:g}' for rate in rates)}"
+        do = f"Change the training before the rank: try learning rates {', '.join(f'{rate:g}' for rate in rates)}"
         because = (
             f"On {found.set}, every rank is worse than BASE: the best of r = {many} is {-verdict.gain:.3g} nats above "
             f"its {base.nats:.4g}, at learning rates from {lowest:g} up."
@@ -143,7 +144,9 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         sure = chosen.confidence if verdict.rank is not None else verdict.confidence
         words = "" if sure is None else f", {confident(sure)} confidence"
         lead = (
-            "the smallest rank shown to keep" if verdict.rank is not None else "the best answer, not shown yet, to keep"
+            "the smallest rank shown to keep"
+            if verdict.rank is not None
+            else "the best candidate, not confirmed yet, to keep"
         )
         share = found.tolerance
         shown = f"On {found.set}, of {many} it is {lead} {100 * (1 - share):.4g}% of every other rank's gain{words}"
@@ -152,9 +155,9 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == found.ranks[-1] else ()
         do = f"Train at {at}"
         if higher:
-            do += f", and sweep {listed(higher)} too: the loss still falls there"
+            do += f", and also sweep {listed(higher)}: the loss still decreases there"
         if seeds is not None:
-            do += f"; {seeds} seeds would show{' more' if higher else ' it'}"
+            do += f"; {seeds} seeds would confirm{' more' if higher else ' it'}"
         tried = (*found.ranks, *higher)
         if higher or seeds is not None:
             argv = continued(found, tried, seeds or verdict.seeds)
@@ -165,8 +168,8 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         f"sweep: {verdict.word}",
         do,
         because,
-        f"equivalence test over seeds (one-sided t tests at {LEVEL:.0%}, variance pooled over ranks), each rank at its "
-        "best learning rate",
+        f"equivalence test over seeds (one-sided t-tests at {LEVEL:.0%}, variance pooled over ranks), each rank at "
+        "its best learning rate",
         "Article, diagnostic 3 (rank sweep); Schuirmann 1987",
         argv,
         ranks=tried,
@@ -217,11 +220,12 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
             gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"
             because = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
         elif other.rank is not None and found.verdict.rank is not None and _not_enough(other, found.verdict.rank):
-            do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is enough on {found.set} only"
+            do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is sufficient on {found.set} only"
             ranks = (found.verdict.rank, other.rank)
             argv = command("plan", found.source.given("base"), ranks=ranks)
             because = (
-                f"On {name}, r={other.rank} is the smallest rank shown to be enough, and r={found.verdict.rank} is not."
+                f"On {name}, r={other.rank} is the smallest rank shown to be sufficient, and r={found.verdict.rank} "
+                "is not."
             )
         else:
             continue
@@ -229,7 +233,8 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
             "mind the shift",
             do,
             because,
-            "on a shifted set no rank is better than BASE, or the rank that is enough elsewhere is shown not to be",
+            "on a shifted set no rank is better than BASE, or the rank that is sufficient elsewhere is shown to be "
+            "insufficient",
             "Article, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
             argv,
             ranks=ranks,
@@ -249,13 +254,13 @@ def compress(evidence: Evidence) -> Advice | None:
     kept = min(found.records, key=lambda record: record.kept or 0.0)
     energy = "" if kept.energy is None else f", while C({found.rank}) = {kept.energy:.2f}"
     source = found.source
-    # Measured with everything else as in TUNED: without that, the rank keeps less.
+    # Measured with all other weights as in TUNED; without them the rank keeps less.
     saved = source.results.run.settings.get("rest") == "tuned" and found.without != 0
-    share = "" if found.without is None else f", which bring {found.without:.0%} of it by themselves"
-    alone = f" So measured with TUNED's norms, biases, embeddings and head{share}: they are saved." if saved else ""
+    share = "" if found.without is None else f", which give {found.without:.0%} of it alone"
+    alone = f" Measured with TUNED's norms, biases, embeddings and head{share}: they are saved." if saved else ""
     return Advice(
         "compress",
-        f"To ship the full fine-tune as an adapter, cut it to r={found.rank}; no training",
+        f"To ship the full fine-tune as an adapter, truncate it to r={found.rank}, without training",
         f"It keeps {kept.kept:.0%} of the gain on {kept.set} (loss {_gap(kept)} to the full fine-tune){energy}.{alone}",
         f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
         "than two of its standard errors",
@@ -280,7 +285,7 @@ def _choice(choice: Choice) -> str:
     equal = ", ".join(rival.name for rival in choice.equals)
     if not equal:
         return f"On {choice.set}, paired by sequence, {choice.best} is better than every other adapter"
-    return f"On {choice.set}, {choice.best} cannot be told from {equal}: use the one that costs least"
+    return f"On {choice.set}, {choice.best} is not distinguishable from {equal}: use the cheapest"
 
 
 def _told(contest: Contest) -> str:

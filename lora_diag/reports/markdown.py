@@ -15,9 +15,9 @@ from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import sections_of
 from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, metrics_said, subject_of
 
-# GitHub takes 65,536 characters of a comment.
+# GitHub limits comments to 65,536 characters.
 MOST_BYTES = 60_000
-# Rows of a table, layers or verdicts named, characters of a name.
+# Maximum number of rows of a table, of named layers or verdicts, and of characters of a name.
 ROWS, NAMED, NAME = 40, 10, 90
 
 
@@ -46,7 +46,7 @@ def _fitting(parts: Sequence[str]) -> str:
     for part in parts:
         room -= len(part.encode()) + 2
         if room < 0:
-            kept.append("*Cut here to stay below 60 KB; `loradiag report --format html` shows everything.*")
+            kept.append("*Truncated to stay below 60 KB; `loradiag report --format html` shows everything.*")
             break
         kept.append(part)
     return "\n\n".join(kept) + "\n"
@@ -70,15 +70,15 @@ def _table(evidence: Evidence) -> list[str]:
     for name, places in list(groups.items())[:ROWS]:
         cells = [_text(plain(field.together(places))) for field in columns]
         rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
-    more = f"\n\n*and {len(groups) - ROWS} module types more*" if len(groups) > ROWS else ""
+    more = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
     return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, metrics_said(evidence))]
 
 
 def _how(columns: Sequence[Field]) -> str:
     """State how a row's values are pooled."""
     pooled = [field.title for field in columns if field.pooled and field.is_number]
-    together = f"{', '.join(dict.fromkeys(pooled))}: of all layers of the type taken together. " if pooled else ""
-    return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; of words, the most frequent."
+    together = f"{', '.join(dict.fromkeys(pooled))}: pooled over the layers of the type. " if pooled else ""
+    return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; words: the most frequent."
 
 
 def _several(evidence: Evidence) -> list[str]:
@@ -102,7 +102,7 @@ def _several(evidence: Evidence) -> list[str]:
 
 
 def _advice(subject: Subject) -> list[str]:
-    parts = ["## What to do next"]
+    parts = ["## Next steps"]
     parts += [_text(ENERGY)] if subject.weights else []
     for place, step in enumerate(subject.advice, 1):
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
@@ -111,9 +111,9 @@ def _advice(subject: Subject) -> list[str]:
             f"Rule: {_text(step.condition)} ({_text(step.source)})."
         )
     if not subject.advice:
-        parts.append("No step is supported by these records.")
+        parts.append("These records support no step.")
     if subject.silent:
-        parts.append(f"*and {subject.silent} more adapters or updates: report on them alone*")
+        parts.append(f"*and {subject.silent} more adapters or updates: report on them separately*")
     parts += [f"- not measured: {_text(what)}{f': {code(how, 1000)}' if how else ''}" for what, how in subject.missing]
     return parts
 
@@ -122,7 +122,7 @@ def _findings(subject: Subject) -> list[str]:
     if not subject.findings:
         return []
     return [
-        "## Failure modes seen",
+        "## Failure modes",
         *(
             f"- **{found.name}.** {_text(found.seen)} {_text(found.means)} "
             f"Rule: {_text(found.condition)} ({_text(found.source)})."

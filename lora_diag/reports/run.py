@@ -52,11 +52,11 @@ def report(
     given = filled(ReportOptions, options)
     output, format, overwrite, values = (given[name] for name in ("output", "format", "overwrite", "values"))
     if not results:
-        raise UsageError("no results: give one results file or more")
+        raise UsageError("no results: give at least one results file")
     wanted = format_of(output, format)
     render, kind = _RENDERERS[wanted]
     if values and wanted not in _TABLES:
-        raise UsageError(f"--values: --format {wanted} has no rows; use {' or '.join(_TABLES)}")
+        raise UsageError(f"--values: not available with --format {wanted}; use {' or '.join(_TABLES)}")
     if output is not None:
         _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
         check_output(Path(output), kind, overwrite)
@@ -112,9 +112,9 @@ def format_of(output: Path | str | None, format: str | None) -> str:
     suffix = Path(output).suffix.lower() if output is not None else ".html"
     found = format or SUFFIXES.get(suffix)
     if found is None:
-        raise UsageError(f"{output}: say which format with --format: {', '.join(FORMATS)}")
+        raise UsageError(f"{output}: unknown suffix; choose the format with --format: {', '.join(FORMATS)}")
     if found not in FORMATS:
-        raise UsageError(f"--format {found}: there are {', '.join(FORMATS)}")
+        raise UsageError(f"--format {found}: unknown; use one of {', '.join(FORMATS)}")
     return found
 
 
@@ -126,7 +126,7 @@ def _source(item: Path | str | Results[Any]) -> Source:
     try:
         changed = _minute(datetime.fromtimestamp(path.stat().st_mtime, UTC))
     except (OverflowError, ValueError, OSError):
-        changed = ""  # a clock that was far off: no calendar has this time
+        changed = ""  # the time is outside the range of calendars
     return Source(str(path), results, changed)
 
 
@@ -142,4 +142,4 @@ def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
     """
     for path in inputs:
         if os.path.realpath(path) == os.path.realpath(output):
-            raise UsageError(f"{output}: is one of the results files: give the report another name")
+            raise UsageError(f"{output}: is one of the results files; choose another name for the report")

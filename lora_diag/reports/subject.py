@@ -31,10 +31,10 @@ from lora_diag.reports.several import is_of_losses, named_of, section_kind
 from lora_diag.reports.step import Advice
 from lora_diag.reports.worth import of
 
-# What has to be said wherever a rank is advised.
+# Shown wherever a rank is recommended.
 ENERGY = (
-    "Energy says what a rank could carry of this one full fine-tune. An adapter trained at that rank may do better or "
-    "worse: held-out loss decides."
+    "Energy bounds what a rank can hold of this one full fine-tune. An adapter trained at that rank may be better "
+    "or worse: compare the held-out loss."
 )
 
 T = TypeVar("T", Advice, Finding)
@@ -128,8 +128,8 @@ def _title(evidence: Evidence) -> str:
 def _unfinished(source: Source) -> str:
     run, many = source.results.run, len(source.results) or len(source.results.whole)
     return (
-        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; what is said here of its "
-        f"{many} records is not of the rest, and no step is advised from it. Repeat the command with --resume."
+        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements on its {many} "
+        "records do not apply to the rest, and no step is derived from it. Repeat the command with --resume."
     )
 
 
@@ -139,13 +139,13 @@ def _low_rank(evidence: Evidence) -> Answer:
         return Answer(question, *_rank_needed(summary_lines(evidence.update.results)))
     for source in _in_weights(evidence):
         if used := find(summary_lines(source.results), "rank_used"):
-            return Answer(question, used.lead, ("An adapter's rank is a setting: this is how much of it is used.",))
+            return Answer(question, used.lead, ("An adapter's rank is a setting: this is the part of it in use.",))
     if evidence.audit is not None:
-        return _answer(question, residual_lines(evidence.audit.results), "low_rank", "nothing was compared with it")
+        return _answer(question, residual_lines(evidence.audit.results), "low_rank", "no adapter was compared with it")
     if evidence.weighed:
         how = safe(measure_weights(evidence.weighed[0]))
-        return Answer(question, f"not measured in the weights: {how} answers it", measured=False)
-    return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
+        return Answer(question, f"not measured in the weights; run {how}", measured=False)
+    return Answer(question, "not measured; run loradiag spectrum BASE FULL_FT", measured=False)
 
 
 def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]:
@@ -182,15 +182,15 @@ def metrics_said(evidence: Evidence) -> list[str]:
 
 
 def _resolved(evidence: Evidence) -> Answer:
-    question = "Can the files show it?"
+    question = "Do the files resolve the update?"
     source = evidence.update or next(iter(_in_weights(evidence)), None)
     if source is None and evidence.audit is None:
         source = next(iter(evidence.weighed), None)
     if source is not None:
-        return _answer(question, summary_lines(source.results), "resolved", "nothing moved in the matrices")
+        return _answer(question, summary_lines(source.results), "resolved", "no matrix changed")
     if evidence.audit is not None:
-        return _answer(question, residual_lines(evidence.audit.results), "resolved", "nothing was judged")
-    return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
+        return _answer(question, residual_lines(evidence.audit.results), "resolved", "no verdict")
+    return Answer(question, "not measured; run loradiag spectrum BASE FULL_FT", measured=False)
 
 
 def _limits(evidence: Evidence) -> Answer:
@@ -205,12 +205,12 @@ def _limits(evidence: Evidence) -> Answer:
         return Answer(
             question, first, (*others, *lines_of(statements, "reach"), "Overlap shows direction, not quality.")
         )
-    return Answer(question, "not measured: loradiag residual BASE FULL_FT ADAPTER answers it", measured=False)
+    return Answer(question, "not measured; run loradiag residual BASE FULL_FT ADAPTER", measured=False)
 
 
 def _pointer(evidence: Evidence) -> list[str]:
     """State the role of ε if the loss is known."""
-    return ["A pointer only: the held-out loss, above, decides."] if any(of(evidence, "outputs")) else []
+    return ["Only an indication: the held-out loss, above, takes precedence."] if any(of(evidence, "outputs")) else []
 
 
 def certificates(evidence: Evidence) -> list[tuple[str, str]]:
@@ -224,9 +224,9 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
                 of = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
                 others = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
                 keeps = (
-                    f"spends {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
-                    f"{percent(record.kept)} of the energy{of}; under the same constraints none can keep more than "
-                    f"{percent(record.bound)}{f'. Beside it: {others}' if others else ''}."
+                    f"uses {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
+                    f"{percent(record.kept)} of the energy{of}; under the same constraints the maximum is at most "
+                    f"{percent(record.bound)}{f'. For comparison: {others}' if others else ''}."
                 )
                 said.append((labels([source.name])[0], keeps))
     return said

@@ -14,7 +14,7 @@ from lora_diag.records.frames import Columns, one_type_each, record_columns, val
 from lora_diag.records.names import short_names
 from lora_diag.reports.evidence import Evidence
 
-# A spreadsheet takes a cell for a formula that begins so (OWASP, "CSV injection").
+# Prefixes of cells that spreadsheets interpret as formulas (OWASP, "CSV injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -45,10 +45,10 @@ def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise InputError("--format parquet needs pyarrow: pip install pyarrow; csv needs nothing") from error
+        raise InputError("--format parquet: needs pyarrow; install it with pip install pyarrow, or use csv") from error
     buffer = io.BytesIO()
     table = pa.table(one_type_each(_columns(evidence, values)))
-    # The key by which lora_diag.files knows the table again.
+    # The key by which lora_diag.files recognizes the table.
     pq.write_table(table.replace_schema_metadata({b"loradiag": b"report"}), buffer)
     return buffer.getvalue()
 

@@ -14,7 +14,7 @@ from lora_diag.layers.metric import Moments, Weighting
 from lora_diag.records import RunInput
 from lora_diag.running.inputs import describe
 
-# In the name of a matrix that is not E[xxᵀ] of a layer's input but E[ggᵀ] of the gradient by its output.
+# Prefix of matrices that are not E[xxᵀ] of a layer's input but E[ggᵀ] of its output gradient.
 GRADIENTS = "output_gradients."
 
 
@@ -59,8 +59,8 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
         shape = stored[name].shape
         if len(shape) != 2 or shape[0] != shape[1] or stored[name].dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"{stored.file_of(name)}: {name} is {stored[name].dtype} {list(shape)}; a second moment E[xxᵀ] is a "
-                "square matrix of floating-point numbers"
+                f"{stored.file_of(name)}: {name} is {stored[name].dtype} {list(shape)}, not a square floating-point "
+                "matrix; record the second moments again with loradiag probe activations"
             )
         sizes[name] = shape[0]
     outputs = {name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)}
@@ -79,7 +79,8 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
                     gradients[place.layer] = Moments(Side(stored, GRADIENTS + name), outputs[name], not on_rows)
     if not of:
         raise InputError(
-            f"{path}: no second moment in it belongs to a weight that is compared, such as {min(compared)}"
+            f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "
+            "activations of this BASE"
         )
     notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
     notes += [f"recorded over {file.metadata['tokens']} tokens" for file in stored.files if "tokens" in file.metadata]

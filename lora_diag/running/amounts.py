@@ -18,25 +18,25 @@ _AMOUNT = re.compile(r"(\d+(?:_\d{3})*(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
 def read_count(words: str, option: str) -> int:
-    """Read a number of parameters.
+    """Parse a number of parameters.
 
     >>> read_count("10M", "--params"), read_count("1.5B", "--params"), read_count("8_388_608", "--params")
     (10000000, 1500000000, 8388608)
 
     Raises:
-        UsageError: It is not one, or not positive.
+        UsageError: The value is invalid or not positive.
     """
     return _read(words, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
 
 
 def read_bytes(words: str, option: str) -> int:
-    """Read a size in bytes; GB are powers of ten, GiB powers of two. A unit is required.
+    """Parse a size in bytes; GB is a power of ten, GiB a power of two. A unit is required.
 
     >>> read_bytes("2GB", "--memory"), read_bytes("1GiB", "--memory")
     (2000000000, 1073741824)
 
     Raises:
-        UsageError: It is not one, or not positive.
+        UsageError: The value is invalid or not positive.
     """
     return _read(words, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
 
@@ -51,14 +51,14 @@ def _read(words: str, option: str, units: dict[str, int], wanted: str) -> int:
 
 
 def read_share(value: float, option: str) -> float:
-    """Check an energy share.
+    """Check an energy fraction.
 
     >>> read_share(0.9, "--energy")
     0.9
 
     Raises:
-        UsageError: It is not above 0 and at most 1.
+        UsageError: The value is not in (0, 1].
     """
     if not 0 < value <= 1:
-        raise UsageError(f"{option} {value:g}: give a share above 0 and at most 1, such as 0.9")
+        raise UsageError(f"{option} {value:g}: must be a fraction above 0 and at most 1, such as 0.9")
     return value

@@ -32,5 +32,5 @@ def _notes(step: Step) -> tuple[str, ...]:
         return step.checkpoint.notes
     return (
         *step.checkpoint.notes,
-        f"step {step.step} lies beside a config.json: are these gradients, or a checkpoint?",
+        f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint",
     )

@@ -26,7 +26,7 @@ from lora_diag.running.fingerprint import (
     names_of,
 )
 
-# What ``probe activations`` says that its file is: under the names of weights, so it would pair with them.
+# Metadata that ``probe activations`` writes: its matrices have names of weights, and would pair with them.
 MOMENTS = "second moments of layers' inputs"
 
 
@@ -71,11 +71,11 @@ def compare(
     """
     base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
     if tuned is None and not is_adapter(locate(base)):
-        raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
+        raise UsageError(f"{base}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED")
     last = base if tuned is None else tuned
     ends_with_adapter = is_adapter(locate(last))
     if not ends_with_adapter and is_adapter(locate(base)):
-        raise UsageError(f"{base}: is an adapter; give BASE first, and the adapter after it")
+        raise UsageError(f"{base}: is an adapter; give BASE first, then the adapter")
     before = open_checkpoint(base) if tuned is not None else None
     if before is None or ends_with_adapter:
         adapter = open_adapter(locate(last), given)
@@ -85,7 +85,7 @@ def compare(
         after = open_tuned(last, before)
         for side in (before, after):
             if any(file.metadata.get("kind") == MOMENTS for file in side.files):
-                raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")
+                raise UsageError(f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations")
         pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
         refuse_empty(pairing, before, after)
         described = describe("tuned", after, notes, verify)
@@ -106,7 +106,7 @@ def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
         other = first.setdefault(delta.layer, delta)
         if other is not delta:
             names = " and ".join(item.base.name if item.base else item.layer for item in (other, delta))
-            raise InputError(f"{delta.layer}: two weights have this name, from {names}; leave one out with --exclude")
+            raise InputError(f"{delta.layer}: two weights have this name, from {names}; exclude one with --exclude")
 
 
 def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:

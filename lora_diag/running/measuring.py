@@ -49,8 +49,8 @@ def place(engine: Ray | None, device: str) -> Place:
     engine.check()
     kind = "cuda" if engine.gpus_per_task else "cpu"
     if device not in {"auto", kind}:
-        way = "--device cuda needs --gpus-per-task 1" if kind == "cpu" else "with --gpus-per-task it is cuda"
-        raise UsageError(f"--device {device}: on a cluster the scheduler gives out the devices, {way}")
+        fix = "add --gpus-per-task 1 for cuda" if kind == "cpu" else "with --gpus-per-task, leave out --device"
+        raise UsageError(f"--device {device}: not the device of the cluster's tasks, {kind}; {fix}")
     return Place(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
@@ -82,7 +82,7 @@ def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
     if words is None:
         return None
     if engine is not None:
-        raise UsageError("--memory: plans for this machine; on a cluster Ray's scheduler knows what its nodes have")
+        raise UsageError("--memory: not available with --engine ray; Ray's scheduler uses the memory of each node")
     return words if isinstance(words, int) else read_bytes(words, "--memory")
 
 

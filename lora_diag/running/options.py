@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The parts of a command's help, in their order: what is compared, what is computed, where it goes, how it runs.
+# Parts of a command's help, in this order: what is compared, what is computed, where results go, how it runs.
 INPUTS, MEASUREMENT, OUTPUT, EXECUTION = PANELS = ("Inputs", "Measurement", "Output", "Execution")
 
-# The default of an option that has to be given.
+# Default of a required option.
 REQUIRED: Any = Parameter.empty
 
 
@@ -106,7 +106,7 @@ class Option:
             return value
         value = self.values.get(value, value)
         if value not in self.choices:
-            raise UsageError(f"{self.flag(name)} {value}: is none of its values; use {', '.join(self.choices)}")
+            raise UsageError(f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}")
         return value
 
 
@@ -119,34 +119,38 @@ FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", (
 STEPS = Option(100, "Training steps of a run.", "N", aliases=("--max-steps",))
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
 REPEATS = Option(2, "Training runs at the best learning rate.", "N", aliases=("--seeds",), setting="seeds")
-TOP = Option(None, "Largest singular values to compute; default all.", "K")
-SHOW_RANK = Option(None, "Measured rank to show; default by the records.", "R", panel=OUTPUT, aliases=("--rank",))
-ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "SHARE")
-PARAMS = Option(None, "Budget: trainable parameters, e.g. 10M.", "N")
+TOP = Option(None, "Number of largest singular values to compute; default all.", "K")
+SHOW_RANK = Option(
+    None, "Measured rank to show; default depends on the records.", "R", panel=OUTPUT, aliases=("--rank",)
+)
+ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
+PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
 MEMORY_BUDGET = Option(
-    None, "Budget: bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE", aliases=("--memory",)
+    None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE", aliases=("--memory",)
 )
-OPTIMIZER = Option("adamw", "Optimizer that --memory-budget pays for.", "adamw|adamw8bit|sgd|sgd_momentum")
+OPTIMIZER = Option("adamw", "Optimizer assumed by --memory-budget.", "adamw|adamw8bit|sgd|sgd_momentum")
 ADAPTER_DTYPE = Option(
-    "float32", "Type of the adapter's weights.", "float32|bfloat16|float16", aliases=("--dtype",), setting="dtype"
+    "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", aliases=("--dtype",), setting="dtype"
 )
-RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA), not lora_alpha/r.")
-SWEEP = Option(None, "Results of probe sweep, for the best learning rate.", "FILE", panel=INPUTS)
+RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
+SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
 BASE = Option(None, "Base checkpoint; default none.", "BASE", panel=INPUTS)
-ACTIVATIONS = Option(None, "Second moments of layer inputs (probe activations), as the metric.", "FILE", panel=INPUTS)
+ACTIVATIONS = Option(
+    None, "Second moments of layer inputs, from probe activations, as the metric.", "FILE", panel=INPUTS
+)
 KFAC = Option(False, "K-FAC metric: weight outputs by their gradients; needs --activations.")
-REFERENCE = Option(None, "Another full fine-tune, e.g. another seed, for scale.", "TUNED2", panel=INPUTS)
+REFERENCE = Option(None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS)
 DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=INPUTS)
-LABELS = Option("data", "Labels of the loss: the text's own, or drawn from the model.", "data|model")
+LABELS = Option("data", "Labels of the loss: those of the text, or sampled from the model.", "data|model")
 SEED = Option(0, "Seed of all random numbers.", "N")
-# Of what gets an adapter: by default all matrices but embeddings, head and routers.
+# Weights that get an adapter: by default all matrices except embeddings, head and routers.
 TARGETS = Option(
     None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, aliases=("--target",), setting="target"
 )
 PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
 EXCLUDE = Option(None, "No weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
-UNFINISHED = Option(False, "Accept an interrupted spectrum run.", panel=INPUTS)
+UNFINISHED = Option(False, "Accept results of an interrupted spectrum run.", panel=INPUTS)
 PER = Option("type", "Rows: pooled by module type, or every layer.", "type|layer", panel=OUTPUT)
 
 
@@ -163,7 +167,7 @@ class MissingAlpha(TypedDict, total=False):
     alpha: Annotated[
         float | None, Option(None, "α of adapters whose files give none; default: an error.", "A", panel=INPUTS)
     ]
-    alpha_is_rank: Annotated[bool, Option(False, "State that α = r where an adapter's files give no α.", panel=INPUTS)]
+    alpha_is_rank: Annotated[bool, Option(False, "Assume α = r if an adapter's files give no α.", panel=INPUTS)]
 
 
 def stated_alpha(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +179,7 @@ class Matching(Selection, MissingAlpha, total=False):
     """Selection of weights of two sides, and the scaling of adapters without α."""
 
     allow_unmatched: Annotated[
-        bool, Option(False, "Skip what an adapter changes and BASE lacks; default: an error.", panel=INPUTS)
+        bool, Option(False, "Skip weights that the adapter changes and BASE lacks; default: an error.", panel=INPUTS)
     ]
 
 
@@ -195,13 +199,15 @@ class Method(Device, total=False):
 class Accuracy(Method, total=False):
     """Computation and accuracy of singular values."""
 
-    tol: Annotated[float, Option(5e-4, "Largest error of an energy fraction.", "T")]
+    tol: Annotated[float, Option(5e-4, "Maximum error of an energy fraction.", "T")]
 
 
 class Workers(TypedDict, total=False):
     """Concurrency on this machine."""
 
-    workers: Annotated[int | None, Option(None, "Layers at once; default by cores and memory.", "N", panel=EXECUTION)]
+    workers: Annotated[
+        int | None, Option(None, "Number of concurrent layers; default by cores and memory.", "N", panel=EXECUTION)
+    ]
 
 
 class Machines(Workers, total=False):
@@ -240,7 +246,7 @@ class OnProgress(TypedDict, total=False):
 
     on_progress: Annotated[
         "Callable[[Progress], None] | None",
-        Option(None, "Called after every layer, batch or step; for layers at the start, too.", cli=False),
+        Option(None, "Called after every layer, batch or step, and at the start of each layer.", cli=False),
     ]
 
 
@@ -281,21 +287,23 @@ class HeldOut(TypedDict, total=False):
 class Shifted(HeldOut, total=False):
     """``HeldOut``, and evaluation sets of another distribution."""
 
-    shifted: Annotated[Sequence[Path | str], Option((), "Text of another kind; repeatable.", "FILE", panel=INPUTS)]
+    shifted: Annotated[
+        Sequence[Path | str], Option((), "Text from another distribution; repeatable.", "FILE", panel=INPUTS)
+    ]
 
 
 class ModelOptions(Device, total=False):
     """Options of running a model on texts."""
 
-    length: Annotated[int | None, Option(None, "Tokens of a sequence; default 512 or the model's limit.", "N")]
-    batch: Annotated[int, Option(8, "Sequences in a batch.", "N", panel=EXECUTION)]
+    length: Annotated[int | None, Option(None, "Sequence length in tokens; default 512 or the model's limit.", "N")]
+    batch: Annotated[int, Option(8, "Sequences per batch.", "N", panel=EXECUTION)]
     max_sequences: Annotated[
         int | None, Option(None, "Use the first N sequences of each file; default all.", "N", panel=INPUTS)
     ]
     tokenizer: Annotated[
         str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR", panel=INPUTS)
     ]
-    dtype: Annotated[str, Option("float32", "Type of the weights while they run.", "float32|bfloat16|float16")]
+    dtype: Annotated[str, Option("float32", "Dtype of the weights during the run.", "float32|bfloat16|float16")]
 
 
 class Notes(TypedDict, total=False):
@@ -355,7 +363,7 @@ def own_options(group: type) -> list[str]:
 def _declared(group: type) -> dict[str, tuple[Any, Option]]:
     found = {}
     for name, hint in group.__annotations__.items():
-        if isinstance(hint, ForwardRef):  # of a module that does not evaluate its annotations
+        if isinstance(hint, ForwardRef):  # from a module that does not evaluate its annotations
             hint = eval(hint.__forward_arg__, vars(sys.modules[group.__module__]))
         origin: Any = get_origin(hint)
         hint = get_args(hint)[0] if origin is Required else hint
@@ -393,9 +401,9 @@ def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
     for word, value in given.items():
         name = word if word in options else names.get(word, "")
         if not name:
-            raise TypeError(f"unexpected keyword argument {word!r}; there are {', '.join(options)}")
+            raise TypeError(f"unexpected keyword argument {word!r}; use one of {', '.join(options)}")
         if name in named:
-            raise TypeError(f"{word!r} is the former name of {name!r}: give one of them")
+            raise TypeError(f"{word!r} is the former name of {name!r}; give only one of them")
         named[name] = value
     if missing := [name for name, (_, each) in options.items() if each.default is REQUIRED and name not in named]:
         raise TypeError(f"missing keyword argument {missing[0]!r}")

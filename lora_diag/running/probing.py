@@ -117,7 +117,7 @@ class ProbeRun:
             passes: Total number of forward passes; default the number of batches.
         """
         first, passes = texts.first(self.batch), self.watch.total if passes is None else passes
-        measure(self.model, first, self.batch)  # the first pass also sets things up
+        measure(self.model, first, self.batch)  # the first pass includes initialization
         start = time.perf_counter()
         measure(self.model, first, self.batch)
         took = time.perf_counter() - start
@@ -171,7 +171,7 @@ def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
         InputError: A file does not exist, or a folder holds no data set.
     """
     if not evaluate:
-        raise UsageError("--eval: name at least one file of held-out text")
+        raise UsageError("--eval: missing; give at least one file of held-out text")
     for path in (*evaluate, *others):
         check_texts(path)
 

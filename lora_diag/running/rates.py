@@ -54,4 +54,6 @@ def beyond(tried: Collection[float], best: float) -> float | None:
         return None
     inner = sorted(tried)[1 if side < 0 else -2]
     further = float(f"{best * min(max(best, inner) / min(best, inner), STEP) ** side:.2g}")
-    return further if 0 < further < MOST and (further - best) * side > 0 else None  # two digits may not be beyond
+    return (
+        further if 0 < further < MOST and (further - best) * side > 0 else None
+    )  # rounded to two digits, a rate may no longer exceed the edge

@@ -160,7 +160,9 @@ class Walk:
     def more(self, arms: Sequence[Arm]) -> str:
         """Describe how many runs the edges of the grids may add."""
         most = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
-        return f"; up to {counted(most, 'run', 'runs')} more where the best rate is at the edge" if most else ""
+        return (
+            f"; up to {counted(most, 'run', 'runs')} more if the best rate is at the edge of the grid" if most else ""
+        )
 
     def expect(self, runs: int) -> None:
         """Add a number of runs to the expected total."""
@@ -187,7 +189,8 @@ class Walk:
         yield from tried
         for _ in range(self.widen):
             best = self._best(arm, size, tried)
-            further = beyond(tried, min(tried) if best is None else best)  # what always diverged needs smaller steps
+            # A method that always diverged needs smaller steps.
+            further = beyond(tried, min(tried) if best is None else best)
             if further is None:
                 return
             yield further
@@ -313,5 +316,5 @@ def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Text
     """
     texts = read_texts(data, model)
     if same := next((each for each in sets if each.hash == texts.hash), None):
-        raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
+        raise UsageError(f"{same.path}: is the training text; give an evaluation set that is held out")
     return texts

@@ -141,7 +141,7 @@ def test_resume_goes_on_with_same_input_alone(run, tmp_path):
         file.write_bytes(content)
         done = run(*words, "--resume")
         assert done.code == 2
-        assert "full_ft changed since this run was begun" in done.err
+        assert "full_ft changed since this run began" in done.err
         assert (tmp_path / "s.jsonl").read_text() == "".join(lines[:3])
     finally:
         web.close()
@@ -173,7 +173,7 @@ def test_results_are_written_to_this_machine(web, run, tmp_path):
     ):
         done = run("spectrum", SAMPLES / "base", SAMPLES / "full_ft", *QPROJ, *words)
         assert done.code == 2
-        assert "is written to this machine" in done.err
+        assert "name a local path" in done.err
         assert "hidden" not in done.err
     assert not list(tmp_path.iterdir())
 

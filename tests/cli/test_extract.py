@@ -69,7 +69,7 @@ def test_rows_are_ordered_and_shares_are_of_selection(loradiag, pair_of_models):
     assert places == sorted(places)
     assert "of the whole change ‖Δ‖², " in " ".join(shown.split())
     some = " ".join(loradiag("extract", base, tuned, "--rank", "3", "--layers", "q_proj", "-o", "some").out.split())
-    assert "of the whole change ‖Δ‖² in what was selected, " in some
+    assert "of the whole change ‖Δ‖² among the selected tensors, " in some
 
 
 def test_extract_then_spectrum_then_residual(loradiag, pair_of_models, tmp_path):
@@ -106,8 +106,8 @@ def test_same_command_gives_same_bytes(loradiag, pair_of_models, tmp_path):
         (["--energy", "90"], 2, "fraction above 0"),
         (["--energy", "nan"], 2, "fraction above 0"),
         (["--params", "ten"], 2, "--params"),
-        (["--rank", "4", "--split", "a"], 2, "--split a: is none of its values; use both, b"),
-        (["--rank", "4", "--dtype", "int8"], 2, "--adapter-dtype int8: is none of its values; use float32"),
+        (["--rank", "4", "--split", "a"], 2, "--split a: unknown value; use both, b"),
+        (["--rank", "4", "--dtype", "int8"], 2, "--adapter-dtype int8: unknown value; use float32"),
         (["--rank", "4", "--rest", "keep"], 2, "--unfactored keep"),
         (["--ranks", "missing.json"], 3, "missing.json"),
         (["--rank", "4", "--layers", "nothing-here"], 4, "nothing was compared"),
@@ -162,7 +162,7 @@ def test_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_mod
     ran = loradiag("extract", base, tuned, "--rank", "2", "-o", "adapter")
     assert ran.code == 3
     assert f"{name}: TUNED holds nan at [2, 3]; the layer is not in the adapter" in ran.err
-    assert "of the whole change ‖Δ‖² in what was measured, " in " ".join(ran.out.split())
+    assert "of the whole change ‖Δ‖² among the measured layers, " in " ".join(ran.out.split())
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(keys) == 18
     assert not any("layers.0.mlp.up_proj" in key for key in keys)

@@ -127,8 +127,8 @@ def test_size_that_makes_no_sense_ends_command(loradiag):
     [
         ("lots", None, "--memory lots: give a size with its unit"),
         ("-1GB", None, "--memory -1GB: give a size with its unit"),
-        ("400MB", None, "--memory 400MB: the program alone takes 369 MB; give 504MB or more"),
-        (400 * 10**6, None, "--memory 400MB: the program alone takes"),
+        ("400MB", None, "--memory 400MB: the program itself takes 369 MB; give 504MB or more"),
+        (400 * 10**6, None, "--memory 400MB: the program itself takes"),
         ("1GB", 9, "give 1578MB or more"),
     ],
 )
@@ -142,4 +142,4 @@ def test_large_model_that_does_not_fit_does_not_fill_terminal(capsys):
     assert tell_unmeasured(left, "the layer was left out")
     *named, rest = capsys.readouterr().err.splitlines()
     assert named == [f"Error: layer{n}: too large; the layer was left out" for n in range(20)]
-    assert rest == "Error: and 69980 more like these; the records name every one (--json, or -o FILE)"
+    assert rest == "Error: 69980 more layers could not be measured; the records list all (--json, or -o FILE)"

@@ -50,9 +50,9 @@ def test_terminal_without_utf_8_gets_ascii_and_json_is_whole(monkeypatch, encodi
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["spectrum", "base", "tuned"], "interrupted; with -o, --resume goes on from here"),
-        (["verify-merge", "base", "lora", "merged"], "interrupted; with -o, --resume goes on from here"),
-        (["probe", "sweep", "base"], "interrupted; with -o, --resume goes on from here"),
+        (["spectrum", "base", "tuned"], "interrupted; a run with -o continues with --resume"),
+        (["verify-merge", "base", "lora", "merged"], "interrupted; a run with -o continues with --resume"),
+        (["probe", "sweep", "base"], "interrupted; a run with -o continues with --resume"),
         (["probe", "activations", "base"], "interrupted"),
         (["report", "spectrum"], "interrupted"),
     ],

@@ -37,7 +37,10 @@ def test_plot_draws_what_records_allow_and_says_what_is_missing(loradiag, spectr
 def test_nothing_drawable_lists_only_given_records():
     runs = [making.results(making.model(1))]
     missing = [Drawn(name, "", None, "absent", missing="records") for name in ("fleet", "heatmap")]
-    assert _why_none(runs, missing) == "none is of results of spectrum; loradiag inspect and loradiag report show them"
+    assert (
+        _why_none(runs, missing)
+        == "no figure draws results of spectrum; show them with loradiag inspect or loradiag report"
+    )
     assert _why_none(runs, [*missing, Drawn("energy", "", None, "ΔW = 0")]) == "energy: ΔW = 0"
 
 
@@ -70,7 +73,7 @@ def test_two_runs_are_overlaid_under_their_labels(loradiag, spectra, tmp_path):
     [
         (["--figure", "overlap"], 2, "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl measures them"),
         (["--figure", "sweep"], 2, "loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl measures them"),
-        (["--figure", "heatmap", "--field", "nope"], 2, "there are fro, base_fro"),
+        (["--figure", "heatmap", "--field", "nope"], 2, "use one of fro, base_fro"),
         (["-o", "x.gif"], 2, "png, svg, pdf"),
         (["--label", "a", "--label", "b"], 2, "2 labels for 1 results"),
         (["--layers", "nothing at all"], 4, "no layer left to draw: no name matches nothing at all"),
@@ -89,7 +92,7 @@ def test_results_without_layers_say_what_shows_them(loradiag, tmp_path):
     Results(run, (), end=End(layers=0, left_out=0, fro=None, base_fro=None)).write(tmp_path / "probe.jsonl")
     ran = loradiag("plot", "probe.jsonl", "-o", "figures")
     assert ran.code == 4
-    assert "loradiag probe truncation have no records of layers; loradiag inspect" in ran.err
+    assert "loradiag probe truncation have no records of layers" in ran.err
     assert not (tmp_path / "figures").exists()
 
 

@@ -26,7 +26,7 @@ def files(tmp_path):
 def test_page_with_name_and_one_without(loradiag, files, tmp_path):
     ran = loradiag("report", *files)
     assert (ran.code, ran.out) == (0, "")
-    assert re.fullmatch(r"report\.html: \d\.\d MB, opens in any browser without a network\n", ran.err)
+    assert re.fullmatch(r"report\.html: \d\.\d MB, opens in any browser without a network connection\n", ran.err)
     ran = loradiag("report", *files, "-o", "my page.html", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     one, two = ((tmp_path / name).read_text() for name in ("report.html", "my page.html"))
@@ -50,7 +50,7 @@ def test_real_samples_and_advice_runs(loradiag, tmp_path):
     assert loradiag("spectrum", base, tuned, "-o", "s.jsonl", "-q").code == 0
     assert loradiag("residual", base, tuned, SAMPLES / "lora_r4", "-o", "r.jsonl", "-q").code == 0
     text = loradiag("report", "s.jsonl", "r.jsonl", "--format", "md").out
-    assert "**Spend 155,648 trainable parameters on ranks" in text
+    assert "**Allocate 155,648 trainable parameters" in text
     (command,) = re.findall(r"`(loradiag allocate .*?)`", text)
     assert loradiag(*shlex.split(command)[1:]).code == 0
     assert loradiag("report", "s.jsonl", "r.jsonl").code == 0
@@ -61,7 +61,7 @@ def test_real_samples_and_advice_runs(loradiag, tmp_path):
     [
         (["spectrum.jsonl", "-o", "r.pdf"], 2, "--format"),
         (["spectrum.jsonl", "--format", "pdf"], 2, "pdf"),
-        (["spectrum.jsonl", "--format", "parquet"], 2, "give a file with -o"),
+        (["spectrum.jsonl", "--format", "parquet"], 2, "give one with -o"),
         (["spectrum.jsonl", "--format", "md", "-o", "spectrum.jsonl"], 2, "is one of the results files"),
         (["spectrum.jsonl", "--format", "md", "-o", "link.md"], 2, "is one of the results files"),
         (["nothing.jsonl"], 3, "nothing.jsonl: cannot be read"),

@@ -119,7 +119,7 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
         g = outputs[name]
         assert np.abs(stored[PREFIX + name] - g.T @ g / len(g)).max() <= 1e-4 * np.abs(g.T @ g / len(g)).max()
     assert any("is no checkpoint" in note for note in lora_diag.inspect(file).notes)
-    with pytest.raises(UsageError, match="is no checkpoint; it is what --activations takes"):
+    with pytest.raises(UsageError, match="not a checkpoint; pass it with --activations"):
         lora_diag.spectrum(base, file)
     found = lora_diag.spectrum(base, tuned, activations=file, layers=chosen)
     both = lora_diag.spectrum(base, tuned, activations=file, kfac=True, layers=chosen)
@@ -264,7 +264,7 @@ def test_edge_of_weighed_noise_is_above_it():
         (lambda c: c + np.triu(np.ones_like(c)), "is not symmetric"),
         (lambda c: np.where(np.eye(12) > 0, np.nan, c), r"holds nan at \[0, 0\]"),
         (lambda c: c[:, :5], "a second moment E"),
-        (lambda c: c[:5, :5], "belongs to a weight that is compared"),
+        (lambda c: c[:5, :5], "no second moment for a compared weight"),
     ],
 )
 def test_second_moments_that_are_none_are_refused(pair, tmp_path, change, words):

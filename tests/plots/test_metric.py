@@ -56,7 +56,7 @@ def test_figure_of_weights_speaks_of_no_metric():
         told = words(plots.figure(name, results()))
         assert "metric" not in told
         assert "C^½" not in told
-    assert plots.energy(results()).get_ylabel() == "energy share C(r)"
+    assert plots.energy(results()).get_ylabel() == "energy fraction C(r)"
 
 
 def test_metric_shares_are_labelled_and_singular_values_refused():

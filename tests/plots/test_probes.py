@@ -67,7 +67,7 @@ def test_diverged_runs_are_named_and_all_diverged_is_refused():
 def test_diverged_run_does_not_prevent_refusal_of_heat_map():
     """A report asks for every figure: one diverged run of a sweep was a traceback."""
     runs = making.probed([making.probe("sweep", "lora", None, rank=4, lr=1.0), *making.swept()])
-    assert "no record has a number nope; there are" in plots.why_not("heatmap", runs, field="nope")
+    assert "no record has a numeric field nope; use one of" in plots.why_not("heatmap", runs, field="nope")
 
 
 def test_truncation_shows_gaps_with_their_errors():
@@ -135,7 +135,7 @@ def test_parts_truncated_alone_are_ranked_by_cost_with_errors():
     ax = plots.figure("alone", making.probed(records), rank=4).axes[0]
     assert [value for _, value, _ in bars(ax)] == [0.55, 0.05]
     assert "Also measured, not drawn: r = 0" in words(ax.figure)
-    assert plots.why_not("alone", making.probed(records), rank=9) == "rank 9 was not measured; there are 0, 4"
+    assert plots.why_not("alone", making.probed(records), rank=9) == "rank 9 was not measured; use one of 0, 4"
     assert "truncated alone" in plots.why_not("alone", making.probed(making.truncated()))
     crowd = making.alone(tuple(f"h.{i}.q.weight" for i in range(40)), kind="layer")
     page = plots.figure("alone", making.probed(crowd))

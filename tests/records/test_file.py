@@ -132,17 +132,17 @@ def test_resume_names_version_that_kept_fewer_settings(written, pair_of_models):
     run = json.loads(begun)
     del run["settings"]["seed"]
     path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
-    with pytest.raises(UsageError, match=r"tells no settings\.seed: was begun by an older loradiag or with other"):
+    with pytest.raises(UsageError, match=r"settings\.seed, so it is from an older loradiag or other options"):
         lora_diag.spectrum(base, tuned, output=path, resume=True)
-    with pytest.raises(UsageError, match=r"was begun with another settings\.top, settings\.seed; resume with the same"):
+    with pytest.raises(UsageError, match=r"with another settings\.top, settings\.seed; "):
         lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda settings: settings.pop("top"), r"tells no settings\.top: was begun by an older loradiag or with other"),
-        (lambda settings: settings.update(later=1), r"was begun with another settings\.later; resume with the same"),
+        (lambda settings: settings.pop("top"), r"settings\.top, so it is from an older loradiag or other options"),
+        (lambda settings: settings.update(later=1), r"with another settings\.later; "),
     ],
 )
 def test_setting_that_only_one_of_two_runs_has_is_named(written, pair_of_models, change, told):
@@ -421,7 +421,7 @@ def test_resume_refuses_changed_input(written, pair_of_models, tmp_path):
     base, tuned, _, after = pair_of_models
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
     save_model(tuned, {name: value + 1e-3 for name, value in after.items()})
-    with pytest.raises(UsageError, match=r"tuned changed since this run was begun"):
+    with pytest.raises(UsageError, match=r"tuned changed since"):
         lora_diag.spectrum(base, tuned, output=path, resume=True)
     save_model(tuned, after)
     assert lora_diag.spectrum(base, tuned, output=path, resume=True).end is not None
@@ -502,11 +502,11 @@ def test_no_line_is_written_that_could_not_be_read(written, tmp_path, monkeypatc
     results, _ = written
     monkeypatch.setattr(writing, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl"
-    with pytest.raises(InputError, match="longer than 1,000 bytes"), writing.ResultsWriter(path, results.run) as writer:
+    with pytest.raises(InputError, match="limit of 1,000 bytes"), writing.ResultsWriter(path, results.run) as writer:
         writer.append(*results)
     assert not path.exists()
 
 
 def test_folder_in_place_of_results_is_called_one(tmp_path):
-    with pytest.raises(InputError, match="is a folder; a results file is wanted here"):
+    with pytest.raises(InputError, match="is a folder; give a results file"):
         read_results(tmp_path)

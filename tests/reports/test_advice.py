@@ -97,8 +97,8 @@ def test_few_short_layers_are_named_and_their_rank_is_raised():
     # flat_to(30) keeps 8/30 at r=8 and more than half at 16; the flat one never gets there, so no rank mends all.
     (step,) = advice(evidence(results))
     assert step.params == (26 * 8 + 2 * 64) * 1024
-    assert "2 of 28 matrices can carry less than 50%" in step.because
-    assert "The budget is what r=64 in these takes and what the others have; that does not carry half" in step.because
+    assert "2 of 28 matrices can hold less than 50%" in step.because
+    assert "The budget is that of r=64 in these, with the others unchanged, which holds less than half" in step.because
     results = model(EASY, special={"layers.2.self_attn.o_proj": flat_to(30, 512)})
     (step,) = advice(evidence(results))
     assert step.rule == "raise rank in named layers"
@@ -112,7 +112,7 @@ def test_short_nearly_everywhere_raises_rank_everywhere():
     results = model(flat_to(40, 512))
     (step,) = advice(evidence(results))
     assert (step.rule, step.params) == ("raise rank everywhere", 28 * 32 * 1024)
-    assert "4 times as many as r=8 everywhere" in step.do
+    assert "4 times as many as with r=8 everywhere" in step.do
     assert seen(results) == ["Slow spectral decay everywhere"]
 
 
@@ -149,7 +149,7 @@ def test_norms_and_biases_that_moved_ask_for_hybrid():
     heavy = vector("model.norm.weight", math.sqrt(total * share / (1 - share)))
     (step,) = advice(evidence(model(EASY, left_out=[heavy])))
     assert step.rule == "hybrid"
-    assert "20% of the whole change ‖Δ‖² lies in 1 norms and biases" in step.because
+    assert "20% of the whole change ‖Δ‖² is in 1 norms and biases" in step.because
     (found,) = findings(evidence(model(EASY, left_out=[heavy])))
     assert found.name == "Norm- or bias-heavy update"
     assert "0.45·‖Δ‖" in found.means
@@ -173,7 +173,7 @@ def test_layers_without_adapter_widen_placement():
     records = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95) for layer in names(4)]
     (step,) = advice(evidence(residuals(records)))
     assert step.rule == "widen placement"
-    assert "43% of ‖ΔW‖² lies in matrices that lora leaves alone" in step.because
+    assert "43% of ‖ΔW‖² is in matrices that lora does not adapt" in step.because
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
     (step,) = [each for each in advice(evidence(model(), residuals(records))) if each.rule == "widen placement"]
     assert step.params == 16 * 8 * 256
@@ -206,13 +206,13 @@ def test_adapter_is_judged_by_its_own_rank():
     wide = residuals([residual(layer, 16, kept=1.0) for layer in names(4)])
     (step,) = advice(evidence(full, short))
     assert step.params == 28 * 8 * 256
-    assert "2 times as many as lora has" in step.do
+    assert "2 times as many as in lora" in step.do
     assert told(full, wide) == ["enough"]
 
 
 def test_advice_without_spectrum_says_what_to_measure():
     (step,) = advice(evidence(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])))
-    assert step.do == "Measure how much more than rank 4 the update needs"
+    assert step.do == "Measure which rank above 4 the update needs"
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
 

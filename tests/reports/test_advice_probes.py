@@ -76,7 +76,7 @@ def test_gaining_units_are_named_and_certain_losers_omitted():
         step.do
     )
     assert "lowers the loss on own by +0.5000 ± 0.0072 nats" in step.because
-    assert "3 of 10 gain for sure, 7 at most a tenth of the best" in step.because
+    assert "3 of 10 gains are significant, 7 are at most a tenth of the best" in step.because
     assert step.layers == tuple(UNITS[:3])
     assert step.command == "loradiag spectrum 'my base' full_ft -o spectrum.jsonl"
     steps = advice(evidence(model(), sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])))
@@ -89,12 +89,12 @@ def test_gaining_units_are_named_and_certain_losers_omitted():
 def test_unit_is_named_or_omitted_only_beyond_its_error():
     """Errors are 0.0072 nats, 2.8 of them 0.020, and a tenth of what the best surely gains is 0.048."""
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.015, *[0.0] * 6])))
-    assert "3 of 10 gain for sure, 7 at most" in step.because  # two errors are not enough for one of ten
+    assert "3 of 10 gains are significant, 7 are at most" in step.because  # two errors are not enough for one of ten
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.04, *[0.0] * 6])))
-    assert "4 of 10 gain for sure, 6 at most" in step.because  # less than a tenth, but not surely
+    assert "4 of 10 gains are significant, 6 are at most" in step.because  # less than a tenth, but not surely
     # The best is 0.5 ± 0.07, which is 0.3 for sure: 0.04 is more than a tenth of that, and nobody is left out.
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, *[0.04] * 7], noise=[0.5, *[0.01] * 9])))
-    assert "spend rank by what each gains alone" in step.do
+    assert "allocate ranks by what each gains alone" in step.do
     assert "little in" not in step.do
 
 
@@ -107,7 +107,7 @@ def test_paired_losses_are_of_deciding_set():
 
 def test_different_gains_ask_for_ranks_by_gain_equal_ones_do_not():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.2, 0.2])))
-    assert "spend rank by what each gains alone: most in model.layers.0.mlp.up_proj, " in step.do
+    assert "allocate ranks by what each gains alone: most in model.layers.0.mlp.up_proj, " in step.do
     assert told(sensitivity([0.3, 0.29, 0.28, 0.27, 0.26])) == []
 
 
@@ -133,8 +133,11 @@ def test_energy_order_unlike_cost_order_is_not_trusted():
     cost = list(range(1, 13))
     (step,) = advice(evidence(fisher(cost[::-1], cost)))
     assert step.rule == "rank by Fisher"
-    assert step.do.endswith("by the Fisher information of what is cut and not by energy")
-    assert "is 1.00 [0.98, 1.00] for the Fisher of what is cut and -1.00 [-1.00, -0.98] for its energy" in step.because
+    assert step.do.endswith("by the Fisher information of the discarded part instead of energy")
+    assert (
+        "is 1.00 [0.98, 1.00] for the Fisher information of the discarded part and -1.00 [-1.00, -0.98] for its energy"
+        in step.because
+    )
     both = advice(evidence(model(), fisher(cost[::-1], cost)))
     assert "--layer-weights 'probe fisher.jsonl'" in both[0].command
     assert told(fisher(cost, cost)) == []  # energy knows as well
@@ -145,7 +148,7 @@ def test_energy_order_unlike_cost_order_is_not_trusted():
 def test_two_orders_without_measured_cost_ask_for_one():
     cost = list(range(1, 13))
     (step,) = advice(evidence(fisher(cost[::-1], cost, measured=False)))
-    assert step.do.startswith("Measure whether energy or Fisher knows")
+    assert step.do.startswith("Measure whether energy or Fisher information predicts")
     assert step.command == (
         "loradiag probe fisher 'my base' full_ft --data TEXT --eval HELD_OUT_TEXT --ranks 8 -o fisher-2.jsonl"
     )
@@ -178,12 +181,12 @@ def adapter(rank):
 def test_chosen_rank_is_held_against_smallest_that_came_as_far():
     found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
     step = next(step for step in advice(evidence(adapter(16), found)) if step.rule == "fit the rank")
-    assert step.do == "Try r=2 before r=16"
-    assert "On own, r=2 came to 93% to 95% of full fine-tuning's gain with every seed" in step.because
+    assert step.do == "Try r=2 instead of r=16"
+    assert "On own, r=2 reached 93% to 95% of full fine-tuning's gain with every seed" in step.because
     assert step.command == ("loradiag probe sweep 'my base' --data TEXT --eval own.txt --ranks 2,16 -o sweep.jsonl")
     weak = intrinsic({2: (0.5, 0.6), 8: (0.7, 0.75)})
     step = next(step for step in advice(evidence(adapter(8), weak)) if step.rule == "fit the rank")
-    assert step.do == "Expect r=8 to fall short of full fine-tuning: try r=16 and r=32 beside it"
+    assert step.do == "Expect r=8 to remain below full fine-tuning: also try r=16 and r=32"
     assert "--ranks 8,16,32 " in step.command
 
 

@@ -197,7 +197,7 @@ def test_unfinished_run_is_called_so():
 
 def test_run_without_layers_has_page():
     page = html_report(evidence(spectra([])))
-    assert "No step is supported by these records" in page
+    assert "These records support no step" in page
     assert "<script" not in page
 
 
@@ -226,7 +226,7 @@ def test_many_matrices_get_fewer_points_and_digits():
     shared = spectrum("x", decay(128, 0.5))
     layers = [f"model.layers.{i // 600}.experts.{i % 600}.up.weight" for i in range(6_000)]
     page = html_report(evidence(spectra([shared.model_copy(update={"layer": layer}) for layer in layers])))
-    assert "With 6000 layers, numbers are given to 6 digits" in page
+    assert "With 6000 layers, numbers have 6 digits" in page
     data = embedded(page)
     assert [len(curve["s"]) for curve in data["spectra"][0]["curves"][:3]] == [83, 83, 83]
 

@@ -99,7 +99,7 @@ def test_equal_adapter_ends_advice_whatever_weights_say():
     (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
     assert (step.rule, step.do) == (
         "keep the adapter",
-        "Nothing: runs/b does as well as the full fine-tune on held-out text",
+        "No change: runs/b does as well as the full fine-tune on held-out text",
     )
     assert "-0.0200 ± 0.01 nats from the full fine-tune on own, 102% of its gain" in step.because
     assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
@@ -174,7 +174,7 @@ def test_sweep_names_rank_and_rate_instead_of_weights():
     assert steps[0].command == "loradiag plan 'my base' --ranks 16"
     (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
     assert last.do.startswith(
-        "Train at r=16 with learning rate 0.001, and sweep r=32 and r=64 too: the loss still falls"
+        "Train at r=16 with learning rate 0.001, and also sweep r=32 and r=64: the loss still decreases"
     )
     assert last.ranks == (4, 8, 16, 32, 64)
     (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
@@ -191,7 +191,7 @@ def test_sweep_without_rank_leaves_ranks_to_weights():
     steps = advice(evidence(model(flat_to(40, 512)), noisy))
     assert [step.rule for step in steps] == ["sweep: not resolved", "raise rank everywhere"]
     (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
-    assert steps[0].do == f"Train at r=4 with learning rate 0.001; {verdict.more_seeds} seeds would show it"
+    assert steps[0].do == f"Train at r=4 with learning rate 0.001; {verdict.more_seeds} seeds would confirm it"
     assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
     # The command adds seeds to the file that is there.
     command = "loradiag probe sweep 'my base' --data DATA --eval own.txt --ranks 4,8 --seed 0 --gain-tolerance 0.02"
@@ -206,7 +206,7 @@ def test_shifted_set_is_asked_apart():
     assert "Least at r=4, by 0.2 nats" in worse[1].because
     assert "--data MIXED_TEXT --eval own.txt --ranks 4,8,16" in worse[1].command
     more = advice(evidence(sweep(losses, own=2.0, shifted={4: 1.5, 8: 1.3, 16: 1.1})))
-    assert more[1].do == "Take r=16 if other matters: r=4 is enough on own only"
+    assert more[1].do == "Take r=16 if other matters: r=4 is sufficient on own only"
     assert more[1].command == "loradiag plan 'my base' --ranks 4,16"
     assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
     again = sweep({4: 2.1, 8: 2.2}, own=2.0, shifted={4: 2.1, 8: 2.2})
@@ -217,7 +217,10 @@ def test_shifted_set_is_asked_apart():
 
 def test_truncation_names_rank_that_ships_fine_tune_itself():
     (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
-    assert (step.rule, step.do) == ("compress", "To ship the full fine-tune as an adapter, cut it to r=16; no training")
+    assert (step.rule, step.do) == (
+        "compress",
+        "To ship the full fine-tune as an adapter, truncate it to r=16, without training",
+    )
     assert (
         "keeps 93% of the gain on own (loss +0.0700 ± 0.01 to the full fine-tune), while C(16) = 0.47" in step.because
     )
@@ -236,7 +239,7 @@ def test_silence_without_evidence():
 
 def test_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
     (step,) = advice(evidence(truncation({0: 0.95, 4: 0.96})))
-    assert "cut it to r=4;" in step.do
+    assert "truncate it to r=4," in step.do
     runs = truncation({4: 0.99}), truncation({4: 0.93})
     two = [
         record.model_copy(update={"set": name}) for name, one in zip("ab", runs, strict=True) for record in one.whole
@@ -246,7 +249,7 @@ def test_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
     # A rank that was measured on one set only says nothing of the other.
     more = [record for record in truncation({2: 0.97}).whole if record.rank == 2]
     (step,) = advice(evidence(run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base")))
-    assert "cut it to r=4;" in step.do
+    assert "truncate it to r=4," in step.do
     # Where norms, biases, embeddings and head bring nothing, they need not be saved.
     (step,) = advice(evidence(truncation({0: 0.0, 4: 0.95})))
     assert "--rest" not in step.command

@@ -89,11 +89,11 @@ def test_losses_lead_in_any_mix(mix, also):
         assert ("Is the update low-rank?" in shown) == also
         if also:
             assert places[-1] < shown.index("Is the update low-rank?")
-        assert shown.count("What to do next") == 1
         assert "no held-out loss" not in shown
+    assert page.count('id="next"') == text.count("## Next steps") == 1
     if drawn and mix[0] != "outputs":
         assert f"Figure of {mix[0]}" in page
-    assert ("A pointer only: the held-out loss, above, decides." in text) == (also and "outputs" in mix)
+    assert ("Only an indication: the held-out loss, above, takes precedence." in text) == (also and "outputs" in mix)
 
 
 def test_page_without_losses_names_commands_that_measure_them():

@@ -49,7 +49,7 @@ def test_with_both_each_is_evidence_of_its_own(order):
     said = {answer.question: answer.says for answer in subject_of(both).answers}
     assert said["Is the update low-rank?"].startswith("no")
     assert said["Is it low-rank in K-FAC's metric?"].startswith("yes")
-    assert "‖ΔW‖²" in said["Can the files show it?"]
+    assert "‖ΔW‖²" in said["Do the files resolve the update?"]
 
 
 def test_adapter_that_was_measured_still_testifies():
@@ -67,7 +67,7 @@ def test_headings_captions_and_curves_name_metric(metric, norms):
     page = html_report(evidence(weighed(metric)))
     of = norms.partition("/")[0].strip("‖")
     assert f'Singular values σ<sub>i</sub> of <span class="of">{of}</span>; dotted' in page
-    assert "Failure modes seen" not in page
+    assert "Failure modes" not in page
     data = embedded(page)
     assert {field["group"] for field in data["fields"]} == {{"data": "data", "kfac": "K-FAC"}[metric]}
     (energy,) = [field["about"] for field in data["fields"] if field["title"] == "C(8)"]

@@ -101,7 +101,7 @@ def test_any_mix_has_page_text_and_table(mix, also):
     for said in (Elements(page).words, [text]):
         shown = " ".join(said)
         assert ("Is the update low-rank?" in shown) == also
-        assert ("What to do next" in shown) == also
+        assert ("Next steps" in shown) == also
         assert ("Do the updates interfere?" in shown) == ("interference" in mix)
         assert ("Are there intruder dimensions?" in shown) == ("intruders" in mix)
         assert ("Which adapters are outliers?" in shown) == ("fleet" in mix)

@@ -92,7 +92,7 @@ def test_command_of_every_step_has_numbers_of_its_sentence(situation):
         assert given.get("repeats", 2) == (step.seeds or given.get("repeats", 2)), step
         assert set(step.adapters) <= set(step.argv), step
         # What the sentence asks for is in the command, and no other rank or number of parameters is.
-        asked = step.do.replace("as many as r=8 everywhere", "")
+        asked = step.do.replace("as many as with r=8 everywhere", "")
         assert {float(rank) for rank in re.findall(r"\br=(\d+)", asked)} <= {*ranks}, step
         amounts = [int(each.replace(",", "")) for each in re.findall(r"([\d,]+)(?: trainable)? parameters", step.do)]
         assert amounts == ([] if step.params is None else [step.params]), step

@@ -42,9 +42,8 @@ def test_disk_that_is_really_full(command: Commands, model: Path, small_disk: Pa
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (free.f_bavail * free.f_bsize - 2 * 4096))
     ended = command(*case.words, cwd=small_disk)
-    assert (
-        "out: cannot be written: No space left on device; what was measured before is in it: go on with --resume"
-        in (ended.told(3))
+    assert "out: cannot be written: No space left on device; it holds the results so far; continue with --resume" in (
+        ended.told(3)
     )
     kept = read_results(small_disk / "out")
     assert kept.layers
@@ -259,7 +258,7 @@ def test_ctrl_c_at_step(command: Commands, model: Path, tmp_path: Path) -> None:
             place = case.fresh()
             ended = case.run(place, at=at, signal=signal.SIGINT)
             if ended.code != case.undisturbed.code:  # in the last steps all is done
-                assert ended.told(130) == "interrupted; with -o, --resume goes on from here\n"
+                assert ended.told(130) == "interrupted; a run with -o continues with --resume\n"
             case.goes_on(place)
 
 
@@ -324,11 +323,11 @@ def test_byte_that_changes_is_seen_with_verify(large: Path, verify: bool) -> Non
     cut(large / "out")
     change_between_samples(large / "tuned")
     if verify:
-        with pytest.raises(UsageError, match=r"the input .*tuned changed since this run was begun"):
+        with pytest.raises(UsageError, match=r"the input .*tuned changed since"):
             lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run)
     else:
         # Small files are hashed whole: the samples of larger ones are tested with the fingerprint.
-        with pytest.raises(UsageError, match="changed since this run was begun"):
+        with pytest.raises(UsageError, match="changed since this run began"):
             lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run)
 
 
@@ -341,7 +340,7 @@ def test_hash_is_that_of_file(large: Path) -> None:
 def test_run_is_resumed_as_it_was_begun(large: Path) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", output=large / "out")
     cut(large / "out")
-    with pytest.raises(UsageError, match="begun without --verify"):
+    with pytest.raises(UsageError, match="without --verify"):
         lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", resume=True, verify=True)
 
 

@@ -115,7 +115,7 @@ def test_gradients_are_planned_and_what_does_not_fit_is_left_out(small, monkeypa
 
 
 def test_memory_is_of_this_machine():
-    with pytest.raises(UsageError, match="on a cluster"):
+    with pytest.raises(UsageError, match="--memory: not available with --engine ray"):
         lora_diag.spectrum(BASE, TUNED, memory="1GB", engine=lora_diag.Ray())
 
 

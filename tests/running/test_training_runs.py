@@ -158,7 +158,7 @@ def test_edge_uncertainty_is_stated_where_there_are_edges():
     case = Case({2: 1e-3, 4: 1e-3}, 2)
     one, several = case.arm((1e-3,)), case.arm((1e-3, 1e-2))
     assert case.walk.more([one]) == ""
-    assert case.walk.more([one, several]) == "; up to 4 runs more where the best rate is at the edge"
+    assert case.walk.more([one, several]) == "; up to 4 runs more if the best rate is at the edge of the grid"
     assert replace(case.walk, widen=0).more([several]) == ""
 
 

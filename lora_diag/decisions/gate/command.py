@@ -220,5 +220,5 @@ def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     if outcome(results.whole) != "passed" and given:
         return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the measured values)"
     if output is None:
-        return f"{again('-o', 'verdicts.jsonl')}   (keeps these verdicts)"
+        return f"{again('-o', 'verdicts.jsonl')}   (saves these verdicts)"
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"

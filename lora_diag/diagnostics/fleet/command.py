@@ -40,7 +40,7 @@ def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     with shown.callbacks() as callbacks:
         results = measure([*(word for word in adapters if word != "-"), *listed], **given, **callbacks)
     output = given["output"]
-    then = f"{again('-o', 'fleet.jsonl')}   (keeps these numbers)"
+    then = f"{again('-o', 'fleet.jsonl')}   (saves these results)"
     if output is not None:
         words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
         then = f"{words}   (all adapters, without measuring again)"

@@ -58,5 +58,5 @@ def _next(output: Path | str | None, per: str) -> str:
     if per == "type":
         return f"{again('--per', 'layer')}   (layer by layer)"
     if output is None:
-        return f"{again('-o', 'overlap.jsonl')}   (keeps these numbers)"
+        return f"{again('-o', 'overlap.jsonl')}   (saves these results)"
     return f"loradiag inspect {shlex.quote(str(output))}   (this table, without measuring again)"

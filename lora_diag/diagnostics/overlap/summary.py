@@ -16,7 +16,7 @@ from lora_diag.rendering.text import middle, number, short
 # Maximum number of layers named in a sentence.
 _NAMED = 4
 
-_LIMIT = f"below {NEAR:g}× the random value, or below halfway from it to 1"
+_LIMIT = f"below {NEAR:g}× random or halfway to 1"
 
 # An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
 # numbers are printed.

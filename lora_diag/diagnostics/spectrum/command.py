@@ -97,6 +97,6 @@ def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], show
 def _next(output: Path | str | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
-        return f"{again('-o', 'results.jsonl')}   (keeps these numbers)"
+        return f"{again('-o', 'results.jsonl')}   (saves these results)"
     words = ["loradiag", "inspect", str(output), "--per", "layer"]
     return f"{shlex.join(words)}   (this table layer by layer, without measuring again)"

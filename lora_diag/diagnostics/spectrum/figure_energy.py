@@ -57,7 +57,7 @@ def energy(
         draw_series(axes, (Series("", records),), SHARE, ranks, per, look)
         _scale(axes)
         of = changes_of(records)
-        axes.set(xlabel="rank r", ylabel=f"energy share C(r){'' if of == 'ΔW' else f' of {of}'}")
+        axes.set(xlabel="rank r", ylabel=f"energy fraction C(r){'' if of == 'ΔW' else f' of {of}'}")
     return axes
 
 

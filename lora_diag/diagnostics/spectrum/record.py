@@ -230,7 +230,7 @@ class Spectrum(LayerRecord):
                 f"C({rank})",
                 f"share of the energy Σσ² in the {rank} largest singular values: the most a rank-{rank} update could "
                 f"carry{of}",
-                axis=f"energy share C({rank})",
+                axis=f"energy fraction C({rank})",
                 share=True,
                 main=rank in usual,
                 drop=int(rank > ranks[0]) + int(rank not in usual),

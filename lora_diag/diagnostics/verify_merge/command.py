@@ -53,5 +53,5 @@ def _next(output: Path | str | None, per: options.Per, correct: bool) -> str:
         words = ["loradiag", "inspect", str(output), "--per", "layer"]
         return f"{shlex.join(words)}   (layer by layer, without reading the weights again)"
     layers = per is options.Per.type and not correct
-    more, why = (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "keeps these numbers")
+    more, why = (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "saves these results")
     return f"{again(*more)}   ({why})"

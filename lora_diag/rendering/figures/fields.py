@@ -11,7 +11,7 @@ from lora_diag.records.base import Record
 from lora_diag.records.shown import value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metrics_of
 
-# Fields of spectra whose name says nothing of whose they are.
+# Fields of spectra whose title needs the changed quantity.
 _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
@@ -39,14 +39,14 @@ def title_in(field: str, records: Iterable[LayerRecord]) -> str:
 
 
 def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
-    """Return what a field of a kind of record is called on an axis: as declared there, else its own name.
+    """Return the axis title of a field of a kind of record: the declared title, else the field name.
 
     >>> title_of("energy.8"), title_of("rank_at.0.9"), title_of("tail.8.fro"), title_of("other")
-    ('energy share C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
+    ('energy fraction C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
     """
     head, _, rest = field.partition(".")
     if head == "energy" and rest.isdigit():
-        return f"energy share C({rest})"
+        return f"energy fraction C({rest})"
     if head == "rank_at" and rest:
         return f"rank at {_percent(rest)} of the energy"
     if head == "additive" and rest:

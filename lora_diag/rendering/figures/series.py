@@ -14,7 +14,7 @@ from lora_diag.rendering.figures.style import name_of
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
 
-# Kinds of records of a whole run that no figure is made of.
+# Kinds of records of a whole run that have no figure.
 _NOT_DRAWN = {"certificate", "verdict"}
 
 
@@ -151,4 +151,4 @@ def rank_absent(known: Collection[int], options: Options) -> str | None:
     """Return why records cannot be drawn at the requested rank: it was not measured."""
     if options.rank is None or options.rank in known:
         return None
-    return f"rank {options.rank} was not measured; there are {', '.join(map(str, sorted(known)))}"
+    return f"rank {options.rank} was not measured; use one of {', '.join(map(str, sorted(known)))}"

@@ -1,4 +1,4 @@
-// The charts: traces and layouts for Plotly, of what stands in the records.
+// The charts: Plotly traces and layouts of the values in the records.
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const narrow = () => window.innerWidth < 640;
@@ -22,7 +22,7 @@ function draw(id, traces, more, says) {
 
 const color = (place) => css("--series").split(" ")[place % MOST];
 
-// Whether the reader moves in the heat map by keys.
+// Whether the heat map is navigated by keyboard.
 const onKeys = () => $("heat").matches(":focus-visible");
 
 function drawHeat() {
@@ -33,7 +33,7 @@ function drawHeat() {
     if (!layers.length) return "";
     const many = layers.length > 1 ? `median of ${layers.length} matrices, ` : "";
     return `${layers.length > 1 ? plain(label(layers[0])) + " …" : plain(short(layers[0]))}<br>${many}` +
-      `${plain(heading(field))} = ${show(value(layers)) || "not known"}`;
+      `${plain(heading(field))} = ${show(value(layers)) || "not computed"}`;
   };
   const shown = rowsOf(field);
   const width = narrow() ? 14 : 30;
@@ -107,10 +107,10 @@ function drawResiduals() {
       { ...group, type: "bar", name: plain(crop(field.group, 30)), y: state.layers.map((layer) => field.values[layer]),
         marker: { color: state.layers.map((_, i) => color(i)), pattern: { shape: PATTERNS[place % PATTERNS.length], size: 6 } },
         hovertemplate: "ε = %{y:.4g}" },
-      ...(floor ? [{ ...group, type: "bar", name: "floor of its rank", showlegend: false, base: state.layers.map((layer) =>
+      ...(floor ? [{ ...group, type: "bar", name: "lower bound at its rank", showlegend: false, base: state.layers.map((layer) =>
         floor.values[layer]), y: state.layers.map((layer) => (floor.values[layer] === null ? null : 0.012)),
         marker: { color: css("--text") }, customdata: state.layers.map((layer) => floor.values[layer]),
-        hovertemplate: "floor = %{customdata:.4g}" }] : []),
+        hovertemplate: "lower bound = %{customdata:.4g}" }] : []),
     ];
   });
   draw("residual", traces, { barmode: "group", yaxis: { title: { text: "ε" }, rangemode: "tozero" }, xaxis: { showgrid: false } },
@@ -129,7 +129,7 @@ function drawOverlaps() {
       { ...line(4, "tangent, random subspace", "dot", 1, false), mode: "lines" },
       { ...line(2, "κ, random subspace", "dot", 1, false), mode: "lines" }];
   }));
-  draw("overlap", traces, { xaxis: { title: { text: "step" } }, yaxis: { title: { text: "share of ‖G‖" }, rangemode: "tozero" } },
+  draw("overlap", traces, { xaxis: { title: { text: "step" } }, yaxis: { title: { text: "fraction of ‖G‖" }, rangemode: "tozero" } },
     `Gradient overlap of ${state.layers.map(short).join(", ")}`);
 }
 

@@ -1,6 +1,6 @@
-// The page's script. It shows what stands in the element "data" (written by reports/html.py, _data) and computes nothing
-// but medians over the matrices of one cell. Layers are numbers, places in data.layers. Names are text, never markup: they
-// go through textContent, or through plain() where Plotly would read them as markup.
+// The page's script. It shows the values in the element "data" (written by reports/html.py, _data) and computes only the
+// medians over the matrices of a cell. Layers are indices into data.layers. Names are text, never markup: they go through
+// textContent, or through plain() where Plotly would interpret markup.
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
@@ -9,7 +9,7 @@ const MOST = 8, PAGE = 100, DASHES = ["solid", "dash", "dot", "dashdot"], PATTER
 const numeric = data.fields.filter((field) => field.number);
 const preferred = numeric.find((field) => field.share && field.main) || numeric.find((field) => field.main) || numeric[0];
 
-// ---- words and numbers
+// ---- text and numbers
 
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const short = (layer) => data.layers[layer].replace(/\.weight$/, "");
@@ -41,14 +41,14 @@ const known = (layers, field) =>
 const rowsOf = (field) =>
   data.types.map((_, type) => type).filter((type) => cells[type].some((layers) => known(layers, field).length));
 const middle = (sorted) => sorted[Math.floor((sorted.length - 1) / 2)];
-// Of a cell of many matrices (experts): the lowest, the median and the highest.
+// The lowest, median and highest value of a cell with several matrices (experts).
 const representatives = (layers, field) => {
   const sorted = known(layers, field);
   if (layers.length <= 3 || !sorted.length) return layers.slice(0, 3);
   return [...new Set([sorted[0], middle(sorted), sorted[sorted.length - 1]])];
 };
 
-// ---- state, and its place in the address
+// ---- state, stored in the address
 
 const state = { metric: data.metrics[0]?.id, field: preferred && preferred.id, layers: [], chosen: false, sort: "", down: false, filter: "", all: false,
   page: 0, at: [0, 0] };

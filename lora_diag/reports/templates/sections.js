@@ -1,8 +1,8 @@
-// The tables of sections: a heading sorts by its column, then the other way round, then as it was written.
+// The tables of sections: a heading sorts ascending, then descending, then in the original order.
 
 const UNITS = { k: 1e3, M: 1e6, B: 1e9, T: 1e12 };
 
-// The number that a cell begins with: of "+0.0123 ±0.002", "45%", "1.05 M", "<0.1%" and "> 64"; null where there is none.
+// The leading number of a cell such as "+0.0123 ±0.002", "45%", "1.05 M", "<0.1%" and "> 64"; null without one.
 function numberOf(text) {
   const found = text.match(/^([<>])?\s*([+-]?[\d.]+(?:e[+-]?\d+)?)(?: ([kMBT])(?![a-z]))?/);
   const value = found ? Number(found[2]) * (UNITS[found[3]] || 1) : NaN;
@@ -14,7 +14,7 @@ function sortable(table) {
   const body = table.tBodies[0], written = [...body.rows], heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, place) => {
     const text = (row) => row.cells[place].textContent.trim();
-    // Names are words; of a column of numbers a word ("diverged", "-") comes last.
+    // Names sort as text; in a numeric column, words ("diverged", "-") come last.
     const value = place === 0 ? text : (row) => numberOf(text(row));
     const numeric = place > 0 && written.some((row) => value(row) !== null);
     const compare = (a, b) => {

@@ -1,4 +1,4 @@
-// What the reader does, and the start.
+// Event handlers, and initialization.
 
 function drawAll() {
   $("field").value = state.field;
@@ -67,10 +67,10 @@ function listen() {
     }
   });
   $("heat").addEventListener("keydown", onKey);
-  // Not on the focus that a click brings: drawing between press and release would lose the click.
+  // Not on focus from a click: drawing between press and release would lose the click.
   $("heat").addEventListener("focus", () => { if (onKeys()) { say(); if (window.Plotly) drawHeat(); } });
   $("heat").addEventListener("blur", () => { if (window.Plotly) drawHeat(); });
-  // A link to a part of the page has been followed by now; the address goes back to what is shown.
+  // The browser has followed a link to a part of the page; restore the state in the address.
   window.addEventListener("hashchange", () => {
     if (document.getElementById(location.hash.slice(1))) return writeAddress();
     readAddress();
@@ -80,8 +80,8 @@ function listen() {
   matchMedia("print").addEventListener("change", drawAll);
 }
 
-// Plotly forgets what is under the mouse, and with it the click, where a hover that it has put off comes between press and
-// release, as on a busy machine. So what was under it at the press is remembered here.
+// Plotly loses a click if a deferred hover event arrives between press and release, as on a busy machine. Therefore the
+// cell under the mouse at the press is stored here.
 function listenToHeat() {
   let under = null, pressed = false;
   $("heat").on("plotly_hover", (event) => { under = [event.points[0].y, event.points[0].x]; });
@@ -114,5 +114,5 @@ loadPlotly().then(() => {
   listenToHeat();
   document.documentElement.dataset.ready = "1";
 }).catch(() => {
-  $("chosen").replaceChildren(element("p", "The charts need a browser of 2023 or later; the figures and the table stand without them."));
+  $("chosen").replaceChildren(element("p", "The charts need a browser from 2023 or later; the figures and the table work without them."));
 });

@@ -1,4 +1,4 @@
-// The table of layers: filtered, sorted, a page at a time; and the list of chosen layers.
+// The table of layers: filter, sort order and pages; and the list of chosen layers.
 
 function shownLayers() {
   const layers = data.layers.map((_, layer) => layer).filter(filtering(state.filter));
@@ -9,12 +9,12 @@ function shownLayers() {
   const compare = (a, b) => (typeof a === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
   return layers.sort((a, b) => {
     const [x, y] = [value(a), value(b)];
-    if (x === null || y === null) return (x === null) - (y === null) || a - b;  // what is not known comes last
+    if (x === null || y === null) return (x === null) - (y === null) || a - b;  // missing values come last
     return sign * compare(x, y) || a - b;
   });
 }
 
-// "C(8) < 0.5" compares a column; anything else is part of a name.
+// "C(8) < 0.5" compares a column; other text matches a part of the name.
 function filtering(text) {
   const asked = text.match(/^\s*(.+?)\s*(<=|>=|<|>|=)\s*(.+?)\s*$/);
   const field = asked && data.fields.find((field) => [field.title, heading(field), field.id].includes(asked[1]));

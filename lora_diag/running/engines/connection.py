@@ -19,16 +19,16 @@ from typing import Any
 
 from lora_diag.errors import InputError, UsageError
 
-# How often a batch is tried again on another worker before its layers are tried one by one, and then given up.
+# Retries of a batch on other workers before its layers are retried one by one and then abandoned.
 RETRIES = 3
-# Of a Ray of this machine's own. Records are small: this is the least that Ray takes, and a container's /dev/shm is
+# Bytes of the object store of a local Ray. Records are small: this is Ray's minimum, and a container's /dev/shm is
 # often not larger.
 STORE_BYTES = 80 * 2**20
-# Seconds in which somebody has to answer at an address.
+# Seconds to wait for an answer at an address.
 ANSWER = 10.0
 
-# Set before Ray is imported. The last: a task of a matrix that does not fit into memory is killed and, by itself, tried
-# again for ever.
+# Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into memory and retries
+# it for ever.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -57,12 +57,12 @@ class Ray:
         """
         gpus = self.gpus_per_task
         if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
-            raise UsageError(f"--gpus-per-task {gpus:g}: must be a share such as 0.5, or a whole number of GPUs")
+            raise UsageError(f"--gpus-per-task {gpus:g}: must be a fraction below 1, such as 0.5, or a whole number")
         named, address = self.named()
         if address and "://" in address:
             raise UsageError(
-                f"{named}: loradiag runs on a node of the cluster and takes its address as HOST:PORT, such as "
-                "10.0.0.1:6379, or auto; from outside, send the command with ray job submit"
+                f"{named}: unsupported form of address; run loradiag on a node of the cluster with HOST:PORT, such "
+                "as 10.0.0.1:6379, or auto; from outside, submit it with ray job submit"
             )
         import_ray()
 
@@ -103,7 +103,8 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
     own_token = ""
     if address in {None, "local"}:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-            os.environ["RAY_AUTH_TOKEN"] = own_token = secrets.token_hex(32)  # else Ray leaves one in the home folder
+            # Otherwise Ray leaves a file in the home folder.
+            os.environ["RAY_AUTH_TOKEN"] = own_token = secrets.token_hex(32)
         where = {"address": "local", "num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     else:
         where = {"address": address}
@@ -114,8 +115,8 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
     try:
         with _hushed(), _interruptible():
             ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:  # Ray raises many kinds
-        told = named if address else "--engine ray: no Ray could be started here"
+    except Exception as error:  # Ray raises many types
+        told = named if address else "--engine ray: a local Ray could not be started"
         raise InputError(f"{told}: {_reason(ray, error)}") from error
     try:
         yield
@@ -131,7 +132,7 @@ def _hushed() -> Iterator[None]:
     """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are raised anyway."""
     try:
         kept = os.dup(2)
-    except OSError:  # there is none
+    except OSError:  # standard error has no file descriptor
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -172,8 +173,8 @@ def _reason(ray: Any, error: BaseException) -> str:
     while deepest is not None:
         if isinstance(deepest, ray.exceptions.AuthenticationError) or "AuthToken" in str(deepest):
             return (
-                "it asks for a token: export RAY_AUTH_MODE=token here, and copy ~/.ray/auth_token of its head to this "
-                "machine"
+                "it requires a token: export RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from the head node to "
+                "this machine"
             )
         deepest = deepest.__cause__ or deepest.__context__
     return str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -190,11 +191,11 @@ def _check_answers(named: str, address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{named}: give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
+        raise UsageError(f"{named}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
     except OSError as error:
         raise InputError(
-            f"{named}: no Ray cluster answers there: {error.strerror or error}; start its head with "
-            f"ray start --head --port {port}"
+            f"{named}: no Ray cluster answers: {error.strerror or error}; start its head with ray start --head "
+            f"--port {port}"
         ) from error

@@ -15,15 +15,15 @@ from lora_diag.errors import UsageError
 Task = TypeVar("Task")
 Record = TypeVar("Record")
 
-# What all layers at hand may take together, besides three float32 copies of the largest: with the program itself
-# (0.35 GiB, nearly all of it torch) that stays under 1 GiB and four copies.
+# Memory of all concurrent layers, besides three float32 copies of the largest: with the program itself (0.35 GiB,
+# nearly all of it torch) the total stays under 1 GiB and four copies.
 FLOOR_BYTES = 640 * 2**20
 
-# What the program itself takes, nearly all of it torch: 256 MiB when it has been imported, 270 once LAPACK ran, and up
-# to 40 more that freed blocks leave behind in every layer's thread (docs/guides/memory.md).
+# Memory of the program itself, nearly all of it torch: 256 MiB after import, 270 after LAPACK ran, and up to 40 more of
+# freed blocks in the threads of layers (docs/guides/memory.md).
 PROGRAM_BYTES = 352 * 2**20
 
-# The least that is worth planning with besides: reading two blocks and a matrix of 1024².
+# Smallest useful budget besides the program: two blocks and a matrix of 1024².
 LEAST_BYTES = 128 * 2**20
 
 
@@ -92,7 +92,7 @@ def layout_for(
     budget = memory - PROGRAM_BYTES
     if budget < LEAST_BYTES * (workers or 1):
         least = math.ceil((PROGRAM_BYTES + LEAST_BYTES * (workers or 1)) / 1e6)
-        program = f"the program alone takes {PROGRAM_BYTES / 1e6:.0f} MB"
+        program = f"the program itself takes {PROGRAM_BYTES / 1e6:.0f} MB"
         raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {least}MB or more")
     return Layout(cores, budget, workers, limited=True, torch=torch)
 
@@ -129,7 +129,7 @@ def run_local(
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     before = _torch_threads() if layout.torch else 0
-    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a name that cli/app.py knows
+    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a thread name that cli/app.py recognizes
     patient = True
     try:
         for task in tasks:
@@ -145,7 +145,7 @@ def run_local(
         while pending:
             yield pending.popleft().result()
     except (KeyboardInterrupt, GeneratorExit):
-        patient = False  # a large matrix may take minutes more, and nobody wants it any longer
+        patient = False  # a large matrix may take minutes more, and its result is not needed
         raise
     finally:
         pool.shutdown(wait=patient, cancel_futures=True)

@@ -26,10 +26,10 @@ from lora_diag.version import __version__
 Task = TypeVar("Task", bound=Sized)
 Record = TypeVar("Record")
 
-# Seconds: between two looks at the cluster; without a node that could go on.
+# Seconds between two looks at the cluster; seconds without a suitable node before the run stops.
 LOOK, PATIENCE = 2.0, 60.0
 
-# How Ray begins to tell that a worker does not have what it is to run; it has no type for that.
+# Start of Ray's message when a worker cannot import the function; Ray has no exception type for it.
 NO_IMPORT = "The remote function failed to import on the worker"
 
 
@@ -82,7 +82,7 @@ class _Cluster:
         self._nodes = self._fitting(1)
         while not self._nodes:
             self._wait_for_a_node(1)
-        # A matrix may ask for all of a node. What is asked does not change when nodes come and go: nor do the bytes.
+        # A matrix may request a whole node. Requests are independent of nodes that join or leave, and so are the bytes.
         self.largest = int(max(node["CPU"] for node in self._nodes))
 
     def _fitting(self, cores: int) -> list[dict[str, float]]:
@@ -94,8 +94,8 @@ class _Cluster:
         if time.monotonic() - self._last_seen > PATIENCE:
             wanted = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
             raise InputError(
-                f"--engine ray: for {PATIENCE:g} s no node of the cluster had {wanted}, as a layer needs; start one "
-                "that has; with -o, --resume goes on from here"
+                f"--engine ray: no node had {wanted}, which a layer needs, for {PATIENCE:g} s; add such a node; a "
+                "run with -o continues with --resume"
             )
         time.sleep(LOOK)
         self._nodes = self._fitting(cores)
@@ -173,10 +173,10 @@ class _Run:
             said = str(error.cause).strip().splitlines()
             if said and said[0].startswith(NO_IMPORT):
                 raise InputError(
-                    f"--engine ray: a worker cannot import loradiag: {said[-1]}; install the same loradiag on "
-                    "every node: pip install 'loradiag[ray]'"
+                    f"--engine ray: a worker cannot import loradiag: {said[-1]}; install the same version on every "
+                    "node: pip install 'loradiag[ray]'"
                 ) from error
-            raise error.cause from error  # a bug: its traceback is shown
+            raise error.cause from error  # a bug: show its traceback
         except self._ray.exceptions.RayError:
             return None
         return outcomes
@@ -185,14 +185,14 @@ class _Run:
         """Return the error for a layer whose workers all died."""
         died = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(
-            f"{self._tasks[batch.start].layer}: {died} measured it, perhaps for want of memory; give it a node with "
-            "more, or leave it out with --exclude; with -o, --resume goes on from here"
+            f"{self._tasks[batch.start].layer}: {died} measured it, possibly for lack of memory; add a node with "
+            "more, or exclude the layer with --exclude; a run with -o continues with --resume"
         )
 
     def stop(self) -> None:
         """Cancel the running tasks."""
         for ticket in self._under_way:
-            with suppress(Exception):  # that the cluster is gone is what we came for
+            with suppress(Exception):  # a lost cluster needs no cancelling
                 self._ray.cancel(ticket, force=True)
 
 
@@ -203,8 +203,8 @@ def _job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
     class Pickler(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
         def persistent_id(self, item: Any) -> None:
             """Collect the files that are referenced; pickling is unchanged."""
-            if isinstance(item, FORMATS) and isinstance(item.path, Path):  # not an address, which is one everywhere
-                with suppress(OSError):  # gone since it was opened: reading it will say so
+            if isinstance(item, FORMATS) and isinstance(item.path, Path):  # an address is the same on every node
+                with suppress(OSError):  # deleted since it was opened; reading it will report that
                     files[str(item.path)] = item.path.stat().st_size
 
     parcel = io.BytesIO()

@@ -38,7 +38,7 @@ class Job:
 
 Work = tuple[Callable[[Any], Any], Sequence[Any]]
 
-# The job at hand, so that only the first batch on a worker has to open it.
+# The current job, unpickled once per worker.
 _at_hand: tuple[str, Work] | None = None
 
 
@@ -58,7 +58,7 @@ def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, thre
         import torch
 
         torch.set_num_threads(threads)
-        outcomes.extend(map(measure, tasks[start:stop]))  # keeps those before an error
+        outcomes.extend(map(measure, tasks[start:stop]))  # keep the outcomes before an error
     except LoradiagError as error:
         outcomes.append(error)
     return outcomes
@@ -79,21 +79,24 @@ def open_job(job: Job) -> Work:
     """
     where = f"the worker on {platform.node()}"
     if job.version != __version__:
-        raise InputError(f"{where} has loradiag {__version__}, this is {job.version}; install one version everywhere")
-    with suppress(OSError):  # where there is no such folder, paths that start at / may still be right
+        raise InputError(
+            f"{where} has loradiag {__version__}, but the run was started with {job.version}; install the same version "
+            "everywhere"
+        )
+    with suppress(OSError):  # if the folder does not exist here, absolute paths may still be valid
         os.chdir(job.folder)
     for file, size in job.files:
         try:
             found = Path(file).stat().st_size
         except OSError as error:
             raise InputError(
-                f"{file}: {where} cannot see it: {error.strerror}; inputs must be on storage that all nodes share, "
+                f"{file}: not visible to {where}: {error.strerror}; put inputs on storage that all nodes share, "
                 "under the same path"
             ) from error
         if found != size:
             raise InputError(
-                f"{file}: {where} sees another file there, of {found:,} bytes instead of {size:,}; inputs must be on "
-                "storage that all nodes share, or be the same everywhere"
+                f"{file}: has {found:,} bytes on {where} instead of {size:,}; put inputs on storage that all nodes "
+                "share, or copy the same file to every node"
             )
     from ray import cloudpickle
 

@@ -176,5 +176,5 @@ def test_edited_file_is_refused_by_its_hash(loradiag, tmp_path):
     (tmp_path / "s.jsonl").write_text(content.replace('"method":"factored"', '"method":"gram"', 1))
     ran = loradiag("gate", "--policy", "adapter-basic", "s.jsonl")
     assert (ran.code, ran.out) == (3, "")
-    assert "s.jsonl: does not have the SHA-256 in its last line" in ran.err
+    assert "s.jsonl: does not match the SHA-256 in its last line" in ran.err
     assert json.loads(content.splitlines()[-1])["sha256"]

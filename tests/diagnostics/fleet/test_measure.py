@@ -178,5 +178,5 @@ def test_run_does_not_go_on_with_adapter_that_changed(tmp_path, verify):
     output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
     shutil.rmtree(tmp_path / "a")
     lora(tmp_path / "a", {LAYERS[0]: factors(rng, r=4 if verify else 5)})
-    with pytest.raises(UsageError, match=r"the input .*a changed since this run was begun"):
+    with pytest.raises(UsageError, match=r"the input .*a changed since this run began"):
         lora_diag.fleet([tmp_path / "*"], output=output, resume=True, verify=verify)

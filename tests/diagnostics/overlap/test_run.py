@@ -144,7 +144,7 @@ def test_run_is_not_resumed_with_other_gradients(model, tmp_path):
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:5]))
     without(grads / "0.safetensors", **{"lm_head.weight": torch.ones(20, 12)})
-    with pytest.raises(UsageError, match="changed since this run was begun"):
+    with pytest.raises(UsageError, match="changed since this run began"):
         lora_diag.overlap(base, tuned, [grads], output=output, resume=True, ranks=[2])
 
 
@@ -237,7 +237,9 @@ def test_gradients_and_checkpoints_in_swapped_places_are_noticed(model, tmp_path
     (tuned / "config.json").write_text('{"model_type": "llama"}')
     named = tuned.rename(tmp_path / "checkpoint-40")
     found = lora_diag.overlap(base, named, [named], ranks=[2])
-    assert found.run.inputs[2].notes == ("step 40 lies beside a config.json: are these gradients, or a checkpoint?",)
+    assert found.run.inputs[2].notes == (
+        "step 40 is next to a config.json; check that these are gradients, not a checkpoint",
+    )
 
 
 def test_run_record_names_steps_and_gradients(model, tmp_path):

@@ -221,8 +221,8 @@ def test_data_metric(tmp_path, in_out):
         (np.diag([1.0, -1.0] + [1.0] * 10), "negative eigenvalues"),
         (np.triu(np.ones((12, 12))), "not symmetric"),
         (np.full((12, 12), np.nan), "holds nan at [0, 0]"),
-        (np.ones((12, 11)), "a square matrix"),
-        (np.eye(5), "belongs to a weight that is compared"),
+        (np.ones((12, 11)), "not a square"),
+        (np.eye(5), "no second moment for a compared weight"),
     ],
 )
 def test_second_moments_that_are_none(model, tmp_path, matrix, words):

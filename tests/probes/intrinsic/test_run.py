@@ -364,7 +364,7 @@ def test_invalid_options_are_refused(base, texts, tmp_path, change, message):
 
 
 def test_evaluating_what_was_trained_on_is_refused(base, texts):
-    with pytest.raises(UsageError, match="is the text that is trained on"):
+    with pytest.raises(UsageError, match="is the training text"):
         lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[0]])
 
 

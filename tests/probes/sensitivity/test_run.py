@@ -303,7 +303,7 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
         ({"seeds": 0}, UsageError, "--repeats 0"),
         ({"seed": -1}, UsageError, "--seed -1"),
         ({"rates": ()}, UsageError, "--lr"),
-        ({"per": "head"}, UsageError, "--granularity head: is none of its values; use layer, block, type"),
+        ({"per": "head"}, UsageError, "--granularity head: unknown value; use layer, block, type"),
         ({"layers": "nobody"}, NothingComparedError, "no linear layer is selected"),
     ],
     ids=str,
@@ -313,5 +313,5 @@ def test_invalid_options_are_refused(case, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         lora_diag.probe_sensitivity(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)
     assert not (tmp_path / "s.jsonl").exists()
-    with pytest.raises(UsageError, match="is the text that is trained on"):
+    with pytest.raises(UsageError, match="is the training text"):
         lora_diag.probe_sensitivity(base, data=train, evaluate=[train])

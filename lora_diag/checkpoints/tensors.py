@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from lora_diag.checkpoints.remote import RemotePath
 
@@ -78,7 +78,6 @@ class SteppedFile(Protocol):
         ...
 
 
-@runtime_checkable
 class ArrayFile(Protocol):
     """A file whose tensors can be read without torch."""
 
@@ -93,6 +92,11 @@ class ArrayFile(Protocol):
     def read_bytes(self, name: str, most: int | None = None) -> bytes:
         """Return the first bytes of a tensor, or all."""
         ...
+
+
+def is_array_file(file: object) -> TypeGuard[ArrayFile]:
+    """Return whether a file is an ``ArrayFile``; a hundred times faster than ``isinstance`` of a protocol."""
+    return hasattr(file, "read_array")
 
 
 @dataclass(frozen=True)
@@ -149,14 +153,14 @@ class Checkpoint:
 
     def _is_zero(self, name: str) -> bool:
         file = self._home[name]
-        if isinstance(file, ArrayFile) and file.read_bytes(name, FIRST_BYTES).strip(ZERO):
+        if is_array_file(file) and file.read_bytes(name, FIRST_BYTES).strip(ZERO):
             return False
         return not file.read_bytes(name).strip(ZERO)
 
     def decodes(self, name: str) -> bool:
         """Return whether ``read_array`` can read a tensor: its file and format need no torch."""
         file = self._home[name]
-        return isinstance(file, ArrayFile) and file.decodes(name)
+        return is_array_file(file) and file.decodes(name)
 
     def read_array(self, name: str) -> NDArray[np.float64]:
         """Return a whole tensor for which ``decodes`` is true, in its shape and in float64.
@@ -165,7 +169,7 @@ class Checkpoint:
             InputError: The file ended early or could not be read.
         """
         file = self._home[name]
-        assert isinstance(file, ArrayFile)
+        assert is_array_file(file)
         return file.read_array(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:

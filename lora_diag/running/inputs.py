@@ -95,6 +95,21 @@ def compare(
     return Comparison(inputs, replace(pairing, unpaired=unpaired))
 
 
+def adapter_deltas(
+    path: Path, base: Checkpoint | None, layers: str | None, exclude: str | None, given: Given
+) -> tuple[str, tuple[Delta, ...]]:
+    """Open an adapter and return its kind and its ΔW, without reading a weight or describing the files.
+
+    Raises:
+        InputError: It cannot be read, does not fit BASE, or two weights have one name.
+        NothingComparedError: Nothing is selected.
+    """
+    adapter = open_adapter(locate(path), given)
+    deltas = adapter.pair(base, layers, exclude)[0].deltas
+    _refuse_clashes(deltas)
+    return legible(adapter.kind), deltas
+
+
 def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
     """Refuse two weights with one name: a stack ``w`` holds ``w[0]``, which may also be the name of a tensor.
 

@@ -4,6 +4,19 @@ What ``linalg`` does with torch, for the one input that needs neither torch nor 
 a small rank. Importing torch takes ten times as long as measuring an adapter.
 """
 
+from lora_diag.thin.sketch import BOTH, COLUMNS, LENGTH, ROWS, fold, join, mixed, sketch
 from lora_diag.thin.values import MAX_RANK, ThinValues, thin_values
 
-__all__ = ["MAX_RANK", "ThinValues", "thin_values"]
+__all__ = [
+    "BOTH",
+    "COLUMNS",
+    "LENGTH",
+    "MAX_RANK",
+    "ROWS",
+    "ThinValues",
+    "fold",
+    "join",
+    "mixed",
+    "sketch",
+    "thin_values",
+]

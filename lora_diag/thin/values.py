@@ -44,11 +44,14 @@ class ThinValues:
         s: All min(m, n, r) that can be nonzero, descending.
         energy_error: Bound on |Ĉ(k) − C(k)| for every k.
         fro: ‖B·A‖_F.
+        mix: W with B·W the left singular vectors, ``(r, len(s))``, where σ > 0; None if not requested. Accurate for
+            values that are not far below σ_1.
     """
 
     s: NDArray[np.float64]
     energy_error: float
     fro: float
+    mix: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,16 @@ class Triangle:
     backward: float
 
 
-def thin_values(b: NDArray[np.float64], a: NDArray[np.float64], factor: float = 1.0) -> ThinValues | None:
+def thin_values(
+    b: NDArray[np.float64], a: NDArray[np.float64], factor: float = 1.0, vectors: bool = False
+) -> ThinValues | None:
     """Compute the singular values of s·B·A.
 
     Args:
         b: B, ``(m, r)``, r ≤ ``MAX_RANK``.
         a: A, ``(r, n)``.
         factor: s.
+        vectors: Whether to compute ``mix``. B·A·v = σu, and A applied to right singular vectors Q_a V is R_aᵀV.
 
     Returns:
         The values; None if an entry or a norm is not finite. With relative errors η_b, η_a and backward errors β_b, β_a
@@ -86,7 +92,12 @@ def thin_values(b: NDArray[np.float64], a: NDArray[np.float64], factor: float = 
     if left is None or right is None:
         return None
     rank = b.shape[1]
-    s = np.asarray(np.linalg.svd(left.r @ right.r.T, compute_uv=False), np.float64)
+    core = left.r @ right.r.T
+    vh = None
+    if vectors:
+        _, s, vh = np.linalg.svd(core, full_matrices=False)
+    else:
+        s = np.asarray(np.linalg.svd(core, compute_uv=False), np.float64)
     energy = float((s**2).sum())
     scale = left.scale * right.scale * abs(factor)
     fro = math.sqrt(energy) * scale
@@ -96,7 +107,11 @@ def thin_values(b: NDArray[np.float64], a: NDArray[np.float64], factor: float = 
     size = float(np.linalg.norm(left.r)) * float(np.linalg.norm(right.r))
     delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * size
     error = 2 * eta + eta**2 + (2 * delta * math.sqrt(len(s) * energy) + len(s) * delta**2) / energy if energy else 0.0
-    return ThinValues(s * scale, min(1.0, error), fro)
+    mix = None
+    if vh is not None:
+        sizes = np.where(s > 0, s, 1.0) * left.scale
+        mix = (right.r.T @ vh.T) / sizes
+    return ThinValues(s * scale, min(1.0, error), fro, mix)
 
 
 def triangle(x: NDArray[np.float64]) -> Triangle | None:

@@ -12,17 +12,16 @@ from typing import Unpack
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import Given
-from lora_diag.checkpoints import as_path
+from lora_diag.checkpoints import as_path, locate, open_checkpoint
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.diagnostics.fleet.measure import fleet as measure
 from lora_diag.diagnostics.fleet.options import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
-from lora_diag.linalg import resolve_device
 from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.fingerprint import content_hash, files_of, legible
-from lora_diag.running.inputs import compare, describe
+from lora_diag.running.inputs import adapter_deltas, compare, describe
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
@@ -88,7 +87,7 @@ class FleetSettings:
         base: Base checkpoint of all adapters.
         layers: Only weights whose name contains a match.
         exclude: No weights whose name contains a match.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
         memory: Unused; adapters have no memory limit.
         given: α of adapters whose files give none.
     """
@@ -130,14 +129,16 @@ def fleet(
         [('sample_checkpoints/lora_r4', 4, 0), ('sample_checkpoints/lora_r16', 16, 0)]
     """
     run = LayerRun(COMMAND, options, FleetOptions)
+    run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
     base = run.options["base"]
     members = [Member(legible(path), Seen.now(path)) for path in expand(adapters)]
     under = Seen.now(as_path(base)) if base is not None else None
+    device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than what a GPU would save
     return run.over(
         members,
         _here if run.options["engine"] is None else _on_a_worker,
         lambda _, settings: SIZE,
-        FleetSettings(under, run.options["layers"], run.options["exclude"], run.where.tasks, given=run.given),
+        FleetSettings(under, run.options["layers"], run.options["exclude"], device, given=run.given),
         lambda _, __, ___: (),
         tuple(
             RunInput(
@@ -164,11 +165,17 @@ def _on_a_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftO
 
 def _here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     path = member.seen.path
+    base = settings.base.path if settings.base is not None else None
     try:
-        base, tuned = (path, None) if settings.base is None else (settings.base.path, path)
-        side = compare(base, tuned, settings.layers, settings.exclude, given=settings.given)
-        matrices = (delta for delta in side.pairing.deltas if delta.is_matrix)
-        return (measure(member.layer, side.inputs[-1].kind, matrices, resolve_device(settings.device)),)
+        if is_adapter(locate(path)):
+            opened = open_checkpoint(base) if base is not None else None
+            kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.given)
+        else:
+            before, after = (path, None) if base is None else (base, path)
+            side = compare(before, after, settings.layers, settings.exclude, given=settings.given)
+            kind, deltas = side.inputs[-1].kind, side.pairing.deltas
+        matrices = (delta for delta in deltas if delta.is_matrix)
+        return (measure(member.layer, kind, matrices, settings.device),)
     except LoradiagError as error:
         detail = str(error).removeprefix(f"{path}: ")
         return (LeftOut(layer=member.layer, shape=(), reason="unreadable", detail=detail),)

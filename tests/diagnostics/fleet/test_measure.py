@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 import lora_diag
+from lora_diag.diagnostics.fleet.dense import measure_dense
+from lora_diag.diagnostics.fleet.layer import measure_thin
 from lora_diag.diagnostics.fleet.run import expand
 from lora_diag.diagnostics.fleet.summary import remarks
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.linalg.sketch import LENGTH, sketch
 from lora_diag.metrics.fleet import alike, norm_outliers
 from lora_diag.running.inputs import compare
 from tests import oracles
@@ -90,48 +90,23 @@ def test_same_column_space_with_another_update_is_told(tmp_path):
     assert words[(0, 2)] == "near"
 
 
-@pytest.mark.parametrize("target", [0.0, 0.6, 0.95, 0.999])
-def test_sketches_estimate_cosines_as_well_as_said(target):
-    """The root mean square of the errors over 40 pairs is near (1 − c²)/√d, and never twice that."""
-    rng = np.random.default_rng(3)
-    errors = []
-    for trial in range(40):
-        x, y = rng.standard_normal((60, 50)), rng.standard_normal((60, 50))
-        x /= np.linalg.norm(x)
-        y -= (x * y).sum() * x
-        y = target * x + math.sqrt(1 - target**2) * y / np.linalg.norm(y)
-        a, b = (sketch(torch.tensor(z), f"layer{trial}") for z in (x, y))
-        errors.append(float(a @ b / a.norm() / b.norm()) - target)
-    # the normals are the same in every trial: 40 independent pairs of directions are what varies
-    assert np.sqrt(np.mean(np.square(errors))) < 2 * (1 - target**2) / math.sqrt(LENGTH)
-
-
-def test_product_and_its_matrix_have_one_sketch():
-    b, a = torch.randn(30, 3), torch.randn(3, 20)
-    assert torch.allclose(sketch((b, a), "x"), sketch(b @ a, "x"), atol=1e-4)
-    assert not torch.allclose(sketch((b, a), "x"), sketch((b, a), "y"))
-
-
-@pytest.mark.parametrize("scale", [2.0**120, 2.0**-100])
-def test_sketch_keeps_norms_beyond_float32_range(scale):
-    b, a = torch.randn(12, 3), torch.randn(3, 20)
-    plain = sketch((b, a), "x") * scale * scale
-    assert torch.equal(sketch((b * scale, a * scale), "x"), plain)
-    assert torch.isfinite(plain).all()
-    assert plain.abs().min() > 0
-
-
-@pytest.mark.parametrize("scale", [2.0**500, 2.0**-100])
-def test_sketch_of_float64_entries_beyond_those_of_float32(scale):
-    matrix = torch.randn(12, 20).double()
-    assert torch.equal(sketch(matrix * scale, "x"), sketch(matrix, "x") * scale)
-
-
-def test_sketches_of_orthogonal_spaces_are_orthogonal():
-    """g and h are independent also where the matrix is square: else every projector would look like every other."""
-    q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]
-    first, second = (sketch((torch.tensor(u), torch.tensor(u.T.copy())), "x") for u in (q[:, :16], q[:, 16:]))
-    assert abs(float(first @ second / first.norm() / second.norm())) < 4 / math.sqrt(LENGTH)
+def test_layer_without_torch_is_that_with_torch(tmp_path):
+    """Also where a factor repeats a column, and where an update is zero: sketches of one fleet are compared."""
+    rng = np.random.default_rng(5)
+    b, a = factors(rng)
+    repeated = b @ np.diag([1, 1, 0, 0]) + b[:, [1, 1, 1, 0]]
+    updates = {"x.weight": (b, a), "y.weight": (repeated, a), "z.weight": (0 * b, a)}
+    lora(tmp_path / "lora", updates)
+    for delta in compare(tmp_path / "lora", None).pairing.deltas:
+        thin, dense = measure_thin(delta), measure_dense("lora", delta, "cpu")
+        assert (thin.layer.rank, thin.layer.rank_99) == (dense.layer.rank, dense.layer.rank_99)
+        assert thin.layer.fro == pytest.approx(dense.layer.fro, rel=1e-9)
+        assert thin.top == pytest.approx(dense.top, rel=1e-9)
+        if delta.layer == "z.weight":
+            assert thin.update is dense.update is None
+            continue
+        assert thin.update == pytest.approx(dense.update, abs=1e-9 * np.linalg.norm(dense.update))
+        assert thin.space == pytest.approx(dense.space, abs=1e-6 * np.linalg.norm(dense.space))
 
 
 def test_norms_stand_out_by_factor_of_two_at_least():

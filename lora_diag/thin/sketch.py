@@ -1,0 +1,93 @@
+"""Short vectors whose inner products estimate those of matrices, to compare thousands without reading any again.
+
+Each entry X_ij is added, with a random sign s(i)t(j), to one of d buckets, (h(i) + k(j)) mod d. Then E⟨sketch X, sketch
+Y⟩ = ⟨X, Y⟩. Of a product B·A the sketch is the sum over columns of circular convolutions of those of B's column and A's
+row, by FFT: a factor is read once, with one addition an entry (TensorSketch: Pham and Pagh 2013, "Fast and scalable
+polynomial kernels via explicit feature maps"). The cosine of two sketches has an error of about (1 − c²)/√d, where c is
+that of the matrices; at rank one up to 2.5 times that (tests/thin/test_sketch.py). A sketch of several layers is the
+sum of theirs, each with its own random signs, so that products of different layers are zero on average.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_diag.thin.values import PRODUCT
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+# Length of a sketch, d: a bucket is one byte of a hash.
+LENGTH = 256
+
+# The two hashes.
+ROWS, COLUMNS, BOTH = "0", "1", "01"
+
+
+def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
+    """Return the sketch of X, ``(LENGTH,)``.
+
+    Args:
+        matrix: X, ``(m, n)``, dense or B and A.
+        name: Name of the layer, which determines its signs.
+    """
+    if isinstance(matrix, tuple):
+        b, a = matrix
+        return join(fold(b, ROWS), fold(a.T, COLUMNS), name)
+    rows = fold(matrix, ROWS)
+    both = fold(rows.T, COLUMNS)  # (buckets of columns, buckets of rows)
+    at = np.arange(LENGTH)
+    return np.asarray(both[(at[:, None] - at) % LENGTH, at].sum(axis=1) * _signs(name))
+
+
+def fold(x: Array, by: str) -> Array:
+    """Return the rows of X ``(m, k)`` added up in the buckets of a hash.
+
+    Args:
+        x: X.
+        by: ``ROWS`` or ``COLUMNS``, the hash of rows or columns of ΔW; ``BOTH`` for the first above the second.
+
+    Returns:
+        ``(LENGTH, k)``, of both hashes ``(2·LENGTH, k)``.
+    """
+    return np.asarray(_buckets(x.shape[0], by) @ x, np.float64)
+
+
+def join(left: Array, right: Array, name: str) -> Array:
+    """Return the sketch of B·A from the folded columns of B, and the folded rows of A as columns."""
+    spectrum = (np.fft.rfft(left, axis=0) * np.fft.rfft(right, axis=0)).sum(axis=1)
+    return np.asarray(np.fft.irfft(spectrum, LENGTH) * _signs(name))
+
+
+def mixed(folded: Array, mix: Array) -> Array:
+    """Return the folded columns of B·W from those of B, on one thread."""
+    block = max(1, (PRODUCT - 1) // mix.size)
+    return np.concatenate([folded[first : first + block] @ mix for first in range(0, len(folded), block)])
+
+
+@lru_cache(maxsize=64)
+def _buckets(dimension: int, by: str) -> Any:
+    """Return hashes as one sparse matrix, ``(LENGTH·len(by), dimension)``."""
+    from scipy.sparse import csr_array
+
+    hashed = [_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
+    buckets = np.concatenate([LENGTH * at + each[:dimension].astype(np.int32) for at, each in enumerate(hashed)])
+    signs = np.concatenate([1.0 - 2.0 * (each[dimension:] & 1) for each in hashed])
+    rows = np.tile(np.arange(dimension), len(by))
+    return csr_array((signs, (buckets, rows)), shape=(LENGTH * len(by), dimension))
+
+
+@lru_cache(maxsize=4096)
+def _signs(name: str) -> Array:
+    return np.asarray(1.0 - 2.0 * (_bytes(name, LENGTH) & 1), np.float64)
+
+
+def _bytes(seed: str, count: int) -> NDArray[np.uint8]:
+    """Return bytes that are equal in every run and with every version of NumPy."""
+    return np.frombuffer(hashlib.shake_256(seed.encode("utf-8", "surrogateescape")).digest(count), np.uint8)

@@ -53,7 +53,7 @@ class Budget:
         """The budget in the unit of ``cost_of``."""
         return math.floor(self.amount / self.bytes_per_param) if self.unit == "bytes" else int(self.amount)
 
-    def told(self, cost: int) -> float:
+    def in_unit(self, cost: int) -> float:
         """Return a cost in the unit of the budget."""
         return cost * self.bytes_per_param if self.unit == "bytes" else float(cost)
 
@@ -244,7 +244,7 @@ def _choose(
 
 def _amount(budget: Budget, cost: int) -> str:
     words = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
-    return f"{budget.told(cost):,.0f} {words[budget.unit]}"
+    return f"{budget.in_unit(cost):,.0f} {words[budget.unit]}"
 
 
 def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
@@ -303,11 +303,11 @@ def _certificate(
         for weight, member in zip(part.weights, part.members, strict=True)
     )
     price = chosen.price / total / budget.bytes_per_param
-    unpaid = 0.0 if budget.unit == "energy" else budget.amount - budget.told(budget.whole)
+    unpaid = 0.0 if budget.unit == "energy" else budget.amount - budget.in_unit(budget.whole)
     return Certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
-        spent=budget.told(fixed + chosen.cost),
+        spent=budget.in_unit(fixed + chosen.cost),
         params=saved + sum(rank * part.cost for part, rank in zip(parts, chosen.ranks.tolist(), strict=True)),
         saved=saved,
         kept=kept,
@@ -333,7 +333,7 @@ def _baseline(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, f
     leads = len(parts) > 1 and 2 * gains[first] > math.fsum(gains) > 0
     return Baseline(
         name=rule.name,
-        spent=budget.told(fixed + rule.cost),
+        spent=budget.in_unit(fixed + rule.cost),
         kept=min(1.0, max(0.0, _energy(parts, rule.ranks)) / total),
         equal=min(1.0, max(0.0, _energy(parts, equal.ranks)) / total),
         epsilon_min=_epsilon_min(parts, rule.ranks),

@@ -160,8 +160,8 @@ def split(
         else:
             candidates.append(record)
     if not candidates:
-        asked = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
-        raise UsageError(f"{asked} no layer that could get an adapter; select layers with --layers")
+        requested = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
+        raise UsageError(f"{requested} no layer that could get an adapter; select layers with --layers")
     return candidates, left_out
 
 

@@ -219,9 +219,9 @@ def _words(
         gap = "the optimum" if one.optimal or one.gap == 0 else f"at most {one.gap:.2%} below the optimum"
         about += f"; {one.params:,} parameters keep {one.kept:.1%} of the energy, {gap}"
     metrics = {one.run.settings.get("metric", "weights") if one.run else "weights" for one in series}
-    told = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
+    text = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
     notes = [
-        f"Energy is Σσ² as measured{f', in {told}' if told else ''}; blocks run from left to right in each module type."
+        f"Energy is Σσ² as measured{f', in {text}' if text else ''}; blocks run from left to right in each module type."
     ]
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     if joined > 1:

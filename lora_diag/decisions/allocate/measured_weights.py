@@ -117,8 +117,8 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
                 f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g}, but {fro:.4g} "
                 "in the spectra; measure both on the same update"
             )
-    lacking = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
-    notes = [f"{len(lacking)} layers were not measured and get no rank: {_listed(lacking)}"] if lacking else []
+    missing = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
+    notes = [f"{len(missing)} layers were not measured and get no rank: {_listed(missing)}"] if missing else []
     first = records[both[0].layer]
     what = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
     described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(both), notes=tuple(notes))
@@ -127,14 +127,14 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
 
 def _notes(found: Weights) -> list[str]:
     """State which layers get weight 0, and which gains are within noise."""
-    lacking = [layer for layer in found.lacking if part_of(layer) == "matrices"]
-    said = [
+    missing = [layer for layer in found.not_adapted if part_of(layer) == "matrices"]
+    lines = [
         (found.negative, "have no gain alone and get weight 0, so no rank"),
-        (lacking, "were not adapted alone and get weight 0, so no rank"),
+        (missing, "were not adapted alone and get weight 0, so no rank"),
         (found.unclear, "gain less than two standard errors, and are used unchanged"),
         (found.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
-    return [f"{len(names)} of them {what}: {_listed(names)}" for names, what in said if names]
+    return [f"{len(names)} of them {what}: {_listed(names)}" for names, what in lines if names]
 
 
 def _listed(names: Sequence[str]) -> str:

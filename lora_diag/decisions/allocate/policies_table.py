@@ -54,9 +54,9 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
     if spread:
         far = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
         worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
-        told = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
+        sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
         head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
-        lines.append(say("disagree", "Disagreement", head, *told))
+        lines.append(say("disagree", "Disagreement", head, *sentences))
     if noisy := [record for record in records if _beyond_signal(record)]:
         needs = (
             f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
@@ -70,8 +70,8 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
         "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
     ]
     lines.append(say("rules", "Rules", *meanings))
-    if lacking := sum(None in record.ranks.values() for record in records):
-        needs = f"- in {lacking} layers: the rule needs all min(out, in) singular values, or more than --top kept"
+    if missing := sum(None in record.ranks.values() for record in records):
+        needs = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
         lines.append(say("not_known", "Unknown", needs))
     return lines
 

@@ -366,9 +366,9 @@ def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Sp
     if unknown := [name for name in table if name not in short and name not in full]:
         raise UsageError(f"{where}: {unknown[0]} is not a layer of these results")
     found = {short.get(name, name): float(value) for name, value in table.items()}
-    if default is None and (lacking := [layer for layer in full if layer not in found]):
+    if default is None and (missing := [layer for layer in full if layer not in found]):
         raise UsageError(
-            f"{where}: {len(lacking)} layers have no weight, such as {min(lacking)}; "
+            f"{where}: {len(missing)} layers have no weight, such as {min(missing)}; "
             'add them, or a weight for all others under "default"'
         )
     return {layer: found.get(layer, default if default is not None else 0.0) for layer in full}

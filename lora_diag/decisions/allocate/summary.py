@@ -86,7 +86,7 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
 
 def _note(results: Results[Allocation]) -> str:
     """State the limits of energy as a criterion."""
-    told = {
+    text = {
         "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from "
         "the sum: compare the held-out loss",
         "data": "energy is the change of the outputs on that text, not the importance for the loss: compare the "
@@ -97,8 +97,8 @@ def _note(results: Results[Allocation]) -> str:
         "energy is the size of the weight change, not the importance for the loss: compare the held-out loss",
     )
     if any(record.cap and not record.rank for record in results):
-        told += "; a layer of rank 0 learns nothing: --min-rank sets a minimum, --relative counts all layers equally"
-    return told
+        text += "; a layer of rank 0 learns nothing: --min-rank sets a minimum, --relative counts all layers equally"
+    return text
 
 
 def _allocated(results: Results[Allocation]) -> list[str]:
@@ -119,31 +119,31 @@ def _allocated(results: Results[Allocation]) -> list[str]:
 
 
 def _budget(results: Results[Allocation], certificate: Certificate) -> str:
-    asked, unit = safe(str(results.run.settings.get("budget", ""))), _UNITS[certificate.unit]
+    requested, unit = safe(str(results.run.settings.get("budget", ""))), _UNITS[certificate.unit]
     if certificate.budget is None:
-        return f"{asked}: takes {certificate.params:,} parameters"
+        return f"{requested}: takes {certificate.params:,} parameters"
     left = certificate.budget - certificate.spent
-    told = f"{asked}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, {left:,.0f} left"
+    text = f"{requested}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, {left:,.0f} left"
     if not certificate.price:
-        told += "; every layer is at its cap, so a larger budget has no effect"
-    return told if certificate.unit == "params" else f"{told}; {certificate.params:,} parameters"
+        text += "; every layer is at its cap, so a larger budget has no effect"
+    return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
 
 
 def _portable(results: Results[Allocation]) -> list[str]:
     """Say what one rank for all is good for, and what programs refuse or drop all the same."""
-    told = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
+    lines = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
     given = {record.layer.removesuffix(".weight") for record in results if record.rank}
     for module in sorted(given):
         owner, _, leaf = module.rpartition(".")
         other = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
         if other is not None and f"{owner}.{other}" not in given:
-            told.append(f"SGLang refuses {short(module)} without {other}: --min-rank gives both a rank")
+            lines.append(f"SGLang refuses {short(module)} without {other}: --min-rank gives both a rank")
             break
     if any(item.reason == "saved" for item in results.left_out):
-        told.append(
+        lines.append(
             "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
         )
-    return told
+    return lines
 
 
 def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
@@ -209,13 +209,13 @@ def _against(baseline: Baseline, allocated: str) -> str:
     size = (
         ", no gain" if gain <= 0 else ", hardly a gain" if gain < _HARDLY else ", a small gain" if gain < _SMALL else ""
     )
-    told = (
+    text = (
         f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} at the "
         f"same cost, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
     )
     if baseline.lead is not None and baseline.lead_gain is not None:
-        told += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
-    return told
+        text += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
+    return text
 
 
 def _price(certificate: Certificate) -> str:
@@ -230,15 +230,15 @@ def _price(certificate: Certificate) -> str:
 
 def _limits(results: Results[Allocation]) -> list[str]:
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
-    told = [f"{number_of} layers end at a cap set {_CAPS[reason]}" for reason, number_of in counts.most_common()]
+    lines = [f"{number_of} layers end at a cap set {_CAPS[reason]}" for reason, number_of in counts.most_common()]
     share = results.run.settings.get("energy")
     if isinstance(share, float):
         short_of = [record for record in results if record.kept is not None and record.kept < share - 1e-6]
         if short_of:
-            told.append(
+            lines.append(
                 f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
             )
-    return told
+    return lines
 
 
 def _left_out(results: Results[Allocation]) -> list[str]:
@@ -248,31 +248,31 @@ def _left_out(results: Results[Allocation]) -> list[str]:
     """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
-    told = [left_out_line(results.left_out)]
+    lines = [left_out_line(results.left_out)]
     chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
     tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
     if outside and results.run.settings.get("metric", "weights") == "weights":
         share = percent(outside / (inside + outside))
         unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
         measured = " among the measured tensors" if unknown else ""
-        told.append(f"{share} of the whole change ‖Δ‖²{measured} is there, outside this adapter")
+        lines.append(f"{share} of the whole change ‖Δ‖²{measured} is there, outside this adapter")
     if tables:
-        told.append(f"select {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
-    return told
+        lines.append(f"select {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
+    return lines
 
 
 def _warnings(results: Results[Allocation]) -> list[str]:
-    told = []
+    lines = []
     if any(record.source == "gradients" for record in results):
-        told.append("these are spectra of gradients: ranks for a first-order step, not for an update")
+        lines.append("these are spectra of gradients: ranks for a first-order step, not for an update")
     if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
-        told.append(
+        lines.append(
             f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy "
             "is not that of the update; measure the adapter or a float32 fine-tune"
         )
     if any("did not finish" in note for side in results.run.inputs for note in side.notes):
-        told.append("the spectrum run did not finish: missing layers have no rank")
-    return told
+        lines.append("the spectrum run did not finish: missing layers have no rank")
+    return lines
 
 
 def _points(share: float) -> str:

@@ -20,7 +20,7 @@ WAYS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RankRule:
     """The requested rule for ranks; exactly one field is set.
 
     Args:
@@ -63,11 +63,13 @@ class Asked:
         return f"--{name} {value}"
 
 
-def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[], Results[Spectrum]]) -> dict[str, Rank]:
+def ranks_for(
+    requested: RankRule, targets: Mapping[str, Target], spectra: Callable[[], Results[Spectrum]]
+) -> dict[str, Rank]:
     """Return the rule for the rank of every layer.
 
     Args:
-        asked: The requested rule.
+        requested: The requested rule.
         targets: PEFT's view of each layer.
         spectra: Measures the spectra of all layers; used for a budget.
 
@@ -75,16 +77,16 @@ def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[],
         InputError: The file of ranks cannot be read, or does not belong to these layers.
         UsageError: The budget is too small.
     """
-    if asked.params is not None:
+    if requested.params is not None:
         measured = spectra()
         reachable = tuple(record.before_rounding() for record in measured if record.layer in targets)
-        budget = Budget("params", asked.params, f"--params {asked.params}")
+        budget = Budget("params", requested.params, f"--params {requested.params}")
         # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
         given = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
-    elif asked.allocation is not None:
-        given = _read(Path(asked.allocation), targets)
+    elif requested.allocation is not None:
+        given = _read(Path(requested.allocation), targets)
     else:
-        return dict.fromkeys(targets, Rank(asked.rank, asked.energy, asked.signal))
+        return dict.fromkeys(targets, Rank(requested.rank, requested.energy, requested.signal))
     return {layer: Rank(given.get(layer, 0)) for layer in targets}
 
 

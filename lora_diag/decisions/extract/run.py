@@ -23,7 +23,7 @@ from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, size
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.options import ExtractOptions
-from lora_diag.decisions.extract.ranks import Asked, ranks_for
+from lora_diag.decisions.extract.ranks import RankRule, ranks_for
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.summary import model_card
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
@@ -107,8 +107,10 @@ def extract(
     activations, kfac, sweep, base_name = (given[n] for n in ("activations", "kfac", "sweep", "base_name"))
     split, dtype, rest, portable = (given[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
     overwrite, form = given["overwrite"], given["format"]
-    asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
-    asked.check()
+    requested = RankRule(
+        rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal
+    )
+    requested.check()
     recover = given["recover"]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
@@ -142,7 +144,7 @@ def extract(
         return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **kept)
 
     try:
-        rules = {} if folder.whole else ranks_for(asked, planned.targets, spectra)
+        rules = {} if folder.whole else ranks_for(requested, planned.targets, spectra)
     except UsageError as error:
         if not folder.spectra.exists():
             raise
@@ -171,7 +173,7 @@ def extract(
         if not folder.whole:
             _write(planned, folder, results, files, name, form)
         named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*named, *asked.words().split(" ", 1), *_options(results.run)]
+        command = [*named, *requested.words().split(" ", 1), *_options(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
@@ -190,7 +192,7 @@ def extract(
             *((moments.described,) if moments is not None else ()),
         ),
         {
-            "ranks": asked.words(),
+            "ranks": requested.words(),
             "split": split,
             "dtype": dtype,
             "rest": rest,

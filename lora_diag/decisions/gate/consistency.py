@@ -52,9 +52,9 @@ def _of_record(record: object) -> Iterator[str]:
 def _totals(results: Results[Any]) -> Iterator[str]:
     if results.end is None or not results.layers:
         return
-    told, found = results.end, totals(results.layers, results.left_out)
+    stated, found = results.end, totals(results.layers, results.left_out)
     for name in ("fro", "base_fro"):
-        before, now = getattr(told, name), getattr(found, name)
+        before, now = getattr(stated, name), getattr(found, name)
         if (before is None) != (now is None) or (before is not None and not _close(before, now)):
             yield f"end: {name} is {_shown(before)}, but {_shown(now)} by the records of the layers"
 

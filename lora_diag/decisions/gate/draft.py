@@ -97,8 +97,8 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
             f"{given}: no value for a limit, since no update is resolved by the files; give results of a checkpoint "
             "that changed"
         )
-    spared = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
-    return "\n".join([_head(given, name, spared), *rules, _tail(sources)])
+    unrecorded = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
+    return "\n".join([_head(given, name, unrecorded), *rules, _tail(sources)])
 
 
 def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
@@ -173,10 +173,10 @@ def _limit(worst: float, field: Field, end: str) -> float | None:
     return limit
 
 
-def _head(given: str, name: str, spared: bool) -> str:
+def _head(given: str, name: str, unrecorded: bool) -> str:
     left_out = (
         'left_out = ["no_activations"] # embeddings and other layers without recorded activations'
-        if spared
+        if unrecorded
         else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record'
     )
     return f"""\

@@ -109,8 +109,8 @@ def checked(source: Source) -> Source:
     """
     results = source.results
     if results.end is not None:
-        told, found = results.end, totals(results.layers, results.left_out)
-        for name, n, of in (("layers", found.layers, told.layers), ("left_out", found.left_out, told.left_out)):
+        stated, found = results.end, totals(results.layers, results.left_out)
+        for name, n, of in (("layers", found.layers, stated.layers), ("left_out", found.left_out, stated.left_out)):
             if n != of:
                 raise InputError(
                     f"{source.path}: has {n} {name}, but its last line says {of}, so it was truncated or edited; "
@@ -153,11 +153,11 @@ def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), 
         group = ", ".join((*prefix, *names))
         mine = by_group.get(values, [])
         found += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in mine]
-        lacking = layers.keys() - {record.layer for record in mine}
+        missing = layers.keys() - {record.layer for record in mine}
         found += [
             Subject(layer, group, key, None, "the file has no record of it", norms[layer])
             for layer in layers
-            if layer in lacking
+            if layer in missing
         ]
         found += [
             Subject(item.layer, group, key, None, f"not measured: {item.detail}", item.fro)

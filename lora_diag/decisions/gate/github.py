@@ -27,9 +27,9 @@ def workflow_commands(results: Results[Any]) -> list[str]:
     errors = [verdict for verdict in found if verdict.blocks]
     warnings = [v for v in found if v.status in {"warned", "inconclusive"} and not v.blocks]
     lines = []
-    for kind, told in (("error", errors), ("warning", warnings)):
+    for kind, verdicts in (("error", errors), ("warning", warnings)):
         rules: dict[str, list[Verdict]] = {}
-        for verdict in told:
+        for verdict in verdicts:
             rules.setdefault(verdict.rule, []).append(verdict)
         lines += [_annotation(kind, of_rule, policy) for of_rule in list(rules.values())[:ANNOTATIONS]]
         if len(rules) > ANNOTATIONS:
@@ -68,7 +68,7 @@ def _property(text: str) -> str:
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     """Return the summary of a step in Markdown, of at most ``room`` bytes; what it has no room for is counted."""
     head = f"## loradiag gate: {cell(headline(results))}\n\n"
-    told = [
+    lines = [
         f"- **{cell(rule)}** {status}: {cell(why(found))}\n"
         for status in ("failed", "inconclusive", "warned", "waived")
         for rule, found in by_rule(results, status)
@@ -78,12 +78,12 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
     left = room - len((head + table + end).encode()) - 20
     kept = []
-    for line in (*told, table, *rows):
+    for line in (*lines, table, *rows):
         left -= len(line.encode())
         if left < 0:
             break
         kept.append(line)
-    cut = len(told) + 1 + len(rows) - len(kept)
+    cut = len(lines) + 1 + len(rows) - len(kept)
     return head + "".join(kept) + (end.format(cut) if cut else "")
 
 

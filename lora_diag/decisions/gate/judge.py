@@ -96,8 +96,8 @@ def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
 
 def _looked_at(sources: Sequence[Source]) -> bool:
     """Say whether built-in checks alone have something to say of the results."""
-    told = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
-    return told or has_updates(sources) or any(source.results.end is None for source in sources)
+    found = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
+    return found or has_updates(sources) or any(source.results.end is None for source in sources)
 
 
 def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:

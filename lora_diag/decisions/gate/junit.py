@@ -57,20 +57,20 @@ def _add(case: Element, found: Sequence[Verdict]) -> None:
     if waived and not any(verdict.status == "passed" for verdict in found):
         SubElement(case, "skipped", message=safe(waived[0].message))
         return
-    spared = [verdict for verdict in found if verdict.status == "not judged"]
-    if len(spared) == len(found):
-        SubElement(case, "skipped", message=safe(spared[0].message))
+    skipped = [verdict for verdict in found if verdict.status == "not judged"]
+    if len(skipped) == len(found):
+        SubElement(case, "skipped", message=safe(skipped[0].message))
         return
-    told = [verdict for verdict in found if verdict.status != "passed"]
-    if told:
-        SubElement(case, "system-out").text = _details(told)
+    lines = [verdict for verdict in found if verdict.status != "passed"]
+    if lines:
+        SubElement(case, "system-out").text = _details(lines)
 
 
 def _message(found: Sequence[Verdict]) -> str:
     first = found[0]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    said = f": {safe(first.message)}" if first.message else ""
-    return f"{place(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{said}"
+    text = f": {safe(first.message)}" if first.message else ""
+    return f"{place(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{text}"
 
 
 def _details(found: Sequence[Verdict]) -> str:

@@ -43,5 +43,5 @@ def _block(results: Results[Any]) -> str:
 
 
 def _weights(given: RunInput) -> str:
-    said = cell(", ".join(given.notes))
-    return f"Measured: {given.role} {cell(given.path)}, fingerprint `{given.fingerprint}`, {said}."
+    text = cell(", ".join(given.notes))
+    return f"Measured: {given.role} {cell(given.path)}, fingerprint `{given.fingerprint}`, {text}."

@@ -184,8 +184,8 @@ def _results(
         inputs.append(RunInput(role=role, path=source.path, kind=kind, tensors=layers, notes=notes, sha256=digest))
     inputs += _measured(sources)
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
-    told = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
-    settings = {"today": day.isoformat(), **({"metric": told} if told else {})}
+    text = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
+    settings = {"today": day.isoformat(), **({"metric": text} if text else {})}
     run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings, made=timestamp())
     # A verdict is about a run, so the file has no layers of its own.
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)

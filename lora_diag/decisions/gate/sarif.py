@@ -25,10 +25,10 @@ def sarif(results: Results[Any]) -> str:
         "version": __version__,
         "rules": [{"id": safe(rule), "shortDescription": {"text": safe(_allowed(found, rule))}} for rule in rules],
     }
-    told = [verdict for verdict in found if verdict.status not in {"passed", "not judged"}]
+    lines = [verdict for verdict in found if verdict.status not in {"passed", "not judged"}]
     run: dict[str, Any] = {
         "tool": {"driver": driver},
-        "results": [_result(verdict, rules.index(verdict.rule), policy) for verdict in told],
+        "results": [_result(verdict, rules.index(verdict.rule), policy) for verdict in lines],
     }
     if weights := weights_of(results):
         run["artifacts"] = [
@@ -47,8 +47,8 @@ def _allowed(found: list[Verdict], rule: str) -> str:
 
 
 def _result(verdict: Verdict, index: int, policy: str | None) -> dict[str, Any]:
-    said = f" {verdict.message}" if verdict.message else ""
-    text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{said}"
+    sentence = f" {verdict.message}" if verdict.message else ""
+    text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{sentence}"
     location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": safe(verdict.layer or "all layers")}]}
     if policy is not None:
         region = {"startLine": verdict.line or 1}

@@ -109,8 +109,8 @@ def reason(results: Results[Any]) -> str:
     worst = found[0]
     of_layer = f"{safe(worst.layer)}: " if worst.layer is not None else ""
     value = f"measured {measured(worst)}, allowed {safe(worst.allowed)}"
-    said = f"; {safe(worst.message)}" if worst.message else ""
-    return f"{headline(results)}: {safe(worst.rule)}: {of_layer}{value}{said}"
+    text = f"; {safe(worst.message)}" if worst.message else ""
+    return f"{headline(results)}: {safe(worst.rule)}: {of_layer}{value}{text}"
 
 
 def weights_of(results: Results[Any]) -> list[RunInput]:
@@ -138,8 +138,8 @@ def verdict_table(
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
     shown = _shown(bad)
-    told = summary_of(_lines(results, shown, bad), then)
-    return to_text(Group(_table(shown, width), told) if shown else told, width, color)
+    summary = summary_of(_lines(results, shown, bad), then)
+    return to_text(Group(_table(shown, width), summary) if shown else summary, width, color)
 
 
 def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
@@ -201,12 +201,12 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         ("Warnings", "warned"),
         ("Waived", "waived"),
     ):
-        told = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]
-        if told:
-            lines.append(say(status, label, *told))
-    if spared := by_rule(results, "not judged"):
-        own = [f"{_named(rule, found)}: {why(found)}" for rule, found in spared if found[0].line]
-        idle = [(rule, found) for rule, found in spared if not found[0].line]
+        sentences = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]
+        if sentences:
+            lines.append(say(status, label, *sentences))
+    if skipped := by_rule(results, "not judged"):
+        own = [f"{_named(rule, found)}: {why(found)}" for rule, found in skipped if found[0].line]
+        idle = [(rule, found) for rule, found in skipped if not found[0].line]
         idly = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
         lines.append(say("not_judged", "Not judged", *own, *idly))
     return [*lines, say("passed", "Passed", _passed(results)), say("judged", "Inputs", *_inputs(results))]

@@ -95,8 +95,8 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     matrices = [_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
     targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, wanted, unwanted))
     if not targeted:
-        asked = f"--layers {target}" if target is not None else "the model"
-        raise UsageError(f"{asked}: no matrix is selected for LoRA; check --layers and --exclude")
+        requested = f"--layers {target}" if target is not None else "the model"
+        raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")
     total = sum(math.prod(shape) for shape in model.shapes.values())
     active, notes = _active(model.config, matrices)
     capacity = _capacity(base, given, [matrix for matrix in matrices if matrix.name in targeted])
@@ -180,8 +180,8 @@ def _fit(
         return fit(matrices, targeted, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
     if memory is not None:
         size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory-budget")
-        asked = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
-        return fit(matrices, targeted, ranks, asked, math.floor(size / training.bytes_per_param))
+        requested = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
+        return fit(matrices, targeted, ranks, requested, math.floor(size / training.bytes_per_param))
     return None
 
 

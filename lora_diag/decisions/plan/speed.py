@@ -34,8 +34,8 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
         top: K of the second estimate.
     """
     speed = Speed(_rates(matrices, top))
-    asked = (None, top) if speed.rates.few else (None,)
-    return speed.rates, tuple(cost_of(matrices, size, speed, each) for each in asked)
+    requested = (None, top) if speed.rates.few else (None,)
+    return speed.rates, tuple(cost_of(matrices, size, speed, each) for each in requested)
 
 
 def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:

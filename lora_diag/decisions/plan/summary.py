@@ -152,8 +152,8 @@ def _capacity(capacity: PlanCapacity | None) -> list[Statement]:
     """Return how much there is to learn, and the rules of thumb, each with its source; nothing where none was asked."""
     if capacity is None:
         return []
-    asked = [f"{_wanted(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
-    lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(asked)}"
+    requested = [f"{_wanted(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
+    lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(requested)}"
     lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
     rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
     return [say("capacity", "Capacity", *lines, *map(safe, capacity.notes)), say("rate", "Learning rate", rate)]

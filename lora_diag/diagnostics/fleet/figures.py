@@ -37,14 +37,14 @@ class _Point:
 
     Args:
         name: Label in the figure.
-        told: Description of the outlier; empty for other adapters.
+        remark: Description of the outlier; empty for other adapters.
         used: Position on the x axis.
         fro: Position on the y axis; 0 for a zero update.
         run: Index of its run.
     """
 
     name: str
-    told: tuple[Oddity, ...]
+    remark: tuple[Oddity, ...]
     used: float
     fro: float
     run: int
@@ -132,7 +132,7 @@ def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, h
 
 def _named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
     """Return the named adapters: the rarest outliers, as many as there are lines."""
-    odd = [points[i] for i in rarest_first([point.told for point in points])]
+    odd = [points[i] for i in rarest_first([point.remark for point in points])]
     return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
 
@@ -161,9 +161,9 @@ def _names(
     # Letters are drawn slightly wider than they are measured.
     room = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
     for point, place in zip(named, places, strict=True):
-        told = f": {', '.join(point.told)}"
-        # Without space for both, keep the name: the remark can be seen in the figure.
-        text = point.name + told if width_of(point.name + told, size) <= room else cropped(point.name, room, size)
+        full = f"{point.name}: {', '.join(point.remark)}"
+        # Without space for both, show the name alone: the remark can be seen in the figure.
+        text = full if width_of(full, size) <= room else cropped(point.name, room, size)
         ax.plot(
             [point.used, 1.03, 1.06],
             [point.fro or low, place, place],
@@ -192,7 +192,7 @@ def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
         keys.append(Key(Line2D([], [], color=INK if several else category(0), marker="v", **marker), "ΔW = 0"))
     line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
     keys.append(Key(line, f"over-ranked: at most {USED:g}"))
-    odd = sum(bool(point.told) for point in points)
+    odd = sum(bool(point.remark) for point in points)
     notes = [
         f"{odd or 'None'} of them {'is an outlier' if odd == 1 else 'are outliers'}; the rarest are named where "
         "space permits."

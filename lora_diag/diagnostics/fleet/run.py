@@ -51,11 +51,11 @@ class Seen:
         """Return the path with its current files."""
         try:
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
-            told = [f"{file.name} {file.stat().st_size}" for file in files if file.suffix in READ and file.is_file()]
+            lines = [f"{file.name} {file.stat().st_size}" for file in files if file.suffix in READ and file.is_file()]
         except OSError:
-            told = []
-        known = hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return cls(path, known if told else "")
+            lines = []
+        known = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return cls(path, known if lines else "")
 
     def check(self) -> None:
         """Check that the files are those at the start of the run: a cluster's worker has its own mounts.

@@ -63,12 +63,12 @@ def pairs_of(results: Results[Fleet]) -> list[Alike]:
 def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "type") -> list[Grid]:
     """Return the tables: outliers, or every adapter; and near-duplicates."""
     records = list(results)
-    names, told = short_names([record.adapter for record in records]), remarks(records)
+    names, notes = short_names([record.adapter for record in records]), remarks(records)
     odd = rarest_first(oddities(records))
-    shown = [*odd, *(i for i in range(len(records)) if not told[i])] if per == "layer" else odd
+    shown = [*odd, *(i for i in range(len(records)) if not text[i])] if per == "layer" else odd
     most = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
-    found = [_adapters(caption, records, names, told, shown[:most])] if shown else []
+    found = [_adapters(caption, records, names, notes, shown[:most])] if shown else []
     return [*found, _alike(names, pairs[:_ROWS])] if pairs else found
 
 
@@ -99,11 +99,11 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
 
 
 def _adapters(
-    caption: str, records: Sequence[Fleet], names: Sequence[str], told: Sequence[list[str]], shown: Sequence[int]
+    caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], shown: Sequence[int]
 ) -> Grid:
     rows = [(names[i], [records[i]]) for i in shown]
-    said = tuple(", ".join(told[i]) or "-" for i in shown)
-    return grid_of(Fleet.shown, rows, "adapter", caption, more=[Column("remark", said, "left")])
+    cells = tuple(", ".join(notes[i]) or "-" for i in shown)
+    return grid_of(Fleet.shown, rows, "adapter", caption, more=[Column("remark", cells, "left")])
 
 
 _ALIKE = (
@@ -114,8 +114,8 @@ _ALIKE = (
 
 def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
-    said = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
-    return grid_of(_ALIKE, rows, "pair", "near-duplicates", more=[said])
+    column = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
+    return grid_of(_ALIKE, rows, "pair", "near-duplicates", more=[column])
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:
@@ -124,9 +124,9 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Stateme
     lines: list[Statement] = []
     if records:
         kinds = Counter(record.family for record in records)
-        told = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
+        text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
         lines += [
-            say("adapters", "Adapters", f"{len(records)}: {told}"),
+            say("adapters", "Adapters", f"{len(records)}: {text}"),
             say("rank", "Rank", _rank(records)),
             say("stand_out", "Outliers", _stand_out(records)),
         ]
@@ -168,19 +168,19 @@ def _stand_out(records: Sequence[Fleet]) -> str:
         "spiked": f"spiked (one direction per layer has {SPIKED:.0%})",
         "norm": "with an outlying norm",
     }
-    told = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
-    return ", ".join(told) or "none"
+    lines = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
+    return ", ".join(lines) or "none"
 
 
 def _pairs(pairs: Sequence[Alike]) -> str:
     counts = Counter(pair.word for pair in pairs)
-    told = [
+    lines = [
         f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"
         for word, text in _WORDS.items()
         if counts[word]
     ]
     how = f"|cosine| ≥ {NEAR} or column spaces with an overlap ≥ {SAME_SPACE}, both estimated from sketches"
-    return f"{', '.join(told) or 'none'} ({how})"
+    return f"{', '.join(lines) or 'none'} ({how})"
 
 
 def fleet_section_lines(results: Results[Fleet]) -> list[Statement]:

@@ -57,16 +57,16 @@ def most_bytes(task: Several, settings: InterferenceSettings) -> int:
     dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
     held = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
     held += sum(entries * _entry(delta) + vectors for delta in dense)
-    asked = Allowance(0, settings.method, None, vectors=True)
+    requested = Allowance(0, settings.method, None, vectors=True)
     loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry(delta) for delta in dense)
-    steps = [whole_bytes(task.shape, asked, each) for each in loading]
-    beside = 0
+    steps = [whole_bytes(task.shape, requested, each) for each in loading]
+    kept = 0
     if dense:
-        beside = 8 * entries + vectors
-        steps += [whole_bytes(task.shape, asked, 8), beside + 6 * 8 * small**2]
+        kept = 8 * entries + vectors
+        steps += [whole_bytes(task.shape, requested, 8), kept + 6 * 8 * small**2]
     if settings.density > 0:
         sorting = _SORTED * entries * (settings.density < 1)
-        steps.append(beside + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
+        steps.append(kept + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
     return held + max(steps, default=0)
 
 

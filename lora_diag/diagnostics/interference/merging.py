@@ -69,8 +69,8 @@ def factor_merges(
     if pairs is None:
         return {"cat": None, "linear": None, "ties": None}
     weighted = [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)]
-    beside = stacked(weighted, [1.0] * len(pairs))
-    merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, beside), "linear": None, "ties": None}
+    concatenated = stacked(weighted, [1.0] * len(pairs))
+    merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, concatenated), "linear": None, "ties": None}
     roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
     if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
         b, a = [pair.b for pair in pairs], [pair.a for pair in pairs]

@@ -142,9 +142,9 @@ def _interfere(first: str, second: str, records: list[Interference]) -> str:
         "cancel": "cancelling each other",
         "noise": "not resolved by the files",
     }
-    told = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+    wording = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
     cosine = number(round(pooled_cosine(records), 4))
-    sentence = f"{first} and {second}: {told}, of {len(records)} layers; cosine {cosine}"
+    sentence = f"{first} and {second}: {wording}, of {len(records)} layers; cosine {cosine}"
     worst = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)[:_NAMED]
     named = f"; most in {', '.join(f'{short(r.layer)} ({number(round(r.cosine, 3))})' for r in worst)}"
     return sentence + (named if worst else "")
@@ -178,8 +178,8 @@ def _merge(unions: Sequence[Union]) -> list[str]:
         lines.append(f"cat (concatenated factors) is exact, with r = {ranks}")
     lossy = [(rank, recompressed_residual(unions, rank)) for rank in _lossy_ranks(unions)]
     if lossy:
-        told = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in lossy)
-        lines.append(f"svd (the sum truncated to rank r) loses this fraction of the energy: {told}")
+        text = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in lossy)
+        lines.append(f"svd (the sum truncated to rank r) loses this fraction of the energy: {text}")
     linear, ties, dense = (merge_residual(unions, name) for name in ("linear", "ties", "ties_dense"))
     if linear is not None:
         lines.append(
@@ -205,5 +205,5 @@ def _resolved(unions: Sequence[Union]) -> Statement:
     if set(seen) <= {"resolved"}:
         return say("resolved", "Resolution", "yes: rounding plays no part in the sums")
     parts = [f"{seen[word]} {word}" for word in ("unresolved", "floor-limited") if seen[word]]
-    told = f"of {sum(seen.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
-    return say("resolved", "Resolution", told, level="warning")
+    text = f"of {sum(seen.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
+    return say("resolved", "Resolution", text, level="warning")

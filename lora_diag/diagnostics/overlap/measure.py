@@ -171,12 +171,12 @@ def _too_few(delta: Delta, settings: OverlapSettings) -> LeftOut:
     return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
 
 
-def _ranks(delta: Delta, change: Change, asked: tuple[int, ...]) -> tuple[int, ...]:
+def _ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
     """Return the ranks that have subspaces, including an adapter's own."""
     if not isinstance(delta, FactoredDelta) or change.factors is None:
-        return tuple(rank for rank in asked if rank <= min(delta.shape))
+        return tuple(rank for rank in requested if rank <= min(delta.shape))
     own = min(change.factors[0].shape[1], *delta.shape)
-    return tuple(sorted({*(rank for rank in asked if rank < own), own}))
+    return tuple(sorted({*(rank for rank in requested if rank < own), own}))
 
 
 def overlaps(found: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Overlap | LeftOut, ...]:

@@ -83,11 +83,11 @@ def overlap(
     # Layers of a compared BASE have the names of its files, and gradients are matched to these.
     stored = _base_of(compared.pairing) or open_checkpoint(base)
     followed, unmatched = histories(steps, stored)
-    tasks, lacking = _follow(compared.pairing, followed, unmatched, steps)
+    tasks, missing = _follow(compared.pairing, followed, unmatched, steps)
     if not tasks:
         raise NothingComparedError(_why_nothing(compared, followed, unmatched))
     chosen = selector(run.options["layers"], run.options["exclude"])
-    rest = [*lacking, *_left_over(compared.pairing, followed, unmatched, chosen)]
+    rest = [*missing, *_left_over(compared.pairing, followed, unmatched, chosen)]
     return run.over(
         tasks,
         measure,
@@ -181,16 +181,16 @@ def _follow(
     by_layer = {history.layer: history for history in followed}
     why = {item.layer: item.detail for item in unmatched}
     tasks: list[Followed] = []
-    lacking: list[Unpaired] = []
+    absent: list[Unpaired] = []
     for delta in (delta for delta in pairing.deltas if delta.is_matrix):
         history = by_layer.get(delta.layer)
         if history is None:
             every = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
             detail = why.get(delta.layer, f"no gradient of it {every}")
-            lacking.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
+            absent.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
         elif not _covers(history, delta):
             detail = f"its gradients are {list(history.shape)}, its update is {list(delta.shape)}"
-            lacking.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
+            absent.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
         else:
             tasks.append(Followed(delta, history.snapshots))
             have = {snapshot.step for snapshot in history.snapshots}
@@ -198,8 +198,8 @@ def _follow(
                 which = f"step{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
                 more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
                 detail = f"no gradient of it at {which}{more}; the other steps are measured"
-                lacking.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
-    return tasks, lacking
+                absent.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
+    return tasks, absent
 
 
 def _covers(history: History, delta: Delta) -> bool:

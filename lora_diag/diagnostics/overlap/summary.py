@@ -30,10 +30,10 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
         results: The results.
         shown: Its layers at the rank of the table.
     """
-    told = [compared(results, *_measured(results))]
+    sentences = [compared(results, *_measured(results))]
     judged = [track for track in _judged(shown) if track.known]
     if judged:
-        told += [
+        sentences += [
             _inside(judged, len(judged) < len(shown)),
             say("reach", "Reach", _reach(judged)),
             say("trend", "Trend", _trend(judged)),
@@ -43,11 +43,11 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
             say("interpretation", "Interpretation", _reading(results)),
         ]
     elif shown:
-        told.append(say("inside", "Containment", "not known: every gradient is zero", level="warning"))
-    told.append(left_out(results))
+        sentences.append(say("inside", "Containment", "not known: every gradient is zero", level="warning"))
+    sentences.append(left_out(results))
     if skipped := _skipped(results):
-        told.append(say("ranks", "Ranks", skipped))
-    return [*told, *ending(results, "records so far")]
+        sentences.append(say("ranks", "Ranks", skipped))
+    return [*sentences, *ending(results, "records so far")]
 
 
 def _measured(results: Results[Overlap]) -> list[str]:
@@ -97,15 +97,15 @@ def _matrices(number_of: int) -> str:
 def _reach(judged: Sequence[Track]) -> str:
     """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
 
-    def said(name: str) -> str:
+    def change(name: str) -> str:
         first, last = (middle([getattr(t.known[i], name) for t in judged]) or 0.0 for i in (0, -1))
         random = middle([getattr(t.last, f"{name}_random") for t in judged]) or 0.0
         went = number(last) if first == last else f"{number(first)} → {number(last)}"
         return f"{went} of ‖G‖ (random {number(random)})"
 
     return (
-        f"an adapter in these subspaces reaches {said('tangent')} to first order; a new one (B = 0, with the rows "
-        f"of A spanning V) {said('right')}"
+        f"an adapter in these subspaces reaches {change('tangent')} to first order; a new one (B = 0, with the rows "
+        f"of A spanning V) {change('right')}"
     )
 
 
@@ -151,26 +151,26 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
     largest = {track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in out}
     helped = [track for track in out if track not in reached and _leaves_chance(largest[track.layer])]
     lost = [track for track in out if track not in reached and track not in helped]
-    told = []
+    sentences = []
     if reached:
         tangent, random = (middle([getattr(t.last, name) for t in reached]) for name in ("tangent", "tangent_random"))
-        told.append(
+        sentences.append(
             f"{_in_layers(reached)} one side is aligned: an adapter there still reaches {number(tangent or 0)} of "
             f"‖G‖ (random {number(random or 0)}); keep it"
         )
     if helped:
         ranks = max(largest[track.layer].rank for track in helped)
-        told.append(f"{_in_layers(helped)} κ exceeds the baseline at r={ranks}: use a higher rank there")
+        sentences.append(f"{_in_layers(helped)} κ exceeds the baseline at r={ranks}: use a higher rank there")
     if lost:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         # At full rank the subspaces are the whole space, which contains every gradient.
         full = any(largest[track.layer].kappa_random >= 1 for track in lost)
-        told.append(
+        sentences.append(
             f"{_in_layers(lost)} the gradients are outside {cause} at every rank "
             f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
             "move its parameters to layers that contain theirs"
         )
-    return "\n".join(told)
+    return "\n".join(sentences)
 
 
 def _reaches(record: Overlap) -> bool:
@@ -216,8 +216,8 @@ def _skipped(results: Results[Overlap]) -> str:
     have: dict[str, set[int]] = {}
     for record in results:
         have.setdefault(record.layer, set()).add(record.rank)
-    asked = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
-    too_small = {rank: sum(rank not in ranks for ranks in have.values()) for rank in asked}
+    requested = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
+    too_small = {rank: sum(rank not in ranks for ranks in have.values()) for rank in requested}
     parts = [f"{rank} in {number_of}" for rank, number_of in too_small.items() if number_of]
     if not parts:
         return ""

@@ -84,8 +84,8 @@ def _allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | N
     """Return the memory available for D; a dense X, in memory with it, takes as much."""
     if settings.memory is None:
         return None
-    beside = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
-    limit = (settings.memory - _weighing(layer)) // (2 if beside else 1)
+    two_dense = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
+    limit = (settings.memory - _weighing(layer)) // (2 if two_dense else 1)
     return Allowance(limit, settings.method, top, vectors=True)
 
 

@@ -253,9 +253,9 @@ def _coarse(look: Look) -> Fault | None:
 def _partial(look: Look) -> Fault | None:
     """Test rows (or columns) with the update next to others without."""
     for axis, word in enumerate(("rows", "columns")):
-        lacking, still = look.found.beyond[axis] > 0, look.found.beyond_base[axis] == 0
-        if lacking.any() and not (lacking & ~still).any() and (~still).any():
-            return Fault("partial", f"{word} {ranges(lacking)} of {len(lacking)} have no update, the others have it")
+        missing, still = look.found.beyond[axis] > 0, look.found.beyond_base[axis] == 0
+        if missing.any() and not (missing & ~still).any() and (~still).any():
+            return Fault("partial", f"{word} {ranges(missing)} of {len(missing)} have no update, the others have it")
     return None
 
 

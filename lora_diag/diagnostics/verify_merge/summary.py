@@ -135,11 +135,11 @@ def _faults(results: Results[Merge]) -> list[Statement]:
         causes: dict[str, list[Merge]] = {}
         for record in records:
             causes.setdefault(record.cause, []).append(record)
-        told = [f"{_names(found)}: {safe(cause)}" for cause, found in list(causes.items())[:SHOWN]]
+        sentences = [f"{_names(found)}: {safe(cause)}" for cause, found in list(causes.items())[:SHOWN]]
         if len(causes) > SHOWN:
             more = sum(len(found) for found in list(causes.values())[SHOWN:])
-            told.append(f"and {_layers(more)} more; --per layer and the records name each")
-        lines.append(say(status.replace(" ", "_"), status.capitalize(), *told, f"→ {WAYS_OUT[status]}"))
+            sentences.append(f"and {_layers(more)} more; --per layer and the records name each")
+        lines.append(say(status.replace(" ", "_"), status.capitalize(), *sentences, f"→ {WAYS_OUT[status]}"))
     return lines
 
 

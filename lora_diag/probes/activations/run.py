@@ -85,8 +85,10 @@ def probe_activations(
     left_out |= {names[layer]: "not used on this text" for layer in wanted if names[layer] not in moments}
     moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
-    told = _metadata(stored, model, texts, tokens)
-    _write(output, moments, {**told, "gradients": f"of labels of the {labels}"} if gradients else told, overwrite)
+    metadata = _metadata(stored, model, texts, tokens)
+    _write(
+        output, moments, {**metadata, "gradients": f"of labels of the {labels}"} if gradients else metadata, overwrite
+    )
     return Activations(
         path=legible(output),
         model=legible(base),

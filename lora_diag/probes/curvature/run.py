@@ -71,7 +71,7 @@ def probe_curvature(
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
     evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
-    asked, way = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
+    requested, way = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
@@ -86,12 +86,12 @@ def probe_curvature(
     chosen = truncated_layers(deltas, **run.selection) if compared is not None else {}
     model = run.open(base)
     (texts,) = run.read_sets(evaluate)
-    swapped = Swapped(model, deltas, asked[-1]) if compared is not None else None
+    swapped = Swapped(model, deltas, requested[-1]) if compared is not None else None
     if compared is None:
         chosen = _matrices(base, model, run.selection)
     matrix: Matrix = "ggn" if ggn else "hessian"
     settings = {
-        "ranks": asked if swapped else [],
+        "ranks": requested if swapped else [],
         "along": way if swapped else [],
         "top": top,
         "probes": probes,
@@ -108,7 +108,7 @@ def probe_curvature(
     def measured(kept: Kept[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
-        _measure(point, effort, per, _todo(kept, asked, chosen), way, kept, run.batches([texts]))
+        _measure(point, effort, per, _todo(kept, requested, chosen), way, kept, run.batches([texts]))
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)

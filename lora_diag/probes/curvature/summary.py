@@ -126,12 +126,12 @@ def _curvature(joint: Curvature) -> str:
         lines.append(f"smallest μ = {number(joint.smallest)}{_convex(joint)}")
     mean = joint.trace / joint.params
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
-    told = f"trace {number(joint.trace)}{error}"
+    text = f"trace {number(joint.trace)}{error}"
     if joint.trace > 2 * (joint.trace_error or 0.0):
-        told += f", {number(mean)} per direction on average; λ is {number(first / mean)} times that"
+        text += f", {number(mean)} per direction on average; λ is {number(first / mean)} times that"
     else:
-        told += ", not significantly different from zero; use more --trace-vectors"
-    return "\n".join([*lines, told])
+        text += ", not significantly different from zero; use more --trace-vectors"
+    return "\n".join([*lines, text])
 
 
 def _convex(joint: Curvature) -> str:
@@ -147,10 +147,10 @@ def _convex(joint: Curvature) -> str:
 
 
 def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
-    told = f"‖∇L‖ = {number(joint.gradient)}"
+    text = f"‖∇L‖ = {number(joint.gradient)}"
     whole = [record for record in bounds if record.along == 1 and abs(record.gap) > 1e-6]
     if not whole:
-        return told
+        return text
     last = whole[-1]
     part = last.linear / last.gap
     verdict = (
@@ -158,7 +158,7 @@ def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
         if abs(part) < NEAR
         else "not small, so the zero gradient that the bound assumes does not hold"
     )
-    return f"{told}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
+    return f"{text}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
 
 
 def _model(bounds: Sequence[LossBound]) -> str:
@@ -244,18 +244,18 @@ def _surrogate(layers: Sequence[Curvature]) -> str:
 
 
 def _reading(joint: Curvature) -> str:
-    told = (
+    text = (
         "λ is the largest eigenvalue at this point, but a bound needs it for the whole path, so the bound is an "
         "estimate"
     )
     if joint.matrix == "ggn":
-        told = (
+        text = (
             "Gauss-Newton omits the curvature of the model's outputs: with its λ, (λ/2)Σσ² is not a bound, even near "
             "TUNED"
         )
     if joint.at == "base":
-        told = (
+        text = (
             "the projected gradient is a surrogate for the update, from one point and few eigenpairs; probe sweep "
             "measures the rank that training needs"
         )
-    return f"{told}; all numbers are for this set; the curvature on few tokens can differ from that on many"
+    return f"{text}; all numbers are for this set; the curvature on few tokens can differ from that on many"

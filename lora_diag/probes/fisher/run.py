@@ -68,7 +68,7 @@ def probe_fisher(
     run = ProbeRun("probe fisher", options, FisherOptions)
     data, evaluate, measure = (run.options[name] for name in ("data", "evaluate", "measure"))
     labels, seed = run.options["labels"], run.options["seed"]
-    asked = checked_ranks(run.options["ranks"])
+    requested = checked_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
     check_files([data, *evaluate])
@@ -78,13 +78,13 @@ def probe_fisher(
     model = run.open(base)
     texts = run.read(data)
     held_out = run.read(evaluate[0]) if evaluate else texts if measure else None
-    swapped = Swapped(model, deltas, max(asked))
+    swapped = Swapped(model, deltas, max(requested))
     modules, rest = _modules(model, chosen)
     if not modules:
         raise NothingComparedError(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
         )
-    probe = _Probe(run, swapped, modules, texts, held_out, asked, Draw(labels, seed))
+    probe = _Probe(run, swapped, modules, texts, held_out, requested, Draw(labels, seed))
 
     def measured(kept: Kept[Any]) -> list[LeftOut]:
         done = {record.layer for record in kept.records}
@@ -98,7 +98,7 @@ def probe_fisher(
                 problems.append(item)
         return [*left_out(compared.pairing, swapped.absent), *rest, *problems]
 
-    settings = {"ranks": list(asked), "labels": labels, "seed": seed, **run.selection}
+    settings = {"ranks": list(requested), "labels": labels, "seed": seed, **run.selection}
     sets = [described(texts, "data"), *([described(held_out)] if held_out is not None else [])]
     return run.over([*compared.inputs, *sets], settings, measured)
 

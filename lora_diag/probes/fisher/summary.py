@@ -124,8 +124,8 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
         running += top[half].at(rank)
         half += 1
     tails = sum(record.weight[str(rank)] for record in top[:half]) / energy
-    said = f"half of ΣF is in {half} of {len(records)} layers, which have {percent(tails)} of Σσ² beyond r"
-    return f"{said}\nmost: {named}"
+    text = f"half of ΣF is in {half} of {len(records)} layers, which have {percent(tails)} of Σσ² beyond r"
+    return f"{text}\nmost: {named}"
 
 
 def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
@@ -143,11 +143,11 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
         within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
         lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
-    told = [say("best", f"Best at r={at.rank}", *lines)]
+    sentences = [say("best", f"Best at r={at.rank}", *lines)]
     gaps = "; ".join(f"{name} {_pair(both)}" for name, both in at.gap.items())
-    told.append(say("on_the_loss", "Loss gap", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
+    sentences.append(say("on_the_loss", "Loss gap", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
     if at.ratio is not None and at.ratios is not None:
-        told.append(
+        sentences.append(
             say(
                 "calibrated",
                 "Calibration",
@@ -155,7 +155,7 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
                 f"{number(at.ratios[1])}; 1 is exact{_hint(records[0], at.ratio)}",
             )
         )
-    return told
+    return sentences
 
 
 def _hint(record: Fisher, ratio: float) -> str:
@@ -169,7 +169,7 @@ def _hint(record: Fisher, ratio: float) -> str:
 
 
 def _reading(records: Sequence[Fisher]) -> str:
-    said = "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum"
+    text = "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum"
     if any(record.effect for record in records):
-        said += "; layers of one model are not independent, so intervals of ρ are too narrow"
-    return said
+        text += "; layers of one model are not independent, so intervals of ρ are too narrow"
+    return text

@@ -133,14 +133,14 @@ def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
     """Return the label of a set with the smallest sufficient subspace and LoRA."""
     if len(runs) > 1:
         return called
-    said = []
+    lines = []
     for subject, word in (("subspace", "d"), ("lora", "LoRA r")):
         answer = reached(runs[0], subject, share)  # type: ignore[arg-type]
         if answer.line is not None:
-            said.append(f"{word}\xa0=\xa0{_size(answer.line)} reaches {share:.0%}")
+            lines.append(f"{word}\xa0=\xa0{_size(answer.line)} reaches {share:.0%}")
         elif answer.below is not None:
-            said.append(f"{word}\xa0=\xa0{_size(answer.below)} reaches {_below(answer.below.share, share)}")
-    return f"{called}: {', '.join(said)}" if said else called
+            lines.append(f"{word}\xa0=\xa0{_size(answer.below)} reaches {_below(answer.below.share, share)}")
+    return f"{called}: {', '.join(lines)}" if lines else called
 
 
 def _below(found: float, wanted: float) -> str:

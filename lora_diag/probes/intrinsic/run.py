@@ -74,7 +74,7 @@ def probe_intrinsic(
     dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "repeats"))
     paces, full_rates, lora_rates = (run.options[name] for name in grids)
     kind: Method = "said" if run.options["projection"] == "said" else "plain"
-    asked = list(checked_ranks(ranks)) if ranks else []
+    requested = list(checked_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
     if not 0 < share < 1:
@@ -94,7 +94,7 @@ def probe_intrinsic(
         "dims": sorted(set(dims)),
         "method": kind,
         "share": share,
-        "ranks": asked,
+        "ranks": requested,
         "paces": sorted(set(paces)),
         "full_rates": sorted(set(full_rates)),
         "lora_rates": sorted(set(lora_rates)),
@@ -109,7 +109,7 @@ def probe_intrinsic(
         arms = {
             "of full fine-tuning": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
-            **({"of LoRA": probe.arm("lora", asked, lora_rates)} if ranks else {}),
+            **({"of LoRA": probe.arm("lora", requested, lora_rates)} if ranks else {}),
         }
         probe.tell_cost(arms)
         probe.walk.measure_base(model, partial(_record, cell=None, params=0, last=None))
@@ -207,7 +207,7 @@ class _Probe:
         """Time one step of each kind and one evaluation batch, and report the estimated cost."""
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
-        told = [
+        lines = [
             f"{counted(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s"
             for what, (runs, step) in zip(arms, costs, strict=True)
         ]
@@ -215,7 +215,7 @@ class _Probe:
         size = 16 * self.total / 2**30
         memory = f"; takes {size:.1f} GiB in addition to BASE" if size >= 0.1 else ""
         walk.watch.note(
-            f"about {duration(seconds)}: {', '.join(told)}, plus evaluation{walk.more(list(arms.values()))}{memory}"
+            f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{walk.more(list(arms.values()))}{memory}"
         )
 
 

@@ -87,15 +87,15 @@ def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: 
         worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
         return on_set(name, worse)
     share = settings["share"]
-    told = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
+    lines = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
     if full.edge:
-        told.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
+        lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
     if any(line.shares and line.share > 1 for line in found if line.subject != "full"):
-        told.append("some runs gain more, so it is not an upper limit with these steps and rates")
-    told.append(answer := _answer(reached(found, "subspace", share), "d", settings))
+        lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
+    lines.append(answer := _answer(reached(found, "subspace", share), "d", settings))
     if settings["ranks"]:
-        told.append(_answer(reached(found, "lora", share), "LoRA r", settings))
-    return on_set(name, *told, answer=answer)
+        lines.append(_answer(reached(found, "lora", share), "LoRA r", settings))
+    return on_set(name, *lines, answer=answer)
 
 
 def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
@@ -105,17 +105,17 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
             return f"{what}: no run is finished with a finite loss"
         wanted = settings["dims"] if what == "d" else settings["ranks"]
         return f"{what}: not reached up to {what.split()[-1]}={max(wanted)}, whose gain is {_shares(below)}"
-    told = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"
+    text = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"
     if what != "d":
-        told += f" and {count(line.params)} parameters"
+        text += f" and {count(line.params)} parameters"
     if below is not None:
-        told += f"; {what}={below.size} gains {_shares(below)}"
+        text += f"; {what}={below.size} gains {_shares(below)}"
     if len(line.shares) > 1 and not answer.sure:
-        told += "; not with every seed, so the next larger size is safer"
+        text += "; not with every seed, so the next larger size is safer"
     if answer.missed:
         missed = ", ".join(map(str, answer.missed))
-        told += f"; not reached at {missed}, so seeds or rates matter here, not only size"
-    return told
+        text += f"; not reached at {missed}, so seeds or rates matter here, not only size"
+    return text
 
 
 def _shares(line: Line) -> str:
@@ -128,13 +128,13 @@ _GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("
 
 
 def _rates(found: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
-    told = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
+    lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
     for subject, grid, option in _GRIDS:
         mine = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
-        told += beyond_grid(mine, settings.get(grid), option)
+        lines += beyond_grid(mine, settings.get(grid), option)
     if edge := [_name(line) for line in found if line.edge]:
-        told.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
+        lines.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
-        told.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
+        lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
     diverged = sum(record.loss is None for record in records)
-    return "\n".join([*told, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])
+    return "\n".join([*lines, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])

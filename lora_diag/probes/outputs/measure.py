@@ -41,7 +41,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Answer:
     """Outputs of a model for one sequence.
 
     Args:
@@ -71,16 +71,16 @@ class _Sums:
     def losses(self) -> Losses:
         return Losses(torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.counts, dtype=torch.float64))
 
-    def add(self, said: _Said, tuned: _Said) -> None:
+    def add(self, answer: _Answer, tuned: _Answer) -> None:
         """Add one sequence, compared with TUNED."""
-        self.nll.append(float(nll(said.logits, said.labels)))
-        self.counts.append(len(said.labels))
-        self.squares += _squares(tuned.logits, said.logits)
-        log_p, log_q = tuned.logits.double().log_softmax(-1), said.logits.double().log_softmax(-1)
+        self.nll.append(float(nll(answer.logits, answer.labels)))
+        self.counts.append(len(answer.labels))
+        self.squares += _squares(tuned.logits, answer.logits)
+        log_p, log_q = tuned.logits.double().log_softmax(-1), answer.logits.double().log_softmax(-1)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
-        self.same += int((tuned.logits.argmax(-1) == said.logits.argmax(-1)).sum())
-        self.hidden = self.hidden or [0.0] * len(said.hidden)
-        for depth, (h, h_tuned) in enumerate(zip(said.hidden, tuned.hidden, strict=True)):
+        self.same += int((tuned.logits.argmax(-1) == answer.logits.argmax(-1)).sum())
+        self.hidden = self.hidden or [0.0] * len(answer.hidden)
+        for depth, (h, h_tuned) in enumerate(zip(answer.hidden, tuned.hidden, strict=True)):
             self.hidden[depth] += _squares(h_tuned, h)
 
 
@@ -107,11 +107,11 @@ def outputs(
     """
     sums = [_Sums() for _ in contenders]
     for chunk in chunks(model, texts, size):
-        ends = [_said(model, contender, chunk, size, after) for contender in contenders[:2]]
+        ends = [_answer(model, contender, chunk, size, after) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
-            found = ends[i] if i < 2 else _said(model, contender, chunk, size, after)
-            for said, tuned in zip(found, ends[1], strict=True):
-                sums[i].add(said, tuned)
+            found = ends[i] if i < 2 else _answer(model, contender, chunk, size, after)
+            for answer, tuned in zip(found, ends[1], strict=True):
+                sums[i].add(answer, tuned)
     for contender, own in zip(contenders, sums, strict=True):
         yield _record(contender, own, sums[0], sums[1], texts)
 
@@ -127,7 +127,7 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
         yield replace(texts, sequences=texts.sequences[first : first + step])
 
 
-def _said(model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]) -> list[_Said]:
+def _answer(model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]) -> list[_Answer]:
     """Return the outputs of a model for every sequence, with the contender's weights in place."""
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
@@ -138,7 +138,7 @@ def _said(model: Model, contender: Contender, chunk: Texts, size: int, after: Ca
         for i, sequence in enumerate(chosen):
             logits, labels = counted(model, sequence, out.logits[i])
             hidden = tuple(states[i, : len(sequence.ids)].float() for states in out.hidden_states or ())
-            found.append(_Said(logits.float(), labels, hidden))
+            found.append(_Answer(logits.float(), labels, hidden))
         after(contender.name or contender.subject)
     if contender.swapped is not None:
         contender.swapped.arrange({})

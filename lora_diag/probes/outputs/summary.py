@@ -124,11 +124,11 @@ def _as_good(found: Sequence[Contest]) -> str:
 def _choice(choice: Choice, names: dict[str, str]) -> str:
     """State which adapter to use: the significantly best one, or that some are not distinguishable."""
     best = names[choice.best]
-    told = "; ".join(f"{names[rival.name]} {_behind(rival)}" for rival in choice.rivals)
+    text = "; ".join(f"{names[rival.name]} {_behind(rival)}" for rival in choice.rivals)
     if not choice.equals:
-        return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {told}"
+        return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {text}"
     equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
-    return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {told}"
+    return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {text}"
 
 
 def _behind(rival: Rival) -> str:

@@ -207,7 +207,7 @@ class Weights:
         scores: w_ℓ times the energy at rank r: the gain of a unit, divided among its layers by energy.
         negative: Units whose gain was not positive: weight 0.
         unclear: Units whose gain is within two standard errors of zero; it is used unchanged.
-        lacking: Layers of the spectra that were not adapted: weight 0.
+        not_adapted: Layers of the spectra that were not adapted: weight 0.
         short: Layers with fewer kept values than the trained rank.
     """
 
@@ -215,7 +215,7 @@ class Weights:
     scores: dict[str, float]
     negative: tuple[str, ...]
     unclear: tuple[str, ...]
-    lacking: tuple[str, ...]
+    not_adapted: tuple[str, ...]
     short: tuple[str, ...]
 
 

@@ -179,11 +179,11 @@ def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statem
     up = sum(each.gain > 0 for each in clear)
     ordered = sorted(more, key=lambda each: -each.gain)
     rank = settings["rank"]
-    said = (
+    text = (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
         f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
     )
-    return [say("more_rank", "More rank", said)]
+    return [say("more_rank", "More rank", text)]
 
 
 def _repeats(gains: Sequence[Gain]) -> list[Statement]:
@@ -256,13 +256,13 @@ def _rho(rho: float | None) -> str:
 
 def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
     counts = Counter(gain.lr for gain in gains)
-    told = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
-    told = "\n".join([told, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
+    text = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
+    text = "\n".join([text, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
     low, high = (sum(gain.edge == end for gain in gains) for end in (-1, 1))
     if len({record.lr for record in records if record.lr is not None}) == 1:
-        told += "\none rate for all: the effect of the rate cannot be separated from the gain"
+        text += "\none rate for all: the effect of the rate cannot be separated from the gain"
     elif low or high:
         ways = [f"{n} at the {end} rate tried" for n, end in ((low, "lowest"), (high, "highest")) if n]
-        told += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"
+        text += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"
     diverged = sum(record.loss is None for record in records)
-    return told + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")
+    return text + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")

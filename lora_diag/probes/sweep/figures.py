@@ -162,12 +162,12 @@ def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Lo
     ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if under else 0.08))
     levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], look, under)
     for up, arrow in ((True, "↑"), (False, "↓")):
-        told = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
-        if told:
+        lines = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
+        if lines:
             ax.text(
                 0.99,
                 0.98 if up else 0.02,
-                "\n".join(told),
+                "\n".join(lines),
                 transform=ax.transAxes,
                 ha="right",
                 va="top" if up else "bottom",
@@ -185,12 +185,12 @@ def _finding(called: str, found: Course) -> str:
     if verdict.rank is not None:
         return f"{called}: r\xa0=\xa0{verdict.rank} is enough, {verdict.word}"
     sure = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
-    said = {
+    lines = {
         "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{sure}",
         "no gain": "every rank is worse than BASE",
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }
-    return f"{called}: {said.get(verdict.word, verdict.word)}"
+    return f"{called}: {lines.get(verdict.word, verdict.word)}"
 
 
 def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> Words:

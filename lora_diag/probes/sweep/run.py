@@ -83,7 +83,7 @@ def probe_sweep(
     steps, seeds, tolerance, targets = (
         run.options[name] for name in ("steps", "repeats", "gain_tolerance", "target_modules")
     )
-    asked = list(checked_ranks(run.options["ranks"]))
+    requested = list(checked_ranks(run.options["ranks"]))
     if not 0 < tolerance < 1:
         raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
     if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
@@ -96,7 +96,7 @@ def probe_sweep(
     kind = Lora(tuple(targets) or None, dora, rslora)
     run.read_all(data, evaluate, shifted, steps, kind)
     settings = {
-        "ranks": asked,
+        "ranks": requested,
         "rates": sorted(set(rates)),
         "full_rates": sorted(set(full_rates)) if full else None,
         "bitfit": bitfit,
@@ -173,12 +173,12 @@ class _Sweep:
         grids = {"", *(arm.grid or "" for arm in arms)}
         bases = sum(not walk.has(subject="base", name=grid) for grid in grids)
         seconds, costs = walk.cost([arm.runs for arm in arms], bases)
-        told = []
+        lines = []
         for arm, (runs, step) in zip(arms, costs, strict=True):
             what = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
-            told.append(f"{counted(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most")
+            lines.append(f"{counted(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most")
         walk.watch.note(
-            f"about {duration(seconds)}: {', '.join(told)}, each evaluated on "
+            f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
             f"{counted(len(walk.sets), 'set', 'sets')}{walk.more([arm.runs for arm in arms])}{self._copies(arms)}"
         )
 

@@ -39,11 +39,11 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     records, seed = results.whole_of(Probe), results.run.settings["seed"]
     sets = set_names(records)
     rates = best_rates(records, sets[0], seed) if sets else {}
-    beside = _references(records, sets, seed)
+    references = _references(records, sets, seed)
     found = []
     for name in sets:
         mine = [record for record in records if record.set == name]
-        lines = [(subject, row) for subject, of_set, row in beside if of_set == name]
+        lines = [(subject, row) for subject, of_set, row in references if of_set == name]
         caption = f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"
         found.append(_table(caption, mine, by_rank(records, name, rates), lines))
     return found
@@ -54,18 +54,18 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     records, settings = results.whole_of(Probe), results.run.settings
     sets = set_names(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
-    beside = _references(records, sets, settings["seed"])
+    references = _references(records, sets, settings["seed"])
     found = verdicts_of(records, settings["seed"], settings["tolerance"])
     verdicts = {name: verdict for name, (verdict, _) in found.items()}
     bases = {name: base for name, (_, base) in found.items()}
     share = settings["tolerance"]
-    own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
+    own = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
     return probe_summary(
         results,
         say("trained", "Trained", _trained(settings)),
         *(on_set(name, *_said(verdict, bases[name], share)) for name, verdict in verdicts.items()),
         *_agreement(verdicts, bases),
-        *_against(records, bases, rates, beside, share),
+        *_against(records, bases, rates, references, share),
         say("rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings)),
         reading=_reading(settings),
     )
@@ -110,18 +110,18 @@ def _against(
     records: Sequence[Probe],
     bases: dict[str, Probe],
     rates: dict[int | None, float],
-    beside: Sequence[tuple[Subject, str, AtRank]],
+    references: Sequence[tuple[Subject, str, AtRank]],
     share: float,
 ) -> list[Statement]:
     """Compare the best rank with each reference line, on every set with a measured BASE."""
-    said: dict[Subject, list[str]] = {}
-    for subject, name, row in beside:
+    sentences: dict[Subject, list[str]] = {}
+    for subject, name, row in references:
         base = bases.get(name)
         found = None if base is None else versus(by_rank(records, name, rates), row, base.nats, share)
         if found is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
-            said.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
-    return [say(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in said.items()]
+            sentences.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
+    return [say(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
 
 
 def _compared(found: Versus, line: str) -> str:
@@ -231,19 +231,19 @@ def _rates(
         lost.append(f"{named} at {who[2]:g} diverged with seed {who[3]} (far above BASE): left out of mean and spread")
     if not rows:
         return "\n".join(lost) or "no run is finished yet"
-    told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
-    told += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
-    told = f"lowest loss of the first seed: {told}"
+    text = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
+    text += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
+    text = f"lowest loss of the first seed: {text}"
     tried = {record.lr for record in records if record.subject != "full"}
     beyond = beyond_grid(tried, settings.get("rates"), "--lr")
     beyond += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
-    told = "\n".join([told, *beyond])
+    text = "\n".join([text, *beyond])
     if edge := [row for row in rows if row.edge]:
-        told += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in edge)}; extend --lr"
+        text += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in edge)}; extend --lr"
     for subject, row in lines:
         if row.edge:
             option = "--full-lr" if subject == "full" else "--lr"
-            told += f"\nat the edge of the rates tried for {_LINES[subject]}; extend {option}"
+            text += f"\nat the edge of the rates tried for {_LINES[subject]}; extend {option}"
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
-        told += "\none rate for all ranks: the effects of rank and rate cannot be separated"
-    return "\n".join([told, *lost])
+        text += "\none rate for all ranks: the effects of rank and rate cannot be separated"
+    return "\n".join([text, *lost])

@@ -50,15 +50,15 @@ def probe_truncation(
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
     evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "granularity", "untruncated"))
-    asked = list(checked_ranks(run.options["ranks"], 0))
+    requested = list(checked_ranks(run.options["ranks"], 0))
     check_files(evaluate, *shifted)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)
-    cells = cells_of(chosen, asked, per)
+    cells = cells_of(chosen, requested, per)
     model = run.open(base)
     texts = run.read_sets(evaluate, shifted)
-    swapped = Swapped(model, deltas, asked[-1])
+    swapped = Swapped(model, deltas, requested[-1])
     sets = [each.name for each in texts]
 
     def measured(kept: Kept[Any]) -> list[LeftOut]:
@@ -70,5 +70,5 @@ def probe_truncation(
             kept.put(record)
         return left_out(compared.pairing, swapped.absent)
 
-    settings = {"ranks": asked, "per": per, "rest": rest, **run.selection}
+    settings = {"ranks": requested, "per": per, "rest": rest, **run.selection}
     return run.over([*compared.inputs, *map(described, texts)], settings, measured)

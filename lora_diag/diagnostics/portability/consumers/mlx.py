@@ -17,12 +17,12 @@ def _refuses(contents: Contents) -> str:
     if config.get("fine_tune_type") == "full":
         return ""
     settings = config.get("lora_parameters") or {}
-    lacking = [key for key in ("rank", "scale", "dropout") if key not in settings]
-    lacking += [] if "num_layers" in config else ["num_layers"]
+    missing = [key for key in ("rank", "scale", "dropout") if key not in settings]
+    missing += [] if "num_layers" in config else ["num_layers"]
     unequal = next((item for item in contents.pairs if item.rank != settings.get("rank")), None)
     odd = next((item for item in contents.items if item.part not in PAIRS), None)
     return unless(
-        f"the config gives no {', '.join(lacking)}" if lacking else "",
+        f"the config gives no {', '.join(missing)}" if missing else "",
         f"{unequal.module} has rank {unequal.rank}, and lora_parameters.rank is {settings['rank']}"
         if unequal is not None and "rank" in settings
         else "",

@@ -58,8 +58,8 @@ def _incomplete(contents: Contents) -> Iterator[str]:
         if leaf in _JOINED and _LAYER.search(item.module):
             owners.setdefault(owner, set()).add(leaf)
     for owner, leaves in owners.items():
-        if lacking := [leaf for leaf in ("q_proj", "v_proj") if leaf not in leaves]:
-            yield f"{owner} has factors for {', '.join(sorted(leaves))} and none for {', '.join(lacking)}"
+        if missing := [leaf for leaf in ("q_proj", "v_proj") if leaf not in leaves]:
+            yield f"{owner} has factors for {', '.join(sorted(leaves))} and none for {', '.join(missing)}"
 
 
 def _applies(contents: Contents, item: Item) -> Outcome:

@@ -39,8 +39,8 @@ class Figure:
         panels: ``module:name`` of its panels for a user's own axes, ``lora_diag.plots.NAME``.
         made_by: Command that measures these records.
         by_color: Whether colours distinguish the runs, which limits their number.
-        lacks: ``module:name`` of ``lacks(records, options) -> str | None``, the reason why records cannot be drawn;
-            empty if all can.
+        obstacle: ``module:name`` of ``find_obstacle(records, options) -> str | None``, the reason why records cannot be
+            drawn; empty if all can.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Figure:
     panels: tuple[str, ...] = ()
     made_by: str = ""
     by_color: bool = True
-    lacks: str = ""
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,11 +75,11 @@ class FigureKind:
         found: Figure = self.feature.load(self.spec.draw)(series, look, options)
         return found
 
-    def lacks(self, records: Sequence[Any], options: Options) -> str | None:
+    def find_obstacle(self, records: Sequence[Any], options: Options) -> str | None:
         """Return why records cannot be drawn with these options; None if they can."""
-        if not self.spec.lacks:
+        if not self.spec.obstacle:
             return None
-        reason: str | None = self.feature.load(self.spec.lacks)(records, options)
+        reason: str | None = self.feature.load(self.spec.obstacle)(records, options)
         return reason
 
 
@@ -245,7 +245,7 @@ def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options)
     if len(fitting) > most:
         return Obstacle(f"{len(fitting)} runs are too many for one figure; give at most {most} results")
     records: list[Any] = [record for one in fitting for record in one.records]
-    reason = kind.lacks(records, options)
+    reason = kind.find_obstacle(records, options)
     return Obstacle(reason, "values") if reason else None
 
 

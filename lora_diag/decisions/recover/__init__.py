@@ -22,7 +22,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:recovery",),
             made_by="loradiag recover BASE TUNED -o recovery.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look
 ESTIMATE = CATEGORIES[0]
 
 
-def lacks(records: Sequence[Any], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Any], options: Options) -> str | None:
     """Return why records cannot be drawn; None if they can."""
     if any(record.energy_estimate is not None for record in records):
         return None

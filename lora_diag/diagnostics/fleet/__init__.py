@@ -22,7 +22,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:fleet",),
             made_by="loradiag fleet 'adapters/**' -o fleet.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
     questions=(

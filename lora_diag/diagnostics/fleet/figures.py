@@ -208,6 +208,6 @@ def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
     )
 
 
-def lacks(records: Sequence[Fleet], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Fleet], options: Options) -> str | None:
     """Return why records cannot be drawn: no adapter has a rank."""
     return "no adapter has a rank" if all(record.used is None for record in records) else None

@@ -65,7 +65,7 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "typ
     records = list(results)
     names, notes = short_names([record.adapter for record in records]), remarks(records)
     odd = rarest_first(oddities(records))
-    shown = [*odd, *(i for i in range(len(records)) if not text[i])] if per == "layer" else odd
+    shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
     most = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
     found = [_adapters(caption, records, names, notes, shown[:most])] if shown else []

@@ -25,7 +25,7 @@ FEATURE = Feature(
             panels=(".figures:angles",),
             made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
             by_color=False,
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
         Figure(
             "union",
@@ -35,7 +35,7 @@ FEATURE = Feature(
             panels=(".figure_union:union",),
             made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
             by_color=False,
-            lacks=".figure_union:lacks",
+            obstacle=".figure_union:find_obstacle",
         ),
     ),
     questions=(

@@ -167,6 +167,6 @@ def _words(
     )
 
 
-def lacks(records: Sequence[Union], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Union], options: Options) -> str | None:
     """Return why records cannot be drawn: no layer has a sum."""
     return None if shared(records) else "no layer is changed by two updates"

@@ -151,6 +151,6 @@ def _words(
     )
 
 
-def lacks(records: Sequence[Interference], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Interference], options: Options) -> str | None:
     """Return why records cannot be drawn: the requested rank was not measured."""
     return rank_absent(ranks_of(records), options)

@@ -21,7 +21,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:overlap",),
             made_by="loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -216,6 +216,6 @@ def _words(
     )
 
 
-def lacks(records: Sequence[Overlap], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Overlap], options: Options) -> str | None:
     """Return why records cannot be drawn: the requested rank was not measured."""
     return rank_absent({record.rank for record in records}, options)

@@ -19,7 +19,7 @@ FEATURE = Feature(
             panels=(".figures:residual",),
             made_by="loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
             by_color=False,
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

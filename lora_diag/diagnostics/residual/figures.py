@@ -208,6 +208,6 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
     )
 
 
-def lacks(records: Sequence[Residual], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Residual], options: Options) -> str | None:
     """Return why records cannot be drawn: none is of a matrix."""
     return None if any(len(record.shape) > 1 for record in records) else "no records of matrices"

@@ -18,7 +18,7 @@ FEATURE = Feature(
             ".figure_energy:figure",
             panels=(".figure_energy:energy",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
-            lacks=".figures:nothing_moved",
+            obstacle=".figures:nothing_moved",
         ),
         Figure(
             "spectrum",
@@ -27,7 +27,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:spectrum",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
-            lacks=".figures:no_one_unit",
+            obstacle=".figures:no_one_unit",
         ),
     ),
 )

@@ -26,7 +26,7 @@ FEATURE = Feature(
             panels=(".figures:fisher",),
             made_by="loradiag probe fisher BASE TUNED --data FILE --measure -o fisher.jsonl",
             by_color=False,
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

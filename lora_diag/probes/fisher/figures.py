@@ -36,7 +36,7 @@ MARKS = ("o", "s", "D", "v", "^")
 LEAST = 1e-5
 
 
-def lacks(records: Sequence[Fisher], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Fisher], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     return None if any(max(record.fisher, default=0.0) > 0 for record in records) else "no truncation changes the loss"
 

@@ -20,7 +20,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:intrinsic",),
             made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -25,7 +25,7 @@ SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
 SHARE = 0.9
 
 
-def lacks(records: Sequence[Intrinsic], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Intrinsic], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     if any(line.subject != "full" for name in sets_of(records) for line in _lines(records, name)):
         return None

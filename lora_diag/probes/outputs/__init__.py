@@ -21,7 +21,7 @@ FEATURE = Feature(
             panels=(".figures:outputs",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
         Figure(
             "depth",
@@ -31,7 +31,7 @@ FEATURE = Feature(
             panels=(".figures:depth",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
-            lacks=".figures:lacks_depth",
+            obstacle=".figures:find_depth_obstacle",
         ),
     ),
 )

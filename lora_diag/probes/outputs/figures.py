@@ -25,12 +25,12 @@ ROWS = 24
 _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
 
-def lacks(records: Sequence[Probe], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why gaps cannot be drawn; None if they can."""
     return None if any(_others(records)) else "no model beside TUNED is finished"
 
 
-def lacks_depth(records: Sequence[Probe], options: Options) -> str | None:
+def find_depth_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why depths cannot be drawn; None if they can."""
     if any(value is not None for record in _others(records) for value in record.hidden or ()):
         return None
@@ -106,7 +106,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the distances by depth, one panel per set."""
-    sets = sets_of(record for one in series for record in one.records if not lacks_depth([record], options))
+    sets = sets_of(record for one in series for record in one.records if not find_depth_obstacle([record], options))
     models = _called(record for one in series for record in one.records)
     by_set = {
         name: [

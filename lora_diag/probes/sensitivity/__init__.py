@@ -23,7 +23,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:sensitivity",),
             made_by="loradiag probe sensitivity BASE --data FILE --eval FILE -o sensitivity.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

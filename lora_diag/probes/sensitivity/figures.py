@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.style import Look, category, name_of
 ROWS = 24
 
 
-def lacks(records: Sequence[Sensitivity], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Sensitivity], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     return None if _rows(records, _first(records), 0) else "no unit is finished with a gain"
 

@@ -23,7 +23,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:sweep",),
             made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -62,7 +62,7 @@ class Course:
         return [loss for row in self.rows for loss in row.losses]
 
 
-def lacks(records: Sequence[Probe], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     found = any(record.subject == "lora" and record.loss is not None for record in records)
     return None if found else "no run of the sweep is finished with a loss"

@@ -20,7 +20,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:truncation",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE -o truncation.jsonl",
-            lacks=".figures:lacks",
+            obstacle=".figures:find_obstacle",
         ),
         Figure(
             "alone",
@@ -29,7 +29,7 @@ FEATURE = Feature(
             ".figure_alone:figure",
             panels=(".figure_alone:alone",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE --per type -o truncation.jsonl",
-            lacks=".figure_alone:lacks",
+            obstacle=".figure_alone:find_obstacle",
         ),
     ),
 )

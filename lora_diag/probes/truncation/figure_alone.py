@@ -20,7 +20,7 @@ from lora_diag.rendering.figures.style import Look, category, name_of
 ROWS = 24
 
 
-def lacks(records: Sequence[Probe], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     known = _ranks(records)
     if not known:

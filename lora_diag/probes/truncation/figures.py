@@ -35,7 +35,7 @@ def together(records: Iterable[Probe]) -> tuple[Probe, ...]:
     return tuple(record for record in records if record.layer is None and record.module_type is None)
 
 
-def lacks(records: Sequence[Probe], options: Options) -> str | None:
+def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     if any(record.subject == "truncated" for record in together(records)):
         return None

@@ -280,8 +280,8 @@ def test_invalid_options_are_refused(pair, tmp_path, loradiag):
     for words, asked in (
         ("needs BASE", {"base": adapter, "activations": file}),
         ("needs --activations", {"base": base, "tuned": tuned, "kfac": True}),
-        ("holds no output gradients", {"base": base, "tuned": tuned, "activations": file, "kfac": True}),
-        ("--gradients are none", {"base": base, "activations": file, "gradients": [tmp_path]}),
+        ("has no output gradients", {"base": base, "tuned": tuned, "activations": file, "kfac": True}),
+        ("not to --gradients", {"base": base, "activations": file, "gradients": [tmp_path]}),
     ):
         with pytest.raises(UsageError, match=words):
             lora_diag.spectrum(**asked)

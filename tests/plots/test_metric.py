@@ -39,7 +39,7 @@ def words(figure) -> str:
 @pytest.mark.parametrize("width", ["slide", "column"])
 def test_titles_and_axes_name_metric(metric, width):
     for name, said in (
-        ("energy", f"Energy share C(r) of {OF[metric]}"),
+        ("energy", f"Energy fraction C(r) of {OF[metric]}"),
         ("spectrum", f"σᵢ of {OF[metric]}"),
         ("heatmap", f"C(8) of {OF[metric]}"),
     ):

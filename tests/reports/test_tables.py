@@ -94,7 +94,7 @@ def test_summary_says_what_files_can_show_before_any_rank(tmp_path, scale, word)
     text = spectrum_table(results, 140)
     assert f"Resolution    {word}" in text
     assert text.index("Resolution") < text.index("Low rank")
-    assert ("these files cannot tell" in text) == (word == "no")
+    assert ("these files resolve no matrix" in text) == (word == "no")
     assert ("float32" in text) == (word == "no")
 
 

@@ -16,7 +16,7 @@ from lora_diag.running.options import OUTPUT, Option
 
 _OUTPUT = Option(
     None,
-    "Folder to write; results file where only records are asked for.",
+    "Folder to write, or results file for records only.",
     "OUT",
     ("--output", "-o"),
     OUTPUT,
@@ -44,7 +44,7 @@ def recover(
     writes = full or any(given[name] is not None for name in ("rank", "energy", "params"))
     if not writes:
         options.check_output(output, given["resume"], given["overwrite"])
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.decisions.recover.run import recover as estimate
     from lora_diag.decisions.recover.summary import recovery_table
 

@@ -22,11 +22,11 @@ class RecoverOptions(FolderOptions, total=False):
         ),
     ]
     keep_refused: Annotated[
-        bool, Option(False, "Write the truncated SVD of layers without an estimate, too.", panel=OUTPUT)
+        bool, Option(False, "Also write the truncated SVD of layers without an estimate.", panel=OUTPUT)
     ]
     keep_length: Annotated[
         bool,
-        Option(False, "Scale each layer's estimate to its estimated norm, which shrinking shortens.", panel=OUTPUT),
+        Option(False, "Scale each layer's estimate, shortened by shrinkage, to its norm.", panel=OUTPUT),
     ]
     base_name: Annotated[
         str | None, Option(None, "Name of BASE in config and model card; default its path.", "NAME", panel=OUTPUT)

@@ -87,9 +87,7 @@ class Recovery(Hidden, LayerRecord):
             main=True,
             pool=_verdicts,
         ),
-        Shown(
-            "unchanged", "unchanged", "share of the entries that stayed the same", share=True, main=True, form="percent"
-        ),
+        Shown("unchanged", "unchanged", "fraction of unchanged entries", share=True, main=True, form="percent"),
         Shown(
             "relative",
             "‖D‖/‖W‖",
@@ -105,7 +103,7 @@ class Recovery(Hidden, LayerRecord):
             main=True,
             pool=_ratio("fro_estimate"),
         ),
-        Shown("kept", "‖D‖/‖X‖", "norm of what the files show over the estimated norm of the update"),
+        Shown("kept", "‖D‖/‖X‖", "norm of the files' difference over the estimated norm of the update"),
         Shown(
             "rank_at.0.9",
             "r@90% file",
@@ -125,15 +123,15 @@ class Recovery(Hidden, LayerRecord):
         Shown(
             "directions",
             "directions",
-            "directions of the update that stand above what rounding hides",
+            "directions of the update above the noise of the rounding",
             main=True,
             pool=_middle_directions,
             drop=5,
         ),
         Shown("gain_z", "z", "gain of hidden cells in standard errors", main=True, form=".1f", drop=2),
         Shown("fit_chi", "χ²/df", "misfit of the changed entries by binade of |W|", drop=6, terminal=True),
-        Shown("fit_misplaced", "misplaced", "share of changed entries in the wrong binade"),
-        Shown("information", "information", "share of an entry's variance that its cell removes", share=True),
+        Shown("fit_misplaced", "misplaced", "fraction of changed entries in the wrong binade"),
+        Shown("information", "information", "fraction of an entry's variance that its cell removes", share=True),
         Shown("rank", "rank", "rank of the factors in the adapter"),
     )
     record: Literal["recovery"] = "recovery"

@@ -34,7 +34,7 @@ from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.measuring import without_rank
 from lora_diag.running.options import FolderOptions, declared, filled, show_options
 
-WAYS = "--rank R, --energy SHARE or --params N for an adapter, --checkpoint for a checkpoint"
+WAYS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
 
 
 @show_options
@@ -94,7 +94,7 @@ def recover(
     factors = rank is not None or energy is not None or params is not None
     writes = factors or full
     if keep_length and not writes:
-        raise UsageError(f"--keep-length: is for what is written; give one of {WAYS}")
+        raise UsageError(f"--keep-length: applies to written estimates; give one of {WAYS}")
     folder: OutputFolder | None = None
     if writes:
         assert output is not None
@@ -227,13 +227,13 @@ def _check(
     if ways > 1:
         raise UsageError(f"recover: give one of {WAYS}")
     if ways and output is None:
-        raise UsageError("recover: name the folder to write with -o")
+        raise UsageError("recover: no output folder; give it with -o")
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: must be a whole number from 1 up")
+        raise UsageError(f"--rank {rank}: must be a positive integer")
     if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"--energy {energy}: is a share of the energy, above 0 and up to 1")
+        raise UsageError(f"--energy {energy}: must be a fraction above 0 and up to 1")
     if keep_refused and (full or not ways):
-        raise UsageError("--keep-refused: is for adapters; give --rank or --energy with it")
+        raise UsageError("--keep-refused: applies to adapters; give --rank or --energy with it")
     if keep_refused and params is not None:
         raise UsageError("--keep-refused: rounding noise would take the budget of --params; give --rank or --energy")
 

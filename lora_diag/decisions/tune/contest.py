@@ -16,11 +16,11 @@ from typing import Literal
 from lora_diag.metrics.equivalence import paired
 from lora_diag.probes.sweep.verdict import SweepVerdict
 
-# A difference of so many standard errors counts.
+# Number of standard errors of a significant difference.
 ERRORS = 2.0
-# Held-out loss that fell by so much less than the training loss, as a share of the gain, justifies regularisation.
+# Regularization is justified if the held-out loss fell less than the training loss by this fraction of the gain.
 OVERFIT = 0.25
-# Below this share of full fine-tuning's gain, more than LoRA within the budget is considered.
+# Fraction of full fine-tuning's gain below which more than LoRA within the budget is considered.
 SHORT_OF_FULL = 0.9
 
 Word = Literal["better", "tie", "worse", "not known"]

@@ -162,7 +162,7 @@ def extended(plan: TunePlan, run: TrainRun, limit: float) -> TunePlan:
         then = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
         raise UsageError(
             f"--time: allows {duration(limit)}, but the search to resume was planned {then}; give at least that, or "
-            "leave --time out"
+            "remove --time"
         )
     given = run.options
     wanted = Search(

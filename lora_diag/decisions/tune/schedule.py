@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from lora_diag.errors import UsageError
 
-# The short round of halving trains for this share of the steps, at the smallest and the largest rank.
+# The short round of halving trains for this fraction of the steps, at the smallest and the largest rank.
 SHORT = 4
 # Learning rates that continue after it.
 KEPT_RATES = 2

@@ -13,7 +13,7 @@ FEATURE = Feature(
     figures=(
         Figure(
             "energy",
-            "C(r): what the best adapter of each rank keeps",
+            "C(r): energy kept by the best adapter of each rank",
             "spectrum",
             ".figure_energy:figure",
             panels=(".figure_energy:energy",),

@@ -17,7 +17,7 @@ from lora_diag.diagnostics.spectrum.options import GradientSpectrumOptions, Spec
 from lora_diag.errors import UsageError
 from lora_diag.running.options import BASE, Option, declared, filled, plain
 
-# What a fleet is not measured by, with the reason.
+# Options that do not apply to --adapters, with the reason.
 _EXACT = "the factors of an adapter give all of its singular values, exactly"
 _ONE = "it measures one update at a time"
 _NOT_OF_A_FLEET = {
@@ -54,12 +54,12 @@ def spectrum(
     """
     if adapters:
         if tuned is not None:
-            raise UsageError("--adapters: measures adapters, with BASE alone before them, or nothing")
+            raise UsageError("--adapters: takes only BASE as another input; remove the others")
         usual = filled(SpectrumOptions, {})
         for name, why in _NOT_OF_A_FLEET.items():
             if plain(given[name]) != plain(usual[name]):  # type: ignore[literal-required]
                 option = declared(SpectrumOptions)[name][1].flag(name)
-                raise UsageError(f"{option}: not with --adapters: {why}; leave it out")
+                raise UsageError(f"{option}: not with --adapters, because {why}; remove it")
         of_fleet = {name: value for name, value in given.items() if name in declared(FleetOptions)}
         show_fleet(adapters, {"base": base, **of_fleet}, shown)
         return
@@ -84,7 +84,7 @@ def gradient_spectrum(
 
 
 def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], shown: options.Rows) -> None:
-    # torch comes with it: not before it is needed
+    # imports torch, so only here
     from lora_diag.diagnostics.spectrum.run import spectrum as measure
 
     with shown.callbacks() as callbacks:

@@ -70,7 +70,7 @@ def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> 
         SHARE,
         look,
         options.per,
-        title=f"Energy share C(r) of {of}: what the best adapter of rank r keeps",
+        title=f"Energy fraction C(r) of {of} that the best adapter of rank r keeps",
         xlabel="rank r",
         ylabel="C(r)",
         formula=f"C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",

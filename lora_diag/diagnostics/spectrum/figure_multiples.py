@@ -129,7 +129,7 @@ def _keys(
             who = owner_of(one, series)
             found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{who}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
-        found.append(Key(Line2D([], [], color=INK, lw=look.line), "one line a layer"))
+        found.append(Key(Line2D([], [], color=INK, lw=look.line), "one line per layer"))
     inside = [str(rank) for rank in MARKED if rank <= largest]
     if inside:
         line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
@@ -144,7 +144,7 @@ def _notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> 
     found = []
     joined = max((len(g) for panel in shown for g in by_depth(panel.series[0].records).values()), default=1)
     if joined > 1 and not bands:
-        found.append(f"Where a block has several matrices of a type (up to {joined}), the line is their median.")
+        found.append(f"A line is the median of a block's matrices of its type (up to {joined}).")
     if any(record.fro > 0 and not record.complete for record in records):
         found.append("Curves end where the values kept (--top) do.")
     if zero := sum(record.fro == 0 for record in records):

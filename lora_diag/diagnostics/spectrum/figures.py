@@ -67,7 +67,7 @@ def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> 
         SIGMA,
         look,
         options.per,
-        title=f"Singular values σᵢ of {changes_of(everything)}: how fast the update decays",
+        title=f"Singular values σᵢ of {changes_of(everything)}, in descending order",
         xlabel="index i",
         ylabel="σᵢ",
         scale=lambda ax: _scale(ax, everything),
@@ -126,5 +126,5 @@ def no_one_unit(records: Sequence[Spectrum], options: Options) -> str | None:
     metrics = dict.fromkeys(record.metric for record in records)
     if len(metrics) > 1:
         named = " and ".join(METRIC_NAMES[metric] for metric in metrics)
-        return f"singular values in {named} have no common axis: draw them apart"
+        return f"singular values in {named} have no common axis; draw them separately"
     return nothing_moved(records, options)

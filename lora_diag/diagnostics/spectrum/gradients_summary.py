@@ -33,8 +33,8 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
         say(
             "interpretation",
             "Interpretation",
-            "gradients order the layers much as the update will, but show it more low-rank than it becomes: compare "
-            "layers by these numbers, do not read a rank off them",
+            "gradients rank the layers approximately as the update does, but have a lower rank than the update: "
+            "compare layers by these numbers, do not derive a rank from them",
         ),
     ]
 

@@ -116,7 +116,7 @@ class Spectrum(LayerRecord):
         Shown(
             "hidden.directions",
             "directions",
-            "directions before rounding that rounding cells show: a second opinion on the signal rank",
+            "directions before rounding that the rounding cells resolve: a second estimate of the signal rank",
             drop=5,
             head="dirs.",
             terminal=True,
@@ -164,16 +164,16 @@ class Spectrum(LayerRecord):
         Shown(
             "resolution.unchanged",
             "unchanged",
-            "share of the entries that are bit-identical in both files",
-            axis="share of unchanged entries",
+            "fraction of the entries that are bit-identical in both files",
+            axis="fraction of unchanged entries",
             share=True,
         ),
-        Shown("resolution.verdict", "files", "whether the files can show this update", main=True, terminal=False),
+        Shown("resolution.verdict", "files", "whether the files resolve this update", main=True, terminal=False),
         Shown("base_fro", "‖W‖", "Frobenius norm of the base weight", axis="‖W_base‖_F"),
         Shown(
             "resolution.edge",
             "noise edge",
-            "where the singular values of the rounding noise end",
+            "largest singular value expected of the rounding noise",
             axis="edge of the rounding noise (singular value)",
         ),
     )
@@ -228,8 +228,8 @@ class Spectrum(LayerRecord):
             Shown(
                 f"energy.{rank}",
                 f"C({rank})",
-                f"share of the energy Σσ² in the {rank} largest singular values: the most a rank-{rank} update could "
-                f"carry{of}",
+                f"fraction of the energy Σσ² in the {rank} largest singular values: the maximum of a rank-{rank} "
+                f"update{of}",
                 axis=f"energy fraction C({rank})",
                 share=True,
                 main=rank in usual,

@@ -71,17 +71,17 @@ def spectrum(
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
     if recover and (activations is not None or gradients):
         other = "--activations" if activations is not None else "--gradients"
-        raise UsageError(f"--recover: estimates an update in the weights' metric; leave {other} out")
+        raise UsageError(f"--recover: estimates an update in the weights' metric; remove {other}")
     if gradients:
         if activations is not None:
-            raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
+            raise UsageError("--activations: applies to an update, not to --gradients; remove one of the two")
         if tuned is not None:
-            raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
+            raise UsageError("--gradients: are measured instead of an update; give only BASE with them, or nothing")
         from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
 
         return gradient_spectrum(run, base, gradients, settings)
     if base is None:
-        raise UsageError("spectrum: name BASE and TUNED, or an adapter alone")
+        raise UsageError("spectrum: nothing to measure; give BASE and TUNED, or an adapter alone")
     compared = run.compare(base, tuned)
     pairing, moments = compared.pairing, None
     if recover and not any(isinstance(delta, StoredDelta) for delta in pairing.deltas):
@@ -90,10 +90,10 @@ def spectrum(
         from lora_diag.running.activations import second_moments  # torch comes with it
 
         if tuned is None:
-            raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
+            raise UsageError("--activations: needs BASE to identify the layers; give it before the adapter")
         moments = second_moments(activations, base, pairing, run.options["verify"])
         if kfac and not moments.gradients:
-            raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --output-gradients")
+            raise UsageError(f"--kfac: {activations} has no output gradients; record it with --output-gradients")
     pairing, matrices = _weighed(pairing, moments, kfac)
     run.torch = not (
         all(is_thin(layer, settings) for layer in matrices)

@@ -18,11 +18,10 @@ from lora_diag.rendering.lines import REASONS, subject, within
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
 from lora_diag.rendering.text import count, middle_rank, number, percent, safe, short
 
-# A median C(16) from here on is called low-rank, and from there on partly so. Words, not measurements: they are
-# printed with the number they stand on.
+# Minimum median C(16) of a low-rank update, and of a partly low-rank one. Conventions: the statement has the number.
 LOW_RANK, PARTLY = 0.9, 0.5
 
-# A share of untouched entries from here on is called sparse.
+# Minimum fraction of unchanged entries of a sparse update.
 SPARSE = 0.5
 
 # β of all layers together shows the start if it is within 0.5 of 0 and this many errors from 1, as that of one layer.
@@ -46,7 +45,7 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
         lines.append(say("metric", "Metric", metric))
     if stacked := [record for record in moved if record.stack is not None]:
         lines += gradient_lines(stacked)
-        # Gradients are no difference of rounded weights: that they are resolved is no news.
+        # Gradients are not differences of rounded weights, so they are always resolved.
         lines += [one for one in _ranks_needed(moved, ranks) if one.key != "resolved" or one.level != "note"]
     else:
         lines.append(say("moved", "Change", *_moved(results, moved)))
@@ -86,7 +85,7 @@ def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> list[str]:
         return [_nothing_moved(results)]
     if part_of(moved[0].layer) == "vocabulary":
         still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
-        return [f"only embeddings and head{still}", *_how_far(moved, f"over the {_matrices(len(moved))} that moved")]
+        return [f"only embeddings and head{still}", *_how_far(moved, f"over the {_matrices(len(moved))} that changed")]
     outside = " outside embeddings and head" if len(inside) < len(results) else ""
     every = "the" if outside or len(inside) == 1 else "all"
     return _how_far(inside, f"over {every} {_matrices(len(inside))}{outside}")
@@ -95,7 +94,7 @@ def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> list[str]:
 def _nothing_moved(results: Results[Spectrum]) -> str:
     if any(item.reason == "vector" and item.fro for item in results.left_out):
         return "only norms and biases: ΔW is zero in every matrix"
-    meant = f" Is {safe(subject(results.run))} what you meant?" if results.run.inputs else ""
+    meant = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
     return f"nothing: ΔW is zero in every matrix.{meant}"
 
 
@@ -133,7 +132,7 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     elif known:
         used += f", from {min(known)} to {max(known)}"
     return [
-        say("resolved", "Resolution", "yes: the factors are the update; no rounding of merged weights comes between"),
+        say("resolved", "Resolution", "yes: the factors define the update, without rounding of merged weights"),
         say("rank_used", "Rank used", used),
     ]
 
@@ -191,8 +190,8 @@ def _start(moved: Sequence[Spectrum]) -> str:
     sparse = [each.untouched for each in seen if each.untouched is not None and each.untouched >= SPARSE]
     if sparse:
         said += (
-            f"; {len(sparse)} of {len(moved)} updates are sparse: training left about {percent(median(sparse))} of the "
-            "entries alone, which carry no noise"
+            f"; {len(sparse)} of {len(moved)} updates are sparse: training did not change about "
+            f"{percent(median(sparse))} of the entries, which have no noise"
         )
     return said
 
@@ -235,7 +234,7 @@ def _not_resolved(counts: Counter[str]) -> str:
 def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
     """State what each common rank keeps at the median and in the worst layer, with a verdict."""
     if not records:
-        return ["these files cannot tell: no matrix is resolved"]
+        return ["not known: these files resolve no matrix"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     found = {rank: _kept_at(rank, records) for rank in shown}
     kept = {rank: share for rank, (share, _) in found.items() if share is not None}
@@ -255,9 +254,9 @@ def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]
     larger = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
     shares = {layer: share for layer, share in larger.items() if share is not None}
     if not larger:
-        return None, f"r={rank} says nothing: no layer is larger"
+        return None, f"r={rank} has no meaning: no layer is larger"
     if len(shares) < len(larger):
-        return None, f"C({rank}) was not computed: measure with --top {rank} or more"
+        return None, f"C({rank}) was not computed; use --top {rank} or more"
     kept, worst = median(shares.values()), min(shares, key=shares.__getitem__)
     of = ""
     if len(larger) < len(records):

@@ -123,9 +123,9 @@ def test_top_keeps_that_many_and_says_so(tmp_path):
 def test_requests_that_make_no_sense(tmp_path):
     base = save_model(tmp_path / "base", weights(1))
     path = save_step(tmp_path / "g" / "3.safetensors", weights(2))
-    with pytest.raises(UsageError, match="name BASE alone"):
+    with pytest.raises(UsageError, match="give only BASE"):
         lora_diag.spectrum(base, base, gradients=[path])
-    with pytest.raises(UsageError, match="name BASE and TUNED"):
+    with pytest.raises(UsageError, match="give BASE and TUNED"):
         lora_diag.spectrum()
     with pytest.raises(UsageError, match="--method exact"):
         lora_diag.spectrum(gradients=[path], method="exact")

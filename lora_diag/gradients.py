@@ -148,9 +148,7 @@ def _step_of(checkpoint: Checkpoint, path: Path) -> int:
     name = path.parent.name if path.name in WEIGHTS else own
     found = _NUMBER.search(name)
     if found is None:
-        raise InputError(
-            f"{path}: of which step is it? Put the step into the file's metadata, or into its name: grad_step000040"
-        )
+        raise InputError(f"{path}: has no step; put it into the file's metadata or its name, such as grad_step000040")
     return int(found[1])
 
 

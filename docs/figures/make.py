@@ -30,7 +30,7 @@ MEASURED = {
     "overlap": ["overlap", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/gradients"],
     "interference": ["interference", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
     "unequal": ["extract", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", "--energy", "0.6"],
-    "portability": ["portability", "{unequal}", "--for", "peft,vllm,sglang,llamacpp"],
+    "portability": ["portability", "{unequal}", "--consumers", "peft,vllm,sglang,llamacpp"],
     "allocation": ["allocate", "{spectrum}", "--params", "80k"],
     "truncation": ["probe", "truncation", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", *TEXTS],
     "outputs": ["probe", "outputs", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", *ADAPTERS, *TEXTS],

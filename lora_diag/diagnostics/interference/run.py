@@ -125,10 +125,10 @@ def _check_names(updates: Sequence[Path | str]) -> None:
             "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"
         )
     seen: set[str] = set()
-    for path in map(os.path.realpath, updates):
-        if path in seen:
-            raise UsageError(f"{path}: is given twice; give each path once")
-        seen.add(path)
+    for path in updates:
+        if (real := os.path.realpath(path)) in seen:
+            raise UsageError(f"{path}: given twice; give each path once")
+        seen.add(real)
 
 
 def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Several]:

@@ -95,12 +95,12 @@ class Consumer:
         if read := next((rule for rule in self.rules if version in rule.read), None):
             return read  # a commit is not a number
         if not _VERSION.fullmatch(version):
-            raise UsageError(f"--for {self.name}=={version}: not a version; give one such as {self.newest}")
+            raise UsageError(f"--consumers {self.name}=={version}: not a version; give one such as {self.newest}")
         for rule in self.rules:
             if not rule.since or not is_before(version, rule.since):
                 return rule
         raise UsageError(
-            f"--for {self.name}=={version}: no rule is known for it; the oldest is for {self.rules[-1].versions}"
+            f"--consumers {self.name}=={version}: no rule is known for it; the oldest is for {self.rules[-1].versions}"
         )
 
     def is_newer(self, version: str) -> bool:

@@ -116,7 +116,7 @@ def choose(words: Sequence[str], form: str) -> Chosen:
         name = name.strip().replace(".", "").replace("-", "").lower()
         consumer = CONSUMERS.get(name)
         if consumer is None:
-            raise UsageError(f"--for {word}: unknown program; give one of {', '.join(CONSUMERS)}")
+            raise UsageError(f"--consumers {word}: unknown program; give one of {', '.join(CONSUMERS)}")
         rule = consumer.rule(version.strip())
         chosen[name, version.strip() or consumer.newest] = consumer, rule
     return chosen

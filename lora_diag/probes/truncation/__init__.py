@@ -28,7 +28,7 @@ FEATURE = Feature(
             "truncation",
             ".figure_alone:figure",
             panels=(".figure_alone:alone",),
-            made_by="loradiag probe truncation BASE TUNED --eval FILE --per type -o truncation.jsonl",
+            made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o truncation.jsonl",
             obstacle=".figure_alone:find_obstacle",
         ),
     ),

@@ -24,7 +24,7 @@ def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
     known = _ranks(records)
     if not known:
-        return "no layer or module type was truncated alone (--per layer, --per type)"
+        return "no layer or module type was truncated alone (--granularity layer or type)"
     if options.rank in {None, *known}:
         return None
     return f"rank {options.rank} was not measured; there are {', '.join(map(str, known))}"

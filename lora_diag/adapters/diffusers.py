@@ -19,7 +19,7 @@ from lora_diag.adapters.kohya import factors, shapes_of
 from lora_diag.adapters.patterns import read_pattern
 from lora_diag.adapters.scales import Scale, scale_in
 from lora_diag.adapters.source import Config, Source
-from lora_diag.adapters.thin import thin_loader
+from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import Reading, Update
 from lora_diag.errors import InputError
 
@@ -114,7 +114,7 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
         rank=down[0],
         scale=scale.known,
         alpha=scale.alpha,
-        thin=thin_loader(source.checkpoint, parts["up"], parts["down"], scale),
+        thin=thin_factors(source.checkpoint, parts["up"], parts["down"], scale),
     )
 
 

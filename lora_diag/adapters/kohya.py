@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters import dora, loha, lokr
 from lora_diag.adapters.scales import Scale, scale_in, scale_of
 from lora_diag.adapters.source import Source
-from lora_diag.adapters.thin import thin_loader
+from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
@@ -151,7 +151,7 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
         rank=down[0],
         scale=scale.known,
         alpha=scale.alpha,
-        thin=None if mid else thin_loader(source.checkpoint, *keys[:2], scale),
+        thin=None if mid else thin_factors(source.checkpoint, *keys[:2], scale),
     )
 
 

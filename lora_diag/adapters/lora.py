@@ -17,7 +17,7 @@ from lora_diag.adapters.refused import refuse_lora_variants
 from lora_diag.adapters.replication import replicated
 from lora_diag.adapters.scales import Scale, Scaling, scaling_words
 from lora_diag.adapters.source import Config, Source
-from lora_diag.adapters.thin import thin_loader
+from lora_diag.adapters.thin import StoredFactors, thin_factors
 from lora_diag.adapters.updates import Reading, Site, Update, flat, read
 from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from lora_diag.adapters.updates import Factors
-    from lora_diag.deltas import Thin
 
 PAIR, TABLE = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 PARTS = (*PAIR, *TABLE, "lora_magnitude_vector", "lora_diag")
@@ -143,15 +142,15 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
 
 def _thin(
     source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
-) -> Callable[[], Thin] | None:
-    """Return what loads the factors without torch; None where more than the two takes part."""
+) -> StoredFactors | None:
+    """Return the factors as NumPy reads them; None where more than the two takes part."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _blocks(source.settings, module):
         return None
     a, b = keys
     known = Scale(scale)
     if "lora_embedding_A" in parts:  # ΔW = (B·A)ᵀ
-        return thin_loader(source.checkpoint, a, b, known, turned=True)
-    return thin_loader(source.checkpoint, b, a, known)
+        return thin_factors(source.checkpoint, a, b, known, turned=True)
+    return thin_factors(source.checkpoint, b, a, known)
 
 
 # ``(out, in)``, what loads the factors, and the names of A and B.

@@ -14,7 +14,7 @@ from lora_diag.adapters import dora
 from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.scales import Scale
 from lora_diag.adapters.source import Config, Source
-from lora_diag.adapters.thin import thin_loader
+from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
@@ -70,7 +70,7 @@ def _update(source: Source, module: str, parts: dict[str, str], stated: float | 
     load = partial(factors, source.checkpoint, parts["lora_b"], parts["lora_a"], scale)
     key = parts["lora_b"]
     dtype = source.checkpoint[key].dtype
-    thin = thin_loader(source.checkpoint, key, parts["lora_a"], Scale(scale), turned=True)
+    thin = thin_factors(source.checkpoint, key, parts["lora_a"], Scale(scale), turned=True)
     update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale, thin=thin)
     if "m" not in parts:
         return update

@@ -258,7 +258,7 @@ def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor]
         thin = first.update.thin if whole else None
         ranks = [piece.update.rank or 0 for piece in pieces]
         return FactoredDelta(
-            layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=sum(ranks), load_thin=thin
+            layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=sum(ranks), thin=thin
         )
     is_matrix = len(first.place.shape) == 2
     return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)

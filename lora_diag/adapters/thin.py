@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.scales import Scale, scale_of
@@ -11,13 +10,13 @@ from lora_diag.adapters.updates import flat
 from lora_diag.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from lora_diag.deltas import Thin
+    import numpy as np
+    from numpy.typing import NDArray
 
 
-def thin_loader(
-    checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool = False
-) -> Callable[[], Thin] | None:
-    """Return what loads two stored factors; None if their file or format needs torch.
+@dataclass(frozen=True, slots=True)
+class StoredFactors:
+    """Two stored factors and a scale: a ``ThinFactors``.
 
     Args:
         checkpoint: The adapter's tensors.
@@ -26,16 +25,32 @@ def thin_loader(
         scale: s.
         turned: Whether both are stored transposed.
     """
+
+    checkpoint: Checkpoint
+    b: str
+    a: str
+    scale: Scale
+    turned: bool = False
+
+    def read_b(self) -> NDArray[np.float64]:
+        """Return B ``(out, r)``."""
+        return self._read(self.b)
+
+    def read_a(self) -> NDArray[np.float64]:
+        """Return A ``(r, in·kh·kw)``."""
+        return self._read(self.a)
+
+    def read_scale(self) -> float:
+        """Return s."""
+        return scale_of(self.checkpoint, self.scale)
+
+    def _read(self, key: str) -> NDArray[np.float64]:
+        array = self.checkpoint.read_array(key)
+        array = array.reshape(flat(array.shape))
+        return array.T if self.turned else array
+
+
+def thin_factors(checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool = False) -> StoredFactors | None:
+    """Return two stored factors; None if their file or format needs torch. For the arguments see ``StoredFactors``."""
     keys = [b, a, scale.alpha] if scale.alpha else [b, a]
-    if not all(checkpoint.decodes(key) for key in keys):
-        return None
-    return partial(thin_factors, checkpoint, b, a, scale, turned)
-
-
-def thin_factors(checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool) -> Thin:
-    """Return B ``(out, r)``, A ``(r, in·kh·kw)`` and s."""
-    left, right = (checkpoint.read_array(key) for key in (b, a))
-    left, right = left.reshape(flat(left.shape)), right.reshape(flat(right.shape))
-    if turned:
-        left, right = left.T, right.T
-    return left, right, scale_of(checkpoint, scale)
+    return StoredFactors(checkpoint, b, a, scale, turned) if all(map(checkpoint.decodes, keys)) else None

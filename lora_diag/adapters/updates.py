@@ -18,7 +18,7 @@ from lora_diag.deltas import Side
 if TYPE_CHECKING:
     import torch
 
-    from lora_diag.deltas import Thin
+    from lora_diag.deltas import ThinFactors
 
     # B (out, r) with the scaling in it, and A (r, in).
     Factors = tuple[torch.Tensor, torch.Tensor]
@@ -81,7 +81,7 @@ class Update:
         alpha: Name of the tensor that holds α; empty if α is not in the file.
         plain: Loads s·B and A alone, of an update that is more than their product (DoRA, PiSSA); else None.
         heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.
-        thin: Loads B, A and s without torch; None where something other than two stored tensors and s takes part.
+        thin: B, A and s, to be read without torch; None where something else than these takes part.
     """
 
     weight: str
@@ -102,7 +102,7 @@ class Update:
     alpha: str = ""
     plain: Callable[[Site], Factors | torch.Tensor] | None = None
     heads: str = ""
-    thin: Callable[[], Thin] | None = None
+    thin: ThinFactors | None = None
 
     @property
     def layer(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Memory up to this size is kept for the next tensor.
+KEPT_BYTES = 2**23
 
 # Formats that NumPy has: torch's name -> NumPy's.
 _OWN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
@@ -39,11 +43,31 @@ def decode(content: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
     if dtype in _EIGHT_BITS:
         return _table(dtype)[content.astype(np.intp)]
     if dtype == "bfloat16":  # the upper half of a float32
-        stored: NDArray[Any] = np.left_shift(content.view("<u2"), 16, dtype=np.uint32).view(np.float32)
+        wide = scratch("wide", 2 * len(content)).view(np.uint32)
+        stored: NDArray[Any] = np.left_shift(content.view("<u2"), 16, out=wide, dtype=np.uint32).view(np.float32)
     else:
         stored = content.view(_OWN[dtype])
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        return stored.astype(np.float64, copy=False)
+        return stored.astype(np.float64)
+
+
+_kept = threading.local()
+
+
+def scratch(name: str, size: int) -> NDArray[np.uint8]:
+    """Return memory of this thread for temporary values: of the system, it would be cleared anew for every tensor.
+
+    Args:
+        name: What it is for; the same name gives the same memory.
+        size: Bytes.
+    """
+    found: NDArray[np.uint8] | None = getattr(_kept, name, None)
+    if found is None or len(found) < size:
+        if size > KEPT_BYTES:
+            return np.empty(size, np.uint8)
+        found = np.empty(size, np.uint8)
+        setattr(_kept, name, found)
+    return found[:size]
 
 
 @cache

@@ -109,11 +109,9 @@ class SafetensorsFile:
 
     def read_array(self, name: str) -> NDArray[np.float64]:
         """Return a whole tensor in its shape, float64, without torch."""
-        import numpy as np  # imported here, so that headers can be read without NumPy
+        from lora_diag.checkpoints.decoding import decode, scratch  # imported here: headers are read without NumPy
 
-        from lora_diag.checkpoints.decoding import decode
-
-        content = np.empty(self._bytes[name], np.uint8)
+        content = scratch("stored", self._bytes[name])
         self._content.fill(content.data, self._start[name], name)
         return decode(content, self.tensors[name].dtype).reshape(self.tensors[name].shape)
 

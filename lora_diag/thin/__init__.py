@@ -5,7 +5,7 @@ a small rank. Importing torch takes ten times as long as measuring an adapter.
 """
 
 from lora_diag.thin.sketch import BOTH, COLUMNS, LENGTH, ROWS, fold, join, mixed, sketch
-from lora_diag.thin.values import MAX_RANK, ThinValues, thin_values
+from lora_diag.thin.values import MAX_RANK, ThinValues, thin_values, triangle
 
 __all__ = [
     "BOTH",
@@ -19,4 +19,5 @@ __all__ = [
     "mixed",
     "sketch",
     "thin_values",
+    "triangle",
 ]

@@ -11,6 +11,7 @@ sum of theirs, each with its own random signs, so that products of different lay
 from __future__ import annotations
 
 import hashlib
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,22 @@ def fold(x: Array, by: str) -> Array:
     Returns:
         ``(LENGTH, k)``, of both hashes ``(2·LENGTH, k)``.
     """
+    if not x.flags.c_contiguous:
+        turned = _turned_memory(x.size).reshape(x.shape)
+        np.copyto(turned, x)
+        x = turned
     return np.asarray(_buckets(x.shape[0], by) @ x, np.float64)
+
+
+_kept = threading.local()
+
+
+def _turned_memory(size: int) -> Array:
+    """Return memory of this thread: of the system, it would be cleared anew for every factor."""
+    found: Array | None = getattr(_kept, "turned", None)
+    if found is None or len(found) < size:
+        found = _kept.turned = np.empty(size)
+    return found[:size]
 
 
 def join(left: Array, right: Array, name: str) -> Array:

@@ -71,27 +71,22 @@ class Triangle:
     backward: float
 
 
-def thin_values(
-    b: NDArray[np.float64], a: NDArray[np.float64], factor: float = 1.0, vectors: bool = False
-) -> ThinValues | None:
+def thin_values(left: Triangle, right: Triangle, factor: float = 1.0, vectors: bool = False) -> ThinValues | None:
     """Compute the singular values of s·B·A.
 
     Args:
-        b: B, ``(m, r)``, r ≤ ``MAX_RANK``.
-        a: A, ``(r, n)``.
+        left: ``triangle`` of B, ``(m, r)``, r ≤ ``MAX_RANK``.
+        right: ``triangle`` of Aᵀ, ``(n, r)``.
         factor: s.
         vectors: Whether to compute ``mix``. B·A·v = σu, and A applied to right singular vectors Q_a V is R_aᵀV.
 
     Returns:
-        The values; None if an entry or a norm is not finite. With relative errors η_b, η_a and backward errors β_b, β_a
-        of the two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of
-        at most δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its
-        decomposition. Hence Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(kΣσ_i²) + kδ², by Cauchy–Schwarz.
+        The values; None if the norm is not finite. With relative errors η_b, η_a and backward errors β_b, β_a of the
+        two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of at most
+        δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its decomposition. Hence
+        Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(kΣσ_i²) + kδ², by Cauchy–Schwarz.
     """
-    left, right = triangle(b), triangle(a.T)
-    if left is None or right is None:
-        return None
-    rank = b.shape[1]
+    rank = left.r.shape[1]
     core = left.r @ right.r.T
     vh = None
     if vectors:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.decoding import decode
 from lora_diag.checkpoints.tensors import DECODED
 
@@ -22,3 +24,14 @@ def test_every_code_is_torch_s_number(dtype):
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, due)
     assert (np.signbit(found) == np.signbit(due))[~np.isnan(due)].all()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])
+def test_array_is_not_memory_of_next_one(tmp_path, dtype):
+    """Bytes are read into memory that is used again; numbers must not lie in it."""
+    tensors = {name: torch.full((40, 3), value).to(getattr(torch, dtype)) for name, value in (("a", 1.0), ("b", 2.0))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    first, second = checkpoint.read_array("a"), checkpoint.read_array("b")
+    assert (first == 1).all()
+    assert (second == 2).all()

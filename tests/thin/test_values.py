@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.thin import MAX_RANK, thin_values, values
+from lora_diag.thin import MAX_RANK, values
 from tests.served import ROOT
+
+
+def thin_values(b: np.ndarray, a: np.ndarray, factor: float = 1.0, vectors: bool = False):
+    left, right = values.triangle(b), values.triangle(a.T)
+    return values.thin_values(left, right, factor, vectors) if left is not None and right is not None else None
 
 
 def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +98,13 @@ def test_factor_that_is_not_finite_is_refused(bad):
     assert thin_values(a.T, b.T) is None
 
 
+def test_mix_makes_left_singular_vectors():
+    b, a = factors(300, 200, 8, 0.5, 5)
+    found = thin_values(b, a, -3.0, vectors=True)
+    u = np.linalg.svd(b @ a)[0][:, :8]
+    assert np.abs((b @ found.mix).T @ u) == pytest.approx(np.eye(8), abs=1e-10)
+
+
 def test_update_of_zero_has_zeros():
     found = thin_values(np.zeros((50, 3)), np.ones((3, 20)))
     assert (found.s.tolist(), found.energy_error, found.fro) == ([0.0] * 3, 0.0, 0.0)
@@ -100,13 +112,13 @@ def test_update_of_zero_has_zeros():
 
 BYTES = """
 import hashlib, numpy
-from lora_diag.thin import thin_values
+from lora_diag.thin import thin_values, triangle
 rng, found = numpy.random.default_rng(0), hashlib.sha256()
 for rank in (1, 4, 16, 33, 64):
     for m, n in ((4096, 1111), (129, 5000)):
         b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
         for factor in (b, b[:, :1] + 1e-9 * b):
-            values = thin_values(factor, a)
+            values = thin_values(triangle(factor), triangle(a.T))
             found.update(values.s.tobytes())
 print(found.hexdigest())
 """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.fleet.record import FleetLayer
 from lora_diag.metrics import energy_curve, rank_at
-from lora_diag.thin import BOTH, COLUMNS, LENGTH, MAX_RANK, fold, join, mixed, thin_values
+from lora_diag.thin import BOTH, COLUMNS, LENGTH, MAX_RANK, fold, join, mixed, thin_values, triangle
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,18 +54,25 @@ def zero_layer(rank: int | None) -> Measured:
 
 def measure_thin(delta: Delta) -> Measured | None:
     """Measure a layer from its stored factors; None if it has none, or a number in them is not finite."""
-    if not isinstance(delta, FactoredDelta) or delta.load_thin is None or delta.rank > MAX_RANK:
+    if not isinstance(delta, FactoredDelta) or delta.thin is None or delta.rank > MAX_RANK:
         return None
-    b, a, scale = delta.load_thin()
-    found = thin_values(b, a, scale, vectors=True)
+    b = delta.thin.read_b()
+    left, folded = triangle(b), fold(b, BOTH)
+    del b  # each factor is read, reduced and dropped while it is in the cache
+    a = delta.thin.read_a()
+    right, columns = triangle(a.T), fold(a.T, COLUMNS)
+    scale = delta.thin.read_scale()
+    found = thin_values(left, right, scale, vectors=True) if left is not None and right is not None else None
     if found is None:
         return None
     if found.fro == 0.0:
         return zero_layer(delta.rank)
     assert found.mix is not None
     layer, top = layer_of(found.s, found.fro, True, delta.rank)
-    mix = found.mix[:, : layer.rank_99]
-    folded = fold(b, BOTH)
-    update = scale * join(folded[:LENGTH], fold(a.T, COLUMNS), delta.layer)
-    directions = mixed(folded, mix)
-    return Measured(layer, top, update, join(directions[:LENGTH], directions[LENGTH:], delta.layer))
+    directions = mixed(folded, found.mix[:, : layer.rank_99])
+    return Measured(
+        layer,
+        top,
+        update=scale * join(folded[:LENGTH], columns, delta.layer),
+        space=join(directions[:LENGTH], directions[LENGTH:], delta.layer),
+    )

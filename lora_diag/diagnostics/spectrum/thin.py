@@ -9,7 +9,7 @@ from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.layers.resolution import unrounded
-from lora_diag.thin import MAX_RANK, thin_values
+from lora_diag.thin import MAX_RANK, thin_values, triangle
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
     delta = layer.delta
     return (
         isinstance(delta, FactoredDelta)
-        and delta.load_thin is not None
+        and delta.thin is not None
         and delta.base is None
         and delta.rank <= MAX_RANK
         and layer.weighting is None
@@ -54,9 +54,9 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     """
     delta = layer.delta
     assert isinstance(delta, FactoredDelta)
-    assert delta.load_thin is not None
-    b, a, scale = delta.load_thin()
-    found = thin_values(b, a, scale)
+    assert delta.thin is not None
+    left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
+    found = thin_values(left, right, delta.thin.read_scale()) if left is not None and right is not None else None
     if found is None:
         return None
     s = found.s[: settings.top]

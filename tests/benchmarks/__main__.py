@@ -7,6 +7,7 @@ Files are made in ``.bench/`` and kept for the next run. Timings mean something 
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import in_turn, machine, table
+from tests.benchmarks.measure import compared, in_turn, machine, table
 from tests.benchmarks.shapes import llama_layer
 
 FOLDER = Path(".bench")
@@ -120,42 +121,61 @@ def residual(peers: bool) -> None:
     print(table(in_turn(commands, 1), "loradiag spectrum"))
 
 
+# A 7B model: hidden, inner, width of keys and values, layers; and the rank.
+SEVEN = (4096, 11008, 4096, 32, 16)
+
+
 def adapters(peers: bool) -> None:
-    """A rank-16 adapter on all 224 matrices of a 7B model."""
-    path = made("make_adapter", FOLDER / "adapter", 4096, 11008, 4096, 32, 16, 0)
-    commands = {
-        "loradiag --version (start-up)": [sys.executable, "-m", "lora_diag", "--version"],
-        "import torch": [sys.executable, "-c", "import torch"],
-        "loradiag spectrum ADAPTER": [*LORADIAG, path, "-q"],
-    }
-    if peers:
-        commands["gradience audit"] = [
-            peer("gradience") / "gradience",
-            "audit",
-            "--peft-dir",
-            path,
-            "--json",
-            "--layers",
-        ]
-    print(table(in_turn(commands, 3), "loradiag spectrum ADAPTER"))
+    """A rank-16 adapter on all 224 matrices of a 7B model, whole processes."""
+    for bits, dtype in ((16, "bf16"), (32, "float32")):
+        path = made("make_adapter", FOLDER / f"adapter_{dtype}", *SEVEN, 0, bits)
+        commands: dict[str, Sequence[str]] = {
+            "loradiag --version (start-up)": [sys.executable, "-m", "lora_diag", "--version"],
+            "import torch": [sys.executable, "-c", "import torch"],
+            "loradiag spectrum ADAPTER": [*LORADIAG, path, "-q"],
+        }
+        if peers:
+            audit = ["audit", "--peft-dir", path, "--json", "--layers"]
+            commands["gradience audit"] = [peer("gradience") / "gradience", *audit]
+        print(f"\n{dtype}\n\n{compared(in_turn(commands, 5), 'loradiag spectrum ADAPTER')}", flush=True)
 
 
 def fleet(peers: bool) -> None:
-    """200 rank-16 adapters of a 1 B model (112 pairs each; 10 different ones, 20 times), one process a tool."""
+    """40 different rank-16 adapters of a 7B model in bf16 (3.2 GB, in the page cache), one process a tool."""
+    paths = [made("make_adapter", FOLDER / "fleet7" / str(seed), *SEVEN, seed, 16) for seed in range(40)]
+    some = [sys.executable, "-m", "lora_diag", "fleet", *paths[:2], "-q"]
+    commands: dict[str, Sequence[str]] = {
+        "loradiag fleet, 2 adapters": some,
+        "loradiag fleet, 40 adapters": [*some[:-3], *paths, "-q"],
+        "lora_diag.spectrum in a loop, 40 adapters": [*SCRIPT, "loradiag_each", *paths],
+    }
+    if peers:
+        script = Path(__file__).with_name("scripts.py")
+        commands["gradience, audit_lora_peft_dir, 40 adapters"] = [
+            peer("gradience") / "python",
+            script,
+            "gradience_each",
+            *paths,
+        ]
+    figures = in_turn(commands, 3)
+    print(compared(figures, "loradiag fleet, 40 adapters"), flush=True)
+    few, many = (figures[f"loradiag fleet, {count} adapters"] for count in (2, 40))
+    for name in ("wall", "cpu"):
+        low, high = (statistics.median(getattr(figure, name)) for figure in (few, many))
+        each = (high - low) / 38
+        print(f"\n{name}: {each:.3f} s an adapter; 1,000 of them, extrapolated: {low + 998 * each:.0f} s")
+    start = time.perf_counter()
+    singular_values_by_definition()
+    plain = (time.perf_counter() - start) * SEVEN[3]
+    print(f"\ntorch.linalg.svdvals(B @ A), from one of 32 layers: {plain:.0f} s for one adapter")
+
+
+def singular_values_by_definition() -> None:
+    """Form B·A of every matrix of one layer of the 7B model and compute its singular values."""
     import torch
 
-    shape = (2048, 5632, 256, 16)
-    paths = [made("make_adapter", FOLDER / "fleet" / str(seed), *shape, 16, seed) for seed in range(10)]
-    commands = {"lora_diag.spectrum(ADAPTER)": [*SCRIPT, "loradiag_fleet", *paths]}
-    if peers:
-        script = [peer("gradience") / "python", "tests/benchmarks/scripts.py", "gradience_fleet"]
-        commands["gradience, audit_lora_peft_dir"] = [*script, *paths]
-    print(table(in_turn(commands, 1), "lora_diag.spectrum(ADAPTER)"), flush=True)
-    start = time.perf_counter()
-    for _, rows, columns in llama_layer(*shape[:3]):
-        torch.linalg.svdvals(torch.randn(rows, 16) @ torch.randn(16, columns))
-    plain = (time.perf_counter() - start) * shape[3]
-    print(f"\ntorch.linalg.svdvals(B @ A), from one of 16 layers: {plain:.0f} s for one adapter")
+    for _, rows, columns in llama_layer(*SEVEN[:3]):
+        torch.linalg.svdvals(torch.randn(rows, SEVEN[4]) @ torch.randn(SEVEN[4], columns))
 
 
 def reading(peers: bool) -> None:

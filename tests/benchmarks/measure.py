@@ -75,3 +75,12 @@ def table(figures: Mapping[str, Figure], reference: str) -> str:
         middle = statistics.median(ratios)
         lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {middle:.2f}{spread} |")
     return "\n".join(lines)
+
+
+def compared(figures: Mapping[str, Figure], reference: str) -> str:
+    """Return the table with the ratios of processor time below it: on a shared machine, these are the ones to read."""
+    lines = [table(figures, reference), "", "Processor time, as a multiple (smallest to largest):"]
+    for name, figure in figures.items():
+        ratios = [own / its for own, its in zip(figure.cpu, figures[reference].cpu, strict=True)]
+        lines.append(f"- {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return "\n".join(lines)

@@ -73,8 +73,10 @@ def make_pair(folder: Path, hidden: int, inner: int, kv: int, layers: int) -> tu
     return base, tuned
 
 
-def make_adapter(folder: Path, hidden: int, inner: int, kv: int, layers: int, rank: int, seed: int) -> Path:
-    """Write a PEFT LoRA adapter on every matrix of a model."""
+def make_adapter(
+    folder: Path, hidden: int, inner: int, kv: int, layers: int, rank: int, seed: int, bits: int = 32
+) -> Path:
+    """Write a PEFT LoRA adapter on every matrix of a model, in float32 or in bf16."""
     if (folder / "adapter_model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +85,9 @@ def make_adapter(folder: Path, hidden: int, inner: int, kv: int, layers: int, ra
     for layer in range(layers):
         for name, rows, columns in llama_layer(hidden, inner, kv):
             key = f"base_model.model.model.layers.{layer}.{name.removesuffix('.weight')}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
-            tensors[f"{key}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+            for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                factor = torch.randn(shape, generator=generator)
+                tensors[f"{key}.lora_{side}.weight"] = factor if bits == 32 else factor.to(torch.bfloat16)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -35,23 +35,23 @@ def weightwatcher(base: Path, tuned: Path) -> None:
     ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze()
 
 
-def loradiag_fleet(*adapters: Path) -> None:
-    """Twenty rounds over the adapters, in one process."""
+def loradiag_each(*adapters: Path) -> None:
+    """The spectrum of every adapter, in one process."""
     import lora_diag
 
-    for adapter in adapters * 20:
+    for adapter in adapters:
         lora_diag.spectrum(adapter)
 
 
-def gradience_fleet(*adapters: Path) -> None:
+def gradience_each(*adapters: Path) -> None:
     """The same with gradience's audit."""
     from gradience.vnext.audit import audit_lora_peft_dir
 
-    for adapter in adapters * 20:
+    for adapter in adapters:
         audit_lora_peft_dir(adapter, compute_udr=False)
 
 
-SCRIPTS = {script.__name__: script for script in (floor, svdvals, weightwatcher, loradiag_fleet, gradience_fleet)}
+SCRIPTS = {script.__name__: script for script in (floor, svdvals, weightwatcher, loradiag_each, gradience_each)}
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]

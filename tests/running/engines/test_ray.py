@@ -117,6 +117,12 @@ def test_every_diagnostic_gives_same_bytes_as_on_one_machine(cluster, tmp_path, 
     assert b'"end"' in local
 
 
+def test_adapter_without_torch_gives_same_bytes(cluster, tmp_path):
+    local, there = both(tmp_path, "spectrum", SAMPLES / "lora_r16", layers=r"layers\.0\.")
+    assert local == there
+    assert b'"end"' in local
+
+
 def test_extract_writes_same_adapter(cluster, pair, tmp_path):
     for name, on in (("local", None), ("cluster", Ray())):
         (tmp_path / name).mkdir()

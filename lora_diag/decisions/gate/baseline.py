@@ -1,4 +1,4 @@
-"""An earlier results file that a run may not fall behind, and that it may tighten."""
+"""A baseline: an earlier results file to compare with, which a run may tighten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES
 
 
 class Stored:
-    """The records of a baseline, found again by layer and by the place of their adapter, step or rank in the file."""
+    """The records of a baseline, indexed by layer and by the position of their adapter, step or rank in the file."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -34,7 +34,7 @@ class Stored:
         return self.subjects[kind]
 
     def value(self, field: Field, subject: Subject, floor: str) -> tuple[float | None, str]:
-        """Return what the baseline has for a field of a subject, or None and why it has nothing."""
+        """Return the baseline's value of a field for a subject, or None with the reason."""
         stored = self.of_kind(field.kind).get((subject.layer, *subject.key))
         if stored is None:
             return None, "not in the baseline: measure the baseline anew to compare it from now on"
@@ -47,7 +47,7 @@ class Stored:
         return float(value), ""
 
     def limit(self, demand: Regression, before: float) -> tuple[float, str]:
-        """Return how bad a value may be, given that of the baseline, and the sentence that says so."""
+        """Return the limit of a value, given that of the baseline, and its description."""
         room = demand.room(before)
         limit, sign = (before + room, "<=") if demand.worse == "higher" else (before - room, ">=")
         return limit, f"{demand.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
@@ -58,10 +58,10 @@ class Stored:
 
 
 def tightened(regressions: Sequence[Regression], stored: Stored, sources: Sequence[Source]) -> Results[Any] | None:
-    """Return a baseline in which records that got better have taken the place of the stored ones; None if none did.
+    """Return a baseline with improved records in place of the stored ones; None without improvements.
 
-    A record is better if no compared field is worse than stored, tolerance or not, and one is better. Whole records
-    are exchanged, never single values, so that each is one that was measured.
+    A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is better.
+    Whole records are replaced, never single values, so that each was measured.
     """
     better: dict[int, Any] = {}
     for kind in sorted(LAYER_KINDS):
@@ -106,5 +106,5 @@ def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field
 
 
 def _renamed(record: Any, old: Any) -> Any:
-    """Return a record under the key of the one whose place it takes, such as the path of its adapter."""
+    """Return a record under the key of the one it replaces, such as the path of its adapter."""
     return record.model_copy(update={name: getattr(old, name) for name in KINDS[record.record].key})

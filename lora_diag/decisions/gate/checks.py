@@ -1,6 +1,6 @@
-"""What every gate looks for, whatever its policy asks.
+"""Built-in checks, applied whatever the policy.
 
-Intruder dimensions are not among it: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
+Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
 Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
 """
 
@@ -39,9 +39,9 @@ _IN_WEIGHTS = frozenset({"unused_rank", "spike"})
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One thing that a check found, and the limit that it broke where the check has several.
+    """One finding of a check, and the exceeded limit if the check has several.
 
-    ``unknown`` is what keeps a gate from passing whatever the check's severity, because nothing can be said.
+    ``unknown`` keeps a gate from passing whatever the check's severity, because no verdict is possible.
     """
 
     layer: str | None
@@ -55,7 +55,7 @@ Check = Callable[[Policy, Sequence[Source], Stored | None], Iterator[Alarm]]
 
 
 def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Verdict]:
-    """Yield the verdicts of all built-in checks that are not off: one if nothing is wrong, else one for each alarm."""
+    """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm."""
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
         if severity == "off" or (name == "missing" and baseline is None):
@@ -81,7 +81,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
 
 
 def _why_idle(name: str, sources: Sequence[Source]) -> str:
-    """Say why a check has nothing to look at; nothing where it has."""
+    """Return why a check does not apply; empty if it does."""
     if name in _OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to look at"
     if name == "complete" and all(given.targets is None for given in _adapters(sources)):
@@ -95,7 +95,7 @@ def _why_idle(name: str, sources: Sequence[Source]) -> str:
 
 
 def has_updates(sources: Sequence[Source]) -> bool:
-    """Say whether there is a record of an update, which most checks look at."""
+    """Return whether there is a record of an update, which most checks need."""
     return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
@@ -128,7 +128,7 @@ def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None
 
 
 def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    """Name adapters whose config names another base; one that the policy pins is the one that is meant."""
+    """Yield adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", given.fingerprint) in policy.inputs.pins for given in source.results.run.inputs)
         for adapter, wanted, names in _names(source):
@@ -141,7 +141,7 @@ def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
 
 
 def _names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return the adapters of results, what their configs call the base, and what the BASE is called."""
+    """Return the adapters of results, the names of the base in their configs, and the names of BASE."""
     inputs = source.results.run.inputs
     names = next((given.names for given in inputs if given.role == "base" and given.names), ())
     return [
@@ -154,7 +154,7 @@ def _adapters(sources: Sequence[Source]) -> list[RunInput]:
 
 
 def is_same_name(first: str, second: str) -> bool:
-    """Say whether two names of a model may mean the same: Hub ids as a whole, paths by their last part.
+    """Return whether two names of a model may be the same: Hub ids are compared as a whole, paths by their last part.
 
     >>> is_same_name("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B"), is_same_name("a/llama", "b/llama")
     (True, False)
@@ -166,7 +166,7 @@ def is_same_name(first: str, second: str) -> bool:
 
 
 def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    """Name adapted layers whose update is zero; of a pair of checkpoints only whether anything moved at all."""
+    """Yield adapted layers whose update is zero; for a pair of checkpoints only whether anything changed."""
     for source in sources:
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
         if _of_adapter(source):
@@ -237,7 +237,7 @@ def _in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
 
 
 def _is_still(record: Spectrum) -> bool:
-    """Say whether ΔW = 0, whatever the metric."""
+    """Return whether ΔW = 0, in any metric."""
     return (record.fro if record.weights_fro is None else record.weights_fro) == 0
 
 

@@ -31,7 +31,7 @@ Words = Annotated[
 
 
 class ReportOptions(TypedDict, total=False):
-    """Where a policy is from, what is measured first, and where verdicts go."""
+    """Options for the policy, measurements and outputs."""
 
     policy: Annotated[
         str | None, Option(None, "Policy of the package, instead of POLICY; default none.", "NAME", panel=INPUTS)
@@ -55,7 +55,7 @@ def gate(
     reports: ReportOptions,
     shown: options.Shown,
 ) -> None:
-    """Judge results by a policy: may this checkpoint ship?
+    """Judge results by a policy before a checkpoint is released.
 
     Exit codes: 0 passed, 1 failed, 2 policy or request not valid, 3 a file cannot be read, 4 nothing to judge,
     5 inconclusive.
@@ -133,7 +133,7 @@ def init(
 
 
 def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
-    """Write a policy, or print it."""
+    """Write or print a policy."""
     if not given:
         raise UsageError("gate init: no results are given; give those of a checkpoint that is good enough to ship")
     check_outputs(given, [(output, POLICY)], overwrite)
@@ -155,7 +155,7 @@ def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -
 
 
 def _measured(base: str | None, tuned: str | None, adapters: list[str], given: list[str]) -> list[Results[Any]]:
-    """Measure first, where that is asked."""
+    """Measure first, if requested."""
     if base is None:
         if tuned is not None or adapters:
             raise UsageError("--tuned and --adapter: need --base, the checkpoint to compare with; add it")

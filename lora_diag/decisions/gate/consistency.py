@@ -1,8 +1,8 @@
-"""Records checked against each other: numbers that follow from one another by definition have to agree.
+"""Consistency of records: values that follow from one another by definition must agree.
 
-What is derived from the stored singular values and norms is computed again in float64; what a certificate bounds has to
-keep within it. This finds damage and careless edits, not forgeries: a file whose numbers and hash were all computed
-anew is consistent.
+Values derived from the stored singular values and norms are recomputed in float64; values bounded by a certificate must
+satisfy the bound. This detects damage and careless edits, not forgeries: a file with consistently recomputed values and
+hash passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESOLVED, UNRESOLVED = 0.01, 0.5
 
 
 def contradictions(results: Results[Any]) -> Iterator[str]:
-    """Yield what in the records of a run cannot be true together, as ``layer: what``."""
+    """Yield contradictions in the records of a run, as ``layer: problem``."""
     bases: dict[str, float] = {}
     for record in results.layers:
         for problem in _of_record(record):
@@ -60,7 +60,7 @@ def _totals(results: Results[Any]) -> Iterator[str]:
 
 
 def _between_adapters(results: Results[Any]) -> Iterator[str]:
-    """Yield where records of one layer have another ‖D‖, of which there is one."""
+    """Yield contradictions of ‖D‖ between records of one layer."""
     norms: dict[str, float] = {}
     for record in results.layers:
         if isinstance(record, Residual) and not _close(norms.setdefault(record.layer, record.fro), record.fro):
@@ -114,7 +114,7 @@ def _curve(record: Spectrum, curve: Sequence[float]) -> Iterator[str]:
 
 
 def _tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
-    """Yield the truncation errors that are not those of the singular values; ``tails`` has Σ_{i>r}σ² of a whole one."""
+    """Yield truncation errors that contradict the singular values; ``tails`` has Σ_{i>r}σ² of a complete spectrum."""
     s, fro = record.s, record.fro
     for rank, tail in record.tail.items():
         r = int(rank) if rank.isdecimal() else 0
@@ -174,7 +174,7 @@ def _residual(record: Residual) -> Iterator[str]:
 
 
 def _distance(found: Distance, prefix: str) -> Iterator[str]:
-    """Yield what contradicts ε² = 1 + ρ² − 2ρ·cos and what follows from it."""
+    """Yield contradictions to ε² = 1 + ρ² − 2ρ·cos and its consequences."""
     epsilon, ratio, cosine = found.epsilon, found.norm_ratio, found.cosine
     if epsilon is None or ratio is None:
         return

@@ -20,7 +20,7 @@ MARGIN = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A field to take a limit from: which end matters, and what to say when it is passed."""
+    """A field to derive a limit from: its relevant end, and the message of the rule."""
 
     name: str
     field: str
@@ -85,10 +85,10 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
 
     Args:
         sources: Results of finished runs.
-        name: What its file will be called, for the comment.
+        name: Name of the policy file, for the comment.
 
     Raises:
-        InputError: Nothing that was measured gives a limit.
+        InputError: No measured value gives a limit.
     """
     given = " ".join(source.path for source in sources)
     rules = [text for own, of in _by_metric(sources) for suggestion in own if (text := _rule(suggestion, of))]
@@ -102,7 +102,7 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
 
 
 def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
-    """Pair suggestions with what they are taken from: those on spectra once for each metric, which the rule names."""
+    """Pair suggestions with their values; those on spectra once per metric, which the rule names."""
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources if source.holds("spectrum"))
     if not {*metrics} - {"weights"}:
         yield _SUGGESTIONS, sources
@@ -142,7 +142,7 @@ def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
 
 
 def _coverage(field: Field, found: Sequence[Subject]) -> str:
-    """Return the coverage that a field can have where records have no value of it, such as the cosine of no update."""
+    """Return the coverage of a field that is null in some records, such as the cosine of a zero update."""
     none = [subject for subject in found if subject.record is not None and field.of(subject.record) is None]
     if not none or any(subject.fro is None for subject in found):
         return ""
@@ -162,7 +162,7 @@ def _subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -
 
 
 def _limit(worst: float, field: Field, end: str) -> float | None:
-    """Return a limit beyond the worst value, rounded away from it; None where it would allow everything or nothing."""
+    """Return a limit beyond the worst value, rounded outwards; None if it would allow everything or nothing."""
     limit = worst + MARGIN * abs(worst) * (1 if end == "max" else -1)
     if isinstance(worst, float) and worst == int(worst) and field.path[0] == "rank_at":
         limit = math.ceil(limit)
@@ -228,5 +228,5 @@ def _tail(sources: Sequence[Source]) -> str:
 
 
 def _comment(text: str) -> str:
-    """Return text that cannot end the comment it stands in."""
+    """Return text that cannot end its comment."""
     return "".join(char if char.isprintable() else "?" for char in text)

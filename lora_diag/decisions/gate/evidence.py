@@ -1,4 +1,4 @@
-"""What there is to judge: the records of results files, and what they lack."""
+"""The records to judge, and what they lack."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _COMMANDS = {
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """One input of results, as it is now.
+    """The current state of one input of results.
 
     Args:
         role: Its role in the run.
-        path: Where it was.
-        recorded: Its fingerprint when it was measured; empty if that is not known.
-        now: Its fingerprint now; empty if that is not known.
-        state: Whether both are the same; ``unknown`` where it was not found or has none.
-        why: Why it is not the same; of what is, where it was found if that is elsewhere.
+        path: Its path during the measurement.
+        recorded: Its fingerprint when it was measured; empty if unknown.
+        now: Its current fingerprint; empty if unknown.
+        state: Whether both are equal; ``unknown`` if it was not found or has none.
+        why: Reason for a difference; for equal inputs, their path if different.
     """
 
     role: str
@@ -54,34 +54,34 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A results file: its path, what is in it, and what became of its inputs."""
+    """A results file: its path, its contents, and the state of its inputs."""
 
     path: str
     results: Results[Any]
     present: tuple[Present, ...] = ()
 
     def holds(self, kind: str) -> bool:
-        """Say whether it is a place to look for records of a kind."""
+        """Return whether it may contain records of a kind."""
         if kind == "end" or self.results.run.command == _COMMANDS.get(kind, kind):
             return True
         return any(isinstance(record, KINDS[kind]) for record in (*self.results.layers, *self.results.whole))
 
     def names(self) -> set[str]:
-        """Return the names of all tensors that it speaks of."""
+        """Return the names of all its tensors."""
         return {record.layer for record in (*self.results.layers, *self.results.left_out)}
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a rule judges: one record, or the place where one is missing.
+    """The subject of a rule: one record, or a missing one.
 
     Args:
         layer: Its layer; None for the run as a whole.
-        group: Which of several records of the layer; empty if there is one.
-        key: What tells the group from others, the same in a rerun whose adapter lies elsewhere.
+        group: Identifies one of several records of the layer; empty if there is only one.
+        key: Identifies the group, independent of the adapter's path.
         record: The record; None if it is missing.
-        why: Why it is missing.
-        fro: ‖Δ‖_F of the layer; None if it is not known.
+        why: Reason why it is missing.
+        fro: ‖Δ‖_F of the layer; None if unknown.
     """
 
     layer: str | None
@@ -93,19 +93,19 @@ class Subject:
 
 
 def read_source(path: Path | str) -> Source:
-    """Read a results file and check that it holds what its last line says.
+    """Read a results file and check it against its last line.
 
     Raises:
-        InputError: It cannot be read, or records are missing from it.
+        InputError: The file cannot be read, or records are missing.
     """
     return checked(Source(str(path), read_results(path)))
 
 
 def checked(source: Source) -> Source:
-    """Return a source whose records agree with each other and with its last line, which an unfinished run lacks.
+    """Return a source whose records are consistent with each other and with its last line, if it has one.
 
     Raises:
-        InputError: They do not.
+        InputError: The records are inconsistent.
     """
     results = source.results
     if results.end is not None:
@@ -122,13 +122,13 @@ def checked(source: Source) -> Source:
 
 
 def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), tell: bool = False) -> list[Subject]:
-    """Return everything of one kind that a file has or should have.
+    """Return all existing and expected subjects of one kind in a file.
 
     Args:
         kind: The kind of record.
         source: The file.
-        left_out: Reasons for which a tensor without a record is not missed.
-        tell: Name the file in the groups, because there are several.
+        left_out: Reasons that excuse a tensor without a record.
+        tell: Whether groups include the file, because there are several.
     """
     results, cls = source.results, KINDS[kind]
     prefix = [source.path] if tell else []
@@ -172,26 +172,26 @@ def _group_fields(cls: type[Record]) -> tuple[str, ...]:
 
 
 def _expected(cls: type[Record], source: Source) -> Iterator[tuple[Any, ...]]:
-    """Yield the groups that the run was to measure: its adapters have records, each."""
+    """Yield the groups that the run was to measure: one per adapter."""
     if _group_fields(cls) == ("adapter",):
         roles = ("adapter", "reference")
         yield from ((given.path,) for given in source.results.run.inputs if given.role in roles)
 
 
 def _stable(groups: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """Pair each group with a key in which texts, such as paths, are replaced by their order in the file."""
+    """Pair each group with a key in which text, such as paths, is replaced by its order in the file."""
     texts = list(dict.fromkeys(value for group in groups for value in group if isinstance(value, str)))
     for group in groups:
         yield group, tuple(texts.index(value) if isinstance(value, str) else value for value in group)
 
 
 def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tuple[float | str | None, str]:
-    """Return the value that a rule needs of a subject, or None and why there is none to judge.
+    """Return the value of a subject for a rule, or None with the reason.
 
     Args:
-        field: What is judged.
-        subject: Of what.
-        floor: ``ignore`` takes values of layers that the files cannot show, too.
+        field: The judged field.
+        subject: The subject.
+        floor: ``ignore`` also uses values of layers that the files do not resolve.
     """
     record = subject.record
     if record is None:
@@ -208,7 +208,7 @@ def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tup
 
 
 def floor_of(record: Record) -> str:
-    """Return whether the files can show the update of a record; ``resolved`` where it does not say."""
+    """Return the resolution verdict of a record; ``resolved`` without one."""
     resolution = getattr(record, "resolution", None) or getattr(getattr(record, "spectrum", None), "resolution", None)
     found = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
     return found if isinstance(found, str) else "resolved"

@@ -1,8 +1,8 @@
-"""Which values a rule can name: every number, word and flag of every kind of record.
+"""The values that a rule can name: every number, word and flag of every kind of record.
 
-They are found in the records' own definitions, so a kind of record that is added later can be judged without a line
-here. A name is the path to the value with dots: ``epsilon``, ``energy.8``, ``rank_at.0.9``, ``tail.8.fro``,
-``resolution.verdict``; with the kind before it where several kinds have it: ``spectrum.fro``, ``end.left_out``.
+They are derived from the definitions of the records, so new kinds of records need no change here. A name is the dotted
+path to the value: ``epsilon``, ``energy.8``, ``rank_at.0.9``, ``tail.8.fro``, ``resolution.verdict``; prefixed by the
+kind if several kinds have it: ``spectrum.fro``, ``end.left_out``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Field:
 
     Args:
         kind: The kind's name in a results file.
-        path: What leads to the value: names of fields and keys of tables.
-        leaf: What it is.
-        options: The words it can be; empty if any.
+        path: Path to the value: names of fields and keys of tables.
+        leaf: Type of the value.
+        options: Allowed words; empty for any.
         share: Whether it is a fraction in [0, 1].
     """
 
@@ -50,16 +50,16 @@ class Field:
 
     @property
     def name(self) -> str:
-        """The path as a policy writes it."""
+        """The path in the form of a policy."""
         return ".".join(self.path)
 
     @property
     def doubtful_at_floor(self) -> bool:
-        """Whether rounding of the files can have made the value."""
+        """Whether the value may be due to rounding of the files."""
         return self.path[0] not in ABOUT_THE_FILES
 
     def of(self, record: Record) -> float | str | bool | None:
-        """Return the value in a record; None if it is null or the record has no such key."""
+        """Return the value in a record; None if it is null or the record does not have the key."""
         value: Any = record
         for step in self.path:
             value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
@@ -68,7 +68,7 @@ class Field:
 
 
 def find(name: str) -> tuple[Field, ...]:
-    """Return the fields that a name can mean, at most one of each kind of record; empty if there is none.
+    """Return the fields with a name, at most one per kind of record; empty without one.
 
     >>> "residual" in [field.kind for field in find("epsilon")], [field.kind for field in find("allocation.rank")]
     (True, ['allocation'])
@@ -85,7 +85,7 @@ def find(name: str) -> tuple[Field, ...]:
 
 
 def similar(name: str) -> str | None:
-    """Return the name of a field that may have been meant.
+    """Return a similar field name.
 
     >>> similar("epsilom"), similar("enrgy.16")
     ('epsilon', 'energy.16')
@@ -141,7 +141,7 @@ def _leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> Field | N
 
 
 def _bare(hint: Any, share: bool) -> tuple[Any, bool]:
-    """Return a type without ``| None`` and without its marks, and whether one of them says that it is a share."""
+    """Return a type without ``| None`` and its annotations, and whether it is annotated as a fraction."""
     if get_origin(hint) in {Union, types.UnionType}:
         kept = [part for part in get_args(hint) if part is not type(None)]
         return _bare(kept[0], share) if len(kept) == 1 else (None, share)

@@ -1,7 +1,7 @@
-"""Verdicts → what GitHub Actions shows: annotations on the policy's lines, and a step summary.
+"""Verdicts → output for GitHub Actions: annotations on the policy's lines, and a step summary.
 
-GitHub shows ten annotations of a kind per step, so nine rules get one and a tenth says how many there are more; it
-drops a step summary of more than 1 MiB, so this one ends before.
+GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth counts the others; it drops a step
+summary above 1 MiB, so this one is truncated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUMMARY_BYTES = 900 * 1024
 
 
 def workflow_commands(results: Results[Any]) -> list[str]:
-    """Return workflow commands: an error for each failure and what could not be judged, a warning for each warning."""
+    """Return workflow commands: errors for failures and inconclusive verdicts, warnings for warnings."""
     found = verdicts_of(results)
     policy = policy_file(results)
     errors = [verdict for verdict in found if verdict.blocks]
@@ -38,7 +38,7 @@ def workflow_commands(results: Results[Any]) -> list[str]:
 
 
 def _annotation(kind: str, found: list[Verdict], policy: str | None) -> str:
-    """Return the annotation of one rule: its worst layers, how many more there are, and what to do."""
+    """Return the annotation of one rule: its worst layers, the number of others, and the fix."""
     worst = found[0]
     where = f"file={_property(policy)},line={worst.line}," if worst.line and policy else ""
     layers = [f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in found[:WORST]]
@@ -66,7 +66,7 @@ def _property(text: str) -> str:
 
 
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
-    """Return the summary of a step in Markdown, of at most ``room`` bytes; what it has no room for is counted."""
+    """Return a step summary in Markdown of at most ``room`` bytes; the rest is counted."""
     head = f"## loradiag gate: {cell(headline(results))}\n\n"
     lines = [
         f"- **{cell(rule)}** {status}: {cell(why(found))}\n"
@@ -93,7 +93,7 @@ def _row(verdict: Verdict) -> str:
 
 
 def cell(text: str) -> str:
-    r"""Return text in which nothing is Markdown or HTML any more.
+    r"""Return text with all Markdown and HTML escaped.
 
     >>> cell("a|b<i>"), cell("model.layers.0.mlp.up_proj")
     ('a&#124;b&#60;i&#62;', 'model.layers.0.mlp.up_proj')

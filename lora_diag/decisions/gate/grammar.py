@@ -1,4 +1,4 @@
-"""The conditions of a policy, read by hand and never evaluated as code.
+"""The conditions of a policy, parsed by hand and never evaluated as code.
 
     condition = test | share ;
     test      = [ aggregate ], comparison ;
@@ -12,8 +12,8 @@
     word      = letter, { letter | digit | "_" | "." | "-" } ;
     quoted    = '"', { any character but '"' }, '"' | "'", { any character but "'" }, "'" ;
 
-Without an aggregate every layer has to meet the condition. A percentile is the smallest value measured with at least
-so many percent of the values at or below it.
+Without an aggregate every layer must meet the condition. A percentile is the smallest measured value with at least that
+percentage of the values at or below it.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ _TOKEN = re.compile(
 
 
 class ConditionError(ValueError):
-    """A condition that cannot be read, or that could never fail or never be met."""
+    """A condition that cannot be parsed, or that can never fail or never be met."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An operator and what it compares with."""
+    """An operator and the values to compare with."""
 
     operator: str
     value: Value | tuple[Value, ...]
 
     def holds(self, measured: Value) -> bool:
-        """Say whether a measured value meets it."""
+        """Return whether a measured value meets it."""
         return OPERATORS[self.operator](measured, self.value)
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Comparison:
 
     @property
     def words(self) -> tuple[Value, ...]:
-        """What it compares with, one value or several."""
+        """The values to compare with."""
         return self.value if isinstance(self.value, tuple) else (self.value,)
 
 
@@ -88,11 +88,11 @@ class Condition:
     """A condition of a policy.
 
     Args:
-        text: As it was written.
+        text: The condition as written.
         name: The field's name.
-        test: What its value has to meet.
-        aggregate: What is made of all layers' values first; empty if every layer is judged by itself.
-        share: Of ``share of layers with``: what the share of the layers that meet ``test`` has to meet.
+        test: The comparison for its value.
+        aggregate: Aggregate of the values of all layers; empty if every layer is judged by itself.
+        share: For ``share of layers with``: the comparison for the fraction of the layers that meet ``test``.
     """
 
     text: str
@@ -107,7 +107,7 @@ class Condition:
         return not self.aggregate and self.share is None
 
     def measure(self, values: Sequence[Value]) -> float:
-        """Return the aggregate of the layers' values, of which there is at least one.
+        """Return the aggregate of the layers' values, at least one.
 
         >>> parse("p95 epsilon <= 1").measure([float(i) for i in range(1, 101)])
         95.0
@@ -123,15 +123,15 @@ class Condition:
         return sorted(numbers)[max(0, math.ceil(percent * len(numbers) / 100) - 1)]
 
     def holds(self, measured: float) -> bool:
-        """Say whether an aggregate meets the condition."""
+        """Return whether an aggregate meets the condition."""
         return (self.share or self.test).holds(measured)
 
 
 def parse(text: str) -> Condition:
-    """Read a condition.
+    """Parse a condition.
 
     Raises:
-        ConditionError: It cannot be read, names no field that a record has, or compares what cannot be compared.
+        ConditionError: It cannot be parsed, names an unknown field, or compares incompatible values.
 
     Example:
         >>> parse("max rank_at.0.9 <= 64").aggregate, str(parse("epsilon <= 0.35").test)
@@ -165,7 +165,7 @@ def parse(text: str) -> Condition:
 
 
 def problem_with(condition: Condition, field: Field) -> str | None:
-    """Say why a condition makes no sense for a field; None if it does."""
+    """Return why a condition is invalid for a field; None if it is valid."""
     test, text = condition.test, condition.text
     if field.leaf == "number":
         if not _is_number(test.value):
@@ -256,10 +256,10 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _check_share(test: Comparison, what: str, text: str) -> None:
-    """Refuse a threshold outside [0, 1], and a condition that every share meets or none does.
+    """Refuse a threshold outside [0, 1], and a condition that every fraction meets or none does.
 
     Raises:
-        ConditionError: It is one.
+        ConditionError: The condition is invalid.
     """
     if not _is_number(test.value):
         raise ConditionError(f"'{text}': {what} is a number and cannot be compared with '{_shown(test.words[0])}'")

@@ -1,4 +1,4 @@
-"""Are results of what would ship? Their inputs as they are now, pins of the policy, and the age of the results."""
+"""Checks of the inputs of results: their current state, pins of the policy, and the age of the results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CLOCKS = timedelta(days=1)
 def judge_inputs(
     policy: Policy, sources: Sequence[Source], unmatched: Sequence[Present], now: datetime
 ) -> Iterator[Verdict]:
-    """Yield whether the inputs are those that were measured, and those that the policy asks for.
+    """Yield verdicts on whether the inputs are unchanged, and as the policy requires.
 
     Args:
-        policy: With the fingerprints that it pins, and how old results may be.
+        policy: The policy, with pinned fingerprints and the maximum age of results.
         sources: The results.
-        unmatched: Files of ``--for`` that no results are of.
-        now: The present time.
+        unmatched: Files of ``--for`` without results.
+        now: The current time.
     """
     pins, most_age = policy.inputs.pins, policy.inputs.max_age
     for source in sources:
@@ -66,7 +66,7 @@ def _is_young(source: Source, most: timedelta, now: datetime) -> Verdict:
 
 
 def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
-    """Yield whether every input of a role is the one that the policy pins."""
+    """Yield whether every input of a role is pinned by the policy."""
     found = [given for source in sources for given in source.results.run.inputs if given.role == role]
     allowed = "as [inputs] pins it"
     if not found:
@@ -97,7 +97,7 @@ def _verdict(group: str, measured: str | None, allowed: str, status: Status, mes
 
 
 def shown(time: timedelta) -> str:
-    """Return a time in days, or in hours if it is less than two days.
+    """Return a duration in days, or in hours below two days.
 
     >>> shown(timedelta(days=7)), shown(timedelta(hours=30))
     ('7 days', '30 hours')

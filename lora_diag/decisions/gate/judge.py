@@ -1,7 +1,7 @@
 """Policy and records → verdicts.
 
-Every rule yields at least one verdict. A value that is missing, null or that of the files' rounding is never a pass:
-the layer is inconclusive, unless the rest covers as much as the policy demands.
+Every rule yields at least one verdict. A value that is missing, null or due to rounding never passes: the layer is
+inconclusive, unless the rest reaches the coverage that the policy demands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_diag.errors import NothingComparedError
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one subject: whether it is as it should be, or None and why nobody can say."""
+    """The judgement of one subject: whether it meets the rule, or None with the reason."""
 
     subject: Subject
     value: float | str | None
@@ -42,21 +42,21 @@ def judge(
     now: datetime,
     unmatched: Sequence[Present] = (),
 ) -> tuple[Verdict, ...]:
-    """Hold results against a policy.
+    """Judge results by a policy.
 
     Args:
-        policy: What has to hold.
+        policy: The policy.
         sources: Results files, at least one.
         baseline: An earlier results file to compare with.
-        today: By which waivers expire.
-        now: From which the age of results counts.
-        unmatched: Files of ``--for`` that no results are of.
+        today: Date for the expiry of waivers.
+        now: Time for the age of results.
+        unmatched: Files of ``--for`` without results.
 
     Returns:
-        One verdict for each built-in check, and for each rule and record; waivers that no longer serve at the end.
+        One verdict for each built-in check, and for each rule and record; obsolete waivers at the end.
 
     Raises:
-        UsageError: A rule selects nothing that is in the results, or needs a baseline and there is none.
+        UsageError: A rule selects nothing in the results, or needs a baseline and there is none.
         NothingComparedError: The results have no record at all.
     """
     _check_something(policy, sources)
@@ -73,10 +73,10 @@ def judge(
 
 
 def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
-    """Refuse results in which there is nothing to judge.
+    """Refuse results without anything to judge.
 
     Raises:
-        NothingComparedError: They are such.
+        NothingComparedError: There is nothing to judge.
     """
     empty = [
         source.path
@@ -95,16 +95,16 @@ def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
 
 
 def _looked_at(sources: Sequence[Source]) -> bool:
-    """Say whether built-in checks alone have something to say of the results."""
+    """Return whether built-in checks alone apply to the results."""
     found = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
     return found or has_updates(sources) or any(source.results.end is None for source in sources)
 
 
 def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
-    """Refuse rules that no name in the results can ever meet; of a run that goes on, more names may come.
+    """Refuse rules that select no name in the results; an unfinished run may still add names.
 
     Raises:
-        UsageError: There is one.
+        UsageError: A rule selects nothing.
     """
     if any(source.results.end is None for source in sources):
         return
@@ -116,7 +116,7 @@ def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
 
 
 def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdict]:
-    """Yield whether any of the results is of what the policy is about, where it says that."""
+    """Yield whether any of the results is of the policy's kind of subject, if it has one."""
     if policy.about is None:
         return
     there = any(given.role == policy.about for source in sources for given in source.results.run.inputs)
@@ -184,10 +184,10 @@ def _judge_regression(
 def _field(
     policy: Policy, demand: Demand, sources: Sequence[Source], allowed: str
 ) -> tuple[Field | None, list[Verdict]]:
-    """Return the field that is meant, by which kinds of record there are; or what is missing.
+    """Return the field of a rule, given the kinds of records present; or what is missing.
 
     Raises:
-        UsageError: Several kinds that are there have it.
+        UsageError: Several of these kinds have it.
     """
     candidates = find(demand.field)
     there = [field for field in candidates if any(source.holds(field.kind) for source in sources)]
@@ -202,10 +202,10 @@ def _field(
 
 
 def _selected(policy: Policy, demand: Demand, field: Field, sources: Sequence[Source]) -> list[Subject]:
-    """Return what a rule is about.
+    """Return the subjects of a rule.
 
     Raises:
-        UsageError: Its ``where`` fits no record.
+        UsageError: Its ``where`` matches no record.
     """
     holding = [source for source in sources if source.holds(field.kind)]
     taken: list[Subject] = []
@@ -219,7 +219,7 @@ def _selected(policy: Policy, demand: Demand, field: Field, sources: Sequence[So
 
 
 def _where(policy: Policy, demand: Demand, field: Field, found: list[Subject]) -> list[Subject]:
-    """Keep the records that are as ``where`` says, and what is missing beside such records."""
+    """Keep the records that match ``where``, and missing ones next to such records."""
     if not demand.where:
         return found
     tests: list[tuple[Field, object]] = []
@@ -255,7 +255,7 @@ def _each(policy: Policy, demand: Demand, found: list[Finding], waivers: Waivers
 
 
 def _aggregate(policy: Policy, rule: Rule, field: Field, group: str, found: list[Finding], waivers: Waivers) -> Verdict:
-    """Judge one number made of all records; waived layers are left out of it if it fails with them."""
+    """Judge one aggregate of all records; if it fails, waived layers are excluded."""
     verdict = _one_number(policy, rule, field, group, found)
     if verdict.status in {"passed", "not judged"}:
         return verdict
@@ -283,7 +283,7 @@ def _one_number(policy: Policy, rule: Rule, field: Field, group: str, found: lis
 
 
 def _covered(policy: Policy, demand: Demand, found: list[Finding]) -> tuple[bool, str]:
-    """Say whether enough of what a rule selects has a value, and how much has."""
+    """Return whether enough of the selected subjects have a value, and a description."""
     judged = [finding for finding in found if not finding.reason]
     rest = [finding for finding in found if finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage

@@ -1,4 +1,4 @@
-"""Verdicts → JUnit XML: one case for each rule and module type, as CI servers show them.
+"""Verdicts → JUnit XML: one case for each rule and module type, as shown by CI servers.
 
 A failure is ``failure``; inconclusive is ``error``, which no server counts as a pass; waived is ``skipped``.
 """
@@ -47,7 +47,7 @@ def _case(verdict: Verdict) -> str:
 
 
 def _add(case: Element, found: Sequence[Verdict]) -> None:
-    """Say what became of one case: its worst verdict."""
+    """Set the result of a case: its worst verdict."""
     for status, tag in (("failed", "failure"), ("inconclusive", "error")):
         bad = [verdict for verdict in found if verdict.status == status and verdict.blocks]
         if bad:

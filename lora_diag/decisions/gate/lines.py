@@ -1,8 +1,7 @@
-"""On which line of a TOML file a value stands: ``tomllib`` does not tell.
+"""Line numbers of values in a TOML file, which ``tomllib`` does not provide.
 
-A file is cut after each of its lines; the first piece that can be read and holds the value ends where the value does,
-and the value begins behind the piece before it that could be read. So every way of writing TOML is understood without
-a second parser.
+The file is truncated after each line; the first valid piece with the value ends where the value does, and the value
+begins after the previous valid piece. This covers all TOML syntax without a second parser.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ Path = tuple[str | int, ...]
 
 
 def line_of(text: str, path: Path) -> int:
-    r"""Return the line, counted from 1, on which the value at a path begins; of the longest part of it that is there.
+    r"""Return the line, counted from 1, on which the value at a path begins; for the longest existing part of the path.
 
     Args:
-        text: A whole file that can be read.
+        text: The text of a valid file.
         path: Keys of tables and indices of arrays.
 
     Example:
@@ -46,7 +45,7 @@ def line_of(text: str, path: Path) -> int:
 
 
 def _readable(lines: list[str], number: int, least: int) -> tuple[int, Any]:
-    """Return the longest piece of at most ``number`` lines that can be read, and what it holds."""
+    """Return the longest valid piece of at most ``number`` lines, and its contents."""
     while number > least:
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return number, tomllib.loads("\n".join(lines[:number]))
@@ -55,7 +54,7 @@ def _readable(lines: list[str], number: int, least: int) -> tuple[int, Any]:
 
 
 def _readable_from(lines: list[str], number: int, most: int) -> tuple[int, Any]:
-    """Return the shortest piece of at least ``number`` lines that can be read, and what it holds."""
+    """Return the shortest valid piece of at least ``number`` lines, and its contents."""
     while number < most:
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return number, tomllib.loads("\n".join(lines[:number]))

@@ -1,4 +1,4 @@
-"""Verdicts → a block of a model card, which is put in the place of an earlier one."""
+"""Verdicts → a block of a model card, which replaces an earlier one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_diag.rendering.cards import with_section
 
 
 def model_card(results: Results[Any], card: str = "") -> str:
-    """Return a model card with what a gate found of the model.
+    """Return a model card with the result of a gate.
 
     Args:
         results: A run of ``gate``.
-        card: The card as it is; the block takes the place of an earlier one, or comes at the end. Line ends stay.
+        card: The existing card; the block replaces an earlier one, or is appended. Line endings are kept.
     """
     return with_section(card, "gate", _block(results))
 

@@ -1,6 +1,6 @@
-"""A policy: what has to hold before a checkpoint may ship. Each table of its file is a model that checks its keys.
+"""A policy: the conditions for releasing a checkpoint. Each table of its file is a model that validates its keys.
 
-Whatever is not understood is an error: a misspelled key would otherwise be a rule that is not there.
+Unknown keys are errors: a misspelled key would otherwise silently remove a rule.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Where = Annotated[dict[str, int | Value], is_a('a table of fields and their valu
 
 
 def read_age(text: object) -> timedelta:
-    """Read how old results may be: a whole number with ``h``, ``d`` or ``w``.
+    """Parse a maximum age: a whole number with ``h``, ``d`` or ``w``.
 
     >>> read_age("2w").days
     14
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The text is not an age.
     """
     found = re.fullmatch(r"([0-9]{1,5})([hdw])", str(text))
     if found is None:
@@ -57,19 +57,19 @@ def read_age(text: object) -> timedelta:
 
 
 class Demand(Table):
-    """What rules and comparisons with a baseline have in common.
+    """Common fields of rules and comparisons with a baseline.
 
     Args:
         layers: The name contains a match; None for all names.
         exclude: The name contains none.
         type: The whole module type matches, such as ``self_attn.q_proj``.
         depth: First and last block.
-        where: Values that fields of the record have, such as role = "adapter".
-        severity: What it means if it does not hold.
-        message: What to do then.
-        floor: ``ignore`` judges layers that the files cannot show, too.
-        coverage: Least share of what is selected that has to be judged; None for that of the policy.
-        line: Where it stands.
+        where: Required values of fields of the record, such as role = "adapter".
+        severity: Severity of a failure.
+        message: The fix for a failure.
+        floor: ``ignore`` also judges layers that the files do not resolve.
+        coverage: Minimum fraction of the selected subjects that must be judged; None for that of the policy.
+        line: Its line in the file.
     """
 
     layers: Pattern | None = None
@@ -87,11 +87,11 @@ class Demand(Table):
 
         @property
         def name(self) -> str:
-            """By which it is reported and waived."""
+            """Its name in reports and waivers."""
 
         @property
         def field(self) -> str:
-            """Name of the field that it judges."""
+            """Name of the judged field."""
 
     @field_validator("depth")
     @classmethod
@@ -116,7 +116,7 @@ class Demand(Table):
         return self
 
     def takes(self, layer: str) -> bool:
-        """Say whether a name is selected."""
+        """Return whether a name is selected."""
         depth = depth_of(layer)
         return (
             (self.layers is None or self.layers.search(layer) is not None)
@@ -127,10 +127,10 @@ class Demand(Table):
 
 
 class Rule(Demand):
-    """A condition that has to hold.
+    """A condition.
 
     Args:
-        name: By which it is reported and waived.
+        name: Its name in reports and waivers.
         require: The condition.
     """
 
@@ -141,7 +141,7 @@ class Rule(Demand):
 
     @property
     def field(self) -> str:
-        """Name of the field that it judges."""
+        """Name of the judged field."""
         return self.require.name
 
     @field_validator("name")
@@ -153,12 +153,12 @@ class Rule(Demand):
 
 
 class Regression(Demand):
-    """A field that may not be worse than it is in the baseline.
+    """A field that may not be worse than in the baseline.
 
     Args:
         field: Name of the field.
-        worse: Which way is worse.
-        tolerance: By how much it may be worse, in the field's unit; with a ``%``, as a share of the stored value.
+        worse: The direction that is worse.
+        tolerance: Allowed change for the worse, in the field's unit; with a ``%``, as a fraction of the stored value.
     """
 
     field: Text
@@ -170,7 +170,7 @@ class Regression(Demand):
 
     @property
     def name(self) -> str:
-        """By which it is reported and waived."""
+        """Its name in reports and waivers."""
         return f"baseline.{self.field}"
 
     @field_validator("field")
@@ -189,7 +189,7 @@ class Regression(Demand):
 
 
 class Waiver(Table):
-    """Layers that may break a rule until a day, and why."""
+    """Layers that may break a rule until a date, with the reason."""
 
     rule: Text
     layers: Pattern
@@ -214,7 +214,7 @@ class Waiver(Table):
         return layers
 
     def covers(self, rule: str, layer: str) -> bool:
-        """Say whether it speaks of a rule and a layer."""
+        """Return whether it applies to a rule and a layer."""
         return self.rule == rule and self.layers.search(layer) is not None
 
 
@@ -222,7 +222,7 @@ class Checks(Table):
     """Built-in checks with their severity.
 
     Args:
-        spike_above: Share of ‖ΔW‖² in one direction that the check ``spike`` allows.
+        spike_above: Fraction of ‖ΔW‖² in one direction that the check ``spike`` allows.
     """
 
     inputs: Fixed = "error"
@@ -249,12 +249,12 @@ class Checks(Table):
 
 
 class Coverage(Table):
-    """How much of what is selected has to be judged.
+    """Required coverage of the selected subjects.
 
     Args:
-        by: Whether coverage is a share of ‖Δ‖² or of layers.
-        minimum: Least coverage.
-        left_out: Reasons for which a tensor without a record does not count against coverage.
+        by: Whether coverage is a fraction of ‖Δ‖² or of layers.
+        minimum: Minimum coverage.
+        left_out: Reasons that excuse a tensor without a record.
     """
 
     by: Literal["energy", "layers"] = "energy"
@@ -270,13 +270,13 @@ class Coverage(Table):
 
 
 class Inputs(Table):
-    """What results must be of.
+    """Required inputs of results.
 
     Args:
         base: Fingerprint of BASE.
-        tuned: Of TUNED.
-        adapter: Of the adapter.
-        max_age: How old results may be.
+        tuned: Fingerprint of TUNED.
+        adapter: Fingerprint of the adapter.
+        max_age: Maximum age of results.
     """
 
     base: Fingerprint | None = None
@@ -286,25 +286,25 @@ class Inputs(Table):
 
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:
-        """Roles of inputs, and the fingerprints that they must have."""
+        """Roles of inputs with their pinned fingerprints."""
         roles = (("base", self.base), ("tuned", self.tuned), ("adapter", self.adapter))
         return tuple((role, value) for role, value in roles if value is not None)
 
 
 class Policy(Table):
-    """What has to hold, see docs/gate.md.
+    """A policy; see docs/reference/gate.md.
 
     Args:
-        title: What it is for.
-        about: What some of the results must be of: an ``adapter`` or, ``tuned``, a full fine-tune; None: anything.
+        title: Its purpose.
+        about: Required subject of some of the results: ``adapter``, or ``tuned`` for a full fine-tune; None for any.
         rules: Its rules.
-        regressions: What is compared with a baseline.
+        regressions: Comparisons with a baseline.
         checks: The built-in checks.
-        inputs: What the results must be of.
-        coverage: How much has to be judged.
-        waivers: What is let pass.
-        path: Where it is.
-        ready: Whether it comes with the package, so that its lines are nobody's to change.
+        inputs: Required inputs.
+        coverage: Required coverage.
+        waivers: The waivers.
+        path: Its path.
+        ready: Whether it is part of the package, so that users cannot edit its lines.
     """
 
     title: Text = ""

@@ -1,4 +1,4 @@
-"""``gate``: what lies now where results say that their inputs were."""
+"""The current state of the inputs of results."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ WEIGHTS = ("base", "tuned", "adapter", "reference")
 
 
 def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> tuple[list[Source], list[Present]]:
-    """Compare the inputs of results with what lies where they were, or where ``shipped`` says.
+    """Compare the inputs of results with the current files at their paths, or at ``shipped``.
 
     Args:
         sources: The results.
-        shipped: Checkpoints and adapters that the results must be of.
+        shipped: Checkpoints and adapters that the results must belong to.
 
     Returns:
-        The results with what became of their inputs, and of ``shipped`` what no results are of.
+        The results with the state of their inputs, and the files of ``shipped`` without results.
 
     Raises:
-        InputError: Something of ``shipped`` cannot be read.
+        InputError: A file of ``shipped`` cannot be read.
     """
     given = {str(path): _known(path) for path in shipped}
     compared = [replace(source, present=tuple(_present(source, given))) for source in sources]
@@ -80,7 +80,7 @@ def _is(given: RunInput, adapter: bool) -> bool:
 
 
 def _where_it_was(given: RunInput) -> Present:
-    """Compare an input with what lies at its path; addresses and Hub ids are not asked."""
+    """Compare an input with the file at its path; addresses and Hub ids are not accessed."""
     if not os.path.exists(given.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
         return _state(given, "", "unknown", "is not at the path it had, so nothing was compared; --for PATH names it")
     if len(given.fingerprint) != DIGITS:

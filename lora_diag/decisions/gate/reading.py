@@ -1,4 +1,4 @@
-"""TOML → policy, checked to the line."""
+"""TOML → policy, with errors that name the line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
 
     Args:
         path: Its file.
-        content: Its text; read from the file if it is not given.
+        content: Its text; default read from the file.
 
     Raises:
-        UsageError: It cannot be read or is not valid; the message names the line.
+        UsageError: The file cannot be read or is invalid; the message names the line.
     """
     if content is None:
         try:
@@ -59,7 +59,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
 
 
 def _explained(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
-    """Return where the first mistake is, and what it is."""
+    """Return the position and description of the first error."""
     first = error.errors()[0]
     place, given, details = first["loc"], quoted(first["input"]), first.get("ctx", {})
     key = next(step for step in reversed(("", *place)) if isinstance(step, str))

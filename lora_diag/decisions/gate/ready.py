@@ -1,4 +1,4 @@
-"""The policies that come with the package."""
+"""The policies of the package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lora_diag.errors import UsageError
 
 
 def ready_policy(name: str) -> Policy:
-    """Return a policy that comes with the package.
+    """Return a policy of the package.
 
     Raises:
-        UsageError: There is none of this name.
+        UsageError: The name is unknown.
 
     Example:
         >>> ready_policy("adapter-basic").title

@@ -13,19 +13,19 @@ Outcome = Literal["passed", "failed", "inconclusive"]
 
 
 class Verdict(WholeRecord):
-    """What one rule of a policy says of one layer, or of the whole.
+    """The verdict of one rule on one layer, or on the whole.
 
     Args:
         rule: Its name in the policy.
         layer: The layer judged; null for an aggregate or a whole-model value.
-        group: Which of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``.
-        measured: The value found; null where there is none.
-        allowed: The condition, as the policy writes it, such as ``epsilon <= 0.35``.
-        status: ``warned`` is a failure whose severity is warning; ``inconclusive`` is never a pass; ``not judged`` is a
-            layer without a value that the policy's coverage can do without.
-        severity: Of the rule.
-        message: One sentence: what is wrong and what to do.
-        line: Where the rule stands in the policy; null for a built-in check.
+        group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``.
+        measured: The measured value; null without one.
+        allowed: The condition as written in the policy, such as ``epsilon <= 0.35``.
+        status: ``warned`` is a failure with the severity warning; ``inconclusive`` never passes; ``not judged`` is a
+            layer without a value, permitted by the policy's coverage.
+        severity: Severity of the rule.
+        message: Problem and fix, in one sentence.
+        line: Line of the rule in the policy; null for a built-in check.
     """
 
     key: ClassVar[tuple[str, ...]] = ("rule", "layer", "group")
@@ -60,12 +60,12 @@ class Verdict(WholeRecord):
 
     @property
     def blocks(self) -> bool:
-        """Whether it keeps a gate from passing: a warning never does."""
+        """Whether it keeps a gate from passing; a warning never does."""
         return self.severity == "error" and self.status in {"failed", "inconclusive"}
 
 
 def outcome(records: Iterable[Record]) -> Outcome:
-    """Return what verdicts come to: one failure fails, one thing unknown leaves it open, and nothing judged is no pass.
+    """Return the outcome of verdicts: one failure fails, one unknown is inconclusive, and no verdicts never pass.
 
     Example:
         >>> outcome([])

@@ -1,4 +1,4 @@
-"""``gate``: may this checkpoint ship?"""
+"""``gate``: judge results by a policy."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def gate(
     today: date | None = None,
     **options: Unpack[GateOptions],
 ) -> Results[Any]:
-    """Hold results against a policy.
+    """Judge results by a policy.
 
     Args:
         policy: A policy file, or a policy.
         results: Results files, or results in memory.
         baseline: Results file of an earlier run to compare with.
-        ratchet: Where the gate passes, put what got better into the baseline; nothing there ever gets worse.
-        shipped: Checkpoints and adapters that the results must be of, wherever they were measured.
-        max_age: How old results may be, such as ``12h``, ``7d`` or ``2w``; the policy may ask for less.
-        today: By which waivers expire, and from which ages count; the time of the machine if it is not given.
+        ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
+        shipped: Checkpoints and adapters that the results must belong to, at any path.
+        max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a lower one.
+        today: Date for the expiry of waivers and the age of results; default the current time.
         **options: ``GateOptions``.
 
     Returns:
-        The verdicts, in ``whole``; ``lora_diag.decisions.gate.record.outcome`` says what they come to.
+        The verdicts, in ``whole``; ``lora_diag.decisions.gate.record.outcome`` returns the outcome.
 
     Raises:
-        UsageError: The policy is not valid, or does not fit the results.
+        UsageError: The policy is invalid, or does not fit the results.
         InputError: A file cannot be read, or lacks records.
         NothingComparedError: There is no record to judge.
 
@@ -105,11 +105,11 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     """Return the text of a policy whose limits are measured values with a margin.
 
     Args:
-        results: Results files, or results in memory, of a checkpoint that served well.
-        name: What the policy's file will be called.
+        results: Results files, or results in memory, of a reference checkpoint.
+        name: Name of the policy file.
 
     Raises:
-        InputError: A file cannot be read, did not finish, or has nothing to take a limit from.
+        InputError: A file cannot be read, did not finish, or has no value for a limit.
     """
     sources = [_source(given, i) for i, given in enumerate(results, 1)]
     for source in sources:
@@ -119,7 +119,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
 
 
 def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str]) -> list[Results[Any]]:
-    """Measure what a gate needs, for ``gate --base``.
+    """Measure the inputs of a gate, for ``gate --base``.
 
     Args:
         base: Base checkpoint.
@@ -127,8 +127,7 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
         adapters: Adapters on ``base``.
 
     Returns:
-        The spectra of what would ship (the adapters, or else the fine-tune), and what the adapters miss of the
-        fine-tune where both are given.
+        The spectra of the adapters, or else of the fine-tune, and the residuals if both are given.
 
     Raises:
         UsageError: There is nothing to measure.
@@ -151,7 +150,7 @@ def _source(given: Path | str | Results[Any], number: int) -> Source:
 
 
 def _baseline(path: Path | str) -> Source:
-    """Read a baseline, which has to be a whole run.
+    """Read a baseline, which must be a finished run.
 
     Raises:
         InputError: It cannot be read or did not finish.
@@ -192,7 +191,7 @@ def _results(
 
 
 def _measured(sources: Sequence[Source]) -> list[RunInput]:
-    """Return what the results are of, each once, and what became of it."""
+    """Return the distinct inputs of the results, with their state."""
     words = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
     found: dict[tuple[str, str, str], RunInput] = {}
     for source in sources:

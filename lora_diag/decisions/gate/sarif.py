@@ -1,4 +1,4 @@
-"""Verdicts → SARIF 2.1.0, which code-scanning services read: what is no pass, at its rule's line in the policy."""
+"""Verdicts → SARIF 2.1.0 for code scanning: all verdicts that do not pass, at their rule's line of the policy."""
 
 from __future__ import annotations
 

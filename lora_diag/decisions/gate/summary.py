@@ -1,4 +1,4 @@
-"""What a gate says: in the terminal, failures first; and the words that all its reports share."""
+"""Terminal output of ``gate``, failures first; and texts shared by all its reports."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow
 
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
-    """Return the verdicts of a run of ``gate``, the worst first, those of one rule together."""
+    """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
     found = [record for record in results.whole if isinstance(record, Verdict)]
     rules = list(dict.fromkeys(verdict.rule for verdict in found))
     return sorted(found, key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance(v)))
 
 
 def _distance(verdict: Verdict) -> float:
-    """Order the verdicts of one rule: the largest first where the limit is an upper one."""
+    """Return a sort key of the verdicts of one rule: the largest value first for an upper limit."""
     if not isinstance(verdict.measured, float):
         return 0.0
     return -verdict.measured if "<" in verdict.allowed else verdict.measured
 
 
 def policy_file(results: Results[Any]) -> str | None:
-    """Return the path of the policy's file; None for one of the package."""
+    """Return the path of the policy's file; None for a policy of the package."""
     return next((given.path for given in results.run.inputs if given.role == "policy"), None)
 
 
@@ -60,7 +60,7 @@ def _side(value: float, limit: float) -> int:
 
 
 def place(verdict: Verdict) -> str:
-    """Return what a verdict is about."""
+    """Return the subject of a verdict."""
     if verdict.rule == "inputs" and verdict.group:
         return safe(verdict.group)
     group = f" ({safe(verdict.group)})" if verdict.group else ""
@@ -68,7 +68,7 @@ def place(verdict: Verdict) -> str:
 
 
 def headline(results: Results[Any]) -> str:
-    """Return the outcome and what it rests on, in one sentence; and if that is spectra in another metric, in which."""
+    """Return the outcome and its basis in one sentence, with the metric if it is not that of the weights."""
     metric = results.run.settings.get("metric")
     return _headline(results) + (f" (spectra in {safe(str(metric))})" if metric else "")
 
@@ -94,7 +94,7 @@ def _how_many(verdicts: Sequence[Verdict]) -> str:
 
 
 def why(verdicts: Sequence[Verdict]) -> str:
-    """Return what is said of the verdicts of one rule that came out alike: where, and what to do."""
+    """Return the common description of verdicts of one rule: where, and what to do."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
     others = len(messages) - 1
     more = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
@@ -114,12 +114,12 @@ def reason(results: Results[Any]) -> str:
 
 
 def weights_of(results: Results[Any]) -> list[RunInput]:
-    """Return the checkpoints and adapters that a gate's results are of."""
+    """Return the checkpoints and adapters of a gate's results."""
     return [given for given in results.run.inputs if given.fingerprint]
 
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
-    """Return the verdicts that came out in one of some ways, rule by rule."""
+    """Return the verdicts with given statuses, rule by rule."""
     found = [verdict for verdict in verdicts_of(results) if verdict.status in statuses]
     return [(rule, list(group)) for rule, group in groupby(found, key=lambda verdict: verdict.rule)]
 
@@ -127,13 +127,13 @@ def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdi
 def verdict_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return what a gate found: its failures, then a summary.
+    """Return the result of a gate: its failures, then a summary.
 
     Args:
         results: A run of ``gate``.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        per: Not used: a failure is always told by its layer.
+        per: Not used: failures are always listed by layer.
         then: The suggested next command, printed last.
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
@@ -143,7 +143,7 @@ def verdict_table(
 
 
 def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
-    """Choose the rows: the worst of each rule, so that one rule with many failures does not hide the others."""
+    """Choose the rows: the worst of each rule, so that one rule with many failures does not hide others."""
     several = len({verdict.rule for verdict in bad}) > 1
     most = ROWS_OF_A_RULE if several else ROWS
     seen: Counter[tuple[str, str]] = Counter()
@@ -180,7 +180,7 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
 
 
 def _layer(verdict: Verdict, tell: bool) -> str:
-    """Return a row's layer, and which of its records if that differs from row to row: the end of a name is kept."""
+    """Return a row's layer, and its group if that varies between rows; the end of a name is kept."""
     if verdict.layer is None:
         return place(verdict)
     return f"{safe(verdict.group)}: {short(verdict.layer)}" if tell and verdict.group else short(verdict.layer)
@@ -233,7 +233,7 @@ def _inputs(results: Results[Any]) -> list[str]:
 
 
 def _about(given: RunInput) -> str:
-    """Return what is said of one input of a gate: of results their layers, of weights their fingerprint."""
+    """Return the description of one input of a gate: layers of results, or the fingerprint of weights."""
     of_results = given.role in {"results", "baseline"}
     layers = [f"{given.tensors} layers"] if of_results and given.tensors else []
     fingerprint = [f"fingerprint {given.fingerprint}"] if given.fingerprint else []

@@ -1,4 +1,4 @@
-"""What the tables of a policy have in common: keys that are known, types that say what a value has to be."""
+"""Common base of the tables of a policy: known keys, and types with a description of valid values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pydantic import (
 
 
 class PlacedError(ValueError):
-    """A value that cannot be.
+    """An invalid value.
 
     Args:
-        text: What is wrong with it.
-        place: Keys and indices that lead to it from the table that is checked.
+        text: The problem.
+        place: Keys and indices that lead to it from the checked table.
     """
 
     def __init__(self, text: str, *place: str | int) -> None:
@@ -33,7 +33,7 @@ class PlacedError(ValueError):
 
 
 class Table(BaseModel):
-    """A table of a policy. Excluded fields are not read from a file."""
+    """A table of a policy. Excluded fields are not read from the file."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -50,7 +50,7 @@ class Table(BaseModel):
 
 
 def is_a(what: str) -> WrapValidator:
-    """Say what a value has to be, whatever pydantic says of it."""
+    """Replace pydantic's message by a description of valid values."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
@@ -62,7 +62,7 @@ def is_a(what: str) -> WrapValidator:
 
 
 def quoted(value: object) -> str:
-    """Return a value for a message, text in quotes."""
+    """Return a value for a message, with text in quotes."""
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

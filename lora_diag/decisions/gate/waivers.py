@@ -1,4 +1,4 @@
-"""What a policy lets pass for a while, and what of it no longer serves."""
+"""Application of waivers, and detection of obsolete ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lora_diag.decisions.gate.record import Verdict
 
 
 class Waivers:
-    """The waivers of a policy on a day.
+    """The waivers of a policy on a date.
 
     Args:
-        policy: Where they are.
-        today: A waiver serves to the end of its last day.
+        policy: The policy.
+        today: The date; a waiver is valid to the end of its last day.
 
     Attributes:
-        used: Those that let something pass.
+        used: Waivers that were applied.
     """
 
     def __init__(self, policy: Policy, today: date) -> None:
@@ -25,11 +25,11 @@ class Waivers:
         self.used: set[Waiver] = set()
 
     def of(self, rule: str, layer: str | None) -> Waiver | None:
-        """Return the waiver of a rule for a layer; for the whole run only one of all layers."""
+        """Return the waiver of a rule for a layer; for the whole run only a waiver of all layers."""
         return next((waiver for waiver in self.active if waiver.covers(rule, layer or "")), None)
 
     def apply(self, verdict: Verdict) -> Verdict:
-        """Return a verdict as waived if it is no pass and a waiver speaks of it."""
+        """Return a verdict as waived if it does not pass and a waiver applies."""
         if verdict.status not in {"failed", "warned", "inconclusive"}:
             return verdict
         waiver = self.of(verdict.rule, verdict.layer)
@@ -39,11 +39,11 @@ class Waivers:
         return verdict.model_copy(update={"status": "waived", "message": self.reason(waiver)})
 
     def reason(self, waiver: Waiver) -> str:
-        """Return what is said of what a waiver lets pass."""
+        """Return the message of a waived verdict."""
         return f"waived to {waiver.expires}: {waiver.reason}"
 
     def reports(self) -> list[Verdict]:
-        """Return a warning for every waiver that has expired or lets nothing pass."""
+        """Return a warning for every waiver that has expired or was not applied."""
         return [
             *(self._report(waiver, f"expired on {waiver.expires}, so it no longer applies") for waiver in self.expired),
             *(

@@ -1,4 +1,4 @@
-"""``plan-merge``: how much of an adapter's update survives storage in a format, before anything is merged."""
+"""``plan-merge``: fraction of an adapter's update that storage in a format keeps, before a merge."""
 
 from lora_diag.feature import Feature, Section
 

@@ -1,4 +1,4 @@
-"""Formats that a merged weight can be stored in, and how each rounds.
+"""Storage formats of merged weights, and their rounding.
 
 x is a float32 matrix ``(out, in)``; groups are consecutive inputs of one output, the last group of a row may be
 shorter. ``rne`` rounds to the nearest value of a type, ties to even. All scales of a zero maximum give zeros.
@@ -29,11 +29,11 @@ E2M1_EXPONENT, E8M0 = 2, 127
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A format.
+    """A storage format.
 
     Args:
         name: ``bf16``, ``fp16``, ``fp8``, ``mxfp4``, ``nvfp4`` or ``int4``.
-        group: Inputs that share a scale; 0 where the format has no groups.
+        group: Number of inputs that share a scale; 0 without groups.
         per_tensor: Whether fp8 has one scale for the whole matrix.
     """
 
@@ -43,7 +43,7 @@ class Target:
 
     @property
     def needs_peaks(self) -> bool:
-        """Whether scales follow from more of the matrix than a group."""
+        """Whether scales depend on more of the matrix than a group."""
         return self.name in {"fp8", "nvfp4"}
 
 

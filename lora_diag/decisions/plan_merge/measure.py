@@ -1,4 +1,4 @@
-"""What a format keeps of one layer's update: every entry is rounded, in row blocks."""
+"""Rounding of one layer's W + ΔW to a format, entry by entry in row blocks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NEEDS_BASE = "W itself is rounded, and BASE does not hold this weight"
 
 @dataclass(frozen=True, slots=True)
 class MergeTask(LayerTask):
-    """A layer, and how it is stored.
+    """A layer and its storage.
 
     Args:
-        delta: Its ΔW.
+        delta: ΔW of the layer.
         in_out: Whether W is stored ``(in, out)``, so that groups of inputs lie along its columns.
     """
 
@@ -38,11 +38,11 @@ class MergeTask(LayerTask):
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """How a layer is measured.
+    """Settings of the measurement of a layer.
 
     Args:
         target: The format.
-        memory: Bytes that a layer may take; None for what it needs.
+        memory: Memory limit of a layer in bytes; None without limit.
     """
 
     target: Target
@@ -50,7 +50,7 @@ class PlanSettings:
 
 
 def size(task: MergeTask, settings: PlanSettings) -> int:
-    """Return about how many bytes measuring a layer takes."""
+    """Return the approximate memory of measuring a layer in bytes."""
     rows, columns = task.shape
     needed = BLOCK * min(max(BLOCK_ENTRIES, _least(task, settings.target) * columns), rows * columns)
     needed += COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0
@@ -80,7 +80,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
 
 
 def _least(task: MergeTask, target: Target) -> int:
-    """Return how many rows a block is a multiple of: whole groups where they lie along the columns."""
+    """Return the number of rows of which a block is a multiple: complete groups if they lie along the columns."""
     return target.group or 1 if task.in_out else 1
 
 
@@ -100,7 +100,7 @@ class _Sum:
 
 @dataclass
 class _Layer:
-    """One layer as it is measured."""
+    """One layer during its measurement."""
 
     task: MergeTask
     target: Target
@@ -112,7 +112,7 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def look(self) -> str | None:
-        """Read the layer once: norms, and the maxima that scales follow from; return what is not finite."""
+        """Read the layer once for norms and the maxima of scales; return non-finite entries."""
         delta = self.task.delta
         assert delta.base is not None
         self.update, self.basis, problem = _load(delta, self.task.in_out)
@@ -209,7 +209,7 @@ class _Layer:
 
 
 def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Tensor | None, str | None]:
-    """Return what gives rows of ΔW in float64, a basis of its input space ``(in, r)``, and what is not finite."""
+    """Return a function for rows of ΔW in float64, a basis of its input space ``(in, r)``, and non-finite entries."""
     if isinstance(delta, FactoredDelta):
         b, a = (factor.double() for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)

@@ -20,10 +20,10 @@ _STYLES = {"merge": "", "merge into 16 bit": "bold yellow", "serve unmerged": "b
 
 
 class Arrival(Record):
-    """What arrives of ΔW in a format.
+    """Fraction and error of ΔW in a format.
 
     Args:
-        arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²; null where ΔW = 0 or an entry overflows.
+        arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²; null if ΔW = 0 or an entry overflows.
         error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
     """
 
@@ -39,7 +39,7 @@ class Arrival(Record):
 
 
 def conclude(to: str, target: Arrival, sixteen: Iterable[Arrival], base_error: float | None) -> Conclusion:
-    """Return what to do by the rules.
+    """Return the conclusion by the rules.
 
     ``merge`` if the format keeps the update. Else, where a quantized format holds W itself (``base_error`` ≤ ERROR),
     ``serve unmerged``: BASE in that format and the adapter lose nothing. Else ``merge into 16 bit`` if bf16 or fp16
@@ -53,7 +53,7 @@ def conclude(to: str, target: Arrival, sixteen: Iterable[Arrival], base_error: f
 
 
 class PlannedMerge(LayerRecord):
-    """One layer, and what a merge stored in a format would keep of ΔW there. Q rounds to the format.
+    """One layer, and the fraction of its ΔW that a merge in a format would keep. Q rounds to the format.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
@@ -63,9 +63,9 @@ class PlannedMerge(LayerRecord):
         base_fro: ‖W‖_F.
         arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²: 1 if nothing is lost. Null where ΔW = 0 or an entry overflows.
         error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
-        moved: Fraction of the entries whose code is another in Q(W + ΔW) than in Q(W). A code is the number itself in
+        moved: Fraction of the entries whose code in Q(W + ΔW) differs from that in Q(W). A code is the number itself in
             bf16 and fp16, and the number without its scale in the other formats.
-        overflow: Entries of W + ΔW that the format makes infinite.
+        overflow: Number of entries of W + ΔW that are infinite in the format.
         base_error: ‖Q(W) − W‖_F / ‖ΔW‖_F: the error of the format without any adapter. Null where ΔW = 0 or W
             overflows.
         base_error_inside: ‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V an orthonormal basis of the row space of A: the part of it that
@@ -74,7 +74,7 @@ class PlannedMerge(LayerRecord):
             already. Null where BASE is not quantized or ΔW = 0.
         bf16: What arrives in bf16.
         fp16: What arrives in fp16.
-        conclusion: By the rules of ``conclude``; null where ΔW = 0.
+        conclusion: Conclusion by the rules of ``conclude``; null if ΔW = 0.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -160,7 +160,7 @@ class PlannedMerge(LayerRecord):
 def total(
     records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], PlannedMerge | Arrival] = lambda record: record
 ) -> Arrival:
-    """Return what arrives of the update of several layers together; null where an entry of one overflows."""
+    """Return c and error of several layers together; null if an entry overflows."""
     moving = [record for record in records if record.fro]
     energy = sum(record.fro**2 for record in moving)
     inner = [(of(record).arrived, record.fro) for record in moving]
@@ -171,7 +171,7 @@ def total(
 
 
 def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:
-    """Return a norm relative to ‖ΔW‖ over several layers together; null where one that has an update has none."""
+    """Return a norm relative to ‖ΔW‖ over several layers together; null if a layer with an update has none."""
     found = [(of(record), record.fro) for record in records if record.fro]
     if not found or any(value is None for value, _ in found):
         return None
@@ -184,7 +184,7 @@ def _moved(records: Sequence[PlannedMerge]) -> float:
 
 
 def conclusion(records: Sequence[PlannedMerge]) -> Conclusion | None:
-    """Return what to do with several layers together, by their sums; None where no layer has an update."""
+    """Return the conclusion for several layers together, by their sums; None if no layer has an update."""
     if not any(record.fro for record in records):
         return None
     sixteen = [total(records, lambda record: record.bf16), total(records, lambda record: record.fp16)]

@@ -1,4 +1,4 @@
-"""``plan-merge``: how much of an update survives a merge."""
+"""``plan-merge``: fraction of an update that a merge keeps."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def plan_merge(
         base: The checkpoint that the adapter was trained on.
         adapter: The adapter.
         to: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4`` or ``int4``: format of the merged weights.
-        group_size: Inputs that share a scale of ``int4``; by default 128.
-        scale: Scales of ``fp8``: ``row`` for one an output, ``tensor`` for one a matrix; by default ``row``.
+        group_size: Number of inputs that share a scale of ``int4``; default 128.
+        scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per matrix.
         **options: ``PlanMergeOptions``.
 
     Returns:
         One record for each matrix that the adapter changes.
 
     Raises:
-        UsageError: An option makes no sense, or ``adapter`` is no adapter.
+        UsageError: An option is invalid, or ``adapter`` is not an adapter.
         InputError: An input cannot be read, or the adapter does not fit ``base``.
         NothingComparedError: The two have no weight in common.
 
@@ -81,7 +81,7 @@ def _target(to: str, group_size: int | None, scale: str | None) -> Target:
     """Return the format.
 
     Raises:
-        UsageError: An option is of another format, or a group has no inputs.
+        UsageError: An option does not apply to the format, or a group has no inputs.
     """
     if group_size is not None and to != "int4":
         raise UsageError(f"--group-size: applies to int4 only; remove it with --to {to}")
@@ -93,7 +93,7 @@ def _target(to: str, group_size: int | None, scale: str | None) -> Target:
 
 
 def _in_out(delta: Delta, orientation: Orientation) -> bool:
-    """Say whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models."""
+    """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models."""
     if delta.base is None:
         return False
     stored = delta.base.info.shape

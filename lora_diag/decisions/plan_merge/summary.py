@@ -1,4 +1,4 @@
-"""The terminal's answer to ``plan-merge``: what arrives, what the format costs without it, and what to do."""
+"""Terminal output of ``plan-merge``: fraction kept, error of the format without an adapter, and conclusion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HELD = "the format keeps BASE but not the update: BASE in this format with the 
 
 
 def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
-    """Return the summary."""
+    """Return the statements of the summary."""
     lines = [compared(results)]
     records = list(results)
     if records:
@@ -80,7 +80,7 @@ def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
 
 
 def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
-    """Say what the format does to BASE alone, and what BASE's own format did."""
+    """State the error of the format on BASE alone, and of BASE's own format."""
     lines = []
     error = rms(records, lambda record: record.base_error)
     if error is not None:

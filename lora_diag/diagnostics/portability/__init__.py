@@ -1,4 +1,4 @@
-"""``portability``: the ΔW that each program which serves an adapter applies, against the one that is intended."""
+"""``portability``: the ΔW that each serving program applies, compared with the intended one."""
 
 from lora_diag.feature import Feature, Figure, Section
 

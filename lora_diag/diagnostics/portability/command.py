@@ -17,7 +17,7 @@ Base = Annotated[str | None, typer.Argument(metavar="BASE", help="Base checkpoin
 
 
 class FixOptions(TypedDict, total=False):
-    """How a portable adapter is written."""
+    """Options for writing a portable adapter."""
 
     fix: Annotated[bool, Option(False, "Write to -o an adapter that all programs scale alike.", panel=OUTPUT)]
     format: Annotated[
@@ -80,7 +80,7 @@ def _check_fix(fix: bool, given: PortabilityOptions, others: dict[str, str | boo
     """Refuse options of writing without ``--fix``, and those of a results file with it.
 
     Raises:
-        UsageError: There are such.
+        UsageError: One of them is given.
     """
     if not fix:
         if option := next((name for name, value in others.items() if value), None):

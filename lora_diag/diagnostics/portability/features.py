@@ -1,4 +1,4 @@
-"""What each consumer does with each feature of an adapter, since which version: asked of the rules themselves."""
+"""Treatment of each adapter feature by each consumer and version, computed from the rules."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def outcome(contents: Contents, consumer: Consumer, rule: Rule) -> list[Portabil
 
 
 def words(records: list[Portability]) -> str:
-    """Return in a word or two what a consumer does with an adapter: the worst of its weights."""
+    """Return a short description of a consumer's treatment of an adapter: that of the worst weight."""
     found = {record.status for record in records}
     if "refused" in found:
         return "refuses"
@@ -101,7 +101,7 @@ def words(records: list[Portability]) -> str:
 
 
 def rules_grids() -> list[Grid]:
-    """Return two tables for each layout of files, the newest rules and the older ones: a row a feature."""
+    """Return two tables per file layout, of the newest and of older rules, with one row per feature."""
     grids = []
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
         features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
@@ -119,7 +119,7 @@ def _column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) ->
 
 
 def history(contents: Contents, consumer: Consumer) -> str:
-    """Return what a consumer does with an adapter, and since which version, such as ``exact since 0.32, before ×0.5``.
+    """Return a consumer's treatment of an adapter by version, such as ``exact since 0.32, before ×0.5``.
 
     Rules that do the same are one range of versions.
     """
@@ -137,7 +137,7 @@ def history(contents: Contents, consumer: Consumer) -> str:
 
 
 def history_table(form: str) -> str:
-    """Return a Markdown table for a layout of files: a row a feature, a column a consumer that reads the layout."""
+    """Return a Markdown table of a file layout: one row per feature, one column per consumer that reads it."""
     features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
     readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
     rows = [["feature of the adapter", *(consumer.title for consumer in readers)], ["---"] * (len(readers) + 1)]

@@ -1,4 +1,4 @@
-"""``portability``: what each program makes of each weight, module types from top to bottom and blocks side by side."""
+"""``portability``: treatment of each weight by each program, by module type (rows) and block (columns)."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Cells:
     """The worst record of each module type and block, for each program.
 
     Args:
-        types: Of the rows, from the top.
-        depths: Of the columns of a program; None for layers outside the blocks.
+        types: Module types of the rows, from the top.
+        depths: Block indices of a program's columns; None for layers outside the blocks.
         programs: Names of the programs, in the order of the records.
-        records: By type, program and depth.
+        records: Records by type, program and depth.
     """
 
     types: tuple[str, ...]
@@ -60,7 +60,7 @@ class Cells:
 
 
 def cells(series: Sequence[Series[Any]]) -> Cells:
-    """Return what is drawn of some runs; of several matrices in a block (experts), the worst."""
+    """Return the cells of some runs; several matrices of a type in a block (experts) give the worst."""
     types = Types(record.layer for one in series for record in one.records)
     found: dict[tuple[str, str, int | None], Portability] = {}
     programs: list[str] = []
@@ -83,7 +83,7 @@ def _badness(record: Portability) -> tuple[int, float]:
 
 
 def _norm(shown: Cells) -> Normalize | None:
-    """Return the scale of colours of ε; None if no weight is wrong by a known ε."""
+    """Return the colour scale of ε; None if no wrong weight has a known ε."""
     wrong = [r.epsilon for r in shown.records.values() if r.status == "wrong" and r.epsilon]
     if not wrong:
         return None
@@ -92,7 +92,7 @@ def _norm(shown: Cells) -> Normalize | None:
 
 
 def _colors(shown: Cells, program: str, norm: Normalize | None) -> NDArray[np.float64]:
-    """Return the colour of each cell of a program, ``(types, depths, 3)``; white where there is no such layer."""
+    """Return the colour of each cell of a program, ``(types, depths, 3)``; white if the layer does not exist."""
     image = np.ones((len(shown.types), len(shown.depths), 3))
     for row, name in enumerate(shown.types):
         for column, depth in enumerate(shown.depths):
@@ -107,11 +107,11 @@ def _colors(shown: Cells, program: str, norm: Normalize | None) -> NDArray[np.fl
 
 
 def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
-    """Draw what each program makes of each weight.
+    """Draw the treatment of each weight by each program.
 
     Args:
-        records: Of ``portability``.
-        ax: Where to draw; a new figure's if not given.
+        records: Records of ``portability``.
+        ax: Axes to draw on; default those of a new figure.
 
     Returns:
         The Axes drawn on; ``ax.images`` are the programs.
@@ -149,7 +149,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 
 def _fits(shown: Cells, inches: float, size: float) -> bool:
-    """Say whether the programs' names have room side by side."""
+    """Return whether the programs' names fit side by side."""
     return max(width_of(name, size) for name in shown.programs) < 0.92 * inches / len(shown.programs)
 
 

@@ -1,4 +1,4 @@
-"""``portability --fix``: write an adapter that every consumer scales alike, and judge what was written."""
+"""``portability --fix``: write an adapter that every consumer scales alike, and judge it."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def make_portable(
 
     Args:
         adapter: The adapter.
-        output: Folder to write; must not be there yet.
+        output: Folder to write; must not exist.
         base: The checkpoint it was trained on: for DoRA, for names that an adapter does not tell, and for other
             layouts.
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
-        leave_out: Leave out what has no place in it (biases, weights in full), instead of stopping.
-        consumers: Programs for which what was written is judged.
-        require: Programs that must apply what was written.
-        max_lora_rank: The largest rank that servers are told to serve.
-        alpha: α where the adapter's files give none.
-        alpha_is_rank: State that α = r where they give none.
+        leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
+        consumers: Programs for which the written adapter is judged.
+        require: Programs that must apply the written adapter.
+        max_lora_rank: Largest rank that servers are configured to serve.
+        alpha: α if the adapter's files have none.
+        alpha_is_rank: State that α = r if they have none.
 
     Returns:
         What ``portability`` finds of the written adapter. Its settings name under ``fixed`` the rank, the dtype, the
         errors ε of truncated and of folded factors, and what was left out.
 
     Raises:
-        UsageError: Something is at ``output``.
-        InputError: Something has no place in a portable adapter.
+        UsageError: ``output`` exists.
+        InputError: A portable adapter cannot store a tensor.
     """
     path = as_path(adapter)
     if not is_adapter(locate(path)):
@@ -84,12 +84,12 @@ def make_portable(
 
 
 def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
-    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of what was written against the adapter, for every weight with plain factors.
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter for every weight with plain factors.
 
     Both are read as adapters are, and compared in factored form.
 
     Raises:
-        InputError: A weight that was written does not read back under its name.
+        InputError: A written weight cannot be read back under its name.
     """
     old = {item.layer: item for item in contents_of(before, base).items}
     found = {}

@@ -1,4 +1,4 @@
-"""One weight and what each consumer does with it → records: the relative error of the ΔW that is applied."""
+"""One weight and its treatment by each consumer → records with the relative error of the applied ΔW."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Name = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One weight that an adapter changes.
+    """A weight that an adapter changes.
 
     Args:
-        item: What the file holds of it.
-        outcomes: What each consumer does with it, or why it refuses the adapter.
-        intended: s that is intended.
-        delta: Its ΔW; None where only BASE can tell it and there is none.
+        item: Its contents in the file.
+        outcomes: Its treatment by each consumer, or the reason for refusing the adapter.
+        intended: The intended s.
+        delta: Its ΔW; None if that needs a BASE and none is given.
     """
 
     item: Item
@@ -52,7 +52,7 @@ class Judged:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(out, in)``; of a vector ``(1, n)``."""
+        """``(out, in)``; ``(1, n)`` for a vector."""
         if self.delta is not None:
             return self.delta.shape
         shape = self.item.shape or (0,)
@@ -61,10 +61,10 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class PortabilitySettings:
-    """How a weight is measured.
+    """Settings of the measurement of a weight.
 
     Args:
-        memory: Bytes that a layer may take; None for what it needs.
+        memory: Memory limit of a layer in bytes; None without limit.
     """
 
     memory: int | None = None
@@ -139,7 +139,7 @@ def _why_plain(task: Judged, outcome: Outcome) -> str:
 
 
 def _distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix | None) -> float | None:
-    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None where it takes a BASE and there is none."""
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None if that needs a BASE and none is given."""
     item, delta = task.item, task.delta
     if delta is None or not fro or whole is None or item.load is None or outcome.scale is None or not item.scale:
         return None
@@ -152,7 +152,7 @@ def _distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix |
 
 
 def size(task: Judged, settings: PortabilitySettings) -> int:
-    """Return about how many bytes a weight takes: its factors, or ΔW in float64 where it must be formed."""
+    """Return the approximate memory of a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
     if task.item.part in FORMED and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)

@@ -20,23 +20,23 @@ FORMED = frozenset({"dora", "residual"})
 
 
 class Portability(LayerRecord):
-    """What one consumer makes of one weight that the adapter changes.
+    """Treatment of one changed weight by one consumer.
 
     Args:
         layer: The weight's name in BASE; without a BASE, in the adapter.
         consumer: The program that loads the adapter, such as ``vllm``.
-        version: Its version: the one that was asked for, or the newest in which the rule was read.
+        version: Its version: the requested one, or the newest in which the rule was read.
         status: ``exact`` if it applies the intended ΔW; ``wrong`` if another one; ``dropped`` if it silently leaves the
             weight as it is; ``full`` if it takes a weight that the file holds in full; ``refused`` if it stops with an
             error, which holds for the whole adapter.
-        part: What the file holds of it: ``factors``, ``dora``, ``bias``, ``value`` and so on.
-        rank: r of its factors; null where it has none.
-        scale: s' by which the consumer multiplies B·A; null where it multiplies nothing.
-        intended: s that is intended; null where it has none.
+        part: Its contents in the file: ``factors``, ``dora``, ``bias``, ``value`` and so on.
+        rank: r of its factors; null without factors.
+        scale: s' by which the consumer multiplies B·A; null without factors.
+        intended: The intended s; null without factors.
         epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where only the scale
             differs, 1 if dropped; null if refused, if ΔW = 0, and where it takes a BASE to tell and there is none.
-        fro: ‖ΔW‖_F of the intended update; null where it takes a BASE to tell and there is none.
-        why: The reason, in one sentence; empty where it is exact.
+        fro: ‖ΔW‖_F of the intended update; null if that needs a BASE and none is given.
+        why: The reason, in one sentence; empty if it is exact.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "consumer", "version")

@@ -1,4 +1,4 @@
-"""A consumer's rule: a pure function of what an adapter's file holds, for a range of the consumer's versions."""
+"""Rules of consumers: pure functions of an adapter file's contents, each for a range of versions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _VERSION = re.compile(r"b?(\d+(?:\.\d+)*)(?:[.-]?(?:post|rc|dev|a|b)\d*)*")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a consumer does with one item.
+    """Treatment of one item by a consumer.
 
     Args:
         does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it does what the item says, whatever that is;
             ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is.
-        scale: s'; None where it multiplies nothing.
+        scale: s'; None without factors.
         why: The reason, in one sentence; empty for the usual case.
     """
 
@@ -33,14 +33,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What some versions of a consumer do.
+    """Behaviour of some versions of a consumer.
 
     Args:
-        since: The first version for which it holds; empty if none is known for which it does not.
-        until: The first version for which it no longer holds; empty if it holds to the newest that was read.
-        read: Versions in which the source was read, the newest last.
-        refuses: Why the consumer does not load an adapter at all; empty if it does.
-        applies: What it does with an item of an adapter that it loads.
+        since: First version for which it holds; empty if it holds for all older versions, as far as known.
+        until: First version for which it no longer holds; empty if it holds up to the newest version read.
+        read: Versions whose source was read, the newest last.
+        refuses: Returns the reason for not loading an adapter; empty if it is loaded.
+        applies: Returns the treatment of an item of a loaded adapter.
     """
 
     since: str
@@ -51,7 +51,7 @@ class Rule:
 
     @property
     def versions(self) -> str:
-        """The range, such as ``< 0.32``: rules stand from the newest to the oldest, and the first that holds counts."""
+        """The range, such as ``< 0.32``; of rules from the newest to the oldest, the first that holds applies."""
         return f"< {self.until}" if self.until else f"≥ {self.since}" if self.since else "all"
 
 
@@ -60,14 +60,14 @@ class Consumer:
     """A program that loads adapters.
 
     Args:
-        name: As ``--for`` takes it.
-        title: As it is written.
+        name: Name for ``--consumers``.
+        title: Name in tables and figures.
         forms: Layouts of files that it reads: ``peft``, ``kohya``, ``diffusers``, ``mlx``.
-        rules: The newest first.
+        rules: Its rules, the newest first.
         largest_rank: Largest rank that it can be set to serve; None if there is no limit.
-        default_rank: Largest rank that it serves unless it is told otherwise; None if there is no limit.
+        default_rank: Largest rank that it serves by default; None if there is no limit.
         rank_option: The option that sets it.
-        rank_choices: The values that this option takes; empty if any.
+        rank_choices: Values that this option accepts; empty if any.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Consumer:
         """Return the rule for a version; for the newest if none is given.
 
         Raises:
-            UsageError: It is no version, or one that is older than every rule.
+            UsageError: It is not a version, or older than every rule.
         """
         if not version:
             return self.rules[0]
@@ -104,11 +104,11 @@ class Consumer:
         )
 
     def is_newer(self, version: str) -> bool:
-        """Say whether a version is newer than any that was read."""
+        """Return whether a version is newer than all versions read."""
         return bool(version) and bool(self.rules[0].since) and is_before(self.newest, version)
 
     def rank_needed(self, contents: Contents) -> int | None:
-        """Return the rank that the consumer must be told to serve; None where its default will do."""
+        """Return the rank that the consumer must be configured to serve; None if its default suffices."""
         rank = largest_rank(contents)
         if self.default_rank is None or rank <= self.default_rank:
             return None
@@ -116,7 +116,7 @@ class Consumer:
 
 
 def is_before(one: str, other: str) -> bool:
-    """Say whether a version is before another, part by part.
+    """Return whether a version is before another, part by part.
 
     >>> is_before("0.31.2", "0.32"), is_before("0.32", "0.32.0"), is_before("0.9", "0.10")
     (True, False, True)
@@ -142,5 +142,5 @@ def one_scale(config: Mapping[str, Any]) -> float:
 
 
 def unless(*reasons: str) -> str:
-    """Return the reasons that are there, as one sentence; empty if there is none."""
+    """Return the non-empty reasons as one sentence; empty if there are none."""
     return "; ".join(reason for reason in reasons if reason)

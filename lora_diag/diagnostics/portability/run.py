@@ -1,4 +1,4 @@
-"""``portability``: what each program that serves an adapter makes of it."""
+"""``portability``: the ΔW that each serving program applies."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def portability(
     base: Path | str | None = None,
     **options: Unpack[PortabilityOptions],
 ) -> Results[Portability]:
-    r"""Tell which ΔW each program that loads an adapter applies, and how far it is from the intended one.
+    r"""Determine the ΔW that each program which loads an adapter applies, and its distance from the intended one.
 
     Nothing is loaded by those programs: their rules, as read in their sources, are applied to the adapter's file.
     ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F; where only the scale s' differs from s, ε = |s'/s − 1| and ΔW is never formed.
 
     Args:
         adapter: The adapter.
-        base: The checkpoint it was trained on: for the names of weights there, and for DoRA.
+        base: The checkpoint it was trained on: for names of weights, and for DoRA.
         consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default those that read
             files of this layout.
-        require: Programs that must do what is intended, named likewise; they are judged, too.
+        require: Programs that must apply the intended ΔW, in the same form; they are also judged.
         intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.
         max_lora_rank: The largest rank that servers are told to serve (``--max-lora-rank``); by default as large as it
             takes.
@@ -51,7 +51,7 @@ def portability(
         One record for each weight and program.
 
     Raises:
-        UsageError: An option makes no sense, or there is no rule for a program or its version.
+        UsageError: An option is invalid, or there is no rule for a program or its version.
         InputError: An input cannot be read, or the adapter does not fit ``base``.
         NothingComparedError: No weight is selected.
 
@@ -100,14 +100,14 @@ def portability(
 
 
 def choose(words: Sequence[str], form: str) -> Chosen:
-    """Return the consumers that are named, each with the rule of its version.
+    """Return the named consumers, each with the rule of its version.
 
     Args:
-        words: Names, with or without a version; none for those that read files of this layout.
+        words: Names, with or without a version; empty for those that read files of this layout.
         form: The layout of the adapter's files.
 
     Raises:
-        UsageError: There is no such consumer, or no rule for the version.
+        UsageError: A consumer is unknown, or has no rule for the version.
     """
     named = words or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
     chosen: Chosen = {}
@@ -129,10 +129,10 @@ def judged(
     max_lora_rank: int | None = None,
     pairing: Pairing | None = None,
 ) -> list[Judged]:
-    """Return what every consumer does with every weight.
+    """Return the treatment of every weight by every consumer.
 
     Raises:
-        UsageError: The consumer that says what is intended refuses the adapter.
+        UsageError: The consumer that defines the intended ΔW refuses the adapter.
     """
     reference: Rule | None = None
     if intended is not None:
@@ -152,7 +152,7 @@ def judged(
 
 
 def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None) -> str:
-    """Return why a consumer does not load an adapter; empty if it does."""
+    """Return the reason for which a consumer does not load an adapter; empty if it does."""
     if contents.form not in consumer.forms:
         return f"it reads files of {' and '.join(sorted(consumer.forms))}, and this one is of {contents.form}"
     if contents.form == "peft" and not contents.config:
@@ -165,7 +165,7 @@ def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: i
 
 
 def _ranks_to_set(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:
-    """Return with which option a server has to be started for this adapter, by consumer."""
+    """Return the option with which a server must be started for this adapter, by consumer."""
     if max_lora_rank is not None:
         return {}
     needed = {consumer: consumer.rank_needed(contents) for consumer, _ in chosen.values()}
@@ -173,7 +173,7 @@ def _ranks_to_set(chosen: Chosen, contents: Contents, max_lora_rank: int | None)
 
 
 def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the ΔW that can be told; nothing where all of it takes a BASE and there is none."""
+    """Return the known ΔW; empty if all of them need a BASE and none is given."""
     try:
         return adapter.pair(base, allow_unmatched=allow_unmatched)
     except (InputError, NothingComparedError):

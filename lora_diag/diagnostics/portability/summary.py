@@ -1,4 +1,4 @@
-"""The answer to ``portability``: one line a consumer, and where it does something else than is intended."""
+"""Terminal output of ``portability``: one line per consumer, with its deviations from the intended ΔW."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Name = tuple[str, str]
 
 
 def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
-    """Return the table: a row a module type or layer, a column a consumer, and in it how far off it is."""
+    """Return the table of errors: one row per module type or layer, one column per consumer."""
     if not len(results):
         return []
     rows = rows_of(results, per)
@@ -34,7 +34,7 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
 
 
 def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:
-    """Return the records of each consumer and version, in the order in which they were asked for."""
+    """Return the records of each consumer and version, in the requested order."""
     groups: dict[Name, list[Portability]] = {}
     for record in records:
         groups.setdefault(_name(record), []).append(record)
@@ -46,7 +46,7 @@ def _name(record: Portability) -> Name:
 
 
 def title_of(name: Name, names: Sequence[Name]) -> str:
-    """Return what a consumer is called: with its version where another one is there, too."""
+    """Return the name of a consumer, with its version if there are several."""
     title = CONSUMERS[name[0]].title if name[0] in CONSUMERS else name[0]
     alone = sum(other == name[0] for other, _ in names) == 1
     return title if alone else f"{title} {name[1]}"
@@ -58,7 +58,7 @@ def _ranks(group: Sequence[Portability]) -> str:
 
 
 def _cell(group: Sequence[Portability]) -> str:
-    """Return the worst that a consumer does with some weights, with its largest error."""
+    """Return the worst treatment of some weights by a consumer, with the largest error."""
     if not group:
         return "-"
     status = _worst(group)
@@ -77,7 +77,7 @@ def _worst(group: Sequence[Portability]) -> Status:
 
 
 def pooled_epsilon(records: Sequence[Portability]) -> float | None:
-    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None where one of them is not known."""
+    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None if one of them is not known."""
     known = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
     total = math.hypot(*(fro for _, fro in known))
     if len(known) < len(records) or total == 0:
@@ -86,7 +86,7 @@ def pooled_epsilon(records: Sequence[Portability]) -> float | None:
 
 
 def failed(results: Results[Portability]) -> list[Name]:
-    """Return the required consumers that do something else than is intended."""
+    """Return the required consumers that do not apply the intended ΔW."""
     required = set(results.run.settings.get("require") or ())
     return [
         name
@@ -96,7 +96,7 @@ def failed(results: Results[Portability]) -> list[Name]:
 
 
 def portability_lines(results: Results[Portability]) -> list[Statement]:
-    """Return the summary: what each consumer does, and what to do about it."""
+    """Return the statements: the treatment by each consumer, and remedies."""
     groups = by_consumer(results)
     lines = [compared(results)]
     lost = [name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)]
@@ -112,7 +112,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
 
 
 def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
-    """Return what was written, and what it cost."""
+    """State what was written, and its errors."""
     if fixed is None:
         return []
     rounding = number(fixed["rounding"]) if fixed["rounding"] else "0"
@@ -144,7 +144,7 @@ def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
 
 
 def _of(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
-    """Return what one consumer does."""
+    """State the treatment by one consumer."""
     counts = Counter(record.status for record in records)
     details = []
     if counts["refused"]:
@@ -169,7 +169,7 @@ def _of(name: Name, records: list[Portability], results: Results[Portability]) -
 
 
 def _wrong(records: Sequence[Portability]) -> str:
-    """Return what is wrong in how many weights, and where it is worst."""
+    """State the error, its number of weights, and its largest value."""
     wrong = [record for record in records if record.status == "wrong"]
     where = f"in {len(wrong)} of {len(records)} weights"
     known = [record for record in wrong if record.epsilon is not None]

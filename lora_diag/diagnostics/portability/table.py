@@ -1,4 +1,4 @@
-"""The terminal's table of what each consumer does with each feature."""
+"""Terminal table of the treatment of each feature by each consumer."""
 
 from __future__ import annotations
 

@@ -77,18 +77,18 @@ class Look:
     """A failing layer, with functions to check hypotheses on it.
 
     Args:
-        layer: Its name.
+        layer: Name of the layer.
         is_matrix: False for 1-D tensors.
         shape: ``(m, n)``.
         addend: The adapter's ΔW.
-        rounding: How a correct merge may have rounded.
-        found: What the check with ΔW found.
-        recheck: The same check with another D' or another rounding.
+        rounding: Possible rounding of a correct merge.
+        found: Result of the check with ΔW.
+        recheck: The same check with a different D' or rounding.
         recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
         rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
         observed: Takes first and last row, returns these rows of O = M − W.
-        scale: s of the adapter; None if it is not known.
-        rank: r of the adapter; None if it is not known.
+        scale: s of the adapter; None if unknown.
+        rank: r of the adapter; None if unknown.
         others: Names of layers of the same kind and shape.
         load_other: Takes one of them, returns its ΔW.
     """
@@ -167,12 +167,12 @@ def is_coherent(check: Check) -> bool:
 
 
 def distinct_lines(check: Check) -> int:
-    """Return how many entries no rounding explains of which no two share a row or column, or nearly so."""
+    """Return the number of unexplained entries of which no two share a row or column, approximately."""
     return min(int((side > 0).sum()) for side in check.beyond)
 
 
 def precise(rounding: Rounding) -> Rounding:
-    """Return the same rounding of a ΔW that was computed in float32 at least."""
+    """Return the same rounding of a ΔW computed at least in float32."""
     return replace(rounding, roundoff=min(rounding.roundoff, FINE), cast=False)
 
 
@@ -183,7 +183,7 @@ class Fit:
     Args:
         factor: The scale.
         error: Its standard error.
-        limit: How far it may be off, by chance and by what roundings add to all entries alike.
+        limit: Largest error by chance and by roundings common to all entries.
         check: The check with it.
     """
 
@@ -270,7 +270,7 @@ def _best(look: Look) -> Fault | None:
 
 
 def _near(squares: float, allowed: float) -> float:
-    """Return how large ‖M − W − D'‖² may be for D' to explain a layer: 5% of ‖D'‖ and the noise of two roundings.
+    """Return the largest ‖M − W − D'‖² for which D' explains a layer: 5% of ‖D'‖ and the noise of two roundings.
 
     ``allowed`` is Σ(ulp/2)² or more; each rounding is expected to add a variance of ulp²/12.
     """
@@ -301,8 +301,8 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
     """Return the factors c of common mistakes, with their descriptions.
 
     Args:
-        s: The adapter's scaling, α/r or α/√r; None if it is not known.
-        rank: r; None if it is not known.
+        s: The adapter's scaling, α/r or α/√r; None if unknown.
+        rank: r; None if unknown.
 
     Example:
         >>> sorted(scales(2.0, 16))

@@ -148,7 +148,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
 
     Raises:
         InputError: A file could not be read.
-        MemoryLimitError: An update that is no product of thin factors does not fit.
+        MemoryLimitError: An update that is not a product of thin factors does not fit.
     """
     if task.merged is None:
         return _record(task, None, None, "missing", task.missing)
@@ -182,7 +182,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
 def _settled_precisely(
     task: MergedLayer, addend: Addend, rounding: Rounding, found: Check, right: _Right
 ) -> Fault | None:
-    """Return what single entries say of the scale if ΔW was computed in float32, where its error is large; else None.
+    """Return the scale determined by single entries if ΔW was computed in float32 and its error is large; else None.
 
     Fault: ``wrong scale``, or ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
     """
@@ -201,7 +201,7 @@ def _settled_precisely(
 
 
 def _is_clear(task: MergedLayer, right: _Right) -> bool:
-    """Say whether a right merge is none of scales off by ``RESOLVED``, told by entries that cannot agree by chance."""
+    """Return whether single entries distinguish a correct merge from scales off by ``RESOLVED``."""
     return all(
         distinct_lines(check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)) >= FLIPPED
         for factor in (1 - RESOLVED, 1 + RESOLVED)
@@ -247,7 +247,7 @@ def orders(rounding: Rounding) -> Iterator[Rounding]:
 
 
 def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
-    """Return fl(s)/s, where that is not 1, for the scaling s rounded to each of the dtypes."""
+    """Return fl(s)/s for the scaling s rounded to each of the dtypes, without those equal to 1."""
     scales = {delta.scale if isinstance(delta, FactoredDelta) else None for delta in task.deltas}
     scale = next(iter(scales)) if len(scales) == 1 else None
     if not scale:
@@ -391,7 +391,7 @@ def _fitted(b: Tensor, rows: int) -> Tensor:
 
 
 def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
-    """Return the possible rounding of the merge, and whether it is a guess because nothing changed."""
+    """Return the possible rounding of the merge, and whether it is assumed because nothing changed."""
     assert task.merged is not None
     dtype, ambiguous = _held(task)
     mantissa = LAYOUT[dtype][2]

@@ -49,12 +49,12 @@ def _differing(records: Sequence[Merge]) -> float | None:
 
 
 class Merge(LayerRecord):
-    """One layer of BASE, and whether MERGED holds W + ΔW there, entry by entry.
+    """One layer of BASE, and whether MERGED is W + ΔW there, entry by entry.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
-        adapted: Whether the adapter changes the layer; else MERGED has to hold W itself.
+        adapted: Whether the adapter changes the layer; else MERGED must be W.
         status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though
             MERGED is finer. ``inconclusive``: a rounding of W + ΔW and of W alone, or of W + c·ΔW with c 5% off, so
             that this
@@ -64,12 +64,12 @@ class Merge(LayerRecord):
             ``transposed``: W + ΔWᵀ. ``wrong order``: the ΔW of another expert or layer, or with its halves swapped.
             ``other base``: ΔW is there, on top of other weights than BASE's. ``changed``: the adapter never touched
             it, MERGED differs. ``missing``: MERGED has no such weight. ``other``: none of these.
-        dtype: The dtype whose numbers MERGED holds, which can be shorter than the one it is stored in; null if missing.
+        dtype: The dtype that represents MERGED's values, which can be shorter than the stored one; null if missing.
         differing: Entries that no rounding of W + ΔW explains.
-        differing_share: The same as a share of the entries.
+        differing_share: The same as a fraction of the entries.
         max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and the terms of
             ΔW (|B||A|).
-        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: how much of ΔW arrived; 1 for a merge without loss. Null where ΔW = 0.
+        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: fraction of ΔW in MERGED; 1 for a merge without loss. Null if ΔW = 0.
         scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what ``scale`` is in a
             right merge. Null where ΔW = 0 and in files of versions before it was recorded.
         scale_error: Standard error of ``scale`` about ``scale_expected`` from the roundings in a right merge: those
@@ -77,13 +77,13 @@ class Merge(LayerRecord):
             M shows, and those of the adapter's factors. Null where ΔW = 0, where BASE and MERGED are both quantized,
             and
             in older files.
-        retained: The same c where the merge is correct, else null: what rounding left of the adapter.
-        residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null where ΔW = 0.
-        unchanged: Share of the entries with M = W (or W rounded to ``dtype``).
+        retained: The same c if the merge is correct, else null: the fraction of the adapter left by rounding.
+        residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null if ΔW = 0.
+        unchanged: Fraction of the entries with M = W (or W rounded to ``dtype``).
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.
-        cause: What probably happened, in words; empty if nothing did.
+        cause: Likely cause, in words; empty without a fault.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

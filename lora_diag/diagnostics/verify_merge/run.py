@@ -55,7 +55,7 @@ def verify_merge(
     Args:
         base: The checkpoint that the adapter was trained on.
         adapter: The adapter.
-        merged: The checkpoint that a merge of the two wrote.
+        merged: The merged checkpoint.
         **options: ``RunOptions``.
 
     Returns:
@@ -196,7 +196,7 @@ def _siblings(wanted: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
 
 
 def _kind(layer: str) -> str:
-    """Return a name with the number of its expert, or else of its block, left open.
+    """Return a name without the number of its expert, or else of its block.
 
     >>> _kind("model.layers.3.mlp.experts.down_proj[5]"), _kind("model.layers.3.mlp.up_proj.weight")
     ('model.layers.3.mlp.experts.down_proj*', 'model.layers.*.mlp.up_proj.weight')

@@ -43,7 +43,7 @@ def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
 
 
 def _alpha(items: Sequence[Item], mirrored: bool) -> tuple[float, bool]:
-    """Return the α of modules that give none, and whether each has its own rank for one."""
+    """Return the α of modules without one, and whether it is each module's own rank."""
     alphas = [item.alpha for item in items if item.alpha is not None]
     if alphas:
         return Counter(alphas).most_common(1)[0][0], False

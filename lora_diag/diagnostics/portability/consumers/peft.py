@@ -34,12 +34,12 @@ def _applies(contents: Contents, item: Item) -> Outcome:
 
 
 def _key(keys: Iterable[str], module: str) -> str:
-    """Return the key of a pattern for a module, as PEFT before 0.15 finds it."""
+    """Return the key of a pattern that PEFT before 0.15 uses for a module."""
     return next((key for key in keys if re.match(rf".*\.{key}$", module)), module)
 
 
 def _settings(contents: Contents, item: Item, together: bool) -> tuple[int, float]:
-    """Return r and α of a module by an old rule."""
+    """Return r and α of a module by the rule of old versions."""
     config = contents.config
     ranks, alphas = (dict[str, Any](config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     if together:

@@ -1,4 +1,4 @@
-"""SGLang: α/r for all modules, whatever patterns or rsLoRA say; factors of another rank than r end in an error.
+"""SGLang: α/r for all modules, regardless of patterns and rsLoRA; factors of another rank than r are an error.
 
 Source: sgl-project/sglang, ``srt/lora/lora.py`` (``LoRAAdapter.__init__``, ``_process_weight``, ``normalize_qkv_proj``,
 ``normalize_gate_up_proj``), ``lora_config.py``, ``lora_manager.py`` (``validate_new_adapter``), ``mem_pool.py``
@@ -51,7 +51,7 @@ def _refuses(contents: Contents) -> str:
 
 
 def _incomplete(contents: Contents) -> Iterator[str]:
-    """Yield which layers have not all factors that are joined to one."""
+    """Yield layers without all of the factors that are joined into one."""
     owners: dict[str, set[str]] = {}
     for item in contents.pairs:
         owner, _, leaf = item.module.rpartition(".")

@@ -32,7 +32,7 @@ class Training:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Refuse what is not known.
+        """Refuse unknown optimizers and dtypes.
 
         Raises:
             UsageError: Optimizer or dtype is unknown.

@@ -62,7 +62,7 @@ def budget_of(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the option of a run's budget by its name, such as ``{"params": "40k"}``.
 
     Args:
-        settings: Of the run record, in which ``budget`` is ``Budget.option``.
+        settings: Settings of the run record, in which ``budget`` is ``Budget.option``.
     """
     option, _, amount = str(settings["budget"]).partition(" ")
     return {option.removeprefix("--").replace("-", "_"): amount}

@@ -1,4 +1,4 @@
-"""Heads of a fine-tuned model, trained in full beside the adapter (PEFT's ``modules_to_save``), and their task type.
+"""Heads of a fine-tuned model that are trained in full (PEFT's ``modules_to_save``), and their task type.
 
 A task head is new, so BASE has no weight for a low-rank update, and it is small. PEFT itself trains ``classifier`` and
 ``score`` (sequence and token classification) and ``qa_outputs`` (question answering) in full.

@@ -1,4 +1,4 @@
-"""One rank for all layers that get any: what every program that serves adapters scales alike.
+"""One rank for all layers with a rank, which every serving program scales alike.
 
 Programs that read one r and one lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one
 rank r the choice is which layers get it; every r of a grid is tried, and the allocation that keeps most is taken.

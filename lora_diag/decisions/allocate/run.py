@@ -42,8 +42,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     changed or added are trained in full; budgets of parameters and bytes pay for them first.
 
     Args:
-        results: What ``spectrum`` measured, or the file it wrote; where it was asked to ``recover``, layers whose
-            directions it recovered count with those.
+        results: Results of ``spectrum``, or its file; if measured with ``recover``, layers whose directions it
+            recovered count with those.
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
         memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
@@ -71,7 +71,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         One ``Allocation`` per layer, and the ``Certificate`` in ``whole``.
 
     Raises:
-        UsageError: No budget or several; the budget does not pay for what was asked; an option makes no sense.
+        UsageError: No budget or several; the budget is too small for the constraints; an option is invalid.
         InputError: The results cannot be read or are unfinished.
 
     Example:
@@ -178,17 +178,17 @@ def write_allocation(
     overwrite: bool = False,
     format: str = "peft",
 ) -> None:
-    """Write an allocation: as a configuration or as records (``.jsonl``), beside the target, then renamed.
+    """Write an allocation: as a configuration or as records (``.jsonl``), next to the target, then renamed.
 
     Args:
         results: The allocation.
         path: Its suffix says which of the two.
-        scaling: Of the config: lora_alpha / r of every layer; with ``rslora`` that of the layers with the usual rank
-            is scaling · √r, and every layer has this lora_alpha.
-        rslora: Of the config: whether PEFT is to scale by lora_alpha / √r.
+        scaling: lora_alpha / r of every layer in the config; with ``rslora`` that of the layers with the usual rank is
+            scaling · √r, and every layer has this lora_alpha.
+        rslora: Whether the config makes PEFT scale by lora_alpha / √r.
         check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
             rank and scaling compared before anything is written. Needs ``pip install loradiag[train]``.
-        overwrite: Replace a file there that loradiag did not write; never a config beside weights.
+        overwrite: Replace a file there that loradiag did not write; never a config next to weights.
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
@@ -213,7 +213,7 @@ def write_allocation(
 
 
 def kind_of_allocation(path: Path, check: Path | str | None = None, format: str = "peft") -> Kind:
-    """Return what an allocation is written as, by the suffix of its file.
+    """Return the format of an allocation by the suffix of its file.
 
     Raises:
         UsageError: The suffix is unknown, or PEFT cannot check records.

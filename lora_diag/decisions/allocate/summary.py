@@ -130,7 +130,7 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
 
 
 def _portable(results: Results[Allocation]) -> list[str]:
-    """Say what one rank for all is good for, and what programs refuse or drop all the same."""
+    """State the property of a portable allocation, and what programs still refuse or drop."""
     lines = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
     given = {record.layer.removesuffix(".weight") for record in results if record.rank}
     for module in sorted(given):

@@ -1,4 +1,4 @@
-"""The output folder of ``extract``, written beside its target and renamed when complete.
+"""The output folder of ``extract``, written next to its target and renamed when complete.
 
 Until then, ``NAME.part`` holds the records so far and one file of factors per layer, so that an interrupted extraction
 resumes after the last layer. The model card is written last and marks a complete adapter. Files that this command did
@@ -104,7 +104,7 @@ class OutputFolder:
         return self.work / FACTORS / f"{index:06d}.safetensors"
 
     def open(self) -> None:
-        """Create the folder beside the target, if it does not exist yet.
+        """Create the folder next to the target, if it does not exist yet.
 
         Raises:
             UsageError: Another process is writing the folder.
@@ -123,7 +123,7 @@ class OutputFolder:
             raise InputError(f"{self.work}: cannot be written: {error.strerror}") from error
 
     def discard(self) -> None:
-        """Remove the folder beside the target."""
+        """Remove the folder next to the target."""
         shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(self, card: str) -> None:

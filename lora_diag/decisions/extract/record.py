@@ -73,8 +73,8 @@ class Extraction(LayerRecord):
         blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
             fits.
         resolution: Resolution of ΔW under the rounding of the files.
-        hidden: The update before rounding, where it was asked for; where its ``status`` is ``recovered``, the factors
-            are of its estimate E[X | cells], and ``fro``, ``kept`` and both ε are of that in place of ΔW.
+        hidden: The update before rounding, if requested; if its ``status`` is ``recovered``, the factors are of its
+            estimate E[X | cells], and ``fro``, ``kept`` and both ε are of that in place of ΔW.
         data: The error in the data metric, if the factors are optimal in it; ``epsilon`` is then above ``epsilon_min``.
             Null if they are optimal in the Frobenius norm.
     """

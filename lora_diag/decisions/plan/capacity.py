@@ -41,7 +41,7 @@ RULES = (
 
 
 def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
-    """Return what each rule asks for.
+    """Return the parameters required by each rule.
 
     Args:
         chosen: The matrices that LoRA is put on.

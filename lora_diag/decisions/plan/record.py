@@ -134,7 +134,7 @@ class PlanCost(Record):
 
     @property
     def speed(self) -> float | None:
-        """Bytes that one machine reads in a second; None if the dtype is not known."""
+        """Bytes that one machine reads in a second; None if the dtype is unknown."""
         return None if self.bytes is None else self.bytes / self.seconds[1]
 
 
@@ -189,7 +189,7 @@ class Plan(Record):
         fit: Ranks that the budget allows; null without one.
         rates: Speed of this machine; null if not requested.
         costs: Cost of the spectra of all matrices on it; empty if not requested.
-        capacity: What the data holds and rules of thumb say of it; null where neither data nor tokens were given.
+        capacity: Information in the data, and rules of thumb; null without data or tokens.
     """
 
     record: Literal["plan"] = "plan"

@@ -120,7 +120,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
 
 
 def _capacity(base: Path | str, given: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
-    """Count what there is to learn, and apply the rules of thumb; None where neither data nor tokens are given.
+    """Count the tokens of the data and apply the rules of thumb; None without data or tokens.
 
     Raises:
         UsageError: The number of tokens is none, or the extra ``train`` is missing.

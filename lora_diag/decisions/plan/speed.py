@@ -30,7 +30,7 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
 
     Args:
         matrices: Those of the model.
-        size: Bytes of one side as it is stored; None if that is not known.
+        size: Stored bytes of one side; None if unknown.
         top: K of the second estimate.
     """
     speed = Speed(_rates(matrices, top))

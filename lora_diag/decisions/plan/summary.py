@@ -60,7 +60,7 @@ def _types(plan: Plan) -> Grid:
 
 
 def _lora(rows: Sequence[PlanType], rank: int) -> int | None:
-    """Return what LoRA of a rank trains of a type; None where it is not put on it."""
+    """Return the parameters of a LoRA of a rank on a type; None if the type has no LoRA."""
     return rank * rows[0].per_rank if rows[0].targeted else None
 
 
@@ -149,7 +149,7 @@ def _time(plan: Plan, rates: PlanRates) -> list[str]:
 
 
 def _capacity(capacity: PlanCapacity | None) -> list[Statement]:
-    """Return how much there is to learn, and the rules of thumb, each with its source; nothing where none was asked."""
+    """Return the size of the data and the rules of thumb, each with its source; empty if none was requested."""
     if capacity is None:
         return []
     requested = [f"{_wanted(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]

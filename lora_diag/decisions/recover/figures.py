@@ -1,4 +1,4 @@
-"""`recovery`: C(r) of the files beside that of the update before rounding, layer by layer."""
+"""`recovery`: C(r) of the files and of the update before rounding, layer by layer."""
 
 from __future__ import annotations
 

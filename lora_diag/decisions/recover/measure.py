@@ -63,7 +63,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryTask(LayerTask):
-    """One layer, and what is to be written of it.
+    """One layer, and the output to write for it.
 
     Args:
         delta: Its ΔW, from two stored sides.
@@ -99,7 +99,7 @@ def narrowed(known: Recovery, wanted: Wanted, store: Store, load: Load) -> Recov
 
 
 def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Load) -> Recovery | LeftOut:
-    """Measure one layer and store what is wanted of it.
+    """Measure one layer and store the requested output.
 
     Args:
         layer: The layer.

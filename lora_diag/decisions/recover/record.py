@@ -61,7 +61,7 @@ def _middle_directions(records: Sequence[Any]) -> Value:
 
 
 class Recovery(Hidden, LayerRecord):
-    """One layer's update before rounding, X, beside what the files show of it, D; see ``Hidden`` for the other fields.
+    """One layer's update before rounding, X, and the difference of the files, D; see ``Hidden`` for the other fields.
 
     Args:
         layer: The weight's name in BASE.

@@ -57,7 +57,7 @@ def recover(
         output: Without ``rank``, ``energy`` and ``full`` the results file to write. Else the folder of the adapter or
             of the checkpoint; it grows as ``NAME.part`` and takes its place when it is whole.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
-        energy: Write an adapter with the smallest rank of each layer that carries this share of its estimated energy.
+        energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
         params: Write an adapter with so many parameters, such as ``"10M"``, spent as ``allocate`` would on the
             estimated singular values.
         full: Write a checkpoint in float32, W_base + E[X | cells].
@@ -72,7 +72,7 @@ def recover(
         One record for each matrix; also in ``recovery.jsonl`` of the folder.
 
     Raises:
-        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        UsageError: An option is invalid, or ``output`` holds something that would be lost.
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: The sides have no weight in common.
         InconclusiveError: There is nothing to write.
@@ -218,7 +218,7 @@ def _narrow(
 def _check(
     rank: int | None, energy: float | None, params: int | None, full: bool, keep_refused: bool, output: object
 ) -> None:
-    """Refuse what makes no sense.
+    """Refuse invalid options.
 
     Raises:
         UsageError: Several ways to write are given, a number is out of range, or there is nowhere to write to.

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``recover``, and the model card of what it writes."""
+"""Terminal output of ``recover``, and the model card of its output."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
     Args:
         results: Of ``tune``, or its records.
         ax: Where to draw; a new figure's if not given.
-        name: Of the evaluation set; the one that decided if not given.
+        name: Name of the evaluation set; default the deciding one.
 
     Returns:
         The Axes drawn on.

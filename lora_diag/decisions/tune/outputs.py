@@ -38,7 +38,7 @@ def write_outputs(
 
     Args:
         base: The model.
-        folder: Of the run.
+        folder: Folder of the run.
         run: Its options.
         plan: The plan.
         variant: The chosen configuration.

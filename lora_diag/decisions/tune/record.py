@@ -96,7 +96,7 @@ class TuneTrial(WholeRecord):
         params: Trainable parameters; 0 for BASE.
         lr: Peak learning rate; null for BASE.
         steps: Updates; 0 for BASE.
-        seed: Of the factors' initial values.
+        seed: Seed of the factors' initial values.
         loss: In nats; null where the run diverged.
         train_loss: Mean loss over the last tenth of the steps; of BASE on the training data; null where not finite.
         nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired; may be empty.
@@ -133,15 +133,15 @@ class TuneDecision(WholeRecord):
         outcome: ``chosen``; of a challenger ``kept`` or ``rejected``; ``not needed``; ``proposed`` where it was not
             trained; ``not tried``.
         why: The reason, with its numbers.
-        rank: A shared rank; null where there is none.
-        lr: Peak learning rate; null where there is none.
-        params: Trainable parameters; null where it does not apply.
+        rank: A shared rank; null without one.
+        lr: Peak learning rate; null without training.
+        params: Trainable parameters; null if not applicable.
         gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; null where not trained.
         error: Standard error of ``gap``; null for one seed.
         gap_shifted: The same on the shifted sets, in the mean; null without any.
         error_shifted: Its standard error.
         seeds: Seeds of ``gap``.
-        seconds: Predicted cost of what was not trained; null elsewhere.
+        seconds: Predicted cost of trials that were not trained; else null.
         layers: Layers that it is about, where these are named.
         files: Files in the run's folder that it stands on.
     """
@@ -185,7 +185,7 @@ class Tune(WholeRecord):
         loss: Mean over seeds.
         gain: ``base_loss`` − ``loss``, in nats.
         gain_error: Standard error over seeds; null for one seed.
-        gain_of_full: Gain of full fine-tuning; null where it was not trained or gains nothing.
+        gain_of_full: Gain of full fine-tuning; null if it was not trained or has no gain.
         share_of_full: ``gain`` / ``gain_of_full``.
         next_rank: The next higher rank tried; null if none.
         next_gain: What it gains more, in nats; null likewise.

@@ -60,7 +60,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             limit than before extends the search: all runs are kept, and the omitted ones are trained.
         ranks: Shared ranks to try; by default up to four powers of 4 below the largest that the budget pays for.
         dry_run: Stop after the plan.
-        on_plan: Called with the plan before any training; where it returns False, nothing is trained or written.
+        on_plan: Called with the plan before any training; if it returns False, nothing is trained or written.
         **options: ``TuneOptions``.
 
     Returns:
@@ -68,7 +68,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         the run stopped before training; ``end`` is then None.
 
     Raises:
-        UsageError: An option makes no sense, the budget pays for no rank, the time for no search, or ``output`` holds
+        UsageError: An option is invalid, the budget is too small for a rank, the time for a search, or ``output`` holds
             other files.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
@@ -168,7 +168,7 @@ def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier search wrote."""
+    """Remove the output of an earlier search."""
     for name in FILES:
         for path in (folder / name, folder / f"{name}.part"):
             path.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ class Tuner:
 
     Args:
         base: The model.
-        folder: Of the run.
+        folder: Folder of the run.
         run_: Options, model and texts.
         target: The layers that get an adapter.
         plan: The plan.

@@ -67,7 +67,7 @@ class Trials:
 
         Args:
             variant: The configuration.
-            seed: Of the factors' initial values.
+            seed: Seed of the factors' initial values.
             folder: Folder for the adapter; None to discard it.
         """
         if self.has(variant, seed) and (folder is None or (folder / ADAPTER).is_file()):

@@ -94,7 +94,7 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
 
     Args:
         config: Content of ``adapter_config.json``.
-        paths: Of the modules.
+        paths: Paths of the modules.
 
     Example:
         >>> config = {"target_modules": ["q", "0.v"], "rank_pattern": {"1.q": 8}, "r": 4}

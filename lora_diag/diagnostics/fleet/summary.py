@@ -73,7 +73,7 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "typ
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the paths without what all of them begin with.
+    """Return the paths without their common beginning.
 
     >>> short_names(["runs/a/lora", "runs/b/lora"]), short_names(["runs/a"])
     (['a/lora', 'b/lora'], ['a'])
@@ -86,7 +86,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def remarks(records: Sequence[Fleet]) -> list[list[str]]:
-    """Return in words what is wrong with, or rare about, each adapter."""
+    """Return descriptions of the faults and oddities of each adapter."""
     ratios = norm_outliers([record.fro for record in records])
     found = []
     for record, ratio, odd in zip(records, ratios, oddities(records), strict=True):

@@ -34,7 +34,7 @@ def interference(
     spectrum: SpectrumFile = None,
     shown: options.Rows,
 ) -> None:
-    """Overlap of several updates, and what merging them loses.
+    """Overlap of several updates, and the loss of merging them.
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """

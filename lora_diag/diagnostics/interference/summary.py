@@ -97,7 +97,7 @@ def recompressed_residual(records: Sequence[Union], rank: int) -> float:
 
 
 def _lossy_ranks(records: Sequence[Union]) -> list[int]:
-    """Return the truncation ranks, up to the first that holds all of every sum."""
+    """Return the truncation ranks, up to the first without loss in every sum."""
     ranks = sorted({int(rank) for record in records for rank in record.recompressed})
     lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
     return [rank for rank in ranks if rank <= min(lossless, default=rank)]

@@ -129,7 +129,7 @@ def _together(
     shape: tuple[int, int],
     settings: InterferenceSettings,
 ) -> dict[str, object]:
-    """Return the rank of the sum, and what its directions keep of the parts."""
+    """Return the rank of the sum, and the fraction of the parts that its directions keep."""
     assert factors.u is not None
     assert factors.vh is not None
     # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.

@@ -21,11 +21,12 @@ class Overlap(LayerRecord):
         rank: r.
         kappa: κ = ‖UᵀGV‖_F / ‖G‖_F.
         kappa_random: r/√(mn), its root mean square for random subspaces.
-        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, what an adapter of these subspaces can reach to first order.
+        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, the part that an adapter with these subspaces can reach to first
+            order.
         tangent_random: √(r/m + r/n − r²/(mn)).
-        left: ‖UᵀG‖_F / ‖G‖_F, what factor A can reach while B spans U.
+        left: ‖UᵀG‖_F / ‖G‖_F, the part that factor A can reach while B spans U.
         left_random: √(r/m).
-        right: ‖GV‖_F / ‖G‖_F, what factor B can reach while A spans V: all that a fresh adapter (B = 0) reaches.
+        right: ‖GV‖_F / ‖G‖_F, the part that factor B can reach while A spans V: all that a new adapter (B = 0) reaches.
         right_random: √(r/n).
         gradient_fro: ‖G‖_F.
         method: Method of U and V.

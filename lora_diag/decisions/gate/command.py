@@ -55,7 +55,7 @@ def gate(
     reports: ReportOptions,
     shown: options.Shown,
 ) -> None:
-    """Judge results by a policy before a checkpoint is released.
+    """Judge results by a policy before a release.
 
     Exit codes: 0 passed, 1 failed, 2 policy or request not valid, 3 a file cannot be read, 4 nothing to judge,
     5 inconclusive.

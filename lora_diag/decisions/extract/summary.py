@@ -154,7 +154,7 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     """Return the statements of the summary."""
     lines = [compared(results)]
     if len(results):
-        lines.append(say("wrote", "Written", *_wrote(results, folder)))
+        lines.append(say("wrote", "Written", *_written_lines(results, folder)))
         lines += [say("price", "Error", *_price(results)), _resolved(results), *_estimated(results)]
     if where := _where(results):
         lines.append(say("where", "Distribution", where))
@@ -162,7 +162,7 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     return [*lines, say("not_in_it", "Not included", *missing), *ending(results)]
 
 
-def _wrote(results: Results[Extraction], folder: str | None) -> list[str]:
+def _written_lines(results: Results[Extraction], folder: str | None) -> list[str]:
     ranks = sorted(record.rank for record in results)
     dtype = results.layers[0].dtype
     to = f"{safe(folder)}: " if folder else ""

@@ -61,7 +61,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
         if severity == "off" or (name == "missing" and baseline is None):
             continue
         alarms = list(check(policy, sources, baseline))
-        idle = Alarm(None, None, _why_idle(name, sources))
+        idle = Alarm(None, None, _explain_inapplicable(name, sources))
         if alarms:
             status = "inconclusive" if name in _UNKNOWN else "failed" if severity == "error" else "warned"
         else:
@@ -80,7 +80,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
             )
 
 
-def _why_idle(name: str, sources: Sequence[Source]) -> str:
+def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to look at"
@@ -171,9 +171,9 @@ def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
         if _of_adapter(source):
             for record in spectra:
-                if _is_still(record):
+                if _is_zero(record):
                     yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
-        elif spectra and all(map(_is_still, spectra)):
+        elif spectra and all(map(_is_zero, spectra)):
             yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
     moved: dict[str, bool] = {}
     for item in _layers(sources, Residual):
@@ -236,7 +236,7 @@ def _in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
     return (record for record in _layers(sources, Spectrum) if record.metric == "weights")
 
 
-def _is_still(record: Spectrum) -> bool:
+def _is_zero(record: Spectrum) -> bool:
     """Return whether ΔW = 0, in any metric."""
     return (record.fro if record.weights_fro is None else record.weights_fro) == 0
 

@@ -113,7 +113,7 @@ def gate(
     if shown.table:
         _show(results, github, _next(results, files, output))
     if github:
-        _tell_github(results)
+        _annotate_github(results)
     raise typer.Exit(EXIT[outcome(results.whole)])
 
 
@@ -200,7 +200,7 @@ def _show(results: Results[Any], github: bool, then: str) -> None:
     result(text)
 
 
-def _tell_github(results: Results[Any]) -> None:
+def _annotate_github(results: Results[Any]) -> None:
     from lora_diag.decisions.gate.github import step_summary, workflow_commands
 
     for command in workflow_commands(results):

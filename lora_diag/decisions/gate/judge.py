@@ -88,13 +88,13 @@ def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
     ]
     if empty:
         raise NothingComparedError(f"{empty[0]}: has no records to judge")
-    if not policy.rules and not policy.regressions and not empty and not _looked_at(sources):
+    if not policy.rules and not policy.regressions and not empty and not _checks_apply(sources):
         raise NothingComparedError(
             f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
         )
 
 
-def _looked_at(sources: Sequence[Source]) -> bool:
+def _checks_apply(sources: Sequence[Source]) -> bool:
     """Return whether built-in checks alone apply to the results."""
     found = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
     return found or has_updates(sources) or any(source.results.end is None for source in sources)
@@ -139,14 +139,14 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
     if problem := problem_with(rule.require, field):
         raise policy.error(rule.line, problem)
 
-    def look(subject: Subject) -> Finding:
+    def find_value(subject: Subject) -> Finding:
         value, reason = value_of(field, subject, rule.floor)
         if value is None or not rule.require.per_layer:
             return Finding(subject, value, rule.require.text, None, reason)
         compared = value == "true" if field.leaf == "flag" else value
         return Finding(subject, value, rule.require.text, rule.require.test.holds(compared))
 
-    found = [look(subject) for subject in _selected(policy, rule, field, sources)]
+    found = [find_value(subject) for subject in _selected(policy, rule, field, sources)]
     if not found:
         return [_nothing(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
     if rule.require.per_layer:
@@ -165,7 +165,7 @@ def _judge_regression(
     if field is None:
         return missing
 
-    def look(subject: Subject) -> Finding:
+    def find_value(subject: Subject) -> Finding:
         value, reason = value_of(field, subject, demand.floor)
         if not isinstance(value, float | int):
             return Finding(subject, value, allowed, None, reason)
@@ -175,7 +175,7 @@ def _judge_regression(
         limit, text = stored.limit(demand, before)
         return Finding(subject, value, text, value <= limit if demand.worse == "higher" else value >= limit)
 
-    found = [look(subject) for subject in _selected(policy, demand, field, sources)]
+    found = [find_value(subject) for subject in _selected(policy, demand, field, sources)]
     if not found:
         return [_nothing(demand, allowed, f"selects no layer with a {field.kind} record")]
     return _each(policy, demand, found, waivers)

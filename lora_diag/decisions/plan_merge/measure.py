@@ -74,7 +74,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
         needed = COMPUTED * math.prod(delta.shape)
         require(needed, settings.memory, delta.shape, "its update, computed in full, takes", "--exclude it")
     found = _Layer(task, settings.target)
-    if problem := found.look():
+    if problem := found.scan():
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="non_finite", detail=problem),)
     return (found.measured(),)
 
@@ -111,7 +111,7 @@ class _Layer:
     update: Callable[[int, int], Tensor] = field(init=False)
     basis: Tensor | None = field(init=False, default=None)
 
-    def look(self) -> str | None:
+    def scan(self) -> str | None:
         """Read the layer once for norms and the maxima of scales; return non-finite entries."""
         delta = self.task.delta
         assert delta.base is not None
@@ -132,7 +132,7 @@ class _Layer:
                 self.step_energy += 0.0 if steps is None else float(steps.double().square().sum())
             rows = slice(None) if self.task.in_out else slice(first, last)
             for peak, x in ((whole, w + u), (before, w)):
-                x = self._turned(x).float()
+                x = self._to_out_in(x).float()
                 peak[rows] = torch.maximum(peak[rows], x.abs().amax(dim=1, keepdim=True))
         if self.target.name == "nvfp4" or self.target.per_tensor:
             whole, before = whole.max().expand(outputs, 1), before.max().expand(outputs, 1)
@@ -150,7 +150,7 @@ class _Layer:
         moved, base = 0, _Sum()
         within: float | Tensor = 0.0
         for (first, last), w, u in self._blocks():
-            w, u = self._turned(w), self._turned(u)
+            w, u = self._to_out_in(w), self._to_out_in(u)
             rows = slice(None) if self.task.in_out else slice(first, last)
             x, whole, before = (w + u).float(), self.peaks[0][rows], self.peaks[1][rows]
             still, rounded = quantize(w.float(), target, before)
@@ -203,7 +203,7 @@ class _Layer:
             w = base.read(first * columns, last * columns).double().view(last - first, columns)
             yield (first, last), w, self.update(first, last)
 
-    def _turned(self, block: Tensor) -> Tensor:
+    def _to_out_in(self, block: Tensor) -> Tensor:
         """Return a block as ``(out, in)``."""
         return block.T.contiguous() if self.task.in_out else block
 

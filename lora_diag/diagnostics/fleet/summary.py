@@ -128,7 +128,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Stateme
         lines += [
             say("adapters", "Adapters", f"{len(records)}: {text}"),
             say("rank", "Rank", _rank(records)),
-            say("stand_out", "Outliers", _stand_out(records)),
+            say("stand_out", "Outliers", _outliers(records)),
         ]
         lines.append(say("alike", "Near-duplicates", _pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:
@@ -160,7 +160,7 @@ def _rank(records: Sequence[Fleet]) -> str:
     )
 
 
-def _stand_out(records: Sequence[Fleet]) -> str:
+def _outliers(records: Sequence[Fleet]) -> str:
     counts = Counter(word for odd in oddities(records) for word in odd)
     words: dict[Oddity, str] = {
         "dead": "with dead layers (ΔW = 0)",

@@ -137,7 +137,7 @@ def _by_rank(results: Results[Overlap], judged: Sequence[Track]) -> str:
     return f"κ (random): {', '.join(parts)}"
 
 
-def _leaves_chance(record: Overlap) -> bool:
+def _exceeds_random(record: Overlap) -> bool:
     """Return whether κ is well above its baseline; never for full subspaces, where both are 1."""
     return record.kappa_random < 1 and not near(record)
 
@@ -149,7 +149,7 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
         return "nothing to change: in every layer these subspaces contain more of the gradient than random ones"
     reached = [track for track in out if _reaches(track.last)]
     largest = {track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in out}
-    helped = [track for track in out if track not in reached and _leaves_chance(largest[track.layer])]
+    helped = [track for track in out if track not in reached and _exceeds_random(largest[track.layer])]
     lost = [track for track in out if track not in reached and track not in helped]
     sentences = []
     if reached:

@@ -161,7 +161,7 @@ def parts(records: Sequence[Residual]) -> dict[str, float]:
     return {name: part / total for name, part in found.items()} if total else {}
 
 
-def _astray(records: Sequence[Residual]) -> bool:
+def _is_misaligned(records: Sequence[Residual]) -> bool:
     """Return whether layers are limited by direction while most of their ε² is scale."""
     found = levels([record for record in records if record.limited_by == "direction"])
     if found is None:
@@ -188,7 +188,7 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
         "ε² = rank + direction + scale: up to ε_min², up to ε² at the best scale of X, up to ε². "
         "ε is the distance to this fine-tune, not a measure of quality."
     ]
-    if any(_astray(_matrices(one.records)) for one in shown):
+    if any(_is_misaligned(_matrices(one.records)) for one in shown):
         notes.append(
             "Layers whose largest part is scale are limited by direction: X is long and not aligned with ΔW, so "
             "scaling does not help."

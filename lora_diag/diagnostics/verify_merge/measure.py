@@ -169,17 +169,17 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     if right is None:
         fault = _fault(task, addend, rounding, found)
         return _record(task, found, rounding, fault.status, fault.cause)
-    if settled := _settled_precisely(task, addend, rounding, found, right):
+    if settled := _decide_by_entries(task, addend, rounding, found, right):
         return _record(task, found, rounding, settled.status, settled.cause)
     ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
     if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
-        return _record(task, found, rounding, *_told_sharply(task, addend, rounding))
+        return _record(task, found, rounding, *_distinguish_from_zero(task, addend, rounding))
     if cause := _unclear(task, addend, right):
         return _record(task, found, rounding, "inconclusive", cause)
     return _record(task, found, rounding, "ok", "")
 
 
-def _settled_precisely(
+def _decide_by_entries(
     task: MergedLayer, addend: Addend, rounding: Rounding, found: Check, right: _Right
 ) -> Fault | None:
     """Return the scale determined by single entries if ΔW was computed in float32 and its error is large; else None.
@@ -273,7 +273,7 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
     return ""
 
 
-def _told_sharply(task: MergedLayer, addend: Addend, rounding: Rounding) -> tuple[MergeStatus, str]:
+def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding) -> tuple[MergeStatus, str]:
     """Distinguish ΔW from zero if the tolerance permits both, assuming that ΔW was computed in float32."""
     sharp = check_merge(task.blocks(), task.shape, addend, replace(rounding, roundoff=2.0**-24))
     if sharp.count == 0 and sharp.moved > 0:
@@ -393,7 +393,7 @@ def _fitted(b: Tensor, rows: int) -> Tensor:
 def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
     """Return the possible rounding of the merge, and whether it is assumed because nothing changed."""
     assert task.merged is not None
-    dtype, ambiguous = _held(task)
+    dtype, ambiguous = _find_dtype(task)
     mantissa = LAYOUT[dtype][2]
     made_of = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
     made_of = [other for other in made_of if other in LAYOUT]
@@ -417,7 +417,7 @@ def _is_power_of_two(scale: float | None) -> bool:
     return bool(scale) and math.frexp(scale or 0.0)[0] in {0.5, -0.5}
 
 
-def _held(task: MergedLayer) -> tuple[torch.dtype, bool]:
+def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
     """Return the dtype of MERGED's values, determined by changed entries, and whether none changed."""
     assert task.merged is not None
     stored = getattr(torch, task.merged.dtype)

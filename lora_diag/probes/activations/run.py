@@ -97,7 +97,7 @@ def probe_activations(
         notes=texts.notes,
         tokens=tokens,
         gradients=labels if gradients else None,
-        layers=tuple(_told(heard, names)),
+        layers=tuple(_layer_inputs(heard, names)),
         left_out={
             legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
         },
@@ -140,7 +140,7 @@ def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], o
     write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
 
 
-def _told(heard: Listener, names: dict[str, str]) -> list[LayerInput]:
+def _layer_inputs(heard: Listener, names: dict[str, str]) -> list[LayerInput]:
     found: list[LayerInput] = []
     for moment in heard.moments.values():
         c, first = moment.mean, moment.layers[0]

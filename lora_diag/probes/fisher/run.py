@@ -89,7 +89,7 @@ def probe_fisher(
     def measured(kept: Kept[Any]) -> list[LeftOut]:
         done = {record.layer for record in kept.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
-        probe.tell_cost(todo)
+        probe.report_cost(todo)
         problems = list[LeftOut]()
         for item in probe.run(todo):
             if isinstance(item, Fisher):
@@ -130,7 +130,7 @@ class _Probe:
     ranks: tuple[int, ...]
     draw: Draw
 
-    def tell_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
+    def report_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
         """Estimate the cost: passes forward and backward, and a forward pass per truncation."""
         passes = sum(1 for _ in groups_of(todo))
         changes = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)

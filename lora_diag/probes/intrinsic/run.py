@@ -111,7 +111,7 @@ def probe_intrinsic(
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
             **({"of LoRA": probe.arm("lora", requested, lora_rates)} if ranks else {}),
         }
-        probe.tell_cost(arms)
+        probe.report_cost(arms)
         probe.walk.measure_base(model, partial(_record, cell=None, params=0, last=None))
         for arm in arms.values():
             probe.walk.run(arm)
@@ -203,7 +203,7 @@ class _Probe:
                 return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
         return cell.dim or self.total
 
-    def tell_cost(self, arms: Mapping[str, Arm]) -> None:
+    def report_cost(self, arms: Mapping[str, Arm]) -> None:
         """Time one step of each kind and one evaluation batch, and report the estimated cost."""
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))

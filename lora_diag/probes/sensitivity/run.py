@@ -96,7 +96,7 @@ def probe_sensitivity(
         ranks = (rank, rank + delta) if delta is not None else (rank,)
         walk = run.walk(kept, seeds)
         probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), walk)
-        probe.tell_cost()
+        probe.report_cost()
         probe.score(linear, names)
         probe.run(probe.measure_base())
         return left_out
@@ -184,7 +184,7 @@ class _Probe:
         seen = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
         return replace(training.texts, sequences=tuple(seen))
 
-    def tell_cost(self) -> None:
+    def report_cost(self) -> None:
         """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
         walk, steps = self.walk, self.walk.training.steps
         first = walk.sets[0].first(walk.training.batch)

@@ -114,7 +114,7 @@ def probe_sweep(
         arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
         arms += [sweep.arm("full", [None], plan["full_rates"], None)] if full else []
         arms += [sweep.arm("bitfit", [None], plan["rates"], None)] if bitfit else []
-        sweep.tell_cost(arms)
+        sweep.report_cost(arms)
         sweep.measure_base("")
         for arm in arms:
             sweep.run(arm)
@@ -167,7 +167,7 @@ class _Sweep:
                 self.measure_base(arm.grid)
             self.walk.run(arm.runs)
 
-    def tell_cost(self, arms: Sequence[_Arm]) -> None:
+    def report_cost(self, arms: Sequence[_Arm]) -> None:
         """Time one step of each method and one evaluation batch, and report the estimated cost."""
         walk = self.walk
         grids = {"", *(arm.grid or "" for arm in arms)}

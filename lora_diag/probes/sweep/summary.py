@@ -63,7 +63,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(
         results,
         say("trained", "Trained", _trained(settings)),
-        *(on_set(name, *_said(verdict, bases[name], share)) for name, verdict in verdicts.items()),
+        *(on_set(name, *_state_verdict(verdict, bases[name], share)) for name, verdict in verdicts.items()),
         *_agreement(verdicts, bases),
         *_against(records, bases, rates, references, share),
         say("rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings)),
@@ -170,7 +170,7 @@ def _trained(settings: dict[str, Any]) -> str:
     return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
 
 
-def _said(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
+def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
     """State the rank to train at, its confidence, and the reasons against smaller ranks."""
     if verdict.best is None:
         return ["no verdict: no run is finished with a finite loss"]

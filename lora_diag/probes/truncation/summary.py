@@ -76,7 +76,7 @@ def _on_set(name: str, records: Sequence[Probe]) -> Statement:
     base, tuned = ends["base"], ends["tuned"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
     rest = _by_rank(ranks, tuned.nats < base.nats) if ranks else []
-    rest += [_most_hurt(alone)] if alone else []
+    rest += [_costliest(alone)] if alone else []
     return on_set(name, both_ends(base, tuned), *rest, shifted=shifted, answer=rest[0] if rest else "")
 
 
@@ -106,7 +106,7 @@ def _energy(record: Probe) -> str:
     return "-" if record.energy is None else fraction(record.energy)
 
 
-def _most_hurt(alone: Sequence[Probe]) -> str:
+def _costliest(alone: Sequence[Probe]) -> str:
     """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
     found = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]

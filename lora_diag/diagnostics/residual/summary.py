@@ -193,7 +193,7 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
         return [*lines, "ε is the distance to one solution; the held-out loss shows which is better"]
     return [
         f"ε is the distance to this one solution, not quality: it exceeds 1 where ‖X‖/‖ΔW‖ > 2·cosine; {SEEDS}. "
-        "--reference TUNED2 measures the distance of yours; the held-out loss shows which is better"
+        "--reference TUNED2 measures that of two of your seeds; the held-out loss shows which is better"
     ]
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: ΔW = B·diag(E)·A·α/(r + 1e-5), r the number of rows that were left when the file was written.
+"""AdaLoRA: ΔW = B·diag(E)·A·α/(r + 1e-5), where r is the number of rows remaining in the file.
 
 Reference: Zhang et al. 2023, https://arxiv.org/abs/2303.10512; ``peft.tuners.adalora.layer.SVDLinear``.
 """
@@ -25,7 +25,7 @@ def read_adalora(source: Source) -> Reading:
     """Read an AdaLoRA adapter.
 
     Raises:
-        InputError: Its parts do not fit together.
+        InputError: Its parts are inconsistent.
     """
     config = source.settings
     modules, rest = by_module(source.checkpoint, PARTS, source.path)
@@ -39,11 +39,11 @@ def read_adalora(source: Source) -> Reading:
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     a_key, b_key = pair_of(source, module, parts)
     if "lora_E" not in parts:
-        raise InputError(f"{source.checkpoint.path}: {module} has no lora_E; the file is incomplete: save it again")
+        raise InputError(f"{source.checkpoint.path}: {module} has no lora_E, so the file is incomplete; save it again")
     a, b, e = (source.shape(key, 2) for key in (a_key, b_key, parts["lora_E"]))
     if e != (a[0], 1):
         raise InputError(f"{source.checkpoint.path}: {module}: lora_E {list(e)} does not fit lora_A {list(a)}")
-    # After the last pruning the rows that were cut are gone from the file, and rank_pattern says which they were.
+    # After the last pruning the removed rows are absent from the file, and rank_pattern has their indices.
     due = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
     check_rank(source, module, a[0], due, b[1])
     alpha = source.settings.number("lora_alpha")

@@ -1,4 +1,4 @@
-"""An adapter, opened by its headers: which family it is, what it changes, and its ΔW."""
+"""An adapter, opened by its headers: its family, the adapted weights, and their ΔW."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from lora_diag.records.inventory import AdaptedWeight
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of adapter.
+    """One family of adapters.
 
     Args:
-        name: What it is called.
-        claims: Whether an opened source is of this kind.
-        read: Reads what it changes.
+        name: Its name.
+        claims: Returns whether an opened source is of this family.
+        read: Reads its changes.
         form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
     """
 
@@ -49,11 +49,11 @@ class Family:
 
 
 def _type(name: str) -> Callable[[Source], bool]:
-    """Return what claims the adapters of a type of PEFT."""
+    """Return a predicate for adapters with a PEFT type."""
     return lambda source: source.peft_type == name
 
 
-# Asked in this order; PEFT's types name themselves, the others are known by their keys.
+# Tried in this order; PEFT's adapters name their type, the others are recognized by their keys.
 FAMILIES = (
     Family("GGUF", is_gguf, read_gguf, "gguf"),
     Family("PEFT LoRA", _type("LORA"), read_lora),
@@ -72,7 +72,7 @@ FAMILIES = (
 )
 
 
-# vLLM serves ranks up to its --max-lora-rank, which is 16 unless set; hosted services usually stop at 64.
+# vLLM serves ranks up to its --max-lora-rank, 16 by default; hosted services usually stop at 64.
 SERVED_RANK = 64
 CAP = f"servers of adapters usually stop at {SERVED_RANK} or below"
 
@@ -83,7 +83,7 @@ class Adapter:
 
     Args:
         source: Its files.
-        reading: What they say.
+        reading: Their contents.
         form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
     """
 
@@ -93,7 +93,7 @@ class Adapter:
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """The path as given."""
         return self.source.path
 
     @property
@@ -103,12 +103,12 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What it is, in words, such as ``PEFT LoRA, r=8, alpha=16, 14 modules``."""
+        """Its description, such as ``PEFT LoRA, r=8, alpha=16, 14 modules``."""
         return self.reading.kind
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a careful reader should know."""
+        """Notes on the adapter."""
         return (*self.reading.notes, *self.checkpoint.notes)
 
     def weights(self) -> tuple[AdaptedWeight, ...]:
@@ -133,7 +133,7 @@ class Adapter:
         return tuple(sorted(changed, key=lambda weight: natural_order(weight.layer)))
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what is doubtful about the numbers themselves; reads those factors that start at zero.
+        """Return warnings on the values themselves; reads the factors that are initialized to zero.
 
         Raises:
             InputError: The file could not be read.
@@ -160,14 +160,14 @@ class Adapter:
 
 
 def open_adapter(path: Path | str, given: Given = None) -> Adapter:
-    """Open an adapter folder or file by its headers; no weight is read.
+    """Open an adapter folder or file by its headers; no weights are read.
 
     Args:
         path: An adapter folder, or an adapter's weights file.
         given: α where the files give none; ``rank`` for α = r.
 
     Raises:
-        InputError: Nothing readable is there, or it is of a kind that is not read; the message says what to do.
+        InputError: The path cannot be read, or the kind of adapter is not supported; the message has the fix.
     """
     source = open_source(path, given)
     stated = "its files give alpha or a scale; the one that is stated is not used"
@@ -178,13 +178,13 @@ def open_adapter(path: Path | str, given: Given = None) -> Adapter:
             refuse_integers(source)
             return Adapter(source, _checked(source, family.read(source), stated), family.form)
     refuse_unread(source)
-    raise InputError(f"{source.path}: is no adapter that is known")
+    raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
 def _checked(source: Source, reading: Reading, stated: str) -> Reading:
-    """Refuse an adapter that changes nothing by its keys; note what it holds beside its changes, and of a stated α."""
+    """Refuse an adapter without changes by its keys; add notes on other tensors and on a given α."""
     if not reading.updates and not reading.values:
-        raise InputError(f"{source.path}: holds no tensor that changes a weight")
+        raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
     notes = list(reading.notes)
     if source.config is not None and source.config.flag("alora_invocation_tokens"):
         notes.append(

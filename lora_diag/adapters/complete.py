@@ -1,7 +1,7 @@
-"""Does an adapter's file hold factors for every module that its config names?
+"""Check that an adapter's file has factors for every module targeted by its config.
 
-PEFT adapts each module of the model that ``target_modules`` matches, and saves factors for all of them. What the file
-lacks of them was lost on the way: PEFT fills it with zeros and serves the rest.
+PEFT adapts each module of the model that ``target_modules`` matches, and saves factors for all of them. Missing factors
+were lost later: PEFT fills them with zeros without an error.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _PLAIN = re.compile(r"\w+")
 
 
 def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
-    """Return how many weights of BASE an adapter's config targets, and the names of those that have no factors.
+    """Return the number of weights of BASE that an adapter's config targets, and the names of those without factors.
 
     Args:
         adapter: The adapter.
         base: Its BASE.
-        pairing: What of BASE it adapts, selected or not.
+        pairing: The adapted weights of BASE, selected or not.
 
     Returns:
-        None where the config does not tell it: there is none, it names parameters or all linear layers, or it names
-        modules as they are in memory and these are not the names in BASE.
+        None if the config does not determine it: there is none, it names parameters or all linear layers, or its names
+        of modules in memory differ from those in BASE.
 
     Raises:
-        InputError: ``target_modules`` is not valid.
+        InputError: ``target_modules`` is invalid.
     """
     config = adapter.source.config
     if config is None or not config.values.get("target_modules") or config.values["target_modules"] == "all-linear":
@@ -78,7 +78,7 @@ def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) 
 
 
 def _is_in_layers(module: str, config: Config) -> bool:
-    """Say whether a module is in one of ``layers_to_transform`` (``peft.tuners.tuners_utils``)."""
+    """Return whether a module is in one of ``layers_to_transform`` (``peft.tuners.tuners_utils``)."""
     layers = config.values.get("layers_to_transform")
     if layers is None:
         return True

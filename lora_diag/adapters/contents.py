@@ -1,4 +1,4 @@
-"""What an adapter's file holds, item by item, as a program that loads it meets it: parts, ranks and scales."""
+"""The contents of an adapter's file, item by item, as seen by a program that loads it: parts, ranks and scales."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ PAIRS = frozenset({"factors", "embedding", "convolution", "experts", "dora", "re
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What an adapter does to one weight.
+    """The change of one weight by an adapter.
 
     Args:
         layer: The weight's name in BASE; without a BASE, in the adapter.
-        module: The module in the adapter's own terms; of a fused parameter, its path.
-        part: What the file holds of it.
-        key: A tensor of it in the file.
-        rank: r of its factors; None where it has none.
-        scale: s as this package reads it; None where it has none.
-        alpha: α from a tensor of the file; None where there is none.
-        shape: ``(out, in)``; of a vector ``(n,)``; empty where only BASE tells it.
-        kernel: Of a convolution ``(in, kh, kw)``.
-        load: Loads ``(s·B, A)`` for a ``Site``; None where it has no factors.
+        module: The module's name in the adapter; for a fused parameter, its path.
+        part: Its form in the file.
+        key: One of its tensors in the file.
+        rank: r of its factors; None without factors.
+        scale: s as read by this package; None without a scale.
+        alpha: α from a tensor of the file; None without one.
+        shape: ``(out, in)``; for a vector ``(n,)``; empty if it depends on BASE.
+        kernel: ``(in, kh, kw)`` of a convolution.
+        load: Loads ``(s·B, A)`` for a ``Site``; None without factors.
     """
 
     layer: str
@@ -64,11 +64,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter's file.
+    """The contents of an adapter's file.
 
     Args:
         form: Its layout: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
-        items: What it does, in natural order of the weights.
+        items: Its changes, in natural order of the weights.
         config: ``adapter_config.json``, or the fields of a GGUF file; empty without one.
         has_metadata: Whether the file's own metadata give r and α.
     """
@@ -85,19 +85,19 @@ class Contents:
 
     @cached_property
     def components(self) -> Mapping[str, tuple[Item, ...]]:
-        """The items with factors by the part of a pipeline that they are in."""
+        """The items with factors, by component of a pipeline."""
         groups: dict[str, list[Item]] = {}
         for item in self.pairs:
             groups.setdefault(component_of(item.module), []).append(item)
         return {name: tuple(group) for name, group in groups.items()}
 
     def first(self, *parts: Part) -> Item | None:
-        """Return the first item that is one of some parts."""
+        """Return the first item with one of the given parts."""
         return next((item for item in self.items if item.part in parts), None)
 
 
 def component_of(module: str) -> str:
-    """Return the part of a pipeline that a module of a diffusers or kohya file is in.
+    """Return the component of a pipeline for a module of a diffusers or kohya file.
 
     >>> component_of("unet.mid_block.attn.to_q"), component_of("lora_te1_text_model_fc1")
     ('unet', 'lora_te1')
@@ -106,7 +106,7 @@ def component_of(module: str) -> str:
 
 
 def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
-    """Return what an adapter holds.
+    """Return the contents of an adapter.
 
     Args:
         adapter: The adapter.
@@ -156,7 +156,7 @@ def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
 
 
 def _part(update: Update, adapter: Adapter) -> Part:
-    """Return what an update is made of."""
+    """Return the form of an update."""
     if update.needs_weight == "trainable tokens":
         return "rows"
     if adapter.form == "peft" and adapter.source.peft_type != "LORA":
@@ -176,7 +176,7 @@ def _part(update: Update, adapter: Adapter) -> Part:
 
 
 def _kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return ``(in, kh, kw)`` of a convolution, given its factor on the output's side."""
+    """Return ``(in, kh, kw)`` of a convolution, given the factor on its output side."""
     down = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda found: _DOWN[found[0]], key)
     mid = key.replace("lora_up", "lora_mid")
     if mid in checkpoint and mid != key:
@@ -185,7 +185,7 @@ def _kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _key(update: Update, part: Part, adapter: Adapter) -> str:
-    """Return a tensor of the file that belongs to an update and to no plain pair of factors, where there is one."""
+    """Return a tensor of an update in the file that is not one of a plain pair of factors, if there is one."""
     if update.zero_if:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")

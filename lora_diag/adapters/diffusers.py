@@ -1,7 +1,7 @@
-"""diffusers: ``pytorch_lora_weights.safetensors``, keys that begin with the pipeline's part (``unet.``).
+"""diffusers: ``pytorch_lora_weights.safetensors``, with keys that begin with the pipeline's component (``unet.``).
 
-s = α/r with α from an ``.alpha`` tensor or from the file's ``lora_adapter_metadata``; without either diffusers takes
-α = r, so s = 1, which a note says.
+s = α/r with α from an ``.alpha`` tensor or from the file's ``lora_adapter_metadata``; without either diffusers uses α =
+r, so s = 1, which is noted.
 
 Reference: ``diffusers.loaders``, ``diffusers.utils.peft_utils.get_peft_kwargs``.
 """
@@ -27,7 +27,7 @@ PIPELINE = re.compile(r"(unet|text_encoder(_\d)?|transformer(_\d)?|prior|control
 FILE = "pytorch_lora_weights"
 METADATA = "lora_adapter_metadata"
 
-# The two factors as today's diffusers names them, and as it did before PEFT.
+# Names of the two factors in current diffusers, and before PEFT.
 PART = re.compile(
     r"(?P<module>.+?)(?:\.lora\.|\.|(?P<old>_lora\.))(?P<part>lora_A|lora_B|lora_down|lora_up|down|up|alpha)(\.weight)?"
 )
@@ -35,7 +35,7 @@ DOWN = {"lora_A", "lora_down", "down"}
 
 
 def is_diffusers(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
+    """Return whether this family reads the adapter."""
     if source.config is not None or not any(PIPELINE.match(name) for name in source.checkpoint):
         return False
     named = source.checkpoint.files[0].path.name.startswith(FILE) or METADATA in source.metadata
@@ -46,13 +46,15 @@ def read_diffusers(source: Source) -> Reading:
     """Read a diffusers LoRA file.
 
     Raises:
-        InputError: A tensor is not known, a factor is missing, or the metadata is not valid.
+        InputError: A tensor is unknown, a factor is missing, or the metadata is invalid.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
         found = PART.fullmatch(name)
         if found is None:
-            raise InputError(f"{source.path}: {name} is none of the tensors of a diffusers LoRA")
+            raise InputError(
+                f"{source.path}: {name} is not a tensor of a diffusers LoRA; check that the file is a diffusers adapter"
+            )
         part = "alpha" if found["part"] == "alpha" else "down" if found["part"] in DOWN else "up"
         modules.setdefault(_module_of(found["module"], bool(found["old"])), {})[part] = name
     settings = _settings(source)
@@ -81,22 +83,26 @@ def _settings(source: Source) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source.path}: {METADATA} in the file's metadata is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{source.path}: {METADATA} in the file's metadata must be a JSON object")
+        raise InputError(
+            f"{source.path}: {METADATA} in the file's metadata must be a JSON object; save the adapter again"
+        )
     return values
 
 
 def _component(module: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the part of the pipeline that a module is in."""
+    """Return the settings of a module's component of the pipeline."""
     prefix = module.partition(".")[0] + "."
     return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
 def _update(source: Source, module: str, parts: dict[str, str], settings: dict[str, Any]) -> Update:
     if "up" not in parts or "down" not in parts:
-        raise InputError(f"{source.path}: {module} has only one of its two factors; the file is incomplete")
+        raise InputError(
+            f"{source.path}: {module} has only one of its two factors, so the file is incomplete; save it again"
+        )
     up, down = shapes_of(source, module, parts["up"], parts["down"])
     if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
-        raise InputError(f"{source.path}: {parts['alpha']} must be one number")
+        raise InputError(f"{source.path}: {parts['alpha']} must be a single number; save the adapter again")
     scale = scale_in(source, parts.get("alpha", ""), down[0])
     if not scale.alpha and (own := _component(module, settings)):
         scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), own), module, down[0]))
@@ -123,6 +129,6 @@ def _scaling(config: Config, module: str, rank: int) -> float:
     alphas, ranks = (read_pattern(config, key, [inside]).matches(inside) for key in ("alpha_pattern", "rank_pattern"))
     due = ranks[0][1] if ranks else config.integer("r")
     if due != rank:
-        raise InputError(f"{config.path}: {module} has rank {rank}, but the metadata says {due}")
+        raise InputError(f"{config.path}: {module} has rank {rank}, but {due} in the metadata; save the adapter again")
     alpha = alphas[0][1] if alphas else config.number("lora_alpha")
     return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)

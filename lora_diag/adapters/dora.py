@@ -1,7 +1,7 @@
-"""DoRA: the direction from W + ΔW, the length of every row from a trained vector.
+"""DoRA: the direction of W + ΔW, with the length of every row from a trained vector.
 
-V = W + D with D = s·B·A, or in LyCORIS that of a LoHa or LoKr; ΔW = (m / ‖V‖_row) ⊙ V − W. In general of full rank, so
-it is computed in full and needs W.
+V = W + D with D = s·B·A, or in LyCORIS that of a LoHa or LoKr; ΔW = (m / ‖V‖_row) ⊙ V − W. It generally has full rank,
+so it is computed in full and needs W.
 
 Reference: Liu et al. 2024, https://arxiv.org/abs/2402.09353; ``peft.tuners.lora.dora``; LyCORIS ``weight_decompose``.
 """
@@ -26,24 +26,27 @@ if TYPE_CHECKING:
 
 
 def with_lengths(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
-    """Turn an update with a magnitude vector into DoRA's.
+    """Return the DoRA update for an update with a magnitude vector.
 
     Args:
         update: D.
         source: The adapter.
         magnitude: Name of m in the file.
-        by_column: Whether m holds the lengths of columns (an embedding's dimensions, a layer's inputs) and not of rows.
-            Of a convolution, a column is all of an input's kernels.
+        by_column: Whether m holds lengths of columns (an embedding's dimensions, a layer's inputs) instead of rows. A
+            column of a convolution includes all kernels of an input.
 
     Raises:
-        InputError: m has another length than the weight has rows (or columns).
+        InputError: The length of m differs from the number of rows (or columns).
     """
     wanted = update.shape[1 if by_column else 0]
     shape = source.checkpoint[magnitude].shape
     size = math.prod(shape)
     of_kernels = by_column and len(shape) > 2 and wanted is not None and size and wanted % size == 0
     if size != wanted and not of_kernels:
-        raise InputError(f"{source.checkpoint.path}: {magnitude} has the shape {list(shape)}; {wanted} entries are due")
+        raise InputError(
+            f"{source.checkpoint.path}: {magnitude} has shape {list(shape)} instead of {wanted} entries; save the "
+            "adapter again"
+        )
     load = partial(delta, update.load, source.checkpoint, magnitude, by_column)
     plain = update.load if update.factored else None
     return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="", plain=plain, thin=None)
@@ -56,7 +59,7 @@ def delta(
     by_column: bool,
     site: Site,
 ) -> torch.Tensor:
-    """Return (m / n) ⊙ V − W, n the norms of V's rows (columns)."""
+    """Return (m / n) ⊙ V − W, where n are the norms of V's rows (columns)."""
     import torch
 
     w, found = site.weight(), change(site)

@@ -1,8 +1,8 @@
-"""``target_parameters``: LoRA on a parameter itself, above all on the fused experts of a mixture ``(E, d1, d2)``.
+"""``target_parameters``: LoRA on parameters themselves, mostly the fused experts of a mixture ``(E, d1, d2)``.
 
-PEFT wraps the module that owns the parameter once per parameter, so the depth of ``.base_layer`` in a key, and not its
-name, tells which one it is: the parameter that the module registered last is outermost. The factors of all experts
-are stored in two matrices, ordered differently (``peft.tuners.lora.layer.ParamWrapper.get_delta_weight``):
+PEFT wraps the module that owns the parameter once per parameter, so the depth of ``.base_layer`` in a key, not its
+name, identifies the parameter: the last registered one is outermost. The factors of all experts are stored in two
+matrices, ordered differently (``peft.tuners.lora.layer.ParamWrapper.get_delta_weight``):
 
     A  (r·E, in)   row e·r + k          ->  A_e = A.reshape(E, r, in)[e]
     B  (out, r·E)  column k·E + e       ->  B_e = B.reshape(out, r, E)[:, :, e]
@@ -27,13 +27,26 @@ from lora_diag.errors import InputError
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
-# The order in which the expert modules of transformers 5 register their parameters.
+# Order in which the expert modules of transformers 5 register their parameters.
+# Fmt: skip.
 REGISTERED = (
-    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "input_linear", "w1", "v1", "up_proj", "w3",
-    "down_proj", "down_proj_bias", "output_linear", "w2", "weight", "bias",
-)  # fmt: skip
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "gate_proj",
+    "input_linear",
+    "w1",
+    "v1",
+    "up_proj",
+    "w3",
+    "down_proj",
+    "down_proj_bias",
+    "output_linear",
+    "w2",
+    "weight",
+    "bias",
+)
 
-# Models whose experts are stored (E, in, out): ``is_transposed=True`` in transformers 5.24.
+# Models with experts stored as (E, in, out): ``is_transposed=True`` in transformers 5.24.
 TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 
@@ -53,7 +66,7 @@ class Stack:
 
 
 def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
-    """Tell the factors of parameters from those of layers.
+    """Separate the factors of parameters from those of layers.
 
     Args:
         modules: All modules of the adapter.
@@ -63,18 +76,18 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
         The parameters, and the other modules.
 
     Raises:
-        InputError: It is not clear which parameter the factors belong to.
+        InputError: The parameter of the factors is ambiguous.
     """
     targets = config.names("target_parameters")
     if not targets:
         return [], modules
     by_module = module_targets(config, modules)
     if by_module == "all-linear":
-        by_module = []  # linear layers, and none whose parameters are targets
+        by_module = []  # linear layers without parameters as targets
     nested: dict[str, list[str]] = {}
     for module in modules:
         owner = re.sub(r"(\.base_layer)+$", "", module)
-        # PEFT refuses to adapt a module and its parameter: what is a target as a module is none as a parameter.
+        # PEFT refuses to adapt both a module and its parameter: a target module is not a target parameter.
         if _parameters(owner, targets) and not is_target(owner, by_module, config.path):
             nested.setdefault(owner, []).append(module)
     stacks = [stack for owner, keys in nested.items() for stack in _stacks(owner, keys, targets, modules, config)]
@@ -89,10 +102,10 @@ def _parameters(owner: str, targets: list[str]) -> list[str]:
 
 
 def _leaves(owner: str, targets: list[str], count: int) -> list[str]:
-    """Return the parameters of a module that its pairs of factors belong to.
+    """Return the parameters of a module for its pairs of factors.
 
-    ``gate_up_proj`` alone may be anyone's, ``gate.weight`` is the router's: as PEFT 0.21 writes it where ``all-linear``
-    or ``gate_proj`` was asked of a mixture of experts.
+    ``gate_up_proj`` alone may belong to any module, ``gate.weight`` is the router's, as written by PEFT 0.21 for
+    ``all-linear`` or ``gate_proj`` on a mixture of experts.
     """
     every = _parameters(owner, targets)
     named = _parameters(owner, [target for target in targets if "." in target])
@@ -106,8 +119,9 @@ def _stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, c
     known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
     if len(leaves) != len(keys) or not known:
         raise InputError(
-            f"{config.path}: it is not clear to which parameters of {owner} its {len(keys)} pairs of factors belong; "
-            f"target_parameters names {', '.join(leaves)}: merge it with peft and pass the merged checkpoint"
+            f"{config.path}: the parameters of {owner} for its {len(keys)} pairs of factors are ambiguous "
+            f"(target_parameters names {', '.join(leaves)}); merge the adapter with peft and pass the merged "
+            "checkpoint"
         )
     ordered = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if len(leaves) > 1 else 0, reverse=True)
     return [Stack(key, f"{owner}.{leaf}", modules[key]) for key, leaf in zip(outermost_first, ordered, strict=True)]
@@ -133,7 +147,7 @@ def updates(
     if a[0] != b[1] or a[0] % rank:
         raise InputError(
             f"{source.checkpoint.path}: {stack.parameter}: A {list(a)} and B {list(b)} do not hold experts of rank "
-            f"{rank}, which {source.settings.path.name} gives; use the config this adapter was trained with"
+            f"{rank}, as given by {source.settings.path.name}; use the config that this adapter was trained with"
         )
     count = a[0] // rank
     dtype = source.checkpoint[b_key].dtype
@@ -161,17 +175,17 @@ def factors(
     """Return s·B_e ``(out, r)`` and A_e ``(r, in)`` of one expert."""
     rows, columns = checkpoint[a_key].shape
     rank = rows // count
-    # Only what belongs to the expert is read, or, of B, where that is all over the rows, converted.
+    # Only the entries of the expert are read; those of B are spread over the rows and are converted separately.
     a_e = checkpoint.read(a_key, index * rank * columns, (index + 1) * rank * columns).view(rank, columns)
     b_e = checkpoint.read(b_key).view(-1, rank, count)[:, :, index]
     return as_float64(b_e) * scale, as_float64(a_e)
 
 
 def stored_in_out(peft_version: str, model_type: str) -> bool:
-    """Say whether square experts are stored ``(in, out)`` in BASE; of others the shapes tell.
+    """Return whether square experts are stored as ``(in, out)`` in BASE; for others the shapes decide.
 
-    PEFT up to 0.18.1 (which wrote no version) took every 3-D parameter as ``(E, in, out)``; 0.19.0 had the condition
-    the wrong way round; since 0.19.1 it follows the model (huggingface/peft#3165).
+    PEFT up to 0.18.1 (which wrote no version) treated every 3-D parameter as ``(E, in, out)``; 0.19.0 had the condition
+    inverted; since 0.19.1 it follows the model (huggingface/peft#3165).
 
     >>> stored_in_out("0.21.2", "mixtral"), stored_in_out("0.21.2", "gpt_oss"), stored_in_out("", "mixtral")
     (False, True, True)

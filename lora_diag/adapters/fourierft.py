@@ -1,4 +1,4 @@
-"""FourierFT: ΔW = Re ifft2(S)·scaling, S zero except at n random positions that a seed gives again.
+"""FourierFT: ΔW = Re ifft2(S)·scaling, where S is zero except at n positions determined by a random seed.
 
 Reference: Gao et al. 2024, https://arxiv.org/abs/2405.03003; ``peft.tuners.fourierft.layer``.
 """
@@ -26,7 +26,7 @@ def read_fourierft(source: Source) -> Reading:
     scaling = config.number("scaling")
     seed = int(config.number("random_loc_seed", 777))
     if not 0 <= seed < 2**63:
-        raise InputError(f"{config.path}: random_loc_seed {seed:g} is no seed")
+        raise InputError(f"{config.path}: random_loc_seed {seed:g} is not a valid seed; correct the config")
     updates = [
         Update(
             weight=f"{module}.weight",
@@ -50,7 +50,10 @@ def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Sit
     values = read(checkpoint, key).reshape(-1)
     out, columns = site.shape
     if len(values) > out * columns:
-        raise InputError(f"{checkpoint.path}: {key} has more frequencies than the weight has entries")
+        raise InputError(
+            f"{checkpoint.path}: {key} has more frequencies than the weight has entries; check that it belongs to this "
+            "BASE"
+        )
     places = torch.randperm(out * columns, generator=torch.Generator().manual_seed(seed))[: len(values)]
     spectrum = torch.zeros(out * columns, dtype=torch.float64)
     spectrum[places] = values

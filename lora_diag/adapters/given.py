@@ -1,6 +1,6 @@
-"""α for adapters whose files give none: what a user states with ``--alpha`` or ``--alpha-is-rank``.
+"""α for adapters whose files give none: the user's ``--alpha`` or ``--alpha-is-rank``.
 
-It never overrides an α that a file gives. A PEFT file without its config is read by the ranks of its factors.
+It never overrides an α in a file. A PEFT file without its config is read by the ranks of its factors.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 
 
 def given_alpha(options: Mapping[str, Any]) -> Given:
-    """Return the α that options state, ``rank`` for α = r, or None.
+    """Return the α given by options, ``rank`` for α = r, or None.
 
     Raises:
-        UsageError: Both are stated, or α is no number that scales anything.
+        UsageError: Both are given, or α is zero or not finite.
     """
     alpha, is_rank = options.get("alpha"), bool(options.get("alpha_is_rank"))
     if alpha is not None and is_rank:
-        raise UsageError("--alpha and --alpha-is-rank: state one of the two")
+        raise UsageError("--alpha and --alpha-is-rank: contradict each other; give only one of them")
     if alpha is not None and not (math.isfinite(alpha) and alpha != 0):
         raise UsageError(f"--alpha {alpha:g}: must be a finite number other than 0")
     return "rank" if is_rank else alpha
 
 
 def with_config(source: Source) -> Source:
-    """Return a source with the settings that a PEFT file lacks, by its factors' ranks and the α that is given.
+    """Return a source with the settings that a PEFT file lacks, from the ranks of its factors and the given α.
 
     Raises:
         InputError: The file holds several adapters.

@@ -1,4 +1,4 @@
-"""IA³: every output of a layer (or, in feed-forward layers, every input) is multiplied by a trained number.
+"""IA³: every output of a layer (or every input in feed-forward layers) is multiplied by a trained number.
 
 ΔW = (l − 1) ⊙ W, with l along the rows, or along the columns; a bias follows the rows.
 
@@ -26,7 +26,7 @@ def read_ia3(source: Source) -> Reading:
     """Read a PEFT IA³ adapter.
 
     Raises:
-        InputError: A vector is none.
+        InputError: A tensor is not a vector.
     """
     modules, rest = by_module(source.checkpoint, ("ia3_l",), source.path)
     updates = tuple(update for module, parts in modules.items() for update in scaled(source, module, parts["ia3_l"]))
@@ -34,7 +34,7 @@ def read_ia3(source: Source) -> Reading:
 
 
 def scaled(source: Source, module: str, key: str) -> list[Update]:
-    """Return the updates of a module's weight and of the bias that it may have.
+    """Return the updates of a module's weight and of its bias, if there is one.
 
     Raises:
         InputError: ``ia3_l`` is not a vector.
@@ -42,8 +42,11 @@ def scaled(source: Source, module: str, key: str) -> list[Update]:
     shape = source.checkpoint[key].shape
     size = math.prod(shape)
     if max(shape, default=0) != size or len(shape) < 2:
-        raise InputError(f"{source.checkpoint.path}: {key} has the shape {list(shape)}, which is not one vector")
-    # PEFT stores (out, 1), feed-forward (1, in); of a convolution (1, out, 1, 1) or (1, in, 1, 1), which look alike.
+        raise InputError(
+            f"{source.checkpoint.path}: {key} has shape {list(shape)}, not that of a vector; save the adapter again"
+        )
+    # PEFT stores (out, 1), feed-forward (1, in); for a convolution (1, out, 1, 1) or (1, in, 1, 1), which are
+    # indistinguishable.
     by_row = shape[0] == size if len(shape) == 2 and size > 1 else not _is_feedforward(source, module)
     wanted: Shape = (size, None) if by_row else (None, None if len(shape) > 2 else size)
     load = partial(delta, source.checkpoint, key, by_row)

@@ -1,6 +1,6 @@
-"""How PEFT names the tensors of an adapter file: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``.
+"""Names of tensors in PEFT adapter files: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``.
 
-What belongs to one module is found by that, and compared with each other and the config.
+Groups the tensors of a module, and checks them against each other and the config.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def strip(name: str) -> str:
 
 
 def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple[Modules, list[str]]:
-    """Sort tensor names by the module they belong to.
+    """Group tensor names by module.
 
-    PEFT drops the adapter's name when it saves (``lora_A.weight``); a dump made by hand still has it
-    (``lora_A.default.weight``), which is accepted as long as there is only one.
+    PEFT removes the adapter's name on saving (``lora_A.weight``); a manual dump still has it
+    (``lora_A.default.weight``), which is accepted if there is only one.
 
     Args:
         names: All names of the file.
-        parts: The family's own words, such as ``lora_A``; a bias is the part ``lora_B.bias``.
+        parts: Names of the family's parts, such as ``lora_A``; a bias is the part ``lora_B.bias``.
         path: For the message.
 
     Returns:
-        The parts of every module, and the names that have none.
+        The parts of every module, and the names without a part.
 
     Raises:
         InputError: The file holds several adapters.
@@ -64,12 +64,12 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
         modules.setdefault(found["module"] or "", {})[found["part"] + (found["bias"] or "")] = name
     if len(adapters) > 1:
         shown = ", ".join(sorted(name or "(no name)" for name in adapters))
-        raise InputError(f"{path}: holds several adapters ({shown}); save one of them alone")
+        raise InputError(f"{path}: holds several adapters ({shown}); save one of them separately")
     return modules, rest
 
 
 def is_named(module: str, name: str) -> bool:
-    """Say whether a config that names a module means this one: the same, or one that ends in ``.name``.
+    """Return whether a name in a config matches a module: equal, or the module ends in ``.name``.
 
     >>> is_named("h.0.q_proj", "q_proj"), is_named("h.0.q_proj", "proj")
     (True, False)
@@ -81,34 +81,36 @@ def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "l
     """Return the names of A and B of a module.
 
     Raises:
-        InputError: One is missing, or is not the matrix that it must be.
+        InputError: One is missing, or is not a matrix.
     """
     for part in ("A", "B"):
         if prefix + part not in parts:
             other = parts.get(prefix + ("B" if part == "A" else "A"), module)
             raise InputError(
-                f"{source.checkpoint.path}: {module} has no {prefix}{part} beside {other}; the file is incomplete: "
-                "save the adapter again"
+                f"{source.checkpoint.path}: {module} has no {prefix}{part}, only {other}, so the file is "
+                "incomplete; save the adapter again"
             )
         shape = source.checkpoint[parts[prefix + part]].shape
         if len(shape) < 2 or 0 in shape:
             raise InputError(
-                f"{source.checkpoint.path}: {parts[prefix + part]} has the shape {list(shape)}; it was saved under "
-                "DeepSpeed ZeRO-3 or FSDP without gathering the shards: save the adapter again, gathered"
+                f"{source.checkpoint.path}: {parts[prefix + part]} has shape {list(shape)}, as saved under "
+                "DeepSpeed ZeRO-3 or FSDP without gathering the shards; save the adapter again, gathered"
             )
     return parts[prefix + "A"], parts[prefix + "B"]
 
 
 def check_rank(source: Source, module: str, of_a: int, wanted: int, of_b: int) -> None:
-    """Hold the ranks of a module's factors against each other and against the config.
+    """Check the ranks of a module's factors against each other and against the config.
 
     Raises:
-        InputError: They differ; the scaling would be wrong, so nothing is assumed.
+        InputError: They differ, so that the scaling is unknown.
     """
     if of_a != of_b:
-        raise InputError(f"{source.checkpoint.path}: {module}: A has rank {of_a}, B has rank {of_b}")
+        raise InputError(
+            f"{source.checkpoint.path}: {module}: A has rank {of_a}, but B has rank {of_b}; save the adapter again"
+        )
     if of_a != wanted:
         raise InputError(
-            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {wanted}; "
-            "r and the scaling would be wrong: give the config this adapter was trained with"
+            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {wanted}, so "
+            "the scaling is unknown; give the config that this adapter was trained with"
         )

@@ -37,7 +37,7 @@ KNOWN = frozenset({*LORA, *FULL, *EXTRA, *loha.FACTORS, *loha.CORES, *lokr.PARTS
 
 
 def is_kohya(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
+    """Return whether this family reads the adapter."""
     if source.config is not None:
         return False
     return any(PREFIX.match(name) and _split(name)[1] in KNOWN for name in source.checkpoint)
@@ -47,18 +47,21 @@ def read_kohya(source: Source) -> Reading:
     """Read a kohya or LyCORIS file.
 
     Raises:
-        InputError: It holds tensors of a kind that is not read, or a factor is missing.
+        InputError: It holds unsupported tensors, or a factor is missing.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
         module, part = _split(name)
         if part not in KNOWN:
             raise InputError(
-                f"{source.path}: {name} is of a kind of LyCORIS module that is not read; merge it with the tool that "
-                "made it and pass the merged checkpoint"
+                f"{source.path}: {name} belongs to an unsupported kind of LyCORIS module; merge it with the tool "
+                "that wrote it and pass the merged checkpoint"
             )
         if part == "alpha" and source.checkpoint[name].numel != 1:
-            raise InputError(f"{source.path}: {name} must be one number, not {list(source.checkpoint[name].shape)}")
+            raise InputError(
+                f"{source.path}: {name} must be a single number, not of shape {list(source.checkpoint[name].shape)}; "
+                "save the adapter again"
+            )
         modules.setdefault(module, {})[part] = name
     updates = [update for module, parts in modules.items() for update in _module(source, module, parts)]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
@@ -89,7 +92,7 @@ def _kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
 
 
 def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
-    """Return the updates of one module: its weight's, and its bias's if there is one."""
+    """Return the updates of one module: of its weight, and of its bias if there is one."""
     updates = []
     plain = PREFIX.sub("", module, count=1)
     for part in FULL:
@@ -97,7 +100,7 @@ def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
             key = parts[part]
             shape = source.checkpoint[key].shape
             if not shape or 0 in shape:
-                raise InputError(f"{source.path}: {key} has the shape {list(shape)}, which no weight has")
+                raise InputError(f"{source.path}: {key} has the invalid shape {list(shape)}; save the adapter again")
             name = "bias" if part.startswith("b_") or part.endswith("_b") else "weight"
             wanted = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
             load = partial(stored, source.checkpoint, key)
@@ -112,7 +115,8 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
         rank = loha.rank_of(source, module, parts)
         update = loha.hadamard(source, f"{module}.weight", parts, scale_in(source, parts.get("alpha", ""), rank))
     elif any(part in lokr.PARTS for part in parts):
-        seen = lokr.rank_of(source, parts)  # with both sides in full there is no rank, and LyCORIS does not scale
+        # If both sides are stored in full there is no rank, and LyCORIS does not scale.
+        seen = lokr.rank_of(source, parts)
         scale = Scale() if seen is None else scale_in(source, parts.get("alpha", ""), seen)
         update = lokr.kronecker(source, f"{module}.weight", parts, scale)
     else:
@@ -121,7 +125,9 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
         return update
     shape = source.checkpoint[parts["dora_scale"]].shape
     if not shape:
-        raise InputError(f"{source.path}: {parts['dora_scale']} is one number; a vector is due")
+        raise InputError(
+            f"{source.path}: {parts['dora_scale']} is a single number instead of a vector; save the adapter again"
+        )
     by_column = shape[0] == 1 and len(shape) > 1 and math.prod(shape) == shape[1] != 1
     return dora.with_lengths(update, source, parts["dora_scale"], by_column)
 
@@ -129,12 +135,17 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
 def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
     for part in LORA[:2]:
         if part not in parts:
-            raise InputError(f"{source.path}: {module} has no {part} beside {next(iter(parts.values()))}")
+            raise InputError(
+                f"{source.path}: {module} has no {part}, only {next(iter(parts.values()))}, so the file is "
+                "incomplete; save it again"
+            )
     up, down = shapes_of(source, module, parts[LORA[0]], parts[LORA[1]])
     mid = parts.get(LORA[2])
     core = source.checkpoint[mid].shape if mid else ()
     if mid and (core[:2] != (up[1], down[0]) or math.prod(down[2:]) != 1):
-        raise InputError(f"{source.path}: {module}: its lora_mid {list(core)} does not fit up and down")
+        raise InputError(
+            f"{source.path}: {module}: lora_mid {list(core)} does not fit up and down; save the adapter again"
+        )
     kernel = core[2:] if mid else down[2:]
     shape = (up[0], down[1] * math.prod(kernel))
     scale = scale_in(source, parts.get("alpha", ""), down[0])
@@ -159,11 +170,13 @@ def shapes_of(source: Source, module: str, up_key: str, down_key: str) -> tuple[
     """Return the shapes of two factors, ``(out, r, 1, …)`` and ``(r, in, …)``.
 
     Raises:
-        InputError: They do not fit together.
+        InputError: Their shapes are inconsistent.
     """
     up, down = source.checkpoint[up_key].shape, source.checkpoint[down_key].shape
     if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
-        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together")
+        raise InputError(
+            f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together; save the adapter again"
+        )
     return up, down
 
 
@@ -180,5 +193,5 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Sc
 
 
 def stored(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
-    """Return a difference that the file holds in full."""
+    """Return a difference that is stored in full."""
     return read(checkpoint, key).reshape(site.shape)

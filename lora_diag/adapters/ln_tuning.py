@@ -1,4 +1,4 @@
-"""LN tuning: normalisation layers are trained in full and stored with their new values.
+"""LN tuning: normalization layers trained in full and stored with their new values.
 
 Reference: Zhao et al. 2023, https://arxiv.org/abs/2312.11420; ``peft.tuners.ln_tuning``.
 """

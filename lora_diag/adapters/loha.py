@@ -1,6 +1,6 @@
 """LoHa: ΔW = (w1_a·w1_b) ⊙ (w2_a·w2_b)·α/r, the Hadamard product of two low-rank matrices.
 
-Its rank can reach r², so it is computed in full. Convolutions may carry a core tensor each (Tucker form).
+Its rank can reach r², so it is computed in full. Convolutions may have core tensors (Tucker form).
 
 Reference: Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098; ``peft.tuners.loha``; LyCORIS ``modules/loha.py``.
 """
@@ -54,7 +54,10 @@ def rank_of(source: Source, module: str, parts: dict[str, str]) -> int:
     """
     missing = [part for part in FACTORS if part not in parts]
     if missing or len(set(CORES) & set(parts)) == 1:
-        raise InputError(f"{source.checkpoint.path}: {module} has no {', '.join(missing) or 'second core'}")
+        raise InputError(
+            f"{source.checkpoint.path}: {module} has no {', '.join(missing) or 'second core'}, so the file is "
+            "incomplete; save it again"
+        )
     return source.shape(parts["hada_w1_b"], 2)[0]
 
 
@@ -74,7 +77,10 @@ def hadamard(source: Source, weight: str, parts: dict[str, str], scale: Scale) -
         shape = (a1[1], b1[1] * math.prod(core[2:]))
         fits = (a1, b1) == (a2, b2) and core == cores["hada_t2"] and core[:2] == (a1[0], rank)
     if not fits:
-        raise InputError(f"{source.checkpoint.path}: the factors of {weight} do not fit together: {shapes | cores}")
+        raise InputError(
+            f"{source.checkpoint.path}: the factors of {weight} do not fit together: {shapes | cores}; save the "
+            "adapter again"
+        )
     load = partial(delta, source.checkpoint, dict(parts), scale)
     dtype = source.checkpoint[parts["hada_w1_a"]].dtype
     return Update(weight, shape, load, False, dtype, rank=rank, scale=scale.known)

@@ -1,4 +1,4 @@
-"""LoKr: ΔW = (w1 ⊗ w2)·α/r, a Kronecker product whose sides may themselves be products.
+"""LoKr: ΔW = (w1 ⊗ w2)·α/r, a Kronecker product whose sides may be products themselves.
 
 Reference: Yeh et al. 2023, https://arxiv.org/abs/2309.14859; ``peft.tuners.lokr``; LyCORIS ``modules/lokr.py``.
 """
@@ -45,7 +45,7 @@ def read_lokr(source: Source) -> Reading:
 
 
 def rank_of(source: Source, parts: dict[str, str]) -> int | None:
-    """Return the rank that the factors show; None if both sides are stored in full."""
+    """Return the rank of the factors; None if both sides are stored in full."""
     for part in ("lokr_w1_b", "lokr_w2_b"):
         if part in parts:
             return source.shape(parts[part], 2)[0]
@@ -60,7 +60,7 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale, 
         weight: Its name.
         parts: Its tensors.
         scale: s.
-        as_peft: Whether PEFT multiplies the sides, and not LyCORIS.
+        as_peft: Whether the sides are multiplied as by PEFT instead of LyCORIS.
 
     Raises:
         InputError: A side is incomplete.
@@ -78,25 +78,33 @@ def _side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -
     if side in parts:
         shape = source.checkpoint[parts[side]].shape
         if len(shape) < 2 or 0 in shape or (side == "lokr_w1" and len(shape) != 2):
-            raise InputError(f"{source.checkpoint.path}: {parts[side]} has the shape {list(shape)}; it is no matrix")
+            raise InputError(
+                f"{source.checkpoint.path}: {parts[side]} has shape {list(shape)}, not that of a matrix; save the "
+                "adapter again"
+            )
         return shape
     if f"{side}_a" not in parts or f"{side}_b" not in parts:
-        raise InputError(f"{source.checkpoint.path}: {weight} has neither {side} nor both of its factors")
+        raise InputError(
+            f"{source.checkpoint.path}: {weight} has neither {side} nor both of its factors, so the file is "
+            "incomplete; save it again"
+        )
     a, b = (source.shape(parts[f"{side}_{part}"], 2) for part in "ab")
     tucker = side == "lokr_w2" and "lokr_t2" in parts
     core = source.checkpoint[parts["lokr_t2"]].shape if tucker else (a[1], b[0])
     if core[:2] != ((a[0], b[0]) if tucker else (b[0], a[1])):
-        raise InputError(f"{source.checkpoint.path}: the factors of {side} of {weight} do not fit together")
+        raise InputError(
+            f"{source.checkpoint.path}: the factors of {side} of {weight} do not fit together; save the adapter again"
+        )
     return (a[1], b[1], *core[2:]) if tucker else (a[0], b[1])
 
 
 def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: bool, site: Site) -> torch.Tensor:
-    """Return s·(w1 ⊗ w2), laid out as W."""
+    """Return s·(w1 ⊗ w2) in the layout of W."""
     import torch
 
     w1, w2 = _side(checkpoint, parts, "lokr_w1"), _side(checkpoint, parts, "lokr_w2")
-    # PEFT 0.21.2 lets the sides of a Conv1d meet at their ends: w1's columns are multiplied into the kernel. Its model
-    # is trained with that and its merge agrees, so that is what the adapter does.
+    # PEFT 0.21.2 aligns the sides of a Conv1d at their ends, so that w1's columns multiply the kernel. Its model is
+    # trained with this and its merge agrees, so it is the behaviour of the adapter.
     if not (as_peft and w2.ndim == 3):
         w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
     return torch.kron(w1, w2.contiguous()).reshape(site.shape) * scale_of(checkpoint, scale)

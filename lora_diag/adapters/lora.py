@@ -1,4 +1,4 @@
-"""PEFT LoRA and what its config can turn it into: ΔW = s·B·A, s = α/r or, with rsLoRA, α/√r.
+"""PEFT LoRA and its variants by config: ΔW = s·B·A, s = α/r or, with rsLoRA, α/√r.
 
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
 https://arxiv.org/abs/2312.03732; ``peft.tuners.lora``.
@@ -32,21 +32,21 @@ PAIR, TABLE = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 PARTS = (*PAIR, *TABLE, "lora_magnitude_vector", "lora_diag")
 
 # PEFT merges the update of a MultiheadAttention's out_proj twice, in the forward pass and in the merge (peft 0.21.2,
-# since huggingface/peft#1324): measured, forward and merged weights agree to 6e-8 with a factor of 2.
+# since huggingface/peft#1324): measured forward and merged weights agree to 6e-8 with a factor of 2.
 OUT_PROJ_TIMES = 2.0
 OUT_PROJ = ".base_layer.out_proj"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """What one pair of factors changes.
+    """The target of one pair of factors.
 
     Args:
         module: Its module in the adapter's keys.
-        scaled_as: The module that PEFT's patterns are matched with.
+        scaled_as: The module name for PEFT's patterns.
         weight: The name of the weight.
         bias: The name of the bias.
-        times: How often PEFT adds the update.
+        times: Number of times that PEFT adds the update.
     """
 
     module: str
@@ -57,7 +57,7 @@ class Owner:
 
 
 def _owner(module: str, attentions: set[str]) -> Owner:
-    """Say what a module's factors change; ``attentions`` are the nn.MultiheadAttentions of the adapter."""
+    """Return the target of a module's factors; ``attentions`` are the nn.MultiheadAttentions of the adapter."""
     if module.endswith(OUT_PROJ):
         attention = module.removesuffix(OUT_PROJ)
         projection = f"{attention}.out_proj"
@@ -71,7 +71,7 @@ def read_lora(source: Source) -> Reading:
     """Read a PEFT LoRA adapter.
 
     Raises:
-        InputError: Its parts do not fit together or its config is not valid; what to do about it.
+        InputError: Its parts are inconsistent, or its config is invalid.
     """
     config = source.settings
     refuse_lora_variants(source)
@@ -109,7 +109,7 @@ def _attention_notes(modules: Modules) -> list[str]:
     if not doubled:
         return []
     return [
-        f"PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too "
+        "PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too "
         f"({len(doubled)} modules)"
     ]
 
@@ -153,7 +153,7 @@ def _thin(
     return thin_factors(source.checkpoint, b, a, known)
 
 
-# ``(out, in)``, what loads the factors, and the names of A and B.
+# ``(out, in)``, the loader of the factors, and the names of A and B.
 Found = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
 
 
@@ -174,19 +174,19 @@ def _linear(source: Source, module: str, parts: dict[str, str], rank: int, scale
     check_rank(source, module, a[0], rank, b[1])
     diagonal = parts.get("lora_diag")
     if diagonal is not None and source.shape(diagonal, 1) != (rank,):
-        raise InputError(f"{source.checkpoint.path}: {diagonal} must have {rank} entries")
+        raise InputError(f"{source.checkpoint.path}: {diagonal} must have {rank} entries; save the adapter again")
     return (b[0], a[1]), partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
 
 
 def _zero_factor(config: Config, a_key: str, b_key: str) -> str:
-    """Return the factor that starts at zero: B, but A for MiCA, which trains A alone."""
+    """Return the factor that is initialized to zero: B, or A for MiCA, which trains only A."""
     return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
 
 
 def linear_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, diagonal: str | None, site: Site
 ) -> Factors:
-    """Return s·B·diag(d) and A; of a convolution, A as the matrix ``(r, in·kh·kw)``."""
+    """Return s·B·diag(d) and A; for a convolution, A as the matrix ``(r, in·kh·kw)``."""
     b, a = (value.reshape(flat(tuple(value.shape))) for value in (read(checkpoint, b_key), read(checkpoint, a_key)))
     if diagonal is not None:
         b = b * read(checkpoint, diagonal)
@@ -227,7 +227,8 @@ def _blocked_shape(
     rank = a[0]
     if (in_a and a[0] % count) or (in_b and b[0] % count) or (b[1] * (count if in_b else 1)) != rank:
         raise InputError(
-            f"{source.checkpoint.path}: {module}: A {list(a)} and B {list(b)} do not divide into {count} blocks"
+            f"{source.checkpoint.path}: {module}: A {list(a)} and B {list(b)} do not divide into {count} blocks; "
+            "check the config"
         )
     return (b[0], a[1] * (count if in_a else 1)), rank
 
@@ -235,7 +236,7 @@ def _blocked_shape(
 def blocked_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, blocks: tuple[int, bool, bool], site: Site
 ) -> Factors:
-    """Return s·B and A with their stacked blocks set on the diagonal."""
+    """Return s·B and A with their stacked blocks on the diagonal."""
     import torch
 
     count, in_a, in_b = blocks

@@ -1,6 +1,6 @@
 """MLX (mlx-lm): ``adapters.safetensors`` beside a config with ``fine_tune_type``; ΔW = scale·(a·b)ᵀ, not divided by r.
 
-``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``: the other way round than PEFT's. DoRA's magnitudes are ``m``.
+``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``, transposed with respect to PEFT. DoRA's magnitudes are ``m``.
 
 Reference: ml-explore/mlx-lm ``mlx_lm/tuner/lora.py``, ``dora.py``.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def is_mlx(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
+    """Return whether this family reads the adapter."""
     if source.peft_type:
         return False
     named = any(name.endswith((".lora_a", ".lora_b")) for name in source.checkpoint)
@@ -35,7 +35,7 @@ def read_mlx(source: Source) -> Reading:
     """Read an MLX adapter.
 
     Raises:
-        InputError: The scale is not given, or the factors do not fit together.
+        InputError: The scale is missing, or the factors are inconsistent.
     """
     config = source.settings if source.given is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":
@@ -44,7 +44,8 @@ def read_mlx(source: Source) -> Reading:
     scale = settings.number("scale") if "scale" in settings else None
     if scale is None and source.given is None:
         raise InputError(
-            f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown; state --alpha"
+            f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown; give it with "
+            "--alpha"
         )
     modules, rest = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
     updates = [_update(source, module, parts, scale, settings) for module, parts in modules.items()]
@@ -58,13 +59,19 @@ def read_mlx(source: Source) -> Reading:
 
 def _update(source: Source, module: str, parts: dict[str, str], stated: float | None, settings: Config) -> Update:
     if "lora_a" not in parts or "lora_b" not in parts:
-        raise InputError(f"{source.path}: {module} has only {', '.join(sorted(parts))}; the file is incomplete")
+        raise InputError(
+            f"{source.path}: {module} has only {', '.join(sorted(parts))}, so the file is incomplete; save it again"
+        )
     a, b = (source.checkpoint[parts[part]].shape for part in ("lora_a", "lora_b"))
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
-        raise InputError(f"{source.path}: {module}: lora_a {list(a)} and lora_b {list(b)} are not (in, r) and (r, out)")
+        raise InputError(
+            f"{source.path}: {module}: lora_a {list(a)} and lora_b {list(b)} are not (in, r) and (r, out); save the "
+            "adapter again"
+        )
     if "rank" in settings and settings.integer("rank") != a[1]:
         raise InputError(
-            f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}"
+            f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}; "
+            "give the config that this adapter was trained with"
         )
     scale = stated if stated is not None else source.scale_without_alpha(a[1])
     load = partial(factors, source.checkpoint, parts["lora_b"], parts["lora_a"], scale)
@@ -74,7 +81,7 @@ def _update(source: Source, module: str, parts: dict[str, str], stated: float | 
     update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale, thin=thin)
     if "m" not in parts:
         return update
-    # An embedding is (vocab, dim), and m its rows' lengths.
+    # An embedding is (vocab, dim), and m holds the lengths of its rows.
     of_table = source.checkpoint[parts["m"]].numel == a[0] != b[1]
     return dora.with_lengths(update, source, parts["m"], by_column=of_table)
 

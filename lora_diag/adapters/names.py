@@ -1,10 +1,9 @@
-"""Matching the names of a model in memory (adapters, gradients) to the names on disk (BASE).
+"""Matching of names in memory (adapters, gradients) with names on disk (BASE).
 
-transformers 5 names modules differently from the files on the hub, wrappers add prefixes, and a mixture's experts are
-one tensor in memory and three per expert on disk. A name is tried, in this order: as it is; without its leading run
-of wrappers; without any wrapper; under the other name a module is known by; with ``_`` for its dots, as kohya writes
-it; as an expert's own matrices; and a tied head as the embedding. Whatever is found must be the only one of its kind
-and fit by shape.
+transformers 5 names modules differently from the files on the Hub, wrappers add prefixes, and a mixture's experts are
+one tensor in memory and three per expert on disk. A name is tried, in this order: unchanged; without leading wrappers;
+without any wrapper; under an alternative name of the module; with ``_`` for its dots, as in kohya; as an expert's own
+matrices; and a tied head as the embedding. A match must be unique and fit by shape.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import HEAD, matrices
 from lora_diag.records.names import RESIZABLE
 
-# First parts of names that only say in what a model is wrapped.
+# First parts of names that only denote a wrapper of the model.
 WRAPPERS = frozenset({
     "model", "language_model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "text_model",
     "backbone", "thinker", "bert", "roberta", "distilbert", "deberta", "electra", "albert", "gpt_neox", "vit", "unet",
@@ -26,17 +25,17 @@ WRAPPERS = frozenset({
     "resnet", "hubert", "wav2vec2",
 })  # fmt: skip
 
-# The same inside a name, where a tower of a larger model is wrapped once more.
+# The same within a name, if a tower of a larger model is wrapped again.
 INNER_WRAPPERS = WRAPPERS | {"vision_model"}
 
-# Those that name a kind of model or one of its towers; the others say nothing of what they wrap.
+# Wrappers that denote a kind of model or one of its towers; the others are neutral.
 TELLING_WRAPPERS = INNER_WRAPPERS - {
     "model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "backbone",
 }  # fmt: skip
 
 # In memory -> on disk, by model type: all replacements of a line together.
 DIALECTS = (
-    ((".mlp.", ".block_sparse_moe."),),  # Mixtral and its kin
+    ((".mlp.", ".block_sparse_moe."),),  # Mixtral and related models
     ((".mlp.router.", ".block_sparse_moe.gate."),),  # Phi-MoE
     ((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),  # Granite-MoE
     ((".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),),
@@ -67,7 +66,7 @@ DIALECTS = (
     ),
 )
 
-# A fused parameter -> the matrices of one expert that it is made of, first rows first.
+# A fused parameter -> the matrices of one expert that it consists of, first rows first.
 FUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
@@ -79,16 +78,16 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one matrix, or some rows of one, lies in BASE.
+    """The location in BASE of one matrix, or of some of its rows.
 
     Args:
-        layer: What to call it.
+        layer: Its name.
         name: The tensor.
-        shape: As it is stored: ``(rows, columns)``, or ``(n,)``.
+        shape: Its stored shape: ``(rows, columns)``, or ``(n,)``.
         offset: Its first entry in the tensor.
-        index: Which matrix of the wanted stack it is; 0 unless that is a stack.
-        rows: Which rows of that matrix it is; None for all.
-        into: Which rows of the layer it makes up, where it is a part of one; None for all.
+        index: Its index in the requested stack; 0 without a stack.
+        rows: Its rows in that matrix; None for all.
+        into: Its rows in the layer, if it is a part of one; None for all.
         whole: The stored tensor's own shape.
     """
 
@@ -105,16 +104,16 @@ class Place:
 def match_names(
     wanted: Mapping[str, Shape], base: Checkpoint, transposed: bool = False, parts: bool = False
 ) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
-    """Find every wanted weight in BASE.
+    """Find requested weights in BASE.
 
     Args:
-        wanted: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for a dimension that is not known.
-        base: Where to look.
-        transposed: Whether ``(in, out)`` fits, too.
-        parts: Whether a weight may be a part of a stored one: one expert's of a stack.
+        wanted: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for an unknown dimension.
+        base: The base checkpoint.
+        transposed: Whether ``(in, out)`` also fits.
+        parts: Whether a weight may be a part of a stored one: one expert of a stack.
 
     Returns:
-        For each name found, its places in the order of the stack and of the rows; for the others, why not.
+        For each name found, its locations in the order of the stack and of the rows; for the others, the reason.
     """
     index = _Index(base)
     found: dict[str, tuple[Place, ...]] = {}
@@ -129,7 +128,7 @@ def match_names(
 
 
 def canonical(name: str) -> str:
-    """Return a name without its leading run of wrappers.
+    """Return a name without its leading wrappers.
 
     >>> canonical("model.language_model.layers.0.mlp.up_proj.weight")
     'layers.0.mlp.up_proj.weight'
@@ -141,7 +140,7 @@ def canonical(name: str) -> str:
 
 
 def bare(name: str) -> str:
-    """Return a name without any wrapper, wherever it stands.
+    """Return a name without any wrapper.
 
     >>> bare("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight")
     'vision_tower.encoder.layers.0.mlp.fc1.weight'
@@ -150,12 +149,12 @@ def bare(name: str) -> str:
 
 
 def is_same_part(one: str, other: str, alone: bool) -> bool:
-    """Say whether two names that are alike without their wrappers mean the same part of one model.
+    """Return whether two names that are equal without wrappers denote the same part of one model.
 
     Args:
         one: A name.
         other: The name on the other side.
-        alone: Whether nothing else there is called the same without its wrappers.
+        alone: Whether no other name on that side is equal without wrappers.
 
     >>> is_same_part("text_model.fc.weight", "vision_model.fc.weight", alone=True)
     False
@@ -167,7 +166,7 @@ def is_same_part(one: str, other: str, alone: bool) -> bool:
 
 
 def flattened(name: str) -> str:
-    """Return a name as kohya writes it, with ``_`` for every dot within the module.
+    """Return a name in kohya's form, with ``_`` for every dot within the module.
 
     >>> flattened("down_blocks.0.resnets.0.conv1.weight")
     'down_blocks_0_resnets_0_conv1.weight'
@@ -177,7 +176,7 @@ def flattened(name: str) -> str:
 
 
 def dialects(name: str) -> Iterator[str]:
-    """Yield a name as it is, and as the model types that store it otherwise write it.
+    """Yield a name unchanged, and in the forms of model types that store it differently.
 
     >>> list(dialects("model.layers.0.mlp.gate.weight"))[:2]
     ['model.layers.0.mlp.gate.weight', 'model.layers.0.block_sparse_moe.gate.weight']
@@ -192,7 +191,7 @@ def dialects(name: str) -> Iterator[str]:
 
 
 class _Index:
-    """The names of BASE, by each way of writing them."""
+    """The names of BASE, in each form."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
@@ -210,7 +209,7 @@ class _Index:
                 leaves.setdefault(found["leaf"], {})[int(found["index"])] = name
 
     def lookups(self, name: str) -> Iterator[list[str]]:
-        """Yield the stored names that a name may mean, the surest way of reading it first."""
+        """Yield the stored names that may match a name, the most certain first."""
         for candidate in dialects(name):
             yield [candidate] if candidate in self.base else []
             yield self.canonical.get(canonical(candidate), [])
@@ -220,7 +219,7 @@ class _Index:
 
 
 def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Place, ...] | str:
-    """Return the places of one wanted weight, or why there are none."""
+    """Return the locations of one requested weight, or the reason why there are none."""
     problem = "BASE has no weight of this name"
     for names in index.lookups(name):
         fitting = [stored for stored in names if _fits(stored, shape, index.base[stored].shape, transposed)]
@@ -251,7 +250,7 @@ def _equal(wanted: Shape, stored: tuple[int, ...]) -> bool:
 
 
 def _fits(name: str, wanted: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
-    """Say whether a stored weight can be the wanted one."""
+    """Return whether a stored weight may be the requested one."""
     if _equal(wanted, stored):
         return True
     if len(wanted) == 2 and len(stored) > 2:
@@ -272,13 +271,13 @@ def _places(name: str, wanted: Shape, stored: tuple[int, ...], layer: str = "") 
     shape = flat(stored) if len(stored) > 1 else stored
     rows = None
     if len(wanted) == 2 and wanted[0] is not None and wanted[1] == shape[1] and wanted[0] != shape[0]:
-        common = min(wanted[0], shape[0])  # a table whose vocabulary grew or shrank
+        common = min(wanted[0], shape[0])  # an embedding with a resized vocabulary
         shape, rows = (common, shape[1]), (0, common)
     return (Place(layer or name, name, shape, rows=rows, whole=stored),)
 
 
 def _expert_places(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]:
-    """Return the places of a fused parameter in a BASE that stores every expert by itself."""
+    """Return the locations of a fused parameter in a BASE that stores experts separately."""
     owner, _, leaf = name.rpartition(".")
     if len(wanted) != 3 or leaf not in FUSED:
         return ()
@@ -314,7 +313,7 @@ def _pieces(
 
 
 def _part_of_stack(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]:
-    """Return the place of one expert's matrix in a BASE that stores all experts as one tensor."""
+    """Return the location of one expert's matrix in a BASE that stores all experts as one tensor."""
     found = EXPERT.fullmatch(name)
     if found is None or len(wanted) != 2 or wanted[0] is None:
         return ()

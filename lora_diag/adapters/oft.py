@@ -1,4 +1,4 @@
-"""OFT: the inputs of a layer are rotated, W_tuned = W·Rᵀ, with R orthogonal and block-diagonal; of an embedding W·R.
+"""OFT: rotation of a layer's inputs, W_tuned = W·Rᵀ, with R orthogonal and block-diagonal; for an embedding W·R.
 
 Each block is made of a skew-symmetric Q, whose upper triangle is stored: the Cayley transform (I − Q)(I + Q)⁻¹, or the
 first terms of the Neumann series I + 2Q + 2Q² + … of its inverse (I + Q)(I − Q)⁻¹; PEFT uses both with the same R.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# What a rotation is called in a layer and in an embedding.
+# Name of a rotation in a layer and in an embedding.
 LAYER, TABLE = "oft_R", "oft_embedding_R"
 
 # PEFT's default is 5; each term is a product of all blocks.
@@ -35,15 +35,17 @@ def read_oft(source: Source) -> Reading:
     """Read a PEFT OFT adapter.
 
     Raises:
-        InputError: It uses a constraint that is not read, or its parts do not fit together.
+        InputError: It uses an unsupported constraint, or its parts are inconsistent.
     """
     config = source.settings
     if config.flag("coft"):
-        raise InputError(f"{source.path}: constrained OFT (coft=true) is not read: {MERGE}")
+        raise InputError(f"{source.path}: constrained OFT (coft=true) is not supported; {MERGE}")
     modules, rest = by_module(source.checkpoint, (LAYER, TABLE), source.path)
     terms = config.integer("num_cayley_neumann_terms", 5) if config.values.get("use_cayley_neumann", True) else 0
     if terms > MAX_TERMS:
-        raise InputError(f"{config.path}: num_cayley_neumann_terms {terms} is beyond {MAX_TERMS}")
+        raise InputError(
+            f"{config.path}: num_cayley_neumann_terms {terms} is above the limit of {MAX_TERMS}; check the config"
+        )
     updates = tuple(_update(source, module, parts, terms) for module, parts in modules.items())
     return with_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, rest)
 
@@ -54,12 +56,13 @@ def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> U
     size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
     if size * (size - 1) // 2 != shape[1]:
         raise InputError(
-            f"{source.checkpoint.path}: {key} has the shape {list(shape)}, which is not (blocks, b(b-1)/2); it may "
-            f"come from an older PEFT: {MERGE}"
+            f"{source.checkpoint.path}: {key} has shape {list(shape)} instead of (blocks, b(b-1)/2), possibly from "
+            f"an older PEFT; {MERGE}"
         )
     if source.settings.flag("block_share") and shape[0] != 1:
         raise InputError(
-            f"{source.checkpoint.path}: {key} has {shape[0]} blocks, but block_share says that all are one"
+            f"{source.checkpoint.path}: {key} has {shape[0]} blocks, but block_share means a single one; check the "
+            "config"
         )
     wanted: Shape = (None, None if source.settings.flag("block_share") else shape[0] * size)
     load = partial(delta, source.checkpoint, key, size, terms, part == TABLE)
@@ -67,7 +70,7 @@ def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> U
 
 
 def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, site: Site) -> torch.Tensor:
-    """Return W·Rᵀ − W, of a table W·R − W, block by block of W's columns."""
+    """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns."""
     import torch
 
     upper = read(checkpoint, key)
@@ -80,7 +83,10 @@ def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, 
         change = change.transpose(1, 2)
     w = site.weight()
     if w.shape[1] % size:
-        raise InputError(f"{checkpoint.path}: {key}: blocks of {size} do not divide the {w.shape[1]} columns of BASE")
+        raise InputError(
+            f"{checkpoint.path}: {key}: blocks of {size} do not divide the {w.shape[1]} columns of BASE; check that it "
+            "belongs to this BASE"
+        )
     blocks = w.reshape(w.shape[0], -1, size)
     rotated: torch.Tensor = torch.einsum("obi,bji->obj", blocks, change.expand(blocks.shape[1], -1, -1))
     return rotated.reshape(w.shape)
@@ -94,7 +100,7 @@ def _cayley(q: torch.Tensor, terms: int) -> torch.Tensor:
     if terms == 0:
         exact: torch.Tensor = torch.linalg.solve(eye + q, eye - q, left=False)
         return exact
-    # As PEFT sums it: two terms are I + 2Q, three and four are both I + 2Q + 2Q² + Q³, and so on.
+    # As summed by PEFT: two terms are I + 2Q, three and four are both I + 2Q + 2Q² + Q³, and so on.
     last = max(terms - 1, 3) if terms > 2 else terms - 1
     result, power = eye.clone(), eye
     for exponent in range(1, last + 1):

@@ -1,8 +1,8 @@
-"""Whether BASE stores a weight ``(out, in)``, as ``nn.Linear``, or ``(in, out)``, as the ``Conv1D`` of GPT-2.
+"""Orientation of weights in BASE: ``(out, in)``, as ``nn.Linear``, or ``(in, out)``, as the ``Conv1D`` of GPT-2.
 
-``fan_in_fan_out`` in an adapter's config is no witness: PEFT overwrites it layer by layer while it injects, so the
-kind of the last layer is saved for all. Shapes decide; a square weight is judged by its namesakes in other places
-(``mlp.c_proj`` tells ``attn.c_proj``), then by its neighbours in the block, and only then by the flag.
+``fan_in_fan_out`` in an adapter's config is unreliable: PEFT overwrites it layer by layer during injection, so that the
+kind of the last layer is saved for all. Shapes decide; a square weight takes the orientation of weights of the same
+name elsewhere (``mlp.c_proj`` for ``attn.c_proj``), then of its block, and only then of the flag.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_diag.records.names import depth_of
 
 
 class Orientation:
-    """What BASE's shapes say about ``(in, out)`` storage.
+    """Evidence of BASE's shapes for ``(in, out)`` storage.
 
     Args:
         base: The base.
@@ -34,7 +34,7 @@ class Orientation:
                     counts[vote] += 1
 
     def in_out(self, name: str, wanted: Shape, stored: tuple[int, ...]) -> bool:
-        """Return whether a weight is stored ``(in, out)``."""
+        """Return whether a weight is stored as ``(in, out)``."""
         if len(wanted) != 2 or len(stored) != 2:
             return False
         plain = _agrees(wanted, stored)
@@ -52,13 +52,13 @@ def _agrees(wanted: Shape, stored: tuple[int, ...]) -> bool:
 
 
 def _groups(name: str) -> tuple[str, str]:
-    """Return what a weight shares with its namesakes, and with its block."""
+    """Return the groups of a weight: its name elsewhere, and its block."""
     parts = name.split(".")
     return f"leaf {'.'.join(parts[-2:])}", f"block {depth_of(name)}"
 
 
 def _witness(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
-    """Return whether a weight that is not square is stored ``(in, out)``; None if nothing tells."""
+    """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
     wanted = shapes.get(name)
     if wanted is not None and len(wanted) == 2 and _agrees(wanted, stored) != _agrees(wanted[::-1], stored):

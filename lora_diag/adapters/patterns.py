@@ -1,8 +1,8 @@
-r"""``rank_pattern`` and ``alpha_pattern``: PEFT's rule for a value that differs by module, and a guard around it.
+r"""``rank_pattern`` and ``alpha_pattern``: PEFT's rule for values that differ by module; slow patterns are refused.
 
-A key k speaks for module m iff ``re.match(rf"(.*\.)?({k})$", m)``; the first key in the order of the file wins
-(``peft.utils.other.get_pattern_key``). The keys are regular expressions that come with a download, and Python's
-engine backtracks, so that one of them can take years; keys whose worst case is not small are refused.
+A key k matches module m iff ``re.match(rf"(.*\.)?({k})$", m)``; the first key in the order of the file wins
+(``peft.utils.other.get_pattern_key``). The keys are regular expressions that come with a download, and Python's engine
+backtracks, so that matching can take years; keys with a large worst case are rejected.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lora_diag.adapters.keys import is_named
 from lora_diag.adapters.source import Config, is_number
 from lora_diag.errors import InputError
 
-# Longest key, and the worst case in steps of the engine over all modules: about 10 s.
+# Longest key, and the limit of the worst case in engine steps over all modules: about 10 s.
 MAX_LENGTH = 1000
 MAX_STEPS = 2e9
 
-# An escape, a character class, the opening of a group, a counted repeat, or one character.
+# An escape, a character class, the start of a group, a counted repeat, or one character.
 TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[^()]*?[:=!>]|\{\d*,?\d*\}|.", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One table of the config, its keys compiled.
+    """One pattern table of the config, with compiled keys.
 
     Args:
         key: ``rank_pattern`` or ``alpha_pattern``.
@@ -39,12 +39,12 @@ class Pattern:
     entries: tuple[tuple[str, re.Pattern[str], float], ...]
 
     def matches(self, module: str) -> list[tuple[str, float]]:
-        """Return the keys that speak for a module and their values, the deciding one first."""
+        """Return the keys that match a module and their values, the deciding one first."""
         found = [(text, value) for text, compiled, value in self.entries if compiled.match(module)]
         return found or [(text, value) for text, _, value in self.entries if text == module]
 
     def notes(self, modules: Iterable[str]) -> list[str]:
-        """Say which keys match nothing, and which modules are claimed by keys that disagree."""
+        """Return notes on keys that match nothing, and on modules matched by contradicting keys."""
         if not self.entries:
             return []
         matches = {module: self.matches(module) for module in modules}
@@ -56,8 +56,8 @@ class Pattern:
             claims = ", ".join(f"{text!r} = {value:g}" for text, value in found)
             notes.append(
                 f"{self.key}: {len(disputed)} modules are matched by keys with different values, such as {module} "
-                f"({claims}); the first in the file decides, and PEFT sorts keys when it saves, so training may have "
-                "used another"
+                f"({claims}); the first in the file decides, and PEFT sorts keys when it saves, so training may "
+                "have used another"
             )
         return notes
 
@@ -68,7 +68,7 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
     Args:
         config: The adapter's config.
         key: ``rank_pattern`` or ``alpha_pattern``.
-        modules: The names it will be matched with; the guard counts them.
+        modules: The names to match; their number enters the worst case.
 
     Raises:
         InputError: A key is not a regular expression or could take too long; a value is not a finite number.
@@ -90,8 +90,8 @@ def _compile(text: str, where: str, lengths: list[int]) -> re.Pattern[str]:
             compiled = re.compile(rf"(.*\.)?({text})$") if len(text) <= MAX_LENGTH else None
         if compiled is None or sum(worst_case(text, length) for length in lengths) > MAX_STEPS:
             raise InputError(
-                f"{where}: the key {text[:80]!r} could take too long to match (repeated groups that can match in many "
-                "ways, or too many wildcards); write it more simply"
+                f"{where}: the key {text[:80]!r} could take too long to match (nested repeats, or too many "
+                "wildcards); simplify it"
             )
         return compiled
     except (re.error, OverflowError, RecursionError) as error:
@@ -99,11 +99,11 @@ def _compile(text: str, where: str, lengths: list[int]) -> re.Pattern[str]:
 
 
 def worst_case(text: str, length: int) -> float:
-    r"""Bound the number of ways in which a backtracking engine can try a pattern on a name.
+    r"""Return an upper bound on the number of ways in which a backtracking engine can match a pattern with a name.
 
     q repeats, with the one that PEFT puts in front, split a name of n characters in at most C(n+q, q) ways; every
-    optional part doubles it, a group of k alternatives multiplies it by k. A repeat around something that itself can
-    match in several ways is exponential in n, and counted as infinite.
+    optional part doubles it, a group of k alternatives multiplies it by k. A repeat of a group that can match in
+    several ways is exponential in n, and counted as infinite.
 
     >>> worst_case(r"model\.layers\.0\.(q|k)_proj", 40)
     82.0
@@ -112,8 +112,8 @@ def worst_case(text: str, length: int) -> float:
     """
     unbounded, ways = 1, 1.0
     alternatives = [1]  # per open group
-    choice = [False]  # per open group: can what is in it match in several ways?
-    after_choice = False  # whether the item before is a group with such a choice
+    choice = [False]  # per open group: whether its content can match in several ways
+    after_choice = False  # whether the previous item is a group with such a choice
     for token in TOKEN.findall(text):
         repeat = token in {"*", "+", "?"} or (token[0] == "{" and len(token) > 2)
         if repeat and after_choice and token != "?":
@@ -139,7 +139,7 @@ def worst_case(text: str, length: int) -> float:
 
 
 def is_target(module: str, names: str | list[str], path: Path) -> bool:
-    """Say whether PEFT takes a module for one of its targets: equal to a name, or ending in ``.`` and one of them.
+    """Return whether a module is one of PEFT's targets: equal to a name, or ending in ``.`` and a name.
 
     Args:
         module: Its path.
@@ -158,10 +158,10 @@ def is_target(module: str, names: str | list[str], path: Path) -> bool:
 
 
 def module_targets(config: Config, modules: Iterable[str]) -> str | list[str]:
-    """Return ``target_modules``, safe to be matched with these modules.
+    """Return ``target_modules`` after checking that matching is fast.
 
     Raises:
-        InputError: They are none, or could take too long to match.
+        InputError: They are invalid, or could take too long to match.
     """
     names = config.values.get("target_modules") or []
     if not isinstance(names, str):
@@ -169,7 +169,5 @@ def module_targets(config: Config, modules: Iterable[str]) -> str | list[str]:
             raise InputError(f"{config.path}: target_modules must be names or one regular expression, not {names!r}")
         return names
     if sum(worst_case(names, len(module)) for module in modules) > MAX_STEPS:
-        raise InputError(
-            f"{config.path}: target_modules could take too long to match; write it more simply, or as a list"
-        )
+        raise InputError(f"{config.path}: target_modules could take too long to match; simplify it, or give a list")
     return names

@@ -1,4 +1,4 @@
-"""An adapter and a BASE → named ΔW: every update is put where its weight lies, or listed with the reason why not."""
+"""An adapter and a BASE → named ΔW: every update is matched with its weight, or skipped with the reason."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 # Of a GGUF adapter without BASE.
 LLAMA_ROWS = "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value depends on it"
 
-# How many names a message gives.
+# Maximum number of names in a message.
 SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One update at its place in BASE.
+    """One update and its location in BASE.
 
     Args:
         update: The update.
-        place: Where its weight lies.
-        site: What the loader is given.
-        base: Where the whole layer lies; None without a BASE, or where its numbers cannot be read.
+        place: Location of its weight.
+        site: Argument of the loader.
+        base: Location of the whole layer; None without a BASE, or if it cannot be read.
     """
 
     update: Update
@@ -68,21 +68,21 @@ def place(
     exclude: str | None = None,
     allow_unmatched: bool = False,
 ) -> tuple[Pairing, list[str]]:
-    """Turn an adapter into named ΔW.
+    """Return the named ΔW of an adapter.
 
     Args:
         source: The adapter.
-        reading: What is in it.
+        reading: Its contents.
         base: The checkpoint it was trained on; None to measure the adapter alone.
         layers: Regular expression; only layers whose name contains a match.
         exclude: Regular expression; no layers whose name contains a match.
-        allow_unmatched: Whether to leave out what BASE has no weight for, instead of stopping.
+        allow_unmatched: Whether to skip updates without a weight in BASE, instead of raising an error.
 
     Returns:
-        The ΔW and what is left out, and notes.
+        The ΔW, the skipped tensors, and notes.
 
     Raises:
-        InputError: BASE has no weight for some of it, or something needs a BASE and there is none.
+        InputError: BASE has no weight for an update, or an update needs BASE and there is none.
         NothingComparedError: Nothing is selected.
         UsageError: A regular expression is not valid.
     """
@@ -107,18 +107,17 @@ def _unmatched(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str
     shown = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     more = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return (
-        f"{source.path}: {len(missing)} of its weights are not in {base.path}: {shown}{more}. Is this the base it was "
-        "trained on? BASE has names like "
-        f"{min(base)}. --allow-unmatched lists them as left out and measures the others"
+        f"{source.path}: {len(missing)} of its weights are not in {base.path}: {shown}{more} (BASE has names like "
+        f"{min(base)}); give the base it was trained on, or skip these weights with --allow-unmatched"
     )
 
 
 def _nothing(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
     needs = next((item for item in unpaired if item.reason == "needs_base"), None)
     if needs is not None and all(item.reason == "needs_base" for item in unpaired):
-        return InputError(f"{source.path}: {needs.layer}: {needs.detail}: loradiag spectrum BASE {source.path}")
+        return InputError(f"{source.path}: {needs.layer}: {needs.detail}; run loradiag spectrum BASE {source.path}")
     reasons = ", ".join(sorted({item.reason for item in unpaired})) or "it holds none"
-    return NothingComparedError(f"{source.path}: no weight of the adapter was left to measure ({reasons})")
+    return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({reasons})")
 
 
 def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
@@ -143,7 +142,7 @@ def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired
 
 
 def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter against its BASE, what has no place there, and notes."""
+    """Return the ΔW of an adapter relative to its BASE, the skipped updates, and notes."""
     copies, values = _sort_values(source, reading, base)
     pieces, missing = _pieces(source, reading, base)
     unpaired = [
@@ -166,27 +165,25 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     notes = [f"adapts {len(touched)} of {len(base)} tensors of BASE"]
     tied = sorted({piece.place.layer for piece in pieces if "lm_head" in piece.place.layer != piece.place.name})
     notes += [
-        f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge adds it to "
-        "the one stored weight"
+        f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge adds it "
+        "to the one stored weight"
         for layer in tied
     ]
     return [*deltas, *more], [*unpaired, *left_out], notes
 
 
 def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
-    """Refuse updates of different weights that BASE has only one weight for."""
+    """Refuse updates of different weights that share one weight in BASE."""
     taken: dict[tuple[int, int] | None, str] = {}
     for piece in pieces:
         key = piece.place.into
         if taken.setdefault(key, piece.update.weight) != piece.update.weight or (None in taken and len(taken) > 1):
             both = " and ".join(sorted({other.update.weight for other in pieces})[:2])
-            raise InputError(
-                f"{source.path}: {both} are both {layer} in BASE; give the part of the model that each belongs to"
-            )
+            raise InputError(f"{source.path}: {both} are both {layer} in BASE; give the matching part of the model")
 
 
 def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
-    """Match every update with BASE and settle its orientation."""
+    """Match every update with BASE and determine its orientation."""
     wanted = dict(update.wanted for update in reading.updates)
     found, missing = match_names(wanted, base, transposed=True, parts=True)
     shapes = {
@@ -211,7 +208,7 @@ def _in_out(update: Update, spot: Place, orientation: Orientation, model_type: s
     if update.in_out is None:
         return orientation.in_out(spot.name, update.shape, spot.whole)
     if spot.rows is not None or len(spot.whole) != 3:
-        return False  # an expert stored by itself is a Linear
+        return False  # an expert stored separately is a Linear
     out, columns = update.shape
     return update.in_out(model_type) if out == columns else spot.shape != (out, columns)
 
@@ -223,21 +220,21 @@ def _piece(update: Update, spot: Place, base: Checkpoint, in_out: bool) -> Piece
         side = replace(layer, offset=layer.offset + spot.into[0] * spot.shape[1])
     if side is None and update.needs_weight:
         raise InputError(
-            f"{base.file_of(spot.name)}: {spot.name} is stored as {base[spot.name].dtype}, and {update.needs_weight} "
-            "needs it as a float: give the unquantized base"
+            f"{base.file_of(spot.name)}: {spot.name} is stored as {base[spot.name].dtype}, but "
+            f"{update.needs_weight} needs a float weight; give the unquantized base"
         )
     stored = spot.shape if spot.into is None else (spot.into[1] - spot.into[0], spot.shape[1])
     shape = stored[::-1] if in_out else stored
     if update.expert is None and spot.rows is not None and not update.factored:
         raise InputError(
-            f"{spot.name} has another vocabulary in BASE than in the adapter, and its update "
-            "needs all rows: give the base with the resized vocabulary"
+            f"{spot.name} has another vocabulary size in BASE than in the adapter, but its update needs all rows; "
+            "give the base with the resized vocabulary"
         )
     return Piece(update, spot, Site(shape, side, in_out), layer)
 
 
 def _model_type(base: Checkpoint, source: Source) -> str:
-    """Return the model's type in transformers' words, from BASE's config or from the adapter's; empty if unknown."""
+    """Return transformers' model type from BASE's config or from the adapter's; empty if unknown."""
     if isinstance(name := base.config.get("model_type"), str):
         return name
     mapping = source.config.table("auto_mapping") if source.config is not None else {}
@@ -245,7 +242,7 @@ def _model_type(base: Checkpoint, source: Source) -> str:
 
 
 def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
-    """Return the ΔW of one layer from the updates that act on it."""
+    """Return the ΔW of one layer from its updates."""
     first = pieces[0]
     shape = first.place.shape if len(first.place.shape) == 2 else (1, first.place.shape[0])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
@@ -265,7 +262,7 @@ def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor]
 
 
 def load_factors(pieces: list[Piece]) -> Factors:
-    """Return B and A of a layer as it is stored; of several updates, side by side."""
+    """Return B and A of a layer in its stored orientation; several updates are concatenated."""
     import torch
 
     factors = [_factors(piece) for piece in pieces]
@@ -284,7 +281,7 @@ def _factors(piece: Piece) -> Factors:
 
 
 def _into_layer(part: torch.Tensor, spot: Place) -> torch.Tensor:
-    """Return a part of a layer's rows among all of them, the others zero."""
+    """Return a part of a layer's rows as a full matrix with zeros elsewhere."""
     if spot.into is None:
         return part
     whole = part.new_zeros(spot.shape[0], part.shape[1])
@@ -293,7 +290,7 @@ def _into_layer(part: torch.Tensor, spot: Place) -> torch.Tensor:
 
 
 def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> torch.Tensor:
-    """Return ΔW of a layer as it is stored, float32."""
+    """Return ΔW of a layer in its stored orientation, float32."""
     total = None
     for piece in pieces:
         if piece.update.factored:
@@ -310,7 +307,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
 
 
 def _added_rows(piece: Piece) -> Iterator[Unpaired]:
-    """Say which vocabulary rows only the adapter or only BASE has."""
+    """Return a note on vocabulary rows that only the adapter or only BASE has."""
     wanted, spot = piece.update.shape[0], piece.place
     if piece.update.expert is not None or spot.rows is None or wanted is None:
         return
@@ -322,7 +319,7 @@ def _added_rows(piece: Piece) -> Iterator[Unpaired]:
 
 
 def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[dict[str, NewValue], list[NewValue]]:
-    """Tell copies of BASE that differ from it (by their names in BASE) from new values; equal copies are dropped."""
+    """Split stored values into differing copies of BASE, by name, and new values; equal copies are dropped."""
     copies: dict[str, NewValue] = {}
     for value in reading.values:
         if value.is_copy:
@@ -334,7 +331,7 @@ def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[di
 
 
 def _same(source: Source, key: str, base: Checkpoint, name: str) -> bool:
-    """Say whether a tensor of the adapter is BASE's, number for number."""
+    """Return whether a tensor of the adapter equals BASE's."""
     import torch
 
     before, after = base[name], source.checkpoint[key]
@@ -346,13 +343,13 @@ def _same(source: Source, key: str, base: Checkpoint, name: str) -> bool:
 
 
 def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
-    """Return how far the base that the adapter was saved with is from BASE, on the rows that both have."""
+    """Return the difference of the adapter's saved base from BASE, on common rows."""
     count = math.prod(site.shape)
     return as_float64(checkpoint.read(key, 0, count)).view(site.shape) - site.weight()
 
 
 def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tuple[list[StoredDelta], list[Unpaired]]:
-    """Pair the weights that the adapter holds in full with BASE."""
+    """Pair the weights stored in full in the adapter with BASE."""
     wanted: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
     found, missing = match_names(wanted, base)
     deltas: list[StoredDelta] = []
@@ -373,7 +370,7 @@ def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tup
                 deltas.append(StoredDelta(spot.layer, (1, spot.shape[0]), before, after, is_matrix=False))
             else:
                 deltas.append(StoredDelta(spot.layer, (spot.shape[0], spot.shape[1]), before, after))
-                if spot.rows is not None and len(shape) == 2:  # of experts they are those of one matrix in the stack
+                if spot.rows is not None and len(shape) == 2:  # for experts, those of one matrix in the stack
                     unpaired.append(added_rows(spot.layer, before, after))
             offset += math.prod(spot.shape)
     return deltas, unpaired

@@ -1,4 +1,4 @@
-"""An adapter → one that every program scales alike: one rank, α = r, the scaling in B, plain names, no patterns.
+"""An adapter → one that every program scales alike: one rank, α = r, scaling in B, plain names, no patterns.
 
 Factors of a lower rank are filled up with zeros: B·A stays what it is, and α/r and α/√… are 1 whatever a program
 divides by, as long as it is α = r over that one rank. What is no pair of factors has no place in it.

@@ -1,7 +1,7 @@
-"""Adapters that are not read, each by its name and with the way out.
+"""Unsupported adapters, each with a fix.
 
-Either they change no weight, or what they change depends on the input, on random numbers that the file does not hold,
-or on a base that was changed when training began.
+They change no weight, or their change depends on the input, on random numbers that are not in the file, or on a base
+that was changed at the start of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MERGE_FIRST = {
     "ADAMSS",
 }  # fmt: skip
 
-# Initialisations of LoRA after which the base was no longer the one that the adapter names.
+# LoRA initializations after which the base differs from the one named by the adapter.
 CHANGED_BASE = {
     "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "pissa_niter": "PiSSA with a randomised SVD",
 }  # fmt: skip
@@ -31,22 +31,23 @@ def refuse_unread(source: Source) -> None:
     """Refuse an adapter that no family reads.
 
     Raises:
-        InputError: Always; it says what the adapter is and what to do.
+        InputError: Always, with the kind of adapter and a fix.
     """
     name = source.peft_type
     if name in CHANGES_NO_WEIGHT:
         raise InputError(
-            f"{source.path}: {name} adds virtual tokens or key-value prefixes and changes no weight, so there is no ΔW "
-            "to measure"
+            f"{source.path}: {name} adds virtual tokens or key-value prefixes and changes no weight, so there is no "
+            "ΔW; give another adapter"
         )
     if name in DEPENDS_ON_INPUT:
         raise InputError(
-            f"{source.path}: what {name} adds to a weight depends on the input, so there is no single ΔW to measure"
+            f"{source.path}: the change of a weight by {name} depends on the input, so there is no single ΔW; give "
+            "another adapter"
         )
     if name in MERGE_FIRST:
-        raise InputError(f"{source.path}: the adapter type {name} is not read: {MERGE}")
+        raise InputError(f"{source.path}: the adapter type {name} is not supported; {MERGE}")
     if name:
-        raise InputError(f"{source.path}: unknown adapter type {name}; if peft knows it: {MERGE}")
+        raise InputError(f"{source.path}: unknown adapter type {name}; if peft supports it, {MERGE}")
     if source.config is not None:
         raise InputError(
             f"{source.config.path}: does not say which type of adapter it is (no peft_type), so r and alpha are not "
@@ -56,21 +57,24 @@ def refuse_unread(source: Source) -> None:
 
 
 def refuse_lora_variants(source: Source) -> None:
-    """Refuse the variants of PEFT LoRA that have no ΔW of their own or one that the files do not tell.
+    """Refuse variants of PEFT LoRA without a ΔW, or with one that the files do not determine.
 
     Raises:
-        InputError: It is one of them.
+        InputError: The adapter is such a variant.
     """
     config = source.settings
     start = config.text("init_lora_weights").lower()
     for prefix, name in CHANGED_BASE.items():
         if start.startswith(prefix):
             raise InputError(
-                f"{source.path}: was initialised with {name}, which changes the base weights in a way that the files "
-                "do not record, so ΔW against BASE is unknown: save it with "
-                "path_initial_model_for_weight_conversion, or pass the merged checkpoint"
+                f"{source.path}: was initialized with {name}, which changes the base weights without recording it, "
+                "so ΔW relative to BASE is unknown; save it with path_initial_model_for_weight_conversion, or pass "
+                "the merged checkpoint"
             )
     if config.flag("use_qalora"):
         raise InputError(f"{source.path}: QA-LoRA acts on pooled inputs; {MERGE}")
     if config.flag("arrow_config"):
-        raise InputError(f"{source.path}: Arrow routes each token over several adapters, so there is no single ΔW")
+        raise InputError(
+            f"{source.path}: Arrow routes each token over several adapters, so there is no single ΔW; measure the "
+            "adapters one by one"
+        )

@@ -1,4 +1,4 @@
-"""``layer_replication``: a model that uses some of its base's layers several times, each copy with its own factors.
+"""``layer_replication``: a model that repeats some layers of its base, each copy with its own factors.
 
 Layer j of the replicated model is layer ``concat(range(s, e) for s, e in layer_replication)[j]`` of BASE. Several
 updates then change one stored weight, and no single checkpoint can hold them all: each is measured against the weight
@@ -14,18 +14,18 @@ from lora_diag.adapters.source import Config
 from lora_diag.adapters.updates import Update
 from lora_diag.errors import InputError
 
-# The first number between dots is the layer.
+# The first number between dots is the layer index.
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-# A replicated model has hundreds of layers, not more; a range in a config may claim anything.
+# Limit on the layers of a replicated model, which has hundreds: a range in a config may claim any number.
 MAX_LAYERS = 100_000
 
 
 def replicated(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
-    """Point every update at the layer of BASE that it acts on.
+    """Assign every update to the layer of BASE that it acts on.
 
     Raises:
-        InputError: The ranges are not valid, or an update is of a layer beyond them.
+        InputError: The ranges are invalid, or an update belongs to a layer beyond them.
     """
     if "layer_replication" not in config:
         return updates, []
@@ -43,19 +43,23 @@ def _order(config: Config) -> list[int]:
     try:
         pairs = [(int(first), int(last)) for first, last in ranges]
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{config.path}: layer_replication must be a list of [first, last) pairs") from error
+        raise InputError(
+            f"{config.path}: layer_replication must be a list of [first, last) pairs; correct the config"
+        ) from error
     if not all(0 <= first < last <= MAX_LAYERS for first, last in pairs) or len(pairs) > MAX_LAYERS:
-        raise InputError(f"{config.path}: layer_replication has an impossible range: {ranges!r:.100}")
+        raise InputError(f"{config.path}: layer_replication has an invalid range: {ranges!r:.100}; correct the config")
     order = [layer for first, last in pairs for layer in range(first, last)]
     if not order:
-        raise InputError(f"{config.path}: layer_replication is empty")
+        raise InputError(f"{config.path}: layer_replication is empty; correct the config")
     return order
 
 
 def _in_base(weight: str, order: list[int], config: Config) -> str:
     def source(found: re.Match[str]) -> str:
         if int(found[0]) >= len(order):
-            raise InputError(f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication")
+            raise InputError(
+                f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication; correct the config"
+            )
         return str(order[int(found[0])])
 
     return LAYER.sub(source, weight, count=1)

@@ -1,6 +1,7 @@
-"""Initialisations that take a part out of the base weight before training: PiSSA, OLoRA, KaSA.
+"""Initializations that subtract a part of the base weight before training: PiSSA, OLoRA, KaSA.
 
-What was trained is s·B·A on top of W − P, so against the original base ΔW = s·B·A − P, with P computed from W again:
+The trained update s·B·A is relative to W − P, so relative to the original base ΔW = s·B·A − P, with P recomputed from
+W:
 
 - PiSSA: P is the best rank-r approximation of W. Meng et al. 2024, https://arxiv.org/abs/2404.02948
 - OLoRA: P = s·Q_r·R_r of the QR decomposition of W. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
@@ -28,14 +29,14 @@ NAMES = {"pissa": "PiSSA", "olora": "OLoRA"}
 
 
 def name_of(config: Config) -> str:
-    """Return what the initialisation is called if it took a part out of W, else nothing."""
+    """Return the name of the initialization if it subtracts a part of W; else empty."""
     if config.values.get("kasa_config") is not None:
         return "KaSA"
     return NAMES.get(config.text("init_lora_weights").lower(), "")
 
 
 def from_base(update: Update, config: Config, scale: float, rank: int) -> Update:
-    """Return the update against the original base."""
+    """Return the update relative to the original base."""
     name = name_of(config)
     if not name:
         return update

@@ -1,4 +1,4 @@
-"""By what updates are multiplied: as a PEFT config says it, or as a number in the file beside the factors."""
+"""Scales of updates: from a PEFT config, or from a number in the file with the factors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Scale:
 
     Args:
         factor: The number.
-        alpha: Name of a 0-d tensor; empty if the factor is all. kohya's rule: a missing α, or one of 0, means α = r.
+        alpha: Name of a 0-d tensor; empty if there is only the factor. kohya's rule: α missing or 0 means α = r.
         rank: The r by which α is divided.
     """
 
@@ -29,17 +29,17 @@ class Scale:
 
     @property
     def known(self) -> float | None:
-        """Return s if headers tell it; None if it lies in the file."""
+        """Return s if headers determine it; None if it is stored in the file."""
         return None if self.alpha else self.factor
 
 
 def scale_in(source: Source, alpha: str, rank: int) -> Scale:
-    """Return the scale of factors: by an α in the file, given the name of its tensor, else by what is known without."""
+    """Return the scale of factors: from an α in the file, given the name of its tensor, else the known one."""
     return Scale(1.0, alpha, rank) if alpha else Scale(source.scale_without_alpha(rank), "", rank)
 
 
 def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
-    """Return s, reading α if it lies in the file."""
+    """Return s, reading α if it is stored in the file."""
     if not scale.alpha:
         return scale.factor
     value = checkpoint.read_array if checkpoint.decodes(scale.alpha) else partial(read, checkpoint)
@@ -49,7 +49,7 @@ def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How much each module's B·A counts.
+    """The scale of each module's B·A.
 
     Args:
         config: The adapter's config.
@@ -66,7 +66,7 @@ class Scaling:
         """Read it from the config.
 
         Raises:
-            InputError: A pattern is not valid.
+            InputError: A pattern is invalid.
         """
         return Scaling(
             config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
@@ -87,11 +87,11 @@ class Scaling:
         return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
 
     def words(self, alpha: str = "lora_alpha") -> str:
-        """Say how s is made and where that is said."""
+        """Return the definition of s and its source as text."""
         return f"{alpha} / {'√r (use_rslora)' if self.config.flag('use_rslora') else 'r'}, from {self.config.path.name}"
 
     def notes(self, modules: list[str]) -> list[str]:
-        """Say what is doubtful about the patterns."""
+        """Return notes on doubtful patterns."""
         return self.ranks.notes(modules) + self.alphas.notes(modules)
 
 
@@ -99,7 +99,7 @@ def rank_of(config: Config, ranks: Pattern, module: str) -> int:
     """Return r of a module, given ``rank_pattern``.
 
     Raises:
-        InputError: It is no whole number from 1 up.
+        InputError: It is not a whole number from 1 up.
     """
     found = ranks.matches(module)
     if not found:
@@ -111,7 +111,7 @@ def rank_of(config: Config, ranks: Pattern, module: str) -> int:
 
 
 def scaling_words(config: Config, alpha: str = "lora_alpha") -> str:
-    """Return r and α in words, and whether patterns change them."""
+    """Return r and α as text, with a remark if patterns change them."""
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.values.get(key)]
     words = f"r={config.values.get('r')}, alpha={config.values.get(alpha)}"
     return f"{words} (and {', '.join(patterns)})" if patterns else words

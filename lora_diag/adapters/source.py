@@ -1,6 +1,6 @@
-"""What lies at an adapter's path: its weights file, its config if there is one, and the file's own metadata.
+"""The files at an adapter's path: weights, config if there is one, and the file's metadata.
 
-Knows where PEFT, diffusers, MLX and kohya put their files; knows nothing about what the tensors mean.
+Handles the file layouts of PEFT, diffusers, MLX and kohya, independent of the meaning of tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_diag.errors import InputError
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
 
-# α that a user states for a file that gives none; ``rank`` for α = r.
+# The user's α for a file without one; ``rank`` for α = r.
 Given = float | Literal["rank"] | None
 
 # Weights of an adapter folder, in PEFT's own order, then those of diffusers and MLX.
@@ -33,7 +33,7 @@ ADAPTER_WEIGHTS = (
     "adapters.safetensors",
 )
 
-# What is in a tensor's name only if it belongs to an adapter.
+# Parts of tensor names that occur only in adapters.
 MARKS = re.compile(
     r"(^|\.|_)(lora_(A|B|a|b|E|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(up|down)|hada_(w1|w2|t1|t2)"
     r"|lokr_(w1|w2|t2)|vera_lambda_[bd]|ia3_l|oft_(R|embedding_R|blocks|diag)|fourierft_spectrum|ln_tuning_layers"
@@ -46,13 +46,13 @@ MAX_WHOLE = 2**31  # ranks, blocks and terms
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Say whether a value from JSON is a finite number that a float can hold."""
+    """Return whether a value from JSON is a finite number in float range."""
     return type(value) in {int, float} and abs(value) <= MAX_NUMBER  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of an adapter, with the file they came from.
+    """The settings of an adapter, with their file.
 
     Args:
         path: The file.
@@ -67,7 +67,7 @@ class Config:
         """Read a file.
 
         Raises:
-            InputError: It cannot be read or holds no settings.
+            InputError: The file cannot be read or holds no settings.
         """
         return Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
 
@@ -78,7 +78,7 @@ class Config:
         """Return a positive whole number.
 
         Raises:
-            InputError: It is missing, not whole, or below 1.
+            InputError: The value is missing, not whole, or below 1.
         """
         value = self.values.get(key, default)
         if type(value) is float and value.is_integer():
@@ -91,7 +91,7 @@ class Config:
         """Return a finite number.
 
         Raises:
-            InputError: It is missing or none.
+            InputError: The value is missing or not a number.
         """
         value = self.values.get(key, default)
         if not is_number(value):
@@ -99,11 +99,11 @@ class Config:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """Return whether a setting is switched on; one that is absent is off."""
+        """Return whether a setting is on; absent ones are off."""
         return bool(self.values.get(key))
 
     def text(self, key: str) -> str:
-        """Return a setting as text; empty if it is absent or no text."""
+        """Return a setting as text; empty if absent or not text."""
         value = self.values.get(key)
         return value if isinstance(value, str) else ""
 
@@ -111,13 +111,13 @@ class Config:
         """Return a mapping; empty if it is absent.
 
         Raises:
-            InputError: It is something else.
+            InputError: The value is not a mapping.
         """
         value = self.values.get(key)
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise InputError(f"{self.path}: {key} must map names to values, not be a {type(value).__name__}")
+            raise InputError(f"{self.path}: {key} must map names to values, but is a {type(value).__name__}")
         return value
 
     def names(self, key: str) -> list[str]:
@@ -131,12 +131,12 @@ class Source:
     """An adapter, opened by its headers.
 
     Args:
-        path: What the user named.
+        path: The path as given.
         checkpoint: Its tensors.
-        config: Its settings; None where there is no config file.
-        metadata: What the weights file says about itself.
-        given: α where the files give none, as the user states it.
-        is_completed: Whether ``config`` holds what only the user stated.
+        config: Its settings; None without a config file.
+        metadata: Metadata of the weights file.
+        given: The user's α for files without one.
+        is_completed: Whether ``config`` holds values given only by the user.
     """
 
     path: Path
@@ -148,15 +148,15 @@ class Source:
 
     @property
     def peft_type(self) -> str:
-        """PEFT's word for the kind of adapter, in capitals; empty if the config does not say."""
+        """PEFT's type of adapter, in capitals; empty if the config has none."""
         return self.config.text("peft_type").upper() if self.config is not None else ""
 
     def scale_without_alpha(self, rank: int) -> float:
-        """Return s of factors for which the files give no α: 1, or α/r with the α that is given."""
+        """Return s of factors without α in the files: 1, or α/r with the given α."""
         return 1.0 if self.given in (None, "rank") else float(self.given) / rank
 
     def silent(self, modules: list[str], program: str) -> list[str]:
-        """Return a note on modules for which the files give no α; none if there is no such module."""
+        """Return a note on modules without α in the files; None without such modules."""
         if not modules:
             return []
         taken = f"{program} then takes s = 1" if self.given is None else "alpha = rank was given, s = 1"
@@ -165,15 +165,16 @@ class Source:
         return [f"{len(modules)} modules give no alpha, such as {modules[0]}; {taken}"]
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
-        """Return the shape of a tensor that must have so many dimensions and some entries.
+        """Return the shape of a tensor after checking its number of dimensions, and that it has entries.
 
         Raises:
-            InputError: It has not.
+            InputError: The shape is invalid.
         """
         shape = self.checkpoint[key].shape
         if len(shape) != dimensions or 0 in shape:
             raise InputError(
-                f"{self.checkpoint.path}: {key} has the shape {list(shape)}; {dimensions} dimensions are due"
+                f"{self.checkpoint.path}: {key} has shape {list(shape)} instead of {dimensions} dimensions; save "
+                "the adapter again"
             )
         return shape
 
@@ -186,14 +187,14 @@ class Source:
         """
         if self.config is None:
             raise InputError(
-                f"{self.path}: the scaling of this adapter is unknown: there is no {CONFIG} beside its weights, and r "
-                f"and lora_alpha are not guessed; put the {CONFIG} it was trained with beside it, or state --alpha"
+                f"{self.path}: has no {CONFIG}, so the scaling of this adapter is unknown; add the {CONFIG} it was "
+                "trained with, or give --alpha"
             )
         return self.config
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Say whether a path holds an adapter and not a full checkpoint, by file names and tensor names alone."""
+    """Return whether a path holds an adapter instead of a full checkpoint, by file and tensor names alone."""
     path = as_path(path)
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
@@ -209,7 +210,7 @@ def is_adapter(path: Path | str) -> bool:
     try:
         return any(MARKS.search(name) for name in open_checkpoint(path))
     except InputError:
-        return False  # what is wrong with it is said by the one who opens it
+        return False  # errors are reported when it is opened
 
 
 def open_source(path: Path | str, given: Given = None) -> Source:
@@ -220,11 +221,11 @@ def open_source(path: Path | str, given: Given = None) -> Source:
         given: α where the files give none.
 
     Raises:
-        InputError: Nothing readable is there.
+        InputError: The path cannot be read.
     """
     path = as_path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder; check the path")
     file = _weights_in(path) if path.is_dir() else path
     if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
@@ -236,16 +237,19 @@ def open_source(path: Path | str, given: Given = None) -> Source:
 
 
 def refuse_integers(source: Source) -> None:
-    """Refuse tensors that are no floats: those of every family that is read are.
+    """Refuse tensors other than floats, which no supported family has.
 
     Raises:
-        InputError: There is one.
+        InputError: A tensor is not a float.
     """
     for name in source.checkpoint:
         info = source.checkpoint[name]
         if not info.dtype.startswith(("float", "bfloat")) and len(info.shape) > 0:
             path = source.checkpoint.path
-            raise InputError(f"{path}: {name} is stored as {info.dtype}; an adapter's tensors are floats")
+            raise InputError(
+                f"{path}: {name} is stored as {info.dtype}, but an adapter's tensors must be floats; save the adapter "
+                "again"
+            )
 
 
 def _is_gguf_adapter(path: Path) -> bool:
@@ -269,5 +273,5 @@ def _weights_in(folder: Path) -> Path:
             return folder / name
     single = _single_file(folder)
     if single is None:
-        raise InputError(f"{folder}: no adapter weights found; looked for {', '.join(ADAPTER_WEIGHTS)}")
+        raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
     return single

@@ -1,4 +1,4 @@
-"""Trainable tokens: an adapter that replaces some rows of an embedding and is nothing else.
+"""Trainable tokens: an adapter that only replaces some rows of an embedding.
 
 Reference: ``peft.tuners.trainable_tokens``.
 """
@@ -15,7 +15,7 @@ def read_trainable_tokens(source: Source) -> Reading:
     """Read a TRAINABLE_TOKENS adapter.
 
     Raises:
-        InputError: Indices and rows do not fit together.
+        InputError: Indices and rows are inconsistent.
     """
     modules, rest = by_module(source.checkpoint, (ROWS,), source.path)
     indices = source.settings.values.get("token_indices")

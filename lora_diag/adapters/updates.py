@@ -1,8 +1,8 @@
-"""What an adapter says about one weight, before it meets a BASE.
+"""The update of one weight in an adapter, before it is matched with BASE.
 
-An ``Update`` is stated in the adapter's own terms: its name for the weight and the orientation ``(out, in)`` of a
-linear layer. Where the weight lies in BASE, and whether it is stored ``(in, out)`` there, is decided in ``placing``,
-which then hands a ``Site`` to the loader.
+An ``Update`` has the adapter's name of the weight and the orientation ``(out, in)`` of a linear layer. The location of
+the weight in BASE, and whether it is stored as ``(in, out)``, are determined in ``placing``, which then passes a
+``Site`` to the loader.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
     from lora_diag.deltas import ThinFactors
 
-    # B (out, r) with the scaling in it, and A (r, in).
+    # B (out, r) including the scaling, and A (r, in).
     Factors = tuple[torch.Tensor, torch.Tensor]
 
-# A dimension is None where only BASE can tell it.
+# A dimension is None if only BASE determines it.
 Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The weight that an update acts on.
+    """The weight of an update.
 
     Args:
         shape: ``(out, in)`` in the adapter's orientation; of a convolution ``(out, in·kh·kw)``, of a vector ``(n,)``.
-        base: Where W lies, if there is a BASE.
-        transposed: Whether W is stored ``(in, out)``.
+        base: Location of W, if there is a BASE.
+        transposed: Whether W is stored as ``(in, out)``.
     """
 
     shape: tuple[int, ...]
@@ -67,19 +67,19 @@ class Update:
         load: Takes a ``Site``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's shape and float64. A
             ``functools.partial`` of a module's function, so that it can be sent to another process.
         factored: Whether ``load`` gives factors.
-        dtype: Stored dtype of what the update is made of.
-        needs_weight: What the update is called if it can only be computed from W, such as ``DoRA``; else empty.
+        dtype: Stored dtype of its tensors.
+        needs_weight: Name of the kind of update if it needs W, such as ``DoRA``; else empty.
         expert: Index and number of experts if the weight is a stack of them, else None.
-        in_out: Says by BASE's model type whether square experts are stored ``(in, out)``; None if not asked.
-        base_weight: The name to look for in BASE where it is not ``weight``.
-        keeps_name: Whether the layer is called ``weight`` in BASE, too, because several updates act on one weight.
-        zero_if: A tensor of the adapter; where it is all zero, so is ΔW.
-        rank: r of its factors, for people; None where it has none.
-        scale: s by which they are multiplied; None where it has none, or where it lies as a number in the file.
+        in_out: Returns whether square experts are stored as ``(in, out)``, by BASE's model type; None if not needed.
+        base_weight: The name in BASE if different from ``weight``.
+        keeps_name: Whether the layer keeps the name ``weight`` with a BASE, because several updates act on one weight.
+        zero_if: A tensor of the adapter; if it is zero, so is ΔW.
+        rank: r of its factors, for display; None without factors.
+        scale: Their scale s; None without one, or if it is stored as a number in the file.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
-        optional: Whether it is no fault if BASE has no such weight (a bias that need not exist).
-        alpha: Name of the tensor that holds α; empty if α is not in the file.
-        plain: Loads s·B and A alone, of an update that is more than their product (DoRA, PiSSA); else None.
+        optional: Whether BASE may lack the weight (a bias).
+        alpha: Name of the tensor with α; empty without one.
+        plain: Loads s·B and A alone, for an update that is not just their product (DoRA, PiSSA); else None.
         heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.
         thin: B, A and s, to be read without torch; None where something else than these takes part.
     """
@@ -106,24 +106,24 @@ class Update:
 
     @property
     def layer(self) -> str:
-        """The adapter's name for the matrix: of stacked experts, with the index of one."""
+        """The adapter's name of the matrix; for stacked experts, with an index."""
         return self.weight if self.expert is None else f"{self.weight}[{self.expert[0]}]"
 
     @property
     def wanted(self) -> tuple[str, Shape]:
-        """Name and shape of the tensor to look for in BASE."""
+        """Name and shape of the tensor in BASE."""
         shape = self.shape if self.expert is None else (self.expert[1], *self.shape)
         return self.base_weight or self.weight, shape
 
 
 @dataclass(frozen=True, slots=True)
 class NewValue:
-    """A weight that the adapter file holds in full: its new value, not a change.
+    """A weight stored in full in the adapter: its new value, not a change.
 
     Args:
         weight: The adapter's name for the weight.
         key: The tensor in the adapter file.
-        is_copy: Whether it may be a mere copy of BASE's weight, saved because an adapter sits on it.
+        is_copy: Whether it may be a copy of BASE's weight, saved because the module is adapted.
     """
 
     weight: str
@@ -133,15 +133,15 @@ class NewValue:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Everything that a family found in an adapter.
+    """The contents of an adapter as read by a family.
 
     Args:
-        kind: What it is, in words, such as ``PEFT LoRA, r=8, alpha=16``.
+        kind: Description, such as ``PEFT LoRA, r=8, alpha=16``.
         updates: The changes.
-        values: The weights that are there in full.
-        notes: What a careful reader should know.
+        values: The weights stored in full.
+        notes: Notes on the adapter.
         ignored: Tensors that change no weight.
-        scaling: How the updates are scaled and where that is said; empty if they are not.
+        scaling: The scaling of the updates and its source; empty without scaling.
     """
 
     kind: str
@@ -153,19 +153,19 @@ class Reading:
 
 
 def as_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the numbers in float64, in which everything in this room is computed."""
+    """Return the values in float64, the dtype of all computations in this package."""
     import torch
 
     return tensor.to(torch.float64)
 
 
 def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
-    """Return a whole tensor of the adapter in its stored shape, float64."""
+    """Return a tensor of the adapter in its stored shape, float64."""
     return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
 
 
 def flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of a weight as the matrix it acts as, ``(out, in·kh·kw)``.
+    """Return the shape of a weight as a matrix, ``(out, in·kh·kw)``.
 
     >>> flat((64, 3, 7, 7))
     (64, 147)

@@ -1,8 +1,8 @@
-"""What a PEFT adapter file holds beside its own parts: weights and biases in full, and rows of an embedding.
+"""Other contents of a PEFT adapter file: weights and biases stored in full, and rows of an embedding.
 
-``modules_to_save``, ``bias="all"`` and resized embeddings are stored as new values under the weight's plain name. The
-config is not asked which they are: PEFT matches ``modules_to_save`` by the end of a name without a dot, so that "norm"
-also saves every ``input_layernorm``, and only the file tells.
+``modules_to_save``, ``bias="all"`` and resized embeddings are stored as new values under the weight's plain name. They
+are identified by the file, not by the config: PEFT matches ``modules_to_save`` by the end of a name without a dot, so
+that "norm" also saves every ``input_layernorm``.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 ROWS = "trainable_tokens_delta"
 TOKENS = f".token_adapter.{ROWS}"
 
-# Names inside PEFT's wrappers, as dumps made by hand have them.
+# Names inside PEFT's wrappers, as in manual dumps.
 SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 ORIGINAL = re.compile(r"\.original_module\.")
 
 
 def with_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:
-    """Add what no family claimed: weights in full, updates of rows, and tensors that change nothing.
+    """Add tensors that no family claimed: weights stored in full, updates of rows, and tensors without effect.
 
     Args:
-        reading: What the family found.
+        reading: Result of the family.
         source: The adapter.
-        names: The tensors that belong to no module's factors.
+        names: The tensors outside of factors.
 
     Raises:
         InputError: Token indices and rows do not fit together.
@@ -64,14 +64,14 @@ def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
     in factored form.
 
     Raises:
-        InputError: There is not one index per row.
+        InputError: The number of indices differs from the number of rows.
     """
     rows = _rows(source.settings, module, indices)
     shape = source.checkpoint[key].shape
     if len(shape) != 2 or not rows or len(rows) != shape[0] or len(set(rows)) != len(rows):
         raise InputError(
-            f"{source.checkpoint.path}: {key} has the shape {list(shape)}, but {source.settings.path.name} gives "
-            f"{len(set(rows))} token indices for it"
+            f"{source.checkpoint.path}: {key} has shape {list(shape)}, but {source.settings.path.name} has "
+            f"{len(set(rows))} token indices for it; save the adapter again"
         )
     load = partial(factors, source.checkpoint, key, rows)
     return Update(f"{module}.weight", (None, shape[1]), load, True, source.checkpoint[key].dtype, "trainable tokens")
@@ -82,7 +82,10 @@ def _rows(config: Config, module: str, indices: Any) -> list[int]:
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if is_named(module, name)), None)
     if not isinstance(indices, list) or not all(type(row) is int and row >= 0 for row in indices):
-        raise InputError(f"{config.path}: there are no token indices for {module}, which the adapter trained")
+        raise InputError(
+            f"{config.path}: has no token indices for {module}, which the adapter trained; give the config that it was "
+            "trained with"
+        )
     return indices
 
 
@@ -91,7 +94,10 @@ def factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Fa
     import torch
 
     if max(rows) >= site.shape[0]:
-        raise InputError(f"{checkpoint.path}: token {max(rows)} is beyond the {site.shape[0]} rows of BASE's table")
+        raise InputError(
+            f"{checkpoint.path}: token {max(rows)} is beyond the {site.shape[0]} rows of BASE's embedding; give the "
+            "base with the resized vocabulary"
+        )
     picks = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
     picks[rows, range(len(rows))] = 1.0
     return picks, read(checkpoint, key) - site.rows(rows)

@@ -1,4 +1,4 @@
-"""VeRA: ΔW = diag(b)·B·diag(d)·A with random B and A shared by all layers, cut to each layer's size.
+"""VeRA: ΔW = diag(b)·B·diag(d)·A with random B and A shared by all layers, truncated to each layer's size.
 
 Reference: Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454; ``peft.tuners.vera``.
 """
@@ -27,13 +27,13 @@ def read_vera(source: Source) -> Reading:
     """Read a PEFT VeRA adapter.
 
     Raises:
-        InputError: The shared matrices were not saved, or the parts do not fit together.
+        InputError: The shared matrices were not saved, or the parts are inconsistent.
     """
     a_key, b_key = SHARED
     if a_key not in source.checkpoint or b_key not in source.checkpoint:
         raise InputError(
-            f"{source.path}: VeRA without its shared matrices (save_projection=false), which only the random numbers "
-            f"of the machine that trained it give again: {MERGE}"
+            f"{source.path}: VeRA without its shared matrices (save_projection=false), which depend on the random "
+            f"generator of the training machine; {MERGE}"
         )
     names = [name for name in source.checkpoint if name not in SHARED]
     modules, rest = by_module(names, PARTS, source.path)
@@ -44,7 +44,10 @@ def read_vera(source: Source) -> Reading:
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     if set(parts) != set(PARTS):
-        raise InputError(f"{source.checkpoint.path}: {module} has only {', '.join(sorted(parts))}; save it again")
+        raise InputError(
+            f"{source.checkpoint.path}: {module} has only {', '.join(sorted(parts))}, so the file is incomplete; save "
+            "it again"
+        )
     (out,), (rank,) = (source.shape(parts[part], 1) for part in PARTS)
     a, b = (source.shape(key, 2) for key in SHARED)
     if rank != a[0] or rank != b[1] or out > b[0]:
@@ -62,6 +65,9 @@ def factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factor
     """Return diag(b)·B[:out] and diag(d)·A[:, :in]."""
     a, b = (read(checkpoint, key) for key in SHARED)
     if site.shape[1] > a.shape[1]:
-        raise InputError(f"{checkpoint.path}: the shared A has {a.shape[1]} columns, the weight {site.shape[1]}")
+        raise InputError(
+            f"{checkpoint.path}: the shared A has {a.shape[1]} columns, but the weight {site.shape[1]}; check that it "
+            "belongs to this BASE"
+        )
     by_row, by_rank = (read(checkpoint, parts[part]).reshape(-1, 1) for part in PARTS)
     return by_row * b[: site.shape[0]], by_rank * a[:, : site.shape[1]]

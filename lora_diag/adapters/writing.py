@@ -1,8 +1,8 @@
 """Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
 s = lora_alpha / r is 1 in every layer, so that B·A is the update itself. Every pattern of the config is resolved by
-PEFT's own rules against the modules of BASE before anything is written: what it would match is what was meant, or the
-pattern is written out in full.
+PEFT's own rules against the modules of BASE before anything is written; a pattern that would match other modules is
+written out in full.
 
 Reference: ``peft.tuners.tuners_utils.check_target_module_exists``, ``peft.utils.other.get_pattern_key``,
 ``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21.
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 
-# The first PEFT that lays out stacked experts as they are written here (huggingface/peft#3165).
+# First version of PEFT with this layout of stacked experts (huggingface/peft#3165).
 PEFT_VERSION = "0.19.1"
 
-# Classes of transformers whose task PEFT is told; for some others it would add modules of its own.
+# Classes of transformers whose task is passed to PEFT; for some others it would add modules.
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -44,7 +44,7 @@ class Part:
     """The factors of one layer of BASE.
 
     Args:
-        target: Where they go.
+        target: Their target.
         rank: Their rank.
         file: A safetensors file that holds ``B`` ``(out, r)`` and ``A`` ``(r, in)`` in PEFT's orientation.
     """
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that the adapter holds in full: what no factor carries.
+    """A tensor that the adapter stores in full, because it has no factors.
 
     Args:
         key: Its name in the adapter file, without PEFT's prefix.
@@ -78,7 +78,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What the config says beside the factors.
+    """Further settings of the config.
 
     Args:
         base_name: The base model's name or path.
@@ -99,12 +99,12 @@ def write_adapter(
     """Write both files of a PEFT LoRA adapter.
 
     Args:
-        folder: It is there; files of these names in it are replaced.
+        folder: An existing folder; files with these names are replaced.
         parts: The factors; of one dtype.
-        values: What is stored in full.
-        described: For the config.
-        portable: Write one rank for all modules, factors of a lower one filled up with zeros, and plain names: what
-            every program scales alike. Not for parameters.
+        values: Tensors stored in full.
+        described: Settings of the config.
+        portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names, which every
+            program scales alike. Not for parameters.
 
     Raises:
         InputError: A file cannot be written.
@@ -125,7 +125,7 @@ def write_adapter(
         tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
     ranks = {module: width or module_rank(group) for module, group in groups.items()}
     config = adapter_config(ranks, parts, values, described)
-    if portable:  # some programs take no regular expression
+    if portable:  # some programs do not support regular expressions
         names = config["target_modules"]
         config["target_modules"] = names if isinstance(names, list) else sorted(groups)
     write_safetensors(folder / WEIGHTS, tensors, lambda key: readers[key](), {"format": "pt"})
@@ -133,17 +133,17 @@ def write_adapter(
 
 
 def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the factors of one layer, and return them as they are in the file.
+    """Write the factors of one layer, and return them as stored.
 
     Args:
-        file: The file; replaced if it is there.
+        file: The file; replaced if it exists.
         b: B ``(out, r)``.
         a: A ``(r, in)``, of the same dtype.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
-    from safetensors.torch import save  # here: imports torch
+    from safetensors.torch import save  # deferred: imports torch
 
     write_whole(file, save({"A": a.contiguous(), "B": b.contiguous()}))
     stored = open_checkpoint(file)
@@ -151,7 +151,7 @@ def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.T
 
 
 def module_rank(group: Sequence[Part]) -> int:
-    """Return the rank that PEFT knows of a module: of stacked experts, that of the largest; of halves, their sum."""
+    """Return the rank of a module in PEFT: for stacked experts the largest, for halves their sum."""
     ranks: Counter[int] = Counter()
     for part in group:
         ranks[part.target.expert[0]] += part.rank
@@ -159,7 +159,7 @@ def module_rank(group: Sequence[Part]) -> int:
 
 
 def _prefixes(targets: Sequence[Target]) -> dict[str, str]:
-    """Return the beginning of the keys of every module; parameters of one owner are nested, the last one outermost."""
+    """Return the prefixes of the keys of every module; parameters of one owner are nested, the last one outermost."""
     prefixes = {target.module: PREFIX + target.module for target in targets if target.kind != "parameter"}
     owners: dict[str, list[str]] = {}
     for target in targets:
@@ -177,7 +177,7 @@ Stored = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
 def _tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> list[Stored]:
-    """Return name, shape and reader of the factors of one module, of its rank or filled up to another."""
+    """Return name, shape and reader of the factors of one module, at its rank or padded to another."""
     target, rank = group[0].target, width or group[0].rank
     out, columns = target.peft_shape
     a, b = partial(_filled, group[0], "A", rank), partial(_filled, group[0], "B", rank)
@@ -200,7 +200,7 @@ def _tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> li
 
 
 def _filled(part: Part, name: str, rank: int) -> torch.Tensor:
-    """Return ``A`` or ``B`` with rows or columns of zeros up to a rank."""
+    """Return ``A`` or ``B`` padded with zeros to a rank."""
     factor = part.read(name)
     if rank == part.rank:
         return factor
@@ -211,7 +211,7 @@ def _filled(part: Part, name: str, rank: int) -> torch.Tensor:
 
 
 def _stacked_a(group: Sequence[Part], rank: int) -> torch.Tensor:
-    """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A. An expert of lower rank has rows of zeros."""
+    """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A. Experts of lower rank are padded with zero rows."""
     target = group[0].target
     whole = group[0].read("A").new_zeros(target.expert[1], rank, target.peft_shape[1])
     for part, first in _columns(group):
@@ -220,7 +220,7 @@ def _stacked_a(group: Sequence[Part], rank: int) -> torch.Tensor:
 
 
 def _stacked_b(group: Sequence[Part], rank: int) -> torch.Tensor:
-    """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; of halves, block-diagonal."""
+    """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; block-diagonal for halves."""
     target = group[0].target
     rows = target.peft_shape[0]
     whole = group[0].read("B").new_zeros(rows * target.half[1], rank, target.expert[1])
@@ -231,7 +231,7 @@ def _stacked_b(group: Sequence[Part], rank: int) -> torch.Tensor:
 
 
 def _columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
-    """Yield every part with its first column among those of its expert: halves stand side by side."""
+    """Yield every part with its first column among those of its expert: halves are adjacent."""
     used: Counter[int] = Counter()
     for part in sorted(group, key=lambda part: (part.target.expert[0], part.target.half[0])):
         yield part, used[part.target.expert[0]]
@@ -270,11 +270,11 @@ def adapter_config(
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    r"""Return the usual rank, and a pattern for every module that has another one.
+    r"""Return the most common rank, and a pattern for every module with another one.
 
     PEFT takes the first key k for which ``re.match(rf"(.*\.)?({k})$", module)`` holds. A key is a module's whole name,
-    anchored and escaped, so that ``layers.1.`` never speaks for ``layers.11.``; where all modules of one last name have
-    the same rank, it is that name.
+    anchored and escaped, so that ``layers.1.`` never matches ``layers.11.``; if all modules with one last name have the
+    same rank, it is that name.
 
     >>> rank_pattern({"h.1.up": 8, "h.11.up": 4, "h.1.down": 8, "h.2.down": 8})
     (8, {'^h\\.11\\.up': 4})
@@ -294,9 +294,9 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
 
 def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str] | str:
-    r"""Return what PEFT has to be given to match these modules and no others.
+    r"""Return ``target_modules`` that match these modules and no others in PEFT.
 
-    PEFT takes a module if its name is in the list or ends in ``.`` and one of it.
+    PEFT targets a module if its name is in the list or ends in ``.`` and a listed name.
 
     >>> target_modules(["h.1.up", "h.2.up", "h.1.q"], ["h.1.up", "h.2.up", "h.1.q", "h.2.q"])
     ['h.1.q', 'up']
@@ -310,7 +310,7 @@ def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str
 
 
 def _shortest(adapted: Collection[str], known: Collection[str], parts: int = 1) -> list[str]:
-    """Return the last ``parts`` parts of the names where all that end so are adapted, else whole names."""
+    """Return the last ``parts`` parts of the names if all modules with these endings are adapted, else whole names."""
     wanted = set(adapted)
 
     def end(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What was written, read again the way every adapter is read: the same factors, on the same weights, or an error."""
+"""Check of a written adapter by reading it: the same factors, on the same weights, or an error."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None:
-    """Hold an adapter folder against the factors it was made of.
+    """Compare an adapter folder with its factors.
 
-    Of a stack of experts, the first and the last are compared: every one of them reads the whole stack.
+    For a stack of experts, only the first and the last are compared, since each reads the whole stack.
 
     Args:
         folder: The adapter.
         base: The checkpoint it belongs to.
-        parts: What was to be written; their errors were measured.
+        parts: The factors, whose errors were measured.
 
     Raises:
-        InputError: A layer reads back as something else, so the errors that were measured are not those of the file.
+        InputError: A layer differs when read back, so that the measured errors are not those of the file.
     """
     pairing, _ = open_adapter(folder).pair(base)
     found = {delta.layer: delta for delta in pairing.deltas}
@@ -36,8 +36,8 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
         index, count = part.target.expert
         if index in {0, count - 1} and not _same(found.get(part.target.layer), part):
             raise InputError(
-                f"{folder}: the factors of {part.target.layer} read back otherwise than they were written. Names and "
-                "shapes of BASE do not tell how it is laid out; leave it out with --exclude and report this"
+                f"{folder}: the factors of {part.target.layer} differ when read back, since names and shapes of "
+                "BASE do not determine its layout; exclude it with --exclude and report this"
             )
 
 
@@ -77,6 +77,6 @@ def _same(delta: Delta | None, part: Part) -> bool:
 
 
 def _used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of B and rows of A that are not filled up with zeros."""
+    """Return the columns of B and rows of A that are not padding."""
     used = (b != 0).any(0) & (a != 0).any(1)
     return b[:, used], a[used]

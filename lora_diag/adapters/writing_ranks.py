@@ -1,4 +1,4 @@
-"""Ranks that someone else decided, from the ``adapter_config.json`` that they were written to."""
+"""Ranks from an existing ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
 
     Args:
         path: ``adapter_config.json``.
-        targets: What the layers are to PEFT.
+        targets: PEFT's view of the layers.
 
     Raises:
-        InputError: It is no LoRA config, a rank is none, or none of its modules is a layer here.
+        InputError: It is not a LoRA config, a rank is invalid, or no module is a layer here.
     """
     config = Config.read(path)
     names = module_targets(config, [target.module for target in targets.values()])
@@ -31,11 +31,11 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
         wanted = parameters if target.kind == "parameter" else names
         if not is_target(target.module, wanted, path):
             continue
-        # A fused parameter has one rank; its halves are factored by themselves and share it.
+        # A fused parameter has one rank; its halves are factored separately and share it.
         ranks[layer] = max(1, rank_of(config, pattern, target.module) // target.half[1])
     if not ranks:
         raise InputError(
-            f"{path}: none of its target_modules is a layer here; layers here are modules like "
-            f"{next(iter(targets.values())).module if targets else '(none)'}"
+            f"{path}: its target_modules match no layer of this model, which has layers like "
+            f"{next(iter(targets.values())).module if targets else '(none)'}; give the config of this model"
         )
     return ranks

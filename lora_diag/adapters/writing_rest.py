@@ -1,7 +1,7 @@
-"""What no factor carries, stored in full: norms and other small modules, biases, tables of another vocabulary.
+"""Tensors without factors, stored in full: norms and other small modules, biases, embeddings with a resized vocabulary.
 
-PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It finds a saved module by
-the end of its name, so whole names are given; and it wants every tensor of a saved module in the file.
+PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It matches saved modules
+by the end of their names, so full names are given; and it needs every tensor of a saved module in the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
-    """Say whether PEFT can keep a tensor of BASE in full.
+    """Return whether PEFT can store a tensor of BASE in full.
 
     Args:
         name: Its name in BASE.
@@ -44,7 +44,7 @@ def full_values(
     model: Model,
     adapted: Collection[str],
 ) -> list[Value]:
-    """Return the tensors that have to be in the adapter file for some tensors of BASE to be saved.
+    """Return the tensors of the adapter file that store some tensors of BASE in full.
 
     Args:
         names: Tensors of BASE.
@@ -70,7 +70,7 @@ def full_values(
 
 
 def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
-    """Say whether a tensor is the bias of a layer whose weight is a matrix."""
+    """Return whether a tensor is the bias of a layer whose weight is a matrix."""
     weight = f"{name.removesuffix('bias')}weight"
     return name.endswith(".bias") and weight in base and len(base[weight].shape) > 1
 

@@ -1,7 +1,7 @@
-"""Where PEFT would put the factors of a weight of BASE: its module in memory, the kind of layer, the orientation.
+"""PEFT's place for the factors of a weight of BASE: its module in memory, the kind of layer, the orientation.
 
-PEFT names modules as they are in memory, files name weights as the hub does. Where transformers 5 differs, the rules
-below turn one into the other; the names of a PEFT adapter that is compressed again are taken from it.
+PEFT uses names of modules in memory, files use the Hub's names. The rules below convert between them for transformers
+5; a recompressed PEFT adapter keeps its own names.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lora_diag.deltas import CONVOLUTION, EXPERTS, HEAD, Delta
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 
-# Modules that look their rows up by index: nn.Embedding.
+# Modules with row lookup by index: nn.Embedding.
 TABLE = re.compile(
     r"(^|\.)(embed_\w+|pos_embed|tok_embeddings|wte|wpe|\w*embeddings?|shared|relative_attention_bias)\.weight$"
 )
 
-# GPT-2 and its kin, whose Conv1D stores (in, out); asked only where biases do not tell.
+# GPT-2 and related models, whose Conv1D stores (in, out); used only if biases do not decide.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
-# Models that transformers 5 keeps with fused experts in memory and stores expert by expert:
-# ``conversion_mapping`` of transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe", and three more.
+# Models that transformers 5 holds with fused experts in memory and stores expert by expert: ``conversion_mapping`` of
+# transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe", and three more.
 FUSED_MODELS = frozenset({
     "mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
     "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "longcat_flash",
@@ -37,14 +37,14 @@ FUSED_MODELS = frozenset({
     "jamba", "lfm2_moe", "nemotron_h",
 })  # fmt: skip
 
-# Models that transformers keeps the other way round in memory than on disk, except where experts are square: it turns
-# those whose shape is not that of the parameter.
+# Models that transformers holds transposed in memory with respect to disk, except for square experts: it transposes
+# those whose shape differs from the parameter.
 FLIPPED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 
-# Models whose experts have no gate: what goes up is a parameter of its own.
+# Models whose experts have no gate: the up projection is a separate parameter.
 UNGATED_MODELS = frozenset({"nemotron_h"})
 
-# One expert's matrix on disk -> the fused parameter, and which of its rows: the first or the second half.
+# One expert's matrix on disk -> the fused parameter, and its rows: the first or the second half.
 FUSED_LEAVES = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
@@ -52,22 +52,23 @@ FUSED_LEAVES = {
 }  # fmt: skip
 HALVES = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
 
-# Leaves that PEFT 0.21 takes for those of single experts wherever they stand in such a model, and turns into targets of
-# the fused parameter (``_convert_peft_config_moe``). As parameters, dense layers and shared experts can be reached.
+# Names that PEFT 0.21 treats as single experts anywhere in such a model, and converts to targets of the fused parameter
+# (``_convert_peft_config_moe``). Dense layers and shared experts can be targeted as parameters.
 TAKEN_FOR_EXPERTS = frozenset({*FUSED_LEAVES, "gate"})
 
-# What PEFT refuses to adapt, by model type (``_check_lora_target_modules_mamba``).
+# Modules that PEFT refuses to adapt, by model type (``_check_lora_target_modules_mamba``).
 MAMBA_MODELS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 REFUSED_IN_MAMBA = frozenset({"out_proj", "conv1d"})
 
-# A router beside experts, which transformers 5 makes a module of its own; as a parameter it can be reached either way.
+# A router next to experts, a separate module in transformers 5; it can be targeted as a parameter in all versions.
 ROUTER = re.compile(r"(?P<owner>.+)\.(gate|router)\.weight$")
 BESIDE_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 
-# Models with ``language_model.model.`` in memory, too; LLaVA and its kin have ``model.language_model.`` there.
+# Models that also have ``language_model.model.`` in memory; LLaVA and related models have ``model.language_model.``
+# there.
 NESTED_IN_MEMORY = frozenset({"llama4", "blip-2", "instructblip", "instructblipvideo"})
 
-# Models for which PEFT 0.21 was seen to find and to merge every factor that was written, under transformers 5.24.
+# Models for which PEFT 0.21 loads and merges all written factors, as tested with transformers 5.24.
 TRIED_MODELS = frozenset({
     "albert", "bamba", "bart", "beit", "bert", "blip-2", "bloom", "clip", "codegen", "cohere2", "convnext",
     "data2vec-vision", "deberta-v2", "deepseek_v3", "deit", "dinov2", "distilbert", "electra", "ernie4_5_moe",
@@ -82,11 +83,11 @@ TRIED_MODELS = frozenset({
     "wav2vec2", "whisper", "xlm-roberta",
 })  # fmt: skip
 
-# What transformers puts before the names of files that were saved from the model without its head.
+# Prefixes that transformers adds to the names in files saved from the model without its head.
 HEADLESS = {"gpt2": "transformer", "bloom": "transformer", "opt": "model"}
 BARE_MODEL = re.compile(r"(?<!Head)Model$")
 
-# A regular expression and what takes its place, as re.sub knows it.
+# A regular expression and its replacement, as in re.sub.
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 # Names on disk -> in memory, in this order.
@@ -112,17 +113,18 @@ PHI_MOE = ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_mo
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one layer of BASE is to PEFT.
+    """PEFT's view of one layer of BASE.
 
     Args:
         layer: The weight's name in BASE.
-        shape: ``(out, in)`` as it is stored.
-        module: PEFT's name: the module in memory; of a ``parameter``, its own path.
-        kind: What the module is.
-        transposed: Whether PEFT's B·A is ΔWᵀ of what is stored: Conv1D, embeddings, experts stored ``(in, out)``.
-        kernel: Of a convolution, ``(in, kh, kw)``.
-        expert: Of experts, index and number.
-        half: Of one expert's matrix that is half of a fused one, which half and of how many.
+        shape: ``(out, in)`` as stored.
+        module: PEFT's name: the module in memory; for a ``parameter``, its own path.
+        kind: Kind of module.
+        transposed: Whether PEFT's B·A is the transpose of the stored ΔW: Conv1D, embeddings, experts stored as ``(in,
+            out)``.
+        kernel: ``(in, kh, kw)`` of a convolution.
+        expert: Index and number of experts.
+        half: For one expert's matrix in a fused one, the index and number of parts.
     """
 
     layer: str
@@ -136,24 +138,24 @@ class Target:
 
     @property
     def peft_shape(self) -> tuple[int, int]:
-        """``(out, in)`` as PEFT sees it: B is ``(out, r)``, A is ``(r, in)``."""
+        """``(out, in)`` in PEFT: B is ``(out, r)``, A is ``(r, in)``."""
         return self.shape[::-1] if self.transposed else self.shape
 
 
 def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     """Return the names that a PEFT adapter uses for the weights it changes, by their names in BASE."""
     if not adapter.source.peft_type:
-        return {}  # the names of other formats are not those of modules
+        return {}  # names in other formats are not those of modules
     found, _ = match_names(dict(update.wanted for update in adapter.reading.updates), base, transposed=True)
     return {places[0].name: name for name, places in found.items() if len(places) == 1}
 
 
 class Model:
-    """What BASE tells of the model in memory.
+    """The model in memory, derived from BASE.
 
     Args:
         base: The checkpoint.
-        own_names: Names of weights in memory by their names in BASE, as far as they are known.
+        own_names: Known names of weights in memory by their names in BASE.
     """
 
     def __init__(self, base: Checkpoint, own_names: Mapping[str, str] | None = None) -> None:
@@ -167,7 +169,7 @@ class Model:
 
     @property
     def names_are_told(self) -> bool:
-        """Whether an adapter tells names in memory, which are then not taken from the files."""
+        """Whether an adapter gives names in memory, which then replace those of the files."""
         return bool(self._own)
 
     def in_memory(self, name: str) -> str:
@@ -179,7 +181,7 @@ class Model:
         return name
 
     def parameter(self, name: str) -> str:
-        """Return the parameter in memory that a tensor of BASE is, or is a part of."""
+        """Return the parameter in memory for a tensor of BASE, or for the parameter it is part of."""
         found = EXPERT.fullmatch(name)
         if found and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
             leaf, _ = self._fused(found["leaf"])
@@ -187,16 +189,16 @@ class Model:
         return self.in_memory(name)
 
     def _fused(self, leaf: str) -> tuple[str, int]:
-        """Return the parameter that one expert's matrix is a part of, and which half of it."""
+        """Return the fused parameter of one expert's matrix, and its half."""
         if self.type in UNGATED_MODELS and leaf == "up_proj":
             return leaf, 0
         return FUSED_LEAVES[leaf]
 
     def _flipped(self, leaf: str, stored: tuple[int, ...]) -> bool:
-        """Say whether experts are stored the other way round than they are in memory.
+        """Return whether experts are stored transposed with respect to memory.
 
-        transformers turns them when it loads them if their shape is not that of the parameter: the hub has them one
-        way, a model saved by transformers 5 the other. Without the width in the config, the hub's way is assumed.
+        transformers transposes them on loading if their shape differs from the parameter: the Hub and models saved by
+        transformers 5 have different layouts. Without the width in the config, the Hub's layout is assumed.
         """
         text = self._base.config.get("text_config")
         width = (text if isinstance(text, dict) else self._base.config).get("hidden_size")
@@ -205,7 +207,7 @@ class Model:
         return bool(stored[2 if leaf == "gate_up_proj" else 1] != width)
 
     def target(self, delta: Delta) -> Target | str:
-        """Return where the factors of a matrix go, or why nowhere."""
+        """Return the target of a matrix's factors, or the reason why there is none."""
         name = delta.base.name if delta.base is not None else delta.layer
         if HEAD.search(delta.layer) and name != delta.layer:
             return "BASE ties it to the embedding: what PEFT adds to the one is added to both"
@@ -248,7 +250,7 @@ def _convolution(delta: Delta, module: str, stored: tuple[int, ...], name: str) 
 
 
 def _count_experts(base: Checkpoint) -> dict[str, int]:
-    """Return how many experts each mixture has that is stored expert by expert."""
+    """Return the number of experts of each mixture that is stored expert by expert."""
     counts: dict[str, int] = {}
     for name in base:
         if found := EXPERT.fullmatch(name):
@@ -257,11 +259,11 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
 
 
 def _renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
-    """Return the regular expressions that make names on disk those in memory, in their order."""
+    """Return the regular expressions that convert names on disk to names in memory, in order."""
     names = list(base)
     if model_type in NESTED_IN_MEMORY:
         return ()
-    if any(name.startswith("language_model.model.") for name in names):  # LLaVA and its kin
+    if any(name.startswith("language_model.model.") for name in names):  # LLaVA and related models
         return (
             (r"^language_model\.lm_head\.", "lm_head."),
             (r"^language_model\.model\.", "model.language_model."),

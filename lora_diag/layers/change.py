@@ -34,10 +34,10 @@ T = TypeVar("T")
 OVERFLOW = "the product of its factors overflows float64"
 COARSE = "the squares of the spacing of its numbers overflow float64"
 
-# Norms of updates that are compared with each other: squares of their quotients are still float64 numbers.
+# Range of norms of compared updates, so that squares of their quotients are finite in float64.
 LEAST, MOST = 1e-75, 1e75
 
-# Bytes of an entry of an update that is computed in full (LoHa, LoKr, ...): in float64, with one factor or copy.
+# Memory per entry of an update that is computed in full (LoHa, LoKr, ...): float64, with one factor or copy.
 COMPUTED = 16
 
 
@@ -119,7 +119,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         InputError: A file could not be read.
         MemoryLimitError: ΔW is not stored, has to be computed in full, and does not fit.
     """
-    allowance = allowance if keep and device.type == "cpu" else None  # the limit is on the memory of the machine
+    allowance = allowance if keep and device.type == "cpu" else None  # the limit applies to memory of the host
     if isinstance(delta, StoredDelta):
         wide = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
@@ -132,9 +132,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
     if allowance is not None and isinstance(delta, DenseDelta) and not allowance.holds(delta.shape, COMPUTED):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
-        raise MemoryLimitError(
-            f"{shape}: its update is computed in full, for which --memory leaves too little; give more"
-        )
+        raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")
     base_fro = None
     if delta.base is not None:
         base_fro = norm(block.to(device) for block in row_blocks(delta.base, delta.shape))
@@ -203,7 +201,7 @@ def _allocations_told() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             way = "give --memory less than this machine has, or --workers 1"
-            raise MemoryLimitError(f"there is no memory left for it; {way}") from error
+            raise MemoryLimitError(f"out of memory; {way}") from error
         raise
 
 

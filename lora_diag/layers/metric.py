@@ -21,10 +21,10 @@ from lora_diag.layers.resolution import Gains
 from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
 from lora_diag.metrics import Distances, distances, truncation_error
 
-# A second moment may be this far from symmetric or positive semidefinite: sums of many products in float32 are.
+# Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of many products.
 MOMENT_ERROR = 1e-4
 
-# Where a second moment is inverted: eigenvalues below this share of the largest are the rounding of float32.
+# When a second moment is inverted, eigenvalues below this fraction of the largest are float32 rounding.
 SMALLEST = 1e-7
 
 # Unit roundoff of the dtypes a second moment may be stored in.
@@ -225,7 +225,7 @@ def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
     """
     if change.streamed is not None:
         what = "x".join(map(str, change.streamed.shape))
-        raise MemoryLimitError(f"{what}: the data metric needs ΔW whole, which --memory does not hold; give more")
+        raise MemoryLimitError(f"{what}: the data metric needs the whole ΔW, which exceeds --memory; give more")
     if change.factors is not None:
         b, a = (factor.to(torch.float64) for factor in change.factors)
         return replace(change, factors=(lower.T @ b, a) if on_rows else (b, a @ lower))
@@ -248,10 +248,10 @@ def read_root(moments: Moments, device: torch.device) -> Root:
         raise InputError(problem)
     size = norm([c])
     if norm([c - c.T]) > MOMENT_ERROR * size:
-        raise InputError(f"{where}: is not symmetric, so it is no second moment such as E[xxᵀ]")
+        raise InputError(f"{where}: not symmetric, so not a second moment E[xxᵀ]; record it again")
     lower, negative = root((c + c.T) / 2)
     if negative > MOMENT_ERROR:
-        raise InputError(f"{where}: has negative eigenvalues, so it is no second moment such as E[xxᵀ]")
+        raise InputError(f"{where}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it again")
     error = norm([lower @ lower.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * size
     spectral = float((lower**2).sum(0).max().sqrt()) if moments.size else 0.0
     return Root(lower, moments.on_rows, error, norm([lower]), spectral)

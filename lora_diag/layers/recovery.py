@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 Start = Literal["stored", "rounded"]
 
-# The files resolve the update where the variance of TUNED's rounding errors is below this fraction of ‖D‖² and hardly
-# an entry stayed the same, and wherever their largest possible sum of squares is below it: a sparse update leaves most
-# entries the same. Both take the stored BASE for the start.
+# The files resolve the update if the variance of TUNED's rounding errors is below this fraction of ‖D‖² and hardly an
+# entry is unchanged, or if their largest possible sum of squares is below it: a sparse update leaves most entries
+# unchanged. Both assume that the stored BASE is the start.
 RESOLVED, STILL = 0.01, 0.05
 
 # Ranks at which C(r) is given where nobody names others.
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-# Fewer changed entries say too little about a size.
+# With fewer changed entries the size cannot be estimated.
 FEWEST = 30
 
 # Normal deviates of a 95% interval.
 Z95 = 1.96
 
-# Bytes that blocks take while they are read and measured.
+# Memory of the blocks while they are read and measured.
 BLOCKS = 96 * 2**20
 
 
@@ -142,7 +142,7 @@ class _Stored:
         if scale is not None:
             codes = nearest(values / scale, self.format)
             below, above = halves(codes, GRIDS[self.format])
-            # A negative scale turns the cell around; scales are positive in every format known.
+            # A negative scale mirrors the cell; scales are positive in every known format.
             return below * scale.abs(), above * scale.abs()
         below, above = halves(values, GRIDS[self.format])
         if self.own != self.format:
@@ -228,7 +228,8 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         whole, error = shaped.fro, shaped.error
     elif scales is not None:
         whole = _norm(model.cells, size.deviation, NORMAL, scales, None)
-    if model.found is not None and found.low_rank is not None:  # one variance alone does not fit, so its size is none
+    # A single variance does not fit, so there is no single size.
+    if model.found is not None and found.low_rank is not None:
         whole = _norm(model.cells, found.deviation, NORMAL, scales, found.low_rank)
     error *= math.sqrt(max(1.0, fit.chi or 1.0))
     common |= {
@@ -337,17 +338,17 @@ def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device
         scale = tuned.scales(first, last, shape, t)
         low, high = tuned.halves(t, scale)
         d = t - w
-        # Rounded outwards: a cell that is narrower than float32 resolves keeps a width, and holds X.
+        # Rounded outwards: a cell narrower than the float32 resolution keeps a width, and contains X.
         lo[first:last] = ((d - low) / unit).float().nextafter(torch.full_like(low, -math.inf).float())
         hi[first:last] = ((d + high) / unit).float().nextafter(torch.full_like(high, math.inf).float())
         unchanged += int((t == tuned.round(w, scale)).sum())
         square += float((d / unit).double().square().sum())
-        finite = torch.minimum(low, high)  # an open end counts as the other
+        finite = torch.minimum(low, high)  # an open end is treated like the other
         width += float(((2 * finite / unit).double() ** 2 / 12).sum())
         reach += float(((torch.maximum(low, high) / unit).double() ** 2).sum())
         if below is not None and above is not None:
             low, high = base.halves(w, base.scales(first, last, shape, w))
-            # What saturated when BASE was stored is not known to be near: half a step stands for the open end.
+            # A value that saturated when BASE was stored may be far away: half a step replaces the open end.
             low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
             below[first:last], above[first:last] = low / unit, high / unit
     return _Read(base, tuned, Cells(lo, hi, below, above), unit, unchanged, square, width, reach, math.prod(shape))

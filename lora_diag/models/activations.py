@@ -132,9 +132,9 @@ class Listener:
         leader = self._leader[name]
         if leader != name:
             if self._input.get(leader) is not x:
-                raise InputError(f"{name}: shared its input with {leader} in an earlier batch and does no more")
+                raise InputError(f"{name}: had the input of {leader} in an earlier batch, but not in this one")
             return
-        self._input[name] = x  # held, so that no other tensor of this batch can be taken for it
+        self._input[name] = x  # kept, so that no other tensor of this batch gets its identity
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
         self.moments[name].total.addmm_(rows.T, rows)
         self.moments[name].rows += len(rows)

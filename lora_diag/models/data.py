@@ -19,7 +19,7 @@ from lora_diag.models.rows import read_source
 
 # The label of a position that is not predicted, as torch's cross-entropy has it.
 IGNORED = -100
-# Of a masked model: share of the tokens that are hidden and predicted, and where the choice starts from.
+# For a masked model: fraction of the tokens that are hidden and predicted, and the seed of their choice.
 MASKED, MASK_SEED = 0.15, 0
 
 
@@ -96,7 +96,7 @@ def read_texts(path: Path | str, model: Model, most: int | None = None, shifted:
         none = len(found) - len(sequences)
         notes.append(f"{none} of {len(found)} {source.unit} have nothing to predict and are left out")
     if not sequences:
-        raise InputError(f"{path}: has no token to predict")
+        raise InputError(f"{path}: has no token to predict; give longer text")
     if most is not None and most < len(sequences):
         notes.append(f"the first {most} of {len(sequences)} sequences, by --max-sequences")
         sequences = sequences[:most]
@@ -116,7 +116,7 @@ def check_names(texts: list[Texts]) -> None:
     names = [each.name for each in texts]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"two evaluation sets are called {name}; give one of the files another name")
+            raise UsageError(f"--eval: two evaluation sets have the name {name}; rename one of the files")
 
 
 def predicted(texts: Texts, model: Model) -> int:
@@ -144,7 +144,7 @@ def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
     2019) are easier to predict, and add noise to comparisons.
     """
     places = [place for place, label in enumerate(sequence.labels) if label != IGNORED]
-    # Only ``random()`` is promised to stay the same from one version of Python to the next.
+    # Only ``random()`` is guaranteed to be stable across versions of Python.
     order = random.Random(f"{MASK_SEED}:{number}")
     drawn = sorted(places, key={place: order.random() for place in places}.__getitem__)
     hidden = set(drawn[: max(1, round(MASKED * len(places)))])
@@ -203,7 +203,9 @@ def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequenc
     if index is None and isinstance(label, int):
         index = label
     if index is None or not 0 <= index < max(1, len(model.labels)):
-        raise InputError(f"{where}: label {label!r} is none of the model's {len(model.labels)} classes")
+        raise InputError(
+            f"{where}: label {label!r} is not one of the model's {len(model.labels)} classes; map it to one of them"
+        )
     tokens = model.tokens
     room = model.length - len(tokens.first) - len(tokens.last)
     ids = tokens.ids(text)

@@ -71,7 +71,7 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
             losses = [functional.cross_entropy(z.float(), draw(z, wanted), reduction="sum") for z, wanted in kept]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
-                raise InputError("the loss is not a finite number: the weights are broken, or --dtype is too small")
+                raise InputError("the loss is not finite; check the weights, or use --dtype float32")
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()

@@ -41,7 +41,7 @@ class Losses:
             InputError: The loss is not finite.
         """
         if not self.is_finite:
-            raise InputError("the loss is not a finite number: the weights are broken, or --dtype is too small")
+            raise InputError("the loss is not finite; check the weights, or use --dtype float32")
         return float(self.sums.sum() / self.counts.sum())
 
     @property

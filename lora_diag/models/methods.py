@@ -71,7 +71,9 @@ def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
     try:
         import peft
     except ImportError as error:
-        raise UsageError(f"probe: training needs {error.name}: pip install 'loradiag[train]'") from error
+        raise UsageError(
+            f"probe: training needs {error.name}; install it with pip install 'loradiag[train]'"
+        ) from error
     options = _options(model, rank, kind) if kind.config is None else _known(kind.config)
     with in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
@@ -133,7 +135,7 @@ def in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     """
     trained = [each for each in model.module.parameters() if each.ndim == 1 or not only_vectors]
     if not trained:
-        raise InputError("--bitfit: this model has no biases and no norms to train")
+        raise InputError("--bitfit: this model has no biases or norms to train; remove the option")
     changing = [*trained, *model.module.buffers()]
     kept = [tensor.detach().to("cpu", copy=True) for tensor in changing]
     for parameter in trained:

@@ -23,10 +23,10 @@ from lora_diag.errors import InputError, UsageError
 
 Kind = Literal["causal", "masked", "classifier"]
 
-# Without --length: what a CPU evaluates in seconds, and long enough for a loss to mean something.
+# Default sequence length: evaluated in seconds on a CPU, and long enough for a meaningful loss.
 LENGTH = 512
 
-# Text that no tokenizer with a vocabulary turns into one and the same token.
+# Text that no tokenizer with a vocabulary maps to a single repeated token.
 _SAMPLE = "The year 1936."
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -121,7 +121,7 @@ def _opened(base: Path | str, device: torch.device, dtype: str, length: int | No
         config = _config(transformers, base, where, options)
         kind = _kind(base, config)
         if getattr(config, "quantization_config", None) is not None:
-            raise InputError(f"{base}: is quantized, and its weights cannot be swapped; give the unquantized BASE")
+            raise InputError(f"{base}: is quantized, so its weights cannot be swapped; give the unquantized BASE")
         opener: Any = {
             "causal": transformers.AutoModelForCausalLM,
             "masked": transformers.AutoModelForMaskedLM,
@@ -135,14 +135,14 @@ def _opened(base: Path | str, device: torch.device, dtype: str, length: int | No
             raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise InputError(
-                f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}; "
-                "random numbers would be measured"
+                f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, which "
+                "would be random; give the complete model"
             )
         tokens = _tokens(transformers, base, where, options, config, tokenizer, kind)
     length = _length(config, length)
     module.eval().requires_grad_(False).to(device)
     if kind == "classifier" and config.pad_token_id is None:
-        module.config.pad_token_id = tokens.pad  # by which models that read the last token find it
+        module.config.pad_token_id = tokens.pad  # by which models find the last token
     return Model(module, kind, tokens, length, device, _labels(config))
 
 
@@ -181,7 +181,7 @@ def _config(transformers: Any, base: Path | str, where: str, options: dict[str, 
         return transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         if is_adapter(locate(base)):
-            raise UsageError(f"{base}: is an adapter; give the model it belongs to") from error
+            raise UsageError(f"{base}: is an adapter; give its base model") from error
         raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
 
 
@@ -193,7 +193,7 @@ def _length(config: Any, length: int | None) -> int:
     """
     positions = getattr(config, "max_position_embeddings", None) or LENGTH
     if length is not None and not 2 <= length <= positions:
-        raise UsageError(f"--length {length}: from 2 up to the {positions} positions that this model has")
+        raise UsageError(f"--length {length}: must be from 2 up to the {positions} positions of this model")
     return length or min(LENGTH, positions)
 
 
@@ -232,7 +232,7 @@ def _where(base: Path | str) -> tuple[str, dict[str, Any]]:
     """Return the argument of transformers for a path or a Hub id."""
     local = locate(base)
     if isinstance(local, RemotePath):
-        raise InputError(f"{local}: a model that is run must be whole on this machine; download it first")
+        raise InputError(f"{local}: a model to run must be a complete folder on this machine; download it first")
     if local == Path(base):
         if not local.is_dir():
             raise InputError(f"{base}: is a file; to run the model, give the folder with its config.json")
@@ -261,37 +261,45 @@ def _tokens(
 ) -> Tokens:
     vocabulary = getattr(config, "vocab_size", 0)
     if asked == "bytes" and kind == "masked":
-        raise UsageError("--tokenizer bytes: has no mask token, which a masked language model needs")
+        raise UsageError(
+            "--tokenizer bytes: has no mask token, which a masked language model needs; give a tokenizer folder"
+        )
     if asked == "bytes":
         if vocabulary < 256:
-            raise UsageError(f"--tokenizer bytes: needs a vocabulary of at least 256; this model has {vocabulary}")
+            raise UsageError(
+                f"--tokenizer bytes: needs a vocabulary of at least 256, but this model has {vocabulary}; give a "
+                "tokenizer folder"
+            )
         return _bytes("--tokenizer bytes")
     if asked != "auto":
         where, options = asked, {"local_files_only": True}
     try:
         found = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        # For some families transformers makes one without a vocabulary where there are no files.
+        # For some families transformers creates one without a vocabulary if there are no files.
         if len(set(found(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
             raise ValueError("it has no vocabulary")
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last: transformers 4, no files
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last case: transformers 4, no files
         if asked == "auto" and vocabulary == 256 and kind != "masked":
             return _bytes("no tokenizer in BASE and a vocabulary of 256")
         named = base if asked == "auto" else asked
         raise InputError(
-            f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; --tokenizer DIR takes that of "
-            f"another folder{_or_bytes(vocabulary, kind)}"
+            f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; give another folder with "
+            f"--tokenizer DIR{_or_bytes(vocabulary, kind)}"
         ) from error
 
     def ids(text: str) -> list[int]:
         return list(found(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    # What the tokenizer itself puts around a text: found out, because every family has its own rule.
+    # The special tokens around a text are determined by experiment, because every family has its own rule.
     around, inside = list(found("a")["input_ids"]), ids("a")
     begin = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
     last = () if kind == "causal" else tuple(around[begin + len(inside) :])
     mask = found.mask_token_id
     if kind == "masked" and mask is None:
-        raise InputError(f"{where}: the tokenizer has no mask token, which a masked language model needs")
+        raise InputError(
+            f"{where}: the tokenizer has no mask token, which a masked language model needs; give another with "
+            "--tokenizer"
+        )
     return Tokens(ids, tuple(around[:begin]), last, found.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
@@ -304,8 +312,8 @@ def _or_bytes(vocabulary: int, kind: Kind) -> str:
     if kind == "masked":
         return ""
     if vocabulary < 256:
-        return f" (--tokenizer bytes needs a vocabulary of 256 or more; this model has {vocabulary})"
-    return ", and --tokenizer bytes takes UTF-8 bytes as the token ids"
+        return f" (--tokenizer bytes needs a vocabulary of at least 256; this model has {vocabulary})"
+    return ", or use UTF-8 bytes as token ids with --tokenizer bytes"
 
 
 def _first_line(error: Exception) -> str:
@@ -359,10 +367,14 @@ class Weights:
             if (tensor := self.find(layer)) is None:
                 continue
             if tensor.numel() != shape[0] * shape[1]:
-                raise InputError(f"{layer}: is {list(shape)} in BASE and {list(tensor.shape)} in transformers' model")
+                raise InputError(
+                    f"{layer}: shape {list(shape)} in BASE, {list(tensor.shape)} in transformers' model; check that "
+                    "config.json belongs to these weights"
+                )
             if (other := taken.setdefault(tensor.data_ptr(), layer)) != layer:
                 raise InputError(
-                    f"{layer}: is one weight with {other} in the model, and both are stored: they cannot be told apart"
+                    f"{layer}: shares one weight with {other} in the model, but both are stored; exclude one with "
+                    "--exclude"
                 )
             found[layer] = tensor.view(shape)
         return found

@@ -32,17 +32,17 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         import torch
         import transformers
     except ImportError as error:
-        raise UsageError(f"--check: needs {error.name}: pip install 'loradiag[train]'") from error
+        raise UsageError(f"--check: needs {error.name}; install it with pip install 'loradiag[train]'") from error
     if isinstance(base, RemotePath):
         raise InputError(f"{base}: --check builds the model from its config.json, which must be on this machine")
     folder = base if base.is_dir() else base.parent
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # of names that match nothing: the ranks that are missing say it
+        warnings.simplefilter("ignore")  # warnings on unmatched names: missing ranks report them
         try:
             known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             kind: Any = getattr(transformers, (known.architectures or [""])[0], None)
             by_type: Any = transformers.AutoModelForCausalLM
-            # A name from the file: of a model, and of nothing else that transformers can do.
+            # A name from the file: only model classes of transformers are accepted.
             is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
             model = kind(known) if is_model else by_type.from_config(known)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
@@ -51,7 +51,7 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
             options = {key: deepcopy(value) for key, value in config.items() if key != "peft_type"}
             wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{base}: PEFT does not take these ranks for this model: {_short(error)}") from error
+            raise InputError(f"{base}: PEFT does not accept these ranks for this model: {_short(error)}") from error
     return {
         _path(name, module): (module.r["default"], module.scaling["default"])
         for name, module in wrapped.named_modules()

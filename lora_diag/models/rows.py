@@ -15,9 +15,9 @@ from typing import Any
 
 from lora_diag.errors import InputError, UsageError
 
-# The columns of a data set that are read; any others are not.
+# Columns of a data set that are read; others are ignored.
 COLUMNS = ("text", "label", "prompt", "completion")
-# What ``save_to_disk`` leaves in the folder of a data set, and of a set of splits.
+# Files that ``save_to_disk`` writes in the folder of a data set, and of a set of splits.
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -49,17 +49,19 @@ def check_texts(path: Path | str) -> None:
     named = os.fspath(path)
     if not os.path.isdir(named):  # noqa: PTH112  (unlike Path.is_dir(), takes any name)
         if not os.path.isfile(named):  # noqa: PTH113
-            raise InputError(f"{path}: no such file")
+            raise InputError(f"{path}: no such file; check the path")
         return
     folder = Path(path)
     if (folder / _SPLITS).is_file():
         splits = _json(folder / _SPLITS).get("splits")
         known = [str(split) for split in splits] if isinstance(splits, list) else []
         raise InputError(
-            f"{path}: holds the splits {', '.join(known)}: name one, such as {folder / (known or ['train'])[0]}"
+            f"{path}: holds the splits {', '.join(known)}; give one, such as {folder / (known or ['train'])[0]}"
         )
     if not (folder / _STATE).is_file():
-        raise InputError(f"{path}: is a folder without a data set in it (datasets' save_to_disk writes {_STATE})")
+        raise InputError(
+            f"{path}: is a folder without a data set ({_STATE} is missing); save one with datasets' save_to_disk"
+        )
 
 
 def read_source(path: Path | str) -> Source:
@@ -89,7 +91,7 @@ def _file(path: Path) -> Source:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Not splitlines(): JSON strings may hold U+2028 and U+0085 as they are, and texts from the web do.
+    # Not splitlines(): JSON strings may contain U+2028 and U+0085 literally, as in web texts.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -108,18 +110,20 @@ def _data_set(path: Path) -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"{path}: is a folder of datasets, which needs {error.name}: pip install datasets") from error
+        raise UsageError(
+            f"{path}: is a folder of datasets, which needs {error.name}; install it with pip install datasets"
+        ) from error
     _stay_inside(path)
     try:
         found = datasets.load_from_disk(str(path))
-    except Exception as error:  # of pyarrow, of the file system, or of a feature that this version does not know
+    except Exception as error:  # raised by pyarrow, the file system, or a feature unknown to this version
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: datasets cannot open it: {said}") from error
     columns = [name for name in COLUMNS if name in found.column_names]
     if "text" not in columns and not {"prompt", "completion"} <= set(columns):
         raise InputError(
-            f"{path}: has the columns {', '.join(map(str, found.column_names))}; needed are text, text and label, or "
-            "prompt and completion (rename_column)"
+            f"{path}: has the columns {', '.join(map(str, found.column_names))}; rename them to text, text and "
+            "label, or prompt and completion (rename_column)"
         )
     chosen = found.select_columns(columns)
     names = getattr(chosen.features.get("label"), "names", None)

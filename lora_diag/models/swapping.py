@@ -18,7 +18,7 @@ from lora_diag.layers.change import Change, load_change
 from lora_diag.linalg import Factors
 from lora_diag.models.opening import Model, Weights
 
-# In the place of a rank: all of ΔW.
+# In place of a rank: all of ΔW.
 FULL = -1
 
 
@@ -53,7 +53,9 @@ class Swapped:
         self._deltas = {layer: given[layer] for layer in self._tensors}
         self.absent = tuple(delta for layer, delta in given.items() if layer not in self._tensors)
         if lost := next((delta.layer for delta in self.absent if delta.is_matrix), None):
-            raise InputError(f"{lost}: the model that transformers builds of BASE has no such weight")
+            raise InputError(
+                f"{lost}: not part of the model that transformers builds from BASE; exclude it with --exclude"
+            )
         self._most = most
         self._leading: dict[str, _Leading] = {}
         self._state = dict.fromkeys(self._deltas, 0)
@@ -125,8 +127,8 @@ class Swapped:
         for (first, last), block in zip(row_spans(delta.shape), row_blocks(_base(delta), delta.shape), strict=True):
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
-                    f"{layer}: the model that transformers builds of BASE holds other numbers there than BASE's file, "
-                    "so it cannot be swapped"
+                    f"{layer}: the model that transformers builds from BASE has other values than BASE's file, so "
+                    "it cannot be swapped; exclude it with --exclude"
                 )
 
 
@@ -138,5 +140,5 @@ def _base(delta: Delta) -> Side:
 def _finite(delta: Delta) -> Change:
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
-        raise InputError(f"{delta.layer}: {change.non_finite}; no loss can be measured with it")
+        raise InputError(f"{delta.layer}: {change.non_finite}; exclude it with --exclude")
     return change

@@ -25,5 +25,5 @@ def truncated_layers(
         if delta.is_matrix and part_of(delta.layer) == "matrices" and selected(delta.layer)
     }
     if not found:
-        raise NothingComparedError("no matrix outside embeddings and head is selected, so there is nothing to truncate")
+        raise NothingComparedError("no matrix outside embeddings and head is selected; check --layers and --exclude")
     return found

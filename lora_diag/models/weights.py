@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_diag.checkpoints.names import plain_names
 from lora_diag.errors import UsageError
 
-# What PEFT puts into the names of the weights it wraps.
+# Prefixes that PEFT adds to the names of wrapped weights.
 _PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+(?=\.)")
 
 
@@ -163,7 +163,7 @@ def _why_not(module: Any) -> str | None:
     """Return why the exact gradient of a frozen weight is not available; None if it is."""
     base = module.get_base_layer()
     if not isinstance(module, LoraLayer):
-        return f"a {type(module).__name__} is no LoRA: its output is not W·x plus an update"
+        return f"a {type(module).__name__} is not a LoRA: its output is not W·x plus an update"
     if module.lora_variant or any(module.use_dora.values()):
         kind = next((type(v).__name__ for v in module.lora_variant.values()), "DoRA")
         return f"with {kind} the output is not W·x plus an update"
@@ -182,6 +182,6 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
     """
     if hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh") or "_flat_param" in name:
         raise UsageError(
-            f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process sees its whole gradient; record with "
+            f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient; record with "
             "plain data parallelism or on one device"
         )

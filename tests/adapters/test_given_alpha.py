@@ -64,7 +64,7 @@ def test_peft_file_without_its_config(tmp_path, given, scales):
     tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B, "h.b.lora_A.weight": C, "h.b.lora_B.weight": D}
     folder = adapter(tmp_path, tensors)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(InputError, match="state --alpha"):
+    with pytest.raises(InputError, match="give --alpha"):
         open_adapter(folder)
     found, notes = stated(folder, given)
     close(found["h.a.weight"], scales[0] * B @ A)

@@ -251,7 +251,7 @@ def test_bin_files_and_adapter_s_name_in_keys_are_read(tmp_path):
     [
         ({"fc.lora_A.weight": A}, {}, "fc has no lora_B"),
         (PAIR, {"r": 4}, "has rank 2, but adapter_config.json says 4"),
-        (PAIR | {"fc.lora_B.weight": normal(8, 3)}, {}, "A has rank 2, B has rank 3"),
+        (PAIR | {"fc.lora_B.weight": normal(8, 3)}, {}, "A has rank 2, but B has rank 3"),
         (PAIR, {"r": 0}, "r must be a whole number from 1 up"),
         (PAIR, {"lora_alpha": None}, "lora_alpha must be a finite number"),
         (PAIR, {"lora_alpha": "16"}, "lora_alpha must be a finite number"),
@@ -262,13 +262,13 @@ def test_bin_files_and_adapter_s_name_in_keys_are_read(tmp_path):
         (
             {"wte.token_adapter.trainable_tokens_delta": A},
             {"trainable_token_indices": {"wte": [3, 3]}},
-            "gives 1 token indices",
+            "has 1 token indices",
         ),
         (PAIR, {"rank_pattern": ["fc"]}, "rank_pattern must map names to values"),
         (PAIR, {"init_lora_weights": "corda"}, "CorDA"),
         (PAIR, {"init_lora_weights": "pissa_niter_4"}, "randomised SVD"),
         (PAIR, {"use_qalora": True}, "QA-LoRA"),
-        (PAIR, {"peft_type": "BOFT"}, "BOFT is not read: merge it with peft"),
+        (PAIR, {"peft_type": "BOFT"}, "BOFT is not supported; merge it with peft"),
         (PAIR, {"peft_type": "PREFIX_TUNING"}, "changes no weight"),
         (PAIR, {"peft_type": "XLORA"}, "depends on the input"),
         (PAIR, {"peft_type": "NEWTHING"}, "unknown adapter type NEWTHING"),
@@ -276,9 +276,9 @@ def test_bin_files_and_adapter_s_name_in_keys_are_read(tmp_path):
         ({"fc.lora_A.weight": np.zeros(0), "fc.lora_B.weight": B}, {}, "ZeRO-3"),
         ({"fc.lora_A.weight": np.zeros((0, 6)), "fc.lora_B.weight": B}, {}, "ZeRO-3"),
         (PAIR | {"fc.lora_A.other.weight": A}, {}, "several adapters"),
-        (PAIR, {"layer_replication": [[3, 1]]}, "impossible range"),
+        (PAIR, {"layer_replication": [[3, 1]]}, "invalid range"),
         (PAIR, {"use_bdlora": {"nblocks": 3, "target_modules_bd_b": ["fc"]}}, "do not divide"),
-        (PAIR | {"fc.lora_magnitude_vector": normal(9)}, {}, "8 entries are due"),
+        (PAIR | {"fc.lora_magnitude_vector": normal(9)}, {}, "instead of 8 entries"),
     ],
 )
 def test_mismatched_factors_are_refused(tmp_path, tensors, config, words):
@@ -297,7 +297,7 @@ def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
 
 def test_adapter_that_needs_base_says_so(tmp_path):
     path = adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": normal(8)}, use_dora=True)
-    with pytest.raises(InputError, match=r"DoRA .*BASE is needed: loradiag spectrum BASE"):
+    with pytest.raises(InputError, match=r"DoRA .*BASE is needed; run loradiag spectrum BASE"):
         changes(path, None)
 
 

@@ -134,10 +134,10 @@ def test_unsupported_type_is_refused_by_name(tmp_path, name):
 def test_type_with_integer_tensors_is_refused_by_name(tmp_path):
     path = adapter(tmp_path, {"x": normal(2)}, peft_type="SHIRA")
     save_file({"q_proj.shira_indices": torch.ones(2, 3, dtype=torch.int32)}, path / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="SHIRA is not read: merge it"):
+    with pytest.raises(InputError, match="SHIRA is not supported; merge it"):
         open_adapter(path)
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    with pytest.raises(InputError, match=r"shira_indices is stored as int32; an adapter's tensors are floats"):
+    with pytest.raises(InputError, match=r"shira_indices is stored as int32, but an adapter's tensors must be floats"):
         open_adapter(path)
 
 

@@ -348,7 +348,7 @@ def test_adapter_that_reads_back_otherwise_is_refused(tmp_path):
     check_written(folder, base, [part])
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
-    with pytest.raises(InputError, match=r"q_proj\.weight read back otherwise"):
+    with pytest.raises(InputError, match=r"q_proj\.weight differ when read back"):
         check_written(folder, base, [part])
 
 

@@ -98,7 +98,7 @@ def test_config_is_checked_by_building_model(loradiag, measured, tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     other = loradiag(*words, "-o", "adapter_config.json", "--check", "config.json")
     assert other.code == 3
-    assert "PEFT does not take these ranks" in other.err
+    assert "PEFT does not accept these ranks" in other.err
     assert not (tmp_path / "adapter_config.json").exists()
     assert loradiag(*words, "--check", "config.json").code == 2
     assert loradiag(*words, "-o", "a.jsonl", "--check", "config.json").code == 2

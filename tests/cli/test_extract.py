@@ -269,7 +269,7 @@ def test_ranks_of_another_model_are_refused(loradiag, pair_of_models, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     ran = loradiag("extract", base, tuned, "--ranks", "adapter_config.json", "-o", "adapter")
     assert ran.code == 3
-    assert "none of its target_modules is a layer here" in ran.err
+    assert "its target_modules match no layer" in ran.err
     config |= {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 2}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     ran = loradiag("extract", base, tuned, "--ranks", "adapter_config.json", "-o", "adapter", "--json")

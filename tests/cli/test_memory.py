@@ -71,7 +71,7 @@ def test_matrix_larger_than_hard_limit_is_measured(pair, limited):
     assert 4 * before[NAME].numel() > LIMIT * 2**20
     without = limited(LIMIT, "spectrum", base, tuned, "--json")
     assert without.code == 3
-    assert f"Error: {NAME}: there is no memory left for it; give --memory less" in without.err
+    assert f"Error: {NAME}: out of memory; give --memory less" in without.err
     ran = limited(LIMIT, "spectrum", base, tuned, "--memory", MEMORY, "--json")
     assert ran.code == 0, ran.err
     large, small = (next(r for r in ran.records if r.get("layer") == name) for name in (NAME, SMALL))

@@ -58,7 +58,7 @@ def test_class_is_found_by_its_name_and_else_by_its_number(tmp_path):
     assert [sequence.labels for sequence in found.sequences] == [(2,), (1,)]
     found = read_texts(saved(rows, tmp_path / "numbered"), model)
     assert [sequence.labels for sequence in found.sequences] == [(0,), (1,)]
-    with pytest.raises(InputError, match=r"row 0: label 7 is none of the model's 3 classes"):
+    with pytest.raises(InputError, match=r"row 0: label 7 is not one of the model's 3 classes"):
         read_texts(saved([{"text": "a", "label": 7}], tmp_path / "wrong"), model)
 
 
@@ -75,11 +75,11 @@ def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
     model = open_model(gpt2(tmp_path / "base"), CPU)
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     splits.save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(InputError, match=r"holds the splits train, test: name one, such as .*splits/train"):
+    with pytest.raises(InputError, match=r"holds the splits train, test; give one, such as .*splits/train"):
         read_texts(tmp_path / "splits", model)
     with pytest.raises(InputError, match="is a folder without a data set"):
         read_texts(tmp_path / "base", model)
-    with pytest.raises(InputError, match=r"has the columns body; needed are text"):
+    with pytest.raises(InputError, match=r"has the columns body; rename them to text"):
         read_texts(saved([{"body": "x"}], tmp_path / "body"), model)
     broken = saved(ROWS, tmp_path / "broken")
     next(broken.glob("*.arrow")).write_bytes(b"not arrow")

@@ -50,7 +50,7 @@ class OutputFolder:
         self.work = self.final.with_name(f"{self.final.name}.part")
         for path in (final, self.work, self.work / FACTORS):
             if path.is_symlink():
-                raise UsageError(f"{path}: a symbolic link, which is not followed; give the folder itself")
+                raise UsageError(f"{path}: is a symbolic link, which is not followed; give the folder itself")
         self._overwrite, self._resume = overwrite, resume
         self.finished = (
             resume and not overwrite and not self.work.exists() and (self.final / self.records_name).is_file()

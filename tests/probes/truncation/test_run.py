@@ -246,7 +246,7 @@ def test_lines_that_say_nothing_are_named(tmp_path, content, message):
 
 def test_two_sets_of_one_name_are_refused(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
-    with pytest.raises(UsageError, match="two evaluation sets are called held_out"):
+    with pytest.raises(UsageError, match="two evaluation sets have the name held_out"):
         lora_diag.probe_truncation(base, base, evaluate=[text], shifted=[text])
 
 
@@ -282,14 +282,14 @@ def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
 
 def test_adapter_in_place_of_model_is_called_that(tmp_path):
     adapter = SAMPLES / "lora_r4"
-    with pytest.raises(UsageError, match="lora_r4: is an adapter; give the model it belongs to"):
+    with pytest.raises(UsageError, match="lora_r4: is an adapter; give its base model"):
         lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "way_out"),
     [
-        (40, r"\(--tokenizer bytes needs a vocabulary of 256 or more; this model has 40\)"),
+        (40, r"\(--tokenizer bytes needs a vocabulary of at least 256; this model has 40\)"),
         (300, ", and --tokenizer bytes"),
     ],
 )

@@ -102,5 +102,5 @@ def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match="needs datasets: pip install datasets"):
+    with pytest.raises(UsageError, match="needs datasets; install it with pip install datasets"):
         read_texts(tmp_path / "splits" / "train", model)

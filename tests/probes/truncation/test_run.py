@@ -209,7 +209,7 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
         (
             {"tokenizer": "nowhere"},
             InputError,
-            "nowhere: transformers cannot open a tokenizer.*--tokenizer bytes takes",
+            "nowhere: transformers cannot open a tokenizer.*--tokenizer bytes",
         ),
         ({"evaluate": []}, UsageError, "--eval"),
         ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
@@ -290,7 +290,7 @@ def test_adapter_in_place_of_model_is_called_that(tmp_path):
     ("vocabulary", "way_out"),
     [
         (40, r"\(--tokenizer bytes needs a vocabulary of at least 256; this model has 40\)"),
-        (300, ", and --tokenizer bytes"),
+        (300, ", or use UTF-8 bytes as token ids"),
     ],
 )
 def test_model_without_tokenizer_is_told_way_out(tmp_path, vocabulary, way_out):
@@ -299,7 +299,7 @@ def test_model_without_tokenizer_is_told_way_out(tmp_path, vocabulary, way_out):
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     why = (
-        r"base: transformers cannot open a tokenizer: it has no tokenizer files; --tokenizer DIR takes that of another"
+        r"base: transformers cannot open a tokenizer: it has no tokenizer files; give another folder with --tokenizer DIR"
     )
     with pytest.raises(InputError, match=f"{why} folder ?{way_out}"):
         lora_diag.probe_truncation(tmp_path / "base", tmp_path / "base", evaluate=[some_text(tmp_path)])

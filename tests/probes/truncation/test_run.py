@@ -213,7 +213,7 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
         ),
         ({"evaluate": []}, UsageError, "--eval"),
         ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
-        ({"layers": "nothing"}, NothingComparedError, "nothing to truncate"),
+        ({"layers": "nothing"}, NothingComparedError, "no matrix outside embeddings and head is selected"),
         ({"layers": "("}, UsageError, "--layers"),
     ],
     ids=str,

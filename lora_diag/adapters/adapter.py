@@ -10,7 +10,6 @@ from lora_diag.adapters.adalora import read_adalora
 from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
 from lora_diag.adapters.fourierft import read_fourierft
 from lora_diag.adapters.gguf import is_gguf, read_gguf
-from lora_diag.adapters.given import with_config
 from lora_diag.adapters.ia3 import read_ia3
 from lora_diag.adapters.kohya import is_kohya, read_kohya
 from lora_diag.adapters.ln_tuning import read_ln_tuning
@@ -24,6 +23,7 @@ from lora_diag.adapters.refused import refuse_unread
 from lora_diag.adapters.source import Given, Source, open_source, refuse_integers
 from lora_diag.adapters.tokens import read_trainable_tokens
 from lora_diag.adapters.updates import Reading
+from lora_diag.adapters.user_alpha import with_config
 from lora_diag.adapters.vera import read_vera
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order

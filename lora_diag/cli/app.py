@@ -19,7 +19,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from lora_diag.catalog import features
-from lora_diag.cli.output import ReaderGoneError, forget_output, message
+from lora_diag.cli.output import BrokenOutputError, forget_output, message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
 from lora_diag.feature import Feature
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS
@@ -179,7 +179,7 @@ def _run() -> int:
     except LoradiagError as error:
         message(f"Error: {error}")
         return error.exit_code
-    except ReaderGoneError:
+    except BrokenOutputError:
         return DONE
     except SystemExit as error:
         # Raised by typer when the reader of its help has closed the pipe.

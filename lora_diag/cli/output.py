@@ -33,7 +33,7 @@ MINIMUM = 60
 NAMED = 20
 
 
-class ReaderGoneError(Exception):
+class BrokenOutputError(Exception):
     """The reader closed standard output (``| head``)."""
 
 
@@ -73,7 +73,7 @@ def result(text: str) -> None:
     """Print a result to standard output in any terminal encoding.
 
     Raises:
-        ReaderGoneError: The reader closed the pipe.
+        BrokenOutputError: The reader closed the pipe.
         InputError: Standard output is closed, or its disk is full.
     """
     if sys.stdout is None or sys.stdout.closed:
@@ -83,7 +83,7 @@ def result(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError as error:
-        raise ReaderGoneError from error
+        raise BrokenOutputError from error
     except OSError as error:
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
 
@@ -126,7 +126,7 @@ def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
     return (lambda record: line(to_line(record))) if json else None
 
 
-def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
+def report_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
     """Report layers that could not be measured, and why; return whether there are any."""
     for item in items[:NAMED]:
         message(f"Error: {item.layer}: {item.detail}; {then}")
@@ -143,7 +143,7 @@ def exit_unmeasured(items: Sequence[LeftOut], then: str) -> None:
     Raises:
         Exit: With the code of what could not be measured.
     """
-    if tell_unmeasured(items, then):
+    if report_unmeasured(items, then):
         raise Exit(UNREADABLE)
 
 

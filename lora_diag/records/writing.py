@@ -107,7 +107,7 @@ class ResultsWriter(Generic[L]):
         part = _part(self._final)
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
-            _spare_inputs(self._final, self.run)
+            _refuse_inputs(self._final, self.run)
         behind_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
         self.path = part if behind_part else self._final
         if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
@@ -297,7 +297,7 @@ def check_results_file(
     return state, part_state
 
 
-def _spare_inputs(path: Path, run: Run) -> None:
+def _refuse_inputs(path: Path, run: Run) -> None:
     """Refuse to replace an input file, even with ``overwrite``.
 
     Raises:

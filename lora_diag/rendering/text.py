@@ -235,10 +235,10 @@ def byte_count(size: int) -> str:
     return f"{size} B"
 
 
-def small_share(share: float) -> str:
+def small_fraction(share: float) -> str:
     """Return a fraction in four or five characters; small ones keep two significant digits.
 
-    >>> small_share(0.4123), small_share(0.0312), small_share(0.00391)
+    >>> small_fraction(0.4123), small_fraction(0.0312), small_fraction(0.00391)
     ('0.41', '0.031', '0.0039')
     """
     return f"{share:.2f}" if share >= 0.1 or share == 0 else f"{share:.2g}"
@@ -285,7 +285,7 @@ FORMS: Mapping[str, Callable[[float], str]] = {
     "count": lambda value: count(int(value)),
     "factor": factor,
     "signed": signed,
-    "small": small_share,
+    "small": small_fraction,
     "small_percent": small_percent,
     "bytes": lambda value: byte_count(int(value)),
     "speed": lambda value: f"{byte_count(round(value))}/s",

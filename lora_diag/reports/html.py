@@ -28,7 +28,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
 from lora_diag.rendering.text import plain, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
-from lora_diag.reports.several import Section, sections_of
+from lora_diag.reports.sections import Section, sections_of
 from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, labels, metrics_said, subject_of
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -29,14 +29,14 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
     if not good:
         return None
     best = min(good, key=lambda contest: contest.worst.gap or 0.0)
-    others = ", ".join(_told(contest) for contest in good if contest is not best)
+    others = ", ".join(_outcome(contest) for contest in good if contest is not best)
     source, records = next(of(evidence, "outputs"))
     on_main = choices([record for record in records if record.set in main_sets(records)])
     which = "".join(f" {_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
         f"No change: {best.name} does as well as the full fine-tune on held-out text",
-        f"{_told(best)}.{f' The same holds for {others}.' if others else ''}{which} Distances in weights do not "
+        f"{_outcome(best)}.{f' The same holds for {others}.' if others else ''}{which} Distances in weights do not "
         "contradict this.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
@@ -85,7 +85,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         "close the gap",
         f"Close a gap of {_gap(best.worst)} nats to the full fine-tune: "
         f"{f'train at {listed(tried)}' if tried else 'sweep learning rates'}",
-        f"{_told(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps based on weights "
+        f"{_outcome(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps based on weights "
         "suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
         f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
@@ -105,7 +105,7 @@ def measure_more(evidence: Evidence) -> Advice | None:
     return Advice(
         "measure more",
         f"Measure the loss of {', '.join(contest.name for contest in unknown)} on more held-out text",
-        f"{'; '.join(map(_told, unknown))}: not enough text to decide whether "
+        f"{'; '.join(map(_outcome, unknown))}: not enough text to decide whether "
         f"{'it does' if len(unknown) == 1 else 'they do'} as well as the full fine-tune.",
         f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
         _PAIRED,
@@ -288,7 +288,7 @@ def _choice(choice: Choice) -> str:
     return f"On {choice.set}, {choice.best} is not distinguishable from {equal}: use the cheapest"
 
 
-def _told(contest: Contest) -> str:
+def _outcome(contest: Contest) -> str:
     """State the result of an adapter on its worst set."""
     record = contest.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"

@@ -12,7 +12,7 @@ from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
-from lora_diag.reports.several import sections_of
+from lora_diag.reports.sections import sections_of
 from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, metrics_said, subject_of
 
 # GitHub limits comments to 65,536 characters.
@@ -30,7 +30,7 @@ def markdown_report(evidence: Evidence) -> str:
         *(f"**{answer.question}** {_text(answer.says)}" + _more(answer.more) for answer in subject.answers),
         *(_advice(subject) if subject.update else ()),
         *_findings(subject),
-        *_several(evidence),
+        *_sections(evidence),
         *_table(evidence),
         *_gate(evidence),
         *(f"**Allocation** {_text(label)} {_text(said)}" for label, said in certificates(evidence)),
@@ -81,7 +81,7 @@ def _how(columns: Sequence[Field]) -> str:
     return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; words: the most frequent."
 
 
-def _several(evidence: Evidence) -> list[str]:
+def _sections(evidence: Evidence) -> list[str]:
     """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):

@@ -58,7 +58,7 @@ def report(
     if values and wanted not in _TABLES:
         raise UsageError(f"--values: not available with --format {wanted}; use {' or '.join(_TABLES)}")
     if output is not None:
-        _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
+        _refuse_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
         check_output(Path(output), kind, overwrite)
     evidence = Evidence(tuple(map(_source, results)))
     made = render(evidence, values) if wanted in _TABLES else render(evidence)
@@ -134,7 +134,7 @@ def _minute(time: datetime) -> str:
     return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
-def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
+def _refuse_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
     """Refuse to overwrite an input with the report.
 
     Raises:

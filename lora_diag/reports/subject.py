@@ -24,10 +24,10 @@ from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import Statement, find, lines_of
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
-from lora_diag.reports.asked import Answer, losses, several
+from lora_diag.reports.answers import Answer, losses, other_answers
 from lora_diag.reports.evidence import SPOKEN_OF, Evidence, Source, measure_weights
 from lora_diag.reports.findings import Finding, findings
-from lora_diag.reports.several import is_of_losses, named_of, section_kind
+from lora_diag.reports.sections import is_of_losses, named_of, section_kind
 from lora_diag.reports.step import Advice
 from lora_diag.reports.worth import of
 
@@ -69,7 +69,7 @@ class Subject:
 
 def subject_of(evidence: Evidence) -> Subject:
     """Return the statements of a report on several runs."""
-    others, probed = tuple(several(evidence)), tuple(losses(evidence))
+    others, probed = tuple(other_answers(evidence)), tuple(losses(evidence))
     usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
     measured = any(answer.measured for answer in usual)
     weights = measured or not (others or probed)

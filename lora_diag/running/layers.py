@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_diag.adapters.given import given_alpha
+from lora_diag.adapters.user_alpha import given_alpha
 from lora_diag.layers.task import LayerSettings
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Layout

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.given import given_alpha
+from lora_diag.adapters.user_alpha import given_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError

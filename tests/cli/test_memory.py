@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.cli.output import tell_unmeasured
+from lora_diag.cli.output import report_unmeasured
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut
 from tests.conftest import PATIENCE, ROOT, Ran, as_numpy, save_model
@@ -139,7 +139,7 @@ def test_sizes_that_make_no_sense_are_refused(memory, workers, said):
 
 def test_large_model_that_does_not_fit_does_not_fill_terminal(capsys):
     left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
-    assert tell_unmeasured(left, "the layer was left out")
+    assert report_unmeasured(left, "the layer was left out")
     *named, rest = capsys.readouterr().err.splitlines()
     assert named == [f"Error: layer{n}: too large; the layer was left out" for n in range(20)]
     assert rest == "Error: 69980 more layers could not be measured; the records list all (--json, or -o FILE)"

@@ -6,15 +6,15 @@ from statistics import fmean
 
 import pytest
 
-from lora_diag.reports.asked import losses
+from lora_diag.reports.answers import losses
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.several import sections_of
+from lora_diag.reports.sections import sections_of
 from lora_diag.reports.static import pictures_of
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence
 from tests.reports.test_losses import KINDS, SETTINGS, run
-from tests.reports.test_several import GITHUB
+from tests.reports.test_sections import GITHUB
 
 pytestmark = pytest.mark.slow
 

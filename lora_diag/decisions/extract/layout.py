@@ -11,8 +11,8 @@ from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import Given
 from lora_diag.adapters.writing import CAUSAL, Described, Part, Value, write_adapter
 from lora_diag.adapters.writing_check import check_written
-from lora_diag.adapters.writing_rest import can_be_saved, full_values
 from lora_diag.adapters.writing_targets import TRIED_MODELS, Model, Target, names_in_memory
+from lora_diag.adapters.writing_unfactored import can_be_saved, full_values
 from lora_diag.checkpoints import Checkpoint, locate
 from lora_diag.decisions.extract.measure import left_out_matrix
 from lora_diag.deltas import Delta, Pairing, stored_name

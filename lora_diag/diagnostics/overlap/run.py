@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from lora_diag.adapters.given import given_alpha
+from lora_diag.adapters.user_alpha import given_alpha
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
 from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size

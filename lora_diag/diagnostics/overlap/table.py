@@ -13,7 +13,7 @@ from lora_diag.diagnostics.overlap.tracks import Track, near, steps_of, tracks, 
 from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, Grid, rows_of
 from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table
-from lora_diag.rendering.text import middle, shade, small_share, span, strip
+from lora_diag.rendering.text import middle, shade, small_fraction, span, strip
 
 # Maximum number of steps with a column each, in the narrow and in the wide table. With more steps, this many have
 # columns, and a strip of this many characters shows all.
@@ -88,7 +88,7 @@ def _at_step(rows: Rows, step: int, before: str) -> Column:
         random = median(record.kappa_random for record in known)
         mark = NEAR if sum(map(near, known)) > len(known) / 2 else " "
         style = shade(max(0.0, kappa - random) / max(1e-9, 1 - random))
-        cells.append(Text(f"{small_share(kappa)}{mark}", style=style))
+        cells.append(Text(f"{small_fraction(kappa)}{mark}", style=style))
     return Column(f"{before}{step}", tuple(cells))
 
 

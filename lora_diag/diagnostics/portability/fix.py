@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lora_diag.adapters import Adapter, is_adapter, open_adapter
 from lora_diag.adapters.contents import contents_of
-from lora_diag.adapters.given import given_alpha
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.updates import Site
+from lora_diag.adapters.user_alpha import given_alpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.diagnostics.portability.record import FORMED, Portability
 from lora_diag.diagnostics.portability.run import portability

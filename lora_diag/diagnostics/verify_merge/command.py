@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, tell_unmeasured
+from lora_diag.cli.output import again, report_unmeasured
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
 from lora_diag.running.options import RunOptions
 
@@ -41,7 +41,7 @@ def verify_merge(
     found = outcome(results)
     then = _next(given["output"], shown.per, found == "correct")
     shown.show(results, then)
-    unread = tell_unmeasured(results.unmeasured, "the layer was not checked")
+    unread = report_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
     if code != DONE:
         raise typer.Exit(code)

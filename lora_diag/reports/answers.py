@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_diag.reports.evidence import Evidence
-from lora_diag.reports.several import Section, is_of_losses, sections_of
+from lora_diag.reports.sections import Section, is_of_losses, sections_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def losses(evidence: Evidence) -> Iterator[Answer]:
     return _answers([section for section in sections_of(evidence) if is_of_losses(section.source)])
 
 
-def several(evidence: Evidence) -> Iterator[Answer]:
+def other_answers(evidence: Evidence) -> Iterator[Answer]:
     """Yield the answers to the questions declared by other features."""
     return _answers([section for section in sections_of(evidence) if not is_of_losses(section.source)])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.given import given_alpha
+from lora_diag.adapters.user_alpha import given_alpha
 from lora_diag.decisions.allocate.run import _params_of
 from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.diagnostics.portability.run import portability

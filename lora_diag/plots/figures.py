@@ -128,7 +128,7 @@ def figure(
         UsageError: The figure, width or field does not exist, or the results do not have the records it needs.
     """
     kind, look = figure_named(name), replace(look_of(width), plain=plain)
-    series, options = _check_options(results, labels, per, field, rank, files)
+    series, options = _series_and_options(results, labels, per, field, rank, files)
     if found := _obstacle(kind, series, options):
         raise UsageError(f"{name}: {found.reason}")
     with styled(look):
@@ -190,10 +190,10 @@ def obstacle(
         UsageError: The figure or width does not exist.
     """
     look_of(width)
-    return _obstacle(figure_named(name), *_check_options(results, labels, per, field, rank))
+    return _obstacle(figure_named(name), *_series_and_options(results, labels, per, field, rank))
 
 
-def _check_options(
+def _series_and_options(
     results: Results[Any] | Sequence[Results[Any]],
     labels: Sequence[str],
     per: str,

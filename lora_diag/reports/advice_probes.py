@@ -189,8 +189,8 @@ def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | No
     return Advice(
         "rank by Fisher",
         f"{words} by the Fisher information of the discarded part instead of energy",
-        f"Spearman's ρ with the measured cost of truncating each of {at.n} layers to r={at.rank} is {_rho(fisher)} "
-        f"for the Fisher information of the discarded part and {_rho(energy)} for its energy Σσ².",
+        f"Spearman's ρ with the measured cost of truncating each of {at.n} layers to r={at.rank} is "
+        f"{_interval(fisher)} for the Fisher information of the discarded part and {_interval(energy)} for its energy Σσ².",
         "95% interval of ρ of the Fisher information above that of energy",
         "SVD-LLM (arXiv 2403.07378) and Fisher-weighted SVD (arXiv 2207.00112); measured, Spearman 1904",
         argv,
@@ -208,7 +208,7 @@ def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | Non
     return Advice(
         "rank by Fisher",
         "Measure whether energy or Fisher information predicts the cost of truncation, before choosing ranks by energy",
-        f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_rho(rho)}.",
+        f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_interval(rho)}.",
         f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below {APART}; no "
         "cost measured",
         "Fisher-weighted SVD (arXiv 2207.00112); Spearman 1904",
@@ -295,7 +295,7 @@ def _rho(rho: float | None, n: int) -> tuple[float, float, float] | None:
     return None if ends is None else (rho, *ends)
 
 
-def _rho(rho: tuple[float, float, float]) -> str:
+def _interval(rho: tuple[float, float, float]) -> str:
     return f"{rho[0]:.2f} [{rho[1]:.2f}, {rho[2]:.2f}]"
 
 

@@ -98,7 +98,7 @@ class Cluster:
         spelled("ray_address", Option("", "Ray cluster; default RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
     ] = None
     gpus_per_task: Annotated[
-        float, spelled("gpus_per_task", Option("", "GPUs of a Ray task, or a fraction.", "G", panel=EXECUTION))
+        float, spelled("gpus_per_task", Option("", "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION))
     ] = 0.0
 
     def value(self) -> Ray | None:

@@ -190,7 +190,8 @@ def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | No
         "rank by Fisher",
         f"{words} by the Fisher information of the discarded part instead of energy",
         f"Spearman's ρ with the measured cost of truncating each of {at.n} layers to r={at.rank} is "
-        f"{_interval(fisher)} for the Fisher information of the discarded part and {_interval(energy)} for its energy Σσ².",
+        f"{_interval(fisher)} for the Fisher information of the discarded part and {_interval(energy)} "
+        "for its energy Σσ².",
         "95% interval of ρ of the Fisher information above that of energy",
         "SVD-LLM (arXiv 2403.07378) and Fisher-weighted SVD (arXiv 2207.00112); measured, Spearman 1904",
         argv,

@@ -148,7 +148,7 @@ TARGETS = Option(
     None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, aliases=("--target",), setting="target"
 )
 PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
-EXCLUDE = Option(None, "No weights whose name contains a match.", "REGEX", panel=INPUTS)
+EXCLUDE = Option(None, "Skip weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
 UNFINISHED = Option(False, "Accept results of an interrupted spectrum run.", panel=INPUTS)
 PER = Option("type", "Rows: pooled by module type, or every layer.", "type|layer", panel=OUTPUT)

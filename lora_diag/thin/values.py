@@ -114,9 +114,9 @@ def triangle(x: NDArray[np.float64]) -> Triangle | None:
     products, terms = gram(x)
     squares = products.diagonal()
     if not np.isfinite(squares).all():
-        return _by_reflections(x) if np.isfinite(x).all() else None
+        return _by_reflections(x, _scale_of(x)) if np.isfinite(x).all() else None
     if squares.min() < LEAST or squares.max() > MOST:
-        return _by_reflections(x)
+        return _by_reflections(x, _scale_of(x))
     found = _by_cholesky(products, terms)
     return _by_reflections(x) if found is None else found
 
@@ -153,24 +153,28 @@ def _by_cholesky(products: NDArray[np.float64], terms: int) -> Triangle | None:
     return Triangle(lower.T * norms, 1.0, rank * (terms + rank + 2) * EPS / least, 0.0)
 
 
-def _by_reflections(x: NDArray[np.float64]) -> Triangle:
-    """Return R by Householder QR of blocks of rows, and of their triangles, until one is left.
+def _scale_of(x: NDArray[np.float64]) -> float:
+    """Return a power of two near the largest entry, by which division is exact."""
+    largest = float(np.abs(x).max())
+    return 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
+
+
+def _by_reflections(x: NDArray[np.float64], scale: float = 1.0) -> Triangle:
+    """Return R of X/scale by Householder QR of blocks of rows, and of their triangles, until one is left.
 
     Each QR of p rows has a backward error of p·r·ε (Higham 2002, theorem 19.4), and they add up along the path from a
     row to the last triangle. Reference: Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal parallel and
     sequential QR and LU factorizations" (TSQR).
     """
-    largest = float(np.abs(x).max())
-    scale = 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
     rank = x.shape[1]
     block = max(2 * rank, ENTRIES // rank)
-    part, path = x / scale, 0
+    part, path = x if scale == 1.0 else x / scale, 0
     while len(part) > block:
         count = -(-len(part) // block)
         each = -(-len(part) // count)
-        padded = np.zeros((count * each, rank))
-        padded[: len(part)] = part
-        part = _qr(padded.reshape(count, each, rank)).reshape(-1, rank)
+        if count * each > len(part):
+            part = np.concatenate([part, np.zeros((count * each - len(part), rank))])
+        part = _qr(part.reshape(count, each, rank)).reshape(-1, rank)
         path += each
     path += len(part)
     return Triangle(_qr(part), scale, 0.0, path * rank * EPS)

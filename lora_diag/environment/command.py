@@ -21,7 +21,7 @@ def doctor(
     *,
     json: options.Json = False,
 ) -> None:
-    """Versions, extras, devices, memory, and how to close gaps.
+    """Versions, extras, devices and memory, with a fix per gap.
 
     Example: loradiag doctor s3://models/base
     """

@@ -58,7 +58,7 @@ def compare(
         base: Base checkpoint; or an adapter, if ``tuned`` is None.
         tuned: Fine-tuned checkpoint or adapter; None to measure an adapter without BASE.
         layers: Only weights whose name contains a match.
-        exclude: No weights whose name contains a match.
+        exclude: Skip weights whose name contains a match.
         allow_unmatched: Whether to skip weights that the adapter changes and BASE does not have, instead of raising an
             error.
         verify: Whether to hash every byte (SHA-256).

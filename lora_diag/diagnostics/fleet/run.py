@@ -86,7 +86,7 @@ class FleetSettings:
     Args:
         base: Base checkpoint of all adapters.
         layers: Only weights whose name contains a match.
-        exclude: No weights whose name contains a match.
+        exclude: Skip weights whose name contains a match.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         memory: Unused; adapters have no memory limit.
         given: α of adapters whose files give none.

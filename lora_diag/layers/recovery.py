@@ -6,7 +6,7 @@ Reference: docs/recover.md; ``lora_diag.linalg.hidden`` for the estimator.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +15,24 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Side, StoredDelta, row_spans
+from lora_diag.errors import MemoryLimitError
+from lora_diag.layers.change import Change
+from lora_diag.linalg import Streamed, norm
 from lora_diag.linalg.binades import MOST_UNEVEN, Binades
-from lora_diag.linalg.cells import GRIDS, Cells, halves, nearest
+from lora_diag.linalg.cells import GRIDS, Cells, Source, halves, joined, nearest
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.hidden import SAMPLE, LowRank, Recovered, Size, fit_size, recover
-from lora_diag.linalg.hidden_scales import Scales, fit_scales
+from lora_diag.linalg.hidden import (
+    HELD_OUT,
+    MOST_HELD_OUT,
+    SAMPLE,
+    WHOLE_UP_TO,
+    LowRank,
+    Recovered,
+    Size,
+    fit_size,
+    recover,
+)
+from lora_diag.linalg.hidden_scales import Scales, divided, fit_scales
 from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape
 from lora_diag.linalg.rounding import SHORTER
 from lora_diag.linalg.shrinkage import with_noise
@@ -66,7 +79,7 @@ class Estimate:
     """
 
     hidden: Hidden
-    cells: Cells | None = None
+    cells: Source | None = None
     low_rank: LowRank | None = None
     deviation: float = 0.0
     scales: Scales | None = None
@@ -74,14 +87,18 @@ class Estimate:
     curve: tuple[float, ...] = ()
     shape: Shape = NORMAL
 
-    def mean(self) -> Iterator[Tensor]:
-        """Yield E[X | cells] in row blocks, from the first row to the last."""
+    def mean(self, spans: Iterable[tuple[int, int]] | None = None) -> Iterator[Tensor]:
+        """Yield E[X | cells] in row blocks, from the first row to the last.
+
+        Args:
+            spans: Row ranges of the blocks; None for small ones.
+        """
         assert self.cells is not None
         row = 0
-        for found in _moments(self.cells, self.deviation, self.shape, self.low_rank):
+        for found in _moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
             block = found.mean
             if self.scales is not None:
-                block = block * self.scales.rows[row : row + len(block), None] * self.scales.columns
+                block = block * self.scales.times(row, row + len(block))
             row += len(block)
             yield block * self.unit
 
@@ -94,13 +111,55 @@ class Estimate:
         """Return E[X | cells] whole."""
         return torch.cat(list(self.mean()))
 
+    def change(self, memory: int | None, stretch: float = 1.0) -> Change:
+        """Return E[X | cells] as an update, in row blocks if the cells exceed a memory limit.
 
-def recovery_bytes(shape: tuple[int, int]) -> int:
+        Args:
+            memory: The limit in bytes; None without limit.
+            stretch: Factor by which it is multiplied.
+        """
+        assert self.cells is not None
+        shape = self.cells.shape
+        if memory is None or recovery_bytes(shape) <= memory:
+            matrix = self.matrix()
+            matrix = matrix if stretch == 1.0 else matrix.mul_(stretch)
+            return Change(norm([matrix]), None, matrix=matrix)
+
+        def read() -> Iterator[Tensor]:
+            return (block if stretch == 1.0 else block * stretch for block in self.mean(row_spans(shape)))
+
+        streamed = Streamed(read, shape, device=self.cells.device)
+        return Change(norm(read()), None, streamed=streamed, limit=memory)
+
+
+def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
     """Estimate the memory of recovering a layer in bytes.
 
-    Cells with both halves of BASE's, the posterior mean, and their copies while they are divided by scales; float32.
+    Whole: cells with both halves of BASE's, the posterior mean, and a copy; float32. If that exceeds a limit, cells are
+    computed again from the files whenever they are read; the posterior mean is kept where it fits.
     """
-    return BLOCKS + 4 * 7 * math.prod(shape)
+    whole = BLOCKS + 4 * 7 * math.prod(shape)
+    if memory is None or whole <= memory:
+        return whole
+    return min(memory, _least(shape) + 4 * math.prod(shape))
+
+
+def _least(shape: tuple[int, int]) -> int:
+    """Return the memory of recovery in row blocks: held-out cells with their indices, and thin factors."""
+    held_out = min(MOST_HELD_OUT, int(HELD_OUT * math.prod(shape)))
+    small = 4 * math.prod(shape) if min(shape) <= WHOLE_UP_TO else 0
+    return BLOCKS + 64 * held_out + 6 * 4 * 128 * sum(shape) + 3 * small
+
+
+def refuse_cells(shape: tuple[int, int], memory: int | None) -> None:
+    """Refuse a memory limit that is too small for row blocks.
+
+    Raises:
+        MemoryLimitError: It is.
+    """
+    if memory is not None and _least(shape) > memory:
+        what = "x".join(map(str, shape))
+        raise MemoryLimitError(f"{what}: its cells need {_least(shape) >> 20} MiB; give --memory more")
 
 
 @dataclass(slots=True)
@@ -156,22 +215,124 @@ class _Stored:
         return nearest(values, self.format) if scale is None else nearest(values / scale, self.format) * scale
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Stats:
+    """Sums over the entries of a layer.
+
+    Args:
+        unchanged: Number of unchanged entries.
+        square: Σ D² in units.
+        width: Σ of the variances of rounding TUNED, in units.
+        reach: Σ of the squares of its largest rounding errors, in units; infinite if an entry saturated.
+    """
+
+    unchanged: int
+    square: float
+    width: float
+    reach: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Read:
-    """Both sides of a layer, read once."""
+    """Both sides of a layer."""
 
     base: _Stored
     tuned: _Stored
-    cells: Cells
+    delta: StoredDelta
     unit: float
-    unchanged: int
-    square: float  # Σ D² in units
-    width: float  # Σ of the variances of rounding TUNED, in units
-    reach: float  # Σ of the squares of its largest rounding errors, in units; infinite if an entry saturated
-    entries: int
+    device: torch.device
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.delta.shape)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype of differences."""
+        own = {getattr(torch, side.own, None) for side in (self.base, self.tuned)}
+        return torch.float64 if torch.float64 in own else torch.float32
+
+    def cells(self, first: int, w: Tensor, t: Tensor, rounded: bool) -> tuple[Cells, _Stats]:
+        """Return the cells of rows from ``first`` on, in units, and their sums."""
+        shape, unit = self.delta.shape, self.unit
+        w, t = move(w, self.device).to(self.wide), move(t, self.device).to(self.wide)
+        scale = self.tuned.scales(first, first + len(t), shape, t)
+        low, high = self.tuned.halves(t, scale)
+        d = t - w
+        # Rounded outwards: a cell narrower than the float32 resolution keeps a width, and contains X.
+        lo = ((d - low) / unit).float().nextafter(torch.full_like(low, -math.inf).float())
+        hi = ((d + high) / unit).float().nextafter(torch.full_like(high, math.inf).float())
+        finite = torch.minimum(low, high)  # an open end is treated like the other
+        stats = _Stats(
+            int((t == self.tuned.round(w, scale)).sum()),
+            float((d / unit).double().square().sum()),
+            float(((2 * finite / unit).double() ** 2 / 12).sum()),
+            float(((torch.maximum(low, high) / unit).double() ** 2).sum()),
+        )
+        if not rounded:
+            return Cells(lo, hi), stats
+        low, high = self.base.halves(w, self.base.scales(first, first + len(w), shape, w))
+        # A value that saturated when BASE was stored may be far away: half a step replaces the open end.
+        low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
+        return Cells(lo, hi, (low / unit).float(), (high / unit).float()), stats
+
+    def blocks(self, rounded: bool) -> Iterator[tuple[Cells, _Stats]]:
+        """Yield the cells in row blocks, as the files are read."""
+        for (first, _), (w, t) in zip(row_spans(self.delta.shape), self.delta.blocks(), strict=True):
+            yield self.cells(first, w, t, rounded)
 
 
-def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: int, device: torch.device) -> Estimate:
+class _Stream(Source):
+    """Cells that are computed from the files whenever they are read, best from the first row to the last."""
+
+    def __init__(self, read: _Read, rounded: bool) -> None:
+        self._read, self._rounded = read, rounded
+        self._step = next(iter(row_spans(read.delta.shape)))[1]
+        self._known: dict[int, Cells] = {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._read.delta.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._read.device
+
+    @property
+    def rounded(self) -> bool:
+        return self._rounded
+
+    def exact_start(self) -> _Stream:
+        """Return the same cells with the stored BASE as the start."""
+        return _Stream(self._read, False)
+
+    def rows(self, first: int, last: int) -> Cells:
+        wanted = range(first // self._step, (last - 1) // self._step + 1)
+        self._known = {block: self._block(block) for block in wanted}
+        parts = []
+        for block, cells in self._known.items():
+            start = block * self._step
+            parts.append(cells.rows(max(0, first - start), min(last - start, self._step)))
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def _block(self, block: int) -> Cells:
+        if block in self._known:
+            return self._known[block]
+        (rows, columns), first = self.shape, block * self._step
+        last = min(rows, first + self._step)
+        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides(self._read.delta))
+        return self._read.cells(first, w, t, self._rounded)[0]
+
+
+def recover_layer(
+    delta: StoredDelta,
+    fro: float,
+    ranks: Sequence[int],
+    seed: int,
+    device: torch.device,
+    memory: int | None = None,
+) -> Estimate:
     """Estimate one layer's update before rounding.
 
     Args:
@@ -180,10 +341,13 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         ranks: Ranks of C(r).
         seed: Seed of hidden cells and starting vectors.
         device: Where to compute.
+        memory: Memory limit in bytes; None without limit. The estimate does not depend on it.
 
     Raises:
         InputError: A file could not be read.
+        MemoryLimitError: The limit is too small for row blocks.
     """
+    refuse_cells(delta.shape, memory)
     sample = [next(iter(side.checkpoint.read_each(side.name, [_head(side, delta.shape)]))) for side in _sides(delta)]
     stored = [_Stored.of(side, part) for side, part in zip(_sides(delta), sample, strict=True)]
     if stored[0] is None or stored[1] is None:
@@ -191,17 +355,22 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         return _refused(math.nan, f"{side.info.stored} is a format whose rounding cells are not known")
     if fro == 0.0:
         return _refused(1.0, "no entry changed: nothing bounds the update from below")
-    read = _read(delta, stored[0], stored[1], 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape)))), device)
-    unchanged = read.unchanged / read.entries
-    changed = read.entries - read.unchanged
-    if (read.width < RESOLVED * read.square and unchanged < STILL) or read.reach < RESOLVED * read.square:
-        reason = f"rounding makes up {read.width / read.square:.2g} of ‖ΔW‖², and {unchanged:.2g} stayed the same"
+    unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
+    read = _Read(stored[0], stored[1], delta, unit, device)
+    whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
+    keep = memory is None or _least(delta.shape) + 4 * read.entries <= memory
+    every, stats = _read(read, whole_fits)
+    unchanged = stats.unchanged / read.entries
+    changed = read.entries - stats.unchanged
+    if (stats.width < RESOLVED * stats.square and unchanged < STILL) or stats.reach < RESOLVED * stats.square:
+        reason = f"rounding makes up {stats.width / stats.square:.2g} of ‖ΔW‖², and {unchanged:.2g} stayed the same"
         return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
     if changed < FEWEST:
         return _refused(unchanged, f"only {changed} entries changed, too few to estimate a size")
-    cells, start, start_gain = _start(read)
-    size = fit_size(cells, math.sqrt(read.square / read.entries))
-    model = _model(delta, read, cells, size, start, seed, device)
+    rms = math.sqrt(stats.square / read.entries)
+    cells, start, start_gain = _start(every, rms)
+    size = fit_size(cells, rms)
+    model = _model(read, cells, size, start, seed, keep)
     shaped = model.shaped
     fit, size, scales = model.fit, model.size, model.scales
     common: dict[str, Any] = {
@@ -222,7 +391,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
             "trained without float32 master weights, or in part?"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
-    found = model.found if model.found is not None else recover(model.cells, size, seed)
+    found = model.found if model.found is not None else recover(model.cells, size, seed, keep)
     whole, error = size.fro, size.error
     if shaped is not None:
         whole, error = shaped.fro, shaped.error
@@ -271,7 +440,7 @@ class _Model:
         shaped: The size under the likeliest shape of the entries' distribution; None with scales or L.
     """
 
-    cells: Cells
+    cells: Source
     size: Size
     scales: Scales | None
     fit: Binades
@@ -279,30 +448,26 @@ class _Model:
     shaped: Shaped | None = None
 
 
-def _model(
-    delta: StoredDelta, read: _Read, cells: Cells, size: Size, start: Start, seed: int, device: torch.device
-) -> _Model:
+def _model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
     """Return the first that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
 
     An update of rank 1 or 2 has entries of very different sizes, and L is what explains them.
     """
     shaped = fit_shape(cells, size.deviation)
-    expected = _binades(delta, read, cells, shaped.deviation, shaped.shape, None, start, device)
+    expected = _binades(read, cells, shaped.deviation, shaped.shape, None, start)
     plain = _Model(cells, size, None, expected, shaped=shaped)
     tried = [plain]
     if plain.fit.is_bad(start) and (scaled := fit_scales(cells, size)) is not None:
-        scales, divided, fitted = scaled
-        fit = _binades(delta, read, divided, fitted.deviation, NORMAL, scales, start, device)
-        tried.append(_Model(divided, fitted, scales, fit))
+        scales, parts, fitted = scaled
+        fit = _binades(read, parts, fitted.deviation, NORMAL, scales, start)
+        tried.append(_Model(parts, fitted, scales, fit))
     for model in tried:
         if not model.fit.is_bad(start):
             return model
     for model in tried:
-        found = recover(model.cells, model.size, seed)
+        found = recover(model.cells, model.size, seed, keep)
         if found.low_rank is not None:
-            fit = _binades(
-                delta, read, model.cells, found.deviation, NORMAL, model.scales, start, device, found.low_rank
-            )
+            fit = _binades(read, model.cells, found.deviation, NORMAL, model.scales, start, found.low_rank)
             if not fit.is_bad(start):
                 return replace(model, fit=fit, found=found, shaped=None)
     return plain
@@ -321,64 +486,48 @@ def _head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
     return side.offset, side.offset + min(math.prod(shape), 2**16)
 
 
-def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device: torch.device) -> _Read:
-    """Read both sides and return the cells, in units of about the root mean square of D."""
-    wide = (
-        torch.float64
-        if torch.float64 in (getattr(torch, base.own, None), getattr(torch, tuned.own, None))
-        else torch.float32
+def _read(read: _Read, whole: bool) -> tuple[Cells | _Stream, _Stats]:
+    """Read both sides, and return the cells, in memory if they fit, and their sums."""
+    rounded = read.base.mantissa <= read.tuned.mantissa
+    count = (4 if rounded else 2) if whole else 0
+    ends, sums, row = [torch.empty(read.delta.shape, device=read.device) for _ in range(count)], [], 0
+    for cells, stats in read.blocks(rounded):
+        sums.append(stats)
+        for end, part in zip(ends, (cells.lo, cells.hi, cells.below, cells.above), strict=False):
+            assert part is not None
+            end[row : row + len(part)] = part
+        row += cells.shape[0]
+    stats = _Stats(
+        sum(one.unchanged for one in sums),
+        sum(one.square for one in sums),
+        sum(one.width for one in sums),
+        sum(one.reach for one in sums),
     )
-    shape = delta.shape
-    rounded = base.mantissa <= tuned.mantissa
-    lo, hi = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    below, above = (torch.empty(shape, dtype=torch.float32, device=device) if rounded else None for _ in range(2))
-    unchanged, square, width, reach = 0, 0.0, 0.0, 0.0
-    for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
-        w, t = move(w, device).to(wide), move(t, device).to(wide)
-        scale = tuned.scales(first, last, shape, t)
-        low, high = tuned.halves(t, scale)
-        d = t - w
-        # Rounded outwards: a cell narrower than the float32 resolution keeps a width, and contains X.
-        lo[first:last] = ((d - low) / unit).float().nextafter(torch.full_like(low, -math.inf).float())
-        hi[first:last] = ((d + high) / unit).float().nextafter(torch.full_like(high, math.inf).float())
-        unchanged += int((t == tuned.round(w, scale)).sum())
-        square += float((d / unit).double().square().sum())
-        finite = torch.minimum(low, high)  # an open end is treated like the other
-        width += float(((2 * finite / unit).double() ** 2 / 12).sum())
-        reach += float(((torch.maximum(low, high) / unit).double() ** 2).sum())
-        if below is not None and above is not None:
-            low, high = base.halves(w, base.scales(first, last, shape, w))
-            # A value that saturated when BASE was stored may be far away: half a step replaces the open end.
-            low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
-            below[first:last], above[first:last] = low / unit, high / unit
-    return _Read(base, tuned, Cells(lo, hi, below, above), unit, unchanged, square, width, reach, math.prod(shape))
+    return Cells(*ends) if whole else _Stream(read, rounded), stats
 
 
-def _start(read: _Read) -> tuple[Cells, Start, float | None]:
+def _start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
 
     The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
     """
-    if read.cells.below is None:
-        return read.cells, "stored", None
-    rms = math.sqrt(read.square / read.entries)
-    some = read.cells
-    if read.entries > 2 * SAMPLE:
-        some = some.at(torch.arange(0, read.entries, read.entries // SAMPLE | 1, device=some.lo.device))
+    if not every.rounded:
+        return every, "stored", None
+    some: Cells | _Stream = every
+    if every.count > 2 * SAMPLE:
+        some = every.at(torch.arange(0, every.count, every.count // SAMPLE | 1, device=every.device))
     exact, rounded = (fit_shape(one, fit_size(one, rms).deviation) for one in (some.exact_start(), some))
     gain = rounded.log_likelihood - exact.log_likelihood
-    return (read.cells, "rounded", gain) if gain > 0 else (read.cells.exact_start(), "stored", gain)
+    return (every, "rounded", gain) if gain > 0 else (every.exact_start(), "stored", gain)
 
 
 def _binades(
-    delta: StoredDelta,
     read: _Read,
-    stored: Cells,
+    stored: Source,
     deviation: float,
     form: Shape,
     scales: Scales | None,
     start: Start,
-    device: torch.device,
     low_rank: LowRank | None = None,
 ) -> Binades:
     """Compare which entries changed, and how far, with what N(L, s²), or another shape, expects, by binade of |W|.
@@ -387,36 +536,35 @@ def _binades(
     """
     # Scales are fitted roughly, and where L is most of X few binades show the size of the rest.
     limit = math.inf if low_rank is not None else MOST_UNEVEN * (1 if scales is None else 2)
-    counts, shape = Binades(most_uneven=limit), delta.shape
-    for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
-        wide = torch.promote_types(torch.float32, torch.promote_types(w.dtype, t.dtype))
-        w, t = move(w, device).to(wide), move(t, device).to(wide)
-        scale = read.tuned.scales(first, last, shape, t)
-        home = read.tuned.round(w, scale)
-        low, high = read.tuned.halves(home, scale)
-        off = home - w
-        parts = [(off - low) / read.unit, (off + high) / read.unit]
-        if start == "rounded":
-            assert read.cells.below is not None
-            assert read.cells.above is not None
-            parts += [read.cells.below[first:last], read.cells.above[first:last]]
-        cells = Cells(*(part.float() for part in parts))
+    counts, shape = Binades(most_uneven=limit), read.delta.shape
+    for (first, last), (w, t) in zip(row_spans(shape), read.delta.blocks(), strict=True):
+        w, t = move(w, read.device).to(read.wide), move(t, read.device).to(read.wide)
+        home = read.tuned.round(w, read.tuned.scales(first, last, shape, t))
+        cells = read.cells(first, w, home, start == "rounded")[0]
         if scales is not None:
-            cells = Scales(scales.rows[first:last], scales.columns).divide(cells)
+            cells = divided(cells, scales.times(first, last))
         if low_rank is None:
             mean: Tensor | float = 0.0
-            still, found = (form.moments(each, deviation, fast=True) for each in (cells, stored.rows(first, last)))
+            still = form.moments(cells, deviation, fast=True)
+            found = form.moments(stored.rows(first, last), deviation)  # fast ones are off by 0.3% of the variance
         else:
             mean = low_rank.rows(first, last)
-            still, found = (moments(each, mean, deviation, fast=True) for each in (cells, stored.rows(first, last)))
+            still = moments(cells, mean, deviation, fast=True)
+            found = moments(stored.rows(first, last), mean, deviation)
         square = ((found.mean - mean) ** 2 + found.variance) / deviation**2
         counts.add(w, t != home, 1 - still.log_mass.exp(), square, 1 - found.variance / deviation**2)
     return counts
 
 
-def _moments(cells: Cells, deviation: float, shape: Shape, low_rank: LowRank | None) -> Iterator[Moments]:
+def _moments(
+    cells: Source,
+    deviation: float,
+    shape: Shape,
+    low_rank: LowRank | None,
+    spans: Iterable[tuple[int, int]] | None = None,
+) -> Iterator[Moments]:
     """Yield the moments of all entries in row blocks."""
-    for first, last in cells.spans():
+    for first, last in cells.spans() if spans is None else spans:
         some = cells.rows(first, last)
         if low_rank is None:
             yield shape.moments(some, deviation)
@@ -424,13 +572,13 @@ def _moments(cells: Cells, deviation: float, shape: Shape, low_rank: LowRank | N
             yield moments(some, low_rank.rows(first, last), deviation)
 
 
-def _norm(cells: Cells, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
+def _norm(cells: Source, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
     """Return √ΣE[x² | cells] before division by the scales."""
     total, row = 0.0, 0
     for found in _moments(cells, deviation, shape, low_rank):
         square = found.mean.square() + found.variance
         if scales is not None:
-            square = square * (scales.rows[row : row + len(square), None] * scales.columns) ** 2
+            square = square * scales.times(row, row + len(square)) ** 2
         row += len(square)
         total += float(square.sum(dtype=torch.float64))
     return math.sqrt(total)

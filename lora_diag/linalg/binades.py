@@ -30,8 +30,8 @@ LEAST = 10.0
 # Exponents of float64 numbers.
 _LOWEST, _BINADES = -1100, 2200
 
-# Binades with fewer entries have no size.
-FEWEST = 50
+# Binades with fewer entries, or whose cells remove less of the variance, have no size.
+FEWEST, LEAST_KNOWN = 50, 0.01
 
 
 def _zeros() -> Tensor:
@@ -106,12 +106,12 @@ class Binades:
     @property
     def _variation(self) -> tuple[float, float]:
         """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors."""
-        used = self.entries >= FEWEST
+        used = (self.entries >= FEWEST) & (self.known >= LEAST_KNOWN * self.entries)
         count = self.entries[used]
         if len(count) < 2:
             return 0.0, 0.0
-        mean, q = self.square[used] / count, (self.known[used] / count).clamp(min=1e-4)
-        size = mean.clamp(min=1e-12).log() / 2 / q
+        mean, q = self.square[used] / count, self.known[used] / count
+        size = mean.log() / 2 / q
         error = ((self.scatter[used] / count - mean**2).clamp(min=0.0) / count).sqrt() / 2 / q
         weight = count * q / (count * q).sum()
         variance = float((weight * (size - (weight * size).sum()) ** 2).sum())

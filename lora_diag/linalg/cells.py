@@ -12,6 +12,7 @@ Reference: IEEE 754-2019, §4.3.1; Micikevicius et al. 2022, arXiv:2209.05433 (8
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -90,8 +91,69 @@ def nearest(values: Tensor, dtype: str) -> Tensor:
     return values.to(getattr(torch, dtype)).to(values.dtype)
 
 
+class Source(ABC):
+    """Cells of the entries of a matrix, in memory or computed when they are read.
+
+    Every way to read gives the same numbers, block by block, so that estimates do not depend on memory.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the ends."""
+
+    @property
+    @abstractmethod
+    def rounded(self) -> bool:
+        """Whether the start of training lies anywhere in BASE's cells."""
+
+    @abstractmethod
+    def rows(self, first: int, last: int) -> Cells:
+        """Return some of the rows."""
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    def spans(self, entries: int = 2**17) -> Iterator[tuple[int, int]]:
+        """Yield row ranges of blocks of about this many entries, which stay in the cache."""
+        step = max(1, entries // self.shape[1])
+        for first in range(0, self.shape[0], step):
+            yield first, min(self.shape[0], first + step)
+
+    def at(self, entries: Tensor) -> Cells:
+        """Return entries by row-major index, ascending, as one row."""
+        columns, found = self.shape[1], []
+        for first, last in self.spans():
+            here = _between(entries, first * columns, last * columns)
+            if len(here):
+                found.append(self.rows(first, last).at(here - first * columns))
+        return joined(found, 1)
+
+    def opened(self, entries: Tensor) -> Opened:
+        """Return the same cells with some entries unknown.
+
+        Args:
+            entries: Row-major indices, ascending.
+        """
+        return Opened(self, entries)
+
+
+def _between(entries: Tensor, first: int, last: int) -> Tensor:
+    """Return the ascending indices in a range."""
+    ends = torch.tensor([first, last], device=entries.device)
+    start, stop = torch.searchsorted(entries, ends).tolist()
+    return entries[start:stop]
+
+
 @dataclass(frozen=True, slots=True)
-class Cells:
+class Cells(Source):
     """Cells of the entries of X = (trained weight) − (start of training), given both stored matrices.
 
     The trained weight is in the cell of the stored T, so with an exact start W the entry is in ``[lo, hi]``. If BASE
@@ -116,19 +178,14 @@ class Cells:
         return self.lo.shape[0], self.lo.shape[1]
 
     @property
-    def count(self) -> int:
-        """Number of entries."""
-        return self.lo.numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the ends."""
-        return self.lo.dtype
-
-    @property
     def device(self) -> torch.device:
         """Device of the ends."""
         return self.lo.device
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the start of training lies anywhere in BASE's cells."""
+        return self.below is not None
 
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows, as views."""
@@ -143,27 +200,19 @@ class Cells:
         )
         return Cells(*parts)  # type: ignore[arg-type]
 
-    def opened(self, entries: Tensor) -> Opened:
-        """Return the same cells with some entries unknown.
-
-        Args:
-            entries: Row-major indices, ascending.
-        """
-        return Opened(self, entries)
-
     def exact_start(self) -> Cells:
         """Return the same cells with the stored BASE as the start."""
         return replace(self, below=None, above=None)
 
-    def spans(self, entries: int = 2**17) -> Iterator[tuple[int, int]]:
-        """Yield row ranges of blocks of about this many entries, which stay in the cache."""
-        step = max(1, entries // self.shape[1])
-        for first in range(0, self.shape[0], step):
-            yield first, min(self.shape[0], first + step)
+
+def joined(blocks: list[Cells], dim: int = 0) -> Cells:
+    """Return the cells of all blocks."""
+    sides = [[getattr(block, name) for block in blocks] for name in ("lo", "hi", "below", "above")]
+    return Cells(*(None if side[0] is None else torch.cat(side, dim) for side in sides))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Source):
     """Cells of which some entries are unknown: from −∞ to ∞.
 
     Args:
@@ -171,7 +220,7 @@ class Opened:
         entries: Row-major indices of the unknown, ascending.
     """
 
-    cells: Cells
+    cells: Source
     entries: Tensor
 
     @property
@@ -180,30 +229,19 @@ class Opened:
         return self.cells.shape
 
     @property
-    def count(self) -> int:
-        """Number of entries."""
-        return self.cells.count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the ends."""
-        return self.cells.dtype
-
-    @property
     def device(self) -> torch.device:
         """Device of the ends."""
         return self.cells.device
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield row ranges of blocks."""
-        return self.cells.spans()
+    @property
+    def rounded(self) -> bool:
+        """Whether the start of training lies anywhere in BASE's cells."""
+        return self.cells.rounded
 
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows."""
         known, columns = self.cells.rows(first, last), self.shape[1]
-        ends = torch.tensor([first * columns, last * columns], device=self.entries.device)
-        start, stop = torch.searchsorted(self.entries, ends).tolist()
-        here = self.entries[start:stop] - first * columns
+        here = _between(self.entries, first * columns, last * columns) - first * columns
         low, high = known.lo.clone(), known.hi.clone()
         low.view(-1)[here], high.view(-1)[here] = -math.inf, math.inf
         return replace(known, lo=low, hi=high)

@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Opened
+from lora_diag.linalg.cells import Cells, Source
 from lora_diag.linalg.shrinkage import Shrunk, shrink
+from lora_diag.linalg.streamed import Streamed
 from lora_diag.linalg.truncated import moments
 
 # Number of entries from which the size is first fitted to a sample, and the size of that sample.
@@ -43,8 +44,9 @@ Rule = Literal["norm", "debiased", "held_out"]
 # is better. With 2 for both 1 of 100 layers of noise had directions; with 3 real layers lose less than 1% of ε.
 SIGNIFICANT, BETTER = 3.0, 2.0
 
-# Fraction of the entries whose cells are held out to test the estimator, and how many of them s is fitted to at most.
-HELD_OUT, FITTED = 0.05, 2**17
+# Fraction of the entries whose cells are held out to test the estimator, their largest number, how many of them s is
+# fitted to at most, and how many random numbers are drawn at a time.
+HELD_OUT, MOST_HELD_OUT, FITTED, DRAWN = 0.05, 2**20, 2**17, 2**20
 
 # Standard deviation of log s about that of the fit, before held-out cells are seen: few cells change it little.
 DOUBT = 0.5
@@ -101,7 +103,7 @@ class LowRank:
         return (self.u[first:last] * self.values.eta.to(self.u)) @ self.vh
 
 
-def fit_size(cells: Cells, guess: float) -> Size:
+def fit_size(cells: Source, guess: float) -> Size:
     """Estimate the variance of X by maximum likelihood, with L = 0.
 
     log s += ½·log g/q with g = mean E[x²|cell]/s², a scoring step.
@@ -119,7 +121,7 @@ def fit_size(cells: Cells, guess: float) -> Size:
     return _last_steps(cells, _iterate(cells, deviation))
 
 
-def _iterate(cells: Cells, deviation: float) -> float:
+def _iterate(cells: Source, deviation: float) -> float:
     for _ in range(60):
         step = _step(_flat(cells, deviation, fast=True))
         deviation *= math.exp(step)
@@ -128,7 +130,7 @@ def _iterate(cells: Cells, deviation: float) -> float:
     return deviation
 
 
-def _last_steps(cells: Cells, deviation: float) -> Size:
+def _last_steps(cells: Source, deviation: float) -> Size:
     for _ in range(8):
         sums = _flat(cells, deviation)
         step = _step(sums)
@@ -165,7 +167,7 @@ class _Sums:
         return 1 / math.sqrt(self.scores) if self.scores > 0 else math.inf
 
 
-def _flat(cells: Cells, deviation: float, fast: bool = False) -> _Sums:
+def _flat(cells: Source, deviation: float, fast: bool = False) -> _Sums:
     sums = _Sums()
     for first, last in cells.spans():
         found = moments(cells.rows(first, last), 0.0, deviation, fast)
@@ -235,12 +237,13 @@ class HeldOut:
 
 
 def fit_low_rank(
-    cells: Cells | Opened,
+    cells: Source,
     size: Size,
     rule: Rule = "norm",
     start: LowRank | None = None,
     seed: int = 0,
     held_out: HeldOut | None = None,
+    keep: bool = True,
 ) -> LowRank:
     """Estimate L.
 
@@ -251,10 +254,11 @@ def fit_low_rank(
         start: Initial L; None for L = 0.
         seed: Seed of the first vectors.
         held_out: Cells that are open in ``cells``, for the rule ``held_out``; None to keep the s of ``start``.
+        keep: Whether posterior means are kept in memory.
     """
     shape, total = cells.shape, size.deviation
     whole = total * math.sqrt(cells.count)
-    posterior = torch.empty(shape, dtype=cells.dtype, device=cells.device)
+    held = torch.empty(shape, device=cells.device) if keep else None
     deviation = total if start is None else start.deviation
     part = None if held_out is None else held_out.part()
     current = start
@@ -262,10 +266,10 @@ def fit_low_rank(
     momentum, basis = 1.0, None if start is None else start.vh.T
     converged, iteration = False, 0
     for iteration in range(1, MOST_ITERATIONS + 1):
-        information = _posterior(cells, mean, deviation, posterior)
-        new = _shrunk_svd(posterior, deviation, information, basis, seed)
+        posterior = _Posterior(cells, mean, deviation, held)
+        new = _shrunk_svd(posterior, basis, seed)
         basis = new.basis
-        found = LowRank(new.u, new.vh, new.values, deviation, information, iteration, False)
+        found = LowRank(new.u, new.vh, new.values, deviation, posterior.information, iteration, False)
         if rule == "held_out":
             step = 0.0 if part is None else part.step(part.mean(found), deviation, deviation)
         else:
@@ -294,16 +298,40 @@ def _zero(first: int, last: int) -> float:
     return 0.0
 
 
-def _posterior(
-    cells: Cells | Opened, mean: Callable[[int, int], Tensor | float], deviation: float, out: Tensor, fast: bool = True
-) -> float:
-    """Write E[X | cells] for a mean L, and return q."""
-    variance = 0.0
-    for first, last in cells.spans():
-        found = moments(cells.rows(first, last), mean(first, last), deviation, fast)
-        out[first:last] = found.mean
-        variance += float(found.variance.sum(dtype=torch.float64))
-    return min(1.0, max(1e-9, 1 - variance / (out.numel() * deviation**2)))
+@dataclass(slots=True)
+class _Posterior:
+    """E[X | cells] for a mean L, computed when it is read.
+
+    Args:
+        cells: The cells.
+        mean: Rows of L.
+        deviation: s.
+        held: Where the blocks of the first pass are kept; None to compute them in every pass.
+    """
+
+    cells: Source
+    mean: Callable[[int, int], Tensor | float]
+    deviation: float
+    held: Tensor | None
+    information: float = 0.0  # q, after the first pass
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield E[X | cells] in row blocks."""
+        if self.held is not None and self.information:
+            yield from (self.held[first:last] for first, last in self.cells.spans())
+            return
+        variance = 0.0
+        for first, last in self.cells.spans():
+            found = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
+            variance += float(found.variance.sum(dtype=torch.float64))
+            if self.held is not None:
+                self.held[first:last] = found.mean
+            yield found.mean
+        self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
+
+    def shrink(self, s: Tensor) -> Shrunk:
+        """Shrink its singular values."""
+        return shrink(s, self.cells.shape, self.deviation, self.information)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,36 +342,38 @@ class _Decomposed:
     basis: Tensor | None
 
 
-def _shrunk_svd(matrix: Tensor, deviation: float, information: float, basis: Tensor | None, seed: int) -> _Decomposed:
+def _shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Decomposed:
     """Return the shrunk singular values above the noise edge, with vectors and an initial basis for the next call."""
-    shape = (matrix.shape[0], matrix.shape[1])
+    shape = posterior.cells.shape
     smaller = min(shape)
     if smaller <= WHOLE_UP_TO:
+        matrix = torch.cat(list(posterior.blocks()))
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        kept = shrink(s, shape, deviation, information)
+        kept = posterior.shrink(s)
         rank = len(kept.eta)
         return _Decomposed(u[:, :rank].to(matrix), vh[:rank].to(matrix), kept, None)
+    streamed = Streamed(posterior.blocks, shape, device=posterior.cells.device)
     width = 24 if basis is None else basis.shape[1] + 8
     while True:
         width = min(width, smaller)
         passes = 3 if basis is None else 1
-        basis = _widened(basis, shape[1], width, matrix, seed)
+        basis = _widened(basis, shape[1], width, posterior.cells.device, seed)
         for _ in range(passes):
-            left = torch.linalg.qr(matrix @ basis)[0]
-            projected = left.T @ matrix
+            left = torch.linalg.qr(streamed.times(basis))[0]
+            projected = streamed.T.times(left).T
             basis = torch.linalg.qr(projected.T)[0]
         small_u, s, vh = torch.linalg.svd(projected.double(), full_matrices=False)
-        kept = shrink(s, shape, deviation, information)
+        kept = posterior.shrink(s)
         rank = len(kept.eta)
         if rank + 4 <= width or width == smaller:
-            u = (left.double() @ small_u[:, :rank]).to(matrix)
-            return _Decomposed(u, vh[:rank].to(matrix), kept, vh[: rank + 4].T.to(matrix))
-        basis, width = vh.T.to(matrix), 2 * width
+            u = (left.double() @ small_u[:, :rank]).float()
+            return _Decomposed(u, vh[:rank].float(), kept, vh[: rank + 4].T.float())
+        basis, width = vh.T.float(), 2 * width
 
 
-def _widened(basis: Tensor | None, columns: int, width: int, like: Tensor, seed: int) -> Tensor:
+def _widened(basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int) -> Tensor:
     known = 0 if basis is None else basis.shape[1]
-    fresh = torch.randn(columns, width - known, generator=torch.Generator().manual_seed(seed)).to(like)
+    fresh = torch.randn(columns, width - known, generator=torch.Generator().manual_seed(seed)).to(device)
     return fresh if basis is None else torch.cat([basis, fresh / math.sqrt(columns)], 1)
 
 
@@ -379,7 +409,7 @@ def _ahead(momentum: float, found: LowRank, previous: LowRank | None) -> tuple[f
     return following, lambda first, last: left[first:last] @ right
 
 
-def posterior_mean(cells: Cells, found: LowRank | None, deviation: float) -> Iterator[Tensor]:
+def posterior_mean(cells: Source, found: LowRank | None, deviation: float) -> Iterator[Tensor]:
     """Yield E[X | cells] in row blocks, from the first row to the last.
 
     Args:
@@ -409,19 +439,20 @@ class Recovered:
     deviation: float = 0.0
 
 
-def recover(cells: Cells, size: Size, seed: int = 0) -> Recovered:
+def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Recovered:
     """Estimate L if held-out cells support it.
 
     Args:
         cells: Cells of the entries.
         size: Size of X.
         seed: Seed of the held-out cells.
+        keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed twice.
     """
     entries = _held_out(cells.shape, seed, cells.device)
     hidden = HeldOut(cells.at(entries), entries)
     known = cells.opened(entries)
     flat = moments(hidden.cells, 0.0, size.deviation).log_mass
-    found = fit_low_rank(known, size, seed=seed)
+    found = fit_low_rank(known, size, seed=seed, keep=keep)
     rule: Rule = "norm"
     if not found.rank:
         return Recovered(0.0, None)
@@ -433,20 +464,26 @@ def recover(cells: Cells, size: Size, seed: int = 0) -> Recovered:
     first = found
     others: tuple[Rule, ...] = ("held_out", "debiased")
     for other in others:
-        fit = fit_low_rank(known, size, other, first, seed, hidden if other == "held_out" else None)
+        fit = fit_low_rank(known, size, other, first, seed, hidden if other == "held_out" else None, keep)
         if not fit.rank:
             continue
         likeliest = hidden.deviation(fit)
         more = hidden.log_likelihood(fit, likeliest) - flat
         if _in_errors(more - gains) > BETTER:
             found, rule, deviation, gains = fit, other, likeliest, more
-    return Recovered(_in_errors(gains), fit_low_rank(cells, size, rule, found, seed), rule, deviation)
+    whole = fit_low_rank(cells, size, rule, found, seed, keep=keep)
+    return Recovered(_in_errors(gains), whole, rule, deviation)
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """Return the held-out entries as row-major indices, ascending; at least one."""
-    draw = torch.rand(math.prod(shape), generator=torch.Generator().manual_seed(seed))
-    return (draw <= max(HELD_OUT, float(draw.min()))).nonzero()[:, 0].to(device)
+    total = math.prod(shape)
+    share, random, found = min(HELD_OUT, MOST_HELD_OUT / total), torch.Generator().manual_seed(seed), []
+    for first in range(0, total, DRAWN):
+        draw = torch.rand(min(DRAWN, total - first), generator=random)
+        found.append((draw <= share).nonzero()[:, 0] + first)
+    entries = torch.cat(found)
+    return (entries if len(entries) else torch.zeros(1, dtype=torch.long)).to(device)
 
 
 def _in_errors(gains: Tensor) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells
+from lora_diag.linalg.cells import Cells, Source
 from lora_diag.linalg.hidden import Size, fit_size
 from lora_diag.linalg.truncated import moments
 
@@ -33,14 +33,54 @@ class Scales:
     rows: Tensor
     columns: Tensor
 
-    def divide(self, cells: Cells) -> Cells:
+    def divide(self, cells: Source) -> Source:
         """Return cells of x_ij / √(a_i·b_j)."""
-        scale = 1 / (self.rows[:, None] * self.columns)
-        parts = (None if part is None else part * scale for part in (cells.lo, cells.hi, cells.below, cells.above))
-        return Cells(*parts)  # type: ignore[arg-type]
+        return Divided(cells, self)
+
+    def times(self, first: int, last: int) -> Tensor:
+        """Return √(a_i·b_j) of some rows."""
+        return self.rows[first:last, None] * self.columns
 
 
-def fit_scales(cells: Cells, size: Size) -> tuple[Scales, Cells, Size] | None:
+@dataclass(frozen=True, slots=True)
+class Divided(Source):
+    """Cells divided by the scales of their rows and columns.
+
+    Args:
+        cells: The cells.
+        scales: The scales.
+    """
+
+    cells: Source
+    scales: Scales
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        return self.cells.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the ends."""
+        return self.cells.device
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the start of training lies anywhere in BASE's cells."""
+        return self.cells.rounded
+
+    def rows(self, first: int, last: int) -> Cells:
+        """Return some of the rows."""
+        return divided(self.cells.rows(first, last), self.scales.times(first, last))
+
+
+def divided(cells: Cells, scale: Tensor) -> Cells:
+    """Return cells divided by positive numbers."""
+    parts = (None if part is None else part / scale for part in (cells.lo, cells.hi, cells.below, cells.above))
+    return Cells(*parts)  # type: ignore[arg-type]
+
+
+def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
     """Fit the scales of rows and columns.
 
     Args:
@@ -55,22 +95,22 @@ def fit_scales(cells: Cells, size: Size) -> tuple[Scales, Cells, Size] | None:
     if max(_excess(scores, dim) for dim in (0, 1)) < DIFFERENT:
         return None
     log_rows, log_columns = (torch.zeros(count, dtype=torch.float64) for count in cells.shape)
-    deviation, divided = size.deviation, cells
+    deviation, parts = size.deviation, cells
     for turn in range(2 * ROUNDS):
         dim = turn % 2
         logs = log_columns if dim else log_rows
         logs += _newton(scores, dim, logs)
         logs -= logs.mean()
-        scales = Scales(*((part / 2).exp().to(cells.lo) for part in (log_rows, log_columns)))
-        divided = scales.divide(cells)
-        scores = _sums(divided, deviation)
+        scales = Scales(*((part / 2).exp().float().to(cells.device) for part in (log_rows, log_columns)))
+        parts = scales.divide(cells)
+        scores = _sums(parts, deviation)
         deviation *= math.exp(max(-0.5, min(0.5, 0.5 * scores.level)))
-    fitted = fit_size(divided, deviation)
+    fitted = fit_size(parts, deviation)
     # Cells divided by √(a_i·b_j) have the same probabilities, so that the likelihoods are comparable.
-    penalty = (sum(cells.shape) - 2) / 2 * math.log(cells.lo.numel())
+    penalty = (sum(cells.shape) - 2) / 2 * math.log(cells.count)
     if fitted.log_likelihood - size.log_likelihood < penalty:
         return None
-    return scales, divided, fitted
+    return scales, parts, fitted
 
 
 @dataclass(slots=True)
@@ -83,7 +123,7 @@ class _Scores:
     level: float
 
 
-def _sums(cells: Cells, deviation: float) -> _Scores:
+def _sums(cells: Source, deviation: float) -> _Scores:
     score = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     squares = 0.0

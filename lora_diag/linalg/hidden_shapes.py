@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells
+from lora_diag.linalg.cells import Cells, Source
 from lora_diag.linalg.truncated import Moments, moments
 
 # Standard error of log ‖X‖ because no shape is quite the true one: 1.5% for uniform entries, up to 2.3% for those of 80
@@ -109,7 +109,7 @@ class _Sums:
     entries: int = 0
 
 
-def _scores(cells: Cells, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
+def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
     """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, of E[x²] and of log-likelihoods."""
     sums = _Sums()
     for first, last in cells.spans():
@@ -129,7 +129,7 @@ def _scores(cells: Cells, shape: Shape, deviation: float, fast: bool = True) -> 
     return sums
 
 
-def _fit(cells: Cells, shape: Shape, deviation: float) -> tuple[float, _Sums]:
+def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
     """Return the scale of the largest likelihood, by steps of the score over its own variance."""
     sums = _scores(cells, shape, deviation)
     for _ in range(STEPS):
@@ -141,13 +141,13 @@ def _fit(cells: Cells, shape: Shape, deviation: float) -> tuple[float, _Sums]:
     return deviation, sums
 
 
-def _walk(cells: Cells, guess: float) -> list[tuple[Shape, float, _Sums]]:
+def _walk(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
     """Fit the normal shape and, on both sides of it, flatter and heavier ones until the likelihood falls."""
     first = (NORMAL, *_fit(cells, NORMAL, guess))
     found = [first]
     # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
     # only where those are not offered together; real updates did not need both.
-    for way in (FLATTER, HEAVIER if cells.below is None else HEAVIER[:1]):
+    for way in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
         last = first
         for shape in way:
             fit = (shape, *_fit(cells, shape, last[1]))
@@ -158,17 +158,17 @@ def _walk(cells: Cells, guess: float) -> list[tuple[Shape, float, _Sums]]:
     return found
 
 
-def fit_shape(cells: Cells, guess: float) -> Shaped:
+def fit_shape(cells: Source, guess: float) -> Shaped:
     """Choose the shape of the entries by likelihood and estimate their size.
 
     Args:
         cells: Where the entries lie.
         guess: A deviation to start from, such as that of the normal shape.
     """
-    total = cells.lo.numel()
-    some = cells
+    total = cells.count
+    some: Source = cells
     if total > 2 * SHAPE_SAMPLE:
-        some = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.lo.device))
+        some = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
     fits = _walk(some, guess)
     scale = total / fits[0][2].entries
     best = max(fits, key=lambda fit: fit[2].log_likelihood)

@@ -9,14 +9,15 @@ from safetensors.torch import save_file
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
-from lora_diag.layers.recovery import recover_layer
+from lora_diag.errors import MemoryLimitError
+from lora_diag.layers.recovery import recover_layer, recovery_bytes
 from tests.linalg.test_hidden import planted
 
 CPU = torch.device("cpu")
 NAME = "layers.0.up_proj.weight"
 
 
-def estimate(folder, base, tuned, seed=0):
+def estimate(folder, base, tuned, seed=0, memory=None):
     """Recover the one layer of two files; tensors, or all tensors of a file by name."""
     for name, side in (("base", base), ("tuned", tuned)):
         tensors = side if isinstance(side, dict) else {NAME: side}
@@ -24,7 +25,7 @@ def estimate(folder, base, tuned, seed=0):
     sides = [open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned")]
     (delta,) = pair(*sides).deltas
     fro = math.sqrt(sum(float((t.double() - b.double()).square().sum()) for b, t in delta.blocks()))
-    return recover_layer(delta, fro, (1, 4, 16), seed, CPU)
+    return recover_layer(delta, fro, (1, 4, 16), seed, CPU, memory)
 
 
 def off(found, x):
@@ -47,6 +48,35 @@ def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
     assert hidden.energy_interval["4"][0] <= share <= hidden.energy_interval["4"][1] + 1e-9
     assert hidden.energy_estimate["16"] == hidden.energy_estimate["4"]
     assert torch.equal((w + found.matrix()).bfloat16().float(), t)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stored", "rounded", "rows"])
+def test_row_blocks_give_the_same_numbers(tmp_path, kind):
+    w, x, t = planted(400, 300, 4, 2e-5, 31, noise=0.2, rows=0.8 if kind == "rows" else None)
+    if kind == "rounded":
+        start = w + (torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) - 0.5) * 2**-16
+        w, t = start.bfloat16().float(), (start + x).bfloat16().float()
+    whole = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    limit = recovery_bytes(w.shape) - 1
+    blocks = estimate(tmp_path, w.bfloat16(), t.bfloat16(), memory=limit)
+    assert whole.hidden == blocks.hidden
+    assert whole.hidden.status == "recovered"
+    assert whole.hidden.scales is (kind == "rows")
+    streamed = blocks.change(limit)
+    assert streamed.matrix is None
+    assert torch.equal(torch.cat(list(streamed.streamed.read())), whole.matrix())
+    assert streamed.fro == pytest.approx(float(whole.matrix().double().norm()))
+    with pytest.raises(MemoryLimitError, match="cells need"):
+        estimate(tmp_path, w.bfloat16(), t.bfloat16(), memory=10**7)
+
+
+def test_noise_that_hardly_moved_an_entry_fits(tmp_path):
+    w, x, t = planted(256, 200, 0, 3e-6, 32)
+    found = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
+    assert found.status == "size_only"
+    assert found.fit_uneven < 0.08
+    assert found.fro_interval[0] < float(x.norm()) < found.fro_interval[1]
 
 
 def test_values_of_bfloat16_stored_as_float32_are_seen(tmp_path):

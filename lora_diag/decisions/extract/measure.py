@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
-from lora_diag.errors import InputError, MemoryLimitError
+from lora_diag.errors import InputError
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, fro_of, times, weigh
@@ -94,7 +94,9 @@ class Layer(LayerTask):
 
 def size(layer: Layer, settings: ExtractionSettings) -> int:
     """Estimate the memory of factoring a layer in bytes: ΔW, and the data metric."""
-    cells = recovery_bytes(layer.shape) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
+    cells = (
+        recovery_bytes(layer.shape, settings.memory) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
+    )
     return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer) + cells
 
 
@@ -195,15 +197,12 @@ def _before_rounding(
         MemoryLimitError: Its cells do not fit.
     """
     assert change.fro is not None
-    needed = recovery_bytes(delta.shape)
-    if settings.memory is not None and needed > settings.memory:
-        what = "x".join(map(str, delta.shape))
-        raise MemoryLimitError(f"{what}: its cells need {needed >> 20} MiB; give --memory more")
-    estimate = recover_layer(delta, change.fro, CURVE, settings.seed, device)
+    estimate = recover_layer(delta, change.fro, CURVE, settings.seed, device, settings.memory)
     if estimate.hidden.status != "recovered":
         return change, estimate.hidden
-    matrix = estimate.matrix()
-    return replace(change, fro=norm([matrix]), matrix=matrix, streamed=None), estimate.hidden
+    found = estimate.change(settings.memory)
+    new = replace(change, fro=found.fro, matrix=found.matrix, streamed=found.streamed, limit=found.limit)
+    return new, estimate.hidden
 
 
 def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:

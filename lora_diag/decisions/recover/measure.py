@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -15,12 +15,11 @@ from torch import Tensor
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.deltas import StoredDelta, row_blocks
-from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.recovery import CURVE, Estimate, recover_layer, recovery_bytes
+from lora_diag.layers.recovery import CURVE, Estimate, recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.task import LayerSettings, LayerTask
-from lora_diag.linalg import decompose, norm, resolve_device
+from lora_diag.linalg import Allowance, require, resolve_device
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut
 
@@ -79,7 +78,14 @@ class RecoveryTask(LayerTask):
 
 def size(layer: RecoveryTask, settings: LayerSettings) -> int:
     """Return about how many bytes a layer takes: D with its decomposition, then the cells."""
-    return bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
+    whole = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
+    return whole if settings.memory is None else min(whole, settings.memory)
+
+
+def _in_blocks(layer: RecoveryTask, settings: LayerSettings) -> bool:
+    """Return whether the layer exceeds the memory limit, and is read in row blocks."""
+    whole = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
+    return settings.memory is not None and whole > settings.memory
 
 
 def narrowed(known: Recovery, wanted: Wanted, store: Store, load: Load) -> Recovery:
@@ -109,19 +115,23 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
 
     Raises:
         InputError: A file could not be read or written.
-        MemoryLimitError: It does not fit; cells are needed whole.
+        MemoryLimitError: It does not fit, even in row blocks.
     """
     if layer.known is not None:
         return narrowed(layer.known, layer.wanted, store, load)
-    if settings.memory is not None and size(layer, settings) > settings.memory:
-        what = "x".join(map(str, layer.shape))
-        raise MemoryLimitError(f"{what}: its cells need {size(layer, settings) >> 20} MiB; give --memory more")
+    if settings.memory is not None:
+        refuse_cells(layer.shape, settings.memory)
+        if layer.wanted.full:
+            weight = 4 * math.prod(layer.shape)
+            require(weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank")
     return noted(*on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
 
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
     delta, wanted = layer.delta, layer.wanted
-    change = load_change(delta, device)
+    limit = settings.memory if _in_blocks(layer, settings) else None
+    allowance = None if limit is None else Allowance(limit, settings.method)
+    change = load_change(delta, device, allowance=allowance)
     if change.non_finite is not None:
         return not_finite(delta, change)
     fro, base_fro = change.fro, change.base_fro
@@ -129,8 +139,10 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     assert base_fro is not None
     found = change.decompose(settings.method, seed=settings.seed, tol=settings.tol)
     curve = energy_curve(found.s.numpy(), fro, found.complete) if fro else np.zeros(0)
-    estimate = recover_layer(delta, fro, CURVE, settings.seed, device)
-    written, rank = _write(wanted, delta, change, estimate, curve, settings, store)
+    if limit is not None:
+        change = replace(change, matrix=None)  # read again if it is to be written
+    estimate = recover_layer(delta, fro, CURVE, settings.seed, device, limit)
+    written, rank = _write(wanted, delta, change, estimate, curve, replace(settings, memory=limit), store)
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
         hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in found.s.tolist())
@@ -172,11 +184,12 @@ def _write(
     if status in {"size_only", "refused"} and not wanted.keep_refused:
         return "nothing", 0
     rank = min(wanted.rank or _rank_of(wanted, delta.shape, estimate, curve), min(delta.shape))
-    matrix = change.matrix if status != "recovered" else estimate.matrix()
-    assert matrix is not None
-    if status == "recovered" and wanted.keep_length:
-        matrix *= _stretch(estimate)
-    best = decompose(matrix, settings.method, rank, norm([matrix]), True, settings.tol, settings.seed)
+    if status == "recovered":
+        change = estimate.change(settings.memory, _stretch(estimate) if wanted.keep_length else 1.0)
+    elif settings.memory is not None:
+        allowance = Allowance(settings.memory, settings.method, rank, vectors=True)
+        change = load_change(delta, torch.device("cpu"), allowance=allowance)
+    best = change.decompose(settings.method, rank, True, settings.tol, settings.seed)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     b, a = (part.float().cpu() for part in split_factors(best, rank, wanted.transposed, "both"))
     store({"B": b.contiguous(), "A": a.contiguous()})
@@ -201,7 +214,10 @@ def _stretch(estimate: Estimate) -> float:
 
 def _store_weight(delta: StoredDelta, estimate: Estimate, stretch: float, store: Store) -> None:
     """Store W_base + stretch·E[X | cells] in float32."""
-    weight = torch.cat([block.float() for block in row_blocks(delta.base, delta.shape)])
+    weight, row = torch.empty(delta.shape), 0
+    for part in row_blocks(delta.base, delta.shape):
+        weight[row : row + len(part)] = part
+        row += len(part)
     row = 0
     for block in estimate.mean():
         weight[row : row + len(block)] += stretch * block.cpu()

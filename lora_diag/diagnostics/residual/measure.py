@@ -8,11 +8,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, footprint
 from lora_diag.diagnostics.residual.record import Distance, Expected, Residual
-from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import Change, load_change, noted, on_device, why_not_comparable
 from lora_diag.layers.left_out import not_finite
@@ -186,16 +184,15 @@ class BeforeRounding:
         fro: √E[‖X‖² | cells].
     """
 
-    mean: Tensor
+    mean: Change
     fro: float
 
     def distance(self, other: Change | None, shape: tuple[int, int]) -> Expected:
         """Return the expected distance of an adapter: E‖X − B·A‖² = ‖E[X] − B·A‖² + E‖X‖² − ‖E[X]‖²."""
         gap, norm, inner = self.fro, 0.0, 0.0
         if other is not None:
-            own = Change(None, None, matrix=self.mean)
-            near, norm, inner = products(zip(own.blocks(shape), other.blocks(shape), strict=True))
-            hidden = max(0.0, self.fro**2 - float(torch.linalg.vector_norm(self.mean, dtype=torch.float64)) ** 2)
+            near, norm, inner = products(zip(self.mean.blocks(shape), other.blocks(shape), strict=True))
+            hidden = max(0.0, self.fro**2 - (self.mean.fro or 0.0) ** 2)
             gap = math.hypot(near, math.sqrt(hidden))
         return Expected(**asdict(distances(self.fro, norm, gap, inner, None)), fro=self.fro)
 
@@ -210,12 +207,8 @@ def _before_rounding(
     """
     if not layer.recover or not isinstance(layer.tuned, StoredDelta) or not layer.tuned.is_matrix or not full.fro:
         return None
-    needed = recovery_bytes(layer.shape)
-    if settings.memory is not None and needed > settings.memory:
-        what = "x".join(map(str, layer.shape))
-        raise MemoryLimitError(f"{what}: its cells need {needed >> 20} MiB; give --memory more")
-    found = recover_layer(layer.tuned, full.fro, CURVE, settings.seed, device)
-    return None if found.cells is None else BeforeRounding(found.matrix(), found.norm())
+    found = recover_layer(layer.tuned, full.fro, CURVE, settings.seed, device, settings.memory)
+    return None if found.cells is None else BeforeRounding(found.change(settings.memory), found.norm())
 
 
 def _with_error(found: Distances, factors: Factors) -> dict[str, float | None]:

@@ -11,10 +11,11 @@ from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
+from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
-from lora_diag.layers.recovery import recover_layer, recovery_bytes
+from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Factors, resolve_device
 from lora_diag.records import LeftOut
@@ -63,11 +64,11 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
 
 def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidden:
     """Return what the rounding cells say about the update before rounding."""
-    needed = recovery_bytes(delta.shape)
-    if settings.memory is not None and needed > settings.memory:
-        reason = f"its rounding cells need {needed >> 20} MiB; give --memory more"
-        return Hidden(status="refused", reason=reason, unchanged=0.0)
-    compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed)
+    try:
+        refuse_cells(delta.shape, settings.memory)
+    except MemoryLimitError as error:
+        return Hidden(status="refused", reason=str(error), unchanged=0.0)
+    compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)
     return on_device(compute, resolve_device(settings.device))[0].hidden
 
 

@@ -105,6 +105,42 @@ def fleet(folder: Path) -> str:
     return file
 
 
+def recovery(folder: Path) -> None:
+    """Draw C(r) of the files, of the estimate and of the truth, for a planted update that bfloat16 storage hides."""
+    import matplotlib as mpl
+    import numpy as np
+    import torch
+    from matplotlib.figure import Figure
+    from safetensors.torch import save_file
+
+    import lora_diag
+    from lora_diag.plots import recovery as draw
+
+    rng = np.random.default_rng(0)
+    w = torch.tensor(rng.normal(size=(512, 512)) * 0.02).bfloat16()
+    x = torch.tensor(rng.normal(size=(512, 8)) @ rng.normal(size=(8, 512)) * 1e-5 / 8**0.5)
+    sides = {"base": w, "tuned": (w.double() + x).bfloat16()}
+    for name, side in sides.items():
+        save_file({"layers.0.up_proj.weight": side}, folder / f"{name}.safetensors")
+    records = lora_diag.recover(folder / "base.safetensors", folder / "tuned.safetensors")
+    squares = torch.linalg.svdvals(x).numpy() ** 2
+    ranks = [int(r) for r in records[0].energy]
+    with mpl.rc_context({"svg.hashsalt": "loradiag", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        page = Figure(figsize=(5.2, 2.8), layout="constrained")
+        axes = draw(records, page.subplots())
+        (truth,) = axes.plot(ranks, np.cumsum(squares)[np.array(ranks) - 1] / squares.sum(), "k:", label="truth")
+        shown = axes.get_legend()
+        axes.legend(
+            [*shown.legend_handles, truth],
+            [*(text.get_text() for text in shown.get_texts()), "truth"],
+            fontsize="small",
+        )
+        axes.set_title(
+            f"Planted rank 8, {records[0].unchanged:.0%} of the bfloat16 entries unchanged", fontsize="medium"
+        )
+        page.savefig(FOLDER / "recovery.svg", metadata={"Date": None})
+
+
 def plots(folder: Path) -> None:
     """Measure the sample checkpoints into a folder, and draw the figures of docs/reference/plot.md from the results."""
     files = {
@@ -122,5 +158,6 @@ def plots(folder: Path) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         plots(Path(temporary))
+        recovery(Path(temporary))
     for name, words in FIGURES.items():
         (FOLDER / f"{name}.svg").write_text(svg(words), encoding="utf-8")

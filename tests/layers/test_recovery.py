@@ -12,12 +12,13 @@ from lora_diag.deltas import pair
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.recovery import recover_layer, recovery_bytes
 from tests.linalg.test_hidden import planted
+from tests.standin import OnGpu, stand_in
 
 CPU = torch.device("cpu")
 NAME = "layers.0.up_proj.weight"
 
 
-def estimate(folder, base, tuned, seed=0, memory=None):
+def estimate(folder, base, tuned, seed=0, memory=None, device=CPU):
     """Recover the one layer of two files; tensors, or all tensors of a file by name."""
     for name, side in (("base", base), ("tuned", tuned)):
         tensors = side if isinstance(side, dict) else {NAME: side}
@@ -25,7 +26,7 @@ def estimate(folder, base, tuned, seed=0, memory=None):
     sides = [open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned")]
     (delta,) = pair(*sides).deltas
     fro = math.sqrt(sum(float((t.double() - b.double()).square().sum()) for b, t in delta.blocks()))
-    return recover_layer(delta, fro, (1, 4, 16), seed, CPU, memory)
+    return recover_layer(delta, fro, (1, 4, 16), seed, device, memory)
 
 
 def off(found, x):
@@ -69,6 +70,23 @@ def test_row_blocks_give_the_same_numbers(tmp_path, kind):
     assert streamed.fro == pytest.approx(float(whole.matrix().double().norm()))
     with pytest.raises(MemoryLimitError, match="cells need"):
         estimate(tmp_path, w.bfloat16(), t.bfloat16(), memory=10**7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [None, 0.8])
+def test_a_gpu_gives_the_same_numbers(tmp_path, rows):
+    w, _, t = planted(220, 200, 3, 2e-5, 33, noise=0.2, rows=rows)
+    here = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    with stand_in() as gpu:
+        there = estimate(tmp_path, w.bfloat16(), t.bfloat16(), device=gpu)
+        assert there.cells.device == gpu
+        matrix = there.matrix()
+        assert isinstance(matrix, OnGpu)
+        with pytest.raises(RuntimeError, match="one device"):
+            matrix + torch.ones(220, 200)
+    assert there.hidden == here.hidden
+    assert here.hidden.status == "recovered"
+    assert torch.equal(matrix.as_subclass(torch.Tensor), here.matrix())
 
 
 def test_noise_that_hardly_moved_an_entry_fits(tmp_path):

@@ -464,6 +464,8 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     first = found
     others: tuple[Rule, ...] = ("held_out", "debiased")
     for other in others:
+        if rule == "held_out" and deviation < first.deviation / 2:
+            break  # next to nothing is outside L, where ``debiased`` is not better
         fit = fit_low_rank(known, size, other, first, seed, hidden if other == "held_out" else None, keep)
         if not fit.rank:
             continue

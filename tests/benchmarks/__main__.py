@@ -192,6 +192,12 @@ def rounding(peers: bool) -> None:
     print(rounding_table())
 
 
+def recovery(peers: bool) -> None:
+    """Time and memory of `recover` on one matrix of which bfloat16 storage hides an update, whole and in row blocks."""
+    for limit in ((), ("512",)):
+        subprocess.run([sys.executable, "-m", "tests.benchmarks.recovery", "speed", "4096", *limit], check=True)
+
+
 def peer(name: str) -> Path:
     """Install another tool in an environment of its own, once, and say where its commands are."""
     home = FOLDER.resolve() / "peers" / name
@@ -219,7 +225,9 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
     }
 
 
-PARTS = {part.__name__: part for part in (kernels, matrix, model, residual, adapters, fleet, reading, rounding)}
+PARTS = {
+    part.__name__: part for part in (kernels, matrix, model, residual, adapters, fleet, reading, rounding, recovery)
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Norm, Share
-from lora_diag.records.shown import Shown, Value
+from lora_diag.records.shown import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.rendering.text import middle_rank
 
@@ -159,7 +159,11 @@ class Recovery(Hidden, LayerRecord):
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
         """Return the columns, without those of estimates where no layer has one."""
-        return tuple(one for one in cls.shown if any(one.value(record) is not None for record in records))
+        return tuple(
+            one
+            for one in cls.shown
+            if any(one.value(record) is not None for record in records) or pooled_value(one, records) is not None
+        )
 
     @property
     def status_words(self) -> str:

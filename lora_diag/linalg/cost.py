@@ -8,10 +8,15 @@ an AMD EPYC (OpenBLAS) thin products 107, the full spectrum 65. The relative cos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Costs of one flop relative to that of a thin product in float32. Eigenvalues of small matrices cost more: 95/18 at 512
 # and 1024, 95/38 at 2048, 95/48 at 4096, fitted by EIGENVALUES·(1 + SMALL/n).
 GRAM, EIGENVALUES, PROJECTED = 1.5, 2.0, 1.5
 SMALL = 700
+
+# Cost of a check over p³ (8 ms at p = 224, 64 ms at 448), and of the probe over mn (25 ms at 2048²).
+CHECK, PROBE = 70, 550
 
 # Eigenvectors besides the eigenvalues, over these alone: 1.7 for the largest, 4.9 where all are computed (4096²).
 SOME_VECTORS = 2.5
@@ -35,34 +40,36 @@ def full_cost(shape: tuple[int, ...], vectors: bool = False) -> float:
     return product + EIGENVALUES * (1 + SMALL / n) * (SOME_VECTORS if vectors else 1.0) * 4 / 3 * n**3
 
 
-def krylov_cost(shape: tuple[int, ...], columns: int, top: int = 0) -> float:
-    """Return the cost of a Krylov basis with its projected problem and residuals.
+def krylov_cost(shape: tuple[int, ...], checks: Sequence[int], top: int = 0) -> float:
+    """Return the cost of a Krylov basis that was checked at these numbers of columns, the last of which it has.
 
     Args:
         shape: ``(m, n)``.
-        columns: p, columns of the basis.
-        top: Number of values that are recomputed in float64 at the end; 0 before the end.
+        checks: Columns of the basis at every check.
+        top: K, the number of values, to count the probe and the values in float64 as well; 0 before the end.
     """
     n, m = sorted(shape)
+    columns = checks[-1]
     products = 4.0 * m * n * columns + 4 * n * columns**2
-    projected = (4 * n + m) * columns**2 + 25 * columns**3
-    values = 2 * m * n * top + 4 * (m + n) * top**2
-    return products + PROJECTED * (projected + values)
+    projected = PROJECTED * (4 * n + m) * columns**2 + CHECK * sum(each**3 for each in checks)
+    if not top:
+        return products + projected
+    return products + projected + PROBE * m * n + PROJECTED * (2 * m * n * top + 4 * (m + n) * top**2)
 
 
-def pays(shape: tuple[int, ...], columns: int, top: int, vectors: bool = False) -> bool:
+def pays(shape: tuple[int, ...], checks: Sequence[int], top: int, vectors: bool = False) -> bool:
     """Return whether Krylov is worth trying: losing its first checks is cheap, and a typical success gains.
 
     Args:
         shape: ``(m, n)``.
-        columns: Columns at the second check.
+        checks: Columns at the first two checks.
         top: K, the number of values.
         vectors: Whether to compute singular vectors.
 
     Example:
-        >>> pays((4096, 4096), 128, 64), pays((512, 512), 128, 64), pays((4096, 4096), 1568, 1024)
-        (True, False, False)
+        >>> pays((4096, 4096), (96, 128), 64), pays((512, 512), (96, 128), 64)
+        (True, False)
     """
     full = full_cost(shape, vectors)
-    success = krylov_cost(shape, max(columns, round(TYPICAL * top)), top)
-    return krylov_cost(shape, columns) <= LOSS * full and success <= WORTH * full
+    success = krylov_cost(shape, (*checks, max(checks[-1] + 32, round(TYPICAL * top))), top)
+    return krylov_cost(shape, checks) <= LOSS * full and success <= WORTH * full

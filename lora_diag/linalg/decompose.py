@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from torch import Tensor
@@ -67,7 +68,7 @@ def decompose(
     if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
         return decompose_exact(matrix, fro, top, vectors)
     if top is not None and tries_krylov(matrix.shape, method, top, vectors):
-        found = decompose_krylov(matrix, fro, top, vectors, tol, seed)
+        found = decompose_krylov(matrix, fro, top, vectors, tol, seed, budget=budget_of(method))
         if found is not None:
             return found
     return decompose_gram(matrix, fro, top, vectors)
@@ -84,6 +85,11 @@ def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: 
     """
     m, n = shape
     return top is not None and (method == "krylov" or (method == "auto" and worth_trying((m, n), top, vectors)))
+
+
+def budget_of(method: str) -> float | None:
+    """Return the budget of ``krylov``: unlimited where it was asked for, else that of its own."""
+    return math.inf if method == "krylov" else None
 
 
 def check_request(method: str, top: int | None, tol: float) -> None:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lora_diag.errors import MemoryLimitError
-from lora_diag.linalg.decompose import EXACT_UP_TO, TOL, check_request, tries_krylov
+from lora_diag.linalg.decompose import EXACT_UP_TO, TOL, budget_of, check_request, tries_krylov
 from lora_diag.linalg.factors import Factors, scale_of
 from lora_diag.linalg.gram import IN_PLACE_FROM, decompose_gram
 from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
@@ -129,7 +129,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     tried = tries_krylov(matrix.shape, allowance.method, allowance.top, allowance.vectors)
     if allowance.top and (tried or (allowance.method == "auto" and needed > left)):
         largest = _largest_basis(matrix.shape, allowance.top, left)
-        budget = math.inf if needed > left else None
+        budget = math.inf if needed > left else budget_of(allowance.method)
         found = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget)
         if found is not None:
             return found

@@ -82,6 +82,13 @@ def kernels(peers: bool) -> None:
             )
 
 
+def spectra(peers: bool) -> None:
+    """The 64 largest values against all of them, over spectra: time, method and certified bound."""
+    from tests.benchmarks.spectra import spectra_table
+
+    spectra_table(((2048, 2048), (5632, 2048), (4096, 4096)))
+
+
 def matrix(peers: bool) -> None:
     """One bf16 layer, whole processes, beside other tools."""
     base, tuned = made("make_pair", FOLDER / "layer", 2048, 5632, 256, 1)
@@ -226,7 +233,8 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
 
 
 PARTS = {
-    part.__name__: part for part in (kernels, matrix, model, residual, adapters, fleet, reading, rounding, recovery)
+    part.__name__: part
+    for part in (kernels, spectra, matrix, model, residual, adapters, fleet, reading, rounding, recovery)
 }
 
 if __name__ == "__main__":

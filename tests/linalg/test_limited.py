@@ -118,14 +118,14 @@ def test_entries_whose_norm_float32_does_not_hold():
 @pytest.mark.parametrize("rows", [11, 256, 1000])
 def test_top_values_equal_whole_matrix_with_same_certificate(shape, rows):
     matrix = power_law(*shape)
-    whole = decompose(torch.from_numpy(matrix), top=24, vectors=True)
+    whole = decompose(torch.from_numpy(matrix), "krylov", top=24, vectors=True)
     blocks = streamed(torch.from_numpy(matrix), rows)
-    found = decompose_streamed(blocks, Allowance(PLENTY, top=24, vectors=True), whole.fro)
+    found = decompose_streamed(blocks, Allowance(PLENTY, "krylov", top=24, vectors=True), whole.fro)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:24]
     assert found.method == whole.method
     assert found.method.startswith("krylov")
     missed = (np.cumsum(true**2) - np.cumsum(found.s.numpy() ** 2)).max() / whole.fro**2
-    assert -1e-12 <= missed <= found.energy_error <= 1e-4
+    assert -1e-12 <= missed <= found.energy_error <= 5e-4
     assert found.s.numpy() == pytest.approx(whole.s.numpy(), rel=1e-5)
     core = found.u.T.numpy() @ matrix.astype(np.float64) @ found.vh.T.numpy()
     assert np.abs(core - np.diag(found.s.numpy())).max() <= 1e-6 * true[0]

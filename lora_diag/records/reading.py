@@ -129,7 +129,7 @@ def lines(path: Path) -> Iterator[bytes]:
                 if not before.endswith(b"\n"):
                     return
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {error.strerror}; give a results file, written with -o") from error
 
 
 def bytes_of(path: Path, records: int) -> int:

@@ -62,6 +62,6 @@ def test_messages(loradiag, tmp_path):
     for words in (["--top", "4"], ["--ranks", "2"], ["--memory", "8GB"]):
         refused = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", *words)
         assert (refused.code, refused.out) == (2, "")
-        assert refused.err.startswith(f"Error: {words[0]}: not with --adapters: ")
+        assert refused.err.startswith(f"Error: {words[0]}: not with --adapters")
     both = loradiag("spectrum", SAMPLES / "base", SAMPLES / "full_ft", "--adapters", "x")
     assert both.code == 2

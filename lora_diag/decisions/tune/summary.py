@@ -145,10 +145,17 @@ def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
         mine = [one for one in decisions if one.stage == stage]
         if not mine:
             continue
-        shown = [f"{safe(one.name)} {one.outcome}{_of(one)}" for one in mine if one.outcome != "not needed"]
-        lead = "; ".join(shown) or "the curves give no reason for a trial"
+        outcomes = dict.fromkeys(one.outcome for one in mine if one.outcome != "not needed")
+        lead = "; ".join(f"{outcome}: {_listed_trials(mine, outcome)}" for outcome in outcomes)
+        lead = lead or "the curves give no reason for a trial"
         found.append(say(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in mine)))
     return found
+
+
+def _listed_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
+    """Return the trials of one outcome, by what they change in the incumbent, and their gaps."""
+    mine = [one for one in decisions if one.outcome == outcome]
+    return ", ".join(f"{safe(one.name.rpartition('+')[2])}{_of(one)}" for one in mine)
 
 
 def _of(one: TuneDecision) -> str:

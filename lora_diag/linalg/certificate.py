@@ -98,7 +98,7 @@ def enlargement(dimension: int, probes: int, degree: int) -> float:
 
     Example:
         >>> round(enlargement(4096, 16, 4), 2)
-        1.58
+        1.57
     """
     least = float(betaincinv(probes / 2, (dimension - 1) / 2, FAILURE)) if dimension > 1 else 1.0
     epsilon = 0.0

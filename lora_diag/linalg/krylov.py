@@ -180,7 +180,7 @@ def first_order(top: int) -> int:
 
     Example:
         >>> first_order(8), first_order(64)
-        (608, 992)
+        (832, 1184)
     """
     order = BLOCK
     while not worth_trying((order, order), top):

@@ -72,7 +72,7 @@ def test_experts_of_block_are_one_line_their_pointwise_median():
     curves = [np.cumsum(s**2) / np.sum(s**2) for s in spectra]
     np.testing.assert_allclose(shares, np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
     words = " ".join(text.get_text() for text in plots.figure("energy", making.results(records)).texts)
-    assert "several matrices of a type (up to 3)" in words.replace("\n", " ")
+    assert "median of a block's matrices of its type (up to 3)" in words.replace("\n", " ")
 
 
 def test_two_runs_are_bands_of_median_and_range():

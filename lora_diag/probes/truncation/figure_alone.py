@@ -27,7 +27,7 @@ def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
         return "no layer or module type was truncated alone (--granularity layer or type)"
     if options.rank in {None, *known}:
         return None
-    return f"rank {options.rank} was not measured; there are {', '.join(map(str, known))}"
+    return f"rank {options.rank} was not measured; use one of {', '.join(map(str, known))}"
 
 
 def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:

@@ -131,7 +131,7 @@ def test_requests_that_make_no_sense(tmp_path):
         lora_diag.spectrum(gradients=[path], method="exact")
     with pytest.raises(NothingComparedError):
         lora_diag.spectrum(base, gradients=[path], layers="nowhere")
-    with pytest.raises(InputError, match="of which step"):
+    with pytest.raises(InputError, match="has no step"):
         lora_diag.spectrum(gradients=[base])
 
 

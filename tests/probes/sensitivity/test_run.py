@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, measured, tmp_pat
     assert said[0].startswith("about ")
     assert "8 runs of 4 steps" in said[0]
     assert labels[-1][1] == labels[-1][2] == len(labels)
-    with pytest.raises(UsageError, match=r"begun with another settings\.delta"):
+    with pytest.raises(UsageError, match=r"this run was started with another settings\.delta"):
         lora_diag.probe_sensitivity(base, output=cut, resume=True, **(options | {"delta": None}))
 
 

@@ -40,6 +40,12 @@ def test_budgets_that_allow_too_little_or_too_much(params, told):
     assert told in " ".join(plan_table(lora_diag.plan(BASE, params=params)).split())
 
 
+@pytest.mark.parametrize(("budget", "suggested"), [("9727", "--params 9728"), ("9728", "--params 9728")])
+def test_next_step_has_a_budget_of_at_least_rank_1(loradiag, budget, suggested):
+    words = loradiag("plan", BASE, "--params", budget).out.split()
+    assert words[-2:] == suggested.split()
+
+
 def test_json_is_one_record(loradiag):
     ran = loradiag("plan", BASE, "--json", "--ranks", "2", "--layers", "q_proj")
     record = json.loads(ran.out)

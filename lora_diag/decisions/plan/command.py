@@ -36,6 +36,8 @@ def plan(
     budget = (
         ["--params", str(params)] if params else ["--memory-budget", str(memory)] if memory else ["--params", "10M"]
     )
+    if found.fit is not None and not found.fit.rank:  # the budget allows no rank: name the smallest that does
+        budget = ["--params", str(sum(each.per_rank for each in found.types if each.targeted))]
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])
     chosen = [
         word

@@ -156,6 +156,7 @@ def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     base, tuned, before, *_ = models
     for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):

@@ -212,16 +212,14 @@ def joined(blocks: list[Cells], dim: int = 0) -> Cells:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened(Source):
-    """Cells of which some entries are unknown: from −∞ to ∞.
+class Derived(Source):
+    """Cells computed from other cells of the same matrix.
 
     Args:
-        cells: All of them.
-        entries: Row-major indices of the unknown, ascending.
+        cells: The other cells.
     """
 
     cells: Source
-    entries: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -237,6 +235,18 @@ class Opened(Source):
     def rounded(self) -> bool:
         """Whether the start of training lies anywhere in BASE's cells."""
         return self.cells.rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(Derived):
+    """Cells of which some entries are unknown: from −∞ to ∞.
+
+    Args:
+        cells: All of them.
+        entries: Row-major indices of the unknown, ascending.
+    """
+
+    entries: Tensor
 
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Source
+from lora_diag.linalg.cells import Cells, Derived, Source
 from lora_diag.linalg.hidden import Size, fit_size
 from lora_diag.linalg.truncated import moments
 
@@ -43,7 +43,7 @@ class Scales:
 
 
 @dataclass(frozen=True, slots=True)
-class Divided(Source):
+class Divided(Derived):
     """Cells divided by the scales of their rows and columns.
 
     Args:
@@ -51,23 +51,7 @@ class Divided(Source):
         scales: The scales.
     """
 
-    cells: Source
     scales: Scales
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(m, n)``."""
-        return self.cells.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the ends."""
-        return self.cells.device
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the start of training lies anywhere in BASE's cells."""
-        return self.cells.rounded
 
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows."""

@@ -98,7 +98,7 @@ def decompose_krylov(
         fro: ‖A‖_F.
         top: K, the number of values.
         vectors: Whether to compute singular vectors. Then σ_K must also be certified to exceed all that was not found:
-            a bound on the energy alone says nothing about the subspace where values are close.
+            a bound on the energy does not bound the error of the subspace where values are close.
         tol: Required bound on |Ĉ(r) − C(r)|, r ≤ K.
         seed: Seed of the random start and of the probes.
         largest: Maximum number of columns of the basis; None for ``LARGEST_BASIS``.

@@ -91,7 +91,7 @@ class Evidence:
     def update(self) -> Source | None:
         """The first spectrum of a full update, in the weights' metric.
 
-        Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which says nothing about
+        Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which does not describe
         norms and placement.
         """
         return next((source for source in self.of(Spectrum) if _is_full_update(source.results.layers)), None)

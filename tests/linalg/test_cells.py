@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.linalg.cells import GRIDS, halves, nearest
+from lora_diag.linalg.cells import GRIDS, Cells, Opened, halves, nearest
+from lora_diag.linalg.hidden_scales import Scales
 
 SHORT = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"]
 
@@ -82,3 +83,17 @@ def test_wider_formats_step_as_numpy_does():
         below, above = halves(torch.tensor(values), GRIDS[name])
         np.testing.assert_array_equal(above.numpy(), (np.nextafter(values, number(np.inf)) - values) / 2)
         np.testing.assert_array_equal(below.numpy(), (values - np.nextafter(values, number(-np.inf))) / 2)
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_rows_of_derived_cells_are_those_of_the_whole(first):
+    lo = -torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    cells = Cells(lo, lo + 1)
+    rows, columns = torch.arange(1.0, 7), torch.tensor([1.0, 2, 4, 8])
+    scaled = Scales(rows, columns).divide(cells).rows(first, 6)
+    assert torch.equal(scaled.lo, (lo / torch.outer(rows, columns))[first:])
+    opened = Opened(cells, torch.tensor([1, 9, 22])).rows(first, 6)
+    expected = lo.clone()
+    expected.view(-1)[[1, 9, 22]] = -math.inf
+    assert torch.equal(opened.lo, expected[first:])
+    assert torch.equal(opened.hi.isinf(), expected[first:].isinf())

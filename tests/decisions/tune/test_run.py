@@ -165,7 +165,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(("answer", "trains"), [("n\n", False), ("y\n", True), ("\n", True)])
 def test_the_prompt_decides_in_a_terminal(case, tmp_path, monkeypatch, capsys, answer, trains):
-    """No stops before anything is written, with exit code 0; yes, which is the default, goes on to train."""
+    """Answering no stops with exit code 0 before anything is written; yes, the default, starts training."""
     base, texts, *_ = case
     started = []
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from lora_diag import catalog
 from lora_diag.feature import Feature
 from lora_diag.records import run
-from lora_diag.records.base import KINDS, Record, Share
+from lora_diag.records.base import KINDS, Record, Unit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
@@ -125,11 +125,9 @@ def documented(kind: type[BaseModel]) -> dict[str, str]:
 def type_name(annotation: Any) -> str:
     """Return a type in the words of JSON.
 
-    >>> type_name(dict[str, Share | None]), type_name(tuple[int, ...] | None), type_name(Literal["left", "right"])
-    ('table of fraction or null', 'list of integer, or null', '`left`, `right`')
+    >>> type_name(dict[str, float | None]), type_name(tuple[int, ...] | None), type_name(Literal["left", "right"])
+    ('table of number or null', 'list of integer, or null', '`left`, `right`')
     """
-    if annotation == Share or (get_origin(annotation) is Annotated and "share" in get_args(annotation)):
-        return "fraction"
     if get_origin(annotation) is Annotated:
         return type_name(get_args(annotation)[0])
     origin, parts = get_origin(annotation), get_args(annotation)
@@ -150,18 +148,30 @@ def type_name(annotation: Any) -> str:
     return names.get(annotation, "any value")
 
 
+def unit(annotation: Any) -> str:
+    """Return the unit of a field's numbers, as its type declares it.
+
+    >>> unit(tuple[Annotated[float, Unit("nats")], ...] | None), unit(int)
+    ('nats', '')
+    """
+    if get_origin(annotation) is Literal:
+        return ""
+    own = (part.name for part in get_args(annotation) if isinstance(part, Unit))
+    return next(own, "") or next(filter(None, map(unit, get_args(annotation))), "")
+
+
 def null_when(text: str) -> tuple[str, str]:
     """Split off what a description says of null.
 
     >>> null_when("‖W‖_F, likewise; null if the base was not given.")
-    ('‖W‖_F, likewise.', 'the base was not given')
+    ('‖W‖_F, likewise.', 'if the base was not given')
     """
     found = re.search(
         r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text
     )
     if found is None:
         return text, ""
-    when = re.sub(r"^;? [Nn]ull (?:if |where )?", "", found[0])
+    when = re.sub(r"^;? [Nn]ull ", "", found[0])
     return " ".join((text[: found.start()] + text[found.end() :]).split()), when.strip()
 
 
@@ -182,9 +192,9 @@ def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:
         text, when = null_when(told.get(name, f"Kind of record, `{default}`." if default else ""))
         kinds = cell(type_name(annotation).removesuffix(", or null").removesuffix(" or null"))
         kinds = re.sub(r"\b[A-Z]\w+\b", lambda at: f"[{at[0]}]({linked[at[0]]})" if at[0] in linked else at[0], kinds)
-        null = cell(when) or ("older versions" if "null" in type_name(annotation) and field.default is None else "")
-        rows.append((f"`{name}`", cell(titles), kinds, cell(text), null))
-    return table(("field", "column", "type", "description", "null if"), rows)
+        null = cell(when) or ("in older versions" if "null" in type_name(annotation) and field.default is None else "")
+        rows.append((f"`{name}`", cell(titles), kinds, unit(annotation), cell(text), null))
+    return table(("field", "column", "type", "unit", "description", "null"), rows)
 
 
 def nested(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:

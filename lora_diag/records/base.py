@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,11 +23,24 @@ KINDS: dict[str, type[Record]] = {}
 # Tolerance for fractions outside [0, 1] due to rounding.
 SLACK = 1e-6
 
-# A fraction in [0, 1]; marked so that thresholds outside are rejected like records.
-Share = Annotated[float, "share", Field(ge=-SLACK, le=1 + SLACK)]
 
-# A norm; negative values are rejected on reading.
-Norm = Annotated[float, Field(ge=0)]
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Unit of a field's numbers, for the tables of fields on the site."""
+
+    name: str
+
+
+# A fraction; marked so that thresholds outside [0, 1] are rejected like records.
+Share = Annotated[float, "share", Unit("fraction, 0–1"), Field(ge=-SLACK, le=1 + SLACK)]
+
+# A norm in the unit of the weights, and a quotient of norms; negative values are rejected on reading.
+Norm = Annotated[float, Unit("norm"), Field(ge=0)]
+Ratio = Annotated[float, Unit("ratio"), Field(ge=0)]
+
+Nats = Annotated[float, Unit("nats")]
+Seconds = Annotated[float, Unit("s")]
+Count = Annotated[int, Unit("count")]
 
 
 class Record(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal, Protocol
 
-from lora_diag.records.base import Record, Share, WholeRecord
+from lora_diag.records.base import Count, Nats, Ratio, Record, Share, WholeRecord
 from lora_diag.records.shown import Shown
 
 Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
@@ -94,20 +94,20 @@ class Probe(WholeRecord):
     rank: int | None = None
     lr: float | None = None
     seed: int = 0
-    tokens: int
+    tokens: Count
     data: str
-    loss: float | None
-    gap: float | None = None
-    gap_error: float | None = None
+    loss: Nats | None
+    gap: Nats | None = None
+    gap_error: Nats | None = None
     kept: float | None = None
     energy: Share | None = None
-    distance: float | None = None
-    kl: float | None = None
+    distance: Ratio | None = None
+    kl: Nats | None = None
     agreement: Share | None = None
-    train_loss: float | None = None
+    train_loss: Nats | None = None
     hidden: tuple[float | None, ...] | None = None
-    nll: tuple[float, ...] = ()
-    predictions: tuple[int, ...] = ()
+    nll: tuple[Nats, ...] = ()
+    predictions: tuple[Count, ...] = ()
 
     @property
     def to_tuned(self) -> float | None:

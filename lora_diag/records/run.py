@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lora_diag.errors import UsageError
-from lora_diag.records.base import SCHEMA, LayerRecord, Norm, Record, WholeRecord
+from lora_diag.records.base import SCHEMA, Count, LayerRecord, Norm, Record, WholeRecord
 
 Reason = Literal[
     "vector",
@@ -59,13 +59,13 @@ class RunInput(Record):
     role: str
     path: str
     kind: str
-    tensors: int
+    tensors: Count
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
     sha256: str = ""
     architecture: str = ""
     names: tuple[str, ...] = ()
-    targets: int | None = None
+    targets: Count | None = None
     lacking: tuple[str, ...] = ()
 
 
@@ -144,8 +144,8 @@ class End(Record):
     """
 
     record: Literal["end"] = "end"
-    layers: int
-    left_out: int
+    layers: Count
+    left_out: Count
     fro: Norm | None
     base_fro: Norm | None
     sha256: str = ""

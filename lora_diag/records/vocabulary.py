@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
-from lora_diag.records.base import Norm, Record, Share
+from lora_diag.records.base import Count, Norm, Record, Share
 
 
 class Tail(Record):
@@ -119,7 +119,7 @@ class Hidden(Record):
     energy_interval: dict[str, Interval] | None = None
     rank_at_estimate: dict[str, int | None] | None = None
     rank_at_interval: dict[str, tuple[int | None, int | None]] | None = None
-    directions: int | None = None
+    directions: Count | None = None
     gain_z: float | None = None
     rule: Literal["norm", "debiased", "held_out"] | None = None
     start: Literal["stored", "rounded"] | None = None
@@ -130,7 +130,7 @@ class Hidden(Record):
     fit_uneven: float | None = None
     scales: bool = False
     kurtosis: float | None = None
-    iterations: int | None = None
+    iterations: Count | None = None
     converged: bool | None = None
 
 

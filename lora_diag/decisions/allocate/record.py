@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Record, Share, WholeRecord
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, WholeRecord
 from lora_diag.records.shown import SHAPE, Shown
 
 CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
@@ -101,10 +101,10 @@ class Allocation(LayerRecord):
     layer: str
     shape: tuple[int, int]
     rank: int
-    params: int
+    params: Count
     kept: Share | None
-    fro: float
-    base_fro: float | None = None
+    fro: Norm
+    base_fro: Norm | None = None
     weight: float = 1.0
     cap: int
     capped_by: CappedBy
@@ -134,7 +134,7 @@ class Baseline(Record):
     spent: float
     kept: Share
     equal: Share
-    epsilon_min: float
+    epsilon_min: Ratio
     lead: str | None = None
     lead_gain: float | None = None
 
@@ -174,14 +174,14 @@ class Certificate(WholeRecord):
     unit: Unit
     budget: float | None
     spent: float
-    params: int
-    saved: int = 0
+    params: Count
+    saved: Count = 0
     kept: Share
     bound: Share
     gap: Share
     optimal: bool = False
     energy_error: Share = 0.0
-    epsilon_min: float = 1.0
+    epsilon_min: Ratio = 1.0
     price: float | None = None
     slack: float | None = None
     baselines: tuple[Baseline, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Record, Share, least_epsilon
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, least_epsilon
 from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import Hidden, Resolution, noise_mark
 
@@ -26,11 +26,11 @@ class OnData(Record):
     """
 
     metric: Literal["data", "kfac"] = "data"
-    fro: float
+    fro: Norm
     kept: float
     energy_error: float
-    epsilon: float
-    epsilon_min: float
+    epsilon: Ratio
+    epsilon_min: Ratio
 
     @property
     def least_epsilon(self) -> float:
@@ -144,19 +144,19 @@ class Extraction(LayerRecord):
     module: str
     kind: Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
     rank: int
-    params: int
+    params: Count
     kept: float
     energy_error: float
-    epsilon: float
-    epsilon_min: float
-    fro: float
-    base_fro: float | None
+    epsilon: Ratio
+    epsilon_min: Ratio
+    fro: Norm
+    base_fro: Norm | None
     dtype: str
     method: str
     resolution: Resolution
     data: OnData | None = None
     hidden: Hidden | None = None
-    blocks: int | None = None
+    blocks: Count | None = None
 
     @property
     def estimated(self) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Norm, Record, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share
 from lora_diag.records.shown import SHAPE, Shown
 
 Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
@@ -28,7 +28,7 @@ class Arrival(Record):
     """
 
     arrived: float | None
-    error: float | None
+    error: Ratio | None
 
     @property
     def survives(self) -> bool:
@@ -146,12 +146,12 @@ class PlannedMerge(LayerRecord):
     fro: Norm
     base_fro: Norm
     arrived: float | None
-    error: float | None
+    error: Ratio | None
     moved: Share
-    overflow: int
-    base_error: float | None
-    base_error_inside: float | None
-    base_noise: float | None
+    overflow: Count
+    base_error: Ratio | None
+    base_error_inside: Ratio | None
+    base_noise: Ratio | None
     bf16: Arrival
     fp16: Arrival
     conclusion: Conclusion | None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Norm, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Share
 from lora_diag.records.shown import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.rendering.text import middle_rank
@@ -146,7 +146,7 @@ class Recovery(Hidden, LayerRecord):
     method: str
     written: Literal["posterior", "file", "nothing"] = "nothing"
     rank: int = 0
-    params: int = 0
+    params: Count = 0
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:

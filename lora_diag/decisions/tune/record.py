@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from lora_diag.records.base import Record, WholeRecord
+from lora_diag.records.base import Count, Nats, Record, Seconds, WholeRecord
 from lora_diag.records.shown import Shown
 
 
@@ -21,8 +21,8 @@ class TuneStage(Record):
     """
 
     name: str
-    runs: int
-    seconds: float
+    runs: Count
+    seconds: Seconds
     decides: str
 
 
@@ -57,27 +57,27 @@ class TunePlan(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("record",)
     record: Literal["tune_plan"] = "tune_plan"
-    budget: int
-    per_rank: int
+    budget: Count
+    per_rank: Count
     largest: int
-    tokens: int
+    tokens: Count
     rules: dict[str, int | None]
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
-    steps: int
-    repeats: int
-    widen: int
+    steps: Count
+    repeats: Count
+    widen: Count
     halving: bool
     full: bool
     more_seeds: bool
     finer: bool
     redistribute: bool
-    trials: int
-    step_seconds: float
-    full_step_seconds: float
-    evaluation_seconds: float
-    seconds: float
-    limit: float | None
+    trials: Count
+    step_seconds: Seconds
+    full_step_seconds: Seconds
+    evaluation_seconds: Seconds
+    seconds: Seconds
+    limit: Seconds | None
     left_out: tuple[str, ...]
     stages: tuple[TuneStage, ...]
 
@@ -112,16 +112,16 @@ class TuneTrial(WholeRecord):
     set: str
     shifted: bool = False
     data: str
-    tokens: int
+    tokens: Count
     variant: str
-    params: int
+    params: Count
     lr: float | None = None
-    steps: int = 0
+    steps: Count = 0
     seed: int = 0
-    loss: float | None
-    train_loss: float | None = None
-    nll: tuple[float, ...] = ()
-    predictions: tuple[int, ...] = ()
+    loss: Nats | None
+    train_loss: Nats | None = None
+    nll: tuple[Nats, ...] = ()
+    predictions: tuple[Count, ...] = ()
 
 
 class TuneDecision(WholeRecord):
@@ -154,13 +154,13 @@ class TuneDecision(WholeRecord):
     why: str
     rank: int | None = None
     lr: float | None = None
-    params: int | None = None
-    gap: float | None = None
-    error: float | None = None
-    gap_shifted: float | None = None
-    error_shifted: float | None = None
-    seeds: int = 0
-    seconds: float | None = None
+    params: Count | None = None
+    gap: Nats | None = None
+    error: Nats | None = None
+    gap_shifted: Nats | None = None
+    error_shifted: Nats | None = None
+    seeds: Count = 0
+    seconds: Seconds | None = None
     layers: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
@@ -209,22 +209,22 @@ class Tune(WholeRecord):
     ranks: dict[str, int] = Field(default_factory=dict)
     significant: bool
     lr: float
-    steps: int
+    steps: Count
     alpha_over_rank: float
     dropout: float
     weight_decay: float
-    params: int
-    budget: int
-    base_loss: float
-    loss: float
-    gain: float
-    gain_error: float | None
-    gain_of_full: float | None
+    params: Count
+    budget: Count
+    base_loss: Nats
+    loss: Nats
+    gain: Nats
+    gain_error: Nats | None
+    gain_of_full: Nats | None
     share_of_full: float | None
     next_rank: int | None
-    next_gain: float | None
+    next_gain: Nats | None
     non_uniform: Literal["kept", "rejected", "not tried"]
-    gain_shifted: float | None
-    gain_shifted_error: float | None
+    gain_shifted: Nats | None
+    gain_shifted_error: Nats | None
     set_shifted: str
-    seeds: int
+    seeds: Count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share
 from lora_diag.records.shown import Shown
 
 
@@ -18,7 +18,7 @@ class FleetLayer(Record):
         spike: σ_1² / ‖ΔW‖_F²; null for a zero update.
     """
 
-    fro: float
+    fro: Norm
     rank: int | None
     rank_99: int
     spike: Share | None
@@ -72,10 +72,10 @@ class Fleet(LayerRecord):
     record: Literal["fleet"] = "fleet"
     adapter: str
     kind: str
-    modules: int
-    dead: int
+    modules: Count
+    dead: Count
     rank: int | None
-    fro: float
+    fro: Norm
     total_rank: int | None
     total_rank_99: int
     used: float | None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.base import LayerRecord, Norm, Ratio, Record, Share
 from lora_diag.records.shown import Shown, counted, value_at
 from lora_diag.records.vocabulary import Agreement, Resolution
 
@@ -122,8 +122,8 @@ class Interference(LayerRecord):
     shape: tuple[int, int]
     first: str
     second: str
-    first_fro: float
-    second_fro: float
+    first_fro: Norm
+    second_fro: Norm
     cosine: float
     cosine_random: float
     columns: dict[str, Agreement]
@@ -177,11 +177,11 @@ class MergeLoss(Record):
         residual_best_scale: ‖S − cM‖_F / ‖S‖_F.
     """
 
-    residual: float
-    norm_ratio: float
+    residual: Ratio
+    norm_ratio: Ratio
     cosine: float | None
     best_scale: float | None
-    residual_best_scale: float | None
+    residual_best_scale: Ratio | None
 
 
 class Union(LayerRecord):
@@ -316,9 +316,9 @@ class Union(LayerRecord):
     shape: tuple[int, int]
     updates: tuple[str, ...]
     ranks: tuple[int | None, ...]
-    fro: float
-    base_fro: float | None = None
-    parts_fro: tuple[float, ...]
+    fro: Norm
+    base_fro: Norm | None = None
+    parts_fro: tuple[Norm, ...]
     spectrum: Spectrum
     parts_rank_at: dict[str, int]
     additive: dict[str, float | None]

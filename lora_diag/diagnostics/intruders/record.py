@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share
 from lora_diag.records.shown import Shown
 
 
@@ -22,10 +22,10 @@ class Direction(Record):
             direction does, else ``intruder`` (``metrics.intruders.kind``).
     """
 
-    sigma: float
+    sigma: Norm
     similarity: Share
     nearest: int
-    window: int
+    window: Count
     projection: Share
     projection_random: Share
     kind: Literal["kept", "rotated", "intruder"]
@@ -121,14 +121,14 @@ class Intruders(LayerRecord):
     record: Literal["intruders"] = "intruders"
     layer: str
     shape: tuple[int, int]
-    k: int
+    k: Count
     epsilon: float
     window: float
-    fro: float
-    base_fro: float
-    count: int
-    rotated: int
-    intruders: int
+    fro: Norm
+    base_fro: Norm
+    count: Count
+    rotated: Count
+    intruders: Count
     share: Share
     similarity_lowest: Share | None
     similarity_random: Share

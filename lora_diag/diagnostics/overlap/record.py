@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Share
 from lora_diag.records.shown import SHAPE, Shown
 
 
@@ -101,7 +101,7 @@ class Overlap(LayerRecord):
     left_random: Share
     right: Share | None
     right_random: Share
-    gradient_fro: float
+    gradient_fro: Norm
     method: str
     verdict: Literal["resolved", "floor-limited", "unresolved"]
-    blocks: int | None = None
+    blocks: Count | None = None

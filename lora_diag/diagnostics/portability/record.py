@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Norm
+from lora_diag.records.base import LayerRecord, Norm, Ratio
 from lora_diag.records.shown import Shown
 
 Status = Literal["exact", "wrong", "dropped", "full", "refused"]
@@ -54,6 +54,6 @@ class Portability(LayerRecord):
     rank: int | None
     scale: float | None
     intended: float | None
-    epsilon: Norm | None
+    epsilon: Ratio | None
     fro: Norm | None
     why: str = ""

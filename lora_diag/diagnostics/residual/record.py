@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Norm, Record, least_epsilon
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, least_epsilon
 from lora_diag.records.shown import Shown, counted
 from lora_diag.records.vocabulary import Agreement, Resolution
 
@@ -41,13 +41,13 @@ class Distance(Record):
         energy_error: Bound on the error of ε_min² and ``excess``.
     """
 
-    epsilon: Norm | None
-    epsilon_min: Norm | None
+    epsilon: Ratio | None
+    epsilon_min: Ratio | None
     excess: float | None
-    norm_ratio: Norm | None
+    norm_ratio: Ratio | None
     cosine: float | None
     best_scale: float | None
-    epsilon_best_scale: Norm | None
+    epsilon_best_scale: Ratio | None
     energy_error: float | None = None
 
     @property
@@ -238,7 +238,7 @@ class Residual(Distance, LayerRecord):
     data: Distance | None
     limited_by: Limit | None
     resolution: Resolution | None
-    blocks: int | None = None
+    blocks: Count | None = None
     before_rounding: Expected | None = None
 
     @property

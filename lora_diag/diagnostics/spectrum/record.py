@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Norm, Record, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share
 from lora_diag.records.shown import SHAPE, Shown, value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
 from lora_diag.rendering.text import middle_rank, shade
@@ -193,7 +193,7 @@ class Spectrum(LayerRecord):
     stable_rank: float | None
     effective_rank: float | None
     resolution: Resolution
-    blocks: int | None = None
+    blocks: Count | None = None
     source: Literal["update", "gradients"] = "update"
     stack: Stack | None = None
     metric: Metric = "weights"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Share
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Share
 from lora_diag.records.shown import SHAPE, Shown
 
 MergeStatus = Literal[
@@ -143,18 +143,18 @@ class Merge(LayerRecord):
     adapted: bool
     status: MergeStatus
     dtype: str | None
-    differing: int | None
+    differing: Count | None
     differing_share: Share | None
     max_ulp: float | None
     scale: float | None
     scale_expected: float | None = None
     scale_error: float | None = None
     retained: float | None
-    residual: float | None
+    residual: Ratio | None
     unchanged: Share | None
-    expected_fro: float | None
-    observed_fro: float | None
-    base_fro: float | None
+    expected_fro: Norm | None
+    observed_fro: Norm | None
+    base_fro: Norm | None
     cause: str
 
     @property

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share, WholeRecord
+from lora_diag.records.base import Count, Nats, Record, Share, WholeRecord
 from lora_diag.records.shown import Shown
 
 Point = Literal["base", "tuned"]
@@ -29,11 +29,11 @@ class Surrogate(Record):
         rank: rank(P) up to rounding: at most K times the rank of an eigenvector's matrix.
     """
 
-    eigenpairs: int
+    eigenpairs: Count
     joint: bool
     share: Share | None
     random: float
-    pairs_at: int | None
+    pairs_at: Count | None
     rank_at: dict[str, int | None]
     rank: int
 
@@ -84,19 +84,19 @@ class Curvature(WholeRecord):
     record: Literal["curvature"] = "curvature"
     set: str
     data: str
-    tokens: int
+    tokens: Count
     layer: str | None
     at: Point
     matrix: Matrix
-    params: int
-    loss: float
+    params: Count
+    loss: Nats
     gradient: float
     eigenvalues: tuple[float, ...] = ()
     residual: float | None = None
     smallest: float | None = None
     trace: float
     trace_error: float | None
-    products: int = 0
+    products: Count = 0
     surrogate: Surrogate | None = None
 
     @property
@@ -149,18 +149,18 @@ class LossBound(WholeRecord):
     record: Literal["loss_bound"] = "loss_bound"
     set: str
     data: str
-    tokens: int
+    tokens: Count
     rank: int
     along: float
     tail_energy: float
-    linear: float
-    quadratic: float
-    upper: float
-    lower: float | None
+    linear: Nats
+    quadratic: Nats
+    upper: Nats
+    lower: Nats | None
     curvature: float
-    loss: float
-    gap: float
-    gap_error: float | None
+    loss: Nats
+    gap: Nats
+    gap_error: Nats | None
     holds: bool
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, WholeRecord
+from lora_diag.records.base import Count, Nats, Norm, Record, WholeRecord
 from lora_diag.records.shown import Shown
 
 
@@ -19,10 +19,10 @@ class Effect(Record):
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
     """
 
-    loss: float
-    gap: float
-    gap_error: float | None
-    kl: float
+    loss: Nats
+    gap: Nats
+    gap_error: Nats | None
+    kl: Nats
 
 
 class Fisher(WholeRecord):
@@ -56,12 +56,12 @@ class Fisher(WholeRecord):
     shape: tuple[int, int]
     set: str
     labels: Literal["data", "model"]
-    sequences: int
-    predictions: int
-    tokens: int
-    fro: float
+    sequences: Count
+    predictions: Count
+    tokens: Count
+    fro: Norm
     fisher: tuple[float, ...]
-    linear: dict[str, float]
+    linear: dict[str, Nats]
     weight: dict[str, float]
     data: dict[str, float]
     kfac: dict[str, float]

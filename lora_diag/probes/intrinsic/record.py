@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import WholeRecord
+from lora_diag.records.base import Count, Nats, WholeRecord
 from lora_diag.records.shown import Shown
 
 
@@ -36,13 +36,13 @@ class Intrinsic(WholeRecord):
     set: str
     shifted: bool = False
     data: str
-    tokens: int
+    tokens: Count
     subject: Literal["base", "full", "subspace", "lora"]
     dim: int | None = None
     rank: int | None = None
-    params: int
+    params: Count
     lr: float | None = None
     pace: float | None = None
     seed: int = 0
-    loss: float | None
-    train_loss: float | None = None
+    loss: Nats | None
+    train_loss: Nats | None = None

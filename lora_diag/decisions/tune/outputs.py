@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +17,15 @@ from lora_diag.decisions.trainers import yaml_of
 from lora_diag.decisions.tune.record import Tune, TunePlan
 from lora_diag.decisions.tune.schedule import short_steps
 from lora_diag.decisions.tune.trials import save_copy
-from lora_diag.decisions.tune.variants import Variant, least_rank
+from lora_diag.decisions.tune.variants import RSLORA_ALPHA, Variant, least_rank
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError
 from lora_diag.files import write_whole
 from lora_diag.models.training import WARMUP
 from lora_diag.running.training_runs import TrainRun
+
+# Keys of ``adapter_config.json`` that are no arguments of a new ``LoraConfig``.
+NOT_ARGUMENTS = ("peft_type", "base_model_name_or_path", "inference_mode")
 
 
 def write_outputs(
@@ -87,6 +91,7 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     for name, flag in (("evaluate", "--eval"), ("shifted", "--shifted")):
         texts += [word for path in options[name] for word in (flag, path)]
     how = _given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
+    how += [f"--{name}" for name in ("dora", "rslora") if options[name]]
     how += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
     train = ["loradiag", "probe", "sweep", base, *texts, *how]
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
@@ -104,7 +109,8 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
         spent = ["--params", choice.rank * plan.per_rank, "--min-rank", least, "--layers", "."]
         spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
         prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
-        lines += [[*spend, *_to("marginal.json")], [*spend, *prior, *_to("prior.json")]]
+        scales = [_scaling(folder / "trials" / name, options) for name in ("marginal", "prior")]
+        lines += [[*spend, *scales[0], *_to("marginal.json")], [*spend, *prior, *scales[1], *_to("prior.json")]]
     lines += [
         ["loradiag", "spectrum", base, folder / "adapter", *_to("spectrum.jsonl")],
         ["loradiag", "gate", "init", "$OUT/spectrum.jsonl", *_to("gate.toml")],
@@ -115,9 +121,19 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
         "#!/bin/sh\n"
         "# The steps of this search by hand, into the folder OUT; run it where the search was run. Adapters that are\n"
         "# no uniform LoRA were trained by loradiag tune itself, with PEFT, from the configurations in trials/.\n"
+        f"{'# The configurations of allocate lack use_dora: true.' + chr(10) if options['dora'] else ''}"
         f'set -e\nOUT="${{OUT:-by-hand}}"\nmkdir -p "$OUT"\n{script}\n'
         f"# The real training: python {shlex.quote(str(folder / 'config.trl.py'))}\n"
     )
+
+
+def _scaling(adapter: Path, options: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments by which ``allocate`` gives a candidate the alpha of rsLoRA that it was trained with."""
+    if not options["rslora"]:
+        return []
+    path = adapter / "adapter_config.json"
+    usual = json.loads(path.read_text(encoding="utf-8"))["r"] if path.is_file() else None
+    return ["--rslora", *(["--scaling", RSLORA_ALPHA / math.sqrt(usual)] if usual else [])]
 
 
 def _given(options: Mapping[str, Any], *names: str) -> list[Any]:
@@ -212,9 +228,9 @@ def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: M
 def _trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
     kinds = {".jsonl": "json", ".json": "json"}
     kind = kinds.get(Path(texts[0]).suffix.lower(), "text")
+    given = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}
+    arguments = "".join(f"        {key}={value!r},\n" for key, value in given.items())
     return f'''"""Train the chosen adapter with TRL: pip install trl peft datasets."""
-
-from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig
@@ -225,7 +241,8 @@ trainer = SFTTrainer(
     model={base!r},
     train_dataset=data["train"],
     eval_dataset=data["test"],
-    peft_config=LoraConfig.from_pretrained(Path(__file__).parent),  # adapter_config.json in the folder of this file
+    peft_config=LoraConfig(
+{arguments}    ),
     args=SFTConfig(
         output_dir="out",
         max_steps={variant.steps},

@@ -12,17 +12,20 @@ from typing import Any
 from torch import nn
 
 from lora_diag.checkpoints import Checkpoint
+from lora_diag.decisions.allocate.peft_config import Scaling, peft_config
+from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.run import plan
 from lora_diag.decisions.tune.record import TunePlan, TuneStage
 from lora_diag.decisions.tune.schedule import Costs, Search, narrowed, ranks_within, seconds_of, stages
 from lora_diag.decisions.tune.trials import step_seconds, target_modules
-from lora_diag.decisions.tune.variants import shortest, uniform
+from lora_diag.decisions.tune.variants import RSLORA_ALPHA, shortest, uniform
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.activations import inputs_of
 from lora_diag.models.data import predicted
-from lora_diag.models.methods import is_transposed
+from lora_diag.models.methods import Lora, is_transposed
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import Cell
+from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.training_runs import TrainRun
@@ -42,6 +45,7 @@ class Target:
         transposed: Whether matrices are stored ``(in, out)``.
         task: PEFT's task type.
         total: Parameters of the model.
+        kind: Kind of LoRA.
     """
 
     layers: dict[str, nn.Module]
@@ -51,24 +55,41 @@ class Target:
     transposed: bool
     task: str | None
     total: int
+    kind: Lora
 
     @property
     def per_rank(self) -> int:
         """Parameters of one rank on all of them."""
         return sum(sum(shape) for shape in self.shapes.values())
 
+    @property
+    def magnitudes(self) -> int:
+        """Parameters of DoRA's magnitudes, one per output; 0 for LoRA."""
+        return sum(outputs for outputs, _ in self.shapes.values()) if self.kind.dora else 0
+
     def config(self, rank: int) -> dict[str, object]:
         """Return the configuration of one rank everywhere."""
-        return uniform(self.names, rank, self.transposed, self.task)
+        return uniform(self.names, rank, self.transposed, self.task, self.kind.rslora, self.kind.dora)
+
+    def allocated(self, ranks: Results[Allocation]) -> dict[str, object]:
+        """Return the configuration of allocated ranks, of the same kind as that of one rank.
+
+        Raises:
+            InputError: No layer has a rank, or PEFT cannot express them.
+        """
+        config = {**peft_config(ranks, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
+        more = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
+        return {**config, **more, **({"use_dora": True} if self.kind.dora else {})}
 
 
-def target_of(model: Model, stored: Checkpoint, names: Sequence[str]) -> Target:
+def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora) -> Target:
     """Return the layers that get an adapter.
 
     Args:
         model: BASE, opened.
         stored: BASE, its file.
         names: Modules as PEFT names them; empty for all linear layers but the head.
+        kind: Kind of LoRA.
 
     Raises:
         InputError: There is no such layer.
@@ -88,6 +109,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str]) -> Target:
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
         sum(each.numel() for each in model.module.parameters()),
+        kind,
     )
 
 
@@ -116,9 +138,12 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     assert counted.fit is not None
     assert counted.capacity is not None
     largest = counted.fit.rank
+    if target.magnitudes:
+        largest = (counted.fit.budget - target.magnitudes) // target.per_rank
     if largest < 1:
+        least = target.per_rank + target.magnitudes
         raise UsageError(
-            f"{counted.fit.asked}: not even r=1 fits, which takes {target.per_rank:,} parameters; raise the budget, or "
+            f"{counted.fit.asked}: not even r=1 fits, which takes {least:,} parameters; raise the budget, or "
             "choose fewer layers with --target-modules"
         )
     ranks = tuple(checked_ranks(given["ranks"])) if given["ranks"] else ranks_within(largest)
@@ -135,6 +160,8 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     return TunePlan(
         budget=counted.fit.budget,
         per_rank=target.per_rank,
+        magnitudes=target.magnitudes,
+        kind=target.kind.about,
         largest=largest,
         tokens=tokens,
         rules={f"{rule.name} ({rule.source})": rule.rank for rule in counted.capacity.rules},

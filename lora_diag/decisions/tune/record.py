@@ -32,6 +32,8 @@ class TunePlan(WholeRecord):
     Args:
         budget: Trainable parameters allowed.
         per_rank: Parameters of one rank on all targeted layers.
+        magnitudes: Parameters of DoRA's magnitudes, the same at every rank; 0 for LoRA.
+        kind: Kind of LoRA, with its alpha.
         largest: Largest shared rank that the budget pays for.
         tokens: Predicted tokens of the training data.
         rules: Rank that each rule of thumb asks for; null where full rank has fewer parameters.
@@ -80,6 +82,12 @@ class TunePlan(WholeRecord):
     limit: Seconds | None
     left_out: tuple[str, ...]
     stages: tuple[TuneStage, ...]
+    magnitudes: Count = 0
+    kind: str = ""
+
+    def params(self, rank: int) -> int:
+        """Return the trainable parameters of one rank on all targeted layers."""
+        return rank * self.per_rank + self.magnitudes
 
 
 class TuneTrial(WholeRecord):
@@ -177,6 +185,8 @@ class Tune(WholeRecord):
         lr: Peak learning rate.
         steps: Updates.
         alpha_over_rank: lora_alpha / r.
+        alpha: lora_alpha where it does not follow the rank (rsLoRA); null otherwise.
+        dora: Whether it is DoRA.
         dropout: lora_dropout.
         weight_decay: Of AdamW.
         params: Trainable parameters.
@@ -228,3 +238,5 @@ class Tune(WholeRecord):
     gain_shifted_error: Nats | None
     set_shifted: str
     seeds: Count
+    alpha: float | None = None
+    dora: bool = False

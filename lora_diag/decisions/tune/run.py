@@ -81,11 +81,11 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     if (given["params"] is None) == (given["memory_budget"] is None):
         raise UsageError("give one budget: --params or --memory-budget")
     check_files(given["evaluate"], *given["shifted"], given["data"])
-    earlier = _earlier(folder, given)
+    earlier, kind = _earlier(folder, given), Lora(dora=given["dora"], rslora=given["rslora"])
     with kept_open():
         stored, model = open_checkpoint(base), run.open(base)
-        run.read_all(given["data"], given["evaluate"], given["shifted"], given["steps"], Lora())
-        target = target_of(model, stored, given["target_modules"])
+        run.read_all(given["data"], given["evaluate"], given["shifted"], given["steps"], kind)
+        target = target_of(model, stored, given["target_modules"], kind)
         plan = earlier
         if earlier is None:
             plan = plan_of(base, run, target, limit)
@@ -122,6 +122,7 @@ def _settings(run: TrainRun, target: Target) -> dict[str, Any]:
         "tolerance": given["gain_tolerance"],
         "targets": list(given["target_modules"]) or "all-linear",
         "matrices": len(target.shapes),
+        "kind": target.kind.about,
         "quantized": given["quantized"],
         "optimizer": RECIPE,
     }

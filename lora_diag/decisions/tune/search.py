@@ -16,7 +16,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lora_diag.catalog import read_results
-from lora_diag.decisions.allocate.peft_config import peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
 from lora_diag.decisions.tune.contest import (
@@ -56,6 +55,9 @@ RAISED = 1.5
 ADAPTED = "."
 # Most layers that a decision lists.
 NAMED = 4
+
+# Options that every run gets, besides those of models and texts.
+OF_RUNS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized")
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
 
@@ -165,7 +167,7 @@ class Tuner:
             "chosen",
             f"{plan.budget:,} parameters allow r ≤ {plan.largest}; {plan.tokens:,} predicted tokens; {rules}",
             rank=plan.largest,
-            params=plan.largest * plan.per_rank,
+            params=plan.params(plan.largest),
         )
         for what in plan.left_out:
             self.decide("budget", what, "not tried", "omitted to keep --time")
@@ -183,7 +185,7 @@ class Tuner:
         """Run ``probe sweep``, or what an interrupted one left of it."""
         given, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
-        shared = {name: given[name] for name in (*names, "seed", "gain_tolerance", "target_modules", "quantized")}
+        shared = {name: given[name] for name in (*names, *OF_RUNS)}
         with self._limited():
             return probe_sweep(
                 self.base, **shared, output=path, resume=path.is_file(), on_progress=self._progress, **options
@@ -245,8 +247,7 @@ class Tuner:
             raise InconclusiveError(
                 f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
             )
-        total = self.target.total
-        self.trials.copy(results.whole_of(Probe), self.target.per_rank, total, plan.steps)
+        self.trials.copy(results.whole_of(Probe), plan, self.target.total)
         return found
 
     def _ranked(self, swept: Swept) -> tuple[Swept, RankChoice]:
@@ -305,7 +306,7 @@ class Tuner:
             f"r={choice.rank} of {', '.join(map(str, swept.ranks))}: {choice.why}",
             rank=choice.rank,
             lr=choice.lr,
-            params=choice.rank * self.plan.per_rank,
+            params=self.plan.params(choice.rank),
             gap=behind,
             seeds=verdict.seeds,
             files=("sweep.jsonl",),
@@ -369,7 +370,7 @@ class Tuner:
         for name, options in strategies.items():
             try:
                 allocated = self._allocated(budget, least, **options)
-                config = {**peft_config(allocated), "task_type": self.target.task}
+                config = self.target.allocated(allocated)
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
                 continue
@@ -634,7 +635,7 @@ class Tuner:
             return None, ()
         try:
             allocated = self._allocated(round(RAISED * choice.rank * self.plan.per_rank), choice.rank)
-            config = {**peft_config(allocated), "task_type": self.target.task}
+            config = self.target.allocated(allocated)
         except LoradiagError:
             return None, ()
         grown = sorted((record for record in allocated if record.rank > choice.rank), key=lambda r: -r.rank)
@@ -727,6 +728,8 @@ class Tuner:
             lr=incumbent.lr,
             steps=incumbent.steps,
             alpha_over_rank=incumbent.alpha_over_rank,
+            alpha=float(incumbent.config["lora_alpha"]) if self.target.kind.rslora else None,
+            dora=self.target.kind.dora,
             dropout=incumbent.dropout,
             weight_decay=incumbent.decay,
             params=self._params(incumbent),

@@ -47,6 +47,7 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
             "Tries",
             f"r={_listed(plan.ranks)} at learning rates {_listed(plan.rates)}, {plan.steps} steps each",
         ),
+        *_kind(plan),
         say(
             "time",
             "Time",
@@ -55,6 +56,22 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
         *([say("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
     ]
     return grids_table([grid], lines, width, color)
+
+
+def _kind(plan: TunePlan) -> list[Statement]:
+    """Return the kind of adapter where it is not plain LoRA, with what differs in comparisons."""
+    notes = []
+    if "DoRA" in plan.kind:
+        notes.append(
+            f"{plan.magnitudes:,} parameters at every rank are magnitudes; the spectrum of an update includes their "
+            "change and is not low-rank"
+        )
+    if "rsLoRA" in plan.kind:
+        notes.append(
+            "the scale of B·A is alpha/√r, above that of alpha = 2r for r < 64, so learning rates cannot be carried "
+            "over; a tenth of them for full fine-tuning is a rule for alpha = 2r"
+        )
+    return [say("kind", "Adapter", plan.kind, *notes)] if notes else []
 
 
 def _limit(plan: TunePlan) -> str:
@@ -101,7 +118,9 @@ def _choice(found: Tune) -> str:
 def _settings(found: Tune) -> str:
     more = f", dropout {found.dropout:g}" if found.dropout else ""
     more += f", weight decay {found.weight_decay:g}" if found.weight_decay else ""
-    return f"learning rate {found.lr:g}, {found.steps} steps, alpha = {found.alpha_over_rank:g}r{more}"
+    alpha = f"{found.alpha_over_rank:g}r" if found.alpha is None else f"{found.alpha:g} (rsLoRA)"
+    dora = "DoRA, " if found.dora else ""
+    return f"{dora}learning rate {found.lr:g}, {found.steps} steps, alpha = {alpha}{more}"
 
 
 def _gain(found: Tune) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from lora_diag.decisions.tune.contest import Measured
-from lora_diag.decisions.tune.record import TuneTrial
+from lora_diag.decisions.tune.record import TunePlan, TuneTrial
 from lora_diag.decisions.tune.variants import Variant
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
@@ -111,14 +111,13 @@ class Trials:
             *(trial_of(each, losses, None, 0, 0, train_loss) for each, losses in zip(self.sets, found, strict=True))
         )
 
-    def copy(self, probes: Sequence[Probe], per_rank: int, total: int, steps: int) -> None:
+    def copy(self, probes: Sequence[Probe], plan: TunePlan, total: int) -> None:
         """Record the runs of a sweep, so that one file has all losses.
 
         Args:
             probes: Records of ``probe sweep``.
-            per_rank: Parameters of one rank.
+            plan: The plan.
             total: Parameters of the model.
-            steps: Of each run.
         """
         self.kept.put(
             *(
@@ -128,9 +127,9 @@ class Trials:
                     data=one.data,
                     tokens=one.tokens,
                     variant="full" if one.rank is None else uniform_name(one.rank),
-                    params=total if one.rank is None else one.rank * per_rank,
+                    params=total if one.rank is None else plan.params(one.rank),
                     lr=one.lr,
-                    steps=steps,
+                    steps=plan.steps,
                     seed=one.seed,
                     loss=one.loss,
                     train_loss=one.train_loss,

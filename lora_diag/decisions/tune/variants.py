@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-# lora_alpha / r, as ``probe sweep`` trains.
-ALPHA_OVER_RANK = 2
+# As ``probe sweep`` trains: lora_alpha / r, or with rsLoRA lora_alpha.
+ALPHA_OVER_RANK, RSLORA_ALPHA = 2, 16
 DROPOUT, WEIGHT_DECAY = 0.1, 0.1
 
 
@@ -62,7 +62,9 @@ def shortest(chosen: Sequence[str], every: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def uniform(targets: Sequence[str], rank: int, transposed: bool, task: str | None) -> dict[str, Any]:
+def uniform(
+    targets: Sequence[str], rank: int, transposed: bool, task: str | None, rslora: bool = False, dora: bool = False
+) -> dict[str, Any]:
     """Return the configuration of one rank everywhere, its keys in the order of ``allocate``'s.
 
     Args:
@@ -70,22 +72,25 @@ def uniform(targets: Sequence[str], rank: int, transposed: bool, task: str | Non
         rank: r.
         transposed: Whether matrices are stored ``(in, out)``.
         task: PEFT's task type.
+        rslora: Whether PEFT scales by lora_alpha/√r.
+        dora: Whether it is DoRA.
     """
     return {
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": None,
         "r": rank,
-        "lora_alpha": ALPHA_OVER_RANK * rank,
+        "lora_alpha": RSLORA_ALPHA if rslora else ALPHA_OVER_RANK * rank,
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": list(targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,
-        "use_rslora": False,
+        "use_rslora": rslora,
         "init_lora_weights": True,
         "inference_mode": False,
+        **({"use_dora": True} if dora else {}),
     }
 
 

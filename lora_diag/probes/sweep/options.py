@@ -6,6 +6,7 @@ from typing import Annotated, Required
 
 from lora_diag.running.options import (
     DATA,
+    DORA,
     FULL_RATES,
     INPUTS,
     RANKS,
@@ -29,7 +30,7 @@ class SweepOptions(Shifted, TrainOptions, total=False):
     # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
     full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
     bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
-    dora: Annotated[bool, Option(False, "Train DoRA instead of LoRA.")]
+    dora: Annotated[bool, DORA]
     rslora: Annotated[bool, RSLORA]
     quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
     steps: Annotated[int, STEPS]

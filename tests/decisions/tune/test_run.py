@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -94,7 +96,29 @@ def test_the_folder_holds_an_adapter_that_peft_loads(case):
     names = {"report.html", "gate.toml", "commands.sh", "config.axolotl.yaml", "config.llamafactory.yaml"}
     assert names <= {path.name for path in folder.iterdir()}
     assert lora_diag.gate(folder / "gate.toml", folder / "spectrum.jsonl").whole
-    compile((folder / "config.trl.py").read_text(), "config.trl.py", "exec")
+    assert _lora_of((folder / "config.trl.py").read_text()) == peft.LoraConfig(**written_arguments(config))
+
+
+def written_arguments(config):
+    """What an ``adapter_config.json`` says of a new adapter."""
+    return {key: value for key, value in config.items() if key not in {"peft_type", "base_model_name_or_path"}} | {
+        "inference_mode": False
+    }
+
+
+def _lora_of(script):
+    """The ``LoraConfig`` that a script for TRL gives its trainer, without any file beside the script."""
+    given = {}
+    trainer = SimpleNamespace(train=lambda: None, save_model=lambda: None)
+    stand_ins = {
+        "datasets": {"load_dataset": lambda kind, data_files: data_files},
+        "trl": {"SFTConfig": dict, "SFTTrainer": lambda **arguments: given.update(arguments) or trainer},
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        for name, content in stand_ins.items():
+            patched.setitem(sys.modules, name, SimpleNamespace(**content))
+        exec(script, {})
+    return given["peft_config"]
 
 
 def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
@@ -194,16 +218,49 @@ def test_a_run_is_replaced_only_after_confirmation(case, tmp_path):
     stale = run / "trials" / "stale"
     stale.mkdir()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "repeats": 1, "no_full": True}
+    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "repeats": 1, "no_full": True, "dora": True, "rslora": True}
     with pytest.raises(UsageError, match="--overwrite"):
         lora_diag.tune(base, run, **texts, **options)
-    lora_diag.tune(base, run, overwrite=True, on_plan=lambda plan: False, **texts, **options)
+    plans = []
+    lora_diag.tune(base, run, overwrite=True, on_plan=lambda plan: bool(plans.append(plan)), **texts, **options)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     found = lora_diag.tune(base, run, overwrite=True, **texts, **options)
     assert not stale.exists()
     assert read_results(run / "tune.jsonl") == found
     assert found.run.settings["ranks"] == [2]
     assert {one.rank for one in read_results(run / "sweep.jsonl").whole if one.subject == "lora"} == {2}
+    _check_dora_and_rslora(base, texts, found, run, plans[0])
+
+
+def _check_dora_and_rslora(base, texts, found, run, plan):
+    """Every run and every file is of DoRA with rsLoRA's scaling."""
+    outputs = 2 * (48 + 16 + 64 + 16)
+    assert (plan.magnitudes, plan.largest) == (outputs, (4500 - outputs) // plan.per_rank)
+    trials = [one for one in found.whole_of(TuneTrial) if one.variant != "base"]
+    kinds = {"lora_alpha": 16, "use_rslora": True, "use_dora": True}
+    for one in trials:
+        if one.variant == "uniform-r2":
+            assert one.params == 2 * plan.per_rank + outputs
+            held = texts["evaluate"][0].with_stem(one.set) if one.set == "held_out" else texts["shifted"][0]
+            truth = trained(base, texts["data"], held, 2, one.lr, one.seed, 6, 4, 0, **kinds)
+            assert one.loss == pytest.approx(truth, abs=1e-4)
+    configs_ = {path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/adapter_config.json")}
+    configs_["written"] = json.loads((run / "adapter_config.json").read_text())
+    assert {"uniform-r2", "pilot-r4", "written"} <= configs_.keys()
+    assert configs_.keys() & {"prior", "marginal"}
+    for name, config in configs_.items():
+        alpha = kinds["lora_alpha"] / (2 if name.endswith("half-alpha") else 1)
+        assert (config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (alpha, True, True)
+        assert not config["alpha_pattern"]
+    (choice,) = found.whole_of(Tune)
+    assert (choice.alpha, choice.dora) == (configs_["written"]["lora_alpha"], True)
+    axolotl = yaml.safe_load((run / "config.axolotl.yaml").read_text())
+    assert (axolotl["peft_use_rslora"], axolotl["peft_use_dora"]) == (True, True)
+    factory = yaml.safe_load((run / "config.llamafactory.yaml").read_text())
+    assert (factory["use_rslora"], factory["use_dora"]) == (True, True)
+    script = (run / "commands.sh").read_text()
+    assert re.search("probe sweep .* --dora --rslora .* -o .*sweep.jsonl", script)
+    assert re.search("allocate .* --rslora --scaling .* -o .*marginal.json", script)
 
 
 def test_a_search_out_of_time_is_extended(case, tmp_path, monkeypatch):
@@ -269,6 +326,8 @@ def test_trainers_get_the_ranks_that_they_can_express():
     same = configs("base", ("a.jsonl", "b.jsonl"), Variant("one", shared, 1e-3, 9), shared, {"batch": 8, "length": 64})
     assert yaml.safe_load(same["config.axolotl.yaml"])["learning_rate"] == 1e-3
     assert "#" not in same["config.llamafactory.yaml"]
+    mine = _lora_of(found["config.trl.py"])
+    assert (mine.rank_pattern, mine.alpha_pattern, mine.target_modules) == ({"0.q": 8}, {"0.q": 16}, {"q", "v"})
 
 
 def test_a_pooler_gets_a_rank_like_other_layers(tmp_path):

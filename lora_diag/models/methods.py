@@ -122,6 +122,35 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_checkpointing(module: Any) -> None:
+    """Refuse a model whose activations transformers cannot recompute.
+
+    Raises:
+        UsageError: transformers has no gradient checkpointing for this model.
+    """
+    if not getattr(module, "supports_gradient_checkpointing", False):
+        raise UsageError(
+            f"--gradient-checkpointing: transformers has none for {type(module).__name__}; remove the option"
+        )
+
+
+@contextmanager
+def checkpointed(module: Any) -> Iterator[None]:
+    """Recompute the activations of every block in the backward pass of training, instead of keeping them.
+
+    Args:
+        module: A model of transformers, with or without an adapter in it.
+    """
+    # The older name is deprecated in transformers 5.24 and the only one in 5.18.
+    name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+    getattr(module, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(module, f"{name}_checkpointing_disable")()
+        module.disable_input_require_grads()  # which enabling enabled, for blocks in front of the first factors
+
+
 @contextmanager
 def in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     """Train BASE itself within the block, and restore its weights bit for bit from a copy in main memory.

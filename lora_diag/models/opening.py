@@ -121,7 +121,10 @@ def _opened(base: Path | str, device: torch.device, dtype: str, length: int | No
         config = _config(transformers, base, where, options)
         kind = _kind(base, config)
         if getattr(config, "quantization_config", None) is not None:
-            raise InputError(f"{base}: is quantized, so its weights cannot be swapped; give the unquantized BASE")
+            raise InputError(
+                f"{base}: is quantized, and probes need weights that can be changed; give the unquantized BASE, whose "
+                "rounded weights probe sweep and tune train on with --quantized"
+            )
         opener: Any = {
             "causal": transformers.AutoModelForCausalLM,
             "masked": transformers.AutoModelForMaskedLM,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_diag.models.data import Sequence as Tokens
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, counted, logits_of, measure, nll
-from lora_diag.models.methods import Lora, in_place, with_lora
+from lora_diag.models.methods import Lora, checkpointed, in_place, with_lora
 from lora_diag.models.opening import Model
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
@@ -69,6 +69,7 @@ class Training:
         order: Seed of the order of sequences; each is used once before any is repeated.
         kind: Kind of LoRA.
         decay: Weight decay of AdamW.
+        checkpointing: Whether activations are recomputed in the backward pass.
     """
 
     texts: Texts
@@ -77,6 +78,7 @@ class Training:
     order: int
     kind: Lora = field(default_factory=Lora)
     decay: float = 0.0
+    checkpointing: bool = False
 
     @property
     def order_hash(self) -> str:
@@ -146,7 +148,8 @@ def losses_after(
     """
     torch.manual_seed(cell.seed)
     with _trainable(model, cell, training.kind) as tuned:
-        path = train(tuned, cell, training, after)
+        with checkpointed(model.module) if training.checkpointing else nullcontext():
+            path = train(tuned, cell, training, after)
         tuned.module.eval()
         found = [measure(tuned, each, training.batch, after) for each in sets]
         keep(tuned)

@@ -133,6 +133,7 @@ ADAPTER_DTYPE = Option(
     "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", aliases=("--dtype",), setting="dtype"
 )
 DORA = Option(False, "Train DoRA instead of LoRA.")
+CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
 SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
 BASE = Option(None, "Base checkpoint; default none.", "BASE", panel=INPUTS)

@@ -17,7 +17,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
-from lora_diag.models.methods import Lora
+from lora_diag.models.methods import Lora, check_checkpointing
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Training
 from lora_diag.records import RunInput, WholeRecord
@@ -253,12 +253,17 @@ class TrainRun(ProbeRun):
         """Read the text to train on and the evaluation sets.
 
         Raises:
-            UsageError: Two evaluation sets have one name, or the training text is also an evaluation set.
+            UsageError: Two evaluation sets have one name, the training text is also an evaluation set, or the model has
+                no gradient checkpointing.
             InputError: A text cannot be read.
         """
         self.sets = self.read_sets(evaluate, shifted)
         texts = read_training(data, self.model, self.sets)
-        self.training = Training(texts, steps, self.batch, self.options["seed"], kind or Lora())
+        checkpointing = self.options.get("gradient_checkpointing", False)
+        if checkpointing:
+            check_checkpointing(self.model.module)
+        seed = self.options["seed"]
+        self.training = Training(texts, steps, self.batch, seed, kind or Lora(), checkpointing=checkpointing)
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
         """Return the inputs, for the run record."""
@@ -273,6 +278,7 @@ class TrainRun(ProbeRun):
             "seeds": seeds,
             "seed": seed,
             "order": self.training.order_hash,
+            **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
         }
 
     def walk(self, kept: Kept[Any], seeds: int) -> Walk:

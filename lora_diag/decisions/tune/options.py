@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Required
 
 from lora_diag.running.options import (
+    CHECKPOINTING,
     DATA,
     DORA,
     EXECUTION,
@@ -39,6 +40,7 @@ class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, t
     time: Annotated[str | None, Option(None, "Time limit of the search, e.g. 2h or 90min; default: none.", "TIME")]
     ranks: Annotated[Sequence[int], RANKS.by(())]
     rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    gradient_checkpointing: Annotated[bool, CHECKPOINTING]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS.by(3)]
     gain_tolerance: Annotated[

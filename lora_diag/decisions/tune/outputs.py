@@ -91,7 +91,8 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     for name, flag in (("evaluate", "--eval"), ("shifted", "--shifted")):
         texts += [word for path in options[name] for word in (flag, path)]
     how = _given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
-    how += [f"--{name}" for name in ("dora", "rslora") if options[name]]
+    switches = ("dora", "rslora", "gradient_checkpointing")
+    how += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
     how += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
     train = ["loradiag", "probe", "sweep", base, *texts, *how]
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]

@@ -57,7 +57,7 @@ ADAPTED = "."
 NAMED = 4
 
 # Options that every run gets, besides those of models and texts.
-OF_RUNS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized")
+OF_RUNS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing")
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.running.options import (
+    CHECKPOINTING,
     DATA,
     DORA,
     FULL_RATES,
@@ -33,6 +34,7 @@ class SweepOptions(Shifted, TrainOptions, total=False):
     dora: Annotated[bool, DORA]
     rslora: Annotated[bool, RSLORA]
     quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
+    gradient_checkpointing: Annotated[bool, CHECKPOINTING]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS]
     gain_tolerance: Annotated[

@@ -62,6 +62,7 @@ def probe_sweep(
         rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
         quantized: ``nf4`` or ``int8``: LoRA is trained on linear layers rounded to this grid. They are rounded but not
             packed: the values of a quantized base without its memory savings.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, equal losses.
         steps: Number of updates of a run.
         repeats: Number of runs of each rank at its best rate; they differ in the initial factors, not in the data.
         gain_tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.

@@ -17,7 +17,7 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.methods import Lora, with_lora
-from lora_diag.models.opening import open_model
+from lora_diag.models.opening import kept_open, open_model
 from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
@@ -341,6 +341,30 @@ def test_kinds_of_lora_are_those_of_peft(case, options, of_peft):
         with torch.no_grad():
             assert found.whole[1].loss == pytest.approx(model(ids_of(held), labels=ids_of(held)).loss.item(), abs=1e-5)
         assert (found.whole[1].subject, found.whole[1].name) == ("base", "nf4")
+
+
+def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monkeypatch):
+    """In the same model, with dropout: losses are the same, and a later run is not checkpointed."""
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "ranks": (2,), "rates": (1e-2,), "full": True, "full_rates": (1e-3,)}
+    options |= {"steps": 3, "batch": 2, "seeds": 1, "widen": 0, "output": tmp_path / "s.jsonl", "overwrite": True}
+    block, calls = transformers.models.gpt2.modeling_gpt2.GPT2MLP, []
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *given: (calls.append(self.training), forward(self, *given))[1])
+    found, counts = {}, {}
+    with kept_open():
+        for on in (True, False):
+            found[on] = lora_diag.probe_sweep(base, gradient_checkpointing=on, **options)
+            counts[on] = sum(calls)
+            calls.clear()
+    assert counts == {True: 2 * counts[False], False: 2 * (2 + 3) * 2}  # blocks x (timed + trained) x (LoRA, full)
+    assert [r.loss for r in found[True].whole] == pytest.approx([r.loss for r in found[False].whole], abs=1e-6)
+    assert len({r.loss for r in found[True].whole}) == 3
+    assert [found[on].run.settings.get("gradient_checkpointing") for on in (True, False)] == [True, None]
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(UsageError, match="transformers has none for GPT2LMHeadModel"):
+        lora_diag.probe_sweep(base, gradient_checkpointing=True, **options | {"output": tmp_path / "other.jsonl"})
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_resume_requires_same_trained_parameters(case, tmp_path):

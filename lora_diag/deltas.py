@@ -20,9 +20,9 @@ from lora_diag.records.names import RESIZABLE
 from lora_diag.records.run import Reason
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
+
+    from lora_diag.checkpoints.decoding import Numbers
 
 # Entries per block and side: small enough that a block and its float32 copies stay near the cache. One core on a bf16
 # pair of 4096²: 0.52 s with 2^18, 0.39 s with 2^20, 0.95 s with 2^22, 2.7 s with 2^24.
@@ -114,11 +114,11 @@ class StoredDelta:
 class ThinFactors(Protocol):
     """Two stored factors and a scale, read one after the other without torch: ΔW = s·B·A."""
 
-    def read_b(self) -> NDArray[np.float64]:
+    def read_b(self) -> Numbers:
         """Return B ``(out, r)``."""
         ...
 
-    def read_a(self) -> NDArray[np.float64]:
+    def read_a(self) -> Numbers:
         """Return A ``(r, in)``."""
         ...
 

@@ -10,8 +10,7 @@ from lora_diag.adapters.updates import flat
 from lora_diag.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from lora_diag.checkpoints.decoding import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +31,11 @@ class StoredFactors:
     scale: Scale
     turned: bool = False
 
-    def read_b(self) -> NDArray[np.float64]:
+    def read_b(self) -> Numbers:
         """Return B ``(out, r)``."""
         return self._read(self.b)
 
-    def read_a(self) -> NDArray[np.float64]:
+    def read_a(self) -> Numbers:
         """Return A ``(r, in·kh·kw)``."""
         return self._read(self.a)
 
@@ -44,7 +43,7 @@ class StoredFactors:
         """Return s."""
         return scale_of(self.checkpoint, self.scale)
 
-    def _read(self, key: str) -> NDArray[np.float64]:
+    def _read(self, key: str) -> Numbers:
         array = self.checkpoint.read_array(key)
         array = array.reshape(flat(array.shape))
         return array.T if self.turned else array

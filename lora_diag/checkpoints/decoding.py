@@ -1,15 +1,17 @@
-"""Decode stored numbers to float64 with NumPy, exactly: every format here is a subset of float64."""
+"""Decode stored numbers with NumPy, exactly: every format of at most 32 bits is a subset of float32."""
 
 from __future__ import annotations
 
 import threading
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Numbers = NDArray[np.float32] | NDArray[np.float64]
 
 # Memory up to this size is kept for the next tensor.
 KEPT_BYTES = 2**23
@@ -29,11 +31,16 @@ _EIGHT_BITS = {
 }
 
 
-def decode(content: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
-    """Return the numbers that little-endian bytes stand for.
+def is_native(dtype: str) -> bool:
+    """Return whether the bytes are the numbers themselves, so that ``decode`` copies nothing."""
+    return dtype in {"float64", "float32"}
+
+
+def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
+    """Return the numbers that little-endian bytes stand for, in float32; float64 if that is what is stored.
 
     Args:
-        content: The bytes.
+        content: The bytes; the result shares their memory if ``is_native``.
         dtype: One of ``tensors.DECODED``.
 
     Example:
@@ -43,12 +50,14 @@ def decode(content: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
     if dtype in _EIGHT_BITS:
         return _table(dtype)[content.astype(np.intp)]
     if dtype == "bfloat16":  # the upper half of a float32
-        wide = scratch("wide", 2 * len(content)).view(np.uint32)
-        stored: NDArray[Any] = np.left_shift(content.view("<u2"), 16, out=wide, dtype=np.uint32).view(np.float32)
-    else:
-        stored = content.view(_OWN[dtype])
+        stored = content.view("<u2")
+        bits = np.empty(len(stored), np.uint32)
+        np.left_shift(stored, 16, out=bits, dtype=np.uint32)
+        return bits.view(np.float32)
+    if is_native(dtype):
+        return content.view(_OWN[dtype])
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        return stored.astype(np.float64)
+        return content.view(_OWN[dtype]).astype(np.float32)
 
 
 _kept = threading.local()
@@ -71,7 +80,7 @@ def scratch(name: str, size: int) -> NDArray[np.uint8]:
 
 
 @cache
-def _table(dtype: str) -> NDArray[np.float64]:
+def _table(dtype: str) -> NDArray[np.float32]:
     """Return the numbers of all 256 codes of an 8-bit format."""
     mantissa_bits, bias, kind = _EIGHT_BITS[dtype]
     codes = np.arange(256)
@@ -85,4 +94,4 @@ def _table(dtype: str) -> NDArray[np.float64]:
         size[[0x7F, 0xFF]] = np.nan
     else:
         size[0x80] = np.nan
-    return np.where(codes < 0x80, size, -size)
+    return np.where(codes < 0x80, size, -size).astype(np.float32)

@@ -22,9 +22,9 @@ from lora_diag.checkpoints.tensors import DECODED, TensorInfo
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
+
+    from lora_diag.checkpoints.decoding import Numbers
 
 # The library's own limit, which prevents huge allocations for a hostile length.
 MAX_HEADER_BYTES = 100_000_000
@@ -107,13 +107,16 @@ class SafetensorsFile:
         """Return whether ``read_array`` can read a tensor."""
         return self.tensors[name].dtype in DECODED
 
-    def read_array(self, name: str) -> NDArray[np.float64]:
-        """Return a whole tensor in its shape, float64, without torch."""
-        from lora_diag.checkpoints.decoding import decode, scratch  # imported here: headers are read without NumPy
+    def read_array(self, name: str) -> Numbers:
+        """Return a whole tensor in its shape, float32 or float64, without torch."""
+        import numpy as np  # imported here: headers are read without NumPy
 
-        content = scratch("stored", self._bytes[name])
+        from lora_diag.checkpoints.decoding import decode, is_native, scratch
+
+        info, size = self.tensors[name], self._bytes[name]
+        content = np.empty(size, np.uint8) if is_native(info.dtype) else scratch("stored", size)
         self._content.fill(content.data, self._start[name], name)
-        return decode(content, self.tensors[name].dtype).reshape(self.tensors[name].shape)
+        return decode(content, info.dtype).reshape(info.shape)
 
     def read_bytes(self, name: str, most: int | None = None) -> bytes:
         """Return the bytes of a small tensor, or the first of any, without torch."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 from lora_diag.checkpoints.remote import RemotePath
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
+
+    from lora_diag.checkpoints.decoding import Numbers
 
 # Floating-point dtypes whose bytes are the values. 8-bit floats are excluded: their values also depend on scales.
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -85,8 +85,8 @@ class ArrayFile(Protocol):
         """Return whether ``read_array`` can read a tensor."""
         ...
 
-    def read_array(self, name: str) -> NDArray[np.float64]:
-        """Return a whole tensor in its shape, float64."""
+    def read_array(self, name: str) -> Numbers:
+        """Return a whole tensor in its shape, float32 or float64."""
         ...
 
     def read_bytes(self, name: str, most: int | None = None) -> bytes:
@@ -162,8 +162,8 @@ class Checkpoint:
         file = self._home[name]
         return is_array_file(file) and file.decodes(name)
 
-    def read_array(self, name: str) -> NDArray[np.float64]:
-        """Return a whole tensor for which ``decodes`` is true, in its shape and in float64.
+    def read_array(self, name: str) -> Numbers:
+        """Return a whole tensor for which ``decodes`` is true, in its shape; float64 if so stored, else float32.
 
         Raises:
             InputError: The file ended early or could not be read.

@@ -11,17 +11,17 @@ sum of theirs, each with its own random signs, so that products of different lay
 from __future__ import annotations
 
 import hashlib
-import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_diag.thin.values import PRODUCT
+from lora_diag.thin.values import PRODUCT, kept_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Numbers = NDArray[np.float32] | NDArray[np.float64]
     Array = NDArray[np.float64]
 
 # Length of a sketch, d: a bucket is one byte of a hash.
@@ -47,8 +47,8 @@ def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
     return np.asarray(both[(at[:, None] - at) % LENGTH, at].sum(axis=1) * _signs(name))
 
 
-def fold(x: Array, by: str) -> Array:
-    """Return the rows of X ``(m, k)`` added up in the buckets of a hash.
+def fold(x: Numbers, by: str) -> Array:
+    """Return the rows of X ``(m, k)`` added up in the buckets of a hash, in the precision of X.
 
     Args:
         x: X.
@@ -58,21 +58,13 @@ def fold(x: Array, by: str) -> Array:
         ``(LENGTH, k)``, of both hashes ``(2·LENGTH, k)``.
     """
     if not x.flags.c_contiguous:
-        turned = _turned_memory(x.size).reshape(x.shape)
+        turned = kept_memory("turned", x.size).view(x.dtype)[: x.size].reshape(x.shape)
         np.copyto(turned, x)
         x = turned
-    return np.asarray(_buckets(x.shape[0], by) @ x, np.float64)
-
-
-_kept = threading.local()
-
-
-def _turned_memory(size: int) -> Array:
-    """Return memory of this thread: of the system, it would be cleared anew for every factor."""
-    found: Array | None = getattr(_kept, "turned", None)
-    if found is None or len(found) < size:
-        found = _kept.turned = np.empty(size)
-    return found[:size]
+    found = np.asarray(_buckets(x.shape[0], by, x.dtype) @ x, np.float64)
+    if x.dtype != np.float64 and not np.isfinite(found).all():  # sums beyond the range of float32
+        return fold(x.astype(np.float64), by)
+    return found
 
 
 def join(left: Array, right: Array, name: str) -> Array:
@@ -88,15 +80,15 @@ def mixed(folded: Array, mix: Array) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _buckets(dimension: int, by: str) -> Any:
-    """Return hashes as one sparse matrix, ``(LENGTH·len(by), dimension)``."""
+def _buckets(dimension: int, by: str, dtype: np.dtype[Any]) -> Any:
+    """Return hashes as one sparse matrix of a dtype, ``(LENGTH·len(by), dimension)``."""
     from scipy.sparse import csr_array
 
     hashed = [_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
     buckets = np.concatenate([LENGTH * at + each[:dimension].astype(np.int32) for at, each in enumerate(hashed)])
     signs = np.concatenate([1.0 - 2.0 * (each[dimension:] & 1) for each in hashed])
     rows = np.tile(np.arange(dimension), len(by))
-    return csr_array((signs, (buckets, rows)), shape=(LENGTH * len(by), dimension))
+    return csr_array((signs.astype(dtype), (buckets, rows)), shape=(LENGTH * len(by), dimension))
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Literal
@@ -23,6 +23,10 @@ ERRORS = 5.0
 # ‖ΔW‖/‖W‖ from which the rounding of the subtraction matters. T − W is exact if T is within [W/2, 2W] (Sterbenz 1974);
 # below this ratio, entries with larger changes add less than 1/256 of the variance of the files' rounding.
 COARSE = 1 / 16
+
+# Entries of a piece of a block: a bfloat16 pair of 8192×2048 took 204 ms of one core in pieces of 2^18 entries, 260 in
+# whole blocks of 2^20, 225 in pieces of 2^17.
+PIECE = 2**18
 
 Start = Literal["exact", "rounded", "unknown"]
 
@@ -62,7 +66,8 @@ class Difference:
     """Result of one pass over a pair of matrices.
 
     Args:
-        matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. None if not requested.
+        matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. Its memory is that of ΔWᵀ by rows
+            if m < n, on the CPU. None if not requested.
         fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``.
         base_fro: ‖W_base‖_F, likewise.
         unchanged: Fraction of bit-identical entries; across dtypes, of equal entries.
@@ -106,8 +111,7 @@ def difference(
     read = _Roundings(shape)
     same = row = 0
     spacings = repeat((None, None)) if steps is None else steps
-    for (stored_base, stored_tuned), block_steps in zip(blocks, spacings, strict=False):
-        base, tuned = move(stored_base, device), move(stored_tuned, device)
+    for base, tuned, block_steps in _pieces(blocks, spacings, device):
         dtype = torch.promote_types(wide(base.dtype), wide(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm, base_norm = _norm(block), _norm(base)
@@ -118,10 +122,18 @@ def difference(
         unchanged = _unchanged(base, tuned)
         same += unchanged
         coarse = norm > COARSE * base_norm
-        read.add(base, tuned, block, block_steps, row, Unchanged.of(block, norm, unchanged), subtracted=coarse)
+        read.add(
+            base,
+            tuned,
+            block,
+            block_steps,
+            row,
+            Unchanged.of(block, norm, unchanged),
+            subtracted=coarse,
+        )
         if keep:
             if matrix is None:
-                matrix = torch.empty(shape, dtype=dtype, device=device)
+                matrix = _empty(shape, dtype, device)
             matrix[row : row + len(block)] = block
         row += len(block)
     return Difference(
@@ -212,6 +224,33 @@ def _norm(block: Tensor) -> float:
         return plain
     largest = float(block.abs().max())  # squares of float64 numbers may underflow or overflow
     return plain if largest in {0.0, math.inf} or math.isnan(largest) else largest * _norm(block / largest)
+
+
+def _pieces(
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    steps: Iterable[tuple[Tensor | None, Tensor | None]],
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]]:
+    """Yield blocks on a device, on the CPU in pieces that stay in its cache."""
+    for (base, tuned), (base_step, tuned_step) in zip(blocks, steps, strict=False):
+        rows = max(1, PIECE // max(1, base.shape[1])) if device.type == "cpu" else max(1, len(base))
+        left, right = (torch.split(move(side, device), rows) for side in (base, tuned))
+        before, after = (
+            [None] * len(left) if step is None else torch.split(step.reshape(base.shape), rows)
+            for step in (base_step, tuned_step)
+        )
+        yield from zip(left, right, zip(before, after, strict=True), strict=True)
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for ΔW in the layout in which the rows of its taller side are contiguous.
+
+    ``linalg.streamed.normal`` then reads it once for two products. At 2048×8192 writing takes 17 ms longer, and ten
+    pairs of products 110 ms less.
+    """
+    if shape[0] < shape[1] and device.type == "cpu":
+        return torch.empty(shape[::-1], dtype=dtype, device=device).T
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _unchanged(base: Tensor, tuned: Tensor) -> int:

@@ -1,6 +1,7 @@
 """ΔW and its norms in one pass, against NumPy float64."""
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -37,14 +38,26 @@ def test_norms_and_entries_for_every_pair_of_dtypes(before, after):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 40), seed=st.integers(0, 1000))
-def test_blocks_do_not_matter(rows, seed):
+@given(
+    rows=st.integers(1, 40),
+    piece=st.integers(1, 300),
+    shape=st.sampled_from(((40, 5), (5, 40))),
+    seed=st.integers(0, 99),
+)
+def test_blocks_do_not_matter(rows, piece, shape, seed):
     rng = torch.Generator().manual_seed(seed)
-    base, tuned = torch.randn(40, 5, generator=rng), torch.randn(40, 5, generator=rng)
-    whole = difference(in_blocks(base, tuned, 40), (40, 5), CPU)
-    found = difference(in_blocks(base, tuned, rows), (40, 5), CPU)
+    base, tuned = (torch.randn(shape, generator=rng).bfloat16() for _ in range(2))
+    step = torch.rand(shape, generator=rng).add_(0.5)
+    whole = difference(in_blocks(base, tuned, 40), shape, CPU, steps=iter(((None, step),)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("lora_diag.linalg.difference"), "PIECE", piece)
+        found = difference(
+            in_blocks(base, tuned, rows), shape, CPU, steps=((None, part) for part in torch.split(step, rows))
+        )
     assert torch.equal(found.matrix, whole.matrix)
     assert found.fro == pytest.approx(whole.fro, rel=1e-14)
+    assert found.rounding.bound == pytest.approx(whole.rounding.bound, rel=1e-6)
+    assert found.matrix.T.is_contiguous() == (shape[0] < shape[1])
 
 
 @pytest.mark.slow

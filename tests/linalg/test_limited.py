@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
 from lora_diag.linalg import limited as limits
-from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows
+from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows, normal
 from tests import oracles
 
 pytestmark = pytest.mark.slow
@@ -44,8 +44,11 @@ def test_products_do_not_depend_on_blocks(m, n, rows, held, columns, seed):
     close = {"rtol": 1e-12, "atol": 1e-12 * (1 + np.abs(a).sum())}
     assert np.allclose(blocks.times(torch.from_numpy(x)), a @ x, **close)
     assert np.allclose(blocks.T.times(torch.from_numpy(y)), a.T @ y, **close)
-    for matrix, b, v in ((blocks, a, x), (blocks.T, a.T, y)):
-        product, back = matrix.normal(torch.from_numpy(v))
+    whole = torch.from_numpy(a)
+    for matrix, b, v in ((blocks, a, x), (blocks.T, a.T, y), (whole, a, x), (whole.T, a.T, y)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lora_diag.linalg.streamed.PASS_ROWS", rows)
+            product, back = normal(matrix, torch.from_numpy(v))
         assert np.allclose(product, b @ v, **close)
         assert np.allclose(back, b.T @ (b @ v), rtol=1e-10, atol=1e-10 * (1 + np.abs(a).sum() ** 2))
     lower = np.tril(a @ a.T)

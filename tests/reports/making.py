@@ -2,10 +2,13 @@
 
 import numpy as np
 
+from lora_diag import catalog
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
+from lora_diag.reports.evidence import Evidence
+from lora_diag.reports.subject import subject_of
 from tests.building import build, layer_spectrum
 
 RANKS = (4, 8, 16, 32, 64)
@@ -119,3 +122,13 @@ def seven_billion(blocks: int = 32, values: int = 4096) -> Results:
         s = decay(values, rng.uniform(0.3, 1.0), rng.uniform(0.5, 2.0))
         records.append(spectrum(layer, s, shape=shapes.get(kind, (4096, 4096))))
     return spectra(records)
+
+
+def questions(*commands: str) -> list[str]:
+    """Return the first question that each command's records answer, as its feature declares it."""
+    return [catalog.feature_of(command).questions[0][1] for command in commands]
+
+
+def low_rank() -> str:
+    """Return the question about the rank of an update, as a page without measurements asks it."""
+    return subject_of(Evidence(())).answers[0].question

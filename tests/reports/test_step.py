@@ -11,6 +11,7 @@ from lora_diag.cli.app import application
 from lora_diag.rendering.statements import say, summary_of
 from lora_diag.rendering.text import to_text
 from lora_diag.reports.advice import advice
+from lora_diag.reports.findings import findings
 from lora_diag.reports.worth import lost
 from tests.reports.making import MLP, TYPES, decay, flat_to, names, residual, residuals, spectra, spectrum, vector
 from tests.reports.test_advice import EASY, FLAT, evidence, model
@@ -100,6 +101,16 @@ def test_command_of_every_step_has_numbers_of_its_sentence(situation):
             spends = {key: given[key] for key in ("params", "total_rank", "memory_budget") if given[key] is not None}
             assert len(spends) == 1
             assert step.rule == "take the allocation" or spends == {"params": str(step.params)}
+
+
+def test_words_of_every_step_and_finding(snapshot):
+    """What pages show of them: run ``pytest --snapshot-update`` after a change of words, and read the difference."""
+    shown = {}
+    for situation, runs in SITUATIONS.items():
+        steps = [(step.rule, step.do, step.because, step.condition, step.command) for step in advice(evidence(*runs))]
+        found = [(item.name, item.seen, item.means, item.condition) for item in findings(evidence(*runs))]
+        shown[situation] = steps + found
+    assert shown == snapshot
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""What a text for users has to name: values, tensors, files and options, whatever its sentences are."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+# Characters between two facts of one statement, at most.
+APART = 120
+
+
+def names(text: str, *facts: object) -> bool:
+    """Return whether a text names these facts as whole words, in this order and near each other.
+
+    Line breaks count as spaces.
+
+    >>> names("r=16 keeps 93% of\\nthe energy of 128 layers", "r=16", "93% of the energy", "128 layers")
+    True
+    >>> names("0.5 of q.weight in 128 layers", 5), names("r=16", "r=1"), names("1,024", 24), names("a.b: 16", 16, "a.b")
+    (False, False, False, False)
+    """
+    between = rf".{{0,{APART}}}?"
+    pattern = between.join(_whole(" ".join(str(fact).split())) for fact in facts)
+    return re.search(pattern, " ".join(text.split())) is not None
+
+
+def assert_names(text: str, *facts: object) -> None:
+    """Assert that a text names these facts, in this order and near each other."""
+    assert names(text, *facts), f"{[str(fact) for fact in facts]} are not named together in: {text}"
+
+
+@contextlib.contextmanager
+def raises_naming(error: type[BaseException], *facts: object) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+    """Expect an error whose message names these facts, in this order and near each other."""
+    with pytest.raises(error) as caught:
+        yield caught
+    assert_names(str(caught.value), *facts)
+
+
+def _whole(fact: str) -> str:
+    """Return a pattern for a fact that is no part of a longer word or number."""
+    before = r"(?<![\w.,])" if fact[:1].isdigit() else r"(?<!\w)" if _is_word(fact[:1]) else ""
+    after = r"(?![\w%]|[.,]\d)" if fact[-1:].isdigit() else r"(?!\w)" if _is_word(fact[-1:]) else ""
+    return before + re.escape(fact) + after
+
+
+def _is_word(character: str) -> bool:
+    return character.isalpha() or character == "_"

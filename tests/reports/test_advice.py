@@ -88,7 +88,7 @@ def test_shares_are_never_rounded_up_to_all():
 def test_norms_alone_need_no_adapter():
     zero = spectra([spectrum(n, np.zeros(16)) for n in names(1)], [vector("norm.weight", 1.0)])
     (step,) = advice(evidence(zero))
-    assert step.rule == "norms and biases"
+    assert (step.rule, "--bitfit" in step.argv, step.layers) == ("hybrid", True, ("norm.weight",))
 
 
 def test_few_short_layers_are_named_and_their_rank_is_raised():

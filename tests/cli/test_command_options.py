@@ -222,7 +222,7 @@ def test_warnings_and_failures_are_never_hidden():
     assert all(f"alarm {n}\n" in said.replace(" \n", "\n").replace("  ", "") or f"alarm {n}" in said for n in range(20))
     assert "loradiag inspect r.jsonl" in said
     assert [n for n in range(9) if f"lead {n}" in said] == [2, 5, 8]
-    assert said.rstrip().endswith("32 more lines: -v")
+    assert said.rstrip().endswith("32 more lines with -v")
 
 
 def test_choices_are_checked_once():

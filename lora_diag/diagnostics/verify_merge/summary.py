@@ -139,7 +139,8 @@ def _faults(results: Results[Merge]) -> list[Statement]:
         if len(causes) > SHOWN:
             more = sum(len(found) for found in list(causes.values())[SHOWN:])
             sentences.append(f"and {_layers(more)} more; --per layer and the records name each")
-        lines.append(say(status.replace(" ", "_"), status.capitalize(), *sentences, f"→ {WAYS_OUT[status]}"))
+        fix = f"→ {WAYS_OUT[status]}"
+        lines.append(say(status.replace(" ", "_"), status.capitalize(), *sentences, fix, level="failure"))
     return lines
 
 

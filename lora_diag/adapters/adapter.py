@@ -19,7 +19,7 @@ from lora_diag.adapters.lora import read_lora
 from lora_diag.adapters.mlx import is_mlx, read_mlx
 from lora_diag.adapters.oft import read_oft
 from lora_diag.adapters.placing import place
-from lora_diag.adapters.refused import refuse_unread
+from lora_diag.adapters.refused import refuse_unsupported
 from lora_diag.adapters.source import Given, Source, open_source, refuse_integers
 from lora_diag.adapters.tokens import read_trainable_tokens
 from lora_diag.adapters.updates import Reading
@@ -177,7 +177,7 @@ def open_adapter(path: Path | str, given: Given = None) -> Adapter:
         if family.claims(source):
             refuse_integers(source)
             return Adapter(source, _checked(source, family.read(source), stated), family.form)
-    refuse_unread(source)
+    refuse_unsupported(source)
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 

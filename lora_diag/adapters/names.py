@@ -29,7 +29,7 @@ WRAPPERS = frozenset({
 INNER_WRAPPERS = WRAPPERS | {"vision_model"}
 
 # Wrappers that denote a kind of model or one of its towers; the others are neutral.
-TELLING_WRAPPERS = INNER_WRAPPERS - {
+DISTINGUISHING_WRAPPERS = INNER_WRAPPERS - {
     "model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "backbone",
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def is_same_part(one: str, other: str, alone: bool) -> bool:
     >>> is_same_part("fc.weight", "vision_model.fc.weight", alone=True)
     True
     """
-    ours, theirs = (TELLING_WRAPPERS.intersection(name.split(".")) for name in (one, other))
+    ours, theirs = (DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (one, other))
     return ours == theirs or (alone and (ours <= theirs or theirs <= ours))
 
 
@@ -228,7 +228,7 @@ def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool)
         if fitting:
             return f"several weights of BASE could be meant: {', '.join(sorted(fitting)[:3])}"
         if names:
-            problem = f"its shape {_words(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
+            problem = f"its shape {_texts(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
         if names == [name]:
             return problem
     if places := _expert_places(name, shape, index) or (_part_of_stack(name, shape, index) if parts else ()):
@@ -241,7 +241,7 @@ def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool)
     return problem
 
 
-def _words(shape: Shape) -> str:
+def _texts(shape: Shape) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 

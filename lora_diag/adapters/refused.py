@@ -27,7 +27,7 @@ CHANGED_BASE = {
 }  # fmt: skip
 
 
-def refuse_unread(source: Source) -> None:
+def refuse_unsupported(source: Source) -> None:
     """Refuse an adapter that no family reads.
 
     Raises:

@@ -20,7 +20,7 @@ from lora_diag.errors import UsageError
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
-def given_alpha(options: Mapping[str, Any]) -> Given:
+def alpha_option(options: Mapping[str, Any]) -> Given:
     """Return the α given by options, ``rank`` for α = r, or None.
 
     Raises:

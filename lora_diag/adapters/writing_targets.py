@@ -62,7 +62,7 @@ REFUSED_IN_MAMBA = frozenset({"out_proj", "conv1d"})
 
 # A router next to experts, a separate module in transformers 5; it can be targeted as a parameter in all versions.
 ROUTER = re.compile(r"(?P<owner>.+)\.(gate|router)\.weight$")
-BESIDE_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
+SIBLING_OF_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 
 # Models that also have ``language_model.model.`` in memory; LLaVA and related models have ``model.language_model.``
 # there.
@@ -165,10 +165,10 @@ class Model:
         self._renames = _renames(base, self.type)
         self._orientation = Orientation(base, {}, self.type in CONV1D_MODELS)
         self._experts = _count_experts(base) if self.type in FUSED_MODELS else {}
-        self._mixtures = {found["owner"] for name in base if (found := BESIDE_EXPERTS.match(self.parameter(name)))}
+        self._mixtures = {found["owner"] for name in base if (found := SIBLING_OF_EXPERTS.match(self.parameter(name)))}
 
     @property
-    def names_are_told(self) -> bool:
+    def has_names_in_memory(self) -> bool:
         """Whether an adapter gives names in memory, which then replace those of the files."""
         return bool(self._own)
 

@@ -95,7 +95,7 @@ class Boxes:
                 if box.sizes and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
                     break
                 pairs += 1
-                if pairs > MAX_PAIRS or _meet(box, other):
+                if pairs > MAX_PAIRS or _boxes_overlap(box, other):
                     return True
         return False
 
@@ -154,7 +154,7 @@ class Boxes:
         return bytes(out)
 
 
-def _meet(one: Box, other: Box) -> bool:
+def _boxes_overlap(one: Box, other: Box) -> bool:
     edges = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in edges)
 

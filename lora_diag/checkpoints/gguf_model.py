@@ -73,7 +73,7 @@ class GgufModel:
             raise InputError(f"{path}: is a GGUF adapter, not a model; give it after BASE")
         architecture = str(self.fields.get("general.architecture"))
         names = ARCHITECTURES.get(architecture)
-        self._views = {view.info.name: view for view in self._presented(names, architecture)}
+        self._views = {view.info.name: view for view in self._in_hf_layout(names, architecture)}
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
         self.notes: tuple[str, ...] = self._file.notes
         if names is None:
@@ -121,7 +121,7 @@ class GgufModel:
         ordered = to_halves(found.view((last - first) * rows, -1), last - first)
         return ordered.reshape(-1)[start - first * size : stop - first * size].clone()
 
-    def _presented(self, names: Names | None, architecture: str) -> Iterator[View]:
+    def _in_hf_layout(self, names: Names | None, architecture: str) -> Iterator[View]:
         seen: set[str] = set()
         for stored, info in self._file.tensors.items():
             for view in self._views_of(stored, info, names, architecture):

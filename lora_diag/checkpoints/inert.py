@@ -139,7 +139,7 @@ class _Machine:
             raise ValueError("a mark stands where a value should")
         return value
 
-    def remember(self, index: int) -> None:
+    def memoize(self, index: int) -> None:
         self.memory[index] = self.top()
 
     def drop(self, _: Any) -> None:
@@ -283,10 +283,10 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "INST": _inst,
     "OBJ": _obj,
     "BUILD": _Machine.build,
-    "PUT": _Machine.remember,
-    "BINPUT": _Machine.remember,
-    "LONG_BINPUT": _Machine.remember,
-    "MEMOIZE": lambda machine, _: machine.remember(len(machine.memory)),
+    "PUT": _Machine.memoize,
+    "BINPUT": _Machine.memoize,
+    "LONG_BINPUT": _Machine.memoize,
+    "MEMOIZE": lambda machine, _: machine.memoize(len(machine.memory)),
     "GET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
     "BINGET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
     "LONG_BINGET": lambda machine, argument: machine.stack.append(machine.memory[argument]),

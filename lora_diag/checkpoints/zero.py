@@ -88,7 +88,7 @@ class ZeroFolder:
         files = _by_rank(self.path)
         found = dict(self._whole() if not files else self._masters(files))
         if not found:
-            raise InputError(f"{self.path}: holds no weights; {self._way_out()}")
+            raise InputError(f"{self.path}: holds no weights; {self._suggest_fix()}")
         try:
             "".join(found).encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
@@ -113,7 +113,7 @@ class ZeroFolder:
         """Return the bytes of a small tensor, without torch."""
         return self._parts[name].read_bytes()
 
-    def _way_out(self) -> str:
+    def _suggest_fix(self) -> str:
         root = self.path.parent if self._root == self.path else self._root
         tool, folder = (shlex.quote(str(path)) for path in (root / "zero_to_fp32.py", root))
         return f"convert it: python {tool} {folder} out --safe_serialization"
@@ -141,11 +141,11 @@ class ZeroFolder:
         state = archive.value if isinstance(archive.value, dict) else {}
         groups = state.get("param_shapes")
         if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
-            raise InputError(f"{archive.file.path}: gives no param_shapes; {self._way_out()}")
+            raise InputError(f"{archive.file.path}: gives no param_shapes; {self._suggest_fix()}")
         flats = [_tensors(part, values, path.name) for (part, _, _, values, _), path in zip(states, files, strict=True)]
         if stage < 3:
             if any(any(_numbers(padding)) for *_, padding in states):
-                raise InputError(f"{self.path}: aligns parameters one by one, which is not read; {self._way_out()}")
+                raise InputError(f"{self.path}: aligns parameters one by one, which is not read; {self._suggest_fix()}")
             found = dict(self._consecutive(groups, flats))
         else:
             found = dict(self._partitioned(groups, flats))
@@ -173,7 +173,7 @@ class ZeroFolder:
             held = sum(part.numel for part in vector)
             if -(-at // align) != -(-held // align):
                 raise InputError(
-                    f"{self.path}: group {number} has {at:,} entries, but {held:,} are stored; {self._way_out()}"
+                    f"{self.path}: group {number} has {at:,} entries, but {held:,} are stored; {self._suggest_fix()}"
                 )
 
     def _partitioned(
@@ -190,7 +190,9 @@ class ZeroFolder:
                 at += count
         held = sum(part.numel for part in flats[0])
         if at != held:
-            raise InputError(f"{self.path}: a rank has {at:,} parameters, but {held:,} are stored; {self._way_out()}")
+            raise InputError(
+                f"{self.path}: a rank has {at:,} parameters, but {held:,} are stored; {self._suggest_fix()}"
+            )
 
     def _others(
         self, archive: Archive, state: Mapping[Any, Any], stage: int, ranks: int
@@ -233,7 +235,7 @@ class ZeroFolder:
             stage = stage.args[0]
         world = max(_numbers(state.get("partition_count")), default=0)
         if type(stage) is not int or not 0 <= stage <= 3 or world < 1:
-            raise InputError(f"{path}: is no optimizer file of ZeRO; {self._way_out()}")
+            raise InputError(f"{path}: is no optimizer file of ZeRO; {self._suggest_fix()}")
         key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
         return archive, max(1, stage), world, state.get(key), state.get("param_alignment_paddings")
 
@@ -253,7 +255,7 @@ class ZeroFolder:
 
     def _shape(self, name: Any, shape: Any) -> tuple[int, ...]:
         if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-            raise InputError(f"{self.path}: param_shapes gives {name!s:.200} no valid shape; {self._way_out()}")
+            raise InputError(f"{self.path}: param_shapes gives {name!s:.200} no valid shape; {self._suggest_fix()}")
         return shape
 
 

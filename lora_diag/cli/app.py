@@ -34,9 +34,9 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace former option names; let ``--gradients`` take all words up to the next option, as in ``grads/*``."""
-        former = getattr(self.callback, "aliases", {})
+        renamed = getattr(self.callback, "aliases", {})
         end = args.index("--") if "--" in args else len(args)
-        args = [*(_today(word, former) for word in args[:end]), *args[end:]]
+        args = [*(_current_name(word, renamed) for word in args[:end]), *args[end:]]
         if not any(each.name == "gradients" and each.multiple for each in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
@@ -69,14 +69,14 @@ class _Command(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
-def _today(word: str, former: Mapping[str, str]) -> str:
+def _current_name(word: str, renamed: Mapping[str, str]) -> str:
     """Return a command-line word with a former option name replaced by the current one.
 
     >>> _today("--tol=0.1", {"--tol": "--tolerance"}), _today("base", {})
     ('--tolerance=0.1', 'base')
     """
     name, equals, value = word.partition("=")
-    return f"{former.get(name, name)}{equals}{value}"
+    return f"{renamed.get(name, name)}{equals}{value}"
 
 
 class _Commands(TyperGroup):
@@ -92,8 +92,8 @@ def _choices(kind: re.Match[str]) -> str:
     return f" {kind[1]}" if kind[1] else ""
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"loradiag {__version__}")
         raise typer.Exit
 

@@ -52,23 +52,23 @@ class Per(StrEnum):
     layer = "layer"
 
 
-def spelled(name: str, option: Option) -> Any:
+def typer_option(name: str, option: Option) -> Any:
     """Return the typer option for a declaration."""
     flags = option.flags or (option.flag(name),)
-    words = option.completions or option.choices
+    choices = option.completions or option.choices
     return typer.Option(
         *flags,
         metavar=option.metavar or None,
         help=option.help,
         rich_help_panel=option.panel,
         hidden=option.hidden,
-        autocompletion=(lambda: list(words)) if words else None,
+        autocompletion=(lambda: list(choices)) if choices else None,
     )
 
 
 def flag(name: str, help: str, panel: str, *flags: str) -> Any:
     """Return a typer flag that exists on the command line only."""
-    return spelled(name, Option(False, help, flags=flags, panel=panel))
+    return typer_option(name, Option(False, help, flags=flags, panel=panel))
 
 
 # Inputs are strings: a Path would collapse the two slashes of s3://.
@@ -80,10 +80,10 @@ Adapters = Annotated[
 ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any commands.")]
 ResultsFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file of spectrum.")]
 Json = Annotated[bool, flag("json", "Print only the records, as JSON lines.", OUTPUT)]
-PerRow = Annotated[Per, spelled("per", PER)]
+PerRow = Annotated[Per, typer_option("per", PER)]
 Quiet = Annotated[bool, flag("quiet", "Suppress progress, messages and tables.", OUTPUT, "--quiet", "-q")]
 Verbose = Annotated[bool, flag("verbose", "Print every line of the summary.", OUTPUT, "--verbose", "-v")]
-Overwrite = Annotated[bool, spelled("overwrite", declared(Output)["overwrite"][1])]
+Overwrite = Annotated[bool, typer_option("overwrite", declared(Output)["overwrite"][1])]
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Cluster:
     """The command-line form of a function's option ``engine``."""
 
     engine: Annotated[
-        Engine, spelled("engine", Option("", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION))
+        Engine, typer_option("engine", Option("", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION))
     ] = Engine.local
     ray_address: Annotated[
         str | None,
-        spelled("ray_address", Option("", "Ray cluster; default RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
+        typer_option("ray_address", Option("", "Ray cluster; default RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
     ] = None
     gpus_per_task: Annotated[
-        float, spelled("gpus_per_task", Option("", "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION))
+        float, typer_option("gpus_per_task", Option("", "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION))
     ] = 0.0
 
     def value(self) -> Ray | None:
@@ -138,8 +138,8 @@ class Shown:
             notes: Whether the run estimates its cost before it starts.
         """
         with progress_bar(self.quiet) as on_progress:
-            called: dict[str, Any] = {"on_progress": on_progress, "on_record": as_lines(self.json)}
-            yield {**called, **({"on_note": None if self.quiet else message} if notes else {})}
+            found: dict[str, Any] = {"on_progress": on_progress, "on_record": as_lines(self.json)}
+            yield {**found, **({"on_note": None if self.quiet else message} if notes else {})}
 
     def show(self, results: Results[Any], then: str | None = None, per: str = "") -> None:
         """Print the tables and the summary of results, where they are shown.
@@ -193,12 +193,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     groups = {name: options for name, each in parameters.items() if (options := list(_options(each.annotation)))}
 
     @wraps(command)
-    def gathered(**words: Any) -> None:
+    def gathered(**values: Any) -> None:
         for name, options in groups.items():
-            given = {each.name: words.pop(each.name) for each in options}
-            words[name] = _gathered(parameters[name].annotation, given)
-        with _brief(not any(getattr(words[name], "verbose", False) for name in groups)):
-            command(**words)
+            given = {each.name: values.pop(each.name) for each in options}
+            values[name] = _gathered(parameters[name].annotation, given)
+        with _limit_lines(not any(getattr(values[name], "verbose", False) for name in groups)):
+            command(**values)
 
     shown = [
         option
@@ -212,7 +212,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def _brief(brief: bool) -> Iterator[None]:
+def _limit_lines(brief: bool) -> Iterator[None]:
     """Limit summaries to a few lines."""
     from lora_diag.rendering.statements import at_most  # deferred: imports rich
 
@@ -231,7 +231,7 @@ def _options(group: Any) -> Iterator[Parameter]:
             if name == "engine":
                 yield from _options(Cluster)
             elif option.cli:
-                typed: Any = Annotated[_typed(kind, option), spelled(name, option)]
+                typed: Any = Annotated[_typed(kind, option), typer_option(name, option)]
                 yield Parameter(name, Parameter.KEYWORD_ONLY, default=_default(option), annotation=typed)
 
 
@@ -290,11 +290,11 @@ def _read(kind: Any, option: Option, name: str, word: Any) -> Any:
     (entry,) = get_args(first)
     if entry is str:
         return [part.strip() for part in word.split(",")]
-    such = _default(option) or "1,0.5"
-    return parse_ranks(word, option.flag(name)) if entry is int else parse_numbers(word, option.flag(name), such)
+    example = _default(option) or "1,0.5"
+    return parse_ranks(word, option.flag(name)) if entry is int else parse_numbers(word, option.flag(name), example)
 
 
-def _gathered(group: Any, given: dict[str, Any]) -> Any:
+def _gathered(group: Any, values: dict[str, Any]) -> Any:
     """Return a group built from the given values.
 
     Raises:
@@ -302,38 +302,40 @@ def _gathered(group: Any, given: dict[str, Any]) -> Any:
         InputError: The output cannot be written.
     """
     if is_dataclass(group):
-        return group(**given)  # type: ignore[operator]
-    if "engine" in given:
-        given["engine"] = Cluster(**{each.name: given.pop(each.name) for each in fields(Cluster)}).value()
+        return group(**values)  # type: ignore[operator]
+    if "engine" in values:
+        values["engine"] = Cluster(**{each.name: values.pop(each.name) for each in fields(Cluster)}).value()
     for name, (kind, option) in declared(group).items():
-        if name in given:
-            given[name] = _read(kind, option, name, option.checked(name, given[name]))
-    if {"output", "resume"} <= set(given):  # checked here because reading a model may take minutes
-        check_output(given["output"], given["resume"], given["overwrite"])
-    return given
+        if name in values:
+            values[name] = _read(kind, option, name, option.checked(name, values[name]))
+    if {"output", "resume"} <= set(values):  # checked here because reading a model may take minutes
+        check_output(values["output"], values["resume"], values["overwrite"])
+    return values
 
 
-def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
+def parse_ranks(value: str, option: str = "--ranks") -> list[int]:
     """Parse ``4,8,16``; ``option`` is the name used in the error.
 
     >>> parse_ranks("4,8,16")
     [4, 8, 16]
     """
     try:
-        return [int(word) for word in words.split(",")]
+        return [int(word) for word in value.split(",")]
     except ValueError as error:
         raise UsageError(
-            f"{option} {words}: not a list of whole numbers; separate them by commas, such as 4,8,16"
+            f"{option} {value}: not a list of whole numbers; separate them by commas, such as 4,8,16"
         ) from error
 
 
-def parse_numbers(words: str, option: str, such: str) -> list[float]:
-    """Parse comma-separated numbers; the error gives ``such`` as an example.
+def parse_numbers(value: str, option: str, example: str) -> list[float]:
+    """Parse comma-separated numbers; the error gives ``example`` as an example.
 
     >>> parse_numbers("1,0.5", "--weights", "1,0.5")
     [1.0, 0.5]
     """
     try:
-        return [float(word) for word in words.split(",")]
+        return [float(word) for word in value.split(",")]
     except ValueError as error:
-        raise UsageError(f"{option} {words}: not a list of numbers; separate them by commas, such as {such}") from error
+        raise UsageError(
+            f"{option} {value}: not a list of numbers; separate them by commas, such as {example}"
+        ) from error

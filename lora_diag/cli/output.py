@@ -211,6 +211,6 @@ def next_step(output: Path | str | None, then: str) -> str:
     return then if output is not None else f"{again('-o', 'probe.jsonl')}   (saves these results)"
 
 
-def quiet_matplotlib() -> None:
+def silence_matplotlib() -> None:
     """Suppress Matplotlib's messages, such as the location of its cache."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

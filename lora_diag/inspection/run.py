@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.adapters.user_alpha import given_alpha
+from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
@@ -49,7 +49,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
             notes=tuple(map(legible, (*checkpoint.notes, *told))),
             tensors=_tensors(checkpoint),
         )
-    adapter = open_adapter(locate(path), given_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+    adapter = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     return Inventory(
         path=legible(adapter.path),
         kind=legible(adapter.kind),

@@ -91,7 +91,7 @@ class Root:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class Weighted:
     """An update in the data metric: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; transposed if stored as ``(in, out)``.
 
     Args:
@@ -150,7 +150,7 @@ class Metric:
         return None if error is None else error[0] / self.factors.fro
 
 
-def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighed:
+def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighted:
     """Return an update and its base in the data metric.
 
     The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of the r largest moves by
@@ -169,23 +169,23 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
     roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
     plain, base_fro = fro_of(change), None
     alone = [fro_of(times(change, each.lower, each.on_rows)) for each in roots]
-    weighed = change
+    weighted = change
     for each in roots:
-        weighed = times(weighed, each.lower, each.on_rows)
+        weighted = times(weighted, each.lower, each.on_rows)
     if delta.base is not None:
         base = Change(None, None, matrix=torch.cat(list(row_blocks(delta.base, delta.shape))).to(device, torch.float64))
         for each in roots:
             base = times(base, each.lower, each.on_rows)
         base_fro = base.fro
-    weighed = replace(weighed, base_fro=base_fro)
-    fro = fro_of(weighed)
+    weighted = replace(weighted, base_fro=base_fro)
+    fro = fro_of(weighted)
     rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain * math.prod(each.fro for each in roots)
     moved = roots[0].error * plain**2
     if len(roots) > 1:
         c, g = (each.error for each in roots)
         moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
-    return Weighed(weighed, min(1.0, error), plain, _gains(change, delta.shape, roots), tuple(roots))
+    return Weighted(weighted, min(1.0, error), plain, _gains(change, delta.shape, roots), tuple(roots))
 
 
 def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:

@@ -54,7 +54,7 @@ RESOLVED, STILL = 0.01, 0.05
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # With fewer changed entries the size cannot be estimated.
-FEWEST = 30
+MIN_COUNT = 30
 
 # Normal deviates of a 95% interval.
 Z95 = 1.96
@@ -365,7 +365,7 @@ def recover_layer(
     if (stats.width < RESOLVED * stats.square and unchanged < STILL) or stats.reach < RESOLVED * stats.square:
         reason = f"rounding makes up {stats.width / stats.square:.2g} of ‖ΔW‖², and {unchanged:.2g} stayed the same"
         return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
-    if changed < FEWEST:
+    if changed < MIN_COUNT:
         return _refused(unchanged, f"only {changed} entries changed, too few to estimate a size")
     rms = math.sqrt(stats.square / read.entries)
     cells, start, start_gain = _start(every, rms)

@@ -31,7 +31,7 @@ LEAST = 10.0
 _LOWEST, _BINADES = -1100, 2200
 
 # Binades with fewer entries, or whose cells remove less of the variance, have no size.
-FEWEST, LEAST_KNOWN = 50, 0.01
+MIN_COUNT, LEAST_KNOWN = 50, 0.01
 
 
 def _zeros() -> Tensor:
@@ -106,7 +106,7 @@ class Binades:
     @property
     def _variation(self) -> tuple[float, float]:
         """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors."""
-        used = (self.entries >= FEWEST) & (self.known >= LEAST_KNOWN * self.entries)
+        used = (self.entries >= MIN_COUNT) & (self.known >= LEAST_KNOWN * self.entries)
         count = self.entries[used]
         if len(count) < 2:
             return 0.0, 0.0

@@ -18,7 +18,7 @@ from lora_diag.linalg.rounding import LAYOUT
 SAMPLE = 2**18
 
 # Minimum number of entries for an estimated fraction.
-FEWEST = 64
+MIN_COUNT = 64
 
 # Numbers of 8 exponent and 7 mantissa bits, and entries per block.
 _BINS, _PART = 2**15, 2**16
@@ -100,7 +100,7 @@ class Moves:
         than one u must outnumber the others by two standard errors.
         """
         count, changed, far = (each.cumsum(0) for each in (self.entries, self.changed, self.far))
-        small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= FEWEST)
+        small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= MIN_COUNT)
         telling = small & ((2 * far - changed > 2 * changed.sqrt()) | (self.changed.sum() == 0))
         if not telling.any():
             return 0.0
@@ -173,7 +173,7 @@ class Energies:
         present = (self.sums[0] > 0) & (values > 0) & values.isfinite()
         (n, moved, fourth), values = self.sums[:, present], values[present]
         spacing = 2.0 ** (values.log2().floor() - mantissa).clamp(min=math.log2(tiny) - mantissa)
-        if n.sum() < FEWEST or bool((spacing == spacing[0]).all()) or not 0 < float(fourth.sum()) < math.inf:
+        if n.sum() < MIN_COUNT or bool((spacing == spacing[0]).all()) or not 0 < float(fourth.sum()) < math.inf:
             return None
         unit = float(spacing[-1])
         squares = (spacing / unit) ** 2

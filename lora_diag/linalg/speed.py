@@ -33,7 +33,7 @@ def time_full(order: int) -> tuple[float, float]:
     return between - start, time.perf_counter() - between
 
 
-def time_few(order: int, top: int) -> float:
+def time_leading(order: int, top: int) -> float:
     """Return the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying spectrum.
 
     Args:

@@ -22,7 +22,7 @@ USED, SPIKED = 0.5, 0.9
 DEVIATIONS, FACTOR = 3.5, 2.0
 _TO_SIGMA = 1.4826
 
-Oddity = Literal["dead", "over-ranked", "spiked", "norm"]
+OutlierKind = Literal["dead", "over-ranked", "spiked", "norm"]
 
 
 class Adapter(Protocol):
@@ -55,7 +55,7 @@ class Adapter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class NearDuplicate:
     """Two near-duplicate adapters.
 
     Args:
@@ -73,7 +73,7 @@ class Alike:
     word: str
 
 
-def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[Alike]:
+def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicates, the most similar first.
 
     Args:
@@ -92,7 +92,7 @@ def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]])
     for i, j in zip(*np.nonzero(np.triu(found, 1)), strict=True):
         cosine = float(cosines[i, j])
         word = "same" if abs(cosine) >= SAME else "near" if abs(cosine) >= NEAR else "space"
-        pairs.append(Alike(int(i), int(j), cosine, float(overlaps[i, j]), word))
+        pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), word))
     return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
 
 
@@ -123,12 +123,12 @@ def norm_outliers(norms: Sequence[float]) -> list[float | None]:
     ]
 
 
-def oddities(adapters: Sequence[Adapter]) -> list[tuple[Oddity, ...]]:
+def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     """Return the properties by which each adapter is an outlier."""
     ratios = norm_outliers([adapter.fro for adapter in adapters])
     found = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
-        told: dict[Oddity, bool] = {
+        told: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
             "over-ranked": adapter.used is not None and adapter.fro > 0 and adapter.used <= USED,
             "spiked": adapter.spike is not None and adapter.spike >= SPIKED and adapter.rank != 1,
@@ -138,7 +138,7 @@ def oddities(adapters: Sequence[Adapter]) -> list[tuple[Oddity, ...]]:
     return found
 
 
-def rarest_first(told: Sequence[tuple[Oddity, ...]]) -> list[int]:
+def rarest_first(told: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
     """Return the indices of outliers, those with the rarest properties first.
 
     Example:

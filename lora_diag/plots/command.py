@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lora_diag.cli import options
-from lora_diag.cli.output import quiet_matplotlib, result, terminal
+from lora_diag.cli.output import result, silence_matplotlib, terminal
 from lora_diag.plots.options import PlotOptions
 from lora_diag.running.options import OUTPUT, Option
 
@@ -25,7 +25,7 @@ _OUTPUT = Option(
 def plot(
     results: options.ResultsFiles,
     *,
-    output: Annotated[Path, options.spelled("output", _OUTPUT)] = Path("figures"),
+    output: Annotated[Path, options.typer_option("output", _OUTPUT)] = Path("figures"),
     given: PlotOptions,
     shown: options.Shown,
 ) -> None:
@@ -35,7 +35,7 @@ def plot(
     """
     from lora_diag.plots.run import plot as draw
 
-    quiet_matplotlib()
+    silence_matplotlib()
     drawn = draw(*results, output=output, **given)
     if shown.table:
         result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)"))

@@ -23,7 +23,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import metric_said, numbers_of, title_in, value_of, written
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     INK,
     QUIET,
@@ -136,7 +136,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     panel = (sum(rows) + 2.6 * line) / len(series)
     # The panels have different rows, so the y axis is not shared: shared tick labels would be those of the last panel.
     page, axes = sheet(
-        look, _words(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
+        look, _texts(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
     )
     norm = norm_of(shown)
     for drawn, title, ax in zip(shown, titles, axes, strict=True):
@@ -151,7 +151,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     return page
 
 
-def _words(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> Words:
+def _texts(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> FigureText:
     """Return title, subtitle and notes."""
     records = [record for one in series for record in one.records]
     title = title_in(field, records)
@@ -159,7 +159,7 @@ def _words(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) ->
     whose = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
     count = max(int(one.layers.max(initial=0)) for one in shown)
     unknown = any((np.isnan(one.values) & (one.layers > 0)).any() for one in shown)
-    return Words(
+    return FigureText(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
         f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}",
         (f"A cell is the median over the matrices of its type in the block (up to {count}).",) if count > 1 else (),

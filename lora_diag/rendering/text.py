@@ -175,10 +175,10 @@ def ends(values: Sequence[float], form: str) -> str:
     return f"{low:{form}}{' to ' if low < 0 else '-'}{high:{form}}"
 
 
-def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
+def median_rank(ranks: Sequence[int | None], kept: int) -> str:
     """Return the median of ranks, where None is a rank beyond the kept values.
 
-    >>> middle_rank([3, None, 5], kept=8), middle_rank([3, None, None], kept=8)
+    >>> median_rank([3, None, 5], kept=8), median_rank([3, None, None], kept=8)
     ('5', '> 8')
     """
     found = sorted(kept + 1 if rank is None else rank for rank in ranks)[len(ranks) // 2]

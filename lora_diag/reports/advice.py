@@ -23,27 +23,27 @@ from lora_diag.errors import UsageError
 from lora_diag.records import Run
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import number
-from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, idle_layers
+from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, negligible_layers
 from lora_diag.reports.budget import allocated, reference, saved_params
-from lora_diag.reports.evidence import Capacity, Evidence, kept_at
+from lora_diag.reports.evidence import Capacity, Evidence, energy_at
 from lora_diag.reports.findings import (
     MOST,
     SHORT,
     VECTORS,
-    heavy_vectors,
+    large_vector_change,
     named,
     percent,
     ranks,
     scale_mismatch,
     shares_at,
 )
-from lora_diag.reports.loss_advice import LOSS_RULES, mind_the_shift, sweep_of
+from lora_diag.reports.loss_advice import LOSS_RULES, flag_shifted_loss, sweep_of
 from lora_diag.reports.step import Advice, command, listed
-from lora_diag.reports.worth import lost, swept, without_matrices
+from lora_diag.reports.worth import rejected_options, swept, without_matrices
 from lora_diag.running.options import typed
 
 # Ranks commonly used in training and supported by servers.
-LADDER = (4, 8, 16, 32, 64)
+COMMON_RANKS = (4, 8, 16, 32, 64)
 # Energy fraction of every layer from which a rank is sufficient.
 ENOUGH = 0.9
 # Fraction of the change from which adapting a skipped part of the model is recommended.
@@ -60,7 +60,7 @@ def advice(evidence: Evidence) -> list[Advice]:
     groups = evidence.finished().groups()
     found: dict[tuple[str, ...], Advice] = {}
     for group in groups:
-        about = (group.given("tuned"),) if len(groups) > 1 else ()
+        about = (group.path_of("tuned"),) if len(groups) > 1 else ()
         for step in _of_one(group):
             known = found.get(step.argv, step)
             found[step.argv] = replace(known, about=(*known.about, *about))
@@ -78,9 +78,9 @@ def _of_one(evidence: Evidence) -> list[Advice]:
     first = [step for rule in LOSS_RULES if (step := rule(evidence)) is not None]
     rules = {step.rule for step in first}
     if "keep the adapter" in rules:
-        shift = mind_the_shift(evidence)
+        shift = flag_shifted_loss(evidence)
         return [step for step in first if step.rule == "keep the adapter" or step == shift]
-    if "distrust the fine-tune" in rules:
+    if "fine-tune worse than BASE" in rules:
         return [step for step in first if step.rule != "compress"]
     rank_sweep = swept(evidence)
     found = rank_sweep is not None and rank_sweep.verdict.rank is not None
@@ -88,7 +88,7 @@ def _of_one(evidence: Evidence) -> list[Advice]:
         [step for rule in rules if not (found and rule in ABOUT_RANK) and (step := rule(evidence)) is not None]
         for rules in (PROBE_RULES, RULES)
     )
-    last = None if first or weights else enough(evidence) or sweep(evidence)
+    last = None if first or weights else extract_at_small_rank(evidence) or sweep(evidence)
     return [*first, *parts, *weights, *([last] if last is not None else [])]
 
 
@@ -109,7 +109,7 @@ def set_scale(evidence: Evidence) -> Advice | None:
         " ".join(seen.seen for _, seen in found.values()),
         next(iter(found.values()))[1].condition,
         "Article, rank selection step 4 (α scaling)",
-        command("residual", evidence.given("base"), evidence.given("tuned"), list(found)),
+        command("residual", evidence.path_of("base"), evidence.path_of("tuned"), list(found)),
         adapters=tuple(found),
         layers=tuple(dict.fromkeys(layer for _, seen in found.values() for layer in seen.layers)),
     )
@@ -118,18 +118,20 @@ def set_scale(evidence: Evidence) -> Advice | None:
 def take_allocation(evidence: Evidence) -> Advice | None:
     """Step 1 with a budget of the user: the ranks chosen by ``allocate``."""
     for source, certificate in allocated(evidence):
-        argv = _again(source.results.run, evidence)
+        argv = _repeat_allocation(source.results.run, evidence)
         if argv is None or not evidence.readable:
             continue
         short = [r for r in source.results if isinstance(r, Allocation) and r.kept is not None and r.kept < SHORT]
         uniform = certificate.uniform
-        beside = f", {uniform.name} {percent(uniform.kept)}" if uniform is not None else ""
-        amount = f"{number(certificate.spent)}" + (f" of {number(certificate.budget)}" if certificate.budget else "")
+        baseline_text = f", {uniform.name} {percent(uniform.kept)}" if uniform is not None else ""
+        budget_text = f"{number(certificate.spent)}" + (
+            f" of {number(certificate.budget)}" if certificate.budget else ""
+        )
         return Advice(
             "take the allocation",
             f"Train with the ranks of {source.name}, {certificate.params:,} parameters",
-            f"They use {amount} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of the "
-            f"energy{beside}; {len(short)} of {len(source.results)} matrices keep less than {SHORT:.0%}.",
+            f"They use {budget_text} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of "
+            f"the energy{baseline_text}; {len(short)} of {len(source.results)} matrices keep less than {SHORT:.0%}.",
             "an allocation by a budget, and no evidence that a smaller rank suffices",
             "Article, multi-layer allocation",
             argv,
@@ -145,54 +147,63 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     Does not apply to adapters superseded by a larger one, if losses show that a higher rank is worse, or if an
     allocation uses the user's budget.
     """
-    capacities, worse = evidence.largest, lost(evidence)
-    short = [item for item in capacities if item.kept < SHORT]
-    if not short or worse.more_rank or any(allocated(evidence)):
+    capacities, worse = evidence.largest, rejected_options(evidence)
+    insufficient = [item for item in capacities if item.kept < SHORT]
+    if not insufficient or worse.more_rank or any(allocated(evidence)):
         return None
-    few = 2 * len(short) <= len(capacities)
+    is_local = 2 * len(insufficient) <= len(capacities)
     measured = {record.layer: record for record in evidence.readable}
-    known = all(item.layer in measured for item in capacities)
-    target = _target(measured, short if few else capacities, 1.0 if few else 0.5, worse.trained) if known else None
-    if known and target is None and (not few or LADDER[-1] <= worse.trained or train_fully(evidence) is not None):
+    is_measured = all(item.layer in measured for item in capacities)
+    target = (
+        _target(measured, insufficient if is_local else capacities, 1.0 if is_local else 0.5, worse.trained)
+        if is_measured
+        else None
+    )
+    if (
+        is_measured
+        and target is None
+        and (not is_local or COMMON_RANKS[-1] <= worse.trained or train_fully(evidence) is not None)
+    ):
         return None  # no common rank suffices for these layers: handled by ``train_fully``
-    now, worst = ranks([item.rank for item in short]), min(short, key=lambda item: item.kept)
-    many = f"{len(short)} of {len(capacities)} matrices"
-    holders = _holders(evidence)
-    at = f"At rank {now}{f' ({_some(holders)})' if holders else ''}"
-    because = (
-        f"{at}, {many} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
+    current, worst = ranks([item.rank for item in insufficient]), min(insufficient, key=lambda item: item.kept)
+    affected = f"{len(insufficient)} of {len(capacities)} matrices"
+    largest_adapters = _largest_adapters(evidence)
+    at = f"At rank {current}{f' ({_joined(largest_adapters)})' if largest_adapters else ''}"
+    reason = (
+        f"{at}, {affected} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
         f"{named([worst.layer])}."
     )
-    rule = "raise rank in named layers" if few else "raise rank everywhere"
+    rule = "raise rank in named layers" if is_local else "raise rank everywhere"
     condition = (
         f"C(r) < {SHORT} in at most half of the resolved matrices, at the largest rank of any adapter there"
-        if few
+        if is_local
         else f"C(r) < {SHORT} in more than half of the resolved matrices, at the largest rank of any adapter there; a "
-        f"rank up to {LADDER[-1]} suffices for the median"
+        f"rank up to {COMMON_RANKS[-1]} suffices for the median"
     )
-    source, layers = "Article, rank selection step 5.1; Eckart & Young 1936", tuple(item.layer for item in short)
-    because += _limits(evidence, holders)
-    if not known:
-        do = f"Measure which rank above {now} the update needs"
-        return Advice(rule, do, because, condition, source, _spectrum(evidence), layers=layers)
-    to = target or LADDER[-1]
-    chosen = {item.layer for item in (short if few else capacities)}
-    spent = sum(sum(i.shape) * (max(to, i.rank) if i.layer in chosen else i.rank) for i in capacities)
-    params, now_spent, words = spent + saved_params(evidence), *reference(evidence)
-    where = f"r={to} in {'these' if few else 'all of them'}"
-    mends = (
-        f"holds half of the energy in {'each of them' if few else 'the median matrix'}"
+    source, layers = "Article, rank selection step 5.1; Eckart & Young 1936", tuple(item.layer for item in insufficient)
+    reason += _limits(evidence, largest_adapters)
+    if not is_measured:
+        action = f"Measure which rank above {current} the update needs"
+        return Advice(rule, action, reason, condition, source, _spectrum(evidence), layers=layers)
+    target_rank = target or COMMON_RANKS[-1]
+    chosen = {item.layer for item in (insufficient if is_local else capacities)}
+    total = sum(sum(i.shape) * (max(target_rank, i.rank) if i.layer in chosen else i.rank) for i in capacities)
+    params, reference_params, reference_text = total + saved_params(evidence), *reference(evidence)
+    where = f"r={target_rank} in {'these' if is_local else 'all of them'}"
+    effect = (
+        f"holds half of the energy in {'each of them' if is_local else 'the median matrix'}"
         if target
         else "holds less than half of the energy in some of them"
     )
-    because += (
-        f" The budget is that of {where}{', with the others unchanged' if few else ''}, which "
-        f"{mends}.{_kept_by(evidence, params)}"
+    reason += (
+        f" The budget is that of {where}{', with the others unchanged' if is_local else ''}, which "
+        f"{effect}.{_energy_kept_by(evidence, params)}"
     )
     return Advice(
         rule,
-        f"Allocate {params:,} trainable parameters to ranks by energy: {params / now_spent:.2g} times {words}",
-        because,
+        f"Allocate {params:,} trainable parameters to ranks by energy: {params / reference_params:.2g} times "
+        f"{reference_text}",
+        reason,
         condition,
         source,
         command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json"),
@@ -206,126 +217,140 @@ def widen_placement(evidence: Evidence) -> Advice | None:
     if not any(record.rank for records in evidence.adapted.values() for record in records):
         return None
     reached = {r.layer for records in evidence.adapted.values() for r in records if r.rank}
-    every = {r.layer: r for records in evidence.adapted.values() for r in records}
-    idle = idle_layers(evidence)
-    missed = {layer: r.fro**2 for layer, r in every.items() if layer not in reached and layer not in idle}
-    total = math.fsum(record.fro**2 for record in every.values())
-    shares: dict[str, float] = {}
-    for layer, energy in missed.items():
+    by_layer = {r.layer: r for records in evidence.adapted.values() for r in records}
+    negligible = negligible_layers(evidence)
+    unreached = {layer: r.fro**2 for layer, r in by_layer.items() if layer not in reached and layer not in negligible}
+    total = math.fsum(record.fro**2 for record in by_layer.values())
+    fractions: dict[str, float] = {}
+    for layer, energy in unreached.items():
         name = module_type_of(layer)
-        shares[name] = shares.get(name, 0.0) + energy / total
-    if math.fsum(shares.values()) < PLACEMENT or any(allocated(evidence)):
+        fractions[name] = fractions.get(name, 0.0) + energy / total
+    if math.fsum(fractions.values()) < PLACEMENT or any(allocated(evidence)):
         return None
-    params, words = reference(evidence)
-    kinds = ", ".join(sorted(shares, key=lambda name: -shares[name]))
+    params, reference_text = reference(evidence)
+    missing_types = ", ".join(sorted(fractions, key=lambda name: -fractions[name]))
     measured = evidence.update is not None
     return Advice(
         "widen placement",
-        f"Allocate {params:,} trainable parameters, {words}, to all matrices: {kinds} have none"
+        f"Allocate {params:,} trainable parameters, {reference_text}, to all matrices: {missing_types} have none"
         if measured
-        else f"Measure the spectrum, to adapt {kinds} too",
-        f"{percent(math.fsum(shares.values()))} of ‖ΔW‖² is in matrices that {_some(list(evidence.adapted))} "
-        f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_listed(shares)}.",
+        else f"Measure the spectrum, to adapt {missing_types} too",
+        f"{percent(math.fsum(fractions.values()))} of ‖ΔW‖² is in matrices that {_joined(list(evidence.adapted))} "
+        f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_fractions_text(fractions)}.",
         f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
         "Article, rank selection step 5.2",
         command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json")
         if measured
         else _spectrum(evidence),
         params=params if measured else None,
-        layers=tuple(missed),
+        layers=tuple(unreached),
     )
 
 
-def train_the_rest(evidence: Evidence) -> Advice | None:
+def train_other_weights(evidence: Evidence) -> Advice | None:
     """Steps 2 and 3: embeddings and head, norms and biases, which adapters of matrices do not reach."""
-    share = evidence.shares["vocabulary"] if evidence.shares else 0.0
-    vectors = heavy_vectors(evidence)
-    table = share >= PLACEMENT and bool(evidence.readable)
-    brings = without_matrices(evidence)
-    if not (table or vectors) or (brings is not None and brings < PLACEMENT):
+    fraction = evidence.shares["vocabulary"] if evidence.shares else 0.0
+    vectors = large_vector_change(evidence)
+    table = fraction >= PLACEMENT and bool(evidence.readable)
+    gain_without_matrices = without_matrices(evidence)
+    if not (table or vectors) or (gain_without_matrices is not None and gain_without_matrices < PLACEMENT):
         return None
     parts = [*(["embeddings and head"] if table else []), *(["norms and biases"] if vectors else [])]
-    what = " and ".join(parts)
-    seen = f"{percent(share)} of the whole change ‖Δ‖² is in embeddings and head." if table else ""
-    seen += f" {vectors.seen} Most in {named(vectors.layers)}." if vectors else ""
-    both = (evidence.given("base"), evidence.given("tuned"))
-    text = evidence.given("eval", "HELD_OUT_TEXT")
+    parts_text = " and ".join(parts)
+    reason = f"{percent(fraction)} of the whole change ‖Δ‖² is in embeddings and head." if table else ""
+    reason += f" {vectors.seen} Most in {named(vectors.layers)}." if vectors else ""
+    sides = (evidence.path_of("base"), evidence.path_of("tuned"))
+    text = evidence.path_of("eval", "HELD_OUT_TEXT")
     if not evidence.spectra:
-        do = "Train norms and biases alone: no matrix outside embeddings and head changed"
-        tried: tuple[int, ...] = (LADDER[0],)
-        do += f"; compare with {listed(tried)} in addition, to see whether matrices matter"
-        argv = sweep_of(evidence, tried, bitfit=True)
-    elif brings is None:
-        tried = (0,)
-        do = f"Measure the gain of {what} alone, with every matrix truncated to r=0"
-        argv = command("probe truncation", *both, eval=text, ranks=tried, untruncated="tuned", o="truncation.jsonl")
+        action = "Train norms and biases alone: no matrix outside embeddings and head changed"
+        sweep_ranks: tuple[int, ...] = (COMMON_RANKS[0],)
+        action += f"; compare with {listed(sweep_ranks)} in addition, to see whether matrices matter"
+        argv = sweep_of(evidence, sweep_ranks, bitfit=True)
+    elif gain_without_matrices is None:
+        sweep_ranks = (0,)
+        action = f"Measure the gain of {parts_text} alone, with every matrix truncated to r=0"
+        argv = command(
+            "probe truncation", *sides, eval=text, ranks=sweep_ranks, untruncated="tuned", o="truncation.jsonl"
+        )
     else:
-        tried = (next((rank for rank in LADDER if rank > lost(evidence).cut), 2 * LADDER[-1]),)
-        do = f"Also train {what} (PEFT: modules_to_save), as in an adapter of {listed(tried)} that saves all of them"
-        seen += f" With every matrix as in BASE they give {percent(brings)} of the gain."
-        argv = command("extract", *both, rank=tried[0], unfactored="save", o="adapter/")
+        sweep_ranks = (
+            next(
+                (rank for rank in COMMON_RANKS if rank > rejected_options(evidence).truncated_rank),
+                2 * COMMON_RANKS[-1],
+            ),
+        )
+        action = (
+            f"Also train {parts_text} (PEFT: modules_to_save), as in an adapter of {listed(sweep_ranks)} that saves "
+            "all of them"
+        )
+        reason += f" With every matrix as in BASE they give {percent(gain_without_matrices)} of the gain."
+        argv = command("extract", *sides, rank=sweep_ranks[0], unfactored="save", o="adapter/")
     return Advice(
         "hybrid" if vectors else "train embeddings and head",
-        do,
-        f"{seen} An adapter on the other matrices cannot reach it.".strip(),
+        action,
+        f"{reason} An adapter on the other matrices cannot reach it.".strip(),
         f"fraction of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}, or in norms and biases ≥ {VECTORS}; truncation to "
         f"r=0, if measured, keeps ≥ {PLACEMENT} of the gain",
         "Article, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
         argv,
-        ranks=tried,
+        ranks=sweep_ranks,
         layers=vectors.layers if vectors else (),
     )
 
 
 def train_fully(evidence: Evidence) -> Advice | None:
     """Step 4: train the weights themselves if the largest common rank is too small."""
-    rank = LADDER[-1]
+    rank = COMMON_RANKS[-1]
     large = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
     by_type: dict[str, list[float]] = {}
-    for layer, share in shares_at(rank, large).items():
-        by_type.setdefault(module_type_of(layer), []).append(share)
-    slow = [name for name, shares in by_type.items() if sum(share < SHORT for share in shares) >= MOST * len(shares)]
-    if not slow or lost(evidence).beaten:
+    for layer, fraction in shares_at(rank, large).items():
+        by_type.setdefault(module_type_of(layer), []).append(fraction)
+    flat_types = [
+        name
+        for name, fractions in by_type.items()
+        if sum(fraction < SHORT for fraction in fractions) >= MOST * len(fractions)
+    ]
+    if not flat_types or rejected_options(evidence).beaten:
         return None
-    every = len(slow) == len(by_type)
-    kept = median(share for name in slow for share in by_type[name])
+    all_types = len(flat_types) == len(by_type)
+    kept = median(fraction for name in flat_types for fraction in by_type[name])
     return Advice(
-        "full fine-tuning" if every else "partial fine-tuning",
-        (f"Fine-tune fully, or accept a low-rank bias; compare the cost with r={rank}" if every else "")
-        or f"Unfreeze {', '.join(slow)}, adapters on the rest; compare the cost with r={rank} everywhere",
+        "full fine-tuning" if all_types else "partial fine-tuning",
+        (f"Fine-tune fully, or accept a low-rank bias; compare the cost with r={rank}" if all_types else "")
+        or f"Unfreeze {', '.join(flat_types)}, adapters on the rest; compare the cost with r={rank} everywhere",
         f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
-        f"{'every type' if every else f'these types, {len(slow)} of {len(by_type)}'}.",
+        f"{'every type' if all_types else f'these types, {len(flat_types)} of {len(by_type)}'}.",
         f"C({rank}) < {SHORT} in at least {MOST:.0%} of a type's resolved matrices with both sizes ≥ {SIZEABLE * rank}",
         "Article, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times common "
         "ranks",
-        command("plan", evidence.given("base"), ranks=(rank,)),
+        command("plan", evidence.path_of("base"), ranks=(rank,)),
         ranks=(rank,),
-        layers=tuple(record.layer for record in large if module_type_of(record.layer) in slow),
+        layers=tuple(record.layer for record in large if module_type_of(record.layer) in flat_types),
     )
 
 
-RULES = (set_scale, take_allocation, raise_rank, widen_placement, train_the_rest, train_fully)
+RULES = (set_scale, take_allocation, raise_rank, widen_placement, train_other_weights, train_fully)
 ABOUT_RANK = (fit_rank, take_allocation, raise_rank, train_fully)
 
 
-def enough(evidence: Evidence) -> Advice | None:
+def extract_at_small_rank(evidence: Evidence) -> Advice | None:
     """Without another rule: recommend a small rank that suffices for every layer, if there is one."""
-    for rank in LADDER[:-1]:
-        kept = [kept_at(record, rank) for record in evidence.readable]
-        known = [share for share in kept if share is not None]
+    for rank in COMMON_RANKS[:-1]:
+        kept = [energy_at(record, rank) for record in evidence.readable]
+        known = [fraction for fraction in kept if fraction is not None]
         small = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
-        if rank <= lost(evidence).cut:
+        if rank <= rejected_options(evidence).truncated_rank:
             continue
         if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= ENOUGH:
             return Advice(
-                "enough",
+                "sufficient rank",
                 f"Extract the update at r={rank}, which is sufficient",
                 f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and no "
                 "measured change is outside the reach of an adapter.",
                 f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved, half of them "
                 f"{SIZEABLE * rank} or more wide; no other rule applies",
                 "Article, rank sweep (fast saturation); Eckart & Young 1936",
-                command("extract", evidence.given("base"), evidence.given("tuned"), rank=rank, o="adapter/"),
+                command("extract", evidence.path_of("base"), evidence.path_of("tuned"), rank=rank, o="adapter/"),
                 ranks=(rank,),
             )
     return None
@@ -335,35 +360,39 @@ def sweep(evidence: Evidence) -> Advice | None:
     """Without another rule and without a sufficient small rank: compare losses."""
     items = evidence.largest
     kept = [item.kept for item in items]
-    above = [rank for rank in (*LADDER, *(LADDER[-1] * 2**i for i in (1, 2))) if rank > lost(evidence).trained]
-    if not kept or lost(evidence).more_rank:
+    above = [
+        rank
+        for rank in (*COMMON_RANKS, *(COMMON_RANKS[-1] * 2**i for i in (1, 2)))
+        if rank > rejected_options(evidence).trained
+    ]
+    if not kept or rejected_options(evidence).more_rank:
         return None
     rank = ranks([item.rank for item in items])
-    nearest = min(range(len(above)), key=lambda place: abs(math.log(above[place] / median(i.rank for i in items))))
-    tried = tuple(above[max(0, nearest - 1) : max(0, nearest - 1) + 3])
+    nearest = min(range(len(above)), key=lambda index: abs(math.log(above[index] / median(i.rank for i in items))))
+    candidates = tuple(above[max(0, nearest - 1) : max(0, nearest - 1) + 3])
     return Advice(
         "sweep",
-        f"Compare the held-out loss: train at {listed(tried)}",
+        f"Compare the held-out loss: train at {listed(candidates)}",
         f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
         f"{percent(median(kept))} in the median matrix: no other rule shows whether that is sufficient.",
         "no other rule applies",
         "Article, diagnostic 3 (rank sweep)",
-        sweep_of(evidence, tried),
-        ranks=tried,
+        sweep_of(evidence, candidates),
+        ranks=candidates,
     )
 
 
 def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float, above: int) -> int | None:
     """Return the smallest common rank that keeps half of the energy in a fraction of the layers; None if none does."""
-    for rank in LADDER:
-        kept = [kept_at(measured[item.layer], rank) or 0.0 for item in items]
-        more = rank > max(above, *(item.rank for item in items)) if len(items) else False
-        if more and sum(k >= SHORT for k in kept) >= at_least * len(kept):
+    for rank in COMMON_RANKS:
+        kept = [energy_at(measured[item.layer], rank) or 0.0 for item in items]
+        is_higher = rank > max(above, *(item.rank for item in items)) if len(items) else False
+        if is_higher and sum(k >= SHORT for k in kept) >= at_least * len(kept):
             return rank
     return None
 
 
-def _holders(evidence: Evidence) -> list[str]:
+def _largest_adapters(evidence: Evidence) -> list[str]:
     """Return the adapters with the largest rank in some layer."""
     most = {item.layer: item.rank for item in evidence.largest}
     return [
@@ -373,51 +402,53 @@ def _holders(evidence: Evidence) -> list[str]:
     ]
 
 
-def _limits(evidence: Evidence, holders: Sequence[str]) -> str:
+def _limits(evidence: Evidence, paths: Sequence[str]) -> str:
     """State where adapters are limited by factors other than rank."""
-    limited = [record.limited_by for path in holders for record in evidence.adapted[path] if record.rank]
-    times = limited.count("rank")
-    if not limited or 2 * times >= len(limited):
+    limited = [record.limited_by for path in paths for record in evidence.adapted[path] if record.rank]
+    by_rank = limited.count("rank")
+    if not limited or 2 * by_rank >= len(limited):
         return ""
     return (
-        f" But rank is the larger part of ε in {f'only {times}' if times else 'none'} of the {len(limited)} "
-        f"matrices that {_some(holders)} {'adapts' if len(holders) == 1 else 'adapt'}: the adapter found another "
+        f" But rank is the larger part of ε in {f'only {by_rank}' if by_rank else 'none'} of the {len(limited)} "
+        f"matrices that {_joined(paths)} {'adapts' if len(paths) == 1 else 'adapt'}: the adapter found another "
         "solution, which may be as good."
     )
 
 
-def _kept_by(evidence: Evidence, params: int) -> str:
+def _energy_kept_by(evidence: Evidence, params: int) -> str:
     """State what the command will keep, by running it on these records."""
     assert evidence.update is not None
     results = evidence.update.results
     try:
-        found = allocate(results.layers, Budget("params", params, "--params"), left_out=results.left_out)
+        allocation = allocate(results.layers, Budget("params", params, "--params"), left_out=results.left_out)
     except UsageError:
         return ""
-    return f" Allocated this way, they keep {percent(found.certificate.kept)} of the energy of all matrices."
+    return f" Allocated this way, they keep {percent(allocation.certificate.kept)} of the energy of all matrices."
 
 
-def _again(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
+def _repeat_allocation(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
     """Return the command of an allocation that writes its config; None if its weights were given in Python."""
     settings = run.settings
     if isinstance(settings.get("weights"), Mapping):
         return None
-    given = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
+    results_file = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
     return command(
         "allocate",
-        given or _spectrum_file(evidence),
+        results_file or _spectrum_file(evidence),
         **budget_of(settings),
         **{name: value for name, value in typed(AllocateOptions, settings).items() if name != "energy"},
         o="adapter_config.json",
     )
 
 
-def _some(paths: Sequence[str]) -> str:
+def _joined(paths: Sequence[str]) -> str:
     return " and ".join([", ".join(paths[:-1]), paths[-1]]) if len(paths) > 1 else "".join(paths)
 
 
-def _listed(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{percent(shares[name])} in {name}" for name in sorted(shares, key=lambda name: -shares[name]))
+def _fractions_text(fractions: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{percent(fractions[name])} in {name}" for name in sorted(fractions, key=lambda name: -fractions[name])
+    )
 
 
 def _spectrum_file(evidence: Evidence) -> str:
@@ -425,4 +456,4 @@ def _spectrum_file(evidence: Evidence) -> str:
 
 
 def _spectrum(evidence: Evidence) -> tuple[str, ...]:
-    return command("spectrum", evidence.given("base"), evidence.given("tuned"), o="spectrum.jsonl")
+    return command("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), o="spectrum.jsonl")

@@ -30,18 +30,18 @@ from lora_diag.reports.budget import reference
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
 from lora_diag.reports.step import Advice, command, listed
-from lora_diag.reports.worth import lost, of
+from lora_diag.reports.worth import of, rejected_options
 
 # Joint significance level of the units of a run.
 LEVEL = 0.05
 # A unit with a significant gain below this fraction of the best significant gain is skipped.
-IDLE = 0.1
+NEGLIGIBLE = 0.1
 # Gains that differ by less than this factor get one rank.
 UNEVEN = 2.0
 # Minimum number of units or layers for an order.
-FEWEST = 5
+MIN_COUNT = 5
 # Upper confidence limit of ρ with the Fisher information below which energy has another order.
-APART = 0.7
+DIFFERENT_ORDER = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +69,22 @@ class Gains:
 
 def place_by_gain(evidence: Evidence) -> Advice | None:
     """Distribute rank by the gain of each unit alone, if some gains are small or they differ."""
-    for found in _sure_gains(evidence):
+    for found in _significant_gains(evidence):
         if not found.idle and not found.uneven:
             continue
         best, lowest = found.known[0], (found.idle or found.known)[-1]
-        most = named([gain.unit for gain in (found.clear if found.idle else found.known[:3])])
-        little = f", little in {named([gain.unit for gain in found.idle])}" if found.idle else ""
-        argv, params, words = _allocate(evidence, found.source)
+        largest = named([gain.unit for gain in (found.clear if found.idle else found.known[:3])])
+        smallest = f", little in {named([gain.unit for gain in found.idle])}" if found.idle else ""
+        argv, params, budget_text = _allocate(evidence, found.source)
         return Advice(
             "place by gain",
-            f"{words} by what each gains alone: most in {most}{little}",
+            f"{budget_text} by what each gains alone: most in {largest}{smallest}",
             f"Adapted alone at r={found.source.results.run.settings['rank']}, {best.unit.removesuffix('.weight')} "
             f"lowers the loss on {found.name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
             f"{_gain(lowest)}; {len(found.clear)} of {len(found.known)} gains are significant, {len(found.idle)} "
             "are at most a tenth of the best. The gain of a unit alone is not its contribution to the joint gain.",
-            f"some gain ≤ {IDLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
-            f"{found.errors:.1f} paired standard errors (95% over {len(found.known)} units); {FEWEST} units or more",
+            f"some gain ≤ {NEGLIGIBLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
+            f"{found.errors:.1f} paired standard errors (95% over {len(found.known)} units); {MIN_COUNT} units or more",
             "Article, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
             argv,
             params=params,
@@ -93,12 +93,12 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
     return None
 
 
-def idle_layers(evidence: Evidence) -> set[str]:
+def negligible_layers(evidence: Evidence) -> set[str]:
     """Return the layers with a negligible gain alone, which no step adapts."""
-    return {layer for found in _sure_gains(evidence) for gain in found.idle for layer in gain.layers}
+    return {layer for found in _significant_gains(evidence) for gain in found.idle for layer in gain.layers}
 
 
-def _sure_gains(evidence: Evidence) -> Iterator[Gains]:
+def _significant_gains(evidence: Evidence) -> Iterator[Gains]:
     """Yield the gains of runs over all layers, unless not even the best unit has a significant gain."""
     for source, records in _runs(evidence, Sensitivity):
         settings = source.results.run.settings
@@ -106,14 +106,14 @@ def _sure_gains(evidence: Evidence) -> Iterator[Gains]:
             continue  # a selection of layers would leave the others without a rank
         name, gains = _gains(source, records)
         known = sorted((gain for gain in gains if gain.error is not None), key=lambda gain: -gain.gain)
-        if len(known) < FEWEST:
+        if len(known) < MIN_COUNT:
             continue
         errors = float(ndtri(1 - LEVEL / 2 / len(known)))
         floor = known[0].gain - errors * (known[0].error or 0.0)
         if floor <= 0:
             continue
         clear = tuple(gain for gain in known if gain.gain > errors * (gain.error or 0.0))
-        idle = tuple(gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= IDLE * floor)
+        idle = tuple(gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= NEGLIGIBLE * floor)
         uneven = _uneven(records, name, known, errors)
         yield Gains(source, name, tuple(known), clear, idle, uneven, errors)
 
@@ -125,70 +125,75 @@ def fit_rank(evidence: Evidence) -> Advice | None:
         return None
     for source, records in _runs(evidence, Intrinsic):
         settings = source.results.run.settings
-        name, share = main_sets(records)[0], settings["share"]
+        name, threshold = main_sets(records)[0], settings["share"]
         found = lines(records, name, records[0].set, settings["seed"])
         full = next((line for line in found if line.subject == "full"), None)
         repeated = [line for line in found if line.subject == "lora" and len(line.shares) > 1]
         if full is None or full.edge or not full.shares:
             continue
-        answer = reached(found, "lora", share)
-        short = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < share]
-        dimension = _dimension(found, share)
+        answer = reached(found, "lora", threshold)
+        insufficient = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < threshold]
+        dimension = _dimension(found, threshold)
         line = answer.line
         if line is not None and line in repeated and answer.sure and not answer.missed and (line.size or 0) < chosen[0]:
-            do = f"Try r={line.size} instead of r={_span(chosen)}"
-            because = f"On {name}, r={line.size} reached {_shares(line)} of full fine-tuning's gain with every seed"
-            tried = [line.size or 0, chosen[0]]
-        elif short and not any(each.edge for each in short) and line is None:
-            higher = [2 * (short[-1].size or 0), 4 * (short[-1].size or 0)]
-            do = f"Expect r={_span(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
-            because = f"On {name}, even r={short[-1].size} reached {_shares(short[-1])} of full fine-tuning's gain"
-            tried = [chosen[-1], *higher]
+            action = f"Try r={line.size} instead of r={_span(chosen)}"
+            reason = f"On {name}, r={line.size} reached {_shares(line)} of full fine-tuning's gain with every seed"
+            candidates = [line.size or 0, chosen[0]]
+        elif insufficient and not any(each.edge for each in insufficient) and line is None:
+            higher = [2 * (insufficient[-1].size or 0), 4 * (insufficient[-1].size or 0)]
+            action = f"Expect r={_span(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
+            reason = (
+                f"On {name}, even r={insufficient[-1].size} reached {_shares(insufficient[-1])} of full fine-tuning's "
+                "gain"
+            )
+            candidates = [chosen[-1], *higher]
         else:
             continue
-        if tried[0] <= lost(evidence).trained or (line is None and lost(evidence).more_rank):
+        if candidates[0] <= rejected_options(evidence).trained or (
+            line is None and rejected_options(evidence).more_rank
+        ):
             continue  # losses of the page take precedence
         return Advice(
             "fit the rank",
-            do,
-            f"{because}; the adapters here have r={_span(chosen)}.{dimension} More steps may need more.",
-            f"the smallest LoRA with ≥ {percent(share)} of full fine-tuning's gain at every seed has a lower rank "
+            action,
+            f"{reason}; the adapters here have r={_span(chosen)}.{dimension} More steps may need more.",
+            f"the smallest LoRA with ≥ {percent(threshold)} of full fine-tuning's gain at every seed has a lower rank "
             "than the adapter; or no LoRA of its rank or more reaches that at any seed, at a rate inside the grid",
             "Aghajanyan et al. 2020 (arXiv 2012.13255), d for 90% of full fine-tuning, carried over to ranks",
             command(
                 "probe sweep",
-                source.given("base"),
-                data=source.given("data", "TEXT"),
-                eval=source.given("eval", "HELD_OUT_TEXT"),
-                ranks=tried,
+                source.path_of("base"),
+                data=source.path_of("data", "TEXT"),
+                eval=source.path_of("eval", "HELD_OUT_TEXT"),
+                ranks=candidates,
                 o="sweep.jsonl",
             ),
-            ranks=tuple(tried),
+            ranks=tuple(candidates),
         )
     return None
 
 
-def trust_fisher(evidence: Evidence) -> Advice | None:
+def prefer_fisher(evidence: Evidence) -> Advice | None:
     """Avoid truncation by energy if its order of layers differs from the measured cost."""
     for source, records in _runs(evidence, Fisher):
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
         at = next((each for each in correlations(records, ranks) if each.rank == rank), None)
-        found = _apart(source, records, rank) if at is None else _misled(evidence, source, at)
+        found = _fisher_differs(source, records, rank) if at is None else _fisher_contradicted(evidence, source, at)
         if found is not None:
             return found
     return None
 
 
-def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | None:
+def _fisher_contradicted(evidence: Evidence, source: Source, at: Correlations) -> Advice | None:
     """Apply if the measured cost has the order of the Fisher information, and significantly not that of energy."""
     fisher, energy = (_rho(at.kl[name][0], at.n) for name in ("Fisher", "weight energy"))
     if fisher is None or energy is None or fisher[1] <= energy[2]:
         return None
-    argv, params, words = _allocate(evidence, source)
+    argv, params, budget_text = _allocate(evidence, source)
     return Advice(
         "rank by Fisher",
-        f"{words} by the Fisher information of the discarded part instead of energy",
+        f"{budget_text} by the Fisher information of the discarded part instead of energy",
         f"Spearman's ρ with the measured cost of truncating each of {at.n} layers to r={at.rank} is "
         f"{_interval(fisher)} for the Fisher information of the discarded part and {_interval(energy)} "
         "for its energy Σσ².",
@@ -199,18 +204,19 @@ def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | No
     )
 
 
-def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
+def _fisher_differs(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
     """Without a measured cost, but with significantly different orders: recommend the measurement."""
     both = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
     rho = _rho(spearman([one for one, _ in both], [two for _, two in both]), len(both)) if both else None
-    if rho is None or rho[2] >= APART:
+    if rho is None or rho[2] >= DIFFERENT_ORDER:
         return None
-    base, tuned, data = source.given("base"), source.given("tuned"), source.given("data", "TEXT")
+    base, tuned, data = source.path_of("base"), source.path_of("tuned"), source.path_of("data", "TEXT")
     return Advice(
         "rank by Fisher",
         "Measure whether energy or Fisher information predicts the cost of truncation, before choosing ranks by energy",
         f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_interval(rho)}.",
-        f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below {APART}; no "
+        f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below "
+        f"{DIFFERENT_ORDER}; no "
         "cost measured",
         "Fisher-weighted SVD (arXiv 2207.00112); Spearman 1904",
         command("probe fisher", base, tuned, data=data, eval="HELD_OUT_TEXT", ranks=(rank,), o="fisher-2.jsonl"),
@@ -218,33 +224,33 @@ def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | Non
     )
 
 
-def mind_the_bound(evidence: Evidence) -> Advice | None:
+def flag_loose_bound(evidence: Evidence) -> Advice | None:
     """Advise against ranks from a loose bound, unless the loss of truncations is measured."""
     if any(of(evidence, "truncation")):
         return None
     for source, records in _runs(evidence, LossBound):
         whole = [r for r in records if r.along == 1 and r.gap_error is not None and r.gap > ERRORS * r.gap_error]
-        times = [record.upper / record.gap for record in whole]
-        if len(times) < 2 or min(times) < LOOSE:
+        ratios = [record.upper / record.gap for record in whole]
+        if len(ratios) < 2 or min(ratios) < LOOSE:
             continue
-        base, tuned, text = source.given("base"), source.given("tuned"), source.given("eval", "HELD_OUT_TEXT")
-        tried = tuple(record.rank for record in whole)
+        base, tuned, text = source.path_of("base"), source.path_of("tuned"), source.path_of("eval", "HELD_OUT_TEXT")
+        whole_ranks = tuple(record.rank for record in whole)
         return Advice(
-            "mind the bound",
+            "loose loss bound",
             "Do not choose a rank by the loss bound (λ/2)Σσ²: measure the loss of the update truncated to "
-            f"{listed(tried)}",
-            f"On {whole[0].set} the bound is {min(times):.0f} to {max(times):.0f} times the measured gap at "
+            f"{listed(whole_ranks)}",
+            f"On {whole[0].set} the bound is {min(ratios):.0f} to {max(ratios):.0f} times the measured gap at "
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
             f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "
             "no truncation measured",
             "Article, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
-            command("probe truncation", base, tuned, eval=text, ranks=tried, o="truncation.jsonl"),
-            ranks=tried,
+            command("probe truncation", base, tuned, eval=text, ranks=whole_ranks, o="truncation.jsonl"),
+            ranks=whole_ranks,
         )
     return None
 
 
-PROBE_RULES = (place_by_gain, fit_rank, trust_fisher, mind_the_bound)
+PROBE_RULES = (place_by_gain, fit_rank, prefer_fisher, flag_loose_bound)
 
 
 def _runs(evidence: Evidence, kind: type[Any]) -> Iterator[tuple[Source, list[Any]]]:
@@ -290,7 +296,7 @@ def _rho(rho: float | None, n: int) -> tuple[float, float, float] | None:
     For ρ = 1 the interval is that of a ρ reduced by half a swap of neighbours, since few layers in order are not
     certain.
     """
-    if rho is None or n < FEWEST:
+    if rho is None or n < MIN_COUNT:
         return None
     ends = interval(math.copysign(min(abs(rho), 1 - 6 / (n * (n * n - 1))), rho), n)
     return None if ends is None else (rho, *ends)
@@ -306,7 +312,7 @@ def _allocate(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int
     Without a spectrum, return the command that measures one.
     """
     if evidence.update is None:
-        base, tuned = weights.given("base"), evidence.given("tuned")
+        base, tuned = weights.path_of("base"), evidence.path_of("tuned")
         return command("spectrum", base, tuned, o="spectrum.jsonl"), None, "Measure the spectrum, then allocate ranks"
     params, words = reference(evidence)
     argv = command("allocate", evidence.update.name, params=params, layer_weights=weights.name, o="adapter_config.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, cast
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, quiet_matplotlib, result
+from lora_diag.cli.output import message, result, silence_matplotlib
 from lora_diag.errors import UsageError
 from lora_diag.reports.options import ReportOptions
 from lora_diag.reports.trackers import TRACKERS, track
@@ -24,13 +24,13 @@ def report(
     given: ReportOptions,
     to: Annotated[
         str | None,
-        options.spelled(
+        options.typer_option(
             "to", Option(None, "Tracker to send the report to; default: none.", "|".join(TRACKERS), panel=OUTPUT)
         ),
     ] = None,
     project: Annotated[
         str | None,
-        options.spelled(
+        options.typer_option(
             "project",
             Option(None, "Project, experiment, log folder or model id; default: the tracker's.", "NAME", panel=OUTPUT),
         ),
@@ -50,7 +50,7 @@ def report(
         usual = filled(ReportOptions, {})
         if any(plain(value) != plain(usual[name]) for name, value in given.items()):
             raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
-        quiet_matplotlib()
+        silence_matplotlib()
         where = track(results, to, project)
         if not quiet:
             message(f"{to}: {where}")
@@ -60,7 +60,7 @@ def report(
         raise UsageError("--format parquet: needs a file; give one with -o")
     if output is None and format in {None, "html"}:
         output = PAGE
-    quiet_matplotlib()
+    silence_matplotlib()
     given["output"] = output
     made = make(*results, **given)
     if output is None and isinstance(made, str):

@@ -24,7 +24,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 # Default rank without a measured adapter: the default of PEFT, and the article's first step.
 DEFAULT_RANK = 8
 # Maximum number of adapters and updates that are reported one by one.
-SPOKEN_OF = 8
+MAX_ADAPTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Source:
     results: Results[Any]
     written: str = ""
 
-    def given(self, role: str, unnamed: str = "") -> str:
+    def path_of(self, role: str, placeholder: str = "") -> str:
         """Return the path of the first input of a role; a placeholder in capitals without one."""
-        return next(iter(self.paths(role)), unnamed or role.upper())
+        return next(iter(self.paths(role)), placeholder or role.upper())
 
     def paths(self, role: str) -> list[str]:
         """Return the paths of all inputs of a role."""
@@ -97,7 +97,7 @@ class Evidence:
         return next((source for source in self.of(Spectrum) if _is_full_update(source.results.layers)), None)
 
     @cached_property
-    def weighed(self) -> tuple[Source, ...]:
+    def weighted(self) -> tuple[Source, ...]:
         """The spectra in metrics other than that of the weights."""
         return tuple(source for source in self.of(Spectrum) if metric_of(source.results.layers) != "weights")
 
@@ -137,22 +137,22 @@ class Evidence:
         """Return the evidence for each full fine-tune, with the runs that belong to none, such as sweeps."""
         sides: list[set[str]] = []  # path and fingerprint of each fine-tune
         for source in self.sources:
-            if own := _tuned(source):
-                known = next((side for side in sides if side & own), None)
-                if known is None:
-                    sides.append(known := set())
-                known |= own
+            if own := _tuned_ids(source):
+                matching = next((side for side in sides if side & own), None)
+                if matching is None:
+                    sides.append(matching := set())
+                matching |= own
         if len(sides) < 2:
             return [self]
         return [
-            replace(self, sources=tuple(s for s in self.sources if not (own := _tuned(s)) or own & side))
+            replace(self, sources=tuple(s for s in self.sources if not (own := _tuned_ids(s)) or own & side))
             for side in sides
         ]
 
-    def given(self, role: str, unnamed: str = "") -> str:
+    def path_of(self, role: str, placeholder: str = "") -> str:
         """Return the path of the first input of a role in any run; a placeholder in capitals without one."""
         found = (path for source in self.sources for path in source.paths(role))
-        return next(found, unnamed or role.upper())
+        return next(found, placeholder or role.upper())
 
     def each(self) -> list[Evidence]:
         """Return the evidence for each adapter, and for each full update except the first; the first of all first."""
@@ -200,7 +200,7 @@ class Evidence:
                 for record in self.residuals
                 if record.rank and record.epsilon_min is not None and record.rank < min(record.shape)
             )
-        found = ((record, kept_at(record, DEFAULT_RANK)) for record in self.readable)
+        found = ((record, energy_at(record, DEFAULT_RANK)) for record in self.readable)
         return tuple(
             Capacity(record.layer, record.shape, DEFAULT_RANK, kept, record.fro**2)
             for record, kept in found
@@ -233,26 +233,28 @@ class Evidence:
 
     def missing(self) -> list[tuple[str, str]]:
         """Return what was not measured or not resolved, each with the command that measures it."""
-        lacking = []
+        found = []
         if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
-            lacking.append(
+            found.append(
                 (
                     "no held-out loss",
                     f"loradiag probe outputs {self._sides()} --eval HELD_OUT_TEXT -o outputs.jsonl",
                 ),
             )
         if self.update is None and self.audit is None:
-            said = ", ".join(f"{run.name} is in {METRIC_NAMES[metric_of(run.results.layers)]}" for run in self.weighed)
-            lacking.append(
+            metrics_text = ", ".join(
+                f"{run.name} is in {METRIC_NAMES[metric_of(run.results.layers)]}" for run in self.weighted
+            )
+            found.append(
                 (
-                    f"no spectrum of a full fine-tune{f' in the weights: {said}' if said else ''}",
-                    measure_weights(self.weighed[0])
-                    if said
+                    f"no spectrum of a full fine-tune{f' in the weights: {metrics_text}' if metrics_text else ''}",
+                    measure_weights(self.weighted[0])
+                    if metrics_text
                     else f"loradiag spectrum {self._sides(0)} -o spectrum.jsonl",
                 )
             )
         elif self.update is not None and self.spectra and not self.readable:
-            lacking.append(
+            found.append(
                 (
                     "the files do not resolve the update: most of its matrices are at the rounding noise floor, so "
                     "no rank is recommended; save the fine-tune in float32, or measure the adapter instead of its "
@@ -261,23 +263,23 @@ class Evidence:
                 )
             )
         if self.audit is not None and not self.residuals and self.adapter is not None:
-            lacking.append(
+            found.append(
                 ("ε is measured against rounding noise in most matrices: no conclusions are drawn from it", "")
             )
         if self.audit is None:
-            lacking.append(
+            found.append(
                 ("no adapter was compared", f"loradiag residual {self._sides()} -o residual.jsonl"),
             )
         if not any(self.of(Overlap)):
-            lacking.append(
+            found.append(
                 ("no gradients", f"loradiag overlap {self._sides(0)} GRADIENTS -o overlap.jsonl"),
             )
-        return lacking
+        return found
 
-    def _sides(self, adapters: int = SPOKEN_OF) -> str:
+    def _sides(self, adapters: int = MAX_ADAPTERS) -> str:
         """Return base, full fine-tune and adapters quoted for a shell; placeholders in capitals without a run."""
         named = list(dict.fromkeys(path for source in self.sources for path in source.paths("adapter"))) or ["ADAPTER"]
-        return shlex.join([self.given("base"), self.given("tuned", "FULL_FT"), *named[:adapters]])
+        return shlex.join([self.path_of("base"), self.path_of("tuned", "FULL_FT"), *named[:adapters]])
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -293,7 +295,7 @@ def _adapters(run: Source) -> list[str]:
     return list(dict.fromkeys(record.adapter for record in records))
 
 
-def _tuned(source: Source) -> set[str]:
+def _tuned_ids(source: Source) -> set[str]:
     """Return path and fingerprint of the fine-tune of a run; None without one or with several."""
     sides = [side for side in source.results.run.inputs if side.role == "tuned"]
     return {word for side in sides for word in (side.path, side.fingerprint) if word} if len(sides) == 1 else set()
@@ -306,18 +308,18 @@ def _is_full_update(records: Sequence[Any]) -> bool:
     )
 
 
-def measure_weights(weighed: Source) -> str:
+def measure_weights(weighted: Source) -> str:
     """Return the command that repeats in the weights a measurement in another metric."""
-    paths = [shlex.quote(s.path) for s in weighed.results.run.inputs if s.role in {"base", "tuned", "adapter"}]
+    paths = [shlex.quote(s.path) for s in weighted.results.run.inputs if s.role in {"base", "tuned", "adapter"}]
     return f"loradiag spectrum {' '.join(paths)} -o spectrum.jsonl"
 
 
-def kept_at(record: Spectrum, rank: int) -> float | None:
+def energy_at(record: Spectrum, rank: int) -> float | None:
     """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖²; None for a zero update and beyond the kept values.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> kept_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1)
+        >>> energy_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1)
         0.6666666666666669
     """
     measured = record.energy.get(str(rank))

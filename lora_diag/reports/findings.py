@@ -19,14 +19,14 @@ from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.overlap import NEAR, is_near
 from lora_diag.records.names import module_type_of, part_of
-from lora_diag.reports.evidence import Evidence, kept_at
+from lora_diag.reports.evidence import Evidence, energy_at
 
 # A rank that keeps less than half of a layer's energy is too small there; "most layers" are three quarters of them.
 SHORT, MOST = 0.5, 0.75
 # Largest common LoRA rank; LoRA is not known to work well for updates that 16 does not hold at the median.
 USUAL_RANK = 16
 # Minimum number of layers for "everywhere".
-FEWEST = 4
+MIN_COUNT = 4
 # The rank at 90% energy of a Gaussian matrix is 0.51 of a square one's size and 0.76 of a 1:4 one's (256² to 1024²).
 FLAT = 0.5
 # Smaller matrices are ignored: a common rank is a large fraction of any of them.
@@ -78,7 +78,7 @@ def slow_decay(evidence: Evidence) -> Finding | None:
     """Find a slow spectral decay in nearly all layers."""
     shares = shares_at(USUAL_RANK, evidence.readable)
     slow = tuple(layer for layer, share in shares.items() if share < SHORT)
-    if len(shares) < FEWEST or len(slow) < MOST * len(shares):
+    if len(shares) < MIN_COUNT or len(slow) < MOST * len(shares):
         return None
     return Finding(
         "Slow spectral decay everywhere",
@@ -88,7 +88,7 @@ def slow_decay(evidence: Evidence) -> Finding | None:
         "learning rate have the same effect: compare with a second full fine-tune before attributing it to the "
         "data.",
         f"C({USUAL_RANK}) < {SHORT} in at least {MOST:.0%} of the resolved matrices larger than that, and these are "
-        f"{FEWEST} or more",
+        f"{MIN_COUNT} or more",
         "Article, failure modes 1 and 2",
         slow,
     )
@@ -97,7 +97,7 @@ def slow_decay(evidence: Evidence) -> Finding | None:
 def under_ranked(evidence: Evidence) -> Finding | None:
     """Find few important layers whose rank is too small while it suffices in most."""
     capacities = evidence.capacities
-    if len(capacities) < FEWEST or median(item.kept for item in capacities) < SHORT:
+    if len(capacities) < MIN_COUNT or median(item.kept for item in capacities) < SHORT:
         return None
     usual = median(item.energy for item in capacities)
     short = [item for item in capacities if item.kept < SHORT and item.energy >= usual]
@@ -169,7 +169,7 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
     )
 
 
-def heavy_vectors(evidence: Evidence) -> Finding | None:
+def large_vector_change(evidence: Evidence) -> Finding | None:
     """Find a change in norms and biases, which no adapter on matrices reaches."""
     share = evidence.shares["vectors"] if evidence.shares else 0.0
     if share < VECTORS:
@@ -223,12 +223,12 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
     )
 
 
-RULES = (slow_decay, under_ranked, flat_projections, scale_mismatch, heavy_vectors, out_of_reach)
+RULES = (slow_decay, under_ranked, flat_projections, scale_mismatch, large_vector_change, out_of_reach)
 
 
 def shares_at(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
     """Return C(rank) by layer, for layers that are larger than the rank and kept enough values."""
-    found = {record.layer: kept_at(record, rank) for record in records if min(record.shape) > rank}
+    found = {record.layer: energy_at(record, rank) for record in records if min(record.shape) > rank}
     return {layer: share for layer, share in found.items() if share is not None}
 
 

@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Image:
     """A static figure, for readers without JavaScript.
 
     Args:
@@ -67,7 +67,7 @@ class Picture:
     data: str
 
 
-def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str = "") -> str:
+def html_report(evidence: Evidence, pictures: Sequence[Image] = (), made: str = "") -> str:
     """Return the page.
 
     Args:

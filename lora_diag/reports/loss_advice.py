@@ -16,7 +16,7 @@ from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.step import Advice, command, listed
-from lora_diag.reports.worth import SweptRun, compressed, contests, lost, of, swept
+from lora_diag.reports.worth import SweptRun, compressed, contests, of, rejected_options, swept
 
 # Ranks of a recommended sweep.
 _RANKS = tuple(2**power for power in range(2, 12))
@@ -25,44 +25,45 @@ _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
 def keep_adapter(evidence: Evidence) -> Advice | None:
     """Recommend no change if an adapter is as good as the full fine-tune."""
-    good = [contest for contest in contests(evidence) if contest.word == "as good"]
-    if not good:
+    equivalent = [contest for contest in contests(evidence) if contest.word == "as good"]
+    if not equivalent:
         return None
-    best = min(good, key=lambda contest: contest.worst.gap or 0.0)
-    others = ", ".join(_outcome(contest) for contest in good if contest is not best)
+    best = min(equivalent, key=lambda contest: contest.worst.gap or 0.0)
+    others = ", ".join(_outcome(contest) for contest in equivalent if contest is not best)
     source, records = next(of(evidence, "outputs"))
     on_main = choices([record for record in records if record.set in main_sets(records)])
-    which = "".join(f" {_choice(choice)}." for choice in on_main)
+    choices_text = "".join(f" {_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
         f"No change: {best.name} does as well as the full fine-tune on held-out text",
-        f"{_outcome(best)}.{f' The same holds for {others}.' if others else ''}{which} Distances in weights do not "
+        f"{_outcome(best)}.{f' The same holds for {others}.' if others else ''}{choices_text} Distances in weights do "
+        "not "
         "contradict this.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
-        command("gate", policy="adapter-basic", base=source.given("base"), adapter=best.name),
+        command("gate", policy="adapter-basic", base=source.path_of("base"), adapter=best.name),
         adapters=(best.name,),
     )
 
 
-def distrust(evidence: Evidence) -> Advice | None:
+def flag_worse_finetune(evidence: Evidence) -> Advice | None:
     """Do not imitate a full fine-tune that is worse than BASE."""
-    if not lost(evidence).tuned or not (found := [*of(evidence, "outputs"), *of(evidence, "truncation")]):
+    if not rejected_options(evidence).tuned or not (found := [*of(evidence, "outputs"), *of(evidence, "truncation")]):
         return None
     source, records = found[0]
     worst = max((r for r in records if r.subject == "base" and r.layer is None), key=lambda r: -(r.gap or 0.0))
     return Advice(
-        "distrust the fine-tune",
-        f"Do not imitate {source.given('tuned')}: measure it on other held-out text first",
+        "fine-tune worse than BASE",
+        f"Do not imitate {source.path_of('tuned')}: measure it on other held-out text first",
         f"On {worst.set}, BASE is {_gap(worst)} nats from the full fine-tune: training made the model worse there.",
         f"the full fine-tune worse than BASE by more than {ERRORS:.0f} standard errors on every set that is not "
         "shifted",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
         command(
             "probe truncation",
-            source.given("base"),
-            source.given("tuned"),
+            source.path_of("base"),
+            source.path_of("tuned"),
             eval="OTHER_TEXT",
             ranks=(0,),
             o="truncation-2.jsonl",
@@ -78,20 +79,20 @@ def close_gap(evidence: Evidence) -> Advice | None:
         return None  # a sweep recommends the training
     best = min(found, key=lambda contest: contest.worst.gap or 0.0)
     sweep = swept(evidence)
-    highest = max([lost(evidence).trained, *(sweep.ranks if sweep else ())])
-    tried = () if lost(evidence).more_rank else tuple(rank for rank in _RANKS if rank > highest)[:3]
-    argv = sweep_of(evidence, tried)
+    highest = max([rejected_options(evidence).trained, *(sweep.ranks if sweep else ())])
+    candidates = () if rejected_options(evidence).more_rank else tuple(rank for rank in _RANKS if rank > highest)[:3]
+    argv = sweep_of(evidence, candidates)
     return Advice(
         "close the gap",
         f"Close a gap of {_gap(best.worst)} nats to the full fine-tune: "
-        f"{f'train at {listed(tried)}' if tried else 'sweep learning rates'}",
+        f"{f'train at {listed(candidates)}' if candidates else 'sweep learning rates'}",
         f"{_outcome(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps based on weights "
         "suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
         f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
         f"Article, rank selection step 5 (escalation); {_PAIRED}",
         argv,
-        ranks=tried,
+        ranks=candidates,
     )
 
 
@@ -111,8 +112,8 @@ def measure_more(evidence: Evidence) -> Advice | None:
         _PAIRED,
         command(
             "probe outputs",
-            source.given("base"),
-            source.given("tuned"),
+            source.path_of("base"),
+            source.path_of("tuned"),
             [contest.name for contest in unknown],
             eval="MORE_TEXT",
             o="outputs-2.jsonl",
@@ -127,52 +128,56 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     if found is None or found.verdict.word == "no verdict":
         return None
     verdict, base, chosen = found.verdict, found.base, found.verdict.chosen
-    many, path = ", ".join(map(str, found.ranks)), found.source.given("base")
+    all_ranks, path = ", ".join(map(str, found.ranks)), found.source.path_of("base")
     rates: tuple[float, ...] = ()
-    seeds, tried = None, found.ranks
+    seeds, next_ranks = None, found.ranks
     if chosen is None:
         lowest = min(record.lr for _, records in of(evidence, "sweep") for record in records if record.lr)
         rates = tuple(float(f"{lowest / factor:.2g}") for factor in (100, 10, 3))
-        do = f"Change the training before the rank: try learning rates {', '.join(f'{rate:g}' for rate in rates)}"
-        because = (
-            f"On {found.set}, every rank is worse than BASE: the best of r = {many} is {-verdict.gain:.3g} nats above "
+        action = f"Change the training before the rank: try learning rates {', '.join(f'{rate:g}' for rate in rates)}"
+        reason = (
+            f"On {found.set}, every rank is worse than BASE: the best of r = {all_ranks} is {-verdict.gain:.3g} nats "
+            "above "
             f"its {base.nats:.4g}, at learning rates from {lowest:g} up."
         )
-        argv = sweep_of(evidence, tried, rates)
+        argv = sweep_of(evidence, next_ranks, rates)
     else:
-        at = f"r={chosen.rank} with learning rate {chosen.lr:g}"
-        sure = chosen.confidence if verdict.rank is not None else verdict.confidence
-        words = "" if sure is None else f", {confident(sure)} confidence"
+        setting = f"r={chosen.rank} with learning rate {chosen.lr:g}"
+        confidence = chosen.confidence if verdict.rank is not None else verdict.confidence
+        confidence_text = "" if confidence is None else f", {confident(confidence)} confidence"
         lead = (
             "the smallest rank shown to keep"
             if verdict.rank is not None
             else "the best candidate, not confirmed yet, to keep"
         )
-        share = found.tolerance
-        shown = f"On {found.set}, of {many} it is {lead} {100 * (1 - share):.4g}% of every other rank's gain{words}"
-        because = f"{'; '.join([shown, *reasons(verdict, share)])}."
+        tolerance = found.tolerance
+        shown = (
+            f"On {found.set}, of {all_ranks} it is {lead} {100 * (1 - tolerance):.4g}% of every other rank's "
+            f"gain{confidence_text}"
+        )
+        reason = f"{'; '.join([shown, *reasons(verdict, tolerance)])}."
         seeds = verdict.more_seeds
         higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == found.ranks[-1] else ()
-        do = f"Train at {at}"
+        action = f"Train at {setting}"
         if higher:
-            do += f", and also sweep {listed(higher)}: the loss still decreases there"
+            action += f", and also sweep {listed(higher)}: the loss still decreases there"
         if seeds is not None:
-            do += f"; {seeds} seeds would confirm{' more' if higher else ' it'}"
-        tried = (*found.ranks, *higher)
+            action += f"; {seeds} seeds would confirm{' more' if higher else ' it'}"
+        next_ranks = (*found.ranks, *higher)
         if higher or seeds is not None:
-            argv = continued(found, tried, seeds or verdict.seeds)
+            argv = continued(found, next_ranks, seeds or verdict.seeds)
         else:
-            tried = (chosen.rank,)
-            argv = command("plan", path, ranks=tried)
+            next_ranks = (chosen.rank,)
+            argv = command("plan", path, ranks=next_ranks)
     return Advice(
         f"sweep: {verdict.word}",
-        do,
-        because,
+        action,
+        reason,
         f"equivalence test over seeds (one-sided t-tests at {LEVEL:.0%}, variance pooled over ranks), each rank at "
         "its best learning rate",
         "Article, diagnostic 3 (rank sweep); Schuirmann 1987",
         argv,
-        ranks=tried,
+        ranks=next_ranks,
         rates=rates,
         seeds=seeds,
     )
@@ -185,14 +190,14 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
     sides = {role: [side.path for side in run.inputs if side.role == role] for role in ("data", "eval", "shifted")}
     sides["data"] = sides["data"] or ["DATA"]
     texts = [word for role, paths in sides.items() for path in paths for word in (f"--{role}", path)]
-    cut = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
+    limits = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
     single = ("steps", "batch", "length", "seed", "widen", "quantized", "dtype")
     targets = settings.get("targets")
     return command(
         "probe sweep",
-        found.source.given("base"),
+        found.source.path_of("base"),
         texts,
-        max_sequences=max(cut, default=None),
+        max_sequences=max(limits, default=None),
         ranks=ranks,
         lr=settings.get("rates"),
         full_lr=settings.get("full_rates"),
@@ -208,31 +213,31 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
     )
 
 
-def mind_the_shift(evidence: Evidence) -> Advice | None:
+def flag_shifted_loss(evidence: Evidence) -> Advice | None:
     """Report a shifted set that a sweep makes worse, or that needs a higher rank."""
     found = swept(evidence)
     if found is None:
         return None
     for name, other in found.shifted.items():
         if other.word == "no gain" and found.verdict.gain > 0:
-            do = f"Train on a mixture with text like {name} if it matters: training makes every rank worse there"
+            action = f"Train on a mixture with text like {name} if it matters: training makes every rank worse there"
             ranks, argv = found.ranks, sweep_of(evidence, found.ranks, data="MIXED_TEXT")
             gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"
-            because = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
-        elif other.rank is not None and found.verdict.rank is not None and _not_enough(other, found.verdict.rank):
-            do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is sufficient on {found.set} only"
+            reason = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
+        elif other.rank is not None and found.verdict.rank is not None and _is_insufficient(other, found.verdict.rank):
+            action = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is sufficient on {found.set} only"
             ranks = (found.verdict.rank, other.rank)
-            argv = command("plan", found.source.given("base"), ranks=ranks)
-            because = (
+            argv = command("plan", found.source.path_of("base"), ranks=ranks)
+            reason = (
                 f"On {name}, r={other.rank} is the smallest rank shown to be sufficient, and r={found.verdict.rank} "
                 "is not."
             )
         else:
             continue
         return Advice(
-            "mind the shift",
-            do,
-            because,
+            "shifted set",
+            action,
+            reason,
             "on a shifted set no rank is better than BASE, or the rank that is sufficient elsewhere is shown to be "
             "insufficient",
             "Article, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
@@ -242,33 +247,36 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
     return None
 
 
-def _not_enough(verdict: SweepVerdict, rank: int) -> bool:
+def _is_insufficient(verdict: SweepVerdict, rank: int) -> bool:
     return any(one.rank == rank and one.enough == "no" for one in verdict.standings)
 
 
 def compress(evidence: Evidence) -> Advice | None:
     """Recommend extracting the full fine-tune itself at a rank."""
     found = compressed(evidence)
-    if found is None or found.rank <= lost(evidence).cut:
+    if found is None or found.rank <= rejected_options(evidence).truncated_rank:
         return None
-    kept = min(found.records, key=lambda record: record.kept or 0.0)
-    energy = "" if kept.energy is None else f", while C({found.rank}) = {kept.energy:.2f}"
+    worst = min(found.records, key=lambda record: record.kept or 0.0)
+    energy = "" if worst.energy is None else f", while C({found.rank}) = {worst.energy:.2f}"
     source = found.source
     # Measured with all other weights as in TUNED; without them the rank keeps less.
     saved = source.results.run.settings.get("rest") == "tuned" and found.without != 0
-    share = "" if found.without is None else f", which give {found.without:.0%} of it alone"
-    alone = f" Measured with TUNED's norms, biases, embeddings and head{share}: they are saved." if saved else ""
+    fraction = "" if found.without is None else f", which give {found.without:.0%} of it alone"
+    saved_text = (
+        f" Measured with TUNED's norms, biases, embeddings and head{fraction}: they are saved." if saved else ""
+    )
     return Advice(
         "compress",
         f"To ship the full fine-tune as an adapter, truncate it to r={found.rank}, without training",
-        f"It keeps {kept.kept:.0%} of the gain on {kept.set} (loss {_gap(kept)} to the full fine-tune){energy}.{alone}",
+        f"It keeps {worst.kept:.0%} of the gain on {worst.set} (loss {_gap(worst)} to the full "
+        f"fine-tune){energy}.{saved_text}",
         f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
         "than two of its standard errors",
         "Eckart & Young 1936; measured, not bounded",
         command(
             "extract",
-            source.given("base"),
-            source.given("tuned"),
+            source.path_of("base"),
+            source.path_of("tuned"),
             rank=found.rank,
             unfactored="save" if saved else None,
             o="adapter/",
@@ -277,7 +285,7 @@ def compress(evidence: Evidence) -> Advice | None:
     )
 
 
-LOSS_RULES = (keep_adapter, distrust, close_gap, measure_more, train_at_rank, mind_the_shift, compress)
+LOSS_RULES = (keep_adapter, flag_worse_finetune, close_gap, measure_more, train_at_rank, flag_shifted_loss, compress)
 
 
 def _choice(choice: Choice) -> str:
@@ -291,8 +299,8 @@ def _choice(choice: Choice) -> str:
 def _outcome(contest: Contest) -> str:
     """State the result of an adapter on its worst set."""
     record = contest.worst
-    kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
-    return f"{contest.name} is {_gap(record)} nats from the full fine-tune on {record.set}{kept}"
+    kept_text = "" if record.kept is None else f", {record.kept:.0%} of its gain"
+    return f"{contest.name} is {_gap(record)} nats from the full fine-tune on {record.set}{kept_text}"
 
 
 def _gap(record: Probe) -> str:
@@ -318,8 +326,8 @@ def sweep_of(
     ]
     return command(
         "probe sweep",
-        source.given("base") if source else evidence.given("base"),
-        ["--data", data or (source.given("data") if source else "TRAIN_TEXT")],
+        source.path_of("base") if source else evidence.path_of("base"),
+        ["--data", data or (source.path_of("data") if source else "TRAIN_TEXT")],
         texts or ["--eval", "HELD_OUT_TEXT"],
         lr=rates,
         ranks=ranks,

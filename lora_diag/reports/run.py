@@ -70,9 +70,9 @@ def report(
 
 def _html(evidence: Evidence) -> str:
     from lora_diag.reports.html import html_report
-    from lora_diag.reports.static import pictures_of
+    from lora_diag.reports.static import images_of
 
-    return html_report(evidence, pictures_of(evidence), _minute(datetime.now(UTC)))
+    return html_report(evidence, images_of(evidence), _minute(datetime.now(UTC)))
 
 
 def _markdown(evidence: Evidence) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 
 from lora_diag.reports.evidence import Evidence
-from lora_diag.reports.html import Picture
+from lora_diag.reports.html import Image
 
 
-def pictures_of(evidence: Evidence) -> list[Picture]:
+def images_of(evidence: Evidence) -> list[Image]:
     """Return every figure that the records allow."""
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
@@ -22,5 +22,5 @@ def pictures_of(evidence: Evidence) -> list[Picture]:
         if plots.why_not(kind, runs, field=field) is None:
             drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
             address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
-            pictures.append(Picture(name, shows, f"Figure of {name}: {shows}.", address))
+            pictures.append(Image(name, shows, f"Figure of {name}: {shows}.", address))
     return pictures

@@ -25,7 +25,7 @@ from lora_diag.rendering.statements import Statement, find, lines_of
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
 from lora_diag.reports.answers import Answer, losses, other_answers
-from lora_diag.reports.evidence import SPOKEN_OF, Evidence, Source, measure_weights
+from lora_diag.reports.evidence import MAX_ADAPTERS, Evidence, Source, measure_weights
 from lora_diag.reports.findings import Finding, findings
 from lora_diag.reports.sections import is_of_losses, named_of, section_kind
 from lora_diag.reports.step import Advice
@@ -79,12 +79,12 @@ def subject_of(evidence: Evidence) -> Subject:
         unfinished=tuple(map(_unfinished, filter(lambda source: source.results.end is None, evidence.sources))),
         advice=tuple(map(_safe, advice(evidence))),
         findings=tuple(
-            map(_safe, dict.fromkeys(one for each in evidence.each()[:SPOKEN_OF] for one in findings(each)))
+            map(_safe, dict.fromkeys(one for each in evidence.each()[:MAX_ADAPTERS] for one in findings(each)))
         ),
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
-        silent=max(0, len(evidence.each()) - SPOKEN_OF),
+        silent=max(0, len(evidence.each()) - MAX_ADAPTERS),
         update=weights or bool(probed),
-        weights=measured and not (evidence.weighed and evidence.update is None and evidence.audit is None),
+        weights=measured and not (evidence.weighted and evidence.update is None and evidence.audit is None),
     )
 
 
@@ -142,8 +142,8 @@ def _low_rank(evidence: Evidence) -> Answer:
             return Answer(question, used.lead, ("An adapter's rank is a setting: this is the part of it in use.",))
     if evidence.audit is not None:
         return _answer(question, residual_lines(evidence.audit.results), "low_rank", "no adapter was compared with it")
-    if evidence.weighed:
-        how = safe(measure_weights(evidence.weighed[0]))
+    if evidence.weighted:
+        how = safe(measure_weights(evidence.weighted[0]))
         return Answer(question, f"not measured in the weights; run {how}", measured=False)
     return Answer(question, "not measured; run loradiag spectrum BASE FULL_FT", measured=False)
 
@@ -162,22 +162,22 @@ def _answer(question: str, statements: Sequence[Statement], key: str, otherwise:
 
 
 def _in_weights(evidence: Evidence) -> list[Source]:
-    return [source for source in evidence.of(Spectrum) if source not in evidence.weighed]
+    return [source for source in evidence.of(Spectrum) if source not in evidence.weighted]
 
 
 def _weighed(evidence: Evidence) -> Iterator[Answer]:
     """Yield the statements of spectra in other metrics, which apply to outputs or the loss instead of weights."""
-    for source in evidence.weighed[:SPOKEN_OF]:
+    for source in evidence.weighted[:MAX_ADAPTERS]:
         statements = summary_lines(source.results)
         first, more = _rank_needed(statements)
         more += tuple(f"The metric is {line}" for line in lines_of(statements, "metric"))
-        more += (safe(source.name),) if len(evidence.weighed) > 1 else ()
+        more += (safe(source.name),) if len(evidence.weighted) > 1 else ()
         yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, more)
 
 
 def metrics_said(evidence: Evidence) -> list[str]:
     """Return a sentence for each other metric of columns and curves."""
-    found = dict.fromkeys(metric_of(source.results) for source in evidence.weighed)
+    found = dict.fromkeys(metric_of(source.results) for source in evidence.weighted)
     return [f"The metric is {METRICS[metric]}." for metric in found]
 
 
@@ -185,7 +185,7 @@ def _resolved(evidence: Evidence) -> Answer:
     question = "Do the files resolve the update?"
     source = evidence.update or next(iter(_in_weights(evidence)), None)
     if source is None and evidence.audit is None:
-        source = next(iter(evidence.weighed), None)
+        source = next(iter(evidence.weighted), None)
     if source is not None:
         return _answer(question, summary_lines(source.results), "resolved", "no matrix changed")
     if evidence.audit is not None:

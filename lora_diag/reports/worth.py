@@ -50,21 +50,21 @@ class Compressed:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class RejectedOptions:
     """Options shown to be worse by losses, which are not recommended again.
 
     Args:
         trained: The highest trained rank that is significantly worse than a higher rank of a sweep or than the full
             fine-tune; 0 if there is none.
-        cut: The highest rank of the truncated update, or of such an adapter, that keeps too little of the gain; 0 if
-            there is none.
+        truncated_rank: The highest rank of the truncated update, or of an adapter that equals it, that keeps too
+            little of the gain; 0 if there is none.
         more_rank: Whether an adapter of a higher rank is significantly worse than one of a lower rank.
         tuned: Whether the full fine-tune is significantly worse than BASE on every set that is not shifted.
         beaten: Whether an adapter is significantly better than the full fine-tune on every such set.
     """
 
     trained: int = 0
-    cut: int = 0
+    truncated_rank: int = 0
     more_rank: bool = False
     tuned: bool = False
     beaten: bool = False
@@ -78,14 +78,14 @@ def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
             yield source, records
 
 
-def lost(evidence: Evidence) -> Lost:
+def rejected_options(evidence: Evidence) -> RejectedOptions:
     """Return the options that the losses of all runs show to be worse."""
     ranks = {path: {r.rank for r in records if r.rank} for path, records in evidence.adapted.items()}
     uniform = {path: next(iter(found)) for path, found in ranks.items() if len(found) == 1}
-    cut = {path for path, records in evidence.adapted.items() if _is_cut(records)}
+    truncated_adapters = {path for path, records in evidence.adapted.items() if _is_truncation(records)}
     found = contests(evidence)
     worse = {contest.name for contest in found if contest.word == "worse"} & uniform.keys()
-    trained = [uniform[path] for path in worse - cut]
+    trained = [uniform[path] for path in worse - truncated_adapters]
     for source, _ in of(evidence, "sweep"):
         if (sweep := swept_of(source.results)) is not None:
             trained += [one.rank for one in sweep.verdict.standings if one.enough == "no"]
@@ -96,13 +96,15 @@ def lost(evidence: Evidence) -> Lost:
         for rival in choice.rivals
         if rival.worse
     ]
-    return Lost(
+    return RejectedOptions(
         trained=max(trained, default=0),
-        cut=max([*(uniform[path] for path in worse & cut), *_cut_short(evidence)], default=0),
+        truncated_rank=max(
+            [*(uniform[path] for path in worse & truncated_adapters), *_insufficient_ranks(evidence)], default=0
+        ),
         more_rank=any(
             uniform[high] > uniform[low]
             for low, high in pairs
-            if {low, high} <= uniform.keys() and not {low, high} & cut
+            if {low, high} <= uniform.keys() and not {low, high} & truncated_adapters
         ),
         tuned=_tuned_is_worse(evidence),
         beaten=any(
@@ -112,17 +114,17 @@ def lost(evidence: Evidence) -> Lost:
     )
 
 
-def _is_cut(records: Sequence[Residual]) -> bool:
+def _is_truncation(records: Sequence[Residual]) -> bool:
     """Return whether an adapter is the truncated update: no part of ε is due to direction or scale."""
     excess = [record.excess for record in records if record.rank and record.excess is not None]
     return bool(excess) and max(excess) < CUT
 
 
-def _cut_short(evidence: Evidence) -> list[int]:
+def _insufficient_ranks(evidence: Evidence) -> list[int]:
     """Return the ranks at which truncating all layers keeps too little of a significant gain."""
     found = []
-    for _, sets, bases, cut in _truncations(evidence):
-        for record in cut:
+    for _, sets, bases, truncated in _truncations(evidence):
+        for record in truncated:
             if record.rank and record.set in sets and gains(bases.get(record.set)) is not None:
                 found += [record.rank] if record.kept is not None and record.kept < KEPT else []
     return found
@@ -138,14 +140,14 @@ def _tuned_is_worse(evidence: Evidence) -> bool:
 
 def without_matrices(evidence: Evidence) -> float | None:
     """Return the largest fraction of the gain over sets due to norms, biases, embeddings and head."""
-    shares = [
+    fractions = [
         record.kept
-        for source, sets, bases, cut in _truncations(evidence)
-        for record in cut
+        for source, sets, bases, truncated in _truncations(evidence)
+        for record in truncated
         if source.results.run.settings.get("rest") == "tuned" and record.rank == 0 and record.kept is not None
         if record.set in sets and gains(bases.get(record.set)) is not None
     ]
-    return max(shares, default=None)
+    return max(fractions, default=None)
 
 
 def contests(evidence: Evidence) -> list[Contest]:
@@ -166,12 +168,12 @@ def compressed(evidence: Evidence) -> Compressed | None:
     for source, sets, bases, every in _truncations(evidence):
         if any(gains(bases.get(name)) is None for name in sets):
             continue
-        cut = [record for record in every if record.set in sets]
-        zero = [record.kept for record in cut if record.rank == 0 and record.kept is not None]
-        for rank in sorted({record.rank for record in cut if record.rank}):
-            at = tuple(record for record in cut if record.rank == rank)
-            if len(at) == len(sets) and all(record.kept is not None and record.kept >= KEPT for record in at):
-                return Compressed(source, rank, at, max(zero, default=None))
+        truncated = [record for record in every if record.set in sets]
+        zero = [record.kept for record in truncated if record.rank == 0 and record.kept is not None]
+        for rank in sorted({record.rank for record in truncated if record.rank}):
+            at_rank = tuple(record for record in truncated if record.rank == rank)
+            if len(at_rank) == len(sets) and all(record.kept is not None and record.kept >= KEPT for record in at_rank):
+                return Compressed(source, rank, at_rank, max(zero, default=None))
     return None
 
 
@@ -181,6 +183,11 @@ def _truncations(evidence: Evidence) -> Iterator[tuple[Source, list[str], dict[s
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):
             continue
-        together = [record for record in records if record.layer is None and record.module_type is None]
-        bases = {record.set: record for record in together if record.subject == "base"}
-        yield source, main_sets(together), bases, [record for record in together if record.subject == "truncated"]
+        joint = [record for record in records if record.layer is None and record.module_type is None]
+        bases = {record.set: record for record in joint if record.subject == "base"}
+        yield (
+            source,
+            main_sets(joint),
+            bases,
+            [record for record in joint if record.subject == "truncated"],
+        )

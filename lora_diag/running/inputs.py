@@ -89,7 +89,7 @@ def compare(
         pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
         refuse_empty(pairing, before, after)
         described = describe("tuned", after, notes, verify)
-    _refuse_clashes(pairing.deltas)
+    _refuse_duplicate_names(pairing.deltas)
     unpaired = tuple(replace(item, detail=legible(item.detail)) for item in pairing.unpaired)
     inputs = (described,) if before is None else (describe("base", before, verify=verify), described)
     return Comparison(inputs, replace(pairing, unpaired=unpaired))
@@ -106,11 +106,11 @@ def adapter_deltas(
     """
     adapter = open_adapter(locate(path), given)
     deltas = adapter.pair(base, layers, exclude)[0].deltas
-    _refuse_clashes(deltas)
+    _refuse_duplicate_names(deltas)
     return legible(adapter.kind), deltas
 
 
-def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
+def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
     """Refuse two weights with one name: a stack ``w`` holds ``w[0]``, which may also be the name of a tensor.
 
     Raises:

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_diag.adapters.user_alpha import given_alpha
+from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.layers.task import LayerSettings
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Layout
@@ -25,7 +25,7 @@ from lora_diag.running.measuring import (
     without_rank,
 )
 from lora_diag.running.options import LayerOptions, filled, settings, stated_alpha
-from lora_diag.running.progress import Watch
+from lora_diag.running.progress import ProgressReporter
 from lora_diag.version import __version__
 
 L = TypeVar("L", bound=LayerRecord)
@@ -70,7 +70,7 @@ class LayerRun:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
         check_running(self.options["workers"], self.options.get("seed", 0))
-        self.given = given_alpha(self.options)
+        self.given = alpha_option(self.options)
 
     @cached_property
     def where(self) -> Place:
@@ -173,7 +173,7 @@ class LayerRun:
                 lambda: rest(layout, writer.earlier, limited),
                 layout,
                 partial(size, settings=limited),
-                Watch(options["on_progress"], options["on_record"]),
+                ProgressReporter(options["on_progress"], options["on_record"]),
                 options["engine"],
             )
             if finish is not None:

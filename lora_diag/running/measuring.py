@@ -15,7 +15,7 @@ from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter
 from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
 from lora_diag.running.engines.schedule import Sized
-from lora_diag.running.progress import Kept, Progress, Watch
+from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
 
 L = TypeVar("L", bound=LayerRecord)
 T = TypeVar("T", bound=Sized)
@@ -102,7 +102,7 @@ def measure_layers(
     rest: Callable[[], Iterable[LeftOut]],
     layout: Layout,
     size: Callable[[T], int],
-    watch: Watch,
+    watch: ProgressReporter,
     engine: Ray | None = None,
 ) -> Results[L]:
     """Measure the layers that are not in the results file; write and report each record in the order of the file.
@@ -123,7 +123,7 @@ def measure_layers(
     Raises:
         InputError: An input cannot be read, or the file cannot be written.
     """
-    kept = Kept(writer, watch)
+    kept = RunRecords(writer, watch)
     if kept.finished is not None:
         return kept.finished
     measured = {record.layer for record in kept.layers}
@@ -137,7 +137,7 @@ def measure_layers(
 
 
 def _with_progress(
-    measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: Watch
+    measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: ProgressReporter
 ) -> Iterator[Sequence[L | LeftOut]]:
     sizes = [math.prod(task.shape) for task in todo]
     names = [task.layer for task in todo] + [""]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.user_alpha import given_alpha
+from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
@@ -23,7 +23,7 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.measuring import not_paired
 from lora_diag.running.options import ProbeOptions, filled, stated_alpha
-from lora_diag.running.progress import Kept, Watch
+from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
 
@@ -49,7 +49,7 @@ class ProbeRun:
     def __init__(self, command: str, given: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
         self.options: dict[str, Any] = filled(group, given)
-        self.watch = Watch(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
+        self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
         self.batch: int = self.options["batch"]
         for name in ("batch", "max_sequences"):
             if (value := self.options[name]) is not None and value < 1:
@@ -67,7 +67,7 @@ class ProbeRun:
             InputError: A side cannot be read, or the adapter does not fit BASE.
             NothingComparedError: The sides have no weight in common.
         """
-        return compare(base, tuned, verify=self.options["verify"], given=given_alpha(self.options))
+        return compare(base, tuned, verify=self.options["verify"], given=alpha_option(self.options))
 
     def describe(self, stored: Checkpoint) -> RunInput:
         """Return the description of BASE for the run record, if nothing is compared with it."""
@@ -127,7 +127,7 @@ class ProbeRun:
         self,
         inputs: Iterable[RunInput],
         settings: dict[str, Any],
-        measured: Callable[[Kept[Any]], Iterable[LeftOut]],
+        measured: Callable[[RunRecords[Any]], Iterable[LeftOut]],
         grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
         """Measure what an interrupted run did not; nothing if it was finished.
@@ -159,7 +159,7 @@ class ProbeRun:
             settings={**settings, **running, **stated_alpha(options)},
         )
         with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], grows) as writer:
-            kept = Kept(writer, self.watch)
+            kept = RunRecords(writer, self.watch)
             return kept.end(measured(kept)) if kept.finished is None else kept.finished
 
 

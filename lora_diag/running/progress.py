@@ -30,7 +30,7 @@ class Progress:
     entries: int = 0
 
 
-class Watch:
+class ProgressReporter:
     """Callbacks for progress, records and notes.
 
     Args:
@@ -61,7 +61,7 @@ class Watch:
         self.progress(Progress(label, self.done, self.total))
 
 
-class Kept(Generic[L]):
+class RunRecords(Generic[L]):
     """The records of a run; those of an interrupted run come first and are passed on at once.
 
     Args:
@@ -75,7 +75,7 @@ class Kept(Generic[L]):
         records: The records of the run as a whole so far, of any kind.
     """
 
-    def __init__(self, writer: ResultsWriter[L], watch: Watch) -> None:
+    def __init__(self, writer: ResultsWriter[L], watch: ProgressReporter) -> None:
         self._writer, self.watch, self.run = writer, watch, writer.run
         earlier = writer.earlier
         self.finished = earlier if earlier.end is not None else None

@@ -23,7 +23,7 @@ from lora_diag.models.training import Training
 from lora_diag.records import RunInput, WholeRecord
 from lora_diag.running.options import declared
 from lora_diag.running.probing import ProbeRun, counted, described
-from lora_diag.running.progress import Kept, Watch
+from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.running.rates import MOST, beyond, lowest
 
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
@@ -63,7 +63,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class RunPlan:
     """The sequence of a probe's runs and its state.
 
     Args:
@@ -78,10 +78,10 @@ class Walk:
     sets: Sequence[Texts]
     seeds: int
     widen: int
-    kept: Kept[Any]
+    kept: RunRecords[Any]
 
     @property
-    def watch(self) -> Watch:
+    def watch(self) -> ProgressReporter:
         """Callbacks for progress and notes."""
         return self.kept.watch
 
@@ -204,8 +204,10 @@ class Walk:
     def _loss(self, trial: Trial) -> float | None:
         """Return the loss of a run on the first set; None if it diverged or is not finished."""
         fields = {**trial.fields, "set": self.sets[0].name}
-        mine = (r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items()))
-        return next((record.loss for record in mine), None)
+        matching = (
+            r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items())
+        )
+        return next((record.loss for record in matching), None)
 
 
 class TrainRun(ProbeRun):
@@ -281,9 +283,9 @@ class TrainRun(ProbeRun):
             **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
         }
 
-    def walk(self, kept: Kept[Any], seeds: int) -> Walk:
+    def walk(self, kept: RunRecords[Any], seeds: int) -> RunPlan:
         """Return the sequence of runs."""
-        return Walk(self.training, self.sets, seeds, self.options["widen"], kept)
+        return RunPlan(self.training, self.sets, seeds, self.options["widen"], kept)
 
 
 def check_training(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.user_alpha import given_alpha
+from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.decisions.allocate.run import _params_of
 from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.diagnostics.portability.run import portability
@@ -103,7 +103,7 @@ def test_mlx_without_scale(tmp_path, given, scale):
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}])
 def test_alpha_that_scales_nothing_is_refused(options):
     with pytest.raises(UsageError, match="--alpha"):
-        given_alpha(options)
+        alpha_option(options)
 
 
 def test_commands_take_it_and_record_it(tmp_path, loradiag):

@@ -24,7 +24,7 @@ import torch
 from lora_diag.decisions.plan.architectures import weights_of
 from lora_diag.decisions.plan.cost import Speed, between
 from lora_diag.decisions.plan.record import PlanRates
-from lora_diag.linalg.speed import time_few, time_full, time_pass
+from lora_diag.linalg.speed import time_full, time_leading, time_pass
 from lora_diag.running.engines.local import Layout, layout_for
 from lora_diag.running.engines.schedule import REACH, Batch, Room, batches, in_order
 from tests.benchmarks.measure import machine
@@ -85,7 +85,7 @@ def measured() -> Costs:
     """Time the kernels on one core, and the largest eigenvalue problem on two."""
     torch.set_num_threads(1)
     full = {order: min(time_full(order) for _ in range(1 if order > 2048 else 3)) for order in ORDERS}
-    few = {order: min(time_few(order, TOP) for _ in range(2)) / order**2 for order in ORDERS if order >= 1024}
+    few = {order: min(time_leading(order, TOP) for _ in range(2)) / order**2 for order in ORDERS if order >= 1024}
     rates = PlanRates(
         cores=1,
         entry=min(time_pass(2048) for _ in range(3)) / 2048**2,

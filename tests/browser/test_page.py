@@ -10,7 +10,7 @@ import pytest
 
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
-from lora_diag.reports.static import pictures_of
+from lora_diag.reports.static import images_of
 from tests.browser.chromium import Page, find_chromium
 from tests.reports import test_losses as losses
 from tests.reports.making import decay, names, residual, residuals, seven_billion, spectra, spectrum
@@ -33,7 +33,7 @@ def tab(tmp_path_factory):
 def report(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     runs = evidence(*small())
-    path.write_text(html_report(runs, pictures_of(runs), "today"), encoding="utf-8")
+    path.write_text(html_report(runs, images_of(runs), "today"), encoding="utf-8")
     return path
 
 
@@ -308,7 +308,7 @@ def test_losses_lead_page_fit_both_widths_and_load_nothing(tab, tmp_path, also):
     path = tmp_path / "losses.html"
     evil = losses.outputs(sets=("held_out", HOSTILE[1]))
     runs = evidence(*(small() if also else ()), evil, losses.KINDS["sweep"](), losses.KINDS["truncation"]())
-    path.write_text(html_report(runs, pictures_of(runs), "today"), encoding="utf-8")
+    path.write_text(html_report(runs, images_of(runs), "today"), encoding="utf-8")
     for width in (1280, 390):
         tab.size(width, 900, mobile=width < 500)
         if also:
@@ -341,7 +341,7 @@ def test_7b_model_opens_with_little_work(tab, tmp_path):
     """0.4 s of the processor where this was written; held to far more, so that a slow machine does not fail."""
     path = tmp_path / "7b.html"
     runs = evidence(seven_billion())
-    path.write_text(html_report(runs, pictures_of(runs)), encoding="utf-8")
+    path.write_text(html_report(runs, images_of(runs)), encoding="utf-8")
     tab.open(path)
     assert tab.seconds() < 20
     assert len(column(tab, 0)) == 100

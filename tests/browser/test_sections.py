@@ -20,9 +20,9 @@ CAPTIONS = "[...document.querySelectorAll('figcaption .of')].map((e) => e.textCo
 def tab(tmp_path_factory):
     plain = small()[0]
     layers = tuple(r.model_copy(update={"metric": "kfac", "weights_fro": 1.0, "fro": 2 * r.fro}) for r in plain)
-    weighed = spectra(layers, inputs=(("base", "base"), ("tuned", "full_ft"), ("activations", "a.safetensors")))
+    weighted = spectra(layers, inputs=(("base", "base"), ("tuned", "full_ft"), ("activations", "a.safetensors")))
     path = tmp_path_factory.mktemp("report") / "report.html"
-    runs = evidence(plain, weighed, probed("probe fisher"), probed("probe curvature"))
+    runs = evidence(plain, weighted, probed("probe fisher"), probed("probe curvature"))
     path.write_text(html_report(runs), encoding="utf-8")
     with Page(tmp_path_factory.mktemp("profile")) as page:
         page.size(1280)

@@ -188,8 +188,8 @@ def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
     d, x = rng.standard_normal((m, n)), rng.standard_normal((seen, n))
     lower, negative = root(torch.tensor(x.T @ x / seen))
     assert negative < 1e-12
-    weighed = times(Change(None, None, matrix=torch.tensor(d)), lower, on_rows=False)
-    factors = weighed.decompose("exact", vectors=True)
+    weighted = times(Change(None, None, matrix=torch.tensor(d)), lower, on_rows=False)
+    factors = weighted.decompose("exact", vectors=True)
     floor = float((factors.s[rank:] ** 2).sum())
 
     def loss(candidate):
@@ -197,7 +197,7 @@ def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
 
     u = factors.u[:, :rank].numpy()
     assert loss(u @ u.T @ d) == pytest.approx(floor, rel=1e-6, abs=1e-9)
-    assert fro_of(weighed) ** 2 == pytest.approx(loss(np.zeros_like(d)), rel=1e-9)
+    assert fro_of(weighted) ** 2 == pytest.approx(loss(np.zeros_like(d)), rel=1e-9)
     for other in (
         oracles.best_approximation(d, rank),
         rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n)),

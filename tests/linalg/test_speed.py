@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_diag.linalg.speed import DECAY, decaying, time_few, time_full, time_pass
+from lora_diag.linalg.speed import DECAY, decaying, time_full, time_leading, time_pass
 
 pytestmark = pytest.mark.slow
 
@@ -14,7 +14,7 @@ def test_times_grow_with_work():
     assert 0 < min(product for product, _ in small) < large[0]
     assert 0 < min(values for _, values in small) < large[1]
     assert 0 < min(time_pass(64) for _ in range(5)) < time_pass(2048)
-    assert time_few(600, 8) > 0
+    assert time_leading(600, 8) > 0
 
 
 def test_matrix_of_few_values_decays():

@@ -81,8 +81,8 @@ def test_norms_are_named_in_their_metric():
 def test_allocation_says_in_which_metric_its_energy_is():
     allocated = making.results(making.allocations(2), [making.certificate()])
     run = allocated.run.model_copy(update={"settings": {**allocated.run.settings, "metric": "kfac"}})
-    weighed = replace(allocated, run=run)
-    assert "Energy is Σσ² as measured, in K-FAC's metric;" in words(plots.figure("allocation", weighed))
+    weighted = replace(allocated, run=run)
+    assert "Energy is Σσ² as measured, in K-FAC's metric;" in words(plots.figure("allocation", weighted))
     assert "metric" not in words(plots.figure("allocation", allocated))
-    (said,) = certificates(Evidence((Source("a.jsonl", weighed),)))
+    (said,) = certificates(Evidence((Source("a.jsonl", weighted),)))
     assert "of the energy in K-FAC's metric; under" in said[1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lora_diag
 from lora_diag.reports.advice import RULES as STEPS
 from lora_diag.reports.advice import advice
-from lora_diag.reports.evidence import SPOKEN_OF, Evidence, Source, kept_at
+from lora_diag.reports.evidence import MAX_ADAPTERS, Evidence, Source, energy_at
 from lora_diag.reports.findings import RULES, findings
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
@@ -63,7 +63,7 @@ def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
 
 def test_small_rank_that_carries_everything_is_enough():
     (step,) = advice(evidence(model(EASY)))
-    assert (step.rule, step.ranks) == ("enough", (4,))
+    assert (step.rule, step.ranks) == ("sufficient rank", (4,))
     assert_names(step.because, "100%", "28 matrices")
     assert findings(evidence(model(EASY))) == []
 
@@ -75,7 +75,7 @@ def test_enough_is_smallest_rank_keeping_90_percent_per_layer():
 
 
 def test_rank_as_large_as_matrix_is_not_called_enough():
-    assert told(model(flat_to(4, 16))) == ["enough"]  # r=4 of 16
+    assert told(model(flat_to(4, 16))) == ["sufficient rank"]  # r=4 of 16
     assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
 
 
@@ -132,7 +132,7 @@ def test_small_matrices_are_not_asked_to_be_trained_fully():
 def test_in_between_only_loss_can_tell():
     s = flat_to(12, 512)  # C(8) = 0.67, C(16) = 1
     results = model(s, special={"q_proj": flat_to(100, 512)})
-    assert told(model(s)) == ["enough"]
+    assert told(model(s)) == ["sufficient rank"]
     assert told(results) == ["raise rank in named layers"]
     s = decay(512, 0.75)
     kept = np.cumsum(s**2) / np.sum(s**2)
@@ -154,7 +154,7 @@ def test_norms_and_biases_that_moved_ask_for_hybrid():
     assert found.name == "Norm- or bias-heavy update"
     assert "0.45·‖Δ‖" in found.means
     light = vector("model.norm.weight", math.sqrt(total * 0.04))
-    assert told(model(EASY, left_out=[light])) == ["enough"]
+    assert told(model(EASY, left_out=[light])) == ["sufficient rank"]
 
 
 def test_selection_hides_norms_so_nothing_is_said_of_them():
@@ -207,7 +207,7 @@ def test_adapter_is_judged_by_its_own_rank():
     (step,) = advice(evidence(full, short))
     assert step.params == 28 * 8 * 256
     assert_names(step.do, "2 times", "lora")
-    assert told(full, wide) == ["enough"]
+    assert told(full, wide) == ["sufficient rank"]
 
 
 def test_advice_without_spectrum_says_what_to_measure():
@@ -236,8 +236,8 @@ def test_flat_projections_are_found_and_others_not():
 def test_gradients_out_of_reach():
     inside = [overlap(layer, step, 0.3, 0.6) for layer in names(1) for step in (0, 100)]
     assert seen(overlaps(inside)) == []
-    lost = [overlap(names(1)[0], 100, 0.035, 0.25)]
-    (found,) = findings(evidence(overlaps([*inside[:-1], *lost])))
+    rejected_options = [overlap(names(1)[0], 100, 0.035, 0.25)]
+    (found,) = findings(evidence(overlaps([*inside[:-1], *rejected_options])))
     assert found.layers == (names(1)[0],)
     assert_names(found.seen, "0.25", "‖G‖", "0.25")
     early = [overlap(names(1)[0], 0, 0.035, 0.25), overlap(names(1)[0], 100, 0.3, 0.6)]
@@ -319,7 +319,7 @@ def test_kept_is_share_of_energy(values, rank):
     s = np.sort(np.array(values))[::-1]
     record = spectrum("x", s)
     wanted = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
-    assert kept_at(record, rank) == pytest.approx(wanted, rel=1e-12)
+    assert energy_at(record, rank) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ def test_advice_ignores_adapters_that_larger_one_replaces():
     small = [residual(n, 4, 0.3, adapter="small") for n in layers]
     large = [residual(n, 16, 1.0, adapter="large") for n in layers]
     assert told(full, residuals(small)) == ["raise rank everywhere"]
-    assert told(full, residuals([*small, *large])) == told(full, residuals(large)) == ["enough"]
+    assert told(full, residuals([*small, *large])) == told(full, residuals(large)) == ["sufficient rank"]
     # Two halves are one whole: what one adapter leaves alone another adapts.
     halves = [residual(n, 8 if ("mlp" in n) == (name == "mlp") else 0, 0.95, adapter=name)
               for name in ("mlp", "attention") for n in layers]  # fmt: skip
@@ -399,5 +399,5 @@ def test_unfinished_run_is_announced_first_and_supports_no_step():
 def test_many_adapters_are_cut_and_counted():
     records = [residual(n, 4, 0.3, adapter=f"a{i}") for i in range(12) for n in names(1)]
     told = subject_of(evidence(residuals(records)))
-    assert told.silent == 12 - SPOKEN_OF
+    assert told.silent == 12 - MAX_ADAPTERS
     assert_names(markdown_report(evidence(residuals(records))), "4 more", "adapters")

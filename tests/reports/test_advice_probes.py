@@ -79,7 +79,7 @@ def test_gaining_units_are_named_and_certain_losers_omitted():
     assert step.layers == tuple(UNITS[:3])
     assert step.command == "loradiag spectrum 'my base' full_ft -o spectrum.jsonl"
     steps = advice(evidence(model(), sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])))
-    assert [step.rule for step in steps] == ["place by gain", "enough"]  # weights have their own last word
+    assert [step.rule for step in steps] == ["place by gain", "sufficient rank"]  # weights have their own last word
     assert steps[0].params == 8 * sum(sum(record.shape) for record in model())
     spend = f"loradiag allocate spectrum.jsonl --params {steps[0].params} --layer-weights 'probe sensitivity.jsonl'"
     assert steps[0].command == f"{spend} -o adapter_config.json"
@@ -154,14 +154,14 @@ def test_two_orders_without_measured_cost_ask_for_one():
 
 def test_bound_far_above_what_it_bounds_chooses_no_rank():
     (step,) = advice(evidence(bounds(700.0)))
-    assert step.rule == "mind the bound"
+    assert step.rule == "loose loss bound"
     assert_names(step.because, "own", 700, "700 times", "r=1", "r=4", "r=16")
     assert (
         step.command == "loradiag probe truncation 'my base' full_ft --eval own.txt --ranks 1,4,16 -o truncation.jsonl"
     )
     assert told(bounds(20.0)) == []
     assert told(bounds(700.0, error=0.6)) == []  # the gap itself is noise
-    assert "mind the bound" not in told(bounds(700.0), truncation({4: 0.5}))
+    assert "loose loss bound" not in told(bounds(700.0), truncation({4: 0.5}))
     far, near = bounds(700.0).whole, bounds(20.0).whole
     assert told(run("probe curvature", [*far[:2], near[2]])) == []  # at one rank it says something
     early = [record.model_copy(update={"along": 0.1}) for record in far]

@@ -16,7 +16,7 @@ from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.metrics.thinning import thinned_ranks
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import PLAIN_ROWS, _some, html_report
-from lora_diag.reports.static import pictures_of
+from lora_diag.reports.static import images_of
 from lora_diag.reports.subject import labels
 from tests.messages import assert_names
 from tests.reports.making import (
@@ -153,7 +153,7 @@ def test_html_hostile_names_stay_text():
         overlaps([overlap(n, 0, 0.01, 0.2) for n in layers]),
     )
     sources = (Source(name, run, name) for name, run in zip(itertools.cycle(HOSTILE), runs, strict=False))
-    page = html_report(Evidence(tuple(sources)), pictures_of(evidence(runs[0], runs[-1])), "now")
+    page = html_report(Evidence(tuple(sources)), images_of(evidence(runs[0], runs[-1])), "now")
     found = Elements(page)
     tags = {tag for tag, _ in found.seen}
     assert tags <= {tag for tag, _ in plain.seen} | {"img", "figure", "figcaption"}
@@ -215,7 +215,7 @@ def test_7b_model_is_made_quickly_and_stays_small(tmp_path):
     results = seven_billion()
     runs = evidence(results)
     begun = time.process_time()
-    page = html_report(runs, pictures_of(runs))
+    page = html_report(runs, images_of(runs))
     assert time.process_time() - begun < 100
     assert len(page.encode()) < 8e6
     data = embedded(page)

@@ -198,7 +198,7 @@ def test_sweep_without_rank_leaves_ranks_to_weights():
 def test_shifted_set_is_asked_apart():
     losses = {4: 1.1, 8: 1.099, 16: 1.098}
     worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
-    assert [step.rule for step in worse] == ["sweep: fast saturation", "mind the shift"]
+    assert [step.rule for step in worse] == ["sweep: fast saturation", "shifted set"]
     assert "Least at r=4, by 0.2 nats" in worse[1].because
     assert "--data MIXED_TEXT --eval own.txt --ranks 4,8,16" in worse[1].command
     more = advice(evidence(sweep(losses, own=2.0, shifted={4: 1.5, 8: 1.3, 16: 1.1})))

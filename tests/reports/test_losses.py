@@ -11,7 +11,7 @@ from lora_diag.catalog import features
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.static import pictures_of
+from lora_diag.reports.static import images_of
 from lora_diag.reports.tabular import to_csv, to_parquet
 from tests.messages import assert_names
 from tests.plots import making
@@ -79,7 +79,7 @@ MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size
 def test_losses_lead_in_any_mix(mix, also):
     runs = evidence(*(small() if also else ()), *(KINDS[name]() for name in mix))
     drawn = len(mix) == 1 and (not also or mix == ("outputs",))
-    page, text = html_report(runs, pictures_of(runs) if drawn else [], "now"), markdown_report(runs)
+    page, text = html_report(runs, images_of(runs) if drawn else [], "now"), markdown_report(runs)
     for shown in (" ".join(Elements(page).words), text):
         asked = [question for question in QUESTIONS.values() if question in shown]
         assert asked == [QUESTIONS[name] for name in KINDS if name in mix]
@@ -153,7 +153,7 @@ def test_hostile_names_of_sets_and_adapters_stay_text():
         run("probe sweep", making.swept(sets=HOSTILE[3:5])),
         run("probe truncation", making.truncated(sets=HOSTILE)),
     )
-    seen = Elements(html_report(runs, pictures_of(runs)))
+    seen = Elements(html_report(runs, images_of(runs)))
     assert not {"b", "a"} & {tag for tag, a in seen.seen if "href" in a and "x.example" in a["href"]}
     assert sum(tag == "script" for tag, _ in seen.seen) == 1  # no layers: the one that sorts the tables
     assert not [a for tag, a in seen.seen if "onerror" in a]

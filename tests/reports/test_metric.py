@@ -22,7 +22,7 @@ def plain(power: float = 0.3):
     return spectra([*(spectrum(n, decay(128, power)) for n in names(2)), head], [vector("model.norm.weight", 90.0)])
 
 
-def weighed(metric: str = "data", power: float = 0.3):
+def weighted(metric: str = "data", power: float = 0.3):
     run = plain(power)
     layers = tuple(record.model_copy(update={"metric": metric, "weights_fro": 1.0}) for record in run.layers)
     return spectra(layers, run.left_out, INPUTS)
@@ -31,20 +31,20 @@ def weighed(metric: str = "data", power: float = 0.3):
 def test_rules_on_weights_do_not_speak_of_another_metric():
     assert advice(evidence(plain()))
     assert findings(evidence(plain()))
-    assert advice(evidence(weighed())) == []
-    assert findings(evidence(weighed())) == []
+    assert advice(evidence(weighted())) == []
+    assert findings(evidence(weighted())) == []
     command = "loradiag spectrum base 'full ft' -o spectrum.jsonl"
-    assert command in [how for _, how in evidence(weighed()).missing()]
-    assert f"`{command}`" in markdown_report(evidence(weighed()))
+    assert command in [how for _, how in evidence(weighted()).missing()]
+    assert f"`{command}`" in markdown_report(evidence(weighted()))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_with_both_each_is_evidence_of_its_own(order):
-    runs = [plain(), weighed("kfac", power=3.0)]
+    runs = [plain(), weighted("kfac", power=3.0)]
     both = evidence(*(runs[i] for i in order))
     assert both.update is not None
     assert both.update.results is runs[0]
-    assert [source.results for source in both.weighed] == [runs[1]]
+    assert [source.results for source in both.weighted] == [runs[1]]
     assert [step.because for step in advice(both)] == [step.because for step in advice(evidence(plain()))]
     in_weights, in_metric, resolved, _ = subject_of(both).answers
     assert in_weights.says.startswith("no")
@@ -55,16 +55,18 @@ def test_with_both_each_is_evidence_of_its_own(order):
 
 def test_adapter_that_was_measured_still_testifies():
     audit = residuals([residual(n, 8, 0.3) for n in names(2)])
-    assert [step.rule for step in advice(evidence(weighed(), audit))] == [step.rule for step in advice(evidence(audit))]
+    assert [step.rule for step in advice(evidence(weighted(), audit))] == [
+        step.rule for step in advice(evidence(audit))
+    ]
 
 
 @pytest.mark.parametrize(("metric", "norms"), [("data", "‖ΔW·C^½‖/‖W·C^½‖"), ("kfac", "‖G^½·ΔW·C^½‖/‖G^½·W·C^½‖")])
 def test_headings_captions_and_curves_name_metric(metric, norms):
-    told = markdown_report(evidence(weighed(metric)))
+    told = markdown_report(evidence(weighted(metric)))
     assert f"| {_text(norms)} " in told
     assert "‖ΔW‖/‖W‖" not in told
     assert "whole change" not in told
-    page = html_report(evidence(weighed(metric)))
+    page = html_report(evidence(weighted(metric)))
     of = norms.partition("/")[0].strip("‖")
     assert f'Singular values σ<sub>i</sub> of <span class="of">{of}</span>; dotted' in page
     assert "Failure modes" not in page

@@ -10,7 +10,7 @@ from lora_diag.reports.answers import losses
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.sections import sections_of
-from lora_diag.reports.static import pictures_of
+from lora_diag.reports.static import images_of
 from lora_diag.reports.subject import subject_of
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence
@@ -66,7 +66,7 @@ def cells(page):
 @pytest.mark.parametrize("command", MORE)
 def test_each_probe_has_tables_and_statements_in_both_formats(command):
     runs = evidence(probed(command))
-    page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
+    page, text = html_report(runs, images_of(runs)), markdown_report(runs)
     section = page[page.index('<section class="several"') : page.index('<h2 id="runs">')]
     assert "<pre" not in section
     assert section.count("<table") >= 1
@@ -121,7 +121,7 @@ def test_numbers_are_those_of_records():
 def test_hostile_names_stay_text(command):
     for name in HOSTILE[::3]:
         runs = evidence(probed(command, name, name))
-        page = html_report(runs, pictures_of(runs))
+        page = html_report(runs, images_of(runs))
         seen = Elements(page)
         assert sum(tag == "script" for tag, _ in seen.seen) == 1
         assert not {"b", "a"} & {tag for tag, a in seen.seen if "x.example" in a.get("href", "")}
@@ -143,8 +143,8 @@ def test_unfinished_run_is_shown_as_far_as_it_got(command):
 def test_all_runs_diverged_is_stated(command):
     """It was called a run that is not finished, and of a sweep the lowest loss was at r=None."""
     whole = run(command, making.swept()) if command == "probe sweep" else probed(command)
-    lost = {"loss": None, "gain": None} if command == "probe sensitivity" else {"loss": None}
-    records = [r.model_copy(update=lost) if getattr(r, "lr", None) else r for r in whole.whole]
+    rejected_options = {"loss": None, "gain": None} if command == "probe sensitivity" else {"loss": None}
+    records = [r.model_copy(update=rejected_options) if getattr(r, "lr", None) else r for r in whole.whole]
     said = markdown_report(evidence(type(whole)(whole.run, (), (), whole.end, tuple(records))))
     assert "finite loss" in said
     assert "not measured yet" not in said

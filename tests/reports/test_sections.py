@@ -17,7 +17,7 @@ from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.static import pictures_of
+from lora_diag.reports.static import images_of
 from lora_diag.reports.tabular import to_csv
 from tests.conftest import ROOT
 from tests.diagnostics.verify_merge.test_summary import RIGHT
@@ -99,7 +99,7 @@ MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size
 def test_any_mix_has_page_text_and_table(mix, also):
     runs = evidence(*(KINDS[name]() for name in mix), *(small() if also else ()))
     drawn = not also or len(mix) == len(KINDS)
-    page = html_report(runs, pictures_of(runs) if drawn else [], "now")
+    page = html_report(runs, images_of(runs) if drawn else [], "now")
     text = markdown_report(runs)
     for said in (Elements(page).words, [text]):
         shown = " ".join(said)
@@ -115,7 +115,7 @@ def test_any_mix_has_page_text_and_table(mix, also):
 
 
 def test_section_has_terminal_lines_and_keeps_figures():
-    page = html_report(evidence(interference()), pictures_of(evidence(interference())))
+    page = html_report(evidence(interference()), images_of(evidence(interference())))
     shown = " ".join(Elements(page).words)
     assert_names(shown, "90%", "Σr = 15", "0.625", 24)
     body = page[: page.index('<div class="static-figures">')]
@@ -140,8 +140,9 @@ def test_fleet_page_lists_outliers_and_duplicates_and_no_layers():
 
 def test_answers_of_two_such_runs_name_their_run():
     text = markdown_report(evidence(interference(), interference(("runs/x", "runs/y"))))
-    assert re.findall(r"^- .*: (.* \+ .*)$", text, re.M) == ["sql + chat"] * 2 + ["x + y"] * 2
-    assert not re.findall(r"^- .*: .* \+ .*$", markdown_report(evidence(interference(), fleet())), re.M)
+    assert text.count("updates: sql + chat\n") == 2
+    assert "updates: x + y\n" in text
+    assert "updates: sql + chat\n" not in markdown_report(evidence(interference(), fleet()))
 
 
 def test_thousand_adapters_are_not_thousand_lines():
@@ -152,7 +153,7 @@ def test_thousand_adapters_are_not_thousand_lines():
         [making.adapter(name, float(rng.uniform(0.9, 1.1)), 0.2, sketch=rng.normal(size=64)) for name in names],
         *(("adapter", name) for name in names),
     )
-    page = html_report(evidence(many), pictures_of(evidence(many)))
+    page = html_report(evidence(many), images_of(evidence(many)))
     assert "and 980 more" in page
     assert len(page) < 3e6
     assert len(markdown_report(evidence(many))) < 10_000
@@ -162,7 +163,7 @@ def test_thousand_adapters_are_not_thousand_lines():
 def plain():
     """The elements of a page whose names are not hostile."""
     runs = evidence(interference(), intruders(), fleet(), *small())
-    return Elements(html_report(runs, pictures_of(evidence(*small())))).seen
+    return Elements(html_report(runs, images_of(evidence(*small())))).seen
 
 
 def test_several_hostile_names_stay_text(plain):
@@ -175,7 +176,7 @@ def test_several_hostile_names_stay_text(plain):
     )
     sources = zip(itertools.cycle(HOSTILE), runs, strict=False)
     hostile = Evidence(tuple(Source(name, item) for name, item in sources))
-    page = html_report(hostile, pictures_of(hostile), "now")
+    page = html_report(hostile, images_of(hostile), "now")
     found = Elements(page)
     assert {tag for tag, _ in found.seen} <= {tag for tag, _ in plain} | {"br"}
     scripts = [tag for tag, _ in plain if tag == "script"]
@@ -199,7 +200,7 @@ def merged(*statuses):
 
 def test_merge_comes_first_and_one_wrong_layer_decides():
     runs = evidence(merged("ok", "dropped", "ok"))
-    page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
+    page, text = html_report(runs, images_of(runs)), markdown_report(runs)
     for said in (" ".join(Elements(page).words), text):
         assert_names(said, *questions("verify-merge"), "no", "1 of 3", "ΔW")
         assert_names(said, "a in m")

@@ -12,7 +12,7 @@ from lora_diag.rendering.statements import say, summary_of
 from lora_diag.rendering.text import to_text
 from lora_diag.reports.advice import advice
 from lora_diag.reports.findings import findings
-from lora_diag.reports.worth import lost
+from lora_diag.reports.worth import rejected_options
 from tests.reports.making import MLP, TYPES, decay, flat_to, names, residual, residuals, spectra, spectrum, vector
 from tests.reports.test_advice import EASY, FLAT, evidence, model
 from tests.reports.test_advice_probes import adapter, bounds, fisher, intrinsic, sensitivity
@@ -24,7 +24,7 @@ COST = list(range(1, 13))
 SHORT = residuals([residual(n, 4, kept=1 / 3) for n in names(4)])
 HEAVY = vector("n", 1e3)
 SITUATIONS = {
-    "enough": (model(EASY),),
+    "sufficient rank": (model(EASY),),
     "full": (model(FLAT),),
     "partial": (model(EASY, special={"mlp.down_proj": FLAT}),),
     "everywhere": (model(flat_to(40, 512)),),
@@ -145,7 +145,7 @@ def test_no_step_advises_rank_that_losses_measured_as_worse():
     assert min(steps["close the gap"].ranks) == 16
     # A sweep in which r=8 is shown not to be enough.
     swept = sweep({4: 1.5, 8: 1.4, 16: 1.1, 32: 1.1})
-    assert lost(evidence(swept)).trained == 8
+    assert rejected_options(evidence(swept)).trained == 8
     assert min(next(step for step in advice(evidence(both, measured, swept))).ranks) > 8
 
 
@@ -185,7 +185,7 @@ def test_placement_leaves_out_what_is_measured_to_gain_nothing():
 
 def test_fine_tune_worse_than_base_is_not_imitated():
     rules = [step.rule for step in advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.1}, base=0.5)))]
-    assert rules[0] == "distrust the fine-tune"
+    assert rules[0] == "fine-tune worse than BASE"
     assert not any(rule.startswith("raise rank") for rule in rules)
 
 

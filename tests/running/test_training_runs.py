@@ -9,8 +9,8 @@ from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.training import Training
 from lora_diag.records import Probe, ResultsWriter, Run
-from lora_diag.running.progress import Kept, Watch
-from lora_diag.running.training_runs import Arm, Trial, Walk, check_training
+from lora_diag.running.progress import ProgressReporter, RunRecords
+from lora_diag.running.training_runs import Arm, RunPlan, Trial, check_training
 
 HELD = Texts("held", "held.txt", (), "0", "text")
 
@@ -26,9 +26,9 @@ class Case:
     def __init__(self, best, widen, seeds=2, stop_after=None):
         self.best, self.ran, self.stop_after, self.ticks = best, [], stop_after, []
         run = Run(command="probe sweep", version="0", inputs=(), settings={})
-        watch = Watch(lambda event: self.ticks.append((event.label, event.done, event.total)))
-        kept = Kept(ResultsWriter(None, run, False), watch)
-        self.walk = Walk(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
+        watch = ProgressReporter(lambda event: self.ticks.append((event.label, event.done, event.total)))
+        kept = RunRecords(ResultsWriter(None, run, False), watch)
+        self.walk = RunPlan(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
 
     def arm(self, rates):
         return Arm(tuple(self.best), rates, self.trial)

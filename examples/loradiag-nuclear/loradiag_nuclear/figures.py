@@ -4,7 +4,7 @@ from collections import Counter
 
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.ranked import Row, figure_of
-from lora_diag.rendering.figures.sheet import Words
+from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import category
 
 
@@ -18,5 +18,5 @@ def figure(series, look, options):
         total = sum(blocks.values()) or 1.0
         rows = [Row(f"block {block}", part / total, None, category(number)) for block, part in blocks.items()]
         panels.append((one.label, rows))
-    words = Words("Where the nuclear norm of the update is", "share of Σσ over all layers")
+    words = FigureText("Where the nuclear norm of the update is", "share of Σσ over all layers")
     return figure_of(panels, "share of the nuclear norm", words, look)

@@ -21,7 +21,7 @@ from lora_diag.decisions.allocate.candidates import Constraints, Unit, split, un
 from lora_diag.decisions.allocate.heads import head_of, heads_to_save, size_of
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate, Method
 from lora_diag.decisions.allocate.record import Unit as BudgetUnit
-from lora_diag.decisions.allocate.spending import Floats, Ints, Spent, Steps, make_steps, spend
+from lora_diag.decisions.allocate.spending import BudgetedRanks, Floats, Ints, Steps, make_steps, spend
 from lora_diag.decisions.targets import compiled
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
@@ -165,7 +165,7 @@ def _reserve(saved: Sequence[LeftOut], budget: Budget) -> int:
     return size
 
 
-def _follow(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: Spent) -> Spent:
+def _follow(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
     """Return the ranks of another rule, with the bound for all ranks.
 
     Raises:
@@ -174,7 +174,7 @@ def _follow(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, bes
     if not rule.ranks.any():
         raise UsageError(f"{budget.option}: too small for the first rank of the {rule.name}; raise it")
     gain = _energy(parts, rule.ranks) - _energy(parts, steps.start)
-    return Spent(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
+    return BudgetedRanks(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
 
 
 def _steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
@@ -215,14 +215,14 @@ def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
 
 def _choose(
     parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int, reserved: int
-) -> tuple[Spent, int]:
+) -> tuple[BudgetedRanks, int]:
     """Return the ranks, and the budget for steps above the starting ranks."""
     if budget.unit == "energy":
         ranks = energy_ranks(parts, every, budget.amount)
         left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
         best = spend(steps, left)
         gain = _energy(parts, ranks) - _energy(parts, steps.start)
-        return Spent(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
+        return BudgetedRanks(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
     left = budget.whole - reserved - fixed
     of = f"the {_amount(budget, budget.whole - reserved)} that remain after the heads" if reserved else "the budget"
     if left < 0:
@@ -287,7 +287,7 @@ def _certificate(
     steps: Steps,
     budget: Budget,
     taken: tuple[int, int],
-    chosen: Spent,
+    chosen: BudgetedRanks,
     found: Sequence[Rule],
 ) -> Certificate:
     """Return the certificate of ranks; ``taken``: cost of starting ranks and heads, and the parameters of the heads."""
@@ -351,14 +351,14 @@ def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
     """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
     total = math.fsum(member.fro**2 for part in parts for member in part.members)
     lost = math.fsum(
-        _least_lost(member, curve, rank)
+        _lost_energy_bound(member, curve, rank)
         for part, rank in zip(parts, ranks.tolist(), strict=True)
         for member, curve in zip(part.members, part.curves, strict=True)
     )
     return math.sqrt(lost / total)
 
 
-def _least_lost(member: Spectrum, curve: Floats, rank: int) -> float:
+def _lost_energy_bound(member: Spectrum, curve: Floats, rank: int) -> float:
     """Return a lower bound on Σ_{i>rank}σ_i²; missing values are at most the last kept value."""
     error = member.fro**2 * member.energy_error
     lost = member.fro**2 * (1.0 - _kept(curve, rank)) - error

@@ -42,7 +42,7 @@ def allocate(
     *,
     given: AllocateOptions,
     config: ConfigOptions,
-    policies: Annotated[bool, options.spelled("policies", Option(False, "Use rank-rules.", hidden=True))] = False,
+    policies: Annotated[bool, options.typer_option("policies", Option(False, "Use rank-rules.", hidden=True))] = False,
     shown: options.Rows,
 ) -> None:
     """Ranks that keep the most energy within a budget.
@@ -91,7 +91,7 @@ def allocate(
 def rank_rules(
     results: options.ResultsFile,
     *,
-    allow_unfinished: Annotated[bool, options.spelled("allow_unfinished", UNFINISHED)] = False,
+    allow_unfinished: Annotated[bool, options.typer_option("allow_unfinished", UNFINISHED)] = False,
     shown: options.Rows,
 ) -> None:
     """Ranks of each layer by several rules, without a budget.
@@ -124,7 +124,7 @@ def _next(allocation: Results[Allocation], output: Path | None, check: Path | No
     if output.suffix == ".json":
         return "rename it to adapter_config.json, the only name that PEFT reads"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]
-    weighed = [side.path for side in allocation.run.inputs if side.role == "activations"]
-    metric = [word for path in weighed for word in ("--activations", path)]
+    weighted = [side.path for side in allocation.run.inputs if side.role == "activations"]
+    metric = [word for path in weighted for word in ("--activations", path)]
     metric += ["--kfac"] if allocation.run.settings.get("metric") == "kfac" else []
     return shlex.join(["loradiag", "extract", *paths, "--allocation", str(output), *metric, "-o", "adapter"])

@@ -17,7 +17,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cut, name_of, width_of
 
@@ -78,17 +78,17 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
     drawn = [slots(one.records, options.per, types) for one in series]
-    words = _words(series, drawn, alike, len(certificates) - len(alike), look)
+    words = _texts(series, drawn, alike, len(certificates) - len(alike), look)
     inches = look.width - 6 * look.text / 72
-    everything = list({slot.name: slot for part in drawn for slot in part}.values())
-    heights = [1.3 * look.panel + label_height(everything, inches, look.ticks)]
+    all_records = list({slot.name: slot for part in drawn for slot in part}.values())
+    heights = [1.3 * look.panel + label_height(all_records, inches, look.ticks)]
     if alike:
         bars = (len(alike[0].baselines) + 1) * 1.6 * look.text / 72
         heights.append((1.3 * look.panel if len(alike) > 1 else bars) + 3.5 * look.text / 72)
     panel = sum(heights) / len(heights)
     figure, axes = sheet(look, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
     _ranks(axes[0], drawn, look)
-    slot_axis(axes[0], everything, inches, look.ticks)
+    slot_axis(axes[0], all_records, inches, look.ticks)
     axes[0].set_ylabel("rank r")
     if alike:
         _kept(axes[1], alike, look, inches)
@@ -198,13 +198,13 @@ def _budget_keys(certificates: Sequence[Certificate], look: Look | None) -> tupl
     return Key(kept, "kept by the allocation"), Key(uniform, "kept by the uniform rule"), bound
 
 
-def _words(
+def _texts(
     series: Sequence[Series[Any]],
     drawn: Sequence[Sequence[Slot[Allocation]]],
     certificates: Sequence[Certificate],
     missing: int,
     look: Look,
-) -> Words:
+) -> FigureText:
     keys: list[Key] = []
     if len(series) == 1:
         keys.append(Key(Patch(facecolor=BARS), "rank allocated"))
@@ -232,7 +232,7 @@ def _words(
         notes.append(
             f"Not drawn: {missing} {'certificate' if missing == 1 else 'certificates'} with a budget in another unit."
         )
-    return Words(
+    return FigureText(
         "Allocation: rank r by layer, and the energy kept",
         about,
         (" ".join(notes),),

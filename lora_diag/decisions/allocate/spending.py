@@ -54,7 +54,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Spent:
+class BudgetedRanks:
     """Ranks within a budget.
 
     Args:
@@ -99,7 +99,7 @@ def make_steps(curves: Sequence[Floats], costs: Sequence[int], starts: Sequence[
     )
 
 
-def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
+def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
     """Choose steps within a budget.
 
     Args:
@@ -123,7 +123,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
     taken = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     if fitting == len(order):
         gain = math.fsum(steps.gain[order])
-        return Spent(_ranks(steps, taken), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
+        return BudgetedRanks(_ranks(steps, taken), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
     left = budget - int(total[fitting - 1] if fitting else 0)
     next_step = order[fitting]
     price = float(steps.gain[next_step] / steps.cost[next_step])
@@ -132,7 +132,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
     choice = _best_of(steps, taken, budget) if exact else taken
     chosen = _chosen(steps, choice)
     gain = math.fsum(steps.gain[chosen])
-    return Spent(
+    return BudgetedRanks(
         ranks=_ranks(steps, choice),
         gain=gain,
         cost=int(steps.cost[chosen].sum()),

@@ -16,7 +16,7 @@ from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import named, number, percent, safe, short, span, strip
 
 # Differences of energy fractions below these are called "no gain" and "a small gain"; the value is printed, too.
-_HARDLY, _SMALL = 0.005, 0.02
+_NEGLIGIBLE, _SMALL = 0.005, 0.02
 
 # Maximum number of layers named in a statement.
 _NAMED = 3
@@ -207,7 +207,13 @@ def _against(baseline: Baseline, allocated: str) -> str:
         return f"{baseline.name}: no rank of this rule fits the budget"
     gain = baseline.equal - baseline.kept
     size = (
-        ", no gain" if gain <= 0 else ", hardly a gain" if gain < _HARDLY else ", a small gain" if gain < _SMALL else ""
+        ", no gain"
+        if gain <= 0
+        else ", hardly a gain"
+        if gain < _NEGLIGIBLE
+        else ", a small gain"
+        if gain < _SMALL
+        else ""
     )
     text = (
         f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} at the "

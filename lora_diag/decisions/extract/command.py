@@ -20,7 +20,7 @@ def extract(
     base: options.Base,
     tuned: options.Tuned,
     *,
-    output: Annotated[Path | None, options.spelled("output", _OUTPUT)] = None,
+    output: Annotated[Path | None, options.typer_option("output", _OUTPUT)] = None,
     given: ExtractOptions,
     shown: options.Rows,
 ) -> None:

@@ -48,7 +48,7 @@ class Plan:
 
     def notes(self) -> tuple[str, ...]:
         """Return notes for users of the adapter."""
-        untried = self.model.type and self.model.type not in TRIED_MODELS and not self.model.names_are_told
+        untried = self.model.type and self.model.type not in TRIED_MODELS and not self.model.has_names_in_memory
         note = (
             f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
             "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "

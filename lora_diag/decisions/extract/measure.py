@@ -17,7 +17,7 @@ from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.errors import InputError
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.metric import Weighed, Weighting, extra, fro_of, times, weigh
+from lora_diag.layers.metric import Weighted, Weighting, extra, fro_of, times, weigh
 from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
@@ -138,21 +138,21 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     change = load_change(layer.delta, device, allowance=_allowance(layer, settings))
     if change.non_finite is not None:
         return not_finite(layer.delta, change)
-    weighed = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
+    weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
     files, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
         change, hidden = _before_rounding(change, layer.delta, settings, device)
-    best, seen = _decompose(change if weighed is None else weighed.change, layer, settings, weighed, hidden)
+    best, seen = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
     if not math.isfinite(best.fro):
         return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
-        return _without_factors(layer, change, best.fro if weighed is None else weighed.plain_fro, best.fro)
+        return _without_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
     plain = found = best
     if change is not files:
         seen = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
-    if weighed is not None:
-        found = _projected(change, best, rank, weighed)
+    if weighted is not None:
+        found = _projected(change, best, rank, weighted)
         plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
     curve = _curve(plain, rank)
     b, a = store(
@@ -184,7 +184,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         blocks=change.row_blocks,
         resolution=resolution(files.rounding, seen),
         hidden=hidden,
-        data=None if weighed is None else _on_data(weighed, best, rank, (b.to(device), a.to(device)), layer),
+        data=None if weighted is None else _on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
     )
 
 
@@ -209,17 +209,17 @@ def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
     return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
 
 
-def _projected(change: Change, best: Factors, rank: int, weighed: Weighed) -> Factors:
+def _projected(change: Change, best: Factors, rank: int, weighted: Weighted) -> Factors:
     """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ if C belongs to the rows.
 
     With K·Kᵀ = G on the other side, of K^{-T}U_rU_rᵀKᵀΔW, or of ΔW·K·V_rV_rᵀK^{-1}.
     """
     assert best.u is not None
     assert best.vh is not None
-    on_rows = weighed.roots[0].on_rows
+    on_rows = weighted.roots[0].on_rows
     vectors = best.vh[:rank].T if on_rows else best.u[:, :rank]
     inside = outside = vectors
-    for k in weighed.roots[1:]:
+    for k in weighted.roots[1:]:
         inside, outside = k.lower @ vectors, k.inverse @ vectors
     if change.factors is not None:
         left, right = (factor.to(torch.float64) for factor in change.factors)
@@ -233,26 +233,26 @@ def _projected(change: Change, best: Factors, rank: int, weighed: Weighed) -> Fa
     return decompose_factored(outside, outer if right is None else outer @ right, vectors=True)
 
 
-def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
+def _on_data(weighted: Weighted, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
     """Return the error of the stored factors in the data metric."""
     kept = float(_curve(best, rank)[-1])
     written = Change(None, None, factors=factors)
-    for root in weighed.roots:
+    for root in weighted.roots:
         written = times(written, root.lower, root.on_rows)
     stored = written.factors
     assert stored is not None
     return OnData(
-        metric="data" if len(weighed.roots) == 1 else "kfac",
+        metric="data" if len(weighted.roots) == 1 else "kfac",
         fro=best.fro,
         kept=kept,
-        energy_error=min(1.0, best.energy_error + weighed.error),
-        epsilon=_gap(weighed.change, *stored, layer.shape) / best.fro,
+        energy_error=min(1.0, best.energy_error + weighted.error),
+        epsilon=_gap(weighted.change, *stored, layer.shape) / best.fro,
         epsilon_min=math.sqrt(1 - kept),
     )
 
 
 def _decompose(
-    change: Change, layer: Layer, settings: ExtractionSettings, weighed: Weighed | None, hidden: Hidden | None
+    change: Change, layer: Layer, settings: ExtractionSettings, weighted: Weighted | None, hidden: Hidden | None
 ) -> tuple[Factors, Factors]:
     """Return the kept singular values and vectors, and all values that determine their number."""
     limit = min(layer.shape)
@@ -268,7 +268,7 @@ def _decompose(
     elif every.fro > 0 and layer.rank.energy is not None:
         rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
     elif every.fro > 0:
-        gains = weighed.gains if weighed is not None else None
+        gains = weighted.gains if weighted is not None else None
         signal = resolution(change.rounding, every, gains).signal_rank
         rank = len(every.s) if signal is None else signal
     return _vectors(change, rank, settings, every), every

@@ -92,7 +92,7 @@ class Extraction(LayerRecord):
             axis="energy fraction kept",
             share=True,
             main=True,
-            pool=lambda records: pooled_kept(records),
+            pool=lambda records: pooled_energy(records),
             form="percent",
         ),
         Shown(
@@ -202,7 +202,7 @@ def pooled_data(records: Sequence[Extraction], field: Literal["epsilon", "least_
     return math.hypot(*(getattr(data, field) * data.fro for data in found)) / total if total else None
 
 
-def pooled_kept(records: Sequence[Extraction]) -> float:
+def pooled_energy(records: Sequence[Extraction]) -> float:
     """Return the pooled energy fraction kept of several layers."""
     total = math.fsum(record.fro**2 for record in records)
     return min(1.0, math.fsum(record.retained * record.fro**2 for record in records) / total)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_kept
+from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.lines import REASONS, subject, within
@@ -89,7 +89,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
         "|---|---:|---:|---:|---:|---:|",
     ]
     table += [
-        f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | {percent(pooled_kept(group))} | "
+        f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | {percent(pooled_energy(group))} | "
         f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
         for name, group in rows_of(results, "type")
     ]
@@ -111,7 +111,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             "",
             f"The {_what(results)} of ΔW = W_tuned − W_base, {len(results)} weights of {_code(base_name)}, rank "
             f"{span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
-            f"{percent(pooled_kept(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of ε = "
+            f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of ε = "
             f"{number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
             f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
             "",
@@ -133,8 +133,8 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
 
 
 def _what(results: Results[Extraction]) -> str:
-    weighed = any(record.data for record in results)
-    return "truncation in the metric of activations" if weighed else "truncated singular value decomposition"
+    weighted = any(record.data for record in results)
+    return "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
 
 
 def _quoted(text: str) -> str:
@@ -195,7 +195,7 @@ def _in_full(results: Results[Extraction]) -> list[str]:
 def _price(results: Results[Extraction]) -> list[str]:
     """State the error of truncation, and that of the dtype."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
-    truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_kept(results.layers))
+    truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
     lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
     if any(record.data for record in results):
         lines += _data_price(results)
@@ -213,15 +213,15 @@ def _price(results: Results[Extraction]) -> list[str]:
 
 def _data_price(results: Results[Extraction]) -> list[str]:
     """State the error in the metric for which the factors are optimal, and layers without it."""
-    weighed = [record for record in results if record.data]
+    weighted = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
-    epsilon, floor = shown(pooled_data(weighed, "epsilon")), shown(pooled_data(weighed, "least_epsilon"))
+    epsilon, floor = shown(pooled_data(weighted, "epsilon")), shown(pooled_data(weighted, "least_epsilon"))
     chosen, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
-    if any(record.data and record.data.metric == "kfac" for record in weighed):
+    if any(record.data and record.data.metric == "kfac" for record in weighted):
         chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
     truncated = number(pooled(results.layers, "epsilon_min"))
     lines = [
-        f"Optimal for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; the lower bound "
+        f"Optimal for {chosen}: {norm} = {epsilon} in the {len(weighted)} weights with activations; the lower bound "
         f"for these ranks is {floor}. The cost is a larger ε; truncation has {truncated}."
     ]
     if plain:

@@ -25,7 +25,7 @@ EXIT = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
 
 _POLICY = Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
 
-Words = Annotated[
+FigureText = Annotated[
     list[str] | None, typer.Argument(metavar="POLICY RESULTS...", help="Policy file, then results files.")
 ]
 
@@ -49,7 +49,7 @@ class ReportOptions(TypedDict, total=False):
 
 @options.spread
 def gate(
-    words: Words = None,
+    words: FigureText = None,
     *,
     given: GateOptions,
     reports: ReportOptions,
@@ -121,7 +121,7 @@ def gate(
 def init(
     results: options.ResultsFiles,
     *,
-    output: Annotated[Path | None, options.spelled("output", _POLICY)] = None,
+    output: Annotated[Path | None, options.typer_option("output", _POLICY)] = None,
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:

@@ -17,7 +17,7 @@ from lora_diag.decisions.gate.evidence import Present, Source, Subject, command_
 from lora_diag.decisions.gate.fields import LAYER_KINDS, Field, find
 from lora_diag.decisions.gate.grammar import problem_with
 from lora_diag.decisions.gate.inputs import judge_inputs
-from lora_diag.decisions.gate.policy import Demand, Policy, Regression, Rule
+from lora_diag.decisions.gate.policy import Criterion, Policy, Regression, Rule
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.waivers import Waivers
 from lora_diag.errors import NothingComparedError
@@ -182,7 +182,7 @@ def _judge_regression(
 
 
 def _field(
-    policy: Policy, demand: Demand, sources: Sequence[Source], allowed: str
+    policy: Policy, demand: Criterion, sources: Sequence[Source], allowed: str
 ) -> tuple[Field | None, list[Verdict]]:
     """Return the field of a rule, given the kinds of records present; or what is missing.
 
@@ -201,7 +201,7 @@ def _field(
     return None, [_nothing(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
 
 
-def _selected(policy: Policy, demand: Demand, field: Field, sources: Sequence[Source]) -> list[Subject]:
+def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence[Source]) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
@@ -218,7 +218,7 @@ def _selected(policy: Policy, demand: Demand, field: Field, sources: Sequence[So
     return [s for s in taken if not of_layers or s.layer is None or demand.takes(s.layer)]
 
 
-def _where(policy: Policy, demand: Demand, field: Field, found: list[Subject]) -> list[Subject]:
+def _where(policy: Policy, demand: Criterion, field: Field, found: list[Subject]) -> list[Subject]:
     """Keep the records that match ``where``, and missing ones next to such records."""
     if not demand.where:
         return found
@@ -237,7 +237,7 @@ def _where(policy: Policy, demand: Demand, field: Field, found: list[Subject]) -
     return [s for s in found if fits(s) or (s.record is None and s.group not in others)]
 
 
-def _each(policy: Policy, demand: Demand, found: list[Finding], waivers: Waivers) -> list[Verdict]:
+def _each(policy: Policy, demand: Criterion, found: list[Finding], waivers: Waivers) -> list[Verdict]:
     """Judge every record by itself."""
     enough, why = _covered(policy, demand, found)
     verdicts = []
@@ -282,7 +282,7 @@ def _one_number(policy: Policy, rule: Rule, field: Field, group: str, found: lis
     return _verdict(rule, Finding(subject, measured, rule.require.text, ok), "passed" if ok else "failed")
 
 
-def _covered(policy: Policy, demand: Demand, found: list[Finding]) -> tuple[bool, str]:
+def _covered(policy: Policy, demand: Criterion, found: list[Finding]) -> tuple[bool, str]:
     """Return whether enough of the selected subjects have a value, and a description."""
     judged = [finding for finding in found if not finding.reason]
     rest = [finding for finding in found if finding.reason]
@@ -307,7 +307,7 @@ def _covered(policy: Policy, demand: Demand, found: list[Finding]) -> tuple[bool
     return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
 
 
-def _verdict(demand: Demand, finding: Finding, status: str) -> Verdict:
+def _verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
     message = {"failed": demand.message, "passed": ""}.get(status, finding.reason)
     if status == "failed" and demand.severity == "warning":
         status = "warned"
@@ -326,5 +326,5 @@ def _verdict(demand: Demand, finding: Finding, status: str) -> Verdict:
     )
 
 
-def _nothing(demand: Demand, allowed: str, why: str) -> Verdict:
+def _nothing(demand: Criterion, allowed: str, why: str) -> Verdict:
     return _verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, why), "inconclusive")

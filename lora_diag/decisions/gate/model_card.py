@@ -37,8 +37,8 @@ def _block(results: Results[Any]) -> str:
     for rule in dict.fromkeys(verdict.rule for verdict in results.whole if isinstance(verdict, Verdict)):
         found = [verdict for verdict in verdicts_of(results) if verdict.rule == rule]
         counts = Counter(verdict.status for verdict in found)
-        came_to = ", ".join(f"{number} {status}" for status, number in counts.items())
-        lines.append(f"| {cell(rule)} | {cell(found[0].condition)} | {came_to} |")
+        counts_text = ", ".join(f"{number} {status}" for status, number in counts.items())
+        lines.append(f"| {cell(rule)} | {cell(found[0].condition)} | {counts_text} |")
     return "\n".join(lines)
 
 

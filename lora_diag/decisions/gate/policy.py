@@ -56,7 +56,7 @@ def read_age(text: object) -> timedelta:
     return int(found[1]) * _UNITS[found[2]]
 
 
-class Demand(Table):
+class Criterion(Table):
     """Common fields of rules and comparisons with a baseline.
 
     Args:
@@ -126,7 +126,7 @@ class Demand(Table):
         )
 
 
-class Rule(Demand):
+class Rule(Criterion):
     """A condition.
 
     Args:
@@ -152,7 +152,7 @@ class Rule(Demand):
         return name
 
 
-class Regression(Demand):
+class Regression(Criterion):
     """A field that may not be worse than in the baseline.
 
     Args:

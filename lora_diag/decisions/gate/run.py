@@ -78,7 +78,7 @@ def gate(
             "--baseline"
         )
     if max_age is not None:
-        rules = _no_older(rules, max_age)
+        rules = _with_max_age(rules, max_age)
     stored = _baseline(baseline) if baseline is not None else None
     sources, unmatched = compare_inputs([_source(one, i) for i, one in enumerate(results, 1)], shipped)
     day = today or date.today()
@@ -91,7 +91,7 @@ def gate(
     return _results(rules, sources, stored, verdicts, day)
 
 
-def _no_older(policy: Policy, max_age: str) -> Policy:
+def _with_max_age(policy: Policy, max_age: str) -> Policy:
     try:
         most = read_age(max_age)
     except ValueError as error:

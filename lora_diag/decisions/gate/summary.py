@@ -75,11 +75,11 @@ def headline(results: Results[Any]) -> str:
 
 def _headline(results: Results[Any]) -> str:
     found = verdicts_of(results)
-    came_to = outcome(found)
-    if came_to == "failed":
+    counts_text = outcome(found)
+    if counts_text == "failed":
         failed = [verdict for verdict in found if verdict.status == "failed"]
         return f"FAILED: {_how_many(failed)}"
-    if came_to == "inconclusive":
+    if counts_text == "inconclusive":
         unknown = [verdict for verdict in found if verdict.status == "inconclusive" and verdict.blocks]
         return f"INCONCLUSIVE (not a pass): {_how_many(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
     warned = [verdict for verdict in found if verdict.status == "warned"]

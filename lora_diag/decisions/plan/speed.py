@@ -10,7 +10,7 @@ from lora_diag.decisions.plan.cost import Speed, cost_of
 from lora_diag.decisions.plan.measure import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
 from lora_diag.linalg.krylov import first_order
-from lora_diag.linalg.speed import time_few, time_full, time_pass
+from lora_diag.linalg.speed import time_full, time_leading, time_pass
 from lora_diag.running.engines import Layout, layout_for, run_local
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
     few_from = first_order(top)
     few = {}
     for order in (order for order in orders if order >= few_from):
-        threads, seconds = _side_by_side(partial(time_few, order, top), order, layout)
+        threads, seconds = _side_by_side(partial(time_leading, order, top), order, layout)
         few[order] = threads * _middle(seconds) / order**2
     threads, seconds = _side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
     entry = threads * _middle(seconds) / PASS_ORDER**2

@@ -53,7 +53,7 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     return say("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
-def _words(found: Arrival) -> str:
+def _texts(found: Arrival) -> str:
     if found.arrived is None or found.error is None:
         return "overflows"
     return f"c = {factor(found.arrived)}, error {number(found.error)}"
@@ -61,12 +61,12 @@ def _words(found: Arrival) -> str:
 
 def _arrived(records: Sequence[PlannedMerge]) -> Statement:
     to = records[0].to
-    lines = [f"in {to}: {_words(total(records))} over all layers"]
+    lines = [f"in {to}: {_texts(total(records))} over all layers"]
     sixteen = {
         "bf16": total(records, lambda record: record.bf16),
         "fp16": total(records, lambda record: record.fp16),
     }
-    lines.append("; ".join(f"in {name}: {_words(found)}" for name, found in sixteen.items() if name != to))
+    lines.append("; ".join(f"in {name}: {_texts(found)}" for name, found in sixteen.items() if name != to))
     return say("arrived", "Kept", *lines)
 
 

@@ -28,7 +28,7 @@ def recover(
     base: options.Base,
     tuned: options.Tuned,
     *,
-    output: Annotated[Path | None, options.spelled("output", _OUTPUT)] = None,
+    output: Annotated[Path | None, options.typer_option("output", _OUTPUT)] = None,
     given: RecoverOptions,
     shown: options.Rows,
 ) -> None:

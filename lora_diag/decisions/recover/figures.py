@@ -16,7 +16,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words
+from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look
 
 ESTIMATE = CATEGORIES[0]
@@ -59,7 +59,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         for number, name in ((lost, "layers without an estimate"), (len(groups) - len(shown), "module types"))
         if number
     ]
-    words = Words(
+    words = FigureText(
         title="Energy fraction C(r) before rounding, estimated, and in the files",
         about=" · ".join(one.label for one in series if one.label),
         notes=(

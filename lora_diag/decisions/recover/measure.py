@@ -32,7 +32,7 @@ Load = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class OutputRequest:
     """What is written of a layer; nothing if all are unset.
 
     Args:
@@ -40,7 +40,7 @@ class Wanted:
         energy: Factors of the smallest rank that carries this share of the estimated energy; all directions that were
             found where they carry less.
         full: The weight itself, W_base + E[X | cells], in float32.
-        every: Factors of all directions that were found, of which ``narrowed`` keeps some.
+        every: Factors of all directions that were found, of which ``truncate_stored`` keeps some.
         keep_refused: Whether a layer without significant directions gets the truncated SVD of D.
         transposed: Whether PEFT's B·A is the update's transpose.
         keep_length: Whether E[X | cells] is scaled to the estimated ‖X‖_F.
@@ -66,36 +66,36 @@ class RecoveryTask(LayerTask):
 
     Args:
         delta: Its ΔW, from two stored sides.
-        wanted: What is to be written.
+        request: What is to be written.
         known: What was estimated of it before, with the factors of all its directions in its file, of which those of
             ``wanted.rank`` are to be kept; None to estimate.
     """
 
     delta: StoredDelta
-    wanted: Wanted
+    request: OutputRequest
     known: Recovery | None = None
 
 
 def size(layer: RecoveryTask, settings: LayerSettings) -> int:
     """Return about how many bytes a layer takes: D with its decomposition, then the cells."""
-    whole = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
-    return whole if settings.memory is None else min(whole, settings.memory)
+    needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
+    return needed if settings.memory is None else min(needed, settings.memory)
 
 
-def _in_blocks(layer: RecoveryTask, settings: LayerSettings) -> bool:
+def _exceeds_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
     """Return whether the layer exceeds the memory limit, and is read in row blocks."""
-    whole = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
-    return settings.memory is not None and whole > settings.memory
+    needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
+    return settings.memory is not None and needed > settings.memory
 
 
-def narrowed(known: Recovery, wanted: Wanted, store: Store, load: Load) -> Recovery:
+def truncate_stored(known: Recovery, request: OutputRequest, store: Store, load: Load) -> Recovery:
     """Keep the first directions of the factors that are stored. Doing it again changes nothing.
 
     Raises:
         InputError: The file could not be read or written.
     """
-    assert wanted.rank is not None
-    rank = min(wanted.rank, known.rank)
+    assert request.rank is not None
+    rank = min(request.rank, known.rank)
     written: Literal["posterior", "file", "nothing"] = known.written if rank else "nothing"
     if 0 < rank < known.rank:
         factors = load()
@@ -118,18 +118,18 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
         MemoryLimitError: It does not fit, even in row blocks.
     """
     if layer.known is not None:
-        return narrowed(layer.known, layer.wanted, store, load)
+        return truncate_stored(layer.known, layer.request, store, load)
     if settings.memory is not None:
         refuse_cells(layer.shape, settings.memory)
-        if layer.wanted.full:
+        if layer.request.full:
             weight = 4 * math.prod(layer.shape)
             require(weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank")
     return noted(*on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
 
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
-    delta, wanted = layer.delta, layer.wanted
-    limit = settings.memory if _in_blocks(layer, settings) else None
+    delta, request = layer.delta, layer.request
+    limit = settings.memory if _exceeds_memory(layer, settings) else None
     allowance = None if limit is None else Allowance(limit, settings.method)
     change = load_change(delta, device, allowance=allowance)
     if change.non_finite is not None:
@@ -142,7 +142,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     if limit is not None:
         change = replace(change, matrix=None)  # read again if it is to be written
     estimate = recover_layer(delta, fro, CURVE, settings.seed, device, limit)
-    written, rank = _write(wanted, delta, change, estimate, curve, replace(settings, memory=limit), store)
+    written, rank = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), store)
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
         hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in found.s.tolist())
@@ -154,7 +154,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
         fro=fro,
         base_fro=base_fro,
         energy={str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None for r in CURVE},
-        rank_at={str(share): rank_at(curve, share) if len(curve) else 0 for share in THRESHOLDS},
+        rank_at={str(threshold): rank_at(curve, threshold) if len(curve) else 0 for threshold in THRESHOLDS},
         energy_error=found.energy_error,
         method=found.method,
         written=written,
@@ -164,7 +164,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
 
 
 def _write(
-    wanted: Wanted,
+    request: OutputRequest,
     delta: StoredDelta,
     change: Change,
     estimate: Estimate,
@@ -174,45 +174,45 @@ def _write(
 ) -> tuple[Literal["posterior", "file", "nothing"], int]:
     """Store what is wanted; return what it is made of, and the rank of factors."""
     status = estimate.hidden.status
-    if wanted.full:
+    if request.full:
         if estimate.cells is None:
             return "file", 0  # TUNED's own weights
-        _store_weight(delta, estimate, _stretch(estimate) if wanted.keep_length else 1.0, store)
+        _store_weight(delta, estimate, _length_factor(estimate) if request.keep_length else 1.0, store)
         return "posterior", 0
-    if not wanted.factors or not change.fro:
+    if not request.factors or not change.fro:
         return "nothing", 0
-    if status in {"size_only", "refused"} and not wanted.keep_refused:
+    if status in {"size_only", "refused"} and not request.keep_refused:
         return "nothing", 0
-    rank = min(wanted.rank or _rank_of(wanted, delta.shape, estimate, curve), min(delta.shape))
+    rank = min(request.rank or _rank_of(request, delta.shape, estimate, curve), min(delta.shape))
     if status == "recovered":
-        change = estimate.change(settings.memory, _stretch(estimate) if wanted.keep_length else 1.0)
+        change = estimate.change(settings.memory, _length_factor(estimate) if request.keep_length else 1.0)
     elif settings.memory is not None:
         allowance = Allowance(settings.memory, settings.method, rank, vectors=True)
         change = load_change(delta, torch.device("cpu"), allowance=allowance)
     best = change.decompose(settings.method, rank, True, settings.tol, settings.seed)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
-    b, a = (part.float().cpu() for part in split_factors(best, rank, wanted.transposed, "both"))
+    b, a = (part.float().cpu() for part in split_factors(best, rank, request.transposed, "both"))
     store({"B": b.contiguous(), "A": a.contiguous()})
     return ("posterior" if status == "recovered" else "file"), rank
 
 
-def _rank_of(wanted: Wanted, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
+def _rank_of(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
     """Return the smallest rank that carries the wanted share of the energy, or all there is to keep of any rank."""
-    if wanted.energy is None:
-        most = len(curve) if estimate.hidden.status != "recovered" else len(estimate.curve)
-        return max(1, min(most, math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix
+    if request.energy is None:
+        largest = len(curve) if estimate.hidden.status != "recovered" else len(estimate.curve)
+        return max(1, min(largest, math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix
     if estimate.hidden.status != "recovered":
-        return rank_at(curve, wanted.energy) or len(curve)
-    return rank_at(np.array(estimate.curve), wanted.energy) or len(estimate.curve)
+        return rank_at(curve, request.energy) or len(curve)
+    return rank_at(np.array(estimate.curve), request.energy) or len(estimate.curve)
 
 
-def _stretch(estimate: Estimate) -> float:
+def _length_factor(estimate: Estimate) -> float:
     """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
     length = math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean()))
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
 
 
-def _store_weight(delta: StoredDelta, estimate: Estimate, stretch: float, store: Store) -> None:
+def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, store: Store) -> None:
     """Store W_base + stretch·E[X | cells] in float32."""
     weight, row = torch.empty(delta.shape), 0
     for part in row_blocks(delta.base, delta.shape):
@@ -220,6 +220,6 @@ def _store_weight(delta: StoredDelta, estimate: Estimate, stretch: float, store:
         row += len(part)
     row = 0
     for block in estimate.mean():
-        weight[row : row + len(block)] += stretch * block.cpu()
+        weight[row : row + len(block)] += factor * block.cpu()
         row += len(block)
     store({"W": weight})

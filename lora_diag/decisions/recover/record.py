@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from lora_diag.records.base import Count, LayerRecord, Norm, Share
 from lora_diag.records.shown import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import Hidden
-from lora_diag.rendering.text import middle_rank
+from lora_diag.rendering.text import median_rank
 
 STATUS = {
     "recovered": "recovered",
@@ -52,7 +52,7 @@ def _middle_estimate(records: Sequence[Any]) -> Value:
     if not found:
         return None
     beyond = int(median(record.directions or 0 for record in found))
-    return middle_rank([record.rank_at_estimate["0.9"] for record in found], beyond)
+    return median_rank([record.rank_at_estimate["0.9"] for record in found], beyond)
 
 
 def _middle_directions(records: Sequence[Any]) -> Value:

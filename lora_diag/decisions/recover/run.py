@@ -15,7 +15,7 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, load, store, write_checkpoint
-from lora_diag.decisions.recover.measure import RecoveryTask, Wanted, measure, size
+from lora_diag.decisions.recover.measure import OutputRequest, RecoveryTask, measure, size
 from lora_diag.decisions.recover.options import RecoverOptions
 from lora_diag.decisions.recover.ranks import ranks_within
 from lora_diag.decisions.recover.record import Recovery
@@ -34,7 +34,7 @@ from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.measuring import without_rank
 from lora_diag.running.options import FolderOptions, declared, filled, show_options
 
-WAYS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
+OUTPUT_OPTIONS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
 
 
 @show_options
@@ -82,11 +82,11 @@ def recover(
         >>> found[0].status
         'not_hidden'
     """
-    given = filled(RecoverOptions, options)
-    rank, energy, full = (given[name] for name in ("rank", "energy", "full"))
-    params = None if given["params"] is None else read_count(str(given["params"]), "--params")
-    keep_refused, base_name, overwrite = (given[name] for name in ("keep_refused", "base_name", "overwrite"))
-    keep_length = given["keep_length"]
+    resolved = filled(RecoverOptions, options)
+    rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
+    params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
+    keep_refused, base_name, overwrite = (resolved[name] for name in ("keep_refused", "base_name", "overwrite"))
+    keep_length = resolved["keep_length"]
     _check(rank, energy, params, full, keep_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     if is_adapter(locate(tuned)):
@@ -94,17 +94,17 @@ def recover(
     factors = rank is not None or energy is not None or params is not None
     writes = factors or full
     if keep_length and not writes:
-        raise UsageError(f"--keep-length: applies to written estimates; give one of {WAYS}")
+        raise UsageError(f"--keep-length: applies to written estimates; give one of {OUTPUT_OPTIONS}")
     folder: OutputFolder | None = None
     if writes:
         assert output is not None
         kind = CheckpointFolder if full else AdapterFolder
-        folder = kind(Path(output), (base, tuned), overwrite, given["resume"])
-    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
+        folder = kind(Path(output), (base, tuned), overwrite, resolved["resume"])
+    destination: dict[str, Any] = {"output": output, "overwrite": overwrite}
     if folder is not None:
-        where = {"output": folder.records}
-    common = {name: given[name] for name in declared(FolderOptions)}
-    run = LayerRun("recover", {**common, **where})
+        destination = {"output": folder.records}
+    common = {name: resolved[name] for name in declared(FolderOptions)}
+    run = LayerRun("recover", {**common, **destination})
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)
     compared = run.compare(base, tuned)
@@ -112,7 +112,9 @@ def recover(
     tasks = [
         RecoveryTask(
             delta,
-            Wanted(rank, energy, full, params is not None, keep_refused, _transposed(delta, planned), keep_length),
+            OutputRequest(
+                rank, energy, full, params is not None, keep_refused, _transposed(delta, planned), keep_length
+            ),
         )
         for delta in compared.pairing.deltas
         if isinstance(delta, StoredDelta)
@@ -128,9 +130,9 @@ def recover(
     settings = LayerSettings(method, tol, seed, run.where.tasks)
     if params is not None and tasks:
         assert folder is not None
-        tasks = _narrow(tasks, params, folder, files, run, settings, compared)
+        tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
 
-    def rest(layout: Layout, _: Results[Recovery], __: LayerSettings) -> Iterable[LeftOut]:
+    def left_out_of(layout: Layout, _: Results[Recovery], __: LayerSettings) -> Iterable[LeftOut]:
         if planned is not None:
             return planned.left_out(layout, run.where.here)
         return without_rank(compared.pairing, layout, run.where.here)
@@ -141,24 +143,24 @@ def recover(
             full and not any(record.written == "posterior" for record in results)
         ):
             folder.discard()
-            raise _nothing(tuned, results, keep_refused)
+            raise _nothing_to_write(tuned, results, keep_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, files, name)
         elif not folder.whole:
-            made = {record.layer for record in results if record.written == "posterior"}
+            replaced = {record.layer for record in results if record.written == "posterior"}
             write_checkpoint(
-                folder.work, open_checkpoint(tuned), [task.delta for task in tasks if task.layer in made], files
+                folder.work, open_checkpoint(tuned), [task.delta for task in tasks if task.layer in replaced], files
             )
-        ways = {"--rank": rank, "--energy": energy, "--params": params}
-        way = ["--checkpoint"] if full else []
-        way += [str(part) for pair in ways.items() if pair[1] is not None for part in pair]
-        way += ["--keep-refused"] if keep_refused else []
-        way += ["--keep-length"] if keep_length else []
-        command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *way, "-o", legible(str(output))]
+        size_options = {"--rank": rank, "--energy": energy, "--params": params}
+        flags = ["--checkpoint"] if full else []
+        flags += [str(part) for pair in size_options.items() if pair[1] is not None for part in pair]
+        flags += ["--keep-refused"] if keep_refused else []
+        flags += ["--keep-length"] if keep_length else []
+        command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
         folder.finish(model_card(results, name, shlex.join(command), keep_length))
 
-    asked = {
+    requested = {
         "rank": rank,
         "energy": energy,
         "params": params,
@@ -172,15 +174,15 @@ def recover(
         partial(_one_layer, files=files),
         size,
         settings,
-        rest,
+        left_out_of,
         compared.inputs,
-        asked,
+        requested,
         recorded=RECORDED,
         finish=finish if folder is not None else None,
     )
 
 
-def _narrow(
+def _spend_budget(
     tasks: Sequence[RecoveryTask],
     params: int,
     folder: OutputFolder,
@@ -210,7 +212,7 @@ def _narrow(
     except UsageError as error:
         raise UsageError(f"{error}; estimates are kept in {folder.work}: --resume with another budget") from error
     return [
-        replace(task, wanted=replace(task.wanted, rank=ranks.get(task.layer, 0)), known=known.get(task.layer))
+        replace(task, request=replace(task.request, rank=ranks.get(task.layer, 0)), known=known.get(task.layer))
         for task in tasks
     ]
 
@@ -223,16 +225,16 @@ def _check(
     Raises:
         UsageError: Several ways to write are given, a number is out of range, or there is nowhere to write to.
     """
-    ways = sum(value is not None for value in (rank, energy, params)) + full
-    if ways > 1:
-        raise UsageError(f"recover: give one of {WAYS}")
-    if ways and output is None:
+    count = sum(value is not None for value in (rank, energy, params)) + full
+    if count > 1:
+        raise UsageError(f"recover: give one of {OUTPUT_OPTIONS}")
+    if count and output is None:
         raise UsageError("recover: no output folder; give it with -o")
     if rank is not None and rank < 1:
         raise UsageError(f"--rank {rank}: must be a positive integer")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy}: must be a fraction above 0 and up to 1")
-    if keep_refused and (full or not ways):
+    if keep_refused and (full or not count):
         raise UsageError("--keep-refused: applies to adapters; give --rank or --energy with it")
     if keep_refused and params is not None:
         raise UsageError("--keep-refused: rounding noise would take the budget of --params; give --rank or --energy")
@@ -249,12 +251,12 @@ def _one_layer(task: RecoveryTask, files: Mapping[str, Path], settings: LayerSet
     return (measure(task, settings, partial(store, file), partial(load, file)),)
 
 
-def _nothing(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
+def _nothing_to_write(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
     """Return the error of a run that has nothing to write."""
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
         return InputError(f"{tuned}: {bad.layer}: {bad.detail}; nothing else is left, so nothing was written")
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
-    way = "" if keep_refused else "; --keep-refused writes the truncated SVD of the files' difference"
-    return InconclusiveError(f"{tuned}: no layer has an update that can be recovered{why}{way}; nothing was written")
+    hint = "" if keep_refused else "; --keep-refused writes the truncated SVD of the files' difference"
+    return InconclusiveError(f"{tuned}: no layer has an update that can be recovered{why}{hint}; nothing was written")

@@ -86,16 +86,16 @@ def _size(records: Sequence[Recovery]) -> list[Statement]:
     known = [record for record in records if record.fro_estimate is not None and record.status != "not_hidden"]
     if not known:
         return []
-    whole = math.hypot(*(record.fro_estimate or 0.0 for record in known))
-    seen = math.hypot(*(record.fro for record in known))
+    estimated = math.hypot(*(record.fro_estimate or 0.0 for record in known))
+    observed = math.hypot(*(record.fro for record in known))
     errors = [
         (record.fro_interval[1] - record.fro_interval[0]) / 2 / record.fro_estimate
         for record in known
         if record.fro_interval is not None and record.fro_estimate
     ]
     line = (
-        f"‖X‖ = {number(whole)} estimated over {_matrices(len(known))}, ± {percent(median(errors))} in the median "
-        f"layer; the files show ‖D‖ = {number(seen)}, {number(seen / whole)} times that"
+        f"‖X‖ = {number(estimated)} estimated over {_matrices(len(known))}, ± {percent(median(errors))} in the median "
+        f"layer; the files show ‖D‖ = {number(observed)}, {number(observed / estimated)} times that"
     )
     return [say("size", "Size", line)]
 
@@ -108,12 +108,12 @@ def _directions(records: Sequence[Recovery]) -> list[Statement]:
     found = _of(records, "recovered")
     if not found:
         return []
-    carried = [record.energy_estimate[str(16)] for record in found if record.energy_estimate is not None]
-    file = [record.energy[str(16)] for record in found if record.energy[str(16)] is not None]
+    energies = [record.energy_estimate[str(16)] for record in found if record.energy_estimate is not None]
+    file_energies = [record.energy[str(16)] for record in found if record.energy[str(16)] is not None]
     directions = [record.directions or 0 for record in found]
     line = (
-        f"{span(directions)} directions a matrix in {len(found)}; r=16 carries at least {percent(median(carried))} of "
-        f"‖X‖² at the median ({percent(median(share for share in file if share is not None))} of ‖D‖²)"
+        f"{span(directions)} directions a matrix in {len(found)}; r=16 carries at least {percent(median(energies))} of "
+        f"‖X‖² at the median ({percent(median(energy for energy in file_energies if energy is not None))} of ‖D‖²)"
     )
     ranks = [record.rank_at_estimate["0.9"] for record in found if record.rank_at_estimate is not None]
     known = [rank for rank in ranks if rank is not None]
@@ -155,7 +155,7 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
         return []
     posterior = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    without = [record for record in results if record.written == "nothing"]
+    missing = [record for record in results if record.written == "nothing"]
     lines = [f"{safe(folder)}: {_matrices(len(posterior))} from the estimate"]
     if file:
         lines[0] += f", {len(file)} from the files"
@@ -163,8 +163,8 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
         lines[0] += (
             f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"
         )
-    if without:
-        lines.append(f"not in it: {named([record.layer for record in without])}")
+    if missing:
+        lines.append(f"not in it: {named([record.layer for record in missing])}")
     return [say("written", "Written", *lines)]
 
 
@@ -181,7 +181,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     what = "LoRA adapter" if adapter else "Checkpoint"
     made = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    without = [record for record in results if record.written == "nothing"]
+    missing = [record for record in results if record.written == "nothing"]
     known = [record for record in made if record.fro_estimate is not None]
     whole = math.hypot(*(record.fro_estimate or 0.0 for record in known))
     seen = math.hypot(*(record.fro for record in known))
@@ -204,7 +204,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, and the files show ‖D‖ = {number(seen)}"
         f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
-        *([f"- not in it: {named([record.layer for record in without], 12)}"] if without else []),
+        *([f"- not in it: {named([record.layer for record in missing], 12)}"] if missing else []),
         "",
         f"Made by loradiag {results.run.version}; `recovery.jsonl` has the numbers of every weight:",
         "",

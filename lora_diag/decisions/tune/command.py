@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, message, quiet_matplotlib, result, terminal
+from lora_diag.cli.output import again, message, result, silence_matplotlib, terminal
 from lora_diag.decisions.tune.options import TuneOptions
 from lora_diag.errors import INCONCLUSIVE, UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, Option
@@ -26,8 +26,8 @@ _YES = Option(False, "Start without asking.", flags=("--yes", "-y"), panel=EXECU
 def tune(
     base: options.Base,
     *,
-    output: Annotated[Path, options.spelled("output", _OUTPUT)],
-    yes: Annotated[bool, options.spelled("yes", _YES)] = False,
+    output: Annotated[Path, options.typer_option("output", _OUTPUT)],
+    yes: Annotated[bool, options.typer_option("yes", _YES)] = False,
     given: TuneOptions,
     shown: options.Shown,
 ) -> None:
@@ -51,7 +51,7 @@ def tune(
         return yes or typer.confirm("Start?", default=True, err=True)
 
     given["on_plan"] = confirmed
-    quiet_matplotlib()
+    silence_matplotlib()
     with shown.callbacks(notes=True) as callbacks:
         results = choose(base, output, **given, **callbacks)
     if dry and shown.table:

@@ -98,9 +98,9 @@ def gap_of(
     if len(seeds) < 2:
         return Gap(gaps[0], None, 1)
     errors = [stdev(gaps) / math.sqrt(len(gaps))]
-    one, two = (_mean_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
-    if len(one) == len(two) == len(predictions) > 1:
-        errors.append(paired(one, two, predictions)[1] or 0.0)
+    challenger_nll, incumbent_nll = (_mean_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
+    if len(challenger_nll) == len(incumbent_nll) == len(predictions) > 1:
+        errors.append(paired(challenger_nll, incumbent_nll, predictions)[1] or 0.0)
     return Gap(fmean(gaps), max(errors), len(seeds))
 
 
@@ -122,18 +122,18 @@ def contest(
         shifted: Sets of another kind.
         predictions: Of each sequence, by set.
     """
-    ours = gap_of(incumbent.get(own, {}), challenger.get(own, {}), predictions.get(own, ()))
+    own_gap = gap_of(incumbent.get(own, {}), challenger.get(own, {}), predictions.get(own, ()))
     others = [
         gap
         for name in shifted
         if (gap := gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))) is not None
     ]
-    moved = _pooled(others)
-    if ours is None or ours.error is None:
-        return Contest("not known", False, ours, moved)
-    is_better, is_worse = ours.value < -ERRORS * ours.error, ours.value > ERRORS * ours.error
+    shifted_gap = _pooled(others)
+    if own_gap is None or own_gap.error is None:
+        return Contest("not known", False, own_gap, shifted_gap)
+    is_better, is_worse = own_gap.value < -ERRORS * own_gap.error, own_gap.value > ERRORS * own_gap.error
     word: Word = "better" if is_better else "worse" if is_worse else "tie"
-    return Contest(word, is_better and all(gap.value <= 0 for gap in others), ours, moved)
+    return Contest(word, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)
 
 
 def _pooled(gaps: Sequence[Gap]) -> Gap | None:
@@ -232,9 +232,9 @@ def stability_trials(curves: Curves) -> dict[str, str]:
         ['dropout', 'fewer-steps', 'weight-decay']
     """
     found: dict[str, str] = {}
-    gain, fell = curves.base - curves.loss, curves.base_train - curves.train
-    if fell - gain > OVERFIT * max(gain, 0.0) and fell > 0:
-        why = f"training loss fell by {fell:.3f}, held-out loss by {gain:.3f}"
+    gain, train_gain = curves.base - curves.loss, curves.base_train - curves.train
+    if train_gain - gain > OVERFIT * max(gain, 0.0) and train_gain > 0:
+        why = f"training loss fell by {train_gain:.3f}, held-out loss by {gain:.3f}"
         found |= dict.fromkeys(("dropout", "weight-decay", "fewer-steps"), why)
     if curves.diverged:
         found["half-alpha"] = f"{curves.diverged} runs diverged at this rank"

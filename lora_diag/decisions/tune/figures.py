@@ -18,7 +18,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import levels, limits, loss_axis, panel_width, panels_of, sets_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, log_label, styled, wrapped
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
@@ -107,7 +107,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     rows, columns = panels_of(len(sets), look)
     inches = panel_width(look, columns)
     with styled(look):
-        page, axes = sheet(look, _words(series, look), rows, columns, panel=1.9 * look.panel, share=False)
+        page, axes = sheet(look, _texts(series, look), rows, columns, panel=1.9 * look.panel, share=False)
         for (name, title), ax in zip(sets.items(), axes, strict=False):
             _draw(ax, trials, name, choice, look)
             ax.set_title(wrapped(title, inches, look.text), parse_math=False)
@@ -164,7 +164,7 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _words(series: Sequence[Series[Any]], look: Look) -> Words:
+def _texts(series: Sequence[Series[Any]], look: Look) -> FigureText:
     width = look.line
     keys = (
         Key(Line2D([], [], color=RUN, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one run"),
@@ -175,4 +175,4 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
     if len(series) > 1:
         notes.append("Only the first run is drawn.")
     about = f"{subject_of(series)}mean negative log-likelihood of held-out predictions"
-    return Words("Held-out loss against trained parameters", about, (" ".join(notes),), keys)
+    return FigureText("Held-out loss against trained parameters", about, (" ".join(notes),), keys)

@@ -27,7 +27,7 @@ from lora_diag.records.run import AnyRecord
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files
-from lora_diag.running.progress import Kept
+from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 
 RECORDS = "tune.jsonl"
@@ -97,12 +97,12 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             return Results(record, (), (), None, (plan,))
         folder.mkdir(exist_ok=True)
         if earlier is None and given["overwrite"]:
-            _clear(folder)
+            _remove_output(folder)
         elif earlier is not None and plan is not earlier:
             _extend(folder, plan)
         given["output"] = folder / RECORDS
 
-        def measured(kept: Kept[Any]) -> list[LeftOut]:
+        def measured(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
             Tuner(base, folder, run, target, plan, kept).run()
             return []
@@ -168,7 +168,7 @@ def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
     return found[0] if found else None
 
 
-def _clear(folder: Path) -> None:
+def _remove_output(folder: Path) -> None:
     """Remove the output of an earlier search."""
     for name in FILES:
         for path in (folder / name, folder / f"{name}.part"):

@@ -174,13 +174,13 @@ def seconds_of(search: Search, costs: Costs) -> float:
     return MARGIN * sum(stage.seconds for stage in stages(search, costs))
 
 
-def _thinned(ranks: Sequence[int]) -> tuple[int, ...]:
+def _every_second(ranks: Sequence[int]) -> tuple[int, ...]:
     """Return every second rank, the largest and the smallest among them."""
     return tuple(sorted({ranks[0], *ranks[::-2]})) if len(ranks) > 2 else tuple(ranks)
 
 
 # Omissions, in this order, until the search fits: each with its description.
-_NARROWER: tuple[tuple[str, Callable[[Search], Search]], ...] = (
+_REDUCTIONS: tuple[tuple[str, Callable[[Search], Search]], ...] = (
     (
         "learning rates: all but two after a quarter of the steps (successive halving)",
         lambda s: replace(s, halving=len(s.rates) > KEPT_RATES),
@@ -189,7 +189,7 @@ _NARROWER: tuple[tuple[str, Callable[[Search], Search]], ...] = (
     ("learning rates beyond the grid", lambda s: replace(s, widen=0)),
     ("stability and escalation trials, which are proposed only", lambda s: replace(s, trials=0)),
     ("full fine-tuning as a baseline", lambda s: replace(s, full=False)),
-    ("every second rank", lambda s: replace(s, ranks=_thinned(s.ranks))),
+    ("every second rank", lambda s: replace(s, ranks=_every_second(s.ranks))),
     ("the rank in between", lambda s: replace(s, finer=False)),
     ("all seeds but two", lambda s: replace(s, repeats=min(s.repeats, 2))),
     ("non-uniform ranks", lambda s: replace(s, redistribute=False)),
@@ -211,10 +211,10 @@ def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search,
         UsageError: Not even the smallest search fits.
     """
     left_out: list[str] = []
-    for what, narrower in _NARROWER:
+    for what, reduce in _REDUCTIONS:
         if limit is None or seconds_of(search, costs) <= limit:
             break
-        smaller = narrower(search)
+        smaller = reduce(search)
         if smaller != search and seconds_of(smaller, costs) < seconds_of(search, costs):
             search = smaller
             left_out.append(what)
@@ -248,10 +248,10 @@ def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...
     kept: list[float] = []
     ranks = sorted({rank for rank, _ in losses}, reverse=True)
     orders = [_order(losses, rank) for rank in ranks]
-    for place in range(max(map(len, orders), default=0)):
+    for position in range(max(map(len, orders), default=0)):
         for order in orders:
-            if place < len(order) and order[place] not in kept and len(kept) < KEPT_RATES:
-                kept.append(order[place])
+            if position < len(order) and order[position] not in kept and len(kept) < KEPT_RATES:
+                kept.append(order[position])
     return tuple(sorted(kept))
 
 

@@ -44,7 +44,7 @@ from lora_diag.probes.sensitivity.measure import gradients
 from lora_diag.probes.sweep.run import probe_sweep
 from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, diverged, swept_of
 from lora_diag.records import Probe, Results
-from lora_diag.running.progress import Kept, Progress
+from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun
 
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
@@ -85,7 +85,7 @@ class Tuner:
     run_: TrainRun
     target: Target
     plan: TunePlan
-    kept: Kept[Any]
+    kept: RunRecords[Any]
     tolerance: float = 0.0
     _trained: int = 0
     _ends: bool = False
@@ -142,8 +142,8 @@ class Tuner:
 
     def decided(self, stage: str, name: str) -> TuneDecision | None:
         """Return a decision of an interrupted run; None if it was not made."""
-        mine = (one for one in self.kept.records if isinstance(one, TuneDecision))
-        return next((one for one in mine if (one.stage, one.name) == (stage, name)), None)
+        decisions = (decision for decision in self.kept.records if isinstance(decision, TuneDecision))
+        return next((decision for decision in decisions if (decision.stage, decision.name) == (stage, name)), None)
 
     def decide(self, stage: str, name: str, outcome: Any, why: str, **fields: Any) -> TuneDecision:
         """Record a decision, and report it as a note."""
@@ -169,29 +169,29 @@ class Tuner:
             rank=plan.largest,
             params=plan.params(plan.largest),
         )
-        for what in plan.left_out:
-            self.decide("budget", what, "not tried", "omitted to keep --time")
+        for omission in plan.left_out:
+            self.decide("budget", omission, "not tried", "omitted to keep --time")
         self.trials.measure_base()
-        swept = self._swept(self._rates())
-        swept, choice = self._ranked(swept)
+        swept = self._sweep_ranks(self._choose_rates())
+        swept, choice = self._choose_rank(swept)
         self.tolerance = swept.verdict.tolerance
         incumbent = self._incumbent(choice)
-        incumbent = self._redistributed(incumbent, choice, swept)
-        incumbent = self._stable(incumbent, swept)
-        self._more(incumbent, choice, swept)
+        incumbent = self._redistribute(incumbent, choice, swept)
+        incumbent = self._stabilize(incumbent, swept)
+        self._escalate(incumbent, choice, swept)
         self._finish(incumbent, choice, swept)
 
     def _sweep(self, file: str, **options: Any) -> Results[Any]:
         """Run ``probe sweep``, or what an interrupted one left of it."""
-        given, path = self.run_.options, self.folder / file
+        run_options, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
-        shared = {name: given[name] for name in (*names, *OF_RUNS)}
+        shared = {name: run_options[name] for name in (*names, *OF_RUNS)}
         with self._limited():
             return probe_sweep(
                 self.base, **shared, output=path, resume=path.is_file(), on_progress=self._progress, **options
             )
 
-    def _rates(self) -> tuple[float, ...]:
+    def _choose_rates(self) -> tuple[float, ...]:
         """Return the learning rates to try with all steps."""
         plan = self.plan
         if not plan.halving:
@@ -202,8 +202,10 @@ class Tuner:
             found = self._sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
         except TimeIsUpError:
             found = read_results(self.folder / "rates.jsonl")
-        own = [one for one in found.whole_of(Probe) if one.set == self.own and one.subject == "lora"]
-        losses = {(one.rank, one.lr): one.loss for one in own if one.rank is not None and one.lr is not None}
+        own = [record for record in found.whole_of(Probe) if record.set == self.own and record.subject == "lora"]
+        losses = {
+            (record.rank, record.lr): record.loss for record in own if record.rank is not None and record.lr is not None
+        }
         rates = halved(losses) or plan.rates
         self.decide(
             "rates",
@@ -214,14 +216,14 @@ class Tuner:
         )
         return rates
 
-    def _swept(self, rates: Sequence[float], **more: Any) -> Swept:
+    def _sweep_ranks(self, rates: Sequence[float], **more: Any) -> Swept:
         """Return the sweep over shared ranks.
 
         Raises:
             InconclusiveError: No run is finished.
         """
         plan = self.plan
-        wanted: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "ranks": plan.ranks,
             "rates": rates,
             "steps": plan.steps,
@@ -231,15 +233,15 @@ class Tuner:
             **more,
         }
         try:
-            results = self._sweep("sweep.jsonl", **wanted)
+            results = self._sweep("sweep.jsonl", **settings)
         except TimeIsUpError:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
             results = read_results(self.folder / "sweep.jsonl")
-        ranks, seeds = wanted["ranks"], range(self.first, self.first + wanted["repeats"])
+        ranks, seeds = settings["ranks"], range(self.first, self.first + settings["repeats"])
         whole = tuple(
-            one
-            for one in results.whole_of(Probe)
-            if (one.rank is None or one.rank in ranks) and (one.lr is None or one.seed in seeds)
+            record
+            for record in results.whole_of(Probe)
+            if (record.rank is None or record.rank in ranks) and (record.lr is None or record.seed in seeds)
         )  # a resumed sweep may have more
         results = replace(results, whole=whole)
         found = swept_of(results)
@@ -250,7 +252,7 @@ class Tuner:
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
         return found
 
-    def _ranked(self, swept: Swept) -> tuple[Swept, RankChoice]:
+    def _choose_rank(self, swept: Swept) -> tuple[Swept, RankChoice]:
         """Return the shared rank, with more seeds and an intermediate rank where these may decide more."""
         choice = choose_rank(swept.verdict, self._best_rates(swept))
         self._record_rank("coarse", choice, swept)
@@ -262,7 +264,7 @@ class Tuner:
         if middle not in self._swept_setting("ranks") and not self.allows(len(rates) + self.plan.widen + repeats - 1):
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
             return swept, choice
-        finer = self._swept(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
+        finer = self._sweep_ranks(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
         found = choose_rank(finer.verdict, self._best_rates(finer))
         if choice.significant and not found.significant:
             found = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
@@ -282,7 +284,7 @@ class Tuner:
         if why:
             self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
             return swept, choice, plan.repeats
-        more = self._swept(swept.results.run.settings["rates"], repeats=needed)
+        more = self._sweep_ranks(swept.results.run.settings["rates"], repeats=needed)
         found = choose_rank(more.verdict, self._best_rates(more))
         self._record_rank(f"{needed} seeds", found, more)
         return more, found, needed
@@ -297,8 +299,8 @@ class Tuner:
 
     def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
         verdict = swept.verdict
-        one = next((each for each in verdict.standings if each.rank == choice.rank), None)
-        behind = None if one is None else one.behind
+        standing = next((each for each in verdict.standings if each.rank == choice.rank), None)
+        behind = None if standing is None else standing.behind
         self.decide(
             "ranks",
             f"shared rank, {name}",
@@ -325,7 +327,7 @@ class Tuner:
 
     # -- non-uniform ranks -------------------------------------------------------------------------------------------
 
-    def _redistributed(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> Variant:
+    def _redistribute(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> Variant:
         """Return the better of uniform and non-uniform ranks; uniform wins ties."""
         plan, stage = self.plan, "redistribution"
         if not plan.redistribute:
@@ -391,8 +393,8 @@ class Tuner:
         if not path.is_file():
             steps = short_steps(self.plan.steps)
             batches = list(replace(self.training, steps=steps).batches())
-            seen = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
-            texts = replace(self.training.texts, sequences=seen)
+            sequences = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
+            texts = replace(self.training.texts, sequences=sequences)
             layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
             found = gradients(self.run_.model, layers, texts, self.training.batch, lambda: self._after("gradient"))
             weights = {}
@@ -405,66 +407,68 @@ class Tuner:
 
     # -- contests ----------------------------------------------------------------------------------------------------
 
-    def _best_of(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], whole: str) -> Variant:
+    def _best_of(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], comparison: str) -> Variant:
         """Return the incumbent, or the candidate that beats it.
 
         The candidate with the lowest loss of the first seed goes on with the others. Where it was chosen among several,
         its first seed does not count.
         """
         if not candidates:
-            if self.decided(stage, whole) is None:
-                self.decide(stage, whole, "not tried", "no other ranks to try")
+            if self.decided(stage, comparison) is None:
+                self.decide(stage, comparison, "not tried", "no other ranks to try")
             return incumbent
         losses: dict[str, float] = {}
-        for one in candidates:
-            self.trials.train(one, self.first, self._adapter(one))
-            runs = self.trials.runs(one.name, one.lr).get(self.own, {})
+        for candidate in candidates:
+            self.trials.train(candidate, self.first, self._adapter(candidate))
+            runs = self.trials.runs(candidate.name, candidate.lr).get(self.own, {})
             if self.first in runs:
-                losses[one.name] = runs[self.first].loss
+                losses[candidate.name] = runs[self.first].loss
         uniform_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first].loss
-        best = min(candidates, key=lambda one: losses.get(one.name, math.inf))
-        for one in candidates:
-            if one is not best:
-                gap = losses.get(one.name, math.inf) - uniform_loss
-                self._record_gap(stage, one, "rejected", f"{best.name} has a lower loss at the first seed", gap)
+        best = min(candidates, key=lambda candidate: losses.get(candidate.name, math.inf))
+        for candidate in candidates:
+            if candidate is not best:
+                gap = losses.get(candidate.name, math.inf) - uniform_loss
+                self._record_gap(stage, candidate, "rejected", f"{best.name} has a lower loss at the first seed", gap)
         gap = losses.get(best.name, math.inf) - uniform_loss
         if gap >= -self.tolerance:
-            why = f"{self._not_ahead()} of {incumbent.name} at the first seed"
+            why = f"{self._reason_to_stop()} of {incumbent.name} at the first seed"
             self._record_gap(stage, best, "rejected", why, gap)
             why = f"{incumbent.name} is as good at the same budget{self._cost_of(candidates)}"
-            self.decide(stage, whole, "rejected", why)
+            self.decide(stage, comparison, "rejected", why)
             return incumbent
-        kept = self._confirmed(stage, incumbent, best, fresh=len(candidates) > 1)
+        kept = self._confirm(stage, incumbent, best, fresh=len(candidates) > 1)
         word = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
-        self.decide(stage, whole, "kept" if kept else "rejected", f"{word}{self._cost_of(candidates)}")
+        self.decide(stage, comparison, "kept" if kept else "rejected", f"{word}{self._cost_of(candidates)}")
         return best if kept else incumbent
 
     def _cost_of(self, candidates: Sequence[Variant]) -> str:
         """Return the share of the runs so far that the comparison took: those of the pilot and of the candidates."""
-        names = {one.name for one in candidates}
-        runs = {(one.variant, one.lr, one.seed) for one in self.trials.records if one.variant != "base"}
-        mine = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
-        return f", found with {len(mine)} of {len(runs)} runs"
+        names = {variant.name for variant in candidates}
+        runs = {
+            (variant.variant, variant.lr, variant.seed) for variant in self.trials.records if variant.variant != "base"
+        }
+        spent = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
+        return f", found with {len(spent)} of {len(runs)} runs"
 
-    def _not_ahead(self) -> str:
+    def _reason_to_stop(self) -> str:
         """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""
         return f"not ahead by the tolerance of {self.tolerance:.4f} nats" if self.tolerance else "not ahead"
 
-    def _record_gap(self, stage: str, one: Variant, outcome: str, why: str, gap: float) -> None:
+    def _record_gap(self, stage: str, variant: Variant, outcome: str, why: str, gap: float) -> None:
         known = gap if math.isfinite(gap) else None
-        self.decide(stage, one.name, outcome, why, lr=one.lr, params=self._params(one), gap=known, seeds=1)
+        self.decide(stage, variant.name, outcome, why, lr=variant.lr, params=self._params(variant), gap=known, seeds=1)
 
-    def _confirmed(self, stage: str, incumbent: Variant, one: Variant, fresh: bool) -> bool:
+    def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
         """Train a challenger and the incumbent with the same seeds; return whether the challenger is kept."""
         seeds = list(range(self.first, self.first + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
         for seed in seeds:
-            self.trials.train(one, seed)
+            self.trials.train(challenger, seed)
             self.trials.train(incumbent, seed)
         found = contest(
             self.trials.runs(incumbent.name, incumbent.lr, seeds),
-            self.trials.runs(one.name, one.lr, seeds),
+            self.trials.runs(challenger.name, challenger.lr, seeds),
             self.own,
             self.shifted,
             self.trials.predictions,
@@ -479,22 +483,22 @@ class Tuner:
             reason += ", but worse on a shifted set"
         self.decide(
             stage,
-            one.name,
+            challenger.name,
             "kept" if found.kept else "rejected",
             reason,
-            lr=one.lr,
-            params=self._params(one),
+            lr=challenger.lr,
+            params=self._params(challenger),
             **_gaps(found.own, found.shifted),
         )
         return found.kept
 
     def _params(self, variant: Variant) -> int:
-        mine = (one.params for one in self.trials.records if one.variant == variant.name)
-        return next(mine, 0)
+        counts = (trial.params for trial in self.trials.records if trial.variant == variant.name)
+        return next(counts, 0)
 
     # -- stability ---------------------------------------------------------------------------------------------------
 
-    def _stable(self, incumbent: Variant, swept: Swept) -> Variant:
+    def _stabilize(self, incumbent: Variant, swept: Swept) -> Variant:
         """Return the configuration after the trials that the curves justify."""
         reasons = stability_trials(self._curves(incumbent, swept))
         if not reasons:
@@ -512,7 +516,7 @@ class Tuner:
                 continue
             try:
                 with self._limited():
-                    incumbent = self._tried(incumbent, trial, reasons[name])
+                    incumbent = self._result_of_trial(incumbent, trial, reasons[name])
             except TimeIsUpError:
                 self.decide("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached")
         return incumbent
@@ -521,42 +525,48 @@ class Tuner:
         """Return whether the plan and the time allow another trial, in addition to the seeds of confirmed ones."""
         return self._trained < self.plan.trials and self.allows(runs)
 
-    def _tried(self, incumbent: Variant, trial: Variant, why: str) -> Variant:
+    def _result_of_trial(self, incumbent: Variant, trial: Variant, why: str) -> Variant:
         self._trained += 1
         self.trials.train(trial, self.first, self._adapter(trial))
-        ours = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
-        theirs = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
-        gap = math.inf if ours is None else ours.loss - theirs.loss
+        trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
+        incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
+        gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
         if gap >= -self.tolerance:
-            self._record_gap("stability", trial, "rejected", f"{why}; {self._not_ahead()} at the first seed", gap)
+            self._record_gap("stability", trial, "rejected", f"{why}; {self._reason_to_stop()} at the first seed", gap)
             return incumbent
-        return trial if self._confirmed("stability", incumbent, trial, fresh=False) else incumbent
+        return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
 
     def _curves(self, incumbent: Variant, swept: Swept) -> Curves:
-        base = {one.set: one for one in self.trials.records if one.variant == "base"}
-        mine = [one for one in self.trials.records if (one.variant, one.lr) == (incumbent.name, incumbent.lr)]
-        own = [one for one in mine if one.set == self.own and one.loss is not None]
-        losses = [one.loss for one in own if one.loss is not None]
-        trains = [one.train_loss for one in own if one.train_loss is not None]
-        at = base[self.own]
-        moved = [one.loss for one in mine if self.shifted and one.set == self.shifted[0] and one.loss is not None]
+        base = {trial.set: trial for trial in self.trials.records if trial.variant == "base"}
+        own_records = [
+            trial for trial in self.trials.records if (trial.variant, trial.lr) == (incumbent.name, incumbent.lr)
+        ]
+        own = [trial for trial in own_records if trial.set == self.own and trial.loss is not None]
+        losses = [trial.loss for trial in own if trial.loss is not None]
+        trains = [trial.train_loss for trial in own if trial.train_loss is not None]
+        base_record = base[self.own]
+        shifted_losses = [
+            trial.loss
+            for trial in own_records
+            if self.shifted and trial.set == self.shifted[0] and trial.loss is not None
+        ]
         records = swept.results.whole_of(Probe)
-        lost = {who for who in diverged(records) if who[0] == "lora" and (who[2] or 0.0) <= incumbent.lr}
+        diverged_runs = {run for run in diverged(records) if run[0] == "lora" and (run[2] or 0.0) <= incumbent.lr}
         return Curves(
-            base=at.loss or 0.0,
+            base=base_record.loss or 0.0,
             loss=fmean(losses),
-            base_train=at.train_loss or 0.0,
-            train=fmean(trains) if trains else at.train_loss or 0.0,
+            base_train=base_record.train_loss or 0.0,
+            train=fmean(trains) if trains else base_record.train_loss or 0.0,
             spread=stdev(losses) if len(losses) > 1 else None,
             tolerance=swept.verdict.tolerance,
-            diverged=len(lost),
-            base_shifted=base[self.shifted[0]].loss if moved else None,
-            shifted=fmean(moved) if moved else None,
+            diverged=len(diverged_runs),
+            base_shifted=base[self.shifted[0]].loss if shifted_losses else None,
+            shifted=fmean(shifted_losses) if shifted_losses else None,
         )
 
     # -- escalation --------------------------------------------------------------------------------------------------
 
-    def _more(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
+    def _escalate(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
         """Estimate the gain of more parameters than the budget, by training where there is time."""
         gain, of_full = self._gains(swept, incumbent)
         share = gain / of_full if of_full else None
@@ -668,8 +678,8 @@ class Tuner:
             self.decide("escalation", "full fine-tuning", "proposed", why, params=total, seconds=seconds)
             return
         full = self.trials.runs("full", row.lr)
-        mine = self.trials.runs(incumbent.name, incumbent.lr)
-        found = contest(mine, full, self.own, self.shifted, self.trials.predictions)
+        own_runs = self.trials.runs(incumbent.name, incumbent.lr)
+        found = contest(own_runs, full, self.own, self.shifted, self.trials.predictions)
         self.decide(
             "escalation",
             "full fine-tuning",
@@ -708,15 +718,15 @@ class Tuner:
     def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
         """Record the choice, and write the outputs."""
         runs = self.trials.runs(incumbent.name, incumbent.lr)
-        losses = [one.loss for one in runs[self.own].values()]
+        losses = [run.loss for run in runs[self.own].values()]
         gain, of_full = self._gains(swept, incumbent)
         error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
         rates: dict[int | None, float] = dict(self._best_rates(swept).items())
         rows = by_rank(swept.results.whole_of(Probe), self.own, rates)
         above = min((row for row in rows if (row.rank or 0) > choice.rank), key=lambda row: row.rank or 0, default=None)
-        moved, set_shifted = [], self.shifted[0] if self.shifted else ""
+        shifted_gains, set_shifted = [], self.shifted[0] if self.shifted else ""
         if set_shifted:
-            moved = [self._base_loss(set_shifted) - one.loss for one in runs.get(set_shifted, {}).values()]
+            shifted_gains = [self._base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
         redistributed = self.decided("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
         found = Tune(
@@ -743,8 +753,8 @@ class Tuner:
             next_rank=None if above is None else above.rank,
             next_gain=None if above is None else fmean(losses) - above.mean,
             non_uniform=outcome if outcome in {"kept", "rejected"} else "not tried",
-            gain_shifted=fmean(moved) if moved else None,
-            gain_shifted_error=stdev(moved) / math.sqrt(len(moved)) if len(moved) > 1 else None,
+            gain_shifted=fmean(shifted_gains) if shifted_gains else None,
+            gain_shifted_error=stdev(shifted_gains) / math.sqrt(len(shifted_gains)) if len(shifted_gains) > 1 else None,
             set_shifted=set_shifted,
             seeds=len(losses),
         )

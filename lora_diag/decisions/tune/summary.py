@@ -194,7 +194,7 @@ def _left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the trail of decisions, and the losses of all configurations."""
     decisions = results.whole_of(TuneDecision)
-    trail = Grid(
+    history = Grid(
         "Decisions, in their order",
         "stage",
         tuple(one.stage for one in decisions),
@@ -209,7 +209,7 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         ),
         "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences.",
     )
-    return [trail, *_losses(results.whole_of(TuneTrial))]
+    return [history, *_losses(results.whole_of(TuneTrial))]
 
 
 def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:

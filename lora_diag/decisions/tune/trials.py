@@ -27,7 +27,7 @@ from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Training, losses_after
 from lora_diag.probes.sweep.rounding import rounded
 from lora_diag.records import Probe
-from lora_diag.running.progress import Kept
+from lora_diag.running.progress import RunRecords
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -48,7 +48,7 @@ class Trials:
     model: Model
     training: Training
     sets: Sequence[Texts]
-    kept: Kept[Any]
+    kept: RunRecords[Any]
     grid: str | None
     after: Callable[[str], None]
 
@@ -104,8 +104,8 @@ class Trials:
         batch = self.training.batch
         layers = inner_layers(self.model.module).values()
         with rounded(layers, self.grid) if self.grid else nullcontext():
-            seen = self.training.texts.first(max(len(each.sequences) for each in self.sets))
-            train_loss = measure(self.model, seen, batch, lambda: self.after("BASE")).mean
+            train_texts = self.training.texts.first(max(len(each.sequences) for each in self.sets))
+            train_loss = measure(self.model, train_texts, batch, lambda: self.after("BASE")).mean
             found = [measure(self.model, each, batch, lambda: self.after("BASE")) for each in self.sets]
         self.kept.put(
             *(trial_of(each, losses, None, 0, 0, train_loss) for each, losses in zip(self.sets, found, strict=True))
@@ -122,21 +122,21 @@ class Trials:
         self.kept.put(
             *(
                 TuneTrial(
-                    set=one.set,
-                    shifted=one.shifted,
-                    data=one.data,
-                    tokens=one.tokens,
-                    variant="full" if one.rank is None else uniform_name(one.rank),
-                    params=total if one.rank is None else plan.params(one.rank),
-                    lr=one.lr,
+                    set=probe.set,
+                    shifted=probe.shifted,
+                    data=probe.data,
+                    tokens=probe.tokens,
+                    variant="full" if probe.rank is None else uniform_name(probe.rank),
+                    params=total if probe.rank is None else plan.params(probe.rank),
+                    lr=probe.lr,
                     steps=plan.steps,
-                    seed=one.seed,
-                    loss=one.loss,
-                    train_loss=one.train_loss,
-                    nll=one.nll,
+                    seed=probe.seed,
+                    loss=probe.loss,
+                    train_loss=probe.train_loss,
+                    nll=probe.nll,
                 )
-                for one in probes
-                if one.subject in {"lora", "full"}
+                for probe in probes
+                if probe.subject in {"lora", "full"}
             )
         )
 
@@ -149,10 +149,10 @@ class Trials:
             seeds: Only these; None for all.
         """
         found: dict[str, dict[int, Measured]] = {}
-        for one in self.records:
-            chosen = (one.variant, one.lr) == (name, lr) and (seeds is None or one.seed in seeds)
-            if chosen and one.loss is not None:
-                found.setdefault(one.set, {})[one.seed] = Measured(one.loss, one.nll)
+        for record in self.records:
+            is_selected = (record.variant, record.lr) == (name, lr) and (seeds is None or record.seed in seeds)
+            if is_selected and record.loss is not None:
+                found.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
         return found
 
     @property

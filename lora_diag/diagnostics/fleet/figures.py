@@ -12,11 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.diagnostics.fleet.record import Fleet
-from lora_diag.metrics.fleet import USED, Oddity, oddities, rarest_first
+from lora_diag.metrics.fleet import USED, OutlierKind, outlier_kinds, rarest_first
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.names import short_names
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     INK,
     QUIET,
@@ -44,7 +44,7 @@ class _Point:
     """
 
     name: str
-    remark: tuple[Oddity, ...]
+    remark: tuple[OutlierKind, ...]
     used: float
     fro: float
     run: int
@@ -73,7 +73,7 @@ def _inches(ax: Axes) -> tuple[float, float]:
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the scatter plot of all adapters, with a colour per run."""
     points = _points(series)
-    figure, (ax,) = sheet(look, _words(series, points, look), 1, 1)
+    figure, (ax,) = sheet(look, _texts(series, points, look), 1, 1)
     # The panel's height depends on the text around it; names have the remaining space.
     _draw(ax, (), look, 1.0, 1.0)
     figure.draw_without_rendering()
@@ -85,7 +85,7 @@ def _points(series: Sequence[Series[Any]]) -> list[_Point]:
     """Return the adapters that have a rank."""
     records = [(record, run) for run, one in enumerate(series) for record in one.records]
     names = short_names(record.adapter for record, _ in records)
-    odd = [words for one in series for words in oddities(one.records)]
+    odd = [words for one in series for words in outlier_kinds(one.records)]
     return [
         _Point(names[record.adapter], words, record.used, record.fro, run)
         for (record, run), words in zip(records, odd, strict=True)
@@ -181,7 +181,7 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
-def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) -> Words:
+def _texts(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) -> FigureText:
     marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * look.line}
     several = len(series) > 1
     keys = [
@@ -200,7 +200,7 @@ def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
     if rankless := sum(len(one.records) for one in series) - len(points):
         notes.append(f"Not drawn: {rankless} without a rank.")
     many = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
-    return Words(
+    return FigureText(
         "A fleet of adapters: norm of the update and used fraction of its rank",
         f"{many}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
         (" ".join(notes),),

@@ -12,11 +12,11 @@ from lora_diag.metrics.fleet import (
     SAME_SPACE,
     SPIKED,
     USED,
-    Alike,
-    Oddity,
+    NearDuplicate,
+    OutlierKind,
     alike,
     norm_outliers,
-    oddities,
+    outlier_kinds,
     rarest_first,
 )
 from lora_diag.records import Results
@@ -55,16 +55,16 @@ def fleet_table(
     return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, then)
 
 
-def pairs_of(results: Results[Fleet]) -> list[Alike]:
+def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicate adapters."""
     return alike([record.update for record in results], [record.space for record in results])
 
 
-def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "type") -> list[Grid]:
+def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: str = "type") -> list[Grid]:
     """Return the tables: outliers, or every adapter; and near-duplicates."""
     records = list(results)
     names, notes = short_names([record.adapter for record in records]), remarks(records)
-    odd = rarest_first(oddities(records))
+    odd = rarest_first(outlier_kinds(records))
     shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
     most = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
@@ -89,8 +89,8 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     """Return descriptions of the faults and oddities of each adapter."""
     ratios = norm_outliers([record.fro for record in records])
     found = []
-    for record, ratio, odd in zip(records, ratios, oddities(records), strict=True):
-        words: dict[Oddity, str] = {
+    for record, ratio, odd in zip(records, ratios, outlier_kinds(records), strict=True):
+        words: dict[OutlierKind, str] = {
             "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
             "norm": f"norm {number(ratio or 0.0)}× the median",
         }
@@ -112,13 +112,13 @@ _ALIKE = (
 )
 
 
-def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
+def _alike(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
     column = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
     return grid_of(_ALIKE, rows, "pair", "near-duplicates", more=[column])
 
 
-def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:
+def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list[Statement]:
     """Return the statements of the summary."""
     records = list(results)
     lines: list[Statement] = []
@@ -161,8 +161,8 @@ def _rank(records: Sequence[Fleet]) -> str:
 
 
 def _outliers(records: Sequence[Fleet]) -> str:
-    counts = Counter(word for odd in oddities(records) for word in odd)
-    words: dict[Oddity, str] = {
+    counts = Counter(word for odd in outlier_kinds(records) for word in odd)
+    words: dict[OutlierKind, str] = {
         "dead": "with dead layers (ΔW = 0)",
         "over-ranked": f"over-ranked (99% of the energy in at most {USED:.0%} of the rank)",
         "spiked": f"spiked (one direction per layer has {SPIKED:.0%})",
@@ -172,7 +172,7 @@ def _outliers(records: Sequence[Fleet]) -> str:
     return ", ".join(lines) or "none"
 
 
-def _pairs(pairs: Sequence[Alike]) -> str:
+def _pairs(pairs: Sequence[NearDuplicate]) -> str:
     counts = Counter(pair.word for pair in pairs)
     lines = [
         f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"

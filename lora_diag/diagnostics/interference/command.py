@@ -20,7 +20,7 @@ Inputs = Annotated[
 ]
 SpectrumFile = Annotated[
     Path | None,
-    options.spelled(
+    options.typer_option(
         "spectrum", Option(None, "Also write the spectra of the sums, for allocate.", "FILE", panel=OUTPUT)
     ),
 ]

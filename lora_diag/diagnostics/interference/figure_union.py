@@ -17,7 +17,7 @@ from lora_diag.diagnostics.interference.record import Union
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
 from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, wrapped
 
@@ -63,12 +63,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     types = Types(record.layer for _, records in shown for record in records)
     drawn = [slots(records, options.per, types) for _, records in shown]
     inches = look.width - 6 * look.text / 72
-    everything = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(everything, inches, look.ticks) / (2 * len(shown))
+    all_records = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(all_records, inches, look.ticks) / (2 * len(shown))
     heights = [1.25 * look.panel + below, 0.85 * look.panel + below] * len(shown)
     figure, axes = sheet(
         look,
-        _words(series, shown, drawn, look),
+        _texts(series, shown, drawn, look),
         len(heights),
         1,
         panel=sum(heights) / len(heights),
@@ -85,8 +85,8 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         shares.set_ylabel("share")
         for ax in (ranks, shares):
             slot_axis(ax, part, inches, look.ticks, labels=False)
-            ax.set_xlim(-0.5, len(everything) - 0.5)
-    slot_axis(axes[-1], everything, inches, look.ticks)
+            ax.set_xlim(-0.5, len(all_records) - 0.5)
+    slot_axis(axes[-1], all_records, inches, look.ticks)
     return figure
 
 
@@ -143,12 +143,12 @@ def _keys(look: Look | None, shares: bool = True) -> tuple[Key, ...]:
     )
 
 
-def _words(
+def _texts(
     series: Sequence[Series[Any]],
     shown: Sequence[tuple[Series[Any], tuple[Union, ...]]],
     drawn: Sequence[Sequence[Slot[Union]]],
     look: Look,
-) -> Words:
+) -> FigureText:
     layers = len({record.layer for _, records in shown for record in records})
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
@@ -158,7 +158,7 @@ def _words(
         notes.append(f"Not drawn: {lone} {'layer' if lone == 1 else 'layers'} changed by fewer than two updates.")
     if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
         notes.append("No green line: no rank of the sum keeps 90% of every update.")
-    return Words(
+    return FigureText(
         "Rank of the sum of updates, compared with the sum of their ranks",
         f"{layers} {'matrix' if layers == 1 else 'matrices'}; ranks at 90% of the energy Σσ²; below, the additive "
         "fraction: rank of the sum / sum of the ranks",

@@ -17,7 +17,7 @@ from lora_diag.metrics.angles import random_angles
 from lora_diag.records import Agreement
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, by_pair, rank_absent
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category
 
 Side = Literal["columns", "rows"]
@@ -67,11 +67,11 @@ def ranks_of(records: Iterable[Interference]) -> list[int]:
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the angles of the column spaces and of the row spaces, one panel each."""
     pairs = by_pair(series)
-    everything = [record for one in pairs for record in one.records]
-    rank = chosen_rank(everything, options.rank)
+    all_records = [record for one in pairs for record in one.records]
+    rank = chosen_rank(all_records, options.rank)
     measured = [one for one in pairs if any(str(rank) in record.columns for record in one.records)]
     shown = sorted(measured, key=lambda one: -_overlap(one.records, rank))[: len(CATEGORIES)]
-    figure, axes = sheet(look, _words(pairs, shown, rank, look), 1, 2, panel=1.4 * look.panel)
+    figure, axes = sheet(look, _texts(pairs, shown, rank, look), 1, 2, panel=1.4 * look.panel)
     for (side, title), ax in zip(SIDES, axes, strict=True):
         _draw(ax, shown, side, rank, look)
         ax.set_title(title)
@@ -130,9 +130,9 @@ def _keys(series: Sequence[Series[Interference]], look: Look | None) -> tuple[Ke
     )
 
 
-def _words(
+def _texts(
     pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, look: Look
-) -> Words:
+) -> FigureText:
     records = [record for one in shown for record in one.records]
     drawn = {record.layer for record in records if str(rank) in record.columns}
     notes = ["The further a curve is to the right of its dotted line, the more two updates have in common."]
@@ -142,7 +142,7 @@ def _words(
         notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
     if others := [each for each in ranks_of(records) if each != rank]:
         notes.append(f"Also measured: r = {', '.join(map(str, others))} (--show-rank).")
-    return Words(
+    return FigureText(
         f"Principal angles between the {rank} largest directions of two updates",
         f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; fraction of the principal angles with at most "
         "this cosine (1: common direction, 0: orthogonal)",

@@ -20,7 +20,7 @@ from lora_diag.rendering.figures.axes import label_ticks, panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series, rank_absent
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words
+from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 # The measures drawn: name, field, field of the baseline, colour, and dashes for when colours distinguish runs.
@@ -34,7 +34,7 @@ SINGLE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class StepCurve:
     """A measure over the steps, for a set of layers.
 
     Args:
@@ -52,25 +52,25 @@ class Course:
     random: NDArray[np.float64]
 
 
-def course(records: Sequence[Overlap], field: str, random: str) -> Course:
+def curve_over_steps(records: Sequence[Overlap], field: str, random: str) -> StepCurve:
     """Return a measure over the steps at which any layer has it."""
     values: dict[int, list[float]] = {}
-    chance: dict[int, list[float]] = {}
+    baseline: dict[int, list[float]] = {}
     for record in records:
         if (value := getattr(record, field)) is not None:
             values.setdefault(record.step, []).append(value)
-            chance.setdefault(record.step, []).append(getattr(record, random))
+            baseline.setdefault(record.step, []).append(getattr(record, random))
     steps = sorted(values)
 
-    def over_steps(of: Callable[[list[float]], Any], what: dict[int, list[float]]) -> NDArray[np.float64]:
-        return np.array([float(of(what[step])) for step in steps])
+    def over_steps(of: Callable[[list[float]], Any], by_step: dict[int, list[float]]) -> NDArray[np.float64]:
+        return np.array([float(of(by_step[step])) for step in steps])
 
-    return Course(
+    return StepCurve(
         np.array(steps, dtype=np.int64),
         over_steps(np.median, values),
         over_steps(min, values),
         over_steps(max, values),
-        over_steps(np.median, chance),
+        over_steps(np.median, baseline),
     )
 
 
@@ -107,15 +107,15 @@ def chosen_rank(records: Sequence[Overlap], rank: int | None) -> int:
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return κ and tangent by module type, one panel each."""
-    everything = [record for one in series for record in one.records]
-    rank = chosen_rank(everything, options.rank)
+    all_records = [record for one in series for record in one.records]
+    rank = chosen_rank(all_records, options.rank)
     shown = [Series(one.label, tuple(r for r in one.records if r.rank == rank)) for one in series]
     records = [record for one in shown for record in one.records]
     types = Types(record.layer for record in records)
     names = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
     most = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    words = _words(shown, everything, rank, options.per, len(types.names) - len(names), most, look)
+    words = _texts(shown, all_records, rank, options.per, len(types.names) - len(names), most, look)
 
     def draw(ax: Axes, inches: float, name: str) -> None:
         parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
@@ -134,7 +134,7 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, look: Look | No
     width = look.line if look else 1.2
     for number, one in enumerate(series):
         for name, field, random, color, dashes in MEASURES:
-            found = course(one.records, field, random)
+            found = curve_over_steps(one.records, field, random)
             if not len(found.steps):
                 continue
             several = len(series) > 1
@@ -146,7 +146,7 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, look: Look | No
                 ax.fill_between(found.steps, found.low, found.high, color=color, alpha=0.2, lw=0)
             elif not several:
                 for layer in layers:
-                    own = course([record for record in one.records if record.layer == layer], field, random)
+                    own = curve_over_steps([record for record in one.records if record.layer == layer], field, random)
                     ax.plot(own.steps, own.middle, color=color, lw=0.5 * width, alpha=0.45, label=f"_{name} of {layer}")
             line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
             ax.plot(found.steps, found.middle, label=f"_{name}", **line, **marker)
@@ -188,18 +188,18 @@ def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None, most: 
     return tuple(found)
 
 
-def _words(
+def _texts(
     series: Sequence[Series[Overlap]],
-    everything: Sequence[Overlap],
+    all_records: Sequence[Overlap],
     rank: int,
     per: str,
     missing: int,
     most: int,
     look: Look,
-) -> Words:
+) -> FigureText:
     layers = len({record.layer for one in series for record in one.records})
-    whose = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
-    others = sorted({record.rank for record in everything} - {rank})
+    prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
+    others = sorted({record.rank for record in all_records} - {rank})
     notes = []
     if others:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))} (--show-rank).")
@@ -207,9 +207,9 @@ def _words(
         notes.append(f"Not drawn: {missing} more module types (--layers).")
     if zero := sum(record.kappa is None for one in series for record in one.records):
         notes.append(f"Not drawn: {zero} zero gradients.")
-    return Words(
+    return FigureText(
         f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",
-        f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
+        f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
         "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
         (" ".join(notes),) if notes else (),
         _keys(series, per, look, most),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from lora_diag.adapters.user_alpha import given_alpha
+from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
 from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size
@@ -145,7 +145,7 @@ def subspaces(
     check_request(settings.method, settings.ranks[-1], 0.5)
     on = resolve_device(settings.device)
     compared = compare(
-        base, tuned, given["layers"], given["exclude"], given["allow_unmatched"], given=given_alpha(given)
+        base, tuned, given["layers"], given["exclude"], given["allow_unmatched"], given=alpha_option(given)
     )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     layout = layout_of(matrices, given["workers"], on.type)
@@ -236,8 +236,8 @@ def _without_overlap(
     for task in tasks:
         lost = [item for item in task.snapshots if item.step not in done.get(task.layer, {item.step})]
         if lost:
-            again = measure(Followed(task.delta, tuple(lost)), settings)
-            yield from (record for record in again if isinstance(record, LeftOut))
+            unmeasured = measure(Followed(task.delta, tuple(lost)), settings)
+            yield from (record for record in unmeasured if isinstance(record, LeftOut))
 
 
 def _why_nothing(compared: Comparison, followed: Sequence[History], unmatched: Sequence[Unpaired]) -> str:

@@ -31,16 +31,16 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
         shown: Its layers at the rank of the table.
     """
     sentences = [compared(results, *_measured(results))]
-    judged = [track for track in _judged(shown) if track.known]
-    if judged:
+    relevant = [track for track in _relevant(shown) if track.known]
+    if relevant:
         sentences += [
-            _inside(judged, len(judged) < len(shown)),
-            say("reach", "Reach", _reach(judged)),
-            say("trend", "Trend", _trend(judged)),
-            say("by_rank", "By rank", _by_rank(results, judged)),
-            say("suggests", "Suggestion", _suggests(results, judged)),
-            *_resolved(judged),
-            say("interpretation", "Interpretation", _reading(results)),
+            _containment(relevant, len(relevant) < len(shown)),
+            say("reach", "Reach", _reach(relevant)),
+            say("trend", "Trend", _trend(relevant)),
+            say("by_rank", "By rank", _by_rank(results, relevant)),
+            say("suggests", "Suggestion", _suggestion(results, relevant)),
+            *_resolved(relevant),
+            say("interpretation", "Interpretation", _interpretation(results)),
         ]
     elif shown:
         sentences.append(say("inside", "Containment", "not known: every gradient is zero", level="warning"))
@@ -56,29 +56,29 @@ def _measured(results: Results[Overlap]) -> list[str]:
     return [f"{_matrices(layers)}, {times}"] if layers else []
 
 
-def _judged(shown: Sequence[Track]) -> list[Track]:
+def _relevant(shown: Sequence[Track]) -> list[Track]:
     """Return the layers that adapters usually target, or else the others."""
     return [track for track in shown if part_of(track.layer) == "matrices"] or list(shown)
 
 
-def _inside(judged: Sequence[Track], outside: bool) -> Statement:
+def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
     """State how many layers end near the baseline, which, and since when."""
-    out = sorted(
-        (t for t in judged if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
+    near_random = sorted(
+        (t for t in relevant if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
     )
-    word = "no" if len(out) > len(judged) / 2 else "partly" if out else "yes"
-    kappa, random = middle([t.last.kappa for t in judged]), middle([t.last.kappa_random for t in judged])
+    word = "no" if len(near_random) > len(relevant) / 2 else "partly" if near_random else "yes"
+    kappa, random = middle([t.last.kappa for t in relevant]), middle([t.last.kappa_random for t in relevant])
     where = " outside embeddings and head" if outside else ""
     head = (
-        f"{word}: at the last step the median κ of {_matrices(len(judged))}{where} is {number(kappa or 0)}, that of "
+        f"{word}: at the last step the median κ of {_matrices(len(relevant))}{where} is {number(kappa or 0)}, that of "
         f"random subspaces {number(random or 0)}"
     )
-    if not out:
+    if not near_random:
         return say("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
-    found = [head, f"{len(out)} of them {'is' if len(out) == 1 else 'are'} near random ({_LIMIT}):"]
-    first = min(track.records[0].step for track in judged)
-    found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in out[:_NAMED]]
-    more = [f"  and {len(out) - _NAMED} more"] if len(out) > _NAMED else []
+    found = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
+    first = min(track.records[0].step for track in relevant)
+    found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in near_random[:_NAMED]]
+    more = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
     return say("inside", "Containment", *found, *more, level="warning")
 
 
@@ -86,22 +86,22 @@ def _since(track: Track, first: int) -> str:
     return "at every step" if track.near_since == first else f"since step {track.near_since}"
 
 
-def _in_layers(some: Sequence[Track]) -> str:
-    return f"in {len(some)} layers near random" if len(some) > 1 else f"in {short(some[0].layer)}"
+def _in_layers(near_random: Sequence[Track]) -> str:
+    return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
 def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _reach(judged: Sequence[Track]) -> str:
+def _reach(relevant: Sequence[Track]) -> str:
     """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
 
     def change(name: str) -> str:
-        first, last = (middle([getattr(t.known[i], name) for t in judged]) or 0.0 for i in (0, -1))
-        random = middle([getattr(t.last, f"{name}_random") for t in judged]) or 0.0
-        went = number(last) if first == last else f"{number(first)} → {number(last)}"
-        return f"{went} of ‖G‖ (random {number(random)})"
+        first, last = (middle([getattr(t.known[i], name) for t in relevant]) or 0.0 for i in (0, -1))
+        random = middle([getattr(t.last, f"{name}_random") for t in relevant]) or 0.0
+        values = number(last) if first == last else f"{number(first)} → {number(last)}"
+        return f"{values} of ‖G‖ (random {number(random)})"
 
     return (
         f"an adapter in these subspaces reaches {change('tangent')} to first order; a new one (B = 0, with the rows "
@@ -109,25 +109,27 @@ def _reach(judged: Sequence[Track]) -> str:
     )
 
 
-def _trend(judged: Sequence[Track]) -> str:
+def _trend(relevant: Sequence[Track]) -> str:
     """Count the layers whose κ falls, rises or stays, and name the layer where it falls most."""
-    went = {track.layer: ends for track in judged if (ends := track.ends) is not None}
-    if not went:
+    ends_of = {track.layer: ends for track in relevant if (ends := track.ends) is not None}
+    if not ends_of:
         return "not known from one step; record several"
-    counts = Counter(trend(ends) for ends in went.values())
+    counts = Counter(trend(ends) for ends in ends_of.values())
     words = [f"{word} in {counts[word]}" for word in ("falls", "rises") if counts[word]]
     words += [f"is steady in {counts['steady']}"] if counts["steady"] else []
-    sentence = f"κ {', '.join(words)} of {_matrices(len(went))}"
-    falling = sorted((layer for layer in went if trend(went[layer]) == "falls"), key=lambda x: went[x][1] / went[x][0])
+    sentence = f"κ {', '.join(words)} of {_matrices(len(ends_of))}"
+    falling = sorted(
+        (layer for layer in ends_of if trend(ends_of[layer]) == "falls"), key=lambda x: ends_of[x][1] / ends_of[x][0]
+    )
     if falling:
-        named = [f"{short(x)} ({number(went[x][0])} → {number(went[x][1])})" for x in falling[:2]]
+        named = [f"{short(x)} ({number(ends_of[x][0])} → {number(ends_of[x][1])})" for x in falling[:2]]
         sentence += f"; falls most in {', '.join(named)}"
     return sentence
 
 
-def _by_rank(results: Results[Overlap], judged: Sequence[Track]) -> str:
+def _by_rank(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     """Show κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
-    last = {track.layer: track.last.step for track in judged}
+    last = {track.layer: track.last.step for track in relevant}
     parts = []
     for rank in sorted({record.rank for record in results}):
         known = [r for r in results if r.rank == rank and last.get(r.layer) == r.step and r.kappa is not None]
@@ -142,31 +144,37 @@ def _exceeds_random(record: Overlap) -> bool:
     return record.kappa_random < 1 and not near(record)
 
 
-def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
+def _suggestion(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     """Suggest what to do about the layers near their baseline."""
-    out = [track for track in judged if track.near_since is not None]
-    if not out:
+    near_random = [track for track in relevant if track.near_since is not None]
+    if not near_random:
         return "nothing to change: in every layer these subspaces contain more of the gradient than random ones"
-    reached = [track for track in out if _reaches(track.last)]
-    largest = {track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in out}
-    helped = [track for track in out if track not in reached and _exceeds_random(largest[track.layer])]
-    lost = [track for track in out if track not in reached and track not in helped]
+    tangent_only = [track for track in near_random if _reaches(track.last)]
+    largest = {
+        track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in near_random
+    }
+    at_higher_rank = [
+        track for track in near_random if track not in tangent_only and _exceeds_random(largest[track.layer])
+    ]
+    outside = [track for track in near_random if track not in tangent_only and track not in at_higher_rank]
     sentences = []
-    if reached:
-        tangent, random = (middle([getattr(t.last, name) for t in reached]) for name in ("tangent", "tangent_random"))
+    if tangent_only:
+        tangent, random = (
+            middle([getattr(t.last, name) for t in tangent_only]) for name in ("tangent", "tangent_random")
+        )
         sentences.append(
-            f"{_in_layers(reached)} one side is aligned: an adapter there still reaches {number(tangent or 0)} of "
+            f"{_in_layers(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} of "
             f"‖G‖ (random {number(random or 0)}); keep it"
         )
-    if helped:
-        ranks = max(largest[track.layer].rank for track in helped)
-        sentences.append(f"{_in_layers(helped)} κ exceeds the baseline at r={ranks}: use a higher rank there")
-    if lost:
+    if at_higher_rank:
+        ranks = max(largest[track.layer].rank for track in at_higher_rank)
+        sentences.append(f"{_in_layers(at_higher_rank)} κ exceeds the baseline at r={ranks}: use a higher rank there")
+    if outside:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         # At full rank the subspaces are the whole space, which contains every gradient.
-        full = any(largest[track.layer].kappa_random >= 1 for track in lost)
+        full = any(largest[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
-            f"{_in_layers(lost)} the gradients are outside {cause} at every rank "
+            f"{_in_layers(outside)} the gradients are outside {cause} at every rank "
             f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
             "move its parameters to layers that contain theirs"
         )
@@ -182,23 +190,23 @@ def _rank_then_step(record: Overlap) -> tuple[int, int]:
     return record.rank, record.step
 
 
-def _resolved(judged: Sequence[Track]) -> list[Statement]:
-    counts = Counter(track.last.verdict for track in judged)
-    if counts["resolved"] == len(judged):
+def _resolved(relevant: Sequence[Track]) -> list[Statement]:
+    counts = Counter(track.last.verdict for track in relevant)
+    if counts["resolved"] == len(relevant):
         return []
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
     return [
         say(
             "resolved",
             "Resolution",
-            f"of {_matrices(len(judged))} {' and '.join(parts)}: where the files do not resolve the update, its "
+            f"of {_matrices(len(relevant))} {' and '.join(parts)}: where the files do not resolve the update, its "
             "subspaces are those of rounding noise and a κ near random has no meaning",
             level="warning",
         )
     ]
 
 
-def _reading(results: Results[Overlap]) -> str:
+def _interpretation(results: Results[Overlap]) -> str:
     own = (
         "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
         "directions"
@@ -213,13 +221,13 @@ def _reading(results: Results[Overlap]) -> str:
 
 def _skipped(results: Results[Overlap]) -> str:
     """State which requested ranks exceed some layers."""
-    have: dict[str, set[int]] = {}
+    ranks_of: dict[str, set[int]] = {}
     for record in results:
-        have.setdefault(record.layer, set()).add(record.rank)
+        ranks_of.setdefault(record.layer, set()).add(record.rank)
     requested = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
-    too_small = {rank: sum(rank not in ranks for ranks in have.values()) for rank in requested}
+    too_small = {rank: sum(rank not in ranks for ranks in ranks_of.values()) for rank in requested}
     parts = [f"{rank} in {number_of}" for rank, number_of in too_small.items() if number_of]
     if not parts:
         return ""
     limit = "the adapter's rank" if reference_is_adapter(results) else "min(out, in)"
-    return f"not measured where they exceed {limit}: r={', '.join(parts)} of {_matrices(len(have))}"
+    return f"not measured where they exceed {limit}: r={', '.join(parts)} of {_matrices(len(ranks_of))}"

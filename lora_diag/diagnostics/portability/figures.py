@@ -22,7 +22,7 @@ from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
     QUIET,
@@ -72,13 +72,13 @@ def cells(series: Sequence[Series[Any]]) -> Cells:
             programs.append(program)
             for record in records:
                 place = types.of(record.layer), program, depth_of(record.layer)
-                if place not in found or _badness(record) > _badness(found[place]):
+                if place not in found or _severity_order(record) > _severity_order(found[place]):
                     found[place] = record
     depths = sorted({depth for _, _, depth in found}, key=lambda depth: -1 if depth is None else depth)
     return Cells(types.names, tuple(depths), tuple(programs), found)
 
 
-def _badness(record: Portability) -> tuple[int, float]:
+def _severity_order(record: Portability) -> tuple[int, float]:
     return -ORDER.index(record.status), record.epsilon or 0.0
 
 
@@ -136,7 +136,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     if not _fits(shown, inches, look.ticks):
         labels = max(width_of(name, look.ticks) for name in shown.programs) + 0.4 * line
     panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
-    page, (ax,) = sheet(look, _words(series, shown), 1, 1, panel=panel, low=True)
+    page, (ax,) = sheet(look, _texts(series, shown), 1, 1, panel=panel, low=True)
     _draw(ax, shown, norm, look.ticks, _NAMES * look.width, inches)
     if norm is not None:
         bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
@@ -185,7 +185,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, most: flo
         ax.set_xlabel(wrapped(text, inches, size / 0.88))
 
 
-def _words(series: Sequence[Series[Any]], shown: Cells) -> Words:
+def _texts(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     found = {record.status for record in shown.records.values()}
     unknown = any(r.status == "wrong" and not r.epsilon for r in shown.records.values())
     keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if found & set(AS_INTENDED) else []
@@ -195,7 +195,7 @@ def _words(series: Sequence[Series[Any]], shown: Cells) -> Words:
     keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in found else []
     layers = len({record.layer for one in series for record in one.records})
     several = len({(name, depth) for name, _, depth in shown.records}) < layers
-    return Words(
+    return FigureText(
         "Weights of the adapter as each program applies them",
         f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
         ("A cell shows the worst of a block's matrices of its type.",) if several else (),

@@ -10,7 +10,7 @@ from lora_diag.adapters import Adapter, is_adapter, open_adapter
 from lora_diag.adapters.contents import contents_of
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.updates import Site
-from lora_diag.adapters.user_alpha import given_alpha
+from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.diagnostics.portability.record import FORMED, Portability
 from lora_diag.diagnostics.portability.run import portability
@@ -63,7 +63,7 @@ def make_portable(
     path = as_path(adapter)
     if not is_adapter(locate(path)):
         raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
-    opened = open_adapter(locate(path), given_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+    opened = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     checkpoint = open_checkpoint(as_path(base)) if base is not None else None
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)

@@ -19,7 +19,7 @@ from lora_diag.metrics import pooled
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
 from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, Look, wrapped
 
@@ -93,17 +93,17 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     types = Types(record.layer for records in matrices for record in records)
     drawn = [slots(records, options.per, types) for records in matrices]
     inches = look.width - 5 * look.text / 72
-    everything = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(everything, inches, look.ticks) / len(shown)
+    all_records = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(all_records, inches, look.ticks) / len(shown)
     panel = 1.25 * look.panel + below
-    page, axes = sheet(look, _words(shown, drawn, look), len(shown), 1, panel=panel, share=False, low=True)
+    page, axes = sheet(look, _texts(shown, drawn, look), len(shown), 1, panel=panel, share=False, low=True)
     for one, part, ax in zip(shown, drawn, axes, strict=True):
         _draw(ax, part, look)
         ax.set_title(wrapped(_finding(one), inches, look.text), parse_math=False)
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-        slot_axis(ax, everything, inches, look.ticks, labels=ax is axes[-1])
+        slot_axis(ax, all_records, inches, look.ticks, labels=ax is axes[-1])
     return page
 
 
@@ -180,7 +180,7 @@ def _keys(look: Look | None) -> tuple[Key, ...]:
     )
 
 
-def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], look: Look) -> Words:
+def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], look: Look) -> FigureText:
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     vectors = len({r.layer for one in shown for r in one.records if len(r.shape) == 1})
     zero = len({r.layer for one in shown for r in one.records if r.fro == 0})
@@ -199,7 +199,7 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
         notes.append(f"Not drawn: {vectors} one-dimensional tensors.")
     if zero:
         notes.append(f"Not drawn: {zero} with ΔW = 0.")
-    return Words(
+    return FigureText(
         "Residual ε² of the adapter by layer, and its parts",
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
         "blocks run from left to right in each module type",

@@ -220,8 +220,8 @@ def _in_data_metric(layer: Layer, full: Change, top: int, settings: LayerSetting
     assert layer.moments is not None
     where = layer.moments.on_rows
     lower = read_root(layer.moments, device).lower
-    weighed = times(full, lower, where)
-    return Metric(weighed, _decompose(weighed, top, settings, vectors=False), layer.shape, lower, where)
+    weighted = times(full, lower, where)
+    return Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, lower, where)
 
 
 def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool = True) -> Factors:

@@ -39,7 +39,7 @@ def spectrum(
     tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint, or an adapter.")] = None,
     *,
     adapters: Annotated[
-        list[str] | None, options.spelled("adapters", Option(None, "Use fleet.", "GLOB", hidden=True))
+        list[str] | None, options.typer_option("adapters", Option(None, "Use fleet.", "GLOB", hidden=True))
     ] = None,
     given: SpectrumOptions,
     shown: options.Rows,
@@ -72,7 +72,7 @@ def gradient_spectrum(
         list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
     ],
     *,
-    base: Annotated[str | None, options.spelled("base", BASE)] = None,
+    base: Annotated[str | None, options.typer_option("base", BASE)] = None,
     given: GradientSpectrumOptions,
     shown: options.Rows,
 ) -> None:

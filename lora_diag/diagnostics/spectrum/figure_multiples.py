@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.fields import changes_of, metric_said
 from lora_diag.rendering.figures.groups import Types, by_depth, deepest
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Series, owner_of
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, depth_bar
+from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key, depth_bar
 from lora_diag.rendering.figures.style import FLOOR, INK, Look, category
 
 
@@ -65,7 +65,7 @@ def small_multiples(
     bands = per == "type" or len(series) > 1
     depths, largest = deepest(record.layer for record in records), largest_rank(records)
     by_color = not bands and depths > 0
-    words = Words(
+    words = FigureText(
         title,
         f"{_about(series, records)}{f'; {formula}' if formula else ''}",
         _notes(shown, records, bands),

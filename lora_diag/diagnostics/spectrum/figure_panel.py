@@ -33,8 +33,8 @@ def draw_series(
     Returns:
         The largest number of layers that one line represents.
     """
-    everything = [record for one in series for record in one.records]
-    largest = largest or largest_rank(everything)
+    all_records = [record for one in series for record in one.records]
+    largest = largest or largest_rank(all_records)
     grid = ranks_drawn(largest, marked)
     joined = 1
     if per == "type" or len(series) > 1:
@@ -42,7 +42,7 @@ def draw_series(
             if drawn := band(one.records, quantity, grid):
                 draw_band(ax, drawn, category(number), one.label or "median layer", look)
     else:
-        depths = deepest(record.layer for record in everything) if depths is None else depths
+        depths = deepest(record.layer for record in all_records) if depths is None else depths
         for curve in curves(series[0].records, quantity, grid):
             draw_curve(ax, curve, depth_color(curve.depth, depths), look)
             joined = max(joined, curve.layers)

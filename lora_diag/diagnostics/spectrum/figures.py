@@ -61,18 +61,18 @@ def spectrum(
 
 def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
     """Return σ_i by module type, one panel each, with common axes."""
-    everything = tuple(record for one in series for record in one.records)
+    all_records = tuple(record for one in series for record in one.records)
     return small_multiples(
         series,
         SIGMA,
         look,
         options.per,
-        title=f"Singular values σᵢ of {changes_of(everything)}, in descending order",
+        title=f"Singular values σᵢ of {changes_of(all_records)}, in descending order",
         xlabel="index i",
         ylabel="σᵢ",
-        scale=lambda ax: _scale(ax, everything),
+        scale=lambda ax: _scale(ax, all_records),
         also=lambda ax, records: _edge(ax, records, look),
-        keys=_edge_key(everything, look),
+        keys=_edge_key(all_records, look),
     )
 
 

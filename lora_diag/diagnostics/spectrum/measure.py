@@ -14,7 +14,7 @@ from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
+from lora_diag.layers.metric import Weighted, Weighting, extra, weigh
 from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Factors, resolve_device
@@ -45,21 +45,21 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         The spectrum, or, if ΔW is not finite, a ``left_out`` record with the position of the first such entry.
     """
     compute = partial(_compute, delta, settings, weighting)
-    (change, factors, weighed), fallback = on_device(compute, resolve_device(settings.device))
+    (change, factors, weighted), fallback = on_device(compute, resolve_device(settings.device))
     if factors is None:
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
-    gains = weighed.gains if weighed else None
+    gains = weighted.gains if weighted else None
     seen = resolution(change.rounding, factors, gains)
     record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
     if settings.recover and isinstance(delta, StoredDelta) and seen.verdict != "resolved" and record.fro > 0:
         record = record.model_copy(update={"hidden": _hidden(delta, record.fro, settings)})
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})
-    if weighed is None or weighting is None:
+    if weighted is None or weighting is None:
         return record
     metric = "kfac" if weighting.gradients else "data"
-    return record.model_copy(update={"metric": metric, "weights_fro": weighed.plain_fro})
+    return record.model_copy(update={"metric": metric, "weights_fro": weighted.plain_fro})
 
 
 def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidden:
@@ -74,20 +74,20 @@ def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidde
 
 def _compute(
     delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
-) -> tuple[Change, Factors | None, Weighed | None]:
+) -> tuple[Change, Factors | None, Weighted | None]:
     """Read ΔW, apply the metric, and compute its singular values; None if it is not finite."""
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
         allowance = replace(allowance, limit=allowance.limit - extra(weighting, delta.shape))
-    change, weighed = load_change(delta, device, allowance=allowance), None
+    change, weighted = load_change(delta, device, allowance=allowance), None
     if change.non_finite is not None:
         return change, None, None
     if weighting is not None:
-        weighed = weigh(change, delta, weighting, device)
-        change = weighed.change
+        weighted = weigh(change, delta, weighting, device)
+        change = weighted.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
     if not math.isfinite(factors.fro):
         return replace(change, non_finite=OVERFLOW), None, None
-    if weighed is not None:
-        factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighed.error))
-    return change, factors, weighed
+    if weighted is not None:
+        factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighted.error))
+    return change, factors, weighted

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share
 from lora_diag.records.shown import SHAPE, Shown, value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
-from lora_diag.rendering.text import middle_rank, shade
+from lora_diag.rendering.text import median_rank, shade
 
 
 def usual_ranks(ranks: Sequence[int]) -> list[int]:
@@ -19,7 +19,7 @@ def usual_ranks(ranks: Sequence[int]) -> list[int]:
 
 def _middle_rank(path: str) -> Callable[[Sequence[Spectrum]], str]:
     """Return a pooled rank in which null, beyond the kept values, counts as larger than any rank."""
-    return lambda records: middle_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
+    return lambda records: median_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
 
 class Stack(Record):

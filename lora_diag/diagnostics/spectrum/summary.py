@@ -16,7 +16,7 @@ from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NORMS
 from lora_diag.rendering.lines import REASONS, subject, within
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.text import count, middle_rank, number, percent, safe, short
+from lora_diag.rendering.text import count, median_rank, number, percent, safe, short
 
 # Minimum median C(16) of a low-rank update, and of a partly low-rank one. Conventions: the statement has the number.
 LOW_RANK, PARTLY = 0.9, 0.5
@@ -124,7 +124,7 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     known = [rank for rank in ranks if rank is not None]
     given = sorted({len(record.s) for record in records})
     of = str(given[0]) if len(given) == 1 else f"{given[0]} to {given[-1]}"
-    middle = middle_rank(ranks, given[-1])
+    middle = median_rank(ranks, given[-1])
     used = f"90% of the energy in {middle} of {of} directions at the median"
     if not all(record.complete for record in records):
         beyond = f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {given[-1]} that --top kept"
@@ -282,7 +282,7 @@ def _rank_at_90(records: Sequence[Spectrum]) -> str:
     more = (
         f"; beyond the {kept} values kept in {beyond} of {len(ranks)} layers: measure without --top" if beyond else ""
     )
-    return f"median {middle_rank(ranks, kept)}, from {min(known)} to {largest} {of} possible{more}"
+    return f"median {median_rank(ranks, kept)}, from {min(known)} to {largest} {of} possible{more}"
 
 
 def _coverage(results: Results[Spectrum]) -> str:

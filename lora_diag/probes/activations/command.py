@@ -18,8 +18,8 @@ _OUTPUT = Option(REQUIRED, "Safetensors file to write.", "FILE", ("--output", "-
 @options.spread
 def activations(
     base: options.Base,
-    data: Annotated[Path, options.spelled("data", DATA)],
-    output: Annotated[Path, options.spelled("output", _OUTPUT)],
+    data: Annotated[Path, options.typer_option("data", DATA)],
+    output: Annotated[Path, options.typer_option("output", _OUTPUT)],
     *,
     given: ActivationsOptions,
     shown: options.Rows,

@@ -16,7 +16,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import measured_axis, panel_width
 from lora_diag.rendering.figures.ranked import NAMES, Row, draw_rows, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
     INK,
@@ -76,9 +76,9 @@ def curvature(
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
     runs = [(one.label, [r for r in one.whole if isinstance(r, Curvature | LossBound)]) for one in series]
-    everything = [record for _, records in runs for record in records]
-    sets = _sets(everything)
-    eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in everything)
+    all_records = [record for _, records in runs for record in records]
+    sets = _sets(all_records)
+    eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in all_records)
     rows, title, label = _rows(runs) if eigen or not sets else ([], "", "")
     number = len(sets) + bool(rows)
     columns = 1 if look.columns < 3 else min(number, 2)
@@ -87,12 +87,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         inches *= 1 - NAMES
     short = cropped_all(sorted({row.name for row in rows}), NAMES * look.width / columns, look.ticks)
     panel = max(1.9 * look.panel, (len(rows) + 3.5) * 1.55 * look.ticks / 72 if rows else 0)
-    words = _words(series, everything, bool(sets), look)
+    words = _texts(series, all_records, bool(sets), look)
     figure, axes = sheet(look, words, -(-number // columns), columns, panel=panel, share=False)
     for name, ax in zip(sets, axes, strict=False):
         found = [_bounds(records, name) for _, records in runs]
         _draw_gaps(ax, found, inches, look)
-        ax.set_title(wrapped(_finding(name, found, _is_bound(everything)), inches, look.text), parse_math=False)
+        ax.set_title(wrapped(_finding(name, found, _is_bound(all_records)), inches, look.text), parse_math=False)
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
     if rows:
         ax = axes[len(sets)]
@@ -196,14 +196,14 @@ def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[
     return highest(rows, ROWS), f"{title}{most}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
 
 
-def _words(
+def _texts(
     series: Sequence[Series[Any]], records: Sequence[Curvature | LossBound], truncated: bool, look: Look
-) -> Words:
+) -> FigureText:
     first = next(record for record in records if isinstance(record, Curvature))
     matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
     about = subject_of(series)
     if not truncated:
-        return Words(
+        return FigureText(
             f"Curvature of the loss at {first.at.upper()}: the {matrix} of each layer",
             f"{about}mean negative log-likelihood of the evaluation set",
             keys=run_keys(series, look),
@@ -231,7 +231,7 @@ def _words(
     truncations = [record for name in _sets(records) for record in _bounds(records, name)]
     if hidden := sum(record.gap <= 0 or record.predicted <= 0 for record in truncations):
         notes.append(f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks.")
-    return Words(
+    return FigureText(
         f"Loss gap of a truncated update: measured, modelled with the {matrix} at "
         f"{first.at.upper()}{', and its bound' * bounded}",
         f"{about}loss of the truncated update minus that of TUNED",

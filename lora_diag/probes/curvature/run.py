@@ -27,7 +27,7 @@ from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
-from lora_diag.running.progress import Kept
+from lora_diag.running.progress import RunRecords
 
 
 @show_options
@@ -105,7 +105,7 @@ def probe_curvature(
     point = Point(model, curved, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
         _measure(point, effort, per, _todo(kept, requested, chosen), way, kept, run.batches([texts]))
@@ -162,7 +162,7 @@ def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftO
     ]
 
 
-def _todo(kept: Kept[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
+def _todo(kept: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
     """Return the ranks that truncate a layer and are not measured yet."""
     done = {record.rank for record in kept.records if isinstance(record, LossBound)}
     largest = max(min(shape) for shape in chosen.values())
@@ -170,7 +170,7 @@ def _todo(kept: Kept[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, in
 
 
 def _measure(
-    point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: Kept[Any], batches: int
+    point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: RunRecords[Any], batches: int
 ) -> None:
     """Measure what is not in the file yet: joint curvature, layers, ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}

@@ -12,7 +12,7 @@ from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import Rows, columns_of, grid_of
-from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown
+from lora_diag.rendering.text import count, median_rank, middle, number, percent, short, shown
 
 # Relative error below which the second-order model is accurate, and the linear term is small.
 NEAR = 0.1
@@ -84,7 +84,7 @@ def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
 
 def _middle(ranks: Sequence[int | None]) -> str:
     known = [rank for rank in ranks if rank is not None]
-    return middle_rank(known, max(known)) if known else "-"
+    return median_rank(known, max(known)) if known else "-"
 
 
 def _matrix(joint: Curvature) -> str:

@@ -24,7 +24,7 @@ PREDICTORS: tuple[tuple[str, Predictor], ...] = (
 )
 
 # Minimum number of layers for a rank correlation.
-FEWEST = 4
+MIN_COUNT = 4
 
 
 def effect_at(record: Fisher, rank: int) -> Effect | None:
@@ -51,7 +51,7 @@ class Correlations:
         self.kinds = len(set(repeated))
 
         def both(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
-            return spearman(values, target), spearman(values, target, kinds) if self.grouped >= FEWEST else None
+            return spearman(values, target), spearman(values, target, kinds) if self.grouped >= MIN_COUNT else None
 
         kl, gap = [effect.kl for effect in effects], [effect.gap for effect in effects]
         scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
@@ -71,6 +71,6 @@ def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correl
     found = []
     for rank in ranks:
         known = [record for record in records if effect_at(record, rank) is not None]
-        if len(known) >= FEWEST:
+        if len(known) >= MIN_COUNT:
             found.append(Correlations(rank, known))
     return found

@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.axes import panel_axes, rank_axis
 from lora_diag.rendering.figures.losses import loss_axis, measured_axis
 from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
     INK,
@@ -83,7 +83,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         for place in (0, 1) if within else (0,):
             title = f"{whose}{_finding(known, place)}"
             panels.append((title, partial(_draw_correlations, found=known, place=place, look=look)))
-    return page_of(panels, _words(series, found, types, look), look)
+    return page_of(panels, _texts(series, found, types, look), look)
 
 
 def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
@@ -163,9 +163,9 @@ def _draw_tails(ax: Axes, records: Sequence[Fisher], types: dict[str, str], inch
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="½F(r) (nats)")
 
 
-def _words(
+def _texts(
     series: Sequence[Series[Any]], found: Sequence[Sequence[Correlations]], types: dict[str, str], look: Look
-) -> Words:
+) -> FigureText:
     width = look.line
     keys, notes = [], []
     if any(found):
@@ -188,4 +188,4 @@ def _words(
     if rest := [kind for kind, color in types.items() if color == QUIET]:
         keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(rest)} other types"))
     about = subject_of(series)
-    return Words(title, f"{about}{what}", (" ".join(notes),), tuple(keys))
+    return FigureText(title, f"{about}{what}", (" ".join(notes),), tuple(keys))

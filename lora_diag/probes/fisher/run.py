@@ -24,7 +24,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
-from lora_diag.running.progress import Kept
+from lora_diag.running.progress import RunRecords
 
 # Cost of a backward pass in forward passes, in addition to its own forward pass.
 _BACKWARD = 3
@@ -86,7 +86,7 @@ def probe_fisher(
         )
     probe = _Probe(run, swapped, modules, texts, held_out, requested, Draw(labels, seed))
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         done = {record.layer for record in kept.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
         probe.report_cost(todo)

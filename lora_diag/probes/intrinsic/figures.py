@@ -17,7 +17,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis, sets_of
 from lora_diag.rendering.figures.pages import page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label
 
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
@@ -67,7 +67,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         (_finding(every[name], found[name], share), lambda ax, inches, runs=found[name]: _draw(ax, runs, share, look))
         for name in sets
     ]
-    words = _words(series, share, without, look)
+    words = _texts(series, share, without, look)
     return page_of(panels, words, look, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
@@ -152,7 +152,7 @@ def _size(line: Line) -> str:
     return f"{line.size or 0:,}".replace(",", "\u202f")
 
 
-def _words(series: Sequence[Series[Any]], share: float, without: Sequence[str], look: Look) -> Words:
+def _texts(series: Sequence[Series[Any]], share: float, without: Sequence[str], look: Look) -> FigureText:
     width, single = look.line, len(series) == 1
     colors = (SUBSPACE, LORA) if single else (QUIET, QUIET)
     drawn: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
@@ -169,7 +169,7 @@ def _words(series: Sequence[Series[Any]], share: float, without: Sequence[str], 
         about += f"{run.settings['steps']} steps, "
     notes = ["The dimension is for this task and number of steps; more steps can give another."]
     notes += [f"Not drawn (full fine-tuning has no gain): {', '.join(without)}."] if without else []
-    return Words(
+    return FigureText(
         f"Trained parameters that reach {share:.0%} of full fine-tuning's gain",
         f"{about}(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)",
         (" ".join(notes),),

@@ -24,8 +24,8 @@ from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
-from lora_diag.running.progress import Kept
-from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
+from lora_diag.running.progress import RunRecords
+from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
 
 @show_options
@@ -104,7 +104,7 @@ def probe_intrinsic(
         "optimizer": RECIPE,
     }
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         probe = _Probe(model, kind, total, run.walk(kept, seeds))
         arms = {
             "of full fine-tuning": probe.arm("full", [None], full_rates),
@@ -174,7 +174,7 @@ class _Probe:
     model: Model
     method: Method
     total: int
-    walk: Walk
+    walk: RunPlan
 
     def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
         """Return a trained method with its grid of sizes and rates."""

@@ -17,7 +17,7 @@ from lora_diag.rendering.figures.names import short_names
 from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 # Maximum number of rows of a panel, and of lines that are still distinguishable.
@@ -95,7 +95,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     ]
     notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
     about = subject_of(series)
-    words = Words(
+    words = FigureText(
         "Held-out loss of each model minus that of the full fine-tune",
         f"{about}mean negative log-likelihood, nats; left of the line: better than TUNED",
         (" ".join(filter(None, notes)),),
@@ -118,7 +118,7 @@ def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) ->
     }
     names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
     about = subject_of(series)
-    words = Words(
+    words = FigureText(
         "Distance of the hidden states from those of the full fine-tune",
         f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
         (

@@ -16,7 +16,7 @@ from lora_diag.records.probe import Subject
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
-from lora_diag.running.progress import Kept
+from lora_diag.running.progress import RunRecords
 
 
 @show_options
@@ -64,7 +64,7 @@ def probe_outputs(
         inputs.append(described_as)
         contenders.append(Contender(subject, described_as.path, Swapped(model, other.pairing.deltas, 0)))
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [
             each
             for each in texts

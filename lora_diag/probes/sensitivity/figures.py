@@ -15,7 +15,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import sets_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Words
+from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import Look, category, name_of
 
 # Maximum number of rows of a panel.
@@ -67,7 +67,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     ]
     notes += [f"The {ROWS} highest of {most}."] if most > ROWS else []
     about = subject_of(series)
-    words = Words(
+    words = FigureText(
         f"Gain of each part adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
         f"{about}loss of BASE minus loss on held-out text, nats; right of the line: better",
         (" ".join(notes),),

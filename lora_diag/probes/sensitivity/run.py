@@ -32,8 +32,8 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
-from lora_diag.running.progress import Kept
-from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
+from lora_diag.running.progress import RunRecords
+from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
 
 @show_options
@@ -92,7 +92,7 @@ def probe_sensitivity(
         "optimizer": RECIPE,
     }
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
         walk = run.walk(kept, seeds)
         probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), walk)
@@ -138,7 +138,7 @@ class _Probe:
     units: Sequence[Unit]
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
-    walk: Walk
+    walk: RunPlan
 
     def arm(self, unit: Unit, rank: int, bases: Mapping[str, Losses]) -> Arm:
         """Return one unit at one rank, at every rate; its gains are over the losses of BASE, by set."""

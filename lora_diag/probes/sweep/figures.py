@@ -26,7 +26,7 @@ from lora_diag.rendering.figures.losses import (
 )
 from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category
 
 # BASE is drawn in the panel unless its distance from the runs exceeds their range by this factor.
@@ -36,7 +36,7 @@ LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class SweepCurve:
     """The result of one sweep on one set.
 
     Args:
@@ -68,7 +68,7 @@ def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     return None if found else "no run of the sweep is finished with a loss"
 
 
-def course(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> Course:
+def sweep_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
     """Return the course of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
     first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
     rows = tuple(by_rank(records, name, best_rates(records, first, seed)))
@@ -78,7 +78,7 @@ def course(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) ->
         for subject, word in LINES
         for row in by_rank(records, name, best_rates(records, first, seed, subject), subject)
     }
-    return Course(rows, base, judge(rows, base, tolerance) if rows and base is not None else None, lines)
+    return SweepCurve(rows, base, judge(rows, base, tolerance) if rows and base is not None else None, lines)
 
 
 def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -96,7 +96,7 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     sets = sets_of(records)
     chosen = name if name is not None else next(iter(sets))
     tolerance = results.run.settings.get("tolerance", TOLERANCE) if isinstance(results, Results) else TOLERANCE
-    found = course(records, chosen, tolerance)
+    found = sweep_curve(records, chosen, tolerance)
     with panel_axes(ax) as (axes, look):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw(axes, [found], inches, look)
@@ -110,18 +110,18 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     sets = sets_of(record for one in series for record in one.records)
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
-        found = [course(one.records, name, _tolerance(one)) for one in series]
+        found = [sweep_curve(one.records, name, _tolerance(one)) for one in series]
         title = called if len(found) > 1 else _finding(called, found[0])
         panels.append((title, partial(_draw, found=found, look=look)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
-    return page_of(panels, _words(series, sets, look), look, xlabel=xlabel, ylabel="loss (nats)")
+    return page_of(panels, _texts(series, sets, look), look, xlabel=xlabel, ylabel="loss (nats)")
 
 
 def _tolerance(one: Series[Any]) -> float:
     return float(one.run.settings.get("tolerance", TOLERANCE)) if one.run else TOLERANCE
 
 
-def _draw(ax: Axes, found: Sequence[Course], inches: float, look: Look | None) -> None:
+def _draw(ax: Axes, found: Sequence[SweepCurve], inches: float, look: Look | None) -> None:
     width = look.line if look else 1.2
     losses = [loss for one in found for loss in one.losses]
     if not losses:
@@ -149,7 +149,7 @@ def _draw(ax: Axes, found: Sequence[Course], inches: float, look: Look | None) -
     loss_axis(ax)
 
 
-def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Look | None) -> None:
+def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], look: Look | None) -> None:
     """Draw BASE and other reference lines; name those too far away at the edge."""
     named = {("BASE", one.base): INK for one in found if one.base is not None}
     for number, one in enumerate(found):
@@ -177,7 +177,7 @@ def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Lo
             )
 
 
-def _finding(called: str, found: Course) -> str:
+def _finding(called: str, found: SweepCurve) -> str:
     """Return the label of a set with the verdict of the sweep."""
     verdict = found.verdict
     if verdict is None:
@@ -193,7 +193,7 @@ def _finding(called: str, found: Course) -> str:
     return f"{called}: {lines.get(verdict.word, verdict.word)}"
 
 
-def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> Words:
+def _texts(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> FigureText:
     width = look.line
     single = len(series) == 1
     keys = [
@@ -218,6 +218,6 @@ def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> W
     if diverged:
         notes.append(f"Not drawn: {diverged} losses of runs that diverged.")
     notes.append("With fewer steps than you will train, small ranks may look better than they are.")
-    return Words(
+    return FigureText(
         "Loss of LoRA trained at each rank, at the rank's own learning rate", about, (" ".join(notes),), tuple(keys)
     )

@@ -22,8 +22,8 @@ from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
-from lora_diag.running.progress import Kept
-from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
+from lora_diag.running.progress import RunRecords
+from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
 # Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
 GROWS: dict[str, Callable[[Any, Any], Any]] = {
@@ -109,7 +109,7 @@ def probe_sweep(
         "optimizer": RECIPE,
     }
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         plan = kept.run.settings  # with the values of the sweep before it was resumed
         sweep = _Sweep(model, run.walk(kept, plan["seeds"]))
         arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
@@ -144,7 +144,7 @@ class _Sweep:
     """State of a sweep."""
 
     model: Model
-    walk: Walk
+    walk: RunPlan
 
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
         """Return a method with its grid of ranks and rates."""

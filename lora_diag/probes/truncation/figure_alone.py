@@ -13,7 +13,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import probes, sets_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Words
+from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import Look, category, name_of
 
 # Maximum number of rows of a panel.
@@ -71,7 +71,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     if others := [other for other in _ranks(records) if other != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
     about = subject_of(series)
-    words = Words(
+    words = FigureText(
         f"Cost of truncating one part alone to r\xa0=\xa0{rank}",
         f"{about}held-out loss minus that of TUNED, nats; right of the line: worse",
         (" ".join(notes),),

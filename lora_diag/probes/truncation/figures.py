@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.losses import (
 )
 from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
@@ -78,7 +78,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         else:
             panels.append((called, partial(_draw_shares, runs=mine, look=look)))
     ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
-    return page_of(panels, _words(series, look), look, xlabel="rank r of the update", ylabel=ylabel)
+    return page_of(panels, _texts(series, look), look, xlabel="rank r of the update", ylabel=ylabel)
 
 
 def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:
@@ -159,7 +159,7 @@ def _finding(called: str, mine: Sequence[Probe]) -> str:
     return called
 
 
-def _words(series: Sequence[Series[Any]], look: Look) -> Words:
+def _texts(series: Sequence[Series[Any]], look: Look) -> FigureText:
     width = look.line
     single = len(series) == 1
     dots: dict[str, Any] = {"lw": 1.3 * width, "ls": (0, (1, 1.5))}
@@ -188,4 +188,4 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
     if rest == {"base"}:
         notes.append("Norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED.")
     notes.append("Results are for compression of this update, not for training at a rank.")
-    return Words("Loss of the update truncated to rank r", about, (" ".join(notes),), tuple(keys))
+    return FigureText("Loss of the update truncated to rank r", about, (" ".join(notes),), tuple(keys))

@@ -13,7 +13,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
-from lora_diag.running.progress import Kept
+from lora_diag.running.progress import RunRecords
 
 
 @show_options
@@ -61,7 +61,7 @@ def probe_truncation(
     swapped = Swapped(model, deltas, requested[-1])
     sets = [each.name for each in texts]
 
-    def measured(kept: Kept[Any]) -> list[LeftOut]:
+    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [cell for cell in cells if not kept.has(sets, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
         svds = f", and the SVD of {counted(len(chosen), 'matrix', 'matrices')}"

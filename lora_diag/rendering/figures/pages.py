@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from matplotlib.figure import Figure
 
 from lora_diag.rendering.figures.losses import panel_width, panels_of
-from lora_diag.rendering.figures.sheet import Words, finish_grid, grid_of, sheet
+from lora_diag.rendering.figures.sheet import FigureText, finish_grid, grid_of, sheet
 from lora_diag.rendering.figures.style import Look, cropped_all, wrapped
 
 # Draws a panel: ``draw(ax, inches=...)``, on axes that are so many inches wide.
@@ -16,7 +16,7 @@ Draw = Callable[..., object]
 
 def page_of(
     panels: Sequence[tuple[str, Draw]],
-    words: Words,
+    words: FigureText,
     look: Look,
     *,
     height: float = 1.9,
@@ -46,7 +46,7 @@ def page_of(
 
 
 def multiples_of(
-    panels: Mapping[str, Draw], words: Words, look: Look, xlabel: str, ylabel: str, width: float = 0.97
+    panels: Mapping[str, Draw], words: FigureText, look: Look, xlabel: str, ylabel: str, width: float = 0.97
 ) -> Figure:
     """Return a page of one panel for each module type, with shared axes.
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.rendering.figures.series import Series
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cropped_all, wrapped
 
 # Fraction of a page's width available to names.
@@ -91,7 +91,7 @@ def run_keys(series: Sequence[Series[Any]], look: Look) -> tuple[Key, ...]:
     return tuple(Key(Line2D([], [], color=category(n), **dot), one.label) for n, one in enumerate(series))
 
 
-def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: Words, look: Look) -> Figure:
+def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: FigureText, look: Look) -> Figure:
     """Return a page of such panels: side by side if there are few, and stacked on a column page."""
     columns = 1 if look.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)

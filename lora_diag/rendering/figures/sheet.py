@@ -33,7 +33,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class FigureText:
     """The text around the panels.
 
     Args:
@@ -64,7 +64,7 @@ def grid_of(panels: int, look: Look) -> tuple[int, int]:
 
 def sheet(
     look: Look,
-    words: Words,
+    words: FigureText,
     rows: int = 1,
     columns: int = 1,
     *,

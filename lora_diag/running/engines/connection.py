@@ -113,7 +113,7 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
 
     worker._worker_logs_enabled = False
     try:
-        with _hushed(), _interruptible():
+        with _suppress_stderr(), _interruptible():
             ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many types
         told = named if address else "--engine ray: a local Ray could not be started"
@@ -128,7 +128,7 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def _suppress_stderr() -> Iterator[None]:
     """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are raised anyway."""
     try:
         kept = os.dup(2)

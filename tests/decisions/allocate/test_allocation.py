@@ -87,9 +87,9 @@ def test_ranks_for_energy_share_are_those_of_spectra():
 
 def test_budget_of_ranks_goes_where_next_value_is_largest():
     spectra = llama(2, 1)
-    everything = sorted(((value, r.layer) for r in spectra for value in r.s), reverse=True)
+    all_records = sorted(((value, r.layer) for r in spectra for value in r.s), reverse=True)
     wanted = dict.fromkeys((r.layer for r in spectra), 0)
-    for _, layer in everything[:20]:
+    for _, layer in all_records[:20]:
         wanted[layer] += 1
     found = allocate(spectra, Budget("total_rank", 20, "--total-rank 20"))
     assert ranks_of(found) == wanted

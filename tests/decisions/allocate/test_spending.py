@@ -43,8 +43,8 @@ def optimum(curves, costs, starts, allowed, budget):
 @settings(max_examples=150, deadline=None)
 @given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
 def test_exact_method_finds_optimum_and_bound_holds(units, budget, step):
-    steps, everything = problem(units, step)
-    best = optimum(*everything, budget)
+    steps, all_records = problem(units, step)
+    best = optimum(*all_records, budget)
     found = spend(steps, budget)
     assert found.optimal
     assert found.cost <= budget
@@ -55,15 +55,15 @@ def test_exact_method_finds_optimum_and_bound_holds(units, budget, step):
 @settings(max_examples=150, deadline=None)
 @given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
 def test_certificate_holds_without_exact_method(units, budget, step):
-    steps, everything = problem(units, step)
-    best = optimum(*everything, budget)
+    steps, all_records = problem(units, step)
+    best = optimum(*all_records, budget)
     found = spend(steps, budget, exact=False)
     assert found.cost <= budget
     assert found.gain <= best + 1e-9 <= found.bound + 2e-9
     if found.optimal:
         assert found.gain == pytest.approx(best, abs=1e-9)
     # what the ranks say is what was counted
-    curves, costs, starts, _ = everything
+    curves, costs, starts, _ = all_records
     ranks = found.ranks.tolist()
     assert found.cost == sum((r - s) * c for r, s, c in zip(ranks, starts, costs, strict=True))
     assert found.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
@@ -74,9 +74,9 @@ def test_where_greedy_and_optimum_differ_exact_method_finds_it():
     differing = 0
     for _ in range(150):
         units = [(rng.exponential(size=3).tolist(), int(rng.integers(5, 30)), 0) for _ in range(3)]
-        steps, everything = problem(units)
+        steps, all_records = problem(units)
         budget = int(rng.integers(20, 120))
-        best = optimum(*everything, budget)
+        best = optimum(*all_records, budget)
         assert spend(steps, budget).gain == pytest.approx(best)
         differing += spend(steps, budget, exact=False).gain < best - 1e-9
     assert differing > 10
@@ -93,9 +93,9 @@ def test_larger_budget_never_keeps_less(units, budget):
 @given(UNITS, st.integers(0, 20))
 def test_where_all_costs_are_equal_greedy_is_optimal(units, budget):
     """The article's rule for a budget of ranks: the next unit where σ² is largest."""
-    steps, everything = problem([(gains, 1, start) for gains, _, start in units])
+    steps, all_records = problem([(gains, 1, start) for gains, _, start in units])
     found = spend(steps, budget, exact=False)
-    assert found.gain == pytest.approx(optimum(*everything, budget), abs=1e-9)
+    assert found.gain == pytest.approx(optimum(*all_records, budget), abs=1e-9)
     assert found.gain == pytest.approx(found.bound, abs=1e-9)
 
 

@@ -17,7 +17,7 @@ from lora_diag.errors import UsageError
 from lora_diag.layers.metric import Moments, Weighting
 from tests import oracles
 from tests.conftest import ROOT
-from tests.decisions.extract.test_measure import Kept, layer_of
+from tests.decisions.extract.test_measure import RunRecords, layer_of
 from tests.probes.making import gpt2, moved, some_text, tensors
 
 pytestmark = pytest.mark.slow
@@ -50,15 +50,15 @@ def test_no_factors_of_rank_have_smaller_error_in_output(
     layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank), transposed)
     n = rows if on_rows else columns
     x = rng.standard_normal((n, seen)) * np.linspace(0.1, 3, n)[:, None]  # with few inputs, C is singular
-    kept = Kept()
-    weighed = replace(layer, weighting=weighting(folder, x, on_rows))
-    record = extract(weighed, ExtractionSettings(), kept)
+    kept = RunRecords()
+    weighted = replace(layer, weighting=weighting(folder, x, on_rows))
+    record = extract(weighted, ExtractionSettings(), kept)
     b, a = kept.b.double().numpy(), kept.a.double().numpy()
     product = (b @ a).T if transposed else b @ a
     whole = loss(real, 0, x, on_rows)
     found = loss(real, product, x, on_rows)
-    weighed = oracles.square_root(x @ x.T / seen) @ real if on_rows else real @ oracles.square_root(x @ x.T / seen)
-    s = np.linalg.svd(weighed, compute_uv=False)
+    weighted = oracles.square_root(x @ x.T / seen) @ real if on_rows else real @ oracles.square_root(x @ x.T / seen)
+    s = np.linalg.svd(weighted, compute_uv=False)
     floor = (s[rank:] ** 2).sum()
     assert record.data.fro**2 == pytest.approx(whole, rel=1e-6)
     assert record.data.epsilon**2 == pytest.approx(found / whole, rel=1e-5, abs=1e-6)
@@ -79,7 +79,7 @@ def test_bound_has_rounding_of_stored_moments(tmp_path):
     layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
     save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
     moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
-    record = extract(replace(layer, weighting=Weighting(moments)), ExtractionSettings(), Kept())
+    record = extract(replace(layer, weighting=Weighting(moments)), ExtractionSettings(), RunRecords())
     assert 2**-8 < record.data.energy_error < 0.1  # bf16's roundoff times ‖C‖_F, above and below the line
 
 
@@ -93,7 +93,7 @@ def test_signal_holds_update_against_rounding_in_same_metric(tmp_path):
     delta = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
     small = weighting(tmp_path, np.eye(96) * 1e-3, on_rows=False)
     layer = Layer(delta, "q_proj", "linear", False, Rank(signal=True), weighting=small)
-    assert extract(layer, ExtractionSettings(), Kept()).rank == 3
+    assert extract(layer, ExtractionSettings(), RunRecords()).rank == 3
 
 
 def test_error_of_real_layer_is_what_was_predicted(tmp_path):
@@ -101,15 +101,15 @@ def test_error_of_real_layer_is_what_was_predicted(tmp_path):
     rng = np.random.default_rng(0)
     layer, real = layer_of(rng.standard_normal((40, 24)) * 0.01, tmp_path, Rank(5))
     x = rng.standard_normal((24, 500)) * np.geomspace(0.01, 10, 24)[:, None] + 1.0
-    kept = Kept()
-    weighed = replace(layer, weighting=weighting(tmp_path, x, False))
-    record = extract(weighed, ExtractionSettings(), kept)
+    kept = RunRecords()
+    weighted = replace(layer, weighting=weighting(tmp_path, x, False))
+    record = extract(weighted, ExtractionSettings(), kept)
     error = (real - kept.b.double().numpy() @ kept.a.double().numpy()) @ x
     measured = (error**2).sum() / 500
     predicted = (record.data.epsilon * record.data.fro) ** 2
     assert predicted == pytest.approx(measured, rel=1e-6)
     assert (record.data.epsilon_min * record.data.fro) ** 2 == pytest.approx(measured, rel=1e-4)
-    plain = extract(layer, ExtractionSettings(), Kept())
+    plain = extract(layer, ExtractionSettings(), RunRecords())
     best = loss(real, oracles.best_approximation(real, 5), x, False)
     assert measured < 0.9 * best
     assert plain.data is None
@@ -189,8 +189,8 @@ def test_update_that_text_never_sees_gets_no_factors(tmp_path):
     layer, _ = layer_of(np.eye(6)[:, :1] @ np.eye(6)[:1], tmp_path, Rank(2))
     x = np.ones((6, 3))
     x[0] = 0
-    weighed = replace(layer, weighting=weighting(tmp_path, x, False))
-    left_out = extract(weighed, ExtractionSettings(), Kept())
+    weighted = replace(layer, weighting=weighting(tmp_path, x, False))
+    left_out = extract(weighted, ExtractionSettings(), RunRecords())
     assert left_out.reason == "rank_0"
     assert "does not change its output" in left_out.detail
     assert left_out.fro == pytest.approx(1, rel=1e-5)
@@ -212,7 +212,7 @@ def test_no_factors_of_rank_are_nearer_by_k_fac(tmp_path_factory, rows, columns,
     save_file({"g": torch.tensor(g @ g.T / seen)}, folder / "g.safetensors")
     inputs = weighting(folder, x, on_rows).inputs
     gradients = Moments(Side(open_checkpoint(folder / "g.safetensors"), "g"), len(g), not on_rows)
-    kept = Kept()
+    kept = RunRecords()
     record = extract(replace(layer, weighting=Weighting(inputs, gradients)), ExtractionSettings(), kept)
     c, k = oracles.square_root(x @ x.T / seen), oracles.square_root(g @ g.T / seen)
 

@@ -25,7 +25,7 @@ def layer_of(change, tmp_path, rank, transposed=False):
     return Layer(deltas[0], "q_proj", "linear", transposed, rank), real
 
 
-class Kept:
+class RunRecords:
     """A store that keeps the factors in memory, as they would be in a file."""
 
     def __call__(self, b, a):
@@ -41,7 +41,7 @@ class Kept:
 def test_best_update_of_rank_and_its_error(tmp_path_factory, rows, columns, rank, transposed, split, seed):
     change = np.random.default_rng(seed).standard_normal((rows, columns)) * 0.1
     layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(rank), transposed)
-    kept = Kept()
+    kept = RunRecords()
     record = extract(layer, ExtractionSettings(split=split), kept)
     s = np.linalg.svd(real, compute_uv=False)
     r = min(rank, rows, columns)
@@ -63,7 +63,7 @@ def test_error_of_matrix_in_several_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 27)
     layer, real = layer_of(np.random.default_rng(1).standard_normal((11, 9)) * 0.1, tmp_path, Rank(3))
     s = np.linalg.svd(real, compute_uv=False)
-    record = extract(layer, ExtractionSettings(), Kept())
+    record = extract(layer, ExtractionSettings(), RunRecords())
     assert record.epsilon == pytest.approx(np.sqrt((s[3:] ** 2).sum() / (s**2).sum()), rel=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_error_of_matrix_in_several_blocks(tmp_path, monkeypatch):
 def test_energy_takes_smallest_rank_that_keeps_share(tmp_path_factory, share, seed):
     change = np.random.default_rng(seed).standard_normal((12, 9)) * 0.1
     layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(energy=share))
-    record = extract(layer, ExtractionSettings(), Kept())
+    record = extract(layer, ExtractionSettings(), RunRecords())
     energy = np.linalg.svd(real, compute_uv=False) ** 2
     curve = np.cumsum(energy) / energy.sum()
     assert curve[record.rank - 1] >= share - 1e-12
@@ -86,7 +86,7 @@ def test_signal_takes_what_stands_above_rounding_of_files(tmp_path):
     for name, weight in (("base", base), ("tuned", (base.float() + planted).bfloat16())):
         save_file({"q_proj.weight": weight}, tmp_path / f"{name}.safetensors")
     delta = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
-    record = extract(Layer(delta, "q_proj", "linear", False, Rank(signal=True)), ExtractionSettings(), Kept())
+    record = extract(Layer(delta, "q_proj", "linear", False, Rank(signal=True)), ExtractionSettings(), RunRecords())
     assert record.rank == 3
     assert record.resolution.signal_rank == 3
 
@@ -94,7 +94,7 @@ def test_signal_takes_what_stands_above_rounding_of_files(tmp_path):
 def test_error_is_that_of_what_was_stored(tmp_path):
     """ε comes from what the store returns, in its dtype: bfloat16 factors are farther away, a damaged file is seen."""
     layer, real = layer_of(with_spectrum(np.array([1.0, 0.5, 0.25]), 20, 16, seed=0), tmp_path, Rank(2))
-    coarse = Kept()
+    coarse = RunRecords()
     record = extract(layer, ExtractionSettings(dtype="bfloat16"), coarse)
     product = (coarse.b.double() @ coarse.a.double()).numpy()
     assert coarse.b.dtype == torch.bfloat16
@@ -111,10 +111,10 @@ def test_factors_are_compressed_without_forming_their_product(tmp_path):
     a = torch.linalg.qr(torch.randn(100_000, 3, generator=rng, dtype=torch.float64))[0].T
     s = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
     delta = FactoredDelta("q_proj.weight", (200_000, 100_000), lambda: (b * s, a), (None, "float64"))
-    record = extract(Layer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), Kept())
+    record = extract(Layer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), RunRecords())
     assert record.epsilon == pytest.approx(0.5 / np.sqrt(5.25), rel=1e-5)
     assert record.method == "factored"
-    wide = extract(Layer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), Kept())
+    wide = extract(Layer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), RunRecords())
     assert wide.rank == 3
     assert wide.epsilon < 1e-6
 
@@ -122,13 +122,13 @@ def test_factors_are_compressed_without_forming_their_product(tmp_path):
 @pytest.mark.parametrize("rank", [Rank(4), Rank(energy=0.9), Rank(signal=True)])
 def test_zero_update_gets_no_factors(tmp_path, rank):
     layer, _ = layer_of(np.zeros((6, 5)), tmp_path, rank)
-    left_out = extract(layer, ExtractionSettings(), Kept())
+    left_out = extract(layer, ExtractionSettings(), RunRecords())
     assert (left_out.reason, left_out.detail, left_out.fro) == ("rank_0", "its update is zero", 0.0)
 
 
 def test_rank_0_keeps_norm_of_what_is_lost(tmp_path):
     layer, real = layer_of(np.ones((6, 5)), tmp_path, Rank(0))
-    left_out = extract(layer, ExtractionSettings(), Kept())
+    left_out = extract(layer, ExtractionSettings(), RunRecords())
     assert left_out.reason == "rank_0"
     assert left_out.fro == pytest.approx(np.linalg.norm(real))
 
@@ -136,7 +136,7 @@ def test_rank_0_keeps_norm_of_what_is_lost(tmp_path):
 def test_dtype_that_cannot_hold_factors_is_refused(tmp_path):
     layer, _ = layer_of(np.full((6, 5), 1e10), tmp_path, Rank(1))
     with pytest.raises(InputError, match="float16 cannot hold its factors; use --adapter-dtype float32"):
-        extract(layer, ExtractionSettings(dtype="float16", split="b"), Kept())
+        extract(layer, ExtractionSettings(dtype="float16", split="b"), RunRecords())
     layer, _ = layer_of(np.full((6, 5), 3e38), tmp_path, Rank(1))
     with pytest.raises(InputError, match="float32 cannot hold its factors; exclude it with"):
-        extract(layer, ExtractionSettings(split="b"), Kept())
+        extract(layer, ExtractionSettings(split="b"), RunRecords())

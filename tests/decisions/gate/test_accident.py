@@ -116,8 +116,8 @@ def test_misspelt_policy_does_not_pass(tmp_path_factory, data):
     edit = data.draw(st.sampled_from(["", POLICY[at] * 2, "x", "_", "."]))
     policy = POLICY[:at] + edit + POLICY[at + 1 :]
     folder = tmp_path_factory.mktemp("p")
-    came_to = comes_to(policy, content(failing()), folder)
-    assert came_to != "passed", policy
+    counts_text = comes_to(policy, content(failing()), folder)
+    assert counts_text != "passed", policy
 
 
 def test_policy_cut_at_any_byte_does_not_pass_what_fails(tmp_path):
@@ -148,8 +148,8 @@ def test_whatever_is_removed_no_layer_is_forgotten(tmp_path_factory, require, go
     whole, part = lines(records), lines(kept)
     end = part[-1] if keep_count and not gone else whole[-1]
     policy = f'[[rule]]\nname = "r"\nrequire = "{require}"'
-    came_to = comes_to(policy, content([*part[:-1], end]), tmp_path_factory.mktemp("g"))
-    assert (came_to == "passed") == (not gone)
+    counts_text = comes_to(policy, content([*part[:-1], end]), tmp_path_factory.mktemp("g"))
+    assert (counts_text == "passed") == (not gone)
 
 
 def test_every_error_rule_has_passing_layer_if_gate_passes(tmp_path):

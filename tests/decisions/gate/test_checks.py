@@ -124,8 +124,8 @@ def test_checks_alone_do_not_pass_unread_results(tmp_path):
     path = write(tmp_path / "o.jsonl", [record | {"method": "exact", "verdict": "resolved"}])
     with pytest.raises(NothingComparedError, match="no rule for anything else"):
         found(path)
-    came_to, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
-    assert came_to == "passed"
+    counts_text, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
+    assert counts_text == "passed"
     assert {(rule, status) for rule, _, status in bad} == {
         (rule, "not judged") for rule in ("dead", "unused_rank", "spike", "unresolved")
     }

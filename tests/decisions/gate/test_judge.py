@@ -75,8 +75,8 @@ def test_rule_comes_out_as_definitions_say(tmp_path_factory, layers, limit, kind
 
 def test_each_layer_has_its_verdict_with_value_and_condition(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(9.0, 1.0))])
-    came_to, found = judged(rule("relative <= 0.08", 'message = "look"'), path)
-    assert came_to == "failed"
+    counts_text, found = judged(rule("relative <= 0.08", 'message = "look"'), path)
+    assert counts_text == "failed"
     good, bad = found["r", LAYERS[0], ""], found["r", LAYERS[1], ""]
     assert (good.status, good.measured, good.message) == ("passed", pytest.approx(21**0.5 / 100), "")
     assert (bad.status, bad.measured, bad.message) == ("failed", pytest.approx(82**0.5 / 100), "look")
@@ -85,8 +85,8 @@ def test_each_layer_has_its_verdict_with_value_and_condition(tmp_path):
 
 def test_warning_tells_and_does_not_block(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
-    came_to, found = judged(rule("relative <= 0.01", 'severity = "warning"'), path)
-    assert (came_to, found["r", LAYERS[0], ""].status) == ("passed", "warned")
+    counts_text, found = judged(rule("relative <= 0.01", 'severity = "warning"'), path)
+    assert (counts_text, found["r", LAYERS[0], ""].status) == ("passed", "warned")
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_where_chooses_records_and_must_fit_some(tmp_path):
 def test_aggregates_are_made_adapter_by_adapter(tmp_path):
     records = [residual(name, a, e) for name in LAYERS for a, e in (("good", 0.1), ("bad", 0.9))]
     path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "good"), ("adapter", "bad")])
-    came_to, found = judged(rule("median epsilon <= 0.5"), path)
-    assert came_to == "failed"
+    counts_text, found = judged(rule("median epsilon <= 0.5"), path)
+    assert counts_text == "failed"
     assert {key[2]: v.status for key, v in found.items() if key[0] == "r"} == {
         "adapter good": "passed",
         "adapter bad": "failed",
@@ -152,8 +152,8 @@ def test_adapter_without_any_record_is_missed(tmp_path):
 def test_record_missing_for_one_adapter_leaves_its_layer_open(tmp_path):
     records = [residual(name, a, 0.1) for name in LAYERS for a in "ab" if (name, a) != (LAYERS[3], "b")]
     path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("adapter", "b")])
-    came_to, found = judged(rule("epsilon <= 0.5"), path)
-    assert came_to == "inconclusive"
+    counts_text, found = judged(rule("epsilon <= 0.5"), path)
+    assert counts_text == "inconclusive"
     assert [key for key, v in found.items() if v.status == "inconclusive"] == [("r", LAYERS[3], "adapter b")]
 
 
@@ -185,8 +185,8 @@ def test_matrix_that_was_not_measured_is_not_passed_over(tmp_path, reason, shape
 
 def test_missing_record_kind_is_requested_by_command(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
-    came_to, found = judged(rule("certificate.gap <= 0.1"), path)
-    assert came_to == "inconclusive"
+    counts_text, found = judged(rule("certificate.gap <= 0.1"), path)
+    assert counts_text == "inconclusive"
     assert "loradiag allocate" in found["r", None, ""].message
 
 
@@ -238,8 +238,8 @@ def test_tiny_layer_that_was_not_judged_is_not_lost_in_rounding(tmp_path):
 
 def test_key_that_was_not_measured_says_which_were(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
-    came_to, found = judged(rule("energy.12 >= 0.5"), path)
-    assert came_to == "inconclusive"
+    counts_text, found = judged(rule("energy.12 >= 0.5"), path)
+    assert counts_text == "inconclusive"
     assert "4, 8, 16" in found["r", LAYERS[0], ""].message
 
 

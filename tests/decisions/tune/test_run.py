@@ -349,11 +349,11 @@ def test_a_challenger_must_be_ahead_by_the_tolerance(gap, goes_on):
         trials=SimpleNamespace(
             train=lambda *_: None, runs=lambda name, lr, *_: {"dev": {0: Measured(losses[name])}}
         ),
-        tolerance=0.005, first=0, own="dev", _adapter=lambda one: None, _params=lambda one: 1, _not_ahead=lambda: "",
-        _cost_of=lambda candidates: "",
+        tolerance=0.005, first=0, own="dev", _adapter=lambda one: None, _params=lambda one: 1,
+        _reason_to_stop=lambda: "", _cost_of=lambda candidates: "",
         _record_gap=lambda stage, one, outcome, why, gap: outcomes.update({one.name: outcome}),
         decide=lambda stage, name, outcome, why: outcomes.update({name: outcome}),
-        _confirmed=lambda stage, incumbent, one, fresh: bool(confirmed.append(one.name)) or True,
+        _confirm=lambda stage, incumbent, one, fresh: bool(confirmed.append(one.name)) or True,
     )  # fmt: skip
     one, *others = (Variant(name, uniform(["q"], 4, False, None), 1e-3, 9) for name in losses)
     best = Tuner._best_of(tuner, "redistribution", one, others, "non-uniform ranks")

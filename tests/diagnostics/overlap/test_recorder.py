@@ -84,7 +84,7 @@ def saved(folder, step) -> dict[str, torch.Tensor]:
     return load_file(folder / f"grad_step{step:06d}.safetensors")
 
 
-class Watch(TrainerCallback):
+class ProgressReporter(TrainerCallback):
     """Keeps all gradients and weights as they are when the recorder looks."""
 
     def __init__(self):
@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
 
 
 def test_trainer_records_what_optimizer_gets(tmp_path):
-    watch = Watch()
+    watch = ProgressReporter()
     train(llama(), tmp_path, [GradientRecorder(tmp_path / "g", every=2), watch])
     assert sorted(path.name for path in (tmp_path / "g").iterdir()) == [
         "grad_step000000.safetensors",
@@ -140,7 +140,7 @@ def test_clipping_scales_gradients_by_one_factor_and_is_noted(tmp_path):
 
 def test_under_lora_trainer_records_gradient_of_frozen_weight(tmp_path):
     """From G follow the gradients of the factors, which autograd computes on its own: dB = s·G·Aᵀ, dA = s·Bᵀ·G."""
-    watch = Watch()
+    watch = ProgressReporter()
     train(with_lora(llama()), tmp_path, [GradientRecorder(tmp_path / "g", every=1), watch])
     for step in range(3):
         grads = saved(tmp_path / "g", step)
@@ -324,7 +324,7 @@ def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):
 def test_live_subspaces_are_of_current_lora_if_b_is_not_zero(tmp_path, loradiag):
     torch.manual_seed(1)
     model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
-    watch = Watch()
+    watch = ProgressReporter()
     recorders = [GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live", ranks=[1, 8])]
     train(model, tmp_path, [*recorders, GradientRecorder(tmp_path / "g", every=1), watch])
     found = read_results(tmp_path / "o.jsonl")

@@ -11,6 +11,7 @@ sum of theirs, each with its own random signs, so that products of different lay
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Numbers = NDArray[np.float32] | NDArray[np.float64]
     Array = NDArray[np.float64]
+    Complex = NDArray[np.complex128]
 
 # Length of a sketch, d: a bucket is one byte of a hash.
 LENGTH = 256
@@ -40,15 +42,16 @@ def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
     """
     if isinstance(matrix, tuple):
         b, a = matrix
-        return join(fold(b, ROWS), fold(a.T, COLUMNS), name)
+        left, right = transform(fold(b, ROWS)), transform(fold(a.T, COLUMNS))
+        return np.asarray(join(left[None], right[None], [name])[0])
     rows = fold(matrix, ROWS)
     both = fold(rows.T, COLUMNS)  # (buckets of columns, buckets of rows)
     at = np.arange(LENGTH)
     return np.asarray(both[(at[:, None] - at) % LENGTH, at].sum(axis=1) * _signs(name))
 
 
-def fold(x: Numbers, by: str) -> Array:
-    """Return the rows of X ``(m, k)`` added up in the buckets of a hash, in the precision of X.
+def fold(x: Numbers, by: str) -> Numbers:
+    """Return the rows of X ``(m, k)`` added up in the buckets of a hash, in the precision of X if they fit it.
 
     Args:
         x: X.
@@ -61,22 +64,34 @@ def fold(x: Numbers, by: str) -> Array:
         turned = kept_memory("turned", x.size).view(x.dtype)[: x.size].reshape(x.shape)
         np.copyto(turned, x)
         x = turned
-    found = np.asarray(_buckets(x.shape[0], by, x.dtype) @ x, np.float64)
+    found: Numbers = np.asarray(_buckets(x.shape[0], by, x.dtype) @ x)
     if x.dtype != np.float64 and not np.isfinite(found).all():  # sums beyond the range of float32
         return fold(x.astype(np.float64), by)
     return found
 
 
-def join(left: Array, right: Array, name: str) -> Array:
-    """Return the sketch of B·A from the folded columns of B, and the folded rows of A as columns."""
-    spectrum = (np.fft.rfft(left, axis=0) * np.fft.rfft(right, axis=0)).sum(axis=1)
-    return np.asarray(np.fft.irfft(spectrum, LENGTH) * _signs(name))
+def transform(folded: Numbers) -> Complex:
+    """Return the Fourier transforms of folded columns, ``(…, LENGTH, k)``; those of B·W are those of B, times W."""
+    return np.asarray(np.fft.rfft(folded.astype(np.float64, copy=False), axis=-2), np.complex128)
 
 
-def mixed(folded: Array, mix: Array) -> Array:
-    """Return the folded columns of B·W from those of B, on one thread."""
-    block = max(1, (PRODUCT - 1) // mix.size)
-    return np.concatenate([folded[first : first + block] @ mix for first in range(0, len(folded), block)])
+def join(left: Complex, right: Complex, names: Sequence[str]) -> Array:
+    """Return the sketches ``(k, LENGTH)`` of a stack of B·A.
+
+    Args:
+        left: The transforms of the folded columns of each B, ``(k, LENGTH/2 + 1, r)``.
+        right: Those of each Aᵀ.
+        names: Names of the layers.
+    """
+    sketches = np.fft.irfft((left * right).sum(axis=-1), LENGTH)
+    return np.asarray(sketches * np.stack([_signs(name) for name in names]))
+
+
+def mixed(transforms: Complex, mix: Array) -> Complex:
+    """Return the transforms of the columns of each B·W of a stack from those of B, on one thread."""
+    block, wide = max(1, (PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(np.complex128)
+    spans = range(0, transforms.shape[1], block)
+    return np.concatenate([transforms[:, first : first + block] @ wide for first in spans], axis=1)
 
 
 @lru_cache(maxsize=64)

@@ -44,87 +44,102 @@ EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, slots=True)
 class ThinValues:
-    """Singular values of B·A.
+    """Singular values of a stack of k matrices B·A.
 
     Args:
-        s: All min(m, n, r) that can be nonzero, descending.
-        energy_error: Bound on |Ĉ(k) − C(k)| for every k.
-        fro: ‖B·A‖_F.
-        mix: W with B·W the left singular vectors, ``(r, len(s))``, where σ > 0; None if not requested. Accurate for
-            values that are not far below σ_1.
+        s: All min(m, n, r) that can be nonzero of each, descending, ``(k, min(m, n, r))``.
+        energy_error: Bounds on |Ĉ(i) − C(i)| for every i, ``(k,)``.
+        fro: ‖B·A‖_F, ``(k,)``; not finite where the product overflows.
+        mix: W with B·W the left singular vectors, ``(k, r, s.shape[1])``, where σ > 0; None if not requested. Accurate
+            for values that are not far below σ_1.
     """
 
     s: NDArray[np.float64]
-    energy_error: float
-    fro: float
+    energy_error: NDArray[np.float64]
+    fro: NDArray[np.float64]
     mix: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Triangle:
-    """R of X = QR, scaled.
+class Triangles:
+    """R of X = QR of each X of a stack, scaled.
 
     Args:
-        r: R/scale, ``(min(m, r), r)``.
-        scale: The scale.
+        r: R/scale, ``(k, min(m, r), r)``.
+        scale: The scales, ``(k,)``.
         relative: R is that of (I + E)X with ‖E‖_2 ≤ relative.
         backward: Then R is that of X + E with ‖E‖_F ≤ backward·‖X‖_F.
     """
 
     r: NDArray[np.float64]
-    scale: float
-    relative: float
-    backward: float
+    scale: NDArray[np.float64]
+    relative: NDArray[np.float64]
+    backward: NDArray[np.float64]
+
+    def take(self, which: NDArray[np.bool_]) -> Triangles:
+        """Return some of the stack."""
+        return Triangles(self.r[which], self.scale[which], self.relative[which], self.backward[which])
 
 
-def thin_values(left: Triangle, right: Triangle, factor: float = 1.0, vectors: bool = False) -> ThinValues | None:
-    """Compute the singular values of s·B·A.
+def thin_values(
+    left: Triangles, right: Triangles, factor: float | NDArray[np.float64] = 1.0, vectors: bool = False
+) -> ThinValues:
+    """Compute the singular values of every s·B·A of a stack.
 
     Args:
-        left: ``triangle`` of B, ``(m, r)``, r ≤ ``MAX_RANK``.
-        right: ``triangle`` of Aᵀ, ``(n, r)``.
-        factor: s.
+        left: Triangles of B, ``(m, r)``, r ≤ ``MAX_RANK``.
+        right: Triangles of Aᵀ, ``(n, r)``.
+        factor: s, one or ``(k,)``.
         vectors: Whether to compute ``mix``. B·A·v = σu, and A applied to right singular vectors Q_a V is R_aᵀV.
 
     Returns:
-        The values; None if the norm is not finite. With relative errors η_b, η_a and backward errors β_b, β_a of the
+        The values; not finite where the norm is not. With relative errors η_b, η_a and backward errors β_b, β_a of the
         two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of at most
         δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its decomposition. Hence
         Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(kΣσ_i²) + kδ², by Cauchy–Schwarz.
     """
-    rank = left.r.shape[1]
-    core = left.r @ right.r.T
+    rank = left.r.shape[2]
+    core = left.r @ right.r.transpose(0, 2, 1)
     vh = None
     if vectors:
         _, s, vh = np.linalg.svd(core, full_matrices=False)
     else:
         s = np.asarray(np.linalg.svd(core, compute_uv=False), np.float64)
-    energy = float((s**2).sum())
-    scale = left.scale * right.scale * abs(factor)
-    fro = math.sqrt(energy) * scale
-    if not math.isfinite(fro):
-        return None
+    energy, count = _squares(s), s.shape[1]
+    some = np.where(energy > 0, energy, 1.0)
     eta = left.relative + right.relative
-    size = float(np.linalg.norm(left.r)) * float(np.linalg.norm(right.r))
-    delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * size
-    error = 2 * eta + eta**2 + (2 * delta * math.sqrt(len(s) * energy) + len(s) * delta**2) / energy if energy else 0.0
+    delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * np.sqrt(_squares(left.r) * _squares(right.r))
+    error = 2 * eta + eta**2 + (2 * delta * np.sqrt(count * energy) + count * delta**2) / some
     mix = None
     if vh is not None:
-        sizes = np.where(s > 0, s, 1.0) * left.scale
-        mix = (right.r.T @ vh.T) / sizes
-    return ThinValues(s * scale, min(1.0, error), fro, mix)
+        sizes = np.where(s > 0, s, 1.0) * left.scale[:, None]
+        mix = (right.r.transpose(0, 2, 1) @ vh.transpose(0, 2, 1)) / sizes[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = left.scale * right.scale * np.abs(factor)
+        bound = np.where(energy > 0, np.minimum(error, 1.0), 0.0)
+        return ThinValues(s * scale[:, None], bound, np.sqrt(energy) * scale, mix)
 
 
-def triangle(x: Numbers) -> Triangle | None:
-    """Return R of X ``(m, r)``; None if an entry is not finite."""
+def _squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of squares of each of a stack."""
+    return np.asarray(np.square(x).reshape(len(x), -1).sum(axis=1), np.float64)
+
+
+def triangle(x: Numbers) -> Triangles | None:
+    """Return R of one X ``(m, r)``, as a stack of one; None if an entry is not finite."""
     products, terms = gram(x)
     squares = products.diagonal()
-    if not np.isfinite(squares).all():
-        return _by_reflections(x, _scale_of(x)) if np.isfinite(x).all() else None
-    if squares.min() < LEAST or squares.max() > MOST:
+    if not np.isfinite(squares).all() and not np.isfinite(x).all():
+        return None
+    if not _in_range(squares):
         return _by_reflections(x, _scale_of(x))
-    found = _by_cholesky(products, terms)
-    return _by_reflections(x) if found is None else found
+    found, conditioned = triangles(products[None], np.array([terms]))
+    return found if conditioned.all() else _by_reflections(x)
+
+
+def _in_range(squares: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether all ‖x_i‖² are far from the ends of the range, for each of a stack."""
+    return np.asarray((squares >= LEAST).all(axis=-1) & (squares <= MOST).all(axis=-1))
 
 
 def gram(x: Numbers) -> tuple[NDArray[np.float64], int]:
@@ -184,24 +199,41 @@ def _products(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     np.matmul(turned[:, half:], parts, out=out[:, half:])
 
 
-def _by_cholesky(products: NDArray[np.float64], terms: int) -> Triangle | None:
-    """Return R from XᵀX; None if X is not well conditioned.
+def triangles(products: NDArray[np.float64], terms: NDArray[np.int64]) -> tuple[Triangles, NDArray[np.bool_]]:
+    """Return R from each XᵀX of a stack by Cholesky, and which X are well conditioned: the others have no valid R.
 
     XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖. Each entry has an error
     of at most (t + r + 2)·ε, from the product and from Cholesky (Higham 2002, theorem 10.3), so RᵀR = Xᵀ(I + F)X on the
     range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H), and R = Uᵀ(I + F)^½X. λ_min(H) ≥ 1/‖L⁻¹‖_F².
+
+    Args:
+        products: XᵀX, ``(k, r, r)``.
+        terms: Numbers t of ``gram``, ``(k,)``.
     """
-    rank = len(products)
-    norms = np.sqrt(products.diagonal())
-    unit = products / np.outer(norms, norms)
+    count, rank = products.shape[:2]
+    squares = products.diagonal(axis1=1, axis2=2)
+    usable = _in_range(squares)
+    norms = np.sqrt(np.where(usable[:, None], squares, 1.0))
+    unit = np.where(usable[:, None, None], products, np.eye(rank)) / (norms[:, :, None] * norms[:, None, :])
+    lower = _cholesky(unit)
+    least = 1 / _squares(np.asarray(np.linalg.inv(lower), np.float64))
+    found = Triangles(
+        lower.transpose(0, 2, 1) * norms[:, None, :],
+        np.ones(count),
+        rank * (terms + rank + 2) * EPS / least,
+        np.zeros(count),
+    )
+    return found, usable & (least >= CONDITIONED)
+
+
+def _cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return Cholesky factors; of a matrix that is not positive definite ε·I, which counts as badly conditioned."""
     try:
-        lower = np.linalg.cholesky(unit)
+        return np.asarray(np.linalg.cholesky(stack), np.float64)
     except np.linalg.LinAlgError:
-        return None
-    least = 1 / float(np.square(np.linalg.inv(lower)).sum())
-    if not least >= CONDITIONED:
-        return None
-    return Triangle(lower.T * norms, 1.0, rank * (terms + rank + 2) * EPS / least, 0.0)
+        if len(stack) == 1:
+            return EPS * np.eye(stack.shape[1])[None]
+        return np.concatenate([_cholesky(each[None]) for each in stack])
 
 
 def _scale_of(x: Numbers) -> float:
@@ -210,7 +242,7 @@ def _scale_of(x: Numbers) -> float:
     return 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
 
 
-def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangle:
+def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
     """Return R of X/scale by Householder QR of blocks of rows, and of their triangles, until one is left.
 
     Each QR of p rows has a backward error of p·r·ε (Higham 2002, theorem 19.4), and they add up along the path from a
@@ -230,7 +262,7 @@ def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangle:
         part = _qr(part.reshape(count, each, rank)).reshape(-1, rank)
         path += each
     path += len(part)
-    return Triangle(_qr(part), scale, 0.0, path * rank * EPS)
+    return Triangles(_qr(part)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
 
 
 def _qr(stack: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_diag.thin import LENGTH, mixed, sketch
+from lora_diag.thin import LENGTH, ROWS, fold, mixed, sketch, transform
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
@@ -64,6 +64,13 @@ def test_sketch_scales_with_its_factors(scale):
     assert (sketch((b * scale, a * scale), "x") == sketch((b, a), "x") * scale * scale).all()
 
 
+def test_sums_beyond_float32_are_added_in_float64():
+    x = np.full((5000, 2), 3e38, np.float32)
+    assert fold(x, ROWS) == pytest.approx(fold(x.astype(np.float64), ROWS))
+    assert fold(x / 4, ROWS).dtype == np.float64
+    assert fold(x / 1e30, ROWS).dtype == np.float32
+
+
 def test_sketches_of_layers_are_orthogonal_on_average():
     rng = np.random.default_rng(7)
     found = [sketch(rng.standard_normal((40, 30)), str(layer)) for layer in range(30)]
@@ -78,7 +85,7 @@ def test_sketches_of_orthogonal_spaces_are_orthogonal():
     assert abs(cosine(first, second)) < 4 / math.sqrt(LENGTH)
 
 
-def test_mixing_is_product_in_blocks():
+def test_mixing_commutes_with_transform():
     rng = np.random.default_rng(8)
-    folded, mix = rng.standard_normal((2 * LENGTH, 64)), rng.standard_normal((64, 60))
-    assert mixed(folded, mix) == pytest.approx(folded @ mix, abs=1e-12)
+    folded, mix = rng.standard_normal((3, LENGTH, 64)), rng.standard_normal((3, 64, 60))
+    assert mixed(transform(folded), mix) == pytest.approx(transform(folded @ mix), abs=1e-10)

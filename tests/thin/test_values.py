@@ -15,8 +15,15 @@ from tests.served import ROOT
 
 
 def thin_values(b: np.ndarray, a: np.ndarray, factor: float = 1.0, vectors: bool = False):
+    """Return the values of one product; None if a number is not finite."""
     left, right = values.triangle(b), values.triangle(a.T)
-    return values.thin_values(left, right, factor, vectors) if left is not None and right is not None else None
+    if left is None or right is None:
+        return None
+    found = values.thin_values(left, right, factor, vectors)
+    if not np.isfinite(found.fro[0]):
+        return None
+    mix = found.mix[0] if vectors else None
+    return values.ThinValues(found.s[0], float(found.energy_error[0]), float(found.fro[0]), mix)
 
 
 def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,18 +54,41 @@ def test_values_are_those_of_product(m, n, rank, decay, scale, seed):
     assert found.fro == pytest.approx(np.linalg.norm(due), rel=1e-12)
 
 
+def by_cholesky(x: np.ndarray):
+    products, terms = values.gram(x)
+    found, conditioned = values.triangles(products[None], np.array([terms]))
+    return found, bool(conditioned[0])
+
+
 def test_both_ways_to_triangle_agree_within_bounds():
     """Cholesky where the factor is conditioned, reflections else; on the same factor both hold."""
     x = np.random.default_rng(0).standard_normal((3000, 16)) @ np.diag(2.0 ** -np.arange(16))
-    one, other = values._by_cholesky(*values.gram(x)), values._by_reflections(x)
+    one, conditioned = by_cholesky(x)
+    assert conditioned
+    other = values._by_reflections(x)
     due = np.linalg.svd(x, compute_uv=False)
     for found in (one, other):
-        s = np.linalg.svd(found.r, compute_uv=False) * found.scale
+        s = np.linalg.svd(found.r[0], compute_uv=False) * found.scale
         slack = found.relative * due + found.backward * np.linalg.norm(x) + 1e-15 * due[0]
         assert (np.abs(s - due) <= slack).all()
     repeated = np.hstack([x, x[:, :1] * (1 + 1e-9)])
-    assert values._by_cholesky(*values.gram(repeated)) is None
+    assert not by_cholesky(repeated)[1]
     assert values.triangle(repeated).relative == 0
+
+
+def test_value_of_stack_has_bytes_of_one_alone():
+    rng = np.random.default_rng(9)
+    grams = [[values.gram(rng.standard_normal((700, 16))) for _ in range(5)] for _ in range(2)]
+    grams[0][3] = np.ones((16, 16)), 700  # one that is not definite
+    stacks = [(np.stack([one for one, _ in side]), np.array([terms for _, terms in side])) for side in grams]
+    (left, definite), (right, _) = (values.triangles(*stack) for stack in stacks)
+    assert definite.tolist() == [True, True, True, False, True]
+    together = values.thin_values(left, right, 2.0, vectors=True)
+    for i in np.flatnonzero(definite):
+        one, other = (values.triangles(side[i : i + 1], terms[i : i + 1])[0] for side, terms in stacks)
+        alone = values.thin_values(one, other, 2.0, vectors=True)
+        for name in ("s", "energy_error", "fro", "mix"):
+            assert (getattr(together, name)[i] == getattr(alone, name)[0]).all()
 
 
 def test_small_values_are_accurate_relative_to_themselves():

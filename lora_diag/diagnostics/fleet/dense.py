@@ -7,10 +7,11 @@ import math
 import torch
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.fleet.layer import Measured, layer_of, zero_layer
+from lora_diag.diagnostics.fleet.layer import ENERGY, Measured, layer_of, zero_layer
 from lora_diag.errors import InputError
 from lora_diag.layers.change import load_change
 from lora_diag.linalg import resolve_device
+from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.thin import sketch
 
 
@@ -36,7 +37,9 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
     if factors.fro == 0.0:
         return zero_layer(rank)
     assert factors.u is not None
-    layer, top = layer_of(factors.s.numpy(), factors.fro, factors.complete, rank)
+    s = factors.s.numpy()
+    needed = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
+    layer, top = layer_of(s, factors.fro, needed, rank)
     parts = change.factors if change.factors is not None else (change.matrix,)
     arrays = [part.to("cpu", torch.float64).numpy() for part in parts if part is not None]
     update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)

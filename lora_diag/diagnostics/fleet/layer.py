@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
+
+import numpy as np
 
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.fleet.record import FleetLayer
-from lora_diag.metrics import energy_curve, rank_at
-from lora_diag.thin import BOTH, COLUMNS, LENGTH, MAX_RANK, fold, join, mixed, thin_values, triangle
+from lora_diag.metrics import energy_curve, ranks_at
+from lora_diag.thin import (
+    BOTH,
+    COLUMNS,
+    LENGTH,
+    MAX_RANK,
+    Triangles,
+    fold,
+    gram,
+    join,
+    mixed,
+    thin_values,
+    transform,
+    triangle,
+    triangles,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
+
+    from lora_diag.checkpoints.decoding import Numbers
+
+# The fraction of the energy that a layer's rank is counted to.
+ENERGY = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +54,18 @@ class Measured:
     space: NDArray[np.float64] | None = None
 
 
-def layer_of(s: NDArray[np.float64], fro: float, complete: bool, rank: int | None) -> tuple[FleetLayer, float]:
+def layer_of(s: NDArray[np.float64], fro: float, needed: int | None, rank: int | None) -> tuple[FleetLayer, float]:
     """Return a layer's part of the record, and σ_1².
 
     Args:
         s: The largest singular values.
         fro: ‖ΔW‖_F, not 0.
-        complete: Whether ``s`` are all that can be nonzero.
+        needed: Smallest r with C(r) ≥ ``ENERGY``; None if it is beyond ``s``.
         rank: Columns of its factors; None if it has none.
     """
-    needed = rank_at(energy_curve(s, fro, complete), 0.99) or len(s)
     largest = float(s[0])
     spike = min(1.0, (largest / fro) ** 2)
-    return FleetLayer(fro=fro, rank=rank, rank_99=needed, spike=spike), largest**2
+    return FleetLayer(fro=fro, rank=rank, rank_99=needed or len(s), spike=spike), largest**2
 
 
 def zero_layer(rank: int | None) -> Measured:
@@ -52,27 +73,94 @@ def zero_layer(rank: int | None) -> Measured:
     return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
 
 
-def measure_thin(delta: Delta) -> Measured | None:
-    """Measure a layer from its stored factors; None if it has none, or a number in them is not finite."""
-    if not isinstance(delta, FactoredDelta) or delta.thin is None or delta.rank > MAX_RANK:
-        return None
+def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
+    """Return whether a layer has stored factors of a small rank, and nothing else takes part."""
+    return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= MAX_RANK
+
+
+def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
+    """Measure layers that are thin and of one rank from their stored factors; None where a number is not finite.
+
+    Each factor is read, reduced and dropped while it is in the cache; what is left of it is computed for all layers at
+    once.
+    """
+    reduced = [_reduce(delta) for delta in deltas]
+    left, conditioned_left = triangles(*_stacked([each.left for each in reduced]))
+    right, conditioned_right = triangles(*_stacked([each.right for each in reduced]))
+    conditioned = conditioned_left & conditioned_right
+    found: list[Measured | None] = [None] * len(deltas)
+    if conditioned.any():
+        at = np.flatnonzero(conditioned).tolist()
+        some = [deltas[i] for i in at], [reduced[i] for i in at]
+        for i, measured in zip(at, _measured(*some, left.take(conditioned), right.take(conditioned)), strict=True):
+            found[i] = measured
+    for i in np.flatnonzero(~conditioned).tolist():
+        found[i] = _measure_by_reflections(deltas[i], reduced[i])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Reduced:
+    """What is left of the factors of a layer.
+
+    Args:
+        left: BᵀB, and its number of terms.
+        right: The same of Aᵀ.
+        rows: The rows of B in the buckets of both hashes, ``(2, LENGTH, r)``.
+        columns: The columns of A in the buckets of theirs, ``(LENGTH, r)``.
+        scale: s.
+    """
+
+    left: tuple[NDArray[np.float64], int]
+    right: tuple[NDArray[np.float64], int]
+    rows: Numbers
+    columns: Numbers
+    scale: float
+
+
+def _reduce(delta: FactoredDelta) -> _Reduced:
+    assert delta.thin is not None
     b = delta.thin.read_b()
-    left, folded = triangle(b), fold(b, BOTH)
-    del b  # each factor is read, reduced and dropped while it is in the cache
-    a = delta.thin.read_a()
-    right, columns = triangle(a.T), fold(a.T, COLUMNS)
-    scale = delta.thin.read_scale()
-    found = thin_values(left, right, scale, vectors=True) if left is not None and right is not None else None
-    if found is None:
-        return None
-    if found.fro == 0.0:
-        return zero_layer(delta.rank)
+    left, rows = gram(b), fold(b, BOTH)
+    del b
+    a = delta.thin.read_a().T
+    return _Reduced(left, gram(a), rows.reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
+
+
+def _stacked(grams: Sequence[tuple[NDArray[np.float64], int]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    return np.stack([products for products, _ in grams]), np.array([terms for _, terms in grams])
+
+
+def _measure_by_reflections(delta: FactoredDelta, reduced: _Reduced) -> Measured | None:
+    """Measure a layer with a factor that is not well conditioned, which is read again."""
+    assert delta.thin is not None
+    left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
+    return None if left is None or right is None else _measured([delta], [reduced], left, right)[0]
+
+
+def _measured(
+    deltas: Sequence[FactoredDelta], reduced: Sequence[_Reduced], left: Triangles, right: Triangles
+) -> list[Measured | None]:
+    """Return layers of one rank, given the triangles of their factors; None where a norm is not finite."""
+    scale = np.array([each.scale for each in reduced])
+    found = thin_values(left, right, scale, vectors=True)
     assert found.mix is not None
-    layer, top = layer_of(found.s, found.fro, True, delta.rank)
-    directions = mixed(folded, found.mix[:, : layer.rank_99])
-    return Measured(
-        layer,
-        top,
-        update=scale * join(folded[:LENGTH], columns, delta.layer),
-        space=join(directions[:LENGTH], directions[LENGTH:], delta.layer),
-    )
+    fro = np.where(np.isfinite(found.fro) & (found.fro > 0), found.fro, 1.0)
+    needed = ranks_at(energy_curve(found.s, fro[:, None], True), ENERGY)
+    directions = found.mix * (np.arange(found.s.shape[1]) < needed[:, None])[:, None]
+    names = [delta.layer for delta in deltas]
+    rows = transform(np.array([each.rows for each in reduced], np.float64))
+    columns = transform(np.array([each.columns for each in reduced], np.float64))
+    update = scale[:, None] * join(rows[:, 0], columns, names)
+    # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
+    space = join(mixed(rows[:, 0], directions @ directions.transpose(0, 2, 1)), rows[:, 1], names)
+    measured: list[Measured | None] = []
+    for i, delta in enumerate(deltas):
+        if not math.isfinite(found.fro[i]):
+            measured.append(None)
+        elif found.fro[i] == 0.0:
+            measured.append(zero_layer(delta.rank))
+        else:
+            layer, top = layer_of(found.s[i], float(found.fro[i]), int(needed[i]), delta.rank)
+            measured.append(Measured(layer, top, update[i], space[i]))
+    return measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,10 +57,13 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     assert isinstance(delta, FactoredDelta)
     assert delta.thin is not None
     left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
-    found = thin_values(left, right, delta.thin.read_scale()) if left is not None and right is not None else None
-    if found is None:
+    if left is None or right is None:
         return None
-    s = found.s[: settings.top]
-    values = _Kept(s, len(s) == len(found.s), found.energy_error, found.fro)
-    seen = unrounded(s, found.fro, values.complete)
+    found = thin_values(left, right, delta.thin.read_scale())
+    fro = float(found.fro[0])
+    if not math.isfinite(fro):
+        return None
+    s = found.s[0, : settings.top]
+    values = _Kept(s, len(s) == found.s.shape[1], float(found.energy_error[0]), fro)
+    seen = unrounded(s, fro, values.complete)
     return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, seen)

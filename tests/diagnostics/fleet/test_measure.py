@@ -97,8 +97,11 @@ def test_layer_without_torch_is_that_with_torch(tmp_path):
     repeated = b @ np.diag([1, 1, 0, 0]) + b[:, [1, 1, 1, 0]]
     updates = {"x.weight": (b, a), "y.weight": (repeated, a), "z.weight": (0 * b, a)}
     lora(tmp_path / "lora", updates)
-    for delta in compare(tmp_path / "lora", None).pairing.deltas:
-        thin, dense = measure_thin(delta), measure_dense("lora", delta, "cpu")
+    deltas = compare(tmp_path / "lora", None).pairing.deltas
+    by_layer = dict(zip([delta.layer for delta in deltas], measure_thin(deltas), strict=True))
+    for delta in deltas:
+        thin, dense = by_layer[delta.layer], measure_dense("lora", delta, "cpu")
+        assert thin.layer == measure_thin([delta])[0].layer
         assert (thin.layer.rank, thin.layer.rank_99) == (dense.layer.rank, dense.layer.rank_99)
         assert thin.layer.fro == pytest.approx(dense.layer.fro, rel=1e-9)
         assert thin.top == pytest.approx(dense.top, rel=1e-9)

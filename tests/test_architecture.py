@@ -101,7 +101,7 @@ LIBRARIES = {
     "fsspec": {"checkpoints"},
     "huggingface_hub": {"checkpoints", "hub.py"},
     "safetensors": {"adapters"},
-    "pickle": {"checkpoints"},
+    "pickle": {"checkpoints", "processes.py"},
     "pydantic": {"records", "record.py", "policy.py", "reading.py", "tables.py"},
 }
 

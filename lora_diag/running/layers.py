@@ -53,6 +53,7 @@ class LayerRun:
         options: All options, with defaults.
         torch: Whether torch is needed: a command says False, before it asks for ``where``, if its layers are measured
             with NumPy, on the CPU.
+        apart: Whether layers are measured in processes of their own, one per worker.
         given: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
@@ -65,6 +66,7 @@ class LayerRun:
         self.options: dict[str, Any] = filled(group, given)
         self.own = settings(group, self.options)
         self.torch = True
+        self.apart = False
         self._device = self.options.get("device", "cpu")
         if self.options["engine"] is not None or self._device not in {"auto", "cpu"}:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
@@ -186,4 +188,5 @@ class LayerRun:
         Raises:
             UsageError: The memory limit is too small for the program itself.
         """
-        return layout_of(tasks, self.options["workers"], self.where.kind, self._limit, self.torch)
+        found = layout_of(tasks, self.options["workers"], self.where.kind, self._limit, self.torch)
+        return replace(found, apart=self.apart and (found.workers or found.cores) > 1)

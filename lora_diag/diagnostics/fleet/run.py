@@ -30,6 +30,9 @@ COMMAND = "spectrum --adapters"
 # Memory of one adapter while it is measured: factors of a layer, their vectors, normals of the sketches.
 SIZE = 64 * 2**20
 
+# Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
+APART_BYTES = 2**30
+
 # Files that identify an adapter or a base; others, such as a log, may change.
 READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
 
@@ -41,21 +44,24 @@ class Seen:
     Args:
         path: An adapter, or the base of all.
         files: Hash of its files' names and sizes; empty if they cannot be listed, as on object storage.
+        size: Their bytes.
     """
 
     path: Path
     files: str
+    size: int = 0
 
     @classmethod
     def now(cls, path: Path) -> Seen:
         """Return the path with its current files."""
         try:
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
-            lines = [f"{file.name} {file.stat().st_size}" for file in files if file.suffix in READ and file.is_file()]
+            sizes = {file.name: file.stat().st_size for file in files if file.suffix in READ and file.is_file()}
         except OSError:
-            lines = []
-        known = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return cls(path, known if lines else "")
+            sizes = {}
+        lines = "\n".join(f"{name} {size}" for name, size in sizes.items())
+        known = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return cls(path, known if lines else "", sum(sizes.values()))
 
     def check(self) -> None:
         """Check that the files are those at the start of the run: a cluster's worker has its own mounts.
@@ -107,8 +113,8 @@ def fleet(
 ) -> Results[Fleet]:
     r"""Measure many adapters: used rank, zero updates, spikes, outliers and near-duplicates.
 
-    Each adapter is a task: ``workers`` of them run concurrently, by default one per core, with one layer of each in
-    memory. An adapter that cannot be read is skipped.
+    Each adapter is a task: ``workers`` of them run concurrently, by default one per core, with a few layers of each in
+    memory. From 1 GiB of adapters on, workers are processes. An adapter that cannot be read is skipped.
 
     Args:
         adapters: Folders, files, or patterns such as ``runs/**``.
@@ -133,6 +139,7 @@ def fleet(
     base = run.options["base"]
     members = [Member(legible(path), Seen.now(path)) for path in expand(adapters)]
     under = Seen.now(as_path(base)) if base is not None else None
+    run.apart = not run.torch and under is None and sum(member.seen.size for member in members) >= APART_BYTES
     device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than what a GPU would save
     return run.over(
         members,

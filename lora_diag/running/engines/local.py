@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lora_diag.errors import UsageError
@@ -42,6 +42,7 @@ class Layout:
         workers: Concurrent layers, if set by the user; else None.
         limited: Whether a layer must fit into the budget, and is else processed in row blocks.
         torch: Whether layers are computed with torch, whose threads are then set.
+        apart: Whether every worker is a process of its own.
     """
 
     cores: int
@@ -49,6 +50,7 @@ class Layout:
     workers: int | None = None
     limited: bool = False
     torch: bool = True
+    apart: bool = False
 
     @property
     def limit(self) -> int | None:
@@ -126,6 +128,12 @@ def run_local(
         LoradiagError: The error of the first failing task; later tasks are abandoned.
     """
     most = layout.workers or layout.cores
+    if layout.apart:
+        from lora_diag.running.engines.processes import Processes
+
+        with Processes(measure, most) as elsewhere:
+            yield from run_local(elsewhere, tasks, replace(layout, apart=False), footprint)
+        return
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     before = _torch_threads() if layout.torch else 0

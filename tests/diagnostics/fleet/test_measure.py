@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import lora_diag
+from lora_diag.diagnostics.fleet import run
 from lora_diag.diagnostics.fleet.dense import measure_dense
 from lora_diag.diagnostics.fleet.layer import measure_thin
 from lora_diag.diagnostics.fleet.run import expand
@@ -127,6 +128,18 @@ def test_patterns_name_each_adapter_once(tmp_path):
     assert found == ["x/a2", "x/a10", "y"]
     with pytest.raises(NothingComparedError, match="no adapter"):
         expand([f"{tmp_path}/notes/*"])
+
+
+@pytest.mark.slow
+def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    monkeypatch.chdir(ROOT)
+    files = []
+    for least in (2**40, 0):
+        monkeypatch.setattr(run, "APART_BYTES", least)
+        lora_diag.fleet(["sample_checkpoints/lora_*", "missing"], workers=2, output=tmp_path / f"{least}.jsonl")
+        files.append((tmp_path / f"{least}.jsonl").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_unreadable_adapter_does_not_stop_others(tmp_path):

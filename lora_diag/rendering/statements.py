@@ -183,7 +183,7 @@ class _Summary:
         yield grid
         rest = [line for one, lines in zip(self.statements, shown, strict=True) for line in one.lines[len(lines) :]]
         if hidden := sum(map(height, rest)):
-            yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'}: -v")
+            yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
 def _fitting(summary: _Summary, most: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:

@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "code"), [("merged", 0), ("spoilt", 1)])
 def test_page_shows_output(name, code, folder, loradiag):
-    ran = loradiag(*COMMAND.split(), name, "-v", cwd=folder, env={"COLUMNS": "80"})
+    ran = loradiag(*COMMAND.split(), name, cwd=folder, env={"COLUMNS": "80"}, brief=True)
     assert ran.code == code
-    wanted = f"```console\n$ loradiag {COMMAND} {name} -v\n" + ran.out.strip("\n") + "\n```\n"
+    wanted = f"```console\n$ loradiag {COMMAND} {name}\n" + ran.out.strip("\n") + "\n```\n"
     shown = {found["name"]: found["shown"] for found in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
     assert shown[name] == wanted, f"put this in the page:\n{wanted}"

@@ -140,9 +140,8 @@ def test_fleet_page_lists_outliers_and_duplicates_and_no_layers():
 
 def test_answers_of_two_such_runs_name_their_run():
     text = markdown_report(evidence(interference(), interference(("runs/x", "runs/y"))))
-    assert text.count("updates: sql + chat\n") == 2
-    assert "updates: x + y\n" in text
-    assert "updates: sql + chat\n" not in markdown_report(evidence(interference(), fleet()))
+    assert re.findall(r"^- .*: (.* \+ .*)$", text, re.M) == ["sql + chat"] * 2 + ["x + y"] * 2
+    assert not re.findall(r"^- .*: .* \+ .*$", markdown_report(evidence(interference(), fleet())), re.M)
 
 
 def test_thousand_adapters_are_not_thousand_lines():

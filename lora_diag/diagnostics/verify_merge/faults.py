@@ -158,7 +158,9 @@ def scaled_precisely(look: Look) -> Fault | None:
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
     if abs(fit.factor - 1) <= fit.limit + look.found.alike:
         return None
-    return Fault("wrong scale", f"ΔW was added times {fit}: that explains the entries to the last bit, 1 does not")
+    return Fault(
+        "wrong scale", f"ΔW was added times {fit}: this factor explains the entries to the last bit, 1 does not"
+    )
 
 
 def is_coherent(check: Check) -> bool:
@@ -376,22 +378,24 @@ def _by_numbers(look: Look) -> Fault:
         share = rest / math.sqrt(found.base) if found.base else math.inf
         return Fault(
             "other base",
-            f"ΔW is in it (c = {c:.2f}), but so is something else, of {share:.2g} ‖W‖: perhaps another base, such as a "
+            f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps another base, such as a "
             "quantized one, or further training",
         )
     cosine = found.inner / math.sqrt(found.expected * found.observed)
-    return Fault("other", f"MERGED moved elsewhere {_where(look)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
+    return Fault("other", f"MERGED − BASE is another update {_where(look)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
 
 
 def _drifted(look: Look) -> Fault:
     """Report the scale if every entry alone could be a rounding, but not all together."""
     c, error = look.found.inner / look.found.expected, look.found.scale_error
-    return Fault("wrong scale", f"c = {c:.6g} ± {error:.1g}: single entries could be roundings, all together are not")
+    return Fault(
+        "wrong scale", f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together"
+    )
 
 
 def _where(look: Look) -> str:
     rows = look.found.beyond[0] > 0
-    return f"in rows {ranges(rows)} of {len(rows)}" if look.is_matrix and not rows.all() else "all over"
+    return f"in rows {ranges(rows)} of {len(rows)}" if look.is_matrix and not rows.all() else "in all rows"
 
 
 def ranges(marked: Tensor) -> str:

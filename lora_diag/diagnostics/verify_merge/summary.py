@@ -126,7 +126,7 @@ def _why_inconclusive(adapted: Sequence[Merge]) -> str:
 
 
 def _faults(results: Results[Merge]) -> list[Statement]:
-    """Return one line for every failing status, with its layers, cause and fix."""
+    """Return the layers, cause and fix of every failing status; further causes follow as a statement of their own."""
     lines = []
     for status in ORDER:
         records = [record for record in results if record.status == status and record.failed]
@@ -135,11 +135,14 @@ def _faults(results: Results[Merge]) -> list[Statement]:
         causes: dict[str, list[Merge]] = {}
         for record in records:
             causes.setdefault(record.cause, []).append(record)
-        sentences = [f"{_names(found)}: {safe(cause)}" for cause, found in list(causes.items())[:SHOWN]]
+        first, *others = [f"{_names(found)}: {safe(cause)}" for cause, found in list(causes.items())[:SHOWN]]
         if len(causes) > SHOWN:
             more = sum(len(found) for found in list(causes.values())[SHOWN:])
-            sentences.append(f"and {_layers(more)} more; --per layer and the records name each")
-        lines.append(say(status.replace(" ", "_"), status.capitalize(), *sentences, f"→ {WAYS_OUT[status]}"))
+            others.append(f"and {_layers(more)} more; --per layer and the records name each")
+        key = status.replace(" ", "_")
+        lines.append(say(key, status.capitalize(), first, f"→ {WAYS_OUT[status]}", level="failure"))
+        if others:
+            lines.append(say(f"{key}_more", "Further causes", *others))
     return lines
 
 

@@ -59,6 +59,9 @@ MIN_COUNT = 30
 # Normal deviates of a 95% interval.
 Z95 = 1.96
 
+# Number of entries, and of row ranges that they are from, by which hidden energy is ranked before any fit.
+RANKED, PLACES = 2**15, 16
+
 # Memory of the blocks while they are read and measured.
 BLOCKS = 96 * 2**20
 
@@ -475,6 +478,38 @@ def _model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep
 
 def _refused(unchanged: float, reason: str) -> Estimate:
     return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged if unchanged == unchanged else 0.0))
+
+
+def hidden_energy(delta: StoredDelta) -> float:
+    """Estimate E‖X − D‖² of a layer, what rounding hides of it, from a sample of its rows and without directions.
+
+    0 where nothing can be estimated. It ranks layers, and is off by as much as the sample is.
+
+    Raises:
+        InputError: A file could not be read.
+    """
+    rows, columns = delta.shape
+    each = max(1, RANKED // (PLACES * max(1, columns)))
+    places = range(0, max(1, rows - each + 1), max(1, rows // PLACES))
+    spans = [(first, min(rows, first + each)) for first in places]
+    blocks = [
+        [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
+        for side in _sides(delta)
+    ]
+    stored = [_Stored.of(side, torch.cat(some).flatten()) for side, some in zip(_sides(delta), blocks, strict=True)]
+    square = sum(float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True))
+    if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
+        return 0.0
+    count = sum(block.numel() for block in blocks[0])
+    rms = math.sqrt(square / count)
+    read = _Read(stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu"))
+    found = [read.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
+    cells = joined([part for part, _ in found])
+    deviation = fit_size(cells, rms / read.unit).deviation
+    each_x = moments(cells, 0.0, deviation, fast=True)
+    d = torch.cat([(t.double() - w.double()) / read.unit for w, t in zip(*blocks, strict=True)])
+    missing = float(((each_x.mean - d).square() + each_x.variance).sum(dtype=torch.float64))
+    return missing * read.unit**2 * math.prod(delta.shape) / count
 
 
 def _sides(delta: StoredDelta) -> tuple[Side, Side]:

@@ -33,6 +33,7 @@ Reason = Literal[
     "unreadable",
     "not_in_model",
     "memory",
+    "time",
     "no_activations",
 ]
 

@@ -61,6 +61,8 @@ class ResultsWriter(Generic[L]):
             earlier records are copied to ``NAME.part`` under the new first line, and the file is replaced once the run
             has ended.
 
+    Layers that a time limit left out are dropped from ``earlier``, so that a resumed run measures them.
+
     Attributes:
         run: The first line, with the time; for a resumed run, with its original time and the combined settings.
         earlier: Existing results that are kept; without layers unless resuming.
@@ -115,7 +117,7 @@ class ResultsWriter(Generic[L]):
             extended = self._extended(earlier)
             self.earlier = _whole_layers(_same_run(extended, self.run, self.path))
             self.run = self.earlier.run
-            if extended.run != earlier.run:
+            if extended.run != earlier.run or len(extended.left_out) < len(earlier.left_out):
                 self.path, behind_part = part, True
                 write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
             self._kept = sum(1 for _ in self.earlier.records())
@@ -126,6 +128,8 @@ class ResultsWriter(Generic[L]):
     def _extended(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs; unfinished if they were extended."""
         then, now = earlier.run.settings, self.run.settings
+        if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
+            earlier = replace(earlier, left_out=(), end=None)
         asked = {key for key in self._grows if key in then and now.get(key) is not None}
         grown = {key: now[key] if then[key] is None else self._grows[key](then[key], now[key]) for key in asked}
         self.run = self.run.model_copy(update={"settings": {**now, **grown}})

@@ -34,6 +34,7 @@ REASONS = {
     "not_in_model": "that the model does not use",
     "no_activations": "without activations",
     "memory": "larger than --memory",
+    "time": "not reached within --time",
 }
 
 
@@ -88,7 +89,7 @@ def within(left_out: Sequence[LeftOut]) -> str:
     """Return a qualification of fractions of the change if a part was not measured."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"
-    unknown = {"shape_differs", "non_finite", "memory", "unreadable"}
+    unknown = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
     return " among the measured layers" if any(item.reason in unknown for item in left_out) else ""
 
 

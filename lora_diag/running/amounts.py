@@ -1,4 +1,4 @@
-"""Parsing of amounts: ``10M`` parameters, ``2GB`` of memory, ``0.9`` of the energy."""
+"""Parsing of amounts: ``10M`` parameters, ``2GB`` of memory, ``2h`` of time, ``0.9`` of the energy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)\s*(d|h|min|m|s))", re.IGNORECASE)
 _AMOUNT = re.compile(r"(\d+(?:_\d{3})*(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
@@ -39,6 +41,25 @@ def read_bytes(words: str, option: str) -> int:
         UsageError: The value is invalid or not positive.
     """
     return _read(words, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
+
+
+def read_time(words: str) -> float:
+    """Return a time limit in seconds.
+
+    >>> read_time("2h"), read_time("1h30min"), read_time("90 s"), read_time("0.5d")
+    (7200.0, 5400.0, 90.0, 43200.0)
+
+    Raises:
+        UsageError: It is not a time.
+    """
+    text = words.strip()
+    parts = _TIME.findall(text)
+    if not parts or re.sub(r"\s", "", _TIME.sub("", text)):
+        raise UsageError(f"--time {words}: give a time with its unit, such as 2h, 90min or 1h30min")
+    seconds = sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts)
+    if seconds <= 0:
+        raise UsageError(f"--time {words}: must be above 0")
+    return seconds
 
 
 def _read(words: str, option: str, units: dict[str, int], wanted: str) -> int:

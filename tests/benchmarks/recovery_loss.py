@@ -160,8 +160,14 @@ def sample_model() -> tuple[Any, Weights]:
     return model, base
 
 
-def copy(weights: Weights) -> Weights:
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+def kept(file: Path, model: torch.nn.Module, train: Callable[[], None]) -> Weights:
+    """Return the weights after training, from the file of an earlier run if it is there."""
+    if not file.exists():
+        train()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        save_file({name: tensor.detach().clone().contiguous() for name, tensor in whole.items()}, file)
+    return load_file(file)
 
 
 def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
@@ -191,16 +197,18 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -
         def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
             for seed in range(seeds):
                 order = torch.Generator().manual_seed(seed)
-                model.load_state_dict(base)
-                model.train()
 
                 def loss(step: int, order: torch.Generator = order) -> Tensor:
                     at = torch.randint(len(train) - 256, (8,), generator=order)
                     ids = torch.stack([train[i : i + 256] for i in at.tolist()])
                     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-                steps_of_adam(model, rate, 80, loss)
-                yield seed, base, copy(model.state_dict()), judge
+                def training(loss: Callable[[int], Tensor] = loss) -> None:
+                    model.load_state_dict(base)
+                    model.train()
+                    steps_of_adam(model, rate, 80, loss)
+
+                yield seed, base, kept(folder / f"llama-{rate:g}-{seed}.safetensors", model, training), judge
 
         compare(f"llama, {rate:g}", runs(), folder, SAMPLES / "base" / "config.json")
 
@@ -235,7 +243,6 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> N
         def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
             for seed in range(seeds):
                 order = torch.Generator().manual_seed(100 + seed)
-                model.load_state_dict(base)
 
                 def loss(step: int, order: torch.Generator = order) -> Tensor:
                     at = torch.randint(len(train) - 64, (32,), generator=order)
@@ -250,8 +257,11 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> N
                     taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
                     return -(advantage * taken).mean() / 16
 
-                steps_of_adam(model, rate, 60, loss)
-                yield seed, base, copy(model.state_dict()), judge
+                def training(loss: Callable[[int], Tensor] = loss) -> None:
+                    model.load_state_dict(base)
+                    steps_of_adam(model, rate, 60, loss)
+
+                yield seed, base, kept(folder / f"rl-{rate:g}-{seed}.safetensors", model, training), judge
 
         compare(f"policy gradient, {rate:g}", runs(), folder, SAMPLES / "base" / "config.json")
 
@@ -305,9 +315,6 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6))
         def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
             for seed in range(seeds):
                 order = torch.Generator().manual_seed(seed)
-                set_seed(seed)
-                model.load_state_dict(base, strict=False)
-                whole.train()
 
                 def loss(step: int, order: torch.Generator = order) -> Tensor:
                     picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
@@ -315,9 +322,13 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6))
                         whole({k: v[picked] for k, v in tokens.items()}), labels[picked]
                     )
 
-                steps_of_adam(model, rate, 60, loss)
-                after = {name: model.state_dict()[name].clone() for name in base}
-                yield seed, base, after, judge
+                def training(seed: int = seed, loss: Callable[[int], Tensor] = loss) -> None:
+                    set_seed(seed)
+                    model.load_state_dict(base, strict=False)
+                    whole.train()
+                    steps_of_adam(model, rate, 60, loss)
+
+                yield seed, base, kept(folder / f"encoder-{rate:g}-{seed}.safetensors", model, training), judge
 
         compare(f"encoder, {rate:g}", runs(), folder, source / "config.json")
 

@@ -31,6 +31,9 @@ class OutputFolder:
         overwrite: Whether an existing adapter may be replaced.
         resume: Whether to resume an interrupted extraction.
 
+    A folder that still has its factors is not complete: a time limit left layers out. Resuming turns it back into
+    ``NAME.part``.
+
     Attributes:
         finished: All work was done when it was interrupted: only its records remain to be reported.
         whole: All files are written, possibly not yet at their final path.
@@ -55,6 +58,8 @@ class OutputFolder:
         self.finished = (
             resume and not overwrite and not self.work.exists() and (self.final / self.records_name).is_file()
         )
+        self._reopened = self.finished and (self.final / FACTORS).is_dir()
+        self.finished = self.finished and not self._reopened
         if self.finished:
             self.work = self.final
         self.whole = resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
@@ -73,7 +78,7 @@ class OutputFolder:
             return
         if not self.final.is_dir():
             raise UsageError(f"{self.final}: is a file; give -o a folder for the adapter")
-        if any(self.final.iterdir()) and not self.finished:
+        if any(self.final.iterdir()) and not (self.finished or self._reopened):
             if not self._overwrite:
                 raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
             self._check_ours(self.final)
@@ -86,7 +91,7 @@ class OutputFolder:
         names = {path.name for path in folder.iterdir()}
         if not names & {self.records_name, FACTORS}:
             raise UsageError(f"{folder}: is not {self.what}, so it is not replaced; choose another folder")
-        if foreign := sorted(names - self.ours - {FACTORS, SPECTRA}):
+        if foreign := sorted(names - self.ours - {FACTORS, SPECTRA, f"{self.records_name}.part"}):
             raise UsageError(f"{folder}: holds {foreign[0]}, which is not a file of {self.what}; choose another folder")
 
     @property
@@ -113,6 +118,9 @@ class OutputFolder:
         if self.whole:
             return
         try:
+            if self._reopened:
+                (self.final / CARD).unlink(missing_ok=True)
+                self.final.rename(self.work)
             if self.work.exists() and not self._resume:
                 for file in filter(Path.exists, (self.records, self.spectra)):
                     os.close(lock(file))
@@ -126,8 +134,12 @@ class OutputFolder:
         """Remove the folder next to the target."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def finish(self, card: str) -> None:
+    def finish(self, card: str, complete: bool = True) -> None:
         """Move the finished folder to its target, without the files needed only for resuming.
+
+        Args:
+            card: Text of the model card.
+            complete: Whether no layer is left to measure; else the factors of layers are kept, for a resumed run.
 
         Raises:
             InputError: The folder cannot be moved.
@@ -137,7 +149,8 @@ class OutputFolder:
         old = self.final.with_name(f".{self.final.name}.{os.getpid()}")
         try:
             write_whole(self.work / CARD, card)
-            shutil.rmtree(self.work / FACTORS, ignore_errors=True)
+            if complete:
+                shutil.rmtree(self.work / FACTORS, ignore_errors=True)
             self.spectra.unlink(missing_ok=True)
             for name in self.ours:
                 for left in self.work.glob(f".{name}.[0-9]*"):

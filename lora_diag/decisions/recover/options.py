@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from lora_diag.running.options import ENERGY, OUTPUT, PARAMS, RANK, FolderOptions, Option
+from lora_diag.running.options import ENERGY, EXECUTION, OUTPUT, PARAMS, RANK, FolderOptions, Option
 
 
 class RecoverOptions(FolderOptions, total=False):
@@ -11,6 +11,10 @@ class RecoverOptions(FolderOptions, total=False):
     rank: Annotated[int | None, RANK]
     energy: Annotated[float | None, ENERGY]
     params: Annotated[str | int | None, PARAMS]
+    time: Annotated[
+        str | None,
+        Option(None, "Time limit, e.g. 20min: layers that hide most come first.", "DURATION", panel=EXECUTION),
+    ]
     full: Annotated[
         bool,
         Option(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,11 +24,11 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.summary import model_card
 from lora_diag.deltas import StoredDelta
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
-from lora_diag.layers.recovery import CURVE
+from lora_diag.layers.recovery import CURVE, hidden_energy
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.amounts import read_count
+from lora_diag.running.amounts import read_count, read_time
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
@@ -60,6 +62,9 @@ def recover(
         energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
         params: Write an adapter with so many parameters, such as ``"10M"``, spent as ``allocate`` would on the
             estimated singular values.
+        time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy per entry that a
+            sample of their rows suggests, and none is started after this time. With ``resume`` those that were not
+            reached are measured, within a new limit or without.
         full: Write a checkpoint in float32, W_base + E[X | cells].
         keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
         keep_length: Scale the estimate of each layer to its estimated norm. E[X | cells] is the nearest to X, and
@@ -83,7 +88,11 @@ def recover(
         'not_hidden'
     """
     resolved = filled(RecoverOptions, options)
+    begun = time.time()
     rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
+    limit = None if resolved["time"] is None else read_time(resolved["time"])
+    if limit is not None and resolved["params"] is not None:
+        raise UsageError("--time: a budget of --params needs the estimates of all layers; give --rank or --energy")
     params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
     keep_refused, base_name, overwrite = (resolved[name] for name in ("keep_refused", "base_name", "overwrite"))
     keep_length = resolved["keep_length"]
@@ -128,6 +137,11 @@ def recover(
         run.layout(tasks)  # refuses a memory limit before the folder is made
         folder.open()
     settings = LayerSettings(method, tol, seed, run.where.tasks)
+    deadline = None
+    if limit is not None:
+        energies = {task.layer: hidden_energy(task.delta) for task in tasks}
+        tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
+        deadline = Deadline(begun + limit, resolved["time"], energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
@@ -139,10 +153,12 @@ def recover(
 
     def finish(results: Results[Recovery]) -> None:
         assert folder is not None
+        late = any(item.reason == "time" for item in results.left_out)
         if not any(record.written != "nothing" and (full or record.rank) for record in results) or (
             full and not any(record.written == "posterior" for record in results)
         ):
-            folder.discard()
+            if not late:
+                folder.discard()
             raise _nothing_to_write(tuned, results, keep_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
@@ -158,7 +174,7 @@ def recover(
         flags += ["--keep-refused"] if keep_refused else []
         flags += ["--keep-length"] if keep_length else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
-        folder.finish(model_card(results, name, shlex.join(command), keep_length))
+        folder.finish(model_card(results, name, shlex.join(command), keep_length), complete=not late)
 
     requested = {
         "rank": rank,
@@ -171,7 +187,7 @@ def recover(
     }
     return run.over(
         tasks,
-        partial(_one_layer, files=files),
+        partial(_one_layer, files=files, deadline=deadline),
         size,
         settings,
         left_out_of,
@@ -246,7 +262,32 @@ def _transposed(delta: StoredDelta, planned: Plan | None) -> bool:
     return target is not None and target.transposed
 
 
-def _one_layer(task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings) -> tuple[Recovery | LeftOut]:
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The time limit of a run.
+
+    Args:
+        end: Seconds since the epoch, which all machines of a cluster share.
+        words: As the user gave the limit.
+        energies: Hidden energy of every layer, estimated from a sample.
+    """
+
+    end: float
+    words: str
+    energies: Mapping[str, float]
+
+    def left_out(self, task: RecoveryTask) -> LeftOut:
+        """Return the record of a layer that was not reached."""
+        share = self.energies[task.layer] / (sum(self.energies.values()) or 1.0)
+        detail = f"not started within --time {self.words}; by a sample {share:.1%} of the hidden energy of all layers"
+        return LeftOut(layer=task.layer, shape=task.shape, reason="time", detail=detail)
+
+
+def _one_layer(
+    task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings, deadline: Deadline | None = None
+) -> tuple[Recovery | LeftOut]:
+    if deadline is not None and time.time() > deadline.end:
+        return (deadline.left_out(task),)
     file = files.get(task.layer, Path())
     return (measure(task, settings, partial(store, file), partial(load, file)),)
 
@@ -256,6 +297,12 @@ def _nothing_to_write(tuned: Path | str, results: Results[Recovery], keep_refuse
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
         return InputError(f"{tuned}: {bad.layer}: {bad.detail}; nothing else is left, so nothing was written")
+    late = sum(item.reason == "time" for item in results.left_out)
+    if late:
+        return InconclusiveError(
+            f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no other has an update "
+            "that can be recovered; nothing was written; continue with --resume"
+        )
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
     hint = "" if keep_refused else "; --keep-refused writes the truncated SVD of the files' difference"

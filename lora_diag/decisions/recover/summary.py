@@ -51,7 +51,7 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
                 "intervals are of about 95% under the model (X = low rank + noise) and do not cover another one",
             )
         )
-    return [*lines, left_out(results), *ending(results)]
+    return [*lines, *_reached(results), left_out(results), *ending(results)]
 
 
 def _of(records: Sequence[Recovery], *statuses: str) -> list[Recovery]:
@@ -150,12 +150,25 @@ def _refused(records: Sequence[Recovery]) -> list[Statement]:
     return [say("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
 
 
+def _late(results: Results[Recovery]) -> list[str]:
+    """Return the layers that a time limit left out."""
+    return [item.layer for item in results.left_out if item.reason == "time"]
+
+
+def _reached(results: Results[Recovery]) -> list[Statement]:
+    late = _late(results)
+    if not late:
+        return []
+    words = f"{len(late)} of {_matrices(len(late) + len(results))} within --time; --resume measures them"
+    return [say("not_reached", "Not reached", words, level="warning")]
+
+
 def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
     if folder is None:
         return []
     posterior = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    missing = [record for record in results if record.written == "nothing"]
+    missing = _missing(results)
     lines = [f"{safe(folder)}: {_matrices(len(posterior))} from the estimate"]
     if file:
         lines[0] += f", {len(file)} from the files"
@@ -164,8 +177,14 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
             f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"
         )
     if missing:
-        lines.append(f"not in it: {named([record.layer for record in missing])}")
+        lines.append(f"not in it: {named(missing)}")
     return [say("written", "Written", *lines)]
+
+
+def _missing(results: Results[Recovery]) -> list[str]:
+    """Return the layers that an adapter does not hold; a checkpoint holds the numbers of TUNED instead."""
+    late = [] if results.run.settings.get("full") else _late(results)
+    return [record.layer for record in results if record.written == "nothing"] + late
 
 
 def model_card(results: Results[Recovery], base_name: str, command: str, keep_length: bool = False) -> str:
@@ -181,7 +200,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     what = "LoRA adapter" if adapter else "Checkpoint"
     made = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    missing = [record for record in results if record.written == "nothing"]
+    missing, late = _missing(results), _late(results)
     known = [record for record in made if record.fro_estimate is not None]
     whole = math.hypot(*(record.fro_estimate or 0.0 for record in known))
     seen = math.hypot(*(record.fro for record in known))
@@ -204,7 +223,8 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, and the files show ‖D‖ = {number(seen)}"
         f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
-        *([f"- not in it: {named([record.layer for record in missing], 12)}"] if missing else []),
+        *([f"- not in it: {named(missing, 12)}"] if missing else []),
+        *([f"- not reached within the time limit: {named(late, 12)}"] if late else []),
         "",
         f"Made by loradiag {results.run.version}; `recovery.jsonl` has the numbers of every weight:",
         "",

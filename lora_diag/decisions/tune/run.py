@@ -14,7 +14,6 @@ from lora_diag.decisions.tune.options import TuneOptions
 from lora_diag.decisions.tune.outputs import write_report
 from lora_diag.decisions.tune.planning import Target, extended, plan_of, target_of
 from lora_diag.decisions.tune.record import TunePlan, TuneTrial
-from lora_diag.decisions.tune.schedule import read_time
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
 from lora_diag.files import check_folder_of, write_whole
@@ -24,6 +23,7 @@ from lora_diag.models.training import RECIPE
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.results import to_line
 from lora_diag.records.run import AnyRecord
+from lora_diag.running.amounts import read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files

@@ -8,7 +8,6 @@ Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,9 +23,6 @@ LEAST_STEPS = 10
 TRIALS = 6
 # Factor for opening models, writing files and a busy machine.
 MARGIN = 1.1
-
-_UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)\s*(d|h|min|m|s))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +97,6 @@ class Stage:
 def short_steps(steps: int) -> int:
     """Return the steps of the short round, and of the batches whose gradients are taken."""
     return max(1, steps // SHORT)
-
-
-def read_time(words: str) -> float:
-    """Return a time limit in seconds.
-
-    >>> read_time("2h"), read_time("1h30min"), read_time("90 s"), read_time("0.5d")
-    (7200.0, 5400.0, 90.0, 43200.0)
-
-    Raises:
-        UsageError: It is not a time.
-    """
-    text = words.strip()
-    parts = _TIME.findall(text)
-    if not parts or re.sub(r"\s", "", _TIME.sub("", text)):
-        raise UsageError(f"--time {words}: give a time with its unit, such as 2h, 90min or 1h30min")
-    seconds = sum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
-    if seconds <= 0:
-        raise UsageError(f"--time {words}: must be above 0")
-    return seconds
 
 
 def ranks_within(largest: int) -> tuple[int, ...]:

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_diag
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.recover.summary import recovery_lines
+from lora_diag.deltas import pair
+from lora_diag.layers.recovery import hidden_energy
 from tests.conftest import save_model
 from tests.linalg.test_hidden import low_rank_of, planted
 from tests.oracles import spectrum
@@ -197,6 +200,46 @@ def test_an_interrupted_run_is_resumed(models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ways", [{}, {"full": True}, {"rank": 3}], ids=str)
+def test_a_time_limit_leaves_layers_for_a_resumed_run(models, tmp_path, monkeypatch, ways):
+    """The clock stands still for the options, the sample and one layer. q hides more per entry than the others."""
+    base, tuned, *_ = models
+    whole = lora_diag.recover(base, tuned, tmp_path / "whole", **ways)
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr("lora_diag.decisions.recover.run.time.time", lambda: next(clock, 1e9))
+    some = lora_diag.recover(base, tuned, tmp_path / "some", time="2s", workers=1, **ways)
+    assert some.layers == (whole[Q],)
+    late = {item.layer: item.detail for item in some.left_out if item.reason == "time"}
+    assert set(late) == {UP, HEAD}
+    assert "--time 2s" in late[UP]
+    assert "0.0% of the hidden energy" in late[HEAD]  # it did not move
+    (reached,) = [line for line in recovery_lines(some) if line.key == "not_reached"]
+    assert "2 of 3" in reached.lead
+    resumed = lora_diag.recover(base, tuned, tmp_path / "some", resume=True, **ways)
+    assert {record.layer: record for record in resumed} == {record.layer: record for record in whole}
+    assert resumed.left_out == whole.left_out
+    assert lora_diag.recover(base, tuned, tmp_path / "some", resume=True, **ways).layers == resumed.layers
+    if ways:
+        names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "some")]
+        assert names[0] == names[1]
+        (model,) = [name for name in names[0] if name.endswith(".safetensors")]
+        assert (tmp_path / "some" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    else:
+        assert lora_diag.read_results(tmp_path / "some").layers == resumed.layers
+
+
+def test_hidden_energy_is_that_of_the_update_beyond_the_files(models):
+    """The update is known: ‖X − D‖² is computed from it."""
+    base, tuned, before, after, x = models
+    true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double(), HEAD: 0.0}
+    for delta in pair(open_checkpoint(base), open_checkpoint(tuned)).deltas:
+        if delta.layer in true:
+            d = after[delta.layer].double() - before[delta.layer].double()
+            expected = float((true[delta.layer] - d).square().sum())
+            assert hidden_energy(delta) == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.slow
 def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     parts = [planted(96, 80, 3, 2e-5, seed) for seed in (1, 4)]
@@ -220,6 +263,9 @@ def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
         (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
         (["--keep-refused"], 2, "--keep-refused"),
         (["--keep-length"], 2, "--keep-length"),
+        (["--time", "soon"], 2, "--time soon"),
+        (["--time", "1h", "--params", "1k", "-o", "out"], 2, "--time"),
+        (["--time", "0.000001s", "--rank", "2", "-o", "late"], 5, "--resume"),
         (["--params", "1k", "--keep-refused", "-o", "out"], 2, "--keep-refused"),
         (["--layers", "lm_head", "--params", "1k", "-o", "out"], 5, "nothing was written"),
         (["--layers", "lm_head"], 5, ""),

@@ -655,7 +655,14 @@ def _curves(
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
     curve = np.minimum(1.0, np.cumsum((x.numpy() / whole) ** 2))
     lower = np.minimum(1.0, np.cumsum((low.numpy() / (whole * math.exp(Z95 * error))) ** 2))
-    upper = np.minimum(1.0, np.cumsum((high.numpy() / (whole * math.exp(-Z95 * error))) ** 2))
+    least = whole * math.exp(-Z95 * error)
+    upper = np.cumsum((high.numpy() / least) ** 2)
+    if found.most is not None:
+        most = found.most.numpy()[: len(x)]
+        allowed = np.cumsum((x.numpy() / least) ** 2)[: len(most)] * most
+        upper[: len(most)] = np.maximum(upper[: len(most)], allowed)
+        upper = np.maximum.accumulate(upper)
+    upper = np.minimum(1.0, upper)
 
     def at(values: NDArray[np.float64], rank: int) -> float:
         return float(values[min(rank, len(values)) - 1])

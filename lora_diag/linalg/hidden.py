@@ -48,6 +48,9 @@ SIGNIFICANT, BETTER = 3.0, 2.0
 # fitted to at most, and how many random numbers are drawn at a time.
 HELD_OUT, MOST_HELD_OUT, FITTED, DRAWN = 0.05, 2**20, 2**17, 2**20
 
+# Normal deviate of the upper end of an interval of 95%.
+NORMAL = 1.96
+
 # Standard deviation of log s about that of the fit, before held-out cells are seen: few cells change it little.
 DOUBT = 0.5
 
@@ -234,6 +237,38 @@ class HeldOut:
             if abs(step) < DONE:
                 break
         return deviation
+
+
+def _lengths(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[Tensor, float]:
+    """Return the likeliest length of X in each direction of L by cells that L does not know, and its standard error."""
+    part = held_out.part()
+    rows, columns = part.entries // found.vh.shape[1], part.entries % found.vh.shape[1]
+    lengths = found.values.eta.to(found.u).clone()
+    mean, known = part.mean(found), 0.0
+    for _ in range(3):  # directions are orthogonal, and so nearly are their entries
+        given = moments(part.cells, mean, deviation, fast=True)
+        known = float((1 - given.variance / deviation**2).sum(dtype=torch.float64))
+        for i in range(found.rank):
+            unit = found.u[rows, i] * found.vh[i, columns]
+            information = float((unit.square() * (1 - given.variance[0] / deviation**2)).sum(dtype=torch.float64))
+            step = float((unit * (given.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
+            lengths[i] += step
+        mean = part.mean(replace(found, values=replace(found.values, eta=lengths)))
+    count = math.prod((found.u.shape[0], found.vh.shape[1]))
+    return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
+
+
+def _most(held_out: HeldOut, found: LowRank, deviation: float) -> Tensor:
+    """Return the largest Σ_{i≤r}x_i² that held-out cells allow over the estimated one, for every r; at least 1.
+
+    Σc_i² of lengths c_i in r directions exceeds that of the truth by r·SE², and √Σc_i² has a standard error of SE.
+    Optimal shrinkage is x → η = x·cos·cos, the length in the direction that was found.
+    """
+    lengths, error = _lengths(held_out, found, deviation)
+    eta = found.values.eta.double().cpu()
+    kept = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
+    most = (kept + NORMAL * error).square() / eta.square().cumsum(0)
+    return most.clamp(min=1.0)
 
 
 def fit_low_rank(
@@ -431,12 +466,14 @@ class Recovered:
         low_rank: L from all cells; None if z is not significant.
         rule: The rule for s given L.
         deviation: s of X − L̂ by held-out cells, the error of L̂ included.
+        most: Largest Σ_{i≤r}x_i² that held-out cells allow, over the estimated one, for every r.
     """
 
     z: float
     low_rank: LowRank | None
     rule: Rule = "norm"
     deviation: float = 0.0
+    most: Tensor | None = None
 
 
 def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Recovered:
@@ -474,7 +511,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         if _in_errors(more - gains) > BETTER:
             found, rule, deviation, gains = fit, other, likeliest, more
     whole = fit_low_rank(cells, size, rule, found, seed, keep=keep)
-    return Recovered(_in_errors(gains), whole, rule, deviation)
+    return Recovered(_in_errors(gains), whole, rule, deviation, _most(hidden, found, deviation))
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:

@@ -52,6 +52,22 @@ def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
 
 
 @pytest.mark.slow
+def test_intervals_hold_the_truth_where_few_entries_changed(tmp_path):
+    """Values of the fit are too small there: held-out cells show by how much."""
+    w, x, t = planted(256, 320, 4, 3e-6, 41)
+    hidden = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
+    assert hidden.status == "recovered"
+    assert hidden.unchanged > 0.96
+    assert hidden.energy_estimate["4"] < 0.9
+    s = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    for r in (1, 4, 16):
+        low, high = hidden.energy_interval[str(r)]
+        assert low <= float((s[:r] ** 2).sum() / (s**2).sum()) <= high + 1e-9
+    least, most = hidden.rank_at_interval["0.9"]
+    assert least <= 4 <= (most or 256)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stored", "rounded", "rows"])
 def test_row_blocks_give_the_same_numbers(tmp_path, kind):
     w, x, t = planted(400, 300, 4, 2e-5, 31, noise=0.2, rows=0.8 if kind == "rows" else None)

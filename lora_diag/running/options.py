@@ -212,10 +212,14 @@ class Workers(TypedDict, total=False):
     ]
 
 
-class Machines(Workers, total=False):
-    """Concurrency on this machine, or a cluster."""
+class Engine(TypedDict, total=False):
+    """Where a command runs."""
 
     engine: Annotated["Ray | None", Option(None, "Ray cluster to measure on; None for this machine.", cli=False)]
+
+
+class Machines(Workers, Engine, total=False):
+    """Concurrency on this machine, or a cluster."""
 
 
 class Resources(Machines, total=False):
@@ -333,6 +337,15 @@ class Training(TypedDict, total=False):
 
     widen: Annotated[int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N")]
     seed: Annotated[int, SEED]
+
+
+class TrainingRuns(Engine, total=False):
+    """Training runs on a cluster."""
+
+    concurrent: Annotated[
+        int | None,
+        Option(None, "With --engine ray: concurrent runs per node; default 1, or 1 per GPU.", "N", panel=EXECUTION),
+    ]
 
 
 class TrainOptions(Training, ProbeOptions, total=False):

@@ -54,9 +54,9 @@ class ProgressReporter:
         self.note = on_note or (lambda text: None)
         self.done, self.total = 0, 0
 
-    def batch(self, label: str) -> None:
-        """Count one more batch; an estimated total grows if it is exceeded."""
-        self.done += 1
+    def batch(self, label: str, count: int = 1) -> None:
+        """Count further batches, or none to report what goes on; an estimated total grows if it is exceeded."""
+        self.done += count
         self.total = max(self.total, self.done)
         self.progress(Progress(label, self.done, self.total))
 

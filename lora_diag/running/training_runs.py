@@ -7,24 +7,34 @@ probe.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import UsageError
+from lora_diag.linalg import resolve_device
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.methods import Lora, check_checkpointing
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Training
 from lora_diag.records import RunInput, WholeRecord
+from lora_diag.running.engines import Ray, joined
+from lora_diag.running.measuring import place
 from lora_diag.running.options import declared
 from lora_diag.running.probing import ProbeRun, counted, described
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.running.rates import MOST, beyond, lowest
+from lora_diag.running.training_workers import Site, Workers, bare, workers_for
 
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
 
@@ -38,11 +48,17 @@ class Trial:
         label: Label of its progress.
         train: Trains, evaluates on the given sets, calls its last argument after every step and every batch, and
             returns one record per set.
+        work: Descriptor of the run for a worker of a cluster; None for a probe without an engine.
     """
 
     fields: Mapping[str, Any]
     label: str
     train: Train
+    work: Any = None
+
+
+# Trains on the workers of a cluster: the runs, with a function to call every few seconds -> the records of each.
+Remote = Callable[[Sequence[Trial], Callable[[], None]], Iterator[Sequence[WholeRecord]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +70,16 @@ class Arm:
         rates: Learning rates, ascending.
         trial: The run of a size, a rate and a seed.
         earlier: Rates that an earlier run may have tried beyond the edge of a smaller grid; they are used, but not run.
+        remote: Trains its runs on a cluster; None to train them here, one after the other.
+        slots: Concurrent runs.
     """
 
     sizes: tuple[int | None, ...]
     rates: tuple[float, ...]
     trial: Callable[[int | None, float, int], Trial]
     earlier: tuple[float, ...] = ()
+    remote: Remote | None = None
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +143,30 @@ class RunPlan:
         for arm in arms:
             step, evaluation = self.timed(arm)
             runs = self.left(arm)
-            seconds += runs * (self.training.steps * step + self.batches * evaluation)
+            seconds += math.ceil(runs / arm.slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
             found.append((runs, step))
         return seconds + bases * self.batches * evaluation, found
 
     def run(self, arm: Arm) -> None:
-        """Run all rates with the first seed, and the best rate of each size with the others."""
+        """Run all rates with the first seed, and the best rate of each size with the others.
+
+        In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and so on, the seeds.
+        """
         first = self.training.order
-        best = {}
-        for size in arm.sizes:
-            tried = []
-            for rate in self._rates(arm, size):
-                trial = arm.trial(size, rate, first)
-                if rate not in arm.rates and not self._has(trial):
-                    self.expect(1)
-                self._finish(trial)
-                tried.append(rate)
-            best[size] = self._best(arm, size, [*tried, *arm.earlier])
-        for seed in range(first + 1, first + self.seeds):
-            for size, chosen in best.items():
-                if chosen is not None:
-                    self._finish(arm.trial(size, chosen, seed))
+        rates = {size: self._rates(arm, size) for size in arm.sizes}
+        tried = {size: list(islice(each, len(arm.rates))) for size, each in rates.items()}
+        self._finish(arm, [arm.trial(size, rate, first) for size, mine in tried.items() for rate in mine])
+        while further := [(size, rate) for size, each in rates.items() for rate in islice(each, 1)]:
+            trials = [arm.trial(size, rate, first) for size, rate in further]
+            self.expect(sum(not self._has(trial) for trial in trials))
+            self._finish(arm, trials)
+            for size, rate in further:
+                tried[size].append(rate)
+        best = {size: self._best(arm, size, [*mine, *arm.earlier]) for size, mine in tried.items()}
+        chosen = [(size, rate) for size, rate in best.items() if rate is not None]
+        seeds = range(first + 1, first + self.seeds)
+        self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
 
     def left(self, arm: Arm) -> int:
         """Count the unfinished runs, except those beyond the grid, which are unknown in advance."""
@@ -176,15 +198,23 @@ class RunPlan:
         trial.train(replace(self.training, steps=2), [first], lambda: ticks.append(time.perf_counter()))
         return ticks[2] - ticks[1], ticks[3] - ticks[2]
 
-    def _finish(self, trial: Trial) -> None:
-        if not self._has(trial):
-            self.kept.put(*trial.train(self.training, self.sets, lambda: self.watch.batch(trial.label)))
+    def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
+        """Train the runs that are not finished, and write their records in this order."""
+        left = [trial for trial in trials if not self._has(trial)]
+        if arm.remote is None:
+            for trial in left:
+                self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
+            return
+        look = partial(self.watch.batch, f"{counted(len(left), 'run', 'runs')} on the cluster", 0)
+        for trial, records in zip(left, arm.remote(left, look), strict=True):
+            self.kept.put(*records)
+            self.watch.batch(trial.label, self.training.steps + self.batches)
 
     def _has(self, trial: Trial) -> bool:
         return self.has(**trial.fields)
 
     def _rates(self, arm: Arm, size: int | None) -> Iterator[float]:
-        """Yield the rates to try, each to be finished before the next is requested: the grid, then beyond its edge."""
+        """Yield the rates to try: the grid, then beyond its edge, each to be finished before the next is requested."""
         tried = list(arm.rates)
         yield from tried
         for _ in range(self.widen):
@@ -223,6 +253,7 @@ class TrainRun(ProbeRun):
     Attributes:
         sets: Evaluation sets, once read.
         training: Settings shared by all runs, once the texts are read.
+        on: The cluster to train on; None for this process.
 
     Raises:
         UsageError: An option is invalid.
@@ -230,6 +261,7 @@ class TrainRun(ProbeRun):
 
     sets: list[Texts]
     training: Training
+    on: Ray | None = None
 
     def __init__(
         self,
@@ -266,6 +298,53 @@ class TrainRun(ProbeRun):
             check_checkpointing(self.model.module)
         seed = self.options["seed"]
         self.training = Training(texts, steps, self.batch, seed, kind or Lora(), checkpointing=checkpointing)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Stay connected to the cluster of the option ``engine``, if there is one; sets ``on`` and the device.
+
+        Its tasks get a GPU each where there are some, unless the device is the processor.
+
+        Raises:
+            UsageError: An option contradicts another, or the tasks have GPUs and this machine, where BASE is measured,
+                has none.
+            InputError: The cluster cannot be reached.
+        """
+        on, concurrent, device = (self.options[name] for name in ("engine", "concurrent", "device"))
+        if concurrent is not None and (on is None or concurrent < 1):
+            raise UsageError(f"--concurrent {concurrent}: must be at least 1, and needs --engine ray")
+        if on is None:
+            yield
+            return
+        on.check()
+        with joined(on, torch.get_num_threads()) as has_gpus:
+            if has_gpus and not on.gpus_per_task and device in {"auto", "cuda"}:
+                on = replace(on, gpus_per_task=1.0)
+            kind = place(on, device).kind
+            if kind == "cuda" and resolve_device("auto").type != "cuda":
+                raise UsageError(
+                    "--engine ray: its tasks have GPUs and this machine has none, on which BASE is measured; start "
+                    "loradiag on a node with a GPU, or add --device cpu"
+                )
+            self.on, self.options["device"] = on, kind
+            yield
+
+    def workers(self, base: Path | str, stored: Checkpoint) -> Workers | None:
+        """Return the workers of the cluster, once the texts are read; None without a cluster."""
+        if self.on is None:
+            return None
+        given = self.options
+        site = Site(
+            base=str(base),
+            device=given["device"],
+            dtype=given["dtype"],
+            length=given["length"],
+            tokenizer=given["tokenizer"],
+            texts=tuple(map(bare, (self.training.texts, *self.sets))),
+            most=given["max_sequences"],
+            stored=stored,
+        )
+        return workers_for(site, self.on, self.options["concurrent"])
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
         """Return the inputs, for the run record."""

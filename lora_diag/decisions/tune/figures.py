@@ -155,10 +155,10 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
     named = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
     shown = [*every, *(loss for _, loss, _ in named)]
     ax.set_ylim(limits(shown))
+    params = [point.params for point in points]
+    ax.set_xlim(min(params) / 1.8, max(params) * 1.8)  # before labels are placed: one configuration spans no range
     levels(ax, named, look)
     loss_axis(ax)
-    params = [point.params for point in points]
-    ax.set_xlim(min(params) / 1.8, max(params) * 1.8)
     ax.xaxis.set_major_locator(LogLocator(numticks=8))
     ax.xaxis.set_major_formatter(log_label)
     ax.xaxis.set_minor_formatter(NullFormatter())

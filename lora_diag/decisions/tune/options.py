@@ -25,13 +25,14 @@ from lora_diag.running.options import (
     Resuming,
     Shifted,
     Training,
+    TrainingRuns,
 )
 
 if TYPE_CHECKING:
     from lora_diag.decisions.tune.record import TunePlan
 
 
-class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, total=False):
+class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callbacks, Notes, total=False):
     """Options of ``tune``."""
 
     data: Required[Annotated[Path | str, DATA]]

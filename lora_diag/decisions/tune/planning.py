@@ -118,7 +118,7 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
     return weight.numel() // inputs, inputs
 
 
-def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None) -> TunePlan:
+def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None, slots: int) -> TunePlan:
     """Return the plan of a search.
 
     Args:
@@ -126,6 +126,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         run: Its options, model and texts.
         target: The layers that get an adapter.
         limit: Seconds; None for none.
+        slots: Concurrent runs.
 
     Raises:
         UsageError: The budget pays for no rank, or the time for no search.
@@ -152,7 +153,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     full = not given["no_full"] and given["dtype"] == "float32" and not given["quantized"]
     step, batch = step_seconds(run.model, Cell(max(ranks), 1e-6, 0), run.training, run.sets)
     full_step = step_seconds(run.model, Cell(None, 1e-9, 0, "full"), run.training, run.sets)[0] if full else 0.0
-    costs = Costs(step, batch * run.batches(run.sets), full_step)
+    costs = Costs(step, batch * run.batches(run.sets), full_step, slots)
     wanted = Search(
         ranks, tuple(sorted(set(given["rates"]))), given["steps"], given["repeats"], given["widen"], full=full
     )
@@ -172,7 +173,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     )
 
 
-def extended(plan: TunePlan, run: TrainRun, limit: float) -> TunePlan:
+def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
     """Return the plan of a search that is given more time: all options as given, as far as this limit allows.
 
     The steps of a run stay those of the earlier plan, so that its runs can be compared with new ones.
@@ -181,6 +182,7 @@ def extended(plan: TunePlan, run: TrainRun, limit: float) -> TunePlan:
         plan: The earlier plan.
         run: Its options.
         limit: Seconds.
+        slots: Concurrent runs.
 
     Raises:
         UsageError: The limit is not above the earlier one.
@@ -200,7 +202,7 @@ def extended(plan: TunePlan, run: TrainRun, limit: float) -> TunePlan:
         given["widen"],
         full=plan.full_step_seconds > 0,
     )
-    costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds)
+    costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds, slots)
     kept = tuple(what for what in plan.left_out if what == _NO_FULL or what.endswith("of the steps"))
     return plan.model_copy(update=_within(wanted, costs, limit, kept))
 
@@ -220,6 +222,7 @@ def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[s
         **fields,
         "seconds": seconds_of(search, costs),
         "limit": limit,
+        "slots": costs.slots,
         "left_out": (*narrower, *left_out),
         "stages": tuple(
             TuneStage(name=one.name, runs=one.runs, seconds=one.seconds, decides=one.decides)

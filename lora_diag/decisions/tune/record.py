@@ -34,6 +34,7 @@ class TunePlan(WholeRecord):
         per_rank: Parameters of one rank on all targeted layers.
         magnitudes: Parameters of DoRA's magnitudes, the same at every rank; 0 for LoRA.
         kind: Kind of LoRA, with its alpha.
+        slots: Concurrent runs.
         largest: Largest shared rank that the budget pays for.
         tokens: Predicted tokens of the training data.
         rules: Rank that each rule of thumb asks for; null where full rank has fewer parameters.
@@ -84,6 +85,7 @@ class TunePlan(WholeRecord):
     stages: tuple[TuneStage, ...]
     magnitudes: Count = 0
     kind: str = ""
+    slots: Count = 1
 
     def params(self, rank: int) -> int:
         """Return the trainable parameters of one rank on all targeted layers."""

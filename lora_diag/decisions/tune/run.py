@@ -82,15 +82,16 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         raise UsageError("give one budget: --params or --memory-budget")
     check_files(given["evaluate"], *given["shifted"], given["data"])
     earlier, kind = _earlier(folder, given), Lora(dora=given["dora"], rslora=given["rslora"])
-    with kept_open():
+    with kept_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(given["data"], given["evaluate"], given["shifted"], given["steps"], kind)
         target = target_of(model, stored, given["target_modules"], kind)
-        plan = earlier
+        workers, plan = run.workers(base, stored), earlier
+        slots = 1 if workers is None else workers.slots
         if earlier is None:
-            plan = plan_of(base, run, target, limit)
+            plan = plan_of(base, run, target, limit, slots)
         elif limit is not None and limit != earlier.limit:
-            plan = extended(earlier, run, limit)
+            plan = extended(earlier, run, limit, slots)
         assert plan is not None
         record = Run(command="tune", version="", inputs=(), settings=_settings(run, target))
         if given["dry_run"] or (plan is not earlier and given["on_plan"] is not None and not given["on_plan"](plan)):
@@ -104,7 +105,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
 
         def measured(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
-            Tuner(base, folder, run, target, plan, kept).run()
+            Tuner(base, folder, run, target, plan, kept, workers).run()
             return []
 
         results = run.over(run.inputs(stored), record.settings, measured)

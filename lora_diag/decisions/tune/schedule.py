@@ -8,6 +8,7 @@ Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,11 +34,29 @@ class Costs:
         step: Of one step of LoRA at the largest rank.
         evaluation: Of measuring all evaluation sets.
         full_step: Of one step of full fine-tuning; 0 without it.
+        slots: Concurrent runs.
     """
 
     step: float
     evaluation: float
     full_step: float = 0.0
+    slots: int = 1
+
+    def seconds(self, runs: int, one: float, rounds: int) -> float:
+        """Return an upper bound on the duration of runs in rounds, each of which waits for the one before.
+
+        Σ⌈nᵢ/s⌉ ≤ ⌈Σnᵢ/s⌉ + rounds − 1 for rounds of nᵢ runs on s slots.
+
+        Args:
+            runs: Of all rounds.
+            one: Seconds of one run.
+            rounds: Number of them.
+
+        Example:
+            >>> Costs(1.0, 0.0).seconds(6, 2.0, 3), Costs(1.0, 0.0, slots=4).seconds(6, 2.0, 3)
+            (12.0, 8.0)
+        """
+        return one * min(runs, math.ceil(runs / self.slots) + rounds - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,28 +135,29 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
     """Return the stages of a search with their results; runs and seconds are upper estimates."""
     run = search.steps * costs.step + costs.evaluation
     later = search.repeats - 1
+    searched = 2 + search.widen  # rounds of a sweep: the grid, each rate beyond it, the seeds
     found = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
     if search.halving:
         runs = len({search.ranks[0], search.ranks[-1]}) * len(search.rates)
         short = short_steps(search.steps) * costs.step + costs.evaluation
-        found.append(
-            Stage("rates", runs, runs * short, f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs")
-        )
+        what = f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs"
+        found.append(Stage("rates", runs, costs.seconds(runs, short, 1), what))
     runs = len(search.ranks) * (search.rates_each + later)
-    found.append(Stage("ranks", runs, runs * run, "smallest rank within tolerance, tuned rates"))
+    seconds = costs.seconds(runs, run, searched)
+    found.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
     if search.full:
         runs = min(search.rates_each, len(search.rates)) + search.widen + later
-        seconds = runs * (search.steps * costs.full_step + costs.evaluation)
+        seconds = costs.seconds(runs, search.steps * costs.full_step + costs.evaluation, searched)
         found.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
     if search.more_seeds and len(search.ranks) > 1:
         runs = len(search.ranks) * search.repeats
-        found.append(Stage("seeds", runs, runs * run, "the same with more seeds, if these can decide"))
+        found.append(Stage("seeds", runs, costs.seconds(runs, run, 1), "the same with more seeds, if these can decide"))
     if search.finer and len(search.ranks) > 1:
         runs = search.rates_each + later
-        found.append(Stage("finer", runs, runs * run, "whether a rank in between is enough"))
+        found.append(Stage("finer", runs, costs.seconds(runs, run, searched), "whether a rank in between is enough"))
     if search.redistribute:
         runs = 4 + later
-        seconds = runs * run + short_steps(search.steps) * costs.step
+        seconds = costs.seconds(runs, run, 3) + short_steps(search.steps) * costs.step
         found.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
     if search.trials:
         found.append(

@@ -34,7 +34,7 @@ from lora_diag.decisions.tune.outputs import write_outputs
 from lora_diag.decisions.tune.planning import Target
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
 from lora_diag.decisions.tune.schedule import halved, short_steps
-from lora_diag.decisions.tune.trials import ADAPTER, Trials, uniform_name
+from lora_diag.decisions.tune.trials import ADAPTER, TrialRun, Trials, uniform_name
 from lora_diag.decisions.tune.variants import Variant, changed, least_rank, ranks_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
@@ -46,6 +46,7 @@ from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, diverged,
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun
+from lora_diag.running.training_workers import Workers
 
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
 FULL_OVER_LORA = 0.1
@@ -77,6 +78,7 @@ class Tuner:
         target: The layers that get an adapter.
         plan: The plan.
         kept: The records.
+        workers: The workers of a cluster; None to train here.
         tolerance: Nats that a smaller rank may lose, and a challenger must be ahead by at the first seed to go on.
     """
 
@@ -86,7 +88,9 @@ class Tuner:
     target: Target
     plan: TunePlan
     kept: RunRecords[Any]
+    workers: Workers | None = None
     tolerance: float = 0.0
+    _seen: int = 0
     _trained: int = 0
     _ends: bool = False
     _began: float = field(default_factory=time.monotonic)
@@ -97,9 +101,8 @@ class Tuner:
         sets = self.run_.sets
         self.own = next((each.name for each in sets if not each.shifted), sets[0].name)
         self.shifted = [each.name for each in sets if each.shifted and each.name != self.own]
-        self.trials = Trials(
-            self.run_.model, self.training, sets, self.kept, self.run_.options["quantized"], self._after
-        )
+        grid = self.run_.options["quantized"]
+        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._after, self.workers)
         watch = self.kept.watch
         watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
@@ -117,9 +120,14 @@ class Tuner:
             return math.inf
         return self.plan.limit - self.one_run - (time.monotonic() - self._began)
 
+    @property
+    def slots(self) -> int:
+        """Concurrent runs."""
+        return 1 if self.workers is None else self.workers.slots
+
     def allows(self, runs: float) -> bool:
         """Return whether there is time for this number of runs."""
-        return runs * self.one_run <= self.left
+        return math.ceil(runs / self.slots) * self.one_run <= self.left
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
@@ -130,13 +138,15 @@ class Tuner:
         finally:
             self._ends = False
 
-    def _after(self, label: str) -> None:
-        self.kept.watch.batch(label)
+    def _after(self, label: str, count: int = 1) -> None:
+        self.kept.watch.batch(label, count)
         if self._ends and self.left < 0:
             raise TimeIsUpError
 
     def _progress(self, event: Progress) -> None:
-        self._after(event.label)
+        """Pass on the progress of a sweep, whose events may be of several steps or of none."""
+        count, self._seen = event.done - self._seen, event.done
+        self._after(event.label, count)
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -186,10 +196,10 @@ class Tuner:
         run_options, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
         shared = {name: run_options[name] for name in (*names, *OF_RUNS)}
+        shared |= {"engine": self.run_.on, "concurrent": run_options["concurrent"], "on_progress": self._progress}
+        self._seen = 0
         with self._limited():
-            return probe_sweep(
-                self.base, **shared, output=path, resume=path.is_file(), on_progress=self._progress, **options
-            )
+            return probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
 
     def _choose_rates(self) -> tuple[float, ...]:
         """Return the learning rates to try with all steps."""
@@ -317,8 +327,12 @@ class Tuner:
     def _incumbent(self, choice: RankChoice) -> Variant:
         """Return the chosen shared rank as a configuration, and keep its adapter."""
         variant = Variant(uniform_name(choice.rank), self.target.config(choice.rank), choice.lr, self.plan.steps)
-        self.trials.train(variant, self.first, self._adapter(variant))
+        self.trials.train(self._with_adapter(variant))
         return variant
+
+    def _with_adapter(self, variant: Variant) -> TrialRun:
+        """Return the run with the first seed, whose adapter is kept."""
+        return TrialRun(variant, self.first, self._adapter(variant))
 
     def _adapter(self, variant: Variant) -> Path:
         folder = self.folder / "trials"
@@ -359,7 +373,7 @@ class Tuner:
         """Return non-uniform ranks of the same budget: by marginal gains of a pilot, and by its gradients."""
         rank = min(2 * choice.rank, max(min(shape) for shape in self.target.shapes.values()))
         pilot = Variant(f"pilot-r{rank}", self.target.config(rank), choice.lr, self.plan.steps)
-        self.trials.train(pilot, self.first, self._adapter(pilot))
+        self.trials.train(self._with_adapter(pilot))
         path = self.folder / "pilot.jsonl"
         spectrum(self.base, self._adapter(pilot), output=path, overwrite=True, device=self.run_.options["device"])
         weights = self._gradient_weights()
@@ -418,8 +432,8 @@ class Tuner:
                 self.decide(stage, comparison, "not tried", "no other ranks to try")
             return incumbent
         losses: dict[str, float] = {}
+        self.trials.train(*map(self._with_adapter, candidates))
         for candidate in candidates:
-            self.trials.train(candidate, self.first, self._adapter(candidate))
             runs = self.trials.runs(candidate.name, candidate.lr).get(self.own, {})
             if self.first in runs:
                 losses[candidate.name] = runs[self.first].loss
@@ -463,9 +477,7 @@ class Tuner:
         seeds = list(range(self.first, self.first + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
-        for seed in seeds:
-            self.trials.train(challenger, seed)
-            self.trials.train(incumbent, seed)
+        self.trials.train(*(TrialRun(each, seed) for seed in seeds for each in (challenger, incumbent)))
         found = contest(
             self.trials.runs(incumbent.name, incumbent.lr, seeds),
             self.trials.runs(challenger.name, challenger.lr, seeds),
@@ -527,7 +539,7 @@ class Tuner:
 
     def _result_of_trial(self, incumbent: Variant, trial: Variant, why: str) -> Variant:
         self._trained += 1
-        self.trials.train(trial, self.first, self._adapter(trial))
+        self.trials.train(self._with_adapter(trial))
         trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
         incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
         gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
@@ -594,7 +606,7 @@ class Tuner:
         self._trained += 1
         try:
             with self._limited():
-                self.trials.train(variant, self.first)
+                self.trials.train(TrialRun(variant, self.first))
         except TimeIsUpError:
             self.decide("escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers)
             return
@@ -761,7 +773,7 @@ class Tuner:
         self.kept.put(found)
         adapter = self._adapter(incumbent)
         if not (adapter / ADAPTER).is_file():
-            self.trials.train(incumbent, self.first, adapter)
+            self.trials.train(TrialRun(incumbent, self.first, adapter))
         uniform = self.target.config(choice.rank)
         write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, found, adapter)
 

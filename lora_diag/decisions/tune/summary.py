@@ -51,7 +51,8 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
         say(
             "time",
             "Time",
-            f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s{_limit(plan)}",
+            f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
+            f"{_slots(plan)}{_limit(plan)}",
         ),
         *([say("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
     ]
@@ -72,6 +73,10 @@ def _kind(plan: TunePlan) -> list[Statement]:
             "over; a tenth of them for full fine-tuning is a rule for alpha = 2r"
         )
     return [say("kind", "Adapter", plan.kind, *notes)] if notes else []
+
+
+def _slots(plan: TunePlan) -> str:
+    return "" if plan.slots == 1 else f" and {plan.slots} concurrent runs"
 
 
 def _limit(plan: TunePlan) -> str:

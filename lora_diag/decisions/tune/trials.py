@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from lora_diag.decisions.tune.contest import Measured
 from lora_diag.decisions.tune.record import TunePlan, TuneTrial
 from lora_diag.decisions.tune.variants import Variant
+from lora_diag.errors import InputError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.methods import Lora, inner_layers
@@ -28,8 +30,34 @@ from lora_diag.models.training import Cell, Training, losses_after
 from lora_diag.probes.sweep.rounding import rounded
 from lora_diag.records import Probe
 from lora_diag.running.progress import RunRecords
+from lora_diag.running.training_workers import RunTask, Site, Workers, bare, opened
 
 ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRun:
+    """One run of a configuration.
+
+    Args:
+        variant: The configuration.
+        seed: Seed of the factors' initial values.
+        folder: Folder for the adapter; None to discard it.
+    """
+
+    variant: Variant
+    seed: int
+    folder: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """Label of its progress."""
+        return f"{self.variant.name} seed {self.seed}"
+
+    @property
+    def is_written(self) -> bool:
+        """Whether its adapter is there, if it is to be kept."""
+        return self.folder is None or (self.folder / ADAPTER).is_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +70,8 @@ class Trials:
         sets: Evaluation sets, those of the training's kind first.
         kept: The records.
         grid: Grid of BASE's linear layers; None without rounding.
-        after: Called with a label after every step and every batch.
+        after: Called with a label after every step and every batch; with a number after as many of them.
+        workers: The workers of a cluster; None to train here.
     """
 
     model: Model
@@ -50,7 +79,8 @@ class Trials:
     sets: Sequence[Texts]
     kept: RunRecords[Any]
     grid: str | None
-    after: Callable[[str], None]
+    after: Callable[..., None]
+    workers: Workers | None = None
 
     @property
     def records(self) -> list[TuneTrial]:
@@ -62,40 +92,35 @@ class Trials:
         fields = {"variant": variant.name, "lr": variant.lr, "seed": seed}
         return self.kept.has([each.name for each in self.sets], record="tune_trial", **fields)
 
-    def train(self, variant: Variant, seed: int, folder: Path | None = None) -> None:
-        """Train a configuration, if that is not done yet.
+    def train(self, *runs: TrialRun) -> None:
+        """Train configurations, as far as that is not done yet; independent runs are trained concurrently on a cluster.
 
-        Args:
-            variant: The configuration.
-            seed: Seed of the factors' initial values.
-            folder: Folder for the adapter; None to discard it.
+        Raises:
+            InputError: An adapter that a worker wrote is not visible here.
         """
-        if self.has(variant, seed) and (folder is None or (folder / ADAPTER).is_file()):
+        left = [run for run in runs if not (self.has(run.variant, run.seed) and run.is_written)]
+        for run, records in zip(left, self._results(left), strict=True):
+            if not run.is_written:
+                raise InputError(
+                    f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on storage that all "
+                    "nodes share"
+                )
+            self.kept.put(*records)
+
+    def _results(self, runs: Sequence[TrialRun]) -> Iterator[Sequence[TuneTrial]]:
+        """Yield the records of every run."""
+        if self.workers is None:
+            for run in runs:
+                yield trained(self.model, self.training, self.sets, self.grid, run, partial(self.after, run.label))
             return
-        found, train_loss, params = self._trained(variant, seed, folder)
-        self.kept.put(
-            *(
-                trial_of(each, losses, variant, seed, params, train_loss)
-                for each, losses in zip(self.sets, found, strict=True)
-            )
-        )
-
-    def _trained(self, variant: Variant, seed: int, folder: Path | None) -> tuple[list[Losses], float, int]:
-        kind = Lora(config=variant.config, vectors=variant.vectors)
-        training = replace(self.training, steps=variant.steps, kind=kind, decay=variant.decay)
-        params = 0
-
-        def keep(tuned: Model) -> None:
-            nonlocal params
-            params = sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
-            if folder is not None:
-                save_adapter(tuned.module, folder)
-
-        cell, label = Cell(int(variant.config["r"]), variant.lr, seed), f"{variant.name} seed {seed}"
-        layers = inner_layers(self.model.module).values()
-        with rounded(layers, self.grid) if self.grid else nullcontext():
-            found, train_loss = losses_after(self.model, cell, training, self.sets, lambda: self.after(label), keep)
-        return found, train_loss, params
+        bare_ = replace(self.training, texts=bare(self.training.texts))
+        look = partial(self.after, f"{len(runs)} runs on the cluster", 0)
+        on_worker = partial(train_on_worker, self.workers.site, bare_, self.grid)
+        found = self.workers.run(on_worker, [(run.label, run) for run in runs], look)
+        batches = sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
+        for run, records in zip(runs, found, strict=True):
+            self.after(run.label, run.variant.steps + batches)
+            yield records
 
     def measure_base(self) -> None:
         """Measure BASE on every set, and on as much of the training data, if that is not done yet."""
@@ -159,6 +184,55 @@ class Trials:
     def predictions(self) -> Mapping[str, tuple[int, ...]]:
         """Of each sequence, by set."""
         return {one.set: one.predictions for one in self.records if one.variant == "base"}
+
+
+def trained(
+    model: Model,
+    training: Training,
+    sets: Sequence[Texts],
+    grid: str | None,
+    run: TrialRun,
+    after: Callable[[], None],
+) -> list[TuneTrial]:
+    """Train a configuration, and return its record on every set.
+
+    Args:
+        model: BASE; unchanged afterwards.
+        training: Settings shared by all runs.
+        sets: Evaluation sets.
+        grid: Grid of BASE's linear layers; None without rounding.
+        run: The run.
+        after: Called after every step and every batch.
+    """
+    variant, params = run.variant, 0
+
+    def keep(tuned: Model) -> None:
+        nonlocal params
+        params = sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
+        if run.folder is not None:
+            save_adapter(tuned.module, run.folder)
+
+    kind = Lora(config=variant.config, vectors=variant.vectors)
+    training = replace(training, steps=variant.steps, kind=kind, decay=variant.decay)
+    cell = Cell(int(variant.config["r"]), variant.lr, run.seed)
+    with rounded(inner_layers(model.module).values(), grid):
+        found, train_loss = losses_after(model, cell, training, sets, after, keep)
+    return [
+        trial_of(each, losses, variant, run.seed, params, train_loss) for each, losses in zip(sets, found, strict=True)
+    ]
+
+
+def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> list[TuneTrial]:
+    """Train a configuration on a worker of a cluster.
+
+    Args:
+        site: What the worker opens.
+        training: Settings shared by all runs, without the text.
+        grid: Grid of BASE's linear layers; None without rounding.
+        task: Its ``work`` is a ``TrialRun``.
+    """
+    model, texts, sets = opened(site)
+    return trained(model, replace(training, texts=texts), sets, grid, task.work, lambda: None)
 
 
 def uniform_name(rank: int) -> str:

@@ -17,11 +17,12 @@ from lora_diag.running.options import (
     STEPS,
     Option,
     Shifted,
+    TrainingRuns,
     TrainOptions,
 )
 
 
-class SweepOptions(Shifted, TrainOptions, total=False):
+class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
     """Options of ``probe sweep``."""
 
     data: Required[Annotated[Path | str, DATA]]

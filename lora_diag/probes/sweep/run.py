@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,10 +13,10 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.models.methods import Lora, inner_layers
 from lora_diag.models.opening import Model
-from lora_diag.models.training import RECIPE, Cell, record_of, run_cell
+from lora_diag.models.training import RECIPE, Cell, Training, record_of, run_cell
 from lora_diag.probes.sweep.options import SweepOptions
 from lora_diag.probes.sweep.rounding import rounded
-from lora_diag.records import LeftOut, Results
+from lora_diag.records import LeftOut, Probe, Results, WholeRecord
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
@@ -24,6 +24,7 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
+from lora_diag.running.training_workers import RunTask, Site, Workers, bare, opened
 
 # Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
 GROWS: dict[str, Callable[[Any, Any], Any]] = {
@@ -79,12 +80,9 @@ def probe_sweep(
     """
     run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    names = ("rates", "full", "full_rates", "bitfit", "dora", "rslora", "quantized")
-    rates, full, full_rates, bitfit, dora, rslora, quantized = (run.options[name] for name in names)
-    steps, seeds, tolerance, targets = (
-        run.options[name] for name in ("steps", "repeats", "gain_tolerance", "target_modules")
-    )
-    requested = list(checked_ranks(run.options["ranks"]))
+    names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
+    full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in names)
+    requested = checked_ranks(run.options["ranks"])
     if not 0 < tolerance < 1:
         raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
     if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
@@ -93,11 +91,21 @@ def probe_sweep(
             "stay float32; use --dtype float32"
         )
     check_files(evaluate, *shifted, data)
-    model = run.open(base)
     kind = Lora(tuple(targets) or None, dora, rslora)
+    with run.joined():
+        return _swept(run, base, kind, requested)
+
+
+def _swept(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
+    """Open the model and the texts, and train."""
+    given = run.options
+    names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
+    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (given[name] for name in names)
+    data, evaluate, shifted, targets = (given[name] for name in ("data", "evaluate", "shifted", "target_modules"))
+    model, stored = run.open(base), open_checkpoint(base)
     run.read_all(data, evaluate, shifted, steps, kind)
     settings = {
-        "ranks": requested,
+        "ranks": list(ranks),
         "rates": sorted(set(rates)),
         "full_rates": sorted(set(full_rates)) if full else None,
         "bitfit": bitfit,
@@ -109,9 +117,11 @@ def probe_sweep(
         "optimizer": RECIPE,
     }
 
+    workers = run.workers(base, stored)
+
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         plan = kept.run.settings  # with the values of the sweep before it was resumed
-        sweep = _Sweep(model, run.walk(kept, plan["seeds"]))
+        sweep = _Sweep(model, run.walk(kept, plan["seeds"]), workers)
         arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
         arms += [sweep.arm("full", [None], plan["full_rates"], None)] if full else []
         arms += [sweep.arm("bitfit", [None], plan["rates"], None)] if bitfit else []
@@ -121,7 +131,21 @@ def probe_sweep(
             sweep.run(arm)
         return []
 
-    return run.over(run.inputs(open_checkpoint(base)), settings, measured, GROWS)
+    return run.over(run.inputs(stored), settings, measured, GROWS)
+
+
+def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> Sequence[Probe]:
+    """Train one cell on a worker of a cluster.
+
+    Args:
+        site: What the worker opens.
+        training: Settings shared by all runs, without the text.
+        grid: Grid of BASE's linear layers; None without rounding.
+        task: Its ``work`` is the cell.
+    """
+    model, texts, sets = opened(site)
+    with rounded(inner_layers(model.module).values(), grid):
+        return run_cell(model, task.work, replace(training, texts=texts), sets, lambda: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +169,26 @@ class _Sweep:
 
     model: Model
     walk: RunPlan
+    workers: Workers | None
 
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
         """Return a method with its grid of ranks and rates."""
         tried = {r.lr for r in self.walk.kept.records if r.subject == subject and r.lr is not None}
         runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._trial, subject), tuple(sorted(tried)))
+        if self.workers is not None:
+            runs = replace(runs, remote=partial(self._remote, self.workers, grid), slots=self.workers.slots)
         return _Arm(subject, runs, grid)
+
+    def _remote(
+        self, workers: Workers, grid: str | None, trials: Sequence[Trial], look: Callable[[], None]
+    ) -> Iterator[Sequence[WholeRecord]]:
+        training = replace(self.walk.training, texts=bare(self.walk.training.texts))
+        trained = partial(train_on_worker, workers.site, training, grid)
+        return workers.run(trained, [(trial.label, trial.work) for trial in trials], look)
 
     def _trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)
-        return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell))
+        return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell), cell)
 
     def measure_base(self, grid: str) -> None:
         """Measure BASE, rounded to the grid if there is one."""

@@ -4,8 +4,8 @@ This is the only package with a loop over layers. An engine takes descriptors an
 descriptors, whatever finishes first; arrays never pass through it.
 """
 
-from lora_diag.running.engines.connection import Ray
+from lora_diag.running.engines.connection import Ray, joined
 from lora_diag.running.engines.local import Layout, layout_for, run_local
-from lora_diag.running.engines.ray import run_ray
+from lora_diag.running.engines.ray import run_ray, slots_of
 
-__all__ = ["Layout", "Ray", "layout_for", "run_local", "run_ray"]
+__all__ = ["Layout", "Ray", "joined", "layout_for", "run_local", "run_ray", "slots_of"]

@@ -128,6 +128,26 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
 
 
 @contextmanager
+def joined(on: Ray, cores: int) -> Iterator[bool]:
+    """Stay connected over several uses of a cluster, so that its workers keep what they opened.
+
+    Args:
+        on: The cluster.
+        cores: Cores of a local Ray.
+
+    Yields:
+        Whether a node has a GPU.
+
+    Raises:
+        UsageError: Ray is not installed.
+        InputError: The cluster cannot be reached.
+    """
+    ray = import_ray()
+    with connected(ray, on, cores):
+        yield ray.cluster_resources().get("GPU", 0) >= 1
+
+
+@contextmanager
 def _suppress_stderr() -> Iterator[None]:
     """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are raised anyway."""
     try:

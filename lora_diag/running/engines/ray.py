@@ -39,6 +39,8 @@ def run_ray(
     layout: Layout,
     footprint: Callable[[Task], int],
     on: Ray,
+    look: Callable[[], None] = lambda: None,
+    advice: str = "add a node with more, or exclude the layer with --exclude",
 ) -> Iterator[Record]:
     """Yield the record of every task, in the order of the tasks.
 
@@ -48,6 +50,8 @@ def run_ray(
         layout: Allocation of a machine; a cluster counts the cores of its largest node.
         footprint: Memory of a running task in bytes.
         on: The cluster.
+        look: Called at least every few seconds; may raise to cancel all tasks.
+        advice: What to do about a task whose workers all died.
 
     Raises:
         LoradiagError: The error of the first failing task; or the cluster cannot be reached, does not see the inputs,
@@ -60,13 +64,27 @@ def run_ray(
     with connected(ray, on, layout.cores):
         cluster = _Cluster(ray, on.gpus_per_task)
         plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
-        run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed)
+        run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed, look, advice)
         try:
             yield from in_order(
                 plan, REACH * cluster.slots, lambda: cluster.room(layout.workers), run.send, run.fetch, run.lost
             )
         finally:
             run.stop()
+
+
+def slots_of(on: Ray, layout: Layout, footprint: int) -> int:
+    """Return how many tasks of one size a cluster runs concurrently, as it is now.
+
+    Args:
+        on: The cluster.
+        layout: Allocation of a machine.
+        footprint: Memory of a running task in bytes.
+    """
+    ray = import_ray()
+    with connected(ray, on, layout.cores):
+        cluster = _Cluster(ray, on.gpus_per_task)
+        return cluster.slots if on.gpus_per_task else cluster.fitting(cluster.threads(layout)(footprint))
 
 
 class _Cluster:
@@ -94,7 +112,7 @@ class _Cluster:
         if time.monotonic() - self._last_seen > PATIENCE:
             wanted = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
             raise InputError(
-                f"--engine ray: no node had {wanted}, which a layer needs, for {PATIENCE:g} s; add such a node; a "
+                f"--engine ray: no node had {wanted}, which a task needs, for {PATIENCE:g} s; add such a node; a "
                 "run with -o continues with --resume"
             )
         time.sleep(LOOK)
@@ -106,6 +124,10 @@ class _Cluster:
         if self.gpus:
             return max(1, int(sum(node["GPU"] // self.gpus for node in self._nodes)))
         return int(sum(node["CPU"] for node in self._nodes))
+
+    def fitting(self, cores: int) -> int:
+        """Return the number of concurrent tasks that request this number of cores."""
+        return max(1, int(sum(node["CPU"] // cores for node in self._nodes)))
 
     def threads(self, layout: Layout) -> Callable[[int], int]:
         """Return the number of cores for a layer of this size; with a GPU, that GPU's fraction of the cores."""
@@ -138,8 +160,10 @@ class _Cluster:
 class _Run:
     """The Ray tasks of one run."""
 
-    def __init__(self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized]) -> None:
-        self._ray, self._cluster, self._tasks = ray, cluster, tasks
+    def __init__(
+        self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized], look: Callable[[], None], advice: str
+    ) -> None:
+        self._ray, self._cluster, self._tasks, self._look, self._advice = ray, cluster, tasks, look, advice
         self._name, self._fetch_job = job.hex(), partial(ray.get, job)
         self._remote = ray.remote(measure_batch)
         self._under_way: dict[Any, Batch] = {}
@@ -164,6 +188,7 @@ class _Run:
         for ticket in done:
             del self._under_way[ticket]
             yield ticket, self._outcomes(ticket)
+        self._look()
         self._cluster.look(max((batch.threads for batch in self._under_way.values()), default=1))
 
     def _outcomes(self, ticket: Any) -> Sequence[Any] | None:
@@ -185,8 +210,8 @@ class _Run:
         """Return the error for a layer whose workers all died."""
         died = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(
-            f"{self._tasks[batch.start].layer}: {died} measured it, possibly for lack of memory; add a node with "
-            "more, or exclude the layer with --exclude; a run with -o continues with --resume"
+            f"{self._tasks[batch.start].layer}: {died} measured it, possibly for lack of memory; "
+            f"{self._advice}; a run with -o continues with --resume"
         )
 
     def stop(self) -> None:

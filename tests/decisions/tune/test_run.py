@@ -300,12 +300,12 @@ def test_more_time_asks_for_what_was_given_up():
         largest=64, ranks=(1, 64), rates=(1e-3, 1e-2), steps=50, step_seconds=0.1, full_step_seconds=0.2,
         evaluation_seconds=1.0, limit=60.0, full=False, widen=0, left_out=("every second rank", "half of the steps"),
     )  # fmt: skip
-    found = extended(plan, SimpleNamespace(options=options), 36_000.0)
+    found = extended(plan, SimpleNamespace(options=options), 36_000.0, 1)
     assert (found.ranks, found.steps, found.full, found.widen, found.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
     assert found.left_out == ("half of the steps",)
     assert found.limit == 36_000
     with pytest.raises(UsageError, match="without a limit"):
-        extended(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0)
+        extended(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0, 1)
 
 
 def test_trainers_get_the_ranks_that_they_can_express():
@@ -349,7 +349,7 @@ def test_a_challenger_must_be_ahead_by_the_tolerance(gap, goes_on):
         trials=SimpleNamespace(
             train=lambda *_: None, runs=lambda name, lr, *_: {"dev": {0: Measured(losses[name])}}
         ),
-        tolerance=0.005, first=0, own="dev", _adapter=lambda one: None, _params=lambda one: 1,
+        tolerance=0.005, first=0, own="dev", _with_adapter=lambda one: None, _params=lambda one: 1,
         _reason_to_stop=lambda: "", _cost_of=lambda candidates: "",
         _record_gap=lambda stage, one, outcome, why, gap: outcomes.update({one.name: outcome}),
         decide=lambda stage, name, outcome, why: outcomes.update({name: outcome}),

@@ -28,6 +28,14 @@ searches = st.builds(
 costs = st.builds(Costs, step=st.floats(1e-3, 10), evaluation=st.floats(0, 60), full_step=st.floats(1e-3, 30))
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 5))
+def test_rounds_of_concurrent_runs_take_no_longer_than_planned(rounds, slots):
+    taken = sum(-(-runs // slots) for runs in rounds)
+    planned = Costs(1.0, 0.0, slots=slots).seconds(sum(rounds), 1.0, len(rounds))
+    assert taken <= planned <= sum(rounds)
+    assert slots > 1 or planned == taken
+
+
 def test_stages_cost_what_a_count_of_their_runs_comes_to():
     """By hand: a run takes 11 s, one of full fine-tuning 31 s; at each rank 4 + 1 rates and 2 seeds more."""
     found = {stage.name: (stage.runs, stage.seconds) for stage in stages(FULL, COSTS)}

@@ -19,18 +19,27 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag import Ray
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.cli import options
+from lora_diag.decisions.tune import trials
+from lora_diag.decisions.tune.record import TuneDecision, TunePlan, TuneTrial
+from lora_diag.decisions.tune.search import Tuner
 from lora_diag.diagnostics.fleet.run import FleetSettings, Member, Seen, _on_a_worker
 from lora_diag.errors import InputError, UsageError
+from lora_diag.models.data import read_texts
+from lora_diag.models.opening import open_model
+from lora_diag.probes.sweep import run as sweep
 from lora_diag.running.engines import connection
 from lora_diag.running.engines import ray as engine
 from lora_diag.running.engines.connection import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.measuring import Place, place
+from lora_diag.running.training_workers import Site, bare, opened
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model
 from tests.linalg.test_hidden import planted
+from tests.probes.making import gpt2, some_text
 from tests.running.engines import faulty
 
 # The module: ``lora_diag.spectrum`` is the function.
@@ -183,6 +192,81 @@ def test_layer_that_kills_every_worker_is_named_and_rest_is_kept(cluster, pair, 
     monkeypatch.undo()
     lora_diag.spectrum(*pair, output=tmp_path / "cluster", resume=True)  # on this machine
     assert (tmp_path / "cluster").read_bytes() == whole
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """BASE and texts of training runs, which have one thread here as on the nodes, whose GPU is one in name alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    texts = {
+        "data": some_text(tmp_path, "train", windows=7),
+        "evaluate": [some_text(tmp_path, windows=2, source="shifted")],
+    }
+    yield gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "repeats": 2, "device": "cpu"}
+    torch.set_num_threads(threads)
+
+
+def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, monkeypatch):
+    base, options = tiny
+    options |= {"ranks": (1, 2), "rates": (1e-2, 3e-2), "widen": 1, "quantized": "nf4"}
+    lora_diag.probe_sweep(base, output=tmp_path / "local", **options)
+    whole, there, progress = (tmp_path / "local").read_bytes(), tmp_path / "cluster", []
+    label = "r=2 lr=0.01 seed 0"
+    monkeypatch.setattr(engine, "RETRIES", 0)
+    monkeypatch.setattr(sweep, "train_on_worker", partial(faulty.kills_its_worker_in_a_run, tmp_path, 1, label))
+    with pytest.raises(InputError, match=f"^{label}: a worker died while it measured it.*lower --batch"):
+        lora_diag.probe_sweep(base, output=there, engine=Ray(), **options)
+    left = there.read_bytes()
+    assert whole.startswith(left)
+    assert left.count(b'"record":"probe"') == 2 + 2  # BASE, rounded and not, and the runs of r=1
+    lora_diag.probe_sweep(base, output=there, resume=True, engine=Ray(), on_progress=progress.append, **options)
+    assert there.read_bytes() == whole
+    assert progress[-1].done == progress[-1].total
+
+
+def test_tune_keeps_its_time_on_cluster_and_goes_on_here(cluster, tiny, tmp_path, monkeypatch):
+    """Time is up while the pilot is trained, which is ended; with more time here, all is as of one machine."""
+    base, options = tiny
+    options |= {"params": 1100, "ranks": (2,), "rates": (1e-2,), "widen": 0, "no_full": True}
+    local = lora_diag.tune(base, tmp_path / "local", time="1h", **options)
+    marker, original = tmp_path / "began", Tuner.left.fget
+    monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if marker.exists() else original(self)))
+    monkeypatch.setattr(trials, "train_on_worker", partial(faulty.never_ends, marker, "pilot"))
+    run = tmp_path / "cluster"
+    found = lora_diag.tune(base, run, time="1h", engine=Ray(), **options)
+    outcomes = {one.name: one.outcome for one in found.whole_of(TuneDecision)}
+    assert outcomes["non-uniform ranks"] == "not tried"
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert found.whole_of(TunePlan)[0].slots == 2
+    assert (run / "sweep.jsonl").read_bytes() == (tmp_path / "local" / "sweep.jsonl").read_bytes()
+    monkeypatch.undo()
+    again = lora_diag.tune(base, run, resume=True, time="2h", engine=Ray(), **options)
+    assert again.whole_of(TuneTrial) == local.whole_of(TuneTrial)
+    untimed = [
+        [one.model_copy(update={"seconds": None}) for one in each.whole_of(TuneDecision)] for each in (again, local)
+    ]
+    assert untimed[0] == untimed[1]
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("local", "cluster")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is wanted")
+def test_training_needs_the_device_of_its_tasks_here(cluster, tiny):
+    base, options = tiny
+    with pytest.raises(UsageError, match="its tasks have GPUs and this machine has none"):
+        lora_diag.probe_sweep(base, engine=Ray(), **options | {"device": "auto"})
+    with pytest.raises(UsageError, match="--concurrent 2: must be at least 1, and needs --engine ray"):
+        lora_diag.probe_sweep(base, concurrent=2, **options)
+
+
+def test_worker_refuses_texts_that_differ(tiny):
+    base, options = tiny
+    text = read_texts(options["data"], open_model(base, torch.device("cpu")))
+    site = Site(str(base), "cpu", "float32", None, "auto", (bare(text),), None, open_checkpoint(base))
+    assert opened(site)[1] == text
+    with pytest.raises(InputError, match=r"train\.txt: has other contents on the worker on"):
+        opened(replace(site, texts=(replace(bare(text), hash="0123456789abcdef"),)))
 
 
 def test_run_of_one_machine_goes_on_on_cluster(cluster, pair, tmp_path):

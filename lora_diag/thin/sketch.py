@@ -3,9 +3,10 @@
 Each entry X_ij is added, with a random sign s(i)t(j), to one of d buckets, (h(i) + k(j)) mod d. Then E⟨sketch X, sketch
 Y⟩ = ⟨X, Y⟩. Of a product B·A the sketch is the sum over columns of circular convolutions of those of B's column and A's
 row, by FFT: a factor is read once, with one addition an entry (TensorSketch: Pham and Pagh 2013, "Fast and scalable
-polynomial kernels via explicit feature maps"). The cosine of two sketches has an error of about (1 − c²)/√d, where c is
-that of the matrices; at rank one up to 2.5 times that (tests/thin/test_sketch.py). A sketch of several layers is the
-sum of theirs, each with its own random signs, so that products of different layers are zero on average.
+polynomial kernels via explicit feature maps"). What is stored in at most 32 bits is added and transformed in float32,
+whose rounding is far below the error of the method. The cosine of two sketches has an error of about (1 − c²)/√d,
+where c is that of the matrices; at rank one up to 2.5 times that (tests/thin/test_sketch.py). A sketch of several
+layers is the sum of theirs, each with its own random signs, so that products of different layers are zero on average.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     Numbers = NDArray[np.float32] | NDArray[np.float64]
     Array = NDArray[np.float64]
-    Complex = NDArray[np.complex128]
+    Transforms = NDArray[np.complexfloating[Any, Any]]
 
 # Length of a sketch, d: a bucket is one byte of a hash.
 LENGTH = 256
@@ -70,12 +71,19 @@ def fold(x: Numbers, by: str) -> Numbers:
     return found
 
 
-def transform(folded: Numbers) -> Complex:
-    """Return the Fourier transforms of folded columns, ``(…, LENGTH, k)``; those of B·W are those of B, times W."""
-    return np.asarray(np.fft.rfft(folded.astype(np.float64, copy=False), axis=-2), np.complex128)
+def transform(folded: Numbers) -> Transforms:
+    """Return the Fourier transforms of folded columns, ``(…, LENGTH, k)``, in their precision.
+
+    Those of B·W are those of B, times W. SciPy transforms several columns at once, in float32 five times as fast as
+    NumPy in float64.
+    """
+    from scipy.fft import rfft
+
+    found: Transforms = rfft(folded, axis=-2)
+    return found
 
 
-def join(left: Complex, right: Complex, names: Sequence[str]) -> Array:
+def join(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
     """Return the sketches ``(k, LENGTH)`` of a stack of B·A.
 
     Args:
@@ -83,15 +91,17 @@ def join(left: Complex, right: Complex, names: Sequence[str]) -> Array:
         right: Those of each Aᵀ.
         names: Names of the layers.
     """
-    sketches = np.fft.irfft((left * right).sum(axis=-1), LENGTH)
-    return np.asarray(sketches * np.stack([_signs(name) for name in names]))
+    from scipy.fft import irfft
+
+    sketches = irfft(np.einsum("kdr,kdr->kd", left, right), LENGTH)
+    return np.asarray(sketches * np.stack([_signs(name) for name in names]), np.float64)
 
 
-def mixed(transforms: Complex, mix: Array) -> Complex:
+def mixed(transforms: Transforms, mix: Array) -> Transforms:
     """Return the transforms of the columns of each B·W of a stack from those of B, on one thread."""
-    block, wide = max(1, (PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(np.complex128)
+    block, wide = max(1, (PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
     spans = range(0, transforms.shape[1], block)
-    return np.concatenate([transforms[:, first : first + block] @ wide for first in spans], axis=1)
+    return np.concatenate([np.matmul(transforms[:, first : first + block], wide) for first in spans], axis=1)
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -85,75 +85,84 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     once.
     """
     reduced = [_reduce(delta) for delta in deltas]
-    left, conditioned_left = triangles(*_stacked([each.left for each in reduced]))
-    right, conditioned_right = triangles(*_stacked([each.right for each in reduced]))
+    folded = [each for _, _, each in reduced]
+    left, conditioned_left = triangles(*_stacked([gram for gram, _, _ in reduced]))
+    right, conditioned_right = triangles(*_stacked([gram for _, gram, _ in reduced]))
     conditioned = conditioned_left & conditioned_right
     found: list[Measured | None] = [None] * len(deltas)
     if conditioned.any():
         at = np.flatnonzero(conditioned).tolist()
-        some = [deltas[i] for i in at], [reduced[i] for i in at]
+        some = [deltas[i] for i in at], [folded[i] for i in at]
         for i, measured in zip(at, _measured(*some, left.take(conditioned), right.take(conditioned)), strict=True):
             found[i] = measured
     for i in np.flatnonzero(~conditioned).tolist():
-        found[i] = _measure_by_reflections(deltas[i], reduced[i])
+        found[i] = _measure_by_reflections(deltas[i])
     return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Reduced:
-    """What is left of the factors of a layer.
+class _Folded:
+    """The factors of a layer, folded, and their scale.
 
     Args:
-        left: BᵀB, and its number of terms.
-        right: The same of Aᵀ.
         rows: The rows of B in the buckets of both hashes, ``(2, LENGTH, r)``.
         columns: The columns of A in the buckets of theirs, ``(LENGTH, r)``.
         scale: s.
     """
 
-    left: tuple[NDArray[np.float64], int]
-    right: tuple[NDArray[np.float64], int]
     rows: Numbers
     columns: Numbers
     scale: float
 
 
-def _reduce(delta: FactoredDelta) -> _Reduced:
+Gram = tuple["NDArray[np.float64]", int]
+
+
+def _reduce(delta: FactoredDelta) -> tuple[Gram, Gram, _Folded]:
+    """Return BᵀB and AAᵀ with their numbers of terms, and the folded factors."""
     assert delta.thin is not None
     b = delta.thin.read_b()
     left, rows = gram(b), fold(b, BOTH)
     del b
     a = delta.thin.read_a().T
-    return _Reduced(left, gram(a), rows.reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
+    return left, gram(a), _Folded(rows.reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
 
 
-def _stacked(grams: Sequence[tuple[NDArray[np.float64], int]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _stacked(grams: Sequence[Gram]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     return np.stack([products for products, _ in grams]), np.array([terms for _, terms in grams])
 
 
-def _measure_by_reflections(delta: FactoredDelta, reduced: _Reduced) -> Measured | None:
-    """Measure a layer with a factor that is not well conditioned, which is read again."""
+def _measure_by_reflections(delta: FactoredDelta) -> Measured | None:
+    """Measure a layer with a factor that is not well conditioned: it is read again, and folded in float64."""
     assert delta.thin is not None
-    left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
-    return None if left is None or right is None else _measured([delta], [reduced], left, right)[0]
+    b = delta.thin.read_b().astype(np.float64)
+    left, rows = triangle(b), fold(b, BOTH)
+    a = delta.thin.read_a().T.astype(np.float64)
+    right, columns = triangle(a), fold(a, COLUMNS)
+    if left is None or right is None:
+        return None
+    folded = _Folded(rows.reshape(2, LENGTH, -1), columns, delta.thin.read_scale())
+    return _measured([delta], [folded], left, right)[0]
 
 
 def _measured(
-    deltas: Sequence[FactoredDelta], reduced: Sequence[_Reduced], left: Triangles, right: Triangles
+    deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], left: Triangles, right: Triangles
 ) -> list[Measured | None]:
     """Return layers of one rank, given the triangles of their factors; None where a norm is not finite."""
-    scale = np.array([each.scale for each in reduced])
+    scale = np.array([each.scale for each in folded])
     found = thin_values(left, right, scale, vectors=True)
     assert found.mix is not None
     fro = np.where(np.isfinite(found.fro) & (found.fro > 0), found.fro, 1.0)
     needed = ranks_at(energy_curve(found.s, fro[:, None], True), ENERGY)
     directions = found.mix * (np.arange(found.s.shape[1]) < needed[:, None])[:, None]
     names = [delta.layer for delta in deltas]
-    rows = transform(np.array([each.rows for each in reduced], np.float64))
-    columns = transform(np.array([each.columns for each in reduced], np.float64))
-    update = scale[:, None] * join(rows[:, 0], columns, names)
+    rows, row_size = _normalized([each.rows for each in folded])
+    columns, column_size = _normalized([each.columns for each in folded])
+    left_rows, right_rows = (transform(rows[:, i]) for i in range(2))
+    update = (scale * row_size * column_size)[:, None] * join(left_rows, transform(columns), names)
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
-    space = join(mixed(rows[:, 0], directions @ directions.transpose(0, 2, 1)), rows[:, 1], names)
+    directions *= row_size[:, None, None]
+    space = join(mixed(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
     measured: list[Measured | None] = []
     for i, delta in enumerate(deltas):
         if not math.isfinite(found.fro[i]):
@@ -164,3 +173,12 @@ def _measured(
             layer, top = layer_of(found.s[i], float(found.fro[i]), int(needed[i]), delta.rank)
             measured.append(Measured(layer, top, update[i], space[i]))
     return measured
+
+
+def _normalized(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Stack arrays, each divided by a power of two, so that products are in the range of float32, and return these."""
+    stack: NDArray[Any] = np.stack(parts)
+    largest = np.abs(stack).reshape(len(stack), -1).max(axis=1)
+    size = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -120, 120))
+    stack *= (1 / size).astype(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
+    return stack, size

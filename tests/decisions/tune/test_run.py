@@ -218,7 +218,8 @@ def test_a_run_is_replaced_only_after_confirmation(case, tmp_path):
     stale = run / "trials" / "stale"
     stale.mkdir()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "repeats": 1, "no_full": True, "dora": True, "rslora": True}
+    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "repeats": 1, "no_full": True}
+    options |= {"dora": True, "rslora": True, "gradient_checkpointing": True}
     with pytest.raises(UsageError, match="--overwrite"):
         lora_diag.tune(base, run, **texts, **options)
     plans = []
@@ -229,6 +230,11 @@ def test_a_run_is_replaced_only_after_confirmation(case, tmp_path):
     assert read_results(run / "tune.jsonl") == found
     assert found.run.settings["ranks"] == [2]
     assert {one.rank for one in read_results(run / "sweep.jsonl").whole if one.subject == "lora"} == {2}
+    for settings in (found.run.settings, read_results(run / "sweep.jsonl").run.settings):
+        assert (settings["kind"], settings["gradient_checkpointing"]) == (
+            "DoRA with rsLoRA's scaling, alpha = 16",
+            True,
+        )
     _check_dora_and_rslora(base, texts, found, run, plans[0])
 
 
@@ -259,7 +265,7 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
     factory = yaml.safe_load((run / "config.llamafactory.yaml").read_text())
     assert (factory["use_rslora"], factory["use_dora"]) == (True, True)
     script = (run / "commands.sh").read_text()
-    assert re.search("probe sweep .* --dora --rslora .* -o .*sweep.jsonl", script)
+    assert re.search("probe sweep .* --dora --rslora --gradient-checkpointing .* -o .*sweep.jsonl", script)
     assert re.search("allocate .* --rslora --scaling .* -o .*marginal.json", script)
 
 

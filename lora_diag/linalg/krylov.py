@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.certificate import enlargement, missed, missing
-from lora_diag.linalg.cost import WORTH, full_cost, krylov_cost, pays
+from lora_diag.linalg.cost import LOSS, PROBE, WORTH, full_cost, krylov_cost, pays
 from lora_diag.linalg.factors import Factors, fix_signs
 from lora_diag.linalg.streamed import Matrix, normal, times, times_wide
 
@@ -35,7 +35,14 @@ LARGEST_BASIS = 0.25
 
 # The bound falls faster than a geometric series once Ritz values converge: columns to the next check over those that
 # the last two checks predict.
-NEXT = 0.6
+NEXT = 0.5
+
+# Beyond LOSS: cost of a step to the next check over that of a full method; rate of the bound over the one before; bound
+# over the tolerance after a probe that refuted the estimate (it falls by about ten with every block near convergence).
+STEP, SLOWER, REFUTED = 0.15, 0.3, 20.0
+
+# Residual over θ² of a Ritz value near the largest eigenvalue outside the basis.
+UNCONVERGED = 0.03
 
 # A flat spectrum is followed only if its bound is within this factor of the tolerance. Its bound falls ever slower:
 # from 2.1 times the tolerance 448 columns of 2048² sufficed, from 2.8 times 832 of 4096² did not. SLOW: columns needed
@@ -127,31 +134,31 @@ def _decompose(
     tall = matrix.T if wide else matrix
     generator = torch.Generator(matrix.device).manual_seed(seed)
     basis, mu, target = _start(tall, generator), math.inf, first_basis(top, vectors)
-    checks: list[tuple[int, float]] = []
+    progress, correction = _Progress(tall.shape, top, tol, budget), 1.0
     while target <= most:
         basis = _grow(tall, basis, target)
         ritz = _rayleigh_ritz(basis)
         last = float(ritz.squares[top - 1])
-        error = missing(ritz.squares[:top], fro, tall)
+        error = expected = missing(ritz.squares[:top], fro, tall)
         if error > tol:
-            assumed = min(mu, _assumed(ritz, fro, tall))
+            assumed = min(mu, correction * _assumed(ritz, fro, tall))
             expected = missed(ritz.squares, ritz.residuals, top, fro, assumed, tall)
-            if expected <= tol and (not vectors or last > assumed):
-                mu = min(mu, _largest_outside(tall, basis.q, generator))
+            # after a refuted estimate of μ a probe needs a margin
+            if expected <= (tol / 2 if progress.refuted else tol) and (not vectors or last > assumed):
+                probed = _largest_outside(tall, basis.q, generator)
+                correction, mu = correction * max(1.0, probed / assumed), min(mu, probed)
+                expected = missed(ritz.squares, ritz.residuals, top, fro, mu, tall)
                 if not vectors or last > mu:
-                    error = min(error, missed(ritz.squares, ritz.residuals, top, fro, mu, tall))
+                    error = min(error, expected)
+                if error > tol:
+                    progress.refute()
         if error <= tol:
             v = basis.q.to(torch.float64) @ ritz.vectors[:, :top]
             return _finished(tall, v, vectors, wide, fro, error, basis.q.shape[1])
-        checks.append((basis.q.shape[1], expected))
         flat = _is_flat(ritz, top, fro, tall)
         if flat and (vectors or expected > NEAR * tol):
             return None
-        needed = min(_needed(checks, top, tol, flat), most)
-        if krylov_cost(tall.shape, [*(p for p, _ in checks), math.ceil(basis.q.shape[1] + needed)], top) > budget:
-            return None
-        # a check costs as much as some columns, and more with the size of the basis
-        target = basis.q.shape[1] + max(math.ceil(basis.q.shape[1] / 8 / BLOCK), round(needed / BLOCK)) * BLOCK
+        target = progress.next_check(basis.q.shape[1], max(expected, tol), flat, most)
     return None
 
 
@@ -189,17 +196,59 @@ def first_order(top: int) -> int:
     return order
 
 
-def _needed(checks: list[tuple[int, float]], top: int, tol: float, flat: bool) -> float:
-    """Return the columns still needed, from how the bound fell between the last two checks."""
-    columns, error = checks[-1]
-    if error <= tol:  # it was expected, but the probe did not confirm it
-        return BLOCK
-    if len(checks) == 1:
-        return top / 2
-    earlier, before = checks[-2]
-    if error >= before:
-        return math.inf
-    return (SLOW if flat else NEXT) * math.log(error / tol) / math.log(before / error) * (columns - earlier)
+class _Progress:
+    """How the bound fell from check to check, and whether the columns that it still needs are worth their cost.
+
+    Up to ``LOSS`` of the cost of a full method any spectrum is followed whose predicted cost is within the budget.
+    Beyond, a step costs ``STEP`` of a full method at most, or is one block, and must keep what was predicted: a rate of
+    ``SLOWER`` times the last one, and after a probe a bound within ``REFUTED`` of the tolerance. So a spectrum that
+    disappoints costs ``LOSS`` + ``STEP`` at most, unless it kept its promise at earlier checks beyond ``LOSS``.
+    """
+
+    def __init__(self, shape: tuple[int, ...], top: int, tol: float, budget: float) -> None:
+        self.shape, self.top, self.tol, self.budget = shape, top, tol, budget
+        self.full = full_cost(shape)
+        self.checks: list[tuple[int, float]] = []
+        self.rate = self.refuted = 0.0
+
+    def refute(self) -> None:
+        """Count a probe that did not confirm the expected bound."""
+        self.refuted += PROBE * math.prod(self.shape)
+
+    def cost(self, columns: int, top: int = 0) -> float:
+        """Return the cost of all checks and refuted probes so far, and of a check at so many columns."""
+        return self.refuted + krylov_cost(self.shape, [*(p for p, _ in self.checks if p < columns), columns], top)
+
+    def next_check(self, columns: int, bound: float, flat: bool, most: int) -> int:
+        """Return the number of columns at the next check; more than ``most`` if a full method is cheaper.
+
+        Args:
+            columns: Columns of the basis.
+            bound: The bound with that basis, at least ``tol``.
+            flat: Whether the spectrum is that of noise.
+            most: Maximum number of columns.
+        """
+        before = self.checks[-1] if self.checks else None
+        late = self.budget < math.inf and self.cost(columns) > LOSS * self.full
+        if late and self.refuted and bound > REFUTED * self.tol:
+            return most + 1
+        self.checks.append((columns, bound))
+        rate, needed = 0.0, self.top / 2
+        if before is not None:
+            rate = math.log(before[1] / bound) / (columns - before[0])
+            if late and rate < SLOWER * self.rate:
+                return most + 1
+            needed = (SLOW if flat else NEXT) * math.log(bound / self.tol) / rate if rate > 0 else math.inf
+        self.rate = rate
+        total = math.ceil(columns + max(1, min(needed, most)))
+        if self.cost(total, self.top) > self.budget:
+            return most + 1
+        blocks = max(1, round((total - columns) / BLOCK))
+        affordable = max(LOSS * self.full, self.cost(columns) + STEP * self.full)
+        while blocks > 1 and self.cost(columns + blocks * BLOCK) > affordable:
+            blocks -= 1
+        # a check costs as much as some columns, and more with the size of the basis
+        return columns + max(math.ceil(columns / 8 / BLOCK), blocks) * BLOCK
 
 
 def _start(a: Matrix, generator: torch.Generator) -> _Basis:
@@ -298,11 +347,13 @@ def _largest_outside(a: Matrix, q: Tensor, generator: torch.Generator) -> float:
 def _assumed(ritz: _Ritz, fro: float, a: Matrix) -> float:
     """Return an estimate of μ, to save a probe.
 
-    λ_max(N) was measured near that Ritz value on power laws (of 96 columns the 26th to 40th, of 160 the 58th to 82nd,
-    of 224 the 94th to 123rd), and at the edge of the Marchenko–Pastur distribution for noise.
+    λ_max(N) was measured near the first Ritz value θ_i² whose residual is UNCONVERGED of its square (0.01 to 0.1 on
+    power laws, ranks and 96 to 256 columns), and at the edge of the Marchenko–Pastur distribution for noise.
     """
     p = len(ritz.squares)
-    largest = max(float(ritz.squares[max(p // 3, (p - 48) // 2)]), _noise_edge(ritz, fro, a))
+    open_ones = ritz.residuals.diagonal() > UNCONVERGED * ritz.squares**2
+    first = int(open_ones.to(torch.uint8).argmax()) if bool(open_ones.any()) else p - 1
+    largest = max(float(ritz.squares[max(first, p // 3, (p - 48) // 2)]), _noise_edge(ritz, fro, a))
     return enlargement(a.shape[1] - p, PROBES, DEGREE) * largest
 
 

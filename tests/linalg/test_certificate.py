@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.linalg import certificate, decompose, krylov
-from lora_diag.linalg.cost import LOSS, full_cost, krylov_cost
+from lora_diag.linalg.cost import LOSS, PROBE, WORTH, full_cost, krylov_cost
 from tests import oracles
 
 N = 400
@@ -102,14 +102,51 @@ def test_probability_of_small_probe_is_exact():
         )
 
 
-def test_flat_spectra_are_left_before_their_cost_counts(monkeypatch):
-    widest = []
-    products = krylov.normal
-    monkeypatch.setattr(krylov, "normal", lambda a, x: widest.append(x.shape[1]) or products(a, x))
-    rng = np.random.default_rng(0)
-    noise = torch.from_numpy(rng.standard_normal((1200, 1200)).astype(np.float32))
-    rank = torch.from_numpy((rng.standard_normal((1200, 8)) @ rng.standard_normal((8, 1200))).astype(np.float32))
-    for matrix in (noise, rank + noise, rank + 0.3 * noise):
-        widest.clear()
-        assert krylov.decompose_krylov(matrix, float(matrix.norm()), 64) is None
-        assert krylov_cost(matrix.shape, [sum(widest)]) <= LOSS * full_cost(matrix.shape)
+LARGE = np.arange(1, 1185.0)
+FLOOR = np.sort(np.linalg.svd(np.random.default_rng(0).standard_normal((1184, 1184)), compute_uv=False))[::-1] / 40
+TEMPTING = {
+    "flat": LARGE**0,
+    "noise": FLOOR,
+    "rank 8, noise": np.hypot(10.0 * (LARGE <= 8), FLOOR),
+    "rank 60, noise": np.hypot(2.0 * (LARGE <= 60), FLOOR),
+    "rank 100, noise": np.hypot((1.5 - LARGE / 200) * (LARGE <= 100), FLOOR),
+    "slow power law": LARGE**-0.3,
+    "power law, noise": np.hypot(5 * LARGE**-0.5, FLOOR),
+    "slow decay": np.exp(-LARGE / 400),
+    "step behind K": np.where(LARGE <= 100, 1.0, 0.3 * LARGE**-0.5),
+    "plateau at K": np.where(LARGE <= 50, LARGE**-0.7, np.where(LARGE <= 200, 50**-0.7, 0.2 * 50**-0.7)),
+    "long plateau": np.where(LARGE <= 50, LARGE**-0.7, np.where(LARGE <= 600, 50**-0.7, 0.2 * 50**-0.7)),
+    "equal values": np.where(LARGE <= 20, 1.0, np.where(LARGE <= 80, 0.3, np.where(LARGE <= 320, 0.2, 0.01))),
+}
+
+
+@pytest.mark.parametrize("name", TEMPTING)
+def test_lost_attempts_cost_what_is_guaranteed(monkeypatch, name):
+    """Of a diagonal matrix: its Krylov space from a Gaussian start is that of any matrix with these values."""
+    checks, probes = [], []
+    solve, probe = krylov._rayleigh_ritz, krylov._largest_outside
+    monkeypatch.setattr(krylov, "_rayleigh_ritz", lambda basis: checks.append(basis.q.shape[1]) or solve(basis))
+    monkeypatch.setattr(krylov, "_largest_outside", lambda *words: probes.append(1) or probe(*words))
+    matrix = torch.from_numpy(np.diag(np.sort(TEMPTING[name])[::-1]).astype(np.float32))
+    full, probing = full_cost(matrix.shape), PROBE * matrix.numel()
+    for tol in (5e-4, 1e-2):
+        checks.clear(), probes.clear()
+        if krylov.decompose_krylov(matrix, float(matrix.norm()), 64, tol=tol) is None:
+            cost = krylov_cost(matrix.shape, checks) + len(probes) * probing
+            assert cost <= (LOSS + krylov.STEP) * full + probing
+            assert cost <= LOSS * full or "plateau" in name or "equal" in name
+        else:
+            assert krylov_cost(matrix.shape, checks, 64) + (len(probes) - 1) * probing <= WORTH * full + probing
+
+
+def test_attempt_ends_where_bound_stops_falling():
+    full = full_cost((2048, 2048))
+    falling, slower, refuted = (krylov._Progress((2048, 2048), 64, 5e-4, 0.75 * full) for _ in range(3))
+    for progress in (falling, slower, refuted):
+        assert progress.next_check(96, 0.5, False, 512) == 128
+        assert progress.next_check(192, 0.05, False, 512) in range(224, 320)
+        assert progress.cost(256) > LOSS * full
+    refuted.refute()
+    assert falling.next_check(256, 0.02, False, 512) <= 512
+    assert slower.next_check(256, 0.049, False, 512) > 512
+    assert refuted.next_check(256, 0.02, False, 512) > 512

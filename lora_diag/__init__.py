@@ -51,12 +51,12 @@ if TYPE_CHECKING:
     from lora_diag.reports.run import report as report
     from lora_diag.running.engines import Ray as Ray
 
-# What is public besides the functions of the features.
+# Public names besides the functions of the features.
 _MORE = {"Ray": "lora_diag.running.engines", "Results": "lora_diag.records", "read_results": "lora_diag.catalog"}
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported when it is first used: ``import lora_diag`` itself is quick."""
+    """Return a public name, imported when it is first used: ``import lora_diag`` is fast."""
     from importlib import import_module
 
     if name in _MORE:

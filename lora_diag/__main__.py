@@ -19,10 +19,10 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End at once while modules are imported, else as always.
+    """Exit immediately while modules are imported; otherwise handle Ctrl-C as usual.
 
-    An exception in the middle of an import comes out as another: of torch's, as a RecursionError with 900 lines. What
-    is written meanwhile is as whole as after any other sudden end.
+    An exception during an import may surface as a different one: in torch as a RecursionError of 900 lines. Files are
+    as consistent as after any other abrupt exit.
     """
     specs = (getattr(module, "__spec__", None) for module in list(sys.modules.values()))
     if any(getattr(spec, "_initializing", False) for spec in specs):

@@ -141,11 +141,11 @@ class Adapter:
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
         notes = (f"rank {rank}: {CAP}",) if rank > SERVED_RANK else ()
-        dead = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
-        if not dead:
+        zero = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
+        if not zero:
             return notes
-        example = f"such as {dead[0]}"
-        return (*notes, f"{len(dead)} of {len(keys)} updates are zero, their factor was never trained, {example}")
+        example = f"such as {zero[0]}"
+        return (*notes, f"{len(zero)} of {len(keys)} updates are zero, their factor was never trained, {example}")
 
     def pair(
         self,
@@ -170,18 +170,18 @@ def open_adapter(path: Path | str, given: Given = None) -> Adapter:
         InputError: The path cannot be read, or the kind of adapter is not supported; the message has the fix.
     """
     source = open_source(path, given)
-    stated = "its files give alpha or a scale; the one that is stated is not used"
+    note = "its files give alpha or a scale; the one that is stated is not used"
     if not is_kohya(source) and not is_diffusers(source) and (completed := with_config(source)) is not source:
-        source, stated = completed, f"its files give no lora_alpha; alpha = {given} was given"
+        source, note = completed, f"its files give no lora_alpha; alpha = {given} was given"
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _checked(source, family.read(source), stated), family.form)
+            return Adapter(source, _checked(source, family.read(source), note), family.form)
     refuse_unsupported(source)
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
-def _checked(source: Source, reading: Reading, stated: str) -> Reading:
+def _checked(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
     """Refuse an adapter without changes by its keys; add notes on other tensors and on a given α."""
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
@@ -191,7 +191,7 @@ def _checked(source: Source, reading: Reading, stated: str) -> Reading:
             "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
         )
     if source.given is not None and not any("was given" in note for note in notes):
-        notes.append(stated)
+        notes.append(note_on_alpha)
     if reading.ignored:
         notes.append(f"{len(reading.ignored)} tensors of the file change no weight: {', '.join(reading.ignored[:3])}")
     return replace(reading, notes=tuple(notes))

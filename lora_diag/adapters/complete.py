@@ -55,8 +55,8 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
     ]
     if not any(name in adapted for name in found):
         return None
-    lacking = [name for name in found if name not in adapted]
-    return len(found), tuple(sorted(lacking, key=natural_order))
+    missing = [name for name in found if name not in adapted]
+    return len(found), tuple(sorted(missing, key=natural_order))
 
 
 def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:

@@ -132,7 +132,7 @@ def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     found = match_names(wanted, base, transposed=True, parts=True)[0] if base is not None else {}
     for update in updates:
         index = 0 if update.expert is None else update.expert[0]
-        spots = [spot.layer for spot in found.get(update.wanted[0], ()) if spot.index == index]
+        locations = [location.layer for location in found.get(update.wanted[0], ()) if location.index == index]
         alpha = None
         if update.alpha:
             alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
@@ -140,7 +140,7 @@ def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
             scale = scale_of(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
         part = _part(update, adapter)
-        for layer in [update.layer] if update.keeps_name or not spots else spots:
+        for layer in [update.layer] if update.keeps_name or not locations else locations:
             yield Item(
                 layer=layer,
                 module=update.weight.removesuffix(".weight"),
@@ -201,8 +201,8 @@ def _values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     wanted = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     found = match_names(dict(wanted), base)[0] if base is not None else {}
     for value in values:
-        spots = [spot.layer for spot in found.get(value.weight, ())] or [value.weight]
-        for layer in spots:
+        locations = [location.layer for location in found.get(value.weight, ())] or [value.weight]
+        for layer in locations:
             module = value.weight.removesuffix(".weight").removesuffix(".bias")
             yield Item(layer, module, _kind_of(value, adapter), value.key, shape=wanted[value.weight])
 

@@ -1,8 +1,8 @@
 """GGUF adapters, as llama.cpp's converter writes them: ``NAME.lora_a`` and ``NAME.lora_b``, one α for the file.
 
 s = α/r with the r of each tensor, and 1 where α is 0 or missing. ``lora_a`` is ``(r, in)`` and ``lora_b`` ``(out, r)``;
-of the token embedding, ``lora_a`` is ``(vocab, r)`` and ΔW = s·lora_a·lora_bᵀ. Names are llama.cpp's, and for models of
-Llama's family the rows of q and k are in its order; BASE tells how many heads they are of.
+of the token embedding, ``lora_a`` is ``(vocab, r)`` and ΔW = s·lora_a·lora_bᵀ. Names are llama.cpp's, and in models of
+the Llama family the rows of q and k are in its order; the number of heads comes from BASE.
 
 Reference: ggml-org/llama.cpp ``convert_lora_to_gguf.py``, ``src/llama-adapter.cpp``
 (``llama_adapter_lora_init_impl``), ``src/llama-adapter.h`` (``get_scale``).
@@ -37,7 +37,7 @@ def fields_of(source: Source) -> Mapping[str, Value] | None:
 
 
 def is_gguf(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
+    """Return whether this family reads the adapter."""
     return fields_of(source) is not None
 
 
@@ -163,17 +163,17 @@ def in_rows_of(update: Update, base: Checkpoint | None) -> Update:
     """Return an update with its rows in the order of BASE.
 
     Raises:
-        InputError: BASE does not tell the number of heads, or it does not divide the rows.
+        InputError: BASE does not give the number of heads, or it does not divide the rows.
     """
     if not update.heads or base is None:
         return update
     count = heads(base.config, update.heads)
     rows = update.shape[0] or 0
     if count is None or rows % (2 * count):
-        given = f"gives no {update.heads}" if count is None else f"gives {count} heads for {rows} rows"
+        problem = f"gives no {update.heads}" if count is None else f"gives {count} heads for {rows} rows"
         raise InputError(
-            f"{base.path}: its config.json {given}, so the row order of {update.weight} is not known; give the folder "
-            "of the model that the adapter was trained on"
+            f"{base.path}: its config.json {problem}, so the row order of {update.weight} is not known; give the "
+            "folder of the model that the adapter was trained on"
         )
     return replace(update, load=partial(reordered, update.load, count), heads="")  # type: ignore[arg-type]
 

@@ -116,8 +116,8 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
         update = loha.hadamard(source, f"{module}.weight", parts, scale_in(source, parts.get("alpha", ""), rank))
     elif any(part in lokr.PARTS for part in parts):
         # If both sides are stored in full there is no rank, and LyCORIS does not scale.
-        seen = lokr.rank_of(source, parts)
-        scale = Scale() if seen is None else scale_in(source, parts.get("alpha", ""), seen)
+        size = lokr.rank_of(source, parts)
+        scale = Scale() if size is None else scale_in(source, parts.get("alpha", ""), size)
         update = lokr.kronecker(source, f"{module}.weight", parts, scale)
     else:
         update = _lora(source, module, parts)

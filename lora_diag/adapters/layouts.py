@@ -1,4 +1,4 @@
-"""The layouts in which a portable adapter is written: what each calls the two factors of a weight, and its config.
+"""Layouts of portable adapters: the names of the two factors of a weight, and the config.
 
 Reference: ``peft``; kohya-ss/sd-scripts ``networks/lora.py``; ``diffusers.loaders``; ml-explore/mlx-lm
 ``tuner/lora.py``; ggml-org/llama.cpp ``convert_lora_to_gguf.py``.
@@ -22,7 +22,7 @@ from lora_diag.errors import InputError, UsageError
 GGUF = "gguf"
 PEFT = "peft"
 
-# kohya's prefixes and the parts of a pipeline that they mean, and back.
+# kohya's prefixes -> parts of a pipeline, and the inverse.
 _PARTS = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",
@@ -32,7 +32,7 @@ _PARTS = {
 }
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
-# What a config says of training, and of the modules that are adapted, and so may stay.
+# Fields of a config on training and on the adapted modules, which are kept.
 _KEPT = (
     "base_model_name_or_path",
     "task_type",
@@ -50,7 +50,7 @@ class Placed:
     """The factors of one weight.
 
     Args:
-        item: What the adapter's file holds of it.
+        item: Its contents in the adapter's file.
         rank: Their rank.
         shape: ``(out, in)``.
     """
@@ -69,7 +69,7 @@ class Slot:
         side: Which factor.
         turned: Whether it is stored transposed.
         shape: Its shape if it is no matrix; 0 for the common rank.
-        heads: Number of heads whose rows are put in llama.cpp's order; 0 for none.
+        heads: Number of heads whose rows are reordered for llama.cpp; 0 for none.
         value: The number.
     """
 
@@ -124,7 +124,7 @@ def _path(item: Item, contents: Contents) -> str:
     """Return the dotted path of a module in its model.
 
     Raises:
-        InputError: Only BASE tells it.
+        InputError: It is known only with BASE, which is missing.
     """
     if contents.form != "kohya":
         return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
@@ -190,7 +190,7 @@ def _to_peft(
 
 
 def _targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return the names that still stand for a module."""
+    """Return the names that still identify a module."""
     return [name for name in names if any(module == name or module.endswith(f".{name}") for module in modules)]
 
 
@@ -236,7 +236,7 @@ def _to_mlx(
 
 
 def _is_table(item: Item, contents: Contents) -> bool:
-    """Say whether a weight of a GGUF adapter is the token embedding."""
+    """Return whether a weight of a GGUF adapter is the token embedding."""
     return contents.form == GGUF and item.key.startswith(TABLE)
 
 
@@ -267,10 +267,10 @@ def _to_gguf(
 
 
 def _gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
-    """Return the names of the model's architecture; None for a GGUF adapter that keeps names that are not known.
+    """Return the names of the model's architecture; None for a GGUF adapter with unknown names, which are kept.
 
     Raises:
-        InputError: BASE is not given, or of no architecture whose names are known.
+        InputError: BASE is missing, or its architecture is unsupported.
     """
     if contents.form == GGUF:
         return ARCHITECTURES.get(str(contents.config.get("general.architecture")))
@@ -290,7 +290,7 @@ def _gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkp
     """Return the name of a weight in a GGUF file.
 
     Raises:
-        InputError: There is none, or llama.cpp has no such tensor.
+        InputError: The name is unknown, or llama.cpp has no such tensor.
     """
     if item.part == "convolution":
         raise InputError(f"{item.layer}: llama.cpp has no LoRA for a convolution; leave it out of the adapter")
@@ -319,7 +319,7 @@ LAYOUTS = {
 
 
 def check_layout(form: str, found: Sequence[Placed], base: Checkpoint) -> None:
-    """Refuse weights of a PEFT adapter of BASE that have no place in a layout, before anything is measured.
+    """Refuse weights of a PEFT adapter of BASE that a layout cannot represent, before anything is measured.
 
     Args:
         form: One of ``LAYOUTS``.
@@ -328,7 +328,7 @@ def check_layout(form: str, found: Sequence[Placed], base: Checkpoint) -> None:
 
     Raises:
         UsageError: There is no such layout.
-        InputError: A weight has no place in it.
+        InputError: The layout cannot represent a weight.
     """
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")

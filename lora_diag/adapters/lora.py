@@ -143,7 +143,7 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
 def _thin(
     source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
 ) -> StoredFactors | None:
-    """Return the factors as NumPy reads them; None where more than the two takes part."""
+    """Return the factors to be read with NumPy; None if the update depends on more than B, A and s."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _blocks(source.settings, module):
         return None
     a, b = keys

@@ -1,4 +1,4 @@
-"""MLX (mlx-lm): ``adapters.safetensors`` beside a config with ``fine_tune_type``; ΔW = scale·(a·b)ᵀ, not divided by r.
+"""MLX (mlx-lm): ``adapters.safetensors`` and a config with ``fine_tune_type``; ΔW = scale·(a·b)ᵀ, not divided by r.
 
 ``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``, transposed with respect to PEFT. DoRA's magnitudes are ``m``.
 

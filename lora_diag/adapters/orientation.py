@@ -28,7 +28,11 @@ class Orientation:
         self._votes: dict[str, dict[bool, int]] = {}
         for name in base:
             stored = base[name].shape
-            if len(stored) == 2 and stored[0] != stored[1] and (vote := _witness(base, name, shapes)) is not None:
+            if (
+                len(stored) == 2
+                and stored[0] != stored[1]
+                and (vote := _nonsquare_in_out(base, name, shapes)) is not None
+            ):
                 for group in _groups(name):
                     counts = self._votes.setdefault(group, {True: 0, False: 0})
                     counts[vote] += 1
@@ -57,7 +61,7 @@ def _groups(name: str) -> tuple[str, str]:
     return f"leaf {'.'.join(parts[-2:])}", f"block {depth_of(name)}"
 
 
-def _witness(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
+def _nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
     """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
     wanted = shapes.get(name)

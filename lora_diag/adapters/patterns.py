@@ -1,8 +1,8 @@
 r"""``rank_pattern`` and ``alpha_pattern``: PEFT's rule for values that differ by module; slow patterns are refused.
 
 A key k matches module m iff ``re.match(rf"(.*\.)?({k})$", m)``; the first key in the order of the file wins
-(``peft.utils.other.get_pattern_key``). The keys are regular expressions that come with a download, and Python's engine
-backtracks, so that matching can take years; keys with a large worst case are rejected.
+(``peft.utils.other.get_pattern_key``). The keys are regular expressions from untrusted files, and Python's engine
+backtracks, so matching can take years; keys with a large worst case are rejected.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def worst_case(text: str, length: int) -> float:
     >>> worst_case(r"(a+)+", 40)
     inf
     """
-    unbounded, ways = 1, 1.0
+    unbounded, paths = 1, 1.0
     alternatives = [1]  # per open group
     choice = [False]  # per open group: whether its content can match in several ways
     after_choice = False  # whether the previous item is a group with such a choice
@@ -123,19 +123,19 @@ def worst_case(text: str, length: int) -> float:
             alternatives.append(1)
             choice.append(False)
         elif token == ")" and len(choice) > 1:
-            ways *= alternatives.pop()
+            paths *= alternatives.pop()
             after_choice = choice.pop()
             choice[-1] |= after_choice
         elif token == "|":
             alternatives[-1] += 1
             choice[-1] = True
         elif token == "?":
-            ways *= 2
+            paths *= 2
             choice[-1] = True
         elif repeat and token.strip("{}").isdecimal() is False:
             unbounded += 1
             choice[-1] = True
-    return math.comb(length + unbounded, unbounded) * ways * alternatives[0]
+    return math.comb(length + unbounded, unbounded) * paths * alternatives[0]
 
 
 def is_target(module: str, names: str | list[str], path: Path) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from lora_diag.adapters.updates import Factors
 
-# Of a GGUF adapter without BASE.
+# Note on a GGUF adapter without BASE.
 LLAMA_ROWS = "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value depends on it"
 
 # Maximum number of names in a message.
@@ -161,8 +161,8 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
         deltas.append(_delta(layer, found, plus))
     stored = [*values, *copies.values()]
     more, left_out = _new_values(source, stored, base)
-    touched = {piece.place.name for piece in pieces} | {delta.base.name for delta in more}
-    notes = [f"adapts {len(touched)} of {len(base)} tensors of BASE"]
+    changed_names = {piece.place.name for piece in pieces} | {delta.base.name for delta in more}
+    notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     tied = sorted({piece.place.layer for piece in pieces if "lm_head" in piece.place.layer != piece.place.name})
     notes += [
         f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge adds it "
@@ -195,42 +195,42 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     pieces = []
     for update in (in_rows_of(update, base) for update in reading.updates):
         index = 0 if update.expert is None else update.expert[0]
-        for spot in found.get(update.wanted[0], ()):
-            if spot.index == index:
-                in_out = _in_out(update, spot, orientation, model_type)
-                spot = replace(spot, layer=update.weight) if update.keeps_name else spot
-                pieces.append(_piece(update, spot, base, in_out))
+        for location in found.get(update.wanted[0], ()):
+            if location.index == index:
+                in_out = _in_out(update, location, orientation, model_type)
+                location = replace(location, layer=update.weight) if update.keeps_name else location
+                pieces.append(_piece(update, location, base, in_out))
     optional = {update.wanted[0] for update in reading.updates if update.optional}
     return pieces, {name: (wanted[name], why) for name, why in missing.items() if name not in optional}
 
 
-def _in_out(update: Update, spot: Place, orientation: Orientation, model_type: str) -> bool:
+def _in_out(update: Update, location: Place, orientation: Orientation, model_type: str) -> bool:
     if update.in_out is None:
-        return orientation.in_out(spot.name, update.shape, spot.whole)
-    if spot.rows is not None or len(spot.whole) != 3:
+        return orientation.in_out(location.name, update.shape, location.whole)
+    if location.rows is not None or len(location.whole) != 3:
         return False  # an expert stored separately is a Linear
     out, columns = update.shape
-    return update.in_out(model_type) if out == columns else spot.shape != (out, columns)
+    return update.in_out(model_type) if out == columns else location.shape != (out, columns)
 
 
-def _piece(update: Update, spot: Place, base: Checkpoint, in_out: bool) -> Piece:
-    layer = Side(base, spot.name, spot.offset) if base[spot.name].dtype in FLOAT_DTYPES else None
+def _piece(update: Update, location: Place, base: Checkpoint, in_out: bool) -> Piece:
+    layer = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
     side = layer
-    if layer is not None and spot.into is not None:
-        side = replace(layer, offset=layer.offset + spot.into[0] * spot.shape[1])
+    if layer is not None and location.into is not None:
+        side = replace(layer, offset=layer.offset + location.into[0] * location.shape[1])
     if side is None and update.needs_weight:
         raise InputError(
-            f"{base.file_of(spot.name)}: {spot.name} is stored as {base[spot.name].dtype}, but "
+            f"{base.file_of(location.name)}: {location.name} is stored as {base[location.name].dtype}, but "
             f"{update.needs_weight} needs a float weight; give the unquantized base"
         )
-    stored = spot.shape if spot.into is None else (spot.into[1] - spot.into[0], spot.shape[1])
+    stored = location.shape if location.into is None else (location.into[1] - location.into[0], location.shape[1])
     shape = stored[::-1] if in_out else stored
-    if update.expert is None and spot.rows is not None and not update.factored:
+    if update.expert is None and location.rows is not None and not update.factored:
         raise InputError(
-            f"{spot.name} has another vocabulary size in BASE than in the adapter, but its update needs all rows; "
+            f"{location.name} has another vocabulary size in BASE than in the adapter, but its update needs all rows; "
             "give the base with the resized vocabulary"
         )
-    return Piece(update, spot, Site(shape, side, in_out), layer)
+    return Piece(update, location, Site(shape, side, in_out), layer)
 
 
 def _model_type(base: Checkpoint, source: Source) -> str:
@@ -280,12 +280,12 @@ def _factors(piece: Piece) -> Factors:
     return _into_layer(b, piece.place), a
 
 
-def _into_layer(part: torch.Tensor, spot: Place) -> torch.Tensor:
+def _into_layer(part: torch.Tensor, location: Place) -> torch.Tensor:
     """Return a part of a layer's rows as a full matrix with zeros elsewhere."""
-    if spot.into is None:
+    if location.into is None:
         return part
-    whole = part.new_zeros(spot.shape[0], part.shape[1])
-    whole[slice(*spot.into)] = part
+    whole = part.new_zeros(location.shape[0], part.shape[1])
+    whole[slice(*location.into)] = part
     return whole
 
 
@@ -308,14 +308,14 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
 
 def _added_rows(piece: Piece) -> Iterator[Unpaired]:
     """Return a note on vocabulary rows that only the adapter or only BASE has."""
-    wanted, spot = piece.update.shape[0], piece.place
-    if piece.update.expert is not None or spot.rows is None or wanted is None:
+    wanted, location = piece.update.shape[0], piece.place
+    if piece.update.expert is not None or location.rows is None or wanted is None:
         return
-    common, stored = spot.rows[1], spot.whole[0]
+    common, stored = location.rows[1], location.whole[0]
     first, last, side = (common, wanted, "TUNED") if wanted > stored else (common, stored, "BASE")
     detail = f"vocabulary rows {first}-{last - 1} are only in {side}; the others are compared"
     reason: Reason = "added_rows" if wanted > stored else "removed_rows"
-    yield Unpaired(spot.layer, (last - first, spot.shape[1]), reason, detail)
+    yield Unpaired(location.layer, (last - first, location.shape[1]), reason, detail)
 
 
 def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[dict[str, NewValue], list[NewValue]]:
@@ -360,17 +360,17 @@ def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tup
             unpaired.append(Unpaired(value.weight, shape, "not_in_base", missing[value.weight]))
             continue
         offset = 0
-        for spot in found[value.weight]:
-            before, after = Side(base, spot.name, spot.offset), Side(source.checkpoint, value.key, offset)
+        for location in found[value.weight]:
+            before, after = Side(base, location.name, location.offset), Side(source.checkpoint, value.key, offset)
             problem = {before.dtype, after.dtype} - FLOAT_DTYPES
             if problem:
                 detail = f"stored as {', '.join(sorted(problem))}, which is not a plain floating-point weight"
-                unpaired.append(Unpaired(spot.layer, shape, "not_float", detail))
-            elif len(spot.shape) == 1:
-                deltas.append(StoredDelta(spot.layer, (1, spot.shape[0]), before, after, is_matrix=False))
+                unpaired.append(Unpaired(location.layer, shape, "not_float", detail))
+            elif len(location.shape) == 1:
+                deltas.append(StoredDelta(location.layer, (1, location.shape[0]), before, after, is_matrix=False))
             else:
-                deltas.append(StoredDelta(spot.layer, (spot.shape[0], spot.shape[1]), before, after))
-                if spot.rows is not None and len(shape) == 2:  # for experts, those of one matrix in the stack
-                    unpaired.append(added_rows(spot.layer, before, after))
-            offset += math.prod(spot.shape)
+                deltas.append(StoredDelta(location.layer, (location.shape[0], location.shape[1]), before, after))
+                if location.rows is not None and len(shape) == 2:  # for experts, those of one matrix in the stack
+                    unpaired.append(added_rows(location.layer, before, after))
+            offset += math.prod(location.shape)
     return deltas, unpaired

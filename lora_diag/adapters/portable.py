@@ -1,10 +1,10 @@
-"""An adapter → one that every program scales alike: one rank, α = r, scaling in B, plain names, no patterns.
+"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names.
 
-Factors of a lower rank are filled up with zeros: B·A stays what it is, and α/r and α/√… are 1 whatever a program
-divides by, as long as it is α = r over that one rank. What is no pair of factors has no place in it.
+Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every program that divides α by
+this common rank. Updates that are not a pair of factors cannot be represented.
 
-Layers are read one at a time: once for ranks and dtype, once for each factor that is written. What takes a
-decomposition is kept in a file meanwhile.
+Layers are read one at a time: once for ranks and dtype, once for each factor that is written. Results of decompositions
+are cached in files.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written.
+    """Description of the written files.
 
     Args:
         rank: r of every pair of factors, and α.
         dtype: Of the factors.
         truncated: ε of every weight whose update was truncated.
-        lost: What has no place in it, with the reason.
+        unsupported: Unsupported weights, with the reason.
     """
 
     rank: int
     dtype: str
     truncated: Mapping[str, float]
-    lost: Mapping[str, str]
+    unsupported: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The factors of one weight as they will be written, before they are filled up to the common rank.
+    """The factors of one weight to be written, before padding to the common rank.
 
     Args:
         placed: The weight, and the shapes of its factors.
@@ -73,7 +73,7 @@ class _Part:
 
 
 def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
-    """Return why an item has no place in a portable adapter; empty if it has.
+    """Return the reason why a portable adapter cannot represent an item; empty if it can.
 
     Args:
         item: The item.
@@ -105,15 +105,15 @@ def write_portable(
 
     Args:
         adapter: The adapter.
-        folder: Where; must not be there yet.
+        folder: The new folder; must not exist.
         base: Its BASE, where names or updates take it.
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
-        leave_out: Leave out what has no place in it, instead of stopping.
+        leave_out: Skip unsupported weights instead of raising an error.
 
     Raises:
         UsageError: Something is at ``folder``.
-        InputError: Something has no place in a portable adapter, or names in the other layout take a BASE.
+        InputError: A weight is unsupported, or the other layout needs names from a BASE.
     """
     form = form or adapter.form
     if form not in LAYOUTS:
@@ -141,7 +141,7 @@ def convert(
     dora_to_lora: bool = False,
     leave_out: bool = False,
 ) -> Written:
-    """Write the files of a portable copy into a folder that is there; see ``write_portable``.
+    """Write the files of a portable copy into an existing folder; see ``write_portable``.
 
     Args:
         adapter: The adapter.
@@ -150,7 +150,7 @@ def convert(
         base: Its BASE.
         form: One of ``LAYOUTS``.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
-        leave_out: Leave out what has no place in it, instead of stopping.
+        leave_out: Skip unsupported weights instead of raising an error.
     """
     _refuse_rows(adapter, base, form)
     contents = contents_of(adapter, base)
@@ -160,12 +160,12 @@ def convert(
     reasons = {
         item.layer: why_not_portable(item, deltas.get(item.layer) is not None, dora_to_lora) for item in contents.items
     }
-    lost = {layer: reason for layer, reason in reasons.items() if reason}
-    if lost and not leave_out:
-        raise InputError(f"{adapter.path}: {_named(lost)}; --leave-out writes the adapter without")
-    kept = [item for item in contents.items if item.layer not in lost]
+    unsupported = {layer: reason for layer, reason in reasons.items() if reason}
+    if unsupported and not leave_out:
+        raise InputError(f"{adapter.path}: {_named(unsupported)}; --leave-out writes the adapter without")
+    kept = [item for item in contents.items if item.layer not in unsupported]
     if not kept:
-        raise InputError(f"{adapter.path}: nothing of it has a place in a portable adapter: {_named(lost)}")
+        raise InputError(f"{adapter.path}: nothing of it has a place in a portable adapter: {_named(unsupported)}")
     stored = {update.dtype for update in adapter.reading.updates}
     dtype = stored.pop() if len(stored) == 1 else "float32"
     parts = {item.layer: _part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
@@ -174,14 +174,14 @@ def convert(
     plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
     _write(folder / LAYOUTS[form].file, plan, config, _Reader(parts, plan, rank, dtype))
     truncated = {layer: part.epsilon for layer, part in parts.items() if part.placed.item.part == "dora"}
-    return Written(rank, dtype, truncated, lost)
+    return Written(rank, dtype, truncated, unsupported)
 
 
 def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
-    """Refuse to write a GGUF adapter in another layout whose names or rows are not known.
+    """Refuse to convert a GGUF adapter with unknown names or row orders to another layout.
 
     Raises:
-        InputError: They are not.
+        InputError: Names or row orders are unknown.
     """
     if adapter.form != GGUF or form == GGUF:
         return
@@ -210,10 +210,10 @@ def _part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: st
             b, a, epsilon = _nearest(item, delta)
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
-            load = partial(_kept, file)
+            load = partial(_load_cached, file)
     b, a = load()
-    held = getattr(torch, dtype)
-    is_exact = all(torch.equal(as_float64(x.to(held)), x) for x in (b, a))
+    torch_dtype = getattr(torch, dtype)
+    is_exact = all(torch.equal(as_float64(x.to(torch_dtype)), x) for x in (b, a))
     return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, is_exact)
 
 
@@ -229,19 +229,19 @@ def _of_delta(item: Item, delta: FactoredDelta) -> Factors:
     return (a.T, b.T) if _is_turned(item, delta) else (b, a)
 
 
-def _kept(file: Path) -> Factors:
+def _load_cached(file: Path) -> Factors:
     checkpoint = open_checkpoint(file)
     b, a = (as_float64(checkpoint.read(name)).view(checkpoint[name].shape) for name in ("B", "A"))
     return b, a
 
 
 def _is_turned(item: Item, delta: Delta) -> bool:
-    """Say whether BASE stores a weight ``(in, out)``."""
+    """Return whether BASE stores a weight as ``(in, out)``."""
     return delta.shape != item.shape and delta.shape == item.shape[::-1]
 
 
 def _nearest(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the nearest update of the item's rank to a ΔW that is formed, and its ε (Eckart and Young 1936)."""
+    """Form ΔW; return its best approximation of the item's rank, and the error ε (Eckart and Young 1936)."""
     import torch
 
     assert not isinstance(delta, FactoredDelta)
@@ -257,10 +257,10 @@ def _nearest(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, floa
     return u[:, :rank] * s[:rank], vh[:rank], epsilon
 
 
-def _named(lost: Mapping[str, str]) -> str:
-    """Name what has no place, by reasons."""
+def _named(unsupported: Mapping[str, str]) -> str:
+    """List unsupported weights by reason."""
     reasons: dict[str, list[str]] = {}
-    for layer, reason in lost.items():
+    for layer, reason in unsupported.items():
         reasons.setdefault(reason, []).append(layer)
     return "; ".join(
         f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}: {reason}"
@@ -275,7 +275,7 @@ def _refuse_existing(folder: Path) -> None:
 
 
 class _Reader:
-    """Reads the tensors of a plan, each when it is written; the factors of the last layer are kept."""
+    """Reader of the tensors of a plan, each when it is written; the factors of the last layer are cached."""
 
     def __init__(self, parts: Mapping[str, _Part], plan: Mapping[str, Slot], rank: int, dtype: str) -> None:
         self._parts, self._plan, self._rank, self._dtype = parts, plan, rank, dtype

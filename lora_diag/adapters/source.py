@@ -159,10 +159,10 @@ class Source:
         """Return a note on modules without α in the files; None without such modules."""
         if not modules:
             return []
-        taken = f"{program} then takes s = 1" if self.given is None else "alpha = rank was given, s = 1"
+        assumption = f"{program} then takes s = 1" if self.given is None else "alpha = rank was given, s = 1"
         if self.given not in (None, "rank"):
-            taken = f"alpha = {self.given:g} was given, s = {self.given:g}/r"
-        return [f"{len(modules)} modules give no alpha, such as {modules[0]}; {taken}"]
+            assumption = f"alpha = {self.given:g} was given, s = {self.given:g}/r"
+        return [f"{len(modules)} modules give no alpha, such as {modules[0]}; {assumption}"]
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         """Return the shape of a tensor after checking its number of dimensions, and that it has entries.
@@ -256,7 +256,7 @@ def _is_gguf_adapter(path: Path) -> bool:
     try:
         return GgufFile(path).metadata.get("general.type") == "adapter"
     except InputError:
-        return False  # what is wrong with it is said by the one who opens it
+        return False  # errors are reported when it is opened
 
 
 def _single_file(folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Two stored factors and a scale, read with NumPy: ΔW = s·B·A where nothing else takes part in an update."""
+"""Two stored factors and a scale, read with NumPy, for updates ΔW = s·B·A that depend on nothing else."""
 
 from __future__ import annotations
 

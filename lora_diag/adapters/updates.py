@@ -81,7 +81,7 @@ class Update:
         alpha: Name of the tensor with α; empty without one.
         plain: Loads s·B and A alone, for an update that is not just their product (DoRA, PiSSA); else None.
         heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.
-        thin: B, A and s, to be read without torch; None where something else than these takes part.
+        thin: B, A and s, to be read without torch; None if the update depends on more than these.
     """
 
     weight: str

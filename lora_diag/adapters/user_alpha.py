@@ -21,7 +21,7 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 
 
 def alpha_option(options: Mapping[str, Any]) -> Given:
-    """Return the α given by options, ``rank`` for α = r, or None.
+    """Return the α of the options ``alpha`` and ``alpha_is_rank``; ``rank`` for α = r, None without either.
 
     Raises:
         UsageError: Both are given, or α is zero or not finite.
@@ -61,12 +61,12 @@ def _settings(source: Source) -> dict[str, Any]:
         for key in ("lora_A", "lora_embedding_A")
         if key in parts and source.checkpoint[parts[key]].shape
     }
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
+    default_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != default_rank}
     return {
         "peft_type": "LORA",
-        "r": usual,
-        "lora_alpha": usual if source.given == "rank" else source.given,
+        "r": default_rank,
+        "lora_alpha": default_rank if source.given == "rank" else source.given,
         "rank_pattern": pattern,
         "alpha_pattern": pattern if source.given == "rank" else {},
         "use_dora": any("lora_magnitude_vector" in parts for parts in modules.values()),

@@ -103,8 +103,8 @@ def write_adapter(
         parts: The factors; of one dtype.
         values: Tensors stored in full.
         described: Settings of the config.
-        portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names, which every
-            program scales alike. Not for parameters.
+        portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names: every program
+            then uses the same scale. Not for parameters.
 
     Raises:
         InputError: A file cannot be written.
@@ -281,16 +281,16 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     >>> rank_pattern({"h.1.up": 8, "h.2.up": 8, "h.1.q": 4, "h.2.q": 4, "h.1.k": 8})
     (8, {'q': 4})
     """
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    default_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     leaves: dict[str, set[int]] = {}
     for module, rank in ranks.items():
         leaves.setdefault(module.rpartition(".")[2], set()).add(rank)
     pattern: dict[str, int] = {}
     for module, rank in ranks.items():
         leaf = module.rpartition(".")[2]
-        if rank != usual:
+        if rank != default_rank:
             pattern[re.escape(leaf) if len(leaves[leaf]) == 1 else f"^{re.escape(module)}"] = rank
-    return usual, dict(sorted(pattern.items()))
+    return default_rank, dict(sorted(pattern.items()))
 
 
 def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str] | str:

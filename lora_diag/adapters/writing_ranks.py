@@ -28,8 +28,8 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
     pattern = read_pattern(config, "rank_pattern", [target.module for target in targets.values()])
     ranks: dict[str, int] = {}
     for layer, target in targets.items():
-        wanted = parameters if target.kind == "parameter" else names
-        if not is_target(target.module, wanted, path):
+        targets_of_kind = parameters if target.kind == "parameter" else names
+        if not is_target(target.module, targets_of_kind, path):
             continue
         # A fused parameter has one rank; its halves are factored separately and share it.
         ranks[layer] = max(1, rank_of(config, pattern, target.module) // target.half[1])

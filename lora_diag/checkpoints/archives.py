@@ -1,7 +1,7 @@
 """Torch files (``torch.save``, zip format) read as data: the pickle by ``inert``, and ranges of tensors by position.
 
 Used for what ``torch.load(weights_only=True)`` does not read, or only with the library that wrote it: pieces of
-distributed tensors, which may lie at any position of a larger file. Nothing in the file is run, and no storage is read
+distributed tensors, which may be at any position of a larger file. Nothing in the file is run, and no storage is read
 before its entries are requested.
 
 Reference: ``torch.serialization``; a tensor is ``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, …)``,
@@ -112,7 +112,7 @@ class Archive:
     Args:
         file: The file.
         span: First byte of the archive and its number of bytes.
-        what: What it holds, for messages.
+        what: Description of its content for messages.
 
     Raises:
         InputError: It is no torch file in zip format, or is damaged.
@@ -152,14 +152,14 @@ class Archive:
             raise InputError(f"{self.file.path}: the entries of {self.what} are larger than the file; copy it again")
 
     def tensor(self, value: Any, name: str) -> StoredTensor | None:
-        """Return where a tensor lies; None if the value is no tensor.
+        """Return the location of a tensor; None if the value is no tensor.
 
         Args:
             value: A value of ``self.value``.
             name: Its name, for messages.
 
         Raises:
-            InputError: The tensor does not lie in its storage, or not in row-major order.
+            InputError: The tensor is not inside its storage, or is not in row-major order.
         """
         value = unwrapped(value)
         if not isinstance(value, Record) or value.name not in REBUILD or not value.args or len(value.args) < 4:
@@ -223,7 +223,7 @@ def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a stream of its own."""
+    """A part of a file as a separate stream."""
 
     def __init__(self, file: FileBytes, span: tuple[int, int], what: str) -> None:
         self._file, (self._offset, self._length), self._what = file, span, what

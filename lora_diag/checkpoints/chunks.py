@@ -1,4 +1,4 @@
-"""Tensors whose parts lie in several places: boxes of a tensor, each with its own file, assembled on reading.
+"""Tensors whose parts are stored in several places: boxes of a tensor, each with its own file, assembled on reading.
 
 A box is given by the index of its first entry in the whole tensor and its sizes. The boxes of a tensor must be disjoint
 and cover it; FSDP cuts along the first dimension, tensor parallelism along any.
@@ -22,7 +22,7 @@ MAX_PAIRS = 1_000_000
 
 
 class Source(Protocol):
-    """Where the entries of one box lie."""
+    """Location of the entries of one box."""
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of the box, in its own row-major order."""
@@ -40,7 +40,7 @@ class Box:
     Args:
         offsets: Index of its first entry in the whole tensor.
         sizes: Its shape.
-        source: Where its entries lie.
+        source: Location of its entries.
     """
 
     offsets: tuple[int, ...]
@@ -66,12 +66,12 @@ class Boxes:
         filled = [box for box in boxes if math.prod(box.sizes)]
         self.boxes = sorted(filled or boxes[:1], key=lambda box: box.offsets)
         self._check(name, path)
-        # The last dimension that is cut: entries of one index up to it lie together.
+        # The last dimension that is cut: entries of one index up to it are contiguous.
         cut = [d for d in range(len(shape)) if any(box.sizes[d] != shape[d] for box in self.boxes)]
         self._cut = cut[-1] if cut else 0
 
     def _check(self, name: str, path: Path) -> None:
-        held = 0
+        covered = 0
         for box in self.boxes:
             ends = (offset + size for offset, size in zip(box.offsets, box.sizes, strict=True))
             if any(end > size for end, size in zip(ends, self.shape, strict=True)):
@@ -79,11 +79,11 @@ class Boxes:
                     f"{path}: a part of {name} at {list(box.offsets)} with shape {list(box.sizes)} lies outside its "
                     f"shape {list(self.shape)}; save the checkpoint again"
                 )
-            held += math.prod(box.sizes)
-        if not self.boxes or held != math.prod(self.shape) or self._overlap():
+            covered += math.prod(box.sizes)
+        if not self.boxes or covered != math.prod(self.shape) or self._overlap():
             raise InputError(
-                f"{path}: the parts of {name} hold {held:,} entries of {math.prod(self.shape):,}"
-                f"{' and overlap' if held == math.prod(self.shape) else ''}; a file is missing, or the folder holds "
+                f"{path}: the parts of {name} hold {covered:,} entries of {math.prod(self.shape):,}"
+                f"{' and overlap' if covered == math.prod(self.shape) else ''}; a file is missing, or the folder holds "
                 "files of two checkpoints"
             )
 
@@ -182,7 +182,7 @@ def _runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> 
 
 
 def _own_index(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
-    """Return the index within a box of an index of the tensor, both row-major; None if it lies outside."""
+    """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
     own, step = 0, 1
     for size, offset, inside in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
         index, at = divmod(index, size)

@@ -6,7 +6,7 @@
 
 The codes q of a row are a stream of ``bits`` bits, with 2^(bits − 1) added, in ``weight_packed``; ``weight_shape``
 gives the shape without padding. g is ``⌊j / group⌋``, or ``weight_g_idx[j]``. The zero points z are packed like the
-codes, but along the rows; without them z = 0. Two 4-bit floats lie in a byte, the first in the low half.
+codes, but along the rows; without them z = 0. A byte has two 4-bit floats, the first in the low half.
 
 ModelOpt's NVFP4 has the codes in ``weight``, and multiplies with ``weight_scale_2`` instead of dividing.
 

@@ -19,8 +19,8 @@ KEPT_BYTES = 2**23
 # Formats that NumPy has: torch's name -> NumPy's.
 _OWN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 
-# 8-bit formats: torch's name -> bits of the mantissa, exponent bias, and what the largest exponent holds: ``ieee`` (an
-# infinity and NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
+# 8-bit formats: torch's name -> bits of the mantissa, exponent bias, and the meaning of the largest exponent: ``ieee``
+# (an infinity and NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
 # References: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433; Noune et al. 2022,
 # https://arxiv.org/abs/2206.02915.
 _EIGHT_BITS = {
@@ -37,7 +37,7 @@ def is_native(dtype: str) -> bool:
 
 
 def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
-    """Return the numbers that little-endian bytes stand for, in float32; float64 if that is what is stored.
+    """Return the numbers encoded by little-endian bytes, in float32; float64 if that is what is stored.
 
     Args:
         content: The bytes; the result shares their memory if ``is_native``.
@@ -60,22 +60,22 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
         return content.view(_OWN[dtype]).astype(np.float32)
 
 
-_kept = threading.local()
+_local = threading.local()
 
 
 def scratch(name: str, size: int) -> NDArray[np.uint8]:
-    """Return memory of this thread for temporary values: of the system, it would be cleared anew for every tensor.
+    """Return reusable memory of this thread for temporary values; the system would clear new memory for every tensor.
 
     Args:
-        name: What it is for; the same name gives the same memory.
+        name: Its purpose; the same name gives the same memory.
         size: Bytes.
     """
-    found: NDArray[np.uint8] | None = getattr(_kept, name, None)
+    found: NDArray[np.uint8] | None = getattr(_local, name, None)
     if found is None or len(found) < size:
         if size > KEPT_BYTES:
             return np.empty(size, np.uint8)
         found = np.empty(size, np.uint8)
-        setattr(_kept, name, found)
+        setattr(_local, name, found)
     return found[:size]
 
 

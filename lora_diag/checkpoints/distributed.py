@@ -1,9 +1,9 @@
 """torch.distributed.checkpoint: a folder of ``.metadata`` and ``__RANK_NUMBER.distcp`` files.
 
 ``.metadata`` is a pickle. It gives, for every tensor, shape, dtype and the boxes in which it was stored, and for every
-box a file and a range of bytes, which is a torch file of its own. Both are read as data (``inert``, ``archives``):
-nothing is run, no process group is needed, and the classes of no version of torch are imitated. A box is opened when
-its entries are read.
+box a file and a range of bytes, which is a separate torch file. Both are read as data (``inert``, ``archives``): no
+code runs, no process group is needed, and the reader does not depend on the version of torch. A box is opened when its
+entries are read.
 
 A training state holds the model next to an optimizer, under keys such as ``app.model.``. The weights are those below
 the outermost key with the name of a model (``WRAPPERS``); without one, everything that is not an optimizer's.
@@ -98,7 +98,7 @@ class _Stored:
         file: The file that holds it.
         span: Its first byte, and its number of bytes.
         name: The tensor.
-        dtype: What the index says of it.
+        dtype: Dtype in the index.
         shape: Likewise.
     """
 
@@ -110,10 +110,10 @@ class _Stored:
 
     @cached_property
     def tensor(self) -> StoredTensor:
-        """Where the entries lie.
+        """Location of the entries.
 
         Raises:
-            InputError: The file is damaged, or holds something else than the index says.
+            InputError: The file is damaged, or contradicts the index.
         """
         archive = Archive(self.file, self.span, self.name)
         found = archive.tensor(archive.value, self.name)
@@ -164,7 +164,7 @@ def _sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
 def _described(
     index: Path, key: str, name: str, item: Record
 ) -> tuple[TensorInfo, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Return what the index says of a tensor: its description, and the offsets and sizes of its boxes."""
+    """Return the entry of a tensor in the index: its description, and the offsets and sizes of its boxes."""
     shape = _sizes(index, key, item.get("size"))
     properties = item.get("properties")
     first = properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
@@ -185,7 +185,7 @@ def _described(
 
 
 def _places(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
-    """Return where the boxes lie, by the key of their tensor and their offsets."""
+    """Return the locations of the boxes, by the key of their tensor and their offsets."""
     found = {}
     for key, place in stored.items():
         if isinstance(key, Record) and isinstance(place, Record) and isinstance(key.get("fqn"), str):
@@ -234,7 +234,7 @@ def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[
     Args:
         index: The index, for messages.
         tensors: By key.
-        planned: What the planner says: of each key, the keys of the nested dictionaries that it was made from.
+        planned: Entry of the planner: of each key, the keys of the nested dictionaries that it was made from.
 
     Returns:
         Name by key, and the common start of the keys where it is left out.

@@ -2,7 +2,7 @@
 
 Opened by its header; a tensor is read by ranges, as whole blocks of its type, on request. Every count, length and
 offset is checked against the bytes of the file before anything is allocated or skipped by it. Large arrays, such as the
-tokens of a vocabulary, are skipped. Names are the file's own: what they mean is known to those who open it.
+tokens of a vocabulary, are skipped. Names are the file's own: their meaning is left to the caller.
 
 To decode another type, add an entry to ``gguf_codecs.CODECS``; its blocks are already in ``TYPES``.
 
@@ -175,7 +175,7 @@ class GgufFile:
         return self._decoded(name, start, stop, self._codec(name).steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         if self.type_of(name).dtype is not None or (scales := self._codec(name).scales) is None:
             return None
         return self._decoded(name, start, stop, scales)
@@ -205,7 +205,7 @@ class GgufFile:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """The content of a header: fields, tensors, and where they lie in the file."""
+    """The content of a header: fields, tensors, and their locations in the file."""
 
     fields: dict[str, Value]
     tensors: dict[str, TensorInfo]
@@ -286,7 +286,7 @@ def _padded(size: int, alignment: int) -> int:
 
 def _fields(cursor: _Cursor, count: int) -> dict[str, Value]:
     fields: dict[str, Value] = {}
-    for position in range(count):  # each takes at least 12 bytes of the file, so that a false count ends in a message
+    for position in range(count):  # each takes at least 12 bytes of the file, so a false count raises an error
         key = cursor.text(f"the key of field {position}")
         if key in fields:
             raise InputError(f"{cursor.path}: the field {key!r} appears twice; convert the model again")
@@ -349,7 +349,7 @@ def _located(
     size: int,
     alignment: int,
 ) -> _Header:
-    """Return the header with every tensor's place, after checking that they lie one after the other in the file."""
+    """Return the header with the location of every tensor, after checking that they follow each other in the file."""
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, _Span] = {}
     end = 0

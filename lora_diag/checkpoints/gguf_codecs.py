@@ -59,7 +59,7 @@ def _decode(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
 def _steps(parts: Parts, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
     """Return steps whose half bounds the error: |d|, and more in two cases.
 
-    The types without m map the number of largest absolute value to −2^(bits − 1), whose opposite is no code: it is
+    The types without m map the number of largest absolute value to −2^(bits − 1), whose negative is not a code: it is
     stored one step lower. Where codes are chosen before d and m are rounded to float16, that rounding adds up to 2⁻¹¹
     of ``d · q`` and of m.
 
@@ -199,7 +199,7 @@ def _in_table(
     of_table: Callable[[torch.Tensor], torch.Tensor],
     blocks: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what a function of the table of IQ4 gives for every code, times d."""
+    """Return a function of the IQ4 table for every code, times d."""
     import torch
 
     codes, d = parts(blocks)

@@ -1,6 +1,6 @@
 """GGUF models, presented under the names and in the row order of transformers.
 
-Names follow the architecture (``gguf_names``); tensors whose name is not known keep theirs. Stacked experts appear one
+Names follow the architecture (``gguf_names``); tensors with unknown names keep them. Stacked experts appear one
 by one where transformers stores them so. Of Llama's family the rows of q and k are put back: those of each head are
 read together. Gemma's converter adds 1 to every norm, which is taken off again. A model in several files
 (``…-00001-of-00003.gguf``) has its settings in the first.
@@ -102,13 +102,13 @@ class GgufModel:
         return self._range(name, start, stop, self._file.read_steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         return self._range(name, start, stop, self._file.read_scales)
 
     def _range(
         self, name: str, start: int, stop: int, read: Callable[[str, int, int], torch.Tensor | None]
     ) -> torch.Tensor | None:
-        """Return a range of what a function of the file says of the entries of a tensor, in the presented order."""
+        """Return a range of a function of the file, evaluated at the entries of a tensor in the presented order."""
         view = self._views[name]
         if not view.heads or start >= stop:
             return read(view.stored, view.offset + start, view.offset + stop)
@@ -170,7 +170,7 @@ def open_model(path: Path) -> list[GgufModel]:
     """Open a GGUF model: one file, or all of a model in parts.
 
     Raises:
-        InputError: A part is missing, or a tensor lies in two of them.
+        InputError: A part is missing, or two parts have the same tensor.
     """
     found = PART.fullmatch(path.name)
     if found is None:
@@ -201,7 +201,7 @@ def notes_of(models: list[GgufModel]) -> tuple[str, ...]:
 
 
 def config_of(models: list[GgufModel]) -> dict[str, Any]:
-    """Return what a ``config.json`` would say of the model: heads, type, and whether the embeddings are tied."""
+    """Return the ``config.json`` that corresponds to the model: heads, type, and whether the embeddings are tied."""
     fields = models[0].fields
     architecture = str(fields.get("general.architecture"))
     names = ARCHITECTURES.get(architecture)

@@ -1,7 +1,7 @@
-"""Names and row orders of GGUF tensors, by architecture, and those of transformers that they stand for.
+"""Names and row orders of GGUF tensors, by architecture, and the corresponding ones of transformers.
 
-llama.cpp's converter renames every tensor and, for models of Llama's family, reorders the rows of q and k: the rows of
-a head are two halves in transformers and pairs in llama.cpp, because their rotary embeddings turn halves and pairs.
+llama.cpp's converter renames every tensor and, for models of Llama's family, reorders the rows of q and k: transformers
+stores the rows of a head as two halves, llama.cpp as pairs, because their rotary embeddings rotate halves and pairs.
 
 Reference: ``gguf.tensor_mapping`` (gguf 0.19.0); ggml-org/llama.cpp ``conversion/llama.py`` (``LlamaModel.permute``)
 and the classes that inherit it.
@@ -109,7 +109,7 @@ class Names:
         return next((f"{ours}.{leaf}" for ours, theirs in WHOLE.items() if theirs == stem), None)
 
     def heads_key(self, name: str) -> str:
-        """Return which setting of ``config.json`` counts the heads whose rows are reordered; empty if none are.
+        """Return the setting of ``config.json`` with the number of heads whose rows are reordered; empty if none are.
 
         Args:
             name: GGUF's name of a tensor.

@@ -4,8 +4,8 @@
 
 GPTQ packs q along the inputs j, ``qweight (in · bits / 32, out)``, the lowest bits first; ``g_idx[j]`` is the group g
 of an input (act-order), without it ``⌊j / group⌋``. ``qzeros`` are packed along the outputs. Files of format ``gptq``
-store z − 1, modulo 2^bits; those of ``gptq_v2`` store z. Of a stored 2^bits − 1, which stands for z = 0 here, the
-kernels of auto-gptq and gptqmodel make different numbers, so a note says where it occurs.
+store z − 1, modulo 2^bits; those of ``gptq_v2`` store z. A stored 2^bits − 1 is read as z = 0; the kernels of auto-gptq
+and gptqmodel decode it differently, so a note names the tensors with it.
 
 AWQ (``gemm``) has 4 bits, packs q along the outputs, ``qweight (in, out / 8)``, in the order 0, 2, 4, 6, 1, 3, 5, 7,
 and stores z.
@@ -50,7 +50,7 @@ class Layout:
         groups: Scales per output.
         group: Inputs that share a scale, where ``ordered`` is False.
         ordered: Whether ``g_idx`` gives the group of every input.
-        added: What is added to stored zero points, modulo 2^bits.
+        added: Offset of stored zero points, modulo 2^bits.
         awq: Whether it is AWQ.
     """
 
@@ -175,7 +175,7 @@ def _group_size(
 
 
 def _added(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
-    """Return what has to be added to stored zero points."""
+    """Return the offset to add to stored zero points."""
     if awq:
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm":

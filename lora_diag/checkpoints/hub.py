@@ -1,7 +1,7 @@
 """Hugging Face Hub ids: ``org/name``, ``org/name/subfolder``, either with ``@revision``.
 
 The local cache is searched first, and a model that is complete in it is read without a request. Otherwise the
-configuration, the index and the shards of one set of weights are downloaded, and nothing else. ``huggingface_hub`` does
+configuration, the index and the shards of one set of weights are downloaded. ``huggingface_hub`` does
 the work: its settings determine cache, token, endpoint and offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``,
 ``HF_HUB_OFFLINE``), and it shows progress on standard error.
 """
@@ -19,7 +19,7 @@ from lora_diag.errors import InputError
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 # The Hub's own limit.
 MAX_REPO_CHARACTERS = 96
-# Names with these extensions are meant as files.
+# Names with these extensions are files.
 FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl)")
 HUB_ID = re.compile(rf"({PART}/{PART})((?:/{PART})*)(?:@({PART}(?:/{PART})*))?", re.ASCII)
 

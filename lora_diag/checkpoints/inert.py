@@ -24,7 +24,7 @@ def _ordered(pairs: Any = ()) -> dict[Any, Any]:
     return {_key(key): value for key, value in pairs}
 
 
-# The classes that are read as what they are: module and name -> how they are built from their arguments.
+# The classes that are read as Python values: module and name -> how they are built from their arguments.
 PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _ordered,
     ("torch", "Size"): tuple,
@@ -41,9 +41,9 @@ class Record:
     Args:
         module: Module of the class or function.
         name: Its name.
-        args: What it was called with; None if it was only named.
-        state: What the object was given as its state.
-        items: What was appended to it, or stored in it.
+        args: Its arguments; None if it was only named.
+        state: State of the object.
+        items: Items appended to it or stored in it.
     """
 
     module: str
@@ -63,7 +63,7 @@ class Record:
 
 @dataclass(slots=True, eq=False)
 class Persistent:
-    """A reference to what lies outside the pickle, such as a storage of a torch file."""
+    """A reference to an object outside the pickle, such as a storage of a torch file."""
 
     id: Any
 
@@ -81,7 +81,7 @@ def load(content: bytes, path: Path, what: str) -> Any:
     Args:
         content: The pickle.
         path: The file that holds it, for messages.
-        what: What it is, for messages, such as ``the index``.
+        what: Description for messages, such as ``the index``.
 
     Returns:
         The data: None, booleans, numbers, text, bytes, tuples, lists, dictionaries, ``Record`` and ``Persistent``.
@@ -175,7 +175,7 @@ class _Machine:
         self.stack.append(Record(module, name))
 
     def call(self, target: Any, args: Any) -> None:
-        """Put what a call or a new object of a class stands for on the stack."""
+        """Push the stand-in for a call or a new object on the stack."""
         if not isinstance(target, Record) or not isinstance(args, tuple | list):
             raise ValueError(f"a {type(target).__name__} is called")
         plain = PLAIN.get((target.module, target.name)) if target.args is None else None

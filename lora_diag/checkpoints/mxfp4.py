@@ -56,7 +56,7 @@ def decode(layout: Layout, first: int, last: int, table: Any) -> torch.Tensor:
         layout: The stack.
         first: First row.
         last: One past the last row.
-        table: Returns what a code stands for, without its scale.
+        table: Returns the number of a code, without its scale.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """What packed formats have in common: codes of a few bits, 4-bit floats, and weights that are decoded row by row.
 
-Functions from codes to values are pure, so that a format is read, and tested, as its formula.
+Functions from codes to values are pure, so that a format can be tested against its formula.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def fp4_steps(codes: torch.Tensor) -> torch.Tensor:
 def mxfp4_steps(codes: torch.Tensor) -> torch.Tensor:
     """Return steps whose half bounds the error of 4-bit floats under a power of two, float32.
 
-    The power of two is ``2^(⌊log2 max⌋ − 2)``, so the largest value lies in [4, 8) and is stored as 6 at most: an error
+    The power of two is ``2^(⌊log2 max⌋ − 2)``, so the largest value is in [4, 8) and is stored as 6 at most: an error
     of up to 2 there, where it saturates.
     """
     import torch

@@ -29,7 +29,7 @@ class PatchedFile:
     """A patch over a checkpoint, presented as one file of whole tensors.
 
     Args:
-        base: What it changes.
+        base: The changed checkpoint.
         patch: The patch as stored.
         path: The file or folder that holds all patches.
 
@@ -76,20 +76,22 @@ class PatchedFile:
         return self._base.read_steps(name, start, stop)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         return self._base.read_scales(name, start, stop)
 
     def _places(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the changed positions of a tensor, and which of them lie in a range.
+        """Return the changed positions of a tensor, and which of them are in a range.
 
         Raises:
-            InputError: A position lies outside the tensor, or occurs twice.
+            InputError: A position is outside the tensor, or occurs twice.
         """
         at = self._patch.read(f"{name}{INDICES}").long()
         numel = self.tensors[name].numel
         if len(at) and not 0 <= int(at.min()) <= int(at.max()) < numel:
-            wrong = int(at.min()) if int(at.min()) < 0 else int(at.max())
-            raise InputError(f"{self._file}: {name}{INDICES} names entry {wrong} of {numel:,}; write the patch again")
+            position = int(at.min()) if int(at.min()) < 0 else int(at.max())
+            raise InputError(
+                f"{self._file}: {name}{INDICES} names entry {position} of {numel:,}; write the patch again"
+            )
         ordered = at.sort().values
         if (same := (ordered[1:] == ordered[:-1]).nonzero()).numel():
             twice = int(ordered[int(same[0])])
@@ -127,7 +129,7 @@ class PatchedFile:
 
 
 def is_patch(checkpoint: Checkpoint) -> bool:
-    """Say whether an opened file is a sparse patch: by its metadata, or by pairs of indices and values alone."""
+    """Return whether an opened file is a sparse patch: by its metadata, or by pairs of indices and values alone."""
     names = list(checkpoint)
     if any(file.metadata.get("sparse", "").lower() == "true" for file in checkpoint.files):
         return True

@@ -95,7 +95,7 @@ class Dequantized:
         return weight.read_steps(start, stop) if weight else None
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         weight = self._weights.get(name)
         return weight.read_scales(start, stop) if isinstance(weight, scaled.ScaledWeight) else None
 

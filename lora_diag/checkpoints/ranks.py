@@ -39,20 +39,20 @@ MAX_RANKS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one rank holds of a tensor.
+    """The part of a tensor in the file of one rank.
 
     Args:
-        tensor: Where its entries lie.
+        tensor: Location of its entries.
         shape: Shape of the whole tensor; None if the rank does not say.
-        cuts: Of each dimension of the mesh, the dimension of the tensor that it cuts; None where it repeats. None
+        sharded_dims: For each dimension of the mesh, the tensor dimension that it splits; None where it repeats. None
             altogether for a plain tensor.
         coordinates: The rank's place in the mesh.
-        offsets: Where the part begins in the whole, if the rank says so (``ShardedTensor``).
+        offsets: Offset of the part in the tensor, if the file has it (``ShardedTensor``).
     """
 
     tensor: StoredTensor
     shape: tuple[int, ...] | None = None
-    cuts: tuple[int | None, ...] | None = None
+    sharded_dims: tuple[int | None, ...] | None = None
     coordinates: tuple[int, ...] = ()
     offsets: tuple[int, ...] | None = None
 
@@ -80,7 +80,7 @@ class RanksFolder:
                 parts.setdefault(name, []).extend(found)
         if not parts:
             raise InputError(f"{folder}: the files {PATTERN} hold no tensors; save the model again")
-        distributed = any(part.cuts is not None or part.offsets is not None for part in _all(parts))
+        distributed = any(part.sharded_dims is not None or part.offsets is not None for part in _all(parts))
         self._boxes = {name: _whole(folder, name, found, len(files), distributed) for name, found in parts.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, boxes.shape, parts[name][0].tensor.dtype) for name, boxes in self._boxes.items()
@@ -127,7 +127,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
-    """Return what the file of a rank holds."""
+    """Return the contents of the file of a rank."""
     file = FileBytes(path)
     archive = Archive(file, (0, path.stat().st_size), path.name)
     state = archive.value
@@ -146,7 +146,7 @@ def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
 
 
 def _values(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
-    """Return the parts that a value of a state dict stands for; none if it is no tensor."""
+    """Return the parts of a value of a state dict; none if it is no tensor."""
     value = unwrapped(value)
     local, spec = _dtensor(value)
     if local is not None and isinstance(spec, Record):
@@ -192,12 +192,12 @@ def _distributed(archive: Archive, name: str, tensor: StoredTensor, spec: Record
         shape = meta.get("shape")
     if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise InputError(f"{path}: {name} does not give the shape of the whole tensor; save the model again")
-    cuts = tuple(_cut(path, name, placement, len(shape)) for placement in spec.get("placements") or ())
-    coordinates = _coordinates(archive, spec.get("mesh"), name, rank, len(cuts))
-    return _Part(tensor, shape, cuts, coordinates)
+    sharded_dims = tuple(_sharded_dim(path, name, placement, len(shape)) for placement in spec.get("placements") or ())
+    coordinates = _coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
+    return _Part(tensor, shape, sharded_dims, coordinates)
 
 
-def _cut(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
+def _sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
     kind = placement.name if isinstance(placement, Record) else ""
     if kind == "Replicate":
         return None
@@ -260,7 +260,7 @@ def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
 def _whole(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
     """Put the parts of a tensor together."""
     first = parts[0]
-    if len({(part.tensor.dtype, part.shape, part.cuts is None) for part in parts}) > 1:
+    if len({(part.tensor.dtype, part.shape, part.sharded_dims is None) for part in parts}) > 1:
         raise InputError(f"{folder}: the ranks disagree about {name}; the folder holds files of two checkpoints")
     if first.offsets is not None:
         shape = first.shape or ()
@@ -268,8 +268,8 @@ def _whole(folder: Path, name: str, parts: list[_Part], world: int, distributed:
         return Boxes(name, shape, boxes, folder)
     if len(parts) != world:
         raise InputError(f"{folder}: {len(parts)} of {world} ranks hold {name}; copy the files of all ranks")
-    if first.cuts is not None:
-        return _placed(folder, name, parts)
+    if first.sharded_dims is not None:
+        return _assembled(folder, name, parts)
     shapes = {part.tensor.shape for part in parts}
     if distributed or world == 1 or first.tensor.shape == ():
         if len(shapes) > 1:
@@ -292,26 +292,31 @@ def _box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: 
     return Box(offsets, sizes, part.tensor)
 
 
-def _placed(folder: Path, name: str, parts: list[_Part]) -> Boxes:
+def _assembled(folder: Path, name: str, parts: list[_Part]) -> Boxes:
     """Put the parts of a DTensor together: those of one place of every repeated dimension of the mesh."""
-    shape, cuts = parts[0].shape or (), parts[0].cuts or ()
+    shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     at = {part.coordinates: part for part in parts}
-    if any(part.cuts != cuts for part in parts) or len(at) != len(parts):
+    if any(part.sharded_dims != sharded_dims for part in parts) or len(at) != len(parts):
         raise InputError(f"{folder}: the ranks disagree about how {name} is cut; the folder holds two checkpoints")
-    counts = [max(place[d] for place in at) + 1 for d in range(len(cuts))]
+    counts = [max(place[d] for place in at) + 1 for d in range(len(sharded_dims))]
     if math.prod(counts) != len(at):
         raise InputError(f"{folder}: the device mesh of {name} has {counts} places for {len(at)} ranks; copy all files")
-    places = product(*(range(count) if cut is not None else (0,) for count, cut in zip(counts, cuts, strict=True)))
+    places = product(
+        *(
+            range(count) if sharded_dim is not None else (0,)
+            for count, sharded_dim in zip(counts, sharded_dims, strict=True)
+        )
+    )
     boxes = []
     for place in places:
         offsets = [0] * len(shape)
         sizes = list(shape)
-        for position, count, cut in zip(place, counts, cuts, strict=True):
-            if cut is not None:
-                chunk = -(-sizes[cut] // count)
-                begin = min(sizes[cut], position * chunk)
-                offsets[cut] += begin
-                sizes[cut] = min(chunk, sizes[cut] - begin)
+        for position, count, sharded_dim in zip(place, counts, sharded_dims, strict=True):
+            if sharded_dim is not None:
+                chunk = -(-sizes[sharded_dim] // count)
+                begin = min(sizes[sharded_dim], position * chunk)
+                offsets[sharded_dim] += begin
+                sizes[sharded_dim] = min(chunk, sizes[sharded_dim] - begin)
         part = at[place]
         if part.tensor.shape != tuple(sizes):
             raise InputError(

@@ -62,7 +62,7 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
 
 
 def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
-    """Refuse a checkpoint of which the configuration says that it is packed, and no tensor is.
+    """Refuse a checkpoint that is packed according to its configuration but has no packed tensor.
 
     Args:
         source: The checkpoint as stored.

@@ -82,7 +82,7 @@ class SafetensorsFile:
             self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Let a copy open the file itself, and close it when the copy is gone."""
+        """Make a copy open the file separately, and close it when the copy is deleted."""
         return {**self.__dict__, "_content": copy.copy(self._content)}
 
     @staticmethod

@@ -94,7 +94,7 @@ class ScaledWeight:
         return self._scaled(steps, start, stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor:
-        """Return by what the codes at the entries ``start:stop`` are multiplied, float32."""
+        """Return the scales that multiply the codes of the entries ``start:stop``, float32."""
         import torch
 
         return self._scaled(torch.ones(stop - start), start, stop)
@@ -126,7 +126,7 @@ class ScaledWeight:
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two that 8-bit exponents stand for, ``2^(e − 127)``, float32; 255 is not a number."""
+    """Return the powers of two of 8-bit exponents, ``2^(e − 127)``, float32; 255 is not a number."""
     import torch
 
     values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
@@ -219,7 +219,7 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
 def _block(size: int, count: int) -> int:
     """Infer the block size if ``count`` blocks, the last perhaps cropped, cover ``size``; 0 if no size is plausible.
 
-    The possible sizes lie in [size / count, size / (count − 1)), which contains at most one power of two. Formats use
+    The possible sizes are in [size / count, size / (count − 1)), which contains at most one power of two. Formats use
     powers of two, mostly 128; without one, only an exact quotient is accepted.
     """
     if count == 1:

@@ -31,7 +31,7 @@ class Facts:
     Args:
         size: Size in bytes.
         version: Identifier that changes with the content: an ETag, a generation, or else a date; empty if unknown.
-        head: The first bytes, as far as they came with the answer.
+        head: The first bytes, if they were part of the response.
         ranged: Whether ranges can be requested; otherwise ``head`` is the whole file.
     """
 

@@ -29,7 +29,7 @@ class BucketStore(Store):
         self._listed: dict[str, dict[str, Any]] = {}
 
     def is_folder(self, address: str) -> bool:
-        """Return whether any file lies under an address."""
+        """Return whether there is any file under an address."""
         return bool(self._entries(address))
 
     def children(self, address: str) -> Iterable[str]:
@@ -37,7 +37,10 @@ class BucketStore(Store):
         return list(self._entries(address))
 
     def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
-        """Fill a buffer by one request and check the file's version: S3 checks it itself, others are queried after."""
+        """Fill a buffer by one request, and check the version of the file.
+
+        S3 checks it on the server; other stores are queried afterwards.
+        """
         stop = start + len(buffer)
         if self._scheme == "s3":
             content = self._call(address, self._read_s3, address, start, stop, facts)

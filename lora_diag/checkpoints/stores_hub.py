@@ -50,7 +50,7 @@ class HubStore(HttpStore):
         return self._headers
 
     def version(self, headers: Any) -> str:
-        """Return the commit: its files never change, whatever host sends them."""
+        """Return the commit: its files never change, whichever host sends them."""
         return self._commit
 
     join = Store.join  # ``url`` quotes the names

@@ -21,7 +21,7 @@ FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 # What ``decoding`` reads without torch.
 DECODED = FLOAT_DTYPES | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 
-# The bytes of 0.0 and -0.0, whatever the dtype; so many are looked at first.
+# The bytes of 0.0 and -0.0 in every dtype, and the number of bytes that are checked first.
 ZERO, FIRST_BYTES = b"\0\x80", 4096
 
 
@@ -74,7 +74,7 @@ class SteppedFile(Protocol):
         ...
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         ...
 
 
@@ -116,31 +116,31 @@ class Checkpoint:
     files: tuple[TensorFile, ...]
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    _home: dict[str, TensorFile] = field(init=False, repr=False, compare=False)
+    _file_by_name: dict[str, TensorFile] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Index the tensors by name."""
-        object.__setattr__(self, "_home", {name: file for file in self.files for name in file.tensors})
+        object.__setattr__(self, "_file_by_name", {name: file for file in self.files for name in file.tensors})
 
     def __contains__(self, name: str) -> bool:
-        return name in self._home
+        return name in self._file_by_name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
+        return iter(self._file_by_name)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._file_by_name)
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._home[name].tensors[name]
+        return self._file_by_name[name].tensors[name]
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
-        return self._home[name].path
+        return self._file_by_name[name].path
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor, such as the settings of a quantizer."""
-        return self._home[name].read_bytes(name)
+        return self._file_by_name[name].read_bytes(name)
 
     def are_zero(self, names: Iterable[str]) -> Iterator[bool]:
         """Yield whether all entries of tensors are zero; remote files are requested concurrently."""
@@ -152,14 +152,14 @@ class Checkpoint:
         yield from map(self._is_zero, names)
 
     def _is_zero(self, name: str) -> bool:
-        file = self._home[name]
+        file = self._file_by_name[name]
         if is_array_file(file) and file.read_bytes(name, FIRST_BYTES).strip(ZERO):
             return False
         return not file.read_bytes(name).strip(ZERO)
 
     def decodes(self, name: str) -> bool:
         """Return whether ``read_array`` can read a tensor: its file and format need no torch."""
-        file = self._home[name]
+        file = self._file_by_name[name]
         return is_array_file(file) and file.decodes(name)
 
     def read_array(self, name: str) -> Numbers:
@@ -168,7 +168,7 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._home[name]
+        file = self._file_by_name[name]
         assert is_array_file(file)
         return file.read_array(name)
 
@@ -186,7 +186,7 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        return self._home[name].read(name, start, self[name].numel if stop is None else stop)
+        return self._file_by_name[name].read(name, start, self[name].numel if stop is None else stop)
 
     def read_each(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Yield ranges of a tensor's entries in order; for a remote file, the next ranges are fetched in advance.
@@ -198,7 +198,7 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._home[name]
+        file = self._file_by_name[name]
         if isinstance(file.path, RemotePath):
             from lora_diag.checkpoints.ranges import READ_AHEAD, map_concurrently
 
@@ -223,13 +223,13 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._home[name]
+        file = self._file_by_name[name]
         if not isinstance(file, SteppedFile):
             return None
         return file.read_steps(name, start, self[name].numel if stop is None else stop)
 
     def read_scales(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
-        """Read by what the codes of a range of a tensor's entries are multiplied: W = code · scale.
+        """Read the scales that multiply the codes of a range of a tensor's entries: W = code · scale.
 
         Args:
             name: A name in this checkpoint.
@@ -242,7 +242,7 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._home[name]
+        file = self._file_by_name[name]
         if not isinstance(file, SteppedFile):
             return None
         return file.read_scales(name, start, self[name].numel if stop is None else stop)

@@ -3,10 +3,10 @@
 Stages 1 and 2: of each parameter group, the parts ``single_partition_of_fp32_groups`` of all ranks make one vector, in
 which the group's parameters (``param_shapes`` of ``mp_rank_00_model_states.pt``) follow each other. Stage 3: every rank
 holds ⌈n / ranks⌉ entries of each parameter, one parameter after the other, in ``fp32_flat_groups``. Frozen parameters
-and buffers are in the model files. A folder without optimizer files has the 16-bit weights of stages 1 and 2 alone.
+and buffers are in the model files. A folder without optimizer files has only the 16-bit weights of stages 1 and 2.
 
-The files are read as data (``archives``). Parameters that are aligned one by one, model parallelism and experts that
-are partitioned apart are left to DeepSpeed's own script.
+The files are read as data (``archives``). Individually aligned parameters, model parallelism and separately partitioned
+experts are not supported: use DeepSpeed's script.
 
 Reference: ``deepspeed/utils/zero_to_fp32.py``.
 """
@@ -40,7 +40,7 @@ MAX_TAG_BYTES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A tensor as ranges of other tensors, one after the other.
+    """A tensor as a concatenation of ranges of other tensors.
 
     Args:
         parts: Tensor, first entry in it, and number of entries.
@@ -133,10 +133,8 @@ class ZeroFolder:
         stage, ranks = states[0][1], len(files)
         counts = {(each, world) for _, each, world, _, _ in states}
         if counts != {(stage, ranks)}:
-            worlds = max(world for _, world in counts)
-            raise InputError(
-                f"{self.path}: there are optimizer files of {ranks} ranks of {worlds}; copy all of one run"
-            )
+            sizes = max(world for _, world in counts)
+            raise InputError(f"{self.path}: there are optimizer files of {ranks} ranks of {sizes}; copy all of one run")
         archive = _archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
         state = archive.value if isinstance(archive.value, dict) else {}
         groups = state.get("param_shapes")
@@ -168,12 +166,12 @@ class ZeroFolder:
             at, align = 0, 2 * len(flats)
             for name, shape in group.items():
                 count = math.prod(self._shape(name, shape))
-                yield str(name), (self._shape(name, shape), self._cut(vector, at, count, name))
+                yield str(name), (self._shape(name, shape), self._slice(vector, at, count, name))
                 at += count
-            held = sum(part.numel for part in vector)
-            if -(-at // align) != -(-held // align):
+            stored = sum(part.numel for part in vector)
+            if -(-at // align) != -(-stored // align):
                 raise InputError(
-                    f"{self.path}: group {number} has {at:,} entries, but {held:,} are stored; {self._suggest_fix()}"
+                    f"{self.path}: group {number} has {at:,} entries, but {stored:,} are stored; {self._suggest_fix()}"
                 )
 
     def _partitioned(
@@ -182,16 +180,16 @@ class ZeroFolder:
         """Stage 3: every rank holds an equal part of each parameter, the last with padding."""
         at = 0
         for group in groups:
-            for name, given in group.items():
-                shape = self._shape(name, given)
+            for name, values in group.items():
+                shape = self._shape(name, values)
                 count = -(-math.prod(shape) // len(flats))
-                parts = [part for flat in flats for part in self._cut(flat, at, count, name).parts]
+                parts = [part for flat in flats for part in self._slice(flat, at, count, name).parts]
                 yield str(name), (shape, _shortened(parts, math.prod(shape)))
                 at += count
-        held = sum(part.numel for part in flats[0])
-        if at != held:
+        stored = sum(part.numel for part in flats[0])
+        if at != stored:
             raise InputError(
-                f"{self.path}: a rank has {at:,} parameters, but {held:,} are stored; {self._suggest_fix()}"
+                f"{self.path}: a rank has {at:,} parameters, but {stored:,} are stored; {self._suggest_fix()}"
             )
 
     def _others(
@@ -201,8 +199,8 @@ class ZeroFolder:
         found: dict[str, tuple[tuple[int, ...], Flat]] = {}
         buffers, module = state.get("buffer_names"), state.get("module")
         for name in buffers if isinstance(buffers, list) else ():
-            held = module.get(name) if isinstance(module, dict) and isinstance(name, str) else None
-            tensor = archive.tensor(held, str(name))
+            stored = module.get(name) if isinstance(module, dict) and isinstance(name, str) else None
+            tensor = archive.tensor(stored, str(name))
             if tensor is not None:
                 found[name] = tensor.shape, Flat(((tensor, 0, tensor.numel),))
         frozen = state.get("frozen_param_shapes")
@@ -211,8 +209,8 @@ class ZeroFolder:
         archives = [archive]
         if stage == 3:
             archives += [_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
-        for name, given in frozen.items():
-            shape = self._shape(name, given)
+        for name, values in frozen.items():
+            shape = self._shape(name, values)
             parts = []
             for each in archives:
                 fragments = each.value.get("frozen_param_fragments") if isinstance(each.value, dict) else None
@@ -239,8 +237,8 @@ class ZeroFolder:
         key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
         return archive, max(1, stage), world, state.get(key), state.get("param_alignment_paddings")
 
-    def _cut(self, vector: Sequence[StoredTensor], at: int, count: int, name: Any) -> Flat:
-        """Return a range of the tensors of a vector, one after the other."""
+    def _slice(self, vector: Sequence[StoredTensor], at: int, count: int, name: Any) -> Flat:
+        """Return a range of the concatenated tensors of a vector."""
         parts, begin = [], 0
         for tensor in vector:
             low, high = max(at, begin), min(at + count, begin + tensor.numel)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import typer
 
-from lora_diag.cli.output import as_lines, message, progress_bar, result, terminal
+from lora_diag.cli.output import message, progress_bar, record_printer, result, terminal
 from lora_diag.errors import UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, declared
 
@@ -138,7 +138,7 @@ class Shown:
             notes: Whether the run estimates its cost before it starts.
         """
         with progress_bar(self.quiet) as on_progress:
-            found: dict[str, Any] = {"on_progress": on_progress, "on_record": as_lines(self.json)}
+            found: dict[str, Any] = {"on_progress": on_progress, "on_record": record_printer(self.json)}
             yield {**found, **({"on_note": None if self.quiet else message} if notes else {})}
 
     def show(self, results: Results[Any], then: str | None = None, per: str = "") -> None:

@@ -119,7 +119,7 @@ def check_outputs(
         taken.add(os.path.realpath(path))
 
 
-def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
+def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
     """Return a callback that prints each record as it is measured; None without ``--json``."""
     from lora_diag.records import to_line
 

@@ -178,13 +178,13 @@ def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence
     """Return the sequence of ``text``, or of ``prompt`` and ``completion``."""
     tokens = model.tokens
     if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
-        asked = [*tokens.first, *tokens.ids(item["prompt"])]
-        said = tokens.ids(item["completion"])
+        prompt = [*tokens.first, *tokens.ids(item["prompt"])]
+        completion = tokens.ids(item["completion"])
     elif isinstance(item.get("text"), str):
-        asked, said = list(tokens.first), tokens.ids(item["text"])
+        prompt, completion = list(tokens.first), tokens.ids(item["text"])
     else:
         raise InputError(f"{where} has neither text nor prompt and completion")
-    ids, labels = [*asked, *said], [*([IGNORED] * len(asked)), *said]
+    ids, labels = [*prompt, *completion], [*([IGNORED] * len(prompt)), *completion]
     room = model.length - len(tokens.last)
     behind = [IGNORED] * len(tokens.last)
     return Sequence((*ids[:room], *tokens.last), (*labels[:room], *behind)), len(ids) > room

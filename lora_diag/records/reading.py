@@ -152,8 +152,8 @@ def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | N
         raise InputError(f"{where} begins a second run; split the file there, one run per file")
     if isinstance(last, End):
         raise InputError(f"{where} comes after the end record of the run")
-    if isinstance(record, LayerRecord) and isinstance(first, Run) and (lacking := record.check(first.settings)):
-        raise InputError(f"{where} is not a record of this run: {record.layer} has no {lacking}")
+    if isinstance(record, LayerRecord) and isinstance(first, Run) and (missing := record.check(first.settings)):
+        raise InputError(f"{where} is not a record of this run: {record.layer} has no {missing}")
 
 
 def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:

@@ -130,8 +130,8 @@ class ResultsWriter(Generic[L]):
         then, now = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
             earlier = replace(earlier, left_out=(), end=None)
-        asked = {key for key in self._grows if key in then and now.get(key) is not None}
-        grown = {key: now[key] if then[key] is None else self._grows[key](then[key], now[key]) for key in asked}
+        requested = {key for key in self._grows if key in then and now.get(key) is not None}
+        grown = {key: now[key] if then[key] is None else self._grows[key](then[key], now[key]) for key in requested}
         self.run = self.run.model_copy(update={"settings": {**now, **grown}})
         if all(then[key] == value for key, value in grown.items()):
             return earlier
@@ -187,8 +187,8 @@ class ResultsWriter(Generic[L]):
                 sync(path.parent)
                 self._synced = time.monotonic()
         except OSError as error:
-            kept = "; it holds the results so far; continue with --resume" if self._file and self._file.tell() else ""
-            raise InputError(f"{path}: cannot be written: {error.strerror}{kept}") from error
+            hint = "; it holds the results so far; continue with --resume" if self._file and self._file.tell() else ""
+            raise InputError(f"{path}: cannot be written: {error.strerror}{hint}") from error
         if ends and path != self._final:
             self._file.close()
             self._replace()
@@ -356,12 +356,14 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
             )
     then, wanted = (each.model_dump(exclude={"made"}) for each in (earlier.run, run))
     differing = [key for key in wanted if then[key] != wanted[key]]
-    told, asked = earlier.run.settings, run.settings
-    differing += [f"settings.{key}" for key in {**asked, **told} if told.get(key, ...) != asked.get(key, ...)]
-    lacking = [f"settings.{key}" for key in asked if key not in told]
-    if lacking and set(differing) == {"settings", *lacking}:
+    stored, requested = earlier.run.settings, run.settings
+    differing += [
+        f"settings.{key}" for key in {**requested, **stored} if stored.get(key, ...) != requested.get(key, ...)
+    ]
+    missing = [f"settings.{key}" for key in requested if key not in stored]
+    if missing and set(differing) == {"settings", *missing}:
         raise UsageError(
-            f"{path}: has no {', '.join(lacking)}, so it is from an older loradiag or other options; resume with "
+            f"{path}: has no {', '.join(missing)}, so it is from an older loradiag or other options; resume with "
             "the original command, or write to another file"
         )
     if differing:

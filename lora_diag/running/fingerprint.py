@@ -103,8 +103,8 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """Return the files that hold a checkpoint's tensors; of parts of tensors, those of the folder."""
-    homes = {checkpoint.file_of(name) for name in checkpoint}
-    return sorted({file for home in homes for file in (_parts_in(home) if home.is_dir() else [home])})
+    sources = {checkpoint.file_of(name) for name in checkpoint}
+    return sorted({file for home in sources for file in (_parts_in(home) if home.is_dir() else [home])})
 
 
 def _parts_in(folder: Path) -> list[Path]:

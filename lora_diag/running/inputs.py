@@ -168,8 +168,8 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, 
         and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
         and all(is_same_part(name, p.name, alike[bare(p.name), base[p.name].shape] == 1) for p in places)
     }
-    meant = Counter(place.layer for places in usable.values() for place in places)
-    return {name: places for name, places in usable.items() if all(meant[place.layer] == 1 for place in places)}
+    claimed = Counter(place.layer for places in usable.values() for place in places)
+    return {name: places for name, places in usable.items() if all(claimed[place.layer] == 1 for place in places)}
 
 
 def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Place]]) -> bool:

@@ -61,9 +61,9 @@ class LayerRun:
         UsageError: An option is invalid, or the device does not exist.
     """
 
-    def __init__(self, command: str, given: Mapping[str, object], group: type = LayerOptions) -> None:
+    def __init__(self, command: str, options: Mapping[str, object], group: type = LayerOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = filled(group, given)
+        self.options: dict[str, Any] = filled(group, options)
         self.own = settings(group, self.options)
         self.torch = True
         self.apart = False
@@ -96,7 +96,7 @@ class LayerRun:
         tuned: Path | str | None,
         measure: Callable[..., Sequence[L | LeftOut]],
         size: Callable[..., int] = entry_bytes,
-        asked: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Results[L]:
         """Measure every matrix that both sides have: ``measure(delta, settings=LayerSettings(...))``.
 
@@ -105,7 +105,7 @@ class LayerRun:
             tuned: Fine-tuned checkpoint or adapter.
             measure: Returns the records of one layer, or why it has none.
             size: Returns the memory needed to measure a layer, in bytes.
-            asked: The command's own settings, for the run record.
+            settings: The command's own settings, for the run record.
         """
         compared = self.compare(base, tuned)
         matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
@@ -116,7 +116,7 @@ class LayerRun:
             self.settings(LayerSettings),
             lambda layout, _, __: without_rank(compared.pairing, layout, self.where.here),
             compared.inputs,
-            asked or {},
+            settings or {},
         )
 
     def settings(self, kind: Callable[..., S], **own: Any) -> S:

@@ -46,9 +46,9 @@ class ProbeRun:
 
     model: Model
 
-    def __init__(self, command: str, given: Mapping[str, object], group: type = ProbeOptions) -> None:
+    def __init__(self, command: str, options: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = filled(group, given)
+        self.options: dict[str, Any] = filled(group, options)
         self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
         self.batch: int = self.options["batch"]
         for name in ("batch", "max_sequences"):
@@ -197,6 +197,6 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     ]
 
 
-def counted(number: int, one: str, many: str) -> str:
+def pluralized(number: int, one: str, many: str) -> str:
     """Return a number with its noun."""
     return f"{number} {one if number == 1 else many}"

@@ -31,7 +31,7 @@ from lora_diag.records import RunInput, WholeRecord
 from lora_diag.running.engines import Ray, joined
 from lora_diag.running.measuring import place
 from lora_diag.running.options import declared
-from lora_diag.running.probing import ProbeRun, counted, described
+from lora_diag.running.probing import ProbeRun, described, pluralized
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.running.rates import MOST, beyond, lowest
 from lora_diag.running.training_workers import Site, Workers, bare, workers_for
@@ -183,7 +183,9 @@ class RunPlan:
         """Describe how many runs the edges of the grids may add."""
         most = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
         return (
-            f"; up to {counted(most, 'run', 'runs')} more if the best rate is at the edge of the grid" if most else ""
+            f"; up to {pluralized(most, 'run', 'runs')} more if the best rate is at the edge of the grid"
+            if most
+            else ""
         )
 
     def expect(self, runs: int) -> None:
@@ -205,7 +207,7 @@ class RunPlan:
             for trial in left:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
             return
-        look = partial(self.watch.batch, f"{counted(len(left), 'run', 'runs')} on the cluster", 0)
+        look = partial(self.watch.batch, f"{pluralized(len(left), 'run', 'runs')} on the cluster", 0)
         for trial, records in zip(left, arm.remote(left, look), strict=True):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)

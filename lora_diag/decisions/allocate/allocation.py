@@ -128,7 +128,7 @@ def allocate(
     every = _steps(parts, budget, [part.allowed for part in parts])
     steps = every if losses is None else _steps(parts, budget, [part.corners for part in parts])
     fixed = sum(budget.cost_of(part) * part.start for part in parts)
-    reserved = _reserve(saved, budget)
+    reserved = _cost_of_heads(saved, budget)
     chosen, left = _choose(parts, steps, every, budget, fixed, reserved)
     if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
@@ -136,7 +136,7 @@ def allocate(
     if budget.unit == "energy":
         found.pop()  # the allocation itself
     if method == "heuristic":
-        chosen = _follow(found[PRIOR], parts, steps, budget, chosen)
+        chosen = _allocate_by(found[PRIOR], parts, steps, budget, chosen)
     layers = _records(parts, chosen.ranks, found[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
@@ -146,7 +146,7 @@ def allocate(
     )
 
 
-def _reserve(saved: Sequence[LeftOut], budget: Budget) -> int:
+def _cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
     """Return the cost of the heads in the unit of ``Budget.cost_of``.
 
     Raises:
@@ -165,7 +165,7 @@ def _reserve(saved: Sequence[LeftOut], budget: Budget) -> int:
     return size
 
 
-def _follow(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
+def _allocate_by(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
     """Return the ranks of another rule, with the bound for all ranks.
 
     Raises:
@@ -190,12 +190,12 @@ def _refuse_nothing(parts: Sequence[Unit]) -> None:
     """
     if any(part.cap and part.energy for part in parts):
         return
-    moved = [member for part in parts for member in part.members if member.fro > 0]
-    if not moved:
+    norms = [member for part in parts for member in part.members if member.fro > 0]
+    if not norms:
         raise UsageError("ΔW is zero in every candidate layer, so there is no energy to keep")
     if not any(part.energy for part in parts):
         raise UsageError("every changed layer has weight 0, so there is no energy to keep")
-    if all(member.resolution.signal_rank == 0 for member in moved):
+    if all(member.resolution.signal_rank == 0 for member in norms):
         raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
     raise UsageError("every layer is smaller than the smallest allowed rank")
 
@@ -209,8 +209,8 @@ def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
     """Return s for the prior: the given scores, else the relative change ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
     if weights is not None:
         return math.fsum(weights[member.layer] for member in part.members) / len(part.members)
-    moved = [member.fro if member.relative is None else member.relative for member in part.members]
-    return math.fsum(moved) / len(moved)
+    norms = [member.fro if member.relative is None else member.relative for member in part.members]
+    return math.fsum(norms) / len(norms)
 
 
 def _choose(
@@ -286,12 +286,12 @@ def _certificate(
     parts: Sequence[Unit],
     steps: Steps,
     budget: Budget,
-    taken: tuple[int, int],
+    ranges: tuple[int, int],
     chosen: BudgetedRanks,
     found: Sequence[Rule],
 ) -> Certificate:
-    """Return the certificate of ranks; ``taken``: cost of starting ranks and heads, and the parameters of the heads."""
-    fixed, saved = taken
+    """Return the certificate of ranks; ``ranges``: cost of starting ranks and heads, parameters of the heads."""
+    fixed, saved = ranges
     total = math.fsum(part.energy for part in parts)
     at_start = _energy(parts, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.
@@ -303,7 +303,7 @@ def _certificate(
         for weight, member in zip(part.weights, part.members, strict=True)
     )
     price = chosen.price / total / budget.bytes_per_param
-    unpaid = 0.0 if budget.unit == "energy" else budget.amount - budget.in_unit(budget.whole)
+    unused_budget = 0.0 if budget.unit == "energy" else budget.amount - budget.in_unit(budget.whole)
     return Certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
@@ -317,7 +317,7 @@ def _certificate(
         energy_error=min(1.0, error / total),
         epsilon_min=_epsilon_min(parts, chosen.ranks),
         price=price,
-        slack=bound - kept + price * unpaid,
+        slack=bound - kept + price * unused_budget,
         baselines=tuple(_baseline(rule, parts, steps, budget, fixed, total) for rule in found),
     )
 

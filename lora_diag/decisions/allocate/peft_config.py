@@ -51,13 +51,13 @@ class Scaling:
         if not 0 < self.factor < math.inf:
             raise UsageError(f"--scaling {self.factor:g}: must be a number above 0")
 
-    def alpha(self, rank: int, usual: int) -> float:
-        """Return lora_alpha for a layer, where most layers have rank ``usual``.
+    def alpha(self, rank: int, default_rank: int) -> float:
+        """Return lora_alpha for a layer, where most layers have rank ``default_rank``.
 
         >>> Scaling(2.0).alpha(16, 8), Scaling(2.0, rslora=True).alpha(16, 4)
         (32.0, 4.0)
         """
-        return self.factor * (math.sqrt(usual) if self.rslora else rank)
+        return self.factor * (math.sqrt(default_rank) if self.rslora else rank)
 
 
 def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> dict[str, Any]:
@@ -77,17 +77,17 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
     ranks = modules | parameters
     if not ranks:
         raise InputError("every layer has rank 0, so there is no adapter to configure")
-    usual = _most_common(ranks.values())
-    others = _patterns(ranks, usual)
-    alphas = {key: scaling.alpha(rank, usual) for key, rank in others.items()}
+    default_rank = _most_common(ranks.values())
+    others = _patterns(ranks, default_rank)
+    alphas = {key: scaling.alpha(rank, default_rank) for key, rank in others.items()}
     every = _universe(results)
     heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type_of(results, heads),
         "base_model_name_or_path": None,
-        "r": usual,
-        "lora_alpha": _plain(scaling.alpha(usual, usual)),
+        "r": default_rank,
+        "lora_alpha": _plain(scaling.alpha(default_rank, default_rank)),
         "rank_pattern": others,
         "alpha_pattern": {} if scaling.rslora else {key: _plain(alpha) for key, alpha in alphas.items()},
         "target_modules": _suffixes(modules, every, _is_complete(results)),
@@ -99,7 +99,7 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "inference_mode": False,
     }
     if heads:
-        config["modules_to_save"] = _endings(heads, every)
+        config["modules_to_save"] = _shortest_suffixes(heads, every)
     if parameters:
         config["target_parameters"] = _suffixes(parameters, every, _is_complete(results))
     check(config, modules, parameters, every)
@@ -120,13 +120,13 @@ def check(
     Raises:
         InputError: A name matches nothing or a wrong layer, or two keys clash.
     """
-    for option, wanted in (("target_modules", modules), ("target_parameters", parameters)):
+    for option, names in (("target_modules", modules), ("target_parameters", parameters)):
         entries = config.get(option) or []
         found = {name: [path for path in every if _ends_in(path, name)] for name in entries}
         if unmatched := [name for name, paths in found.items() if not paths]:
             raise InputError(f"adapter_config.json: {option} {unmatched[0]!r} matches no layer")
         reached = {path for paths in found.values() for path in paths}
-        if differing := reached ^ set(wanted):
+        if differing := reached ^ set(names):
             raise InputError(f"adapter_config.json: {option} cannot tell {min(differing)} from other layers")
     targets = {**modules, **parameters}
     matches = _matches(config["rank_pattern"], targets)
@@ -151,25 +151,25 @@ def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]]
     """
     modules, parameters = _targets(results)
     wanted = modules | parameters
-    usual = _most_common(wanted.values())
-    unmet = dict(found)
+    default_rank = _most_common(wanted.values())
+    remaining = dict(found)
     for path, rank in wanted.items():
         module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
-        names = [name for name in unmet if _ends_in(name, _WRAPPERS.sub("", module))]
+        names = [name for name in remaining if _ends_in(name, _WRAPPERS.sub("", module))]
         name = next((name for name in names if name == module), names[0] if len(names) == 1 else None)
         if name is None:
             raise InputError(
                 f"--check: the model has no module {path} that PEFT could adapt; check that it is the model of the "
                 "allocation"
             )
-        got = unmet.pop(name)
-        factor = scaling.alpha(rank, usual) / (math.sqrt(rank) if scaling.rslora else rank)
+        got = remaining.pop(name)
+        factor = scaling.alpha(rank, default_rank) / (math.sqrt(rank) if scaling.rslora else rank)
         if got[0] != rank or not math.isclose(got[1], factor):
             raise InputError(
                 f"--check: PEFT gives {name} rank {got[0]}, scaling {got[1]:g} instead of {rank}, {factor:g}"
             )
-    if unmet:
-        raise InputError(f"--check: PEFT also adapts {min(unmet)}, which has no rank")
+    if remaining:
+        raise InputError(f"--check: PEFT also adapts {min(remaining)}, which has no rank")
 
 
 def module_of(layer: str) -> str:
@@ -233,7 +233,7 @@ def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> li
     return names
 
 
-def _endings(heads: set[str], every: set[str]) -> list[str]:
+def _shortest_suffixes(heads: set[str], every: set[str]) -> list[str]:
     """Return the shortest path endings, not necessarily at a dot, that match these modules and no other."""
     names = set()
     for head in heads:
@@ -247,7 +247,7 @@ def _leaf(path: str) -> str:
     return ".".join(path.split(".")[-2 if path.endswith(".weight") else -1 :])
 
 
-def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+def _patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
     """Return pattern keys for modules with another rank than the usual: one per kind if all agree, else one each."""
     patterns: dict[str, int] = {}
     kinds: dict[str, dict[str, int]] = {}
@@ -256,12 +256,12 @@ def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
     for leaf, members in kinds.items():
         agreed = set(members.values())
         reached = [path for path in ranks if _ends_in(path, leaf)]
-        if agreed == {usual}:
+        if agreed == {default_rank}:
             continue
         if len(agreed) == 1 and len(reached) == len(members) > 1:
             patterns[_key(leaf)] = agreed.pop()
         else:
-            patterns |= {_key(_short(path, set(ranks))): rank for path, rank in members.items() if rank != usual}
+            patterns |= {_key(_short(path, set(ranks))): rank for path, rank in members.items() if rank != default_rank}
     return patterns
 
 

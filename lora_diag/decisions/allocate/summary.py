@@ -73,7 +73,7 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
         lines.append(say("against", "Baselines", *(_against(each, allocated) for each in certificate.baselines)))
-        lines += [] if heuristic else [say("more", "Marginal gain", _price(certificate))]
+        lines += [] if heuristic else [say("more", "Marginal gain", _marginal_gain(certificate))]
     if (limits := _limits(results)) and not results.run.settings.get("portable"):
         lines.append(say("limits", "Limits", *limits))
     return [
@@ -108,9 +108,9 @@ def _allocated(results: Results[Allocation]) -> list[str]:
         how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
     lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
     if none := [record for record in results if not record.rank]:
-        still = sum(record.fro == 0 for record in none)
+        unchanged = sum(record.fro == 0 for record in none)
         noise = sum(record.cap == 0 and record.fro > 0 for record in none)
-        why = [f"{still} did not change" if still else "", f"{noise} are only rounding noise" if noise else ""]
+        why = [f"{unchanged} did not change" if unchanged else "", f"{noise} are only rounding noise" if noise else ""]
         lines.append(
             f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
         )
@@ -149,10 +149,10 @@ def _portable(results: Results[Allocation]) -> list[str]:
 def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
     """Name the heads that are trained in full, with their cost."""
     names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
-    paid = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
+    payment = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
     task = task_type_of(results, names)
     return [
-        f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {paid}",
+        f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {payment}",
         f"task_type {task}, from the config of the fine-tune"
         if task
         else "task_type: not in the config of the fine-tune; set it in the PEFT config",
@@ -224,7 +224,7 @@ def _against(baseline: Baseline, allocated: str) -> str:
     return text
 
 
-def _price(certificate: Certificate) -> str:
+def _marginal_gain(certificate: Certificate) -> str:
     """Bound the gain of a further part of the budget: one rank, or a power of ten small against the cost."""
     if certificate.unit == "total_rank":
         return f"one more rank keeps at most another {_points_up(certificate.more_at_most(1))}"

@@ -142,7 +142,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     files, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
         change, hidden = _before_rounding(change, layer.delta, settings, device)
-    best, seen = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
+    best, spectrum = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
     if not math.isfinite(best.fro):
         return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
@@ -150,10 +150,10 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         return _without_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
     plain = found = best
     if change is not files:
-        seen = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
+        spectrum = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     if weighted is not None:
         found = _projected(change, best, rank, weighted)
-        plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
+        plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
     curve = _curve(plain, rank)
     b, a = store(
         *(
@@ -162,8 +162,8 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         )
     )
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-        way_out = "exclude it with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
-        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {way_out}")
+        fix = "exclude it with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
+        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {fix}")
     if layer.transposed:
         b, a = a.T, b.T
     return Extraction(
@@ -182,7 +182,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         dtype=settings.dtype,
         method=best.method,
         blocks=change.row_blocks,
-        resolution=resolution(files.rounding, seen),
+        resolution=resolution(files.rounding, spectrum),
         hidden=hidden,
         data=None if weighted is None else _on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
     )

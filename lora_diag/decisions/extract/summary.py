@@ -116,7 +116,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
             "",
             *(["**Part of it is an estimate.** " + _estimated(results)[0].lead + ".", ""] if made else []),
-            *([*_data_price(results), ""] if any(record.data for record in results) else []),
+            *([*_errors_on_data(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
             *([f"Learning rate for further training: {_code(rate)}.", ""] if rate is not None else []),
@@ -155,8 +155,8 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     lines = [compared(results)]
     if len(results):
         lines.append(say("wrote", "Written", *_written_lines(results, folder)))
-        lines += [say("price", "Error", *_price(results)), _resolved(results), *_estimated(results)]
-    if where := _where(results):
+        lines += [say("price", "Error", *_errors(results)), _resolved(results), *_estimated(results)]
+    if where := _energy_split(results):
         lines.append(say("where", "Distribution", where))
     missing = _missing(results) or ["nothing: every changed tensor is in the adapter"]
     return [*lines, say("not_in_it", "Not included", *missing), *ending(results)]
@@ -192,13 +192,13 @@ def _in_full(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _price(results: Results[Extraction]) -> list[str]:
+def _errors(results: Results[Extraction]) -> list[str]:
     """State the error of truncation, and that of the dtype."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
     truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
     lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
     if any(record.data for record in results):
-        lines += _data_price(results)
+        lines += _errors_on_data(results)
     else:
         lines.append(f"within {_up(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)")
         if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
@@ -211,7 +211,7 @@ def _price(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _data_price(results: Results[Extraction]) -> list[str]:
+def _errors_on_data(results: Results[Extraction]) -> list[str]:
     """State the error in the metric for which the factors are optimal, and layers without it."""
     weighted = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
@@ -281,7 +281,7 @@ def _estimated(results: Results[Extraction]) -> list[Statement]:
     ]
 
 
-def _where(results: Results[Extraction]) -> str:
+def _energy_split(results: Results[Extraction]) -> str:
     """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the rest."""
     parts = {
         "in the adapter": [math.sqrt(max(0.0, 1 - record.epsilon**2)) * record.fro for record in results],
@@ -308,14 +308,14 @@ def _missing(results: Results[Extraction], tip: str = "; --unfactored save store
             groups.setdefault((item.reason, why), []).append(item)
     lines = []
     for (reason, why), items in groups.items():
-        moved = math.hypot(*(item.fro or 0.0 for item in items))
-        share = f", {percent((moved / total) ** 2)} of ‖Δ‖²" if moved else ""
+        norm = math.hypot(*(item.fro or 0.0 for item in items))
+        share = f", {percent((norm / total) ** 2)} of ‖Δ‖²" if norm else ""
         if why == ZERO:
             lines.append(f"{len(items)} unchanged: {_names(items)}")
             continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
-            line += (tip if listed else "") if moved else "  unchanged"
+            line += (tip if listed else "") if norm else "  unchanged"
         elif reason != "not_selected":
             line += f": {_names(items)}"
         lines.append(f"{line} ({why})" if why else line)

@@ -38,9 +38,9 @@ class Stored:
         stored = self.of_kind(field.kind).get((subject.layer, *subject.key))
         if stored is None:
             return None, "not in the baseline: measure the baseline anew to compare it from now on"
-        now, then = _metric(subject), _metric(stored)
-        if stored.record is not None and now != then:
-            return None, f"the baseline is in {METRIC_NAMES[then]} and this in {METRIC_NAMES[now]}: no comparison"
+        now, before = _metric(subject), _metric(stored)
+        if stored.record is not None and now != before:
+            return None, f"the baseline is in {METRIC_NAMES[before]} and this in {METRIC_NAMES[now]}: no comparison"
         value, reason = value_of(field, stored, floor)
         if not isinstance(value, float | int):
             return None, f"in the baseline: {reason}"
@@ -48,8 +48,8 @@ class Stored:
 
     def limit(self, demand: Regression, before: float) -> tuple[float, str]:
         """Return the limit of a value, given that of the baseline, and its description."""
-        room = demand.room(before)
-        limit, sign = (before + room, "<=") if demand.worse == "higher" else (before - room, ">=")
+        increase = demand.allowed_increase(before)
+        limit, sign = (before + increase, "<=") if demand.worse == "higher" else (before - increase, ">=")
         return limit, f"{demand.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
 
     def layers(self) -> list[str]:
@@ -96,7 +96,7 @@ def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field
         return False
     gains = []
     for demand, field in fields:
-        if new.layer is None or not demand.takes(new.layer):
+        if new.layer is None or not demand.selects(new.layer):
             continue
         now, before = value_of(field, new, demand.floor)[0], value_of(field, old, demand.floor)[0]
         if not isinstance(now, float | int) or not isinstance(before, float | int):

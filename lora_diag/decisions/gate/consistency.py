@@ -52,9 +52,9 @@ def _of_record(record: object) -> Iterator[str]:
 def _totals(results: Results[Any]) -> Iterator[str]:
     if results.end is None or not results.layers:
         return
-    stated, found = results.end, totals(results.layers, results.left_out)
+    expected, found = results.end, totals(results.layers, results.left_out)
     for name in ("fro", "base_fro"):
-        before, now = getattr(stated, name), getattr(found, name)
+        before, now = getattr(expected, name), getattr(found, name)
         if (before is None) != (now is None) or (before is not None and not _close(before, now)):
             yield f"end: {name} is {_shown(before)}, but {_shown(now)} by the records of the layers"
 
@@ -80,8 +80,8 @@ def _spectrum(record: Spectrum) -> Iterator[str]:
         return
     curve = list(accumulate((value / fro) ** 2 for value in s))
     tails = [*accumulate((value / fro) ** 2 for value in reversed(s))][::-1] if record.complete else []
-    room = record.energy_error + DIGITS
-    if curve[-1] > 1 + room or (record.complete and curve[-1] < 1 - room):
+    tolerance = record.energy_error + DIGITS
+    if curve[-1] > 1 + tolerance or (record.complete and curve[-1] < 1 - tolerance):
         yield f"Σσ² is {curve[-1]:.9g} of fro², a difference above energy_error = {record.energy_error:.2g}"
     if record.complete:
         curve[-1] = 1.0
@@ -138,26 +138,26 @@ def _effective_rank(s: Sequence[float]) -> float:
 
 
 def _resolution(record: Spectrum) -> Iterator[str]:
-    seen, s = record.resolution, record.s
-    above = [sum(value > seen.edge * factor for value in s) for factor in (1 + DIGITS, 1 - DIGITS)]
-    if seen.signal_rank is None:
+    found, s = record.resolution, record.s
+    above = [sum(value > found.edge * factor for value in s) for factor in (1 + DIGITS, 1 - DIGITS)]
+    if found.signal_rank is None:
         agrees = not record.complete and above[1] == len(s)
     else:
-        agrees = above[0] <= seen.signal_rank <= above[1]
+        agrees = above[0] <= found.signal_rank <= above[1]
     if not agrees:
-        yield f"resolution.signal_rank is {_shown(seen.signal_rank)}, but {above[0]} singular values exceed edge"
+        yield f"resolution.signal_rank is {_shown(found.signal_rank)}, but {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
         # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
-        least = seen.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
-        if not least * (1 - DIGITS) <= seen.edge <= 3 * seen.noise_fro * (1 + DIGITS):
-            yield f"resolution.edge is {seen.edge:.9g}, but {least:.9g} to {3 * seen.noise_fro:.9g} by noise_fro"
-    noise = (seen.noise_fro / record.fro) ** 2
+        least = found.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
+        if not least * (1 - DIGITS) <= found.edge <= 3 * found.noise_fro * (1 + DIGITS):
+            yield f"resolution.edge is {found.edge:.9g}, but {least:.9g} to {3 * found.noise_fro:.9g} by noise_fro"
+    noise = (found.noise_fro / record.fro) ** 2
     verdicts = [
-        "unresolved" if seen.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""
+        "unresolved" if found.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""
         for share in (noise * (1 - ROUNDING), noise * (1 + ROUNDING))
     ]
-    if seen.verdict not in [verdict or "floor-limited" for verdict in verdicts]:
-        yield f"resolution.verdict is {seen.verdict}, but noise_fro is {seen.noise_fro / record.fro:.3g} of fro"
+    if found.verdict not in [verdict or "floor-limited" for verdict in verdicts]:
+        yield f"resolution.verdict is {found.verdict}, but noise_fro is {found.noise_fro / record.fro:.3g} of fro"
 
 
 def _residual(record: Residual) -> Iterator[str]:

@@ -109,8 +109,8 @@ def checked(source: Source) -> Source:
     """
     results = source.results
     if results.end is not None:
-        stated, found = results.end, totals(results.layers, results.left_out)
-        for name, n, of in (("layers", found.layers, stated.layers), ("left_out", found.left_out, stated.left_out)):
+        expected, found = results.end, totals(results.layers, results.left_out)
+        for name, n, of in (("layers", found.layers, expected.layers), ("left_out", found.left_out, expected.left_out)):
             if n != of:
                 raise InputError(
                     f"{source.path}: has {n} {name}, but its last line says {of}, so it was truncated or edited; "
@@ -121,17 +121,19 @@ def checked(source: Source) -> Source:
     return source
 
 
-def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), tell: bool = False) -> list[Subject]:
+def subjects(
+    kind: str, source: Source, left_out: frozenset[str] = frozenset(), name_file: bool = False
+) -> list[Subject]:
     """Return all existing and expected subjects of one kind in a file.
 
     Args:
         kind: The kind of record.
         source: The file.
         left_out: Reasons that excuse a tensor without a record.
-        tell: Whether groups include the file, because there are several.
+        name_file: Whether groups include the file, because there are several.
     """
     results, cls = source.results, KINDS[kind]
-    prefix = [source.path] if tell else []
+    prefix = [source.path] if name_file else []
     if kind == "spectrum" and (metric := metric_of(results.layers)) != "weights":
         prefix.append(f"in {METRIC_NAMES[metric]}")
     if kind == "end":

@@ -111,7 +111,7 @@ def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
     names = set[str]().union(*(source.names() for source in sources))
     for demand in (*policy.rules, *policy.regressions):
         of_layers = any(field.kind in LAYER_KINDS for field in find(demand.field))
-        if names and of_layers and not any(map(demand.takes, names)):
+        if names and of_layers and not any(map(demand.selects, names)):
             raise policy.error(demand.line, f"{demand.name}: selects none of the {len(names)} tensors in the results")
 
 
@@ -210,12 +210,12 @@ def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence
     holding = [source for source in sources if source.holds(field.kind)]
     taken: list[Subject] = []
     for source in holding:
-        found = subjects(field.kind, source, frozenset(policy.coverage.left_out), tell=len(holding) > 1)
+        found = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
         taken += _where(policy, demand, field, found)
     if demand.where and not taken:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record is as 'where' says")
     of_layers = field.kind in LAYER_KINDS
-    return [s for s in taken if not of_layers or s.layer is None or demand.takes(s.layer)]
+    return [s for s in taken if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
 def _where(policy: Policy, demand: Criterion, field: Field, found: list[Subject]) -> list[Subject]:

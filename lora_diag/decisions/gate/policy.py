@@ -115,7 +115,7 @@ class Criterion(Table):
             raise PlacedError(f"{self.field} is a value of the whole run, so {key} does not apply", key)
         return self
 
-    def takes(self, layer: str) -> bool:
+    def selects(self, layer: str) -> bool:
         """Return whether a name is selected."""
         depth = depth_of(layer)
         return (
@@ -181,7 +181,7 @@ class Regression(Criterion):
             raise ValueError(f"{name} is not a number")
         return name
 
-    def room(self, before: float) -> float:
+    def allowed_increase(self, before: float) -> float:
         """Return by how much a value may be worse than a stored one."""
         if isinstance(self.tolerance, str):
             return float(self.tolerance.rstrip("%")) / 100 * abs(before)

@@ -42,7 +42,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         place = f"line {at[1]}" if at else f"line {content.count(chr(10)) + 1}"
         raise UsageError(f"{path}: {place}: is not valid TOML: {str(error)[: at.start() if at else None]}") from error
     except ValidationError as error:
-        where, text = _explained(error)
+        where, text = _describe_error(error)
         raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
 
     def placed(key: str, tables: list[Any]) -> list[Any]:
@@ -58,7 +58,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     )
 
 
-def _explained(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     """Return the position and description of the first error."""
     first = error.errors()[0]
     place, given, details = first["loc"], quoted(first["input"]), first.get("ctx", {})

@@ -179,11 +179,11 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
     return table
 
 
-def _layer(verdict: Verdict, tell: bool) -> str:
+def _layer(verdict: Verdict, name_file: bool) -> str:
     """Return a row's layer, and its group if that varies between rows; the end of a name is kept."""
     if verdict.layer is None:
         return place(verdict)
-    return f"{safe(verdict.group)}: {short(verdict.layer)}" if tell and verdict.group else short(verdict.layer)
+    return f"{safe(verdict.group)}: {short(verdict.layer)}" if name_file and verdict.group else short(verdict.layer)
 
 
 def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:

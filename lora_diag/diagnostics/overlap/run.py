@@ -234,9 +234,9 @@ def _without_overlap(
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.step)
     for task in tasks:
-        lost = [item for item in task.snapshots if item.step not in done.get(task.layer, {item.step})]
-        if lost:
-            unmeasured = measure(Followed(task.delta, tuple(lost)), settings)
+        incomplete = [item for item in task.snapshots if item.step not in done.get(task.layer, {item.step})]
+        if incomplete:
+            unmeasured = measure(Followed(task.delta, tuple(incomplete)), settings)
             yield from (record for record in unmeasured if isinstance(record, LeftOut))
 
 

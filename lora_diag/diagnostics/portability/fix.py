@@ -77,7 +77,7 @@ def make_portable(
         "dtype": written.dtype,
         "rounding": worst,
         "truncated": dict(written.truncated),
-        "left_out": dict(written.lost),
+        "left_out": dict(written.unsupported),
     }
     run = results.run.model_copy(update={"settings": {**results.run.settings, "fixed": fixed}})
     return replace(results, run=run)

@@ -117,8 +117,8 @@ def _rest(
     for task in tasks:
         lost = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
         if lost:
-            again = measure(replace(task, others=lost), settings)
-            yield from (record for record in again if isinstance(record, LeftOut))
+            missing = measure(replace(task, others=lost), settings)
+            yield from (record for record in missing if isinstance(record, LeftOut))
 
 
 def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:

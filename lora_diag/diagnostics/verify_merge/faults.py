@@ -117,9 +117,9 @@ def find_fault(look: Look) -> Fault:
     fault = _scaled(look) or scaled_precisely(look) or _coarse(look)
     if fault is None and found.count:
         fault = _partial(look)
-    fault = fault or _best(look)
+    fault = fault or _best_hypothesis(look)
     if fault is None and found.count:
-        fault = _few(look) or _rounded_base(look) or _by_numbers(look)
+        fault = _few_entries(look) or _rounded_base(look) or _by_norms(look)
     return fault or _drifted(look)
 
 
@@ -247,9 +247,9 @@ def _coarse(look: Look) -> Fault | None:
     visible = look.found.entries >= MANY and look.found.worst > FAR
     if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
         return None  # a few entries are far off while others are correct to the last bit
-    apart = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
+    distance = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
     dtype = str(look.rounding.dtype).removeprefix("torch.")
-    return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
+    return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
 
 
 def _partial(look: Look) -> Fault | None:
@@ -261,7 +261,7 @@ def _partial(look: Look) -> Fault | None:
     return None
 
 
-def _best(look: Look) -> Fault | None:
+def _best_hypothesis(look: Look) -> Fault | None:
     """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
     for fault, check in _hypotheses(look):
@@ -341,7 +341,7 @@ def _nearest_other(look: Look) -> str | None:
     return nearest
 
 
-def _few(look: Look) -> Fault | None:
+def _few_entries(look: Look) -> Fault | None:
     found = look.found
     if found.count >= FEW * found.entries:
         return None
@@ -360,21 +360,21 @@ def _rounded_base(look: Look) -> Fault | None:
     return None
 
 
-def _by_numbers(look: Look) -> Fault:
+def _by_norms(look: Look) -> Fault:
     """Describe the norms if no common fault explains every entry."""
     found = look.found
     if not found.expected:
         return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
     c = found.inner / found.expected
-    apart = found.observed - c * c * found.expected
-    far = abs(c - 1) > NEAR and apart <= min(_near(c * c * found.expected, found.allowed), found.observed / 2)
-    if far or (apart <= found.allowed and found.drifted):
+    distance = found.observed - c * c * found.expected
+    far = abs(c - 1) > NEAR and distance <= min(_near(c * c * found.expected, found.allowed), found.observed / 2)
+    if far or (distance <= found.allowed and found.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is none of the usual mistakes")
     rest = math.sqrt(found.residual)
-    doubt = (
+    ambiguity = (
         4 * rest / math.sqrt(found.expected * found.entries)
     )  # the standard error of c, if the rest is independent of ΔW
-    if abs(c - 1) <= 0.05 + doubt < 0.5:
+    if abs(c - 1) <= 0.05 + ambiguity < 0.5:
         share = rest / math.sqrt(found.base) if found.base else math.inf
         return Fault(
             "other base",

@@ -105,8 +105,8 @@ def _correct(results: Results[Merge]) -> str:
     if found == "inconclusive":
         return f"inconclusive: {_why_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
-    but = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
-    return f"yes: all {_adapted(len(adapted))} are W + ΔW, every entry within what rounding allows{but}"
+    suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
+    return f"yes: all {_adapted(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
 
 
 def _why_inconclusive(adapted: Sequence[Merge]) -> str:

@@ -23,7 +23,7 @@ from lora_diag.running.activations import GRADIENTS
 from lora_diag.running.fingerprint import fingerprint, legible
 from lora_diag.running.inputs import MOMENTS
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, counted
+from lora_diag.running.probing import ProbeRun, pluralized
 from lora_diag.version import __version__
 
 
@@ -78,7 +78,7 @@ def probe_activations(
     size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
     memory = f"; the sums take up to {size:.1f} GiB" if size >= 0.1 else ""
     memory += "; about three times as long with the backward pass" if gradients else ""
-    run.estimate(texts, f"{counted(len(wanted), 'layer', 'layers')} on 1 set", memory)
+    run.estimate(texts, f"{pluralized(len(wanted), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None
     heard = record(model, texts, wanted, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {names[layer]: moment for moment in heard.moments.values() for layer in moment.layers}

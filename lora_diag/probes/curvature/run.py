@@ -26,7 +26,7 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
+from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
 from lora_diag.running.progress import RunRecords
 
 
@@ -206,7 +206,7 @@ def _cost(
     products += len(ranks) * (1 + len(way)) if point.swapped else 0
     memory = 4 * point.curved.params * basis_size(point.curved.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
-    blocks = f" and {counted(len(layers), 'block', 'blocks')}" if layers else ""
+    blocks = f" and {pluralized(len(layers), 'block', 'blocks')}" if layers else ""
     return products, (
         f"about {duration(products * took)}: some {products} Hessian-vector products of {took:.2g} s each, all "
         f"layers jointly{blocks}{basis}"

@@ -23,7 +23,7 @@ from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
+from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
 from lora_diag.running.progress import RunRecords
 
 # Cost of a backward pass in forward passes, in addition to its own forward pass.
@@ -138,7 +138,7 @@ class _Probe:
         if self.held_out is not None:
             measured = (changes + 1) * self.of.batches([self.held_out])
         self.of.watch.total = batches + measured
-        what = f"{counted(len(todo), 'layer', 'layers')}, {counted(passes, 'pass', 'passes')} forward and back"
+        what = f"{pluralized(len(todo), 'layer', 'layers')}, {pluralized(passes, 'pass', 'passes')} forward and back"
         if self.held_out is not None:
             what += f" and {changes} truncations measured"
         self.of.estimate(self.texts, what, "; a backward pass counts as three", _BACKWARD * batches + measured)

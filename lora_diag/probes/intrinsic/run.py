@@ -23,7 +23,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, counted
+from lora_diag.running.probing import check_files, pluralized
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
@@ -208,7 +208,7 @@ class _Probe:
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
         lines = [
-            f"{counted(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s"
+            f"{pluralized(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s"
             for what, (runs, step) in zip(arms, costs, strict=True)
         ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients

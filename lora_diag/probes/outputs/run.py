@@ -15,7 +15,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.probe import Subject
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
+from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
 from lora_diag.running.progress import RunRecords
 
 
@@ -71,7 +71,7 @@ def probe_outputs(
             if not all(kept.has([each.name], subject=one.subject, name=one.name) for one in contenders)
         ]
         run.watch.total = len(contenders) * run.batches(todo)
-        run.estimate(texts[0], f"{len(contenders)} models on {counted(len(todo), 'set', 'sets')}")
+        run.estimate(texts[0], f"{len(contenders)} models on {pluralized(len(todo), 'set', 'sets')}")
         for each in todo:
             for record in outputs(model, contenders, each, run.batch, run.watch.batch):
                 kept.put(record)

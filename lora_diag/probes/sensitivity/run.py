@@ -31,7 +31,7 @@ from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, counted
+from lora_diag.running.probing import check_files, pluralized
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
@@ -199,7 +199,7 @@ class _Probe:
         sizes = sum(shape_of(layer)[0] * shape_of(layer)[1] for layer in inner_layers(self.model.module).values())
         memory = f"; the gradients take {4 * sizes / 2**30:.1f} GiB" if passes and 4 * sizes >= 2**30 / 10 else ""
         walk.watch.note(
-            f"about {duration(seconds)}: {counted(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
-            f"at most ({counted(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{counted(len(walk.sets), 'set', 'sets')}{walk.more(arms)}{memory}"
+            f"about {duration(seconds)}: {pluralized(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
+            f"at most ({pluralized(len(self.units), 'unit', 'units')}), each evaluated on "
+            f"{pluralized(len(walk.sets), 'set', 'sets')}{walk.more(arms)}{memory}"
         )

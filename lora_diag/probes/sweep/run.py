@@ -21,7 +21,7 @@ from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, counted
+from lora_diag.running.probing import check_files, pluralized
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 from lora_diag.running.training_workers import RunTask, Site, Workers, bare, opened
@@ -211,10 +211,12 @@ class _Sweep:
         lines = []
         for arm, (runs, step) in zip(arms, costs, strict=True):
             what = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
-            lines.append(f"{counted(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most")
+            lines.append(
+                f"{pluralized(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most"
+            )
         walk.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
-            f"{counted(len(walk.sets), 'set', 'sets')}{walk.more([arm.runs for arm in arms])}{self._copies(arms)}"
+            f"{pluralized(len(walk.sets), 'set', 'sets')}{walk.more([arm.runs for arm in arms])}{self._copies(arms)}"
         )
 
     def _copies(self, arms: Sequence[_Arm]) -> str:

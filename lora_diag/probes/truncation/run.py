@@ -12,7 +12,7 @@ from lora_diag.probes.truncation.options import TruncationOptions
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
+from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
 from lora_diag.running.progress import RunRecords
 
 
@@ -64,8 +64,8 @@ def probe_truncation(
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [cell for cell in cells if not kept.has(sets, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
-        svds = f", and the SVD of {counted(len(chosen), 'matrix', 'matrices')}"
-        run.estimate(texts[0], f"{len(todo) + 2} losses on {counted(len(texts), 'set', 'sets')}", svds)
+        svds = f", and the SVD of {pluralized(len(chosen), 'matrix', 'matrices')}"
+        run.estimate(texts[0], f"{len(todo) + 2} losses on {pluralized(len(texts), 'set', 'sets')}", svds)
         for record in truncation(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
             kept.put(record)
         return left_out(compared.pairing, swapped.absent)

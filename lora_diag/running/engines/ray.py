@@ -208,9 +208,9 @@ class _Run:
 
     def lost(self, batch: Batch) -> LoradiagError:
         """Return the error for a layer whose workers all died."""
-        died = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
+        cause = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(
-            f"{self._tasks[batch.start].layer}: {died} measured it, possibly for lack of memory; "
+            f"{self._tasks[batch.start].layer}: {cause} measured it, possibly for lack of memory; "
             f"{self._advice}; a run with -o continues with --resume"
         )
 

@@ -199,7 +199,7 @@ def in_order(
     """
     waiting = Waiting(plan, reach)
     under_way: dict[Ticket, Batch] = {}
-    again: list[Batch] = []
+    retry: list[Batch] = []
     found: dict[int, Outcome | LoradiagError] = {}
     end = plan[-1].stop if plan else 0  # batches after an error are not sent
     written = threads = 0
@@ -207,7 +207,7 @@ def in_order(
         while True:
             now = room()
             may = partial(now.has, batches=len(under_way), threads=threads)
-            batch = (again.pop() if may(again[-1]) else None) if again else waiting.pop(written, may)
+            batch = (retry.pop() if may(retry[-1]) else None) if retry else waiting.pop(written, may)
             if batch is None:
                 break
             if batch.start < end:
@@ -217,7 +217,7 @@ def in_order(
             batch = under_way.pop(ticket)
             threads -= batch.threads
             if outcomes is None and len(batch) > 1:
-                again += reversed(batch.singly())  # one task kills its worker; run the others separately
+                retry += reversed(batch.singly())  # one task kills its worker; run the others separately
                 continue
             for at, outcome in enumerate([lost(batch)] if outcomes is None else outcomes, batch.start):
                 found[at] = outcome

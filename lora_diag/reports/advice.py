@@ -25,7 +25,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import number
 from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, negligible_layers
 from lora_diag.reports.budget import allocated, reference, saved_params
-from lora_diag.reports.evidence import Capacity, Evidence, energy_at
+from lora_diag.reports.evidence import ARTICLE, Capacity, Evidence, energy_at
 from lora_diag.reports.findings import (
     MOST,
     SHORT,
@@ -108,7 +108,7 @@ def set_scale(evidence: Evidence) -> Advice | None:
         f"Multiply lora_alpha {factors} and measure again, before changing any rank",
         " ".join(seen.seen for _, seen in found.values()),
         next(iter(found.values()))[1].condition,
-        "Article, rank selection step 4 (α scaling)",
+        f"{ARTICLE}, rank selection step 4 (α scaling)",
         command("residual", evidence.path_of("base"), evidence.path_of("tuned"), list(found)),
         adapters=tuple(found),
         layers=tuple(dict.fromkeys(layer for _, seen in found.values() for layer in seen.layers)),
@@ -133,7 +133,7 @@ def take_allocation(evidence: Evidence) -> Advice | None:
             f"They use {budget_text} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of "
             f"the energy{baseline_text}; {len(short)} of {len(source.results)} matrices keep less than {SHORT:.0%}.",
             "an allocation by a budget, and no evidence that a smaller rank suffices",
-            "Article, multi-layer allocation",
+            f"{ARTICLE}, multi-layer allocation",
             argv,
             params=certificate.params,
             layers=tuple(record.layer for record in short),
@@ -180,7 +180,10 @@ def raise_rank(evidence: Evidence) -> Advice | None:
         else f"C(r) < {SHORT} in more than half of the resolved matrices, at the largest rank of any adapter there; a "
         f"rank up to {COMMON_RANKS[-1]} suffices for the median"
     )
-    source, layers = "Article, rank selection step 5.1; Eckart & Young 1936", tuple(item.layer for item in insufficient)
+    source, layers = (
+        f"{ARTICLE}, rank selection step 5.1; Eckart & Young 1936",
+        tuple(item.layer for item in insufficient),
+    )
     reason += _limits(evidence, largest_adapters)
     if not is_measured:
         action = f"Measure which rank above {current} the update needs"
@@ -238,7 +241,7 @@ def widen_placement(evidence: Evidence) -> Advice | None:
         f"{percent(math.fsum(fractions.values()))} of ‖ΔW‖² is in matrices that {_joined(list(evidence.adapted))} "
         f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_fractions_text(fractions)}.",
         f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
-        "Article, rank selection step 5.2",
+        f"{ARTICLE}, rank selection step 5.2",
         command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json")
         if measured
         else _spectrum(evidence),
@@ -291,7 +294,7 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
         f"{reason} An adapter on the other matrices cannot reach it.".strip(),
         f"fraction of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}, or in norms and biases ≥ {VECTORS}; truncation to "
         f"r=0, if measured, keeps ≥ {PLACEMENT} of the gain",
-        "Article, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
+        f"{ARTICLE}, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
         argv,
         ranks=sweep_ranks,
         layers=vectors.layers if vectors else (),
@@ -321,7 +324,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
         f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
         f"{'every type' if all_types else f'these types, {len(flat_types)} of {len(by_type)}'}.",
         f"C({rank}) < {SHORT} in at least {MOST:.0%} of a type's resolved matrices with both sizes ≥ {SIZEABLE * rank}",
-        "Article, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times common "
+        f"{ARTICLE}, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times common "
         "ranks",
         command("plan", evidence.path_of("base"), ranks=(rank,)),
         ranks=(rank,),
@@ -349,7 +352,7 @@ def extract_at_small_rank(evidence: Evidence) -> Advice | None:
                 "measured change is outside the reach of an adapter.",
                 f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved, half of them "
                 f"{SIZEABLE * rank} or more wide; no other rule applies",
-                "Article, rank sweep (fast saturation); Eckart & Young 1936",
+                f"{ARTICLE}, rank sweep (fast saturation); Eckart & Young 1936",
                 command("extract", evidence.path_of("base"), evidence.path_of("tuned"), rank=rank, o="adapter/"),
                 ranks=(rank,),
             )
@@ -376,7 +379,7 @@ def sweep(evidence: Evidence) -> Advice | None:
         f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
         f"{percent(median(kept))} in the median matrix: no other rule shows whether that is sufficient.",
         "no other rule applies",
-        "Article, diagnostic 3 (rank sweep)",
+        f"{ARTICLE}, diagnostic 3 (rank sweep)",
         sweep_of(evidence, candidates),
         ranks=candidates,
     )

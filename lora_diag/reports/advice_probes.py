@@ -27,7 +27,7 @@ from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records.probe import main_sets
 from lora_diag.reports.budget import reference
-from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
+from lora_diag.reports.evidence import ARTICLE, DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
 from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import of, rejected_options
@@ -85,7 +85,7 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
             "are at most a tenth of the best. The gain of a unit alone is not its contribution to the joint gain.",
             f"some gain ≤ {NEGLIGIBLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
             f"{found.errors:.1f} paired standard errors (95% over {len(found.known)} units); {MIN_COUNT} units or more",
-            "Article, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
+            f"{ARTICLE}, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
             argv,
             params=params,
             layers=tuple(layer for gain in found.clear for layer in gain.layers),
@@ -243,7 +243,7 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
             f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "
             "no truncation measured",
-            "Article, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
+            f"{ARTICLE}, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
             command("probe truncation", base, tuned, eval=text, ranks=whole_ranks, o="truncation.jsonl"),
             ranks=whole_ranks,
         )

@@ -21,7 +21,10 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
-# Default rank without a measured adapter: the default of PEFT, and the article's first step.
+# Source of several rules: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks".
+ARTICLE = "LoRA's Low-Rank Assumption (2026)"
+
+# Default rank without a measured adapter: the default of PEFT, and the first step of ARTICLE.
 DEFAULT_RANK = 8
 # Maximum number of adapters and updates that are reported one by one.
 MAX_ADAPTERS = 8

@@ -19,7 +19,7 @@ from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.overlap import NEAR, is_near
 from lora_diag.records.names import module_type_of, part_of
-from lora_diag.reports.evidence import Evidence, energy_at
+from lora_diag.reports.evidence import ARTICLE, Evidence, energy_at
 
 # A rank that keeps less than half of a layer's energy is too small there; "most layers" are three quarters of them.
 SHORT, MOST = 0.5, 0.75
@@ -84,12 +84,11 @@ def slow_decay(evidence: Evidence) -> Finding | None:
         "Slow spectral decay everywhere",
         f"r={USUAL_RANK} keeps less than {SHORT:.0%} of the energy in {len(slow)} of {len(shares)} matrices; "
         f"{percent(median(shares.values()))} in the median one.",
-        "The article's sign of a large distribution shift. A task of several independent skills and a high "
-        "learning rate have the same effect: compare with a second full fine-tune before attributing it to the "
-        "data.",
+        "A sign of a large distribution shift. A task of several independent skills and a high learning rate have the "
+        "same effect: compare with a second full fine-tune before attributing it to the data.",
         f"C({USUAL_RANK}) < {SHORT} in at least {MOST:.0%} of the resolved matrices larger than that, and these are "
         f"{MIN_COUNT} or more",
-        "Article, failure modes 1 and 2",
+        f"{ARTICLE}, failure modes 1 and 2",
         slow,
     )
 
@@ -114,7 +113,7 @@ def under_ranked(evidence: Evidence) -> Finding | None:
         "A uniform rank is too small for these layers. Energy is not loss: it measures how much a layer changed, "
         "not how much the task needs it.",
         f"C(r) < {SHORT} at the layer's rank, at least {SHORT} in the median layer; ‖ΔW‖ at least the median",
-        "Article, failure mode 4",
+        f"{ARTICLE}, failure mode 4",
         tuple(item.layer for item in short),
     )
 
@@ -136,10 +135,10 @@ def flat_projections(evidence: Evidence) -> Finding | None:
     return Finding(
         "Flat spectra in projection layers",
         f"For 90% of the energy, {told}.",
-        "As flat as a random square matrix (51%): no small rank approximates this update. The article expects this "
+        "As flat as a random square matrix (51%): no small rank approximates this update. This is expected "
         "where the projection joins two modalities.",
         f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}, min(out, in) ≥ {SIZEABLE}",
-        "Article, failure mode 3",
+        f"{ARTICLE}, failure mode 3",
         tuple(layer for rows in flat.values() for layer, _ in rows),
     )
 
@@ -164,7 +163,7 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
         "The direction is right but the scale is not: check lora_alpha, the learning rate, and whether the scaling "
         "was applied exactly once.",
         f"best scale outside [{1 / SCALE:.2g}, {SCALE}], cosine ≥ {ALIGNED} in at least half of the adapted matrices",
-        "Article, rank sweep (noisy or unstable: scaling α); LoRA's α/r against rsLoRA's α/√r (arXiv 2312.03732)",
+        f"{ARTICLE}, rank sweep (noisy or unstable: scaling α); LoRA's α/r against rsLoRA's α/√r (arXiv 2312.03732)",
         tuple(record.layer for record in off),
     )
 
@@ -181,7 +180,7 @@ def large_vector_change(evidence: Evidence) -> Finding | None:
         "No low-rank adapter on matrices reaches them: one that is exact elsewhere remains at a distance of "
         f"{math.sqrt(share):.2f}·‖Δ‖.",
         f"fraction of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
-        "Article, escalation step 3 (hybrid); BitFit (Ben Zaken et al. 2022)",
+        f"{ARTICLE}, escalation step 3 (hybrid); BitFit (Ben Zaken et al. 2022)",
         tuple(item.layer for item in sorted(moved, key=lambda item: -(item.fro or 0.0))),
     )
 
@@ -218,7 +217,7 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
         "low loss it only shows that training has converged.",
         f"at the last step κ near its random baseline (below {NEAR:g}× it, or halfway from it to 1) and tangent² above "
         f"its own by less than {REACH}",
-        "Article, diagnostic 4 (κ)",
+        f"{ARTICLE}, diagnostic 4 (κ)",
         tuple(record.layer for record in outside),
     )
 

@@ -14,7 +14,7 @@ from lora_diag.probes.outputs.contest import ERRORS, KEPT, Contest
 from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
-from lora_diag.reports.evidence import Evidence
+from lora_diag.reports.evidence import ARTICLE, Evidence
 from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import SweptRun, compressed, contests, of, rejected_options, swept
 
@@ -41,7 +41,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         "contradict this.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
-        f"Article, diagnostic 3 (validation loss); {_PAIRED}",
+        f"{ARTICLE}, diagnostic 3 (validation loss); {_PAIRED}",
         command("gate", policy="adapter-basic", base=source.path_of("base"), adapter=best.name),
         adapters=(best.name,),
     )
@@ -59,7 +59,7 @@ def flag_worse_finetune(evidence: Evidence) -> Advice | None:
         f"On {worst.set}, BASE is {_gap(worst)} nats from the full fine-tune: training made the model worse there.",
         f"the full fine-tune worse than BASE by more than {ERRORS:.0f} standard errors on every set that is not "
         "shifted",
-        f"Article, diagnostic 3 (validation loss); {_PAIRED}",
+        f"{ARTICLE}, diagnostic 3 (validation loss); {_PAIRED}",
         command(
             "probe truncation",
             source.path_of("base"),
@@ -90,7 +90,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         "suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
         f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
-        f"Article, rank selection step 5 (escalation); {_PAIRED}",
+        f"{ARTICLE}, rank selection step 5 (escalation); {_PAIRED}",
         argv,
         ranks=candidates,
     )
@@ -175,7 +175,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         reason,
         f"equivalence test over seeds (one-sided t-tests at {LEVEL:.0%}, variance pooled over ranks), each rank at "
         "its best learning rate",
-        "Article, diagnostic 3 (rank sweep); Schuirmann 1987",
+        f"{ARTICLE}, diagnostic 3 (rank sweep); Schuirmann 1987",
         argv,
         ranks=next_ranks,
         rates=rates,
@@ -240,7 +240,7 @@ def flag_shifted_loss(evidence: Evidence) -> Advice | None:
             reason,
             "on a shifted set no rank is better than BASE, or the rank that is sufficient elsewhere is shown to be "
             "insufficient",
-            "Article, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
+            f"{ARTICLE}, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
             argv,
             ranks=ranks,
         )

@@ -584,9 +584,9 @@ class Tuner:
         share = gain / of_full if of_full else None
         why = escalation_reason(choice.rank, swept.ranks, share)
         if not why:
-            self.decide(
-                "escalation", "more than LoRA within the budget", "not needed", "a rank below the largest is enough"
-            )
+            gains = swept.verdict.word != "no gain"
+            why = "a rank below the largest is enough" if gains else "no rank lowers the loss of BASE"
+            self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
         for name, build in self._escalations(incumbent, choice).items():
             if self.decided("escalation", name) is not None:

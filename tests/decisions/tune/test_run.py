@@ -380,3 +380,13 @@ def test_ranks_are_not_redistributed_where_none_gains():
     assert "no rank lowers the loss" in reason(2, "no gain")
     assert reason(2, "fast saturation") == ""
     assert "one matrix" in reason(1, "fast saturation")
+
+    def escalation(word):
+        found = []
+        tuner = SimpleNamespace(_gains=lambda *_: (0.1, None), decide=lambda *words: found.append(words[-1]))
+        swept = SimpleNamespace(verdict=SimpleNamespace(word=word), ranks=[1, 4])
+        Tuner._escalate(tuner, None, SimpleNamespace(rank=1), swept)
+        return found
+
+    assert escalation("no gain") == ["no rank lowers the loss of BASE"]
+    assert escalation("fast saturation") == ["a rank below the largest is enough"]

@@ -49,8 +49,18 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 _MOVES = {"to", "cpu", "copy_", "pin_memory", "__get__", "item", "tolist", "__float__", "__int__", "__bool__"}
 
 
+# Results of these are awaited by the CPU, as are sizes that depend on values, and copies to the CPU.
+_WAITS = {"cpu", "item", "tolist", "numpy", "nonzero", "bincount", "__float__", "__int__", "__bool__", "__index__"}
+
+
 class StandIn(TorchFunctionMode):
-    """Run code that is given ``GPU`` on the CPU; as on a GPU, tensors of both in one operation are an error."""
+    """Run code that is given ``GPU`` on the CPU; as on a GPU, tensors of both in one operation are an error.
+
+    Attributes:
+        waits: How often the CPU would have waited for the GPU.
+    """
+
+    waits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -63,6 +73,8 @@ class StandIn(TorchFunctionMode):
         if far and near and name not in _MOVES:
             raise RuntimeError(f"{name}: expected all tensors to be on one device, found cuda:0 and cpu")
         on_gpu = bool(far) and name != "cpu"
+        masked = name == "__getitem__" and any(index.dtype == torch.bool for index in _tensors(args[1:]))
+        awaited = name in _WAITS or (masked and bool(far))
         args = list(args)
         wanted = [value for value in (*args[1:], kwargs.get("device")) if isinstance(value, torch.device)]
         if name == "to" and len(args) > 1 and isinstance(args[1], torch.Tensor):
@@ -73,6 +85,7 @@ class StandIn(TorchFunctionMode):
             kwargs |= {"device": torch.device("cpu")} if "device" in kwargs else {}
         if name == "copy_" or (name.endswith("_") and args):
             on_gpu = isinstance(args[0], OnGpu)
+        self.waits += bool(far) and (awaited or (name in {"to", "copy_"} and not on_gpu))
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*_to_cpu(tuple(args)), **{key: _to_cpu(value) for key, value in kwargs.items()})
         return _to_gpu(found) if on_gpu else found
@@ -83,3 +96,10 @@ def stand_in() -> Iterator[torch.device]:
     """Give a device that behaves like a GPU within the block."""
     with StandIn():
         yield GPU
+
+
+@contextmanager
+def counted() -> Iterator[StandIn]:
+    """Give the stand-in, which counts how often the CPU waits for it."""
+    with StandIn() as mode:
+        yield mode

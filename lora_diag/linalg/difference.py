@@ -13,7 +13,17 @@ from torch import Tensor
 
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.noise import Energies, Moves, Sample
-from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, Unchanged, is_finer, mixture, rounding_bound, wide
+from lora_diag.linalg.rounding import (
+    LAYOUT,
+    Profile,
+    Spacing,
+    Unchanged,
+    fetch,
+    is_finer,
+    mixture,
+    rounding_bound,
+    wide,
+)
 
 # β of ``Energies.base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0) if it is
 # within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start is
@@ -27,6 +37,9 @@ COARSE = 1 / 16
 # Entries of a piece of a block: a bfloat16 pair of 8192×2048 took 204 ms of one core in pieces of 2^18 entries, 260 in
 # whole blocks of 2^20, 225 in pieces of 2^17.
 PIECE = 2**18
+
+# Entries of a piece on a GPU, for which the CPU waits six times: of 4096² one instead of 16. It takes some 2 GB.
+GPU_PIECE = 2**26
 
 Start = Literal["exact", "rounded", "unknown"]
 
@@ -108,18 +121,17 @@ def difference(
     """
     matrix: Tensor | None = None
     fro = base_fro = 0.0
-    read = _Roundings(shape)
+    read = _Roundings(shape, device)
     same = row = 0
     spacings = repeat((None, None)) if steps is None else steps
     for base, tuned, block_steps in _pieces(blocks, spacings, device):
         dtype = torch.promote_types(wide(base.dtype), wide(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
-        norm, base_norm = _norm(block), _norm(base)
+        norm, base_norm, unchanged = _sizes(block, base, tuned)
         if not math.isfinite(norm + base_norm):
             why = _why_not_finite(base, tuned, block, row)
             return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
         fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
-        unchanged = _unchanged(base, tuned)
         same += unchanged
         coarse = norm > COARSE * base_norm
         read.add(
@@ -149,9 +161,9 @@ def difference(
 class _Roundings:
     """The spacing of both sides, and of ΔW itself if the subtraction rounds as coarsely as the files."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape = shape
-        self.base, self.tuned, self.subtracted = (Spacing.of(shape) for _ in range(3))
+        self.base, self.tuned, self.subtracted = (Spacing.of(shape, device) for _ in range(3))
         self.sample, self.energies = Sample(shape), Energies()
 
     def add(
@@ -178,7 +190,7 @@ class _Roundings:
 
     def rounding(self) -> Rounding:
         """Return the effect of rounding over all blocks."""
-        moved, base_spacing, tuned_spacing = self.sample()
+        moved, base_spacing, tuned_spacing = fetch((self.base, self.tuned, self.subtracted), *self.sample())
         start, beta = self.start()
         exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]
@@ -218,6 +230,15 @@ def norm(blocks: Iterable[Tensor]) -> float:
     return math.hypot(*(_norm(block) for block in blocks))
 
 
+def _sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
+    """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and the number of bit-identical entries, from one transfer."""
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in (block, base)]
+    norm, base_norm, same = torch.stack([*norms, _unchanged(base, tuned).to(torch.float64)]).tolist()
+    if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow
+        norm, base_norm = _norm(block), _norm(base)
+    return norm, base_norm, int(same)
+
+
 def _norm(block: Tensor) -> float:
     plain = float(torch.linalg.vector_norm(block, dtype=torch.float64))
     if block.dtype != torch.float64 or 1e-140 < plain < 1e140:
@@ -231,15 +252,43 @@ def _pieces(
     steps: Iterable[tuple[Tensor | None, Tensor | None]],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]]:
-    """Yield blocks on a device, on the CPU in pieces that stay in its cache."""
-    for (base, tuned), (base_step, tuned_step) in zip(blocks, steps, strict=False):
-        rows = max(1, PIECE // max(1, base.shape[1])) if device.type == "cpu" else max(1, len(base))
-        left, right = (torch.split(move(side, device), rows) for side in (base, tuned))
+    """Yield blocks on a device: on the CPU in pieces that stay in its cache, on a GPU joined to few large ones."""
+    pairs = zip(blocks, steps, strict=False)
+    if device.type != "cpu":
+        held: list[tuple[Tensor | None, ...]] = []
+        entries = 0
+        for (base, tuned), both in pairs:
+            found = (step if step is None else move(step.reshape(base.shape), device) for step in both)
+            held.append((move(base, device), move(tuned, device), *found))
+            entries += base.numel()
+            if entries >= GPU_PIECE:
+                yield _joined(held)
+                held, entries = [], 0
+        if held:
+            yield _joined(held)
+        return
+    for (base, tuned), (base_step, tuned_step) in pairs:
+        rows = max(1, PIECE // max(1, base.shape[1]))
         before, after = (
-            [None] * len(left) if step is None else torch.split(step.reshape(base.shape), rows)
+            repeat(None) if step is None else torch.split(step.reshape(base.shape), rows)
             for step in (base_step, tuned_step)
         )
-        yield from zip(left, right, zip(before, after, strict=True), strict=True)
+        yield from zip(
+            torch.split(base, rows), torch.split(tuned, rows), zip(before, after, strict=False), strict=False
+        )
+
+
+def _joined(
+    held: list[tuple[Tensor | None, ...]],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Return blocks and their spacings as one block."""
+    base, tuned, *steps = (
+        None if parts[0] is None else torch.cat([part for part in parts if part is not None])
+        for parts in zip(*held, strict=True)
+    )
+    assert base is not None
+    assert tuned is not None
+    return base, tuned, (steps[0], steps[1])
 
 
 def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -253,12 +302,12 @@ def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _unchanged(base: Tensor, tuned: Tensor) -> int:
+def _unchanged(base: Tensor, tuned: Tensor) -> Tensor:
     """Count bit-identical entries; across dtypes, equal entries."""
     if base.dtype != tuned.dtype:
-        return int(torch.count_nonzero(base == tuned))
+        return torch.count_nonzero(base == tuned)
     bits = LAYOUT[base.dtype][0]
-    return int(torch.count_nonzero(base.view(bits) == tuned.view(bits)))
+    return torch.count_nonzero(base.view(bits) == tuned.view(bits))
 
 
 def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | None:

@@ -51,13 +51,13 @@ class Sample:
 
     def add(self, *taken: Tensor) -> None:
         """Add the entries of a block: ΔW, and the spacing of both sides."""
-        self.parts.append(tuple(values.cpu().to(torch.float64).abs() for values in taken))
+        self.parts.append(tuple(values.to(torch.float64).abs() for values in taken))
 
     def __call__(self) -> tuple[Tensor, ...]:
         """Return the samples of each matrix."""
         if not self.parts:
             return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(3))
-        return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
+        return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))  # on the device of the blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,11 @@ class Energies:
             base: Block of W_base.
             unchanged: True where ΔW is 0; None if nowhere.
         """
-        bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)
+        bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1).cpu()
+        block = block.cpu()
         parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
         for part, moved in parts:  # stays in the cache
-            squares = moved.cpu().to(torch.float64).square()
-            part = part.cpu()
+            squares = moved.to(torch.float64).square()
             count = torch.bincount(part, minlength=_BINS)
             if unchanged is not None:
                 count -= torch.bincount(part[squares == 0], minlength=_BINS)

@@ -38,30 +38,34 @@ class Profile:
     unit: float = 0.0
 
     @classmethod
-    def of(cls, shape: tuple[int, int]) -> Profile:
-        """Return the profile of zeros."""
-        (rows, also_rows), (columns, also_columns) = (torch.zeros(2, size, dtype=torch.float64) for size in shape)
+    def of(cls, shape: tuple[int, int], device: torch.device | None = None) -> Profile:
+        """Return the profile of zeros, on the CPU or on the device of the blocks, which then need no transfer."""
+        (rows, also_rows), (columns, also_columns) = (
+            torch.zeros(2, size, dtype=torch.float64, device=device) for size in shape
+        )
         return cls(rows, columns, also_rows, also_columns)
 
-    def add(self, spacing: Tensor, scale: float, row: int, column: int) -> float:
-        """Add the block u = ``spacing``·``scale`` at (``row``, ``column``); return its Σ u².
+    def add(self, spacing: Tensor, scale: float, row: int, column: int, top: float | None = None) -> Tensor:
+        """Add the block u = ``spacing``·``scale`` at (``row``, ``column``); return its Σ u², a scalar.
 
         ``spacing`` is overwritten: of 15 ms that a block of 2²⁰ entries took, 12 went into new pages for copies.
+        ``top`` is its maximum if known.
         """
-        top = float(spacing.max()) if spacing.numel() else 0.0
+        if top is None:
+            top = float(spacing.max()) if spacing.numel() else 0.0
         if not 0.0 < top * scale < math.inf:
-            return top * scale
+            return self.rows.new_full((), top * scale)
         self._measure_in(max(self.unit, top * scale))
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
         squares = spacing.div_(top).square_()
-        rows = _double(squares.sum(1))
+        rows = squares.sum(1).to(self.rows)
         self.rows[down] += ratio * rows
-        self.columns[across] += ratio * _double(squares.sum(0))
+        self.columns[across] += ratio * squares.sum(0).to(self.rows)
         fourth = squares.square_()
-        self.rows_fourth[down] += ratio**2 * _double(fourth.sum(1))
-        self.columns_fourth[across] += ratio**2 * _double(fourth.sum(0))
-        return float(rows.sum()) * (top * scale) * (top * scale)  # inf, whereas ** would raise an error
+        self.rows_fourth[down] += ratio**2 * fourth.sum(1).to(self.rows)
+        self.columns_fourth[across] += ratio**2 * fourth.sum(0).to(self.rows)
+        return rows.sum() * (top * scale) * (top * scale)
 
     def _measure_in(self, unit: float) -> None:
         """Change the unit."""
@@ -69,10 +73,6 @@ class Profile:
         for sums, power in ((self.rows, 1), (self.columns, 1), (self.rows_fourth, 2), (self.columns_fourth, 2)):
             sums *= ratio**power
         self.unit = unit
-
-
-def _double(sums: Tensor) -> Tensor:
-    return sums.cpu().to(torch.float64)
 
 
 def mixture(parts: Iterable[tuple[float, Profile]], shape: tuple[int, int]) -> Profile:
@@ -101,20 +101,26 @@ class Spacing:
     Args:
         profile: Sums of u² and u⁴ over changed entries; of a block where few are unchanged, over all.
         still: Over the other unchanged entries.
-        squares: Σ u² over all entries, to 1e-6.
+        total: Σ u² over all entries, to 1e-6; a scalar.
         mantissa: Mantissa bits that the stored values really use; 0 for a quantized format.
     """
 
     profile: Profile
     still: Profile
-    squares: float = 0.0
+    total: Tensor
     mantissa: int = 0
     _scratch: Tensor | None = None
 
     @classmethod
-    def of(cls, shape: tuple[int, int]) -> Spacing:
+    def of(cls, shape: tuple[int, int], device: torch.device | None = None) -> Spacing:
         """Return the spacing of no entries."""
-        return cls(Profile.of(shape), Profile.of(shape))
+        profile = Profile.of(shape, device)
+        return cls(profile, Profile.of(shape, device), profile.rows.new_zeros(()))
+
+    @property
+    def squares(self) -> float:
+        """Σ u² over all entries."""
+        return float(self.total)
 
     def add(
         self,
@@ -151,15 +157,17 @@ class Spacing:
             mantissa = spacings(block, spacing)
             scale = 2.0**-mantissa
             self.mantissa = max(self.mantissa, mantissa)
-        taken = _double(spacing.reshape(-1)[sample]) * scale
-        self.squares += self._add(spacing, scale, unchanged, row, column)
+        taken = spacing.reshape(-1)[sample].to(torch.float64) * scale
+        self.total = self.total + self._add(spacing, scale, unchanged, row, column)
         return taken
 
-    def _add(self, spacing: Tensor, scale: float, unchanged: Unchanged | None, row: int, column: int) -> float:
+    def _add(self, spacing: Tensor, scale: float, unchanged: Unchanged | None, row: int, column: int) -> Tensor:
         """Add u = ``spacing``·``scale`` to the profiles; return Σ u²."""
-        if unchanged is None or (unchanged.few and float(spacing.max()) * scale <= unchanged.limit):
+        if unchanged is None:
             return self.profile.add(spacing, scale, row, column)
-        norm = float(torch.linalg.vector_norm(spacing, dtype=torch.float64)) * scale
+        if unchanged.few and (top := float(spacing.max())) * scale <= unchanged.limit:
+            return self.profile.add(spacing, scale, row, column, top)
+        norm = torch.linalg.vector_norm(spacing, dtype=torch.float64).to(self.total) * scale
         limited = spacing.clamp(max=min(unchanged.limit / scale, torch.finfo(spacing.dtype).max))
         still = unchanged.entries.to(spacing.dtype)  # ``where`` and ``masked_fill_`` of bool take 4 ms a block each
         if unchanged.few:
@@ -167,7 +175,8 @@ class Spacing:
         else:
             self.still.add(limited.mul_(still), scale, row, column)
             self.profile.add(spacing.addcmul_(spacing, still, value=-1.0), scale, row, column)
-        return norm * norm
+        squares: Tensor = norm * norm
+        return squares
 
 
 # Fraction of unchanged entries of a block below which training is assumed to have changed all of them.
@@ -249,6 +258,28 @@ def spacings(values: Tensor, out: Tensor) -> int:
 
 def _fits(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype) == values
+
+
+def fetch(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
+    """Copy the sums of all sides to the CPU, and other float64 tensors, which are returned: in one transfer."""
+    sides = list(sides)
+    held = [profile for side in sides for profile in (side.profile, side.still)]
+    parts = [side.total for side in sides] + list(others)
+    parts += [each for profile in held for each in (profile.rows, profile.columns)]
+    parts += [each for profile in held for each in (profile.rows_fourth, profile.columns_fourth)]
+    if all(part.device.type == "cpu" for part in parts):
+        return list(others)
+    whole = torch.cat([part.reshape(-1) for part in parts]).cpu()
+    sizes = [part.numel() for part in parts]
+    found = [part.reshape(like.shape) for part, like in zip(torch.split(whole, sizes), parts, strict=True)]
+    for side in sides:
+        side.total = found.pop(0)
+    mine = [found.pop(0) for _ in others]
+    for profile in held:
+        profile.rows, profile.columns = found.pop(0), found.pop(0)
+    for profile in held:
+        profile.rows_fourth, profile.columns_fourth = found.pop(0), found.pop(0)
+    return mine
 
 
 def rounding_bound(sides: Iterable[Spacing]) -> float:

@@ -9,7 +9,8 @@ import torch
 
 from lora_diag.errors import UsageError
 from lora_diag.layers.change import on_device
-from lora_diag.linalg import devices
+from lora_diag.linalg import decompose, devices, difference
+from tests.standin import counted
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 
@@ -83,6 +84,28 @@ def test_copies_to_gpu_are_pinned_and_do_not_wait():
     pinned = SimpleNamespace(to=lambda device, non_blocking: seen.append((device, non_blocking)))
     devices.move(SimpleNamespace(is_cuda=False, pin_memory=lambda: pinned), GPU)
     assert seen == [(GPU, True)]
+
+
+@pytest.mark.parametrize(("dtypes", "most"), [(("bfloat16", "bfloat16"), 7), (("bfloat16", "float32"), 10)], ids=str)
+def test_layer_makes_cpu_wait_a_few_times(dtypes, most):
+    """Whatever the number of blocks; and the numbers are those of the CPU."""
+    seeded = torch.Generator().manual_seed(0)
+    base = torch.randn(160, 200, generator=seeded).to(getattr(torch, dtypes[0]))
+    tuned = (base.float() + torch.randn(160, 200, generator=seeded) / 50).to(getattr(torch, dtypes[1]))
+    tuned[:, :9] = base[:, :9]
+
+    def measure(device):
+        found = difference(zip(base.split(20), tuned.split(20), strict=True), (160, 200), device)
+        return found, decompose(found.matrix, fro=found.fro)
+
+    with counted() as mode:
+        found, factors = measure(GPU)
+    own, there = measure(CPU)
+    assert 1 <= mode.waits <= most
+    assert float((factors.s - there.s).abs().max()) < 1e-6 * float(there.s[0])
+    assert (found.unchanged, found.rounding.start) == (own.unchanged, own.rounding.start)
+    assert found.fro == pytest.approx(own.fro, rel=1e-12)
+    assert found.rounding.fro == pytest.approx(own.rounding.fro, rel=1e-2)
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():

@@ -9,6 +9,7 @@ program again, which a script that calls ``lora_diag`` may not expect, or fork, 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -37,7 +38,7 @@ class Processes(Generic[Task, Record]):
     def __init__(self, measure: Callable[[Task], Record], count: int) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"]
+        words = [sys.executable, "-P", "-c", f"import gc; gc.disable(); from {__name__} import serve; serve()"]
         self._started = [
             subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             for _ in range(count)
@@ -91,6 +92,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed meanwhile is no answer
     measure: Callable[[Any], Any] = pickle.load(sys.stdin.buffer)
+    gc.freeze()  # of what was imported, nothing is garbage
+    gc.enable()
     while True:
         try:
             task = pickle.load(sys.stdin.buffer)

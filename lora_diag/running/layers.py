@@ -54,6 +54,7 @@ class LayerRun:
         torch: Whether torch is needed: a command says False, before it asks for ``where``, if its layers are measured
             with NumPy, on the CPU.
         apart: Whether layers are measured in processes of their own, one per worker.
+        usual_workers: Concurrent layers where the user sets none; None for what cores and memory permit.
         given: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
@@ -67,6 +68,7 @@ class LayerRun:
         self.own = settings(group, self.options)
         self.torch = True
         self.apart = False
+        self.usual_workers: int | None = None
         self._device = self.options.get("device", "cpu")
         if self.options["engine"] is not None or self._device not in {"auto", "cpu"}:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
@@ -188,5 +190,6 @@ class LayerRun:
         Raises:
             UsageError: The memory limit is too small for the program itself.
         """
-        found = layout_of(tasks, self.options["workers"], self.where.kind, self._limit, self.torch)
+        workers = self.options["workers"] or self.usual_workers
+        found = layout_of(tasks, workers, self.where.kind, self._limit, self.torch)
         return replace(found, apart=self.apart and (found.workers or found.cores) > 1)

@@ -148,7 +148,7 @@ def gram(x: Numbers) -> tuple[NDArray[np.float64], int]:
     A few blocks at a time are converted to float64, so that they are in the cache when they are multiplied.
     """
     rows, rank = x.shape
-    block = max(1, min(BLOCK, (PRODUCT - 1) // rank**2))
+    block = max(1, min(BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
     step = block * max(1, CACHED // (block * rank))
     found = np.empty((-(-rows // block), rank, rank))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -204,7 +204,8 @@ def triangles(products: NDArray[np.float64], terms: NDArray[np.int64]) -> tuple[
 
     XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖. Each entry has an error
     of at most (t + r + 2)·ε, from the product and from Cholesky (Higham 2002, theorem 10.3), so RᵀR = Xᵀ(I + F)X on the
-    range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H), and R = Uᵀ(I + F)^½X. λ_min(H) ≥ 1/‖L⁻¹‖_F².
+    range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H), and R = Uᵀ(I + F)^½X. λ_min(H) = 1/‖L⁻¹‖_2² ≥ 1/(‖L⁻¹‖_1‖L⁻¹‖_∞),
+    which is near it where the columns are nearly orthogonal, as those of most adapters, and ≥ 1/‖L⁻¹‖_F².
 
     Args:
         products: XᵀX, ``(k, r, r)``.
@@ -216,7 +217,8 @@ def triangles(products: NDArray[np.float64], terms: NDArray[np.int64]) -> tuple[
     norms = np.sqrt(np.where(usable[:, None], squares, 1.0))
     unit = np.where(usable[:, None, None], products, np.eye(rank)) / (norms[:, :, None] * norms[:, None, :])
     lower = _cholesky(unit)
-    least = 1 / _squares(np.asarray(np.linalg.inv(lower), np.float64))
+    inverse = np.abs(np.linalg.inv(lower))
+    least = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _squares(inverse))
     found = Triangles(
         lower.transpose(0, 2, 1) * norms[:, None, :],
         np.ones(count),

@@ -91,6 +91,19 @@ def test_value_of_stack_has_bytes_of_one_alone():
             assert (getattr(together, name)[i] == getattr(alone, name)[0]).all()
 
 
+@pytest.mark.parametrize(("rank", "tilt"), [(16, 0.0), (64, 0.0), (16, 0.8), (64, 0.2)])
+def test_condition_is_bounded_and_factors_of_rank_64_are_good(rank, tilt):
+    rng = np.random.default_rng(10)
+    x = rng.standard_normal((3000, rank)) + tilt * rng.standard_normal((3000, 1))
+    products, terms = values.gram(x)
+    found, conditioned = values.triangles(products[None], np.array([terms]))
+    least = rank * (terms + rank + 2) * values.EPS / found.relative[0]
+    unit = x / np.linalg.norm(x, axis=0)
+    true = np.linalg.eigvalsh(unit.T @ unit)[0]
+    assert true / 16 <= least <= true * (1 + 1e-12)
+    assert conditioned[0]
+
+
 def test_small_values_are_accurate_relative_to_themselves():
     """σ_i = 10^−i, i = 0…15: an eigenvalue of ΔWᵀΔW loses those below 1e-8."""
     rng = np.random.default_rng(1)

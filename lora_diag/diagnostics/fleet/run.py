@@ -31,7 +31,7 @@ COMMAND = "spectrum --adapters"
 SIZE = 64 * 2**20
 
 # Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
-APART_BYTES = 2**30
+APART_BYTES = 2**29
 
 # Files that identify an adapter or a base; others, such as a log, may change.
 READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
@@ -113,8 +113,8 @@ def fleet(
 ) -> Results[Fleet]:
     r"""Measure many adapters: used rank, zero updates, spikes, outliers and near-duplicates.
 
-    Each adapter is a task: ``workers`` of them run concurrently, by default one per core, with a few layers of each in
-    memory. From 1 GiB of adapters on, workers are processes. An adapter that cannot be read is skipped.
+    Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. From 512 MiB
+    of adapters on, these are processes, by default one per core. An adapter that cannot be read is skipped.
 
     Args:
         adapters: Folders, files, or patterns such as ``runs/**``.
@@ -139,7 +139,9 @@ def fleet(
     base = run.options["base"]
     members = [Member(legible(path), Seen.now(path)) for path in expand(adapters)]
     under = Seen.now(as_path(base)) if base is not None else None
-    run.apart = not run.torch and under is None and sum(member.seen.size for member in members) >= APART_BYTES
+    if not run.torch and under is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
+        run.apart = sum(member.seen.size for member in members) >= APART_BYTES
+        run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
     device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than what a GPU would save
     return run.over(
         members,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from lora_diag.checkpoints import as_path
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import Pairing, StoredDelta, Unpaired, footprint
 from lora_diag.diagnostics.spectrum.options import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
-from lora_diag.diagnostics.spectrum.thin import is_thin, thin_spectrum
+from lora_diag.diagnostics.spectrum.thin import is_quick, is_thin, thin_spectrum
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
@@ -100,6 +102,8 @@ def spectrum(
         and len(matrices) == len(pairing.deltas)
         and all(item.rows is None for item in pairing.unpaired)
     )
+    if not run.torch and is_quick(matrices) and not isinstance(as_path(base), RemotePath):
+        run.usual_workers = 1
     if run.torch:  # it is imported before the results file is opened
         import lora_diag.diagnostics.spectrum.measure  # noqa: F401
     return run.over(

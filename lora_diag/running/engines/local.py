@@ -134,6 +134,9 @@ def run_local(
         with Processes(measure, most) as elsewhere:
             yield from run_local(elsewhere, tasks, replace(layout, apart=False), footprint)
         return
+    if most == 1 and not layout.torch:  # no call takes so long that Ctrl-C must not wait for it
+        yield from map(measure, tasks)
+        return
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     before = _torch_threads() if layout.torch else 0

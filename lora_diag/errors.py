@@ -41,7 +41,7 @@ class NothingComparedError(LoradiagError):
 
 
 class InconclusiveError(LoradiagError):
-    """All was read and measured, and nothing of what was asked for could be found."""
+    """All inputs were read and measured, and no requested result was found."""
 
     exit_code = INCONCLUSIVE
 

@@ -126,7 +126,7 @@ def _whole(alpha: float, trainer: str) -> int:
 
 
 def _refuse_patterns(config: Mapping[str, Any], trainer: str) -> None:
-    """Refuse what a trainer would drop without a message.
+    """Refuse settings that a trainer would ignore without a message.
 
     Raises:
         InputError: Ranks differ by layer, or experts are adapted as parameters.

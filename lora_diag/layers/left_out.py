@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
     """Return the norm of a 1-D tensor's change: norms and biases change too, and no adapter holds them."""
-    from lora_diag.layers.change import load_change  # torch comes with it
+    from lora_diag.layers.change import load_change  # deferred: imports torch
     from lora_diag.linalg import resolve_device
 
     change = load_change(delta, resolve_device(device), keep=False)

@@ -128,7 +128,7 @@ class Metric:
     on_rows: bool = False
 
     def distances(self, other: Change | None, rank: int | None) -> tuple[Distances, float]:
-        """Return the distances of X, given in the plain metric, from D, and ‖X‖; None stands for X = 0.
+        """Return the distances of X, given in the plain metric, from D, and ‖X‖; None means X = 0.
 
         Returns no distances if ‖X‖ is not comparable.
         """

@@ -78,7 +78,7 @@ class Estimate:
         scales: Of rows and columns; None if all are 1.
         unit: A power of two.
         curve: C(r) of the detected directions.
-        shape: Of the entries' distribution, where no direction was found.
+        shape: Shape of the entries' distribution, where no direction was found.
     """
 
     hidden: Hidden
@@ -355,9 +355,9 @@ def recover_layer(
     stored = [_Stored.of(side, part) for side, part in zip(_sides(delta), sample, strict=True)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
-        return _refused(math.nan, f"{side.info.stored} is a format whose rounding cells are not known")
+        return _refused(math.nan, f"the rounding cells of {side.info.stored} are unknown")
     if fro == 0.0:
-        return _refused(1.0, "no entry changed: nothing bounds the update from below")
+        return _refused(1.0, "no entry changed, so the size of the update has no lower bound")
     unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
     read = _Read(stored[0], stored[1], delta, unit, device)
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
@@ -366,10 +366,13 @@ def recover_layer(
     unchanged = stats.unchanged / read.entries
     changed = read.entries - stats.unchanged
     if (stats.width < RESOLVED * stats.square and unchanged < STILL) or stats.reach < RESOLVED * stats.square:
-        reason = f"rounding makes up {stats.width / stats.square:.2g} of ‖ΔW‖², and {unchanged:.2g} stayed the same"
+        rounding = stats.width / stats.square
+        reason = f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the entries are equal"
         return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
     if changed < MIN_COUNT:
-        return _refused(unchanged, f"only {changed} entries changed, too few to estimate a size")
+        return _refused(
+            unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
+        )
     rms = math.sqrt(stats.square / read.entries)
     cells, start, start_gain = _start(every, rms)
     size = fit_size(cells, rms)
@@ -389,9 +392,9 @@ def recover_layer(
     }
     if fit.is_bad(start):
         reason = (
-            f"which entries changed does not fit one size of update: χ²/df = {fit.chi:.3g} over binades of |W|, "
-            f"{fit.misplaced:.2g} of the entries misplaced, and its size varies by {fit.uneven:.0%} with |W|; was it "
-            "trained without float32 master weights, or in part?"
+            f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over binades of |W|, "
+            f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by {fit.uneven:.0%} with |W|; "
+            "possible causes: training without float32 master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     found = model.found if model.found is not None else recover(model.cells, size, seed, keep)
@@ -409,13 +412,13 @@ def recover_layer(
         "fro_interval": (whole * read.unit * math.exp(-Z95 * error), whole * read.unit * math.exp(Z95 * error)),
     }
     if found.low_rank is None:
-        reason = "no direction of the update stands out: hidden entries are not predicted better than by its size"
+        reason = "no direction is significant: none predicts held-out entries better than the size of the update alone"
         hidden = Hidden(status="size_only", reason=reason, gain_z=found.z, directions=0, **common)
         if shaped is None:
             return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
         return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
     curve, curves = _curves(found, size, scales, whole, error, ranks, read.unit)
-    reason = f"{found.low_rank.rank} directions predict hidden entries better than size alone"
+    reason = f"{found.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",
         reason=reason,
@@ -630,9 +633,9 @@ def _curves(
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Return C(r) at all ranks, and the fields on C(r) and ranks of the detected directions.
 
-    x_i has a standard error of about τ, the noise of the score in one direction. Lower ends take x_i − 1.96τ for the
-    values and nothing else; upper ends x_i + 1.96τ with the remaining variance spread over all directions, and for the
-    directions beyond them the largest value that could stay hidden.
+    x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i − 1.96τ for the
+    values only; upper ends x_i + 1.96τ with the remaining variance spread over all directions, and for the directions
+    beyond them the largest value that could stay hidden.
     """
     low_rank = found.low_rank
     assert low_rank is not None

@@ -28,7 +28,7 @@ class LayerSettings:
 
 @dataclass(frozen=True, slots=True)
 class LayerTask:
-    """One layer's update; diagnostics add what they compare or weigh it with.
+    """One layer's update; diagnostics add the other inputs of the comparison.
 
     Args:
         delta: Its ΔW.

@@ -88,7 +88,7 @@ def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: 
 
 
 def budget_of(method: str) -> float | None:
-    """Return the budget of ``krylov``: unlimited where it was asked for, else that of its own."""
+    """Return the budget of ``krylov``: unlimited if requested explicitly, else its own."""
     return math.inf if method == "krylov" else None
 
 

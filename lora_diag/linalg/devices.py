@@ -65,7 +65,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 def move(block: Tensor, device: torch.device) -> Tensor:
     """Copy a block to a device; to a GPU through pinned memory, so that the CPU does not wait for the copy.
 
-    PyTorch keeps the pinned memory until the copy has been made, then gives it to the next block.
+    PyTorch keeps the pinned memory until the copy is complete, then reuses it.
     """
     if device.type != "cuda" or block.is_cuda:
         return block.to(device)

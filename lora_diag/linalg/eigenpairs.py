@@ -1,9 +1,9 @@
 """Eigenpairs at one end of a symmetric operator given by its products with vectors.
 
-ARPACK's implicitly restarted Lanczos (Lehoucq, Sorensen and Yang 1998) by SciPy: memory is that of its basis, whatever
-the number of products. A Ritz value never lies beyond the true end of the spectrum, and is within ‖Hv − λv‖ of an
-eigenvalue; missing an eigenvalue beyond it requires a random start orthogonal to its eigenvector. Among the others,
-multiple or clustered eigenvalues may be skipped in favour of the next.
+ARPACK's implicitly restarted Lanczos (Lehoucq, Sorensen and Yang 1998) by SciPy: memory is that of its basis,
+independent of the number of products. A Ritz value is never beyond the true end of the spectrum, and is within ‖Hv −
+λv‖ of an eigenvalue; missing an eigenvalue beyond it requires a random start orthogonal to its eigenvector. Among the
+others, multiple or clustered eigenvalues may be skipped in favour of the next.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lora_diag.errors import InputError
 # An operator this small is written out: one product a column is what Lanczos would take, too.
 DENSE = 64
 
-# Relative tolerance of ARPACK. Its bound is on the residual; the eigenvalue's error goes with its square.
+# Relative tolerance of ARPACK. Its bound is on the residual; the error of the eigenvalue is proportional to its square.
 TOLERANCE = 1e-3
 
-# Vectors of the basis, and restarts of it before it is given up.
+# Number of basis vectors, and maximum number of restarts.
 BASIS, RESTARTS = 20, 30
 
 

@@ -42,7 +42,7 @@ def grain(factors: Factors) -> float:
     """Return the size below which singular values are rounding of the method, or of the entries of A.
 
     Args:
-        factors: What a decomposition gave.
+        factors: Result of a decomposition.
 
     Example:
         >>> grain(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))

@@ -31,7 +31,7 @@ IN_PLACE_FROM = 12288
 # In matrices of this order or more, up to this share of the eigenvectors is computed without the others: 64 of 4096 in
 # 2.9 s instead of 8.4 s, 64 of 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained. Only where the
 # matrix has all cores: SciPy's LAPACK takes every core, holds the interpreter's lock and waits for all its threads at
-# every column, so that beside other work it was up to ten times slower than torch's.
+# every column, so that with concurrent work it was up to ten times slower than torch's.
 SUBSET_FROM, SUBSET_SHARE = 2048, 1 / 8
 ALL_CORES = torch.get_num_threads()
 
@@ -49,7 +49,7 @@ def decompose_gram(
     Args:
         matrix: A, ``(m, n)``, finite.
         fro: ‖A‖_F.
-        top: Keep only so many of the largest values.
+        top: Number of largest values to keep.
         vectors: Whether to compute singular vectors.
         held: Number of row blocks in memory, if A is streamed and has fewer rows than columns.
         in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is slower.
@@ -86,7 +86,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
 
     Args:
         matrices: The A_t, ``(k_t, n)`` each, finite; at least one.
-        top: Keep only so many of the largest values.
+        top: Number of largest values to keep.
 
     Returns:
         The values, at most min(Σk_t, n). Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
@@ -99,7 +99,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     fro, rows, scale = 0.0, 0, 0.0
     for matrix in matrices:
         size = norm([matrix])
-        larger = max(scale, scale_of(size, matrix.dtype)) if size else scale  # what is larger must not overflow
+        larger = max(scale, scale_of(size, matrix.dtype)) if size else scale  # larger values must not overflow
         if gram is not None and larger > scale > 0:
             gram *= (scale / larger) ** 2
         scale = larger

@@ -8,9 +8,9 @@ size: with s0² the maximum-likelihood variance of X where L = 0,
 
 Maximizing the likelihood of s itself makes it collapse. The second rule keeps more of the norm of L and has up to a
 third less error if cells are informative, but overfits otherwise. A third rule, ``held_out``, maximizes the likelihood
-of cells that L does not know, which counts the error of L and does not collapse: on updates of exactly low rank it has
-up to half the error of the others. Held-out cells decide between them (``recover``), and their s is that of the
-posterior moments. L has momentum (Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015).
+of held-out cells, which includes the error of L and does not collapse: on updates of exactly low rank it has up to half
+the error of the others. Held-out cells decide between them (``recover``), and their s is that of the posterior moments.
+L has momentum (Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015).
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _step(sums: _Sums) -> float:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Cells that a fit does not know.
+    """Held-out cells, which a fit does not use.
 
     Args:
         cells: The cells, as one row.
@@ -502,7 +502,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     others: tuple[Rule, ...] = ("held_out", "debiased")
     for other in others:
         if rule == "held_out" and deviation < first.deviation / 2:
-            break  # next to nothing is outside L, where ``debiased`` is not better
+            break  # almost nothing is outside L, where ``debiased`` is not better
         fit = fit_low_rank(known, size, other, first, seed, hidden if other == "held_out" else None, keep)
         if not fit.rank:
             continue

@@ -68,7 +68,7 @@ def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
     """Fit the scales of rows and columns.
 
     Args:
-        cells: Where the entries lie.
+        cells: Intervals of the entries.
         size: Size of X, with one variance for all entries.
 
     Returns:

@@ -1,11 +1,12 @@
 """The distribution of the entries of an update that rounding hid: flat, normal, or with heavy tails.
 
 Entries of an update are not normal in general. Few steps of Adam at a low rate move every weight by about as much
-(kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4. How far
-the entries of each binade moved shows which: the size that is read from a mostly unchanged file depends on it.
+(kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4. The
+changes of the entries of each binade show which; the estimated size of a mostly unchanged file depends on it.
 
 Shapes are mixtures of normal distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the
-variance of their means), and scales with log-normal weights. Each is fitted by its scale; the likelihood weighs them.
+variance of their means), and scales with log-normal weights. The scale of each is fitted, and the likelihood weights
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from lora_diag.linalg.cells import Cells, Source
 from lora_diag.linalg.truncated import Moments, moments
 
-# Standard error of log ‖X‖ because no shape is quite the true one: 1.5% for uniform entries, up to 2.3% for those of 80
+# Standard error of log ‖X‖ from the mismatch of the shapes: 1.5% for uniform entries, up to 2.3% for those of 80
 # steps of Adam.
 COARSE = 0.01
 
@@ -90,7 +91,7 @@ class Shaped:
         deviation: The standard deviation of the entries.
         fro: √ΣE[x² | cells].
         error: Standard error of log ‖X‖_F: of the scale, of the choice of the shape, and of the shapes themselves.
-        log_likelihood: Of all cells.
+        log_likelihood: For all cells.
     """
 
     shape: Shape

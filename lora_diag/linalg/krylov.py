@@ -44,9 +44,9 @@ STEP, SLOWER, REFUTED = 0.15, 0.3, 20.0
 # Residual over θ² of a Ritz value near the largest eigenvalue outside the basis.
 UNCONVERGED = 0.03
 
-# A flat spectrum is followed only if its bound is within this factor of the tolerance. Its bound falls ever slower:
-# from 2.1 times the tolerance 448 columns of 2048² sufficed, from 2.8 times 832 of 4096² did not. SLOW: columns needed
-# over those that the last two checks predict.
+# A flat spectrum is followed only if its bound is within this factor of the tolerance. Its bound falls at a decreasing
+# rate: from 2.1 times the tolerance 448 columns of 2048² sufficed, from 2.8 times 832 of 4096² did not. SLOW: columns
+# needed over those that the last two checks predict.
 NEAR, SLOW = 2.5, 3.0
 
 

@@ -93,10 +93,10 @@ class Moves:
         """Estimate the fraction of entries that training did not change, excluding those that rounding left unchanged.
 
         An entry is unchanged by rounding while its move is less than u/2, so the share of unchanged entries falls to
-        that of the untouched ones as u → 0, provided that the size of moves does not go with |w|. It is read from the
-        entries of smallest u, from as many as give the smallest upper limit, less two standard errors: what is not
-        known to be untouched counts as trained. A spacing most of whose changes are by one u tells nothing, nor do
-        larger ones: there moves are no larger than u, and rounding may have left any of the others. Changes of more
+        that of the untouched ones as u → 0, provided that the size of changes is independent of |w|. It is read from
+        the entries of smallest u, from as many as give the smallest upper limit, less two standard errors: entries not
+        known to be untouched count as trained. A spacing at which most changes are by one u is uninformative, and so
+        are larger ones: there moves are no larger than u, and rounding may have left any of the others. Changes of more
         than one u must outnumber the others by two standard errors.
         """
         count, changed, far = (each.cumsum(0) for each in (self.entries, self.changed, self.far))
@@ -158,7 +158,7 @@ class Energies:
         """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the changed entries.
 
         u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training began, 0 where the
-        stored BASE is the start. f stands for moves that go with the size of a weight: γw² and a polynomial in
+        stored BASE is the start. f describes changes proportional to the size of a weight: γw² and a polynomial in
         z = |w|/(|w| + median), which no jump at powers of two resembles. Least squares, reweighted by the inverse
         square of the fit; the error is robust to the distribution of the moves (White 1980).
 

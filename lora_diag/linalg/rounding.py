@@ -292,6 +292,6 @@ def is_finer(base: Spacing, tuned: Spacing) -> bool:
 
     TUNED is the rounded result of training: its rounding always counts. BASE is where training started: its stored
     values are exact if they are the starting point. Where both are stored alike, both may have been rounded from a
-    finer run; and a quantized BASE stands for weights that it only approximates.
+    finer run; and a quantized BASE is an approximation of other weights.
     """
     return tuned.mantissa > base.mantissa > 0

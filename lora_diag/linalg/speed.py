@@ -57,7 +57,7 @@ def time_pass(order: int) -> float:
     tuned = (base + update).to(torch.bfloat16)
     rows = max(1, BLOCK_ENTRIES // order)
     start = time.perf_counter()
-    # copying a block stands for reading it from a cached file
+    # copying a block simulates reading it from a cached file
     blocks = ((b.clone(), t.clone()) for b, t in zip(torch.split(base, rows), torch.split(tuned, rows), strict=True))
     difference(blocks, (order, order), torch.device("cpu"))
     return time.perf_counter() - start

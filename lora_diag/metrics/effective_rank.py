@@ -21,7 +21,8 @@ def stable_rank(s: NDArray[np.float64], fro: float) -> float:
 def effective_rank(s: NDArray[np.float64]) -> float:
     """Return exp(−Σ p_i ln p_i) with p_i = σ_i² / Σσ²: the number of equal directions with the same entropy of energy.
 
-    Roy and Vetterli 2007 ("The effective rank") define it on p_i = σ_i/Σσ; here p is the energy, like everywhere else.
+    Roy and Vetterli 2007 ("The effective rank") define it on p_i = σ_i/Σσ; here p is the energy, as in the rest of the
+    package.
 
     Args:
         s: All singular values; the largest is positive.

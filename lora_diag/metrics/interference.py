@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-# Cosines below this are small whatever their significance: less than 1% of the energy of one update is along the other.
+# Cosines below this are small, significant or not: less than 1% of the energy of one update is along the other.
 SMALL = 0.1
 
 # Number of standard deviations above the mean of random directions from which an overlap or a cosine is significant.

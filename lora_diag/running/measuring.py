@@ -43,7 +43,7 @@ def place(engine: Ray | None, device: str) -> Place:
         UsageError: The device does not exist, or the cluster's tasks have no GPU.
     """
     if engine is None:
-        from lora_diag.linalg import resolve_device  # torch comes with it
+        from lora_diag.linalg import resolve_device  # deferred: imports torch
 
         return Place(device, resolve_device(device).type, device)
     engine.check()

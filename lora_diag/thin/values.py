@@ -165,10 +165,10 @@ _kept = threading.local()
 
 
 def kept_memory(name: str, size: int) -> NDArray[np.float64]:
-    """Return memory of this thread for temporary numbers: of the system, it would be cleared anew for every factor.
+    """Return memory of this thread for temporary numbers: the system would clear new memory for every factor.
 
     Args:
-        name: What it is for; the same name gives the same memory.
+        name: Its purpose; the same name gives the same memory.
         size: Numbers.
     """
     found: NDArray[np.float64] | None = getattr(_kept, name, None)

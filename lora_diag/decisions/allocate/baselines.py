@@ -67,7 +67,7 @@ def energy_ranks(units: Sequence[Unit], steps: Steps, share: float) -> Ints:
 def _share_before(units: Sequence[Unit], steps: Steps) -> Floats:
     """Return for each step the fraction of its unit's energy kept without it.
 
-    An error of 1e-9 in the sum of 9-digit values must not ask for one rank more: 0.9 is reached by 0.8999999995.
+    An error of 1e-9 in the sum of 9-digit values must not increase the rank by one: 0.9 is reached by 0.8999999995.
     """
     before = np.empty(len(steps.gain))
     for unit, first, end in zip(units, steps.first[:-1], steps.first[1:], strict=True):

@@ -56,7 +56,7 @@ def heads_to_save(
     """Return every tensor of the heads to train in full.
 
     These are the heads that TUNED changed or that only it has, except those with a tensor that matches a pattern:
-    ``target`` gives it a rank, ``exclude`` leaves it unchanged.
+    a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
 
     Args:
         records: Spectra.

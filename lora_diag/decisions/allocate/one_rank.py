@@ -28,7 +28,7 @@ def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints)
         The allocation; its bound is that of all ranks tried.
 
     Raises:
-        UsageError: The budget pays for none of the ranks.
+        UsageError: The budget is too small for every rank.
     """
     found: list[Allocated] = []
     refused: UsageError | None = None

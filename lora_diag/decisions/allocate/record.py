@@ -14,6 +14,9 @@ CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kep
 Method = Literal["optimal", "heuristic"]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
 
+# Note on spectra of an unfinished run, in the inputs of the run record.
+UNFINISHED = "the run did not finish: layers are missing"
+
 
 def _kept(field: str) -> Callable[[Sequence[Allocation]], float | None]:
     """Return the pooled energy fraction of several layers."""

@@ -20,7 +20,7 @@ from lora_diag.decisions.allocate.measured_weights import MEASURED, Measured, me
 from lora_diag.decisions.allocate.one_rank import one_rank
 from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
-from lora_diag.decisions.allocate.record import Allocation, Policies
+from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
 from lora_diag.decisions.memory import Training
 from lora_diag.decisions.trainers import PYTHON, YAML, written_for
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -42,8 +42,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     changed or added are trained in full; budgets of parameters and bytes pay for them first.
 
     Args:
-        results: Results of ``spectrum``, or its file; if measured with ``recover``, layers whose directions it
-            recovered count with those.
+        results: Results of ``spectrum``, or its file; if measured with ``recover``, recovered layers use their
+            recovered directions.
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
         memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
@@ -182,7 +182,7 @@ def write_allocation(
 
     Args:
         results: The allocation.
-        path: Its suffix says which of the two.
+        path: The suffix determines which.
         scaling: lora_alpha / r of every layer in the config; with ``rslora`` that of the layers with the usual rank is
             scaling · √r, and every layer has this lora_alpha.
         rslora: Whether the config makes PEFT scale by lora_alpha / √r.
@@ -291,8 +291,8 @@ def _read(path: Path | str) -> Results[Spectrum]:
     """Read spectra.
 
     Raises:
-        InputError: The file cannot be read or holds other results; for measured weights, the message says how to use
-            them.
+        InputError: The file cannot be read or holds other results; for measured weights, the message explains their
+            use.
     """
     try:
         return read_results_of(Spectrum, path)
@@ -319,7 +319,7 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
         )
     if not spectra.layers:
         raise InputError(f"{path or 'these results'}: hold no layer")
-    notes = [] if spectra.end is not None else ["the run did not finish: layers are missing"]
+    notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)
     changed = sum(one is not record for one, record in zip(layers, spectra.layers, strict=True))
     if changed:

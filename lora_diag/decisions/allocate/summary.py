@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from lora_diag.decisions.allocate.heads import head_of, task_type_of
-from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Baseline, Certificate
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.columns import Column, rows_of
@@ -276,7 +276,7 @@ def _warnings(results: Results[Allocation]) -> list[str]:
             f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy "
             "is not that of the update; measure the adapter or a float32 fine-tune"
         )
-    if any("did not finish" in note for side in results.run.inputs for note in side.notes):
+    if any(UNFINISHED in side.notes for side in results.run.inputs):
         lines.append("the spectrum run did not finish: missing layers have no rank")
     return lines
 

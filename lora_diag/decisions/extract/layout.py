@@ -141,9 +141,9 @@ def plan(
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or an adapter, whose own names of modules are kept.
-        pairing: What is compared.
+        pairing: The compared tensors.
         save: Whether to store tensors without factors in full.
-        portable: Whether only what every program scales alike gets factors.
+        portable: Whether only matrices that all programs scale equally get factors.
         given: α of an adapter whose files give none.
 
     Raises:

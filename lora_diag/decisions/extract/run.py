@@ -57,7 +57,7 @@ def extract(
 
     Args:
         base: Base checkpoint.
-        tuned: Fine-tuned checkpoint; or an adapter, which is compressed again without ever forming B·A.
+        tuned: Fine-tuned checkpoint; or an adapter, which is compressed again without forming B·A.
         output: Adapter folder to write. It is written as ``NAME.part`` and renamed when complete.
         rank: r of every layer; less if a matrix is smaller.
         energy: The smallest r of each layer with C(r) ≥ this fraction.
@@ -207,7 +207,7 @@ def extract(
 
 
 def _placed(target: Target) -> Placed:
-    """Return a layer of BASE as the layouts of adapters know it."""
+    """Return a layer of BASE in the form used by the layouts of adapters."""
     part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
     shape = target.shape if target.kind == "embedding" else target.peft_shape
     return Placed(Item(target.layer, target.module, part, shape=shape, kernel=target.kernel), 1, shape)

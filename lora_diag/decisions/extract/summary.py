@@ -269,7 +269,7 @@ def _resolved(results: Results[Extraction]) -> Statement:
 
 
 def _estimated(results: Results[Extraction]) -> list[Statement]:
-    """Say in how many weights the update is an estimate."""
+    """State the number of weights whose update is an estimate."""
     made = [record for record in results if record.estimated]
     tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
     if not tried:

@@ -1,4 +1,4 @@
-"""Built-in checks, applied whatever the policy.
+"""Built-in checks, which apply with every policy.
 
 Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
 Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
@@ -41,7 +41,7 @@ _IN_WEIGHTS = frozenset({"unused_rank", "spike"})
 class Alarm:
     """One finding of a check, and the exceeded limit if the check has several.
 
-    ``unknown`` keeps a gate from passing whatever the check's severity, because no verdict is possible.
+    ``unknown`` prevents the gate from passing at every severity, because no verdict is possible.
     """
 
     layer: str | None

@@ -23,7 +23,7 @@ DIGITS = 1e-8
 # ε is ‖D − X‖/‖D‖ of a float32 difference, the cosine that of float64 products: their squares agree to some 1e-7.
 FLOAT32 = 1e-5
 
-# What ``metrics.resolution`` says; restated, so that gate imports no NumPy, and compared with it by a test.
+# Thresholds of ``metrics.resolution``; restated, so that gate imports no NumPy, and compared with it by a test.
 RESOLVED, UNRESOLVED = 0.01, 0.5
 
 

@@ -1,4 +1,4 @@
-"""The records to judge, and what they lack."""
+"""The records to judge, and missing ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lora_diag.records import Results, totals
 from lora_diag.records.base import Record
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
-# Reasons of left-out tensors that need no record: 1-D tensors have no rank, and of the others the rest is measured.
+# Reasons of left-out tensors that need no record: 1-D tensors have no rank; of the others the remaining rows are
+# measured.
 NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})
 
 # Kinds that a command of another name writes.

@@ -1,4 +1,4 @@
-"""The conditions of a policy, parsed by hand and never evaluated as code.
+"""Parser of the conditions of a policy; nothing is evaluated as code.
 
     condition = test | share ;
     test      = [ aggregate ], comparison ;
@@ -91,7 +91,7 @@ class Condition:
         text: The condition as written.
         name: The field's name.
         test: The comparison for its value.
-        aggregate: Aggregate of the values of all layers; empty if every layer is judged by itself.
+        aggregate: Aggregate of the values of all layers; empty if every layer is judged separately.
         share: For ``share of layers with``: the comparison for the fraction of the layers that meet ``test``.
     """
 
@@ -103,7 +103,7 @@ class Condition:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer is judged by itself."""
+        """Whether every layer is judged separately."""
         return not self.aggregate and self.share is None
 
     def measure(self, values: Sequence[Value]) -> float:

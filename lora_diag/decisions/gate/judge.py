@@ -238,7 +238,7 @@ def _where(policy: Policy, demand: Criterion, field: Field, found: list[Subject]
 
 
 def _each(policy: Policy, demand: Criterion, found: list[Finding], waivers: Waivers) -> list[Verdict]:
-    """Judge every record by itself."""
+    """Judge every record separately."""
     enough, why = _covered(policy, demand, found)
     verdicts = []
     for finding in found:

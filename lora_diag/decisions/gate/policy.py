@@ -19,7 +19,7 @@ from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of
 from lora_diag.records.run import Reason
 
-# Policies that come with the package.
+# Policies included in the package.
 READY = ("adapter-basic", "full-ft-drift", "merge")
 # Fraction of ‖ΔW‖² in one direction above which a layer has a spike. It is 0.04 to 0.41 in the layers of
 # sample_checkpoints/ and 0.88 in the head, which a byte-level model can change as a whole.

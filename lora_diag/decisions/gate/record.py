@@ -47,7 +47,7 @@ class Verdict(WholeRecord):
 
     @property
     def condition(self) -> str:
-        """``allowed`` without what stands behind it in brackets."""
+        """``allowed`` without the text in brackets."""
         return self.allowed.partition(" (")[0]
 
     @property

@@ -1,6 +1,6 @@
-"""Tokens of the training data → the rank that published rules of thumb ask for.
+"""Tokens of the training data → the rank required by published rules of thumb.
 
-They bound what can be stored, not what a task needs. Repeated passes over the data add no information.
+They estimate the capacity of an adapter, not the need of a task. Repeated passes over the data add no information.
 
 References: Thinking Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without
 Regret", thinkingmachines.ai/blog/lora; Allen-Zhu and Li 2024, "Physics of Language Models: Part 3.3, Knowledge
@@ -16,16 +16,16 @@ from fractions import Fraction
 from lora_diag.decisions.plan.measure import Matrix
 from lora_diag.decisions.plan.record import PlanRule
 
-# What a parameter stores at most, after long training (Allen-Zhu and Li 2024, arXiv 2404.05405).
+# Capacity of a parameter in bits after long training (Allen-Zhu and Li 2024, arXiv 2404.05405).
 BITS_PER_PARAM = 2
 # Typical loss of a language model's data, 1 bit or 0.69 nats a token (Schulman et al. 2025).
 BITS_PER_TOKEN = 1
 
-# LoRA's best learning rate is about so many times that of full fine-tuning, nearly independent of the rank.
+# Best learning rate of LoRA over that of full fine-tuning, nearly independent of the rank.
 LORA_RATE = 10
 RATE_SOURCE = "Schulman et al. 2025"
 
-# Rule, its source, and the parameters that it asks for, for each predicted token.
+# Rule, its source, and the required parameters per predicted token.
 RULES = (
     (
         "a parameter per completion token",

@@ -142,9 +142,9 @@ class PlanRule(Record):
     """A published rule of thumb for capacity: a starting point, not an answer.
 
     Args:
-        name: The rule, in words.
+        name: Description of the rule.
         source: Who published it.
-        params: Trainable parameters that it asks for.
+        params: Required trainable parameters.
         rank: Smallest rank of all targeted matrices that has as many; null where full rank has fewer.
     """
 
@@ -155,12 +155,12 @@ class PlanRule(Record):
 
 
 class PlanCapacity(Record):
-    """How much there is to learn, in tokens, and the rank that rules of thumb ask for.
+    """Size of the training data in tokens, and the rank required by rules of thumb.
 
     Args:
-        data: What was counted, as the user named it; empty where the number was given.
-        about: What it was read as.
-        notes: What a careful reader should know.
+        data: The counted data, as named by the user; empty where the number was given.
+        about: Interpretation of the data.
+        notes: Notes on limitations.
         tokens: Predicted tokens: of completions, or of whole texts; for a classifier, labels.
         rules: The rules.
     """
@@ -178,7 +178,7 @@ class Plan(Record):
     Args:
         path: The input path.
         kind: Kind of input, as text.
-        notes: What a careful reader should know.
+        notes: Notes on limitations.
         params: Parameters of the model.
         targeted: Number of entries of the matrices with LoRA.
         base_bytes: Stored size of the model; null if its dtype is unknown.

@@ -52,7 +52,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """Return the cost of full fine-tuning and LoRA of a model, and the ranks that a budget allows.
 
     Args:
-        base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with nothing else.
+        base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with that file only.
         ranks: Ranks r.
         layers: LoRA on matrices whose name contains a match; None for all except embeddings, head and routers.
         exclude: No matrices whose name contains a match.
@@ -65,7 +65,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
         tokens: Their number instead, such as ``"2M"``.
         tokenizer: As for the probes.
-        length: Tokens of a sequence; longer rows are cut and only what is left is counted.
+        length: Tokens of a sequence; longer rows are truncated before counting.
         **options: ``PlanOptions``.
 
     Raises:
@@ -131,7 +131,7 @@ def _capacity(base: Path | str, given: Mapping[str, Any], chosen: Sequence[Matri
         return PlanCapacity(data="", about="as given", tokens=tokens, rules=capacity_rules(chosen, tokens))
     if given["data"] is None:
         return None
-    # transformers comes with them: not before it is needed
+    # deferred: imports transformers
     from lora_diag.models.data import predicted, read_texts
     from lora_diag.models.opening import open_tokens
 

@@ -57,7 +57,7 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
             the same number in every row. Not needed where scales follow from groups alone.
 
     Returns:
-        Codes, and the numbers that they stand for, float64; both ``(out, in)``.
+        Codes, and the numbers that they encode, float64; both ``(out, in)``.
 
     Example:
         >>> quantize(torch.tensor([[1.0, 0.3, -6.1]]), Target("mxfp4", 32))[1]

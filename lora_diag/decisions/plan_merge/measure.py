@@ -30,7 +30,7 @@ class MergeTask(LayerTask):
 
     Args:
         delta: ΔW of the layer.
-        in_out: Whether W is stored ``(in, out)``, so that groups of inputs lie along its columns.
+        in_out: Whether W is stored ``(in, out)``, so that groups of inputs are along its columns.
     """
 
     in_out: bool = False
@@ -80,7 +80,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
 
 
 def _least(task: MergeTask, target: Target) -> int:
-    """Return the number of rows of which a block is a multiple: complete groups if they lie along the columns."""
+    """Return the number of rows of which a block is a multiple: complete groups if they are along the columns."""
     return target.group or 1 if task.in_out else 1
 
 

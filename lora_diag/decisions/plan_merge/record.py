@@ -69,9 +69,9 @@ class PlannedMerge(LayerRecord):
         base_error: ‖Q(W) − W‖_F / ‖ΔW‖_F: the error of the format without any adapter. Null where ΔW = 0 or W
             overflows.
         base_error_inside: ‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V an orthonormal basis of the row space of A: the part of it that
-            acts on the inputs that the adapter reads. Null likewise, and for updates that are no product B·A.
-        base_noise: √(Σ step²/12) / ‖ΔW‖_F over the steps of BASE's own quantized format: about the error that BASE has
-            already. Null where BASE is not quantized or ΔW = 0.
+            acts on the inputs that the adapter reads. Null also then, and for updates that are not a product B·A.
+        base_noise: √(Σ step²/12) / ‖ΔW‖_F over the steps of BASE's own quantized format: about the existing error of
+            BASE. Null where BASE is not quantized or ΔW = 0.
         bf16: What arrives in bf16.
         fp16: What arrives in fp16.
         conclusion: Conclusion by the rules of ``conclude``; null if ΔW = 0.

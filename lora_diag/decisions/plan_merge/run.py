@@ -27,7 +27,7 @@ def plan_merge(
     adapter: Path | str,
     **options: Unpack[PlanMergeOptions],
 ) -> Results[PlannedMerge]:
-    r"""Measure what a merge would keep of an adapter's update in a storage format, before anything is merged.
+    r"""Measure how much of an adapter's update survives a merge into a storage format, without merging.
 
     W + ΔW is computed in float64, rounded to float32 and then to the format, entry by entry, as a merge in float32
     does. Nothing is written but the records.

@@ -69,7 +69,7 @@ def write_checkpoint(
 
     Args:
         folder: It is there.
-        tuned: TUNED, whose numbers stand where nothing was recovered.
+        tuned: TUNED, whose values are used where nothing was recovered.
         recovered: The layers that are not TUNED's.
         files: The weight of each.
 

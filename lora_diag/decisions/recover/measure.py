@@ -1,4 +1,4 @@
-"""One layer → what the files show of its update, what rounding hides, and what is written of it."""
+"""One layer → its update in the files, the estimate of the update before rounding, and the requested output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Load = Callable[[], dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """What is written of a layer; nothing if all are unset.
+    """The output for a layer; none if all fields are unset.
 
     Args:
         rank: Factors of this rank.
@@ -66,8 +66,8 @@ class RecoveryTask(LayerTask):
 
     Args:
         delta: Its ΔW, from two stored sides.
-        request: What is to be written.
-        known: What was estimated of it before, with the factors of all its directions in its file, of which those of
+        request: The requested output.
+        known: An earlier estimate, with the factors of all directions in its file, of which those of
             ``wanted.rank`` are to be kept; None to estimate.
     """
 
@@ -172,7 +172,7 @@ def _write(
     settings: LayerSettings,
     store: Store,
 ) -> tuple[Literal["posterior", "file", "nothing"], int]:
-    """Store what is wanted; return what it is made of, and the rank of factors."""
+    """Store the requested output; return its source, and the rank of factors."""
     status = estimate.hidden.status
     if request.full:
         if estimate.cells is None:
@@ -197,7 +197,7 @@ def _write(
 
 
 def _rank_of(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
-    """Return the smallest rank that carries the wanted share of the energy, or all there is to keep of any rank."""
+    """Return the smallest rank with the requested fraction of the energy, or the largest useful rank."""
     if request.energy is None:
         largest = len(curve) if estimate.hidden.status != "recovered" else len(estimate.curve)
         return max(1, min(largest, math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix

@@ -1,4 +1,4 @@
-"""A budget of parameters, spent on the estimated singular values of all layers as ``allocate`` spends it."""
+"""Allocation of a budget of parameters by the estimated singular values of all layers, as in ``allocate``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
     """Return the rank of every layer of a run, 0 for those without an estimate.
 
     Args:
-        records: What was estimated.
+        records: The estimates.
         params: Budget: parameters of all factors, r·(out + in).
 
     Raises:
-        UsageError: The budget does not pay for a rank, or adapters usually target none of the layers.
+        UsageError: The budget is too small for rank 1, or adapters usually target none of the layers.
     """
     spectra = [spectrum_of(record) for record in records if record.values_estimate]
     chosen = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)

@@ -73,8 +73,8 @@ class Recovery(Hidden, LayerRecord):
         rank_at: Smallest r at which C(r) of D reaches the threshold; 0 where D = 0.
         energy_error: Bound on the error of every energy fraction of D.
         method: What computed the singular values of D.
-        written: What the output holds of the layer: ``posterior``, made of the estimate E[X | cells]; ``file``, made
-            of D; ``nothing``.
+        written: Source of the layer's output: ``posterior``, from the estimate E[X | cells]; ``file``, from D;
+            ``nothing``.
         rank: Of its factors in the adapter; 0 without.
         params: rank·(out + in).
     """
@@ -150,7 +150,7 @@ class Recovery(Hidden, LayerRecord):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with the settings of a run of ``recover``; None if nothing is."""
+        """Return the problem with the settings of a run of ``recover``; None if they are valid."""
         ranks = settings.get("curve")
         if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
             return "settings.curve must be a list of ranks"
@@ -167,7 +167,7 @@ class Recovery(Hidden, LayerRecord):
 
     @property
     def status_words(self) -> str:
-        """``status`` in words."""
+        """``status`` as text."""
         return STATUS[self.status]
 
     @property

@@ -60,8 +60,8 @@ def recover(
             of the checkpoint; it grows as ``NAME.part`` and takes its place when it is whole.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
         energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
-        params: Write an adapter with so many parameters, such as ``"10M"``, spent as ``allocate`` would on the
-            estimated singular values.
+        params: Write an adapter with at most this number of parameters, such as ``"10M"``, allocated as by ``allocate``
+            with the estimated singular values.
         time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy per entry that a
             sample of their rows suggests, and none is started after this time. With ``resume`` those that were not
             reached are measured, within a new limit or without.
@@ -70,7 +70,7 @@ def recover(
         keep_length: Scale the estimate of each layer to its estimated norm. E[X | cells] is the nearest to X, and
             shorter than X; an update as long as X has the larger error and, where few entries changed, the lower loss.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
-        overwrite: Replace what an earlier run wrote to ``output``.
+        overwrite: Replace the output of an earlier run.
         **options: ``RecoverOptions``.
 
     Returns:
@@ -207,10 +207,10 @@ def _spend_budget(
     settings: LayerSettings,
     compared: Comparison,
 ) -> list[RecoveryTask]:
-    """Estimate every layer, store the factors of all its directions, and spend a budget on them.
+    """Estimate every layer, store the factors of all its directions, and allocate a budget to them.
 
     Raises:
-        UsageError: The budget does not pay for a rank.
+        UsageError: The budget is too small for rank 1.
     """
     kept = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
     found = LayerRun("recover", kept).over(
@@ -257,7 +257,7 @@ def _check(
 
 
 def _transposed(delta: StoredDelta, planned: Plan | None) -> bool:
-    """Say whether PEFT's B·A is the update's transpose."""
+    """Return whether PEFT's B·A is the transpose of the update."""
     target = planned.targets.get(delta.layer) if planned is not None else None
     return target is not None and target.transposed
 

@@ -26,7 +26,7 @@ def recovery_table(
     """Return the table and the summary of a run of ``recover``.
 
     Args:
-        results: What was estimated.
+        results: The records.
         width: Columns of the terminal; 80 are enough, 140 are used.
         color: Whether to use ANSI colours.
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
@@ -191,7 +191,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     """Return the ``README.md`` of the folder.
 
     Args:
-        results: What was estimated and written.
+        results: The records.
         base_name: The base model.
         command: The command that wrote it.
         keep_length: Whether estimates were scaled to their norms.

@@ -39,7 +39,7 @@ class Measured:
     nll: tuple[float, ...] = ()
 
 
-# Of one configuration: by set, then by seed.
+# Runs of one configuration, by set and seed.
 Runs = Mapping[str, Mapping[int, Measured]]
 
 
@@ -137,7 +137,7 @@ def contest(
 
 
 def _pooled(gaps: Sequence[Gap]) -> Gap | None:
-    """Return the mean over sets, whose errors are taken as independent."""
+    """Return the mean over sets; their errors are treated as independent."""
     if not gaps:
         return None
     errors = [gap.error for gap in gaps if gap.error is not None]
@@ -153,7 +153,7 @@ class RankChoice:
         rank: r.
         lr: Its learning rate.
         significant: Whether it is shown to be enough; else it is the smallest whose mean loss is within tolerance.
-        why: In words.
+        why: The reason as text.
     """
 
     rank: int

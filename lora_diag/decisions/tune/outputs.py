@@ -84,7 +84,7 @@ def write_report(folder: Path) -> None:
 
 
 def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: TunePlan, choice: Tune) -> str:
-    """Return a shell script that repeats each step by hand, from the directory in which the search was started."""
+    """Return a shell script that repeats each step, to be run from the directory of the search."""
     swept = read_results(folder / "sweep.jsonl").run.settings
     budget = _given(options, "params", "memory_budget")
     texts: list[Any] = ["--data", options["data"]]

@@ -16,7 +16,16 @@ from lora_diag.decisions.allocate.peft_config import Scaling, peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.run import plan
 from lora_diag.decisions.tune.record import TunePlan, TuneStage
-from lora_diag.decisions.tune.schedule import Costs, Search, narrowed, ranks_within, seconds_of, stages
+from lora_diag.decisions.tune.schedule import (
+    STEP_OMISSIONS,
+    Costs,
+    Omission,
+    Search,
+    narrowed,
+    ranks_within,
+    seconds_of,
+    stages,
+)
 from lora_diag.decisions.tune.trials import step_seconds, target_modules
 from lora_diag.decisions.tune.variants import RSLORA_ALPHA, shortest, uniform
 from lora_diag.errors import InputError, UsageError
@@ -29,8 +38,6 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.training_runs import TrainRun
-
-_NO_FULL = "full fine-tuning as a baseline, which needs float32 weights as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The budget pays for no rank, or the time for no search.
+        UsageError: The budget is too small for rank 1, or the time for any search.
     """
     given = run.options
     tokens = predicted(run.training.texts, run.model)
@@ -157,7 +164,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     wanted = Search(
         ranks, tuple(sorted(set(given["rates"]))), given["steps"], given["repeats"], given["widen"], full=full
     )
-    never = () if full or given["no_full"] else (_NO_FULL,)
+    never = () if full or given["no_full"] else (Omission.FULL_NEEDS_FLOAT32,)
     return TunePlan(
         budget=counted.fit.budget,
         per_rank=target.per_rank,
@@ -203,7 +210,7 @@ def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePla
         full=plan.full_step_seconds > 0,
     )
     costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds, slots)
-    kept = tuple(what for what in plan.left_out if what == _NO_FULL or what.endswith("of the steps"))
+    kept = tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS})
     return plan.model_copy(update=_within(wanted, costs, limit, kept))
 
 
@@ -214,7 +221,7 @@ def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[s
         wanted: What would be trained without one.
         costs: Times.
         limit: Seconds; None for none.
-        left_out: What is left out for another reason.
+        left_out: Omissions for other reasons.
     """
     search, narrower = narrowed(wanted, costs, limit)
     fields = {each.name: getattr(search, each.name) for each in dataclass_fields(search)}

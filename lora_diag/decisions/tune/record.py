@@ -35,9 +35,9 @@ class TunePlan(WholeRecord):
         magnitudes: Parameters of DoRA's magnitudes, the same at every rank; 0 for LoRA.
         kind: Kind of LoRA, with its alpha.
         slots: Concurrent runs.
-        largest: Largest shared rank that the budget pays for.
+        largest: Largest shared rank within the budget.
         tokens: Predicted tokens of the training data.
-        rules: Rank that each rule of thumb asks for; null where full rank has fewer parameters.
+        rules: Rank required by each rule of thumb; null where full rank has fewer parameters.
         ranks: Shared ranks to try.
         rates: Learning rates to try.
         steps: Updates of a run.
@@ -153,7 +153,7 @@ class TuneDecision(WholeRecord):
         seeds: Seeds of ``gap``.
         seconds: Predicted cost of trials that were not trained; else null.
         layers: Layers that it is about, where these are named.
-        files: Files in the run's folder that it stands on.
+        files: Files in the run's folder that it is based on.
     """
 
     key: ClassVar[tuple[str, ...]] = ("stage", "name")
@@ -181,7 +181,7 @@ class Tune(WholeRecord):
     Args:
         set: The evaluation set that decided.
         variant: The chosen configuration: ``uniform-r8``, or the name of a challenger that was kept.
-        rank: The shared rank that it stands on.
+        rank: The shared rank that it is based on.
         ranks: Rank of each layer by its path in the model; empty where all have ``rank``.
         significant: Whether the rank is shown to be enough and gains; else it is the smallest candidate.
         lr: Peak learning rate.
@@ -200,7 +200,7 @@ class Tune(WholeRecord):
         gain_of_full: Gain of full fine-tuning; null if it was not trained or has no gain.
         share_of_full: ``gain`` / ``gain_of_full``.
         next_rank: The next higher rank tried; null if none.
-        next_gain: What it gains more, in nats; null likewise.
+        next_gain: Its additional gain in nats; null likewise.
         non_uniform: Whether non-uniform ranks were ``kept``, ``rejected``, or ``not tried``.
         gain_shifted: Gain on the first shifted set; null without one.
         gain_shifted_error: Its standard error over seeds.

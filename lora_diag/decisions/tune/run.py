@@ -43,9 +43,9 @@ FILES = (
 def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -> Results[Any]:
     r"""Choose an adapter configuration by training within a budget, and record every decision.
 
-    The search goes from coarse to fine: shared ranks with the learning rate tuned at each; the smallest rank within
+    The search is coarse to fine: shared ranks with the learning rate tuned at each; the smallest rank within
     tolerance by an equivalence test; non-uniform ranks of the same budget against uniform ones with paired seeds;
-    stability only where the curves justify it; then the gain of more parameters. All runs see the same batches in the
+    stability only where the curves justify it; then the gain of more parameters. All runs use the same batches in the
     same order.
 
     Args:
@@ -58,7 +58,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
         time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With ``resume``, a larger
             limit than before extends the search: all runs are kept, and the omitted ones are trained.
-        ranks: Shared ranks to try; by default up to four powers of 4 below the largest that the budget pays for.
+        ranks: Shared ranks to try; by default up to four powers of 4 below the largest rank within the budget.
         dry_run: Stop after the plan.
         on_plan: Called with the plan before any training; if it returns False, nothing is trained or written.
         **options: ``TuneOptions``.
@@ -179,7 +179,7 @@ def _remove_output(folder: Path) -> None:
 
 
 def _extend(folder: Path, plan: TunePlan) -> None:
-    """Write an unfinished run with another plan and all runs of the earlier one, whose decisions are made anew."""
+    """Write an unfinished run with another plan and all runs of the earlier one; decisions are made again."""
     found = read_results(_latest(folder))
     records: tuple[AnyRecord, ...] = (found.run, plan, *found.whole_of(TuneTrial))
     write_whole(folder / f"{RECORDS}.part", "".join(f"{to_line(record)}\n" for record in records))

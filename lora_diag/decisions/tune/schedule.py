@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from lora_diag.errors import UsageError
 
@@ -18,7 +19,7 @@ from lora_diag.errors import UsageError
 SHORT = 4
 # Learning rates that continue after it.
 KEPT_RATES = 2
-# A search is not reduced below this number of steps, where ranks can no longer be compared.
+# Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
 LEAST_STEPS = 10
 # Most runs of stability and escalation, in addition to the seeds of confirmed ones.
 TRIALS = 6
@@ -176,23 +177,44 @@ def _every_second(ranks: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({ranks[0], *ranks[::-2]})) if len(ranks) > 2 else tuple(ranks)
 
 
-# Omissions, in this order, until the search fits: each with its description.
-_REDUCTIONS: tuple[tuple[str, Callable[[Search], Search]], ...] = (
-    (
-        "learning rates: all but two after a quarter of the steps (successive halving)",
-        lambda s: replace(s, halving=len(s.rates) > KEPT_RATES),
-    ),
-    ("more seeds where these would decide", lambda s: replace(s, more_seeds=False)),
-    ("learning rates beyond the grid", lambda s: replace(s, widen=0)),
-    ("stability and escalation trials, which are proposed only", lambda s: replace(s, trials=0)),
-    ("full fine-tuning as a baseline", lambda s: replace(s, full=False)),
-    ("every second rank", lambda s: replace(s, ranks=_every_second(s.ranks))),
-    ("the rank in between", lambda s: replace(s, finer=False)),
-    ("all seeds but two", lambda s: replace(s, repeats=min(s.repeats, 2))),
-    ("non-uniform ranks", lambda s: replace(s, redistribute=False)),
-    ("half of the steps", lambda s: replace(s, steps=max(LEAST_STEPS, s.steps // 2))),
-    ("three quarters of the steps", lambda s: replace(s, steps=max(LEAST_STEPS, s.steps // 2))),
-    ("seven eighths of the steps", lambda s: replace(s, steps=max(LEAST_STEPS, s.steps // 2))),
+class Omission(StrEnum):
+    """Omitted part of a search, with its description in the records."""
+
+    HALVING = "learning rates: all but two after a quarter of the steps (successive halving)"
+    MORE_SEEDS = "more seeds where these would decide"
+    WIDER_RATES = "learning rates beyond the grid"
+    TRIALS = "stability and escalation trials, which are proposed only"
+    FULL = "full fine-tuning as a baseline"
+    FULL_NEEDS_FLOAT32 = "full fine-tuning as a baseline, which needs float32 weights as they are"
+    RANKS = "every second rank"
+    INTERMEDIATE_RANK = "the rank in between"
+    SEEDS = "all seeds but two"
+    REDISTRIBUTION = "non-uniform ranks"
+    HALF = "half of the steps"
+    THREE_QUARTERS = "three quarters of the steps"
+    SEVEN_EIGHTHS = "seven eighths of the steps"
+
+
+# Omissions of steps; each includes the ones before it.
+STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS)
+
+
+def _halve_steps(search: Search) -> Search:
+    return replace(search, steps=max(LEAST_STEPS, search.steps // 2))
+
+
+# Omissions in the order in which they are applied until the search fits.
+_REDUCTIONS: tuple[tuple[Omission, Callable[[Search], Search]], ...] = (
+    (Omission.HALVING, lambda s: replace(s, halving=len(s.rates) > KEPT_RATES)),
+    (Omission.MORE_SEEDS, lambda s: replace(s, more_seeds=False)),
+    (Omission.WIDER_RATES, lambda s: replace(s, widen=0)),
+    (Omission.TRIALS, lambda s: replace(s, trials=0)),
+    (Omission.FULL, lambda s: replace(s, full=False)),
+    (Omission.RANKS, lambda s: replace(s, ranks=_every_second(s.ranks))),
+    (Omission.INTERMEDIATE_RANK, lambda s: replace(s, finer=False)),
+    (Omission.SEEDS, lambda s: replace(s, repeats=min(s.repeats, 2))),
+    (Omission.REDISTRIBUTION, lambda s: replace(s, redistribute=False)),
+    *((omission, _halve_steps) for omission in STEP_OMISSIONS),
 )
 
 
@@ -208,13 +230,13 @@ def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search,
         UsageError: Not even the smallest search fits.
     """
     left_out: list[str] = []
-    for what, reduce in _REDUCTIONS:
+    for omission, reduce in _REDUCTIONS:
         if limit is None or seconds_of(search, costs) <= limit:
             break
         smaller = reduce(search)
         if smaller != search and seconds_of(smaller, costs) < seconds_of(search, costs):
             search = smaller
-            left_out.append(what)
+            left_out.append(omission)
     if limit is not None and (least := seconds_of(search, costs)) > limit:
         raise UsageError(
             f"--time: even the smallest search takes about {least:.0f} s, and {limit:.0f} s are allowed; give more "
@@ -224,9 +246,9 @@ def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search,
 
 
 def _merged(left_out: Sequence[str]) -> tuple[str, ...]:
-    """Return the omissions, with the last of those of steps only."""
-    steps = [what for what in left_out if what.endswith("of the steps")]
-    return tuple(what for what in left_out if what not in steps[:-1])
+    """Return the omissions; of those of steps only the last one, which includes the others."""
+    steps = [omission for omission in left_out if omission in STEP_OMISSIONS]
+    return tuple(omission for omission in left_out if omission not in steps[:-1])
 
 
 def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:

@@ -79,7 +79,8 @@ class Tuner:
         plan: The plan.
         kept: The records.
         workers: The workers of a cluster; None to train here.
-        tolerance: Nats that a smaller rank may lose, and a challenger must be ahead by at the first seed to go on.
+        tolerance: Nats that a smaller rank may lose, and by which a challenger must be better at the first seed to be
+            trained further.
     """
 
     base: Path | str
@@ -192,7 +193,7 @@ class Tuner:
         self._finish(incumbent, choice, swept)
 
     def _sweep(self, file: str, **options: Any) -> Results[Any]:
-        """Run ``probe sweep``, or what an interrupted one left of it."""
+        """Run ``probe sweep``, or resume an interrupted one."""
         run_options, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
         shared = {name: run_options[name] for name in (*names, *OF_RUNS)}
@@ -424,8 +425,8 @@ class Tuner:
     def _best_of(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], comparison: str) -> Variant:
         """Return the incumbent, or the candidate that beats it.
 
-        The candidate with the lowest loss of the first seed goes on with the others. Where it was chosen among several,
-        its first seed does not count.
+        The candidate with the lowest loss of the first seed is trained with the other seeds. If it was chosen among
+        several, its first seed is not used.
         """
         if not candidates:
             if self.decided(stage, comparison) is None:

@@ -26,7 +26,7 @@ def tune_table(
 
 
 def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
-    """Return the plan of a search as it is printed before it."""
+    """Return the plan of a search, which is printed before it starts."""
     stages = [*plan.stages]
     grid = Grid(
         "",

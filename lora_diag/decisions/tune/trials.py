@@ -123,7 +123,7 @@ class Trials:
             yield records
 
     def measure_base(self) -> None:
-        """Measure BASE on every set, and on as much of the training data, if that is not done yet."""
+        """Measure BASE on every set and on as much of the training data, unless recorded."""
         if self.kept.has([each.name for each in self.sets], record="tune_trial", variant="base"):
             return
         batch = self.training.batch

@@ -81,8 +81,8 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     """Measure layers that are thin and of one rank from their stored factors; None where a number is not finite.
 
-    Each factor is read, reduced and dropped while it is in the cache; what is left of it is computed for all layers at
-    once.
+    Each factor is read, reduced and dropped while it is in the cache; the remaining steps are computed for all layers
+    together.
     """
     reduced = [_reduce(delta) for delta in deltas]
     folded = [each for _, _, each in reduced]

@@ -73,7 +73,7 @@ def _measured(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple
             thin = [delta for delta in part if is_thin(delta)] if key is not None else []
             for delta, found in zip(part, measure_thin(thin) if thin else [None], strict=True):
                 if found is None:
-                    from lora_diag.diagnostics.fleet.dense import measure_dense  # torch comes with it
+                    from lora_diag.diagnostics.fleet.dense import measure_dense  # deferred: imports torch
 
                     found = measure_dense(path, delta, device)
                 yield delta, found

@@ -142,7 +142,7 @@ def fleet(
     if not run.torch and under is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
         run.apart = sum(member.seen.size for member in members) >= APART_BYTES
         run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
-    device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than what a GPU would save
+    device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
     return run.over(
         members,
         _here if run.options["engine"] is None else _on_a_worker,

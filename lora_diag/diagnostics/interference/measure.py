@@ -46,7 +46,7 @@ def size(task: Several, settings: InterferenceSettings) -> int:
 
 
 def most_bytes(task: Several, settings: InterferenceSettings) -> int:
-    """Return the largest memory of a layer in bytes: what is kept of every update, and the most expensive step.
+    """Return the largest memory of a layer in bytes: the stored part of every update, and the most expensive step.
 
     An update without factors keeps ΔW and all singular vectors. The steps are decomposing one update, decomposing the
     sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one update at a

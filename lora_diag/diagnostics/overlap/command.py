@@ -15,7 +15,7 @@ from lora_diag.running.options import SHOW_RANK
 
 
 class TableOptions(TypedDict, total=False):
-    """What the table shows."""
+    """Content of the table."""
 
     show_rank: Annotated[int | None, SHOW_RANK]
 

@@ -41,8 +41,7 @@ def make_portable(
     Args:
         adapter: The adapter.
         output: Folder to write; must not exist.
-        base: The checkpoint it was trained on: for DoRA, for names that an adapter does not tell, and for other
-            layouts.
+        base: The checkpoint it was trained on: for DoRA, for names missing from the adapter, and for other layouts.
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
         leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
@@ -54,7 +53,7 @@ def make_portable(
 
     Returns:
         What ``portability`` finds of the written adapter. Its settings name under ``fixed`` the rank, the dtype, the
-        errors ε of truncated and of folded factors, and what was left out.
+        errors ε of truncated and of folded factors, and the skipped weights.
 
     Raises:
         UsageError: ``output`` exists.

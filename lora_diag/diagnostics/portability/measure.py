@@ -73,8 +73,8 @@ class PortabilitySettings:
 def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | LeftOut, ...]:
     """Return the record of every consumer.
 
-    Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, whatever B and A are; ‖sBA‖ comes from QR of the
-    factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
+    Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
+    the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
     """
     fro: float | None = None
     whole: Matrix | None = None

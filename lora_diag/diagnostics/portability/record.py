@@ -15,7 +15,7 @@ ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "full", "exact")
 # Statuses of a layer that is applied as intended.
 AS_INTENDED: tuple[Status, ...] = ("exact", "full")
 
-# Parts whose ΔW is not B·A alone, so that errors are not those of scales alone.
+# Parts whose ΔW is not just B·A, so that errors are not those of scales only.
 FORMED = frozenset({"dora", "residual"})
 
 
@@ -34,7 +34,7 @@ class Portability(LayerRecord):
         scale: s' by which the consumer multiplies B·A; null without factors.
         intended: The intended s; null without factors.
         epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where only the scale
-            differs, 1 if dropped; null if refused, if ΔW = 0, and where it takes a BASE to tell and there is none.
+            differs, 1 if dropped; null if refused, if ΔW = 0, and where a BASE is needed and missing.
         fro: ‖ΔW‖_F of the intended update; null if that needs a BASE and none is given.
         why: The reason, in one sentence; empty if it is exact.
     """

@@ -20,7 +20,7 @@ class Outcome:
     """Treatment of one item by a consumer.
 
     Args:
-        does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it does what the item says, whatever that is;
+        does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it applies the item as stored;
             ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is.
         scale: s'; None without factors.
         why: The reason, in one sentence; empty for the usual case.

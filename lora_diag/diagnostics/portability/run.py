@@ -43,7 +43,7 @@ def portability(
             files of this layout.
         require: Programs that must apply the intended ΔW, in the same form; they are also judged.
         intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.
-        max_lora_rank: The largest rank that servers are told to serve (``--max-lora-rank``); by default as large as it
+        max_lora_rank: The maximum rank set in servers (``--max-lora-rank``); by default as large as it
             takes.
         **options: ``PortabilityOptions``.
 

@@ -112,7 +112,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
 
 
 def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
-    """State what was written, and its errors."""
+    """State the written files and their errors."""
     if fixed is None:
         return []
     rounding = number(fixed["rounding"]) if fixed["rounding"] else "0"

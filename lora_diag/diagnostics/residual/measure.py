@@ -64,7 +64,7 @@ class Layer:
 def size(layer: Layer, settings: LayerSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: D, the largest X, and the data metric."""
     if settings.memory is not None:
-        return settings.memory  # D alone may take that, and the ranks of the others are unknown before they are read
+        return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
     dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
     return footprint(layer.tuned) + dense + _weighing(layer) + _cells(layer)
 
@@ -200,7 +200,7 @@ class BeforeRounding:
 def _before_rounding(
     layer: Layer, full: Change, settings: LayerSettings, device: torch.device
 ) -> BeforeRounding | None:
-    """Return the update before rounding; None where it was not asked for, is not hidden, or cannot be estimated.
+    """Return the update before rounding; None where it was not requested, is not hidden, or cannot be estimated.
 
     Raises:
         MemoryLimitError: Its cells do not fit.

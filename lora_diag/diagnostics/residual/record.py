@@ -114,7 +114,7 @@ class Residual(Distance, LayerRecord):
         data: The distance in the data metric ‖D·C^½‖_F with C = E[xxᵀ], the mean square of the change in the layer's
             output; null without activations for the layer.
         before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
-            cells of the files; null where that was not asked for, is not hidden, or could not be estimated.
+            cells of the files; null where it was not requested, is not hidden, or could not be estimated.
         limited_by: The largest part of ε² (``metrics.limit``).
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """

@@ -35,7 +35,7 @@ def residual(
 ) -> Results[Residual]:
     r"""Measure the distance of adapters from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, by layer.
 
-    Both checkpoints are read once, whatever the number of adapters.
+    Both checkpoints are read once, independent of the number of adapters.
 
     Args:
         base: Base checkpoint.

@@ -89,7 +89,7 @@ def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], show
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **given, **callbacks)
-    # where there is nothing, its way out is said last
+    # without spectra, the suggested fix is printed last
     shown.show(results, _next(given["output"]) if results.layers else None)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 

@@ -111,7 +111,7 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
 
 
 def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
-    """Return the subtitle: what the figure shows."""
+    """Return the subtitle: description of the figure."""
     layers = len({record.layer for record in records})
     what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
     whose = series[0].label if len(series) == 1 else ""

@@ -68,7 +68,7 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
 
     Args:
         history: The layer's gradients.
-        settings: What is asked; ``method`` and ``tol`` are not used.
+        settings: The request; ``method`` and ``tol`` are not used.
 
     Returns:
         The spectrum of the smaller side, with the energy fractions of the other if both are small enough; or a

@@ -36,7 +36,7 @@ def way_out(moved: Sequence[Spectrum]) -> str:
 
 
 def before_rounding(moved: Sequence[Spectrum]) -> list[Statement]:
-    """Return the statement on size, ranks and directions before rounding; none where they were not asked for."""
+    """Return the statement on size, ranks and directions before rounding; none where they were not requested."""
     tried = [(record, record.hidden) for record in moved if record.hidden is not None]
     if not tried:
         return []

@@ -63,7 +63,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
 
 
 def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidden:
-    """Return what the rounding cells say about the update before rounding."""
+    """Return the estimate of the update before rounding from the rounding cells."""
     try:
         refuse_cells(delta.shape, settings.memory)
     except MemoryLimitError as error:

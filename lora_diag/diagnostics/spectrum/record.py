@@ -67,7 +67,7 @@ class Spectrum(LayerRecord):
             layer's input, the mean square of what the update changes in the layer's output. ``kfac``: ‖G^½·ΔW·C^½‖_F²
             with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s, fro, base_fro
             (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
-        hidden: The update before rounding, estimated from rounding cells; null where that was not asked for, and where
+        hidden: The update before rounding, estimated from rounding cells; null where it was not requested, and where
             the files resolve ΔW.
         weights_fro: ‖ΔW‖_F if ``metric`` is not ``weights``; else null.
     """
@@ -278,7 +278,7 @@ class Spectrum(LayerRecord):
 
     @property
     def spike(self) -> Share | None:
-        """σ_1² / ‖ΔW‖_F², the energy in the largest direction alone; None for a zero update."""
+        """σ_1² / ‖ΔW‖_F², the energy fraction of the largest direction; None for a zero update."""
         return 1 / self.stable_rank if self.stable_rank else None
 
     @property

@@ -66,7 +66,7 @@ def spectrum(
     settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top, recover=recover)
     usual = SpectrumSettings()
     if (settings.method, top, settings.tol) != (usual.method, usual.top, usual.tol):
-        from lora_diag.linalg import check_request  # torch comes with it
+        from lora_diag.linalg import check_request  # deferred: imports torch
 
         check_request(settings.method, top, settings.tol)
     if kfac and activations is None:
@@ -89,7 +89,7 @@ def spectrum(
     if recover and not any(isinstance(delta, StoredDelta) for delta in pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     if activations is not None:
-        from lora_diag.running.activations import second_moments  # torch comes with it
+        from lora_diag.running.activations import second_moments  # deferred: imports torch
 
         if tuned is None:
             raise UsageError("--activations: needs BASE to identify the layers; give it before the adapter")
@@ -144,7 +144,7 @@ def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | Lef
     found = thin_spectrum(layer, settings) if is_thin(layer, settings) else None
     if found is not None:
         return (found,)
-    from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # torch comes with it
+    from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # deferred: imports torch
 
     return (measure(layer.delta, settings, layer.weighting),)
 

@@ -197,7 +197,7 @@ def _start(moved: Sequence[Spectrum]) -> str:
 
 
 def _together(moved: Sequence[Spectrum]) -> str:
-    """Say what all layers together show of the start that single ones do not, and what follows for the unknown."""
+    """State the evidence of all layers together on the start of training, and its consequence for unknown layers."""
     known = [pair for record in moved if (pair := record.resolution.base_rounding) is not None and pair[1] > 0]
     if len(known) < 2:
         return ""

@@ -30,7 +30,7 @@ class SpectrumSettings(LayerSettings):
     @property
     def allowance(self) -> Allowance | None:
         """Return the method's settings and memory limit for a layer."""
-        from lora_diag.linalg import Allowance  # torch comes with it
+        from lora_diag.linalg import Allowance  # deferred: imports torch
 
         return None if self.memory is None else Allowance(self.memory, self.method, self.top)
 

@@ -37,10 +37,10 @@ class _Kept:
 
 
 def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
-    """Return whether a layer is measured here; this depends on the input and the options alone.
+    """Return whether a layer is measured here; this depends only on the input and the options.
 
     Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``; nothing of BASE is
-    measured; and no GPU is asked for.
+    measured; and no GPU is requested.
     """
     delta = layer.delta
     return (
@@ -63,7 +63,7 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     """Measure the spectrum of a layer that ``is_thin``.
 
     Returns:
-        The spectrum; None if a number is not finite, or overflows: ``measure`` then says which.
+        The spectrum; None if a number is not finite, or overflows: ``measure`` then raises the error.
     """
     delta = layer.delta
     assert isinstance(delta, FactoredDelta)

@@ -37,7 +37,7 @@ LARGE, SMALL, SPREAD, MANY, FAR = 1 / 8, 1 / 64, 1.25, 256, 32.0
 # Unit roundoff of the coarsest arithmetic in which the ΔW of a right merge is computed, bfloat16.
 COARSE = 2.0**-8
 
-# Unit roundoff of float32, in which most merges compute ΔW whatever the dtype of the model.
+# Unit roundoff of float32, in which most merges compute ΔW for every dtype of the model.
 FINE = 2.0**-24
 
 # Minimum number of rows and columns with entries that a scale explains and 1 does not, and their minimum fraction.
@@ -141,7 +141,7 @@ def _scaled(look: Look) -> Fault | None:
 def scaled_precisely(look: Look) -> Fault | None:
     """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
 
-    In a right merge whose arithmetic was coarser, the entries that 1 does not explain are off in both directions: by
+    In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
     chance COHERENT of them in one with probability 2·exp(−COHERENT²·FLIPPED/2) = 1e-6 (Hoeffding 1963), and no scale
     explains them.
     """
@@ -386,7 +386,7 @@ def _by_norms(look: Look) -> Fault:
 
 
 def _drifted(look: Look) -> Fault:
-    """Report the scale if every entry alone could be a rounding, but not all together."""
+    """Report the scale if rounding explains every single entry but not all of them together."""
     c, error = look.found.inner / look.found.expected, look.found.scale_error
     return Fault(
         "wrong scale", f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together"

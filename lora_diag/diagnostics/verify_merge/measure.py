@@ -118,7 +118,7 @@ class MergedLayer:
 
     @property
     def footprint(self) -> int:
-        """Return an upper bound on the memory of the check in bytes: blocks, and what is not available by rows."""
+        """Return an upper bound on the memory of the check in bytes: blocks, and weights not available by rows."""
         blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
         thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
         return blocks + thin + self.held

@@ -57,13 +57,11 @@ class Merge(LayerRecord):
         adapted: Whether the adapter changes the layer; else MERGED must be W.
         status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though
             MERGED is finer. ``inconclusive``: a rounding of W + ΔW and of W alone, or of W + c·ΔW with c 5% off, so
-            that this
-            file cannot tell.
-            ``dropped``: M = W. ``partial``: some rows or columns have ΔW, the others have W. ``wrong scale``: W +
-            c·ΔW, c further from 1 than rounding allows.
-            ``transposed``: W + ΔWᵀ. ``wrong order``: the ΔW of another expert or layer, or with its halves swapped.
-            ``other base``: ΔW is there, on top of other weights than BASE's. ``changed``: the adapter never touched
-            it, MERGED differs. ``missing``: MERGED has no such weight. ``other``: none of these.
+            that this file cannot distinguish them. ``dropped``: M = W. ``partial``: some rows or columns have ΔW, the
+            others have W. ``wrong scale``: W + c·ΔW, c further from 1 than rounding allows. ``transposed``: W + ΔWᵀ.
+            ``wrong order``: the ΔW of another expert or layer, or with its halves swapped. ``other base``: ΔW is there,
+            on top of other weights than BASE's. ``changed``: the adapter never touched it, MERGED differs. ``missing``:
+            MERGED has no such weight. ``other``: none of these.
         dtype: The dtype that represents MERGED's values, which can be shorter than the stored one; null if missing.
         differing: Entries that no rounding of W + ΔW explains.
         differing_share: The same as a fraction of the entries.
@@ -83,7 +81,7 @@ class Merge(LayerRecord):
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.
-        cause: Likely cause, in words; empty without a fault.
+        cause: Likely cause as text; empty without a fault.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -166,8 +164,8 @@ class Merge(LayerRecord):
 def outcome(records: Iterable[Merge]) -> Outcome:
     """Return the outcome of the merge over its layers.
 
-    One failure fails it. A merge in which no adapted layer moved at all cannot be told from a dropped adapter, even
-    where rounding explains it; nor can one with an inconclusive layer.
+    One failure fails it. A merge in which no adapted layer changed cannot be distinguished from a dropped adapter, even
+    if rounding explains it; nor can one with an inconclusive layer.
     """
     layers = list(records)
     if any(record.failed for record in layers):

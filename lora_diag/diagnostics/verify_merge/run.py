@@ -60,7 +60,7 @@ def verify_merge(
 
     Returns:
         One record for every weight of ``base`` that is in ``merged``, adapted or not, and for every adapted one that
-        is not. ``results.merge.outcome`` says what they mean together.
+        is not. ``results.merge.outcome`` is their joint outcome.
 
     Raises:
         UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
@@ -115,7 +115,7 @@ def _tasks(
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Returns:
-        One task a layer, in natural order of their names; and what neither side can tell anything of.
+        One task a layer, in natural order of their names; and tensors that neither side allows to check.
     """
     updates, rest = _by_target(wanted, done)
     siblings = _siblings(wanted)
@@ -141,7 +141,7 @@ def _tasks(
 def _by_target(wanted: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
     """Return the updates of every layer of MERGED, and those without a layer.
 
-    Tied weights are stored once: where MERGED has no head of its own, its update is part of the embedding's.
+    Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
     """
     names = {delta.layer: delta for delta in done.deltas}
     places = {(delta.base.name, delta.base.offset): delta.layer for delta in done.deltas if delta.base is not None}

@@ -126,7 +126,7 @@ def _why_inconclusive(adapted: Sequence[Merge]) -> str:
 
 
 def _faults(results: Results[Merge]) -> list[Statement]:
-    """Return the layers, cause and fix of every failing status; further causes follow as a statement of their own."""
+    """Return the layers, cause and fix of every failing status; further causes follow in a separate statement."""
     lines = []
     for status in ORDER:
         records = [record for record in results if record.status == status and record.failed]

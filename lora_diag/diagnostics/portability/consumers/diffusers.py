@@ -2,7 +2,7 @@ r"""diffusers: a ``LoraConfig`` made from the file's ranks and alphas, or from i
 
 Source: huggingface/diffusers, ``utils/peft_utils.py`` (``get_peft_kwargs``), ``loaders/peft.py``
 (``load_lora_adapter``), ``loaders/lora_conversion_utils.py``. Each part of the pipeline (U-Net, transformer, text
-encoder) has a config of its own:
+encoder) has its own config:
 
 - r is the most frequent rank, ``rank_pattern`` names the others.
 - With alphas in the file: α is the most frequent of them (or the only one), ``alpha_pattern`` names the others, and a

@@ -2,7 +2,7 @@
 
 Source: kohya-ss/sd-scripts, ``networks/lora.py`` (``LoRAModule.__init__``, ``create_network_from_weights``,
 ``load_weights``) at commit 02298e3c4a7e. The rank is that of ``lora_down``. Weights are loaded without ``strict``, so
-that what is neither a factor nor an α is ignored: the magnitudes of DoRA and the parts of LyCORIS. Date read:
+that tensors other than factors and α are ignored: the magnitudes of DoRA and the parts of LyCORIS. Date read:
 2026-11-27.
 """
 

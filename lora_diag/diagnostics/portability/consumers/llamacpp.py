@@ -8,8 +8,7 @@ from ``lora_b``) at commit 215841fc0178.
 - ``.base_layer.weight`` is skipped, weights of norms are passed through; any other name that is no
   ``lora_A``/``lora_B`` weight or ``lora_embedding_A``/``B`` ends the conversion. The runtime skips norms
   (``src/llama-adapter.cpp``, ``llama_adapter_lora_init_impl``, at commit fdfa89f12e75).
-- A module that the architecture's table of names does not have ends it, too; here that is known of stacked experts
-  alone.
+- A module that the architecture's table of names does not have ends it, too; this check covers stacked experts only.
 
 Date read: 2026-11-27.
 """

@@ -3,13 +3,13 @@ r"""PEFT: s = α/r or α/√r, r and α of each module from ``rank_pattern`` and
 Source: huggingface/peft, ``tuners/lora/model.py`` (``_create_and_replace``), ``tuners/lora/layer.py``
 (``update_layer``), ``utils/other.py`` (``get_pattern_key``). A key k of a pattern is for module m if
 
-- 0.15 and later: ``re.match(rf"(.*\.)?({k})$", m)``, looked up for r and for α by themselves (read in 0.15.0, 0.21.2);
+- 0.15 and later: ``re.match(rf"(.*\.)?({k})$", m)``, looked up separately for r and α (read in 0.15.0, 0.21.2);
 - 0.14: ``re.match(rf".*\.{k}$", m)``, so that a key that is the whole name or is anchored (``^``) matches nothing (read
   in 0.14.0);
 - 0.13 and before: the same, and the first key of both tables together decides about r and α (read in 0.13.2).
 
 Where r is not that of the file's factors, loading fails with a size mismatch. Fields of a config that a version does
-not know are dropped (0.13.2, ``config.py``); here that is looked at for ``lora_bias`` alone, which 0.14 brought. Date
+not know are dropped (0.13.2, ``config.py``); this check covers only ``lora_bias``, added in 0.14. Date
 read: 2026-11-27.
 """
 

@@ -1,4 +1,4 @@
-"""vLLM: α/r or α/√r, since 0.32 with the patterns; refuses what it does not apply.
+"""vLLM: α/r or α/√r, since 0.32 with the patterns; refuses unsupported settings.
 
 Source: vllm-project/vllm, ``lora/peft_helper.py`` (``PEFTHelper``: ``get_rank_and_scaling``, ``_validate_features``,
 ``validate_legal``), ``lora/lora_model.py`` (``from_lora_tensors``, ``check_unexpected_modules``), ``lora/utils.py``
@@ -6,7 +6,7 @@ Source: vllm-project/vllm, ``lora/peft_helper.py`` (``PEFTHelper``: ``get_rank_a
 
 - 0.32 and later: the scale of each module by PEFT's rule; ``lora_bias``, initialisations that change the base,
   activated LoRA, ``layer_replication``, BD-LoRA and QA-LoRA are refused (read in 0.32.0, 0.33.0);
-- before: one scale for all modules, patterns are not read; none of these is noticed, and ``lora_B.bias`` is overwritten
+- before: one scale for all modules, patterns are not read; these are not detected, and ``lora_B.bias`` is overwritten
   by ``lora_B.weight``, which sorts after it (read in 0.28.0, 0.30.0, 0.31.0);
 - 0.10: any ``modules_to_save`` is refused, and so are stacked experts; ``lora_bias`` is applied with
   ``--enable-lora-bias`` and dropped without (read in 0.10.0). When that changed between 0.10 and 0.28 was not read.

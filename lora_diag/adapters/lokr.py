@@ -103,7 +103,7 @@ def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: 
     import torch
 
     w1, w2 = _side(checkpoint, parts, "lokr_w1"), _side(checkpoint, parts, "lokr_w2")
-    # PEFT 0.21.2 aligns the sides of a Conv1d at their ends, so that w1's columns multiply the kernel. Its model is
+    # PEFT 0.21.2 aligns the sides of a Conv1d at their ends, so w1's columns multiply the kernel. Its model is
     # trained with this and its merge agrees, so it is the behaviour of the adapter.
     if not (as_peft and w2.ndim == 3):
         w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))

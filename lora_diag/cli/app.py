@@ -33,7 +33,7 @@ class _Command(TyperCommand):
     """A command that accepts former option names and groups its help (``running.options.PANELS``)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Replace former option names; let ``--gradients`` take all words up to the next option, as in ``grads/*``."""
+        """Replace old option names; let ``--gradients`` take all arguments up to the next option, as in ``grads/*``."""
         renamed = getattr(self.callback, "aliases", {})
         end = args.index("--") if "--" in args else len(args)
         args = [*(_current_name(word, renamed) for word in args[:end]), *args[end:]]
@@ -80,7 +80,7 @@ def _current_name(word: str, renamed: Mapping[str, str]) -> str:
 
 
 class _Commands(TyperGroup):
-    """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` alone takes files."""
+    """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` without it takes files."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         words = " ".join(args[:2])
@@ -168,7 +168,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     forget_output()
     if code == INTERRUPTED and any(thread.name.startswith("layer") for thread in threading.enumerate()):
-        os._exit(code)  # otherwise Python waits for matrices still being measured, minutes each if they are large
+        os._exit(code)  # otherwise Python waits for running measurements, which take minutes each for large matrices
     sys.exit(code)
 
 

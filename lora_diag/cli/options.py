@@ -119,7 +119,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is printed, and where."""
+    """Selection and destination of the output."""
 
     json: Json = False
     quiet: Quiet = False
@@ -147,7 +147,7 @@ class Shown:
         Args:
             results: The results.
             then: The suggested next command, printed last.
-            per: What a row is, ``type`` or ``layer``; by default as the options say.
+            per: Content of a row, ``type`` or ``layer``; the default is that of the options.
         """
         if self.table:
             from lora_diag.inspection.tables import table
@@ -157,7 +157,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Rows(Shown):
-    """What is printed, where, and in which rows."""
+    """Selection, destination and rows of the output."""
 
     per: PerRow = Per.type
 
@@ -178,7 +178,7 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with its groups spread: typer sees single options, and the command gets groups.
+    """Return a command with its groups spread: typer gets single options, and the command gets groups.
 
     >>> from lora_diag.running.options import Selection
     >>> @spread

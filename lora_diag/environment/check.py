@@ -21,7 +21,7 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.text import byte_count
 from lora_diag.version import __version__
 
-# What an extra adds; one that is not listed serves the development of loradiag and is not checked.
+# Features of an extra; one that is not listed serves the development of loradiag and is not checked.
 ADDS = {
     "train": "probes, tune, the gradient recorder",
     "report": "HTML reports",
@@ -43,7 +43,7 @@ _SECONDS = 3
 
 
 def checks(addresses: Sequence[str] = ()) -> list[Statement]:
-    """Return what was found, in the order in which a reader needs it.
+    """Return the findings, the most important first.
 
     Args:
         addresses: Checkpoints or adapters, local or remote, to open; only their headers are read.

@@ -1,4 +1,4 @@
-"""What the operating system grants this process: processor, cores, memory."""
+"""Resources that the operating system grants this process: processor, cores, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How results show themselves in a notebook: the tables and the summary of their command, as HTML."""
+"""Display of results in a notebook: the tables and the summary of their command, as HTML."""
 
 from __future__ import annotations
 

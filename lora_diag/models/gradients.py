@@ -48,7 +48,7 @@ class Draw:
 
 
 def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
-    """Run one batch forward and backward; hooks on the layers see the gradients.
+    """Run one batch forward and backward; hooks on the layers receive the gradients.
 
     Args:
         model: Its weights are frozen; gradients start at the embedding of the tokens.
@@ -57,7 +57,7 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
 
     Returns:
         The number of predictions of each sequence. The loss of a sequence is the sum over them, so that its gradients
-        are independent of the rest of the batch.
+        are independent of the other sequences of the batch.
 
     Raises:
         InputError: The loss is not finite.

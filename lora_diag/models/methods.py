@@ -32,7 +32,7 @@ class Lora:
             except the head.
         dora: Whether to also train a magnitude per output (Liu et al. 2024).
         rslora: Whether B A is scaled by alpha/√r and not alpha/r (Kalajdzievski 2023).
-        config: Content of an ``adapter_config.json`` that says all of this and the ranks, instead of the other fields.
+        config: Content of an ``adapter_config.json`` with all of this and the ranks, instead of the other fields.
         vectors: Whether BASE's biases and norms are trained, too.
     """
 
@@ -109,12 +109,12 @@ def _options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Say whether a model stores its matrices ``(in, out)``, as GPT-2 does: PEFT's ``fan_in_fan_out``."""
+    """Return whether a model stores its matrices as ``(in, out)``, as GPT-2 does: PEFT's ``fan_in_fan_out``."""
     return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of PEFT's config, without what says how the model is wrapped or saved."""
+    """Return the arguments of PEFT's config, except those on how the model is wrapped or saved."""
     return {
         key: value
         for key, value in config.items()

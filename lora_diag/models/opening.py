@@ -320,7 +320,7 @@ def _or_bytes(vocabulary: int, kind: Kind) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of transformers' message; the rest is about other models.
+    """Return the first line of transformers' message; the other arguments apply to other models.
 
     If it is the heading of a list of ways to get a tokenizer, there are no tokenizer files.
     """

@@ -23,7 +23,7 @@ from lora_diag.models.opening import Model
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
 
-# Fraction of the steps over which the learning rate rises; it then falls to zero along a cosine.
+# Fraction of the steps over which the learning rate rises; it then decreases to zero along a cosine.
 WARMUP = 0.05
 CLIP_NORM = 1.0
 # Description of these settings in a run record.

@@ -122,7 +122,7 @@ def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[We
         chosen: Returns whether a name is selected.
 
     Raises:
-        UsageError: The weights are sharded over processes, so that no process sees a whole gradient.
+        UsageError: The weights are sharded over processes, so that no process has a whole gradient.
     """
     found: list[Weight] = []
     unread: dict[str, str] = {}

@@ -248,7 +248,7 @@ def draw_cells(
 
 
 def _columns(depths: Sequence[int | None]) -> dict[int | None, tuple[float, float]]:
-    """Return start and width of the column of each depth; layers outside the blocks are set apart."""
+    """Return start and width of the column of each depth; layers outside the blocks are drawn separately."""
     blocks = [depth for depth in depths if depth is not None]
     if not blocks:
         return dict.fromkeys(depths, (-0.5, 1.0))

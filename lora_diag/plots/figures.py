@@ -35,7 +35,7 @@ class Obstacle:
 
     Attributes:
         reason: The reason as text.
-        missing: What the command that makes the figure's records would add: ``records``, or ``values`` that the given
+        missing: Description of the records that the figure needs: ``records``, or ``values`` that the given
             records do not have; empty if it would not help.
     """
 
@@ -121,7 +121,7 @@ def figure(
         per: ``layer``, or ``type`` to pool the layers of a module type.
         field: For a heat map: dotted name of a numeric field.
         rank: For ``overlap`` and ``angles`` with several measured ranks.
-        files: Path of each of ``results``; the label of runs that nothing else distinguishes.
+        files: Path of each of ``results``; the label of runs that are otherwise identical.
         plain: Whether to omit title and notes, for a paper with its own caption.
 
     Raises:
@@ -136,7 +136,7 @@ def figure(
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
-    """Return a figure that a notebook shows, whatever backend it has.
+    """Return a figure that a notebook displays with any backend.
 
     Args:
         results: Results of one run.

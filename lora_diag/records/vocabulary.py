@@ -78,7 +78,7 @@ class Hidden(Record):
         status: ``recovered``: directions of X are above the rounding noise, and held-out cells confirm them.
             ``size_only``: only the size of X is estimated; no direction is significant. ``not_hidden``: the files
             resolve the update, D is the answer. ``refused``: nothing is estimated.
-        reason: Reason, in one sentence.
+        reason: The reason of the status as one sentence; not for comparison by code.
         unchanged: Fraction of the entries that are equal on both sides after rounding BASE to the format of TUNED.
         fro_estimate: ‖X‖_F; null where refused.
         fro_interval: Interval of ``fro_estimate``.
@@ -86,14 +86,14 @@ class Hidden(Record):
             those of D. Null where refused, of ``size_only`` and in older results.
         energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the detected directions, a lower bound if they are correct: energy
             in hidden directions is not included; null unless recovered.
-        energy_interval: From that bound to the maximum including the rest of X.
+        energy_interval: From that bound to the maximum, which includes the part of X outside the directions.
         rank_at_estimate: Smallest r at which ``energy_estimate`` reaches the threshold; null if it does not.
         rank_at_interval: The same for the ends of ``energy_interval``, the smaller rank first.
         directions: Number of detected directions of X.
         gain_z: Mean gain in log-likelihood of held-out cells over a model without directions, in standard errors; null
             if not tested.
         rule: Rule for s given L: ``norm``, ``debiased`` or ``held_out``, chosen by held-out cells.
-        start: ``stored``: BASE is where training started. ``rounded``: BASE was rounded after the start, which lay
+        start: ``stored``: BASE is where training started. ``rounded``: BASE was rounded after the start, which may be
             anywhere in its cells. The larger likelihood decides.
         start_gain: Log-likelihood of ``rounded`` minus that of ``stored``, over a sample if there are many entries;
             null if BASE is stored more finely than TUNED.

@@ -1,4 +1,4 @@
-"""The results file: JSON lines, appended as they are measured, by one process at a time.
+"""The results file: JSON lines, appended after each measurement, by one process at a time.
 
 Every layer is written to the system at once, so that a killed process loses only unfinished layers, and synced to disk
 every ``SYNC_SECONDS``, which bounds the loss in a power failure. A file without its ``end`` line is an interrupted run;

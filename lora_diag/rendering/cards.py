@@ -12,10 +12,10 @@ from lora_diag.files import CARD
 def with_section(card: str, name: str, section: str) -> str:
     """Return a card with a section in place of an earlier one of that name, or at its end.
 
-    Front matter and line ends stay. A section that lost its end stays, too: what follows it may be the user's own text.
+    Front matter and line ends stay. A section that lost its end stays, too: text after it may be the user's.
 
     Args:
-        card: The card as it is.
+        card: The existing card.
         name: Name of the section in its markers, such as ``gate``.
         section: The new text.
 
@@ -33,7 +33,7 @@ def with_section(card: str, name: str, section: str) -> str:
 
 
 def read_card(path: Path) -> str:
-    """Return the text of a model card, line ends as they are; empty if there is none yet.
+    """Return the text of a model card with its line ends unchanged; empty if it does not exist.
 
     Raises:
         UsageError: It is not Markdown in UTF-8.

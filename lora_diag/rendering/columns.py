@@ -112,7 +112,7 @@ def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
 
 
 def title_of(per: str) -> str:
-    """Return the title of the column of names: of module types, or as it is."""
+    """Return the title of the column of names: of module types, or unchanged."""
     return "module type" if per == "type" else per
 
 

@@ -147,7 +147,7 @@ def summary_of(statements: Sequence[Statement], then: str | None = None) -> Rend
 
     Args:
         statements: Statements in order.
-        then: The command that a user would run next, said last.
+        then: The suggested next command, printed last.
     """
     # The warning of an unfinished run comes first, since it applies to all statements.
     first = sorted(statements, key=lambda one: one.key != "unfinished")

@@ -55,10 +55,10 @@ def grid_of(
     Args:
         shown: Columns as declared by the records.
         rows: Rows with name and records.
-        per: What a row is: ``type``, ``layer``, or the title of the column of names.
-        caption: What the table is of; empty where that needs no words.
+        per: Content of a row: ``type``, ``layer``, or the title of the column of names.
+        caption: Subject of the table; empty where that needs no words.
         about: What one reads from it.
-        more: Columns behind the declared ones.
+        more: Columns after the declared ones.
     """
     sizes = [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
     columns = (*sizes, *columns_of(shown, rows), *more)

@@ -164,7 +164,7 @@ def span(values: Iterable[int]) -> str:
 
 
 def ends(values: Sequence[float], form: str) -> str:
-    """Return the smallest and the largest of several numbers; a minus sign beside a dash would not be read.
+    """Return the smallest and the largest of several numbers; a minus sign next to a dash would be overlooked.
 
     >>> ends([0.25, 0.125], ".3f"), ends([0.25, -0.125], ".3f"), ends([0.25], ".3f")
     ('0.125-0.250', '-0.125 to 0.250', '-')
@@ -201,7 +201,7 @@ def percent(share: float) -> str:
 
 
 def small_percent(share: float) -> str:
-    """Return a percentage with the digits that tell small ranks apart.
+    """Return a percentage with enough digits to distinguish small ranks.
 
     >>> small_percent(0.00390625), small_percent(0.25), small_percent(1.0)
     ('0.391%', '25.0%', '100%')

@@ -419,7 +419,7 @@ def _limits(evidence: Evidence, paths: Sequence[str]) -> str:
 
 
 def _energy_kept_by(evidence: Evidence, params: int) -> str:
-    """State what the command will keep, by running it on these records."""
+    """State the energy that the command will keep, by running it on these records."""
     assert evidence.update is not None
     results = evidence.update.results
     try:

@@ -235,7 +235,7 @@ class Evidence:
         return tuple(item for item in left_out if item.reason == "vector")
 
     def missing(self) -> list[tuple[str, str]]:
-        """Return what was not measured or not resolved, each with the command that measures it."""
+        """Return missing or unresolved measurements, each with the command that makes it."""
         found = []
         if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
             found.append(

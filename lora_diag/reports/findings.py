@@ -186,7 +186,7 @@ def large_vector_change(evidence: Evidence) -> Finding | None:
 
 
 def out_of_reach(evidence: Evidence) -> Finding | None:
-    """Find layers whose last gradient is no more within the adapter's reach than within that of a random subspace."""
+    """Find layers whose last gradient is not contained more in the adapter's subspaces than in random ones."""
     records = [
         record
         for source in evidence.of(Overlap)

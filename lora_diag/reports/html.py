@@ -249,7 +249,7 @@ def _points(evidence: Evidence) -> int:
 
 
 def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
-    """State what the page omits from the records."""
+    """State the contents of the records that the page omits."""
     said = []
     points = _points(evidence)
     longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)

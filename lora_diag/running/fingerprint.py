@@ -55,7 +55,7 @@ def fingerprint_of_adapter(source: Source) -> str:
     Raises:
         InputError: A file cannot be read.
     """
-    if source.is_completed:  # what a user stated of it is no part of the files
+    if source.is_completed:  # options of the user are not part of the files
         source = open_source(source.path)
     return fingerprint(source.checkpoint, source.config.values if source.config is not None else None, whole=True)
 

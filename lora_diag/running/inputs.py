@@ -1,4 +1,4 @@
-"""Opening what a command compares: paths → inputs for the run record, and named ΔW."""
+"""Opening of the inputs of a command: paths → inputs for the run record, and named ΔW."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
 
 
 def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, ...]]:
-    """Find names in BASE for tensors that only TUNED has by name, whatever the selection.
+    """Find names in BASE for tensors that only TUNED has by name, independent of the selection.
 
     Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
     one named RoBERTa.

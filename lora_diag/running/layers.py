@@ -51,9 +51,9 @@ class LayerRun:
 
     Attributes:
         options: All options, with defaults.
-        torch: Whether torch is needed: a command says False, before it asks for ``where``, if its layers are measured
-            with NumPy, on the CPU.
-        apart: Whether layers are measured in processes of their own, one per worker.
+        torch: Whether torch is needed: a command sets it to False, before reading ``where``, if its layers are measured
+            with NumPy on the CPU.
+        apart: Whether layers are measured in separate processes, one per worker.
         usual_workers: Concurrent layers where the user sets none; None for what cores and memory permit.
         given: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.

@@ -87,7 +87,7 @@ def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
 
 
 def _or_left_out(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
-    """Measure one layer; if it does not fit into memory, return a record that says so."""
+    """Measure one layer; if it does not fit into memory, return a record with that reason."""
     try:
         return measure(task)
     except MemoryLimitError as error:

@@ -5,7 +5,7 @@ A group is a ``TypedDict`` whose fields are annotated with ``Option``. A Python 
 command line builds its own options from the same declaration (``lora_diag.cli.options.spread``). Options of one command
 are a group in the ``options.py`` of its folder; those of several are here.
 
-``--help`` reads the groups, so nothing heavy is imported here: a type that comes with torch or pydantic is quoted. For
+``--help`` reads the groups, so nothing heavy is imported here: a type from torch or pydantic is quoted. For
 the same reason annotations are evaluated in this module (no ``from __future__ import annotations``).
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Parts of a command's help, in this order: what is compared, what is computed, where results go, how it runs.
+# Parts of a command's help, in this order: inputs, computation, output, execution.
 INPUTS, MEASUREMENT, OUTPUT, EXECUTION = PANELS = ("Inputs", "Measurement", "Output", "Execution")
 
 # Default of a required option.
@@ -266,7 +266,7 @@ class Callbacks(OnProgress, total=False):
 
 
 class FolderOptions(Matching, Accuracy, Resources, Resuming, Callbacks, total=False):
-    """Options of a command that measures layers and writes an output of its own format."""
+    """Options of a command that measures layers and writes an output in its own format."""
 
 
 class RunOptions(Matching, Resources, Output, Resuming, Callbacks, total=False):
@@ -321,7 +321,7 @@ class Notes(TypedDict, total=False):
 
 
 class RecordModelOptions(Selection, ModelOptions, OnProgress, Notes, total=False):
-    """Options of a command that runs a model once over selected layers and writes an output of its own format."""
+    """Options of a command that runs a model once over selected layers and writes an output in its own format."""
 
 
 class ProbeOptions(ModelOptions, Output, Resuming, Callbacks, Notes, total=False):

@@ -130,7 +130,7 @@ class ProbeRun:
         measured: Callable[[RunRecords[Any]], Iterable[LeftOut]],
         grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
-        """Measure what an interrupted run did not; nothing if it was finished.
+        """Measure the records missing from an interrupted run; nothing if it was finished.
 
         Args:
             inputs: For the run record.

@@ -62,7 +62,7 @@ class ProgressReporter:
 
 
 class RunRecords(Generic[L]):
-    """The records of a run; those of an interrupted run come first and are passed on at once.
+    """The records of a run; those of an interrupted run come first and are passed on immediately.
 
     Args:
         writer: The results file.
@@ -92,7 +92,7 @@ class RunRecords(Generic[L]):
         return set(sets) <= have
 
     def put(self, *records: L | WholeRecord) -> None:
-        """Write the records that do not exist yet, at once, and pass them on."""
+        """Write missing records immediately, and pass them on."""
         new = [r for r in records if not isinstance(r, WholeRecord) or key_of(r) not in self._keys]
         for record in new:
             if isinstance(record, WholeRecord):

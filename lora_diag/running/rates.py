@@ -31,7 +31,7 @@ def lowest(runs: Iterable[tuple[What, float | None, float | None]]) -> dict[What
 
 
 def edge(tried: Collection[float], best: float) -> int:
-    """Return −1 or 1 if the best rate is the lowest or highest of several, where a better one may lie beyond; else 0.
+    """Return −1 or 1 if the best rate is the lowest or highest of several, where a better one may be beyond; else 0.
 
     >>> edge([1e-3, 1e-2], 1e-2), edge([1e-3, 3e-3, 1e-2], 3e-3), edge([1e-2], 1e-2)
     (1, 0, 0)

@@ -1,8 +1,8 @@
 """Shared parts of probes that train: validation of options, a held-out text, and the sequence of runs.
 
 The sequence: every size at every learning rate with the first seed, extended if the best rate is at the edge of the
-grid; then the best rate of each size with the other seeds. Finished runs are not repeated. What is trained is up to the
-probe.
+grid; then the best rate of each size with the other seeds. Finished runs are not repeated. The probe determines the
+trained parameters.
 """
 
 from __future__ import annotations

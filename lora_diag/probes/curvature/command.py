@@ -1,4 +1,4 @@
-"""``loradiag probe curvature``: how the loss bends, and what the loss bound is worth."""
+"""``loradiag probe curvature``: curvature of the loss, and tightness of the loss bound."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     number = len(sets) + bool(rows)
     columns = 1 if look.columns < 3 else min(number, 2)
     inches = panel_width(look, columns)
-    if rows and (columns == 1 or number > columns):  # align the panels of a column behind the longest name
+    if rows and (columns == 1 or number > columns):  # align the panels of a column after the longest name
         inches *= 1 - NAMES
     short = cropped_all(sorted({row.name for row in rows}), NAMES * look.width / columns, look.ticks)
     panel = max(1.9 * look.panel, (len(rows) + 3.5) * 1.55 * look.ticks / 72 if rows else 0)

@@ -63,7 +63,7 @@ class Curvature(WholeRecord):
         loss: Loss at the point, in nats.
         gradient: ‖∇L‖.
         eigenvalues: The largest eigenvalues, descending; empty if not computed for this layer.
-        residual: ‖Hv − λv‖ of the largest; an eigenvalue lies within this distance of λ.
+        residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ.
         smallest: The smallest eigenvalue μ; null if not computed.
         trace: Hutchinson's estimate of tr(H).
         trace_error: Its standard error; null with one random vector.

@@ -172,7 +172,7 @@ def _todo(kept: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[i
 def _measure(
     point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: RunRecords[Any], batches: int
 ) -> None:
-    """Measure what is not in the file yet: joint curvature, layers, ranks."""
+    """Measure records that are not in the file: joint curvature, layers, ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
     curved, watch = point.curved, kept.watch
     missing = [layer for layer in curved.layers if layer not in done]

@@ -151,7 +151,7 @@ class _Probe:
             before = read_before(self.of.model, self.held_out, self.of.batch, partial(self.of.watch.batch, "TUNED"))
         for group in groups_of(todo):
             tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
-            draw = Draw(self.draw.labels, self.draw.seed)  # every pass sees the same labels
+            draw = Draw(self.draw.labels, self.draw.seed)  # every pass uses the same labels
             after = partial(self.of.watch.batch, "gradients")
             predictions = add_up(self.of.model, self.texts, tails, self.of.batch, draw, after)
             for layer, tail in tails.items():

@@ -72,7 +72,7 @@ def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
 
 
 def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int) -> Shown:
-    """Return the column of what the tails of a row are of all tails."""
+    """Return the column of the fraction of a row's tails in all tails."""
     total = sum(predictor(record, rank) for record in records)
 
     def share(row: Sequence[Fisher]) -> float | None:

@@ -34,7 +34,7 @@ class Line:
         lr: Peak learning rate of Adam.
         pace: Equivalent learning rate of full fine-tuning; None for LoRA.
         losses: Losses of all seeds at that rate.
-        edge: Whether the rate is the lowest or the highest tried, so that a better one may lie beyond.
+        edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
         shares: (L_base − L) / (L_base − L_full) of every seed; empty if full fine-tuning has no gain.
     """
 

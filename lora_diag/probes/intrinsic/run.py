@@ -125,7 +125,7 @@ class _Cell:
     """One run.
 
     Args:
-        subject: What is trained: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
+        subject: The trained parameters: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
         size: d or r; None for all weights.
         rate: Learning rate; for a subspace the equivalent rate of full fine-tuning.
         seed: Seed of P, of the initial factors, and of dropout if BASE has it.

@@ -1,4 +1,4 @@
-"""``loradiag probe outputs``: whether adapters say what the fine-tune says."""
+"""``loradiag probe outputs``: whether adapters give the same outputs as the fine-tune."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import safe, short
 
-# For runs without a reference: what was measured elsewhere (docs/reference/probe-outputs.md).
+# For runs without a reference: measured values for comparison (docs/reference/probe-outputs.md).
 _NONE = (
     "none for the distances; give another full fine-tune with --reference (two seeds had a distance of 0.39 on the "
     "one model measured)"

@@ -27,7 +27,7 @@ from lora_diag.records.names import depth_of, module_type_of, tower_of
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The layers that are adapted together, alone of the model.
+    """The layers that are adapted together, without others.
 
     Args:
         name: Its name.

@@ -33,7 +33,7 @@ def sweep(
 
 
 def _next(results: Results[Any], base: str) -> str:
-    """Return the command that a user would run next: more seeds where they would tell, else what the rank costs."""
+    """Return the command that a user would run next: more seeds where they would decide, else the cost of the rank."""
     from lora_diag.probes.sweep.summary import main_verdict
 
     verdict = main_verdict(results)

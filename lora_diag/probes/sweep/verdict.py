@@ -44,7 +44,7 @@ class AtRank:
         rank: r; None for full fine-tuning and BitFit.
         lr: The learning rate with the lowest loss of the first seed.
         runs: Loss of each seed at that rate, without runs that diverged.
-        edge: Whether the rate is the lowest or the highest tried, so that a better one may lie beyond.
+        edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
         diverged: Number of seeds that diverged at that rate.
     """
 
@@ -203,8 +203,8 @@ class Versus:
         half: Half the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni); None
             without a spread over seeds.
         tolerance: Fraction of a gain that may be lost.
-        word: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
-            lies on one side of 0; else ``not known``; ``no verdict`` without a spread.
+        word: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval is
+            on one side of 0; else ``not known``; ``no verdict`` without a spread.
         fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
         seeds: Estimated number of seeds to decide; None if decided, or if no number suffices.
     """
@@ -314,7 +314,7 @@ def by_rank(
         records: All of a sweep: which runs diverged is judged on its first set.
         name: The set.
         rates: The rate of each rank.
-        subject: What was trained.
+        subject: The trained parameters.
     """
     lost = diverged(records)
     mine = [record for record in records if record.subject == subject]

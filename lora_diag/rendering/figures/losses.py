@@ -47,7 +47,7 @@ def panels_of(number: int, look: Look) -> tuple[int, int]:
 
 
 def panel_width(look: Look, columns: int, right: float = 0.0) -> float:
-    """Estimate the width of a panel with its labels in inches, without ``right`` lines of text beside it."""
+    """Estimate the width of a panel with its labels in inches, without ``right`` lines of text at its side."""
     return look.width / columns - (6.5 + right) * look.text / 72
 
 

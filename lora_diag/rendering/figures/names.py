@@ -38,7 +38,7 @@ def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:
 
 
 def _sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
-    """Return the labels of BASE, empty if it was measured itself, and of the measured inputs."""
+    """Return the labels of BASE, empty if it was the measured input, and of the measured inputs."""
     roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
     paths = [side.path for side in run.inputs if side.role in roles]
     if run.command in _BY_TUNED:

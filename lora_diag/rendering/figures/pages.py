@@ -10,7 +10,7 @@ from lora_diag.rendering.figures.losses import panel_width, panels_of
 from lora_diag.rendering.figures.sheet import FigureText, finish_grid, grid_of, sheet
 from lora_diag.rendering.figures.style import Look, cropped_all, wrapped
 
-# Draws a panel: ``draw(ax, inches=...)``, on axes that are so many inches wide.
+# Draws a panel: ``draw(ax, inches=...)``, on axes of this width in inches.
 Draw = Callable[..., object]
 
 
@@ -23,7 +23,7 @@ def page_of(
     xlabel: str = "",
     ylabel: str = "",
 ) -> Figure:
-    """Return a page of panels with axes of their own.
+    """Return a page of panels with separate axes.
 
     Args:
         panels: The title of each, and what draws it.

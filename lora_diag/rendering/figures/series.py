@@ -51,7 +51,7 @@ def series_of(
     Args:
         results: The results to compare.
         labels: Label of each; default by its inputs.
-        files: Path of each, the label of runs that nothing else distinguishes.
+        files: Path of each, the label of runs that are otherwise identical.
     """
     runs = [one.run for one in results]
     metrics = [metric_of(one) if any(r.record == "spectrum" for r in one) else "" for one in results]

@@ -218,7 +218,7 @@ def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylab
 
 
 def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, look: Look) -> None:
-    """Add the depth scale beside all panels."""
+    """Add the depth scale at the side of all panels."""
     scale = ScalarMappable(Normalize(0, deepest), DEPTH)
     bar = figure.colorbar(scale, ax=list(axes), fraction=0.03, aspect=30, pad=0.015)
     bar.set_label("depth (block)", size=look.text)

@@ -44,7 +44,7 @@ class Slot(Generic[R]):
 
 
 def slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[Slot[R], ...]:
-    """Return the slots of layers; if there are too many types, the last slot holds the rest.
+    """Return the slots of layers; if there are too many types, the last slot has the others.
 
     Args:
         records: One per layer.

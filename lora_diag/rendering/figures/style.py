@@ -235,7 +235,7 @@ def cut(text: str, inches: float, size: float) -> str:
 
 
 def _longest(texts: Sequence[str], inches: float, size: float) -> str:
-    """Return the first of several ever shorter texts that fits, else the shortest."""
+    """Return the first text that fits, of several in order of decreasing length; else the shortest."""
     found = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
     return texts[min(found, len(texts) - 1)]
 

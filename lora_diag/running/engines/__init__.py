@@ -1,7 +1,7 @@
 """Engines: the mapping of a diagnostic over layers.
 
 This is the only package with a loop over layers. An engine takes descriptors and yields records in the order of the
-descriptors, whatever finishes first; arrays never pass through it.
+descriptors, not of completion; arrays never pass through it.
 """
 
 from lora_diag.running.engines.connection import Ray, joined

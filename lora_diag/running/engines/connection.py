@@ -28,7 +28,7 @@ STORE_BYTES = 80 * 2**20
 ANSWER = 10.0
 
 # Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into memory and retries
-# it for ever.
+# it forever.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -34,7 +34,7 @@ class Layout:
     The number of cores of a matrix is proportional to its fraction of the memory budget: many small matrices run
     concurrently on one core each, the most efficient use of an eigenvalue solver (docs/benchmarks.md), and a large one
     alone on all cores. The fraction depends only on the matrix and the machine, so that a matrix gives the same bytes
-    whatever runs concurrently.
+    independent of concurrent work.
 
     Args:
         cores: Number of cores.
@@ -42,7 +42,7 @@ class Layout:
         workers: Concurrent layers, if set by the user; else None.
         limited: Whether a layer must fit into the budget, and is else processed in row blocks.
         torch: Whether layers are computed with torch, whose threads are then set.
-        apart: Whether every worker is a process of its own.
+        apart: Whether every worker is a separate process.
     """
 
     cores: int
@@ -169,7 +169,7 @@ def _on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> 
 
 
 def _set_torch_threads(threads: int) -> None:
-    """Set the threads of torch for this Python thread alone; 0 leaves them."""
+    """Set the threads of torch for this Python thread only; 0 leaves them."""
     if threads:
         import torch
 

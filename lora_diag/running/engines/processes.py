@@ -4,7 +4,7 @@ Threads of one Python process hold each other up where a task is many short call
 the processor time of one, and were hardly faster.
 
 A process runs ``serve`` and talks by pickles over pipes. ``multiprocessing`` would start the main
-program again, which a script that calls ``lora_diag`` may not expect, or fork, which is unsafe beside threads of BLAS.
+program again, which a script that calls ``lora_diag`` may not expect, or fork, which is unsafe with threads of BLAS.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def serve() -> None:
     """Measure the tasks that come over standard input, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all; the program that started this one ends it
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed meanwhile is no answer
+    os.dup2(2, 1)  # other output is not an answer
     measure: Callable[[Any], Any] = pickle.load(sys.stdin.buffer)
     gc.freeze()  # of what was imported, nothing is garbage
     gc.enable()

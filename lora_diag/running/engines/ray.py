@@ -26,7 +26,7 @@ from lora_diag.version import __version__
 Task = TypeVar("Task", bound=Sized)
 Record = TypeVar("Record")
 
-# Seconds between two looks at the cluster; seconds without a suitable node before the run stops.
+# Seconds between two queries of the cluster; seconds without a suitable node before the run stops.
 LOOK, PATIENCE = 2.0, 60.0
 
 # Start of Ray's message when a worker cannot import the function; Ray has no exception type for it.
@@ -54,8 +54,8 @@ def run_ray(
         advice: What to do about a task whose workers all died.
 
     Raises:
-        LoradiagError: The error of the first failing task; or the cluster cannot be reached, does not see the inputs,
-            or repeatedly loses a layer.
+        LoradiagError: The error of the first failing task; or the cluster cannot be reached, has no access to the
+            inputs, or repeatedly loses a layer.
     """
     listed = list(tasks)
     if not listed:

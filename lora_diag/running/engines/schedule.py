@@ -21,7 +21,7 @@ from lora_diag.errors import LoradiagError
 BATCH = 2**32
 # Fixed cost of a layer: spectra of 64² take 0.5 ms each.
 LEAST = 2**22
-# Batches that may start before earlier ones are written, per concurrent batch. More keeps cores busy behind a large
+# Batches that may start before earlier ones are written, per concurrent batch. More keep cores busy during a large
 # matrix; fewer lose less work if the writing program is killed. See ``Waiting`` for large ones.
 REACH = 4
 

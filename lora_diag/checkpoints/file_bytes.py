@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError
+
+
+class Reading:
+    """Bytes that this process has read from local files, counted where they arrive.
+
+    Not counted: headers, mapped files, and what workers in other processes or on other machines read.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_file: dict[Path, int] = {}
+
+    def add(self, path: Path, count: int) -> None:
+        """Count bytes of a file."""
+        with self._lock:
+            self._by_file[path] = self._by_file.get(path, 0) + count
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        with self._lock:
+            self._by_file.clear()
+
+    def total(self) -> tuple[int, int, int]:
+        """Return the bytes read, the number of files, and their size."""
+        with self._lock:
+            read = dict(self._by_file)
+        return sum(read.values()), len(read), sum(path.stat().st_size for path in read if path.exists())
+
+
+READING = Reading()
 
 
 class FileBytes:
@@ -44,6 +75,7 @@ class FileBytes:
                 if count == 0:
                     raise InputError(f"{self.path}: the file ends inside {name}; copy or download it again")
                 done += count
+                READING.add(self.path, count)
         except OSError as error:
             raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import typer
 
-from lora_diag.cli.output import message, progress_bar, record_printer, result, terminal
+from lora_diag.cli.output import message, progress_bar, record_printer, report_reading, result, terminal
 from lora_diag.errors import UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, declared
 
@@ -82,7 +82,9 @@ ResultsFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results fi
 Json = Annotated[bool, flag("json", "Print only the records, as JSON lines.", OUTPUT)]
 PerRow = Annotated[Per, typer_option("per", PER)]
 Quiet = Annotated[bool, flag("quiet", "Suppress progress, messages and tables.", OUTPUT, "--quiet", "-q")]
-Verbose = Annotated[bool, flag("verbose", "Print every line of the summary.", OUTPUT, "--verbose", "-v")]
+Verbose = Annotated[
+    bool, flag("verbose", "Print every line of the summary, and how much was read.", OUTPUT, "--verbose", "-v")
+]
 Overwrite = Annotated[bool, typer_option("overwrite", declared(Output)["overwrite"][1])]
 
 
@@ -140,6 +142,8 @@ class Shown:
         with progress_bar(self.quiet) as on_progress:
             found: dict[str, Any] = {"on_progress": on_progress, "on_record": record_printer(self.json)}
             yield {**found, **({"on_note": None if self.quiet else message} if notes else {})}
+        if self.verbose and not self.quiet:
+            report_reading()
 
     def show(self, results: Results[Any], then: str | None = None, per: str = "") -> None:
         """Print the tables and the summary of results, where they are shown.

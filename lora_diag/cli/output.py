@@ -19,7 +19,7 @@ from typer import Exit
 
 from lora_diag.errors import UNREADABLE, InputError, UsageError
 from lora_diag.files import Kind, check_output
-from lora_diag.rendering.text import encodable, safe
+from lora_diag.rendering.text import byte_count, encodable, safe
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord, LeftOut
@@ -145,6 +145,16 @@ def exit_unmeasured(items: Sequence[LeftOut], then: str) -> None:
     """
     if report_unmeasured(items, then):
         raise Exit(UNREADABLE)
+
+
+def report_reading() -> None:
+    """Print how much was read from local files, and how often on average: bytes over the size of the files."""
+    from lora_diag.checkpoints.file_bytes import READING
+
+    read, files, size = READING.total()
+    if size:
+        count = "1 local file" if files == 1 else f"{files} local files"
+        message(f"Read {byte_count(read)} from {count}, {read / size:.2f} times their size")
 
 
 def again(*more: str) -> str:

@@ -21,6 +21,11 @@ L = TypeVar("L", bound=LayerRecord)
 T = TypeVar("T", bound=Sized)
 
 
+# Entries from which the only layer of a run gets all cores: on two, all values of 4096² took 2.1 s instead of 3.1 s. At
+# 2048² a second core gains nothing (docs/benchmarks.md).
+ALONE = 3072**2
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """The device of a computation.
@@ -57,7 +62,7 @@ def place(engine: Ray | None, device: str) -> Place:
 def layout_of(
     tasks: Sequence[Sized], workers: int | None, device: str, memory: int | None = None, torch: bool = True
 ) -> Layout:
-    """Return the allocation of this machine, determined by the largest layer.
+    """Return the allocation of this machine, determined by the largest layer; one large layer alone gets all cores.
 
     Args:
         tasks: One per layer; may be empty.
@@ -70,6 +75,8 @@ def layout_of(
         UsageError: The memory limit is too small for the program itself.
     """
     largest = max((math.prod(task.shape) for task in tasks), default=0)
+    if workers is None and len(tasks) == 1 and largest >= ALONE:
+        workers = 1
     return layout_for(largest, workers, device, memory, torch)
 
 

@@ -12,14 +12,14 @@ import pytest
 APART = 120
 
 
-def names(text: str, *facts: object) -> bool:
+def mentions(text: str, *facts: object) -> bool:
     """Return whether a text names these facts as whole words, in this order and near each other.
 
     Line breaks count as spaces.
 
-    >>> names("r=16 keeps 93% of\\nthe energy of 128 layers", "r=16", "93% of the energy", "128 layers")
+    >>> mentions("r=16 keeps 93% of\\nthe energy of 128 layers", "r=16", "93% of the energy", "128 layers")
     True
-    >>> names("0.5 of q.weight in 128 layers", 5), names("r=16", "r=1"), names("1,024", 24), names("a.b: 16", 16, "a.b")
+    >>> mentions("0.5 of 128 layers", 5), mentions("r=16", "r=1"), mentions("1,024", 24), mentions("a.b: 16", 16, "a.b")
     (False, False, False, False)
     """
     between = rf".{{0,{APART}}}?"
@@ -29,7 +29,7 @@ def names(text: str, *facts: object) -> bool:
 
 def assert_names(text: str, *facts: object) -> None:
     """Assert that a text names these facts, in this order and near each other."""
-    assert names(text, *facts), f"{[str(fact) for fact in facts]} are not named together in: {text}"
+    assert mentions(text, *facts), f"{[str(fact) for fact in facts]} are not named together in: {text}"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A plugin that ``conftest.py`` registers, as the hooks of a ``conftest.py`` see n
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,25 @@ def pytest_ignore_collect(collection_path, config):
     return (config.option.markexpr == "not slow" and is_slow(collection_path)) or None
 
 
+def pytest_configure(config):
+    """Let pytest-xdist hand out modules in the order of ``pytest_collection_modifyitems``."""
+    config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests of slow modules ``slow``."""
+    """Mark the tests of slow modules ``slow``, and begin with them.
+
+    The last modules should be short, so that no worker waits for another; by default those with the fewest tests are
+    last, among them the longest of all.
+    """
     slow = {path: is_slow(path) for path in {item.path for item in items}}
     for item in items:
         if slow[item.path]:
             item.add_marker("slow")
+    some = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (not slow[item.path], item.path not in some, -tests[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True)

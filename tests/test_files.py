@@ -23,6 +23,7 @@ from lora_diag.files import (
     replacing,
     write_whole,
 )
+from tests.messages import raises_naming
 
 RUN, END = '{"record":"run","schema":1}\n', '{"record":"end","layers":0}\n'
 
@@ -87,7 +88,7 @@ def test_unfinished_run_is_never_replaced(tmp_path, overwrite):
         path.write_text(content)
         assert is_unfinished(path)
         for kind in (RESULTS, PAGE):
-            with pytest.raises(UsageError, match="unfinished run; resume it with --resume"):
+            with raises_naming(UsageError, "unfinished", "--resume"):
                 write_whole(path, "new", kind, overwrite)
         assert path.read_text() == content
     path.write_text(RUN + END)
@@ -103,7 +104,7 @@ def test_link_is_refused_and_linked_folder_is_not(tmp_path):
     for name, target in (("link", "there/file"), ("broken", "gone/file"), ("dangling", "gone"), ("folder", "there")):
         (tmp_path / name).symlink_to(tmp_path / target)
         for overwrite in (False, True):
-            with pytest.raises(UsageError, match=f"{name}: is a symbolic link"):
+            with raises_naming(UsageError, name, "symbolic link"):
                 write_whole(tmp_path / name, "new", PAGE, overwrite)
         assert (tmp_path / name).is_symlink()
     assert names(tmp_path / "there") == ["file"]

@@ -13,6 +13,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
 from tests.adapters.dense import dense
 from tests.conftest import SHARED
+from tests.messages import raises_naming
 
 CASES = sorted(path.parent.name for path in (SHARED / "cases").glob("*/adapter") if (path.parent / "merged").exists())
 # A bf16 merge is rounded to 8 bits, so its ΔW is off by more than the adapter's.
@@ -56,7 +57,7 @@ def test_every_layer_is_what_peft_merges(case):
 
 
 def test_prompt_tuning_is_refused_by_name():
-    with pytest.raises(LoradiagError, match=r"PROMPT_TUNING .*changes no weight"):
+    with raises_naming(LoradiagError, "PROMPT_TUNING"):
         open_adapter(SHARED / "cases" / "prompt-tuning" / "adapter")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.adapters.making import adapter, base, normal
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def test_spectrum_of_base_and_adapter(tmp_path, loradiag, model):
     assert ran.code == 0
     run, record, *_ = ran.records
     assert [item["role"] for item in run["inputs"]] == ["base", "adapter"]
-    assert "adapts 1 of 2 tensors of BASE" in run["inputs"][1]["notes"]
+    assert_names(run["inputs"][1]["notes"], 1, "2 tensors", "BASE")
     assert (record["layer"], record["shape"]) == ("model.fc.weight", [8, 12])
     assert record["base_fro"] == pytest.approx(float((W**2).sum() ** 0.5))
     assert loradiag("inspect", "r.jsonl").code == 0

@@ -11,6 +11,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta, StoredDelta
 from lora_diag.errors import InputError, NothingComparedError
 from tests.adapters.making import adapter, base, changes, close, normal
+from tests.messages import assert_names, mentions, raises_naming
 
 A, B = normal(2, 12), normal(8, 2, seed=1)
 W = normal(8, 12, seed=2)
@@ -187,7 +188,7 @@ def test_new_values_and_biases(tmp_path):
     close(found["fc.bias"], 1.5 * normal(8, seed=7))
     close(found["norm.weight"], normal(8, seed=6) - normal(8, seed=5))
     close(found["lm_head.weight"], normal(20, 8, seed=8) - normal(20, 8))
-    assert "adapts 4 of 4 tensors of BASE" in notes
+    assert_names(notes, 4, "4 tensors", "BASE")
 
 
 def test_without_base_new_values_are_listed_and_rest_measured(tmp_path):
@@ -212,7 +213,7 @@ def test_trainable_tokens_are_new_rows(tmp_path):
 def test_token_right_behind_table_is_refused(tmp_path):
     tensors = {"embed_tokens.token_adapter.trainable_tokens_delta": normal(1, 6)}
     path = adapter(tmp_path, tensors, trainable_token_indices={"embed_tokens": [20]})
-    with pytest.raises(InputError, match="token 20 is beyond the 20 rows"):
+    with raises_naming(InputError, 20, "20 rows"):
         changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
 
 
@@ -232,7 +233,7 @@ def test_layer_replication(tmp_path):
 
 def test_zero_factors_are_noted(tmp_path):
     _, notes = changes(adapter(tmp_path, PAIR | {"fc.lora_B.weight": B * 0}), base(tmp_path, {"fc.weight": W}))
-    assert any("1 of 1 updates are zero" in note for note in notes)
+    assert any(mentions(note, "1 of 1 updates", "zero") for note in notes)
 
 
 def test_bin_files_and_adapter_s_name_in_keys_are_read(tmp_path):
@@ -289,7 +290,7 @@ def test_mismatched_factors_are_refused(tmp_path, tensors, config, words):
 def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
     tensors = PAIR | {"gone.lora_A.weight": A, "gone.lora_B.weight": B}
     path, folder = adapter(tmp_path, tensors), base(tmp_path, {"fc.weight": W})
-    with pytest.raises(InputError, match=r"1 of its weights are not in .*gone\.weight"):
+    with raises_naming(InputError, 1, "gone.weight"):
         changes(path, folder)
     pairing, _ = open_adapter(path).pair(open_checkpoint(folder), allow_unmatched=True)
     assert [(item.layer, item.reason) for item in pairing.unpaired] == [("gone.weight", "not_in_base")]
@@ -297,7 +298,7 @@ def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
 
 def test_adapter_that_needs_base_says_so(tmp_path):
     path = adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": normal(8)}, use_dora=True)
-    with pytest.raises(InputError, match=r"DoRA .*BASE is needed; run loradiag spectrum BASE"):
+    with raises_naming(InputError, "DoRA", "BASE"):
         changes(path, None)
 
 
@@ -309,7 +310,7 @@ def test_selecting_nothing_is_nothing_compared(tmp_path):
 def test_no_config_is_no_scaling(tmp_path):
     path = adapter(tmp_path, PAIR)
     (path / "adapter_config.json").unlink()
-    with pytest.raises(InputError, match="scaling of this adapter is unknown"):
+    with raises_naming(InputError, "scaling", "unknown"):
         open_adapter(path)
 
 
@@ -318,7 +319,7 @@ def test_disagreeing_patterns_and_unused_keys_are_noted(tmp_path):
     found, notes = changes(path, None)
     close(found["fc.weight"], 2 * B @ A)
     assert any("different values" in note for note in notes)
-    assert any("'other' matches no module" in note for note in notes)
+    assert any(mentions(note, "other", "no module") for note in notes)
 
 
 def test_file_itself_may_be_named(tmp_path):

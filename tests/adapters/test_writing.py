@@ -22,6 +22,7 @@ from lora_diag.errors import InputError
 from tests.adapters.dense import dense
 from tests.adapters.making import adapter, normal
 from tests.adapters.making import base as write_base
+from tests.messages import mentions, raises_naming
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -319,7 +320,7 @@ def test_model_type_that_was_never_tried_is_told(tmp_path):
         model = write_base(tmp_path / kind, tensors, {"model_type": kind})
         tuned = write_base(tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()})
         run = lora_diag.extract(model, tuned, tmp_path / kind / "adapter", rank=1).run
-        assert sum("'segformer' has not been tested with PEFT" in note for note in run.inputs[1].notes) == told
+        assert sum(mentions(note, "segformer", "PEFT") for note in run.inputs[1].notes) == told
     smaller = lora_diag.extract(model, tmp_path / "segformer" / "adapter", tmp_path / "smaller", rank=1).run
     assert smaller.inputs[1].notes == ("adapts 1 of 1 tensors of BASE",)  # that adapter tells the names
 
@@ -330,7 +331,7 @@ def test_updates_of_weight_used_twice_have_no_adapter(tmp_path):
                (("A", (2, 6)), ("B", (8, 2)))}  # fmt: skip
     model = write_base(tmp_path, {f"{name.format(0)}.weight": normal(8, 6)})
     replicated = adapter(tmp_path, tensors, layer_replication=[[0, 1], [0, 1]])
-    with pytest.raises(InputError, match=r"layers\.0.* and .*layers\.1.* change one weight of BASE"):
+    with raises_naming(InputError, "layers.0", "layers.1", "BASE"):
         lora_diag.extract(model, replicated, tmp_path / "again", rank=2)
     assert not list(tmp_path.glob("again*"))
 
@@ -348,7 +349,7 @@ def test_adapter_that_reads_back_otherwise_is_refused(tmp_path):
     check_written(folder, base, [part])
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
-    with pytest.raises(InputError, match=r"q_proj\.weight differ when read back"):
+    with raises_naming(InputError, "q_proj.weight"):
         check_written(folder, base, [part])
 
 
@@ -360,7 +361,7 @@ def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
         assert ranks_of_config(path, {target.layer: target}) == {target.layer: each}
     for names in (3, {"q_proj": 1}, ["q_proj", 1]):
         path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": names}))
-        with pytest.raises(InputError, match="must be names or one regular expression"):
+        with raises_naming(InputError, "regular expression"):
             ranks_of_config(path, {target.layer: target})
 
 

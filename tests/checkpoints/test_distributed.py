@@ -19,6 +19,7 @@ from tests.checkpoints.sharding import save_dcp, save_ranks
 from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
 from tests.checkpoints.web import Web
 from tests.conftest import weights
+from tests.messages import mentions, raises_naming
 
 
 def numbers(*shape, dtype=torch.float32):
@@ -75,7 +76,7 @@ def test_torch_s_own_writer_is_read(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "d")
     assert_same(checkpoint, tensors)
     assert any("app.model." in note for note in checkpoint.notes)
-    assert any("1 tensors that are no weights" in note for note in checkpoint.notes)
+    assert any(mentions(note, "1 tensors") for note in checkpoint.notes)
 
 
 def test_opening_a_distributed_checkpoint_imports_no_torch(tmp_path):
@@ -171,7 +172,7 @@ def test_an_index_that_lies_is_one_message(tmp_path, kind):
 
 def test_a_part_that_is_not_what_the_index_says_is_named(tmp_path):
     folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: place(i, 3, **vars(first_of(i.storage_data))))
-    with pytest.raises(InputError, match=r"columns is float32 \[3, 5\] in the file, but bfloat16 \[4, 5\]"):
+    with raises_naming(InputError, "float32 [3, 5]", "bfloat16 [4, 5]"):
         open_checkpoint(folder).read("columns")
 
 
@@ -220,7 +221,7 @@ def test_plain_data_is_read_as_itself(tmp_path, protocol):
      b"})" + b"\x85" * 20_000 + b"Ns."],
 )  # fmt: skip
 def test_pickles_that_are_none_are_one_message(tmp_path, content):
-    with pytest.raises(InputError, match="is not a readable pickle"):
+    with raises_naming(InputError, "readable pickle"):
         load(content, tmp_path, "it")
 
 
@@ -260,7 +261,7 @@ def test_tensors_of_every_placement_are_assembled(tmp_path):
     assert checkpoint.config["model_type"] == "llama"
     assert_same(checkpoint, whole | {"buffer": torch.ones(3)})
     (folder / "model_world_size_4_rank_3.pt").unlink()
-    with pytest.raises(InputError, match="the file of rank 3 of 4 is missing"):
+    with raises_naming(InputError, "rank 3", 4, "missing"):
         open_checkpoint(folder)
 
 

@@ -11,6 +11,7 @@ from lora_diag.checkpoints import locate, open_checkpoint
 from lora_diag.checkpoints.hub import HubId, parse
 from lora_diag.errors import InputError
 from tests.conftest import save_model, save_sharded, weights
+from tests.messages import raises_naming
 
 hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -125,7 +126,7 @@ def test_local_path_wins(cache, tmp_path):
 
 def test_half_download_is_not_read(cache, tmp_path):
     put(cache, model(tmp_path / "m", 1, save_sharded), only=lambda name: "00002" not in name)
-    with pytest.raises(InputError, match="incomplete in the Hugging Face cache"):
+    with raises_naming(InputError, "incomplete", "Hugging Face"):
         open_checkpoint("org/name")
 
 
@@ -180,7 +181,7 @@ def test_repository_without_weights(cache, tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "README.md").write_text("hello")
     FakeHub(cache, tmp_path / "m", monkeypatch)
-    with pytest.raises(InputError, match="no complete set of weights"):
+    with raises_naming(InputError, "complete set", "weights"):
         open_checkpoint("org/name")
 
 

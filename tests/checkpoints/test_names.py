@@ -9,6 +9,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.refused import PACKED
 from lora_diag.errors import InputError
 from tests.conftest import SHARED, save_model, save_sharded, weights
+from tests.messages import raises_naming
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -52,7 +53,7 @@ def test_names_that_are_kept(tmp_path, names):
 @pytest.mark.parametrize("own", [f"{Q}.base_layer.weight", f"{Q}.weight"])
 def test_unmerged_peft_state_dict_is_refused(tmp_path, own):
     tensors = {own: torch.ones(4, 4), f"{Q}.lora_A.default.weight": torch.ones(2, 4)}
-    with pytest.raises(InputError, match="unmerged PEFT state dict"):
+    with raises_naming(InputError, "unmerged", "PEFT"):
         open_checkpoint(save_model(tmp_path, {f"base_model.model.{name}": value for name, value in tensors.items()}))
 
 
@@ -101,7 +102,7 @@ def test_methods_are_refused_by_configuration(tmp_path, method, key):
 def test_packed_weights_without_scales_are_refused(tmp_path):
     folder = save_model(tmp_path, {f"{Q}.qweight": torch.zeros(4, 4, dtype=torch.int32)})
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(InputError, match=r"qweight of GPTQ or AWQ has no matrix"):
+    with raises_naming(InputError, "qweight", "GPTQ", "AWQ"):
         open_checkpoint(folder)
 
 
@@ -114,7 +115,7 @@ def test_base_configuration_does_not_describe_adapter(tmp_path):
 
 
 def test_matrices_of_integers_that_nothing_explains_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"a\.weight is stored as uint8"):
+    with raises_naming(InputError, "a.weight", "uint8"):
         open_checkpoint(save_model(tmp_path, {"a.weight": torch.zeros(2, 2, dtype=torch.uint8)}))
 
 

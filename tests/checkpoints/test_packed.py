@@ -16,6 +16,7 @@ from tests.adapters.making import adapter, normal, write
 from tests.checkpoints.packed import awq, compressed, experts, float4, gptq, mlx, words
 from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
 from tests.conftest import as_numpy, save_model, save_sharded
+from tests.messages import mentions, raises_naming
 
 M = "model.layers.0.mlp.up_proj"
 W = f"{M}.weight"
@@ -140,7 +141,7 @@ def test_zero_points_of_0_in_gptq_v1_are_noted(tmp_path, sym, noted):
     folder = save_model(tmp_path, tensors)
     settings = V1["quantization_config"] | {"sym": sym}
     (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
-    assert any("auto-gptq and gptqmodel" in note for note in open_checkpoint(folder).notes) == noted
+    assert any(mentions(note, "auto-gptq", "gptqmodel") for note in open_checkpoint(folder).notes) == noted
 
 
 def without(part):
@@ -217,7 +218,7 @@ def test_a_group_that_does_not_exist_is_named(tmp_path, kind, part, group):
     changed[3] = group
     save_model(tmp_path, tensors | {f"{M}.{part}": changed})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=rf"g_idx names group {group}, but there are"):
+    with raises_naming(InputError, "g_idx", group):
         open_checkpoint(tmp_path).read(W)
 
 

@@ -8,6 +8,7 @@ from lora_diag.checkpoints.ranges import fill
 from lora_diag.checkpoints.stores import Facts
 from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, large, save_large
+from tests.messages import raises_naming
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -97,7 +98,7 @@ def test_header_that_is_less_than_asked_for_is_refused_at_once(web):
 
 
 def test_range_beyond_end_is_not_requested():
-    with pytest.raises(InputError, match=r"a: ends at byte 10, before the end given in its header"):
+    with raises_naming(InputError, "byte 10", "header"):
         fill(None, "a", memoryview(bytearray(5)), 6, Facts(10, "version"))
 
 
@@ -106,7 +107,7 @@ def test_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
     with file.open("wb") as stream:
         stream.truncate(20_000_000)
     web.fault, web.at_all = "ignore", True
-    with pytest.raises(InputError, match=r"ignores range requests and would send the whole file \(20,000,000 bytes\)"):
+    with raises_naming(InputError, "20,000,000 bytes"):
         open_checkpoint(f"{web.url}/large.safetensors")
     # A small one is taken whole, once.
     web.asked.clear()
@@ -134,7 +135,7 @@ def test_file_that_is_replaced_meanwhile(web, folder):
 def test_server_that_is_gone(web):
     checkpoint = open_checkpoint(f"{web.url}/base")
     web.close()
-    with pytest.raises(InputError, match=r"cannot be read: .* \(5 attempts\)"):
+    with raises_naming(InputError, "5 attempts"):
         checkpoint.read("model.layers.3.mlp.up_proj.weight")
-    with pytest.raises(InputError, match=r"cannot be read: .* \(5 attempts\)"):
+    with raises_naming(InputError, "5 attempts"):
         open_checkpoint(f"{web.url}/base")

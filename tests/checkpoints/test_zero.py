@@ -8,6 +8,7 @@ import torch
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError
+from tests.messages import assert_names, raises_naming
 
 SHAPES = [{"a.weight": (5, 3), "b.bias": (7,)}, {"c.weight": (4, 4)}]
 
@@ -84,7 +85,7 @@ def test_model_file_alone_gives_its_16_bit_weights(tmp_path):
         path.unlink()
     checkpoint = open_checkpoint(folder)
     assert checkpoint["a.weight"].dtype == "bfloat16"
-    assert "no optimizer files" in checkpoint.notes[0]
+    assert_names(checkpoint.notes[0], "optimizer files")
 
 
 @pytest.mark.parametrize(
@@ -110,12 +111,12 @@ def test_zero_states_that_lie_are_one_message(tmp_path, stage, changed, problem)
 def test_missing_ranks_and_steps_are_named(tmp_path):
     folder = save_zero(tmp_path / "d", 3, 3)
     (folder / "global_step5" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(InputError, match="optimizer file of rank 1 is missing"):
+    with raises_naming(InputError, "optimizer", "rank 1"):
         open_checkpoint(folder)
     (folder / "latest").write_text("../elsewhere")
     with pytest.raises(InputError, match=r"latest: names '../elsewhere'"):
         open_checkpoint(folder)
     (folder / "latest").unlink()
     (folder / "global_step6").mkdir()
-    with pytest.raises(InputError, match="holds 2 steps of DeepSpeed"):
+    with raises_naming(InputError, "2 steps", "DeepSpeed"):
         open_checkpoint(folder)

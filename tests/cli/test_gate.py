@@ -12,6 +12,7 @@ import lora_diag
 from lora_diag.decisions.gate.reading import read_policy
 from tests.conftest import ROOT
 from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
+from tests.messages import assert_names
 
 SAMPLES = ROOT / "sample_checkpoints"
 POLICY = '[[rule]]\nname = "drift"\nrequire = "relative <= {limit}"\nmessage = "look at the learning rate"\n'
@@ -44,7 +45,7 @@ def test_failure_shows_layer_measured_allowed_and_what_to_do(loradiag, results, 
     ran = loradiag("gate", policy(0.08), "r.jsonl")
     row = next(line for line in ran.out.splitlines() if "model.layers.2.mlp.up_proj" in line)
     assert row.split() == ["failed", "drift", "model.layers.2.mlp.up_proj", "0.0906", "relative", "<=", "0.08"]
-    assert "look at the learning rate" in ran.out
+    assert_names(ran.out, "learning rate")
 
 
 def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
@@ -89,7 +90,7 @@ def test_mistake_in_policy_is_one_line_with_its_place(loradiag, results, policy)
 def test_results_in_place_of_policy_are_called_so(loradiag, results):
     ran = loradiag("gate", "r.jsonl", "r.jsonl")
     assert (ran.code, ran.out) == (2, "")
-    assert "r.jsonl: contains results, not a policy; the order is: loradiag gate POLICY RESULTS..." in ran.err
+    assert_names(ran.err, "r.jsonl", "POLICY RESULTS")
 
 
 def test_json_equals_file_and_inspect_shows_it(loradiag, results, policy, tmp_path):
@@ -161,7 +162,7 @@ def test_github_mode_escapes_commands_and_writes_step_summary(loradiag, tmp_path
     (annotation,) = lines[end + 1 :]
     assert re.match(r"::error file=p\.toml,line=1,title=loradiag gate%3A drift::", annotation)
     assert annotation.count("measured 0.04") == 3
-    assert "and 4 more. Allowed: relative <= 0.03." in annotation
+    assert_names(annotation, "4 more", "relative <= 0.03")
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("earlier\n## loradiag gate: FAILED")
     assert "more are in" not in summary
@@ -228,7 +229,7 @@ def test_dead_adapter_does_not_ship(loradiag, tmp_path):
     save_file(weights, dead / "adapter_model.safetensors")
     ran = loradiag("gate", "--policy", "adapter-basic", "--base", SAMPLES / "base", "--adapter", dead)
     assert ran.code == 1
-    assert "dead, 28 layers: the adapter changes nothing here" in ran.out
+    assert_names(ran.out, "dead", "28 layers")
 
 
 def test_page_shows_printed_failure_and_valid_policies(loradiag, tmp_path):
@@ -257,4 +258,4 @@ def test_layers_with_nan_fail(loradiag, policy, tmp_path):
     write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out(LAYERS[1], "non_finite")])
     ran = loradiag("gate", policy(), "r.jsonl")
     assert ran.code == 1
-    assert "no NaN or Inf" in ran.out
+    assert_names(ran.out, "NaN", "Inf")

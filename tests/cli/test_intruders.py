@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import ROOT
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +24,10 @@ def test_table_and_summary_of_records(loradiag, tmp_path):
     hit = sum(record["intruders"] > 0 for record in layers)
     assert found > 0
     assert f"Intruders {found} of 280 directions, in {hit} of 28 layers" in said
-    assert f"The published count, {sum(record['count'] for record in layers)}," in said
-    assert "a random direction has a similarity of about" in said
+    assert_names(said, sum(record["count"] for record in layers))
+    assert_names(said, "random direction")
     assert loradiag("inspect", "i.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
-    assert "Next loradiag inspect i.jsonl --per layer" in said
+    assert_names(said, "inspect i.jsonl --per layer")
     assert loradiag("inspect", "i.jsonl", "--per", "layer").code == 0
     for rule, code in (("intruders <= 10", 0), ("intruders <= 2", 1), ("median intruders.share <= 0.9", 0)):
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')

@@ -20,6 +20,7 @@ from lora_diag.files import PAGE, write_whole
 from lora_diag.records import Run, to_line, totals
 from lora_diag.running.options import OUTPUT
 from tests.conftest import ROOT
+from tests.messages import mentions
 
 pytestmark = pytest.mark.slow
 
@@ -238,7 +239,7 @@ def test_figures_in_folder_are_all_or_none(run, tmp_path, records):
     words = ["plot", records, "-q", "-o", "figs"]
     for more in ([], ["--overwrite"]):
         code, err = run(*words, *more)
-        assert (code, "spectrum.png: is a symbolic link" in err) == (2, True)
+        assert (code, mentions(err, "spectrum.png", "symbolic link")) == (2, True)
     figure.unlink()
     figure.write_bytes(FOREIGN[".png"])
     assert run(*words)[0] == 2
@@ -258,7 +259,7 @@ def test_overwrite_spares_inputs_and_replaces_at_end(run, tmp_path, records):
     for place in (Path(PAIR[1]) / "adapter_model.safetensors", Path(PAIR[0]) / "config.json"):
         before = place.read_bytes()
         code, err = run(*words, place)
-        assert (code, "belongs to the input" in err, place.read_bytes() == before) == (2, True, True)
+        assert (code, mentions(err, "belongs", "input"), place.read_bytes() == before) == (2, True, True)
     for name in (records, "r.sarif"):
         code, err = run("gate", records, "--policy", "adapter-basic", "--overwrite", "--sarif", name, "--junit", name)
         assert (code, "another name" in err) == (2, True)
@@ -288,7 +289,7 @@ def test_ratchet_does_not_follow_link(run, tmp_path, records):
     (tmp_path / "base.jsonl").symlink_to(records)
     before = records.read_bytes()
     code, err = run("gate", "policy.toml", records, "--baseline", "base.jsonl", "--ratchet")
-    assert (code, "base.jsonl: is a symbolic link" in err) == (2, True)
+    assert (code, mentions(err, "base.jsonl", "symbolic link")) == (2, True)
     assert records.read_bytes() == before
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from lora_diag.catalog import read_results
 from tests.conftest import ROOT
+from tests.messages import assert_names
 from tests.probes.making import gpt2, moved, some_text
 
 pytestmark = pytest.mark.slow
@@ -65,7 +66,7 @@ def test_help_names_every_probe(loradiag):
     ran = loradiag("probe", "--help")
     assert ran.code == 0
     assert "truncation" in ran.out
-    assert "Example: loradiag probe truncation" in loradiag("probe", "truncation", "--help").out
+    assert_names(loradiag("probe", "truncation", "--help").out, "probe truncation")
 
 
 def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path):
@@ -117,7 +118,7 @@ def test_sweep_draws_reference_lines_beside_kind_of_lora(loradiag, pair):
     assert ran.code == 0
     for word in ("BASE nf4", "BitFit", "To full", "rsLoRA, alpha = 16", "memory and speed are not"):
         assert word in " ".join(ran.out.split())
-    assert "of full fine-tuning" in ran.err
+    assert_names(ran.err, "full fine-tuning")
 
 
 def test_sensitivities_go_from_model_to_ranks_of_config(loradiag, pair, tmp_path):
@@ -133,7 +134,7 @@ def test_sensitivities_go_from_model_to_ranks_of_config(loradiag, pair, tmp_path
     words = ("--total-rank", "9", "--weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")
     planned = loradiag("allocate", "spectrum.jsonl", *words)
     assert planned.code == 0
-    assert "results of probe sensitivity, r=1 per layer" in planned.out
+    assert_names(planned.out, "sensitivity", "r=1")
     assert loradiag("extract", base, tuned, "--ranks", "ranks.jsonl", "-o", "adapter").code == 0
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     wrong = loradiag("allocate", "spectrum.jsonl", "--total-rank", "9", "--weights", "spectrum.jsonl")

@@ -9,6 +9,7 @@ import yaml
 
 from lora_diag.decisions.trainers import TRAINERS, written_for
 from lora_diag.errors import InputError
+from tests.messages import raises_naming
 from tests.served import ROOT
 
 SPECTRUM = ROOT / "docs" / "examples" / "spectrum.jsonl"
@@ -76,7 +77,7 @@ def test_trainer_of_one_rank_refuses_several(trainer):
 
 @pytest.mark.parametrize("trainer", sorted(set(TRAINERS) - {"unsloth"}))
 def test_trainer_of_whole_alphas_refuses_others(trainer):
-    with pytest.raises(InputError, match="lora_alpha must be an integer"):
+    with raises_naming(InputError, "lora_alpha", "integer"):
         written_for(trainer, {**UNIFORM, "lora_alpha": 12.5})
 
 

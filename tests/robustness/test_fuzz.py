@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.messages import assert_names
 from tests.robustness.children import judge
 from tests.robustness.kinds import KINDS
 from tests.robustness.mutate import damaged_json, damaged_results, damaged_safetensors, damaged_toml
@@ -107,8 +108,8 @@ def test_faults_of_child_are_found(tmp_path: Path) -> None:
     assert done == 7
     told = dict(found)
     assert sorted(told) == [1, 2, 3, 4, 5]
-    assert "ValueError: a bug" in told[1]
-    assert "took more than 512 MiB" in told[2]
+    assert_names(told[1], "ValueError")
+    assert_names(told[2], "took", "512 MiB")
     assert "SIGABRT" in told[3]
-    assert "took more than 0.5 s" in told[4]
-    assert "left .half behind" in told[5]
+    assert_names(told[4], "took", "0.5 s")
+    assert_names(told[5], "left .half")

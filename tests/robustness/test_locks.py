@@ -8,11 +8,12 @@ import pytest
 from lora_diag import files
 from lora_diag.errors import UsageError
 from lora_diag.files import lock, sync
+from tests.messages import raises_naming
 
 
 def test_lock_passes_from_one_process_to_another(tmp_path: Path) -> None:
     first = lock(tmp_path / "a")
-    with pytest.raises(UsageError, match="another process is writing it now"):
+    with raises_naming(UsageError, "another process"):
         lock(tmp_path / "a")
     os.close(first)
     os.close(lock(tmp_path / "a"))

@@ -10,6 +10,7 @@ from lora_diag.errors import InputError
 from lora_diag.models.opening import open_model
 from lora_diag.models.peft_check import adapted_by_peft
 from tests.conftest import save_model
+from tests.messages import raises_naming
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def hostile(tmp_path: Path) -> Path:
 def test_code_beside_model_is_not_run(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who asks whether it may is asked by nobody here, and would wait for an answer.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(InputError, match="cannot open this model"):
+    with raises_naming(InputError, "cannot open"):
         open_model(hostile, torch.device("cpu"))
     with pytest.raises(InputError, match="cannot build this model"):
         adapted_by_peft({"peft_type": "LORA", "r": 1, "target_modules": ["a"]}, hostile)

@@ -16,6 +16,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.records import ResultsWriter, Run, totals
 from tests.decisions.allocate.records import record, results
+from tests.messages import assert_names, raises_naming
 
 LAYERS = tuple(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3))
 SHAPES = ((15, 12), (18, 12), (12, 24))
@@ -113,24 +114,24 @@ def test_file_of_probe_fisher_is_taken_for_what_it_measured(tmp_path):
     chosen = allocate(found, Budget("params", 180, "--params 180"), Constraints(), losses=losses)
     assert by_file.layers == chosen.layers
     assert by_file.run.inputs[-1].role == "weights"
-    assert "7 gradients on text" in by_file.run.inputs[-1].kind
+    assert_names(by_file.run.inputs[-1].kind, 7, "gradients")
     table = allocation_table(by_file, 80)
     assert "ΣF(0)" in table
     assert "Σ½F" in table
     part = stored(tmp_path / "part.jsonl", records[:2])
     lacking = lora_diag.allocate(results(*found), params=180, weights=part)
     assert lacking.layers[2].rank == 0
-    assert "1 layers were not measured" in lacking.run.inputs[-1].notes[0]
+    assert_names(lacking.run.inputs[-1].notes[0], "1 layers", "measured")
 
 
 def test_files_that_say_nothing_of_these_layers_are_refused(tmp_path):
     found, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
     other = stored(tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)])
-    with pytest.raises(UsageError, match="has no measurement of a layer of these spectra"):
+    with raises_naming(UsageError, "measurement", "spectra"):
         lora_diag.allocate(results(*found), params=180, weights=other)
     off = stored(tmp_path / "off.jsonl", [record.model_copy(update={"fro": record.fro * 1.1}) for record in records])
-    with pytest.raises(InputError, match="measure both on the same update"):
+    with raises_naming(InputError, "measure", "update"):
         lora_diag.allocate(results(*found), params=180, weights=off)
     cut = stored(tmp_path / "cut.jsonl", records, end=False)
     with pytest.raises(InputError, match="did not finish"):

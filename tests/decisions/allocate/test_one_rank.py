@@ -11,6 +11,7 @@ from lora_diag.decisions.allocate.run import write_allocation
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.errors import UsageError
 from tests.decisions.allocate.records import llama, record, results
+from tests.messages import raises_naming
 
 SPECTRA = results(*llama(3))
 
@@ -73,7 +74,7 @@ def test_portable_allocation_refuses_what_gives_layers_their_own(options, messag
 
 def test_portable_allocation_refuses_stacks_of_experts():
     spectra = results(*(record(f"h.0.experts.up_proj[{n}]", (8, 8), [3, 2, 1]) for n in range(2)))
-    with pytest.raises(UsageError, match="stack of experts"):
+    with raises_naming(UsageError, "stack", "experts"):
         lora_diag.allocate(spectra, params=1000, portable=True)
 
 

@@ -13,6 +13,7 @@ from lora_diag.decisions.allocate.run import rank_table, write_allocation
 from lora_diag.errors import InputError, UsageError
 from tests.conftest import ROOT, SHARED
 from tests.decisions.allocate.records import llama, record, results
+from tests.messages import assert_names, raises_naming
 
 SPECTRA = results(*llama(3))
 
@@ -56,7 +57,7 @@ def test_as_many_parameters_as_adapter():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared cases")
 def test_adapter_without_factors_cannot_be_matched():
-    with pytest.raises(InputError, match="has no factors of known size"):
+    with raises_naming(InputError, "known size"):
         lora_diag.allocate(SPECTRA, match=SHARED / "cases/ia3/adapter")
 
 
@@ -109,7 +110,7 @@ def test_layer_of_weight_zero_gets_no_rank():
     found = lora_diag.allocate(SPECTRA, params=10**6, weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
     assert [layer.rank == 0 for layer in found] == [True, *[False] * (len(found) - 1)]
     assert found.whole[0].kept == found.whole[0].bound
-    with pytest.raises(UsageError, match="no energy to keep"):
+    with raises_naming(UsageError, "energy", "keep"):
         lora_diag.allocate(SPECTRA, params=2000, weights={"default": 0.0})
 
 
@@ -145,6 +146,6 @@ def test_measured_weights_alone_name_command_that_uses_them():
     path = ROOT / "docs/examples/sensitivity.jsonl"
     with pytest.raises(InputError, match=r"measure spectra with loradiag spectrum \S+/base TUNED") as refused:
         lora_diag.allocate(path, params="10k")
-    assert f"loradiag allocate spectrum.jsonl --layer-weights {path} and a budget" in str(refused.value)
+    assert_names(str(refused.value), f"spectrum.jsonl --layer-weights {path}")
     with pytest.raises(InputError, match="give a file with spectrum records"):
         lora_diag.allocate(ROOT / "docs/examples/sweep.jsonl", params="10k")

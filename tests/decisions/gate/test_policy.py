@@ -8,6 +8,7 @@ from lora_diag.decisions.gate.policy import READY
 from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.ready import ready_policy
 from lora_diag.errors import UsageError
+from tests.messages import raises_naming
 
 GOOD = """\
 title = "x"
@@ -146,7 +147,5 @@ def test_every_ready_policy_is_valid_and_says_what_to_do(name):
 def test_unknown_ready_policy_names_those_there_are():
     with pytest.raises(UsageError, match="adapter-basic"):
         ready_policy("../secrets")
-    with pytest.raises(
-        UsageError, match="No such file or directory; for the built-in policy of this name use --policy merge"
-    ):
+    with raises_naming(UsageError, "directory", "--policy"):
         read_policy("merge")

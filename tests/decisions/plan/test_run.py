@@ -7,6 +7,7 @@ import pytest
 import lora_diag
 from lora_diag.errors import InputError, UsageError
 from tests.conftest import ROOT, save_model, weights
+from tests.messages import raises_naming
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -157,7 +158,7 @@ def test_rules_of_thumb_ask_for_rank_that_stores_tokens(tmp_path):
     assert asked == [(100_000_000, -(-100_000_000 // per_rank)), (50_000_000, -(-50_000_000 // per_rank))]
     assert [rule.rank for rule in plan(tmp_path, tokens=10**12).capacity.rules] == [None, None]
     assert plan(tmp_path).capacity is None
-    with pytest.raises(UsageError, match="cannot be combined with --data"):
+    with raises_naming(UsageError, "combined", "--data"):
         plan(tmp_path, tokens=5, data=tmp_path / "config.json")
     with pytest.raises(UsageError, match="--tokens none"):
         plan(tmp_path, tokens="none")

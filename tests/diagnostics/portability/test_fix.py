@@ -11,6 +11,7 @@ from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import InputError, UsageError
 from tests.adapters.making import adapter, base, changes, close, normal, write
+from tests.messages import assert_names
 
 MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
 RANKS = (2, 3, 5, 1)
@@ -134,7 +135,7 @@ def test_what_has_no_place_is_named_and_left_out_if_told(tmp_path, loradiag):
     ran = loradiag("portability", "adapter", "--fix", "-o", "out")
     assert ran.code == 3
     assert "q.bias: a bias" in ran.err
-    assert "head.weight: a weight in full" in ran.err
+    assert_names(ran.err, "head.weight")
     assert not (tmp_path / "out").exists()
     ran = loradiag("portability", "adapter", "--fix", "--leave-out", "-o", "out", "--require", "vllm")
     assert ran.code == 0

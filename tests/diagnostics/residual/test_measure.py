@@ -19,6 +19,7 @@ from lora_diag.metrics import distances, limit, pooled
 from tests import oracles
 from tests.adapters.dense import dense
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
+from tests.messages import raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"
 FIELDS = ("epsilon", "epsilon_min", "excess", "norm_ratio", "cosine", "best_scale", "epsilon_best_scale")
@@ -338,7 +339,7 @@ def test_weights_only_in_adapter_are_listed(model, tmp_path):
 
 def test_nothing_and_twice_are_refused(model, tmp_path):
     base, tuned, layer, d = model
-    with pytest.raises(UsageError, match="at least one ADAPTER"):
+    with raises_naming(UsageError, "least", "ADAPTER"):
         lora_diag.residual(base, tuned, [])
     with pytest.raises(UsageError, match="TUNED itself"):
         lora_diag.residual(base, tuned, [tuned])

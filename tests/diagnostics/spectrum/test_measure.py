@@ -13,6 +13,7 @@ from lora_diag.deltas import DenseDelta, FactoredDelta, Side
 from lora_diag.layers.change import load_change
 from tests import oracles
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
+from tests.messages import assert_names
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -160,7 +161,7 @@ def test_weights_that_are_spaced_too_coarsely_are_left_out(tmp_path):
     paths = [save_model(tmp_path / name, side) for name, side in zip(("base", "tuned"), sides, strict=True)]
     (item,) = lora_diag.spectrum(*paths).left_out
     assert (item.layer, item.reason) == ("w.weight", "non_finite")
-    assert "the squares of the spacing of its numbers overflow float64" in item.detail
+    assert_names(item.detail, "spacing", "float64")
 
 
 def test_layer_that_is_not_finite_is_named_and_rest_measured(tmp_path, pair_of_models):
@@ -275,7 +276,7 @@ def test_out_of_memory_on_gpu_moves_layer_to_cpu_and_says_so(pair_of_models, mon
     results = lora_diag.spectrum(base, tuned, workers=1)
     plain = [record.layer for record in results if "out of memory" not in record.method]
     assert len(plain) == len(results) - 1
-    assert "on the CPU: out of memory on" in results[failed[0]].method
+    assert_names(results[failed[0]].method, "CPU", "memory")
 
 
 def test_same_input_same_bytes(tmp_path, pair_of_models):

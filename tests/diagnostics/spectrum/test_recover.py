@@ -7,6 +7,7 @@ import lora_diag
 from lora_diag.diagnostics.spectrum.summary import summary_lines
 from tests.conftest import save_model
 from tests.linalg.test_hidden import planted
+from tests.messages import assert_names
 
 Q, K, UP = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
 
@@ -60,7 +61,7 @@ def test_allocate_spends_on_the_update_before_rounding(pair):
     values = found[Q].hidden.values_estimate
     assert chosen[Q].rank == len(values) <= 3
     assert chosen[Q].kept == pytest.approx(sum(x**2 for x in values) / found[Q].hidden.fro_estimate ** 2)
-    assert "1 of 1 layers by the update before rounding" in chosen.run.inputs[0].notes[0]
+    assert_names(chosen.run.inputs[0].notes[0], "1 of 1 layers", "before rounding")
 
 
 @pytest.mark.parametrize(

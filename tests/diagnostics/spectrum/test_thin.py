@@ -14,6 +14,7 @@ from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.thin import is_thin, thin_spectrum
 from lora_diag.running.inputs import compare
 from tests.adapters.making import adapter, normal, write
+from tests.messages import raises_naming
 from tests.served import ROOT
 
 LORA = {
@@ -156,5 +157,5 @@ def test_file_that_shrinks_while_it_is_read_is_named(tmp_path, monkeypatch):
         return measure(layer, settings)
 
     monkeypatch.setattr(run, "thin_spectrum", cut)
-    with pytest.raises(lora_diag.InputError, match="the file ends inside base_model"):
+    with raises_naming(lora_diag.InputError, "ends inside base_model"):
         lora_diag.spectrum(path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from tests.messages import raises_naming
 from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
 
 
@@ -103,7 +104,7 @@ def test_lines_of_different_lengths_are_not_padded(tmp_path):
 
 def test_unrecordable_input_is_refused_and_nothing_written(tmp_path):
     base, text, out = gpt2(tmp_path / "base"), some_text(tmp_path), tmp_path / "a.safetensors"
-    with pytest.raises(NothingComparedError, match="no linear layer is selected"):
+    with raises_naming(NothingComparedError, "linear layer"):
         lora_diag.probe_activations(base, text, out, layers="nothing")
     with pytest.raises(InputError, match="there is no folder"):
         lora_diag.probe_activations(base, text, tmp_path / "nowhere" / "a.safetensors")

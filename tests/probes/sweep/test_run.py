@@ -20,6 +20,7 @@ from lora_diag.models.methods import Lora, with_lora
 from lora_diag.models.opening import kept_open, open_model
 from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
+from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -177,7 +178,7 @@ def test_run_that_diverges_is_told_and_rest_goes_on(case, monkeypatch):
     assert {r.lr for r in found.whole if r.seed == 1} == {1e-2}
     shown = table(found, 80)
     assert "diverged" in shown
-    assert "2 losses are not finite" in shown
+    assert_names(shown, "2 losses")
 
 
 def test_classifier_can_be_swept(tmp_path):
@@ -224,7 +225,7 @@ def test_invalid_options_are_refused(case, tmp_path, change, error, message):
 
 def test_evaluating_what_was_trained_on_is_refused(case):
     base, train, *_ = case
-    with pytest.raises(UsageError, match="is the training text"):
+    with raises_naming(UsageError, "training text"):
         lora_diag.probe_sweep(base, data=train, evaluate=[train])
 
 
@@ -362,7 +363,7 @@ def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monke
     assert len({r.loss for r in found[True].whole}) == 3
     assert [found[on].run.settings.get("gradient_checkpointing") for on in (True, False)] == [True, None]
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "supports_gradient_checkpointing", False)
-    with pytest.raises(UsageError, match="transformers has none for GPT2LMHeadModel"):
+    with raises_naming(UsageError, "GPT2LMHeadModel"):
         lora_diag.probe_sweep(base, gradient_checkpointing=True, **options | {"output": tmp_path / "other.jsonl"})
     assert not (tmp_path / "other.jsonl").exists()
 
@@ -379,7 +380,7 @@ def test_resume_requires_same_trained_parameters(case, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         lora_diag.probe_sweep(base, on_progress=stop, **options)
     for change in ({"dora": True}, {"rslora": True}, {"quantized": "nf4"}, {"bitfit": True}, {"full": False}):
-        with pytest.raises(UsageError, match="was started with another settings"):
+        with raises_naming(UsageError, "started", "settings"):
             lora_diag.probe_sweep(base, resume=True, **(options | change))
     labels = []
     lora_diag.probe_sweep(base, resume=True, on_progress=lambda event: labels.append(event.label), **options)

@@ -11,6 +11,7 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.opening import Weights
+from tests.messages import mentions, raises_naming
 from tests.probes.making import EVAL, SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
 
 TABLES = ("embed", "lm_head", "wte", "wpe")
@@ -134,7 +135,7 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
         ]
         assert record.loss == pytest.approx(np.mean(losses), abs=1e-4)
         assert record.tokens == 3
-    assert any("1 of 3 lines were cut" in note for given in found.run.inputs for note in given.notes)
+    assert any(mentions(note, 1, "3 lines") for given in found.run.inputs for note in given.notes)
 
 
 def test_only_completion_is_predicted(tmp_path):
@@ -246,7 +247,7 @@ def test_lines_that_say_nothing_are_named(tmp_path, content, message):
 
 def test_two_sets_of_one_name_are_refused(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
-    with pytest.raises(UsageError, match="two evaluation sets have the name held_out"):
+    with raises_naming(UsageError, "evaluation", "held_out"):
         lora_diag.probe_truncation(base, base, evaluate=[text], shifted=[text])
 
 
@@ -259,7 +260,7 @@ def test_model_without_head_is_refused(tmp_path):
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "a", "label": 0}\n')
-    with pytest.raises(InputError, match=r"no weights for classifier\.weight"):
+    with raises_naming(InputError, "classifier.weight"):
         lora_diag.probe_truncation(base, base, evaluate=[file])
 
 
@@ -282,7 +283,7 @@ def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
 
 def test_adapter_in_place_of_model_is_called_that(tmp_path):
     adapter = SAMPLES / "lora_r4"
-    with pytest.raises(UsageError, match="lora_r4: is an adapter; give its base model"):
+    with raises_naming(UsageError, "lora_r4", "adapter"):
         lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
 
 

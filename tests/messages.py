@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -12,8 +12,8 @@ import pytest
 APART = 120
 
 
-def mentions(text: str, *facts: object) -> bool:
-    """Return whether a text names these facts as whole words, in this order and near each other.
+def mentions(text: str | Iterable[str], *facts: object) -> bool:
+    """Return whether a text, or one of several, names these facts as whole words, in this order and near each other.
 
     Line breaks count as spaces.
 
@@ -24,11 +24,12 @@ def mentions(text: str, *facts: object) -> bool:
     """
     between = rf".{{0,{APART}}}?"
     pattern = between.join(_whole(" ".join(str(fact).split())) for fact in facts)
-    return re.search(pattern, " ".join(text.split())) is not None
+    texts = [text] if isinstance(text, str) else text
+    return any(re.search(pattern, " ".join(each.split())) for each in texts)
 
 
-def assert_names(text: str, *facts: object) -> None:
-    """Assert that a text names these facts, in this order and near each other."""
+def assert_names(text: str | Iterable[str], *facts: object) -> None:
+    """Assert that a text, or one of several, names these facts, in this order and near each other."""
     assert mentions(text, *facts), f"{[str(fact) for fact in facts]} are not named together in: {text}"
 
 

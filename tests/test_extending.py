@@ -37,24 +37,57 @@ def plugins(tmp_path_factory) -> Path:
     return target
 
 
-def run(plugins: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def started(plugins: Path, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run Python with these packages installed."""
     paths = os.pathsep.join(map(str, (ROOT, plugins)))
     return subprocess.run(
-        [sys.executable, "-m", "lora_diag", *map(str, words)],
+        [sys.executable, *map(str, words)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         encoding="utf-8",
+        check=False,
     )
 
 
+# Runs several commands in one process, and prints the exit code and the output of each.
+COMMANDS = """
+import contextlib, io, json, sys
+import lora_diag
+from lora_diag.cli import main
+found = [("nuclear" in dir(lora_diag), lora_diag.nuclear.__module__)]
+for words in json.loads(sys.argv[1]):
+    sys.argv, out, code = ["loradiag", *words], io.StringIO(), 0
+    with contextlib.redirect_stdout(out):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    found.append((code, out.getvalue()))
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
-def measured(plugins, tmp_path_factory) -> Path:
+def measured(plugins, tmp_path_factory) -> tuple[Path, list]:
+    """Return a folder with results, and what commands of one process with the example made of them."""
     folder = tmp_path_factory.mktemp("measured")
-    found = run(plugins, folder, "nuclear", SAMPLES / "base", SAMPLES / "lora_r4", "-o", "nuclear.jsonl")
+    for name, limit in (("passes", 1.0), ("fails", 0.0)):
+        (folder / f"{name}.toml").write_text(f'[[rule]]\nname = "flat"\nrequire = "flatness <= {limit}"\n')
+    commands = [
+        ["nuclear", SAMPLES / "base", SAMPLES / "lora_r4", "-o", "nuclear.jsonl"],
+        ["inspect", "nuclear.jsonl"],
+        ["plot", "nuclear.jsonl", "--figure", "nuclear", "-o", "n.png"],
+        ["report", "nuclear.jsonl", "-o", "n.html"],
+        ["report", "nuclear.jsonl", "--format", "csv"],
+        ["gate", "passes.toml", "nuclear.jsonl"],
+        ["gate", "fails.toml", "nuclear.jsonl"],
+    ]
+    words = ["-c", COMMANDS, json.dumps([list(map(str, command)) for command in commands])]
+    found = started(plugins, folder, *words)
     assert found.returncode == 0, found.stderr
-    return folder
+    return folder, json.loads(found.stdout.splitlines()[-1])
 
 
 def test_example_is_small():
@@ -63,7 +96,8 @@ def test_example_is_small():
 
 
 def test_example_measures_what_numpy_does(measured):
-    records = [json.loads(line) for line in (measured / "nuclear.jsonl").read_text().splitlines()]
+    folder, _ = measured
+    records = [json.loads(line) for line in (folder / "nuclear.jsonl").read_text().splitlines()]
     layers = [record for record in records if record["record"] == "nuclear"]
     adapter = load_file(SAMPLES / "lora_r4" / "adapter_model.safetensors")
     config = json.loads((SAMPLES / "lora_r4" / "adapter_config.json").read_text())
@@ -77,57 +111,25 @@ def test_example_measures_what_numpy_does(measured):
 
 def test_example_is_documented(plugins):
     """The site's tables of its options and fields, without a line for it in the docs."""
-    paths = os.pathsep.join(map(str, (ROOT, plugins)))
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, ROOT / "docs" / "hooks.py", "nuclear"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
+    found = started(plugins, ROOT, ROOT / "docs" / "hooks.py", "nuclear")
     assert "| `--tol` | `T` | `0.0005` |" in found.stdout
     assert "| `flatness` | flatness |" in found.stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "plot", "report", "csv"])
-def test_example_is_shown_by_every_command(plugins, measured, tmp_path, command):
-    results = measured / "nuclear.jsonl"
-    words = {
-        "inspect": ["inspect", results],
-        "plot": ["plot", results, "--figure", "nuclear", "-o", "n.png"],
-        "report": ["report", results, "-o", "n.html"],
-        "csv": ["report", results, "--format", "csv"],
-    }[command]
-    found = run(plugins, tmp_path, *words)
-    assert found.returncode == 0, found.stderr
-    if command == "inspect":
-        assert "flatness" in found.stdout
-    elif command == "plot":
-        assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
-    elif command == "report":
-        page = (tmp_path / "n.html").read_text(encoding="utf-8")
-        assert_names(page, "nuclear norm")
-        assert "Nuclear norms" in page
-    else:
-        assert "flatness" in found.stdout.splitlines()[0]
-
-
-def test_example_is_function_of_package(plugins, tmp_path):
-    words = "import lora_diag; print('nuclear' in dir(lora_diag), lora_diag.nuclear.__module__)"
-    found = subprocess.run(
-        [sys.executable, "-c", words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, plugins)))},
-        capture_output=True,
-        text=True,
-    )
-    assert found.stdout.split() == ["True", "loradiag_nuclear.run"], found.stderr
-
-
-def test_example_can_be_judged(plugins, measured, tmp_path):
-    for limit, code in ((1.0, 0), (0.0, 1)):
-        (tmp_path / "policy.toml").write_text(f'[[rule]]\nname = "flat"\nrequire = "flatness <= {limit}"\n')
-        found = run(plugins, tmp_path, "gate", "policy.toml", measured / "nuclear.jsonl")
-        assert found.returncode == code, found.stdout + found.stderr
+def test_example_is_function_command_and_content_of_pages(measured):
+    folder, (function, nuclear, inspect, plot, report, csv, passes, fails) = measured
+    assert function == [True, "loradiag_nuclear.run"]
+    assert [code for code, _ in (nuclear, inspect, plot, report, csv, passes, fails)] == [0, 0, 0, 0, 0, 0, 1]
+    assert "flatness" in inspect[1]
+    assert (folder / "n.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "n.html").read_text(encoding="utf-8")
+    assert_names(page, "nuclear norm")
+    assert "Nuclear norms" in page
+    assert "flatness" in csv[1].splitlines()[0]
 
 
 def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
-    found = run(tmp_path, tmp_path, "inspect", measured / "nuclear.jsonl")
+    found = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", measured[0] / "nuclear.jsonl")
     assert found.returncode == 3
     assert len(found.stderr.splitlines()) == 1
     assert "nuclear" in found.stderr
@@ -139,7 +141,7 @@ def test_broken_plugin_is_named_once_and_breaks_nothing(tmp_path):
     (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (broken / "entry_points.txt").write_text("[loradiag.features]\nbroken = broken_plugin:FEATURE\n")
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no such thing')\n")
-    found = run(tmp_path, tmp_path, "inspect", SAMPLES / "base")
+    found = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", SAMPLES / "base")
     assert found.returncode == 0
     assert found.stderr.count("broken_plugin") == 1
     assert "RuntimeError" in found.stderr

@@ -218,7 +218,7 @@ def test_a_group_that_does_not_exist_is_named(tmp_path, kind, part, group):
     changed[3] = group
     save_model(tmp_path, tensors | {f"{M}.{part}": changed})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with raises_naming(InputError, "g_idx", group):
+    with raises_naming(InputError, part, group):
         open_checkpoint(tmp_path).read(W)
 
 

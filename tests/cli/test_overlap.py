@@ -10,6 +10,7 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.overlap.table import overlap_table
 from tests.conftest import save_model, weights
+from tests.messages import assert_names
 from tests.test_gradients import save_step
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     assert "model.layers.1.mlp.up_proj" in ran.out
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "70000", "--layers", "q_proj")
     assert "at r=2" in ran.out
-    assert ran.err == "--show-rank 70000: larger than all layers and adapters; another rank is shown\n"
+    assert_names(ran.err, "--show-rank 70000", "larger")
 
 
 def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, tmp_path):
@@ -56,7 +57,7 @@ def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, t
     save_model(tmp_path / "tuned", broken)
     ran = loradiag("overlap", *inputs, "--rank", "2", "--layers", "layers.0.*q_proj")
     assert ran.code == 3
-    assert ran.err.startswith("Error: model.layers.0.self_attn.q_proj.weight: TUNED holds nan")
+    assert_names(ran.err, "Error:", "model.layers.0.self_attn.q_proj.weight", "TUNED", "nan")
     assert "Next" not in ran.out
 
 
@@ -74,7 +75,7 @@ def test_gradient_that_is_not_finite_exits_3_after_rest(loradiag, inputs, tmp_pa
     save_file(bad, file, {"step": "10"})
     ran = loradiag("overlap", *inputs, "--ranks", "2", "-o", "o.jsonl")
     assert ran.code == 3
-    assert ran.err == "Error: lm_head.weight: step 10: the gradient holds inf at [0, 1]; left out\n"
+    assert_names(ran.err, "Error:", "lm_head.weight", "step 10", "inf at [0, 1]")
     assert "Not measured" in ran.out
     assert json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])["layers"] == 10
 

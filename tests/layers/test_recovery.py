@@ -91,7 +91,7 @@ def test_row_blocks_give_the_same_numbers(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, 0.8])
 def test_a_gpu_gives_the_same_numbers(tmp_path, rows):
-    w, _, t = planted(220, 200, 3, 2e-5, 33, noise=0.2, rows=rows)
+    w, _, t = planted(150, 120, 3, 2e-5, 33, noise=0.2, rows=rows)
     here = estimate(tmp_path, w.bfloat16(), t.bfloat16())
     with stand_in() as gpu:
         there = estimate(tmp_path, w.bfloat16(), t.bfloat16(), device=gpu)
@@ -99,7 +99,7 @@ def test_a_gpu_gives_the_same_numbers(tmp_path, rows):
         matrix = there.matrix()
         assert isinstance(matrix, OnGpu)
         with pytest.raises(RuntimeError, match="one device"):
-            matrix + torch.ones(220, 200)
+            matrix + torch.ones(150, 120)
     assert there.hidden == here.hidden
     assert here.hidden.status == "recovered"
     assert torch.equal(matrix.as_subclass(torch.Tensor), here.matrix())
@@ -190,12 +190,12 @@ def test_what_did_not_move_or_hardly_is_refused(tmp_path):
 )
 def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate, lean):
     rng = torch.Generator().manual_seed(8)
-    start = (torch.randn(256, 256, generator=rng) * 0.02).bfloat16().float()
-    drift, now = lean * torch.randn(256, 256, generator=rng), start.clone()
+    start = (torch.randn(160, 160, generator=rng) * 0.02).bfloat16().float()
+    drift, now = lean * torch.randn(160, 160, generator=rng), start.clone()
     for _ in range(40):
-        moved = now - rate * torch.tanh(torch.randn(256, 256, generator=rng) + drift)
+        moved = now - rate * torch.tanh(torch.randn(160, 160, generator=rng) + drift)
         if stochastic:
-            bits = moved.view(torch.int32) + torch.randint(0, 65536, (256, 256), generator=rng, dtype=torch.int32)
+            bits = moved.view(torch.int32) + torch.randint(0, 65536, (160, 160), generator=rng, dtype=torch.int32)
             now = (bits & -65536).view(torch.float32)
         else:
             now = moved.bfloat16().float()

@@ -8,7 +8,7 @@ import pytest
 
 from lora_diag.metrics.distance import distances, limit, pooled
 from lora_diag.metrics.equivalence import paired
-from lora_diag.metrics.fleet import alike, norm_outliers, oddities, rarest_first
+from lora_diag.metrics.fleet import alike, norm_outliers, outlier_kinds, rarest_first
 from lora_diag.metrics.interference import near_chance, relation, task_interference, task_interference_at_random
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
 from lora_diag.metrics.overlap import chance, is_near
@@ -183,11 +183,11 @@ class Adapter:
     spike: float | None = 0.3
 
 
-def test_oddities_are_those_planted():
+def test_outlier_kinds_are_those_planted():
     fleet = [Adapter(), Adapter(1.1), Adapter(0.9), Adapter(30.0), Adapter(used=0.5), Adapter(spike=0.95),
              Adapter(spike=1.0, rank=1), Adapter(0.0, dead=3, used=0.1, spike=None), Adapter(used=None)]  # fmt: skip
     expected = [(), (), (), ("norm",), ("over-ranked",), ("spiked",), (), ("dead",), ()]
-    assert oddities(fleet) == expected
+    assert outlier_kinds(fleet) == expected
     assert rarest_first(expected) == [3, 4, 5, 7]
     assert norm_outliers([1.0, 100.0]) == [None, None]  # two have no median to be far from
 

@@ -91,7 +91,7 @@ def updates(count, rank, m, n, rng):
     return u, np.concatenate([p[1][:rank] for p in parts]), v
 
 
-def test_task_interference_is_that_of_its_paper_and_of_random_updates():
+def test_task_interference_of_random_updates_is_as_expected():
     m, n, rng, ratios = 80, 60, np.random.default_rng(1), []
     owner = np.repeat(np.arange(3), 4)
     for _ in range(20):

@@ -34,7 +34,7 @@ from lora_diag.running.options import declared
 from lora_diag.running.probing import ProbeRun, described, pluralized
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.running.rates import MOST, beyond, lowest
-from lora_diag.running.training_workers import Site, Workers, bare, workers_for
+from lora_diag.running.training_workers import Site, Workers, bare, threads_of_run, workers_for
 
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
 
@@ -319,7 +319,8 @@ class TrainRun(ProbeRun):
             yield
             return
         on.check()
-        with joined(on, torch.get_num_threads()) as has_gpus:
+        cores = torch.get_num_threads()
+        with joined(on, cores) as has_gpus:
             if has_gpus and not on.gpus_per_task and device in {"auto", "cuda"}:
                 on = replace(on, gpus_per_task=1.0)
             kind = place(on, device).kind
@@ -328,8 +329,15 @@ class TrainRun(ProbeRun):
                     "--engine ray: its tasks have GPUs and this machine has none, on which BASE is measured; start "
                     "loradiag on a node with a GPU, or add --device cpu"
                 )
+            if kind == "cuda" and concurrent is not None:
+                raise UsageError(f"--concurrent {concurrent}: is for processors; share a GPU with --gpus-per-task 0.5")
             self.on, self.options["device"] = on, kind
-            yield
+            # Those of a run, whose step is timed here; the same where a search calls a sweep.
+            torch.set_num_threads(min(cores, threads_of_run(on, concurrent)))
+            try:
+                yield
+            finally:
+                torch.set_num_threads(cores)
 
     def workers(self, base: Path | str, stored: Checkpoint) -> Workers | None:
         """Return the workers of the cluster, once the texts are read; None without a cluster."""

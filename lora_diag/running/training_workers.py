@@ -17,7 +17,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.opening import Model, open_model
-from lora_diag.running.engines import Layout, Ray, run_ray, slots_of
+from lora_diag.running.engines import Layout, Ray, capacity_of, run_ray
 
 Record = TypeVar("Record")
 
@@ -107,8 +107,18 @@ def workers_for(site: Site, on: Ray, concurrent: int | None) -> Workers:
         on: The cluster.
         concurrent: Concurrent runs of a node; None for one, or on GPUs as many as these allow.
     """
-    layout = Layout(torch.get_num_threads(), (concurrent or 1) * FOOTPRINT)
-    return Workers(site, on, layout, slots_of(on, layout, FOOTPRINT))
+    layout = layout_of_runs(concurrent)
+    return Workers(site, on, layout, capacity_of(on, layout, FOOTPRINT)[0])
+
+
+def threads_of_run(on: Ray, concurrent: int | None) -> int:
+    """Return the cores of one run on a cluster that this process is connected to."""
+    return capacity_of(on, layout_of_runs(concurrent), FOOTPRINT)[1]
+
+
+def layout_of_runs(concurrent: int | None) -> Layout:
+    """Return the allocation of a node to concurrent runs."""
+    return Layout(torch.get_num_threads(), (concurrent or 1) * FOOTPRINT)
 
 
 def bare(texts: Texts) -> Texts:

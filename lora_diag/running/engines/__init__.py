@@ -6,6 +6,6 @@ descriptors, not of completion; arrays never pass through it.
 
 from lora_diag.running.engines.connection import Ray, joined
 from lora_diag.running.engines.local import Layout, layout_for, run_local
-from lora_diag.running.engines.ray import run_ray, slots_of
+from lora_diag.running.engines.ray import capacity_of, run_ray
 
-__all__ = ["Layout", "Ray", "joined", "layout_for", "run_local", "run_ray", "slots_of"]
+__all__ = ["Layout", "Ray", "capacity_of", "joined", "layout_for", "run_local", "run_ray"]

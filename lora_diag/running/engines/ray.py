@@ -73,8 +73,8 @@ def run_ray(
             run.stop()
 
 
-def slots_of(on: Ray, layout: Layout, footprint: int) -> int:
-    """Return how many tasks of one size a cluster runs concurrently, as it is now.
+def capacity_of(on: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
+    """Return how many tasks of one size a cluster runs concurrently, as it is now, and the cores of each.
 
     Args:
         on: The cluster.
@@ -84,7 +84,8 @@ def slots_of(on: Ray, layout: Layout, footprint: int) -> int:
     ray = import_ray()
     with connected(ray, on, layout.cores):
         cluster = _Cluster(ray, on.gpus_per_task)
-        return cluster.slots if on.gpus_per_task else cluster.fitting(cluster.threads(layout)(footprint))
+        cores = cluster.threads(layout)(footprint)
+        return cluster.slots if on.gpus_per_task else cluster.fitting(cores), cores
 
 
 class _Cluster:

@@ -29,11 +29,13 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.probes.sweep import run as sweep
+from lora_diag.probes.sweep.options import SweepOptions
 from lora_diag.running.engines import connection
 from lora_diag.running.engines import ray as engine
 from lora_diag.running.engines.connection import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.measuring import Place, place
+from lora_diag.running.training_runs import TrainRun
 from lora_diag.running.training_workers import Site, bare, opened
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
@@ -252,12 +254,16 @@ def test_tune_keeps_its_time_on_cluster_and_goes_on_here(cluster, tiny, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is wanted")
-def test_training_needs_the_device_of_its_tasks_here(cluster, tiny):
+def test_training_here_has_device_and_threads_of_its_tasks(cluster, tiny):
     base, options = tiny
     with pytest.raises(UsageError, match="its tasks have GPUs and this machine has none"):
         lora_diag.probe_sweep(base, engine=Ray(), **options | {"device": "auto"})
     with pytest.raises(UsageError, match="--concurrent 2: must be at least 1, and needs --engine ray"):
         lora_diag.probe_sweep(base, concurrent=2, **options)
+    torch.set_num_threads(3)  # a step is timed here with the threads of a run
+    with TrainRun("probe sweep", {**options, "engine": Ray()}, SweepOptions, (), ()).joined():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
 
 
 def test_worker_refuses_texts_that_differ(tiny):

@@ -152,9 +152,11 @@ def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
         InputError: The file cannot be read, or holds records of another command.
     """
     results: Results[L] = read_results(path)
-    wanted = kind.model_fields["record"].default
+    kind_name = kind.model_fields["record"].default
     if any(not isinstance(record, kind) for record in results) or (
-        not results.layers and results.run.command != wanted
+        not results.layers and results.run.command != kind_name
     ):
-        raise InputError(f"{path}: holds results of loradiag {results.run.command}; give a file with {wanted} records")
+        raise InputError(
+            f"{path}: holds results of loradiag {results.run.command}; give a file with {kind_name} records"
+        )
     return results

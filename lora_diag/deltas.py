@@ -378,10 +378,10 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     Raises:
         UsageError: A regular expression is invalid.
     """
-    wanted, unwanted = _regex(layers, "--layers"), _regex(exclude, "--exclude")
+    included, excluded = _regex(layers, "--layers"), _regex(exclude, "--exclude")
 
     def selected(name: str) -> bool:
-        return not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))
+        return not (included and not included.search(name)) and not (excluded and excluded.search(name))
 
     return selected
 

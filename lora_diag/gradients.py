@@ -193,7 +193,7 @@ def _located(
 ) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
     """Return layer, shape and location of every matrix in one snapshot, and the tensors that are not matrices."""
     unpaired: dict[str, Unpaired] = {}
-    wanted: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in stored:
         info = stored[name]
         if info.dtype not in FLOAT_DTYPES:
@@ -203,12 +203,12 @@ def _located(
         elif len(info.shape) < 2:
             unpaired[name] = Unpaired(name, info.shape, "vector", "1-D: a gradient without rank")
         else:
-            wanted[name] = info.shape
+            shapes[name] = info.shape
     if base is None:
-        return [item for name in wanted for item in _whole(stored, name)], unpaired
-    places, missing = match_names(wanted, base)
+        return [item for name in shapes for item in _whole(stored, name)], unpaired
+    places, missing = match_names(shapes, base)
     for name, why in missing.items():
-        unpaired[name] = Unpaired(name, wanted[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
+        unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
     return [_placed(stored, name, place) for name in places for place in places[name]], unpaired
 
 

@@ -82,10 +82,10 @@ def _is_in_layers(module: str, config: Config) -> bool:
     layers = config.values.get("layers_to_transform")
     if layers is None:
         return True
-    wanted = layers if isinstance(layers, list) else [layers]
+    expected = layers if isinstance(layers, list) else [layers]
     given = config.values.get("layers_pattern") or []
     patterns = [text for text in ([given] if isinstance(given, str) else given) if _PLAIN.fullmatch(str(text))]
     for pattern in patterns or [r"[^.]*"]:
         if found := re.match(rf".*\.{pattern}\.(\d+)\.", module):
-            return int(found[1]) in wanted
+            return int(found[1]) in expected
     return False

@@ -128,11 +128,11 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 
 def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     updates = [in_rows_of(update, base) for update in adapter.reading.updates if not update.optional]
-    wanted = dict(update.wanted for update in updates)
-    found = match_names(wanted, base, transposed=True, parts=True)[0] if base is not None else {}
+    expected = dict(update.expected for update in updates)
+    found = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
     for update in updates:
         index = 0 if update.expert is None else update.expert[0]
-        locations = [location.layer for location in found.get(update.wanted[0], ()) if location.index == index]
+        locations = [location.layer for location in found.get(update.expected[0], ()) if location.index == index]
         alpha = None
         if update.alpha:
             alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
@@ -198,13 +198,13 @@ def _key(update: Update, part: Part, adapter: Adapter) -> str:
 
 def _values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     values = [value for value in adapter.reading.values if not value.is_copy]
-    wanted = {value.weight: adapter.checkpoint[value.key].shape for value in values}
-    found = match_names(dict(wanted), base)[0] if base is not None else {}
+    expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
+    found = match_names(dict(expected), base)[0] if base is not None else {}
     for value in values:
         locations = [location.layer for location in found.get(value.weight, ())] or [value.weight]
         for layer in locations:
             module = value.weight.removesuffix(".weight").removesuffix(".bias")
-            yield Item(layer, module, _kind_of(value, adapter), value.key, shape=wanted[value.weight])
+            yield Item(layer, module, _kind_of(value, adapter), value.key, shape=expected[value.weight])
 
 
 def _kind_of(value: NewValue, adapter: Adapter) -> Part:

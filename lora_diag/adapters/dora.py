@@ -38,13 +38,13 @@ def with_lengths(update: Update, source: Source, magnitude: str, by_column: bool
     Raises:
         InputError: The length of m differs from the number of rows (or columns).
     """
-    wanted = update.shape[1 if by_column else 0]
+    expected = update.shape[1 if by_column else 0]
     shape = source.checkpoint[magnitude].shape
     size = math.prod(shape)
-    of_kernels = by_column and len(shape) > 2 and wanted is not None and size and wanted % size == 0
-    if size != wanted and not of_kernels:
+    of_kernels = by_column and len(shape) > 2 and expected is not None and size and expected % size == 0
+    if size != expected and not of_kernels:
         raise InputError(
-            f"{source.checkpoint.path}: {magnitude} has shape {list(shape)} instead of {wanted} entries; save the "
+            f"{source.checkpoint.path}: {magnitude} has shape {list(shape)} instead of {expected} entries; save the "
             "adapter again"
         )
     load = partial(delta, update.load, source.checkpoint, magnitude, by_column)

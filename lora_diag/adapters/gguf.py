@@ -115,8 +115,8 @@ def _updates(source: Source, name: str, parts: Mapping[str, str], alpha: float, 
     fits = len(a) == len(b) and 0 not in (*a, *b)
     rank_of_a = a[-1] if is_table else a[-2] if len(a) > 1 else 0
     if not fits or len(a) not in ((2,) if is_table else (2, 3)) or rank_of_a != b[-1] or a[:-2] != b[:-2]:
-        wanted = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
-        raise InputError(f"{source.path}: {name}: lora_a {list(a)} and lora_b {list(b)} are not {wanted}")
+        expected = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
+        raise InputError(f"{source.path}: {name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}")
     rank = b[-1]
     scale = alpha / rank if alpha else source.scale_without_alpha(rank)
     shape = (a[0], b[0]) if is_table else (b[-2], a[-1])

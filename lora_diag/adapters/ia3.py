@@ -48,10 +48,10 @@ def scaled(source: Source, module: str, key: str) -> list[Update]:
     # PEFT stores (out, 1), feed-forward (1, in); for a convolution (1, out, 1, 1) or (1, in, 1, 1), which are
     # indistinguishable.
     by_row = shape[0] == size if len(shape) == 2 and size > 1 else not _is_feedforward(source, module)
-    wanted: Shape = (size, None) if by_row else (None, None if len(shape) > 2 else size)
+    expected: Shape = (size, None) if by_row else (None, None if len(shape) > 2 else size)
     load = partial(delta, source.checkpoint, key, by_row)
     dtype = source.checkpoint[key].dtype
-    update = Update(f"{module}.weight", wanted, load, False, dtype, "IA3")
+    update = Update(f"{module}.weight", expected, load, False, dtype, "IA3")
     if not by_row:
         return [update]
     bias = partial(bias_delta, source.checkpoint, key)

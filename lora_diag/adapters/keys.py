@@ -99,7 +99,7 @@ def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "l
     return parts[prefix + "A"], parts[prefix + "B"]
 
 
-def check_rank(source: Source, module: str, of_a: int, wanted: int, of_b: int) -> None:
+def check_rank(source: Source, module: str, of_a: int, expected: int, of_b: int) -> None:
     """Check the ranks of a module's factors against each other and against the config.
 
     Raises:
@@ -109,8 +109,8 @@ def check_rank(source: Source, module: str, of_a: int, wanted: int, of_b: int) -
         raise InputError(
             f"{source.checkpoint.path}: {module}: A has rank {of_a}, but B has rank {of_b}; save the adapter again"
         )
-    if of_a != wanted:
+    if of_a != expected:
         raise InputError(
-            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {wanted}, so "
+            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {expected}, so "
             "the scaling is unknown; give the config that this adapter was trained with"
         )

@@ -102,9 +102,9 @@ def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
             if not shape or 0 in shape:
                 raise InputError(f"{source.path}: {key} has the invalid shape {list(shape)}; save the adapter again")
             name = "bias" if part.startswith("b_") or part.endswith("_b") else "weight"
-            wanted = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
+            expected = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
             load = partial(stored, source.checkpoint, key)
-            updates.append(Update(f"{module}.{name}", wanted, load, False, source.checkpoint[key].dtype))
+            updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_factored(source, module, parts))
     return [replace(update, base_weight=update.weight.replace(module, plain, 1)) for update in updates]

@@ -102,12 +102,12 @@ class Place:
 
 
 def match_names(
-    wanted: Mapping[str, Shape], base: Checkpoint, transposed: bool = False, parts: bool = False
+    expected: Mapping[str, Shape], base: Checkpoint, transposed: bool = False, parts: bool = False
 ) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
     """Find requested weights in BASE.
 
     Args:
-        wanted: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for an unknown dimension.
+        expected: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for an unknown dimension.
         base: The base checkpoint.
         transposed: Whether ``(in, out)`` also fits.
         parts: Whether a weight may be a part of a stored one: one expert of a stack.
@@ -118,7 +118,7 @@ def match_names(
     index = _Index(base)
     found: dict[str, tuple[Place, ...]] = {}
     missing: dict[str, str] = {}
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         places = _find(name, shape, index, transposed, parts)
         if isinstance(places, str):
             missing[name] = places
@@ -245,23 +245,23 @@ def _texts(shape: Shape) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
-def _equal(wanted: Shape, stored: tuple[int, ...]) -> bool:
-    return len(wanted) == len(stored) and all(w is None or w == s for w, s in zip(wanted, stored, strict=True))
+def _equal(expected: Shape, stored: tuple[int, ...]) -> bool:
+    return len(expected) == len(stored) and all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 
-def _fits(name: str, wanted: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
+def _fits(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
     """Return whether a stored weight may be the requested one."""
-    if _equal(wanted, stored):
+    if _equal(expected, stored):
         return True
-    if len(wanted) == 2 and len(stored) > 2:
-        return _equal(wanted, flat(stored))
-    if transposed and len(wanted) == len(stored) > 1 and _equal((*wanted[:-2], wanted[-1], wanted[-2]), stored):
+    if len(expected) == 2 and len(stored) > 2:
+        return _equal(expected, flat(stored))
+    if transposed and len(expected) == len(stored) > 1 and _equal((*expected[:-2], expected[-1], expected[-2]), stored):
         return True
-    return len(wanted) == len(stored) == 2 and wanted[1] == stored[1] and bool(RESIZABLE.search(name))
+    return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
 
 
-def _places(name: str, wanted: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Place, ...]:
-    if len(wanted) == 3 and len(stored) == 3:
+def _places(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Place, ...]:
+    if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
             Place(stack, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
@@ -270,30 +270,30 @@ def _places(name: str, wanted: Shape, stored: tuple[int, ...], layer: str = "") 
         )
     shape = flat(stored) if len(stored) > 1 else stored
     rows = None
-    if len(wanted) == 2 and wanted[0] is not None and wanted[1] == shape[1] and wanted[0] != shape[0]:
-        common = min(wanted[0], shape[0])  # an embedding with a resized vocabulary
+    if len(expected) == 2 and expected[0] is not None and expected[1] == shape[1] and expected[0] != shape[0]:
+        common = min(expected[0], shape[0])  # an embedding with a resized vocabulary
         shape, rows = (common, shape[1]), (0, common)
     return (Place(layer or name, name, shape, rows=rows, whole=stored),)
 
 
-def _expert_places(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]:
+def _expert_places(name: str, expected: Shape, index: _Index) -> tuple[Place, ...]:
     """Return the locations of a fused parameter in a BASE that stores experts separately."""
     owner, _, leaf = name.rpartition(".")
-    if len(wanted) != 3 or leaf not in FUSED:
+    if len(expected) != 3 or leaf not in FUSED:
         return ()
     for candidate in dialects(f"{owner}."):
         leaves = index.experts.get(bare(candidate.rstrip(".")), {})
         for pieces in FUSED[leaf]:
-            places = _pieces(pieces, leaves, wanted, index.base)
+            places = _pieces(pieces, leaves, expected, index.base)
             if places:
                 return places
     return ()
 
 
 def _pieces(
-    pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], wanted: Shape, base: Checkpoint
+    pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], expected: Shape, base: Checkpoint
 ) -> tuple[Place, ...]:
-    count, out, columns = wanted
+    count, out, columns = expected
     if not all(set(leaves.get(piece, {})) == set(range(count or 0)) for piece in pieces) or not count:
         return ()
     places = []
@@ -312,17 +312,17 @@ def _pieces(
     return tuple(places)
 
 
-def _part_of_stack(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]:
+def _part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Place, ...]:
     """Return the location of one expert's matrix in a BASE that stores all experts as one tensor."""
     found = EXPERT.fullmatch(name)
-    if found is None or len(wanted) != 2 or wanted[0] is None:
+    if found is None or len(expected) != 2 or expected[0] is None:
         return ()
-    out, expert = wanted[0], int(found["index"])
+    out, expert = expected[0], int(found["index"])
     for fused, ways in FUSED.items():
         for pieces in (pieces for pieces in ways if found["leaf"] in pieces):
             for names in index.lookups(f"{found['owner']}.{fused}"):
                 shape = index.base[names[0]].shape if len(names) == 1 else ()
-                if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), wanted[1]):
+                if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), expected[1]):
                     start = pieces.index(found["leaf"]) * out
                     into = (start, start + out) if len(pieces) > 1 else None
                     layer = f"{names[0]}[{expert}]"

@@ -64,9 +64,9 @@ def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> U
             f"{source.checkpoint.path}: {key} has {shape[0]} blocks, but block_share means a single one; check the "
             "config"
         )
-    wanted: Shape = (None, None if source.settings.flag("block_share") else shape[0] * size)
+    expected: Shape = (None, None if source.settings.flag("block_share") else shape[0] * size)
     load = partial(delta, source.checkpoint, key, size, terms, part == TABLE)
-    return Update(f"{module}.weight", wanted, load, False, source.checkpoint[key].dtype, "OFT")
+    return Update(f"{module}.weight", expected, load, False, source.checkpoint[key].dtype, "OFT")
 
 
 def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, site: Site) -> torch.Tensor:

@@ -37,12 +37,12 @@ class Orientation:
                     counts = self._votes.setdefault(group, {True: 0, False: 0})
                     counts[vote] += 1
 
-    def in_out(self, name: str, wanted: Shape, stored: tuple[int, ...]) -> bool:
+    def in_out(self, name: str, expected: Shape, stored: tuple[int, ...]) -> bool:
         """Return whether a weight is stored as ``(in, out)``."""
-        if len(wanted) != 2 or len(stored) != 2:
+        if len(expected) != 2 or len(stored) != 2:
             return False
-        plain = _agrees(wanted, stored)
-        if plain != _agrees(wanted[::-1], stored):
+        plain = _agrees(expected, stored)
+        if plain != _agrees(expected[::-1], stored):
             return not plain
         for group in _groups(name):
             votes = self._votes.get(group)
@@ -51,8 +51,8 @@ class Orientation:
         return self._flag
 
 
-def _agrees(wanted: Shape, stored: tuple[int, ...]) -> bool:
-    return all(w is None or w == s for w, s in zip(wanted, stored, strict=True))
+def _agrees(expected: Shape, stored: tuple[int, ...]) -> bool:
+    return all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 
 def _groups(name: str) -> tuple[str, str]:
@@ -64,9 +64,9 @@ def _groups(name: str) -> tuple[str, str]:
 def _nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
     """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
-    wanted = shapes.get(name)
-    if wanted is not None and len(wanted) == 2 and _agrees(wanted, stored) != _agrees(wanted[::-1], stored):
-        return not _agrees(wanted, stored)
+    expected = shapes.get(name)
+    if expected is not None and len(expected) == 2 and _agrees(expected, stored) != _agrees(expected[::-1], stored):
+        return not _agrees(expected, stored)
     bias = name.removesuffix("weight") + "bias"
     if not name.endswith(".weight") or bias not in base or len(base[bias].shape) != 1:
         return None

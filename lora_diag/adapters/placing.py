@@ -184,10 +184,12 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
 
 def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
     """Match every update with BASE and determine its orientation."""
-    wanted = dict(update.wanted for update in reading.updates)
-    found, missing = match_names(wanted, base, transposed=True, parts=True)
+    expected = dict(update.expected for update in reading.updates)
+    found, missing = match_names(expected, base, transposed=True, parts=True)
     shapes = {
-        places[0].name: wanted[name] for name, places in found.items() if len(wanted[name]) == 2 and len(places) == 1
+        places[0].name: expected[name]
+        for name, places in found.items()
+        if len(expected[name]) == 2 and len(places) == 1
     }
     flag = source.config is not None and source.config.flag("fan_in_fan_out")
     orientation = Orientation(base, shapes, flag)
@@ -195,13 +197,13 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     pieces = []
     for update in (in_rows_of(update, base) for update in reading.updates):
         index = 0 if update.expert is None else update.expert[0]
-        for location in found.get(update.wanted[0], ()):
+        for location in found.get(update.expected[0], ()):
             if location.index == index:
                 in_out = _in_out(update, location, orientation, model_type)
                 location = replace(location, layer=update.weight) if update.keeps_name else location
                 pieces.append(_piece(update, location, base, in_out))
-    optional = {update.wanted[0] for update in reading.updates if update.optional}
-    return pieces, {name: (wanted[name], why) for name, why in missing.items() if name not in optional}
+    optional = {update.expected[0] for update in reading.updates if update.optional}
+    return pieces, {name: (expected[name], why) for name, why in missing.items() if name not in optional}
 
 
 def _in_out(update: Update, location: Place, orientation: Orientation, model_type: str) -> bool:
@@ -308,13 +310,13 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
 
 def _added_rows(piece: Piece) -> Iterator[Unpaired]:
     """Return a note on vocabulary rows that only the adapter or only BASE has."""
-    wanted, location = piece.update.shape[0], piece.place
-    if piece.update.expert is not None or location.rows is None or wanted is None:
+    expected, location = piece.update.shape[0], piece.place
+    if piece.update.expert is not None or location.rows is None or expected is None:
         return
     common, stored = location.rows[1], location.whole[0]
-    first, last, side = (common, wanted, "TUNED") if wanted > stored else (common, stored, "BASE")
+    first, last, side = (common, expected, "TUNED") if expected > stored else (common, stored, "BASE")
     detail = f"vocabulary rows {first}-{last - 1} are only in {side}; the others are compared"
-    reason: Reason = "added_rows" if wanted > stored else "removed_rows"
+    reason: Reason = "added_rows" if expected > stored else "removed_rows"
     yield Unpaired(location.layer, (last - first, location.shape[1]), reason, detail)
 
 
@@ -350,8 +352,8 @@ def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor
 
 def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tuple[list[StoredDelta], list[Unpaired]]:
     """Pair the weights stored in full in the adapter with BASE."""
-    wanted: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
-    found, missing = match_names(wanted, base)
+    expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
+    found, missing = match_names(expected, base)
     deltas: list[StoredDelta] = []
     unpaired: list[Unpaired] = []
     for value in values:

@@ -34,8 +34,10 @@ def replicated(updates: list[Update], config: Config) -> tuple[list[Update], lis
         f"layer_replication: {len(order)} layers are made of {len(set(order))}; layers are named as in the replicated "
         "model, and each is compared with the layer of BASE that it repeats"
     )
-    moved = [replace(update, base_weight=_in_base(update.weight, order, config), keeps_name=True) for update in updates]
-    return moved, [note]
+    assigned = [
+        replace(update, base_weight=_in_base(update.weight, order, config), keeps_name=True) for update in updates
+    ]
+    return assigned, [note]
 
 
 def _order(config: Config) -> list[int]:

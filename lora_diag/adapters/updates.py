@@ -110,7 +110,7 @@ class Update:
         return self.weight if self.expert is None else f"{self.weight}[{self.expert[0]}]"
 
     @property
-    def wanted(self) -> tuple[str, Shape]:
+    def expected(self) -> tuple[str, Shape]:
         """Name and shape of the tensor in BASE."""
         shape = self.shape if self.expert is None else (self.expert[1], *self.shape)
         return self.base_weight or self.weight, shape

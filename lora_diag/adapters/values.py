@@ -98,6 +98,6 @@ def factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Fa
             f"{checkpoint.path}: token {max(rows)} is beyond the {site.shape[0]} rows of BASE's embedding; give the "
             "base with the resized vocabulary"
         )
-    picks = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
-    picks[rows, range(len(rows))] = 1.0
-    return picks, read(checkpoint, key) - site.rows(rows)
+    selection = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
+    selection[rows, range(len(rows))] = 1.0
+    return selection, read(checkpoint, key) - site.rows(rows)

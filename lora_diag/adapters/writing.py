@@ -311,10 +311,10 @@ def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str
 
 def _shortest(adapted: Collection[str], known: Collection[str], parts: int = 1) -> list[str]:
     """Return the last ``parts`` parts of the names if all modules with these endings are adapted, else whole names."""
-    wanted = set(adapted)
+    expected = set(adapted)
 
     def end(name: str) -> str:
         return ".".join(name.split(".")[-parts:])
 
-    others = {end(name) for name in known if name not in wanted}
+    others = {end(name) for name in known if name not in expected}
     return sorted({end(name) if end(name) not in others else name for name in adapted})

@@ -146,7 +146,7 @@ def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     """Return the names that a PEFT adapter uses for the weights it changes, by their names in BASE."""
     if not adapter.source.peft_type:
         return {}  # names in other formats are not those of modules
-    found, _ = match_names(dict(update.wanted for update in adapter.reading.updates), base, transposed=True)
+    found, _ = match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)
     return {places[0].name: name for name, places in found.items() if len(places) == 1}
 
 

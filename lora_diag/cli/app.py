@@ -56,10 +56,10 @@ class _Command(TyperCommand):
                 panel = INPUTS if is_argument else getattr(each, "rich_help_panel", None) or EXECUTION
                 name = re.sub(r" <(?:(.+\|.+)|.*)>$", _choices, row[0])
                 rows[panel].append((re.sub("[{}]", "", name) if is_argument else name, row[1]))
-        for panel, told in rows.items():
-            if told:
+        for panel, lines in rows.items():
+            if lines:
                 with formatter.section(panel):
-                    formatter.write_dl(told)
+                    formatter.write_dl(lines)
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """Return the command's line in the list of commands, not truncated."""

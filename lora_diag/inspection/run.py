@@ -42,11 +42,11 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
     if not is_adapter(locate(path)):
         checkpoint = open_checkpoint(path)
         moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
-        told = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if moments else ()
+        notes = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if moments else ()
         return Inventory(
             path=legible(checkpoint.path),
             kind=legible(checkpoint.kind),
-            notes=tuple(map(legible, (*checkpoint.notes, *told))),
+            notes=tuple(map(legible, (*checkpoint.notes, *notes))),
             tensors=_tensors(checkpoint),
         )
     adapter = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))

@@ -187,10 +187,10 @@ def why_not_comparable(fro: float) -> str | None:
 
 def noted(record: T, words: str) -> T:
     """Append a note of ``on_device`` to the method of a record; records without a method are unchanged."""
-    told: Any = record
+    result: Any = record
     if not words or not hasattr(record, "method"):
         return record
-    return told.model_copy(update={"method": told.method + words})  # type: ignore[no-any-return]
+    return result.model_copy(update={"method": result.method + words})  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -79,8 +79,8 @@ def missed(squares: Tensor, residual_gram: Tensor, top: int, fro: float, mu: flo
         if x > mu:
             above = torch.linalg.eigvalsh(torch.diag(squares) + bounded / (x - mu)).flip(0)[:top]
             upper = torch.minimum(upper, above.clamp(min=x))
-    lacking = float((upper - squares[:top]).clamp(min=0).sum())
-    return min(1.0, lacking / fro**2 + rounding(a))
+    missing = float((upper - squares[:top]).clamp(min=0).sum())
+    return min(1.0, missing / fro**2 + rounding(a))
 
 
 def rounding(a: Matrix) -> float:

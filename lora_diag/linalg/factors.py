@@ -102,5 +102,5 @@ def scale_of(fro: float, dtype: torch.dtype) -> float:
     """
     if not fro or abs(math.log2(fro)) <= MODERATE:
         return 1.0
-    most = math.frexp(torch.finfo(dtype).max)[1] - 1
-    return float(2.0 ** max(1 - most, min(most, round(math.log2(fro)))))
+    max_exponent = math.frexp(torch.finfo(dtype).max)[1] - 1
+    return float(2.0 ** max(1 - max_exponent, min(max_exponent, round(math.log2(fro)))))

@@ -118,10 +118,10 @@ def allocate(
         UsageError: The budget is too small for the constraints or for any rank; a pattern is not a valid regular
             expression.
     """
-    wanted, unwanted = compiled(target, "--layers"), compiled(exclude, "--exclude")
-    saved = heads_to_save(records, left_out, wanted, unwanted) if save_heads else []
+    included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
+    saved = heads_to_save(records, left_out, included, excluded) if save_heads else []
     names = {item.layer for item in saved}
-    candidates, not_chosen = split([record for record in records if record.layer not in names], wanted, unwanted)
+    candidates, not_chosen = split([record for record in records if record.layer not in names], included, excluded)
     factors = {record.layer: _factor(record, weights, relative) for record in candidates}
     parts = units(candidates, factors, constraints, losses)
     _refuse_nothing(parts)
@@ -350,18 +350,18 @@ def _energy(parts: Sequence[Unit], ranks: Ints) -> float:
 def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
     """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
     total = math.fsum(member.fro**2 for part in parts for member in part.members)
-    lost = math.fsum(
+    energy = math.fsum(
         _lost_energy_bound(member, curve, rank)
         for part, rank in zip(parts, ranks.tolist(), strict=True)
         for member, curve in zip(part.members, part.curves, strict=True)
     )
-    return math.sqrt(lost / total)
+    return math.sqrt(energy / total)
 
 
 def _lost_energy_bound(member: Spectrum, curve: Floats, rank: int) -> float:
     """Return a lower bound on Σ_{i>rank}σ_i²; missing values are at most the last kept value."""
     error = member.fro**2 * member.energy_error
-    lost = member.fro**2 * (1.0 - _kept(curve, rank)) - error
+    energy = member.fro**2 * (1.0 - _kept(curve, rank)) - error
     if rank > len(member.s) and not member.complete:
-        lost -= (rank - len(member.s)) * (member.s[-1] ** 2 + 2 * error)
-    return max(0.0, lost)
+        energy -= (rank - len(member.s)) * (member.s[-1] ** 2 + 2 * error)
+    return max(0.0, energy)

@@ -196,11 +196,11 @@ def units(
 
 def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:
     soft, reason = max((_cap(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
-    most = break_even(members[0].shape)
-    hard = min(constraints.max_rank or most, most)
+    largest = break_even(members[0].shape)
+    hard = min(constraints.max_rank or largest, largest)
     if soft:
         lifted = max(soft, min(constraints.min_rank, hard))
-        soft, reason = lifted, reason if lifted == soft else "break_even" if lifted == most else reason
+        soft, reason = lifted, reason if lifted == soft else "break_even" if lifted == largest else reason
     start, allowed = _allowed(soft, hard, constraints)
     last = int(allowed[-1]) if len(allowed) else start
     return Unit(

@@ -50,9 +50,11 @@ def allocate(
     Example: loradiag allocate results.jsonl --params 10M -o adapter_config.json
     """
     if policies:
-        usual = {**filled(AllocateOptions, {}), **filled(ConfigOptions, {})}
+        defaults = {**filled(AllocateOptions, {}), **filled(ConfigOptions, {})}
         free = {"allow_unfinished", "overwrite", "optimizer", "adapter_dtype", "scaling", "rslora"}
-        if any(plain(usual[name]) != plain(value) for name, value in {**given, **config}.items() if name not in free):
+        if any(
+            plain(defaults[name]) != plain(value) for name, value in {**given, **config}.items() if name not in free
+        ):
             raise UsageError("--policies: cannot be combined with other options; use rank-rules")
         rank_rules(results=results, allow_unfinished=given["allow_unfinished"], **vars(shown))
         return

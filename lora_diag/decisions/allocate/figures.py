@@ -123,11 +123,11 @@ def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> Non
     rules = [("this allocation", item.kept, _spent(item), BARS)]
     rules += [(name_of(base.name), base.kept, base.spent, UNIFORM) for base in item.baselines]
     size = look.ticks if look else 8
-    most = 0.62 * inches
+    max_width = 0.62 * inches
     texts = []
     for name, kept, spent, _ in rules:
         found = f": {kept:.1%} ({_count(spent)})"
-        texts.append(cut(name, most - width_of(found, size), size) + found)
+        texts.append(cut(name, max_width - width_of(found, size), size) + found)
     # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
     needed = max(width_of(text, size) for text in texts) + 2 * pad

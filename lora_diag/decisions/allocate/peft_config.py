@@ -150,10 +150,10 @@ def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]]
         InputError: A layer has another rank or scaling, is missing, or is adapted unexpectedly.
     """
     modules, parameters = _targets(results)
-    wanted = modules | parameters
-    default_rank = _most_common(wanted.values())
+    expected = modules | parameters
+    default_rank = _most_common(expected.values())
     remaining = dict(found)
-    for path, rank in wanted.items():
+    for path, rank in expected.items():
         module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
         names = [name for name in remaining if _ends_in(name, _WRAPPERS.sub("", module))]
         name = next((name for name in names if name == module), names[0] if len(names) == 1 else None)
@@ -162,11 +162,12 @@ def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]]
                 f"--check: the model has no module {path} that PEFT could adapt; check that it is the model of the "
                 "allocation"
             )
-        got = remaining.pop(name)
+        rank_found = remaining.pop(name)
         factor = scaling.alpha(rank, default_rank) / (math.sqrt(rank) if scaling.rslora else rank)
-        if got[0] != rank or not math.isclose(got[1], factor):
+        if rank_found[0] != rank or not math.isclose(rank_found[1], factor):
             raise InputError(
-                f"--check: PEFT gives {name} rank {got[0]}, scaling {got[1]:g} instead of {rank}, {factor:g}"
+                f"--check: PEFT gives {name} rank {rank_found[0]}, scaling {rank_found[1]:g} instead of {rank}, "
+                f"{factor:g}"
             )
     if remaining:
         raise InputError(f"--check: PEFT also adapts {min(remaining)}, which has no rank")

@@ -22,12 +22,12 @@ def policies(record: Spectrum) -> Policies:
     """
     s = np.asarray(record.s)
     full = record.complete and len(s) == min(record.shape)
-    moved = record.fro > 0
+    changed = record.fro > 0
     ranks = {
         "energy 90%": record.rank_at["0.9"],
-        "knee": knee(energy_curve(s, record.fro, True)) if full and moved else None,
+        "knee": knee(energy_curve(s, record.fro, True)) if full and changed else None,
         "effective": int(np.ceil(record.effective_rank)) if record.effective_rank is not None else None,
-        "Gavish–Donoho": gavish_donoho(s, record.shape) if full and moved else None,
+        "Gavish–Donoho": gavish_donoho(s, record.shape) if full and changed else None,
         "signal": record.resolution.signal_rank,
     }
     return Policies(

@@ -175,13 +175,13 @@ def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
                     yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
         elif spectra and all(map(_is_zero, spectra)):
             yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
-    moved: dict[str, bool] = {}
+    has_update: dict[str, bool] = {}
     for item in _layers(sources, Residual):
         if item.role == "adapter":
-            moved[item.adapter] = moved.get(item.adapter, False) or item.adapter_fro > 0
+            has_update[item.adapter] = has_update.get(item.adapter, False) or item.adapter_fro > 0
             if item.rank and item.adapter_fro == 0:
                 yield Alarm(item.layer, 0.0, f"the adapter {item.adapter} changes nothing here: it was not trained")
-    for adapter, anything in moved.items():
+    for adapter, anything in has_update.items():
         if not anything:
             yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
 
@@ -196,13 +196,13 @@ def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | N
 
 
 def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    most = policy.checks.spike_above
+    limit = policy.checks.spike_above
     for record in _in_weights(sources):
         if record.spike is None or len(record.s) < 2:
             continue
-        if record.spike > most:
-            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {most:g} on, look for divergence"
-            yield Alarm(record.layer, record.spike, text, f"spike <= {most:g}")
+        if record.spike > limit:
+            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {limit:g} on, look for divergence"
+            yield Alarm(record.layer, record.spike, text, f"spike <= {limit:g}")
         elif record.spike_to_base is not None and record.spike_to_base > 1:
             text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"
             yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
@@ -210,9 +210,9 @@ def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -
 
 def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     records: list[Spectrum | Residual] = [*_layers(sources, Spectrum), *_layers(sources, Residual)]
-    moved = [record for record in records if record.resolution is not None and record.fro > 0]
-    hidden = [record for record in moved if record.resolution and record.resolution.verdict == "unresolved"]
-    if hidden and len(hidden) == len(moved):
+    changed = [record for record in records if record.resolution is not None and record.fro > 0]
+    hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
+    if hidden and len(hidden) == len(changed):
         text = "the files' rounding hides every update, so nothing is known of any: save the checkpoint in float32"
         yield Alarm(None, "unresolved", text, unknown=True)
     for record in hidden:

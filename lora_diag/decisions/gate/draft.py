@@ -147,10 +147,10 @@ def _coverage(field: Field, found: Sequence[Subject]) -> str:
     if not none or any(subject.fro is None for subject in found):
         return ""
     energy = math.fsum((subject.fro or 0.0) ** 2 for subject in found)
-    lost = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
-    if not lost:
+    without = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
+    if not without:
         return ""
-    share = math.floor(100 * (1 - lost / energy)) / 100
+    share = math.floor(100 * (1 - without / energy)) / 100
     return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(found)} layers\n"
 
 

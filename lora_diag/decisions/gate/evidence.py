@@ -154,9 +154,9 @@ def subjects(
     for values, key in _stable(list(by_group) or [()]):
         names = [f"{name} {value}" for name, value in zip(_group_fields(cls), values, strict=True)]
         group = ", ".join((*prefix, *names))
-        mine = by_group.get(values, [])
-        found += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in mine]
-        missing = layers.keys() - {record.layer for record in mine}
+        of_group = by_group.get(values, [])
+        found += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
+        missing = layers.keys() - {record.layer for record in of_group}
         found += [
             Subject(layer, group, key, None, "the file has no record of it", norms[layer])
             for layer in layers

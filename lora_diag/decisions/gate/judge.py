@@ -294,11 +294,11 @@ def _covered(policy: Policy, demand: Criterion, found: list[Finding]) -> tuple[b
     count = f"{len(judged)} of {len(found)} selected could be judged"
     if policy.coverage.by == "layers":
         return len(judged) >= minimum * len(found), count
-    lost = [finding.subject.fro for finding in rest]
+    missing = [finding.subject.fro for finding in rest]
     unknown = [finding.subject.layer for finding in rest if finding.subject.fro is None]
     if unknown:
         return False, f"{count}, and how far {unknown[0]} moved is not known"
-    left = sum((fro or 0.0) ** 2 for fro in lost)
+    left = sum((fro or 0.0) ** 2 for fro in missing)
     kept = sum((finding.subject.fro or 0.0) ** 2 for finding in judged)
     if left == 0:
         return True, ""

@@ -330,8 +330,8 @@ class Policy(Table):
         for i, waiver in enumerate(self.waivers):
             if waiver.rule not in names:
                 close = difflib.get_close_matches(waiver.rule, sorted(names), n=1)
-                meant = f"; did you mean '{close[0]}'?" if close else ""
-                raise PlacedError(f"no rule is called '{waiver.rule}'{meant}", "waiver", i, "rule")
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                raise PlacedError(f"no rule is called '{waiver.rule}'{hint}", "waiver", i, "rule")
         return self
 
     def error(self, line: int, text: str) -> UsageError:

@@ -32,12 +32,12 @@ def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> 
     given = {str(path): _known(path) for path in shipped}
     compared = [replace(source, present=tuple(_present(source, given))) for source in sources]
     recorded = {each.fingerprint for source in sources for each in source.results.run.inputs}
-    lost = [
+    missing = [
         Present("--for", legible(path), "", now, "changed", "")
         for path, (now, _) in given.items()
         if now not in recorded
     ]
-    return compared, lost
+    return compared, missing
 
 
 def _known(path: Path | str) -> tuple[str, bool]:

@@ -93,12 +93,12 @@ def gate(
 
 def _with_max_age(policy: Policy, max_age: str) -> Policy:
     try:
-        most = read_age(max_age)
+        limit = read_age(max_age)
     except ValueError as error:
         raise UsageError(f"--max-age: {error}") from error
     if policy.inputs.max_age is not None:
-        most = min(most, policy.inputs.max_age)
-    return policy.model_copy(update={"inputs": policy.inputs.model_copy(update={"max_age": most})})
+        limit = min(limit, policy.inputs.max_age)
+    return policy.model_copy(update={"inputs": policy.inputs.model_copy(update={"max_age": limit})})
 
 
 def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:

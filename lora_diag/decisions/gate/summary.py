@@ -145,12 +145,12 @@ def verdict_table(
 def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
     """Choose the rows: the worst of each rule, so that one rule with many failures does not hide others."""
     several = len({verdict.rule for verdict in bad}) > 1
-    most = ROWS_OF_A_RULE if several else ROWS
+    max_rows = ROWS_OF_A_RULE if several else ROWS
     seen: Counter[tuple[str, str]] = Counter()
     chosen = []
     for verdict in bad:
         seen[verdict.rule, verdict.status] += 1
-        if seen[verdict.rule, verdict.status] <= most:
+        if seen[verdict.rule, verdict.status] <= max_rows:
             chosen.append(verdict)
     return chosen[:ROWS]
 
@@ -207,8 +207,8 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
     if skipped := by_rule(results, "not judged"):
         own = [f"{_named(rule, found)}: {why(found)}" for rule, found in skipped if found[0].line]
         idle = [(rule, found) for rule, found in skipped if not found[0].line]
-        idly = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
-        lines.append(say("not_judged", "Not judged", *own, *idly))
+        not_applied = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
+        lines.append(say("not_judged", "Not judged", *own, *not_applied))
     return [*lines, say("passed", "Passed", _passed(results)), say("judged", "Inputs", *_inputs(results))]
 
 
@@ -220,9 +220,9 @@ def _named(rule: str, found: Sequence[Verdict]) -> str:
 
 def _passed(results: Results[Any]) -> str:
     bad = {rule for rule, _ in by_rule(results, "failed", "inconclusive", "warned")}
-    good = [(rule, found) for rule, found in by_rule(results, "passed") if rule not in bad]
-    own = [_named(rule, found) for rule, found in good if found[0].line]
-    built_in = [rule for rule, found in good if not found[0].line]
+    passed = [(rule, found) for rule, found in by_rule(results, "passed") if rule not in bad]
+    own = [_named(rule, found) for rule, found in passed if found[0].line]
+    built_in = [rule for rule, found in passed if not found[0].line]
     parts = [*own, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
     return "; ".join(parts) or "nothing"
 

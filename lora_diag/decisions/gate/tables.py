@@ -44,8 +44,8 @@ class Table(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                meant = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
-                raise PlacedError(f"unknown key '{key}'; {meant}", key)
+                hint = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
+                raise PlacedError(f"unknown key '{key}'; {hint}", key)
         return values
 
 

@@ -139,9 +139,9 @@ def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[in
         depth = depth_of(matrix.name)
         blocks[depth] = blocks.get(depth, 0) + matrix.per_rank
     rest = budget - listed * per_rank if listed is not None else None
-    doubled, purse = 0, rest or 0
+    doubled, left = 0, rest or 0
     for cost in sorted(blocks.values()):
-        if listed is None or (purse := purse - cost * listed) < 0:
+        if listed is None or (left := left - cost * listed) < 0:
             break
         doubled += 1
     return PlanFit(

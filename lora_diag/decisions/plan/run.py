@@ -90,10 +90,10 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
     asked_ranks = sorted(set(ranks))
-    wanted, unwanted = compiled(target, "--layers"), compiled(exclude, "--exclude")
+    included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
     model = _model(base)
     matrices = [_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
-    targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, wanted, unwanted))
+    targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, included, excluded))
     if not targeted:
         requested = f"--layers {target}" if target is not None else "the model"
         raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")

@@ -147,13 +147,13 @@ class _Layer:
         assert self.peaks is not None
         sums = {name: _Sum() for name in (*SIXTEEN, target.name)}
         formats = {name: target if name == target.name else Target(name) for name in sums}
-        moved, base = 0, _Sum()
+        changed, base = 0, _Sum()
         within: float | Tensor = 0.0
         for (first, last), w, u in self._blocks():
             w, u = self._to_out_in(w), self._to_out_in(u)
             rows = slice(None) if self.task.in_out else slice(first, last)
             x, whole, before = (w + u).float(), self.peaks[0][rows], self.peaks[1][rows]
-            still, rounded = quantize(w.float(), target, before)
+            base_codes, rounded = quantize(w.float(), target, before)
             off = rounded - w
             base.overflow += int((~rounded.isfinite()).sum())
             base.squares += float(off.square().sum())
@@ -168,7 +168,7 @@ class _Layer:
                 sums[name].inner += float((change * u).sum())
                 sums[name].squares += float((change - u).square().sum())
                 if name == target.name:
-                    moved += int((codes != still).sum())
+                    changed += int((codes != base_codes).sum())
         inside = float(within.square().sum()) if isinstance(within, Tensor) else within
         known = bool(self.energy) and not base.overflow
         found, sixteen = sums[target.name].arrival(self.energy), [sums[name].arrival(self.energy) for name in SIXTEEN]
@@ -182,7 +182,7 @@ class _Layer:
             base_fro=math.sqrt(self.base_energy),
             arrived=found.arrived,
             error=found.error,
-            moved=moved / math.prod(delta.shape),
+            moved=changed / math.prod(delta.shape),
             overflow=sums[target.name].overflow,
             base_error=base_error,
             base_error_inside=math.sqrt(inside / self.energy) if known and self.basis is not None else None,

@@ -40,8 +40,8 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     if found is None:
         return say("conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0)
     why = _WHY[found]
-    held = rms(records, lambda record: record.base_error)
-    if found == "serve unmerged" and to not in {"bf16", "fp16"} and held is not None and held <= ERROR:
+    base_error = rms(records, lambda record: record.base_error)
+    if found == "serve unmerged" and to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
         why = _HELD
     level: Level = "ok" if found == "merge" else "warning"
     lines = [f"{found} ({to}): {why}"]

@@ -53,10 +53,10 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for record in found:
         groups.setdefault(module_type_of(record.layer), []).append(record)
     shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
-    lost = sum(len(one.records) for one in series) - len(found)
+    without_curve = sum(len(one.records) for one in series) - len(found)
     missing = [
         f"{number} {name}"
-        for number, name in ((lost, "layers without an estimate"), (len(groups) - len(shown), "module types"))
+        for number, name in ((without_curve, "layers without an estimate"), (len(groups) - len(shown), "module types"))
         if number
     ]
     words = FigureText(

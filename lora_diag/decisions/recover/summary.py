@@ -198,12 +198,12 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     """
     adapter = any(record.rank for record in results)
     what = "LoRA adapter" if adapter else "Checkpoint"
-    made = [record for record in results if record.written == "posterior"]
+    recovered = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
     missing, late = _missing(results), _late(results)
-    known = [record for record in made if record.fro_estimate is not None]
-    whole = math.hypot(*(record.fro_estimate or 0.0 for record in known))
-    seen = math.hypot(*(record.fro for record in known))
+    known = [record for record in recovered if record.fro_estimate is not None]
+    estimated = math.hypot(*(record.fro_estimate or 0.0 for record in known))
+    observed = math.hypot(*(record.fro for record in known))
     lines = [
         "---",
         "base_model: '" + safe(base_name).replace("'", "''") + "'",
@@ -220,7 +220,8 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         "estimates the update before rounding. It assumes that training kept float32 master weights, started at the "
         "base model, and was rounded once. Evaluate it before you use it.",
         "",
-        f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, and the files show ‖D‖ = {number(seen)}"
+        f"- {_matrices(len(recovered))} from the estimate: ‖X‖ = {number(estimated)}, and the files show ‖D‖ = "
+        f"{number(observed)}"
         f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
         *([f"- not in it: {named(missing, 12)}"] if missing else []),

@@ -135,13 +135,13 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
         ms=3.5 * width,
         label="_frontier",
     )
-    mine = next((point for point in points if choice is not None and point.variant == choice.variant), None)
-    if mine is not None:
-        n = len(mine.losses)
-        error = stdev(mine.losses) / math.sqrt(n) if n > 1 else 0.0
+    chosen_point = next((point for point in points if choice is not None and point.variant == choice.variant), None)
+    if chosen_point is not None:
+        n = len(chosen_point.losses)
+        error = stdev(chosen_point.losses) / math.sqrt(n) if n > 1 else 0.0
         ax.errorbar(
-            [mine.params],
-            [mine.mean],
+            [chosen_point.params],
+            [chosen_point.mean],
             yerr=[2 * error],
             color=CHOSEN,
             marker="D",

@@ -133,8 +133,8 @@ def _scaling(adapter: Path, options: Mapping[str, Any]) -> list[Any]:
     if not options["rslora"]:
         return []
     path = adapter / "adapter_config.json"
-    usual = json.loads(path.read_text(encoding="utf-8"))["r"] if path.is_file() else None
-    return ["--rslora", *(["--scaling", RSLORA_ALPHA / math.sqrt(usual)] if usual else [])]
+    rank = json.loads(path.read_text(encoding="utf-8"))["r"] if path.is_file() else None
+    return ["--rslora", *(["--scaling", RSLORA_ALPHA / math.sqrt(rank)] if rank else [])]
 
 
 def _given(options: Mapping[str, Any], *names: str) -> list[Any]:

@@ -138,45 +138,45 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     Raises:
         UsageError: The budget is too small for rank 1, or the time for any search.
     """
-    given = run.options
+    options = run.options
     tokens = predicted(run.training.texts, run.model)
-    budgets = {name: given[name] for name in ("params", "memory_budget")}
+    budgets = {name: options[name] for name in ("params", "memory_budget")}
     exact = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
-    counted = plan(base, layers=exact, tokens=max(1, tokens), **budgets)
-    assert counted.fit is not None
-    assert counted.capacity is not None
-    largest = counted.fit.rank
+    budget_plan = plan(base, layers=exact, tokens=max(1, tokens), **budgets)
+    assert budget_plan.fit is not None
+    assert budget_plan.capacity is not None
+    largest = budget_plan.fit.rank
     if target.magnitudes:
-        largest = (counted.fit.budget - target.magnitudes) // target.per_rank
+        largest = (budget_plan.fit.budget - target.magnitudes) // target.per_rank
     if largest < 1:
         least = target.per_rank + target.magnitudes
         raise UsageError(
-            f"{counted.fit.asked}: not even r=1 fits, which takes {least:,} parameters; raise the budget, or "
+            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {least:,} parameters; raise the budget, or "
             "choose fewer layers with --target-modules"
         )
-    ranks = tuple(checked_ranks(given["ranks"])) if given["ranks"] else ranks_within(largest)
+    ranks = tuple(checked_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
     if above := [rank for rank in ranks if rank > largest]:
-        raise UsageError(f"--ranks {','.join(map(str, above))}: {counted.fit.asked} allows r ≤ {largest}")
-    full = not given["no_full"] and given["dtype"] == "float32" and not given["quantized"]
+        raise UsageError(f"--ranks {','.join(map(str, above))}: {budget_plan.fit.asked} allows r ≤ {largest}")
+    full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
     step, batch = step_seconds(run.model, Cell(max(ranks), 1e-6, 0), run.training, run.sets)
     full_step = step_seconds(run.model, Cell(None, 1e-9, 0, "full"), run.training, run.sets)[0] if full else 0.0
     costs = Costs(step, batch * run.batches(run.sets), full_step, slots)
-    wanted = Search(
-        ranks, tuple(sorted(set(given["rates"]))), given["steps"], given["repeats"], given["widen"], full=full
+    search = Search(
+        ranks, tuple(sorted(set(options["rates"]))), options["steps"], options["repeats"], options["widen"], full=full
     )
-    never = () if full or given["no_full"] else (Omission.FULL_NEEDS_FLOAT32,)
+    never = () if full or options["no_full"] else (Omission.FULL_NEEDS_FLOAT32,)
     return TunePlan(
-        budget=counted.fit.budget,
+        budget=budget_plan.fit.budget,
         per_rank=target.per_rank,
         magnitudes=target.magnitudes,
         kind=target.kind.about,
         largest=largest,
         tokens=tokens,
-        rules={f"{rule.name} ({rule.source})": rule.rank for rule in counted.capacity.rules},
+        rules={f"{rule.name} ({rule.source})": rule.rank for rule in budget_plan.capacity.rules},
         step_seconds=step,
         full_step_seconds=full_step,
         evaluation_seconds=costs.evaluation,
-        **_within(wanted, costs, limit, never),
+        **_within(search, costs, limit, never),
     )
 
 
@@ -200,18 +200,18 @@ def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePla
             f"--time: allows {duration(limit)}, but the search to resume was planned {then}; give at least that, or "
             "remove --time"
         )
-    given = run.options
-    wanted = Search(
-        tuple(checked_ranks(given["ranks"])) if given["ranks"] else ranks_within(plan.largest),
-        tuple(sorted(set(given["rates"]))),
+    options = run.options
+    search = Search(
+        tuple(checked_ranks(options["ranks"])) if options["ranks"] else ranks_within(plan.largest),
+        tuple(sorted(set(options["rates"]))),
         plan.steps,
-        given["repeats"],
-        given["widen"],
+        options["repeats"],
+        options["widen"],
         full=plan.full_step_seconds > 0,
     )
     costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds, slots)
     kept = tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS})
-    return plan.model_copy(update=_within(wanted, costs, limit, kept))
+    return plan.model_copy(update=_within(search, costs, limit, kept))
 
 
 def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:

@@ -275,5 +275,5 @@ def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...
 
 
 def _order(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
-    mine = [(loss, rate) for (at, rate), loss in losses.items() if at == rank and loss is not None]
-    return [rate for _, rate in sorted(mine)]
+    at_rank = [(loss, rate) for (at, rate), loss in losses.items() if at == rank and loss is not None]
+    return [rate for _, rate in sorted(at_rank)]

@@ -616,7 +616,7 @@ class Tuner:
             return
         runs = [self.trials.runs(one.name, one.lr, [self.first]) for one in (incumbent, variant)]
         gap = self._gap_of_one(runs[0], runs[1], self.own)
-        moved = self._gap_of_one(runs[0], runs[1], self.shifted[0]) if self.shifted else None
+        shifted_gap = self._gap_of_one(runs[0], runs[1], self.shifted[0]) if self.shifted else None
         better = gap is not None and gap.error is not None and gap.value < -2 * gap.error
         reason = "lowers the loss" if better else "does not lower the loss by two standard errors"
         self.decide(
@@ -627,17 +627,17 @@ class Tuner:
             lr=variant.lr,
             params=self._params(variant),
             layers=layers,
-            **_gaps(gap, moved),
+            **_gaps(gap, shifted_gap),
         )
 
     def _gap_of_one(self, one: Mapping[str, Any], two: Mapping[str, Any], name: str) -> Gap | None:
         """Return the gap of one seed, with its error over paired sequences."""
         counts = self.trials.predictions.get(name, ())
-        mine, other = one.get(name, {}).get(self.first), two.get(name, {}).get(self.first)
-        if mine is None or other is None:
+        incumbent, challenger = one.get(name, {}).get(self.first), two.get(name, {}).get(self.first)
+        if incumbent is None or challenger is None:
             return None
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
-        twice: list[dict[int, Measured]] = [{0: mine, 1: mine}, {0: other, 1: other}]
+        twice: list[dict[int, Measured]] = [{0: incumbent, 1: incumbent}, {0: challenger, 1: challenger}]
         found = gap_of(twice[0], twice[1], counts)
         return None if found is None else Gap(found.value, found.error or None, 1)
 

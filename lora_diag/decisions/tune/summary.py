@@ -145,9 +145,9 @@ def _next(found: Tune) -> str:
 
 
 def _non_uniform(found: Tune, decisions: Sequence[TuneDecision]) -> str:
-    mine = [one for one in decisions if one.stage == "redistribution"]
-    why = next((one.why for one in mine if one.name == "non-uniform ranks"), "not in the plan")
-    measured = [one for one in mine if one.gap is not None and one.seeds > 1]
+    of_stage = [one for one in decisions if one.stage == "redistribution"]
+    why = next((one.why for one in of_stage if one.name == "non-uniform ranks"), "not in the plan")
+    measured = [one for one in of_stage if one.gap is not None and one.seeds > 1]
     gaps = [
         f"{one.name} {one.gap:+.4f}{'' if one.error is None else plus_minus(one.error)}"
         for one in measured
@@ -158,28 +158,28 @@ def _non_uniform(found: Tune, decisions: Sequence[TuneDecision]) -> str:
 
 def _shifted(found: Tune) -> str:
     error = "" if found.gain_shifted_error is None else plus_minus(found.gain_shifted_error)
-    moved = found.gain_shifted or 0.0
-    return f"{'gains' if moved >= 0 else 'loses'} {abs(moved):.4f}{error} nats on {short(found.set_shifted)}"
+    gain = found.gain_shifted or 0.0
+    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(found.set_shifted)}"
 
 
 def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
     """Return the trials for stability, and the gain of more parameters."""
     found = []
     for stage, label in (("stability", "Stability"), ("escalation", "More")):
-        mine = [one for one in decisions if one.stage == stage]
-        if not mine:
+        of_stage = [one for one in decisions if one.stage == stage]
+        if not of_stage:
             continue
-        outcomes = dict.fromkeys(one.outcome for one in mine if one.outcome != "not needed")
-        lead = "; ".join(f"{outcome}: {_listed_trials(mine, outcome)}" for outcome in outcomes)
+        outcomes = dict.fromkeys(one.outcome for one in of_stage if one.outcome != "not needed")
+        lead = "; ".join(f"{outcome}: {_listed_trials(of_stage, outcome)}" for outcome in outcomes)
         lead = lead or "the curves give no reason for a trial"
-        found.append(say(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in mine)))
+        found.append(say(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in of_stage)))
     return found
 
 
 def _listed_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
     """Return the trials of one outcome, by what they change in the incumbent, and their gaps."""
-    mine = [one for one in decisions if one.outcome == outcome]
-    return ", ".join(f"{safe(one.name.rpartition('+')[2])}{_of(one)}" for one in mine)
+    of_outcome = [one for one in decisions if one.outcome == outcome]
+    return ", ".join(f"{safe(one.name.rpartition('+')[2])}{_of(one)}" for one in of_outcome)
 
 
 def _of(one: TuneDecision) -> str:
@@ -189,11 +189,11 @@ def _of(one: TuneDecision) -> str:
 
 
 def _left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
-    mine = [one for one in decisions if one.outcome == "not tried"]
-    lines = [f"{safe(one.name)}: {safe(one.why)}" for one in mine]
-    if len(mine) < 2:
-        return [say("left_out", "Not tried", *lines)] if mine else []
-    return [say("left_out", "Not tried", "; ".join(safe(one.name) for one in mine), *lines)]
+    omitted = [one for one in decisions if one.outcome == "not tried"]
+    lines = [f"{safe(one.name)}: {safe(one.why)}" for one in omitted]
+    if len(omitted) < 2:
+        return [say("left_out", "Not tried", *lines)] if omitted else []
+    return [say("left_out", "Not tried", "; ".join(safe(one.name) for one in omitted), *lines)]
 
 
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:

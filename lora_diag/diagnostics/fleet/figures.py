@@ -152,8 +152,8 @@ def _names(
     # Move each name up from its norm until it is clear of the one below, then down from the top.
     places: list[float] = []
     for point in named:
-        wanted = max(point.fro or low, low * span**0.5)
-        places.append(max(wanted, places[-1] * span) if places else wanted)
+        limit = max(point.fro or low, low * span**0.5)
+        places.append(max(limit, places[-1] * span) if places else limit)
     top = high / span**0.5
     for i in reversed(range(len(places))):
         places[i] = min(places[i], top)

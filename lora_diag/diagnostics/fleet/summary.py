@@ -66,9 +66,9 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     names, notes = short_names([record.adapter for record in records]), remarks(records)
     odd = rarest_first(outlier_kinds(records))
     shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
-    most = len(shown) if per == "layer" else _ROWS
+    rows_shown = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
-    found = [_adapters(caption, records, names, notes, shown[:most])] if shown else []
+    found = [_adapters(caption, records, names, notes, shown[:rows_shown])] if shown else []
     return [*found, _alike(names, pairs[:_ROWS])] if pairs else found
 
 

@@ -154,8 +154,8 @@ def _texts(
     notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
     if joined > 1:
         notes.append(f"A bar is the median of up to {joined} layers.")
-    if lone := sum(len(one.records) - len(shared(one.records)) for one in series):
-        notes.append(f"Not drawn: {lone} {'layer' if lone == 1 else 'layers'} changed by fewer than two updates.")
+    if singles := sum(len(one.records) - len(shared(one.records)) for one in series):
+        notes.append(f"Not drawn: {singles} {'layer' if singles == 1 else 'layers'} changed by fewer than two updates.")
     if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
         notes.append("No green line: no rank of the sum keeps 90% of every update.")
     return FigureText(

@@ -55,8 +55,8 @@ def most_bytes(task: Several, settings: InterferenceSettings) -> int:
     entries, small = math.prod(task.shape), min(task.shape)
     vectors = 8 * small * sum(task.shape)
     dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
-    held = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
-    held += sum(entries * _entry(delta) + vectors for delta in dense)
+    stored = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
+    stored += sum(entries * _entry(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
     loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry(delta) for delta in dense)
     steps = [whole_bytes(task.shape, requested, each) for each in loading]
@@ -67,7 +67,7 @@ def most_bytes(task: Several, settings: InterferenceSettings) -> int:
     if settings.density > 0:
         sorting = _SORTED * entries * (settings.density < 1)
         steps.append(kept + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
-    return held + max(steps, default=0)
+    return stored + max(steps, default=0)
 
 
 def _entry(delta: Delta) -> int:
@@ -124,9 +124,9 @@ def _measure(
             left_out = not_finite(update.delta, part)
             return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
         parts.append(part)
-    moved = [part for part in parts if part.fro > 0]
-    pairs = [_pair(task, first, second, settings) for first, second in combinations(moved, 2)]
-    return (*pairs, union(task, parts, moved, settings))
+    changed = [part for part in parts if part.fro > 0]
+    pairs = [_pair(task, first, second, settings) for first, second in combinations(changed, 2)]
+    return (*pairs, union(task, parts, changed, settings))
 
 
 def _pair(task: Several, first: Part, second: Part, settings: InterferenceSettings) -> Interference:

@@ -112,8 +112,8 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
-    seen = resolution(change.rounding, factors)
-    return Part(update, change, matrix, factors, numerical_rank(factors), seen)
+    file_resolution = resolution(change.rounding, factors)
+    return Part(update, change, matrix, factors, numerical_rank(factors), file_resolution)
 
 
 def within(u: Tensor, part: Part, rows: bool = False) -> float:

@@ -177,9 +177,9 @@ def _vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
 
 def _unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
     """Yield skipped records for tensors that could not be compared, once per tensor."""
-    seen = set(known)
+    names = set(known)
     for side in compared:
         for item in side.pairing.unpaired:
-            if item.layer not in seen:
-                seen.add(item.layer)
+            if item.layer not in names:
+                names.add(item.layer)
                 yield replace(item, detail=f"{_path(side)}: {item.detail}")

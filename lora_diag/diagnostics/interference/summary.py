@@ -201,9 +201,9 @@ def _merge(unions: Sequence[Union]) -> list[str]:
 
 
 def _resolved(unions: Sequence[Union]) -> Statement:
-    seen = Counter(record.resolution.verdict for record in unions if record.fro > 0)
-    if set(seen) <= {"resolved"}:
+    verdicts = Counter(record.resolution.verdict for record in unions if record.fro > 0)
+    if set(verdicts) <= {"resolved"}:
         return say("resolved", "Resolution", "yes: rounding plays no part in the sums")
-    parts = [f"{seen[word]} {word}" for word in ("unresolved", "floor-limited") if seen[word]]
-    text = f"of {sum(seen.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
+    parts = [f"{verdicts[word]} {word}" for word in ("unresolved", "floor-limited") if verdicts[word]]
+    text = f"of {sum(verdicts.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
     return say("resolved", "Resolution", text, level="warning")

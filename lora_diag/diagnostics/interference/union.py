@@ -25,13 +25,13 @@ from lora_diag.records import Resolution
 ALIGNMENT_ERROR = 0.05
 
 
-def union(task: Several, parts: Sequence[Part], moved: Sequence[Part], settings: InterferenceSettings) -> Union:
+def union(task: Several, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings) -> Union:
     """Return the record of all updates of a layer together.
 
     Args:
         task: The layer.
         parts: Its updates.
-        moved: The nonzero updates.
+        changed: The nonzero updates.
         settings: Settings of the measurement.
     """
     weights = [part.update.weight for part in parts]
@@ -53,26 +53,26 @@ def union(task: Several, parts: Sequence[Part], moved: Sequence[Part], settings:
         settings.ranks,
         _resolution(parts, factors),
     )
-    needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in moved) for share in THRESHOLDS}
-    effective = sum(part.effective for part in moved)
-    several = len(moved) > 1 and factors.fro > 0
-    fields = _together(moved, factors, spectrum.rank_at, task.shape, settings) if several else _alone()
+    needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
+    effective = sum(part.effective for part in changed)
+    several = len(changed) > 1 and factors.fro > 0
+    fields = _together(changed, factors, spectrum.rank_at, task.shape, settings) if several else _alone()
     merges, conflicts = _merges(parts, summed, factors, weights, settings) if several else ({}, {})
     return Union(
         layer=task.layer,
         shape=task.shape,
-        updates=tuple(part.update.name for part in moved),
-        ranks=tuple(_columns(part) for part in moved),
+        updates=tuple(part.update.name for part in changed),
+        ranks=tuple(_columns(part) for part in changed),
         fro=factors.fro,
-        parts_fro=tuple(part.fro for part in moved),
+        parts_fro=tuple(part.fro for part in changed),
         spectrum=spectrum,
         parts_rank_at=needed,
         additive={share: _ratio(spectrum.rank_at[share], of) if several else None for share, of in needed.items()},
         parts_effective_rank=effective,
         additive_effective=_ratio(spectrum.effective_rank, effective) if several else None,
-        energy_ratio=factors.fro**2 / largest**2 if len(moved) > 1 else None,
+        energy_ratio=factors.fro**2 / largest**2 if len(changed) > 1 else None,
         merges=merges,
-        recompressed={str(r): _left(factors, r) for r in _recompressed(moved, settings)} if several else {},
+        recompressed={str(r): _left(factors, r) for r in _recompressed(changed, settings)} if several else {},
         **fields,
         **{name: conflicts.get(name) for name in _CONFLICTS},
     )
@@ -123,7 +123,7 @@ def _alone() -> dict[str, object]:
 
 
 def _together(
-    moved: Sequence[Part],
+    changed: Sequence[Part],
     factors: Factors,
     ranks: dict[str, int | None],
     shape: tuple[int, int],
@@ -134,17 +134,17 @@ def _together(
     assert factors.vh is not None
     # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
     kept = []
-    for part in moved:
+    for part in changed:
         core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
         kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
     aligned = _alignment_rank(factors)
-    alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in moved]
+    alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in changed]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
         "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in ranks.items()},
-        **_singular_task_interference(moved, shape, max(settings.ranks)),
+        **_singular_task_interference(changed, shape, max(settings.ranks)),
         "alignment": sum(alignments) / len(alignments),
         "alignments": tuple(alignments),
         "alignment_rank": aligned,
@@ -158,11 +158,11 @@ def _alignment_rank(factors: Factors) -> int:
     return rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
 
 
-def _singular_task_interference(moved: Sequence[Part], shape: tuple[int, int], most: int) -> dict[str, float]:
-    u = torch.cat([part.u[:, :most] for part in moved], dim=1)
-    v = torch.cat([part.v[:, :most] for part in moved], dim=1)
-    s = torch.cat([part.s[:most] for part in moved]).numpy()
-    owner = np.repeat(np.arange(len(moved)), [min(part.rank, most) for part in moved])
+def _singular_task_interference(changed: Sequence[Part], shape: tuple[int, int], most: int) -> dict[str, float]:
+    u = torch.cat([part.u[:, :most] for part in changed], dim=1)
+    v = torch.cat([part.v[:, :most] for part in changed], dim=1)
+    s = torch.cat([part.s[:most] for part in changed]).numpy()
+    owner = np.repeat(np.arange(len(changed)), [min(part.rank, most) for part in changed])
     sti, relative = task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
     return {"sti": sti, "sti_relative": relative, "sti_random": task_interference_at_random(s, owner, shape)}
 
@@ -193,9 +193,9 @@ def _pairs(parts: Sequence[Part]) -> list[Pair] | None:
     return pairs
 
 
-def _recompressed(moved: Sequence[Part], settings: InterferenceSettings) -> list[int]:
+def _recompressed(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
     """Return the recompression ranks: the requested ones, and PEFT's default, the largest of the adapters'."""
-    columns = [_columns(part) for part in moved]
+    columns = [_columns(part) for part in changed]
     return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
 
 

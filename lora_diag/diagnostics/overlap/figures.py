@@ -114,8 +114,8 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     types = Types(record.layer for record in records)
     names = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
-    most = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    words = _texts(shown, all_records, rank, options.per, len(types.names) - len(names), most, look)
+    layers_per_panel = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
+    words = _texts(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, look)
 
     def draw(ax: Axes, inches: float, name: str) -> None:
         parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]

@@ -154,14 +154,14 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return _too_few(delta, settings)
     assert factors.u is not None
     assert factors.vh is not None
-    seen = resolution(change.rounding, factors)
+    file_resolution = resolution(change.rounding, factors)
     return Subspaces(
         delta.layer,
         orthonormal(factors.u),
         orthonormal(factors.vh.T),
         ranks,
         factors.method,
-        seen.verdict,
+        file_resolution.verdict,
         change.row_blocks,
     )
 

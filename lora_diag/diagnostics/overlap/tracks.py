@@ -81,13 +81,13 @@ def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
         rank: The rank to show; default 16, or that of a reference adapter. A smaller layer is shown at its largest
             rank.
     """
-    wanted = rank if rank is not None else None if reference_is_adapter(results) else _usual(results)
+    rank_shown = rank if rank is not None else None if reference_is_adapter(results) else _default_rank(results)
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
     for record in results:
         by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
     found = []
     for layer, by_rank in by_layer.items():
-        shown = max((r for r in by_rank if wanted is None or r <= wanted), default=min(by_rank))
+        shown = max((r for r in by_rank if rank_shown is None or r <= rank_shown), default=min(by_rank))
         found.append(Track(layer, shown, tuple(sorted(by_rank[shown], key=lambda record: record.step))))
     return found
 
@@ -97,7 +97,7 @@ def reference_is_adapter(results: Results[Overlap]) -> bool:
     return any(side.role == "adapter" for side in results.run.inputs)
 
 
-def _usual(results: Results[Overlap]) -> int:
+def _default_rank(results: Results[Overlap]) -> int:
     ranks = sorted({record.rank for record in results})
     return USUAL if USUAL in ranks else ranks[len(ranks) // 2] if ranks else USUAL
 

@@ -67,8 +67,8 @@ def cells(series: Sequence[Series[Any]]) -> Cells:
     for one in series:
         groups = by_consumer(one.records)
         for name, records in groups.items():
-            whose = f"{one.label}: " if len(series) > 1 else ""
-            program = f"{whose}{title_of(name, [*groups])}"
+            prefix = f"{one.label}: " if len(series) > 1 else ""
+            program = f"{prefix}{title_of(name, [*groups])}"
             programs.append(program)
             for record in records:
                 place = types.of(record.layer), program, depth_of(record.layer)

@@ -180,5 +180,5 @@ def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> t
         if base is not None:
             raise
         needs = [update.layer for update in adapter.reading.updates if update.needs_weight]
-        lost = tuple(Unpaired(layer, (), "needs_base", "BASE is needed") for layer in needs)
-        return Pairing((), lost), adapter.notes
+        unpaired = tuple(Unpaired(layer, (), "needs_base", "BASE is needed") for layer in needs)
+        return Pairing((), unpaired), adapter.notes

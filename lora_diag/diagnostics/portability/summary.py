@@ -99,10 +99,12 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     """Return the statements: the treatment by each consumer, and remedies."""
     groups = by_consumer(results)
     lines = [compared(results)]
-    lost = [name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)]
+    unsupported = [
+        name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)
+    ]
     lines += _fixed(results.run.settings.get("fixed"))
     if groups:
-        lines.append(_answer(groups, lost))
+        lines.append(_answer(groups, unsupported))
     lines += [_of(name, records, results) for name, records in groups.items()]
     if required := failed(results):
         titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
@@ -124,18 +126,18 @@ def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
         lines.append(
             f"nearest LoRA for {len(truncated)} weights with DoRA: largest ε = {number(worst)} ({short(layer)})"
         )
-    lost = fixed["left_out"]
-    if lost:
-        lines.append(f"left out: {named([*lost])}")
-    return [say("fixed", "Written", *lines, level="warning" if lost or truncated else "note")]
+    skipped = fixed["left_out"]
+    if skipped:
+        lines.append(f"left out: {named([*skipped])}")
+    return [say("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
 
 
 def _answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Statement:
     names = [*groups]
     if not lost:
         return say("portable", "Portable", f"yes: the same ΔW in {_titles(names, names)}", level="ok")
-    good = [name for name in names if name not in lost]
-    same = f"as intended in {_titles(good, names)} and " if good else ""
+    supported = [name for name in names if name not in lost]
+    same = f"as intended in {_titles(supported, names)} and " if supported else ""
     return say("portable", "Portable", f"no: {same}not in {_titles(lost, names)}", level="warning")
 
 

@@ -152,8 +152,8 @@ def _record(
     columns, rows = None, None
     if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
         columns, rows = _agreements(weights, change, rank, settings)
-    seen = _resolution(weights) if layer.tuned.is_matrix else None
-    unresolved = seen is not None and seen.verdict == "unresolved" and found.epsilon is not None
+    file_resolution = _resolution(weights) if layer.tuned.is_matrix else None
+    unresolved = file_resolution is not None and file_resolution.verdict == "unresolved" and found.epsilon is not None
     return Residual(
         layer=layer.layer,
         shape=layer.shape if layer.tuned.is_matrix else layer.shape[1:],
@@ -170,7 +170,7 @@ def _record(
         data=None if data is None else Distance(**_with_error(data.distances(change, rank)[0], data.factors)),
         before_rounding=None if before is None else before.distance(change, layer.shape),
         limited_by="noise" if unresolved else limit(found),
-        resolution=seen,
+        resolution=file_resolution,
         **_with_error(found, weights.factors),
     )
 
@@ -248,13 +248,13 @@ def _agreements(
     weights: Metric, change: Change, rank: int | None, settings: LayerSettings
 ) -> tuple[Agreement, Agreement]:
     """Return the agreement of the column and of the row spaces."""
-    wanted = min(rank or SUBSPACE, *weights.shape)
-    other, full = _decompose(change, wanted, settings), weights.factors
+    dimension = min(rank or SUBSPACE, *weights.shape)
+    other, full = _decompose(change, dimension, settings), weights.factors
     assert full.u is not None
     assert full.vh is not None
     assert other.u is not None
     assert other.vh is not None
-    k, j = min(wanted, numerical_rank(full)), numerical_rank(other)
+    k, j = min(dimension, numerical_rank(full)), numerical_rank(other)
     return (
         agreement(full.u[:, :k], other.u[:, :j]),
         agreement(full.vh[:k].T, other.vh[:j].T),

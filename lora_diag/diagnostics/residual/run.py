@@ -115,9 +115,9 @@ def _rest(
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.adapter)
     for task in tasks:
-        lost = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
-        if lost:
-            missing = measure(replace(task, others=lost), settings)
+        unrecorded = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
+        if unrecorded:
+            missing = measure(replace(task, others=unrecorded), settings)
             yield from (record for record in missing if isinstance(record, LeftOut))
 
 

@@ -160,17 +160,18 @@ def _low_rank(records: Sequence[Residual]) -> str:
 
 def _resolved(records: Sequence[Residual]) -> Statement:
     """State whether the files resolve TUNED's update."""
-    seen = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
-    if not seen:
+    resolutions = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
+    if not resolutions:
         return say("resolved", "Resolution", "no matrix of TUNED changed", level="warning")
-    counts = Counter(resolution.verdict for resolution in seen)
-    if counts["resolved"] == len(seen):
+    counts = Counter(resolution.verdict for resolution in resolutions)
+    if counts["resolved"] == len(resolutions):
         return say("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
     return say(
         "resolved",
         "Resolution",
-        f"of {len(seen)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning there "
+        f"of {len(resolutions)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning "
+        "there "
         "(limited by: noise)",
         level="warning",
     )

@@ -55,9 +55,9 @@ def spectrum(
     if adapters:
         if tuned is not None:
             raise UsageError("--adapters: takes only BASE as another input; remove the others")
-        usual = filled(SpectrumOptions, {})
+        defaults = filled(SpectrumOptions, {})
         for name, why in _NOT_OF_A_FLEET.items():
-            if plain(given[name]) != plain(usual[name]):  # type: ignore[literal-required]
+            if plain(given[name]) != plain(defaults[name]):  # type: ignore[literal-required]
                 option = declared(SpectrumOptions)[name][1].flag(name)
                 raise UsageError(f"{option}: not with --adapters, because {why}; remove it")
         of_fleet = {name: value for name, value in given.items() if name in declared(FleetOptions)}

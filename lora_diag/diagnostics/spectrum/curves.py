@@ -70,8 +70,8 @@ def ranks_drawn(largest: int, marked: Sequence[int] = MARKED) -> NDArray[np.int6
 
 def curves(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> list[Curve]:
     """Return one curve per block: of its one layer, or the median of its layers; zero updates have none."""
-    moved = [record for record in records if record.fro > 0]
-    return [_curve(depth, group, quantity, grid) for depth, group in by_depth(moved).items()]
+    changed = [record for record in records if record.fro > 0]
+    return [_curve(depth, group, quantity, grid) for depth, group in by_depth(changed).items()]
 
 
 def _curve(depth: int | None, group: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> Curve:
@@ -104,12 +104,12 @@ class Band:
 
 def band(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> Band | None:
     """Return pointwise median, minimum and maximum at ranks that all layers have; None for zero updates only."""
-    moved = [record for record in records if record.fro > 0]
-    if not moved:
+    changed = [record for record in records if record.fro > 0]
+    if not changed:
         return None
-    last = max(len(record.s) for record in moved)
+    last = max(len(record.s) for record in changed)
     ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
-    stacked = np.array([quantity.at(record, ranks) for record in moved])
+    stacked = np.array([quantity.at(record, ranks) for record in changed])
     known = np.isfinite(stacked).all(axis=0)
     stacked = stacked[:, known]
     return Band(ranks[known], np.median(stacked, axis=0), stacked.min(axis=0), stacked.max(axis=0))

@@ -114,9 +114,9 @@ def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> s
     """Return the subtitle: description of the figure."""
     layers = len({record.layer for record in records})
     what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
-    whose = series[0].label if len(series) == 1 else ""
+    prefix = series[0].label if len(series) == 1 else ""
     many = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}"
-    return f"{f'{whose}: ' if whose else ''}{what} of {many}"
+    return f"{f'{prefix}: ' if prefix else ''}{what} of {many}"
 
 
 def _keys(
@@ -126,8 +126,8 @@ def _keys(
     found = []
     if bands:
         for number, one in enumerate(series):
-            who = owner_of(one, series)
-            found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{who}median layer, range"))
+            owner = owner_of(one, series)
+            found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{owner}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
         found.append(Key(Line2D([], [], color=INK, lw=look.line), "one line per layer"))
     inside = [str(rank) for rank in MARKED if rank <= largest]

@@ -79,12 +79,12 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
     except _NotFiniteError as error:
         return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
     side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
-    seen, dtypes = _resolution(found, history), (None, "/".join(history.dtypes))
+    file_resolution, dtypes = _resolution(found, history), (None, "/".join(history.dtypes))
     factors = replace(found.side, method=f"{found.side.method} of {len(history.snapshots)} gradients{fallback}")
-    record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, seen)
+    record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
     other = None
     if found.other is not None:
-        other = record_of(history.layer, history.shape, dtypes, None, found.other, settings.ranks, seen)
+        other = record_of(history.layer, history.shape, dtypes, None, found.other, settings.ranks, file_resolution)
     stack = Stack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
         side=side,

@@ -19,11 +19,11 @@ HIDES = 0.5
 WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
 
 
-def way_out(moved: Sequence[Spectrum]) -> str:
+def suggested_fix(changed: Sequence[Spectrum]) -> str:
     """Return a clause that names ``recover`` where rounding left most entries unchanged and it was not tried."""
     worth = [
         record
-        for record in moved
+        for record in changed
         if record.hidden is None
         and record.metric == "weights"
         and record.resolution.verdict != "resolved"
@@ -31,13 +31,13 @@ def way_out(moved: Sequence[Spectrum]) -> str:
     ]
     if not worth:
         return ""
-    where = "" if len(worth) == len(moved) else f" in {len(worth)} of {len(moved)} matrices"
+    where = "" if len(worth) == len(changed) else f" in {len(worth)} of {len(changed)} matrices"
     return f"; loradiag recover (or --recover here) can estimate the update before rounding{where}"
 
 
-def before_rounding(moved: Sequence[Spectrum]) -> list[Statement]:
+def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
     """Return the statement on size, ranks and directions before rounding; none where they were not requested."""
-    tried = [(record, record.hidden) for record in moved if record.hidden is not None]
+    tried = [(record, record.hidden) for record in changed if record.hidden is not None]
     if not tried:
         return []
     counts: Counter[str] = Counter(hidden.status for _, hidden in tried)
@@ -55,9 +55,13 @@ def before_rounding(moved: Sequence[Spectrum]) -> list[Statement]:
     lines.append(f"of {len(tried)} matrices that the files do not resolve {parts}")
     found = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
     if found:
-        middle, least, most = (_middle(ranks) for ranks in zip(*(_ranks(hidden) for _, hidden in found), strict=True))
+        middle, lowest, highest = (
+            _middle(ranks) for ranks in zip(*(_ranks(hidden) for _, hidden in found), strict=True)
+        )
         read = _middle([record.rank_at["0.9"] for record, _ in found])
-        lines.append(f"rank at 90% {middle} (interval {least} to {most}) at the median, where the files read {read}")
+        lines.append(
+            f"rank at 90% {middle} (interval {lowest} to {highest}) at the median, where the files read {read}"
+        )
         signal = _middle([record.resolution.signal_rank for record, _ in found])
         directions = _middle([hidden.directions for _, hidden in found])
         lines.append(f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge")
@@ -69,8 +73,8 @@ def before_rounding(moved: Sequence[Spectrum]) -> list[Statement]:
 
 def _ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:
     """Return the rank at 90% and the ends of its interval."""
-    least, most = (hidden.rank_at_interval or {}).get("0.9", (None, None))
-    return (hidden.rank_at_estimate or {}).get("0.9"), least, most
+    lowest, highest = (hidden.rank_at_interval or {}).get("0.9", (None, None))
+    return (hidden.rank_at_estimate or {}).get("0.9"), lowest, highest
 
 
 def _middle(ranks: Sequence[int | None]) -> str:

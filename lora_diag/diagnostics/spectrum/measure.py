@@ -50,9 +50,11 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
     gains = weighted.gains if weighted else None
-    seen = resolution(change.rounding, factors, gains)
-    record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
-    if settings.recover and isinstance(delta, StoredDelta) and seen.verdict != "resolved" and record.fro > 0:
+    file_resolution = resolution(change.rounding, factors, gains)
+    record = record_of(
+        delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
+    )
+    if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
         record = record.model_copy(update={"hidden": _hidden(delta, record.fro, settings)})
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})

@@ -210,11 +210,11 @@ class Spectrum(LayerRecord):
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
         """Return the first missing value at a rank or threshold."""
-        asked = [str(rank) for rank in settings.get("ranks", [])]
-        lacking = [f"energy.{r}" for r in asked if r not in self.energy]
-        lacking += [f"tail.{r}" for r in asked if r not in self.tail]
-        lacking += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in self.rank_at]
-        return lacking[0] if lacking else None
+        requested = [str(rank) for rank in settings.get("ranks", [])]
+        missing = [f"energy.{r}" for r in requested if r not in self.energy]
+        missing += [f"tail.{r}" for r in requested if r not in self.tail]
+        missing += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in self.rank_at]
+        return missing[0] if missing else None
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
@@ -223,7 +223,7 @@ class Spectrum(LayerRecord):
         update, weights = NORMS[metric]
         of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
         ranks = settings.get("ranks", ())
-        usual = usual_ranks(ranks) if ranks else []
+        shown_ranks = usual_ranks(ranks) if ranks else []
         energies = [
             Shown(
                 f"energy.{rank}",
@@ -232,10 +232,10 @@ class Spectrum(LayerRecord):
                 f"update{of}",
                 axis=f"energy fraction C({rank})",
                 share=True,
-                main=rank in usual,
-                drop=int(rank > ranks[0]) + int(rank not in usual),
-                terminal=rank in usual or rank in ranks[:8],
-                wide=rank not in usual,
+                main=rank in shown_ranks,
+                drop=int(rank > ranks[0]) + int(rank not in shown_ranks),
+                terminal=rank in shown_ranks or rank in ranks[:8],
+                wide=rank not in shown_ranks,
                 style=shade,
             )
             for rank in ranks
@@ -272,8 +272,14 @@ class Spectrum(LayerRecord):
         if hidden is None or hidden.status != "recovered" or not hidden.values_estimate or not hidden.fro_estimate:
             return self
         values = hidden.values_estimate
-        seen = self.resolution.model_copy(update={"signal_rank": len(values)})
-        changes = {"fro": hidden.fro_estimate, "s": values, "complete": False, "energy_error": 0.0, "resolution": seen}
+        resolution = self.resolution.model_copy(update={"signal_rank": len(values)})
+        changes = {
+            "fro": hidden.fro_estimate,
+            "s": values,
+            "complete": False,
+            "energy_error": 0.0,
+            "resolution": resolution,
+        }
         return self.model_copy(update=changes)
 
     @property

@@ -64,8 +64,8 @@ def spectrum(
     ranks, top = run.options["ranks"], run.options["top"]
     recover = run.options["recover"]
     settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top, recover=recover)
-    usual = SpectrumSettings()
-    if (settings.method, top, settings.tol) != (usual.method, usual.top, usual.tol):
+    defaults = SpectrumSettings()
+    if (settings.method, top, settings.tol) != (defaults.method, defaults.top, defaults.tol):
         from lora_diag.linalg import check_request  # deferred: imports torch
 
         check_request(settings.method, top, settings.tol)
@@ -96,7 +96,7 @@ def spectrum(
         moments = second_moments(activations, base, pairing, run.options["verify"])
         if kfac and not moments.gradients:
             raise UsageError(f"--kfac: {activations} has no output gradients; record it with --output-gradients")
-    pairing, matrices = _weighed(pairing, moments, kfac)
+    pairing, matrices = _weighted_tasks(pairing, moments, kfac)
     run.torch = not (
         all(is_thin(layer, settings) for layer in matrices)
         and len(matrices) == len(pairing.deltas)
@@ -123,7 +123,7 @@ def spectrum(
     )
 
 
-def _weighed(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
+def _weighted_tasks(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
     """Split the layers into those without second moments, and those with their weighting."""
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
     if moments is None:
@@ -135,8 +135,10 @@ def _weighed(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tup
         for each in layers
         if each.weighting is None
     ]
-    lost = {item.layer for item in without}
-    rest = Pairing(tuple(delta for delta in pairing.deltas if delta.layer not in lost), (*pairing.unpaired, *without))
+    without_moment = {item.layer for item in without}
+    rest = Pairing(
+        tuple(delta for delta in pairing.deltas if delta.layer not in without_moment), (*pairing.unpaired, *without)
+    )
     return rest, [each for each in layers if each.weighting is not None]
 
 

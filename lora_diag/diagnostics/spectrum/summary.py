@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_diag.diagnostics.spectrum.gradients_summary import gradient_lines
-from lora_diag.diagnostics.spectrum.hidden_summary import before_rounding, way_out
+from lora_diag.diagnostics.spectrum.hidden_summary import before_rounding, suggested_fix
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics import verdict
 from lora_diag.records import Results
@@ -39,27 +39,27 @@ METRICS = {
 
 def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     """Return the statements of the summary."""
-    moved, ranks = _moving(results), results.run.settings["ranks"]
+    changed, ranks = _changed_ranks(results), results.run.settings["ranks"]
     lines = [compared(results, *([_measured(results)] if len(results) else []))]
     if metric := METRICS.get(next((record.metric for record in results), "weights")):
         lines.append(say("metric", "Metric", metric))
-    if stacked := [record for record in moved if record.stack is not None]:
+    if stacked := [record for record in changed if record.stack is not None]:
         lines += gradient_lines(stacked)
         # Gradients are not differences of rounded weights, so they are always resolved.
-        lines += [one for one in _ranks_needed(moved, ranks) if one.key != "resolved" or one.level != "note"]
+        lines += [one for one in _ranks_needed(changed, ranks) if one.key != "resolved" or one.level != "note"]
     else:
-        lines.append(say("moved", "Change", *_moved(results, moved)))
-        if moved:
-            lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, ranks)
+        lines.append(say("moved", "Change", *_changes(results, changed)))
+        if changed:
+            lines += _ranks_used(changed) if _is_factored(changed) else _ranks_needed(changed, ranks)
     if not metric and (coverage := _coverage(results)):
         lines.append(say("where", "Distribution", coverage))
     return [*lines, left_out(results), *ending(results)]
 
 
-def _moving(results: Results[Spectrum]) -> list[Spectrum]:
+def _changed_ranks(results: Results[Spectrum]) -> list[Spectrum]:
     """Return the changed matrices: those that adapters usually target, or else the others."""
-    moved = [record for record in results if record.fro > 0]
-    return [record for record in moved if part_of(record.layer) == "matrices"] or moved
+    changed = [record for record in results if record.fro > 0]
+    return [record for record in changed if part_of(record.layer) == "matrices"] or changed
 
 
 def _measured(results: Results[Spectrum]) -> str:
@@ -74,31 +74,34 @@ def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> list[str]:
+def _changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[str]:
     """State how far the weights changed, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
     if not len(results):
         reasons = Counter(item.reason for item in results.left_out)
         why = ", ".join(f"{number_of} {REASONS[reason]}" for reason, number_of in reasons.items())
         return [f"no matrix could be measured{f': {why}' if why else ''}"]
-    if not moved:
-        return [_nothing_moved(results)]
-    if part_of(moved[0].layer) == "vocabulary":
+    if not changed:
+        return [_nothing_changed(results)]
+    if part_of(changed[0].layer) == "vocabulary":
         still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
-        return [f"only embeddings and head{still}", *_how_far(moved, f"over the {_matrices(len(moved))} that changed")]
+        return [
+            f"only embeddings and head{still}",
+            *_relative_change(changed, f"over the {_matrices(len(changed))} that changed"),
+        ]
     outside = " outside embeddings and head" if len(inside) < len(results) else ""
     every = "the" if outside or len(inside) == 1 else "all"
-    return _how_far(inside, f"over {every} {_matrices(len(inside))}{outside}")
+    return _relative_change(inside, f"over {every} {_matrices(len(inside))}{outside}")
 
 
-def _nothing_moved(results: Results[Spectrum]) -> str:
+def _nothing_changed(results: Results[Spectrum]) -> str:
     if any(item.reason == "vector" and item.fro for item in results.left_out):
         return "only norms and biases: ΔW is zero in every matrix"
-    meant = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
-    return f"nothing: ΔW is zero in every matrix.{meant}"
+    hint = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
+    return f"nothing: ΔW is zero in every matrix.{hint}"
 
 
-def _how_far(records: Sequence[Spectrum], over: str) -> list[str]:
+def _relative_change(records: Sequence[Spectrum], over: str) -> list[str]:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     update, weights = NORMS[records[0].metric]
@@ -107,9 +110,9 @@ def _how_far(records: Sequence[Spectrum], over: str) -> list[str]:
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
     lines = [f"{update}/{weights} = {number(total / base)} {over}"]
     if len(ratios) > 1:
-        most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
-        lines.append(f"most {number(ratios[most])} in {short(most)}")
-        lines.append(f"least {number(ratios[least])} in {short(least)}")
+        largest, smallest = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+        lines.append(f"most {number(ratios[largest])} in {short(largest)}")
+        lines.append(f"least {number(ratios[smallest])} in {short(smallest)}")
     return lines
 
 
@@ -137,68 +140,68 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     ]
 
 
-def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
+def _ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
     """State which rank the update needs, as far as the files resolve it."""
-    readable = [record for record in moved if record.resolution.verdict != "unresolved"]
+    readable = [record for record in changed if record.resolution.verdict != "unresolved"]
     return [
-        _files(moved),
-        *before_rounding(moved),
+        _files(changed),
+        *before_rounding(changed),
         say("low_rank", "Low rank", *_low_rank(readable, ranks)),
         say("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
     ]
 
 
-def _files(moved: Sequence[Spectrum]) -> Statement:
+def _files(changed: Sequence[Spectrum]) -> Statement:
     """State whether the files resolve the update, before any rank is printed."""
-    counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
-    shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
-    if counts["resolved"] == len(moved):
-        worst = f"{percent(max(shares))} of {NORMS[moved[0].metric][0]}²"
-        sentence = f"yes: rounding is expected to make up {worst} in the worst layer{_start(moved)}"
+    counts: Counter[str] = Counter(record.resolution.verdict for record in changed)
+    shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]
+    if counts["resolved"] == len(changed):
+        worst = f"{percent(max(shares))} of {NORMS[changed[0].metric][0]}²"
+        sentence = f"yes: rounding is expected to make up {worst} in the worst layer{_start(changed)}"
         return say("resolved", "Resolution", sentence)
-    word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
-    unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
+    word = "no" if counts["unresolved"] > len(changed) / 2 else "partly" if counts["resolved"] else "limited"
+    unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return say(
         "resolved",
         "Resolution",
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
-        f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
-        f"ranks beyond the signal rank count noise{_start(moved)}. "
-        f"Measure the adapter, not its merge, or save the fine-tune in float32{way_out(moved)}",
+        f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{still}; "
+        f"ranks beyond the signal rank count noise{_start(changed)}. "
+        f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
         level="failure" if word == "no" else "warning",
     )
 
 
-def _start(moved: Sequence[Spectrum]) -> str:
+def _start(changed: Sequence[Spectrum]) -> str:
     """State which start of training is assumed or was found, and how many layers were trained in part."""
-    seen = [record.resolution for record in moved]
-    rounded = [each for each in seen if each.start == "rounded" and each.base_rounding is not None]
-    unknown = [record for record in moved if record.resolution.start == "unknown"]
+    resolutions = [record.resolution for record in changed]
+    rounded = [each for each in resolutions if each.start == "rounded" and each.base_rounding is not None]
+    unknown = [record for record in changed if record.resolution.start == "unknown"]
     said = ""
     if rounded:
         said = (
-            f"; in {len(rounded)} of {len(moved)} matrices BASE is a rounded copy of the start of training, "
+            f"; in {len(rounded)} of {len(changed)} matrices BASE is a rounded copy of the start of training, "
             "and its rounding is counted"
         )
     if unknown:
         counted = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in unknown)
         said += (
-            f"; in {len(unknown)} of {len(moved)} matrices BASE may be a rounded copy of the start of training: its "
-            f"rounding, up to {percent(min(1.0, counted))}, is counted{_together(moved)}"
+            f"; in {len(unknown)} of {len(changed)} matrices BASE may be a rounded copy of the start of training: its "
+            f"rounding, up to {percent(min(1.0, counted))}, is counted{_together(changed)}"
         )
-    sparse = [each.untouched for each in seen if each.untouched is not None and each.untouched >= SPARSE]
+    sparse = [each.untouched for each in resolutions if each.untouched is not None and each.untouched >= SPARSE]
     if sparse:
         said += (
-            f"; {len(sparse)} of {len(moved)} updates are sparse: training did not change about "
+            f"; {len(sparse)} of {len(changed)} updates are sparse: training did not change about "
             f"{percent(median(sparse))} of the entries, which have no noise"
         )
     return said
 
 
-def _together(moved: Sequence[Spectrum]) -> str:
+def _together(changed: Sequence[Spectrum]) -> str:
     """State the evidence of all layers together on the start of training, and its consequence for unknown layers."""
-    known = [pair for record in moved if (pair := record.resolution.base_rounding) is not None and pair[1] > 0]
+    known = [pair for record in changed if (pair := record.resolution.base_rounding) is not None and pair[1] > 0]
     if len(known) < 2:
         return ""
     weight = math.fsum(error**-2 for _, error in known)
@@ -207,7 +210,7 @@ def _together(moved: Sequence[Spectrum]) -> str:
     error = math.sqrt(max(1.0, spread) / weight)  # layers that differ by more than their errors are worth less
     found = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):
-        unknown = [record for record in moved if record.resolution.start == "unknown"]
+        unknown = [record for record in changed if record.resolution.start == "unknown"]
         would = sum(_verdict_of_start(record) == "resolved" for record in unknown)
         return f", though all layers together show the start ({found}); then {would} of the {len(unknown)} are resolved"
     return f" (all layers together: {found})" if error < 0.2 and -0.5 < beta < 1.5 else ""
@@ -215,9 +218,9 @@ def _together(moved: Sequence[Spectrum]) -> str:
 
 def _verdict_of_start(record: Spectrum) -> str:
     """Return the verdict without the rounding of BASE; the signal rank can only be larger."""
-    seen = record.resolution
-    noise = math.sqrt(max(0.0, seen.noise_fro**2 - (seen.base_noise_fro or 0.0) ** 2))
-    return verdict(noise, record.fro, seen.signal_rank or None)
+    resolution = record.resolution
+    noise = math.sqrt(max(0.0, resolution.noise_fro**2 - (resolution.base_noise_fro or 0.0) ** 2))
+    return verdict(noise, record.fro, resolution.signal_rank or None)
 
 
 def _not_resolved(counts: Counter[str]) -> str:

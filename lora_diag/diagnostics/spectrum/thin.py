@@ -77,5 +77,5 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
         return None
     s = found.s[0, : settings.top]
     values = _Kept(s, len(s) == found.s.shape[1], float(found.energy_error[0]), fro)
-    seen = unrounded(s, fro, values.complete)
-    return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, seen)
+    file_resolution = unrounded(s, fro, values.complete)
+    return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)

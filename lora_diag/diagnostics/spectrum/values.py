@@ -53,7 +53,7 @@ def record_of(
     base_fro: float | None,
     factors: Values,
     ranks: tuple[int, ...],
-    seen: Resolution,
+    resolution: Resolution,
 ) -> Spectrum:
     """Return the record of a matrix from its singular values.
 
@@ -64,7 +64,7 @@ def record_of(
         base_fro: ‖W_base‖_F; None if it is not known.
         factors: The singular values.
         ranks: Ranks of C(r) and the truncation errors.
-        seen: Resolution under the rounding of the files.
+        resolution: Resolution under the rounding of the files.
     """
     fro = factors.fro
     exact: NDArray[np.float64] = np.asarray(factors.s)
@@ -88,7 +88,7 @@ def record_of(
         tail={str(r): _tail(s, fro, r, factors.complete, error) for r in ranks},
         stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
-        resolution=seen,
+        resolution=resolution,
     )
 
 

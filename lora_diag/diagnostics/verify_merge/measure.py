@@ -263,8 +263,8 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
     exact = isinstance(addend, Whole) and addend.exact
     if not check.expected or exact or task.merged.is_quantized:
         return ""
-    swallowed = abs(check.ideal / check.expected - 1) > SWALLOWED
-    if not swallowed and check.resolves(RESOLVED):
+    is_lost = abs(check.ideal / check.expected - 1) > SWALLOWED
+    if not is_lost and check.resolves(RESOLVED):
         return ""
     for factor in (1 + RESOLVED, 1 - RESOLVED):
         other = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding, whole=False)
@@ -425,9 +425,9 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
         return stored, False
     still: Tensor | None = None
     for w, m, _ in task.blocks():
-        moved = m[m.double() != w.double()]
-        if len(moved):
-            return held_dtype(moved[:: max(1, len(moved) // SAMPLE)]), False
+        changed = m[m.double() != w.double()]
+        if len(changed):
+            return held_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
         still = m.reshape(-1)[:SAMPLE] if still is None else still
         if not task.adapted:
             return stored, False  # M = W so far, independent of the dtype; a block that differs is inspected separately

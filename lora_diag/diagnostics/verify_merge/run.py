@@ -85,17 +85,20 @@ def verify_merge(
             f"{merged}: an adapter, not a merged checkpoint; the order is: loradiag verify-merge BASE ADAPTER MERGED"
         )
     verify = run.options["verify"]
-    wanted = compare(base, adapter, None, None, run.options["allow_unmatched"], verify, given=run.given)
+    adapter_pairing = compare(base, adapter, None, None, run.options["allow_unmatched"], verify, given=run.given)
     done = compare(base, merged, verify=verify)
     selected = selector(run.options["layers"], run.options["exclude"])
-    tasks, unpaired = _tasks(wanted.pairing, done.pairing, merged, selected)
+    tasks, unpaired = _tasks(adapter_pairing.pairing, done.pairing, merged, selected)
     return run.over(
         tasks,
         _one_layer,
         _size,
         MergeSettings(),
         lambda layout, _, __: not_paired(Pairing((), unpaired), layout, run.where.here),
-        (*wanted.inputs, *(item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned")),
+        (
+            *adapter_pairing.inputs,
+            *(item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned"),
+        ),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
     )
@@ -110,20 +113,20 @@ def _size(task: MergedLayer, settings: MergeSettings) -> int:
 
 
 def _tasks(
-    wanted: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
+    adapter_pairing: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
 ) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Returns:
         One task a layer, in natural order of their names; and tensors that neither side allows to check.
     """
-    updates, rest = _by_target(wanted, done)
-    siblings = _siblings(wanted)
+    updates, rest = _by_target(adapter_pairing, done)
+    siblings = _siblings(adapter_pairing)
     stored = [delta for delta in done.deltas if isinstance(delta, StoredDelta)]
     tasks = [_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
     missing = {item.layer: item for item in done.unpaired if item.reason in _LACKING}
     tasks += [_missing(delta, missing, merged) for delta in rest if selected(delta.layer)]
-    added, unpaired = _added_rows(wanted, done)
+    added, unpaired = _added_rows(adapter_pairing, done)
     tasks += added
     gone = {task.layer for task in tasks if task.missing}
     unpaired = [item for item in unpaired if item.layer not in gone]
@@ -138,7 +141,7 @@ def _tasks(
     return chosen, (*(item for item in unpaired if selected(item.layer)), *dropped)
 
 
-def _by_target(wanted: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
+def _by_target(adapter_pairing: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
     """Return the updates of every layer of MERGED, and those without a layer.
 
     Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
@@ -147,7 +150,7 @@ def _by_target(wanted: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, .
     places = {(delta.base.name, delta.base.offset): delta.layer for delta in done.deltas if delta.base is not None}
     updates: dict[str, tuple[Delta, ...]] = {}
     rest: list[Delta] = []
-    for delta in wanted.deltas:
+    for delta in adapter_pairing.deltas:
         place = (delta.base.name, delta.base.offset) if delta.base is not None else None
         target = delta.layer if delta.layer in names else places.get(place) if place is not None else None
         if target is None or names[target].shape[1] != delta.shape[1]:
@@ -186,10 +189,10 @@ def _missing(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -
     return MergedLayer(delta.layer, delta.shape, delta.base, None, (delta,), delta.is_matrix, missing=detail)
 
 
-def _siblings(wanted: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
+def _siblings(adapter_pairing: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
     """Group factored updates that could be confused: experts of a block, or the same layer of other blocks."""
     groups: dict[str, list[FactoredDelta]] = {}
-    for delta in wanted.deltas:
+    for delta in adapter_pairing.deltas:
         if isinstance(delta, FactoredDelta):
             groups.setdefault(_kind(delta.layer), []).append(delta)
     return {kind: tuple(group) for kind, group in groups.items()}
@@ -204,19 +207,21 @@ def _kind(layer: str) -> str:
     return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
 
 
-def _added_rows(wanted: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
+def _added_rows(adapter_pairing: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
     """Compare vocabulary rows that MERGED adds with those in the adapter; also return the rest."""
-    held = {item.layer: item for item in wanted.unpaired if item.reason == "added_rows" and item.rows is not None}
+    added = {
+        item.layer: item for item in adapter_pairing.unpaired if item.reason == "added_rows" and item.rows is not None
+    }
     tasks, rest = [], []
     for item in done.unpaired:
-        new = held.get(item.layer)
+        new = added.get(item.layer)
         if item.reason == "added_rows" and item.rows is not None and new is not None and new.shape == item.shape:
             assert new.rows is not None
             rows, columns = item.shape
             name = f"{item.layer} (added rows)"
             tasks.append(MergedLayer(name, (rows, columns), new.rows, item.rows))
-            held.pop(item.layer)
+            added.pop(item.layer)
         else:
             rest.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
-    rest += [item for item in wanted.unpaired if item.reason != "added_rows" or item.layer in held]
+    rest += [item for item in adapter_pairing.unpaired if item.reason != "added_rows" or item.layer in added]
     return tasks, rest

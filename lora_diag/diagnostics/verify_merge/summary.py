@@ -67,8 +67,8 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
         level = _LEVELS.get(outcome(results), "ok")
         lines += [say("correct", "Correctness", _correct(results), level=level), *_faults(results)]
         lines.append(say("rounding", "Rounding", _rounding(results)))
-        if lost := _lost(results):
-            lines.append(say("lost", "Lost update", lost, level="warning"))
+        if weak := _weakened(results):
+            lines.append(say("lost", "Lost update", weak, level="warning"))
         if untouched := [record for record in results if not record.adapted]:
             lines.append(say("not_adapted", "Not adapted", _untouched(untouched)))
     lines.append(say("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
@@ -180,15 +180,15 @@ def _kept(share: float) -> str:
     return f"{share:.2%}" if 0.99 < share < 1.01 else percent(share)
 
 
-def _lost(results: Results[Merge]) -> str:
+def _weakened(results: Results[Merge]) -> str:
     right = [record for record in _right(results) if record.retained is not None and record.residual is not None]
-    lost = [record for record in right if (record.retained or 0.0) < LOST or (record.residual or 0.0) > 1]
-    if not lost:
+    weak = [record for record in right if (record.retained or 0.0) < LOST or (record.residual or 0.0) > 1]
+    if not weak:
         return ""
-    lost.sort(key=lambda record: record.retained or 0.0)
+    weak.sort(key=lambda record: record.retained or 0.0)
     return (
-        f"rounding removed more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(lost))}: "
-        f"{_names(lost)}. The merge is correct, but its dtype is too coarse for this adapter: serve the adapter "
+        f"rounding removed more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(weak))}: "
+        f"{_names(weak)}. The merge is correct, but its dtype is too coarse for this adapter: serve the adapter "
         "unmerged, or merge into float32"
     )
 
@@ -199,5 +199,5 @@ def _untouched(records: Sequence[Merge]) -> str:
         return f"all {len(records)} equal BASE"
     entries = sum(math.prod(record.shape) for record in records)
     share = sum(record.differing or 0 for record in changed) / max(1, entries)
-    most = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
-    return f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_names(most)}"
+    by_change = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
+    return f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_names(by_change)}"

@@ -78,9 +78,20 @@ def table(figures: Mapping[str, Figure], reference: str) -> str:
 
 
 def compared(figures: Mapping[str, Figure], reference: str) -> str:
-    """Return the table with the ratios of processor time below it: on a shared machine, these are the ones to read."""
-    lines = [table(figures, reference), "", "Processor time, as a multiple (smallest to largest):"]
+    """Return figures as a Markdown table: medians, and paired ratios of wall and processor time with their spread."""
+    lines = [
+        "| command | wall s | processor s | peak MiB | wall, as a multiple | processor, as a multiple |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, figure in figures.items():
-        ratios = [own / its for own, its in zip(figure.cpu, figures[reference].cpu, strict=True)]
-        lines.append(f"- {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        wall, cpu, peak = (statistics.median(values) for values in (figure.wall, figure.cpu, figure.peak_mib))
+        ratios = [multiple(getattr(figure, of), getattr(figures[reference], of)) for of in ("wall", "cpu")]
+        lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def multiple(own: Sequence[float], its: Sequence[float]) -> str:
+    """Return the median of paired ratios, with the smallest and the largest unless all are one."""
+    ratios = sorted(mine / other for mine, other in zip(own, its, strict=True))
+    spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios[0] != ratios[-1] else ""
+    return f"{statistics.median(ratios):.2f}{spread}"

@@ -32,6 +32,7 @@ from lora_diag.linalg.hidden import (
     fit_size,
     recover,
 )
+from lora_diag.linalg.hidden_density import fit_density
 from lora_diag.linalg.hidden_scales import Scales, divided, fit_scales
 from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape
 from lora_diag.linalg.rounding import SHORTER
@@ -400,7 +401,9 @@ def recover_layer(
     found = model.found if model.found is not None else recover(model.cells, size, seed, keep)
     whole, error = size.fro, size.error
     if shaped is not None:
-        whole, error = shaped.fro, shaped.error
+        density = fit_density(model.cells, size.deviation)
+        whole, error = density.deviation * math.sqrt(model.cells.count), density.error
+        common["kurtosis"] = density.kurtosis
     elif scales is not None:
         whole = _norm(model.cells, size.deviation, NORMAL, scales, None)
     # A single variance does not fit, so there is no single size.
@@ -634,8 +637,9 @@ def _curves(
     """Return C(r) at all ranks, and the fields on C(r) and ranks of the detected directions.
 
     x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i − 1.96τ for the
-    values only; upper ends x_i + 1.96τ with the remaining variance spread over all directions, and for the directions
-    beyond them the largest value that could stay hidden.
+    values only; upper ends x_i + 1.96τ with the remaining variance spread over all directions, for the
+    directions beyond them the largest value that could stay hidden, and at least what held-out cells allow. Values
+    themselves are those of the fit times its stretch.
     """
     low_rank = found.low_rank
     assert low_rank is not None
@@ -656,7 +660,8 @@ def _curves(
     high = with_noise(x + Z95 * tau * spread, shape, rest * spread)
     beyond = max(unseen, float(with_noise(torch.zeros(1), shape, rest * spread)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
-    curve = np.minimum(1.0, np.cumsum((x.numpy() / whole) ** 2))
+    values = x.numpy() * min(found.stretch, max(1.0, whole / float(torch.linalg.vector_norm(x))))
+    curve = np.minimum(1.0, np.cumsum((values / whole) ** 2))
     lower = np.minimum(1.0, np.cumsum((low.numpy() / (whole * math.exp(Z95 * error))) ** 2))
     least = whole * math.exp(-Z95 * error)
     upper = np.cumsum((high.numpy() / least) ** 2)
@@ -664,14 +669,15 @@ def _curves(
         most = found.most.numpy()[: len(x)]
         allowed = np.cumsum((x.numpy() / least) ** 2)[: len(most)] * most
         upper[: len(most)] = np.maximum(upper[: len(most)], allowed)
-        upper = np.maximum.accumulate(upper)
+    upper[: len(curve)] = np.maximum(upper[: len(curve)], curve)
+    upper = np.maximum.accumulate(upper)
     upper = np.minimum(1.0, upper)
 
     def at(values: NDArray[np.float64], rank: int) -> float:
         return float(values[min(rank, len(values)) - 1])
 
     return tuple(curve.tolist()), {
-        "values_estimate": tuple(float(f"{value * unit:.9g}") for value in x.tolist()),
+        "values_estimate": tuple(float(f"{value * unit:.9g}") for value in values.tolist()),
         "energy_estimate": {str(r): at(curve, r) for r in ranks},
         "energy_interval": {str(r): (at(lower, r), at(upper, r)) for r in ranks},
         "rank_at_estimate": {str(share): rank_at(curve, share) for share in THRESHOLDS},

@@ -258,17 +258,25 @@ def _lengths(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[Tenso
     return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
 
 
-def _most(held_out: HeldOut, found: LowRank, deviation: float) -> Tensor:
-    """Return the largest Σ_{i≤r}x_i² that held-out cells allow over the estimated one, for every r; at least 1.
+def _stretch(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[float, Tensor]:
+    """Compare the lengths of L with those that held-out cells show.
 
-    Σc_i² of lengths c_i in r directions exceeds that of the truth by r·SE², and √Σc_i² has a standard error of SE.
-    Optimal shrinkage is x → η = x·cos·cos, the length in the direction that was found.
+    Shrinkage takes x to η, its length in the direction that was found. Where few entries changed both are too small,
+    by up to a third. Σc_i² of lengths c_i in r directions exceeds that of the truth by r·SE², and √Σc_i² has a standard
+    error of SE.
+
+    Returns:
+        A factor γ ≥ 1 of all values, with a normal prior around 1; and the largest Σ_{i≤r}x_i² that held-out cells
+        allow over the estimated one, for every r, at least 1.
     """
     lengths, error = _lengths(held_out, found, deviation)
     eta = found.values.eta.double().cpu()
+    square = float(eta.square().sum())
+    excess = float((lengths * eta).sum()) / square - 1
+    factor = 1 + max(0.0, excess) * DOUBT**2 / (DOUBT**2 + error**2 / square)
     kept = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
     most = (kept + NORMAL * error).square() / eta.square().cumsum(0)
-    return most.clamp(min=1.0)
+    return factor, most.clamp(min=1.0)
 
 
 def fit_low_rank(
@@ -466,13 +474,15 @@ class Recovered:
         low_rank: L from all cells; None if z is not significant.
         rule: The rule for s given L.
         deviation: s of X − L̂ by held-out cells, the error of L̂ included.
-        most: Largest Σ_{i≤r}x_i² that held-out cells allow, over the estimated one, for every r.
+        stretch: Factor by which η and x of the fit were too small, by held-out cells; ``low_rank`` has longer η.
+        most: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r.
     """
 
     z: float
     low_rank: LowRank | None
     rule: Rule = "norm"
     deviation: float = 0.0
+    stretch: float = 1.0
     most: Tensor | None = None
 
 
@@ -511,7 +521,11 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         if _in_errors(more - gains) > BETTER:
             found, rule, deviation, gains = fit, other, likeliest, more
     whole = fit_low_rank(cells, size, rule, found, seed, keep=keep)
-    return Recovered(_in_errors(gains), whole, rule, deviation, _most(hidden, found, deviation))
+    stretch, most = _stretch(hidden, found, deviation)
+    longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
+    if stretch > 1:
+        deviation = hidden.deviation(replace(found, values=replace(found.values, eta=found.values.eta * stretch)))
+    return Recovered(_in_errors(gains), longer, rule, deviation, stretch, most)
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:

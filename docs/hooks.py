@@ -167,12 +167,13 @@ def null_when(text: str) -> tuple[str, str]:
     ('‖W‖_F, likewise.', 'if the base was not given')
     """
     found = re.search(
-        r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text
+        r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before|unless) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text
     )
     if found is None:
         return text, ""
     when = re.sub(r"^;? [Nn]ull ", "", found[0])
-    return " ".join((text[: found.start()] + text[found.end() :]).split()), when.strip()
+    rest = text[: found.start()].removesuffix(".") + text[found.end() :]
+    return " ".join(rest.split()), when.strip()
 
 
 def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:

@@ -145,7 +145,7 @@ class Adapter:
         if not zero:
             return notes
         example = f"such as {zero[0]}"
-        return (*notes, f"{len(zero)} of {len(keys)} updates are zero, their factor was never trained, {example}")
+        return (*notes, f"{len(zero)} of {len(keys)} updates are zero: a factor was never trained, {example}")
 
     def pair(
         self,

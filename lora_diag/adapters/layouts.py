@@ -275,7 +275,7 @@ def _gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
     if contents.form == GGUF:
         return ARCHITECTURES.get(str(contents.config.get("general.architecture")))
     if base is None:
-        raise InputError("a GGUF adapter has llama.cpp's names and row order, which depend on the model; give BASE")
+        raise InputError("GGUF: llama.cpp's names and row order depend on the model; give BASE, too")
     names = of_config(base.config)
     if names is None:
         kinds = ", ".join(kind for known in ARCHITECTURES.values() for kind in known.model_types)

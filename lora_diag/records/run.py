@@ -44,15 +44,15 @@ class RunInput(Record):
     Args:
         role: ``base``, ``tuned``, ``adapter``, ``reference``, ``activations`` or ``gradients``.
         path: The path as given; bytes that are not UTF-8 are escaped as ``\xff``.
-        kind: Its kind, as text.
+        kind: Its format, in words.
         tensors: Number of tensors.
         notes: Notes on the input.
         fingerprint: Detects a changed input in ``--resume`` and ``gate``; empty if not computed.
         sha256: Hash of every byte of its files with ``--verify``; for results, the hash in their last line; else empty.
         architecture: The model's class in its ``config.json``, such as ``BertForSequenceClassification``; empty without
             one.
-        names: Names of a BASE: its folder, its Hub id, that in its config. For an adapter, the name of the base in its
-            config.
+        names: Names of a BASE: its folder, its Hub id, the name in its config. For an adapter, the name of the base
+            in its config.
         targets: Number of weights of BASE that an adapter's config targets; null if unknown.
         lacking: Targeted weights that the adapter's file does not contain.
     """
@@ -77,7 +77,7 @@ class Run(Record):
         schema: Version of the fields, 1.
         command: The command, without ``loradiag``.
         version: Version of loradiag.
-        inputs: The results.
+        inputs: The inputs, such as BASE and TUNED.
         settings: The options that affect results.
         made: When the run began, in UTC, such as ``2026-11-27T04:15:19Z``; empty in files of older versions. The only
             field that differs between runs with the same input and settings; set by ``SOURCE_DATE_EPOCH``.

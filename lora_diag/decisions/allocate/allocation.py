@@ -237,7 +237,7 @@ def _choose(
         part = parts[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
             f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
-            f"{_amount(budget, least)}, {_amount(budget, least - left)} more than {of}; raise it"
+            f"{_amount(budget, least)}; give a budget of at least {_amount(budget, budget.whole - left + least)}"
         )
     return spend(steps, left), left
 

@@ -31,7 +31,7 @@ def extract(
     from lora_diag.decisions.extract.folder import OutputFolder
 
     if output is None:
-        raise UsageError("extract: no output given; name the adapter folder with -o")
+        raise UsageError("extract: no output folder; give it and ranks, such as --rank 16 -o adapter/")
     OutputFolder(output, (), given["overwrite"], given["resume"])
     # deferred: imports torch
     from lora_diag.decisions.extract.run import extract as write

@@ -72,8 +72,8 @@ class PlannedMerge(LayerRecord):
             acts on the inputs that the adapter reads. Null also then, and for updates that are not a product B·A.
         base_noise: √(Σ step²/12) / ‖ΔW‖_F over the steps of BASE's own quantized format: about the existing error of
             BASE. Null where BASE is not quantized or ΔW = 0.
-        bf16: What arrives in bf16.
-        fp16: What arrives in fp16.
+        bf16: Fraction of ΔW that survives in bf16, and the error.
+        fp16: Fraction of ΔW that survives in fp16, and the error.
         conclusion: Conclusion by the rules of ``conclude``; null if ΔW = 0.
     """
 

@@ -72,10 +72,10 @@ class Recovery(Hidden, LayerRecord):
         energy: C(r) of D, by r; null where D = 0.
         rank_at: Smallest r at which C(r) of D reaches the threshold; 0 where D = 0.
         energy_error: Bound on the error of every energy fraction of D.
-        method: What computed the singular values of D.
+        method: Method of the singular values of D.
         written: Source of the layer's output: ``posterior``, from the estimate E[X | cells]; ``file``, from D;
             ``nothing``.
-        rank: Of its factors in the adapter; 0 without.
+        rank: Rank of the factors in the adapter; 0 without factors.
         params: rank·(out + in).
     """
 

@@ -151,8 +151,8 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     if largest < 1:
         least = target.per_rank + target.magnitudes
         raise UsageError(
-            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {least:,} parameters; raise the budget, or "
-            "choose fewer layers with --target-modules"
+            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {least:,} parameters; give a budget of at least "
+            "that, or choose fewer layers with --target-modules"
         )
     ranks = tuple(checked_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
     if above := [rank for rank in ranks if rank > largest]:

@@ -14,10 +14,10 @@ class TuneStage(Record):
     """One stage of the plan.
 
     Args:
-        name: The stage.
+        name: Name of the stage.
         runs: Training runs, at most.
         seconds: Estimated from one timed step.
-        decides: Its result.
+        decides: Question that the stage answers.
     """
 
     name: str
@@ -40,8 +40,8 @@ class TunePlan(WholeRecord):
         rules: Rank required by each rule of thumb; null where full rank has fewer parameters.
         ranks: Shared ranks to try.
         rates: Learning rates to try.
-        steps: Updates of a run.
-        repeats: Seeds.
+        steps: Number of updates per run.
+        repeats: Number of seeds.
         widen: Learning rates beyond the grid.
         halving: Whether a short round chooses the learning rates.
         full: Whether full fine-tuning is a baseline.
@@ -49,13 +49,13 @@ class TunePlan(WholeRecord):
         finer: Whether a rank in between is tried.
         redistribute: Whether non-uniform ranks are trained.
         trials: Runs of stability and escalation at most.
-        step_seconds: Of one step, timed.
-        full_step_seconds: Of one step of full fine-tuning; 0 if it was not timed.
-        evaluation_seconds: Of measuring all sets.
+        step_seconds: Measured time of one training step.
+        full_step_seconds: Measured time of one step of full fine-tuning; 0 if it was not timed.
+        evaluation_seconds: Measured time of evaluating all sets.
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
-        left_out: Omissions to keep it.
-        stages: The stages.
+        left_out: What is omitted to stay within ``limit``.
+        stages: The stages of the search.
     """
 
     key: ClassVar[tuple[str, ...]] = ("record",)
@@ -107,10 +107,10 @@ class TuneTrial(WholeRecord):
         lr: Peak learning rate; null for BASE.
         steps: Updates; 0 for BASE.
         seed: Seed of the factors' initial values.
-        loss: In nats; null where the run diverged.
+        loss: Mean loss; null where the run diverged.
         train_loss: Mean loss over the last tenth of the steps; of BASE on the training data; null where not finite.
         nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired; may be empty.
-        predictions: Of each sequence; of BASE only.
+        predictions: Number of predictions of each sequence; for BASE only.
     """
 
     key: ClassVar[tuple[str, ...]] = ("variant", "lr", "seed", "set")
@@ -148,9 +148,9 @@ class TuneDecision(WholeRecord):
         params: Trainable parameters; null if not applicable.
         gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; null where not trained.
         error: Standard error of ``gap``; null for one seed.
-        gap_shifted: The same on the shifted sets, in the mean; null without any.
-        error_shifted: Its standard error.
-        seeds: Seeds of ``gap``.
+        gap_shifted: Mean of the same over the shifted sets; null without any.
+        error_shifted: Standard error of ``gap_shifted``.
+        seeds: Number of seeds of ``gap``.
         seconds: Predicted cost of trials that were not trained; else null.
         layers: Layers that it is about, where these are named.
         files: Files in the run's folder that it is based on.
@@ -189,22 +189,22 @@ class Tune(WholeRecord):
         alpha_over_rank: lora_alpha / r.
         alpha: lora_alpha where it does not follow the rank (rsLoRA); null otherwise.
         dora: Whether it is DoRA.
-        dropout: lora_dropout.
-        weight_decay: Of AdamW.
+        dropout: Dropout probability, lora_dropout.
+        weight_decay: Weight decay of AdamW.
         params: Trainable parameters.
-        budget: Those allowed.
-        base_loss: Of BASE.
-        loss: Mean over seeds.
+        budget: Trainable parameters allowed.
+        base_loss: Loss of BASE.
+        loss: Mean loss over seeds.
         gain: ``base_loss`` − ``loss``, in nats.
         gain_error: Standard error over seeds; null for one seed.
         gain_of_full: Gain of full fine-tuning; null if it was not trained or has no gain.
         share_of_full: ``gain`` / ``gain_of_full``.
         next_rank: The next higher rank tried; null if none.
-        next_gain: Its additional gain in nats; null likewise.
+        next_gain: Its additional gain in nats; null if none was tried.
         non_uniform: Whether non-uniform ranks were ``kept``, ``rejected``, or ``not tried``.
         gain_shifted: Gain on the first shifted set; null without one.
-        gain_shifted_error: Its standard error over seeds.
-        set_shifted: That set's name; empty without one.
+        gain_shifted_error: Standard error of ``gain_shifted`` over seeds.
+        set_shifted: Name of the first shifted set; empty without one.
         seeds: Seeds of the chosen configuration.
     """
 

@@ -25,7 +25,7 @@ class Portability(LayerRecord):
     Args:
         layer: The weight's name in BASE; without a BASE, in the adapter.
         consumer: The program that loads the adapter, such as ``vllm``.
-        version: Its version: the requested one, or the newest in which the rule was read.
+        version: Version of the program: the requested one, or the newest in which the rule was read.
         status: ``exact`` if it applies the intended ΔW; ``wrong`` if another one; ``dropped`` if it silently leaves the
             weight as it is; ``full`` if it takes a weight that the file holds in full; ``refused`` if it stops with an
             error, which holds for the whole adapter.

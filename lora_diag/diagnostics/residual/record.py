@@ -101,7 +101,7 @@ class Residual(Distance, LayerRecord):
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapter: Path of the input with X.
         role: ``adapter``; or ``reference``, another full fine-tune, for scale.
-        rank: Columns of the adapter's factors; 0 0 if it does not change the layer; null if X has no factors.
+        rank: Columns of the adapter's factors; 0 if it does not change the layer; null if X has no factors.
         fro: ‖D‖_F.
         base_fro: ‖W_base‖_F.
         adapter_fro: ‖X‖_F.

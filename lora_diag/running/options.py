@@ -119,7 +119,7 @@ FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", (
 STEPS = Option(100, "Training steps of a run.", "N", aliases=("--max-steps",))
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
 REPEATS = Option(2, "Training runs at the best learning rate.", "N", aliases=("--seeds",), setting="seeds")
-TOP = Option(None, "Number of largest singular values to compute; default all.", "K")
+TOP = Option(None, "Number of largest singular values to compute; default all (plan: 64).", "K")
 SHOW_RANK = Option(
     None, "Measured rank to show; default depends on the records.", "R", panel=OUTPUT, aliases=("--rank",)
 )

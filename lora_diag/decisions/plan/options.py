@@ -13,6 +13,7 @@ from lora_diag.running.options import (
     PARAMS,
     RANKS,
     TARGETS,
+    TOP,
     ModelOptions,
     Option,
     declared,
@@ -30,7 +31,7 @@ class PlanOptions(TypedDict, total=False):
     optimizer: Annotated[str, OPTIMIZER]
     adapter_dtype: Annotated[str, ADAPTER_DTYPE]
     cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")]
-    top: Annotated[int, Option(64, "With --cost: number of largest singular values.", "K")]
+    top: Annotated[int, TOP.by(64)]
     data: Annotated[Path | str | None, DATA.by(None)]
     tokens: Annotated[
         str | int | None, Option(None, "Predicted tokens of the training data, default those in --data.", "N")

@@ -13,7 +13,7 @@ class RecoverOptions(FolderOptions, total=False):
     params: Annotated[str | int | None, PARAMS]
     time: Annotated[
         str | None,
-        Option(None, "Time limit, e.g. 20min: layers that hide most come first.", "DURATION", panel=EXECUTION),
+        Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION),
     ]
     full: Annotated[
         bool,

@@ -38,7 +38,7 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
     data: Required[Annotated[Path | str, DATA]]
     params: Annotated[str | int | None, PARAMS]
     memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
-    time: Annotated[str | None, Option(None, "Time limit of the search, e.g. 2h or 90min; default: none.", "TIME")]
+    time: Annotated[str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME")]
     ranks: Annotated[Sequence[int], RANKS.by(())]
     rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
     gradient_checkpointing: Annotated[bool, CHECKPOINTING]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
 # Order in which the expert modules of transformers 5 register their parameters.
-# Fmt: skip.
 REGISTERED = (
     "gate_up_proj",
     "gate_up_proj_bias",

@@ -44,7 +44,7 @@ class Written:
 
     Args:
         rank: r of every pair of factors, and α.
-        dtype: Of the factors.
+        dtype: Dtype of the factors.
         truncated: ε of every weight whose update was truncated.
         unsupported: Unsupported weights, with the reason.
     """

@@ -233,7 +233,7 @@ def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[
 
     Args:
         index: The index, for messages.
-        tensors: By key.
+        tensors: Tensors by key.
         planned: Entry of the planner: of each key, the keys of the nested dictionaries that it was made from.
 
     Returns:

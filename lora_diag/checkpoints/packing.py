@@ -144,7 +144,7 @@ def require(source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: froze
     Args:
         source: The checkpoint as stored.
         name: The tensor.
-        shape: Its shape as it has to be.
+        shape: Its required shape.
         dtypes: Its possible dtypes.
         whole: The weight, for messages.
 

@@ -76,7 +76,7 @@ class Estimate:
         cells: Cells of the entries, in units of ``unit`` and divided by the scales; None without an estimate.
         low_rank: L in these units; None without a detected direction.
         deviation: s in these units.
-        scales: Of rows and columns; None if all are 1.
+        scales: Scales of rows and columns; None if all are 1.
         unit: A power of two.
         curve: C(r) of the detected directions.
         shape: Shape of the entries' distribution, where no direction was found.

@@ -21,10 +21,10 @@ class Gains:
     """Effect of a metric on the errors of ΔW, with variances approximated by aᵢbⱼ.
 
     Args:
-        left: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, times diag(√a).
-        right: Of diag(√b) times what stands right.
-        base: ‖·‖_F of what stands left, times that of what stands right, over √(mn).
-        bound: ‖·‖_2 of what stands left, times that of what stands right.
+        left: ‖·‖_F and ‖·‖_2 of the left factor of the metric, times diag(√a).
+        right: ‖·‖_F and ‖·‖_2 of diag(√b) times the right factor.
+        base: ‖·‖_F of the left factor times that of the right factor, over √(mn).
+        bound: ‖·‖_2 of the left factor times that of the right factor.
     """
 
     left: Gain

@@ -28,10 +28,10 @@ PANELS = 16
 # (8192²: 16 s and 1.5 GiB against 28 s and 1.1 GiB).
 IN_PLACE_FROM = 12288
 
-# In matrices of this order or more, up to this share of the eigenvectors is computed without the others: 64 of 4096 in
-# 2.9 s instead of 8.4 s, 64 of 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained. Only where the
-# matrix has all cores: SciPy's LAPACK takes every core, holds the interpreter's lock and waits for all its threads at
-# every column, so that with concurrent work it was up to ten times slower than torch's.
+# In matrices of this order or more, up to this fraction of the eigenvectors is computed without the others: 64 of 4096
+# in 2.9 s instead of 8.4 s, 64 of 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained. Only where
+# the matrix has all cores: SciPy's LAPACK takes every core, holds the interpreter's lock and waits for all its threads
+# at every column, so that with concurrent work it was up to ten times slower than torch's.
 SUBSET_FROM, SUBSET_SHARE = 2048, 1 / 8
 ALL_CORES = torch.get_num_threads()
 

@@ -153,7 +153,7 @@ def fit_shape(cells: Source, guess: float) -> Shaped:
     """Choose the shape of the entries by likelihood.
 
     Args:
-        cells: Where the entries lie.
+        cells: Intervals of the entries.
         guess: A deviation to start from, such as that of the normal shape.
     """
     total = cells.count

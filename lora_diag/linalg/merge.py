@@ -341,7 +341,7 @@ def check_merge(
         blocks: ``(W, M, steps of M)`` row blocks from the first row to the last.
         shape: ``(m, n)``.
         addend: ΔW.
-        rounding: How the merge may have rounded.
+        rounding: Possible rounding of the merge.
         whole: False to stop at entries that no rounding explains, if only the failure matters.
 
     Returns:
@@ -446,7 +446,7 @@ def _add_scale(
         delta: Rows of ΔW.
         grain: Spacing of M's numbers at every entry.
         quantized: Whether that is the step of a quantized format, which M* leaves out.
-        rounding: How a right merge may have rounded.
+        rounding: Possible rounding of a correct merge.
         span: First and last row.
     """
     once, squares = rounding.once(w, delta), delta.square()

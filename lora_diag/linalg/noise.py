@@ -92,7 +92,7 @@ class Moves:
     def untouched(self) -> float:
         """Estimate the fraction of entries that training did not change, excluding those that rounding left unchanged.
 
-        An entry is unchanged by rounding while its move is less than u/2, so the share of unchanged entries falls to
+        An entry is unchanged by rounding while its move is less than u/2, so the fraction of unchanged entries falls to
         that of the untouched ones as u → 0, provided that the size of changes is independent of |w|. It is read from
         the entries of smallest u, from as many as give the smallest upper limit, less two standard errors: entries not
         known to be untouched count as trained. A spacing at which most changes are by one u is uninformative, and so

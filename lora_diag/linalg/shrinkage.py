@@ -1,8 +1,8 @@
 """Optimal shrinkage of singular values of a posterior mean.
 
 Observed through cells, a low-rank L in noise of variance s² has a posterior mean that is, on average over entries,
-m = (1 − q)·L + q·Y, where q = 1 − mean(variance)/s² is the share of information and Y = L + noise of variance τ² = s²/q
-the score. A singular value σ of m belongs to the y of Y with σ = (1 − q)·η(y) + q·y, where
+m = (1 − q)·L + q·Y, where q = 1 − mean(variance)/s² is the fraction of information and Y = L + noise of variance τ² =
+s²/q the score. A singular value σ of m belongs to the y of Y with σ = (1 − q)·η(y) + q·y, where
 
     η(y) = √((y² − (m + n)τ²)² − 4mn·τ⁴) / y   for y > τ(√m + √n), else 0
 

@@ -71,7 +71,7 @@ class Listener:
     """Accumulator of xxᵀ over every input of selected layers.
 
     Args:
-        layers: By name.
+        layers: Layers by name.
         gradients: Whether to also accumulate ggᵀ of the output gradients.
 
     Attributes:
@@ -153,7 +153,7 @@ def record(
     Args:
         model: The model.
         texts: The text; batches have sequences of equal length, without padding.
-        layers: Of ``linear_layers``, those wanted.
+        layers: The requested ones of ``linear_layers``.
         size: Sequences in a batch.
         after: Called after every batch.
         draw: Also accumulate the output gradients of the loss for these labels.

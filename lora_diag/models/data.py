@@ -28,7 +28,7 @@ class Sequence:
     """Token ids and labels.
 
     Args:
-        ids: Of the tokens.
+        ids: Token ids.
         labels: As many as ``ids``, shifted by the loss as transformers does, but not for a masked model, of which they
             are the hidden tokens; for a classifier the one class.
     """

@@ -42,7 +42,7 @@ class Probe(WholeRecord):
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Fraction of the predictions with the same most likely token as TUNED.
         train_loss: Mean loss over the last tenth of a sweep's steps.
-        nll: Of ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
+        nll: For ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
             which any two models can be paired; empty elsewhere.
         predictions: Number of predictions of each sequence; only for BASE, since it is the same for all models.
     """

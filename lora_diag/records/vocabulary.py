@@ -103,8 +103,8 @@ class Hidden(Record):
         fit_uneven: Standard deviation over binades of |W| of the logarithm of the size of X, beyond its error; null in
             older results.
         scales: Whether rows and columns have separate variances, a_i·b_j, because a common one did not fit.
-        kurtosis: Of the likeliest distribution of the entries, 3 where it is normal; null where scales or directions
-            were needed to fit, and in older results.
+        kurtosis: Kurtosis of the likeliest distribution of the entries, 3 where it is normal; null where scales or
+            directions were needed to fit, and in older results.
         iterations: Iterations of the last fit.
         converged: Whether the last fit converged.
     """

@@ -164,7 +164,7 @@ def _measured(base: str | None, tuned: str | None, adapters: list[str], given: l
         return []
     if given:
         raise UsageError(f"--base: measures results itself; remove the results file {given[0]}")
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.decisions.gate.run import measure
 
     return measure(base, tuned, adapters)

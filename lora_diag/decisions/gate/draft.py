@@ -193,7 +193,7 @@ def _head(given: str, name: str, unrecorded: bool) -> str:
 title = "Requirements for shipping a checkpoint"
 
 [coverage]
-by = "energy" # share of the change ‖Δ‖² that must be judged, or "layers"
+by = "energy" # fraction of the change ‖Δ‖² that must be judged, or "layers"
 minimum = 1.0 # a layer without a record leaves the gate inconclusive, which is never a pass
 {left_out}
 

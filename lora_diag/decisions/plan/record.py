@@ -47,8 +47,8 @@ class PlanRank(Record):
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("params", "trains", "parameters", main=True, form="count"),
-        Shown("of_model", "of model", "share of the model's parameters", main=True, form="small_percent"),
-        Shown("rho", "ρ", "share of the targeted matrices' entries", main=True, form="small_percent"),
+        Shown("of_model", "of model", "fraction of the model's parameters", main=True, form="small_percent"),
+        Shown("rho", "ρ", "fraction of the targeted matrices' entries", main=True, form="small_percent"),
         Shown("flops", "+ FLOPs", "that the unmerged adapter adds", main=True, form="small_percent"),
         Shown("bytes.adamw", "AdamW", "weights, gradients and state", main=True, form="bytes"),
         Shown("bytes.adamw8bit", "8-bit Adam", "weights, gradients and state", main=True, form="bytes"),

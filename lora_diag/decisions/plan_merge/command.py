@@ -26,7 +26,7 @@ def plan_merge(
 
     Example: loradiag plan-merge base/ lora_r16/ --to mxfp4
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.decisions.plan_merge.run import plan_merge as measure
 
     with shown.callbacks() as callbacks:

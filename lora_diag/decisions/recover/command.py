@@ -44,7 +44,7 @@ def recover(
     writes = full or any(given[name] is not None for name in ("rank", "energy", "params"))
     if not writes:
         options.check_output(output, given["resume"], given["overwrite"])
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.decisions.recover.run import recover as estimate
     from lora_diag.decisions.recover.summary import recovery_table
 

@@ -33,7 +33,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
     """Draw C(r) of D and of the estimated X with its interval, the median over layers.
 
     Args:
-        records: Of ``recover``; those without an estimate are not drawn.
+        records: Records of ``recover``; those without an estimate are not drawn.
         ax: Where to draw; a new figure's if not given.
 
     Returns:

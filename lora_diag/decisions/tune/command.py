@@ -40,7 +40,7 @@ def tune(
         raise UsageError(
             "tune: cannot ask for a confirmation without a terminal; add --yes, or print the plan with --dry-run"
         )
-    # These import torch.
+    # deferred: imports torch
     from lora_diag.decisions.tune.record import Tune
     from lora_diag.decisions.tune.run import tune as choose
     from lora_diag.decisions.tune.summary import plan_text, tune_table

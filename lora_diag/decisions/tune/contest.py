@@ -83,7 +83,7 @@ def gap_of(
     Args:
         incumbent: Runs by seed.
         challenger: Runs by seed.
-        predictions: Of each sequence.
+        predictions: Number of predictions of each sequence.
 
     Example:
         >>> runs = {0: Measured(1.0), 1: Measured(1.2)}, {0: Measured(0.9), 1: Measured(1.12)}
@@ -120,7 +120,7 @@ def contest(
         challenger: Its runs.
         own: The set that decides.
         shifted: Sets of another kind.
-        predictions: Of each sequence, by set.
+        predictions: Number of predictions of each sequence, by set.
     """
     own_gap = gap_of(incumbent.get(own, {}), challenger.get(own, {}), predictions.get(own, ()))
     others = [
@@ -169,7 +169,7 @@ def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice
     and Python source (4 seeds) it was r=4, whose test loss was 0.030 ± 0.005 above that of r=16.
 
     Args:
-        verdict: Of a sweep.
+        verdict: Verdict of a sweep.
         rates: The best learning rate of each rank tried.
     """
     if verdict.rank is not None:

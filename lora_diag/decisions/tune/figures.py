@@ -31,7 +31,7 @@ class Point:
     Args:
         variant: Its name.
         params: Trainable parameters.
-        losses: Of its seeds.
+        losses: Losses of its seeds.
     """
 
     variant: str
@@ -53,7 +53,7 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
     """Return every configuration on one set: of its learning rates, the one with the most seeds, then the lowest loss.
 
     Args:
-        records: Of a search.
+        records: Records of a search.
         name: The set.
     """
     groups: dict[str, dict[float | None, list[TuneTrial]]] = {}
@@ -80,7 +80,7 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
     """Draw held-out loss against trained parameters.
 
     Args:
-        results: Of ``tune``, or its records.
+        results: Results of ``tune``, or its records.
         ax: Where to draw; a new figure's if not given.
         name: Name of the evaluation set; default the deciding one.
 

@@ -32,9 +32,9 @@ class Costs:
     """Seconds, measured from one step.
 
     Args:
-        step: Of one step of LoRA at the largest rank.
-        evaluation: Of measuring all evaluation sets.
-        full_step: Of one step of full fine-tuning; 0 without it.
+        step: Seconds of one step of LoRA at the largest rank.
+        evaluation: Seconds of the evaluation on all sets.
+        full_step: Seconds of one step of full fine-tuning; 0 without it.
         slots: Concurrent runs.
     """
 
@@ -49,7 +49,7 @@ class Costs:
         Σ⌈nᵢ/s⌉ ≤ ⌈Σnᵢ/s⌉ + rounds − 1 for rounds of nᵢ runs on s slots.
 
         Args:
-            runs: Of all rounds.
+            runs: Number of runs of all rounds.
             one: Seconds of one run.
             rounds: Number of them.
 
@@ -102,7 +102,7 @@ class Stage:
     """One part of a search.
 
     Args:
-        name: By which decisions refer to it.
+        name: Its name in decisions.
         runs: At most.
         seconds: Estimated.
         decides: Its result.
@@ -258,7 +258,7 @@ def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...
     order of losses; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
 
     Args:
-        losses: By rank and rate; None where a run diverged.
+        losses: Losses by rank and rate; None where a run diverged.
 
     Example:
         >>> halved({(1, 1e-3): 2.0, (1, 1e-2): 1.0, (1, 1e-1): 1.5, (8, 1e-3): 1.8, (8, 1e-2): 0.9, (8, 1e-1): None})

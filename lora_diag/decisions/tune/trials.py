@@ -182,7 +182,7 @@ class Trials:
 
     @property
     def predictions(self) -> Mapping[str, tuple[int, ...]]:
-        """Of each sequence, by set."""
+        """Number of predictions of each sequence, by set."""
         return {one.set: one.predictions for one in self.records if one.variant == "base"}
 
 

@@ -32,7 +32,7 @@ def fleet(
 
 def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     """Measure many adapters in one pass, and show what was measured."""
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.fleet.run import fleet as measure
     from lora_diag.diagnostics.fleet.run import unreadable
 

@@ -39,7 +39,7 @@ def interference(
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
     check_outputs([*inputs, given["output"]], [(spectrum, RESULTS)], given["overwrite"])
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.interference.run import interference as measure
     from lora_diag.diagnostics.interference.run import split_base, union_spectra
 

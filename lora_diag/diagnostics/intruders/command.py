@@ -22,7 +22,7 @@ def intruders(
 
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.intruders.run import intruders as measure
 
     with shown.callbacks() as callbacks:

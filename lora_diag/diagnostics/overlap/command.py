@@ -36,7 +36,7 @@ def overlap(
 
     Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.overlap.run import overlap as measure
     from lora_diag.diagnostics.overlap.table import overlap_table
 

@@ -53,7 +53,7 @@ def portability(
     if adapter is None:
         raise UsageError("portability: no adapter is given; give one, or use --rules for the rules of all programs")
     _check_fix(fixing["fix"], given, {"--format": form, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out})
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.portability.fix import make_portable
     from lora_diag.diagnostics.portability.run import portability as measure
     from lora_diag.diagnostics.portability.summary import failed

@@ -25,7 +25,7 @@ def residual(
 
     Example: loradiag residual base/ full_ft/ lora_r8/ lora_r64/ -o residual.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.residual.run import residual as measure
 
     with shown.callbacks() as callbacks:

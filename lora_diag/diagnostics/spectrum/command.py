@@ -84,7 +84,7 @@ def gradient_spectrum(
 
 
 def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], shown: options.Rows) -> None:
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.spectrum.run import spectrum as measure
 
     with shown.callbacks() as callbacks:

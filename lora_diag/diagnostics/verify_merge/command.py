@@ -32,7 +32,7 @@ def verify_merge(
 
     Example: loradiag verify-merge base/ lora_r16/ merged/
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.diagnostics.verify_merge.record import outcome
     from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
 

@@ -29,7 +29,7 @@ def activations(
     Example: loradiag probe activations base/ --data text.txt -o activations.safetensors
     """
     check_outputs([data], [(output, SECOND_MOMENTS)], given["overwrite"])
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.activations.run import probe_activations
     from lora_diag.probes.activations.summary import activations_table
 

@@ -24,7 +24,7 @@ def curvature(
 
     Example: loradiag probe curvature base/ full_ft/ --eval held_out.txt --max-sequences 16 --length 128
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.curvature.run import probe_curvature
 
     with shown.callbacks(notes=True) as callbacks:

@@ -21,7 +21,7 @@ def fisher(
 
     Example: loradiag probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o fisher.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.fisher.run import probe_fisher
 
     with shown.callbacks(notes=True) as callbacks:

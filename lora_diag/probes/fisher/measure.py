@@ -157,7 +157,7 @@ def add_up(
     Args:
         model: TUNED.
         texts: The text.
-        tails: By layer.
+        tails: Tails by layer.
         size: Sequences per batch, sorted by length to reduce padding.
         draw: Returns the labels of the loss.
         after: Called after every batch.

@@ -20,7 +20,7 @@ def intrinsic(
 
     Example: loradiag probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 -o dims.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.intrinsic.run import probe_intrinsic
 
     with shown.callbacks(notes=True) as callbacks:

@@ -22,7 +22,7 @@ def outputs(
 
     Example: loradiag probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o outputs.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.outputs.run import probe_outputs
 
     with shown.callbacks(notes=True) as callbacks:

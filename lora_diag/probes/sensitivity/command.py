@@ -20,7 +20,7 @@ def sensitivity(
 
     Example: loradiag probe sensitivity base/ --data train.txt --eval held_out.txt -o sensitivity.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.sensitivity.run import probe_sensitivity
 
     with shown.callbacks(notes=True) as callbacks:

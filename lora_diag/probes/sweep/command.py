@@ -24,7 +24,7 @@ def sweep(
 
     Example: loradiag probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.sweep.run import probe_sweep
 
     with shown.callbacks(notes=True) as callbacks:

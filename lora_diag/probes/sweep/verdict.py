@@ -295,7 +295,7 @@ def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subjec
     """Return, for every rank, the learning rate with the lowest loss of the first seed on one set.
 
     Args:
-        records: Of a sweep.
+        records: Records of a sweep.
         choose: The set that decides.
         seed: The first seed.
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
@@ -332,7 +332,7 @@ def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tup
     """Return the verdict of a sweep on each set with a measured BASE, with BASE's record.
 
     Args:
-        records: Of a sweep; the first set decides on the learning rates.
+        records: Records of a sweep; the first set decides on the learning rates.
         seed: The first seed.
         share: Tolerance as a fraction of the gain.
     """

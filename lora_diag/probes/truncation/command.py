@@ -21,7 +21,7 @@ def truncation(
 
     Example: loradiag probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl
     """
-    # imports torch, so only here
+    # deferred: imports torch
     from lora_diag.probes.truncation.run import probe_truncation
 
     with shown.callbacks(notes=True) as callbacks:

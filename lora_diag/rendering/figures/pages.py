@@ -30,8 +30,8 @@ def page_of(
         words: The text around them.
         look: The page.
         height: Least height of a panel over that of the page's small multiples.
-        xlabel: Of all panels; as drawn if empty.
-        ylabel: Of all panels; as drawn if empty.
+        xlabel: Label of all x axes; as drawn if empty.
+        ylabel: Label of all y axes; as drawn if empty.
     """
     rows, columns = panels_of(len(panels), look)
     inches = panel_width(look, columns)
@@ -54,8 +54,8 @@ def multiples_of(
         panels: What draws the panel of each type.
         words: The text around them.
         look: The page.
-        xlabel: Of the panels at the bottom.
-        ylabel: Of the panels at the left.
+        xlabel: Label of the x axes at the bottom.
+        ylabel: Label of the y axes at the left.
         width: Share of the page's width that the panels have.
     """
     rows, columns = grid_of(len(panels), look)

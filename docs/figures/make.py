@@ -71,7 +71,7 @@ def svg(words: list[str]) -> str:
 
 
 def fleet(folder: Path) -> str:
-    """Write 40 adapters of random factors in a folder, four of them odd, and measure them.
+    """Write 40 adapters of random factors in a folder, four of them outliers, and measure them.
 
     Returns:
         The results file.

@@ -82,7 +82,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         ranks.set_title(wrapped(_finding(one, records), inches, look.text), parse_math=False)
         ranks.set_ylabel("rank")
         _shares(shares, part, max(len(record.updates) for record in records), look)
-        shares.set_ylabel("share")
+        shares.set_ylabel("fraction")
         for ax in (ranks, shares):
             slot_axis(ax, part, inches, look.ticks, labels=False)
             ax.set_xlim(-0.5, len(all_records) - 0.5)

@@ -76,7 +76,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         _draw(ax, shown, side, rank, look)
         ax.set_title(title)
         ax.set_xlabel("cosine")
-    axes[0].set_ylabel("share")
+    axes[0].set_ylabel("fraction")
     return figure
 
 

@@ -123,7 +123,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         _step_axis(ax, steps, inches, look)
 
     panels = {name: partial(draw, name=name) for name in names}
-    ylabel = "share of ‖G‖_F" if len(names) <= look.columns else "share"
+    ylabel = "fraction of ‖G‖_F" if len(names) <= look.columns else "fraction"
     page = multiples_of(panels, words, look, "training step", ylabel)
     page.axes[0].set_ylim(0, _top(records))
     page.axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

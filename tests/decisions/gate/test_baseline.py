@@ -13,6 +13,7 @@ from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import InputError, UsageError
 from tests.decisions.gate.making import LAYERS, residual, write
+from tests.messages import assert_names, mentions, raises_naming
 
 TODAY = date(2026, 11, 25)
 INPUTS = (("base", "b"), ("adapter", "a"))
@@ -56,7 +57,7 @@ def test_rerun_with_moved_adapter_is_compared_by_place(tmp_path):
     main = file(tmp_path / "main.jsonl", [0.5, 0.5], adapter="runs/1/adapter")
     results = gate(policy(), new, baseline=main, today=TODAY)
     assert [v.status for v in results.whole if v.rule.startswith("baseline")] == ["passed", "failed"]
-    assert "(0.5 in the baseline)" in results.whole[-1].allowed
+    assert_names(results.whole[-1].allowed, "0.5", "baseline")
 
 
 def test_layer_that_is_gone_fails_and_new_one_is_open(tmp_path):
@@ -80,14 +81,14 @@ def test_baseline_with_two_records_in_one_place_is_open(tmp_path):
     main = write(tmp_path / "main.jsonl", twice, inputs=INPUTS)
     results = gate(policy(), new, baseline=main, today=TODAY)
     assert outcome(results.whole) == "inconclusive"
-    assert any("told apart by nothing" in verdict.message for verdict in results.whole)
+    assert any(mentions(verdict.message, "told apart") for verdict in results.whole)
 
 
 def test_policy_with_baseline_needs_one_and_other_way_round(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     assert outcome(gate(policy(), new, today=TODAY).whole) == "inconclusive"
     rules = read_policy("p.toml", '[[rule]]\nname = "r"\nrequire = "epsilon <= 1"')
-    with pytest.raises(UsageError, match="nothing would be compared"):
+    with raises_naming(UsageError, "nothing", "compared"):
         gate(rules, new, baseline=new, today=TODAY)
     with pytest.raises(UsageError, match="--ratchet"):
         gate(rules, new, ratchet=True, today=TODAY)
@@ -147,7 +148,7 @@ def test_ratchet_refuses_link_and_leaves_nothing_beside(tmp_path):
     link = tmp_path / "link.jsonl"
     link.symlink_to(main)
     new = file(tmp_path / "new.jsonl", [0.4, 0.5])
-    with pytest.raises(UsageError, match=r"link\.jsonl: is a symbolic link"):
+    with raises_naming(UsageError, "link.jsonl", "symbolic link"):
         gate(policy(), new, baseline=link, ratchet=True, today=TODAY)
     gate(policy(), new, baseline=main, ratchet=True, today=TODAY)
     assert [record.epsilon for record in lora_diag.read_results(main)] == [0.4, 0.5]

@@ -10,6 +10,7 @@ from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import NothingComparedError
 from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
+from tests.messages import raises_naming
 
 TODAY = date(2026, 11, 25)
 ADAPTER = (("base", "b"), ("adapter", "a"))
@@ -122,7 +123,7 @@ def test_checks_alone_do_not_pass_unread_results(tmp_path):
     record |= dict.fromkeys(("kappa", "tangent", "left", "right"), 0.5)
     record |= dict.fromkeys(("kappa_random", "tangent_random", "left_random", "right_random"), 0.1)
     path = write(tmp_path / "o.jsonl", [record | {"method": "exact", "verdict": "resolved"}])
-    with pytest.raises(NothingComparedError, match="no rule for anything else"):
+    with raises_naming(NothingComparedError, "anything else"):
         found(path)
     counts_text, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
     assert counts_text == "passed"

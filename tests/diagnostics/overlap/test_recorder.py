@@ -30,6 +30,7 @@ from lora_diag.diagnostics.overlap.recorder import GradientRecorder
 from lora_diag.errors import UsageError
 from tests.conftest import PATIENCE, ROOT, as_numpy
 from tests.linalg.test_subspace import dense_overlaps
+from tests.messages import assert_names, raises_naming
 
 VOCABULARY = 24
 
@@ -381,29 +382,29 @@ def test_unrecordable_parameter_is_reported(tmp_path, caplog):
     model = with_lora(llama(), use_dora=True)
     with pytest.raises(UsageError, match="nothing to record"):
         GradientRecorder(tmp_path / "g").attach(model)
-    assert "the output is not W·x plus an update" in caplog.text
+    assert_names(caplog.text, "output", "W·x")
     with pytest.raises(UsageError, match="every=0"):
         GradientRecorder(tmp_path / "g", every=0)
     with pytest.raises(UsageError, match="float16"):
         GradientRecorder(tmp_path / "g", dtype="float16")
     with pytest.raises(UsageError, match="reference='dead'"):
         GradientRecorder(tmp_path / "g", reference="dead")
-    with pytest.raises(UsageError, match="no selected weight is frozen under a LoRA"):
+    with raises_naming(UsageError, "selected", "LoRA"):
         GradientRecorder(tmp_path / "o.jsonl", reference="live").attach(llama())
-    with pytest.raises(UsageError, match="call step\\(\\) after backward"):
+    with raises_naming(UsageError, "call step"):
         GradientRecorder(tmp_path / "g").attach(llama()).step()
     (tmp_path / "there.jsonl").write_text("")
     with pytest.raises(UsageError, match="exists"):
         GradientRecorder(tmp_path / "there.jsonl", reference="live").attach(with_lora(llama()))
     reference = lora_diag.subspaces(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/lora_r4", ranks=[2])
-    with pytest.raises(UsageError, match="no selected weight of the model is a layer of the reference"):
+    with raises_naming(UsageError, "selected weight"):
         GradientRecorder(tmp_path / "o.jsonl", reference=reference).attach(llama())
 
 
 def test_sharded_weights_are_refused(tmp_path):
     model = llama()
     model.lm_head.weight.ds_id = 7  # as DeepSpeed ZeRO-3 marks them
-    with pytest.raises(UsageError, match=r"lm_head\.weight: is sharded over processes"):
+    with raises_naming(UsageError, "lm_head.weight", "sharded"):
         GradientRecorder(tmp_path / "g").attach(model)
 
 

@@ -20,6 +20,7 @@ from lora_diag.running.engines import local
 from tests.adapters import making
 from tests.conftest import SHARED, save_sharded
 from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write
+from tests.messages import assert_names, raises_naming
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -273,12 +274,12 @@ def test_faults_of_experts(tmp_path, dtype):
 
     order = with_delta(GATE_UP, lambda delta: delta[[1, 2, 0, 3]])
     assert statuses(order) == {f"{GATE_UP}[{e}]": "wrong order" for e in (0, 1, 2)}
-    assert f"the ΔW of {GATE_UP}[1] was added here" in order[f"{GATE_UP}[0]"].cause
+    assert_names(order[f"{GATE_UP}[0]"].cause, "ΔW", f"{GATE_UP}[1]")
     dropped = with_delta(DOWN, lambda delta: delta * torch.tensor([1.0, 0, 0, 1])[:, None, None])
     assert statuses(dropped) == {f"{DOWN}[{e}]": "dropped" for e in (1, 2)}
     halves = with_delta(GATE_UP, lambda delta: delta.roll(24, 1))
     assert set(statuses(halves).values()) == {"wrong order"}
-    assert "upper and lower half" in halves[f"{GATE_UP}[3]"].cause
+    assert_names(halves[f"{GATE_UP}[3]"].cause, "lower half")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -344,7 +345,7 @@ def test_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkey
     left = {item.layer: item for item in found.unmeasured}
     assert {Q, Q1} <= set(left)
     assert left[Q].reason == "memory"
-    assert "and its update, which is held whole, takes" in left[Q].detail
+    assert_names(left[Q].detail, "held whole")
     assert [record for record in plain if record.layer not in left] == list(found)
     assert "lm_head.weight" in {record.layer for record in found}
     assert Q in {record.layer for record in verified(merged, memory=(72 + 16 + 16) * m * n, workers=1)}
@@ -476,7 +477,7 @@ def test_layers_and_exclude(merges):
     assert {item.reason for item in results.left_out} == {"not_selected"}
     spoilt = merged.spoil(lambda before, after: after.update({Q: before[Q]}), "selected")
     assert outcome(verified(merged, spoilt, exclude=r"layers\.0\..*q_proj")) == "correct"
-    with pytest.raises(NothingComparedError, match="select no adapted weight"):
+    with raises_naming(NothingComparedError, "adapted weight"):
         verified(merged, layers="norm")
 
 
@@ -484,7 +485,7 @@ def test_invalid_options_are_refused(merges, tmp_path):
     merged = merges(torch.float32, 0.02)
     with pytest.raises(UsageError, match="not an adapter; the order is"):
         verify_merge(merged.base, merged.merged, merged.adapter)
-    with pytest.raises(UsageError, match="an adapter, not a merged checkpoint; the order is"):
+    with raises_naming(UsageError, "merged checkpoint"):
         verify_merge(merged.base, merged.adapter, merged.adapter)
     integers = write(tmp_path / "int", dict(merged.after) | {Q: torch.zeros(32, 32, dtype=torch.int32)})
     with pytest.raises(InputError, match=r"q_proj.*int32"):

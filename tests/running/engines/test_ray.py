@@ -41,6 +41,7 @@ from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model
 from tests.linalg.test_hidden import planted
+from tests.messages import raises_naming
 from tests.probes.making import gpt2, some_text
 from tests.running.engines import faulty
 
@@ -256,9 +257,9 @@ def test_tune_keeps_its_time_on_cluster_and_goes_on_here(cluster, tiny, tmp_path
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is wanted")
 def test_training_here_has_device_and_threads_of_its_tasks(cluster, tiny):
     base, options = tiny
-    with pytest.raises(UsageError, match="its tasks have GPUs and this machine has none"):
+    with raises_naming(UsageError, "GPUs", "machine"):
         lora_diag.probe_sweep(base, engine=Ray(), **options | {"device": "auto"})
-    with pytest.raises(UsageError, match="--concurrent 2: must be at least 1, and needs --engine ray"):
+    with raises_naming(UsageError, "--concurrent 2", 1, "--engine"):
         lora_diag.probe_sweep(base, concurrent=2, **options)
     torch.set_num_threads(3)  # a step is timed here with the threads of a run
     with TrainRun("probe sweep", {**options, "engine": Ray()}, SweepOptions, (), ()).joined():
@@ -271,7 +272,7 @@ def test_worker_refuses_texts_that_differ(tiny):
     text = read_texts(options["data"], open_model(base, torch.device("cpu")))
     site = Site(str(base), "cpu", "float32", None, "auto", (bare(text),), None, open_checkpoint(base))
     assert opened(site)[1] == text
-    with pytest.raises(InputError, match=r"train\.txt: has other contents on the worker on"):
+    with raises_naming(InputError, "train.txt", "other contents"):
         opened(replace(site, texts=(replace(bare(text), hash="0123456789abcdef"),)))
 
 
@@ -304,7 +305,7 @@ def test_unmeasurable_layer_is_reported_as_on_one_machine(cluster, pair, tmp_pat
 def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
     folder = os.open(pair[1], os.O_RDONLY)  # of this process alone
     try:
-        with pytest.raises(InputError, match=r"/model\.safetensors: not visible to the worker on .*storage that all"):
+        with raises_naming(InputError, "/model.safetensors", "not visible", "storage"):
             lora_diag.spectrum(pair[0], f"/proc/self/fd/{folder}", output=tmp_path / "r", engine=Ray())
     finally:
         os.close(folder)
@@ -314,13 +315,13 @@ def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
 def test_no_gpu_is_error_and_not_endless_wait(cluster, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 0.1)
     monkeypatch.setattr(engine, "LOOK", 0.2)
-    with pytest.raises(InputError, match="no node had 1 CPU and 2 GPUs"):
+    with raises_naming(InputError, "1 CPU", "2 GPUs"):
         lora_diag.spectrum(*pair, output=tmp_path / "r", engine=Ray(gpus_per_task=2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the second node is one in name alone")
 def test_gpu_that_torch_does_not_see_is_error_and_not_processor(cluster, pair):
-    with pytest.raises(UsageError, match="this torch sees 0 CUDA devices"):
+    with raises_naming(UsageError, "0 CUDA", "devices"):
         lora_diag.spectrum(*pair, engine=Ray(gpus_per_task=0.5))
 
 
@@ -375,9 +376,7 @@ def job(**changed) -> Job:
 def test_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").write_bytes(b"12345")
-    with pytest.raises(
-        InputError, match=r"has loradiag .*, but the run was started with 0.0.1; install the same version"
-    ):
+    with raises_naming(InputError, "loradiag", "0.0.1", "same version"):
         open_job(job(version="0.0.1"))
     with pytest.raises(InputError, match=r"^none: not visible to the worker on .*: No such file"):
         open_job(job(files=(("none", 5),), folder=str(tmp_path)))
@@ -392,7 +391,7 @@ def test_worker_refuses_adapters_that_it_does_not_see(tmp_path):
     seen.check()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match=r"the worker on .* finds other files there, or none; put"):
+        with raises_naming(InputError, "worker", "other files"):
             Seen(path, seen.files).check()
     assert Seen.now(tmp_path / "none").files == ""
 
@@ -409,7 +408,7 @@ def test_worker_looks_at_adapter_and_at_its_base(other):
         return _on_a_worker(member, FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu"))
 
     if other in seen:
-        with pytest.raises(InputError, match=rf"{other}: the worker on .* finds other files there"):
+        with raises_naming(InputError, other, "worker"):
             work()
     else:
         assert work()[0].adapter == "one"
@@ -434,7 +433,7 @@ def test_invalid_options_are_refused(asked, message):
 def test_comparison_of_files_takes_no_gpu(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
     files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
-    with pytest.raises(UsageError, match="--gpus-per-task: verify-merge runs on CPUs only"):
+    with raises_naming(UsageError, "--gpus-per-task", "verify-merge"):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 
@@ -461,7 +460,7 @@ def test_address_without_cluster_is_told():
 
 @pytest.mark.parametrize("address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"])
 def test_invalid_address_is_reported(address):
-    with pytest.raises(UsageError, match="give HOST:PORT of the head node"):
+    with raises_naming(UsageError, "HOST:PORT"):
         connection._check_answers(f"--ray-address {address}", address)
 
 
@@ -476,7 +475,7 @@ def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):
     assert place(Ray(), "auto") == place(Ray(), "cpu") == Place("cpu", "cpu", "cpu")
     assert place(Ray(gpus_per_task=1), "auto").tasks == "cuda"
     for on, device in ((Ray(), "cuda"), (Ray(gpus_per_task=1), "cpu"), (Ray(gpus_per_task=1), "cuda:1")):
-        with pytest.raises(UsageError, match=f"--device {device}: not the device of the cluster"):
+        with raises_naming(UsageError, f"--device {device}", "cluster"):
             place(on, device)
 
 
@@ -510,7 +509,7 @@ def test_worker_without_loradiag_is_told():
     ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayTaskError=RayTaskError))
     run = object.__new__(engine._Run)
     run._ray = ray
-    with pytest.raises(InputError, match="a worker cannot import loradiag: ModuleNotFoundError: No module; install"):
+    with raises_naming(InputError, "cannot import", "ModuleNotFoundError"):
         run._outcomes(0)
     RayTaskError.cause = ZeroDivisionError("division by zero")
     with pytest.raises(ZeroDivisionError):
@@ -537,7 +536,7 @@ def test_cluster_without_large_nodes_is_reported_not_awaited(monkeypatch):
     time.sleep(0.03)
     cluster.look(2)  # enough for what waits
     time.sleep(0.06)
-    with pytest.raises(InputError, match="no node had 8 CPUs"):
+    with raises_naming(InputError, "node", "8 CPUs"):
         cluster.look(8)
 
 

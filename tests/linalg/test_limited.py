@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
 from lora_diag.linalg import limited as limits
-from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows, normal
+from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows, normal, times_wide
 from tests import oracles
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,9 @@ def test_products_do_not_depend_on_blocks(m, n, rows, held, columns, seed):
     for matrix, b, v in ((blocks, a, x), (blocks.T, a.T, y), (whole, a, x), (whole.T, a.T, y)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lora_diag.linalg.streamed.PASS_ROWS", rows)
+            patch.setattr("lora_diag.linalg.streamed.ROWS", rows)
             product, back = normal(matrix, torch.from_numpy(v))
+            assert np.allclose(times_wide(matrix, torch.from_numpy(v)), product, **close)
         assert np.allclose(product, b @ v, **close)
         assert np.allclose(back, b.T @ (b @ v), rtol=1e-10, atol=1e-10 * (1 + np.abs(a).sum() ** 2))
     lower = np.tril(a @ a.T)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import lora_diag
 from lora_diag.errors import InputError
 from lora_diag.running.engines import Layout, layout_for, run_local
+from lora_diag.running.measuring import layout_of
 
 
 def test_records_come_in_order_of_tasks():
@@ -82,3 +84,11 @@ def test_any_number_of_workers_gives_same_records(pair_of_models):
         assert [record.layer for record in other] == [record.layer for record in one]
         for a, b in zip(one, other, strict=True):
             assert a.s == pytest.approx(b.s, rel=1e-6, abs=1e-12)
+
+
+def test_only_large_layer_of_run_gets_all_cores(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    large, small = (SimpleNamespace(layer="x", shape=(order, order)) for order in (4096, 512))
+    for tasks, cores in (([large], 8), ([large] * 2, 4), ([small], 1)):
+        layout = layout_of(tasks, None, "cpu", torch=False)
+        assert layout.threads(20 * tasks[0].shape[0] ** 2) == cores

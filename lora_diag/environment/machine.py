@@ -46,10 +46,10 @@ def memory(
     except (OSError, KeyError):
         return None, _physical()
     try:
-        most, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no control group, or ``max``
         return available, total
-    return min(available, max(0, most - used)), min(total, most)
+    return min(available, max(0, limit - used)), min(total, limit)
 
 
 def _physical() -> int | None:

@@ -115,14 +115,14 @@ def decompose_krylov(
         The values, lower bounds of the true ones up to float64 rounding; None if a full method is expected to be
         cheaper, as for flat spectra, if the basis would exceed ``largest``, or if a solver fails.
     """
-    most = int(LARGEST_BASIS * min(matrix.shape))
+    max_columns = int(LARGEST_BASIS * min(matrix.shape))
     if largest is not None:
-        most = min(most, largest)
-    if fro == 0.0 or first_basis(top, vectors) > most:
+        max_columns = min(max_columns, largest)
+    if fro == 0.0 or first_basis(top, vectors) > max_columns:
         return None
     budget = WORTH * full_cost(matrix.shape, vectors) if budget is None else budget
     try:
-        return _decompose(matrix, fro, top, vectors, tol, seed, most, budget)
+        return _decompose(matrix, fro, top, vectors, tol, seed, max_columns, budget)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
 
@@ -267,8 +267,8 @@ def _grow(a: Matrix, basis: _Basis, target: int) -> _Basis:
         block = _orthonormal(back[:, -BLOCK:], q)
         product, back = normal(a, block)
         q = torch.cat((q, block), 1)
-        for held, new in zip((blocks, products, backs), (block, product, back), strict=True):
-            held.append(new)
+        for stored, new in zip((blocks, products, backs), (block, product, back), strict=True):
+            stored.append(new)
     return _extended(basis, *(torch.cat(new, 1) for new in (blocks, products, backs))) if blocks else basis
 
 

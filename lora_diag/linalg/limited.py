@@ -93,11 +93,11 @@ def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
     are taken, Q in float64, A·V, its QR factors and its left vectors.
     """
     small, large = sorted(shape)
-    held = F4 * basis * (2 * small + large)
+    basis_bytes = F4 * basis * (2 * small + large)
     growing = F4 * basis * large
     projected = F8 * basis * max(small + large, 4 * small) + 4 * F8 * basis**2
     values = F8 * basis * small + 4 * F8 * large * top
-    return held + max(growing, projected, values)
+    return basis_bytes + max(growing, projected, values)
 
 
 def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = TOL, seed: int = 0) -> Factors:
@@ -176,15 +176,15 @@ def _why(shape: tuple[int, int], allowance: Allowance) -> str:
     if allowance.method == "exact":
         return f"{what}, and exact takes {_size(whole_bytes(shape, allowance))}; --method gram reads it in row blocks"
     needed = READING + gram_bytes(shape, allowance, in_place=True)
-    wanted = allowance.top or min(64, small)
-    few = READING + krylov_bytes(shape, wanted, first_basis(wanted, allowance.vectors))
-    if allowance.top is None and few < needed:
+    top = allowance.top or min(64, small)
+    krylov = READING + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
+    if allowance.top is None and krylov < needed:
         more = _more(needed, allowance)
-        return f"{what}, and all values take {_size(needed)}; {more}, or --top {wanted} ({_size(few)} if they decay)"
-    if few <= allowance.limit:
+        return f"{what}, and all values take {_size(needed)}; {more}, or --top {top} ({_size(krylov)} if they decay)"
+    if krylov <= allowance.limit:
         flat = "its spectrum is too flat for krylov within that"
         return f"{what}, {flat}, and gram takes {_size(needed)}; {_more(needed, allowance)}"
-    least = min(few, needed)
+    least = min(krylov, needed)
     return f"{what}, and it takes {_size(least)} at least; {_more(least, allowance)}, or fewer values with --top K"
 
 

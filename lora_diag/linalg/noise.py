@@ -77,14 +77,14 @@ class Moves:
     far: Tensor
 
     @classmethod
-    def of(cls, moved: Tensor, spacing: Tensor) -> Moves:
+    def of(cls, changes: Tensor, spacing: Tensor) -> Moves:
         """Count them, given |ΔW| and u of each."""
         binade = spacing.view(torch.int64) >> 52
         lowest = int(binade.min()) if len(binade) else 0
         binade = binade - lowest
         entries = torch.bincount(binade)
-        changed = torch.bincount(binade[moved > 0], minlength=len(entries))
-        far = torch.bincount(binade[moved > 1.5 * spacing], minlength=len(entries))
+        changed = torch.bincount(binade[changes > 0], minlength=len(entries))
+        far = torch.bincount(binade[changes > 1.5 * spacing], minlength=len(entries))
         present = entries > 0
         values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
         return cls(2.0 ** values[present], *(each[present].double() for each in (entries, changed, far)))
@@ -145,8 +145,8 @@ class Energies:
         bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1).cpu()
         block = block.cpu()
         parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
-        for part, moved in parts:  # stays in the cache
-            squares = moved.to(torch.float64).square()
+        for part, changes in parts:  # stays in the cache
+            squares = changes.to(torch.float64).square()
             count = torch.bincount(part, minlength=_BINS)
             if unchanged is not None:
                 count -= torch.bincount(part[squares == 0], minlength=_BINS)
@@ -171,7 +171,7 @@ class Energies:
         tiny = max(torch.finfo(dtype).tiny for dtype, layout in LAYOUT.items() if layout[2] == mantissa)
         values = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
         present = (self.sums[0] > 0) & (values > 0) & values.isfinite()
-        (n, moved, fourth), values = self.sums[:, present], values[present]
+        (n, changes, fourth), values = self.sums[:, present], values[present]
         spacing = 2.0 ** (values.log2().floor() - mantissa).clamp(min=math.log2(tiny) - mantissa)
         if n.sum() < MIN_COUNT or bool((spacing == spacing[0]).all()) or not 0 < float(fourth.sum()) < math.inf:
             return None
@@ -180,18 +180,18 @@ class Energies:
         middle = float(values[torch.searchsorted(n.cumsum(0), float(n.sum()) / 2)])
         z = values / (values + middle)
         columns = torch.stack([squares / 12, (values / values[-1]) ** 2, *(z**power for power in range(5))], 1)
-        total, fit = n.sum(), squares * float((moved / n / squares).median())
+        total, fit = n.sum(), squares * float((changes / n / squares).median())
         for _ in range(_ITERATIONS):
             weighted = columns / fit[:, None]
             scale = (n[:, None] * weighted.square()).sum(0).div(total).sqrt()
             weighted /= scale
             inverse = torch.linalg.pinv(weighted.T @ (n[:, None] * weighted), hermitian=True, rtol=1e-13)
-            solution = inverse @ (weighted.T @ (moved / fit))
+            solution = inverse @ (weighted.T @ (changes / fit))
             fitted = columns @ (solution / scale)
             before, fit = fit, torch.maximum(fitted, 0.05 * fit)
             if bool(((fit - before).abs() <= _CONVERGED * before).all()):
                 break
-        rest = (fourth - 2 * fitted * moved + n * fitted**2) / before**2
+        rest = (fourth - 2 * fitted * changes + n * fitted**2) / before**2
         variance = inverse @ (weighted.T @ (rest[:, None] * weighted)) @ inverse
         factor = 1 / (float(scale[0]) * unit**2)
         return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor

@@ -263,10 +263,10 @@ def _fits(values: Tensor, dtype: torch.dtype) -> Tensor:
 def fetch(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
     """Copy the sums of all sides to the CPU, and other float64 tensors, which are returned: in one transfer."""
     sides = list(sides)
-    held = [profile for side in sides for profile in (side.profile, side.still)]
+    profiles = [profile for side in sides for profile in (side.profile, side.still)]
     parts = [side.total for side in sides] + list(others)
-    parts += [each for profile in held for each in (profile.rows, profile.columns)]
-    parts += [each for profile in held for each in (profile.rows_fourth, profile.columns_fourth)]
+    parts += [each for profile in profiles for each in (profile.rows, profile.columns)]
+    parts += [each for profile in profiles for each in (profile.rows_fourth, profile.columns_fourth)]
     if all(part.device.type == "cpu" for part in parts):
         return list(others)
     whole = torch.cat([part.reshape(-1) for part in parts]).cpu()
@@ -274,12 +274,12 @@ def fetch(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
     found = [part.reshape(like.shape) for part, like in zip(torch.split(whole, sizes), parts, strict=True)]
     for side in sides:
         side.total = found.pop(0)
-    mine = [found.pop(0) for _ in others]
-    for profile in held:
+    values = [found.pop(0) for _ in others]
+    for profile in profiles:
         profile.rows, profile.columns = found.pop(0), found.pop(0)
-    for profile in held:
+    for profile in profiles:
         profile.rows_fourth, profile.columns_fourth = found.pop(0), found.pop(0)
-    return mine
+    return values
 
 
 def rounding_bound(sides: Iterable[Spacing]) -> float:

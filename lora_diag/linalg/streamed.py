@@ -148,14 +148,14 @@ def at_least(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
         >>> [len(block) for block in at_least(torch.zeros(5, 1).split(1), 2)]
         [2, 2, 1]
     """
-    held: list[Tensor] = []
+    pending: list[Tensor] = []
     for block in blocks:
-        held.append(block)
-        if sum(map(len, held)) >= rows:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+        pending.append(block)
+        if sum(map(len, pending)) >= rows:
+            yield torch.cat(pending)
+            pending = []
+    if pending:
+        yield torch.cat(pending)
 
 
 def gram_of_rows(a: Streamed, held: int) -> Tensor:

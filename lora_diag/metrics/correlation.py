@@ -97,10 +97,10 @@ def _ranks(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
     labels = [0] * len(values) if groups is None else list(groups)
     ranks = np.empty(len(array))
     for group in set(labels):
-        mine = np.array([i for i, label in enumerate(labels) if label == group])
-        _, place, counts = np.unique(array[mine], return_inverse=True, return_counts=True)
-        ranks[mine] = (np.cumsum(counts) - (counts - 1) / 2)[place]
-        ranks[mine] -= ranks[mine].mean()
+        in_group = np.array([i for i, label in enumerate(labels) if label == group])
+        _, place, counts = np.unique(array[in_group], return_inverse=True, return_counts=True)
+        ranks[in_group] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        ranks[in_group] -= ranks[in_group].mean()
     return ranks
 
 

@@ -128,23 +128,23 @@ def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     ratios = norm_outliers([adapter.fro for adapter in adapters])
     found = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
-        told: dict[OutlierKind, bool] = {
+        kinds: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
             "over-ranked": adapter.used is not None and adapter.fro > 0 and adapter.used <= USED,
             "spiked": adapter.spike is not None and adapter.spike >= SPIKED and adapter.rank != 1,
             "norm": ratio is not None,
         }
-        found.append(tuple(word for word, so in told.items() if so))
+        found.append(tuple(word for word, so in kinds.items() if so))
     return found
 
 
-def rarest_first(told: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
+def rarest_first(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
     """Return the indices of outliers, those with the rarest properties first.
 
     Example:
         >>> rarest_first([("spiked",), (), ("spiked", "over-ranked"), ("spiked",), ("dead",)])
         [2, 4, 0, 3]
     """
-    times = Counter(word for words in told for word in words)
-    odd = [i for i, words in enumerate(told) if words]
-    return sorted(odd, key=lambda i: (min(times[word] for word in told[i]), -len(told[i]), i))
+    times = Counter(word for words in kinds_of for word in words)
+    odd = [i for i, words in enumerate(kinds_of) if words]
+    return sorted(odd, key=lambda i: (min(times[word] for word in kinds_of[i]), -len(kinds_of[i]), i))

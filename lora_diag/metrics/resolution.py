@@ -122,8 +122,8 @@ def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
     """
     squared, log_p = _minimum(a, b, float(a.max()), float(b.max()))
     p = math.exp(log_p)
-    most = (1 - 1e-12) / float(b.max())
-    q = _solve(b, p * float((a / (1 - a * p)).sum()), most) or most
+    largest = (1 - 1e-12) / float(b.max())
+    q = _solve(b, p * float((a / (1 - a * p)).sum()), largest) or largest
 
     def at(q: float) -> float:
         total = float((b / (1 - b * q)).sum())

@@ -54,5 +54,5 @@ def spectral_error(value: float, fro: float, energy_error: float) -> float:
         >>> spectral_error(1.0, 1.0, 0.0), round(spectral_error(1.0, 1.0, 0.18), 12), spectral_error(0.0, 1.0, 0.5)
         (0.0, 0.2, 1.0)
     """
-    moved = 2 * energy_error * fro**2
-    return max(value - math.sqrt(max(0.0, value**2 - moved)), math.sqrt(value**2 + moved) - value)
+    tolerance = 2 * energy_error * fro**2
+    return max(value - math.sqrt(max(0.0, value**2 - tolerance)), math.sqrt(value**2 + tolerance) - value)

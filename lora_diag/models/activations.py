@@ -123,7 +123,7 @@ class Listener:
 
     def _take(self, name: str, x: Tensor) -> None:
         if name not in self._leader:
-            same = next((first for first, seen in self._input.items() if seen is x), name)
+            same = next((first for first, tensor in self._input.items() if tensor is x), name)
             self._leader[name] = same
             if same == name:
                 size = x.shape[-1]

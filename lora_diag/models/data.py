@@ -86,11 +86,11 @@ def read_texts(path: Path | str, model: Model, most: int | None = None, shifted:
     else:
         found = [_of_row(item, where, model) for where, item in source.rows]
     if model.kind == "masked":
-        found = [(_masked(sequence, number, model), cut) for number, (sequence, cut) in enumerate(found)]
+        found = [(_masked(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(found)]
     notes = []
-    cut = sum(was_cut for _, was_cut in found)
-    if source.text is None and cut:
-        notes.append(f"{cut} of {len(found)} {source.unit} were cut to {model.length} tokens")
+    truncated = sum(is_truncated for _, is_truncated in found)
+    if source.text is None and truncated:
+        notes.append(f"{truncated} of {len(found)} {source.unit} were cut to {model.length} tokens")
     sequences = [sequence for sequence, _ in found if _predicts(sequence, model)]
     if len(sequences) < len(found):
         none = len(found) - len(sequences)

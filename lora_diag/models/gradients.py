@@ -68,11 +68,11 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
         with torch.enable_grad():
             logits = logits_of(model, chosen)
             kept = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-            losses = [functional.cross_entropy(z.float(), draw(z, wanted), reduction="sum") for z, wanted in kept]
+            losses = [functional.cross_entropy(z.float(), draw(z, labels), reduction="sum") for z, labels in kept]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
                 raise InputError("the loss is not finite; check the weights, or use --dtype float32")
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()
-    return [len(wanted) for _, wanted in kept]
+    return [len(labels) for _, labels in kept]

@@ -131,13 +131,13 @@ def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = l
     """
     sums, counts = list[float](), list[int]()
     for logits, labels in predictions(model, texts, size):
-        for each, wanted in zip(logits, labels, strict=True):
-            sums.append(float(nll(each, wanted)))
-            counts.append(len(wanted))
+        for each, target in zip(logits, labels, strict=True):
+            sums.append(float(nll(each, target)))
+            counts.append(len(target))
         after()
     return Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
 
 
-def nll(logits: Tensor, wanted: Tensor) -> Tensor:
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed negative log-likelihood, in nats; the sum over positions in float64."""
-    return functional.cross_entropy(logits.float(), wanted, reduction="none").sum(dtype=torch.float64)
+    return functional.cross_entropy(logits.float(), labels, reduction="none").sum(dtype=torch.float64)

@@ -52,9 +52,9 @@ class Swapped:
         self._tensors = Weights(model.module).place({layer: delta.shape for layer, delta in given.items()})
         self._deltas = {layer: given[layer] for layer in self._tensors}
         self.absent = tuple(delta for layer, delta in given.items() if layer not in self._tensors)
-        if lost := next((delta.layer for delta in self.absent if delta.is_matrix), None):
+        if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
             raise InputError(
-                f"{lost}: not part of the model that transformers builds from BASE; exclude it with --exclude"
+                f"{missing}: not part of the model that transformers builds from BASE; exclude it with --exclude"
             )
         self._most = most
         self._leading: dict[str, _Leading] = {}
@@ -65,12 +65,12 @@ class Swapped:
     def arrange(self, ranks: Mapping[str, int]) -> None:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0 and for layers that are not named."""
         for layer, before in self._state.items():
-            wanted = ranks.get(layer, 0)
-            if wanted >= min(self._deltas[layer].shape):
-                wanted = FULL
-            if wanted != before:
-                self._put(layer, wanted)
-                self._state[layer] = wanted
+            rank = ranks.get(layer, 0)
+            if rank >= min(self._deltas[layer].shape):
+                rank = FULL
+            if rank != before:
+                self._put(layer, rank)
+                self._state[layer] = rank
 
     @property
     def layers(self) -> list[str]:

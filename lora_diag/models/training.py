@@ -187,8 +187,8 @@ def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
     """Return the mean negative log-likelihood over the predictions of a batch."""
     logits = logits_of(model, batch)
     pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
-    total = torch.stack([nll(each, wanted) for each, wanted in pairs]).sum()
-    return total / sum(len(wanted) for _, wanted in pairs)
+    total = torch.stack([nll(each, target) for each, target in pairs]).sum()
+    return total / sum(len(target) for _, target in pairs)
 
 
 def record_of(

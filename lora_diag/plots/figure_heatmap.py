@@ -156,12 +156,12 @@ def _texts(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) ->
     records = [record for one in series for record in one.records]
     title = title_in(field, records)
     layers = len({record.layer for one in series for record in one.records})
-    whose = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
+    prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
     count = max(int(one.layers.max(initial=0)) for one in shown)
     unknown = any((np.isnan(one.values) & (one.layers > 0)).any() for one in shown)
     return FigureText(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
-        f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}",
+        f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}",
         (f"A cell is the median over the matrices of its type in the block (up to {count}).",) if count > 1 else (),
         (Key(_unknown(0, 0, 1), "not computed, or ΔW = 0"),) if unknown else (),
     )
@@ -263,9 +263,9 @@ def _unknown(left: float, bottom: float, width: float) -> Patch:
 def _scale(
     ax: Axes, shown: Cells, columns: dict[int | None, tuple[float, float]], look: Look | None, size: float
 ) -> None:
-    most = NAMES * look.width if look else 2
+    max_width = NAMES * look.width if look else 2
     ax.set_yticks(
-        range(len(shown.types)), list(cropped_all(shown.types, most, size).values()), parse_math=False, size=size
+        range(len(shown.types)), list(cropped_all(shown.types, max_width, size).values()), parse_math=False, size=size
     )
     ax.set_ylim(len(shown.types) - 0.5, -0.5)
     ax.set_xlim(min(left for left, _ in columns.values()), max(left + width for left, width in columns.values()))

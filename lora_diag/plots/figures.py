@@ -241,9 +241,9 @@ def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options)
         if options.field and not kind.spec.needs and any(one.records for one in series):
             return Obstacle(f"no record has a numeric field {options.field}; use one of {_fields(series)}")
         return Obstacle(f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records", "records")
-    most = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
-    if len(fitting) > most:
-        return Obstacle(f"{len(fitting)} runs are too many for one figure; give at most {most} results")
+    max_runs = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
+    if len(fitting) > max_runs:
+        return Obstacle(f"{len(fitting)} runs are too many for one figure; give at most {max_runs} results")
     records: list[Any] = [record for one in fitting for record in one.records]
     reason = kind.find_obstacle(records, options)
     return Obstacle(reason, "values") if reason else None

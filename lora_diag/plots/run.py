@@ -100,9 +100,9 @@ def plot(
         raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
     files = () if any(isinstance(one, Results) for one in results) else tuple(map(str, results))
     drawn_as: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
-    wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
+    requested = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
-    for one in wanted:
+    for one in requested:
         obstacle = plots.obstacle(one.name, runs, **drawn_as)
         if obstacle and figure not in {None, "all"}:
             way_out = f"; {one.made_by} measures them" if one.made_by and obstacle.missing == "records" else ""

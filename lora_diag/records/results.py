@@ -119,8 +119,8 @@ class Results(Generic[L]):
     def _unknown(self, name: str) -> str:
         names = list(dict.fromkeys(record.layer for record in self.layers))
         known = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
-        wanted = name.removesuffix(".weight")
-        close = [short for short in known if wanted and wanted in short][::-1][:3] or get_close_matches(wanted, known)
+        stem = name.removesuffix(".weight")
+        close = [short for short in known if stem and stem in short][::-1][:3] or get_close_matches(stem, known)
         hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
         return f"{name}: no record of this layer{hint}"
 

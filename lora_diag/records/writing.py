@@ -354,8 +354,8 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
                 f"{path}: the input {now.path} changed since this run began, and old and new layers must not be "
                 "mixed; delete the file and measure again, or write to another file"
             )
-    then, wanted = (each.model_dump(exclude={"made"}) for each in (earlier.run, run))
-    differing = [key for key in wanted if then[key] != wanted[key]]
+    earlier_run, current = (each.model_dump(exclude={"made"}) for each in (earlier.run, run))
+    differing = [key for key in current if earlier_run[key] != current[key]]
     stored, requested = earlier.run.settings, run.settings
     differing += [
         f"settings.{key}" for key in {**requested, **stored} if stored.get(key, ...) != requested.get(key, ...)

@@ -80,9 +80,9 @@ class Grid:
 
     def shown(self, width: int) -> list[RenderableType]:
         """Return the columns for a terminal of a given width."""
-        names, most = self.names[: self.most], self.most
-        columns = [replace(column, cells=column.cells[:most]) for column in self.columns]
-        table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if most else None)
+        names, limit = self.names[: self.most], self.most
+        columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
+        table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if limit else None)
         more = len(self.names) - len(names)
         return [
             *([Text(self.caption, style="bold")] if self.caption else []),
@@ -159,17 +159,17 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         groups.setdefault(crop(name, width), []).append(name)
-    found = {name: cut for cut, (name, *_) in groups.items()}
-    taken = {cut for cut, group in groups.items() if len(group) == 1}
+    found = {name: short_name for short_name, (name, *_) in groups.items()}
+    taken = {short_name for short_name, group in groups.items() if len(group) == 1}
     for group in groups.values():
         if len(group) > 1:
-            cuts = _apart(group, width, taken)
+            cuts = _disambiguated(group, width, taken)
             found |= dict(zip(group, cuts, strict=True))
             taken |= set(cuts)
     return [found[name] for name in names]
 
 
-def _apart(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
+def _disambiguated(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
     """Shorten names with equal endings: keep the first parts in which they differ, and the end."""
     differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
     start = names[0].rfind(".", 0, differ) + 1

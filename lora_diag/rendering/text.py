@@ -342,7 +342,7 @@ def duration(seconds: float) -> str:
     """
     if seconds < 120:
         return f"{max(1, round(seconds))} s"
-    for most, unit, name in ((7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < most:
+    for limit, unit, name in ((7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
             return f"{seconds / unit:.{0 if seconds / unit >= 10 else 1}f} {name}"
     return f"{seconds / 86_400:.1f} days"

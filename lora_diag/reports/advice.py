@@ -97,21 +97,21 @@ def set_scale(evidence: Evidence) -> Advice | None:
     found = {}
     for path in evidence.adapted or ([evidence.adapter] if evidence.adapter else []):
         one = replace(evidence, about=path)
-        if (seen := scale_mismatch(one)) is not None:
-            off = [record.best_scale or 0.0 for record in one.residuals if record.layer in set(seen.layers)]
-            found[path] = (median(off), seen)
+        if (mismatch := scale_mismatch(one)) is not None:
+            off = [record.best_scale or 0.0 for record in one.residuals if record.layer in set(mismatch.layers)]
+            found[path] = (median(off), mismatch)
     if not found:
         return None
     factors = ", ".join(f"of {path} by {factor:.3g}" for path, (factor, _) in found.items())
     return Advice(
         "scale",
         f"Multiply lora_alpha {factors} and measure again, before changing any rank",
-        " ".join(seen.seen for _, seen in found.values()),
+        " ".join(mismatch.seen for _, mismatch in found.values()),
         next(iter(found.values()))[1].condition,
         f"{ARTICLE}, rank selection step 4 (α scaling)",
         command("residual", evidence.path_of("base"), evidence.path_of("tuned"), list(found)),
         adapters=tuple(found),
-        layers=tuple(dict.fromkeys(layer for _, seen in found.values() for layer in seen.layers)),
+        layers=tuple(dict.fromkeys(layer for _, mismatch in found.values() for layer in mismatch.layers)),
     )
 
 
@@ -397,11 +397,11 @@ def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_leas
 
 def _largest_adapters(evidence: Evidence) -> list[str]:
     """Return the adapters with the largest rank in some layer."""
-    most = {item.layer: item.rank for item in evidence.largest}
+    largest = {item.layer: item.rank for item in evidence.largest}
     return [
         path
         for path, records in evidence.adapted.items()
-        if any(record.rank and most.get(record.layer) == record.rank for record in records)
+        if any(record.rank and largest.get(record.layer) == record.rank for record in records)
     ]
 
 

@@ -27,9 +27,9 @@ def reference(evidence: Evidence) -> tuple[int, str]:
     for source, certificate in allocated(evidence):
         return certificate.params, f"the budget of {source.name}"
     sizes = {path: params_of(evidence, path) for path in evidence.adapted}
-    if sizes and (most := max(sizes.values())):
-        path = next(path for path, size in sizes.items() if size == most)
-        return most + saved_params(evidence), f"as many as in {path}"
+    if sizes and (largest := max(sizes.values())):
+        path = next(path for path, size in sizes.items() if size == largest)
+        return largest + saved_params(evidence), f"as many as in {path}"
     default = sum(DEFAULT_RANK * sum(record.shape) for record in evidence.spectra)
     return default + saved_params(evidence), f"as many as with r={DEFAULT_RANK} everywhere"
 

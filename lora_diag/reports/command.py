@@ -47,8 +47,8 @@ def report(
     if project is not None and to is None:
         raise UsageError("--project: names a project of a tracker; add --to")
     if to is not None:
-        usual = filled(ReportOptions, {})
-        if any(plain(value) != plain(usual[name]) for name, value in given.items()):
+        defaults = filled(ReportOptions, {})
+        if any(plain(value) != plain(defaults[name]) for name, value in given.items()):
             raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
         silence_matplotlib()
         where = track(results, to, project)

@@ -98,8 +98,8 @@ def under_ranked(evidence: Evidence) -> Finding | None:
     capacities = evidence.capacities
     if len(capacities) < MIN_COUNT or median(item.kept for item in capacities) < SHORT:
         return None
-    usual = median(item.energy for item in capacities)
-    short = [item for item in capacities if item.kept < SHORT and item.energy >= usual]
+    median_energy = median(item.energy for item in capacities)
+    short = [item for item in capacities if item.kept < SHORT and item.energy >= median_energy]
     if not short:
         return None
     worst = min(short, key=lambda item: item.kept)
@@ -128,13 +128,13 @@ def flat_projections(evidence: Evidence) -> Finding | None:
     flat = {name: rows for name, rows in flatness.items() if median(share for _, share in rows) >= FLAT}
     if not flat:
         return None
-    told = "; ".join(
+    evidence_text = "; ".join(
         f"{name} needs {percent(median(share for _, share in rows))} of its directions in the median of {len(rows)}"
         for name, rows in flat.items()
     )
     return Finding(
         "Flat spectra in projection layers",
-        f"For 90% of the energy, {told}.",
+        f"For 90% of the energy, {evidence_text}.",
         "As flat as a random square matrix (51%): no small rank approximates this update. This is expected "
         "where the projection joins two modalities.",
         f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}, min(out, in) ≥ {SIZEABLE}",
@@ -173,15 +173,15 @@ def large_vector_change(evidence: Evidence) -> Finding | None:
     share = evidence.shares["vectors"] if evidence.shares else 0.0
     if share < VECTORS:
         return None
-    moved = [item for item in evidence.vectors if item.fro]
+    changed = [item for item in evidence.vectors if item.fro]
     return Finding(
         "Norm- or bias-heavy update",
-        f"{percent(share)} of the whole change ‖Δ‖² is in {len(moved)} norms and biases.",
+        f"{percent(share)} of the whole change ‖Δ‖² is in {len(changed)} norms and biases.",
         "No low-rank adapter on matrices reaches them: one that is exact elsewhere remains at a distance of "
         f"{math.sqrt(share):.2f}·‖Δ‖.",
         f"fraction of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
         f"{ARTICLE}, escalation step 3 (hybrid); BitFit (Ben Zaken et al. 2022)",
-        tuple(item.layer for item in sorted(moved, key=lambda item: -(item.fro or 0.0))),
+        tuple(item.layer for item in sorted(changed, key=lambda item: -(item.fro or 0.0))),
     )
 
 
@@ -200,10 +200,10 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
         return None
     last = max(record.step for record in records)
     rank = min((record.rank for record in records), key=lambda rank: abs(math.log(rank / USUAL_RANK)))
-    late = [record for record in records if (record.step, record.rank) == (last, rank)]
+    last_records = [record for record in records if (record.step, record.rank) == (last, rank)]
     outside = [
         record
-        for record in late
+        for record in last_records
         if is_near(record.kappa, record.kappa_random) and record.tangent**2 - record.tangent_random**2 < REACH
     ]
     if not outside:
@@ -211,7 +211,8 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
     worst = min(outside, key=lambda record: record.tangent**2 - record.tangent_random**2)
     return Finding(
         "Gradients outside the adapter's reach",
-        f"At step {last}, r={rank}, in {len(outside)} of {len(late)} matrices: {named([r.layer for r in outside])}. At "
+        f"At step {last}, r={rank}, in {len(outside)} of {len(last_records)} matrices: "
+        f"{named([r.layer for r in outside])}. At "
         f"worst an adapter reaches {worst.tangent:.2f} of ‖G‖, one on a random subspace {worst.tangent_random:.2f}.",
         "The remaining gradient is outside these subspaces: a higher rank or another placement may reach it. At a "
         "low loss it only shows that training has converged.",
@@ -270,7 +271,7 @@ def _flatness(record: Spectrum) -> float | None:
 def _confused(factor: float, records: Sequence[Residual]) -> str:
     """Return a hint if the factor is the ratio of LoRA's scaling α/r and rsLoRA's α/√r."""
     roots = [math.sqrt(record.rank) for record in records if record.rank]
-    for word, wanted in (("α/r where rsLoRA's α/√r was meant", 1.0), ("rsLoRA's α/√r where α/r was meant", -1.0)):
-        if roots and abs(math.log(factor) - wanted * math.log(median(roots))) < 0.05 < math.log(median(roots)):
+    for word, sign in (("α/r where rsLoRA's α/√r was meant", 1.0), ("rsLoRA's α/√r where α/r was meant", -1.0)):
+        if roots and abs(math.log(factor) - sign * math.log(median(roots))) < 0.05 < math.log(median(roots)):
             return f" This is the ratio of the two common scalings; check for {word}."
     return ""

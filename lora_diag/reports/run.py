@@ -53,15 +53,15 @@ def report(
     output, format, overwrite, values = (given[name] for name in ("output", "format", "overwrite", "values"))
     if not results:
         raise UsageError("no results: give at least one results file")
-    wanted = format_of(output, format)
-    render, kind = _RENDERERS[wanted]
-    if values and wanted not in _TABLES:
-        raise UsageError(f"--values: not available with --format {wanted}; use {' or '.join(_TABLES)}")
+    output_format = format_of(output, format)
+    render, kind = _RENDERERS[output_format]
+    if values and output_format not in _TABLES:
+        raise UsageError(f"--values: not available with --format {output_format}; use {' or '.join(_TABLES)}")
     if output is not None:
         _refuse_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
         check_output(Path(output), kind, overwrite)
     evidence = Evidence(tuple(map(_source, results)))
-    made = render(evidence, values) if wanted in _TABLES else render(evidence)
+    made = render(evidence, values) if output_format in _TABLES else render(evidence)
     if output is not None:
         content = made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace")
         write_whole(Path(output), content, kind, overwrite)

@@ -223,12 +223,12 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
                 metric = source.results.run.settings.get("metric", "weights")
                 of = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
                 others = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
-                keeps = (
+                text = (
                     f"uses {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
                     f"{percent(record.kept)} of the energy{of}; under the same constraints the maximum is at most "
                     f"{percent(record.bound)}{f'. For comparison: {others}' if others else ''}."
                 )
-                said.append((labels([source.name])[0], keeps))
+                said.append((labels([source.name])[0], text))
     return said
 
 

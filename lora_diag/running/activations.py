@@ -65,8 +65,8 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
         sizes[name] = shape[0]
     outputs = {name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)}
     found, _ = match_names({name: (None, size) for name, size in sizes.items()}, before, transposed=True, parts=True)
-    wanted: dict[str, Shape] = {place.name: (None, sizes[name]) for name, places in found.items() for place in places}
-    orientation = Orientation(before, wanted, flag=False)
+    shapes: dict[str, Shape] = {place.name: (None, sizes[name]) for name, places in found.items() for place in places}
+    orientation = Orientation(before, shapes, flag=False)
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
     of: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}

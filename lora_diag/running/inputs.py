@@ -134,11 +134,11 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     if not places or not (pairing.deltas or _is_one_model(base, tuned, places)):
         return pairing, ()
     free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
-    wanted = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
+    only_in_tuned = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
     renamed = {
         name: [_placed(base, place, tuned, name) for place in places[name]]
         for name in places
-        if name in wanted and all(place.name in free for place in places[name])
+        if name in only_in_tuned and all(place.name in free for place in places[name])
     }
     if not renamed:
         return pairing, ()
@@ -159,14 +159,14 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, 
     one named RoBERTa.
     """
     found, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
-    alike = Counter((bare(name), base[name].shape) for name in base)
+    counts = Counter((bare(name), base[name].shape) for name in base)
     usable = {
         name: places
         for name, places in found.items()
         if all(place.name not in tuned and place.into is None for place in places)
         and all(place.shape == _own_shape(base, place) for place in places)
         and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
-        and all(is_same_part(name, p.name, alike[bare(p.name), base[p.name].shape] == 1) for p in places)
+        and all(is_same_part(name, p.name, counts[bare(p.name), base[p.name].shape] == 1) for p in places)
     }
     claimed = Counter(place.layer for places in usable.values() for place in places)
     return {name: places for name, places in usable.items() if all(claimed[place.layer] == 1 for place in places)}

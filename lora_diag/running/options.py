@@ -481,8 +481,8 @@ def show_options(function: F) -> F:
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def lines(found: re.Match[str]) -> str:
-        lacking = {name: each for name, (_, each) in options.items() if f"\n{found[1]}{name}: " not in written}
-        return "".join(f"{found[1]}{name}: {option.words()}\n" for name, option in lacking.items())
+        missing = {name: each for name, (_, each) in options.items() if f"\n{found[1]}{name}: " not in written}
+        return "".join(f"{found[1]}{name}: {option.words()}\n" for name, option in missing.items())
 
     written = function.__doc__ or ""
     function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", lines, written, flags=re.MULTILINE)

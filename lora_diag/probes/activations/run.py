@@ -73,16 +73,16 @@ def probe_activations(
     names, left_out = _chosen(model, stored, selected)
     run.watch.total = sum(1 for _ in equal_batches(texts, run.batch))
     linear = linear_layers(model.module)
-    wanted = {name: linear[name] for name in names}
-    sizes = [(inputs_of(layer), outputs_of(layer)) for layer in wanted.values()]
+    requested = {name: linear[name] for name in names}
+    sizes = [(inputs_of(layer), outputs_of(layer)) for layer in requested.values()]
     size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
     memory = f"; the sums take up to {size:.1f} GiB" if size >= 0.1 else ""
     memory += "; about three times as long with the backward pass" if gradients else ""
-    run.estimate(texts, f"{pluralized(len(wanted), 'layer', 'layers')} on 1 set", memory)
+    run.estimate(texts, f"{pluralized(len(requested), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None
-    heard = record(model, texts, wanted, run.batch, partial(run.watch.batch, "reading"), draw)
+    heard = record(model, texts, requested, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {names[layer]: moment for moment in heard.moments.values() for layer in moment.layers}
-    left_out |= {names[layer]: "not used on this text" for layer in wanted if names[layer] not in moments}
+    left_out |= {names[layer]: "not used on this text" for layer in requested if names[layer] not in moments}
     moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
     metadata = _metadata(stored, model, texts, tokens)

@@ -22,7 +22,7 @@ def activations_table(
 def activations_lines(recorded: Activations) -> list[Statement]:
     """Return the statements: model and text, recorded layers, and skipped layers."""
     sums = sum(item.shares is None for item in recorded.layers)
-    few = [item for item in recorded.layers if item.rows < item.size]
+    underdetermined = [item for item in recorded.layers if item.rows < item.size]
     found = [
         say("model", "Model", safe(recorded.model)),
         say("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
@@ -34,13 +34,13 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         ),
     ]
     if recorded.gradients:
-        whose = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
+        labels = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
         gradients = (
-            f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {whose}"
+            f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {labels}"
         )
         found.append(say("gradients", "Gradients", gradients))
-    if few:
-        found.append(say("few_inputs", "Warning", _too_few(few), level="warning"))
+    if underdetermined:
+        found.append(say("few_inputs", "Warning", _too_few(underdetermined), level="warning"))
     reading = (
         "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
         "dimension has most of ‖x‖²"
@@ -53,10 +53,10 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     return [*found, say("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 
-def _too_few(few: Sequence[LayerInput]) -> str:
-    worst = min(few, key=lambda item: item.rows / item.size)
+def _too_few(layers: Sequence[LayerInput]) -> str:
+    worst = min(layers, key=lambda item: item.rows / item.size)
     return (
-        f"{len(few)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
+        f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
         f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more "
         "text"
     )

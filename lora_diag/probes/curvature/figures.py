@@ -114,9 +114,9 @@ def _is_bound(records: Iterable[Curvature | LossBound]) -> bool:
 
 def _bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBound]:
     """Return the truncations of a set at the farthest measured point, by rank."""
-    mine = [record for record in records if isinstance(record, LossBound) and record.set == name]
-    along = max((record.along for record in mine), default=1.0)
-    return sorted((record for record in mine if record.along == along), key=lambda record: record.rank)
+    of_set = [record for record in records if isinstance(record, LossBound) and record.set == name]
+    along = max((record.along for record in of_set), default=1.0)
+    return sorted((record for record in of_set if record.along == along), key=lambda record: record.rank)
 
 
 def _values(records: Sequence[LossBound], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -191,9 +191,9 @@ def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[
         elif not eigen:
             rows.append(Row(called, record.trace, 2 * (record.trace_error or 0.0), color))
     names = len({row.name for row in rows})
-    most = f", the {ROWS} highest of {names}" if names > ROWS else ""
+    limit = f", the {ROWS} highest of {names}" if names > ROWS else ""
     title = "largest eigenvalue" if eigen else "trace ± 2 standard errors"
-    return highest(rows, ROWS), f"{title}{most}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
+    return highest(rows, ROWS), f"{title}{limit}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
 
 
 def _texts(

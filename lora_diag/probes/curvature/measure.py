@@ -138,11 +138,11 @@ class Curved:
                 found = logits_of(self._model, chosen)
                 kept = [counted(self._model, sequence, found[i]) for i, sequence in enumerate(chosen)]
                 logits = torch.cat([each for each, _ in kept]).float()
-                wanted = torch.cat([labels for _, labels in kept])
-                loss = functional.cross_entropy(logits, wanted, reduction="sum")
+                targets = torch.cat([labels for _, labels in kept])
+                loss = functional.cross_entropy(logits, targets, reduction="sum")
                 for sum_, part in zip(total, step(loss, logits), strict=True):
                     sum_ += part.detach()
-                predictions += len(wanted)
+                predictions += len(targets)
                 self._after()
         by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, total, strict=True)}
         parts = {layer: place.of(by_parameter[id(place.parameter)]) for layer, place in self._places.items()}
@@ -205,14 +205,14 @@ def _ggn_product(
     J·x is the derivative of Jᵀw, which is linear in w, in w.
     """
     dummy = torch.zeros_like(logits, requires_grad=True)
-    pulled = torch.autograd.grad(logits, parameters, dummy, create_graph=True, materialize_grads=True)
-    inner = torch.stack([(part * vector).sum() for part, vector in zip(pulled, vectors, strict=True)]).sum()
+    vjp = torch.autograd.grad(logits, parameters, dummy, create_graph=True, materialize_grads=True)
+    inner = torch.stack([(part * vector).sum() for part, vector in zip(vjp, vectors, strict=True)]).sum()
     if not inner.requires_grad:  # the logits do not depend on these parameters
         return [torch.zeros_like(parameter) for parameter in parameters]
-    (pushed,) = torch.autograd.grad(inner, dummy, retain_graph=True)
+    (jvp,) = torch.autograd.grad(inner, dummy, retain_graph=True)
     p = logits.detach().softmax(-1)
-    bent = p * (pushed - (p * pushed).sum(-1, keepdim=True))
-    return torch.autograd.grad(logits, parameters, bent, materialize_grads=True)
+    hessian_product = p * (jvp - (p * jvp).sum(-1, keepdim=True))
+    return torch.autograd.grad(logits, parameters, hessian_product, materialize_grads=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,16 +277,18 @@ def surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squa
         size: Number of parameters of the eigenvectors.
         squared: ‖g‖² of the projected gradient.
     """
-    held = coefficients.double().square().cumsum(0)
+    energy_held = coefficients.double().square().cumsum(0)
     s = torch.linalg.svdvals(matrix.double())
     energy = s.square().cumsum(0)
-    moved = bool(energy[-1] > 0)
+    has_energy = bool(energy[-1] > 0)
     return Surrogate(
         eigenpairs=len(coefficients),
         joint=joint,
-        share=min(1.0, float(held[-1]) / squared) if squared else None,
+        share=min(1.0, float(energy_held[-1]) / squared) if squared else None,
         random=min(1.0, len(coefficients) / size),
-        pairs_at=int((held < SHARE * held[-1]).sum()) + 1 if moved else None,
-        rank_at={f"{share:g}": int((energy < share * energy[-1]).sum()) + 1 if moved else None for share in SHARES},
-        rank=int((s > ROUNDING * s[0]).sum()) if moved else 0,
+        pairs_at=int((energy_held < SHARE * energy_held[-1]).sum()) + 1 if has_energy else None,
+        rank_at={
+            f"{share:g}": int((energy < share * energy[-1]).sum()) + 1 if has_energy else None for share in SHARES
+        },
+        rank=int((s > ROUNDING * s[0]).sum()) if has_energy else 0,
     )

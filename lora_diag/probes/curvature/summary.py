@@ -165,12 +165,12 @@ def _model(bounds: Sequence[LossBound]) -> str:
     """State from which rank on, and how near to TUNED, the second-order model predicts the gap."""
     lines = []
     for along in sorted({record.along for record in bounds}, reverse=True):
-        mine = [record for record in bounds if record.along == along and abs(record.gap) > 1e-6]
-        ratios = [record.predicted / record.gap for record in mine]
+        at_fraction = [record for record in bounds if record.along == along and abs(record.gap) > 1e-6]
+        ratios = [record.predicted / record.gap for record in at_fraction]
         if not ratios:
             continue
         where = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
-        right = [record.rank for record, ratio in zip(mine, ratios, strict=True) if abs(ratio - 1) <= NEAR]
+        right = [record.rank for record, ratio in zip(at_fraction, ratios, strict=True) if abs(ratio - 1) <= NEAR]
         named = (
             f"within {NEAR:.0%} at {', '.join(f'r={rank}' for rank in right)}"
             if right
@@ -202,8 +202,8 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
         lines.append(answer)
     bent = max(record.curvature for record in bounds)
-    seen = "exceeds" if over else "does not exceed"
-    lines.append(f"the curvature along E is at most {number(bent)} and {seen} λ at the points measured")
+    comparison = "exceeds" if over else "does not exceed"
+    lines.append(f"the curvature along E is at most {number(bent)} and {comparison} λ at the points measured")
     if whole and joint.trace > 2 * (joint.trace_error or 0.0):
         last = whole[-1]
         mean = joint.trace / joint.params / 2 * last.tail_energy
@@ -227,10 +227,10 @@ def _surrogate(layers: Sequence[Curvature]) -> str:
     if not found:
         return "not measured yet"
     one = found[0][1]
-    whose = "joint" if one.joint else "each layer's"
+    kind = "joint" if one.joint else "each layer's"
     share = middle([surrogate.share for _, surrogate in found])
     lines = [
-        f"the span of {whose} top {one.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
+        f"the span of {kind} top {one.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
         + ("" if one.joint else " (median)")
         + f"; a random subspace of the same dimension would have {percent(middle([s.random for _, s in found]) or 0.0)}"
     ]

@@ -36,9 +36,9 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
     sums, counts, kept = list[float](), list[int](), list[Tensor]()
     taken = 0
     for logits, labels in predictions(model, texts, size):
-        for each, wanted in zip(logits, labels, strict=True):
-            sums.append(float(nll(each, wanted)))
-            counts.append(len(wanted))
+        for each, target in zip(logits, labels, strict=True):
+            sums.append(float(nll(each, target)))
+            counts.append(len(target))
             kept.append(each.float())
             taken += each.numel() * 4
         if taken > LOGIT_BYTES:
@@ -59,8 +59,8 @@ def effect(model: Model, texts: Texts, before: Before, size: int, after: Callabl
     kl = 0.0
     place = 0
     for logits, labels in predictions(model, texts, size):
-        for each, wanted in zip(logits, labels, strict=True):
-            sums.append(float(nll(each, wanted)))
+        for each, target in zip(logits, labels, strict=True):
+            sums.append(float(nll(each, target)))
             log_p, log_q = before.logits[place].double().log_softmax(-1), each.double().log_softmax(-1)
             kl += float((log_p.exp() * (log_p - log_q)).sum())
             place += 1

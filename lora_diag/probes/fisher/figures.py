@@ -73,15 +73,15 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     types = _types([r for one, known in zip(series, found, strict=True) if not known for r in one.records])
     panels: list[tuple[str, Draw]] = []
     for one, known in zip(series, found, strict=True):
-        whose = owner_of(one, series)
+        owner = owner_of(one, series)
         if not known:
             panels.append(
-                (one.label if whose else "", partial(_draw_tails, records=one.records, types=types, look=look))
+                (one.label if owner else "", partial(_draw_tails, records=one.records, types=types, look=look))
             )
             continue
         within = any(rho[1] is not None for each in known for rho in each.kl.values())
         for place in (0, 1) if within else (0,):
-            title = f"{whose}{_finding(known, place)}"
+            title = f"{owner}{_finding(known, place)}"
             panels.append((title, partial(_draw_correlations, found=known, place=place, look=look)))
     return page_of(panels, _texts(series, found, types, look), look)
 
@@ -135,28 +135,28 @@ def _types(records: Sequence[Fisher]) -> dict[str, str]:
         kind = module_type_of(record.layer)
         sums[kind] = sums.get(kind, 0.0) + record.at(0)
     ordered = sorted(sums, key=lambda kind: -sums[kind])
-    few = ordered if len(ordered) <= len(CATEGORIES) else ordered[: len(CATEGORIES) - 1]
-    return {kind: category(few.index(kind)) if kind in few else QUIET for kind in ordered}
+    shown_types = ordered if len(ordered) <= len(CATEGORIES) else ordered[: len(CATEGORIES) - 1]
+    return {kind: category(shown_types.index(kind)) if kind in shown_types else QUIET for kind in ordered}
 
 
 def _draw_tails(ax: Axes, records: Sequence[Fisher], types: dict[str, str], inches: float, look: Look | None) -> None:
     width = look.line if look else 1.2
     ax.set_yscale("log")
-    most = max(len(record.fisher) for record in records)
-    ranks = np.arange(1, most + 1)
+    longest = max(len(record.fisher) for record in records)
+    ranks = np.arange(1, longest + 1)
     curves = {}
     for kind, color in types.items():
-        mine = [record for record in records if module_type_of(record.layer) == kind]
-        tail = np.array([sum(record.at(int(rank)) for record in mine) / 2 for rank in ranks])
+        of_type = [record for record in records if module_type_of(record.layer) == kind]
+        tail = np.array([sum(record.at(int(rank)) for record in of_type) / 2 for rank in ranks])
         curves[kind] = tail
         if color != QUIET:
             ax.plot(ranks, np.where(tail > 0, tail, np.nan), color=color, lw=1.4 * width, label=f"_{kind}")
-    rest = sum((curves[kind] for kind, color in types.items() if color == QUIET), start=np.zeros(most))
+    rest = sum((curves[kind] for kind, color in types.items() if color == QUIET), start=np.zeros(longest))
     if rest.any():
         ax.plot(ranks, np.where(rest > 0, rest, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
     high = max(float(tail.max()) for tail in curves.values())
-    seen = np.concatenate([tail[tail > LEAST * high] for tail in (*curves.values(), rest)])
-    ax.set_ylim(float(seen.min()) / 2, max(high, float(rest.max())) * 2)
+    visible = np.concatenate([tail[tail > LEAST * high] for tail in (*curves.values(), rest)])
+    ax.set_ylim(float(visible.min()) / 2, max(high, float(rest.max())) * 2)
     ax.yaxis.set_major_formatter(log_label)
     end = int(max((np.flatnonzero(tail > LEAST * high).max(initial=0) for tail in curves.values()), default=0)) + 1
     rank_axis(ax, end, (), look, inches)

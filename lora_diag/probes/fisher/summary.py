@@ -103,10 +103,10 @@ def _pair(both: tuple[float | None, float | None]) -> str:
 
 def _gradients(records: Sequence[Fisher]) -> str:
     first = records[0]
-    whose = {"data": "the text's own labels (empirical Fisher)", "model": "labels drawn from TUNED (Fisher)"}
+    labels = {"data": "the text's own labels (empirical Fisher)", "model": "labels drawn from TUNED (Fisher)"}
     return (
         f"one per sequence at TUNED, {count(first.sequences)} over {count(first.predictions)} predictions; "
-        f"{whose[first.labels]}; F is a mean per prediction"
+        f"{labels[first.labels]}; F is a mean per prediction"
     )
 
 

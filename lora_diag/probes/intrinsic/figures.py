@@ -83,20 +83,26 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | N
     shown = [0.0, 1.0]
     for number, found in enumerate(runs):
         for subject, own, mark in (("subspace", SUBSPACE, "o"), ("lora", LORA, "D")):
-            mine = [line for line in found if line.subject == subject]
-            if not mine:
+            of_subject = [line for line in found if line.subject == subject]
+            if not of_subject:
                 continue
             color = own if len(runs) == 1 else category(number)
-            dots = [(line.params, each) for line in mine for each in line.shares]
+            dots = [(line.params, each) for line in of_subject for each in line.shares]
             shown += [each for _, each in dots]
             small: dict[str, Any] = {"ls": "", "marker": mark, "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
             ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
             style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
-            at = [line.params for line in mine]
+            at = [line.params for line in of_subject]
             ax.plot(
-                at, [line.share for line in mine], color=color, marker=mark, ms=4 * width, label=f"_{subject}", **style
+                at,
+                [line.share for line in of_subject],
+                color=color,
+                marker=mark,
+                ms=4 * width,
+                label=f"_{subject}",
+                **style,
             )
-            for line in mine if subject == "lora" and len(runs) == 1 else []:
+            for line in of_subject if subject == "lora" and len(runs) == 1 else []:
                 ax.annotate(
                     f"r\xa0=\xa0{line.size}",
                     (line.params, line.share),

@@ -131,11 +131,11 @@ def _with_shares(line: Line, base: float, gain: float) -> Line:
 
 
 def _lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subject: Subject) -> list[Line]:
-    mine = [r for r in records if r.subject == subject and r.set == name]
+    of_subject = [r for r in records if r.subject == subject and r.set == name]
     rows = []
     for size, lr in sorted(best_rates(records, choose, seed, subject).items(), key=lambda item: item[0] or 0):
-        tried = {r.lr for r in mine if size_of(r) == size and r.lr is not None}
-        runs = sorted((r for r in mine if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
+        tried = {r.lr for r in of_subject if size_of(r) == size and r.lr is not None}
+        runs = sorted((r for r in of_subject if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
         losses = tuple(r.loss for r in runs if r.loss is not None)
         if losses:
             rows.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))

@@ -103,8 +103,8 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
     if line is None:
         if below is None:
             return f"{what}: no run is finished with a finite loss"
-        wanted = settings["dims"] if what == "d" else settings["ranks"]
-        return f"{what}: not reached up to {what.split()[-1]}={max(wanted)}, whose gain is {_shares(below)}"
+        requested = settings["dims"] if what == "d" else settings["ranks"]
+        return f"{what}: not reached up to {what.split()[-1]}={max(requested)}, whose gain is {_shares(below)}"
     text = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"
     if what != "d":
         text += f" and {count(line.params)} parameters"
@@ -130,8 +130,8 @@ _GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("
 def _rates(found: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
     lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
     for subject, grid, option in _GRIDS:
-        mine = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
-        lines += beyond_grid(mine, settings.get(grid), option)
+        tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
+        lines += beyond_grid(tried, settings.get(grid), option)
     if edge := [_name(line) for line in found if line.edge]:
         lines.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):

@@ -59,9 +59,9 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
     """
     found = []
     for name in dict.fromkeys(record.set for record in records):
-        mine = [record for record in records if record.set == name]
-        counts = next((record.predictions for record in mine if record.subject == "base"), ())
-        adapters = sorted((r for r in mine if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
+        of_set = [record for record in records if record.set == name]
+        counts = next((record.predictions for record in of_set if record.subject == "base"), ())
+        adapters = sorted((r for r in of_set if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
         if len(adapters) > 1 and counts:
             best, *others = adapters
             level = 1 - 0.05 / 2 / len(others)

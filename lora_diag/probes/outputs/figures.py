@@ -88,12 +88,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
             color = category(number) if len(series) > 1 else None
             rows += _rows([r for r in one.records if r.set == name], models, color)
         panels.append((called, highest(rows, ROWS, panels[0][1] if panels else ())))
-    most = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
+    max_rows = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
     notes = [
         "Error bars: two standard errors, paired by sequence. A bar that crosses zero: no significant difference from "
         "TUNED."
     ]
-    notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
+    notes.append(f"The {ROWS} largest gaps of {max_rows}." if max_rows > ROWS else "")
     about = subject_of(series)
     words = FigureText(
         "Held-out loss of each model minus that of the full fine-tune",
@@ -139,8 +139,8 @@ def _others(records: Iterable[Probe]) -> list[Probe]:
     return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
 
 
-def _rows(mine: Sequence[Probe], called: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
-    found = [record for record in mine if record.subject != "tuned" and record.gap is not None]
+def _rows(of_set: Sequence[Probe], called: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
+    found = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
     # A distant BASE would compress the axis of all others; its gap is in the table.
     others = _others(found)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
@@ -169,10 +169,10 @@ def _called(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
 
 
 def _lines(
-    mine: Sequence[Probe], called: Mapping[tuple[str, str], str], whose: str = ""
+    of_set: Sequence[Probe], called: Mapping[tuple[str, str], str], prefix: str = ""
 ) -> list[tuple[str, Sequence[float | None]]]:
     return [
-        (f"{whose}{called[record.subject, record.name]}", record.hidden) for record in _others(mine) if record.hidden
+        (f"{prefix}{called[record.subject, record.name]}", record.hidden) for record in _others(of_set) if record.hidden
     ]
 
 

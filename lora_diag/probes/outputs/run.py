@@ -91,11 +91,11 @@ def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
             "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
             "--reference"
         )
-    seen = {os.path.realpath(tuned)}
+    paths = {os.path.realpath(tuned)}
     for path in others:
-        if os.path.realpath(path) in seen:
+        if os.path.realpath(path) in paths:
             raise UsageError(f"{path}: given twice; give each path once")
-        seen.add(os.path.realpath(path))
+        paths.add(os.path.realpath(path))
 
 
 def _left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:

@@ -33,10 +33,10 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     names, judged = _names(records), _as_good(contests_of(records))
     by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
     found = []
-    for name, mine in by_set.items():
-        lines = _losses_of(mine, names)
+    for name, of_set in by_set.items():
+        lines = _losses_of(of_set, names)
         found.append(on_set(name, *lines, answer=judged or (lines[1] if len(lines) > 1 else "")))
-    distances = {name: lines for name, mine in by_set.items() if (lines := _distances(mine, names))}
+    distances = {name: lines for name, of_set in by_set.items() if (lines := _distances(of_set, names))}
     if distances:
         several = len(by_set) > 1
         all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
@@ -52,9 +52,9 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     names = _names(records)
     found = []
     for name in set_names(records):
-        mine = [record for record in records if record.set == name]
-        found += [_losses(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}", mine, names)]
-        if others := [record for record in mine if record.hidden and record.subject not in {"base", "tuned"}]:
+        of_set = [record for record in records if record.set == name]
+        found += [_losses(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
+        if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
             found.append(_depths(f"On {short(name)}: distance of the hidden states behind block", others, names))
     return found
 
@@ -78,32 +78,32 @@ def _name(record: Probe, names: dict[str, str]) -> str:
     return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
 
 
-def _losses(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
-    rows = [(_name(record, names), [record]) for record in mine]
+def _losses(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
+    rows = [(_name(record, names), [record]) for record in of_set]
     return grid_of(Probe.shown, rows, "model", caption)
 
 
-def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
+def _depths(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
     """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
-    last = max(len(record.hidden or ()) for record in mine) - 1
+    last = max(len(record.hidden or ()) for record in of_set) - 1
     shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
     columns = []
     for depth in shown:
-        at = [(record.hidden or ())[depth] for record in mine]
+        at = [(record.hidden or ())[depth] for record in of_set]
         cells = tuple("same" if value is None else f"{value:.2f}" for value in at)
         columns.append(Column(str(depth) if depth else "0 (input)", cells))
-    return Grid(caption, "model", tuple(_name(record, names) for record in mine), tuple(columns))
+    return Grid(caption, "model", tuple(_name(record, names) for record in of_set), tuple(columns))
 
 
-def _losses_of(mine: Sequence[Probe], names: dict[str, str]) -> list[str]:
-    ends = {record.subject: record for record in mine if record.subject in {"base", "tuned"}}
+def _losses_of(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     if len(ends) < 2:
         return ["not measured yet"]
-    adapters = [record for record in mine if record.subject == "adapter"]
+    adapters = [record for record in of_set if record.subject == "adapter"]
     return [
         both_ends(ends["base"], ends["tuned"]),
         *(f"{_name(record, names)}: {_against(record)}" for record in adapters),
-        *(_choice(choice, names) for choice in choices(mine)),
+        *(_choice(choice, names) for choice in choices(of_set)),
     ]
 
 
@@ -151,11 +151,11 @@ def _against(record: Probe) -> str:
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
 
 
-def _distances(mine: Sequence[Probe], names: dict[str, str]) -> list[str]:
-    known = [record for record in mine if record.subject == "adapter" and record.distance is not None]
-    if not known or not {"base", "tuned"} <= {record.subject for record in mine}:
+def _distances(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    known = [record for record in of_set if record.subject == "adapter" and record.distance is not None]
+    if not known or not {"base", "tuned"} <= {record.subject for record in of_set}:
         return []
-    reference = next((record for record in mine if record.subject == "reference"), None)
+    reference = next((record for record in of_set if record.subject == "reference"), None)
     lines = []
     if reference is not None and reference.distance is not None:
         near = [record for record in known if (record.distance or 0.0) <= reference.distance]

@@ -53,19 +53,19 @@ def sensitivity(
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the gains, one panel per set, the highest first."""
-    panels, most = [], 0
+    panels, max_rows = [], 0
     for name, called in sets_of(record for one in series for record in one.records).items():
         rows = []
         for number, one in enumerate(series):
             rows += _rows(one.records, name, number)
-        most = max(most, len({row.name for row in rows}))
+        max_rows = max(max_rows, len({row.name for row in rows}))
         panels.append((called, highest(rows, ROWS)))
     ranks = sorted({_rank(one.records) for one in series})
     notes = [
         "Error bars: two standard errors, paired by sequence. Gains of parts adapted alone do not add up to that "
         "of all."
     ]
-    notes += [f"The {ROWS} highest of {most}."] if most > ROWS else []
+    notes += [f"The {ROWS} highest of {max_rows}."] if max_rows > ROWS else []
     about = subject_of(series)
     words = FigureText(
         f"Gain of each part adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",

@@ -156,13 +156,13 @@ SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     """Return the first-order scores of a unit, summed over its layers, without scores that a gradient lacks."""
-    mine = [layers[layer] for layer in gain.layers if layer in layers]
+    found_layers = [layers[layer] for layer in gain.layers if layer in layers]
     found = {"size": float(gain.params)}
-    if len(mine) == len(gain.layers):
-        found["top"] = math.fsum(each.top for each in mine)
-        found["fresh"] = math.fsum(each.fresh for each in mine)
-        found["adam"] = math.fsum(each.adam for each in mine)
-        found["fro²"] = math.fsum(each.gradient_fro**2 for each in mine)
+    if len(found_layers) == len(gain.layers):
+        found["top"] = math.fsum(each.top for each in found_layers)
+        found["fresh"] = math.fsum(each.fresh for each in found_layers)
+        found["adam"] = math.fsum(each.adam for each in found_layers)
+        found["fro²"] = math.fsum(each.gradient_fro**2 for each in found_layers)
     return found
 
 

@@ -170,8 +170,8 @@ def gradients(
             chosen = list(texts.sequences[first : first + size])
             logits = logits_of(model, chosen)
             pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-            torch.stack([nll(each, wanted) for each, wanted in pairs]).sum().backward()  # type: ignore[no-untyped-call]
-            predictions += sum(len(wanted) for _, wanted in pairs)
+            torch.stack([nll(each, target) for each, target in pairs]).sum().backward()  # type: ignore[no-untyped-call]
+            predictions += sum(len(target) for _, target in pairs)
             for name, weight in weights.items():
                 if weight.grad is not None:
                     sums[name] += weight.grad

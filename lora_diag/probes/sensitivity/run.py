@@ -157,7 +157,7 @@ class _Probe:
         """Compute the gradient of every layer at BASE, and its first-order records."""
         if self._scored():
             return
-        texts, walk = self._seen(), self.walk
+        texts, walk = self._used_sequences(), self.walk
         found = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
         walk.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in found.items()))
 
@@ -178,11 +178,11 @@ class _Probe:
     def _scored(self) -> bool:
         return any(isinstance(record, FirstOrder) for record in self.walk.kept.records)
 
-    def _seen(self) -> Texts:
+    def _used_sequences(self) -> Texts:
         """Return the distinct sequences that a run trains on, in order."""
         training = self.walk.training
-        seen = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
-        return replace(training.texts, sequences=tuple(seen))
+        sequences = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
+        return replace(training.texts, sequences=tuple(sequences))
 
     def report_cost(self) -> None:
         """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
@@ -192,7 +192,7 @@ class _Probe:
         step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
         runs = sum(map(walk.left, arms))
-        passes = 0 if self._scored() else -(-len(self._seen().sequences) // walk.training.batch)
+        passes = 0 if self._scored() else -(-len(self._used_sequences().sequences) // walk.training.batch)
         walk.watch.total = walk.batches + passes
         walk.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation

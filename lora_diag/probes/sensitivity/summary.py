@@ -154,12 +154,13 @@ def _on_set(name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], se
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    one, many = _UNITS[settings["per"]]
+    one, plural = _UNITS[settings["per"]]
     better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
     worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
     ordered = sorted(gains, key=lambda gain: -gain.gain)
     lines = [
-        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {many if len(gains) > 1 else one} lower it by "
+        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else one} lower it "
+        "by "
         f"more than two standard errors{f', {worse} raise it by that' if worse else ''}",
         f"highest: {_named(ordered[:_NAMED])}",
     ]

@@ -27,5 +27,5 @@ def swept_rate(path: Path | str) -> str:
         raise UsageError(f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank gains")
     settings = results.run.settings
     kind, steps = settings.get("kind", "LoRA, alpha = 2r"), settings.get("steps")
-    many = f", {steps} steps" if steps else ""
-    return f"{chosen.lr:g}, the best at r={chosen.rank} in {name} (fresh factors, {kind}{many})"
+    steps_text = f", {steps} steps" if steps else ""
+    return f"{chosen.lr:g}, the best at r={chosen.rank} in {name} (fresh factors, {kind}{steps_text})"

@@ -184,9 +184,9 @@ def _finding(called: str, found: SweepCurve) -> str:
         return called
     if verdict.rank is not None:
         return f"{called}: r\xa0=\xa0{verdict.rank} is enough, {verdict.word}"
-    sure = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
+    confidence = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
     lines = {
-        "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{sure}",
+        "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{confidence}",
         "no gain": "every rank is worse than BASE",
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }

@@ -140,13 +140,13 @@ def _compared(found: Versus, line: str) -> str:
 
 
 def _table(
-    caption: str, mine: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
+    caption: str, of_set: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
 ) -> Grid:
     """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
-    tried = sorted({record.lr for record in mine if record.lr is not None})
-    first = min((record.seed for record in mine if record.lr is not None), default=0)
-    at = {(r.subject, r.rank, r.lr): r for r in mine if r.lr is not None and r.seed == first}
-    bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in mine if record.subject == "base"]
+    tried = sorted({record.lr for record in of_set if record.lr is not None})
+    first = min((record.seed for record in of_set if record.lr is not None), default=0)
+    at = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
+    bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
     runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
     rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
     rates = [
@@ -183,12 +183,12 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
         more = "" if chosen is None else "; use more --repeats with --resume"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{more}"]
     at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
-    keeps = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
+    target = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
     if verdict.rank is not None:
-        lead = f"{verdict.word}: {at} {keeps}, with {confident(chosen.confidence)} confidence"
+        lead = f"{verdict.word}: {at} {target}, with {confident(chosen.confidence)} confidence"
     else:
-        sure = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
-        lead = f"{verdict.word}: the best answer is {at}{sure} that it {keeps} and no smaller rank does"
+        confidence = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
+        lead = f"{verdict.word}: the best answer is {at}{confidence} that it {target} and no smaller rank does"
     return [lead, *reasons(verdict, share)]
 
 
@@ -224,13 +224,13 @@ def _rates(
     settings: dict[str, Any],
 ) -> str:
     infinite = sum(record.loss is None for record in records)
-    lost = [f"{infinite} losses are not finite: those runs diverged"] if infinite else []
+    notes = [f"{infinite} losses are not finite: those runs diverged"] if infinite else []
     known = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
-    for who in sorted(diverged(records) & known, key=str):
-        named = f"r={who[1]}" if who[0] == "lora" else _LINES[who[0]]
-        lost.append(f"{named} at {who[2]:g} diverged with seed {who[3]} (far above BASE): left out of mean and spread")
+    for run in sorted(diverged(records) & known, key=str):
+        named = f"r={run[1]}" if run[0] == "lora" else _LINES[run[0]]
+        notes.append(f"{named} at {run[2]:g} diverged with seed {run[3]} (far above BASE): left out of mean and spread")
     if not rows:
-        return "\n".join(lost) or "no run is finished yet"
+        return "\n".join(notes) or "no run is finished yet"
     text = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
     text += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
     text = f"lowest loss of the first seed: {text}"
@@ -246,4 +246,4 @@ def _rates(
             text += f"\nat the edge of the rates tried for {_LINES[subject]}; extend {option}"
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         text += "\none rate for all ranks: the effects of rank and rate cannot be separated"
-    return "\n".join([text, *lost])
+    return "\n".join([text, *notes])

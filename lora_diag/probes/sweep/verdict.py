@@ -139,8 +139,8 @@ class SweepVerdict:
     @property
     def chosen(self) -> Standing | None:
         """The rank to train at: the smallest shown to be sufficient, else the best answer."""
-        wanted = self.rank if self.rank is not None else self.answer
-        return next((one for one in self.standings if one.rank == wanted), None)
+        rank = self.rank if self.rank is not None else self.answer
+        return next((one for one in self.standings if one.rank == rank), None)
 
     @property
     def open(self) -> tuple[Standing, ...]:
@@ -175,14 +175,14 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
     for one in verdict.standings:
         if chosen is None or one.rank > chosen.rank or one.confidence is None or one.enough == "yes":
             continue
-        seen = (
+        interval = (
             f"r={one.rank} is {100 * one.share:.2g}% of the gain behind r={verdict.best} ({one.behind:+.4f} nats "
             f"[{one.behind - (one.half or 0):.4f}, {one.behind + (one.half or 0):.4f}]; tolerance {100 * share:.3g}%, "
             f"{verdict.tolerance:.4f})"
             if one.rank != verdict.best
             else f"r={one.rank} has the lowest mean loss, {confident(one.confidence)} confidence that it is enough"
         )
-        lines.append(f"{seen}: {'not enough' if one.enough == 'no' else needs(one.seeds)}")
+        lines.append(f"{interval}: {'not enough' if one.enough == 'no' else needs(one.seeds)}")
     return lines
 
 
@@ -259,17 +259,17 @@ def versus(rows: Sequence[AtRank], other: AtRank, base: float, share: float) -> 
             return Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
         return Estimate(value, *welch((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
 
-    plain, keeps = estimate(gap, 1, 1), 1 - share
-    losses = estimate(best.mean - keeps * other.mean - share * base, 1, keeps)
-    gains = estimate(other.mean - keeps * best.mean - share * base, keeps, 1)
+    plain, kept_fraction = estimate(gap, 1, 1), 1 - share
+    losses = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
+    gains = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
     half = plain.half(level)
     if max(losses.value + losses.half(level), gains.value + gains.half(level)) <= 0:
         return Versus(best, other, gap, half, share, "as good", fixed)
     if abs(gap) > half:
         return Versus(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
-    away = max(abs(gap), -max(losses.value, gains.value))
+    distance = max(abs(gap), -max(losses.value, gains.value))
     one = math.sqrt(spread) if fixed else math.sqrt(spread + its)
-    needed = runs_needed(away, one, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
+    needed = runs_needed(distance, one, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
     return Versus(best, other, gap, half, share, "not known", fixed, needed)
 
 
@@ -316,13 +316,15 @@ def by_rank(
         rates: The rate of each rank.
         subject: The trained parameters.
     """
-    lost = diverged(records)
-    mine = [record for record in records if record.subject == subject]
+    diverged_runs = diverged(records)
+    of_subject = [record for record in records if record.subject == subject]
     rows = []
     for rank, lr in rates.items():
-        tried = {record.lr for record in mine if record.rank == rank and record.lr is not None}
-        found = sorted((r for r in mine if (r.rank, r.lr, r.set) == (rank, lr, name)), key=lambda r: r.seed)
-        kept = {r.seed: r.loss for r in found if r.loss is not None and (subject, rank, lr, r.seed) not in lost}
+        tried = {record.lr for record in of_subject if record.rank == rank and record.lr is not None}
+        found = sorted((r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)), key=lambda r: r.seed)
+        kept = {
+            r.seed: r.loss for r in found if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
+        }
         if kept:
             rows.append(AtRank(rank, lr, kept, edge(tried, lr) != 0, len(found) - len(kept)))
     return rows

@@ -64,10 +64,10 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
             rows += _rows([record for record in one.records if record.set == name], rank, number)
         if rows:
             panels.append((called, highest(rows, ROWS)))
-    most = len({_what(record) for record in records if record.rank == rank and _what(record)})
+    max_rows = len({_what(record) for record in records if record.rank == rank and _what(record)})
     notes = ["All others are as in TUNED. Error bars: two standard errors, paired by sequence."]
-    if most > ROWS:
-        notes.append(f"The {ROWS} with the highest cost, of {most}.")
+    if max_rows > ROWS:
+        notes.append(f"The {ROWS} with the highest cost, of {max_rows}.")
     if others := [other for other in _ranks(records) if other != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
     about = subject_of(series)
@@ -92,7 +92,7 @@ def _smallest(records: Iterable[Probe]) -> int:
     return _ranks(records)[0]
 
 
-def _rows(mine: Sequence[Probe], rank: int, number: int) -> list[Row]:
+def _rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
     return [
         Row(
             name_of(_what(record)),
@@ -100,6 +100,6 @@ def _rows(mine: Sequence[Probe], rank: int, number: int) -> list[Row]:
             None if record.gap_error is None else 2 * record.gap_error,
             category(number),
         )
-        for record in mine
+        for record in of_set
         if _what(record) and record.rank == rank and record.gap is not None
     ]

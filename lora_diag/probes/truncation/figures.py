@@ -57,12 +57,12 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
         The Axes drawn on.
     """
     records, called = one_set(results, "truncation", name)
-    mine = together(records)
+    of_set = together(records)
     with panel_axes(ax) as (axes, look):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        _draw_gaps(axes, mine, inches, look)
+        _draw_gaps(axes, of_set, inches, look)
         axes.set(xlabel="rank r of the update", ylabel="loss minus TUNED's (nats)")
-        axes.set_title(_finding(called, mine), parse_math=False, loc="left")
+        axes.set_title(_finding(called, of_set), parse_math=False, loc="left")
     return axes
 
 
@@ -72,23 +72,23 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     single = len(runs) == 1
     panels: list[tuple[str, Draw]] = []
     for name, called in sets_of(record for records in runs for record in records).items():
-        mine = [[record for record in records if record.set == name] for records in runs]
+        of_set = [[record for record in records if record.set == name] for records in runs]
         if single:
-            panels.append((_finding(called, mine[0]), partial(_draw_gaps, mine=mine[0], look=look)))
+            panels.append((_finding(called, of_set[0]), partial(_draw_gaps, of_set=of_set[0], look=look)))
         else:
-            panels.append((called, partial(_draw_shares, runs=mine, look=look)))
+            panels.append((called, partial(_draw_shares, runs=of_set, look=look)))
     ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
     return page_of(panels, _texts(series, look), look, xlabel="rank r of the update", ylabel=ylabel)
 
 
-def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:
+def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, look: Look | None) -> None:
     """Draw the loss minus TUNED's with error bars, and its value if it were proportional to energy."""
     width = look.line if look else 1.2
-    cut = [record for record in _cut(mine) if record.gap is not None]
-    base, tuned = _end(mine, "base"), _end(mine, "tuned")
-    ranks, gaps = [record.rank or 0 for record in cut], [record.gap or 0.0 for record in cut]
-    errors = [2 * (record.gap_error or 0.0) for record in cut]
-    if cut:
+    truncated = [record for record in _truncated(of_set) if record.gap is not None]
+    base, tuned = _end(of_set, "base"), _end(of_set, "tuned")
+    ranks, gaps = [record.rank or 0 for record in truncated], [record.gap or 0.0 for record in truncated]
+    errors = [2 * (record.gap_error or 0.0) for record in truncated]
+    if truncated:
         ax.errorbar(
             ranks,
             gaps,
@@ -104,7 +104,9 @@ def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None
     named = [("TUNED" if tuned is None else f"TUNED {tuned.nats:.3f}", 0.0, INK)]
     if base is not None and base.gap:
         named.append((f"BASE {base.nats:.3f}", base.gap, INK))
-        energy = [(record.rank or 0, (1 - record.energy) * base.gap) for record in cut if record.energy is not None]
+        energy = [
+            (record.rank or 0, (1 - record.energy) * base.gap) for record in truncated if record.energy is not None
+        ]
         if energy:
             line: dict[str, Any] = {"color": ENERGY, "lw": 1.3 * width, "ls": (0, (1, 1.5))}
             ax.plot(*zip(*energy, strict=True), **line, zorder=2, label="_energy")
@@ -119,16 +121,16 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look:
     """Draw the fraction of TUNED's change that each run keeps, and its energy, dotted."""
     width = look.line if look else 1.2
     shares, ranks = [0.0, 1.0], []
-    for number, mine in enumerate(runs):
-        cut = [record for record in _cut(mine) if record.kept is not None]
-        base = _end(mine, "base")
-        if not cut or base is None or not base.gap:
+    for number, of_set in enumerate(runs):
+        truncated = [record for record in _truncated(of_set) if record.kept is not None]
+        base = _end(of_set, "base")
+        if not truncated or base is None or not base.gap:
             continue
-        color, at = category(number), [record.rank or 0 for record in cut]
-        kept = [record.kept for record in cut if record.kept is not None]
-        errors = [2 * (record.gap_error or 0.0) / abs(base.gap) for record in cut]
+        color, at = category(number), [record.rank or 0 for record in truncated]
+        kept = [record.kept for record in truncated if record.kept is not None]
+        errors = [2 * (record.gap_error or 0.0) / abs(base.gap) for record in truncated]
         ax.errorbar(at, kept, yerr=errors, color=color, lw=1.6 * width, marker="o", ms=3 * width, label="_kept")
-        energy = [(record.rank or 0, record.energy) for record in cut if record.energy is not None]
+        energy = [(record.rank or 0, record.energy) for record in truncated if record.energy is not None]
         if energy:
             ax.plot(*zip(*energy, strict=True), color=color, lw=1.2 * width, ls=(0, (1, 1.5)), label="_energy")
         shares += kept
@@ -139,7 +141,7 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look:
     loss_axis(ax)
 
 
-def _cut(records: Sequence[Probe]) -> list[Probe]:
+def _truncated(records: Sequence[Probe]) -> list[Probe]:
     return sorted((record for record in records if record.rank is not None), key=lambda record: record.rank or 0)
 
 
@@ -147,15 +149,15 @@ def _end(records: Sequence[Probe], subject: str) -> Probe | None:
     return next((record for record in records if record.subject == subject), None)
 
 
-def _finding(called: str, mine: Sequence[Probe]) -> str:
+def _finding(called: str, of_set: Sequence[Probe]) -> str:
     """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
-    cut = _cut(mine)
-    enough = next((record for record in cut if record.kept is not None and record.kept >= ENOUGH), None)
-    if enough is not None and enough.kept is not None:
-        energy = "" if enough.energy is None else f", C({enough.rank})\xa0=\xa0{enough.energy:.2f}"
-        return f"{called}: r\xa0=\xa0{enough.rank} keeps {enough.kept:.0%} of the change{energy}"
-    if cut and cut[-1].kept is not None:
-        return f"{called}: r\xa0=\xa0{cut[-1].rank} keeps {cut[-1].kept:.0%} of the change"
+    truncated = _truncated(of_set)
+    sufficient = next((record for record in truncated if record.kept is not None and record.kept >= ENOUGH), None)
+    if sufficient is not None and sufficient.kept is not None:
+        energy = "" if sufficient.energy is None else f", C({sufficient.rank})\xa0=\xa0{sufficient.energy:.2f}"
+        return f"{called}: r\xa0=\xa0{sufficient.rank} keeps {sufficient.kept:.0%} of the change{energy}"
+    if truncated and truncated[-1].kept is not None:
+        return f"{called}: r\xa0=\xa0{truncated[-1].rank} keeps {truncated[-1].kept:.0%} of the change"
     return called
 
 

@@ -84,8 +84,8 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
     """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
     word = "gain" if gains else "rise of the loss"
     lines = []
-    if enough := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
-        lines.append(f"r={enough.rank} keeps {share(enough)} of the {word}, and C({enough.rank}) = {_energy(enough)}")
+    if found := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
+        lines.append(f"r={found.rank} keeps {share(found)} of the {word}, and C({found.rank}) = {_energy(found)}")
     else:
         last = ranks[-1]
         lines.append(

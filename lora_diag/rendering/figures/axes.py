@@ -31,8 +31,8 @@ def rank_axis(ax: Axes, largest: int, marked: Sequence[int], look: Look | None, 
         if rank <= largest:
             ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * (look.line if look else 1), ls=(0, (1, 1.6)), zorder=1)
     powers = [2**k for k in range(1, 20) if 2**k < largest]
-    usual = [rank for rank in (*marked, *reversed(powers)) if rank <= largest]
-    label_ticks(ax, (1, largest, *usual), inches, look)
+    candidates = [rank for rank in (*marked, *reversed(powers)) if rank <= largest]
+    label_ticks(ax, (1, largest, *candidates), inches, look)
 
 
 def label_ticks(

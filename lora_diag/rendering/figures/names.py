@@ -64,13 +64,19 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
         groups.setdefault((run.command, metrics[place] if metrics else ""), []).append(place)
     found: dict[int, str] = {}
     for places in groups.values():
-        mine = [runs[place] for place in places]
+        inputs_of_run = [runs[place] for place in places]
         read = [files[place] for place in places] if files else []
-        found.update(zip(places, [run_name(mine[0])] if len(mine) == 1 else _apart(mine, read), strict=True))
+        found.update(
+            zip(
+                places,
+                [run_name(inputs_of_run[0])] if len(inputs_of_run) == 1 else _disambiguated(inputs_of_run, read),
+                strict=True,
+            )
+        )
     return [found[place] for place in range(len(runs))]
 
 
-def _apart(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     short = short_names(side.path for run in runs for side in run.inputs)
     ways: list[list[str]] = [
         [_sides(run, lambda path: short_names([path])[path])[1] or run_name(run) for run in runs],
@@ -84,11 +90,11 @@ def _apart(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     names = ways[2]
     found = list(names)
     for name in dict.fromkeys(names):
-        alike = [place for place, other in enumerate(names) if other == name]
-        if len(alike) > 1:
-            read = [files[place] for place in alike] if files else []
-            for place, more in zip(alike, _own([runs[place] for place in alike], read), strict=True):
-                found[place] = f"{name}, {more}" if len(alike) < len(runs) else more
+        same_name = [place for place, other in enumerate(names) if other == name]
+        if len(same_name) > 1:
+            read = [files[place] for place in same_name] if files else []
+            for place, more in zip(same_name, _own([runs[place] for place in same_name], read), strict=True):
+                found[place] = f"{name}, {more}" if len(same_name) < len(runs) else more
     return found
 
 

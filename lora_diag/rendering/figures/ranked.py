@@ -70,9 +70,9 @@ def draw_rows(ax: Axes, rows: Sequence[Row], look: Look | None, short: Mapping[s
     places = {name: place for place, name in enumerate(names)}
     shared = len(names) < len(rows)
     for row in rows:
-        aside = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
+        offset = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
         bar: dict[str, Any] = {"color": row.color, "marker": "o", "ms": 4 * width, "elinewidth": 1.4 * width}
-        ax.errorbar(row.value, places[row.name] + aside, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
+        ax.errorbar(row.value, places[row.name] + offset, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_yticks(range(len(names)), [short[name] if short else name for name in names])
     for label in ax.get_yticklabels():
@@ -99,8 +99,8 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: F
     short = cropped_all(sorted(shown), NAMES * look.width / columns, look.ticks)
     inches = look.width / columns * (1 - NAMES)
     # Rows shared by several runs need room for all bars.
-    most = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
-    panel = max(look.panel, (most + 3.5) * 1.55 * look.ticks / 72)
+    max_rows = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
+    panel = max(look.panel, (max_rows + 3.5) * 1.55 * look.ticks / 72)
     figure, axes = sheet(look, words, rows, columns, panel=panel, share=False, low=True)
     for (title, some), ax in zip(panels, axes, strict=False):
         draw_rows(ax, some, look, short)

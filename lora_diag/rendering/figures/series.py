@@ -129,8 +129,8 @@ def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any
         shown = steps if len(steps) <= 4 else [steps[0], steps[len(steps) // 2], steps[-1]]
         for step in shown:
             records = tuple(record for record in one.records if record.step == step and record.rank == chosen)
-            whose = f"{one.label}, " if len(series) > 1 else ""
-            found.append(Series(f"{whose}step {step}, r = {chosen}", records))
+            prefix = f"{one.label}, " if len(series) > 1 else ""
+            found.append(Series(f"{prefix}step {step}, r = {chosen}", records))
     return tuple(part for part in found if part.records)
 
 

@@ -260,14 +260,14 @@ def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, s
         lambda name: cut(name, inches, size),
     ]
     found = [{name: way(name) for name in names} for way in ways]
-    return next((short for short in found if _clear(short)), found[1])
+    return next((short for short in found if _is_unambiguous(short)), found[1])
 
 
-def _clear(short: Mapping[str, str]) -> bool:
+def _is_unambiguous(short: Mapping[str, str]) -> bool:
     """Return whether no short name equals or ends another name."""
     ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
-    clear = not any(other.endswith(end) for name, end in ends for other in short if other != name)
-    return clear and len(set(short.values())) == len(short)
+    unambiguous = not any(other.endswith(end) for name, end in ends for other in short if other != name)
+    return unambiguous and len(set(short.values())) == len(short)
 
 
 def _from(name: str, dot: int) -> str:
@@ -288,9 +288,9 @@ def wrapped(text: str, inches: float, size: float) -> str:
                 longer = word
             while width_of(longer, size) > inches and len(longer) > 1:
                 wide = bisect.bisect(range(1, len(longer)), inches, key=lambda n: width_of(longer[:n], size))
-                cut = max(1, wide)
-                lines.append(longer[:cut])
-                longer = longer[cut:]
+                position = max(1, wide)
+                lines.append(longer[:position])
+                longer = longer[position:]
             line = longer
         lines.append(line)
     return "\n".join(lines)

@@ -86,10 +86,10 @@ class Payload:
     def _named(self) -> list[tuple[str, Results[Any]]]:
         """Return each run with its command, numbered where a command has several."""
         commands = [one.run.command for one in self.results]
-        seen: dict[str, int] = {}
+        counts: dict[str, int] = {}
         named = []
         for one in self.results:
-            seen[one.run.command] = number = seen.get(one.run.command, 0) + 1
+            counts[one.run.command] = number = counts.get(one.run.command, 0) + 1
             name = one.run.command.replace(" ", "_")
             named.append((f"{name}_{number}" if commands.count(one.run.command) > 1 else name, one))
         return named

@@ -37,6 +37,7 @@ def test_norms_and_entries_for_every_pair_of_dtypes(before, after):
     assert found.non_finite is None
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 40),

@@ -16,7 +16,7 @@ import torch
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, LoradiagError, UsageError
-from lora_diag.records import is_results_file, reading, writing
+from lora_diag.records import LeftOut, is_results_file, reading, writing
 from lora_diag.records.reading import each_line
 from tests.conftest import edit_results, save_model, save_pair
 from tests.messages import raises_naming
@@ -124,6 +124,20 @@ def test_resume_refuses_other_settings_and_inputs(written, pair_of_models):
         lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
     with pytest.raises(UsageError, match="inputs"):
         lora_diag.spectrum(base, base, output=path, resume=True)
+
+
+def test_layer_left_out_for_time_is_measured_by_resume(written, pair_of_models):
+    whole, path = written
+    base, tuned, *_ = pair_of_models
+    *layers, late = whole.layers
+    skipped = LeftOut(layer=late.layer, shape=late.shape, reason="time", detail="", fro=None, base_fro=None)
+    left_out = [item for item in whole.left_out if item.reason != "time"]
+    replace(whole, layers=tuple(layers), left_out=(*left_out, skipped)).write(path)
+    lora_diag.spectrum(base, tuned, output=path, resume=True)
+    resumed = lora_diag.read_results(path)
+    assert resumed[late.layer] == late
+    assert resumed.left_out == whole.left_out
+    assert resumed.end is not None
 
 
 def test_resume_names_version_that_kept_fewer_settings(written, pair_of_models):

@@ -102,6 +102,7 @@ def test_text_renders_as_itself(text):
     assert re.sub(r"\s+", " ", html.unescape(plain)).strip() == re.sub(r"\s+", " ", f"x{wanted}x")
 
 
+@pytest.mark.slow
 @given(st.text(min_size=1, max_size=40))
 def test_code_is_one_span_in_one_cell(text):
     page = rendered(f"| a | b |\n|---|---|\n| {code(text)} | end |\n")

@@ -77,7 +77,7 @@ Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoi
 Adapters = Annotated[
     list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
 ]
-ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any commands.")]
+ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any command.")]
 ResultsFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file of spectrum.")]
 Json = Annotated[bool, flag("json", "Print only the records, as JSON lines.", OUTPUT)]
 PerRow = Annotated[Per, typer_option("per", PER)]

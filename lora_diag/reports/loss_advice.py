@@ -146,13 +146,13 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         confidence = chosen.confidence if verdict.rank is not None else verdict.confidence
         confidence_text = "" if confidence is None else f", {confident(confidence)} confidence"
         lead = (
-            "the smallest rank shown to keep"
+            f"the smallest rank of {all_ranks} shown to keep"
             if verdict.rank is not None
-            else "the best candidate, not confirmed yet, to keep"
+            else f"the best candidate of {all_ranks}, not yet confirmed, to keep"
         )
         tolerance = found.tolerance
         shown = (
-            f"On {found.set}, of {all_ranks} it is {lead} {100 * (1 - tolerance):.4g}% of every other rank's "
+            f"On {found.set}, r={chosen.rank} is {lead} {100 * (1 - tolerance):.4g}% of every other rank's "
             f"gain{confidence_text}"
         )
         reason = f"{'; '.join([shown, *reasons(verdict, tolerance)])}."

@@ -119,7 +119,7 @@ def _title(evidence: Evidence) -> str:
     paths = {side.role: safe(side.path) for side in reversed(inputs)}
     tuned = paths.get("tuned") or paths.get("adapter")
     if tuned and "base" in paths:
-        return f"{tuned} against {paths['base']}"
+        return f"{tuned} compared with {paths['base']}"
     if source is not None and is_of_losses(source) and "base" in paths:
         return f"{paths['base']}, trained"
     return tuned or (labels([source.name])[0] if source else "nothing")

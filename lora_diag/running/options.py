@@ -113,7 +113,13 @@ class Option:
 # Options of several commands, each with its own default.
 RANKS = Option((4, 8, 16, 32, 64), "Ranks r to measure.", "R,R,...")
 RANK = Option(None, "Rank of the adapter in every layer.", "R")
-GRANULARITY = Option("all", "Granularity of the measurement.", "all|layer|type", aliases=("--per",), setting="per")
+GRANULARITY = Option(
+    "all",
+    "Measure all layers together, or each layer, block or type alone.",
+    "all|layer|type",
+    aliases=("--per",),
+    setting="per",
+)
 RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",))
 FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",))
 STEPS = Option(100, "Training steps of a run.", "N", aliases=("--max-steps",))

@@ -36,7 +36,7 @@ def test_page_with_name_and_one_without(loradiag, files, tmp_path):
 
 
 def test_markdown_and_csv_go_to_standard_output_or_file(loradiag, files, tmp_path):
-    for form, begins in (("md", "# full_ft against base\n"), ("csv", "results,record,layer,")):
+    for form, begins in (("md", "# full_ft compared with base\n"), ("csv", "results,record,layer,")):
         ran = loradiag("report", *files, "--format", form)
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.startswith(begins)

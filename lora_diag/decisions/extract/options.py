@@ -32,7 +32,7 @@ class ExtractOptions(FolderOptions, total=False):
             None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS, aliases=("--ranks",)
         ),
     ]
-    signal: Annotated[bool, Option(False, "Rank: singular values above the files' rounding noise.")]
+    signal: Annotated[bool, Option(False, "Ranks: singular values above the files' rounding noise.")]
     recover: Annotated[bool, RECOVER]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]

@@ -186,7 +186,7 @@ def _head(given: str, name: str, unrecorded: bool) -> str:
 #     loradiag gate {_comment(name)} RESULTS...
 #
 # A rule is a condition on selected layers. docs/reference/gate.md has the grammar and every field.
-#     require   field, operator, value: "relative <= 0.3"; max, min, mean, median, sum or p95 before it judges one
+#     require   field, operator, value: "relative <= 0.3"; max, min, mean, median, sum or p95 in front judges one
 #               number; "share of layers with energy.16 >= 0.9 is >= 0.95" counts layers
 #     layers, exclude, type, depth, where   which records: regex on the name, module type, [first, last] block
 #     severity  "error" fails the gate, "warning" is reported

@@ -128,7 +128,7 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     given = sorted({len(record.s) for record in records})
     of = str(given[0]) if len(given) == 1 else f"{given[0]} to {given[-1]}"
     middle = median_rank(ranks, given[-1])
-    used = f"90% of the energy in {middle} of {of} directions at the median"
+    used = f"90% of the energy is in {middle} of {of} directions at the median"
     if not all(record.complete for record in records):
         beyond = f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {given[-1]} that --top kept"
         used = f"90% of the energy in {middle} directions at the median; {beyond}: measure without --top"

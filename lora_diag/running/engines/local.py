@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -131,7 +131,8 @@ def run_local(
     if layout.apart:
         from lora_diag.running.engines.processes import Processes
 
-        with Processes(measure, most) as elsewhere:
+        count = min(most, len(tasks)) if isinstance(tasks, Sized) else most
+        with Processes(measure, count) as elsewhere:
             yield from run_local(elsewhere, tasks, replace(layout, apart=False), footprint)
         return
     if most == 1 and not layout.torch:  # no call takes so long that Ctrl-C must not wait for it

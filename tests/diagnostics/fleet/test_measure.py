@@ -114,6 +114,19 @@ def test_layer_without_torch_is_that_with_torch(tmp_path):
         assert thin.space == pytest.approx(dense.space, abs=1e-6 * np.linalg.norm(dense.space))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e18, 1e-19])
+def test_factors_in_float32_have_sketches_of_float64(tmp_path, size):
+    """Products of such factors are beyond the range of float32, in which sketches are transformed."""
+    rng = np.random.default_rng(6)
+    b, a = (np.float32(size) * x.astype(np.float32) for x in factors(rng))
+    lora(tmp_path / "lora", {"x.weight": (b, a)})
+    (delta,) = compare(tmp_path / "lora", None).pairing.deltas
+    (thin,), dense = measure_thin([delta]), measure_dense("lora", delta, "cpu")
+    assert delta.thin.read_b().dtype == np.float32
+    assert thin.update == pytest.approx(dense.update, abs=1e-5 * np.linalg.norm(dense.update))
+    assert thin.space == pytest.approx(dense.space, abs=1e-5 * np.linalg.norm(dense.space))
+
+
 def test_norms_stand_out_by_factor_of_two_at_least():
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)

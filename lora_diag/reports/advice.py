@@ -2,10 +2,10 @@
 
 Rules are evaluated in order: those on held-out losses (``loss_advice``), those on probes of parts (``advice_probes``),
 then those in this module, the cheapest step first. Each rule sees all runs of one full fine-tune: all adapters, an
-allocation with its budget, and options that losses have shown to be worse (``worth.lost``), which are not recommended
-again. A rule does not apply if its evidence is missing or at the rounding noise floor. The rules in this module use
-energy in weights, which bounds what a rank can hold of *this* full fine-tune; the loss of an adapter trained at that
-rank may be lower or higher.
+allocation with its budget, and options that losses have shown to be worse (``worth.rejected_options``), which are not
+recommended again. A rule does not apply if its evidence is missing or at the rounding noise floor. The rules in this
+module use energy in weights, which bounds what a rank can hold of *this* full fine-tune; the loss of an adapter trained
+at that rank may be lower or higher.
 """
 
 from __future__ import annotations

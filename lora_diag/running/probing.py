@@ -32,7 +32,7 @@ class ProbeRun:
 
     Args:
         command: Its name in the results file.
-        given: Options given by the caller.
+        options: Options given by the caller.
         group: The probe's options.
 
     Attributes:

@@ -68,7 +68,7 @@ class RecoveryTask(LayerTask):
         delta: Its ΔW, from two stored sides.
         request: The requested output.
         known: An earlier estimate, with the factors of all directions in its file, of which those of
-            ``wanted.rank`` are to be kept; None to estimate.
+            ``request.rank`` are to be kept; None to estimate.
     """
 
     delta: StoredDelta

@@ -143,8 +143,11 @@ def _decompose(
         if error > tol:
             assumed = min(mu, correction * _assumed(ritz, fro, tall))
             expected = missed(ritz.squares, ritz.residuals, top, fro, assumed, tall)
+            if mu < math.inf and expected <= tol and (not vectors or last > mu):  # μ of an earlier probe may do
+                error = min(error, missed(ritz.squares, ritz.residuals, top, fro, mu, tall))
             # after a refuted estimate of μ a probe needs a margin
-            if expected <= (tol / 2 if progress.refuted else tol) and (not vectors or last > assumed):
+            likely = expected <= (tol / 2 if progress.refuted else tol) and (not vectors or last > assumed)
+            if error > tol and likely:
                 probed = _largest_outside(tall, basis.q, generator)
                 correction, mu = correction * max(1.0, probed / assumed), min(mu, probed)
                 expected = missed(ritz.squares, ritz.residuals, top, fro, mu, tall)

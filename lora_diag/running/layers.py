@@ -55,7 +55,7 @@ class LayerRun:
             with NumPy on the CPU.
         apart: Whether layers are measured in separate processes, one per worker.
         usual_workers: Concurrent layers where the user sets none; None for what cores and memory permit.
-        options: α of adapters whose files give none.
+        given: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
     Raises:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from enum import Enum
+from html import escape
 from inspect import getdoc, signature
 from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
@@ -57,11 +58,21 @@ def commands(feature: Feature) -> dict[str, Any]:
 def cell(text: str) -> str:
     r"""Return a text as a cell of a Markdown table.
 
+    Inside code, a backslash before a bar would be shown, so such code becomes HTML.
+
     >>> print(cell("a|b  <c>"))
     a\|b &lt;c&gt;
+    >>> print(cell("`local|ray`"))
+    <code>local&#124;ray</code>
     """
-    escaped = " ".join(text.split()).replace("``", "`").replace("|", r"\|")
-    return re.sub(r"`[^`]*`|[<>]", lambda at: {"<": "&lt;", ">": "&gt;"}.get(at[0], at[0]), escaped)
+
+    def escaped(found: re.Match[str]) -> str:
+        part = found[0]
+        if len(part) > 1:
+            return part if "|" not in part else f"<code>{escape(part[1:-1]).replace('|', '&#124;')}</code>"
+        return {"<": "&lt;", ">": "&gt;", "|": r"\|"}[part]
+
+    return re.sub(r"`[^`]*`|[<>|]", escaped, " ".join(text.split()).replace("``", "`"))
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

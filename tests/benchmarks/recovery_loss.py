@@ -8,11 +8,11 @@
 
 Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in float32 (master
 weights), and stores them once in bfloat16. Everything else of the model stays as it is. Compared on held-out text, with
-the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint``), the same with
-``--keep-length``, and truncated SVDs of rank 16 of D (what ``extract`` writes), of both and of the true update. Each is
-a share of the gain of the true update, (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ± the standard error of
-it over windows (paired differences); a row of means has the standard error over seeds. Trained weights are kept in the
-folder, and used again by the next run.
+the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint --nearest``), the same
+scaled to the estimated norm (the default), and truncated SVDs of rank 16 of D (what ``extract`` writes), of both and of
+the true update. Each is a share of the gain of the true update, (loss(base) − loss(it)) / (loss(base) − loss(base +
+X)), ± the standard error of it over windows (paired differences); a row of means has the standard error over seeds.
+Trained weights are kept in the folder, and used again by the next run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     for name in names:
         step = found["recovered"][name] - base[name]
         known = estimates.get(name)
-        stretch = max(1.0, known / float(step.double().norm())) if known else 1.0  # what --keep-length does
+        stretch = max(1.0, known / float(step.double().norm())) if known else 1.0  # the default of recover
         found["long"][name] = base[name] + stretch * step
     kinds = {"svd": stored, "rec": found["recovered"], "len": found["long"], "true": after}
     for kind, tuned in kinds.items():

@@ -28,9 +28,9 @@ class RecoverOptions(FolderOptions, total=False):
     keep_refused: Annotated[
         bool, Option(False, "Also write the truncated SVD of layers without an estimate.", panel=OUTPUT)
     ]
-    keep_length: Annotated[
+    nearest: Annotated[
         bool,
-        Option(False, "Scale each layer's estimate, shortened by shrinkage, to its norm.", panel=OUTPUT),
+        Option(False, "Write E[X | cells], nearest to X but too short; default: with the norm of X.", panel=OUTPUT),
     ]
     base_name: Annotated[
         str | None, Option(None, "Name of BASE in config and model card; default its path.", "NAME", panel=OUTPUT)

@@ -67,8 +67,8 @@ def recover(
             reached are measured, within a new limit or without.
         full: Write a checkpoint in float32, W_base + E[X | cells].
         keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
-        keep_length: Scale the estimate of each layer to its estimated norm. E[X | cells] is the nearest to X, and
-            shorter than X; an update as long as X has the larger error and, where few entries changed, the lower loss.
+        nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate of each layer is
+            scaled to its estimated norm, which has a larger distance to X and, where it was measured, the lower loss.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         overwrite: Replace the output of an earlier run.
         **options: ``RecoverOptions``.
@@ -95,15 +95,15 @@ def recover(
         raise UsageError("--time: a budget of --params needs the estimates of all layers; give --rank or --energy")
     params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
     keep_refused, base_name, overwrite = (resolved[name] for name in ("keep_refused", "base_name", "overwrite"))
-    keep_length = resolved["keep_length"]
+    nearest = resolved["nearest"]
     _check(rank, energy, params, full, keep_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     if is_adapter(locate(tuned)):
         raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
     factors = rank is not None or energy is not None or params is not None
     writes = factors or full
-    if keep_length and not writes:
-        raise UsageError(f"--keep-length: applies to written estimates; give one of {OUTPUT_OPTIONS}")
+    if nearest and not writes:
+        raise UsageError(f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}")
     folder: OutputFolder | None = None
     if writes:
         assert output is not None
@@ -122,7 +122,7 @@ def recover(
         RecoveryTask(
             delta,
             OutputRequest(
-                rank, energy, full, params is not None, keep_refused, _transposed(delta, planned), keep_length
+                rank, energy, full, params is not None, keep_refused, _transposed(delta, planned), not nearest
             ),
         )
         for delta in compared.pairing.deltas
@@ -172,9 +172,9 @@ def recover(
         flags = ["--checkpoint"] if full else []
         flags += [str(part) for pair in size_options.items() if pair[1] is not None for part in pair]
         flags += ["--keep-refused"] if keep_refused else []
-        flags += ["--keep-length"] if keep_length else []
+        flags += ["--nearest"] if nearest else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
-        folder.finish(model_card(results, name, shlex.join(command), keep_length), complete=not late)
+        folder.finish(model_card(results, name, shlex.join(command), not nearest), complete=not late)
 
     requested = {
         "rank": rank,
@@ -182,7 +182,7 @@ def recover(
         "params": params,
         "full": full,
         "keep_refused": keep_refused,
-        **({"keep_length": True} if keep_length else {}),
+        "nearest": nearest,
         "curve": list(CURVE),
     }
     return run.over(

@@ -145,7 +145,7 @@ def test_a_budget_keeps_leading_directions_of_the_estimate(models, tmp_path):
 
 def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
     base, tuned, before, after, x = models
-    found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
+    found = lora_diag.recover(base, tuned, tmp_path / "full", full=True, nearest=True)
     assert {record.layer: record.written for record in found} == {Q: "posterior", UP: "posterior", HEAD: "file"}
     tensors = load_file(tmp_path / "full" / "model.safetensors")
     assert set(tensors) == set(after)
@@ -164,8 +164,8 @@ def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
 def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     base, tuned, before, *_ = models
     for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):
-        lora_diag.recover(base, tuned, tmp_path / name, **ways)
-        found = lora_diag.recover(base, tuned, tmp_path / f"{name}long", keep_length=True, **ways)
+        lora_diag.recover(base, tuned, tmp_path / name, nearest=True, **ways)
+        found = lora_diag.recover(base, tuned, tmp_path / f"{name}long", **ways)
     plain, long = (load_file(tmp_path / name / "model.safetensors") for name in ("full", "fulllong"))
     for layer in (Q, UP):
         steps = [(tensors[layer].double() - before[layer].double()) for tensors in (plain, long)]
@@ -247,7 +247,7 @@ def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
     before, after = (torch.stack([part[k] for part in parts]).bfloat16() for k in (0, 2))
     save_model(tmp_path / "base", {name: before})
     save_model(tmp_path / "tuned", {name: after})
-    found = lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True)
+    found = lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True, nearest=True)
     assert [record.layer for record in found] == [f"{name}[0]", f"{name}[1]"]
     tensor = load_file(tmp_path / "full" / "model.safetensors")[name]
     assert torch.equal(tensor.bfloat16(), after)
@@ -263,7 +263,7 @@ def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
         (["--rank", "0", "-o", "out"], 2, "--rank 0"),
         (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
         (["--keep-refused"], 2, "--keep-refused"),
-        (["--keep-length"], 2, "--keep-length"),
+        (["--nearest"], 2, "--nearest"),
         (["--time", "soon"], 2, "--time soon"),
         (["--time", "1h", "--params", "1k", "-o", "out"], 2, "--time"),
         (["--time", "0.000001s", "--rank", "2", "-o", "late"], 5, "--resume"),
@@ -327,7 +327,7 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
 @pytest.mark.slow
 def test_extract_factors_the_update_before_rounding(models, tmp_path):
     base, tuned, *_ = models
-    lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True)
+    lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True, nearest=True)
     found = lora_diag.extract(base, tuned, tmp_path / "e", rank=2, recover=True)
     assert {r.layer: r.estimated for r in found} == {Q: True, UP: False}
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r", "e"))

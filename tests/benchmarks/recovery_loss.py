@@ -60,7 +60,7 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     still = sum(int((stored[n] == base[n]).sum()) for n in names) / sum(base[n].numel() for n in names)
     options: dict[str, Any] = {"overwrite": True, "layers": "|".join(map(r"{}".format, names)).replace(".", r"\.")}
     found = {"base": base, "true": after, "stored": stored}
-    records = lora_diag.recover(before_path, after_path, folder / "full", full=True, **options)
+    records = lora_diag.recover(before_path, after_path, folder / "full", full=True, nearest=True, **options)
     whole = load_file(folder / "full" / "model.safetensors")
     found["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
     estimates = {record.layer: record.fro_estimate for record in records}
@@ -289,8 +289,8 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
     set_seed(0)
     whole = Classifier(AutoModel.from_pretrained(source))
     model = whole.encoder
-    kept = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    base = bf16({name: tensor.clone() for name, tensor in kept.items()})
+    floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    base = bf16({name: tensor.clone() for name, tensor in floating.items()})
     model.load_state_dict(base, strict=False)
     whole.eval()
     with torch.no_grad():

@@ -44,5 +44,5 @@ def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     if output is not None:
         words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
         then = f"{words}   (all adapters, without measuring again)"
-    shown.show(results, then)
+    shown.show(results, then if len(results) else None)
     exit_unmeasured(unreadable(results), "the adapter was left out")

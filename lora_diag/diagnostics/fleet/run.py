@@ -179,9 +179,13 @@ def _here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
         if is_adapter(locate(path)):
             opened = open_checkpoint(base) if base is not None else None
             kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.given)
+        elif base is None:
+            inside = path.is_dir() and any(map(is_adapter, path.iterdir()))
+            pattern = f"quote the pattern '{path}/**' for the adapters in it"
+            fix = pattern if inside else "give --base to compare a checkpoint with"
+            raise InputError(f"{path}: is not an adapter; {fix}")
         else:
-            before, after = (path, None) if base is None else (base, path)
-            side = compare(before, after, settings.layers, settings.exclude, given=settings.given)
+            side = compare(base, path, settings.layers, settings.exclude, given=settings.given)
             kind, deltas = side.inputs[-1].kind, side.pairing.deltas
         matrices = (delta for delta in deltas if delta.is_matrix)
         return (measure(member.layer, kind, matrices, settings.device),)

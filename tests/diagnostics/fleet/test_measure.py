@@ -19,7 +19,7 @@ from tests import oracles
 from tests.adapters.dense import dense
 from tests.conftest import ROOT
 from tests.diagnostics.interference.test_measure import lora
-from tests.messages import raises_naming
+from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"
 LAYERS = [f"model.layers.{i}.self_attn.{name}.weight" for i in range(3) for name in ("q_proj", "v_proj")]
@@ -166,6 +166,14 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     assert [record.adapter for record in found] == [str(good)]
     assert {item.layer for item in found.left_out} == {str(bad), str(nan), str(tmp_path / "missing")}
     assert {item.reason for item in found.left_out} == {"unreadable"}
+
+
+def test_folder_of_adapters_is_answered_with_a_pattern(loradiag):
+    ran = loradiag("fleet", SAMPLES)
+    assert ran.code == 3
+    assert_names(ran.err, SAMPLES, f"'{SAMPLES}/**'")
+    assert "Next" not in ran.out
+    assert_names(loradiag("fleet", SAMPLES / "base").err, SAMPLES / "base", "--base")
 
 
 @pytest.mark.parametrize("verify", [False, True])

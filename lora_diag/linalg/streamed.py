@@ -12,9 +12,10 @@ from torch import Tensor
 # ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with 1024.
 ROWS = 256
 
-# Rows, for every thread, that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X with
-# 32 columns took 18 ms instead of 31 at 8192×2048, 19 instead of 30 at 4096²; with 256 rows 24 and 24.
-PASS_ROWS = 32
+# Rows that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X with 32 columns took 23
+# ms of one core instead of 27 at 8192×2048 and 24 instead of 30 at 4096². With 64 rows they took 19 and 27, but on two
+# cores 14 and 15, where two passes took 11 and 12, and 1024 rows 13 and 12.
+PASS_ROWS = 1024
 
 # Columns multiplied at a time in float64 for two row blocks: 128 rows of both then fit in the cache.
 COLUMNS = 1024
@@ -111,10 +112,9 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return A·X and AᵀA·X; the rows that gave a part of A·X are multiplied by it while they are in the cache."""
     product = x.new_empty(len(a), x.shape[1])
     back = x.new_zeros(x.shape[1], a.shape[1])
-    rows = PASS_ROWS * torch.get_num_threads()
-    for row in range(0, len(a), rows):
-        part = a[row : row + rows]
-        own = torch.mm(part, x, out=product[row : row + rows])
+    for row in range(0, len(a), PASS_ROWS):
+        part = a[row : row + PASS_ROWS]
+        own = torch.mm(part, x, out=product[row : row + PASS_ROWS])
         back.addmm_(own.T, part)  # a thin matrix on the left, see ``times``
     return product, back.T
 

@@ -72,7 +72,7 @@ class _Command(TyperCommand):
 def _current_name(word: str, renamed: Mapping[str, str]) -> str:
     """Return a command-line word with a former option name replaced by the current one.
 
-    >>> _today("--tol=0.1", {"--tol": "--tolerance"}), _today("base", {})
+    >>> _current_name("--tol=0.1", {"--tol": "--tolerance"}), _current_name("base", {})
     ('--tolerance=0.1', 'base')
     """
     name, equals, value = word.partition("=")

@@ -47,7 +47,7 @@ def report(
         >>> import lora_diag
         >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
         >>> print(report(results, format="md").splitlines()[0])
-        # sample_checkpoints/full_ft against sample_checkpoints/base
+        # sample_checkpoints/full_ft compared with sample_checkpoints/base
     """
     given = filled(ReportOptions, options)
     output, format, overwrite, values = (given[name] for name in ("output", "format", "overwrite", "values"))

@@ -126,7 +126,7 @@ def test_invalid_options_are_one_message_and_leave_nothing(loradiag, pair_of_mod
 def test_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     words = ("extract", base, tuned, "--rank", "2", "-q")
-    assert "name the adapter folder" in loradiag(*words).err
+    assert "-o adapter/" in loradiag(*words).err
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.tex").write_text("ten years")
     (tmp_path / "file").write_text("x")

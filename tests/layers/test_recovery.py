@@ -68,9 +68,9 @@ def test_intervals_hold_the_truth_where_few_entries_changed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stored", "rounded", "rows"])
+@pytest.mark.parametrize("kind", ["rounded", "rows"])
 def test_row_blocks_give_the_same_numbers(tmp_path, kind):
-    w, x, t = planted(400, 300, 4, 2e-5, 31, noise=0.2, rows=0.8 if kind == "rows" else None)
+    w, x, t = planted(300, 240, 4, 2e-5, 31, noise=0.2, rows=0.8 if kind == "rows" else None)
     if kind == "rounded":
         start = w + (torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) - 0.5) * 2**-16
         w, t = start.bfloat16().float(), (start + x).bfloat16().float()
@@ -89,9 +89,8 @@ def test_row_blocks_give_the_same_numbers(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [None, 0.8])
-def test_a_gpu_gives_the_same_numbers(tmp_path, rows):
-    w, _, t = planted(150, 120, 3, 2e-5, 33, noise=0.2, rows=rows)
+def test_a_gpu_gives_the_same_numbers(tmp_path):
+    w, _, t = planted(150, 120, 3, 2e-5, 33, noise=0.2, rows=0.8)
     here = estimate(tmp_path, w.bfloat16(), t.bfloat16())
     with stand_in() as gpu:
         there = estimate(tmp_path, w.bfloat16(), t.bfloat16(), device=gpu)

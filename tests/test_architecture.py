@@ -16,10 +16,11 @@ from tests.served import ROOT
 
 PACKAGE = ROOT / "lora_diag"
 
-# Ground package -> the ground packages it may import. ``errors``, ``files`` and ``version`` are open to all.
+# Ground package -> the ground packages it may import. Those in ``OPEN`` are open to all.
 GROUND = {
     "errors": set(),
     "files": set(),
+    "scratch": set(),
     "version": set(),
     "feature": set(),
     "checkpoints": set(),
@@ -45,7 +46,7 @@ GROUND = {
         "rendering",
     },
 }
-OPEN = {"errors", "files", "version"}
+OPEN = {"errors", "files", "scratch", "version"}
 
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Numbers = NDArray[np.float32] | NDArray[np.float64]
-
-# Memory up to this size is kept for the next tensor.
-KEPT_BYTES = 2**23
 
 # Formats that NumPy has: torch's name -> NumPy's.
 _OWN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
@@ -58,25 +54,6 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
         return content.view(_OWN[dtype])
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return content.view(_OWN[dtype]).astype(np.float32)
-
-
-_local = threading.local()
-
-
-def scratch(name: str, size: int) -> NDArray[np.uint8]:
-    """Return reusable memory of this thread for temporary values; the system would clear new memory for every tensor.
-
-    Args:
-        name: Its purpose; the same name gives the same memory.
-        size: Bytes.
-    """
-    found: NDArray[np.uint8] | None = getattr(_local, name, None)
-    if found is None or len(found) < size:
-        if size > KEPT_BYTES:
-            return np.empty(size, np.uint8)
-        found = np.empty(size, np.uint8)
-        setattr(_local, name, found)
-    return found[:size]
 
 
 @cache

@@ -111,7 +111,8 @@ class SafetensorsFile:
         """Return a whole tensor in its shape, float32 or float64, without torch."""
         import numpy as np  # imported here: headers are read without NumPy
 
-        from lora_diag.checkpoints.decoding import decode, is_native, scratch
+        from lora_diag.checkpoints.decoding import decode, is_native
+        from lora_diag.scratch import scratch
 
         info, size = self.tensors[name], self._bytes[name]
         content = np.empty(size, np.uint8) if is_native(info.dtype) else scratch("stored", size)

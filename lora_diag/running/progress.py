@@ -55,7 +55,10 @@ class ProgressReporter:
         self.done, self.total = 0, 0
 
     def batch(self, label: str, count: int = 1) -> None:
-        """Count further batches, or none to report what goes on; an estimated total grows if it is exceeded."""
+        """Add completed batches and report progress; a count of 0 changes only the label.
+
+        An estimated total grows if it is exceeded.
+        """
         self.done += count
         self.total = max(self.total, self.done)
         self.progress(Progress(label, self.done, self.total))

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_diag.thin.values import PRODUCT, kept_memory
+from lora_diag.scratch import scratch
+from lora_diag.thin.values import PRODUCT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def fold(x: Numbers, by: str) -> Numbers:
         ``(LENGTH, k)``, of both hashes ``(2·LENGTH, k)``.
     """
     if not x.flags.c_contiguous:
-        turned = kept_memory("turned", x.size).view(x.dtype)[: x.size].reshape(x.shape)
+        turned = scratch("turned", x.size, x.dtype).reshape(x.shape)
         np.copyto(turned, x)
         x = turned
     found: Numbers = np.asarray(_buckets(x.shape[0], by, x.dtype) @ x)

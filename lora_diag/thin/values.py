@@ -11,11 +11,12 @@ that the bytes of the result do not depend on the number of threads.
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lora_diag.scratch import scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -161,28 +162,11 @@ def gram(x: Numbers) -> tuple[NDArray[np.float64], int]:
         return found.sum(axis=0), min(rows, block) + len(found)
 
 
-_kept = threading.local()
-
-
-def kept_memory(name: str, size: int) -> NDArray[np.float64]:
-    """Return memory of this thread for temporary numbers: the system would clear new memory for every factor.
-
-    Args:
-        name: Its purpose; the same name gives the same memory.
-        size: Numbers.
-    """
-    found: NDArray[np.float64] | None = getattr(_kept, name, None)
-    if found is None or len(found) < size:
-        found = np.empty(size)
-        setattr(_kept, name, found)
-    return found[:size]
-
-
 def _in_float64(part: Numbers) -> NDArray[np.float64]:
     """Return rows of a factor in float64, in their order in memory."""
     if part.dtype == np.float64:
         return part.astype(np.float64, copy=False)
-    memory = kept_memory("float64", part.size)
+    memory = scratch("float64", part.size, np.float64)
     wide = memory.reshape(part.shape) if part.flags.c_contiguous else memory.reshape(part.shape[::-1]).T
     np.copyto(wide, part)
     return wide

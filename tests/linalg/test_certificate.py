@@ -151,3 +151,18 @@ def test_attempt_ends_where_bound_stops_falling():
     assert falling.next_check(256, 0.02, False, 512) <= 512
     assert slower.next_check(256, 0.035, False, 512) > 512
     assert refuted.next_check(256, 0.02, False, 512) > 512
+
+
+@pytest.mark.parametrize("name", ["power law", "rank 20, loud noise"])
+def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
+    """Not below the bound (2) of the basis that was probed, with λ_max(N) from float64 eigenvalues."""
+    bases, probe = [], krylov._largest_outside
+    monkeypatch.setattr(krylov, "_largest_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest))
+    a = oracles.with_spectrum(HARD[name], N, N, 3)
+    fro = float(np.linalg.norm(a))
+    found = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)
+    squares, residuals, largest = of_basis(a.T @ a, np.linalg.qr(bases[-1].double().numpy())[0])
+    exact = certificate.missed(
+        torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 20, fro, largest, torch.from_numpy(a)
+    )
+    assert exact * 0.99 <= found.energy_error <= 2e-2

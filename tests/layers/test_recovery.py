@@ -80,10 +80,10 @@ def test_row_blocks_give_the_same_numbers(tmp_path, kind):
     assert whole.hidden == blocks.hidden
     assert whole.hidden.status == "recovered"
     assert whole.hidden.scales is (kind == "rows")
-    streamed = blocks.change(limit)
+    streamed = blocks.change(limit, 1.5)
     assert streamed.matrix is None
-    assert torch.equal(torch.cat(list(streamed.streamed.read())), whole.matrix())
-    assert streamed.fro == pytest.approx(float(whole.matrix().double().norm()))
+    assert torch.equal(torch.cat(list(streamed.streamed.read())), 1.5 * whole.matrix())
+    assert streamed.fro == pytest.approx(1.5 * float(whole.matrix().double().norm()))
     with pytest.raises(MemoryLimitError, match="cells need"):
         estimate(tmp_path, w.bfloat16(), t.bfloat16(), memory=10**7)
 

@@ -213,7 +213,7 @@ def _length_factor(estimate: Estimate) -> float:
 
 
 def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, store: Store) -> None:
-    """Store W_base + stretch·E[X | cells] in float32."""
+    """Store W_base + factor·E[X | cells] in float32."""
     weight, row = torch.empty(delta.shape), 0
     for part in row_blocks(delta.base, delta.shape):
         weight[row : row + len(part)] = part

@@ -35,7 +35,7 @@ class Figure:
         name: Value of ``loradiag plot --figure``.
         shows: Content of the figure, in one line.
         needs: Kind of record that it draws (for ``probe`` records, the probe); empty if it draws any layer records.
-        draw: ``module:name`` of ``draw(series, look, options) -> Figure``.
+        draw: ``module:name`` of ``draw(series, style, options) -> Figure``.
         panels: ``module:name`` of its panels for a user's own axes, ``lora_diag.plots.NAME``.
         made_by: Command that measures these records.
         by_color: Whether colours distinguish the runs, which limits their number.

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from lora_diag.environment import machine
 from lora_diag.errors import LoradiagError
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.text import byte_count
 from lora_diag.version import __version__
 
@@ -64,7 +64,7 @@ def checks(addresses: Sequence[str] = ()) -> list[Statement]:
 
 def _versions() -> Statement:
     here = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
-    return say("versions", "Versions", f"loradiag {__version__}, {here}", priority=0)
+    return make_statement("versions", "Versions", f"loradiag {__version__}, {here}", priority=0)
 
 
 def _requirements() -> dict[str, list[Requirement]]:
@@ -99,11 +99,15 @@ def _packages() -> Statement:
         needed = _requirements()[""]
     except PackageNotFoundError:
         fix = "pip install ."
-        return say("packages", "Packages", f"loradiag is not installed, only imported; {fix}", level="warning")
+        return make_statement(
+            "packages", "Packages", f"loradiag is not installed, only imported; {fix}", level="warning"
+        )
     present, gaps = _gaps(needed)
     if gaps:
-        return say("packages", "Packages", *gaps, "pip install --upgrade loradiag", level="failure", priority=0)
-    return say("packages", "Packages", ", ".join(present), level="ok", priority=0)
+        return make_statement(
+            "packages", "Packages", *gaps, "pip install --upgrade loradiag", level="failure", priority=0
+        )
+    return make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
 
 
 def _extras() -> Iterator[Statement]:
@@ -116,20 +120,22 @@ def _extras() -> Iterator[Statement]:
         label = f"[{extra}]"
         if gaps:
             lead = f"not available ({adds}): {', '.join(gaps)}"
-            yield say(f"extra_{extra}", label, lead, f"pip install 'loradiag[{extra}]'", level="warning", scoped=True)
+            yield make_statement(
+                f"extra_{extra}", label, lead, f"pip install 'loradiag[{extra}]'", level="warning", scoped=True
+            )
         else:
-            yield say(f"extra_{extra}", label, f"{adds}: {', '.join(present)}", level="ok", scoped=True)
+            yield make_statement(f"extra_{extra}", label, f"{adds}: {', '.join(present)}", level="ok", scoped=True)
 
 
 def _command() -> Statement:
     found = shutil.which("loradiag")
     if found is None:
         fix = f"add {_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
-        return say("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
+        return make_statement("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
     if Path(found).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(found):
         other = f"loradiag on PATH is {_home(found)}, in another environment than this one ({_home(sys.prefix)})"
-        return say("command", "Command", other, level="warning")
-    return say("command", "Command", _home(found), level="ok")
+        return make_statement("command", "Command", other, level="warning")
+    return make_statement("command", "Command", _home(found), level="ok")
 
 
 def _same_environment(command: str) -> bool:
@@ -143,7 +149,7 @@ def _devices() -> Iterator[Statement]:
     asked = ", ".join(
         f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
     )
-    yield say(
+    yield make_statement(
         "processor",
         "Processor",
         f"{machine.processor()}, {usable:g} usable core{'s' * (usable != 1)}",
@@ -152,15 +158,15 @@ def _devices() -> Iterator[Statement]:
     if torch.cuda.is_available():
         found = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
         names = [f"cuda:{at} {each.name}, {byte_count(each.total_memory)}" for at, each in enumerate(found)]
-        yield say("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
+        yield make_statement("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
     elif shutil.which("nvidia-smi"):
         lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"
         fix = (
             "check nvidia-smi" if torch.version.cuda else "install torch for CUDA: pip install --force-reinstall torch"
         )
-        yield say("gpu", "GPU", lead, fix, level="warning")
+        yield make_statement("gpu", "GPU", lead, fix, level="warning")
     else:
-        yield say("gpu", "GPU", "none: --device auto computes on the CPU")
+        yield make_statement("gpu", "GPU", "none: --device auto computes on the CPU")
 
 
 def _blas() -> str:
@@ -174,9 +180,9 @@ def _blas() -> str:
 def _memory() -> Statement:
     available, total = machine.memory()
     if total is None:
-        return say("memory", "Memory", "unknown on this system")
+        return make_statement("memory", "Memory", "unknown on this system")
     lead = f"{byte_count(total)}" if available is None else f"{byte_count(available)} available of {byte_count(total)}"
-    return say("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
+    return make_statement("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
 
 
 def _disk() -> Iterator[Statement]:
@@ -186,12 +192,14 @@ def _disk() -> Iterator[Statement]:
     ):
         free = shutil.disk_usage(folder).free
         if not os.access(folder, os.W_OK):
-            yield say(key, label, f"{_home(str(folder))} is not writable", level="warning")
+            yield make_statement(key, label, f"{_home(str(folder))} is not writable", level="warning")
         elif free < LITTLE_SPACE:
             fix = "make room" if key == "folder" else "free some space, or set TMPDIR to a larger disk"
-            yield say(key, label, f"only {byte_count(free)} free in {_home(str(folder))}; {fix}", level="warning")
+            yield make_statement(
+                key, label, f"only {byte_count(free)} free in {_home(str(folder))}; {fix}", level="warning"
+            )
         else:
-            yield say(key, label, f"{byte_count(free)} free", level="ok")
+            yield make_statement(key, label, f"{byte_count(free)} free", level="ok")
 
 
 def _cache() -> Statement:
@@ -203,8 +211,8 @@ def _cache() -> Statement:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(there, os.W_OK):
         fix = "export HF_HOME=FOLDER with a folder of yours"
-        return say("cache", "Hub cache", f"{_home(str(folder))} is not writable; {fix}", level="warning")
-    return say(
+        return make_statement("cache", "Hub cache", f"{_home(str(folder))} is not writable; {fix}", level="warning")
+    return make_statement(
         "cache", "Hub cache", f"{_home(str(folder))}, {byte_count(shutil.disk_usage(there).free)} free", level="ok"
     )
 
@@ -215,15 +223,17 @@ def _ray() -> Iterator[Statement]:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        yield say("ray", "Ray cluster", f"RAY_ADDRESS={address}: not HOST:PORT, so it was not tried")
+        yield make_statement("ray", "Ray cluster", f"RAY_ADDRESS={address}: not HOST:PORT, so it was not tried")
         return
     try:
         socket.create_connection((host, int(port)), _SECONDS).close()
     except (OSError, OverflowError) as error:
         fix = "start its head, or unset RAY_ADDRESS"
-        yield say("ray", "Ray cluster", f"RAY_ADDRESS={address} does not answer ({error}); {fix}", level="warning")
+        yield make_statement(
+            "ray", "Ray cluster", f"RAY_ADDRESS={address} does not answer ({error}); {fix}", level="warning"
+        )
     else:
-        yield say("ray", "Ray cluster", f"RAY_ADDRESS={address} answers", level="ok")
+        yield make_statement("ray", "Ray cluster", f"RAY_ADDRESS={address} answers", level="ok")
 
 
 def _address(address: str) -> Statement:
@@ -235,8 +245,8 @@ def _address(address: str) -> Statement:
     try:
         inventory = inspect(address)
     except LoradiagError as error:
-        return say("address", "Input", str(error), level="failure", priority=0)
-    return say("address", "Input", f"{label}: {inventory.kind}", level="ok", priority=0)
+        return make_statement("address", "Input", str(error), level="failure", priority=0)
+    return make_statement("address", "Input", f"{label}: {inventory.kind}", level="ok", priority=0)
 
 
 def _home(path: str) -> str:

@@ -47,7 +47,7 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    from lora_diag.rendering.statements import say, summary_of
+    from lora_diag.rendering.statements import make_statement, summary_of
     from lora_diag.rendering.text import safe, to_text
 
     made = Table.grid(padding=(0, 2))
@@ -68,5 +68,5 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     absent = [one.name for one in not_drawn if one.missing == "records"]
     if absent:
         lines.append(f"no records for {', '.join(absent)}; --figure NAME names the command that writes them")
-    statements = [say("not_drawn", "Not drawn", *lines)] if lines else []
+    statements = [make_statement("not_drawn", "Not drawn", *lines)] if lines else []
     return to_text(Group(made, "", summary_of(statements, then)), *terminal())

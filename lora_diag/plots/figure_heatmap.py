@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lora_diag.records import LayerRecord
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.fields import metric_said, numbers_of, title_in, value_of, written
+from lora_diag.rendering.figures.fields import metric_suffix, numbers_of, title_in, value_of, written
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
@@ -29,7 +29,7 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     SHARES,
     UNKNOWN,
-    Look,
+    PageStyle,
     cropped_all,
     log_label,
     width_of,
@@ -108,10 +108,10 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
     """
     records = tuple(records)
     field = field or default_field(records)
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         shown = cells(records, field)
         norm = norm_of([shown])
-        draw_cells(axes, shown, norm, look)
+        draw_cells(axes, shown, norm, style)
         bar = axes.figure.colorbar(ScalarMappable(norm, SHARES), ax=axes)
         bar.set_label(title_in(field, records), parse_math=False)
         _finish_bar(bar, norm)
@@ -119,16 +119,16 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a heat map of each series, with its own rows and a common depth axis and colour scale."""
     field = options.field or default_field(series[0].records)
     types = Types(record.layer for one in series for record in one.records)
     shown = [cells(one.records, field, types) for one in series]
     depths = _ascending(depth for one in shown for depth in one.depths)
-    line = look.text / 72
-    names = cropped_all(types.names, NAMES * look.width, look.ticks)
-    inches = look.width * 0.86 - max(width_of(name, look.ticks) for name in names.values()) - 2 * line
-    titles = [wrapped(one.label, inches, look.text) if len(series) > 1 else "" for one in series]
+    line = style.text / 72
+    names = cropped_all(types.names, NAMES * style.width, style.ticks)
+    inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
+    titles = [wrapped(one.label, inches, style.text) if len(series) > 1 else "" for one in series]
     rows = [
         (1.75 * max(len(one.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line
         for one, title in zip(shown, titles, strict=True)
@@ -136,16 +136,16 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     panel = (sum(rows) + 2.6 * line) / len(series)
     # The panels have different rows, so the y axis is not shared: shared tick labels would be those of the last panel.
     page, axes = sheet(
-        look, _texts(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
+        style, _texts(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
     )
     norm = norm_of(shown)
     for drawn, title, ax in zip(shown, titles, axes, strict=True):
-        draw_cells(ax, drawn, norm, look, inches=inches, depths=depths)
+        draw_cells(ax, drawn, norm, style, inches=inches, depths=depths)
         ax.set_title(title, parse_math=False)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[-1].set_xlabel(_xlabel(depths))
     bar = page.colorbar(
-        ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * look.width), pad=0.015
+        ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * style.width), pad=0.015
     )
     _finish_bar(bar, norm)
     return page
@@ -161,7 +161,7 @@ def _texts(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) ->
     unknown = any((np.isnan(one.values) & (one.layers > 0)).any() for one in shown)
     return FigureText(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
-        f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}",
+        f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}",
         (f"A cell is the median over the matrices of its type in the block (up to {count}).",) if count > 1 else (),
         (Key(_unknown(0, 0, 1), "not computed, or ΔW = 0"),) if unknown else (),
     )
@@ -202,7 +202,7 @@ def draw_cells(
     ax: Axes,
     shown: Cells,
     norm: Normalize,
-    look: Look | None,
+    style: PageStyle | None,
     inches: float | None = None,
     depths: Sequence[int | None] | None = None,
 ) -> None:
@@ -212,11 +212,11 @@ def draw_cells(
         ax: Axes to draw on.
         shown: The cells.
         norm: The colour scale.
-        look: The page.
+        style: The page.
         inches: Width of the panel; default 3.
         depths: Depths of all panels, if ``shown`` has a subset.
     """
-    size = look.ticks if look else 8
+    size = style.ticks if style else 8
     columns = _columns(shown.depths if depths is None else depths)
     for number, depth in enumerate(shown.depths):
         left, width = columns[depth]
@@ -229,7 +229,7 @@ def draw_cells(
         ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **between)
         for row in np.flatnonzero(missing):
             ax.add_patch(_unknown(left, row - 0.5, width))
-    _scale(ax, shown, columns, look, size)
+    _scale(ax, shown, columns, style, size)
     room = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
     texts = {(r, c): written(v) for (r, c), v in np.ndenumerate(shown.values) if np.isfinite(v)}
     if texts and max(width_of(text, 0.9 * size) for text in texts.values()) < 0.86 * room:
@@ -261,9 +261,9 @@ def _unknown(left: float, bottom: float, width: float) -> Patch:
 
 
 def _scale(
-    ax: Axes, shown: Cells, columns: dict[int | None, tuple[float, float]], look: Look | None, size: float
+    ax: Axes, shown: Cells, columns: dict[int | None, tuple[float, float]], style: PageStyle | None, size: float
 ) -> None:
-    max_width = NAMES * look.width if look else 2
+    max_width = NAMES * style.width if style else 2
     ax.set_yticks(
         range(len(shown.types)), list(cropped_all(shown.types, max_width, size).values()), parse_math=False, size=size
     )

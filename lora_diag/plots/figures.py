@@ -25,8 +25,8 @@ from lora_diag.rendering.figures.series import (
     kind_of,
     series_of,
 )
-from lora_diag.rendering.figures.sheet import MAX_PANELS, settle
-from lora_diag.rendering.figures.style import CATEGORIES, Look, encoded, look_of, styled
+from lora_diag.rendering.figures.sheet import MAX_PANELS, freeze_layout
+from lora_diag.rendering.figures.style import CATEGORIES, PageStyle, encoded, page_style_of, styled
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ class FigureKind:
         """The command whose records it draws."""
         return self.spec.made_by
 
-    def draw(self, series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    def draw(self, series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
         """Return the page."""
-        found: Figure = self.feature.load(self.spec.draw)(series, look, options)
+        found: Figure = self.feature.load(self.spec.draw)(series, style, options)
         return found
 
     def find_obstacle(self, records: Sequence[Any], options: Options) -> str | None:
@@ -127,12 +127,12 @@ def figure(
     Raises:
         UsageError: The figure, width or field does not exist, or the results do not have the records it needs.
     """
-    kind, look = figure_named(name), replace(look_of(width), plain=plain)
+    kind, style = figure_named(name), replace(page_style_of(width), plain=plain)
     series, options = _series_and_options(results, labels, per, field, rank, files)
     if found := _obstacle(kind, series, options):
         raise UsageError(f"{name}: {found.reason}")
-    with styled(look):
-        return settle(kind.draw(_usable(kind, series, options), look, options))
+    with styled(style):
+        return freeze_layout(kind.draw(_usable(kind, series, options), style, options))
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
@@ -189,7 +189,7 @@ def obstacle(
     Raises:
         UsageError: The figure or width does not exist.
     """
-    look_of(width)
+    page_style_of(width)
     return _obstacle(figure_named(name), *_series_and_options(results, labels, per, field, rank))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import percent, plus_minus, short
 
 
@@ -22,11 +22,11 @@ def probe_summary(results: Results[Any], *found: Statement, reading: str) -> lis
     how = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
     return [
         compared(results),
-        say("measured", "Measured", f"{how}; {settings['tokens']}"),
+        make_statement("measured", "Measured", f"{how}; {settings['tokens']}"),
         *found,
-        *([say("interpretation", "Interpretation", reading)] if reading else []),
+        *([make_statement("interpretation", "Interpretation", reading)] if reading else []),
         left_out(results),
-        *ending(results, "records so far"),
+        *final_statements(results, "records so far"),
     ]
 
 
@@ -40,7 +40,7 @@ def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> S
         answer: The line that answers the question of a report; the first if empty.
     """
     prefix = "shifted: " if shifted and name != "shifted" else ""
-    return say("on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True)
+    return make_statement("on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True)
 
 
 def gap(record: Probe) -> str:

@@ -76,7 +76,7 @@ class Statement:
         return tuple(f"{self.label}: {line}" for line in self.lines)
 
 
-def say(
+def make_statement(
     key: str,
     label: str,
     *lines: str,
@@ -107,21 +107,23 @@ def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
 
 def compared(results: Results[Any], *more: str) -> Statement:
     """Return the inputs with further remarks and notes."""
-    return say("compared", "Compared", *inputs(results.run), *more, *notes(results.run), priority=2)
+    return make_statement("compared", "Compared", *inputs(results.run), *more, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any]) -> Statement:
     """Return the skipped tensors with reasons."""
-    return say("left_out", "Left out", left_out_line(results.left_out), priority=2)
+    return make_statement("left_out", "Left out", left_out_line(results.left_out), priority=2)
 
 
-def ending(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
+def final_statements(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
     """Return the final statements: unmeasured layers, and a run that did not finish."""
     found = []
     if results.unmeasured:
-        found.append(say("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
+        found.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
     if results.end is None:
-        found.append(say("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure"))
+        found.append(
+            make_statement("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure")
+        )
     return found
 
 
@@ -151,7 +153,7 @@ def summary_of(statements: Sequence[Statement], then: str | None = None) -> Rend
     """
     # The warning of an unfinished run comes first, since it applies to all statements.
     first = sorted(statements, key=lambda one: one.key != "unfinished")
-    return _Summary((*first, *([say("next", "Next", then, priority=0)] if then else [])), _MOST.get())
+    return _Summary((*first, *([make_statement("next", "Next", then, priority=0)] if then else [])), _MOST.get())
 
 
 @dataclass(frozen=True, slots=True)

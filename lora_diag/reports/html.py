@@ -29,7 +29,7 @@ from lora_diag.rendering.text import plain, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.sections import Section, sections_of
-from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, labels, metrics_said, subject_of
+from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, labels, other_metric_sentences, subject_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -119,7 +119,7 @@ def html_report(evidence: Evidence, pictures: Sequence[Image] = (), made: str = 
         own_pictures=[picture for picture in pictures if picture.name in own],
         most_inputs=INPUTS,
         made=made,
-        thinning=[*metrics_said(evidence), *_thinning(evidence, layers)],
+        thinning=[*other_metric_sentences(evidence), *_thinning(evidence, layers)],
         metrics=_metrics(evidence),
         parts=_parts(subject, outcome, evidence, sections, layers),
         epsilon=EPSILON,

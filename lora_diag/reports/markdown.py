@@ -13,7 +13,7 @@ from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.sections import sections_of
-from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, metrics_said, subject_of
+from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, other_metric_sentences, subject_of
 
 # GitHub limits comments to 65,536 characters.
 MOST_BYTES = 60_000
@@ -71,7 +71,7 @@ def _table(evidence: Evidence) -> list[str]:
         cells = [_text(plain(field.together(places))) for field in columns]
         rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
     more = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
-    return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, metrics_said(evidence))]
+    return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, other_metric_sentences(evidence))]
 
 
 def _how(columns: Sequence[Field]) -> str:

@@ -175,7 +175,7 @@ def _weighed(evidence: Evidence) -> Iterator[Answer]:
         yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, more)
 
 
-def metrics_said(evidence: Evidence) -> list[str]:
+def other_metric_sentences(evidence: Evidence) -> list[str]:
     """Return a sentence for each other metric of columns and curves."""
     found = dict.fromkeys(metric_of(source.results) for source in evidence.weighted)
     return [f"The metric is {METRICS[metric]}." for metric in found]

@@ -151,7 +151,7 @@ class Page:
             assert time.monotonic() < end, f"never: {expression}; {self.problems}"
             time.sleep(0.02)
 
-    def settle(self) -> None:
+    def freeze_layout(self) -> None:
         """Wait until the page has drawn what it was told: Plotly puts off by 100 ms what a new size needs."""
         frames = (
             "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(drawn, 200))))"

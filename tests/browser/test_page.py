@@ -207,7 +207,7 @@ def test_hostile_names_are_text_on_screen(tab, tmp_path):
     tab.wait("document.getElementById('energy').data.length === 8")
     x, y = cell(tab, 0, 0)
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    tab.settle()
+    tab.freeze_layout()
     assert (tab.problems, tab.requests) == ([], [])
     assert (
         tab.js("document.querySelectorAll('main img, main svg a, main svg image[href^=\"http\"], main script').length")
@@ -287,7 +287,7 @@ def test_nothing_sticks_out(page, report, width, tmp_path):
     page.open(report)
     assert page.js("document.documentElement.scrollWidth") <= width
     page.size(width, page.js("document.documentElement.scrollHeight"), mobile=width < 500)
-    page.settle()
+    page.freeze_layout()
     shot = tmp_path / f"report-{width}.png"
     page.screenshot(shot)
     if KEEP:
@@ -318,7 +318,7 @@ def test_losses_lead_page_fit_both_widths_and_load_nothing(tab, tmp_path, also):
             tab.wait("document.readyState === 'complete' && document.querySelectorAll('.several').length === 3")
         assert tab.js("document.documentElement.scrollWidth") <= width
         tab.size(width, tab.js("document.documentElement.scrollHeight"), mobile=width < 500)
-        tab.settle()
+        tab.freeze_layout()
         shot = tmp_path / f"losses-{'with-weights-' if also else ''}{width}.png"
         tab.screenshot(shot)
         if KEEP:

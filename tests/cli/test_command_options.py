@@ -210,10 +210,12 @@ def test_warnings_and_failures_are_never_hidden():
 
     from rich.console import Console
 
-    from lora_diag.rendering.statements import at_most, say, summary_of
+    from lora_diag.rendering.statements import at_most, make_statement, summary_of
 
-    alarm = say("alarm", "Warning", *(f"alarm {n}" for n in range(20)), level="warning")
-    notes = [say(f"note{n}", f"Note {n}", f"lead {n}", *["detail"] * 3, priority=2 - n % 3) for n in range(9)]
+    alarm = make_statement("alarm", "Warning", *(f"alarm {n}" for n in range(20)), level="warning")
+    notes = [
+        make_statement(f"note{n}", f"Note {n}", f"lead {n}", *["detail"] * 3, priority=2 - n % 3) for n in range(9)
+    ]
     console = Console(file=StringIO(), width=40)
     with at_most(6):
         summary = summary_of([*notes, alarm], "loradiag inspect r.jsonl")

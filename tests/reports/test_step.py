@@ -8,7 +8,7 @@ import typer
 
 import lora_diag
 from lora_diag.cli.app import application
-from lora_diag.rendering.statements import say, summary_of
+from lora_diag.rendering.statements import make_statement, summary_of
 from lora_diag.rendering.text import to_text
 from lora_diag.reports.advice import advice
 from lora_diag.reports.findings import findings
@@ -190,6 +190,10 @@ def test_fine_tune_worse_than_base_is_not_imitated():
 
 
 def test_summary_announces_unfinished_run_first():
-    statements = [say("compared", "Compared", "a"), say("unfinished", "Warning", "b"), say("left_out", "Left out", "c")]
+    statements = [
+        make_statement("compared", "Compared", "a"),
+        make_statement("unfinished", "Warning", "b"),
+        make_statement("left_out", "Left out", "c"),
+    ]
     text = to_text(summary_of(statements, "d"), 80, False)
     assert [line.split()[-1] for line in text.splitlines() if line.strip()] == ["b", "a", "c", "d"]

@@ -8,7 +8,7 @@ from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import category
 
 
-def figure(series, look, options):
+def figure(series, style, options):
     """Return one panel a run, one row a block."""
     panels = []
     for number, one in enumerate(series):
@@ -19,4 +19,4 @@ def figure(series, look, options):
         rows = [Row(f"block {block}", part / total, None, category(number)) for block, part in blocks.items()]
         panels.append((one.label, rows))
     words = FigureText("Where the nuclear norm of the update is", "share of Σσ over all layers")
-    return figure_of(panels, "share of the nuclear norm", words, look)
+    return figure_of(panels, "share of the nuclear norm", words, style)

@@ -1,7 +1,7 @@
-"""What the records say."""
+"""Summary of the records."""
 
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import number, percent, short
 from loradiag_nuclear.record import Nuclear
 
@@ -12,6 +12,6 @@ def statements(results: Results[Nuclear]) -> list[Statement]:
     most = max(results, key=lambda record: record.nuclear, default=None)
     found = []
     if most is not None and total:
-        share = percent(most.nuclear / total)
-        found.append(say("where", "Nuclear norm", f"{number(total)} in all, {share} of it in {short(most.layer)}"))
-    return [compared(results), *found, left_out(results), *ending(results)]
+        text = f"{number(total)} in all, {percent(most.nuclear / total)} of it in {short(most.layer)}"
+        found.append(make_statement("where", "Nuclear norm", text))
+    return [compared(results), *found, left_out(results), *final_statements(results)]

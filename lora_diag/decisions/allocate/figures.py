@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cut, name_of, width_of
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, cut, name_of, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 # Labels of several runs, whose colours are the categories.
@@ -45,10 +45,10 @@ def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: st
         The Axes drawn on.
     """
     records = tuple(records)
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         drawn = slots(records, per)
-        _ranks(axes, [drawn], look)
-        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
+        _ranks(axes, [drawn], style)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank r")
         axes.legend([Patch(facecolor=BARS), Line2D([], [], color=UNIFORM)], ["allocated", "uniform"], fontsize="small")
     return axes
@@ -64,39 +64,39 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
     Returns:
         The Axes drawn on.
     """
-    with panel_axes(ax) as (axes, look):
-        _kept(axes, certificates, look, float(axes.get_window_extent().width) / axes.figure.dpi)
-        keys = _budget_keys(certificates, look)
+    with panel_axes(ax) as (axes, style):
+        _kept(axes, certificates, style, float(axes.get_window_extent().width) / axes.figure.dpi)
+        keys = _budget_keys(certificates, style)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the ranks of the layers, and below the energy of each allocation over its cost."""
     types = Types(record.layer for one in series for record in one.records)
     certificates = [item for one in series for item in one.whole if isinstance(item, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
     drawn = [slots(one.records, options.per, types) for one in series]
-    words = _texts(series, drawn, alike, len(certificates) - len(alike), look)
-    inches = look.width - 6 * look.text / 72
+    words = _texts(series, drawn, alike, len(certificates) - len(alike), style)
+    inches = style.width - 6 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
-    heights = [1.3 * look.panel + label_height(all_records, inches, look.ticks)]
+    heights = [1.3 * style.panel + label_height(all_records, inches, style.ticks)]
     if alike:
-        bars = (len(alike[0].baselines) + 1) * 1.6 * look.text / 72
-        heights.append((1.3 * look.panel if len(alike) > 1 else bars) + 3.5 * look.text / 72)
+        bars = (len(alike[0].baselines) + 1) * 1.6 * style.text / 72
+        heights.append((1.3 * style.panel if len(alike) > 1 else bars) + 3.5 * style.text / 72)
     panel = sum(heights) / len(heights)
-    figure, axes = sheet(look, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
-    _ranks(axes[0], drawn, look)
-    slot_axis(axes[0], all_records, inches, look.ticks)
+    figure, axes = sheet(style, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
+    _ranks(axes[0], drawn, style)
+    slot_axis(axes[0], all_records, inches, style.ticks)
     axes[0].set_ylabel("rank r")
     if alike:
-        _kept(axes[1], alike, look, inches)
+        _kept(axes[1], alike, style, inches)
     return figure
 
 
-def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     for number, part in enumerate(drawn):
         for slot in part:
             ranks = np.array([float(np.median([record.rank for record in bar])) for bar in slot.bars])
@@ -110,19 +110,19 @@ def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], look: Look | N
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _kept(ax: Axes, certificates: Sequence[Certificate], look: Look | None, inches: float) -> None:
+def _kept(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None, inches: float) -> None:
     """Draw the energy kept: of one allocation rule by rule, of several over their cost."""
     if len(certificates) == 1:
-        _rules(ax, certificates[0], look, inches)
+        _rules(ax, certificates[0], style, inches)
     else:
-        _over_cost(ax, certificates, look)
+        _over_cost(ax, certificates, style)
 
 
-def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> None:
+def _rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) -> None:
     """Draw one bar per rule with its energy and cost, and the upper bound."""
     rules = [("this allocation", item.kept, _spent(item), BARS)]
     rules += [(name_of(base.name), base.kept, base.spent, UNIFORM) for base in item.baselines]
-    size = look.ticks if look else 8
+    size = style.ticks if style else 8
     max_width = 0.62 * inches
     texts = []
     for name, kept, spent, _ in rules:
@@ -144,15 +144,15 @@ def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> Non
             size=size,
             parse_math=False,
         )
-    ax.axvline(item.bound, color=BOUND, lw=look.line if look else 1.2, ls=(0, (4, 2)), label="_bound")
+    ax.axvline(item.bound, color=BOUND, lw=style.line if style else 1.2, ls=(0, (4, 2)), label="_bound")
     ax.set_yticks([])
     ax.set_ylim(len(rules) - 0.4, -0.6)
     ax.set_xlabel(f"energy fraction kept (and {_UNITS[item.unit]})")
     ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
 
 
-def _over_cost(ax: Axes, certificates: Sequence[Certificate], look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     ordered = sorted(certificates, key=_spent)
     limits = [item.budget if item.budget is not None and item.unit != "energy" else _spent(item) for item in ordered]
     uniform = [(base.spent, base.kept) for item in ordered if (base := item.uniform) is not None]
@@ -188,8 +188,8 @@ def _count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _budget_keys(certificates: Sequence[Certificate], look: Look | None) -> tuple[Key, ...]:
-    width = look.line if look else 1.2
+def _budget_keys(certificates: Sequence[Certificate], style: PageStyle | None) -> tuple[Key, ...]:
+    width = style.line if style else 1.2
     bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: maximum energy within the budget")
     if len(certificates) == 1:
         return (bound,)
@@ -203,14 +203,14 @@ def _texts(
     drawn: Sequence[Sequence[Slot[Allocation]]],
     certificates: Sequence[Certificate],
     missing: int,
-    look: Look,
+    style: PageStyle,
 ) -> FigureText:
     keys: list[Key] = []
     if len(series) == 1:
         keys.append(Key(Patch(facecolor=BARS), "rank allocated"))
-        keys.append(Key(Line2D([], [], color=UNIFORM, lw=1.3 * look.line), "uniform rule, same budget"))
+        keys.append(Key(Line2D([], [], color=UNIFORM, lw=1.3 * style.line), "uniform rule, same budget"))
     else:
-        keys += [Key(Line2D([], [], color=category(n), lw=1.5 * look.line), one.label) for n, one in enumerate(series)]
+        keys += [Key(Line2D([], [], color=category(n), lw=1.5 * style.line), one.label) for n, one in enumerate(series)]
     records = [record for one in series for record in one.records]
     layers = len({record.layer for record in records})
     about = f"{layers} {'matrix' if layers == 1 else 'matrices'}"
@@ -236,5 +236,5 @@ def _texts(
         "Allocation: rank r by layer, and the energy kept",
         about,
         (" ".join(notes),),
-        (*keys, *(_budget_keys(certificates, look) if certificates else ())),
+        (*keys, *(_budget_keys(certificates, style) if certificates else ())),
     )

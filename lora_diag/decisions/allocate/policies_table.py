@@ -8,7 +8,7 @@ from statistics import median
 from lora_diag.decisions.allocate.record import Policies
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import rows_of
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import short
 
@@ -56,23 +56,23 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
         worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
         sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
         head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
-        lines.append(say("disagree", "Disagreement", head, *sentences))
+        lines.append(make_statement("disagree", "Disagreement", head, *sentences))
     if noisy := [record for record in records if _beyond_signal(record)]:
         needs = (
             f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
             "noise"
         )
-        lines.append(say("noise", "Noise", needs))
+        lines.append(make_statement("noise", "Noise", needs))
     meanings = [
         "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
         "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
         "upper limit",
         "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
     ]
-    lines.append(say("rules", "Rules", *meanings))
+    lines.append(make_statement("rules", "Rules", *meanings))
     if missing := sum(None in record.ranks.values() for record in records):
         needs = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-        lines.append(say("not_known", "Unknown", needs))
+        lines.append(make_statement("not_known", "Unknown", needs))
     return lines
 
 

@@ -11,7 +11,7 @@ from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.columns import Column, rows_of
 from lora_diag.rendering.lines import left_out_line, notes
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import named, number, percent, safe, short, span, strip
 
@@ -61,26 +61,32 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
         cut = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
-        return [say("unfinished", "Warning", cut, level="failure")]
+        return [make_statement("unfinished", "Warning", cut, level="failure")]
     lines = [
-        say("allocated", "Allocated", *_allocated(results)),
-        say("budget", "Budget", _budget(results, certificate)),
-        *([say("heads", "Heads", *_heads(results, certificate))] if certificate.saved else []),
-        say("keeps", "Energy kept", *_keeps(results, certificate)),
-        *([say("portable", "Portable", *_portable(results))] if results.run.settings.get("portable") else []),
+        make_statement("allocated", "Allocated", *_allocated(results)),
+        make_statement("budget", "Budget", _budget(results, certificate)),
+        *([make_statement("heads", "Heads", *_heads(results, certificate))] if certificate.saved else []),
+        make_statement("keeps", "Energy kept", *_keeps(results, certificate)),
+        *(
+            [make_statement("portable", "Portable", *_portable(results))]
+            if results.run.settings.get("portable")
+            else []
+        ),
     ]
     heuristic = results.run.settings.get("method") == "heuristic"
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
-        lines.append(say("against", "Baselines", *(_against(each, allocated) for each in certificate.baselines)))
-        lines += [] if heuristic else [say("more", "Marginal gain", _marginal_gain(certificate))]
+        lines.append(
+            make_statement("against", "Baselines", *(_against(each, allocated) for each in certificate.baselines))
+        )
+        lines += [] if heuristic else [make_statement("more", "Marginal gain", _marginal_gain(certificate))]
     if (limits := _limits(results)) and not results.run.settings.get("portable"):
-        lines.append(say("limits", "Limits", *limits))
+        lines.append(make_statement("limits", "Limits", *limits))
     return [
         *lines,
-        say("note", "Note", _note(results)),
-        say("left_out", "Left out", *_left_out(results)),
-        *(say("warning", "Warning", warning, level="failure") for warning in _warnings(results)),
+        make_statement("note", "Note", _note(results)),
+        make_statement("left_out", "Left out", *_left_out(results)),
+        *(make_statement("warning", "Warning", warning, level="failure") for warning in _warnings(results)),
     ]
 
 

@@ -10,7 +10,7 @@ from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, 
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.lines import REASONS, subject, within
-from lora_diag.rendering.statements import Level, Statement, compared, ending, say
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import count, named, number, percent, safe, short, shown, span
 
@@ -154,12 +154,12 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     """Return the statements of the summary."""
     lines = [compared(results)]
     if len(results):
-        lines.append(say("wrote", "Written", *_written_lines(results, folder)))
-        lines += [say("price", "Error", *_errors(results)), _resolved(results), *_estimated(results)]
+        lines.append(make_statement("wrote", "Written", *_written_lines(results, folder)))
+        lines += [make_statement("price", "Error", *_errors(results)), _resolved(results), *_estimated(results)]
     if where := _energy_split(results):
-        lines.append(say("where", "Distribution", where))
+        lines.append(make_statement("where", "Distribution", where))
     missing = _missing(results) or ["nothing: every changed tensor is in the adapter"]
-    return [*lines, say("not_in_it", "Not included", *missing), *ending(results)]
+    return [*lines, make_statement("not_in_it", "Not included", *missing), *final_statements(results)]
 
 
 def _written_lines(results: Results[Extraction], folder: str | None) -> list[str]:
@@ -265,7 +265,7 @@ def _resolved(results: Results[Extraction]) -> Statement:
             word = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
         elif not beyond:
             word = f"no: {len(noisy)} are rounding noise"
-    return say("resolved", "Resolution", word, level=level)
+    return make_statement("resolved", "Resolution", word, level=level)
 
 
 def _estimated(results: Results[Extraction]) -> list[Statement]:
@@ -277,7 +277,9 @@ def _estimated(results: Results[Extraction]) -> list[Statement]:
     lead = f"{len(made)} weights factor the estimated update before rounding, which ε is measured against"
     rest = [record.layer for record in tried if not record.estimated]
     return [
-        say("estimated", "Estimate", lead, *([f"from the files, without an estimate: {named(rest)}"] if rest else []))
+        make_statement(
+            "estimated", "Estimate", lead, *([f"from the files, without an estimate: {named(rest)}"] if rest else [])
+        )
     ]
 
 

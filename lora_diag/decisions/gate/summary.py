@@ -15,7 +15,7 @@ from rich.text import Text
 from lora_diag.decisions.gate.record import Status, Verdict, outcome
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.columns import shortened
-from lora_diag.rendering.statements import Statement, say, summary_of
+from lora_diag.rendering.statements import Statement, make_statement, summary_of
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
@@ -189,12 +189,12 @@ def _layer(verdict: Verdict, name_file: bool) -> str:
 def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:
     lines = []
     if len(shown) < len(bad):
-        lines.append(say("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
+        lines.append(make_statement("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     if len(groups) == 1 and "" not in groups:
-        lines.append(say("about", "Group", safe(groups.pop())))
+        lines.append(make_statement("about", "Group", safe(groups.pop())))
     passed = outcome(verdicts_of(results)) == "passed"
-    lines.append(say("outcome", "Gate", headline(results), level="ok" if passed else "failure"))
+    lines.append(make_statement("outcome", "Gate", headline(results), level="ok" if passed else "failure"))
     for label, status in (
         ("Failed", "failed"),
         ("Inconclusive", "inconclusive"),
@@ -203,13 +203,17 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
     ):
         sentences = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]
         if sentences:
-            lines.append(say(status, label, *sentences))
+            lines.append(make_statement(status, label, *sentences))
     if skipped := by_rule(results, "not judged"):
         own = [f"{_named(rule, found)}: {why(found)}" for rule, found in skipped if found[0].line]
         idle = [(rule, found) for rule, found in skipped if not found[0].line]
         not_applied = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
-        lines.append(say("not_judged", "Not judged", *own, *not_applied))
-    return [*lines, say("passed", "Passed", _passed(results)), say("judged", "Inputs", *_inputs(results))]
+        lines.append(make_statement("not_judged", "Not judged", *own, *not_applied))
+    return [
+        *lines,
+        make_statement("passed", "Passed", _passed(results)),
+        make_statement("judged", "Inputs", *_inputs(results)),
+    ]
 
 
 def _named(rule: str, found: Sequence[Verdict]) -> str:

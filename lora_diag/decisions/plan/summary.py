@@ -18,7 +18,7 @@ from lora_diag.decisions.plan.record import (
 )
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Grid
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Rows, grid_of, grids_table
 from lora_diag.rendering.text import byte_count, percent, safe, short
 
@@ -100,21 +100,23 @@ def _lines(plan: Plan) -> list[Statement]:
     targeted = [row for row in plan.types if row.targeted]
     matrices = sum(row.matrices for row in targeted)
     lines = [
-        say("model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)),
-        say(
+        make_statement(
+            "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)
+        ),
+        make_statement(
             "targets",
             "LoRA on",
             f"{matrices} matrices with {plan.targeted:,} entries; each rank trains "
             f"{sum(row.per_rank for row in targeted):,} parameters",
         ),
         *_capacity(plan.capacity),
-        say(
+        make_statement(
             "memory",
             "Memory",
             f"right columns: trainable weights and gradients in {plan.dtype}, and the optimizer's state; LoRA also "
             f"needs the frozen model{_frozen(plan)}; activations are not included",
         ),
-        say(
+        make_statement(
             "flops",
             "FLOPs",
             "multiply-adds of an unmerged adapter relative to those of the model's matrices; a merged adapter adds "
@@ -122,13 +124,13 @@ def _lines(plan: Plan) -> list[Statement]:
         ),
     ]
     if plan.rates is not None:
-        lines.append(say("time", "Time", *_time(plan, plan.rates)))
+        lines.append(make_statement("time", "Time", *_time(plan, plan.rates)))
     if plan.fit is not None:
-        lines.append(say("budget", "Budget", *_fit(plan, plan.fit)))
+        lines.append(make_statement("budget", "Budget", *_fit(plan, plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
         nothing = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
-        lines.append(say("note", "Note", nothing))
+        lines.append(make_statement("note", "Note", nothing))
     return lines
 
 
@@ -156,7 +158,10 @@ def _capacity(capacity: PlanCapacity | None) -> list[Statement]:
     lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(requested)}"
     lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
     rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
-    return [say("capacity", "Capacity", *lines, *map(safe, capacity.notes)), say("rate", "Learning rate", rate)]
+    return [
+        make_statement("capacity", "Capacity", *lines, *map(safe, capacity.notes)),
+        make_statement("rate", "Learning rate", rate),
+    ]
 
 
 def _wanted(rule: PlanRule) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lora_diag.decisions.plan_merge.record import ARRIVED, ERROR, Arrival, PlannedMerge, conclusion, rms, total
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import count, factor, named, number, percent
 
 _WHY = {
@@ -25,20 +25,22 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     if records:
         lines += [_conclusion(records), _arrived(records), *_overflow(records), *_base(records)]
         lines.append(
-            say(
+            make_statement(
                 "rules",
                 "Rules",
                 f"merge if c is within 1 ± {number(ARRIVED)} and the error at most {number(ERROR)} over all layers; "
                 "rules of thumb, not calibrated against a loss",
             )
         )
-    return [*lines, left_out(results), *ending(results)]
+    return [*lines, left_out(results), *final_statements(results)]
 
 
 def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     found, to = conclusion(records), records[0].to
     if found is None:
-        return say("conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0)
+        return make_statement(
+            "conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0
+        )
     why = _WHY[found]
     base_error = rms(records, lambda record: record.base_error)
     if found == "serve unmerged" and to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
@@ -50,7 +52,7 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
         lines.append(
             f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {named(others)}"
         )
-    return say("conclusion", "Conclusion", *lines, level=level, priority=0)
+    return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
 def _texts(found: Arrival) -> str:
@@ -67,7 +69,7 @@ def _arrived(records: Sequence[PlannedMerge]) -> Statement:
         "fp16": total(records, lambda record: record.fp16),
     }
     lines.append("; ".join(f"in {name}: {_texts(found)}" for name, found in sixteen.items() if name != to))
-    return say("arrived", "Kept", *lines)
+    return make_statement("arrived", "Kept", *lines)
 
 
 def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
@@ -76,7 +78,7 @@ def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
         return []
     entries = sum(record.overflow for record in hit)
     line = f"{count(entries)} entries of W + ΔW would be infinite, in {named([record.layer for record in hit])}"
-    return [say("overflow", "Overflow", line, level="warning")]
+    return [make_statement("overflow", "Overflow", line, level="warning")]
 
 
 def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
@@ -98,4 +100,4 @@ def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
                 f"{records[0].to} does not reuse BASE's scales: unchanged BASE with the adapter unmerged has no "
                 "such error"
             )
-    return [say("base", "Base", *lines)] if lines else []
+    return [make_statement("base", "Base", *lines)] if lines else []

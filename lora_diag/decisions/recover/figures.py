@@ -17,7 +17,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key
-from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look
+from lora_diag.rendering.figures.style import CATEGORIES, QUIET, PageStyle
 
 ESTIMATE = CATEGORIES[0]
 
@@ -46,7 +46,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return one panel a module type."""
     found = [record for one in series for record in one.records if record.energy_estimate is not None]
     groups: dict[str, list[Recovery]] = {}
@@ -69,7 +69,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         keys=_keys(),
     )
     panels = {name: (lambda ax, inches, own=records: _draw(ax, own)) for name, records in shown.items()}
-    return multiples_of(panels, words, look, "rank r", "C(r)")
+    return multiples_of(panels, words, style, "rank r", "C(r)")
 
 
 def _draw(ax: Axes, records: Sequence[Recovery]) -> None:

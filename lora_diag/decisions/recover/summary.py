@@ -10,7 +10,7 @@ from statistics import median
 from lora_diag.decisions.recover.record import STATUS, Recovery
 from lora_diag.records import Results
 from lora_diag.rendering.lines import subject
-from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grids_table, record_grids
 from lora_diag.rendering.text import count, named, number, percent, safe, short, span
 
@@ -44,14 +44,14 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
     if records:
         lines += [_hidden(records), *_size(records), *_directions(records), *_start(records), *_refused(records)]
         lines.append(
-            say(
+            make_statement(
                 "assumption",
                 "Assumption",
                 "training kept float32 master weights, started at BASE, and was rounded once when TUNED was stored; "
                 "intervals are of about 95% under the model (X = low rank + noise) and do not cover another one",
             )
         )
-    return [*lines, *_reached(results), left_out(results), *ending(results)]
+    return [*lines, *_reached(results), left_out(results), *final_statements(results)]
 
 
 def _of(records: Sequence[Recovery], *statuses: str) -> list[Recovery]:
@@ -73,7 +73,7 @@ def _hidden(records: Sequence[Recovery]) -> Statement:
         lead, level = "inconclusive: no entry changed, so nothing can be estimated", "warning"
     else:
         lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
-    return say(
+    return make_statement(
         "hidden",
         "Hidden update",
         lead,
@@ -97,7 +97,7 @@ def _size(records: Sequence[Recovery]) -> list[Statement]:
         f"‖X‖ = {number(estimated)} estimated over {_matrices(len(known))}, ± {percent(median(errors))} in the median "
         f"layer; the files show ‖D‖ = {number(observed)}, {number(observed / estimated)} times that"
     )
-    return [say("size", "Size", line)]
+    return [make_statement("size", "Size", line)]
 
 
 def _matrices(number_of: int) -> str:
@@ -122,7 +122,7 @@ def _directions(records: Sequence[Recovery]) -> list[Statement]:
         line2 = f"rank at 90%: {span(known)} in {len(known)} of {len(ranks)}, where the files read {span(shown_file)}"
     else:
         line2 = f"rank at 90%: beyond the directions that can be seen; the files read {span(shown_file)}"
-    return [say("directions", "Directions", line, line2)]
+    return [make_statement("directions", "Directions", line, line2)]
 
 
 def _start(records: Sequence[Recovery]) -> list[Statement]:
@@ -132,13 +132,15 @@ def _start(records: Sequence[Recovery]) -> list[Statement]:
         return []
     if not rounded:
         return [
-            say("start", "Start", "the stored BASE: more likely than a start that was rounded to it, in every layer")
+            make_statement(
+                "start", "Start", "the stored BASE: more likely than a start that was rounded to it, in every layer"
+            )
         ]
     line = (
         f"in {len(rounded)} of {len(known)} matrices BASE is more likely a rounded copy of the start of training, and "
         "the start is taken to lie anywhere in its cells"
     )
-    return [say("start", "Start", line)]
+    return [make_statement("start", "Start", line)]
 
 
 def _refused(records: Sequence[Recovery]) -> list[Statement]:
@@ -147,7 +149,7 @@ def _refused(records: Sequence[Recovery]) -> list[Statement]:
         return []
     first = refused[0]
     words = f"{_matrices(len(refused))}: {named([record.layer for record in refused])}"
-    return [say("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
+    return [make_statement("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
 
 
 def _late(results: Results[Recovery]) -> list[str]:
@@ -160,7 +162,7 @@ def _reached(results: Results[Recovery]) -> list[Statement]:
     if not late:
         return []
     words = f"{len(late)} of {_matrices(len(late) + len(results))} within --time; --resume measures them"
-    return [say("not_reached", "Not reached", words, level="warning")]
+    return [make_statement("not_reached", "Not reached", words, level="warning")]
 
 
 def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
@@ -178,7 +180,7 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
         )
     if missing:
         lines.append(f"not in it: {named(missing)}")
-    return [say("written", "Written", *lines)]
+    return [make_statement("written", "Written", *lines)]
 
 
 def _missing(results: Results[Recovery]) -> list[str]:

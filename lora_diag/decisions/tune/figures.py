@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import levels, limits, loss_axis, panel_width, panels_of, sets_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, log_label, styled, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, log_label, styled, wrapped
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
 
@@ -91,34 +91,34 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
     choice = next((one for one in every if isinstance(one, Tune)), None)
     trials = [one for one in every if isinstance(one, TuneTrial)]
     chosen = name if name is not None else choice.set if choice is not None else trials[0].set
-    with panel_axes(ax) as (axes, look):
-        _draw(axes, trials, chosen, choice, look)
+    with panel_axes(ax) as (axes, style):
+        _draw(axes, trials, chosen, choice, style)
         axes.set(xlabel="trained parameters", ylabel="loss (nats)")
         axes.set_title(chosen, parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set of the first run."""
     one = series[0]
     trials = [each for each in one.whole if isinstance(each, TuneTrial)]
     choice = next((each for each in one.whole if isinstance(each, Tune)), None)
     sets = sets_of(trials)
-    rows, columns = panels_of(len(sets), look)
-    inches = panel_width(look, columns)
-    with styled(look):
-        page, axes = sheet(look, _texts(series, look), rows, columns, panel=1.9 * look.panel, share=False)
+    rows, columns = panels_of(len(sets), style)
+    inches = panel_width(style, columns)
+    with styled(style):
+        page, axes = sheet(style, _texts(series, style), rows, columns, panel=1.9 * style.panel, share=False)
         for (name, title), ax in zip(sets.items(), axes, strict=False):
-            _draw(ax, trials, name, choice, look)
-            ax.set_title(wrapped(title, inches, look.text), parse_math=False)
+            _draw(ax, trials, name, choice, style)
+            ax.set_title(wrapped(title, inches, style.text), parse_math=False)
             ax.set(xlabel="trained parameters", ylabel="loss (nats)")
         for ax in axes[len(sets) :]:
             ax.remove()
     return page
 
 
-def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     points = points_of(trials, name)
     runs = [(one.params, one.loss) for one in trials if one.set == name and one.params and one.loss is not None]
     ax.set_xscale("log")
@@ -157,15 +157,15 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
     ax.set_ylim(limits(shown))
     params = [point.params for point in points]
     ax.set_xlim(min(params) / 1.8, max(params) * 1.8)  # before labels are placed: one configuration spans no range
-    levels(ax, named, look)
+    levels(ax, named, style)
     loss_axis(ax)
     ax.xaxis.set_major_locator(LogLocator(numticks=8))
     ax.xaxis.set_major_formatter(log_label)
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _texts(series: Sequence[Series[Any]], look: Look) -> FigureText:
-    width = look.line
+def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
+    width = style.line
     keys = (
         Key(Line2D([], [], color=RUN, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one run"),
         Key(Line2D([], [], color=FRONTIER, marker="o", ms=3.5 * width, lw=1.5 * width), "frontier, mean over seeds"),

@@ -10,7 +10,7 @@ from rich.console import Group
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.statements import Statement, ending, say, summary_of
+from lora_diag.rendering.statements import Statement, final_statements, make_statement, summary_of
 from lora_diag.rendering.tables import grids_table
 from lora_diag.rendering.text import count, duration, percent, plus_minus, safe, short, span, to_text
 
@@ -40,21 +40,21 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
     )
     rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
     lines = [
-        say("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
-        say("capacity", "Capacity", f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}"),
-        say(
+        make_statement("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
+        make_statement("capacity", "Capacity", f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}"),
+        make_statement(
             "tries",
             "Tries",
             f"r={_listed(plan.ranks)} at learning rates {_listed(plan.rates)}, {plan.steps} steps each",
         ),
         *_kind(plan),
-        say(
+        make_statement(
             "time",
             "Time",
             f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
             f"{_slots(plan)}{_limit(plan)}",
         ),
-        *([say("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
+        *([make_statement("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
     ]
     return grids_table([grid], lines, width, color)
 
@@ -72,7 +72,7 @@ def _kind(plan: TunePlan) -> list[Statement]:
             "the scale of B·A is alpha/√r, above that of alpha = 2r for r < 64, so learning rates cannot be carried "
             "over; a tenth of them for full fine-tuning is a rule for alpha = 2r"
         )
-    return [say("kind", "Adapter", plan.kind, *notes)] if notes else []
+    return [make_statement("kind", "Adapter", plan.kind, *notes)] if notes else []
 
 
 def _slots(plan: TunePlan) -> str:
@@ -93,22 +93,22 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
     if found is None:
         last = decisions[-1] if decisions else None
         at = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
-        return [say("choice", "Choice", at, level="warning"), *ending(results, "records so far")]
+        return [make_statement("choice", "Choice", at, level="warning"), *final_statements(results, "records so far")]
     return [
-        say("choice", "Choice", _choice(found), level="ok" if found.significant else "warning", priority=0),
-        say("settings", "Training", _settings(found)),
-        say(
+        make_statement("choice", "Choice", _choice(found), level="ok" if found.significant else "warning", priority=0),
+        make_statement("settings", "Training", _settings(found)),
+        make_statement(
             "budget",
             "Budget",
             f"{found.params:,} of {found.budget:,} parameters, {percent(found.params / found.budget)}",
         ),
-        say("gain", "Gain", _gain(found), priority=0),
-        say("next", "Next rank up", _next(found)),
-        say("non_uniform", "Non-uniform", _non_uniform(found, decisions)),
-        *([say("shifted", "Shifted", _shifted(found))] if found.gain_shifted is not None else []),
+        make_statement("gain", "Gain", _gain(found), priority=0),
+        make_statement("next", "Next rank up", _next(found)),
+        make_statement("non_uniform", "Non-uniform", _non_uniform(found, decisions)),
+        *([make_statement("shifted", "Shifted", _shifted(found))] if found.gain_shifted is not None else []),
         *_trials(decisions),
         *_left_out(decisions),
-        *ending(results, "records so far"),
+        *final_statements(results, "records so far"),
     ]
 
 
@@ -172,7 +172,7 @@ def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
         outcomes = dict.fromkeys(one.outcome for one in of_stage if one.outcome != "not needed")
         lead = "; ".join(f"{outcome}: {_listed_trials(of_stage, outcome)}" for outcome in outcomes)
         lead = lead or "the curves give no reason for a trial"
-        found.append(say(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in of_stage)))
+        found.append(make_statement(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in of_stage)))
     return found
 
 
@@ -192,8 +192,8 @@ def _left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
     omitted = [one for one in decisions if one.outcome == "not tried"]
     lines = [f"{safe(one.name)}: {safe(one.why)}" for one in omitted]
     if len(omitted) < 2:
-        return [say("left_out", "Not tried", *lines)] if omitted else []
-    return [say("left_out", "Not tried", "; ".join(safe(one.name) for one in omitted), *lines)]
+        return [make_statement("left_out", "Not tried", *lines)] if omitted else []
+    return [make_statement("left_out", "Not tried", "; ".join(safe(one.name) for one in omitted), *lines)]
 
 
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:

@@ -20,7 +20,7 @@ from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     INK,
     QUIET,
-    Look,
+    PageStyle,
     category,
     cropped,
     log_label,
@@ -60,8 +60,8 @@ def fleet(records: Iterable[Fleet], ax: Axes | None = None) -> Axes:
     Returns:
         The Axes drawn on.
     """
-    with panel_axes(ax) as (axes, look):
-        _draw(axes, _points((Series("", tuple(records)),)), look, *_inches(axes))
+    with panel_axes(ax) as (axes, style):
+        _draw(axes, _points((Series("", tuple(records)),)), style, *_inches(axes))
     return axes
 
 
@@ -70,14 +70,14 @@ def _inches(ax: Axes) -> tuple[float, float]:
     return box.width / ax.figure.dpi, box.height / ax.figure.dpi
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the scatter plot of all adapters, with a colour per run."""
     points = _points(series)
-    figure, (ax,) = sheet(look, _texts(series, points, look), 1, 1)
+    figure, (ax,) = sheet(style, _texts(series, points, style), 1, 1)
     # The panel's height depends on the text around it; names have the remaining space.
-    _draw(ax, (), look, 1.0, 1.0)
+    _draw(ax, (), style, 1.0, 1.0)
     figure.draw_without_rendering()
-    _draw(ax, points, look, *_inches(ax))
+    _draw(ax, points, style, *_inches(ax))
     return figure
 
 
@@ -93,8 +93,8 @@ def _points(series: Sequence[Series[Any]]) -> list[_Point]:
     ]
 
 
-def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, height: float) -> None:
-    line, size = (look.line, look.ticks) if look else (1.2, 8.0)
+def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: float, height: float) -> None:
+    line, size = (style.line, style.ticks) if style else (1.2, 8.0)
     norms = [point.fro for point in points if point.fro > 0] or [1.0]
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")
@@ -181,8 +181,8 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
-def _texts(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) -> FigureText:
-    marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * look.line}
+def _texts(series: Sequence[Series[Any]], points: Sequence[_Point], style: PageStyle) -> FigureText:
+    marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * style.line}
     several = len(series) > 1
     keys = [
         Key(Line2D([], [], color=category(n), marker="o", **marker), one.label if several else "one adapter")
@@ -190,7 +190,7 @@ def _texts(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
     ]
     if any(point.fro == 0 for point in points):
         keys.append(Key(Line2D([], [], color=INK if several else category(0), marker="v", **marker), "ΔW = 0"))
-    line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
+    line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * style.line, ls=(0, (1, 1.6)))
     keys.append(Key(line, f"over-ranked: at most {USED:g}"))
     odd = sum(bool(point.remark) for point in points)
     notes = [

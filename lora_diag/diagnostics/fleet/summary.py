@@ -22,7 +22,7 @@ from lora_diag.metrics.fleet import (
 from lora_diag.records import Results
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import number, percent, safe
 
@@ -126,18 +126,18 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list
         kinds = Counter(record.family for record in records)
         text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
         lines += [
-            say("adapters", "Adapters", f"{len(records)}: {text}"),
-            say("rank", "Rank", _rank(records)),
-            say("stand_out", "Outliers", _outliers(records)),
+            make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
+            make_statement("rank", "Rank", _rank(records)),
+            make_statement("stand_out", "Outliers", _outliers(records)),
         ]
-        lines.append(say("alike", "Near-duplicates", _pairs(pairs)))
+        lines.append(make_statement("alike", "Near-duplicates", _pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:
         named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
         more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
-        lines.append(say("not_measured", "Not measured", *named, *more, level="failure"))
+        lines.append(make_statement("not_measured", "Not measured", *named, *more, level="failure"))
     if results.end is None:
         lines.append(
-            say(
+            make_statement(
                 "unfinished",
                 "Warning",
                 "the run did not finish; these are the adapters measured so far",

@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, wrapped
 
 SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
 
@@ -41,12 +41,12 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
     Returns:
         The Axes drawn on.
     """
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         drawn = slots(shared(records), per)
-        _ranks(axes, drawn, look)
-        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
+        _ranks(axes, drawn, style)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank at 90% of the energy")
-        keys = _keys(look, shares=False)
+        keys = _keys(style, shares=False)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -56,19 +56,19 @@ def shared(records: Iterable[Union]) -> tuple[Union, ...]:
     return tuple(record for record in records if len(record.updates) > 1)
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the ranks of the layers, with the additive fraction below, once per run."""
     shown = [(one, shared(one.records)) for one in series]
     shown = [(one, records) for one, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)
     drawn = [slots(records, options.per, types) for _, records in shown]
-    inches = look.width - 6 * look.text / 72
+    inches = style.width - 6 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(all_records, inches, look.ticks) / (2 * len(shown))
-    heights = [1.25 * look.panel + below, 0.85 * look.panel + below] * len(shown)
+    below = label_height(all_records, inches, style.ticks) / (2 * len(shown))
+    heights = [1.25 * style.panel + below, 0.85 * style.panel + below] * len(shown)
     figure, axes = sheet(
-        look,
-        _texts(series, shown, drawn, look),
+        style,
+        _texts(series, shown, drawn, style),
         len(heights),
         1,
         panel=sum(heights) / len(heights),
@@ -78,20 +78,20 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     )
     for place, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
         ranks, shares = axes[2 * place : 2 * place + 2]
-        _ranks(ranks, part, look)
-        ranks.set_title(wrapped(_finding(one, records), inches, look.text), parse_math=False)
+        _ranks(ranks, part, style)
+        ranks.set_title(wrapped(_finding(one, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")
-        _shares(shares, part, max(len(record.updates) for record in records), look)
+        _shares(shares, part, max(len(record.updates) for record in records), style)
         shares.set_ylabel("fraction")
         for ax in (ranks, shares):
-            slot_axis(ax, part, inches, look.ticks, labels=False)
+            slot_axis(ax, part, inches, style.ticks, labels=False)
             ax.set_xlim(-0.5, len(all_records) - 0.5)
-    slot_axis(axes[-1], all_records, inches, look.ticks)
+    slot_axis(axes[-1], all_records, inches, style.ticks)
     return figure
 
 
-def _ranks(ax: Axes, drawn: Sequence[Slot[Union]], look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _ranks(ax: Axes, drawn: Sequence[Slot[Union]], style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     _stairs(ax, drawn, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
     _stairs(ax, drawn, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
     _stairs(ax, drawn, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
@@ -99,8 +99,8 @@ def _ranks(ax: Axes, drawn: Sequence[Slot[Union]], look: Look | None) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     _stairs(ax, drawn, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
     for share in (1.0, 1 / updates):
         ax.axhline(share, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=3)
@@ -109,12 +109,12 @@ def _shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, look: Look | N
 
 
 def _stairs(
-    ax: Axes, drawn: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **style: Any
+    ax: Axes, drawn: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **line_style: Any
 ) -> None:
     for slot in drawn:
         heights = _medians(slot, value)
         if np.isfinite(heights).any():
-            ax.stairs(heights, slot.edges, label=label, **style)
+            ax.stairs(heights, slot.edges, label=label, **line_style)
 
 
 def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
@@ -132,8 +132,8 @@ def _finding(one: Series[Any], records: Sequence[Union]) -> str:
     return f"{one.label}: {found}" if one.label else found
 
 
-def _keys(look: Look | None, shares: bool = True) -> tuple[Key, ...]:
-    width = look.line if look else 1.2
+def _keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:
+    width = style.line if style else 1.2
     line = Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2)))
     return (
         Key(Patch(facecolor=SUM), "rank of the sum"),
@@ -147,7 +147,7 @@ def _texts(
     series: Sequence[Series[Any]],
     shown: Sequence[tuple[Series[Any], tuple[Union, ...]]],
     drawn: Sequence[Sequence[Slot[Union]]],
-    look: Look,
+    style: PageStyle,
 ) -> FigureText:
     layers = len({record.layer for _, records in shown for record in records})
     joined = max((slot.joined for part in drawn for slot in part), default=1)
@@ -163,7 +163,7 @@ def _texts(
         f"{layers} {'matrix' if layers == 1 else 'matrices'}; ranks at 90% of the energy Σσ²; below, the additive "
         "fraction: rank of the sum / sum of the ranks",
         (" ".join(notes),),
-        _keys(look),
+        _keys(style),
     )
 
 

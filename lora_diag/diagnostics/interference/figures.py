@@ -18,7 +18,7 @@ from lora_diag.records import Agreement
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, by_pair, rank_absent
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category
+from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, category
 
 Side = Literal["columns", "rows"]
 SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "row spaces"))
@@ -45,10 +45,10 @@ def angles(
     """
     series = by_pair((Series("", tuple(records)),))
     chosen = chosen_rank([record for one in series for record in one.records], rank)
-    with panel_axes(ax) as (axes, look):
-        _draw(axes, series, side, chosen, look)
+    with panel_axes(ax) as (axes, style):
+        _draw(axes, series, side, chosen, style)
         axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {chosen}")
-        keys = _keys(series, look)
+        keys = _keys(series, style)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -64,16 +64,16 @@ def ranks_of(records: Iterable[Interference]) -> list[int]:
     return sorted({int(rank) for record in records for rank in record.columns})
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the angles of the column spaces and of the row spaces, one panel each."""
     pairs = by_pair(series)
     all_records = [record for one in pairs for record in one.records]
     rank = chosen_rank(all_records, options.rank)
     measured = [one for one in pairs if any(str(rank) in record.columns for record in one.records)]
     shown = sorted(measured, key=lambda one: -_overlap(one.records, rank))[: len(CATEGORIES)]
-    figure, axes = sheet(look, _texts(pairs, shown, rank, look), 1, 2, panel=1.4 * look.panel)
+    figure, axes = sheet(style, _texts(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
     for (side, title), ax in zip(SIDES, axes, strict=True):
-        _draw(ax, shown, side, rank, look)
+        _draw(ax, shown, side, rank, style)
         ax.set_title(title)
         ax.set_xlabel("cosine")
     axes[0].set_ylabel("fraction")
@@ -84,8 +84,8 @@ def _overlap(records: Sequence[Interference], rank: int) -> float:
     return float(np.mean([record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]))
 
 
-def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: int, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: int, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     for number, one in enumerate(series):
         found = [(record, getattr(record, side)[str(rank)]) for record in one.records if str(rank) in record.columns]
         if not found:
@@ -122,8 +122,8 @@ def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]
     return mixed
 
 
-def _keys(series: Sequence[Series[Interference]], look: Look | None) -> tuple[Key, ...]:
-    width = look.line if look else 1.2
+def _keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tuple[Key, ...]:
+    width = style.line if style else 1.2
     return (
         *(Key(Line2D([], [], color=category(n), lw=2 * width), one.label) for n, one in enumerate(series)),
         Key(Line2D([], [], color=INK, lw=width, ls=(0, (1, 1.5))), "random subspaces"),
@@ -131,7 +131,7 @@ def _keys(series: Sequence[Series[Interference]], look: Look | None) -> tuple[Ke
 
 
 def _texts(
-    pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, look: Look
+    pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, style: PageStyle
 ) -> FigureText:
     records = [record for one in shown for record in one.records]
     drawn = {record.layer for record in records if str(rank) in record.columns}
@@ -147,7 +147,7 @@ def _texts(
         f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; fraction of the principal angles with at most "
         "this cosine (1: common direction, 0: orthogonal)",
         (" ".join(notes),),
-        _keys(shown, look),
+        _keys(shown, style),
     )
 
 

@@ -14,7 +14,7 @@ from lora_diag.records import Results
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Grid, rows_of
 from lora_diag.rendering.lines import called
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import number, percent, short
 
@@ -108,24 +108,24 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     lines = [compared(results)]
     pairs, unions = pairs_of(results), shared(results)
     if pairs:
-        lines.append(say("interfere", "Interference", *(_interfere(*pair) for pair in _strongest(pairs))))
+        lines.append(make_statement("interfere", "Interference", *(_interfere(*pair) for pair in _strongest(pairs))))
     if unions:
         lines += [
-            say("rank_needed", "Rank needed", _rank_needed(unions)),
-            say("merge", "Merge", *_merge(unions)),
+            make_statement("rank_needed", "Rank needed", _rank_needed(unions)),
+            make_statement("merge", "Merge", *_merge(unions)),
         ]
         lines.append(_resolved(unions))
     else:
         why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
-        lines.append(say("interfere", "Interference", why))
+        lines.append(make_statement("interfere", "Interference", why))
     lines.append(
-        say(
+        make_statement(
             "interpretation",
             "Interpretation",
             "weights alone do not show interference between tasks; the held-out loss of each task does",
         )
     )
-    return [*lines, left_out(results), *ending(results)]
+    return [*lines, left_out(results), *final_statements(results)]
 
 
 def _strongest(pairs: Sequence[tuple[str, str, list[Interference]]]) -> list[tuple[str, str, list[Interference]]]:
@@ -203,7 +203,7 @@ def _merge(unions: Sequence[Union]) -> list[str]:
 def _resolved(unions: Sequence[Union]) -> Statement:
     verdicts = Counter(record.resolution.verdict for record in unions if record.fro > 0)
     if set(verdicts) <= {"resolved"}:
-        return say("resolved", "Resolution", "yes: rounding plays no part in the sums")
+        return make_statement("resolved", "Resolution", "yes: rounding plays no part in the sums")
     parts = [f"{verdicts[word]} {word}" for word in ("unresolved", "floor-limited") if verdicts[word]]
     text = f"of {sum(verdicts.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
-    return say("resolved", "Resolution", text, level="warning")
+    return make_statement("resolved", "Resolution", text, level="warning")

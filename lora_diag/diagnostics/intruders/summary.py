@@ -8,7 +8,7 @@ from statistics import median
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Grid, rows_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import number, short
 
@@ -28,24 +28,24 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     records = list(results)
     if records:
         lines += [
-            say(
+            make_statement(
                 "intruders",
                 "Intruders",
                 _intruders(records),
                 level="warning" if any(r.intruders for r in records) else "note",
             ),
-            say("rotated", "Rotated", _rotated(records)),
-            say("chance", "Random baseline", _chance(records)),
+            make_statement("rotated", "Rotated", _rotated(records)),
+            make_statement("chance", "Random baseline", _chance(records)),
         ]
     lines.append(
-        say(
+        make_statement(
             "interpretation",
             "Interpretation",
             "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the "
             "fine-tune shows whether this model forgot",
         )
     )
-    return [*lines, left_out(results), *ending(results)]
+    return [*lines, left_out(results), *final_statements(results)]
 
 
 def _intruders(records: Sequence[Intruders]) -> str:

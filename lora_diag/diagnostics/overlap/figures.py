@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series, rank_absent
 from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 
 # The measures drawn: name, field, field of the baseline, colour, and dashes for when colours distinguish runs.
 MEASURES = (
@@ -89,12 +89,12 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
     records = tuple(records)
     chosen = chosen_rank(records, rank)
     shown = tuple(record for record in records if record.rank == chosen)
-    with panel_axes(ax) as (axes, look):
-        _draw(axes, (Series("", shown),), per, look)
+    with panel_axes(ax) as (axes, style):
+        _draw(axes, (Series("", shown),), per, style)
         steps = sorted({record.step for record in shown})
-        _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, look)
+        _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, style)
         axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
-        keys = _keys((Series("", shown),), per, look, len({record.layer for record in shown}))
+        keys = _keys((Series("", shown),), per, style, len({record.layer for record in shown}))
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -105,7 +105,7 @@ def chosen_rank(records: Sequence[Overlap], rank: int | None) -> int:
     return rank if rank is not None else 8 if 8 in ranks else ranks[0]
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return κ and tangent by module type, one panel each."""
     all_records = [record for one in series for record in one.records]
     rank = chosen_rank(all_records, options.rank)
@@ -115,23 +115,23 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     names = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
     layers_per_panel = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    words = _texts(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, look)
+    words = _texts(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, style)
 
     def draw(ax: Axes, inches: float, name: str) -> None:
         parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
-        _draw(ax, parts, options.per, look)
-        _step_axis(ax, steps, inches, look)
+        _draw(ax, parts, options.per, style)
+        _step_axis(ax, steps, inches, style)
 
     panels = {name: partial(draw, name=name) for name in names}
-    ylabel = "fraction of ‖G‖_F" if len(names) <= look.columns else "fraction"
-    page = multiples_of(panels, words, look, "training step", ylabel)
+    ylabel = "fraction of ‖G‖_F" if len(names) <= style.columns else "fraction"
+    page = multiples_of(panels, words, style, "training step", ylabel)
     page.axes[0].set_ylim(0, _top(records))
     page.axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     return page
 
 
-def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     for number, one in enumerate(series):
         for name, field, random, color, dashes in MEASURES:
             found = curve_over_steps(one.records, field, random)
@@ -162,16 +162,16 @@ def _top(records: Sequence[Overlap]) -> float:
     return min(1.02, 1.08 * max([*values, *(record.tangent_random for record in records)], default=1.0) or 1.0)
 
 
-def _step_axis(ax: Axes, steps: Sequence[int], inches: float, look: Look | None) -> None:
+def _step_axis(ax: Axes, steps: Sequence[int], inches: float, style: PageStyle | None) -> None:
     """Set up the step axis, with labels at measured steps as far as they fit."""
     low, high = steps[0], steps[-1]
     margin = 0.06 * (high - low) or 1
     ax.set_xlim(low - margin, high + margin)
-    label_ticks(ax, (low, high, *steps), inches, look)
+    label_ticks(ax, (low, high, *steps), inches, style)
 
 
-def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None, most: int) -> tuple[Key, ...]:
-    width = look.line if look else 1.2
+def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, most: int) -> tuple[Key, ...]:
+    width = style.line if style else 1.2
     several = len(series) > 1
     found = []
     for number, one in enumerate(series if several else ()):
@@ -195,7 +195,7 @@ def _texts(
     per: str,
     missing: int,
     most: int,
-    look: Look,
+    style: PageStyle,
 ) -> FigureText:
     layers = len({record.layer for one in series for record in one.records})
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
@@ -212,7 +212,7 @@ def _texts(
         f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
         "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
         (" ".join(notes),) if notes else (),
-        _keys(series, per, look, most),
+        _keys(series, per, style, most),
     )
 
 

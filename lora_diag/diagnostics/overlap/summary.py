@@ -10,7 +10,7 @@ from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapt
 from lora_diag.metrics.overlap import NEAR
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import middle, number, short
 
 # Maximum number of layers named in a sentence.
@@ -35,19 +35,19 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
     if relevant:
         sentences += [
             _containment(relevant, len(relevant) < len(shown)),
-            say("reach", "Reach", _reach(relevant)),
-            say("trend", "Trend", _trend(relevant)),
-            say("by_rank", "By rank", _by_rank(results, relevant)),
-            say("suggests", "Suggestion", _suggestion(results, relevant)),
+            make_statement("reach", "Reach", _reach(relevant)),
+            make_statement("trend", "Trend", _trend(relevant)),
+            make_statement("by_rank", "By rank", _by_rank(results, relevant)),
+            make_statement("suggests", "Suggestion", _suggestion(results, relevant)),
             *_resolved(relevant),
-            say("interpretation", "Interpretation", _interpretation(results)),
+            make_statement("interpretation", "Interpretation", _interpretation(results)),
         ]
     elif shown:
-        sentences.append(say("inside", "Containment", "not known: every gradient is zero", level="warning"))
+        sentences.append(make_statement("inside", "Containment", "not known: every gradient is zero", level="warning"))
     sentences.append(left_out(results))
     if skipped := _skipped(results):
-        sentences.append(say("ranks", "Ranks", skipped))
-    return [*sentences, *ending(results, "records so far")]
+        sentences.append(make_statement("ranks", "Ranks", skipped))
+    return [*sentences, *final_statements(results, "records so far")]
 
 
 def _measured(results: Results[Overlap]) -> list[str]:
@@ -74,12 +74,12 @@ def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
         f"random subspaces {number(random or 0)}"
     )
     if not near_random:
-        return say("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
+        return make_statement("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
     found = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
     first = min(track.records[0].step for track in relevant)
     found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in near_random[:_NAMED]]
     more = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
-    return say("inside", "Containment", *found, *more, level="warning")
+    return make_statement("inside", "Containment", *found, *more, level="warning")
 
 
 def _since(track: Track, first: int) -> str:
@@ -196,7 +196,7 @@ def _resolved(relevant: Sequence[Track]) -> list[Statement]:
         return []
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
     return [
-        say(
+        make_statement(
             "resolved",
             "Resolution",
             f"of {_matrices(len(relevant))} {' and '.join(parts)}: where the files do not resolve the update, its "

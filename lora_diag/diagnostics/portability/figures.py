@@ -27,7 +27,7 @@ from lora_diag.rendering.figures.style import (
     CATEGORIES,
     QUIET,
     UNKNOWN,
-    Look,
+    PageStyle,
     cropped_all,
     log_label,
     width_of,
@@ -116,28 +116,28 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
     Returns:
         The Axes drawn on; ``ax.images`` are the programs.
     """
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         shown = cells((Series("", tuple(records)),))
         norm = _norm(shown)
-        _draw(axes, shown, norm, look.ticks if look else 8.0, 2.0, 3.0)
+        _draw(axes, shown, norm, style.ticks if style else 8.0, 2.0, 3.0)
         if norm is not None:
             axes.figure.colorbar(ScalarMappable(norm, EPSILON), ax=axes).set_label("ε of a wrong weight")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the page: one block of columns for each program, of one or several runs."""
     shown = cells(series)
     norm = _norm(shown)
-    line = look.text / 72
-    names = cropped_all(shown.types, _NAMES * look.width, look.ticks)
-    inches = look.width * 0.86 - max(width_of(name, look.ticks) for name in names.values()) - 2 * line
+    line = style.text / 72
+    names = cropped_all(shown.types, _NAMES * style.width, style.ticks)
+    inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
     labels = 1.2 * line
-    if not _fits(shown, inches, look.ticks):
-        labels = max(width_of(name, look.ticks) for name in shown.programs) + 0.4 * line
+    if not _fits(shown, inches, style.ticks):
+        labels = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
     panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
-    page, (ax,) = sheet(look, _texts(series, shown), 1, 1, panel=panel, low=True)
-    _draw(ax, shown, norm, look.ticks, _NAMES * look.width, inches)
+    page, (ax,) = sheet(style, _texts(series, shown), 1, 1, panel=panel, low=True)
+    _draw(ax, shown, norm, style.ticks, _NAMES * style.width, inches)
     if norm is not None:
         bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
         bar.set_label("ε of a wrong weight")

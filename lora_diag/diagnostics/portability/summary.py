@@ -12,7 +12,7 @@ from lora_diag.diagnostics.portability.record import AS_INTENDED, FORMED, ORDER,
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.columns import title_of as row_title
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import named, number, safe, short, shown, span
 
 Name = tuple[str, str]
@@ -108,9 +108,9 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     lines += [_of(name, records, results) for name, records in groups.items()]
     if required := failed(results):
         titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
-        lines.append(say("require", "Required", f"not as intended: {titles}", level="failure"))
+        lines.append(make_statement("require", "Required", f"not as intended: {titles}", level="failure"))
     lines.append(left_out(results))
-    return [*lines, *ending(results)]
+    return [*lines, *final_statements(results)]
 
 
 def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
@@ -129,16 +129,16 @@ def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
     skipped = fixed["left_out"]
     if skipped:
         lines.append(f"left out: {named([*skipped])}")
-    return [say("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
+    return [make_statement("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
 
 
 def _answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Statement:
     names = [*groups]
     if not lost:
-        return say("portable", "Portable", f"yes: the same ΔW in {_titles(names, names)}", level="ok")
+        return make_statement("portable", "Portable", f"yes: the same ΔW in {_titles(names, names)}", level="ok")
     supported = [name for name in names if name not in lost]
     same = f"as intended in {_titles(supported, names)} and " if supported else ""
-    return say("portable", "Portable", f"no: {same}not in {_titles(lost, names)}", level="warning")
+    return make_statement("portable", "Portable", f"no: {same}not in {_titles(lost, names)}", level="warning")
 
 
 def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
@@ -167,7 +167,7 @@ def _of(name: Name, records: list[Portability], results: Results[Portability]) -
     if "==".join(name) in (results.run.settings.get("newer") or ()):
         details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ")
     label = f"{title_of(name, [name])} {name[1]}"
-    return say(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
+    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
 
 
 def _wrong(records: Sequence[Portability]) -> str:

@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, Look, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, PageStyle, wrapped
 
 RANK, DIRECTION, SCALE = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
 
@@ -77,33 +77,33 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
         raise UsageError(
             f"records of {len(adapters)} adapters, but a panel shows one; pass the records of one .adapter"
         )
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         drawn = slots(records, per)
-        _draw(axes, drawn, look)
-        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
+        _draw(axes, drawn, style)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F²")
-        axes.legend([key.handle for key in _keys(look)], [key.label for key in _keys(look)], fontsize="small")
+        axes.legend([key.handle for key in _keys(style)], [key.label for key in _keys(style)], fontsize="small")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return one panel per adapter, each with its own scale of ε²: a distant adapter would flatten the others."""
     shown = by_adapter(series)
     matrices = [_matrices(one.records) for one in shown]
     types = Types(record.layer for records in matrices for record in records)
     drawn = [slots(records, options.per, types) for records in matrices]
-    inches = look.width - 5 * look.text / 72
+    inches = style.width - 5 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(all_records, inches, look.ticks) / len(shown)
-    panel = 1.25 * look.panel + below
-    page, axes = sheet(look, _texts(shown, drawn, look), len(shown), 1, panel=panel, share=False, low=True)
+    below = label_height(all_records, inches, style.ticks) / len(shown)
+    panel = 1.25 * style.panel + below
+    page, axes = sheet(style, _texts(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
     for one, part, ax in zip(shown, drawn, axes, strict=True):
-        _draw(ax, part, look)
-        ax.set_title(wrapped(_finding(one), inches, look.text), parse_math=False)
+        _draw(ax, part, style)
+        ax.set_title(wrapped(_finding(one), inches, style.text), parse_math=False)
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-        slot_axis(ax, all_records, inches, look.ticks, labels=ax is axes[-1])
+        slot_axis(ax, all_records, inches, style.ticks, labels=ax is axes[-1])
     return page
 
 
@@ -111,7 +111,7 @@ def _matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
     return tuple(record for record in records if len(record.shape) > 1)
 
 
-def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
+def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) -> None:
     for slot in drawn:
         found = [levels(bar) for bar in slot.bars]
         floor, direction, epsilon = (
@@ -127,7 +127,7 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
         ):
             if np.isfinite(values).any():
                 ax.stairs(values, slot.edges, baseline=base, fill=True, color=color, lw=0, label=f"_{slot.name}")
-    ax.axhline(1, color=INK, lw=0.7 * (look.line if look else 1), ls=(0, (4, 2)), zorder=3)
+    ax.axhline(1, color=INK, lw=0.7 * (style.line if style else 1), ls=(0, (4, 2)), zorder=3)
     ax.set_ylim(bottom=0)
 
 
@@ -169,8 +169,8 @@ def _is_misaligned(records: Sequence[Residual]) -> bool:
     return found.epsilon**2 - found.direction**2 > found.direction**2 - found.floor**2
 
 
-def _keys(look: Look | None) -> tuple[Key, ...]:
-    line = Line2D([], [], color=INK, lw=0.8 * (look.line if look else 1), ls=(0, (4, 2)))
+def _keys(style: PageStyle | None) -> tuple[Key, ...]:
+    line = Line2D([], [], color=INK, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)))
     return (
         Key(Patch(facecolor=RANK), "rank: ε_min²"),
         Key(Patch(facecolor=DIRECTION), "direction"),
@@ -180,7 +180,7 @@ def _keys(look: Look | None) -> tuple[Key, ...]:
     )
 
 
-def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], look: Look) -> FigureText:
+def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], style: PageStyle) -> FigureText:
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     vectors = len({r.layer for one in shown for r in one.records if len(r.shape) == 1})
     zero = len({r.layer for one in shown for r in one.records if r.fro == 0})
@@ -204,7 +204,7 @@ def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
         "blocks run from left to right in each module type",
         (" ".join(notes),),
-        _keys(look),
+        _keys(style),
     )
 
 

@@ -13,7 +13,7 @@ from lora_diag.records import Agreement, Results
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Grid, rows_of
 from lora_diag.rendering.lines import called
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import named, percent, safe, shown
 
@@ -94,19 +94,23 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         against = f"{safe(tuned.path)}, given as TUNED, is an adapter, not a full fine-tune"
         lines.append(
-            say("note", "Note", f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER...")
+            make_statement(
+                "note", "Note", f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
+            )
         )
     groups = _by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
     if adapters:
         lines += [
-            say("distance", "Distance", *(f"{name}: {_distance(records)}" for name, records in adapters)),
-            say("limited_by", "Limiting factor", *(f"{name}: {_limited(records)}" for name, records in adapters)),
-            say("low_rank", "Low rank", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
+            make_statement("distance", "Distance", *(f"{name}: {_distance(records)}" for name, records in adapters)),
+            make_statement(
+                "limited_by", "Limiting factor", *(f"{name}: {_limited(records)}" for name, records in adapters)
+            ),
+            make_statement("low_rank", "Low rank", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
         ]
     if groups:
-        lines += [_resolved(groups[0][1]), say("interpretation", "Interpretation", *_reading(groups))]
-    return [*lines, left_out(results), *ending(results)]
+        lines += [_resolved(groups[0][1]), make_statement("interpretation", "Interpretation", *_reading(groups))]
+    return [*lines, left_out(results), *final_statements(results)]
 
 
 def _distance(records: Sequence[Residual]) -> str:
@@ -162,12 +166,12 @@ def _resolved(records: Sequence[Residual]) -> Statement:
     """State whether the files resolve TUNED's update."""
     resolutions = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
     if not resolutions:
-        return say("resolved", "Resolution", "no matrix of TUNED changed", level="warning")
+        return make_statement("resolved", "Resolution", "no matrix of TUNED changed", level="warning")
     counts = Counter(resolution.verdict for resolution in resolutions)
     if counts["resolved"] == len(resolutions):
-        return say("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
+        return make_statement("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
-    return say(
+    return make_statement(
         "resolved",
         "Resolution",
         f"of {len(resolutions)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning "

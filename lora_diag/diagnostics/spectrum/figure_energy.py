@@ -17,7 +17,7 @@ from lora_diag.metrics import energy_curve
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import changes_of
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.style import Look
+from lora_diag.rendering.figures.style import PageStyle
 
 
 def _shares(record: Spectrum) -> NDArray[np.float64]:
@@ -53,22 +53,22 @@ def energy(
         [1.0, 1.0, 1.0, 1.0]
     """
     records = tuple(records)
-    with panel_axes(ax) as (axes, look):
-        draw_series(axes, (Series("", records),), SHARE, ranks, per, look)
+    with panel_axes(ax) as (axes, style):
+        draw_series(axes, (Series("", records),), SHARE, ranks, per, style)
         _scale(axes)
         of = changes_of(records)
         axes.set(xlabel="rank r", ylabel=f"energy fraction C(r){'' if of == 'ΔW' else f' of {of}'}")
     return axes
 
 
-def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
     """Return C(r) by module type, one panel each."""
     of = changes_of(record for one in series for record in one.records)
     total = "Σσ²" if " and " in of else f"‖{of}‖_F²"
     return small_multiples(
         series,
         SHARE,
-        look,
+        style,
         options.per,
         title=f"Energy fraction C(r) of {of} that the best adapter of rank r keeps",
         xlabel="rank r",

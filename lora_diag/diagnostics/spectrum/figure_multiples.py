@@ -15,12 +15,12 @@ from matplotlib.patches import Patch
 from lora_diag.diagnostics.spectrum.curves import MARKED, Quantity, has_floor, largest_rank
 from lora_diag.diagnostics.spectrum.figure_panel import draw_series
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.rendering.figures.fields import changes_of, metric_said
+from lora_diag.rendering.figures.fields import changes_of, metric_suffix
 from lora_diag.rendering.figures.groups import Types, by_depth, deepest
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Series, owner_of
 from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key, depth_bar
-from lora_diag.rendering.figures.style import FLOOR, INK, Look, category
+from lora_diag.rendering.figures.style import FLOOR, INK, PageStyle, category
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Panel:
 def small_multiples(
     series: Sequence[Series[Spectrum]],
     quantity: Quantity,
-    look: Look,
+    style: PageStyle,
     per: str,
     *,
     title: str,
@@ -50,7 +50,7 @@ def small_multiples(
     Args:
         series: Series to compare; one for lines by depth, several for bands.
         quantity: Quantity over the rank.
-        look: The page.
+        style: The page.
         per: ``layer`` or ``type``.
         title: Title of the figure.
         xlabel: Label of the panels at the bottom.
@@ -69,19 +69,19 @@ def small_multiples(
         title,
         f"{_about(series, records)}{f'; {formula}' if formula else ''}",
         _notes(shown, records, bands),
-        (*_keys(series, records, largest, bands, look), *keys),
+        (*_keys(series, records, largest, bands, style), *keys),
     )
 
     def draw(ax: Axes, inches: float, of: Sequence[Series[Spectrum]]) -> None:
-        draw_series(ax, of, quantity, MARKED, per, look, depths=depths, largest=largest, inches=inches)
+        draw_series(ax, of, quantity, MARKED, per, style, depths=depths, largest=largest, inches=inches)
         scale(ax)
         if also:
             also(ax, [record for one in of for record in one.records])
 
     panels = {panel.name: partial(draw, of=panel.series) for panel in shown}
-    figure = multiples_of(panels, words, look, xlabel, ylabel, 0.88 if by_color else 0.97)
+    figure = multiples_of(panels, words, style, xlabel, ylabel, 0.88 if by_color else 0.97)
     if by_color:
-        depth_bar(figure, figure.axes, depths, look)
+        depth_bar(figure, figure.axes, depths, style)
     return figure
 
 
@@ -115,12 +115,12 @@ def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> s
     layers = len({record.layer for record in records})
     what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
     prefix = series[0].label if len(series) == 1 else ""
-    many = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}"
+    many = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}"
     return f"{f'{prefix}: ' if prefix else ''}{what} of {many}"
 
 
 def _keys(
-    series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], largest: int, bands: bool, look: Look
+    series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], largest: int, bands: bool, style: PageStyle
 ) -> tuple[Key, ...]:
     """Return the legend."""
     found = []
@@ -129,13 +129,13 @@ def _keys(
             owner = owner_of(one, series)
             found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{owner}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
-        found.append(Key(Line2D([], [], color=INK, lw=look.line), "one line per layer"))
+        found.append(Key(Line2D([], [], color=INK, lw=style.line), "one line per layer"))
     inside = [str(rank) for rank in MARKED if rank <= largest]
     if inside:
-        line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
+        line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * style.line, ls=(0, (1, 1.6)))
         found.append(Key(line, f"LoRA ranks {', '.join(inside)}"))
     if not bands and has_floor(records):
-        found.append(Key(Line2D([], [], color=FLOOR, lw=1.5 * look.line), "beyond the signal rank: rounding"))
+        found.append(Key(Line2D([], [], color=FLOOR, lw=1.5 * style.line), "beyond the signal rank: rounding"))
     return tuple(found)
 
 

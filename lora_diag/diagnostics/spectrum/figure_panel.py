@@ -13,7 +13,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.rendering.figures.axes import rank_axis
 from lora_diag.rendering.figures.groups import deepest
 from lora_diag.rendering.figures.series import Series
-from lora_diag.rendering.figures.style import DEPTH, FLOOR, INK, Look, category
+from lora_diag.rendering.figures.style import DEPTH, FLOOR, INK, PageStyle, category
 
 
 def draw_series(
@@ -22,7 +22,7 @@ def draw_series(
     quantity: Quantity,
     marked: Sequence[int],
     per: str,
-    look: Look | None,
+    style: PageStyle | None,
     *,
     depths: int | None = None,
     largest: int | None = None,
@@ -40,20 +40,20 @@ def draw_series(
     if per == "type" or len(series) > 1:
         for number, one in enumerate(series):
             if drawn := band(one.records, quantity, grid):
-                draw_band(ax, drawn, category(number), one.label or "median layer", look)
+                draw_band(ax, drawn, category(number), one.label or "median layer", style)
     else:
         depths = deepest(record.layer for record in all_records) if depths is None else depths
         for curve in curves(series[0].records, quantity, grid):
-            draw_curve(ax, curve, depth_color(curve.depth, depths), look)
+            draw_curve(ax, curve, depth_color(curve.depth, depths), style)
             joined = max(joined, curve.layers)
-    rank_axis(ax, largest, marked, look, inches or float(ax.get_window_extent().width) / ax.figure.dpi)
+    rank_axis(ax, largest, marked, style, inches or float(ax.get_window_extent().width) / ax.figure.dpi)
     return joined
 
 
-def draw_curve(ax: Axes, curve: Curve, color: object, look: Look | None) -> None:
+def draw_curve(ax: Axes, curve: Curve, color: object, style: PageStyle | None) -> None:
     """Draw the resolved part in colour, the rest in grey."""
-    width = None if look is None else look.line
-    style: dict[str, Any] = {"marker": "o", "markersize": 2 * (width or 1)} if len(curve.ranks) == 1 else {}
+    width = None if style is None else style.line
+    line_style: dict[str, Any] = {"marker": "o", "markersize": 2 * (width or 1)} if len(curve.ranks) == 1 else {}
     clear = int(np.searchsorted(curve.ranks, curve.signal, side="right"))
     # The grey part starts where the coloured one ends; otherwise there would be a gap.
     beyond = slice(max(clear - 1, 0), None)
@@ -65,10 +65,12 @@ def draw_curve(ax: Axes, curve: Curve, color: object, look: Look | None) -> None
             lw=0.8 * width if width else None,
             zorder=1.5,
             label=f"_floor of {curve.layer}",
-            **style,
+            **line_style,
         )
     if clear:
-        ax.plot(curve.ranks[:clear], curve.values[:clear], color=color, lw=width, zorder=2, label=curve.layer, **style)
+        ax.plot(
+            curve.ranks[:clear], curve.values[:clear], color=color, lw=width, zorder=2, label=curve.layer, **line_style
+        )
 
 
 def depth_color(depth: int | None, deepest: int) -> object:
@@ -76,7 +78,7 @@ def depth_color(depth: int | None, deepest: int) -> object:
     return INK if depth is None else DEPTH(depth / deepest if deepest else 0.0)
 
 
-def draw_band(ax: Axes, drawn: Band, color: object, label: str, look: Look | None) -> None:
+def draw_band(ax: Axes, drawn: Band, color: object, label: str, style: PageStyle | None) -> None:
     """Draw a median and the range around it."""
     ax.fill_between(drawn.ranks, drawn.low, drawn.high, color=color, alpha=0.22, lw=0, zorder=1.5)
-    ax.plot(drawn.ranks, drawn.middle, color=color, lw=1.4 * look.line if look else None, zorder=2, label=label)
+    ax.plot(drawn.ranks, drawn.middle, color=color, lw=1.4 * style.line if style else None, zorder=2, label=label)

@@ -20,7 +20,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import changes_of
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key
-from lora_diag.rendering.figures.style import INK, Look, log_label
+from lora_diag.rendering.figures.style import INK, PageStyle, log_label
 
 # Decades below the largest value that are shown: float32 has no more than seven.
 DECADES = 7
@@ -51,28 +51,28 @@ def spectrum(
         The Axes drawn on.
     """
     records = tuple(records)
-    with panel_axes(ax) as (axes, look):
-        draw_series(axes, (Series("", records),), SIGMA, ranks, per, look)
+    with panel_axes(ax) as (axes, style):
+        draw_series(axes, (Series("", records),), SIGMA, ranks, per, style)
         _scale(axes, records)
-        _edge(axes, records, look)
+        _edge(axes, records, style)
         axes.set(xlabel="index i", ylabel=f"singular value σᵢ of {changes_of(records)}")
     return axes
 
 
-def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
     """Return σ_i by module type, one panel each, with common axes."""
     all_records = tuple(record for one in series for record in one.records)
     return small_multiples(
         series,
         SIGMA,
-        look,
+        style,
         options.per,
         title=f"Singular values σᵢ of {changes_of(all_records)}, in descending order",
         xlabel="index i",
         ylabel="σᵢ",
         scale=lambda ax: _scale(ax, all_records),
-        also=lambda ax, records: _edge(ax, records, look),
-        keys=_edge_key(all_records, look),
+        also=lambda ax, records: _edge(ax, records, style),
+        keys=_edge_key(all_records, style),
     )
 
 
@@ -98,22 +98,22 @@ def _edges(records: Sequence[Spectrum]) -> list[float]:
     return [record.resolution.edge for record in records if record.fro > 0 and record.resolution.edge > 0]
 
 
-def _edge(ax: Axes, records: Sequence[Spectrum], look: Look | None) -> None:
+def _edge(ax: Axes, records: Sequence[Spectrum], style: PageStyle | None) -> None:
     """Mark the edge of the files' rounding noise for the median layer."""
     if edges := _edges(records):
-        ax.axhline(float(np.median(edges)), zorder=1.8, label="_edge", **_line(look))
+        ax.axhline(float(np.median(edges)), zorder=1.8, label="_edge", **_line(style))
 
 
-def _edge_key(records: Sequence[Spectrum], look: Look) -> tuple[Key, ...]:
+def _edge_key(records: Sequence[Spectrum], style: PageStyle) -> tuple[Key, ...]:
     edges = _edges(records)
     if not edges:
         return ()
     below = " (all below the axis)" if max(edges) < _limits(records)[0] else ""
-    return (Key(Line2D([], [], **_line(look)), f"noise edge of the files' rounding{below}"),)
+    return (Key(Line2D([], [], **_line(style)), f"noise edge of the files' rounding{below}"),)
 
 
-def _line(look: Look | None) -> dict[str, Any]:
-    return {"color": INK, "lw": 0.8 * (look.line if look else 1.2), "ls": (0, (5, 2))}
+def _line(style: PageStyle | None) -> dict[str, Any]:
+    return {"color": INK, "lw": 0.8 * (style.line if style else 1.2), "ls": (0, (5, 2))}
 
 
 def nothing_moved(records: Sequence[Spectrum], options: Options) -> str | None:

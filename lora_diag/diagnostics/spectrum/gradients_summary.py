@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.text import number
 
 
@@ -29,8 +29,8 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
             f"; r@90% on each layer's smaller side, which is shown, {own:g} at the median, on the other {other:g}{few}"
         )
     return [
-        say("gradients", "Gradients", said),
-        say(
+        make_statement("gradients", "Gradients", said),
+        make_statement(
             "interpretation",
             "Interpretation",
             "gradients rank the layers approximately as the update does, but have a lower rank than the update: "

@@ -9,7 +9,7 @@ from statistics import median
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.vocabulary import Hidden
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.text import number, percent, short
 
 # From this share of entries on that rounding left unchanged recover is named: at a third the recovered checkpoint has
@@ -68,7 +68,7 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
     refused = [(record, hidden) for record, hidden in tried if hidden.status == "refused"]
     if refused:
         lines.append(f"{short(refused[0][0].layer)}: {refused[0][1].reason}")
-    return [say("before_rounding", "Before rounding", *lines)]
+    return [make_statement("before_rounding", "Before rounding", *lines)]
 
 
 def _ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:

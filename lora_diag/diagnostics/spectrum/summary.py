@@ -15,7 +15,7 @@ from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NORMS
 from lora_diag.rendering.lines import REASONS, subject, within
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import count, median_rank, number, percent, safe, short
 
 # Minimum median C(16) of a low-rank update, and of a partly low-rank one. Conventions: the statement has the number.
@@ -42,18 +42,18 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     changed, ranks = _changed_ranks(results), results.run.settings["ranks"]
     lines = [compared(results, *([_measured(results)] if len(results) else []))]
     if metric := METRICS.get(next((record.metric for record in results), "weights")):
-        lines.append(say("metric", "Metric", metric))
+        lines.append(make_statement("metric", "Metric", metric))
     if stacked := [record for record in changed if record.stack is not None]:
         lines += gradient_lines(stacked)
         # Gradients are not differences of rounded weights, so they are always resolved.
         lines += [one for one in _ranks_needed(changed, ranks) if one.key != "resolved" or one.level != "note"]
     else:
-        lines.append(say("moved", "Change", *_changes(results, changed)))
+        lines.append(make_statement("moved", "Change", *_changes(results, changed)))
         if changed:
             lines += _ranks_used(changed) if _is_factored(changed) else _ranks_needed(changed, ranks)
     if not metric and (coverage := _coverage(results)):
-        lines.append(say("where", "Distribution", coverage))
-    return [*lines, left_out(results), *ending(results)]
+        lines.append(make_statement("where", "Distribution", coverage))
+    return [*lines, left_out(results), *final_statements(results)]
 
 
 def _changed_ranks(results: Results[Spectrum]) -> list[Spectrum]:
@@ -135,8 +135,10 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     elif known:
         used += f", from {min(known)} to {max(known)}"
     return [
-        say("resolved", "Resolution", "yes: the factors define the update, without rounding of merged weights"),
-        say("rank_used", "Rank used", used),
+        make_statement(
+            "resolved", "Resolution", "yes: the factors define the update, without rounding of merged weights"
+        ),
+        make_statement("rank_used", "Rank used", used),
     ]
 
 
@@ -146,8 +148,8 @@ def _ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Sta
     return [
         _files(changed),
         *before_rounding(changed),
-        say("low_rank", "Low rank", *_low_rank(readable, ranks)),
-        say("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
+        make_statement("low_rank", "Low rank", *_low_rank(readable, ranks)),
+        make_statement("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
     ]
 
 
@@ -158,11 +160,11 @@ def _files(changed: Sequence[Spectrum]) -> Statement:
     if counts["resolved"] == len(changed):
         worst = f"{percent(max(shares))} of {NORMS[changed[0].metric][0]}²"
         sentence = f"yes: rounding is expected to make up {worst} in the worst layer{_start(changed)}"
-        return say("resolved", "Resolution", sentence)
+        return make_statement("resolved", "Resolution", sentence)
     word = "no" if counts["unresolved"] > len(changed) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
-    return say(
+    return make_statement(
         "resolved",
         "Resolution",
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "

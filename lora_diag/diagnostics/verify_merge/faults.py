@@ -73,7 +73,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FailedLayer:
     """A failing layer, with functions to check hypotheses on it.
 
     Args:
@@ -109,54 +109,54 @@ class Look:
     load_other: Callable[[str], Addend]
 
 
-def find_fault(look: Look) -> Fault:
+def find_fault(failed: FailedLayer) -> Fault:
     """Return the fault that explains a layer best."""
-    found = look.found
+    found = failed.found
     if found.moved == 0:
         return Fault("dropped", UNCHANGED)
-    fault = _scaled(look) or scaled_precisely(look) or _coarse(look)
+    fault = _scaled(failed) or scaled_precisely(failed) or _coarse(failed)
     if fault is None and found.count:
-        fault = _partial(look)
-    fault = fault or _best_hypothesis(look)
+        fault = _partial(failed)
+    fault = fault or _best_hypothesis(failed)
     if fault is None and found.count:
-        fault = _few_entries(look) or _rounded_base(look) or _by_norms(look)
-    return fault or _drifted(look)
+        fault = _few_entries(failed) or _rounded_base(failed) or _by_norms(failed)
+    return fault or _drifted(failed)
 
 
-def _scaled(look: Look) -> Fault | None:
+def _scaled(failed: FailedLayer) -> Fault | None:
     """Test a scale other than 1 that leaves only rounding: no other cause is needed."""
-    fit = fit_scale(look)
+    fit = fit_scale(failed)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
-    if fit.check.count > UNEXPLAINED * look.found.entries or fit.check.residual > fit.check.allowed:
+    if fit.check.count > UNEXPLAINED * failed.found.entries or fit.check.residual > fit.check.allowed:
         return None
-    for factor, why in scales(look.scale, look.rank).items():
-        if abs(fit.factor - factor) <= fit.limit + look.rounding.roundoff * abs(factor):
+    for factor, why in scales(failed.scale, failed.rank).items():
+        if abs(fit.factor - factor) <= fit.limit + failed.rounding.roundoff * abs(factor):
             return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
-    if look.rounding.roundoff < COARSE and any(abs(fit.factor - factor) <= fit.limit for factor in look.rounded):
-        return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {look.scale:.4g} was rounded to 16 bits")
+    if failed.rounding.roundoff < COARSE and any(abs(fit.factor - factor) <= fit.limit for factor in failed.rounded):
+        return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {failed.scale:.4g} was rounded to 16 bits")
     return Fault("wrong scale", f"ΔW was added times {fit}, which is none of the usual mistakes")
 
 
-def scaled_precisely(look: Look) -> Fault | None:
+def scaled_precisely(failed: FailedLayer) -> Fault | None:
     """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
 
     In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
     chance COHERENT of them in one with probability 2·exp(−COHERENT²·FLIPPED/2) = 1e-6 (Hoeffding 1963), and no scale
     explains them.
     """
-    how = precise(look.rounding)
-    if how == look.rounding or not look.found.expected:
+    how = precise(failed.rounding)
+    if how == failed.rounding or not failed.found.expected:
         return None
-    one = look.recheck(look.addend, how)
+    one = failed.recheck(failed.addend, how)
     if distinct_lines(one) < FLIPPED or not is_coherent(one):
         return None
-    fit = fit_scale(replace(look, rounding=how, found=one))
+    fit = fit_scale(replace(failed, rounding=how, found=one))
     if fit is None or fit.check.count > (1 - COHERENT) * one.count or fit.check.drifted:
         return None
     spacing = abs(fit.factor - 1) / one.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
-    if abs(fit.factor - 1) <= fit.limit + look.found.alike:
+    if abs(fit.factor - 1) <= fit.limit + failed.found.alike:
         return None
     return Fault(
         "wrong scale", f"ΔW was added times {fit}: this factor explains the entries to the last bit, 1 does not"
@@ -200,21 +200,21 @@ class Fit:
         return f"{self.factor:.{digits}f} ± {self.error:.1g}"
 
 
-def fit_scale(look: Look) -> Fit | None:
+def fit_scale(failed: FailedLayer) -> Fit | None:
     """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ = 1.
 
     Where rounding swallows part of ΔW, c is not the scale that was applied. None where there is nothing to fit.
     """
-    expected, arrived = look.found.expected, look.found.inner
-    if not expected or not math.isfinite(look.found.scale_error):
+    expected, arrived = failed.found.expected, failed.found.inner
+    if not expected or not math.isfinite(failed.found.scale_error):
         return None
-    off = (arrived - look.found.ideal) / expected
+    off = (arrived - failed.found.ideal) / expected
     factor, fit = 1.0 + off, None
     for _ in range(CHORDS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
         # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a correct merge
-        check = look.recheck(look.addend.times(factor), replace(look.rounding, cast=True))
+        check = failed.recheck(failed.addend.times(factor), replace(failed.rounding, cast=True))
         now = (check.inner - check.ideal) / (factor * expected)
         slope = (off - now) / (factor - 1.0)
         if not slope > 0:
@@ -227,46 +227,46 @@ def fit_scale(look: Look) -> Fit | None:
     return fit
 
 
-def _coarse(look: Look) -> Fault | None:
+def _coarse(failed: FailedLayer) -> Fault | None:
     """Test a float32 merge whose ΔW was computed less precisely (bfloat16, TF32): correct, but not exact."""
-    if look.rounding.roundoff >= COARSE:
+    if failed.rounding.roundoff >= COARSE:
         return None
 
     def within(share: float, addend: Addend) -> Check:
-        return look.recheck(addend, replace(look.rounding, roundoff=COARSE * share, cast=True))
+        return failed.recheck(addend, replace(failed.rounding, roundoff=COARSE * share, cast=True))
 
-    addends = [look.addend, *(look.addend.times(factor) for factor in look.rounded)]
-    if isinstance(look.addend, Product):
-        addends.append(look.addend.truncated(look.scale or 1.0))
+    addends = [failed.addend, *(failed.addend.times(factor) for factor in failed.rounded)]
+    if isinstance(failed.addend, Product):
+        addends.append(failed.addend.truncated(failed.scale or 1.0))
     for addend in addends:
         check = within(1.0, addend)
         if not check.count and not check.drifted:
             break
     else:
         return None
-    visible = look.found.entries >= MANY and look.found.worst > FAR
+    visible = failed.found.entries >= MANY and failed.found.worst > FAR
     if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
         return None  # a few entries are far off while others are correct to the last bit
-    distance = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
-    dtype = str(look.rounding.dtype).removeprefix("torch.")
+    distance = math.sqrt(failed.found.residual / failed.found.expected) if failed.found.expected else 0.0
+    dtype = str(failed.rounding.dtype).removeprefix("torch.")
     return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
 
 
-def _partial(look: Look) -> Fault | None:
+def _partial(failed: FailedLayer) -> Fault | None:
     """Test rows (or columns) with the update next to others without."""
     for axis, word in enumerate(("rows", "columns")):
-        missing, still = look.found.beyond[axis] > 0, look.found.beyond_base[axis] == 0
+        missing, still = failed.found.beyond[axis] > 0, failed.found.beyond_base[axis] == 0
         if missing.any() and not (missing & ~still).any() and (~still).any():
             return Fault("partial", f"{word} {ranges(missing)} of {len(missing)} have no update, the others have it")
     return None
 
 
-def _best_hypothesis(look: Look) -> Fault | None:
+def _best_hypothesis(failed: FailedLayer) -> Fault | None:
     """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
-    for fault, check in _hypotheses(look):
-        near = check.residual <= min(_near(check.expected, check.allowed), look.found.residual / 2)
-        if near or check.count <= min(UNEXPLAINED * check.entries, look.found.count / 2):
+    for fault, check in _hypotheses(failed):
+        near = check.residual <= min(_near(check.expected, check.allowed), failed.found.residual / 2)
+        if near or check.count <= min(UNEXPLAINED * check.entries, failed.found.count / 2):
             fitting.append((check.count, check.residual, fault))
     return min(fitting, key=lambda item: item[:2])[2] if fitting else None
 
@@ -279,19 +279,19 @@ def _near(squares: float, allowed: float) -> float:
     return NEAR**2 * squares + allowed * 2 / 3
 
 
-def _hypotheses(look: Look) -> Iterator[tuple[Fault, Check]]:
-    how = look.rounding
-    yield Fault("wrong scale", f"ΔW was added times 2: {TWICE}, one after the other"), look.recheck_on_top()
-    for factor, why in scales(look.scale, look.rank).items():
-        check = look.recheck(look.addend.times(factor), how)
+def _hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
+    how = failed.rounding
+    yield Fault("wrong scale", f"ΔW was added times 2: {TWICE}, one after the other"), failed.recheck_on_top()
+    for factor, why in scales(failed.scale, failed.rank).items():
+        check = failed.recheck(failed.addend.times(factor), how)
         yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
-    if look.is_matrix and look.shape[0] == look.shape[1]:
-        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), look.recheck(look.addend.transposed(), how)
-    if has_halves(look.layer, look.shape):
+    if failed.is_matrix and failed.shape[0] == failed.shape[1]:
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), failed.recheck(failed.addend.transposed(), how)
+    if has_halves(failed.layer, failed.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
-        yield Fault("wrong order", why), look.recheck(look.addend.halves_swapped(), how)
-    if name := _nearest_other(look):
-        yield Fault("wrong order", f"the ΔW of {name} was added here"), look.recheck(look.load_other(name), how)
+        yield Fault("wrong order", why), failed.recheck(failed.addend.halves_swapped(), how)
+    if name := _nearest_other(failed):
+        yield Fault("wrong order", f"the ΔW of {name} was added here"), failed.recheck(failed.load_other(name), how)
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
@@ -328,43 +328,43 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
     return words
 
 
-def _nearest_other(look: Look) -> str | None:
+def _nearest_other(failed: FailedLayer) -> str | None:
     """Return the layer whose ΔW is clearly nearest in direction to this layer's change, by the first rows."""
-    span = next(row_spans(look.shape))
-    observed = look.observed(*span)
+    span = next(row_spans(failed.shape))
+    observed = failed.observed(*span)
     best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
-    for name in look.others:
-        rows = look.load_other(name).rows(*span)
+    for name in failed.others:
+        rows = failed.load_other(name).rows(*span)
         along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
         if along > best:
             best, nearest = along, name
     return nearest
 
 
-def _few_entries(look: Look) -> Fault | None:
-    found = look.found
+def _few_entries(failed: FailedLayer) -> Fault | None:
+    found = failed.found
     if found.count >= FEW * found.entries:
         return None
-    return Fault("other", f"{found.count} entries differ {_where(look)}, the others are right")
+    return Fault("other", f"{found.count} entries differ {_where(failed)}, the others are right")
 
 
-def _rounded_base(look: Look) -> Fault | None:
+def _rounded_base(failed: FailedLayer) -> Fault | None:
     """Test a merge into a base that was loaded in a shorter dtype than MERGED's."""
     for dtype in (torch.bfloat16, torch.float16):
-        if LAYOUT[dtype][2] >= LAYOUT[look.rounding.dtype][2]:
+        if LAYOUT[dtype][2] >= LAYOUT[failed.rounding.dtype][2]:
             continue
-        how = replace(look.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
-        check = look.recheck(look.addend, how)
-        if check.count <= UNEXPLAINED * look.found.entries and not check.drifted:
+        how = replace(failed.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
+        check = failed.recheck(failed.addend, how)
+        if check.count <= UNEXPLAINED * failed.found.entries and not check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
 
 
-def _by_norms(look: Look) -> Fault:
+def _by_norms(failed: FailedLayer) -> Fault:
     """Describe the norms if no common fault explains every entry."""
-    found = look.found
+    found = failed.found
     if not found.expected:
-        return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
+        return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(failed)}")
     c = found.inner / found.expected
     distance = found.observed - c * c * found.expected
     far = abs(c - 1) > NEAR and distance <= min(_near(c * c * found.expected, found.allowed), found.observed / 2)
@@ -382,20 +382,20 @@ def _by_norms(look: Look) -> Fault:
             "quantized one, or further training",
         )
     cosine = found.inner / math.sqrt(found.expected * found.observed)
-    return Fault("other", f"MERGED − BASE is another update {_where(look)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
+    return Fault("other", f"MERGED − BASE is another update {_where(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
 
 
-def _drifted(look: Look) -> Fault:
+def _drifted(failed: FailedLayer) -> Fault:
     """Report the scale if rounding explains every single entry but not all of them together."""
-    c, error = look.found.inner / look.found.expected, look.found.scale_error
+    c, error = failed.found.inner / failed.found.expected, failed.found.scale_error
     return Fault(
         "wrong scale", f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together"
     )
 
 
-def _where(look: Look) -> str:
-    rows = look.found.beyond[0] > 0
-    return f"in rows {ranges(rows)} of {len(rows)}" if look.is_matrix and not rows.all() else "in all rows"
+def _where(failed: FailedLayer) -> str:
+    rows = failed.found.beyond[0] > 0
+    return f"in rows {ranges(rows)} of {len(rows)}" if failed.is_matrix and not rows.all() else "in all rows"
 
 
 def ranges(marked: Tensor) -> str:

@@ -27,8 +27,8 @@ from lora_diag.diagnostics.verify_merge.faults import (
     FLIPPED,
     UNCHANGED,
     UNEXPLAINED,
+    FailedLayer,
     Fault,
-    Look,
     distinct_lines,
     find_fault,
     has_halves,
@@ -291,7 +291,7 @@ def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
     return find_fault(_look(task, addend, rounding, found))
 
 
-def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> Look:
+def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> FailedLayer:
     single = task.deltas[0] if len(task.deltas) == 1 else None
     scale = single.scale if isinstance(single, FactoredDelta) else None
     rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
@@ -303,7 +303,7 @@ def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -
         return check_merge(_on_top(task, addend, rounding), task.shape, addend, rounding)
 
     others = {d.layer: d for d in task.others if d.layer != task.layer and d.shape == task.shape}
-    return Look(
+    return FailedLayer(
         layer=task.layer,
         is_matrix=task.is_matrix,
         shape=task.shape,

@@ -11,7 +11,7 @@ from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import left_out_line
-from lora_diag.rendering.statements import Level, Statement, compared, ending, say
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, named, number, percent, safe, short
 
@@ -65,14 +65,14 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
     lines = [compared(results, *_measured(results))]
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
-        lines += [say("correct", "Correctness", _correct(results), level=level), *_faults(results)]
-        lines.append(say("rounding", "Rounding", _rounding(results)))
+        lines += [make_statement("correct", "Correctness", _correct(results), level=level), *_faults(results)]
+        lines.append(make_statement("rounding", "Rounding", _rounding(results)))
         if weak := _weakened(results):
-            lines.append(say("lost", "Lost update", weak, level="warning"))
+            lines.append(make_statement("lost", "Lost update", weak, level="warning"))
         if untouched := [record for record in results if not record.adapted]:
-            lines.append(say("not_adapted", "Not adapted", _untouched(untouched)))
-    lines.append(say("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
-    return [*lines, *ending(results, "layers checked so far")]
+            lines.append(make_statement("not_adapted", "Not adapted", _untouched(untouched)))
+    lines.append(make_statement("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
+    return [*lines, *final_statements(results, "layers checked so far")]
 
 
 def _measured(results: Results[Merge]) -> list[str]:
@@ -140,9 +140,9 @@ def _faults(results: Results[Merge]) -> list[Statement]:
             more = sum(len(found) for found in list(causes.values())[SHOWN:])
             others.append(f"and {_layers(more)} more; --per layer and the records name each")
         key = status.replace(" ", "_")
-        lines.append(say(key, status.capitalize(), first, f"→ {WAYS_OUT[status]}", level="failure"))
+        lines.append(make_statement(key, status.capitalize(), first, f"→ {WAYS_OUT[status]}", level="failure"))
         if others:
-            lines.append(say(f"{key}_more", "Further causes", *others))
+            lines.append(make_statement(f"{key}_more", "Further causes", *others))
     return lines
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lora_diag.records.probe import Activations, LayerInput
 from lora_diag.rendering.columns import rows_of
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import count, named, safe, short
 
@@ -24,9 +24,9 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     sums = sum(item.shares is None for item in recorded.layers)
     underdetermined = [item for item in recorded.layers if item.rows < item.size]
     found = [
-        say("model", "Model", safe(recorded.model)),
-        say("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
-        say(
+        make_statement("model", "Model", safe(recorded.model)),
+        make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
+        make_statement(
             "recorded",
             "Recorded",
             f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} "
@@ -38,19 +38,19 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         gradients = (
             f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {labels}"
         )
-        found.append(say("gradients", "Gradients", gradients))
+        found.append(make_statement("gradients", "Gradients", gradients))
     if underdetermined:
-        found.append(say("few_inputs", "Warning", _too_few(underdetermined), level="warning"))
+        found.append(make_statement("few_inputs", "Warning", _too_few(underdetermined), level="warning"))
     reading = (
         "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
         "dimension has most of ‖x‖²"
     )
-    found.append(say("interpretation", "Interpretation", reading))
+    found.append(make_statement("interpretation", "Interpretation", reading))
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
     parts = [f"{len(layers)} {why}: {named(layers)}" for why, layers in by_reason.items()]
-    return [*found, say("left_out", "Left out", "; ".join(parts) or "nothing")]
+    return [*found, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 
 def _too_few(layers: Sequence[LayerInput]) -> str:

@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.style import (
     CATEGORIES,
     INK,
     QUIET,
-    Look,
+    PageStyle,
     category,
     cropped_all,
     log_label,
@@ -57,23 +57,23 @@ def curvature(
     """
     records = list(results.whole if isinstance(results, Results) else results)
     sets = _sets(records)
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         if sets:
             chosen = name if name is not None else sets[0]
-            _draw_gaps(axes, [_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, look)
+            _draw_gaps(axes, [_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, style)
             axes.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
             axes.set_title(
                 _finding(chosen, [_bounds(records, chosen)], _is_bound(records)), parse_math=False, loc="left"
             )
         else:
             rows, title, label = _rows([("", records)])
-            draw_rows(axes, rows, look)
+            draw_rows(axes, rows, style)
             axes.set_xlabel(label)
             axes.set_title(title, parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
     runs = [(one.label, [r for r in one.whole if isinstance(r, Curvature | LossBound)]) for one in series]
     all_records = [record for _, records in runs for record in records]
@@ -81,23 +81,25 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in all_records)
     rows, title, label = _rows(runs) if eigen or not sets else ([], "", "")
     number = len(sets) + bool(rows)
-    columns = 1 if look.columns < 3 else min(number, 2)
-    inches = panel_width(look, columns)
+    columns = 1 if style.columns < 3 else min(number, 2)
+    inches = panel_width(style, columns)
     if rows and (columns == 1 or number > columns):  # align the panels of a column after the longest name
         inches *= 1 - NAMES
-    short = cropped_all(sorted({row.name for row in rows}), NAMES * look.width / columns, look.ticks)
-    panel = max(1.9 * look.panel, (len(rows) + 3.5) * 1.55 * look.ticks / 72 if rows else 0)
-    words = _texts(series, all_records, bool(sets), look)
-    figure, axes = sheet(look, words, -(-number // columns), columns, panel=panel, share=False)
+    short = cropped_all(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
+    panel = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
+    words = _texts(series, all_records, bool(sets), style)
+    figure, axes = sheet(style, words, -(-number // columns), columns, panel=panel, share=False)
     for name, ax in zip(sets, axes, strict=False):
         found = [_bounds(records, name) for _, records in runs]
-        _draw_gaps(ax, found, inches, look)
-        ax.set_title(wrapped(_finding(name, found, _is_bound(all_records)), inches, look.text), parse_math=False)
+        _draw_gaps(ax, found, inches, style)
+        ax.set_title(wrapped(_finding(name, found, _is_bound(all_records)), inches, style.text), parse_math=False)
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
     if rows:
         ax = axes[len(sets)]
-        draw_rows(ax, rows, look, short)
-        ax.set_title(wrapped(title, look.width / columns * (1 - NAMES) - look.text / 72, look.text), parse_math=False)
+        draw_rows(ax, rows, style, short)
+        ax.set_title(
+            wrapped(title, style.width / columns * (1 - NAMES) - style.text / 72, style.text), parse_math=False
+        )
         ax.set_xlabel(label)
     for ax in axes[number:]:
         ax.remove()
@@ -124,16 +126,20 @@ def _values(records: Sequence[LossBound], what: str) -> np.ndarray[Any, np.dtype
     return np.array([value if value > 0 else np.nan for value in values])
 
 
-def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     ax.set_yscale("log")
     shown = []
     for number, records in enumerate(runs):
         ranks = [record.rank for record in records]
-        for (what, _, style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
+        for (what, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
             values = _values(records, what)
             shown += values[np.isfinite(values)].tolist()
-            lines: dict[str, Any] = {"color": color if len(runs) == 1 else category(number), "ms": 3 * width, **style}
+            lines: dict[str, Any] = {
+                "color": color if len(runs) == 1 else category(number),
+                "ms": 3 * width,
+                **line_style,
+            }
             if what == "gap":
                 error = np.array([2 * (record.gap_error or 0.0) for record in records])
                 # A bar that reaches zero has no end on a logarithmic axis: it stops at a tenth of the gap.
@@ -148,7 +154,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, loo
     low, high = min(shown, default=1.0), max(shown, default=1.0)
     ax.set_ylim(low / 2.5, high * 2.5)
     ax.yaxis.set_major_formatter(log_label)
-    measured_axis(ax, [record.rank for records in runs for record in records], inches, look)
+    measured_axis(ax, [record.rank for records in runs for record in records], inches, style)
 
 
 def _finding(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
@@ -197,7 +203,7 @@ def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[
 
 
 def _texts(
-    series: Sequence[Series[Any]], records: Sequence[Curvature | LossBound], truncated: bool, look: Look
+    series: Sequence[Series[Any]], records: Sequence[Curvature | LossBound], truncated: bool, style: PageStyle
 ) -> FigureText:
     first = next(record for record in records if isinstance(record, Curvature))
     matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
@@ -206,17 +212,17 @@ def _texts(
         return FigureText(
             f"Curvature of the loss at {first.at.upper()}: the {matrix} of each layer",
             f"{about}mean negative log-likelihood of the evaluation set",
-            keys=run_keys(series, look),
+            keys=run_keys(series, style),
         )
-    width = look.line
+    width = style.line
     bounded = _is_bound(records)
     colors = (MEASURED, MODEL, BOUND) if len(series) == 1 else (QUIET,) * 3
     keys = [
         Key(
-            Line2D([], [], color=color, lw=1.4 * width, ms=3 * width, **style),
+            Line2D([], [], color=color, lw=1.4 * width, ms=3 * width, **line_style),
             name if bounded or what != "bound" else NO_BOUND,
         )
-        for (what, name, style), color in zip(STYLES, colors, strict=True)
+        for (what, name, line_style), color in zip(STYLES, colors, strict=True)
     ]
     if len(series) > 1:
         keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]

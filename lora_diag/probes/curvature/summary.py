@@ -10,7 +10,7 @@ from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.losses import probe_summary
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Rows, columns_of, grid_of
 from lora_diag.rendering.text import count, median_rank, middle, number, percent, short, shown
 
@@ -26,16 +26,16 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
     found = []
     if joint is not None:
         found += [
-            say("loss", "Loss", _loss(joint)),
-            say("curvature", "Curvature", _curvature(joint)),
-            say("gradient", "Gradient", _gradient(joint, bounds)),
+            make_statement("loss", "Loss", _loss(joint)),
+            make_statement("curvature", "Curvature", _curvature(joint)),
+            make_statement("gradient", "Gradient", _gradient(joint, bounds)),
         ]
-        found += [say("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+        found += [make_statement("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
         if bounds:
             found += [
-                say("model", "Model", _model(bounds)),
+                make_statement("model", "Model", _model(bounds)),
                 _bound(bounds, joint),
-                say("lower", "Lower bound", _lower(joint)),
+                make_statement("lower", "Lower bound", _lower(joint)),
             ]
     return probe_summary(results, *found, reading=_reading(joint) if joint is not None else "")
 
@@ -211,7 +211,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
             f"with the mean curvature, (tr H/2n)Σσ² is {number(mean)} at r={last.rank}; ½⟨E,HE⟩ is "
             f"{number(last.quadratic)}"
         )
-    return say("bound", "Bound", *lines, answer=answer)
+    return make_statement("bound", "Bound", *lines, answer=answer)
 
 
 def _lower(joint: Curvature) -> str:

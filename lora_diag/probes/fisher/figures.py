@@ -24,7 +24,7 @@ from lora_diag.rendering.figures.style import (
     CATEGORIES,
     INK,
     QUIET,
-    Look,
+    PageStyle,
     category,
     log_label,
     name_of,
@@ -57,17 +57,17 @@ def fisher(
     """
     records = [r for r in (results.whole if isinstance(results, Results) else results) if isinstance(r, Fisher)]
     found = _correlations(records) if per == "layer" else []
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         if found:
-            _draw_correlations(axes, found, int(within), inches, look)
+            _draw_correlations(axes, found, int(within), inches, style)
             axes.set_title(_finding(found, int(within)), parse_math=False, loc="left")
         else:
-            _draw_tails(axes, records, _types(records), inches, look)
+            _draw_tails(axes, records, _types(records), inches, style)
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
     found = [_correlations(one.records) if options.per == "layer" else [] for one in series]
     types = _types([r for one, known in zip(series, found, strict=True) if not known for r in one.records])
@@ -76,14 +76,14 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         owner = owner_of(one, series)
         if not known:
             panels.append(
-                (one.label if owner else "", partial(_draw_tails, records=one.records, types=types, look=look))
+                (one.label if owner else "", partial(_draw_tails, records=one.records, types=types, style=style))
             )
             continue
         within = any(rho[1] is not None for each in known for rho in each.kl.values())
         for place in (0, 1) if within else (0,):
             title = f"{owner}{_finding(known, place)}"
-            panels.append((title, partial(_draw_correlations, found=known, place=place, look=look)))
-    return page_of(panels, _texts(series, found, types, look), look)
+            panels.append((title, partial(_draw_correlations, found=known, place=place, style=style)))
+    return page_of(panels, _texts(series, found, types, style), style)
 
 
 def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
@@ -91,8 +91,10 @@ def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
     return correlations(records, ranks)
 
 
-def _draw_correlations(ax: Axes, found: Sequence[Correlations], place: int, inches: float, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw_correlations(
+    ax: Axes, found: Sequence[Correlations], place: int, inches: float, style: PageStyle | None
+) -> None:
+    width = style.line if style else 1.2
     ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     lowest = min(0.0, *(rho for each in found for both in each.kl.values() for rho in both if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
@@ -100,7 +102,7 @@ def _draw_correlations(ax: Axes, found: Sequence[Correlations], place: int, inch
         if points:
             ax.plot(*zip(*points, strict=True), label=f"_{name}", **_mark(number, width))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
-    measured_axis(ax, [each.rank for each in found], inches, look)
+    measured_axis(ax, [each.rank for each in found], inches, style)
     loss_axis(ax)
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="Spearman's ρ with the KL")
 
@@ -139,8 +141,10 @@ def _types(records: Sequence[Fisher]) -> dict[str, str]:
     return {kind: category(shown_types.index(kind)) if kind in shown_types else QUIET for kind in ordered}
 
 
-def _draw_tails(ax: Axes, records: Sequence[Fisher], types: dict[str, str], inches: float, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw_tails(
+    ax: Axes, records: Sequence[Fisher], types: dict[str, str], inches: float, style: PageStyle | None
+) -> None:
+    width = style.line if style else 1.2
     ax.set_yscale("log")
     longest = max(len(record.fisher) for record in records)
     ranks = np.arange(1, longest + 1)
@@ -159,14 +163,14 @@ def _draw_tails(ax: Axes, records: Sequence[Fisher], types: dict[str, str], inch
     ax.set_ylim(float(visible.min()) / 2, max(high, float(rest.max())) * 2)
     ax.yaxis.set_major_formatter(log_label)
     end = int(max((np.flatnonzero(tail > LEAST * high).max(initial=0) for tail in curves.values()), default=0)) + 1
-    rank_axis(ax, end, (), look, inches)
+    rank_axis(ax, end, (), style, inches)
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="½F(r) (nats)")
 
 
 def _texts(
-    series: Sequence[Series[Any]], found: Sequence[Sequence[Correlations]], types: dict[str, str], look: Look
+    series: Sequence[Series[Any]], found: Sequence[Sequence[Correlations]], types: dict[str, str], style: PageStyle
 ) -> FigureText:
-    width = look.line
+    width = style.line
     keys, notes = [], []
     if any(found):
         keys = [Key(Line2D([], [], **_mark(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)]

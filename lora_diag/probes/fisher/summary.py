@@ -12,7 +12,7 @@ from lora_diag.records import Results
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.losses import probe_summary
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, number, percent, short
 
@@ -29,8 +29,8 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
     found = []
     if records:
         found += [
-            say("gradients", "Gradients", _gradients(records)),
-            say("at_rank", f"At r={rank}", _where(records, rank), scoped=True),
+            make_statement("gradients", "Gradients", _gradients(records)),
+            make_statement("at_rank", f"At r={rank}", _where(records, rank), scoped=True),
         ]
         found += _predicts(correlations(records, results.run.settings["ranks"]), records)
     return probe_summary(results, *found, reading=_reading(records))
@@ -130,7 +130,7 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
 
 def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not found:
-        return [say("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
+        return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
     at = next((each for each in found if each.rank == USUAL), found[0])
     lines = []
     for place, what in ((0, "over all"), (1, "within module types")):
@@ -143,12 +143,14 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
         within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
         lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
-    sentences = [say("best", f"Best at r={at.rank}", *lines)]
+    sentences = [make_statement("best", f"Best at r={at.rank}", *lines)]
     gaps = "; ".join(f"{name} {_pair(both)}" for name, both in at.gap.items())
-    sentences.append(say("on_the_loss", "Loss gap", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
+    sentences.append(
+        make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}")
+    )
     if at.ratio is not None and at.ratios is not None:
         sentences.append(
-            say(
+            make_statement(
                 "calibrated",
                 "Calibration",
                 f"½F ÷ measured KL at r={at.rank}: median {number(at.ratio)}, from {number(at.ratios[0])} to "

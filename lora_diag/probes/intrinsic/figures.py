@@ -18,7 +18,7 @@ from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis
 from lora_diag.rendering.figures.pages import page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, log_label
 
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
 # Fraction that defines the dimension if the run does not record it: the command's default.
@@ -49,14 +49,14 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     sets = sets_of(records)
     chosen = name if name is not None else next((one for one in sets if _lines(records, one)), next(iter(sets)))
     found = _lines(records, chosen)
-    with panel_axes(ax) as (axes, look):
-        _draw(axes, [found], share, look)
+    with panel_axes(ax) as (axes, style):
+        _draw(axes, [found], share, style)
         axes.set(xlabel="trained parameters", ylabel="fraction of the full gain")
         axes.set_title(_finding(sets[chosen], [found], share), parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
     every = sets_of(record for one in series for record in one.records)
     found = {name: [_lines(one.records, name) for one in series] for name in every}
@@ -64,11 +64,11 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
     without = [every[name] for name in every if name not in sets]
     panels = [
-        (_finding(every[name], found[name], share), lambda ax, inches, runs=found[name]: _draw(ax, runs, share, look))
+        (_finding(every[name], found[name], share), lambda ax, inches, runs=found[name]: _draw(ax, runs, share, style))
         for name in sets
     ]
-    words = _texts(series, share, without, look)
-    return page_of(panels, words, look, xlabel="trained parameters", ylabel="fraction of the full gain")
+    words = _texts(series, share, without, style)
+    return page_of(panels, words, style, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
 def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
@@ -77,8 +77,8 @@ def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
     return [line for line in lines(records, name, records[0].set, seed) if line.shares] if records else []
 
 
-def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | None) -> None:
-    width, size = (look.line, look.ticks) if look else (1.2, 9.0)
+def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageStyle | None) -> None:
+    width, size = (style.line, style.ticks) if style else (1.2, 9.0)
     ax.set_xscale("log")
     shown = [0.0, 1.0]
     for number, found in enumerate(runs):
@@ -91,7 +91,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | N
             shown += [each for _, each in dots]
             small: dict[str, Any] = {"ls": "", "marker": mark, "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
             ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
-            style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
+            line_style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
             at = [line.params for line in of_subject]
             ax.plot(
                 at,
@@ -100,7 +100,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | N
                 marker=mark,
                 ms=4 * width,
                 label=f"_{subject}",
-                **style,
+                **line_style,
             )
             for line in of_subject if subject == "lora" and len(runs) == 1 else []:
                 ax.annotate(
@@ -114,7 +114,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | N
                     bbox=GROUND,
                 )
     ax.set_ylim(limits(shown))
-    levels(ax, [("full fine-tuning", 1.0, INK)], look)
+    levels(ax, [("full fine-tuning", 1.0, INK)], style)
     ax.axhline(share, color=QUIET, lw=0.8 * width, ls=(0, (4, 2)), zorder=1.5, label="_share")
     ax.annotate(
         f"{share:.0%}",
@@ -158,8 +158,8 @@ def _size(line: Line) -> str:
     return f"{line.size or 0:,}".replace(",", "\u202f")
 
 
-def _texts(series: Sequence[Series[Any]], share: float, without: Sequence[str], look: Look) -> FigureText:
-    width, single = look.line, len(series) == 1
+def _texts(series: Sequence[Series[Any]], share: float, without: Sequence[str], style: PageStyle) -> FigureText:
+    width, single = style.line, len(series) == 1
     colors = (SUBSPACE, LORA) if single else (QUIET, QUIET)
     drawn: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
     keys = [

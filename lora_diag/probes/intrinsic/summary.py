@@ -11,7 +11,7 @@ from lora_diag.records import Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Rows, grid_of
 from lora_diag.rendering.text import count, number, percent, short
 
@@ -20,13 +20,13 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, the smallest subspace and LoRA with nearly the full gain."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
-    found = [say("trained", "Trained", _trained(settings))]
+    found = [make_statement("trained", "Trained", _trained(settings))]
     for name in sets:
         rows = lines(records, name, sets[0], settings["seed"])
         found.append(_on_set(name, _base(records, name), rows, settings))
     if sets:
         rows = lines(records, sets[0], sets[0], settings["seed"])
-        found.append(say("rates", "Rates", _rates(rows, records, settings)))
+        found.append(make_statement("rates", "Rates", _rates(rows, records, settings)))
     return probe_summary(results, *found, reading=_READING)
 
 

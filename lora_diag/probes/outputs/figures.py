@@ -18,7 +18,7 @@ from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 
 # Maximum number of rows of a panel, and of lines that are still distinguishable.
 ROWS = 24
@@ -50,8 +50,8 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
     """
     records, called = one_set(results, "outputs", name)
     rows = highest(_rows(records, _called(records)), ROWS)
-    with panel_axes(ax) as (axes, look):
-        draw_rows(axes, rows, look)
+    with panel_axes(ax) as (axes, style):
+        draw_rows(axes, rows, style)
         axes.set_xlabel("loss minus TUNED's (nats)")
         axes.set_title(called, parse_math=False, loc="left")
     return axes
@@ -70,14 +70,14 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     """
     records, _ = one_set(results, "outputs", name)
     lines = _lines(records, _called(records))
-    with panel_axes(ax) as (axes, look):
-        _draw_depth(axes, lines, look)
+    with panel_axes(ax) as (axes, style):
+        _draw_depth(axes, lines, style)
         axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
-        axes.legend(*zip(*[(key.handle, key.label) for key in _keys(lines, look)], strict=True), fontsize="small")
+        axes.legend(*zip(*[(key.handle, key.label) for key in _keys(lines, style)], strict=True), fontsize="small")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gaps, one panel per set."""
     panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for one in series for record in one.records)
@@ -99,12 +99,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         "Held-out loss of each model minus that of the full fine-tune",
         f"{about}mean negative log-likelihood, nats; left of the line: better than TUNED",
         (" ".join(filter(None, notes)),),
-        run_keys(series, look),
+        run_keys(series, style),
     )
-    return figure_of(panels, "loss minus TUNED's (nats)", words, look)
+    return figure_of(panels, "loss minus TUNED's (nats)", words, style)
 
 
-def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the distances by depth, one panel per set."""
     sets = sets_of(record for one in series for record in one.records if not find_depth_obstacle([record], options))
     models = _called(record for one in series for record in one.records)
@@ -125,14 +125,14 @@ def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) ->
             "Distance measures similarity, not quality; compare models by their loss."
             + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
         ),
-        _keys([(name, ()) for name in names[: len(CATEGORIES)]], look),
+        _keys([(name, ()) for name in names[: len(CATEGORIES)]], style),
     )
     shown = names[: len(CATEGORIES)]
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
         lines = [(one, dict(by_set[name]).get(one, ())) for one in shown]
-        panels.append((called, lambda ax, inches, lines=lines: _draw_depth(ax, lines, look)))
-    return page_of(panels, words, look, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
+        panels.append((called, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
+    return page_of(panels, words, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
 def _others(records: Iterable[Probe]) -> list[Probe]:
@@ -176,14 +176,19 @@ def _lines(
     ]
 
 
-def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     values = [0.0, 1.0]
     for number, (name, hidden) in enumerate(lines):
         known = [(place, value) for place, value in enumerate(hidden) if value is not None]
         if known:
-            style: dict[str, Any] = {"color": category(number), "lw": 1.5 * width, "marker": "o", "ms": 2.6 * width}
-            ax.plot(*zip(*known, strict=True), label=f"_{name}", **style)
+            line_style: dict[str, Any] = {
+                "color": category(number),
+                "lw": 1.5 * width,
+                "marker": "o",
+                "ms": 2.6 * width,
+            }
+            ax.plot(*zip(*known, strict=True), label=f"_{name}", **line_style)
             values += [value for _, value in known]
     ax.axhline(1, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     ax.set_ylim(0, limits(values)[1])
@@ -191,8 +196,8 @@ def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], l
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
 
 
-def _keys(lines: Sequence[tuple[str, Any]], look: Look | None) -> tuple[Key, ...]:
-    width = look.line if look else 1.2
+def _keys(lines: Sequence[tuple[str, Any]], style: PageStyle | None) -> tuple[Key, ...]:
+    width = style.line if style else 1.2
     return tuple(
         Key(Line2D([], [], color=category(number), lw=1.5 * width, marker="o", ms=2.6 * width), name)
         for number, (name, _) in enumerate(lines)

@@ -13,7 +13,7 @@ from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import safe, short
 
@@ -40,9 +40,9 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     if distances:
         several = len(by_set) > 1
         all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
-        found.append(say("distances", "Distances", *all_lines))
+        found.append(make_statement("distances", "Distances", *all_lines))
     if not any(record.subject == "reference" for record in records):
-        found.append(say("yardstick", "Reference", _NONE))
+        found.append(make_statement("yardstick", "Reference", _NONE))
     return probe_summary(results, *found, reading=_READING)
 
 

@@ -16,7 +16,7 @@ from lora_diag.rendering.figures.losses import sets_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText
-from lora_diag.rendering.figures.style import Look, category, name_of
+from lora_diag.rendering.figures.style import PageStyle, category, name_of
 
 # Maximum number of rows of a panel.
 ROWS = 24
@@ -44,14 +44,14 @@ def sensitivity(
     records = [record for record in every if isinstance(record, Sensitivity)]
     chosen = name if name is not None else _first(records)
     rows = highest(_rows(records, chosen, 0), ROWS)
-    with panel_axes(ax) as (axes, look):
-        draw_rows(axes, rows, look)
+    with panel_axes(ax) as (axes, style):
+        draw_rows(axes, rows, style)
         axes.set_xlabel("loss of BASE minus loss (nats)")
         axes.set_title(sets_of(records)[chosen], parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gains, one panel per set, the highest first."""
     panels, max_rows = [], 0
     for name, called in sets_of(record for one in series for record in one.records).items():
@@ -71,9 +71,9 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         f"Gain of each part adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
         f"{about}loss of BASE minus loss on held-out text, nats; right of the line: better",
         (" ".join(notes),),
-        run_keys(series, look),
+        run_keys(series, style),
     )
-    return figure_of(panels, "loss of BASE minus loss (nats)", words, look)
+    return figure_of(panels, "loss of BASE minus loss (nats)", words, style)
 
 
 def _first(records: Sequence[Sensitivity]) -> str:

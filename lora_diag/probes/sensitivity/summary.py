@@ -23,7 +23,7 @@ from lora_diag.records.probe import set_names
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Rows, columns_of
 from lora_diag.rendering.text import short
 
@@ -61,15 +61,15 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, gains by unit, gains by rank, and quality of first-order predictions."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains = _gains(results)
-    found = [say("trained", "Trained", _trained(settings))]
+    found = [make_statement("trained", "Trained", _trained(settings))]
     found += [_on_set(name, records, gains[name], settings) for name in gains]
     first = next(iter(gains.values()), [])
     if first:
         found += _marginal(next(iter(_marginals(results, gains).values())), settings)
         found += _repeats(first)
         found += _others(gains, list(gains))
-        found += [say("cheaper", "Proxies", _cheaper(correlations(first, _scores_of(results)), first))]
-        found += [say("rates", "Rates", _rates(first, records, settings))]
+        found += [make_statement("cheaper", "Proxies", _cheaper(correlations(first, _scores_of(results)), first))]
+        found += [make_statement("rates", "Rates", _rates(first, records, settings))]
     return probe_summary(results, *found, reading=_READING)
 
 
@@ -184,7 +184,7 @@ def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statem
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
         f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
     )
-    return [say("more_rank", "More rank", text)]
+    return [make_statement("more_rank", "More rank", text)]
 
 
 def _repeats(gains: Sequence[Gain]) -> list[Statement]:
@@ -194,7 +194,7 @@ def _repeats(gains: Sequence[Gain]) -> list[Statement]:
         return []
     rho = spearman([seeds[0] for seeds in both], [seeds[1] for seeds in both])
     return [
-        say(
+        make_statement(
             "repeats",
             "Seed agreement",
             f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared",
@@ -211,7 +211,7 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
         if len(both) > 2:
             rho = spearman([one for one, _ in both], [two for _, two in both])
             lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
-    return [say("same_order", "Set agreement", "\n".join(lines))] if lines else []
+    return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
 
 
 def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:

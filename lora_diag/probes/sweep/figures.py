@@ -27,7 +27,7 @@ from lora_diag.rendering.figures.losses import (
 from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
-from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category
+from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
 # BASE is drawn in the panel unless its distance from the runs exceeds their range by this factor.
 FAR = 8.0
@@ -97,32 +97,32 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     chosen = name if name is not None else next(iter(sets))
     tolerance = results.run.settings.get("tolerance", TOLERANCE) if isinstance(results, Results) else TOLERANCE
     found = sweep_curve(records, chosen, tolerance)
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        _draw(axes, [found], inches, look)
+        _draw(axes, [found], inches, style)
         axes.set(xlabel="rank r, with its learning rate", ylabel="loss (nats)")
         axes.set_title(_finding(sets[chosen], found), parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel per set; several sweeps differ by colour."""
     sets = sets_of(record for one in series for record in one.records)
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
         found = [sweep_curve(one.records, name, _tolerance(one)) for one in series]
         title = called if len(found) > 1 else _finding(called, found[0])
-        panels.append((title, partial(_draw, found=found, look=look)))
+        panels.append((title, partial(_draw, found=found, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
-    return page_of(panels, _texts(series, sets, look), look, xlabel=xlabel, ylabel="loss (nats)")
+    return page_of(panels, _texts(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
 
 
 def _tolerance(one: Series[Any]) -> float:
     return float(one.run.settings.get("tolerance", TOLERANCE)) if one.run else TOLERANCE
 
 
-def _draw(ax: Axes, found: Sequence[SweepCurve], inches: float, look: Look | None) -> None:
-    width = look.line if look else 1.2
+def _draw(ax: Axes, found: Sequence[SweepCurve], inches: float, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
     losses = [loss for one in found for loss in one.losses]
     if not losses:
         return
@@ -142,14 +142,14 @@ def _draw(ax: Axes, found: Sequence[SweepCurve], inches: float, look: Look | Non
             if one.verdict is not None and rank == one.verdict.rank:
                 ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
                 ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
-    _levels(ax, found, losses, look)
+    _levels(ax, found, losses, style)
     rates = {rank: f"{row.lr:g}" for rank, row in found[0].points} if len(found) == 1 else {}
     every = [rank for one in found for rank, _ in one.points]
-    measured_axis(ax, every, inches, look, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
+    measured_axis(ax, every, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     loss_axis(ax)
 
 
-def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], look: Look | None) -> None:
+def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
     """Draw BASE and other reference lines; name those too far away at the edge."""
     named = {("BASE", one.base): INK for one in found if one.base is not None}
     for number, one in enumerate(found):
@@ -160,7 +160,7 @@ def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], look
     near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
     under = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
     ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if under else 0.08))
-    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], look, under)
+    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], style, under)
     for up, arrow in ((True, "↑"), (False, "↓")):
         lines = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
         if lines:
@@ -171,7 +171,7 @@ def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], look
                 transform=ax.transAxes,
                 ha="right",
                 va="top" if up else "bottom",
-                size=look.ticks if look else 9,
+                size=style.ticks if style else 9,
                 color=INK,
                 parse_math=False,
             )
@@ -193,8 +193,8 @@ def _finding(called: str, found: SweepCurve) -> str:
     return f"{called}: {lines.get(verdict.word, verdict.word)}"
 
 
-def _texts(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> FigureText:
-    width = look.line
+def _texts(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:
+    width = style.line
     single = len(series) == 1
     keys = [
         Key(Line2D([], [], color=category(number), lw=1.6 * width), one.label)

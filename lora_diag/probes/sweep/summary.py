@@ -23,7 +23,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
-from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Rows, grid_of
 from lora_diag.rendering.text import number, short
 
@@ -62,11 +62,13 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     own = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
     return probe_summary(
         results,
-        say("trained", "Trained", _trained(settings)),
+        make_statement("trained", "Trained", _trained(settings)),
         *(on_set(name, *_state_verdict(verdict, bases[name], share)) for name, verdict in verdicts.items()),
         *_agreement(verdicts, bases),
         *_against(records, bases, rates, references, share),
-        say("rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings)),
+        make_statement(
+            "rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings)
+        ),
         reading=_reading(settings),
     )
 
@@ -121,7 +123,7 @@ def _against(
         if found is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
             sentences.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
-    return [say(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
+    return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
 
 
 def _compared(found: Versus, line: str) -> str:
@@ -214,7 +216,7 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
             lines.append(f"yes: r={other.rank} is also enough on {short(name)}")
         else:
             lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
-    return [say("shifted", "Shifted sets", *lines)]
+    return [make_statement("shifted", "Shifted sets", *lines)]
 
 
 def _rates(

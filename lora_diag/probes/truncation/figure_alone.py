@@ -14,7 +14,7 @@ from lora_diag.rendering.figures.losses import probes, sets_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText
-from lora_diag.rendering.figures.style import Look, category, name_of
+from lora_diag.rendering.figures.style import PageStyle, category, name_of
 
 # Maximum number of rows of a panel.
 ROWS = 24
@@ -46,14 +46,14 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     chosen = name if name is not None else next(iter(sets))
     rank = _smallest(records)
     rows = highest(_rows([record for record in records if record.set == chosen], rank, 0), ROWS)
-    with panel_axes(ax) as (axes, look):
-        draw_rows(axes, rows, look)
+    with panel_axes(ax) as (axes, style):
+        draw_rows(axes, rows, style)
         axes.set_xlabel("loss minus TUNED's (nats)")
         axes.set_title(f"{sets[chosen]}: each part alone to r\xa0=\xa0{rank}", parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the layers or types with the largest cost at the smallest measured rank, one panel per set."""
     records = [record for one in series for record in one.records]
     rank = options.rank if options.rank is not None else _smallest(records)
@@ -75,9 +75,9 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         f"Cost of truncating one part alone to r\xa0=\xa0{rank}",
         f"{about}held-out loss minus that of TUNED, nats; right of the line: worse",
         (" ".join(notes),),
-        run_keys(series, look),
+        run_keys(series, style),
     )
-    return figure_of(panels, "loss minus TUNED's (nats)", words, look)
+    return figure_of(panels, "loss minus TUNED's (nats)", words, style)
 
 
 def _what(record: Probe) -> str:

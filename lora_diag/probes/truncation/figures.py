@@ -23,7 +23,7 @@ from lora_diag.rendering.figures.losses import (
 from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
 # Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
@@ -58,15 +58,15 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
     """
     records, called = one_set(results, "truncation", name)
     of_set = together(records)
-    with panel_axes(ax) as (axes, look):
+    with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        _draw_gaps(axes, of_set, inches, look)
+        _draw_gaps(axes, of_set, inches, style)
         axes.set(xlabel="rank r of the update", ylabel="loss minus TUNED's (nats)")
         axes.set_title(_finding(called, of_set), parse_math=False, loc="left")
     return axes
 
 
-def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
     runs = [together(one.records) for one in series]
     single = len(runs) == 1
@@ -74,16 +74,16 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for name, called in sets_of(record for records in runs for record in records).items():
         of_set = [[record for record in records if record.set == name] for records in runs]
         if single:
-            panels.append((_finding(called, of_set[0]), partial(_draw_gaps, of_set=of_set[0], look=look)))
+            panels.append((_finding(called, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
         else:
-            panels.append((called, partial(_draw_shares, runs=of_set, look=look)))
+            panels.append((called, partial(_draw_shares, runs=of_set, style=style)))
     ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
-    return page_of(panels, _texts(series, look), look, xlabel="rank r of the update", ylabel=ylabel)
+    return page_of(panels, _texts(series, style), style, xlabel="rank r of the update", ylabel=ylabel)
 
 
-def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, look: Look | None) -> None:
+def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, style: PageStyle | None) -> None:
     """Draw the loss minus TUNED's with error bars, and its value if it were proportional to energy."""
-    width = look.line if look else 1.2
+    width = style.line if style else 1.2
     truncated = [record for record in _truncated(of_set) if record.gap is not None]
     base, tuned = _end(of_set, "base"), _end(of_set, "tuned")
     ranks, gaps = [record.rank or 0 for record in truncated], [record.gap or 0.0 for record in truncated]
@@ -112,14 +112,14 @@ def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, look: Look | No
             ax.plot(*zip(*energy, strict=True), **line, zorder=2, label="_energy")
     reached = [gap + sign * error for gap, error in zip(gaps, errors, strict=True) for sign in (-1, 1)]
     ax.set_ylim(limits([*reached, *(value for _, value, _ in named)], below=0.14, above=0.14))
-    levels(ax, named, look, lowest_below=True)
-    measured_axis(ax, ranks or [1], inches, look)
+    levels(ax, named, style, lowest_below=True)
+    measured_axis(ax, ranks or [1], inches, style)
     loss_axis(ax)
 
 
-def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look: Look | None) -> None:
+def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, style: PageStyle | None) -> None:
     """Draw the fraction of TUNED's change that each run keeps, and its energy, dotted."""
-    width = look.line if look else 1.2
+    width = style.line if style else 1.2
     shares, ranks = [0.0, 1.0], []
     for number, of_set in enumerate(runs):
         truncated = [record for record in _truncated(of_set) if record.kept is not None]
@@ -136,8 +136,8 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look:
         shares += kept
         ranks += at
     ax.set_ylim(limits(shares, below=0.16, above=0.16))
-    levels(ax, [("BASE", 0.0, INK), ("TUNED", 1.0, INK)], look, lowest_below=True)
-    measured_axis(ax, ranks or [1], inches, look)
+    levels(ax, [("BASE", 0.0, INK), ("TUNED", 1.0, INK)], style, lowest_below=True)
+    measured_axis(ax, ranks or [1], inches, style)
     loss_axis(ax)
 
 
@@ -161,8 +161,8 @@ def _finding(called: str, of_set: Sequence[Probe]) -> str:
     return called
 
 
-def _texts(series: Sequence[Series[Any]], look: Look) -> FigureText:
-    width = look.line
+def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
+    width = style.line
     single = len(series) == 1
     dots: dict[str, Any] = {"lw": 1.3 * width, "ls": (0, (1, 1.5))}
     if single:

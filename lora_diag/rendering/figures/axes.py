@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from lora_diag.rendering.figures.style import INK, PANEL, Look, styled, width_of
+from lora_diag.rendering.figures.style import INK, PANEL, PageStyle, styled, width_of
 
 
 @contextmanager
-def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, Look | None]]:
+def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, PageStyle | None]]:
     """Return the caller's axes with unchanged fonts, or those of a new figure."""
     with styled(PANEL if ax is None else None):
         if ax is not None:
@@ -23,20 +23,20 @@ def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, Look | None]]:
             yield figure.subplots(), PANEL
 
 
-def rank_axis(ax: Axes, largest: int, marked: Sequence[int], look: Look | None, inches: float) -> None:
+def rank_axis(ax: Axes, largest: int, marked: Sequence[int], style: PageStyle | None, inches: float) -> None:
     """Set up the x axis for ranks: logarithmic, with common ranks marked, and labels as far as they fit."""
     ax.set_xscale("log")
     ax.set_xlim(0.92, max(largest * 1.08, 2))
     for rank in marked:
         if rank <= largest:
-            ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * (look.line if look else 1), ls=(0, (1, 1.6)), zorder=1)
+            ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * (style.line if style else 1), ls=(0, (1, 1.6)), zorder=1)
     powers = [2**k for k in range(1, 20) if 2**k < largest]
     candidates = [rank for rank in (*marked, *reversed(powers)) if rank <= largest]
-    label_ticks(ax, (1, largest, *candidates), inches, look)
+    label_ticks(ax, (1, largest, *candidates), inches, style)
 
 
 def label_ticks(
-    ax: Axes, ticks: Iterable[int], inches: float, look: Look | None, label: Callable[[int], str] = str
+    ax: Axes, ticks: Iterable[int], inches: float, style: PageStyle | None, label: Callable[[int], str] = str
 ) -> None:
     """Label the x axis where labels do not overlap.
 
@@ -44,10 +44,10 @@ def label_ticks(
         ax: Axes with scale and limits set.
         ticks: Ticks to label, the most important first.
         inches: Width of the panel.
-        look: The page.
+        style: The page.
         label: Returns the label of a tick.
     """
-    size = look.ticks if look else 9.0
+    size = style.ticks if style else 9.0
     shown: dict[int, tuple[float, float]] = {}
     for tick in ticks:
         at = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * inches

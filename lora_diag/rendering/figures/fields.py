@@ -20,7 +20,7 @@ def changes_of(records: Iterable[LayerRecord]) -> str:
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
-def metric_said(records: Iterable[LayerRecord]) -> str:
+def metric_suffix(records: Iterable[LayerRecord]) -> str:
     """Return a suffix that names the metric of all records, if other than that of the weights."""
     found = metrics_of(records)
     return f", in {METRIC_NAMES[found[0]]}" if len(found) == 1 and found != ["weights"] else ""

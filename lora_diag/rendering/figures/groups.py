@@ -36,7 +36,7 @@ class Types:
             if tower := tower_of(layer):
                 towers.setdefault(module_type_of(layer), set()).add(tower)
                 place.setdefault(tower, len(place))
-        self._towers = _telling({tower for found in towers.values() if len(found) > 1 for tower in found})
+        self._towers = _distinguishing_parts({tower for found in towers.values() if len(found) > 1 for tower in found})
         ordered = sorted(layers, key=lambda layer: (place.get(tower_of(layer), len(place)), place_of(layer)))
         self._name = {layer: self._drawn(layer) for layer in ordered}
         self.names = tuple(dict.fromkeys(self._name.values()))
@@ -50,7 +50,7 @@ class Types:
         return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
 
 
-def _telling(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def _distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Return the first part of each tower's name that differs; the whole name if one is a prefix of another."""
     shared = 0
     while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):

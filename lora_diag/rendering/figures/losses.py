@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import OnSet
 from lora_diag.rendering.figures.axes import label_ticks
-from lora_diag.rendering.figures.style import INK, Look, name_of
+from lora_diag.rendering.figures.style import INK, PageStyle, name_of
 
 # Height of a line of text as a fraction of a panel's height.
 TEXT = 0.13
@@ -40,22 +40,22 @@ def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None)
     return [record for record in records if record.set == chosen], sets[chosen]
 
 
-def panels_of(number: int, look: Look) -> tuple[int, int]:
+def panels_of(number: int, style: PageStyle) -> tuple[int, int]:
     """Return rows and columns of panels of a readable width; on a column page they are stacked."""
-    columns = 1 if look.columns < 3 else min(number, 2 if number in {2, 4} else 3)
+    columns = 1 if style.columns < 3 else min(number, 2 if number in {2, 4} else 3)
     return -(-number // columns), columns
 
 
-def panel_width(look: Look, columns: int, right: float = 0.0) -> float:
+def panel_width(style: PageStyle, columns: int, right: float = 0.0) -> float:
     """Estimate the width of a panel with its labels in inches, without ``right`` lines of text at its side."""
-    return look.width / columns - (6.5 + right) * look.text / 72
+    return style.width / columns - (6.5 + right) * style.text / 72
 
 
 def measured_axis(
     ax: Axes,
     ranks: Iterable[int],
     inches: float,
-    look: Look | None,
+    style: PageStyle | None,
     label: Callable[[int], str] = str,
 ) -> None:
     """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they fit."""
@@ -63,20 +63,22 @@ def measured_axis(
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
     first, last = known[0], known[-1]
     ax.set_xlim(first - 0.35 if first < 2 else first / 2**0.35, last * 2**0.35 if last else 0.35)
-    label_ticks(ax, (first, last, *known), inches, look, label)
+    label_ticks(ax, (first, last, *known), inches, style, label)
 
 
 # Background of a line's name: transparent enough to show other lines, but readable.
 GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
 
 
-def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None, lowest_below: bool = False) -> None:
+def levels(
+    ax: Axes, named: Sequence[tuple[str, float, str]], style: PageStyle | None, lowest_below: bool = False
+) -> None:
     """Draw horizontal lines, each with its name at the right end; names of nearly equal lines share a row.
 
     Args:
         ax: Axes with limits set.
         named: Name, value and colour.
-        look: The page.
+        style: The page.
         lowest_below: Whether the lowest line has its name below, away from lines above.
     """
     low, high = ax.get_ylim()
@@ -84,7 +86,7 @@ def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None,
     for one in sorted(named, key=lambda item: item[1]):
         text, value, color = one
         ax.axhline(
-            value, color=color, lw=0.8 * (look.line if look else 1), ls=(0, (4, 2)), zorder=1.5, label=f"_{text}"
+            value, color=color, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)), zorder=1.5, label=f"_{text}"
         )
         if groups and value - groups[-1][-1][1] < TEXT * (high - low):
             groups[-1].append(one)
@@ -100,7 +102,7 @@ def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None,
             textcoords="offset points",
             ha="right",
             va="top" if below else "bottom",
-            size=look.ticks if look else 9.0,
+            size=style.ticks if style else 9.0,
             color=group[-1][2] if len(group) == 1 else INK,
             parse_math=False,
             annotation_clip=False,

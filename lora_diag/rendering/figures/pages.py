@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lora_diag.rendering.figures.losses import panel_width, panels_of
 from lora_diag.rendering.figures.sheet import FigureText, finish_grid, grid_of, sheet
-from lora_diag.rendering.figures.style import Look, cropped_all, wrapped
+from lora_diag.rendering.figures.style import PageStyle, cropped_all, wrapped
 
 # Draws a panel: ``draw(ax, inches=...)``, on axes of this width in inches.
 Draw = Callable[..., object]
@@ -17,7 +17,7 @@ Draw = Callable[..., object]
 def page_of(
     panels: Sequence[tuple[str, Draw]],
     words: FigureText,
-    look: Look,
+    style: PageStyle,
     *,
     height: float = 1.9,
     xlabel: str = "",
@@ -28,17 +28,17 @@ def page_of(
     Args:
         panels: The title of each, and what draws it.
         words: The text around them.
-        look: The page.
+        style: The page.
         height: Least height of a panel over that of the page's small multiples.
         xlabel: Label of all x axes; as drawn if empty.
         ylabel: Label of all y axes; as drawn if empty.
     """
-    rows, columns = panels_of(len(panels), look)
-    inches = panel_width(look, columns)
-    figure, axes = sheet(look, words, rows, columns, panel=height * look.panel, share=False)
+    rows, columns = panels_of(len(panels), style)
+    inches = panel_width(style, columns)
+    figure, axes = sheet(style, words, rows, columns, panel=height * style.panel, share=False)
     for (title, draw), ax in zip(panels, axes, strict=False):
         draw(ax, inches=inches)
-        ax.set_title(wrapped(title, inches, look.text), parse_math=False)
+        ax.set_title(wrapped(title, inches, style.text), parse_math=False)
         ax.set(**{name: text for name, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
     for ax in axes[len(panels) :]:
         ax.remove()
@@ -46,22 +46,22 @@ def page_of(
 
 
 def multiples_of(
-    panels: Mapping[str, Draw], words: FigureText, look: Look, xlabel: str, ylabel: str, width: float = 0.97
+    panels: Mapping[str, Draw], words: FigureText, style: PageStyle, xlabel: str, ylabel: str, width: float = 0.97
 ) -> Figure:
     """Return a page of one panel for each module type, with shared axes.
 
     Args:
         panels: What draws the panel of each type.
         words: The text around them.
-        look: The page.
+        style: The page.
         xlabel: Label of the x axes at the bottom.
         ylabel: Label of the y axes at the left.
         width: Share of the page's width that the panels have.
     """
-    rows, columns = grid_of(len(panels), look)
-    inches = (look.width * width - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
-    figure, axes = sheet(look, words, rows, columns)
-    titles = cropped_all(list(panels), inches, look.text)
+    rows, columns = grid_of(len(panels), style)
+    inches = (style.width * width - 3.4 * style.text / 72) / columns - 1.2 * style.text / 72
+    figure, axes = sheet(style, words, rows, columns)
+    titles = cropped_all(list(panels), inches, style.text)
     for (name, draw), ax in zip(panels.items(), axes, strict=False):
         draw(ax, inches=inches)
         ax.set_title(titles[name], parse_math=False)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.rendering.figures.series import Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cropped_all, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, category, cropped_all, wrapped
 
 # Fraction of a page's width available to names.
 NAMES = 0.42
@@ -54,16 +54,16 @@ def highest(rows: Sequence[Row], most: int, first: Sequence[Row] = ()) -> list[R
     return sorted((row for row in rows if row.name in names), key=lambda row: place[row.name])
 
 
-def draw_rows(ax: Axes, rows: Sequence[Row], look: Look | None, short: Mapping[str, str] | None = None) -> None:
+def draw_rows(ax: Axes, rows: Sequence[Row], style: PageStyle | None, short: Mapping[str, str] | None = None) -> None:
     """Draw one dot per row from top to bottom, with an error bar, and a line at zero.
 
     Args:
         ax: Axes to draw on.
         rows: From top to bottom.
-        look: The page.
+        style: The page.
         short: Shortens names to fit the page; default unchanged.
     """
-    width = look.line if look else 1.2
+    width = style.line if style else 1.2
     ax.axvline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     names = list(dict.fromkeys(row.name for row in rows))
     colors = list(dict.fromkeys(row.color for row in rows))
@@ -83,28 +83,28 @@ def draw_rows(ax: Axes, rows: Sequence[Row], look: Look | None, short: Mapping[s
     ax.margins(x=0.08)
 
 
-def run_keys(series: Sequence[Series[Any]], look: Look) -> tuple[Key, ...]:
+def run_keys(series: Sequence[Series[Any]], style: PageStyle) -> tuple[Key, ...]:
     """Return the legend of the colours of several runs; empty for a single run."""
     if len(series) == 1:
         return ()
-    dot: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4 * look.line}
+    dot: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4 * style.line}
     return tuple(Key(Line2D([], [], color=category(n), **dot), one.label) for n, one in enumerate(series))
 
 
-def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: FigureText, look: Look) -> Figure:
+def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: FigureText, style: PageStyle) -> Figure:
     """Return a page of such panels: side by side if there are few, and stacked on a column page."""
-    columns = 1 if look.columns < 3 else min(len(panels), 2)
+    columns = 1 if style.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
     shown = {row.name for _, some in panels for row in some}
-    short = cropped_all(sorted(shown), NAMES * look.width / columns, look.ticks)
-    inches = look.width / columns * (1 - NAMES)
+    short = cropped_all(sorted(shown), NAMES * style.width / columns, style.ticks)
+    inches = style.width / columns * (1 - NAMES)
     # Rows shared by several runs need room for all bars.
     max_rows = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
-    panel = max(look.panel, (max_rows + 3.5) * 1.55 * look.ticks / 72)
-    figure, axes = sheet(look, words, rows, columns, panel=panel, share=False, low=True)
+    panel = max(style.panel, (max_rows + 3.5) * 1.55 * style.ticks / 72)
+    figure, axes = sheet(style, words, rows, columns, panel=panel, share=False, low=True)
     for (title, some), ax in zip(panels, axes, strict=False):
-        draw_rows(ax, some, look, short)
-        ax.set_title(wrapped(title, inches, look.text), parse_math=False)
+        draw_rows(ax, some, style, short)
+        ax.set_title(wrapped(title, inches, style.text), parse_math=False)
         ax.set_xlabel(xlabel)
     for ax in axes[len(panels) :]:
         ax.remove()

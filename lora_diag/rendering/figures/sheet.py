@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, Look, width_of, wrapped
+from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, PageStyle, width_of, wrapped
 
 # Line height relative to font size; gap between blocks of text in lines.
 LEADING, GAP = 1.28, 0.55
@@ -49,21 +49,21 @@ class FigureText:
     keys: tuple[Key, ...] = field(default=())
 
 
-def grid_of(panels: int, look: Look) -> tuple[int, int]:
+def grid_of(panels: int, style: PageStyle) -> tuple[int, int]:
     """Return rows and columns of small multiples: about as many columns as fit the page, with few empty places.
 
     >>> from lora_diag.rendering.figures.style import COLUMN, SLIDE
     >>> grid_of(9, COLUMN), grid_of(7, COLUMN), grid_of(7, SLIDE), grid_of(1, SLIDE)
     ((3, 3), (4, 2), (2, 4), (1, 1))
     """
-    if panels <= look.columns:
+    if panels <= style.columns:
         return 1, max(panels, 1)
-    columns = min((look.columns, look.columns + 1), key=lambda columns: -panels % columns)
+    columns = min((style.columns, style.columns + 1), key=lambda columns: -panels % columns)
     return math.ceil(panels / columns), columns
 
 
 def sheet(
-    look: Look,
+    style: PageStyle,
     words: FigureText,
     rows: int = 1,
     columns: int = 1,
@@ -76,7 +76,7 @@ def sheet(
     """Return a new figure with its text placed, and its panels row by row.
 
     Args:
-        look: The page; the figure may be taller if its panels need it.
+        style: The page; the figure may be taller if its panels need it.
         words: The text.
         rows: Rows of panels.
         columns: Columns of panels.
@@ -85,37 +85,37 @@ def sheet(
         share: Whether all panels have the same axes.
         low: Whether the figure may be shorter than its page.
     """
-    if look.plain:
+    if style.plain:
         words = replace(words, title="", about="", notes=())
-    above = _Block(look, look.width - 2 * _margin(look))
-    above.add(words.title, look.title, INK, "bold")
-    above.add(words.about, look.ticks, QUIET)
-    key_rows = _key_rows(words.keys, above.width, look)
-    below = _Block(look, above.width)
+    above = _Block(style, style.width - 2 * _margin(style))
+    above.add(words.title, style.title, INK, "bold")
+    above.add(words.about, style.ticks, QUIET)
+    key_rows = _key_rows(words.keys, above.width, style)
+    below = _Block(style, above.width)
     for note in words.notes:
-        below.add(note, look.ticks, QUIET)
-    keys_height = sum(map(_lines, key_rows)) * LEADING * look.ticks / 72 * 1.15 + (
-        GAP * look.ticks / 72 if key_rows else 0
+        below.add(note, style.ticks, QUIET)
+    keys_height = sum(map(_lines, key_rows)) * LEADING * style.ticks / 72 * 1.15 + (
+        GAP * style.ticks / 72 if key_rows else 0
     )
-    text_height = above.height + keys_height + below.height + 2 * _margin(look)
-    height = max(0.0 if low else look.height, text_height + rows * (panel or look.panel))
-    figure = Figure(figsize=(look.width, height), dpi=look.dpi, facecolor="white")
+    text_height = above.height + keys_height + below.height + 2 * _margin(style)
+    height = max(0.0 if low else style.height, text_height + rows * (panel or style.panel))
+    figure = Figure(figsize=(style.width, height), dpi=style.dpi, facecolor="white")
     figure.set_layout_engine(
         "constrained",
         rect=(
-            _margin(look) / look.width / 2,
-            (below.height + _margin(look) / 2) / height,
-            1 - _margin(look) / look.width,
-            1 - (text_height - _margin(look)) / height,
+            _margin(style) / style.width / 2,
+            (below.height + _margin(style) / 2) / height,
+            1 - _margin(style) / style.width,
+            1 - (text_height - _margin(style)) / height,
         ),
-        w_pad=0.04 * look.text / 10,
-        h_pad=0.06 * look.text / 10,
+        w_pad=0.04 * style.text / 10,
+        h_pad=0.06 * style.text / 10,
         wspace=0.02,
         hspace=0.02,
     )
-    above.write(figure, height - _margin(look))
-    _write_keys(figure, key_rows, height - _margin(look) - above.height, look)
-    below.write(figure, below.height + _margin(look) / 2)
+    above.write(figure, height - _margin(style))
+    _write_keys(figure, key_rows, height - _margin(style) - above.height, style)
+    below.write(figure, below.height + _margin(style) / 2)
     axes = figure.subplots(
         rows,
         columns,
@@ -127,15 +127,15 @@ def sheet(
     return figure, [axis for row in np.asarray(axes) for axis in row]
 
 
-def _margin(look: Look) -> float:
-    return 0.6 * look.text / 72
+def _margin(style: PageStyle) -> float:
+    return 0.6 * style.text / 72
 
 
 class _Block:
     """Lines of text from top to bottom, as wide as the figure."""
 
-    def __init__(self, look: Look, width: float) -> None:
-        self.look, self.width, self.height = look, width, 0.0
+    def __init__(self, style: PageStyle, width: float) -> None:
+        self.style, self.width, self.height = style, width, 0.0
         self._parts: list[tuple[str, float, str, str]] = []
 
     def add(self, text: str, size: float, color: str, weight: str = "normal") -> None:
@@ -146,7 +146,7 @@ class _Block:
             self.height += ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
 
     def write(self, figure: Figure, top: float) -> None:
-        left, height = _margin(self.look) / self.look.width, figure.get_figheight()
+        left, height = _margin(self.style) / self.style.width, figure.get_figheight()
         for lines, size, color, weight in self._parts:
             figure.text(
                 left,
@@ -163,13 +163,13 @@ class _Block:
             top -= ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
 
 
-def _key_rows(keys: Sequence[Key], width: float, look: Look) -> list[list[Key]]:
+def _key_rows(keys: Sequence[Key], width: float, style: PageStyle) -> list[list[Key]]:
     """Break the legend into rows that fit; a name longer than a row is wrapped."""
     rows: list[list[Key]] = []
     left = 0.0
-    handle = 4.2 * look.ticks / 72
-    for key in (Key(key.handle, wrapped(key.label, width - handle, look.ticks)) for key in keys):
-        needed = width_of(key.label, look.ticks) + handle
+    handle = 4.2 * style.ticks / 72
+    for key in (Key(key.handle, wrapped(key.label, width - handle, style.ticks)) for key in keys):
+        needed = width_of(key.label, style.ticks) + handle
         if not rows or needed > left:
             rows.append([])
             left = width
@@ -182,14 +182,14 @@ def _lines(row: Sequence[Key]) -> int:
     return max(key.label.count("\n") + 1 for key in row)
 
 
-def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, look: Look) -> None:
+def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, style: PageStyle) -> None:
     height = figure.get_figheight()
     for row in rows:
         legend = figure.legend(
             [key.handle for key in row],
             [key.label for key in row],
             loc="upper left",
-            bbox_to_anchor=Bbox.from_bounds(_margin(look) / look.width, top / height, 0, 0),
+            bbox_to_anchor=Bbox.from_bounds(_margin(style) / style.width, top / height, 0, 0),
             ncols=len(row),
             borderpad=0,
             borderaxespad=0,
@@ -200,7 +200,7 @@ def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, look:
         for text in legend.get_texts():
             text.set_parse_math(False)
         legend.set_in_layout(False)
-        top -= _lines(row) * 1.15 * LEADING * look.ticks / 72
+        top -= _lines(row) * 1.15 * LEADING * style.ticks / 72
 
 
 def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylabel: str) -> None:
@@ -217,17 +217,17 @@ def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylab
             ax.set_ylabel(ylabel)
 
 
-def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, look: Look) -> None:
+def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, style: PageStyle) -> None:
     """Add the depth scale at the side of all panels."""
     scale = ScalarMappable(Normalize(0, deepest), DEPTH)
     bar = figure.colorbar(scale, ax=list(axes), fraction=0.03, aspect=30, pad=0.015)
-    bar.set_label("depth (block)", size=look.text)
+    bar.set_label("depth (block)", size=style.text)
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(nbins=6, integer=True)
     bar.update_ticks()
 
 
-def settle(figure: Figure) -> Figure:
+def freeze_layout(figure: Figure) -> Figure:
     """Compute the layout and fix it.
 
     The solver's result differs in the last bits between runs (it orders by address), which would change the bytes of an

@@ -25,7 +25,7 @@ FORMATS = ("png", "svg", "pdf")
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class PageStyle:
     """A kind of page: size in inches, text in points.
 
     Args:
@@ -62,11 +62,11 @@ class Look:
 
 
 # 3.3 inches is the column width of most two-column journals; 6 points are their minimum font size.
-COLUMN = Look("column", 3.3, 2.6, text=7, line=0.7, dpi=300, columns=2, panel=0.85)
-SLIDE = Look("slide", 10, 5.6, text=12.5, line=1.3, dpi=150, columns=4, panel=1.5)
-LOOKS = (COLUMN, SLIDE)
+COLUMN = PageStyle("column", 3.3, 2.6, text=7, line=0.7, dpi=300, columns=2, panel=0.85)
+SLIDE = PageStyle("slide", 10, 5.6, text=12.5, line=1.3, dpi=150, columns=4, panel=1.5)
+PAGE_STYLES = (COLUMN, SLIDE)
 # A single panel in a notebook.
-PANEL = Look("panel", 5, 3.6, text=9, line=1, dpi=150, columns=1, panel=2)
+PANEL = PageStyle("panel", 5, 3.6, text=9, line=1, dpi=150, columns=1, panel=2)
 
 # Okabe and Ito 2008, "Color universal design", without black, the text colour, and yellow, which is faint on white.
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -82,50 +82,50 @@ _FAMILY = ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]
 _PLAIN: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": True}
 
 
-def look_of(name: str) -> Look:
+def page_style_of(name: str) -> PageStyle:
     """Return the page of a given name.
 
     Raises:
         UsageError: The name is unknown.
     """
-    for look in LOOKS:
-        if look.name == name:
-            return look
-    raise UsageError(f"width {name}: choose {' or '.join(look.name for look in LOOKS)}")
+    for style in PAGE_STYLES:
+        if style.name == name:
+            return style
+    raise UsageError(f"width {name}: choose {' or '.join(style.name for style in PAGE_STYLES)}")
 
 
 @contextmanager
-def styled(look: Look | None) -> Iterator[None]:
+def styled(style: PageStyle | None) -> Iterator[None]:
     """Set fonts, sizes and widths inside the block; None keeps the sizes of a notebook's own axes."""
-    with mpl.rc_context(_PLAIN if look is None else _settings(look)):
+    with mpl.rc_context(_PLAIN if style is None else _settings(style)):
         yield
 
 
-def _settings(look: Look) -> dict[Any, Any]:
+def _settings(style: PageStyle) -> dict[Any, Any]:
     return {
         # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
         **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _OF_THE_PROCESS},
         **_PLAIN,
         "font.family": ["sans-serif"],
         "font.sans-serif": _FAMILY,
-        "font.size": look.text,
+        "font.size": style.text,
         "text.color": INK,
         "axes.edgecolor": QUIET,
         "axes.labelcolor": INK,
-        "axes.labelsize": look.text,
-        "axes.titlesize": look.text,
+        "axes.labelsize": style.text,
+        "axes.titlesize": style.text,
         "axes.titlelocation": "left",
-        "axes.titlepad": 0.35 * look.text,
-        "axes.labelpad": 0.3 * look.text,
-        "axes.linewidth": 0.7 * look.line,
+        "axes.titlepad": 0.35 * style.text,
+        "axes.labelpad": 0.3 * style.text,
+        "axes.linewidth": 0.7 * style.line,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "legend.fontsize": look.ticks,
+        "legend.fontsize": style.ticks,
         "legend.frameon": False,
-        "lines.linewidth": look.line,
-        "lines.markersize": 4 * look.line,
-        "hatch.linewidth": 0.5 * look.line,
-        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _tick(look).items()},
+        "lines.linewidth": style.line,
+        "lines.markersize": 4 * style.line,
+        "hatch.linewidth": 0.5 * style.line,
+        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _tick(style).items()},
         "svg.fonttype": "none",
         "svg.hashsalt": "loradiag",
         "pdf.fonttype": 42,
@@ -135,16 +135,16 @@ def _settings(look: Look) -> dict[Any, Any]:
 _OF_THE_PROCESS = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.port"}
 
 
-def _tick(look: Look) -> dict[str, Any]:
+def _tick(style: PageStyle) -> dict[str, Any]:
     return {
-        "labelsize": look.ticks,
+        "labelsize": style.ticks,
         "labelcolor": INK,
         "color": QUIET,
-        "major.size": 3 * look.line,
-        "major.width": 0.7 * look.line,
-        "minor.size": 1.8 * look.line,
-        "minor.width": 0.5 * look.line,
-        "major.pad": 0.25 * look.text,
+        "major.size": 3 * style.line,
+        "major.width": 0.7 * style.line,
+        "minor.size": 1.8 * style.line,
+        "minor.width": 0.5 * style.line,
+        "major.pad": 0.25 * style.text,
     }
 
 
@@ -156,15 +156,15 @@ def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
         kind: ``png``, ``svg`` (text stays text) or ``pdf`` (fonts embedded).
         width: Width of its page, which determines the resolution of a PNG.
     """
-    look = look_of(width)
+    style = page_style_of(width)
     metadata: dict[str, dict[str, str | None]] = {
         "png": {"Software": "loradiag"},  # recognized by lora_diag.files
         "svg": {"Date": None},
         "pdf": {"CreationDate": None},
     }
     buffer = io.BytesIO()
-    with styled(look):
-        figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata[kind])
+    with styled(style):
+        figure.savefig(buffer, format=kind, dpi=style.dpi, metadata=metadata[kind])
     return buffer.getvalue()
 
 

@@ -28,6 +28,7 @@ from lora_diag.records.base import KINDS, Record, Unit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
+NUMBERS = re.compile(r"[-+\d.,%±×÷~<>≤≥ ]*\d[-+\d.,%±×÷~<>≤≥ ]*")
 
 # Pages of the site that stand elsewhere in the repository; and where links to the README lead.
 MOVED = {
@@ -324,8 +325,22 @@ def completed(here: str, markdown: str) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Append what is generated to a page, and lead links out of the docs to where the site has these pages."""
     here = page.file.src_uri
-    markdown = completed(here, markdown)
+    markdown = unbroken_numbers(completed(here, markdown))
     return markdown if here in MOVED.values() else moved_links(markdown, f"docs/{here}", here)
+
+
+def unbroken_numbers(markdown: str) -> str:
+    """Return a page whose table cells do not break between the parts of a number, such as 1.59 ± 0.01.
+
+    >>> unbroken_numbers("| 4, 8 | 1.5 ± 0.1 | a 3 |").replace(chr(160), "~")
+    '| 4,~8 | 1.5~±~0.1 | a 3 |'
+    """
+
+    def row(line: re.Match[str]) -> str:
+        cells = line[0].split("|")
+        return "|".join(f" {c.strip().replace(' ', chr(160))} " if NUMBERS.fullmatch(c) else c for c in cells)
+
+    return re.sub(r"^\|.*\|$", row, markdown, flags=re.MULTILINE)
 
 
 def moved_links(text: str, source: str, page: str) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 RULES = re.compile(r"<!-- rules: (?P<form>\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -22,6 +23,11 @@ def output(words: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip("\n")
 
 
+def prompt(line: str) -> str:
+    """Return the command as typed, continued on further lines where it is longer than 80 columns."""
+    return " \\\n".join(textwrap.wrap(f"$ loradiag {line}", 78, subsequent_indent="    ", break_on_hyphens=False))
+
+
 def refreshed(text: str) -> str:
     """Return a page with every block run again."""
 
@@ -29,7 +35,7 @@ def refreshed(text: str) -> str:
         words, lines = found["words"], found["lines"]
         line = f"{words} | head -{lines}" if lines else words
         shown = "\n".join(output(words).split("\n")[: int(lines) if lines else None])
-        return f"<!-- run: {line} -->\n```console\n$ loradiag {line}\n{shown}\n```\n<!-- end -->"
+        return f"<!-- run: {line} -->\n```console\n{prompt(line)}\n{shown}\n```\n<!-- end -->"
 
     return BLOCK.sub(block, with_rules(text))
 

@@ -52,6 +52,9 @@ _MOVES = {"to", "cpu", "copy_", "pin_memory", "__get__", "item", "tolist", "__fl
 # Results of these are awaited by the CPU, as are sizes that depend on values, and copies to the CPU.
 _WAITS = {"cpu", "item", "tolist", "numpy", "nonzero", "bincount", "__float__", "__int__", "__bool__", "__index__"}
 
+# So are the error codes of these solvers, which torch reads.
+_WAITS |= {f"linalg_{name}" for name in ("eigh", "eigvalsh", "svd", "svdvals", "cholesky", "inv", "pinv", "solve")}
+
 
 class StandIn(TorchFunctionMode):
     """Run code that is given ``GPU`` on the CPU; as on a GPU, tensors of both in one operation are an error.
@@ -85,7 +88,8 @@ class StandIn(TorchFunctionMode):
             kwargs |= {"device": torch.device("cpu")} if "device" in kwargs else {}
         if name == "copy_" or (name.endswith("_") and args):
             on_gpu = isinstance(args[0], OnGpu)
-        self.waits += bool(far) and (awaited or (name in {"to", "copy_"} and not on_gpu))
+        arrives = name == "to" and on_gpu and not far and not kwargs.get("non_blocking")  # from pageable memory
+        self.waits += arrives or (bool(far) and (awaited or (name in {"to", "copy_"} and not on_gpu)))
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*_to_cpu(tuple(args)), **{key: _to_cpu(value) for key, value in kwargs.items()})
         return _to_gpu(found) if on_gpu else found

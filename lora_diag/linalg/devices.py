@@ -1,4 +1,4 @@
-"""Choice of the device, and transfers to it."""
+"""Choice of the device, and transfers from and to it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def resolve_device(word: str) -> torch.device:
     return device
 
 
+# Up to this order eigenvalues and singular values of a matrix on a GPU are computed on the CPU, where LAPACK takes 2 to
+# 10 ms at orders 256 to 512. cuSOLVER runs on one such matrix in many small kernels, and torch's batched solvers are a
+# loop over the matrices from order 33 on (github.com/pytorch/pytorch/issues/175585). Not measured on a GPU.
+SMALL = 512
+
 _streams = threading.local()
 
 
@@ -69,4 +74,18 @@ def move(block: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or block.is_cuda:
         return block.to(device)
-    return block.pin_memory().to(device, non_blocking=True)
+    return block.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def solvable(matrix: Tensor) -> Tensor:
+    """Return a matrix on the CPU if it is small, else where it is."""
+    return matrix.cpu() if min(matrix.shape) <= SMALL else matrix
+
+
+def fetch(*tensors: Tensor) -> list[Tensor]:
+    """Copy tensors of one dtype to the CPU in one transfer, so that it waits for a GPU once."""
+    if all(each.device.type == "cpu" for each in tensors):
+        return list(tensors)
+    whole = torch.cat([each.reshape(-1) for each in tensors]).cpu()
+    parts = torch.split(whole, [each.numel() for each in tensors])
+    return [part.reshape(each.shape) for part, each in zip(parts, tensors, strict=True)]

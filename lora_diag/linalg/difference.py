@@ -18,7 +18,7 @@ from lora_diag.linalg.rounding import (
     Profile,
     Spacing,
     Unchanged,
-    fetch,
+    fetch_sums,
     is_finer,
     mixture,
     rounding_bound,
@@ -190,7 +190,7 @@ class _Roundings:
 
     def rounding(self) -> Rounding:
         """Return the effect of rounding over all blocks."""
-        moved, base_spacing, tuned_spacing = fetch((self.base, self.tuned, self.subtracted), *self.sample())
+        moved, base_spacing, tuned_spacing = fetch_sums((self.base, self.tuned, self.subtracted), *self.sample())
         start, beta = self.start()
         exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]

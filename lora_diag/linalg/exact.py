@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.errors import InputError
+from lora_diag.linalg.devices import move, solvable
 from lora_diag.linalg.factors import Factors, fix_signs
 
 # The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have failed to converge in
@@ -46,7 +47,7 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
         InputError: No driver converged.
     """
     found = svd(matrix.to(torch.float64), vectors)
-    kept = found.s[:top].cpu()
+    kept = found.s[:top]
     delta = max(matrix.shape) * torch.finfo(torch.float64).eps * float(found.s[0])
     error = (2 * delta * math.sqrt(len(kept)) * fro + len(kept) * delta**2) / fro**2 if fro else 0.0
     return Factors(
@@ -68,19 +69,22 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
         vectors: Whether to compute singular vectors.
 
     Returns:
-        Values on the device of the matrix, vectors of fixed signs, and the driver's name.
+        Values on the CPU, vectors of fixed signs on the device of the matrix, and the driver's name.
 
     Raises:
         InputError: No driver converged.
     """
+    device = matrix.device
+    matrix = solvable(matrix)
     for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
         try:
             u, s, vh = _run(matrix, driver, vectors)
         except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):  # type: ignore[attr-defined]
             continue
         if u is None or vh is None:
-            return Svd(s, None, None, driver)
-        return Svd(s, *fix_signs(u, vh), driver)
+            return Svd(s.cpu(), None, None, driver)
+        u, vh = fix_signs(u, vh)
+        return Svd(s.cpu(), move(u, device), move(vh, device), driver)
     raise InputError(f"the singular value decomposition of a {tuple(matrix.shape)} matrix did not converge")
 
 

@@ -41,7 +41,7 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
     kept = s[:top]
     error = (2 * bound * math.sqrt(len(kept) * energy) + len(kept) * bound**2) / energy if energy else 0.0
     return Factors(
-        s=kept.cpu() * scale[0] * scale[1],
+        s=kept * scale[0] * scale[1],
         complete=len(kept) == len(s),
         method="factored",
         energy_error=min(1.0, error),

@@ -15,6 +15,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.devices import move, solvable
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.factors import Factors, fix_signs, scale_of
 from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, times_wide
@@ -66,10 +67,10 @@ def decompose_gram(
     k, n = tall.shape
     u = v = None
     if vectors:
-        eigenvalues, eigenvectors = _eigenvectors(_gram(tall, held), top)
-        u, v = _left_vectors(tall, eigenvectors.flip(1))
+        eigenvalues, eigenvectors = _eigenvectors(solvable(_gram(tall, held)), top)
+        u, v = _left_vectors(tall, move(eigenvectors.flip(1), tall.device))
     else:
-        eigenvalues = _eigenvalues(_gram(tall, held), in_place)
+        eigenvalues = _eigenvalues(solvable(_gram(tall, held)), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
     error = _energy_error(k, squares, len(kept), fro)
@@ -108,7 +109,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     if gram is None:
         raise ValueError("a stack of at least one matrix is needed")
     scale = scale or 1.0
-    squares = torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).flip(0).cpu()
+    squares = torch.linalg.eigvalsh(solvable(gram), UPLO="L").clamp_(min=0).flip(0).cpu()
     possible = min(len(gram), rows)
     kept = squares[:possible][:top].sqrt()
     error = _energy_error(rows, squares, len(kept), fro / scale)

@@ -6,6 +6,9 @@ cost less than all singular values: at every check the bound is extrapolated, an
 columns that are still needed. Flat spectra are recognized at the first checks, which cost a few percent of the full
 method that takes over.
 
+The projected problem is solved on the CPU, so that a matrix on a GPU is awaited once per check, once per probe, and for
+the values.
+
 Products run in the matrix's own precision; the values returned are recomputed in float64 from their subspace, and
 their backward error, (m + n)ε in the energy, is part of the bound.
 """
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from lora_diag.linalg.certificate import enlargement, missed, missing
 from lora_diag.linalg.cost import LOSS, PROBE, WORTH, full_cost, krylov_cost, pays
+from lora_diag.linalg.devices import fetch, move
 from lora_diag.linalg.factors import Factors, fix_signs
 from lora_diag.linalg.streamed import Matrix, normal, times, times_wide
 
@@ -132,12 +136,17 @@ def _decompose(
 ) -> Factors | None:
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
-    generator = torch.Generator(matrix.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     basis, mu, target = _start(tall, generator), math.inf, first_basis(top, vectors)
     progress, correction = _Progress(tall.shape, top, tol, budget), 1.0
+    rounds = 3 if tall.device.type == "cpu" else 2
     while target <= most:
-        basis = _grow(tall, basis, target)
-        ritz = _rayleigh_ritz(basis)
+        grown = _grow(tall, basis, target, rounds)
+        projected = fetch(grown.qq, grown.yy, grown.zz, grown.qz)
+        if rounds < 3 and not _is_orthonormal(projected[0], tall.dtype):
+            rounds = 3  # the Krylov space is exhausted; these blocks are computed again
+            continue
+        basis, ritz = grown, _rayleigh_ritz(*projected)
         last = float(ritz.squares[top - 1])
         error = expected = missing(ritz.squares[:top], fro, tall)
         if error > tol:
@@ -156,7 +165,7 @@ def _decompose(
                 if error > tol:
                     progress.refute()
         if error <= tol:
-            v = basis.q.to(torch.float64) @ ritz.vectors[:, :top]
+            v = basis.q.to(torch.float64) @ move(ritz.vectors[:, :top], tall.device)
             return _finished(tall, v, vectors, wide, fro, error, basis.q.shape[1])
         flat = _is_flat(ritz, top, fro, tall)
         if flat and (vectors or expected > NEAR * tol):
@@ -256,18 +265,22 @@ class _Progress:
 
 def _start(a: Matrix, generator: torch.Generator) -> _Basis:
     """Return the first block: Q₁ orthonormal and random."""
-    omega = torch.randn(a.shape[1], min(BLOCK, a.shape[1]), generator=generator, device=a.device, dtype=a.dtype)
-    q, _ = torch.linalg.qr(omega)
+    q, _ = torch.linalg.qr(_random(a, min(BLOCK, a.shape[1]), generator))
     none = torch.empty(0, 0, device=a.device, dtype=torch.float64)
     return _extended(_Basis(q[:, :0], q.new_empty(a.shape[0], 0), q[:, :0], none, none, none, none), q, *normal(a, q))
 
 
-def _grow(a: Matrix, basis: _Basis, target: int) -> _Basis:
+def _random(a: Matrix, columns: int, generator: torch.Generator) -> Tensor:
+    """Return a Gaussian matrix ``(n, columns)``, drawn on the CPU: the same for every device."""
+    return move(torch.randn(a.shape[1], columns, generator=generator, dtype=a.dtype), a.device)
+
+
+def _grow(a: Matrix, basis: _Basis, target: int, rounds: int) -> _Basis:
     """Add blocks until the basis has ``target`` columns."""
     q, back = basis.q, basis.z
     blocks, products, backs = list[Tensor](), list[Tensor](), list[Tensor]()
     while q.shape[1] < target:
-        block = _orthonormal(back[:, -BLOCK:], q)
+        block = _orthonormal(back[:, -BLOCK:], q, rounds)
         product, back = normal(a, block)
         q = torch.cat((q, block), 1)
         for stored, new in zip((blocks, products, backs), (block, product, back), strict=True):
@@ -289,29 +302,35 @@ def _extended(basis: _Basis, q: Tensor, y: Tensor, z: Tensor) -> _Basis:
     return _Basis(**whole, **grams)
 
 
-def _orthonormal(block: Tensor, q: Tensor) -> Tensor:
+def _orthonormal(block: Tensor, q: Tensor, rounds: int = 3) -> Tensor:
     """Orthonormalize a block against Q and itself.
 
     Two rounds of projection and QR suffice while directions remain (Giraud et al. 2005). If the Krylov space is
-    exhausted, QR adds arbitrary columns, and a third round removes Q from them.
+    exhausted, QR adds arbitrary columns, and a third round removes Q from them. A GPU would have to be awaited for
+    that decision; there, ``rounds`` are made.
     """
-    for turn in range(3):
+    for turn in range(rounds):
         block, r = torch.linalg.qr(block - q @ (q.T @ block))
         diagonal = r.diagonal().abs()
-        if turn == 1 and diagonal.min() > 0.5:  # the second projection removed nothing
+        if turn == 1 and r.device.type == "cpu" and diagonal.min() > 0.5:  # the second projection removed nothing
             break
     return block
 
 
-def _rayleigh_ritz(basis: _Basis) -> _Ritz:
+def _is_orthonormal(gram: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a basis with this Gram matrix is orthonormal to working precision: within 2e-6 in float32."""
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()) < 100 * torch.finfo(dtype).eps
+
+
+def _rayleigh_ritz(qq: Tensor, yy: Tensor, zz: Tensor, qz: Tensor) -> _Ritz:
     """Solve the projected problem, in float64, allowing for a basis that is orthonormal to working precision only.
 
     With Q·C orthonormal, the residuals of its columns have the Gram matrix Cᵀ(ZᵀZ − (CᵀQᵀZ)ᵀ(CᵀQᵀZ))C.
     """
-    c = torch.linalg.inv(torch.linalg.cholesky(basis.qq)).T
-    squares, w = torch.linalg.eigh(c.T @ basis.yy @ c)
-    vectors, inside = c @ w.flip(1), c.T @ basis.qz
-    residuals = vectors.T @ (basis.zz - inside.T @ inside) @ vectors
+    c = torch.linalg.inv(torch.linalg.cholesky(qq)).T
+    squares, w = torch.linalg.eigh(c.T @ yy @ c)
+    vectors, inside = c @ w.flip(1), c.T @ qz
+    residuals = vectors.T @ (zz - inside.T @ inside) @ vectors
     return _Ritz(squares.flip(0).clamp_(min=0), vectors, residuals)
 
 
@@ -322,19 +341,19 @@ def _finished(a: Matrix, v: Tensor, vectors: bool, wide: bool, fro: float, error
     u = vh = None
     if vectors:
         u, r = torch.linalg.qr(product)
-        u_core, s, vh_core = torch.linalg.svd(r)
-        u, vh = u @ u_core, vh_core @ v.T
+        u_core, s, vh_core = torch.linalg.svd(r.cpu())
+        u, vh = u @ move(u_core, a.device), move(vh_core, a.device) @ v.T
         u, vh = fix_signs(vh.T, u.T) if wide else fix_signs(u, vh)
     else:
-        s = torch.linalg.svdvals(torch.linalg.qr(product, mode="r").R)
+        s = torch.linalg.svdvals(torch.linalg.qr(product, mode="r").R.cpu())
     error = min(missing(s**2, fro, a), error)
-    return Factors(s.cpu(), False, f"krylov:{columns}", error, fro, u, vh)
+    return Factors(s, False, f"krylov:{columns}", error, fro, u, vh)
 
 
 def _largest_outside(a: Matrix, q: Tensor, generator: torch.Generator) -> float:
     """Return μ ≥ the largest eigenvalue of (I − QQᵀ)AᵀA(I − QQᵀ), from the Krylov space of fresh random vectors."""
     dimension = a.shape[1] - q.shape[1]
-    block = _orthonormal(torch.randn(a.shape[1], PROBES, generator=generator, device=a.device, dtype=a.dtype), q)
+    block = _orthonormal(_random(a, PROBES, generator), q)
     products = []
     for _ in range(DEGREE):
         product, back = normal(a, block)
@@ -343,7 +362,7 @@ def _largest_outside(a: Matrix, q: Tensor, generator: torch.Generator) -> float:
         block = _orthonormal(back, q)
     products.append(times(a, block))
     product = torch.cat(products, 1).to(torch.float64)
-    largest = float(torch.linalg.eigvalsh(product.T @ product)[-1])
+    largest = float(torch.linalg.eigvalsh((product.T @ product).cpu())[-1])
     return enlargement(dimension, block.shape[1], DEGREE) * largest
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.devices import fetch
+
 # dtype -> (integer of the same width, mask of the exponent bits, stored mantissa bits)
 LAYOUT = {
     torch.float64: (torch.int64, 0x7FF0_0000_0000_0000, 52),
@@ -260,18 +262,14 @@ def _fits(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype) == values
 
 
-def fetch(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
+def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
     """Copy the sums of all sides to the CPU, and other float64 tensors, which are returned: in one transfer."""
     sides = list(sides)
     profiles = [profile for side in sides for profile in (side.profile, side.still)]
     parts = [side.total for side in sides] + list(others)
     parts += [each for profile in profiles for each in (profile.rows, profile.columns)]
     parts += [each for profile in profiles for each in (profile.rows_fourth, profile.columns_fourth)]
-    if all(part.device.type == "cpu" for part in parts):
-        return list(others)
-    whole = torch.cat([part.reshape(-1) for part in parts]).cpu()
-    sizes = [part.numel() for part in parts]
-    found = [part.reshape(like.shape) for part, like in zip(torch.split(whole, sizes), parts, strict=True)]
+    found = fetch(*parts)
     for side in sides:
         side.total = found.pop(0)
     values = [found.pop(0) for _ in others]

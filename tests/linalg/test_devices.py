@@ -81,9 +81,22 @@ def test_copies_to_gpu_are_pinned_and_do_not_wait():
     block = torch.arange(3.0)
     assert devices.move(block, CPU) is block
     seen = []
-    pinned = SimpleNamespace(to=lambda device, non_blocking: seen.append((device, non_blocking)))
-    devices.move(SimpleNamespace(is_cuda=False, pin_memory=lambda: pinned), GPU)
+    block = SimpleNamespace(is_cuda=False, contiguous=lambda: block, pin_memory=lambda: block)
+    block.to = lambda device, non_blocking: seen.append((device, non_blocking))
+    devices.move(block, GPU)
     assert seen == [(GPU, True)]
+
+
+def test_krylov_waits_once_a_check_and_repeats_a_block():
+    """40 equal values: the third block of 32 has 8 directions left, and two rounds do not orthonormalize the others."""
+    matrix = torch.diag(torch.cat((torch.ones(40), torch.zeros(1160))))
+    there = decompose(matrix, "krylov", 24, fro=40**0.5)
+    with counted() as mode:
+        found = decompose(devices.move(matrix, GPU), "krylov", 24, fro=40**0.5)
+    assert found.method == there.method == "krylov:192"
+    assert mode.waits == 7  # three checks, one of them repeated, two probes, and the values
+    assert found.s.numpy() == pytest.approx(1.0, rel=1e-12)
+    assert found.energy_error == pytest.approx(there.energy_error, rel=1e-6)
 
 
 @pytest.mark.parametrize(("dtypes", "most"), [(("bfloat16", "bfloat16"), 7), (("bfloat16", "float32"), 10)], ids=str)

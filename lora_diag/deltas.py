@@ -190,10 +190,11 @@ def footprint(delta: Delta) -> int:
     return 4 * rows * columns + (16 * min(rows, columns) ** 2 if delta.is_matrix else 0)
 
 
-def row_blocks(side: Side, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-    """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype."""
-    spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in row_spans(shape))
-    for (first, last), block in zip(row_spans(shape), side.checkpoint.read_each(side.name, spans), strict=True):
+def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
+    """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype, without the first ``skip``."""
+    rows = list(row_spans(shape))[skip:]
+    spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows)
+    for (first, last), block in zip(rows, side.checkpoint.read_each(side.name, spans), strict=True):
         yield block.view(last - first, shape[1])
 
 

@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 import lora_diag
+from lora_diag import deltas
+from lora_diag.adapters import open_adapter
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.file_bytes import READING
+from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
+from tests.adapters import making
 
 SAMPLE = Path(__file__).parents[2] / "sample_checkpoints"
 
@@ -26,6 +31,27 @@ def test_bytes_are_counted_in_every_pass(tmp_path, monkeypatch):
         command(*sides)
         assert READING.total() == (sum(arrived), 2, sum(side.stat().st_size for side in sides))
         assert sum(arrived) == passes * 2 * 3 * 40 * 30 * 4
+
+
+def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
+    """A layer that is no merge is compared with many updates; a memory limit makes each of them read it again."""
+    monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 6000)
+    adapter = making.adapter(
+        tmp_path, {f"w.lora_{name}.weight": making.normal(*shape) for name, shape in (("A", (2, 50)), ("B", (300, 2)))}
+    )
+    base, merged = (
+        open_checkpoint(making.base(tmp_path / str(seed), {"w.weight": making.normal(300, 50, seed=seed)}))
+        for seed in range(2)
+    )
+    (update,) = open_adapter(adapter).pair(base)[0].deltas
+    layer = MergedLayer("w", (300, 50), *(deltas.Side(side, "w.weight") for side in (base, merged)), (update,))
+    found = []
+    for memory, low, high in ((None, 2, 2), (layer.needed, 10, 100)):
+        READING.clear()
+        found.append(verify(layer, memory))
+        assert low <= (READING.total()[0] - 8 * (300 + 50)) / (4 * 300 * 50) <= high
+    assert found[0] == found[1]
+    assert found[0].status == "other"
 
 
 def test_verbose_reports_reading(loradiag):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import row_spans
 from lora_diag.diagnostics.verify_merge.record import MergeStatus
 from lora_diag.linalg.merge import Addend, Check, Product, Rounding, unit_roundoff
 from lora_diag.linalg.rounding import LAYOUT
@@ -86,7 +85,7 @@ class FailedLayer:
         recheck: The same check with a different D' or rounding.
         recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
         rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
-        observed: Takes first and last row, returns these rows of O = M − W.
+        observed: Returns the first rows of O = M − W.
         scale: s of the adapter; None if unknown.
         rank: r of the adapter; None if unknown.
         others: Names of layers of the same kind and shape.
@@ -102,7 +101,7 @@ class FailedLayer:
     recheck: Callable[[Addend, Rounding], Check]
     recheck_on_top: Callable[[], Check]
     rounded: tuple[float, ...]
-    observed: Callable[[int, int], Tensor]
+    observed: Callable[[], Tensor]
     scale: float | None
     rank: int | None
     others: tuple[str, ...]
@@ -330,11 +329,10 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
 
 def _nearest_other(failed: FailedLayer) -> str | None:
     """Return the layer whose ΔW is clearly nearest in direction to this layer's change, by the first rows."""
-    span = next(row_spans(failed.shape))
-    observed = failed.observed(*span)
+    observed = failed.observed()
     best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
     for name in failed.others:
-        rows = failed.load_other(name).rows(*span)
+        rows = failed.load_other(name).rows(0, len(observed))
         along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
         if along > best:
             best, nearest = along, name

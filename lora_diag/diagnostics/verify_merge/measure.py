@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class MergedLayer:
         others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
             layers: a list for each of 256 experts would be 65,000 entries a block.
         missing: Reason without M.
+        kept: The first blocks, once they were read: a layer that is not right is compared with many hypotheses.
+        most: Number of blocks to keep.
     """
 
     layer: str
@@ -101,24 +103,38 @@ class MergedLayer:
     adapted: bool = True
     others: tuple[FactoredDelta, ...] = ()
     missing: str = ""
+    kept: list[Block] = field(default_factory=list, repr=False, compare=False)
+    most: int = 1
 
     def blocks(self) -> Iterator[Block]:
         """Yield W, M and the steps of M's format in row blocks."""
         assert self.merged is not None
-        sides = row_blocks(self.base, self.shape), row_blocks(self.merged, self.shape)
-        for (first, last), w, m in zip(row_spans(self.shape), *sides, strict=True):
+        yield from self.kept
+        skip = len(self.kept)
+        sides = (row_blocks(side, self.shape, skip) for side in (self.base, self.merged))
+        for (first, last), w, m in zip(list(row_spans(self.shape))[skip:], *sides, strict=True):
             step = self.merged.read_steps(first * self.shape[1], last * self.shape[1])
-            yield w, m, step.view_as(m) if step is not None else None
+            block = w, m, step.view_as(m) if step is not None else None
+            if len(self.kept) < self.most:
+                self.kept.append(block)
+            yield block
 
-    def block(self, first: int, last: int) -> Tensor:
-        """Return rows of M − W, float64."""
-        assert self.merged is not None
-        span = first * self.shape[1], last * self.shape[1]
-        return (self.merged.read(*span).double() - self.base.read(*span).double()).view(-1, self.shape[1])
+    def first_change(self) -> Tensor:
+        """Return the first rows of M − W, float64."""
+        w, m, _ = next(self.blocks())
+        return m.double() - w.double()
 
     @property
     def footprint(self) -> int:
-        """Return an upper bound on the memory of the check in bytes: blocks, and weights not available by rows."""
+        """Return an upper bound on the memory of the check in bytes: what it needs, and both sides as stored."""
+        if self.merged is None or not self.adapted:  # one pass, or none
+            return self.needed
+        entry: int = sum(getattr(torch, side.dtype).itemsize for side in (self.base, self.merged))
+        return self.needed + (entry + 4 * self.merged.is_quantized) * math.prod(self.shape)
+
+    @property
+    def needed(self) -> int:
+        """Return the memory in bytes without which it cannot be checked: blocks, and weights not available by rows."""
         blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
         thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
         return blocks + thin + self.held
@@ -153,7 +169,12 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     if task.merged is None:
         return _record(task, None, None, "missing", task.missing)
     if memory is not None and task.held:
-        require(task.footprint, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
+        require(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
+    keeps = task.adapted and (memory is None or task.footprint <= memory)
+    return _verify(replace(task, kept=[], most=task.shape[0] if keeps else 1), task.merged)
+
+
+def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     addend, problem = load_addend(task.deltas, task.shape)
     if problem is not None:
         return _left_out(task, problem)
@@ -171,7 +192,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         return _record(task, found, rounding, fault.status, fault.cause)
     if settled := _decide_by_entries(task, addend, rounding, found, right):
         return _record(task, found, rounding, settled.status, settled.cause)
-    ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
+    ambiguous = ambiguous or merged.is_quantized or isinstance(addend, Whole)
     if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
         return _record(task, found, rounding, *_distinguish_from_zero(task, addend, rounding))
     if cause := _unclear(task, addend, right):
@@ -312,7 +333,7 @@ def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -
         found=found,
         recheck=recheck,
         recheck_on_top=recheck_on_top,
-        observed=task.block,
+        observed=task.first_change,
         scale=scale,
         rank=rank,
         rounded=tuple(rounded_scales(task, torch.bfloat16, torch.float16)),

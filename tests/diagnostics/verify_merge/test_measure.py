@@ -537,7 +537,7 @@ def test_check_by_rows_needs_memory_of_rows_only(tmp_path):
     task = MergedLayer("w.weight", (4, 6), weight, weight, adapted=False)
     assert (task.held, verify(task, memory=1).status) == (0, "ok")
     wide = MergedLayer("w.weight", (2, 2 * BLOCK_ENTRIES), weight, weight)
-    assert wide.footprint == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
+    assert wide.needed == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
 
 
 def test_update_that_is_held_whole_counts_with_every_copy_of_it(tmp_path):

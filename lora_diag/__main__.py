@@ -33,13 +33,13 @@ def _collect_later() -> None:
     """Collect garbage as usual only after a first time, and then leave out the objects that were there."""
     usual = gc.get_threshold()
 
-    def go_on(phase: str, info: dict[str, int]) -> None:
+    def restore_collection(phase: str, info: dict[str, int]) -> None:
         if phase == "stop":
-            gc.callbacks.remove(go_on)
+            gc.callbacks.remove(restore_collection)
             gc.set_threshold(*usual)
             gc.freeze()
 
-    gc.callbacks.append(go_on)
+    gc.callbacks.append(restore_collection)
     gc.set_threshold(FIRST_COLLECTION, *usual[1:])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters import Place, match_names
+from lora_diag.adapters import Location, match_names
 from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -206,10 +206,10 @@ def _located(
             shapes[name] = info.shape
     if base is None:
         return [item for name in shapes for item in _whole(stored, name)], unpaired
-    places, missing = match_names(shapes, base)
+    locations, missing = match_names(shapes, base)
     for name, why in missing.items():
         unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
-    return [_placed(stored, name, place) for name in places for place in places[name]], unpaired
+    return [_placed(stored, name, location) for name in locations for location in locations[name]], unpaired
 
 
 def _whole(stored: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
@@ -217,9 +217,9 @@ def _whole(stored: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Si
     return [(layer, shape, Side(stored, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
 
 
-def _placed(stored: Checkpoint, name: str, place: Place) -> tuple[str, tuple[int, int], Side]:
+def _placed(stored: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
     """Return the rows of a stored gradient that belong to one weight of BASE."""
     shape = stored[name].shape
-    columns = place.shape[-1]
-    row = place.index * (shape[1] if len(shape) == 3 else 0) + (place.rows[0] if place.rows else 0)
-    return place.layer, (place.shape[0], columns), Side(stored, name, row * columns)
+    columns = location.shape[-1]
+    row = location.index * (shape[1] if len(shape) == 3 else 0) + (location.rows[0] if location.rows else 0)
+    return location.layer, (location.shape[0], columns), Side(stored, name, row * columns)

@@ -6,7 +6,7 @@ line in ``FAMILIES``; unsupported kinds are listed in ``refused``.
 """
 
 from lora_diag.adapters.adapter import FAMILIES, Adapter, open_adapter
-from lora_diag.adapters.names import Place, bare, is_same_part, match_names
+from lora_diag.adapters.names import Location, bare, is_same_part, match_names
 from lora_diag.adapters.orientation import Orientation
 from lora_diag.adapters.source import is_adapter
 from lora_diag.adapters.updates import Shape
@@ -14,8 +14,8 @@ from lora_diag.adapters.updates import Shape
 __all__ = [
     "FAMILIES",
     "Adapter",
+    "Location",
     "Orientation",
-    "Place",
     "Shape",
     "bare",
     "is_adapter",

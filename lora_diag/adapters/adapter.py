@@ -20,7 +20,7 @@ from lora_diag.adapters.mlx import is_mlx, read_mlx
 from lora_diag.adapters.oft import read_oft
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.refused import refuse_unsupported
-from lora_diag.adapters.source import Given, Source, open_source, refuse_integers
+from lora_diag.adapters.source import Source, StatedAlpha, open_source, refuse_integers
 from lora_diag.adapters.tokens import read_trainable_tokens
 from lora_diag.adapters.updates import Reading
 from lora_diag.adapters.user_alpha import with_config
@@ -159,20 +159,20 @@ class Adapter:
         return pairing, (*self.notes, *self.warnings(), *notes)
 
 
-def open_adapter(path: Path | str, given: Given = None) -> Adapter:
+def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     """Open an adapter folder or file by its headers; no weights are read.
 
     Args:
         path: An adapter folder, or an adapter's weights file.
-        given: α where the files give none; ``rank`` for α = r.
+        stated_alpha: α where the files give none; ``rank`` for α = r.
 
     Raises:
         InputError: The path cannot be read, or the kind of adapter is not supported; the message has the fix.
     """
-    source = open_source(path, given)
+    source = open_source(path, stated_alpha)
     note = "its files give alpha or a scale; the one that is stated is not used"
     if not is_kohya(source) and not is_diffusers(source) and (completed := with_config(source)) is not source:
-        source, note = completed, f"its files give no lora_alpha; alpha = {given} was given"
+        source, note = completed, f"its files give no lora_alpha; alpha = {stated_alpha} was given"
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
@@ -190,7 +190,7 @@ def _checked(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
         notes.append(
             "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
         )
-    if source.given is not None and not any("was given" in note for note in notes):
+    if source.stated_alpha is not None and not any("was given" in note for note in notes):
         notes.append(note_on_alpha)
     if reading.ignored:
         notes.append(f"{len(reading.ignored)} tensors of the file change no weight: {', '.join(reading.ignored[:3])}")

@@ -11,7 +11,7 @@ import re
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.patterns import is_target, module_targets
 from lora_diag.adapters.source import Config
-from lora_diag.adapters.writing_targets import FUSED_MODELS, ROUTER, TAKEN_FOR_EXPERTS, Model, names_in_memory
+from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order
 
@@ -70,7 +70,7 @@ def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) 
             continue
         # Experts and routers are parameters in memory, which PEFT does not adapt as modules.
         elsewhere = ROUTER.match(memory) or (
-            model.type in FUSED_MODELS and module.rpartition(".")[2] in TAKEN_FOR_EXPERTS
+            model.type in FUSED_MODELS and module.rpartition(".")[2] in EXPERT_LIKE_NAMES
         )
         if name in adapted or not elsewhere:
             found[name] = module
@@ -83,8 +83,8 @@ def _is_in_layers(module: str, config: Config) -> bool:
     if layers is None:
         return True
     expected = layers if isinstance(layers, list) else [layers]
-    given = config.values.get("layers_pattern") or []
-    patterns = [text for text in ([given] if isinstance(given, str) else given) if _PLAIN.fullmatch(str(text))]
+    pattern = config.values.get("layers_pattern") or []
+    patterns = [text for text in ([pattern] if isinstance(pattern, str) else pattern) if _PLAIN.fullmatch(str(text))]
     for pattern in patterns or [r"[^.]*"]:
         if found := re.match(rf".*\.{pattern}\.(\d+)\.", module):
             return int(found[1]) in expected

@@ -37,12 +37,12 @@ def read_mlx(source: Source) -> Reading:
     Raises:
         InputError: The scale is missing, or the factors are inconsistent.
     """
-    config = source.settings if source.given is None or source.config is not None else Config(source.path, {})
+    config = source.settings if source.stated_alpha is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":
         return Reading("MLX full fine-tune", (), tuple(NewValue(key, key) for key in source.checkpoint))
     settings = Config(config.path, config.table("lora_parameters"))
     scale = settings.number("scale") if "scale" in settings else None
-    if scale is None and source.given is None:
+    if scale is None and source.stated_alpha is None:
         raise InputError(
             f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown; give it with "
             "--alpha"

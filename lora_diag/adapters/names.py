@@ -77,7 +77,7 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """The location in BASE of one matrix, or of some of its rows.
 
     Args:
@@ -103,7 +103,7 @@ class Place:
 
 def match_names(
     expected: Mapping[str, Shape], base: Checkpoint, transposed: bool = False, parts: bool = False
-) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
+) -> tuple[dict[str, tuple[Location, ...]], dict[str, str]]:
     """Find requested weights in BASE.
 
     Args:
@@ -116,14 +116,14 @@ def match_names(
         For each name found, its locations in the order of the stack and of the rows; for the others, the reason.
     """
     index = _Index(base)
-    found: dict[str, tuple[Place, ...]] = {}
+    found: dict[str, tuple[Location, ...]] = {}
     missing: dict[str, str] = {}
     for name, shape in expected.items():
-        places = _find(name, shape, index, transposed, parts)
-        if isinstance(places, str):
-            missing[name] = places
+        locations = _find(name, shape, index, transposed, parts)
+        if isinstance(locations, str):
+            missing[name] = locations
         else:
-            found[name] = places
+            found[name] = locations
     return found, missing
 
 
@@ -218,26 +218,26 @@ class _Index:
             yield self.flattened.get(flattened(name), [])
 
 
-def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Place, ...] | str:
+def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Location, ...] | str:
     """Return the locations of one requested weight, or the reason why there are none."""
     problem = "BASE has no weight of this name"
     for names in index.lookups(name):
         fitting = [stored for stored in names if _fits(stored, shape, index.base[stored].shape, transposed)]
         if len(fitting) == 1:
-            return _places(fitting[0], shape, index.base[fitting[0]].shape)
+            return _locations(fitting[0], shape, index.base[fitting[0]].shape)
         if fitting:
             return f"several weights of BASE could be meant: {', '.join(sorted(fitting)[:3])}"
         if names:
             problem = f"its shape {_texts(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
         if names == [name]:
             return problem
-    if places := _expert_places(name, shape, index) or (_part_of_stack(name, shape, index) if parts else ()):
-        return places
+    if locations := _expert_locations(name, shape, index) or (_part_of_stack(name, shape, index) if parts else ()):
+        return locations
     if HEAD.search(name) and not any(HEAD.search(stored) for stored in index.base):
         tables = [stored for stored in index.base if EMBEDDINGS.search(stored)]
         fitting = [stored for stored in tables if _fits(stored, shape, index.base[stored].shape, False)]
         if len(fitting) == 1:
-            return _places(fitting[0], shape, index.base[fitting[0]].shape, layer=name)
+            return _locations(fitting[0], shape, index.base[fitting[0]].shape, layer=name)
     return problem
 
 
@@ -260,11 +260,11 @@ def _fits(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool)
     return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
 
 
-def _places(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Place, ...]:
+def _locations(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Location, ...]:
     if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
-            Place(stack, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
+            Location(stack, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
             for layers in [matrices(name, stored)]
             for index, (stack, shape) in enumerate(layers)
         )
@@ -273,10 +273,10 @@ def _places(name: str, expected: Shape, stored: tuple[int, ...], layer: str = ""
     if len(expected) == 2 and expected[0] is not None and expected[1] == shape[1] and expected[0] != shape[0]:
         common = min(expected[0], shape[0])  # an embedding with a resized vocabulary
         shape, rows = (common, shape[1]), (0, common)
-    return (Place(layer or name, name, shape, rows=rows, whole=stored),)
+    return (Location(layer or name, name, shape, rows=rows, whole=stored),)
 
 
-def _expert_places(name: str, expected: Shape, index: _Index) -> tuple[Place, ...]:
+def _expert_locations(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
     """Return the locations of a fused parameter in a BASE that stores experts separately."""
     owner, _, leaf = name.rpartition(".")
     if len(expected) != 3 or leaf not in FUSED:
@@ -284,19 +284,19 @@ def _expert_places(name: str, expected: Shape, index: _Index) -> tuple[Place, ..
     for candidate in dialects(f"{owner}."):
         leaves = index.experts.get(bare(candidate.rstrip(".")), {})
         for pieces in FUSED[leaf]:
-            places = _pieces(pieces, leaves, expected, index.base)
-            if places:
-                return places
+            locations = _pieces(pieces, leaves, expected, index.base)
+            if locations:
+                return locations
     return ()
 
 
 def _pieces(
     pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], expected: Shape, base: Checkpoint
-) -> tuple[Place, ...]:
+) -> tuple[Location, ...]:
     count, out, columns = expected
     if not all(set(leaves.get(piece, {})) == set(range(count or 0)) for piece in pieces) or not count:
         return ()
-    places = []
+    locations = []
     for expert in range(count):
         start = 0
         for piece in pieces:
@@ -305,14 +305,14 @@ def _pieces(
             if len(shape) != 2 or shape[1] != columns:
                 return ()
             rows = (start, start + shape[0]) if len(pieces) > 1 else None
-            places.append(Place(name, name, shape, 0, expert, rows, whole=shape))
+            locations.append(Location(name, name, shape, 0, expert, rows, whole=shape))
             start += shape[0]
         if start != out:
             return ()
-    return tuple(places)
+    return tuple(locations)
 
 
-def _part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Place, ...]:
+def _part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
     """Return the location of one expert's matrix in a BASE that stores all experts as one tensor."""
     found = EXPERT.fullmatch(name)
     if found is None or len(expected) != 2 or expected[0] is None:
@@ -326,5 +326,5 @@ def _part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Place, ..
                     start = pieces.index(found["leaf"]) * out
                     into = (start, start + out) if len(pieces) > 1 else None
                     layer = f"{names[0]}[{expert}]"
-                    return (Place(layer, names[0], shape[1:], expert * shape[1] * shape[2], into=into, whole=shape),)
+                    return (Location(layer, names[0], shape[1:], expert * shape[1] * shape[2], into=into, whole=shape),)
     return ()

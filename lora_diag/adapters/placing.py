@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from lora_diag.adapters.gguf import in_rows_of
-from lora_diag.adapters.names import Place, match_names
+from lora_diag.adapters.names import Location, match_names
 from lora_diag.adapters.orientation import Orientation
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64
@@ -49,13 +49,13 @@ class Piece:
 
     Args:
         update: The update.
-        place: Location of its weight.
+        location: Location of its weight.
         site: Argument of the loader.
         base: Location of the whole layer; None without a BASE, or if it cannot be read.
     """
 
     update: Update
-    place: Place
+    location: Location
     site: Site
     base: Side | None = None
 
@@ -98,7 +98,7 @@ def place(
         if not selected(delta.layer)
     ]
     if not chosen:
-        raise _nothing(source, unpaired)
+        raise _no_match_error(source, unpaired)
     by_name = sorted(chosen, key=lambda delta: natural_order(delta.layer))
     return Pairing(tuple(by_name), tuple(unpaired)), notes
 
@@ -112,7 +112,7 @@ def _unmatched(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str
     )
 
 
-def _nothing(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
+def _no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
     needs = next((item for item in unpaired if item.reason == "needs_base"), None)
     if needs is not None and all(item.reason == "needs_base" for item in unpaired):
         return InputError(f"{source.path}: {needs.layer}: {needs.detail}; run loradiag spectrum BASE {source.path}")
@@ -131,7 +131,7 @@ def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired
             why = f"{update.needs_weight or reading.kind.partition(',')[0]} changes it in terms of the base weight"
             unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
         elif not update.optional:
-            deltas.append(_delta(layer, [Piece(update, Place(layer, layer, shape), Site(shape))], None))
+            deltas.append(_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))
     for value in reading.values:
         if not value.is_copy:
             shape = source.checkpoint[value.key].shape
@@ -151,19 +151,21 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     ]
     layers: dict[str, list[Piece]] = {}
     for piece in pieces:
-        layers.setdefault(piece.place.layer, []).append(piece)
+        layers.setdefault(piece.location.layer, []).append(piece)
         unpaired += _added_rows(piece)
     deltas: list[Delta] = []
     for layer, found in layers.items():
         _refuse_overlap(source, layer, found)
-        copy = copies.pop(found[0].place.name, None)
+        copy = copies.pop(found[0].location.name, None)
         plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
         deltas.append(_delta(layer, found, plus))
     stored = [*values, *copies.values()]
     more, left_out = _new_values(source, stored, base)
-    changed_names = {piece.place.name for piece in pieces} | {delta.base.name for delta in more}
+    changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in more}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
-    tied = sorted({piece.place.layer for piece in pieces if "lm_head" in piece.place.layer != piece.place.name})
+    tied = sorted(
+        {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
+    )
     notes += [
         f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge adds it "
         "to the one stored weight"
@@ -176,7 +178,7 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
     """Refuse updates of different weights that share one weight in BASE."""
     taken: dict[tuple[int, int] | None, str] = {}
     for piece in pieces:
-        key = piece.place.into
+        key = piece.location.into
         if taken.setdefault(key, piece.update.weight) != piece.update.weight or (None in taken and len(taken) > 1):
             both = " and ".join(sorted({other.update.weight for other in pieces})[:2])
             raise InputError(f"{source.path}: {both} are both {layer} in BASE; give the matching part of the model")
@@ -187,9 +189,9 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     expected = dict(update.expected for update in reading.updates)
     found, missing = match_names(expected, base, transposed=True, parts=True)
     shapes = {
-        places[0].name: expected[name]
-        for name, places in found.items()
-        if len(expected[name]) == 2 and len(places) == 1
+        locations[0].name: expected[name]
+        for name, locations in found.items()
+        if len(expected[name]) == 2 and len(locations) == 1
     }
     flag = source.config is not None and source.config.flag("fan_in_fan_out")
     orientation = Orientation(base, shapes, flag)
@@ -206,7 +208,7 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     return pieces, {name: (expected[name], why) for name, why in missing.items() if name not in optional}
 
 
-def _in_out(update: Update, location: Place, orientation: Orientation, model_type: str) -> bool:
+def _in_out(update: Update, location: Location, orientation: Orientation, model_type: str) -> bool:
     if update.in_out is None:
         return orientation.in_out(location.name, update.shape, location.whole)
     if location.rows is not None or len(location.whole) != 3:
@@ -215,7 +217,7 @@ def _in_out(update: Update, location: Place, orientation: Orientation, model_typ
     return update.in_out(model_type) if out == columns else location.shape != (out, columns)
 
 
-def _piece(update: Update, location: Place, base: Checkpoint, in_out: bool) -> Piece:
+def _piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
     layer = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
     side = layer
     if layer is not None and location.into is not None:
@@ -246,20 +248,25 @@ def _model_type(base: Checkpoint, source: Source) -> str:
 def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
     """Return the ΔW of one layer from its updates."""
     first = pieces[0]
-    shape = first.place.shape if len(first.place.shape) == 2 else (1, first.place.shape[0])
+    shape = first.location.shape if len(first.location.shape) == 2 else (1, first.location.shape[0])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
     if plus is None and all(piece.update.factored for piece in pieces):
         scales = {piece.update.scale for piece in pieces}
         scale = scales.pop() if len(scales) == 1 else None
         diagonal = any(piece.update.diagonal for piece in pieces)
         load = partial(load_factors, pieces)
-        whole = len(pieces) == 1 and first.place.rows is None and first.place.into is None and not first.site.transposed
+        whole = (
+            len(pieces) == 1
+            and first.location.rows is None
+            and first.location.into is None
+            and not first.site.transposed
+        )
         thin = first.update.thin if whole else None
         ranks = [piece.update.rank or 0 for piece in pieces]
         return FactoredDelta(
             layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=sum(ranks), thin=thin
         )
-    is_matrix = len(first.place.shape) == 2
+    is_matrix = len(first.location.shape) == 2
     return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
 
 
@@ -275,14 +282,14 @@ def load_factors(pieces: list[Piece]) -> Factors:
 
 def _factors(piece: Piece) -> Factors:
     b, a = cast("Factors", piece.update.load(piece.site))
-    if piece.place.rows is not None:
-        b = b[slice(*piece.place.rows)]
+    if piece.location.rows is not None:
+        b = b[slice(*piece.location.rows)]
     if piece.site.transposed:
         b, a = a.T, b.T
-    return _into_layer(b, piece.place), a
+    return _into_layer(b, piece.location), a
 
 
-def _into_layer(part: torch.Tensor, location: Place) -> torch.Tensor:
+def _into_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
     """Return a part of a layer's rows as a full matrix with zeros elsewhere."""
     if location.into is None:
         return part
@@ -300,7 +307,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
             change = b @ a
         else:
             change = cast("torch.Tensor", piece.update.load(piece.site))
-            change = _into_layer(change.T if piece.site.transposed else change, piece.place)
+            change = _into_layer(change.T if piece.site.transposed else change, piece.location)
         total = change if total is None else total + change
     assert total is not None
     if plus is not None:
@@ -310,7 +317,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
 
 def _added_rows(piece: Piece) -> Iterator[Unpaired]:
     """Return a note on vocabulary rows that only the adapter or only BASE has."""
-    expected, location = piece.update.shape[0], piece.place
+    expected, location = piece.update.shape[0], piece.location
     if piece.update.expert is not None or location.rows is None or expected is None:
         return
     common, stored = location.rows[1], location.whole[0]

@@ -22,7 +22,7 @@ CONFIG = "adapter_config.json"
 GGUF = ".gguf"
 
 # The user's α for a file without one; ``rank`` for α = r.
-Given = float | Literal["rank"] | None
+StatedAlpha = float | Literal["rank"] | None
 
 # Weights of an adapter folder, in PEFT's own order, then those of diffusers and MLX.
 ADAPTER_WEIGHTS = (
@@ -135,7 +135,7 @@ class Source:
         checkpoint: Its tensors.
         config: Its settings; None without a config file.
         metadata: Metadata of the weights file.
-        given: The user's α for files without one.
+        stated_alpha: The user's α for files without one.
         is_completed: Whether ``config`` holds values given only by the user.
     """
 
@@ -143,7 +143,7 @@ class Source:
     checkpoint: Checkpoint
     config: Config | None
     metadata: Mapping[str, str]
-    given: Given = None
+    stated_alpha: StatedAlpha = None
     is_completed: bool = False
 
     @property
@@ -153,15 +153,15 @@ class Source:
 
     def scale_without_alpha(self, rank: int) -> float:
         """Return s of factors without α in the files: 1, or α/r with the given α."""
-        return 1.0 if self.given in (None, "rank") else float(self.given) / rank
+        return 1.0 if self.stated_alpha in (None, "rank") else float(self.stated_alpha) / rank
 
     def silent(self, modules: list[str], program: str) -> list[str]:
         """Return a note on modules without α in the files; None without such modules."""
         if not modules:
             return []
-        assumption = f"{program} then takes s = 1" if self.given is None else "alpha = rank was given, s = 1"
-        if self.given not in (None, "rank"):
-            assumption = f"alpha = {self.given:g} was given, s = {self.given:g}/r"
+        assumption = f"{program} then takes s = 1" if self.stated_alpha is None else "alpha = rank was given, s = 1"
+        if self.stated_alpha not in (None, "rank"):
+            assumption = f"alpha = {self.stated_alpha:g} was given, s = {self.stated_alpha:g}/r"
         return [f"{len(modules)} modules give no alpha, such as {modules[0]}; {assumption}"]
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
@@ -213,12 +213,12 @@ def is_adapter(path: Path | str) -> bool:
         return False  # errors are reported when it is opened
 
 
-def open_source(path: Path | str, given: Given = None) -> Source:
+def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
     """Open an adapter folder or file by its headers.
 
     Args:
         path: The folder or file.
-        given: α where the files give none.
+        stated_alpha: α where the files give none.
 
     Raises:
         InputError: The path cannot be read.
@@ -229,11 +229,11 @@ def open_source(path: Path | str, given: Given = None) -> Source:
     file = _weights_in(path) if path.is_dir() else path
     if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
-        return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, given)
+        return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, stated_alpha)
     config_path = file.parent / CONFIG
     config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
-    return Source(path, checkpoint, config, checkpoint.files[0].metadata, given)
+    return Source(path, checkpoint, config, checkpoint.files[0].metadata, stated_alpha)
 
 
 def refuse_integers(source: Source) -> None:

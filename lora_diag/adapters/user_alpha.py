@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters.keys import by_module
-from lora_diag.adapters.source import Config, Given, Source
+from lora_diag.adapters.source import Config, Source, StatedAlpha
 from lora_diag.errors import UsageError
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
-def alpha_option(options: Mapping[str, Any]) -> Given:
+def alpha_option(options: Mapping[str, Any]) -> StatedAlpha:
     """Return the α of the options ``alpha`` and ``alpha_is_rank``; ``rank`` for α = r, None without either.
 
     Raises:
@@ -40,14 +40,14 @@ def with_config(source: Source) -> Source:
     Raises:
         InputError: The file holds several adapters.
     """
-    if source.given is None:
+    if source.stated_alpha is None:
         return source
     config = source.config
     if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
         return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _settings(source)), is_completed=True)
     if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
-        added: dict[str, Any] = {"lora_alpha": source.given}
-        if source.given == "rank":
+        added: dict[str, Any] = {"lora_alpha": source.stated_alpha}
+        if source.stated_alpha == "rank":
             added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
         return replace(source, config=Config(config.path, {**config.values, **added}), is_completed=True)
     return source
@@ -66,8 +66,8 @@ def _settings(source: Source) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "r": default_rank,
-        "lora_alpha": default_rank if source.given == "rank" else source.given,
+        "lora_alpha": default_rank if source.stated_alpha == "rank" else source.stated_alpha,
         "rank_pattern": pattern,
-        "alpha_pattern": pattern if source.given == "rank" else {},
+        "alpha_pattern": pattern if source.stated_alpha == "rank" else {},
         "use_dora": any("lora_magnitude_vector" in parts for parts in modules.values()),
     }

@@ -54,7 +54,7 @@ HALVES = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
 
 # Names that PEFT 0.21 treats as single experts anywhere in such a model, and converts to targets of the fused parameter
 # (``_convert_peft_config_moe``). Dense layers and shared experts can be targeted as parameters.
-TAKEN_FOR_EXPERTS = frozenset({*FUSED_LEAVES, "gate"})
+EXPERT_LIKE_NAMES = frozenset({*FUSED_LEAVES, "gate"})
 
 # Modules that PEFT refuses to adapt, by model type (``_check_lora_target_modules_mamba``).
 MAMBA_MODELS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
@@ -69,7 +69,7 @@ SIBLING_OF_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 NESTED_IN_MEMORY = frozenset({"llama4", "blip-2", "instructblip", "instructblipvideo"})
 
 # Models for which PEFT 0.21 loads and merges all written factors, as tested with transformers 5.24.
-TRIED_MODELS = frozenset({
+VERIFIED_MODELS = frozenset({
     "albert", "bamba", "bart", "beit", "bert", "blip-2", "bloom", "clip", "codegen", "cohere2", "convnext",
     "data2vec-vision", "deberta-v2", "deepseek_v3", "deit", "dinov2", "distilbert", "electra", "ernie4_5_moe",
     "falcon", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "glm4_moe", "gpt2",
@@ -232,7 +232,7 @@ class Model:
         if len(stored) > 2:
             return _convolution(delta, module, stored, name)
         router = ROUTER.match(memory)
-        if (router and router["owner"] in self._mixtures) or (self.type in FUSED_MODELS and leaf in TAKEN_FOR_EXPERTS):
+        if (router and router["owner"] in self._mixtures) or (self.type in FUSED_MODELS and leaf in EXPERT_LIKE_NAMES):
             return Target(delta.layer, delta.shape, memory, "parameter")
         if TABLE.search(name) and not HEAD.search(memory):
             return Target(delta.layer, delta.shape, module, "embedding", transposed=True)

@@ -29,6 +29,6 @@ def shown(address: Path | str) -> str:
 
 
 def _without_secrets(scheme: str, rest: str) -> str:
-    place = re.split(r"[?#]" if scheme in WEB else r"\?", rest, maxsplit=1)[0]
-    authority, slash, key = place.partition("/")
+    location = re.split(r"[?#]" if scheme in WEB else r"\?", rest, maxsplit=1)[0]
+    authority, slash, key = location.partition("/")
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{key}"

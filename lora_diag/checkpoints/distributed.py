@@ -60,14 +60,14 @@ class DistributedFolder:
         state = _state(index)
         tensors = {str(key): item for key, item in state["state_dict_metadata"].items() if _is_tensor(item)}
         chosen, prefix = _weights(index, tensors, state.get("planner_data"))
-        places = _places(index, state["storage_data"])
+        locations = _locations(index, state["storage_data"])
         files: dict[str, tuple[FileBytes, int]] = {}
         described: dict[str, TensorInfo] = {}
         self.tensors: Mapping[str, TensorInfo] = described
         self._boxes: dict[str, Boxes] = {}
         for key, name in chosen.items():
             info, boxes = _described(index, key, name, tensors[key])
-            found = [_box(folder, key, name, info.dtype, box, places, files) for box in boxes]
+            found = [_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
             self._boxes[name] = Boxes(name, info.shape, found, index)
             described[name] = info
         self.notes: tuple[str, ...] = (f"assembled from the parts in {len(files)} files",)
@@ -184,13 +184,13 @@ def _described(
     return TensorInfo(name, shape, dtype), boxes
 
 
-def _places(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
+def _locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
     """Return the locations of the boxes, by the key of their tensor and their offsets."""
     found = {}
-    for key, place in stored.items():
-        if isinstance(key, Record) and isinstance(place, Record) and isinstance(key.get("fqn"), str):
+    for key, location in stored.items():
+        if isinstance(key, Record) and isinstance(location, Record) and isinstance(key.get("fqn"), str):
             offset = key.get("offset")
-            found[key.get("fqn"), tuple(offset) if isinstance(offset, tuple) else ()] = place
+            found[key.get("fqn"), tuple(offset) if isinstance(offset, tuple) else ()] = location
     return found
 
 
@@ -200,16 +200,16 @@ def _box(
     name: str,
     dtype: str,
     box: tuple[tuple[int, ...], tuple[int, ...]],
-    places: Mapping[tuple[str, tuple[int, ...]], Record],
+    locations: Mapping[tuple[str, tuple[int, ...]], Record],
     files: dict[str, tuple[FileBytes, int]],
 ) -> Box:
     """Return one box of a tensor, after checking that its bytes are there."""
     offsets, sizes = box
-    place = places.get((key, offsets))
-    if place is None:
+    location = locations.get((key, offsets))
+    if location is None:
         raise InputError(f"{folder / INDEX}: the index does not say where the part of {key:.200} at {list(offsets)} is")
-    relative, offset, length = (place.get(field) for field in ("relative_path", "offset", "length"))
-    if place.get("transform_descriptors"):
+    relative, offset, length = (location.get(field) for field in ("relative_path", "offset", "length"))
+    if location.get("transform_descriptors"):
         raise InputError(f"{folder / INDEX}: {key:.200} is stored compressed, which is not read; save it without")
     if not isinstance(relative, str) or relative in {"", ".", ".."} or set(relative) & set("/\\\0"):
         raise InputError(f"{folder / INDEX}: the file {relative!r:.200} of {key:.200} is not a plain file name")

@@ -134,7 +134,7 @@ class GgufFile:
         self.tensors: Mapping[str, TensorInfo] = header.tensors
         self._spans = header.spans
         self._content = FileBytes(path)
-        if isinstance(path, RemotePath) and not path.facts().version:
+        if isinstance(path, RemotePath) and not path.file_info().version:
             self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
 
     @staticmethod

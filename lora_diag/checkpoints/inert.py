@@ -234,7 +234,7 @@ def _dict(machine: _Machine, _: Any) -> None:
     machine.store(values)
 
 
-def _nothing(machine: _Machine, _: Any) -> None:
+def _no_op(machine: _Machine, _: Any) -> None:
     """Do nothing: protocol, frames, and the end."""
 
 
@@ -257,9 +257,9 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 
 _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": _nothing,
-    "FRAME": _nothing,
-    "STOP": _nothing,
+    "PROTO": _no_op,
+    "FRAME": _no_op,
+    "STOP": _no_op,
     "POP": _Machine.drop,
     "POP_MARK": _pop_mark,
     "DUP": lambda machine, _: machine.stack.append(machine.top()),

@@ -61,7 +61,7 @@ class PatchedFile:
         if name not in self._changed:
             return found
         found = found.to(getattr(torch, self.tensors[name].dtype))
-        at, inside = self._places(name, start, stop)
+        at, inside = self._locations(name, start, stop)
         found[at[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(found.dtype)
         return found
 
@@ -79,7 +79,7 @@ class PatchedFile:
         """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         return self._base.read_scales(name, start, stop)
 
-    def _places(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _locations(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the changed positions of a tensor, and which of them are in a range.
 
         Raises:

@@ -104,7 +104,7 @@ class TorchFile:
         if not self._mapped:
             self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
         if isinstance(self.path, RemotePath):
-            size = self.path.facts().size
+            size = self.path.file_info().size
             self.notes += (f"{self.path.name} is a torch file and was downloaded whole, {size:,} bytes",)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))

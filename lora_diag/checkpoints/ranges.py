@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
-    from lora_diag.checkpoints.stores import Facts, Store
+    from lora_diag.checkpoints.stores import FileInfo, Store
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,26 +47,26 @@ class TransientError(Exception):
         self.why, self.done = why, done
 
 
-def fill(store: Store, address: str, buffer: memoryview, offset: int, facts: Facts) -> None:
+def fill(store: Store, address: str, buffer: memoryview, offset: int, file_info: FileInfo) -> None:
     """Fill a buffer with the bytes from ``offset`` on, in parallel chunks.
 
     Raises:
         InputError: The file is too short, or a range cannot be read.
     """
     stop = offset + len(buffer)
-    if stop > facts.size:
+    if stop > file_info.size:
         raise InputError(
-            f"{address}: ends at byte {facts.size:,}, before the end given in its header; upload the file again"
+            f"{address}: ends at byte {file_info.size:,}, before the end given in its header; upload the file again"
         )
-    if stop <= len(facts.head):
-        buffer[:] = facts.head[offset:stop]
+    if stop <= len(file_info.head):
+        buffer[:] = file_info.head[offset:stop]
         return
     if len(buffer) <= CHUNK_BYTES:
-        _fill_chunk(store, address, offset, buffer, facts)
+        _fill_chunk(store, address, offset, buffer, file_info)
         return
     starts = range(0, len(buffer), CHUNK_BYTES)
     parts = [
-        _pool("chunk").submit(_fill_chunk, store, address, offset + at, buffer[at : at + CHUNK_BYTES], facts)
+        _pool("chunk").submit(_fill_chunk, store, address, offset + at, buffer[at : at + CHUNK_BYTES], file_info)
         for at in starts
     ]
     try:
@@ -77,14 +77,14 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, facts: Fac
             part.cancel()
 
 
-def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, facts: Facts) -> None:
+def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, file_info: FileInfo) -> None:
     """Fill a buffer by one request, and after a failure by further ones that continue from the received bytes."""
     done = 0
 
     def attempt() -> None:
         nonlocal done
         try:
-            store.read_range(address, offset + done, buffer[done:], facts)
+            store.read_range(address, offset + done, buffer[done:], file_info)
         except TransientError as error:
             done += error.done
             raise

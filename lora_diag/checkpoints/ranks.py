@@ -248,9 +248,9 @@ def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
         raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without shards; save the model again")
     parts = []
     for shard in shards:
-        place = shard.get("metadata") if isinstance(shard, Record) else None
+        coordinate = shard.get("metadata") if isinstance(shard, Record) else None
         tensor = archive.tensor(shard.get("tensor"), name) if isinstance(shard, Record) else None
-        offsets = place.get("shard_offsets") if isinstance(place, Record) else None
+        offsets = coordinate.get("shard_offsets") if isinstance(coordinate, Record) else None
         if tensor is None or not isinstance(offsets, list | tuple) or not all(type(at) is int for at in offsets):
             raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without offsets; save the model again")
         parts.append(_Part(tensor, shape, offsets=tuple(offsets)))
@@ -298,7 +298,7 @@ def _assembled(folder: Path, name: str, parts: list[_Part]) -> Boxes:
     at = {part.coordinates: part for part in parts}
     if any(part.sharded_dims != sharded_dims for part in parts) or len(at) != len(parts):
         raise InputError(f"{folder}: the ranks disagree about how {name} is cut; the folder holds two checkpoints")
-    counts = [max(place[d] for place in at) + 1 for d in range(len(sharded_dims))]
+    counts = [max(coordinate[d] for coordinate in at) + 1 for d in range(len(sharded_dims))]
     if math.prod(counts) != len(at):
         raise InputError(f"{folder}: the device mesh of {name} has {counts} places for {len(at)} ranks; copy all files")
     places = product(
@@ -308,16 +308,16 @@ def _assembled(folder: Path, name: str, parts: list[_Part]) -> Boxes:
         )
     )
     boxes = []
-    for place in places:
+    for coordinate in places:
         offsets = [0] * len(shape)
         sizes = list(shape)
-        for position, count, sharded_dim in zip(place, counts, sharded_dims, strict=True):
+        for position, count, sharded_dim in zip(coordinate, counts, sharded_dims, strict=True):
             if sharded_dim is not None:
                 chunk = -(-sizes[sharded_dim] // count)
                 begin = min(sizes[sharded_dim], position * chunk)
                 offsets[sharded_dim] += begin
                 sizes[sharded_dim] = min(chunk, sizes[sharded_dim] - begin)
-        part = at[place]
+        part = at[coordinate]
         if part.tensor.shape != tuple(sizes):
             raise InputError(
                 f"{part.tensor.file.path}: the part of {name} has shape {list(part.tensor.shape)} instead of {sizes}; "

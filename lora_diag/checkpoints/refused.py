@@ -27,7 +27,7 @@ PACKING = ("gptq", "awq", "mxfp4")
 
 KEY = "quant_method in config.json"
 FLOATS = "if these weights are plain floats, remove quantization_config from config.json"
-WAY_OUT = "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
+NOT_FLOATS = "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
 
 # Names of PEFT factors in a running model contain the adapter's name; those of a saved adapter do not.
 WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
@@ -56,9 +56,11 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
         for name in source:
             if name.endswith(suffix) and (suffix not in AMBIGUOUS or source[name].dtype not in FLOAT_DTYPES):
                 label = str(method).upper() if method and str(method).upper() in label else label
-                raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {WAY_OUT}")
+                raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {NOT_FLOATS}")
     if method is not None and method not in READ:
-        raise InputError(f"{source.path}: is quantized with {method!r} ({KEY}), which is not read; {WAY_OUT}; {FLOATS}")
+        raise InputError(
+            f"{source.path}: is quantized with {method!r} ({KEY}), which is not read; {NOT_FLOATS}; {FLOATS}"
+        )
 
 
 def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
@@ -90,7 +92,8 @@ def refuse_integer_weights(presented: Checkpoint) -> None:
         info = presented[name]
         if name.endswith(".weight") and len(info.shape) > 1 and info.dtype.startswith(("int", "uint", "F4", "F6")):
             raise InputError(
-                f"{presented.file_of(name)}: {name} is stored as {info.dtype}, in no known quantized format; {WAY_OUT}"
+                f"{presented.file_of(name)}: {name} is stored as {info.dtype}, in no known quantized format; "
+                f"{NOT_FLOATS}"
             )
 
 

@@ -21,7 +21,7 @@ from lora_diag.checkpoints.addresses import ADDRESS, SCHEME, WEB, shown
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
-    from lora_diag.checkpoints.stores import Facts, Store
+    from lora_diag.checkpoints.stores import FileInfo, Store
 
 # Read-ahead while the header of a file is read.
 BUFFER_BYTES = 2**16
@@ -92,20 +92,20 @@ class RemotePath:
         """Yield the paths in the folder whose names match a pattern."""
         yield from (path for path in self.iterdir() if path.match(pattern))
 
-    def facts(self) -> Facts:
+    def file_info(self) -> FileInfo:
         """Return size and version of the file.
 
         Raises:
             InputError: The file does not exist.
         """
-        found = self.store.facts(self.address)
+        found = self.store.file_info(self.address)
         if found is None:
             raise InputError(f"{self}: no such file; check the address")
         return found
 
     def stat(self) -> Any:
         """Return the size, as ``st_size``."""
-        return SimpleNamespace(st_size=self.facts().size)
+        return SimpleNamespace(st_size=self.file_info().size)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from ``offset`` on.
@@ -116,11 +116,11 @@ class RemotePath:
         """
         from lora_diag.checkpoints.ranges import fill
 
-        fill(self.store, self.address, buffer, offset, self.facts())
+        fill(self.store, self.address, buffer, offset, self.file_info())
 
     def read_bytes(self) -> bytes:
         """Return the whole content."""
-        content = bytearray(self.facts().size)
+        content = bytearray(self.file_info().size)
         self.read_into(memoryview(content), 0)
         return bytes(content)
 
@@ -142,7 +142,7 @@ class RemotePath:
         import shutil
         import tempfile
 
-        size, free = self.facts().size, shutil.disk_usage(tempfile.gettempdir()).free
+        size, free = self.file_info().size, shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
             raise InputError(
                 f"{self}: this format is read whole, but its {size:,} bytes do not fit into {tempfile.gettempdir()} "
@@ -162,7 +162,7 @@ class _Raw(io.RawIOBase):
     """A remote file as a seekable stream."""
 
     def __init__(self, path: RemotePath) -> None:
-        self._path, self._at, self._size = path, 0, path.facts().size
+        self._path, self._at, self._size = path, 0, path.file_info().size
 
     def readable(self) -> bool:
         return True

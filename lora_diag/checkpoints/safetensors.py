@@ -78,7 +78,7 @@ class SafetensorsFile:
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._content = FileBytes(path)
-        if isinstance(path, RemotePath) and not path.facts().version:
+        if isinstance(path, RemotePath) and not path.file_info().version:
             self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ CHANGED = "the file has changed since its header was read; run again when it no 
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class FileInfo:
     """Properties of a file in a store.
 
     Args:
@@ -47,18 +47,18 @@ class Store:
     note = ""
 
     def __init__(self) -> None:
-        self._known: dict[str, Facts | None] = {}
+        self._known: dict[str, FileInfo | None] = {}
         self._fs: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop connections and cached first bytes that can be read again; keep the recorded versions."""
         known = {
-            address: replace(facts, head=b"") if facts is not None and facts.ranged else facts
-            for address, facts in self._known.items()
+            address: replace(file_info, head=b"") if file_info is not None and file_info.ranged else file_info
+            for address, file_info in self._known.items()
         }
         return self.__dict__ | {"_fs": None, "_known": known}
 
-    def facts(self, address: str) -> Facts | None:
+    def file_info(self, address: str) -> FileInfo | None:
         """Return the properties of a file; None if it does not exist."""
         if address not in self._known:
             self._known[address] = self._find(address)
@@ -66,7 +66,7 @@ class Store:
 
     def is_file(self, address: str) -> bool:
         """Return whether a file exists."""
-        return self.facts(address) is not None
+        return self.file_info(address) is not None
 
     def join(self, address: str, name: str) -> str:
         """Return the address of a file in a folder."""
@@ -80,7 +80,7 @@ class Store:
         """Return the addresses of a folder's content, as far as the store can list it."""
         raise NotImplementedError
 
-    def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
+    def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         """Fill a buffer with the bytes from ``start`` on, by one request.
 
         Raises:
@@ -89,7 +89,7 @@ class Store:
         """
         raise NotImplementedError
 
-    def _find(self, address: str) -> Facts | None:
+    def _find(self, address: str) -> FileInfo | None:
         raise NotImplementedError
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_diag.checkpoints.ranges import TransientError, retried
-from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, Facts, Store, filesystem, first_line_of
+from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 
 # Names of botocore's errors for broken connections and answers; botocore is importable only with s3fs.
@@ -36,18 +36,18 @@ class BucketStore(Store):
         """Return the addresses of a folder's content."""
         return list(self._entries(address))
 
-    def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
+    def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         """Fill a buffer by one request, and check the version of the file.
 
         S3 checks it on the server; other stores are queried afterwards.
         """
         stop = start + len(buffer)
         if self._scheme == "s3":
-            content = self._call(address, self._read_s3, address, start, stop, facts)
+            content = self._call(address, self._read_s3, address, start, stop, file_info)
         else:
             content = self._call(address, self._fs.cat_file, _key(address), start=start, end=stop)
             now = self._call(address, self._fs.info, _key(address))
-            if content is None or now is None or _facts(now) != facts:
+            if content is None or now is None or _file_info(now) != file_info:
                 raise InputError(f"{address}: {CHANGED}")
         if len(content) > len(buffer):
             raise InputError(f"{address}: the store sent more bytes than requested; download the file")
@@ -55,14 +55,14 @@ class BucketStore(Store):
         if len(content) < len(buffer):
             raise TransientError("the answer was cut short", len(content))
 
-    def _find(self, address: str) -> Facts | None:
+    def _find(self, address: str) -> FileInfo | None:
         listed = self._listed.get(address.rpartition("/")[0])
         if listed is not None:
             entry = listed.get(address)
         else:  # not listed: the folder of a single requested file may be very large
             self._open()
             entry = retried(address, lambda: self._call(address, self._fs.info, _key(address)))
-        return _facts(entry) if entry is not None and entry.get("type") == "file" else None
+        return _file_info(entry) if entry is not None and entry.get("type") == "file" else None
 
     def _entries(self, folder: str) -> dict[str, Any]:
         """Return the entries of a folder by address, with one request."""
@@ -103,18 +103,18 @@ class BucketStore(Store):
     def _needs(self) -> str:
         return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
 
-    def _read_s3(self, address: str, start: int, stop: int, facts: Facts) -> bytes:
+    def _read_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
         from fsspec.asyn import sync
 
-        return bytes(sync(self._fs.loop, self._get_s3, address, start, stop, facts))
+        return bytes(sync(self._fs.loop, self._get_s3, address, start, stop, file_info))
 
-    async def _get_s3(self, address: str, start: int, stop: int, facts: Facts) -> bytes:
+    async def _get_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
         from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
         await self._fs.set_session()
         bucket, key, _ = self._fs.split_path(_key(address))
         client = await self._fs.get_s3(bucket)
-        match = {"IfMatch": facts.version} if facts.version else {}
+        match = {"IfMatch": file_info.version} if file_info.version else {}
         try:
             response = await client.get_object(
                 Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **match, **self._fs.req_kw
@@ -131,13 +131,13 @@ class BucketStore(Store):
         async with response["Body"] as body:
             if (
                 response.get("ContentLength") != stop - start
-                or response.get("ContentRange") != f"bytes {start}-{stop - 1}/{facts.size}"
+                or response.get("ContentRange") != f"bytes {start}-{stop - 1}/{file_info.size}"
             ):
                 raise InputError(
                     f"{address}: the store sent {response.get('ContentRange', 'no range')!r} instead of bytes "
-                    f"{start:,} to {stop:,} of {facts.size:,}; download the file and give the local path"
+                    f"{start:,} to {stop:,} of {file_info.size:,}; download the file and give the local path"
                 )
-            if facts.version and response.get("ETag", facts.version) != facts.version:
+            if file_info.version and response.get("ETag", file_info.version) != file_info.version:
                 raise InputError(f"{address}: {CHANGED}")
             return bytes(await body.read())
 
@@ -146,6 +146,6 @@ def _key(address: str) -> str:
     return address.partition("://")[2]
 
 
-def _facts(entry: Any) -> Facts:
+def _file_info(entry: Any) -> FileInfo:
     named = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
-    return Facts(int(entry["size"]), next((str(entry[name]) for name in named if entry.get(name)), ""))
+    return FileInfo(int(entry["size"]), next((str(entry[name]) for name in named if entry.get(name)), ""))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from lora_diag.checkpoints.hub import PART, HubId, unreachable
 from lora_diag.checkpoints.ranges import retried
-from lora_diag.checkpoints.stores import Facts, Store
+from lora_diag.checkpoints.stores import FileInfo, Store
 from lora_diag.checkpoints.stores_web import HttpStore
 from lora_diag.errors import InputError
 
@@ -68,7 +68,7 @@ class HubStore(HttpStore):
         rests = (file.removeprefix(f"{address}/") for file in self._files if file.startswith(f"{address}/"))
         return sorted({f"{address}/{rest.partition('/')[0]}" for rest in rests})
 
-    def _find(self, address: str) -> Facts | None:
+    def _find(self, address: str) -> FileInfo | None:
         return retried(address, lambda: self._run(self._ask, address)) if address in self._files else None
 
     def _access_hint(self) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import quote, urljoin
 
 from lora_diag.checkpoints.addresses import shown
 from lora_diag.checkpoints.ranges import TransientError, retried
-from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, Facts, Store, filesystem, first_line_of
+from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 
 # Bytes of the first request for a file: the header of a small one, or all of a configuration.
@@ -76,11 +76,11 @@ class HttpStore(Store):
         """Return nothing: a web server does not list folders."""
         return ()
 
-    def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
+    def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         """Fill a buffer by one range request."""
-        self._run(self._read, address, start, buffer, facts)
+        self._run(self._read, address, start, buffer, file_info)
 
-    def _find(self, address: str) -> Facts | None:
+    def _find(self, address: str) -> FileInfo | None:
         if self.is_folder(address) or (self._alone and address != self._alone):
             return None
         return retried(address, lambda: self._run(self._ask, address))
@@ -111,22 +111,22 @@ class HttpStore(Store):
             max_redirects=max(1, self.redirects),
         )
 
-    async def _ask(self, address: str) -> Facts | None:
+    async def _ask(self, address: str) -> FileInfo | None:
         """Request the first bytes of a file: presigned URLs refuse ``HEAD``, which would not prove range support."""
         async with self._get(await self._fs.set_session(), address, 0, HEAD_BYTES) as response:
             if response.status in {404, 410}:
                 return None
             if response.status == 416:
-                return Facts(0, self.version(response.headers))
+                return FileInfo(0, self.version(response.headers))
             if response.status == 200:
                 return await self._all(address, response)
             self._check_status(address, response)
             _, stop, size = _content_range(address, response.headers)
             if stop != min(size, HEAD_BYTES):
                 raise InputError(f"{address}: the server sent bytes up to {stop:,} instead of {HEAD_BYTES:,}")
-            return Facts(size, self.version(response.headers), await _body(address, response, stop))
+            return FileInfo(size, self.version(response.headers), await _body(address, response, stop))
 
-    async def _all(self, address: str, response: Any) -> Facts:
+    async def _all(self, address: str, response: Any) -> FileInfo:
         """Read a small file whole from a server that ignores ranges."""
         size = response.content_length
         if size is None or size > MAX_WHOLE_BYTES:
@@ -136,9 +136,9 @@ class HttpStore(Store):
                 + "for every tensor; download it and give the local path"
             )
         self._check_encoding(address, response)
-        return Facts(size, self.version(response.headers), await _body(address, response, size), ranged=False)
+        return FileInfo(size, self.version(response.headers), await _body(address, response, size), ranged=False)
 
-    async def _read(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
+    async def _read(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         import aiohttp
 
         stop, done = start + len(buffer), 0
@@ -147,7 +147,7 @@ class HttpStore(Store):
             if response.status == 200:
                 raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
             found = _content_range(address, response.headers)
-            if found[2] != facts.size or self.version(response.headers) != facts.version:
+            if found[2] != file_info.size or self.version(response.headers) != file_info.version:
                 raise InputError(f"{address}: {CHANGED}")
             if found[:2] != (start, stop):
                 raise InputError(

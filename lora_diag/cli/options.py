@@ -247,10 +247,10 @@ def _default(option: Option) -> Any:
     """
     if not isinstance(option.default, tuple):
         return option.default
-    return ",".join(map(_word, option.default)) or None
+    return ",".join(map(_format_number, option.default)) or None
 
 
-def _word(number: float) -> str:
+def _format_number(number: float) -> str:
     """Return the shorter spelling of a number; integers have digits only."""
     if isinstance(number, int):
         return str(number)

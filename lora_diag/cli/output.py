@@ -157,7 +157,7 @@ def report_reading() -> None:
         message(f"Read {byte_count(read)} from {count}, {read / size:.2f} times their size")
 
 
-def again(*more: str) -> str:
+def rerun_command(*more: str) -> str:
     """Return the running command, quoted for a shell, with more options and without verbosity options."""
     words = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     end = words.index("--") if "--" in words else len(words)
@@ -218,7 +218,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
 def next_step(output: Path | str | None, then: str) -> str:
     """Return the suggested next command; without a results file, first the command that writes one."""
-    return then if output is not None else f"{again('-o', 'probe.jsonl')}   (saves these results)"
+    return then if output is not None else f"{rerun_command('-o', 'probe.jsonl')}   (saves these results)"
 
 
 def silence_matplotlib() -> None:

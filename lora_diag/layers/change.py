@@ -127,7 +127,9 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         if change.non_finite is None and not (change.rounding and math.isfinite(change.rounding.bound)):
             change.non_finite = COARSE
         matrix, change.matrix = change.matrix, None
-        streamed = None if fits or change.non_finite else Streamed(partial(_again, delta, wide), delta.shape, wide)
+        streamed = (
+            None if fits or change.non_finite else Streamed(partial(_subtracted_again, delta, wide), delta.shape, wide)
+        )
         limit = allowance.limit if allowance else None
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
     if allowance is not None and isinstance(delta, DenseDelta) and not allowance.holds(delta.shape, COMPUTED):
@@ -156,7 +158,7 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
-def _again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:
+def _subtracted_again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:
     """Yield the rows of ΔW, subtracted again."""
     for base, tuned in delta.blocks():
         yield tuned.to(wide) - base.to(wide)
@@ -168,7 +170,7 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
     Raises:
         MemoryLimitError: This machine is out of memory.
     """
-    with _allocations_told(), own_stream(device):
+    with _report_failed_allocations(), own_stream(device):
         try:
             return compute(device), ""
         except torch.cuda.OutOfMemoryError:
@@ -194,7 +196,7 @@ def noted(record: T, words: str) -> T:
 
 
 @contextmanager
-def _allocations_told() -> Iterator[None]:
+def _report_failed_allocations() -> Iterator[None]:
     """Convert failed allocations to an error message."""
     try:
         yield

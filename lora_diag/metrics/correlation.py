@@ -98,8 +98,8 @@ def _ranks(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
     ranks = np.empty(len(array))
     for group in set(labels):
         in_group = np.array([i for i, label in enumerate(labels) if label == group])
-        _, place, counts = np.unique(array[in_group], return_inverse=True, return_counts=True)
-        ranks[in_group] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        _, inverse, counts = np.unique(array[in_group], return_inverse=True, return_counts=True)
+        ranks[in_group] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
         ranks[in_group] -= ranks[in_group].mean()
     return ranks
 

@@ -71,7 +71,7 @@ def blocks(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
         >>> round(blocks([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4)  # variance of 0.5 and 0.7, halved
         0.01
     """
-    seeds = {seed: place for place, seed in enumerate(sorted({seed for cell in cells for seed in cell}))}
+    seeds = {seed: position for position, seed in enumerate(sorted({seed for cell in cells for seed in cell}))}
     runs = [(group, seeds[seed], loss) for group, cell in enumerate(cells) for seed, loss in cell.items()]
     design = np.zeros((len(runs), len(cells) + len(seeds)))
     for row, (group, seed, _) in enumerate(runs):

@@ -287,7 +287,7 @@ def _tokens(
         named = base if asked == "auto" else asked
         raise InputError(
             f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; give another folder with "
-            f"--tokenizer DIR{_or_bytes(vocabulary, kind)}"
+            f"--tokenizer DIR{_byte_alternative(vocabulary, kind)}"
         ) from error
 
     def ids(text: str) -> list[int]:
@@ -310,7 +310,7 @@ def _bytes(why: str) -> Tokens:
     return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({why})")
 
 
-def _or_bytes(vocabulary: int, kind: Kind) -> str:
+def _byte_alternative(vocabulary: int, kind: Kind) -> str:
     """Return whether bytes are an alternative for a model without a tokenizer, as text."""
     if kind == "masked":
         return ""

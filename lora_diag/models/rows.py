@@ -113,7 +113,7 @@ def _data_set(path: Path) -> Source:
         raise UsageError(
             f"{path}: is a folder of datasets, which needs {error.name}; install it with pip install datasets"
         ) from error
-    _stay_inside(path)
+    _refuse_outside_paths(path)
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # raised by pyarrow, the file system, or a feature unknown to this version
@@ -137,7 +137,7 @@ def _data_set(path: Path) -> Source:
     return Source(path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows")
 
 
-def _stay_inside(path: Path) -> None:
+def _refuse_outside_paths(path: Path) -> None:
     """Refuse a data set that names files elsewhere.
 
     Raises:

@@ -83,14 +83,14 @@ class Training:
     @property
     def order_hash(self) -> str:
         """16 hex digits of the SHA-256 of the order: positions in the file of every step's sequences."""
-        return hashlib.sha256(repr(list(self._places())).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(list(self._locations())).encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[list[Tokens]]:
         """Yield the batch of every step, the same in every call."""
-        for places in self._places():
+        for places in self._locations():
             yield [self.texts.sequences[place] for place in places]
 
-    def _places(self) -> Iterator[list[int]]:
+    def _locations(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.order)
         pool: list[int] = []
         for _ in range(self.steps):

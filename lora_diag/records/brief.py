@@ -19,7 +19,7 @@ _INPUTS = 4
 
 def text_of(results: Results[Any]) -> str:
     """Return a description of results in at most five lines."""
-    return "\n".join([_title(results), *(f"  {label:<9} {words}" for label, words in _facts(results))])
+    return "\n".join([_title(results), *(f"  {label:<9} {words}" for label, words in _properties(results))])
 
 
 def _title(results: Results[Any]) -> str:
@@ -27,7 +27,7 @@ def _title(results: Results[Any]) -> str:
     return f"Results of loradiag {safe(results.run.command)}, {finished}"
 
 
-def _facts(results: Results[Any]) -> list[tuple[str, str]]:
+def _properties(results: Results[Any]) -> list[tuple[str, str]]:
     inputs = [f"{safe(side.role)} {safe(side.path)}".strip() for side in results.run.inputs]
     more = [f"and {len(inputs) - _INPUTS} more"] if len(inputs) > _INPUTS else []
     facts = [("inputs", ", ".join([*inputs[:_INPUTS], *more]) or "none")]
@@ -73,7 +73,7 @@ def _range(shown: Shown, records: Sequence[Any]) -> str | None:
     return f"{shown.title} {low} to {high}, {how} {middle}, {len(values)} records"
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else safe(str(value)).removesuffix(".weight")
@@ -82,5 +82,5 @@ def _word(value: Any) -> str:
 def _cell(shown: Shown, value: Value) -> str:
     """Return a value in four digits; a fraction below 1 is not rounded up to 1."""
     if isinstance(value, float) and shown.share and value < 1:
-        return _word(min(value, 0.9999))
-    return _word(value)
+        return _format_value(min(value, 0.9999))
+    return _format_value(value)

@@ -21,7 +21,7 @@ WIDE = 120
 _NAME, _WIDE_NAME = 12, 32
 
 
-class OfLayer(Protocol):
+class HasLayer(Protocol):
     """A record of one layer."""
 
     @property
@@ -30,7 +30,7 @@ class OfLayer(Protocol):
         ...
 
 
-R = TypeVar("R", bound=OfLayer)
+R = TypeVar("R", bound=HasLayer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _room(columns: Sequence[Column], width: int) -> int:
 def _fitting(columns: Sequence[Column], width: int, name: int) -> list[Column]:
     """Drop as many columns as needed for names to keep ``name`` characters."""
     fitting = list(columns)
-    for place in sorted(range(len(columns)), key=lambda place: (-columns[place].drop, -place)):
-        if columns[place].drop and _room(fitting, width) < name:
-            fitting = [column for column in fitting if column is not columns[place]]
+    for position in sorted(range(len(columns)), key=lambda position: (-columns[position].drop, -position)):
+        if columns[position].drop and _room(fitting, width) < name:
+            fitting = [column for column in fitting if column is not columns[position]]
     return fitting

@@ -85,7 +85,7 @@ def _of_one(evidence: Evidence) -> list[Advice]:
     rank_sweep = swept(evidence)
     found = rank_sweep is not None and rank_sweep.verdict.rank is not None
     parts, weights = (
-        [step for rule in rules if not (found and rule in ABOUT_RANK) and (step := rule(evidence)) is not None]
+        [step for rule in rules if not (found and rule in RANK_RULES) and (step := rule(evidence)) is not None]
         for rules in (PROBE_RULES, RULES)
     )
     last = None if first or weights else extract_at_small_rank(evidence) or sweep(evidence)
@@ -333,7 +333,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
 
 
 RULES = (set_scale, take_allocation, raise_rank, widen_placement, train_other_weights, train_fully)
-ABOUT_RANK = (fit_rank, take_allocation, raise_rank, train_fully)
+RANK_RULES = (fit_rank, take_allocation, raise_rank, train_fully)
 
 
 def extract_at_small_rank(evidence: Evidence) -> Advice | None:

@@ -83,13 +83,13 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
 
 def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     sources = list(evidence.of(Spectrum))
-    for place, source in enumerate(sources):
+    for position, source in enumerate(sources):
         records = {record.layer: record for record in source.results if isinstance(record, Spectrum)}
         shown = Spectrum.shown_of(source.results.run.settings, source.results.layers)
         if evidence.update is not None and source is not evidence.update:
             shown = tuple(replace(one, main=False) for one in shown)
         group = filter(None, (_group(sources, source), _METRIC.get(metric_of(source.results))))
-        yield from _columns(f"s{place}", ", ".join(group), shown, records, layers)
+        yield from _columns(f"s{position}", ", ".join(group), shown, records, layers)
 
 
 def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -97,20 +97,20 @@ def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
     for source in evidence.of(Residual):
         for record in source.results:
             adapters.setdefault(record.adapter, {}).setdefault(record.layer, record)
-    for place, (label, records) in enumerate(zip(labels(list(adapters)), adapters.values(), strict=True)):
-        yield from _columns(f"a{place}", label, Residual.shown, records, layers)
+    for position, (label, records) in enumerate(zip(labels(list(adapters)), adapters.values(), strict=True)):
+        yield from _columns(f"a{position}", label, Residual.shown, records, layers)
 
 
 def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     """Yield the columns of overlap at the last step; the page's curves show all steps."""
     sources = list(evidence.of(Overlap))
-    for place, source in enumerate(sources):
+    for position, source in enumerate(sources):
         shown = tracks(source.results)
         ranks = sorted({track.rank for track in shown})
         at = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         columns = tuple(replace(one, about=f"{one.about}; {at}") for one in Overlap.shown)
         records = {track.layer: track.last for track in shown}
-        yield from _columns(f"o{place}", _group(sources, source), columns, records, layers)
+        yield from _columns(f"o{position}", _group(sources, source), columns, records, layers)
 
 
 def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -123,10 +123,10 @@ def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     ]
     for kind in kinds:
         sources = list(evidence.of(kind))
-        for place, source in enumerate(sources):
+        for position, source in enumerate(sources):
             records = {each.layer: each for each in source.results if isinstance(each, kind)}
             shown = kind.shown_of(source.results.run.settings, source.results.layers)
-            prefix = f"{kind.model_fields['record'].default}{place}"
+            prefix = f"{kind.model_fields['record'].default}{position}"
             yield from _columns(prefix, _group(sources, source), shown, records, layers)
 
 
@@ -137,8 +137,8 @@ def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
             known = worst.get(verdict.layer, verdict.status)
             worst[verdict.layer] = min(known, verdict.status, key=WORST_FIRST.index)
 
-    def together(places: Sequence[int]) -> Status | None:
-        known = [status for place in places if (status := worst.get(layers[place])) is not None]
+    def together(positions: Sequence[int]) -> Status | None:
+        known = [status for position in positions if (status := worst.get(layers[position])) is not None]
         return min(known, key=WORST_FIRST.index, default=None)
 
     about = "worst verdict of the gate on this layer"
@@ -155,8 +155,8 @@ def _columns(
         yield Field(identity, one.title, one.about, group, values, together, one.share, one.main, pooled)
 
 
-def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], places: Sequence[int]) -> Value:
-    found = [records[layers[place]] for place in places if layers[place] in records]
+def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
+    found = [records[layers[position]] for position in positions if layers[position] in records]
     return pooled_value(shown, found) if found else None
 
 

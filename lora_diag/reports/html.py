@@ -67,12 +67,12 @@ class Image:
     data: str
 
 
-def html_report(evidence: Evidence, pictures: Sequence[Image] = (), made: str = "") -> str:
+def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = "") -> str:
     """Return the page.
 
     Args:
         evidence: The runs.
-        pictures: Static figures, shown until the interactive ones are ready.
+        images: Static figures, shown until the interactive ones are ready.
         made: Creation time of the page as text.
 
     Raises:
@@ -115,8 +115,8 @@ def html_report(evidence: Evidence, pictures: Sequence[Image] = (), made: str = 
         plain=[column for column in columns if column.main],
         plain_rows=min(PLAIN_ROWS, len(layers)),
         sections=sections,
-        pictures=[picture for picture in pictures if picture.name not in own],
-        own_pictures=[picture for picture in pictures if picture.name in own],
+        images=[picture for picture in images if picture.name not in own],
+        own_pictures=[picture for picture in images if picture.name in own],
         most_inputs=INPUTS,
         made=made,
         thinning=[*other_metric_sentences(evidence), *_thinning(evidence, layers)],
@@ -140,7 +140,7 @@ def _parts(
         ("failures", "Failure modes", subject.update and subject.weights),
         ("gate", "Gate", outcome),
         ("allocation", "Allocation", certificates(evidence)),
-        *((f"several{place}", title, True) for place, title in enumerate(titles, 1)),
+        *((f"several{position}", title, True) for position, title in enumerate(titles, 1)),
         ("explore", "Layer by layer", layers),
         ("runs", "Runs", True),
     )
@@ -166,8 +166,8 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
     from lora_diag.rendering.figures.groups import Types
 
     types = Types(layers)
-    row = {name: place for place, name in enumerate(types.names)}
-    place = {layer: i for i, layer in enumerate(layers)}
+    row = {name: position for position, name in enumerate(types.names)}
+    position = {layer: i for i, layer in enumerate(layers)}
     value: Callable[[Any], Any] = _rounded if len(layers) >= LARGE else lambda entry: entry
     return {
         "layers": [safe(layer) for layer in layers],
@@ -188,12 +188,12 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
             for column in columns
         ],
         "metrics": _metrics(evidence),
-        "spectra": _spectra(evidence, place, value),
-        "overlaps": _overlaps(evidence, place, value),
+        "spectra": _spectra(evidence, position, value),
+        "overlaps": _overlaps(evidence, position, value),
     }
 
 
-def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
     points = _points(evidence)
     found = []
@@ -206,7 +206,7 @@ def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any]
             energy = curve_at(record.s, record.fro, record.complete, at) if record.fro > 0 else [None] * len(at)
             curves.append(
                 {
-                    "layer": place[record.layer],
+                    "layer": position[record.layer],
                     "kept": len(record.s),
                     "s": [value(record.s[rank - 1]) for rank in at],
                     "c": [_rounded(share) for share in energy],
@@ -223,17 +223,17 @@ def _metrics(evidence: Evidence) -> list[dict[str, str]]:
     return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in found]
 
 
-def _overlaps(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def _overlaps(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
     found = []
     for source in evidence.of(Overlap):
         curves = [
             {
-                "layer": place[track.layer],
+                "layer": position[track.layer],
                 "rank": track.rank,
                 "rows": [
                     [value(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
-                    for r in _some(track.records, STEPS)
+                    for r in _evenly_spaced(track.records, STEPS)
                 ],
             }
             for track in tracks(source.results)
@@ -266,7 +266,7 @@ def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     return said
 
 
-def _some(items: Sequence[T], most: int) -> list[T]:
+def _evenly_spaced(items: Sequence[T], most: int) -> list[T]:
     """Return evenly spaced items including the first and the last.
 
     >>> _some([0, 1, 2, 3, 4], 3)

@@ -60,21 +60,25 @@ def _table(evidence: Evidence) -> list[str]:
     """Return the main columns by module type: pooled ε and cosine, else medians."""
     layers = sorted(layers_of(evidence), key=place_of)
     groups: dict[str, list[int]] = {}
-    for place, layer in enumerate(layers):
-        groups.setdefault(module_type_of(layer), []).append(place)
+    for position, layer in enumerate(layers):
+        groups.setdefault(module_type_of(layer), []).append(position)
     columns = [field for field in fields_of(evidence, layers) if field.main]
     if not columns:
         return []
     heads = [_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
     rows = ["| module type | n | " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
-    for name, places in list(groups.items())[:ROWS]:
-        cells = [_text(plain(field.together(places))) for field in columns]
-        rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
+    for name, positions in list(groups.items())[:ROWS]:
+        cells = [_text(plain(field.together(positions))) for field in columns]
+        rows.append(f"| {code(name)} | {len(positions)} | " + " | ".join(cells) + " |")
     more = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
-    return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, other_metric_sentences(evidence))]
+    return [
+        "## By module type",
+        "\n".join(rows) + more + _pooling_text(columns),
+        *map(_text, other_metric_sentences(evidence)),
+    ]
 
 
-def _how(columns: Sequence[Field]) -> str:
+def _pooling_text(columns: Sequence[Field]) -> str:
     """State how a row's values are pooled."""
     pooled = [field.title for field in columns if field.pooled and field.is_number]
     together = f"{', '.join(dict.fromkeys(pooled))}: pooled over the layers of the type. " if pooled else ""
@@ -104,10 +108,10 @@ def _sections(evidence: Evidence) -> list[str]:
 def _advice(subject: Subject) -> list[str]:
     parts = ["## Next steps"]
     parts += [_text(ENERGY)] if subject.weights else []
-    for place, step in enumerate(subject.advice, 1):
+    for position, step in enumerate(subject.advice, 1):
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
         parts.append(
-            f"{place}. **{_text(step.do)}.** {_text(step.because)}{about}\n   {code(step.command, 1000)}\n   "
+            f"{position}. **{_text(step.do)}.** {_text(step.because)}{about}\n   {code(step.command, 1000)}\n   "
             f"Rule: {_text(step.condition)} ({_text(step.source)})."
         )
     if not subject.advice:

@@ -17,7 +17,7 @@ from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence, Source
 
 # Statements that the list of runs already contains.
-_ELSEWHERE = {"compared", "left_out", "adapters"}
+_OTHER_SECTIONS = {"compared", "left_out", "adapters"}
 
 # Maximum number of updates named in a title.
 _NAMED = 4
@@ -77,7 +77,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
                 f"{kind.title}: {named_of(source)}",
                 kind.title,
                 feature,
-                tuple(one for one in statements if one.key not in _ELSEWHERE),
+                tuple(one for one in statements if one.key not in _OTHER_SECTIONS),
                 tuple(grid for grid in grids if grid.names),
                 () if feature.name in drawn else figures,
                 source,

@@ -14,7 +14,7 @@ def images_of(evidence: Evidence) -> list[Image]:
 
     runs = [source.results for source in evidence.sources]
     files = [source.name for source in evidence.sources]
-    pictures = []
+    images = []
     # Name in the page, figure, description, field of a heat map.
     asked: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
     asked.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
@@ -22,5 +22,5 @@ def images_of(evidence: Evidence) -> list[Image]:
         if plots.why_not(kind, runs, field=field) is None:
             drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
             address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
-            pictures.append(Image(name, shows, f"Figure of {name}: {shows}.", address))
-    return pictures
+            images.append(Image(name, shows, f"Figure of {name}: {shows}.", address))
+    return images

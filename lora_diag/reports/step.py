@@ -68,7 +68,7 @@ def command(*words: str | Sequence[str], **options: object) -> tuple[str, ...]:
         if value is None or value is False or (isinstance(value, list | tuple) and not value):
             continue
         option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
-        found += [option] if value is True else [option, _word(value)]
+        found += [option] if value is True else [option, _quote(value)]
     return tuple(found)
 
 
@@ -82,7 +82,7 @@ def listed(ranks: Sequence[int]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def _word(value: object) -> str:
+def _quote(value: object) -> str:
     if isinstance(value, list | tuple):
-        return ",".join(map(_word, value))
+        return ",".join(map(_quote, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -18,7 +18,7 @@ from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence, Source
 
 # An adapter whose ε² exceeds the lower bound of its rank by less than this is the truncated update.
-CUT = 1e-3
+TRUNCATION_MARGIN = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
 def _is_truncation(records: Sequence[Residual]) -> bool:
     """Return whether an adapter is the truncated update: no part of ε is due to direction or scale."""
     excess = [record.excess for record in records if record.rank and record.excess is not None]
-    return bool(excess) and max(excess) < CUT
+    return bool(excess) and max(excess) < TRUNCATION_MARGIN
 
 
 def _insufficient_ranks(evidence: Evidence) -> list[int]:

@@ -65,18 +65,20 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
         sizes[name] = shape[0]
     outputs = {name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)}
     found, _ = match_names({name: (None, size) for name, size in sizes.items()}, before, transposed=True, parts=True)
-    shapes: dict[str, Shape] = {place.name: (None, sizes[name]) for name, places in found.items() for place in places}
+    shapes: dict[str, Shape] = {
+        location.name: (None, sizes[name]) for name, locations in found.items() for location in locations
+    }
     orientation = Orientation(before, shapes, flag=False)
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
     of: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}
-    for name, places in found.items():
-        for place in places:
-            on_rows = orientation.in_out(place.name, (None, sizes[name]), before[place.name].shape)
-            if place.layer in compared and place.shape[0 if on_rows else 1] == sizes[name]:
-                of[place.layer] = Moments(Side(stored, name), sizes[name], on_rows)
-                if outputs.get(name) == place.shape[1 if on_rows else 0]:
-                    gradients[place.layer] = Moments(Side(stored, GRADIENTS + name), outputs[name], not on_rows)
+    for name, locations in found.items():
+        for location in locations:
+            on_rows = orientation.in_out(location.name, (None, sizes[name]), before[location.name].shape)
+            if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:
+                of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
+                if outputs.get(name) == location.shape[1 if on_rows else 0]:
+                    gradients[location.layer] = Moments(Side(stored, GRADIENTS + name), outputs[name], not on_rows)
     if not of:
         raise InputError(
             f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "

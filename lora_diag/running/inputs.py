@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters import Adapter, Place, bare, is_adapter, is_same_part, match_names, open_adapter
+from lora_diag.adapters import Adapter, Location, bare, is_adapter, is_same_part, match_names, open_adapter
 from lora_diag.adapters.complete import targets_of
-from lora_diag.adapters.source import Given
+from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -50,7 +50,7 @@ def compare(
     exclude: str | None = None,
     allow_unmatched: bool = False,
     verify: bool = False,
-    given: Given = None,
+    stated_alpha: StatedAlpha = None,
 ) -> Comparison:
     """Open both sides and pair their weights.
 
@@ -62,7 +62,7 @@ def compare(
         allow_unmatched: Whether to skip weights that the adapter changes and BASE does not have, instead of raising an
             error.
         verify: Whether to hash every byte (SHA-256).
-        given: α of an adapter whose files give none.
+        stated_alpha: α of an adapter whose files give none.
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
@@ -78,7 +78,7 @@ def compare(
         raise UsageError(f"{base}: is an adapter; give BASE first, then the adapter")
     before = open_checkpoint(base) if tuned is not None else None
     if before is None or ends_with_adapter:
-        adapter = open_adapter(locate(last), given)
+        adapter = open_adapter(locate(last), stated_alpha)
         pairing, notes = adapter.pair(before, layers, exclude, allow_unmatched)
         described = describe_adapter(adapter, last, before, pairing, notes, verify)
     else:
@@ -96,7 +96,7 @@ def compare(
 
 
 def adapter_deltas(
-    path: Path, base: Checkpoint | None, layers: str | None, exclude: str | None, given: Given
+    path: Path, base: Checkpoint | None, layers: str | None, exclude: str | None, stated_alpha: StatedAlpha
 ) -> tuple[str, tuple[Delta, ...]]:
     """Open an adapter and return its kind and its ΔW, without reading a weight or describing the files.
 
@@ -104,7 +104,7 @@ def adapter_deltas(
         InputError: It cannot be read, does not fit BASE, or two weights have one name.
         NothingComparedError: Nothing is selected.
     """
-    adapter = open_adapter(locate(path), given)
+    adapter = open_adapter(locate(path), stated_alpha)
     deltas = adapter.pair(base, layers, exclude)[0].deltas
     _refuse_duplicate_names(deltas)
     return legible(adapter.kind), deltas
@@ -130,15 +130,15 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     Two sides without a common name may be one model, saved with and without its head or inside a wrapper. They are
     paired if half of either side has a matching name, unless their configs name different models.
     """
-    places = _other_names(base, tuned)
-    if not places or not (pairing.deltas or _is_one_model(base, tuned, places)):
+    locations = _other_names(base, tuned)
+    if not locations or not (pairing.deltas or _is_one_model(base, tuned, locations)):
         return pairing, ()
     free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
     only_in_tuned = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
     renamed = {
-        name: [_placed(base, place, tuned, name) for place in places[name]]
-        for name in places
-        if name in only_in_tuned and all(place.name in free for place in places[name])
+        name: [_placed(base, location, tuned, name) for location in locations[name]]
+        for name in locations
+        if name in only_in_tuned and all(location.name in free for location in locations[name])
     }
     if not renamed:
         return pairing, ()
@@ -152,7 +152,7 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     return Pairing(tuple(deltas), rest), (note,)
 
 
-def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, ...]]:
+def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Location, ...]]:
     """Find names in BASE for tensors that only TUNED has by name, independent of the selection.
 
     Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
@@ -161,38 +161,42 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, 
     found, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
     counts = Counter((bare(name), base[name].shape) for name in base)
     usable = {
-        name: places
-        for name, places in found.items()
-        if all(place.name not in tuned and place.into is None for place in places)
-        and all(place.shape == _own_shape(base, place) for place in places)
-        and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
-        and all(is_same_part(name, p.name, counts[bare(p.name), base[p.name].shape] == 1) for p in places)
+        name: locations
+        for name, locations in found.items()
+        if all(location.name not in tuned and location.into is None for location in locations)
+        and all(location.shape == _own_shape(base, location) for location in locations)
+        and {tuned[name].dtype, *(base[location.name].dtype for location in locations)} <= FLOAT_DTYPES
+        and all(is_same_part(name, p.name, counts[bare(p.name), base[p.name].shape] == 1) for p in locations)
     }
-    claimed = Counter(place.layer for places in usable.values() for place in places)
-    return {name: places for name, places in usable.items() if all(claimed[place.layer] == 1 for place in places)}
+    claimed = Counter(location.layer for locations in usable.values() for location in locations)
+    return {
+        name: locations
+        for name, locations in usable.items()
+        if all(claimed[location.layer] == 1 for location in locations)
+    }
 
 
-def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Place]]) -> bool:
+def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Location]]) -> bool:
     """Return whether two sides without common names are one model, by the number of tensors with a matching name."""
     types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
     common = {name for name in base if name in tuned}
-    found = common | {place.name for places in renamed.values() for place in places}
+    found = common | {location.name for locations in renamed.values() for location in locations}
     return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(found) >= len(base))
 
 
-def _own_shape(base: Checkpoint, place: Place) -> tuple[int, ...]:
+def _own_shape(base: Checkpoint, location: Location) -> tuple[int, ...]:
     """Return the shape of the whole stored weight as a matrix; only whole weights are paired under another name."""
-    shape = base[place.name].shape
-    return shape if len(shape) < 3 else place.shape
+    shape = base[location.name].shape
+    return shape if len(shape) < 3 else location.shape
 
 
-def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> StoredDelta:
+def _placed(base: Checkpoint, location: Location, tuned: Checkpoint, name: str) -> StoredDelta:
     """Return the difference between one weight of BASE and the rows of TUNED that correspond to it."""
-    shape = place.shape if len(place.shape) == 2 else (1, math.prod(place.shape))
+    shape = location.shape if len(location.shape) == 2 else (1, math.prod(location.shape))
     stored = tuned[name].shape
-    row = place.index * (stored[1] if len(stored) == 3 else 0) + (place.rows[0] if place.rows else 0)
-    sides = Side(base, place.name, place.offset), Side(tuned, name, row * shape[1])
-    return StoredDelta(place.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
+    row = location.index * (stored[1] if len(stored) == 3 else 0) + (location.rows[0] if location.rows else 0)
+    sides = Side(base, location.name, location.offset), Side(tuned, name, row * shape[1])
+    return StoredDelta(location.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
 
 
 def describe_adapter(

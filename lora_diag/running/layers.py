@@ -16,11 +16,11 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (
-    Place,
+    DevicePlan,
     check_running,
     layout_of,
     measure_layers,
-    place,
+    plan_device,
     read_memory,
     without_rank,
 )
@@ -55,7 +55,7 @@ class LayerRun:
             with NumPy on the CPU.
         apart: Whether layers are measured in separate processes, one per worker.
         usual_workers: Concurrent layers where the user sets none; None for what cores and memory permit.
-        given: α of adapters whose files give none.
+        stated_alpha: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
     Raises:
@@ -74,12 +74,14 @@ class LayerRun:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
         check_running(self.options["workers"], self.options.get("seed", 0))
-        self.given = alpha_option(self.options)
+        self.stated_alpha = alpha_option(self.options)
 
     @cached_property
-    def where(self) -> Place:
+    def where(self) -> DevicePlan:
         """Device of the computation."""
-        return place(self.options["engine"], self._device) if self.torch else Place(self._device, "cpu", "cpu")
+        return (
+            plan_device(self.options["engine"], self._device) if self.torch else DevicePlan(self._device, "cpu", "cpu")
+        )
 
     def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
         """Open both sides and pair the selected weights.
@@ -90,7 +92,7 @@ class LayerRun:
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
         selected: dict[str, Any] = {name: self.options[name] for name in names}
-        return compare(base, tuned, given=self.given, **selected)
+        return compare(base, tuned, stated_alpha=self.stated_alpha, **selected)
 
     def pair(
         self,

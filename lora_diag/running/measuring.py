@@ -27,7 +27,7 @@ ALONE = 3072**2
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DevicePlan:
     """The device of a computation.
 
     Args:
@@ -41,7 +41,7 @@ class Place:
     here: str
 
 
-def place(engine: Ray | None, device: str) -> Place:
+def plan_device(engine: Ray | None, device: str) -> DevicePlan:
     """Return the device; on a cluster it follows from the GPUs of its tasks.
 
     Raises:
@@ -50,13 +50,13 @@ def place(engine: Ray | None, device: str) -> Place:
     if engine is None:
         from lora_diag.linalg import resolve_device  # deferred: imports torch
 
-        return Place(device, resolve_device(device).type, device)
+        return DevicePlan(device, resolve_device(device).type, device)
     engine.check()
     kind = "cuda" if engine.gpus_per_task else "cpu"
     if device not in {"auto", kind}:
         fix = "add --gpus-per-task 1 for cuda" if kind == "cpu" else "with --gpus-per-task, leave out --device"
         raise UsageError(f"--device {device}: not the device of the cluster's tasks, {kind}; {fix}")
-    return Place(kind, kind, "auto" if kind == "cuda" else "cpu")
+    return DevicePlan(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
 def layout_of(
@@ -93,7 +93,7 @@ def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
     return words if isinstance(words, int) else read_bytes(words, "--memory")
 
 
-def _or_left_out(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
+def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
     """Measure one layer; if it does not fit into memory, return a record with that reason."""
     try:
         return measure(task)
@@ -137,7 +137,7 @@ def measure_layers(
     todo = [task for task in tasks if task.layer not in measured]
     left_out = list[LeftOut]()
     run = partial(run_ray, on=engine) if engine is not None else run_local
-    for records in _with_progress(run(partial(_or_left_out, measure), todo, layout, size), todo, watch):
+    for records in _with_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
         left_out += [record for record in records if isinstance(record, LeftOut)]
         kept.put(*(record for record in records if not isinstance(record, LeftOut)))
     return kept.end(sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason)))

@@ -67,7 +67,7 @@ class ProbeRun:
             InputError: A side cannot be read, or the adapter does not fit BASE.
             NothingComparedError: The sides have no weight in common.
         """
-        return compare(base, tuned, verify=self.options["verify"], given=alpha_option(self.options))
+        return compare(base, tuned, verify=self.options["verify"], stated_alpha=alpha_option(self.options))
 
     def describe(self, stored: Checkpoint) -> RunInput:
         """Return the description of BASE for the run record, if nothing is compared with it."""

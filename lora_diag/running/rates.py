@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Hashable, Iterable
 from typing import TypeVar
 
-What = TypeVar("What", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 
 # Upper limit of learning rates.
 MOST = 10.0
@@ -14,7 +14,7 @@ MOST = 10.0
 STEP = 10 / 3
 
 
-def lowest(runs: Iterable[tuple[What, float | None, float | None]]) -> dict[What, float]:
+def lowest(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, float]:
     """Return the learning rate with the lowest loss for each trained item; omit items that always diverged.
 
     Args:
@@ -23,7 +23,7 @@ def lowest(runs: Iterable[tuple[What, float | None, float | None]]) -> dict[What
     >>> lowest([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}
     """
-    found: dict[What, tuple[float, float]] = {}
+    found: dict[Key, tuple[float, float]] = {}
     for what, loss, lr in runs:
         if loss is not None and lr is not None:
             found[what] = min(found.get(what, (math.inf, 0.0)), (loss, lr))

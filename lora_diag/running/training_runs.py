@@ -29,7 +29,7 @@ from lora_diag.models.opening import Model
 from lora_diag.models.training import Training
 from lora_diag.records import RunInput, WholeRecord
 from lora_diag.running.engines import Ray, joined
-from lora_diag.running.measuring import place
+from lora_diag.running.measuring import plan_device
 from lora_diag.running.options import declared
 from lora_diag.running.probing import ProbeRun, described, pluralized
 from lora_diag.running.progress import ProgressReporter, RunRecords
@@ -323,7 +323,7 @@ class TrainRun(ProbeRun):
         with joined(on, cores) as has_gpus:
             if has_gpus and not on.gpus_per_task and device in {"auto", "cuda"}:
                 on = replace(on, gpus_per_task=1.0)
-            kind = place(on, device).kind
+            kind = plan_device(on, device).kind
             if kind == "cuda" and resolve_device("auto").type != "cuda":
                 raise UsageError(
                     "--engine ray: its tasks have GPUs and this machine has none, on which BASE is measured; start "

@@ -268,8 +268,8 @@ def test_layer_1_is_not_layer_11(tmp_path):
         close(merged[name], w0[name] + best(w1[name] - w0[name], layer), name)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert "model.layers.1.self_attn.q_proj" in config["target_modules"]  # layer 0 has none: "q_proj" would add it
-    again = lora_diag.extract(base, after, tmp_path / "again", ranks=tmp_path / "adapter" / "adapter_config.json")
-    assert {record.layer: record.rank for record in again} == ranks
+    repeated = lora_diag.extract(base, after, tmp_path / "again", ranks=tmp_path / "adapter" / "adapter_config.json")
+    assert {record.layer: record.rank for record in repeated} == ranks
 
 
 def test_rest_is_saved_in_full(tmp_path):

@@ -209,8 +209,8 @@ def test_plain_data_is_read_as_itself(tmp_path, protocol):
     raw = b"\0\xff" if protocol > 2 else 0  # before, bytes were a call of a codec
     value = [None, True, 2**70, -1.5, "é", raw, (), (1,), (1, 2, 3, 4), {"a": [1, {2: 3}]}, {1: (2, 3)}]
     assert load(pickle.dumps(value, protocol), tmp_path, "it") == value
-    again = load(pickle.dumps(nested, protocol), tmp_path, "it")
-    assert again[1] is again
+    repeated = load(pickle.dumps(nested, protocol), tmp_path, "it")
+    assert repeated[1] is repeated
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def test_checkpoints_survive_pickling_by_opening_again(tmp_path):
     for write in (sharded_safetensors, single_bin):
         checkpoint = open_checkpoint(write(tmp_path / write.__name__, weights(1)))
         checkpoint.read("lm_head.weight")
-        again = pickle.loads(pickle.dumps(checkpoint))
-        assert torch.equal(again.read("lm_head.weight"), checkpoint.read("lm_head.weight"))
+        repeated = pickle.loads(pickle.dumps(checkpoint))
+        assert torch.equal(repeated.read("lm_head.weight"), checkpoint.read("lm_head.weight"))
 
 
 def test_link_into_hub_cache_is_fine(tmp_path):

@@ -162,8 +162,8 @@ def test_parts_may_lie_in_other_shards_and_in_torch_files(tmp_path):
     for suffix in ("safetensors", "bin"):
         checkpoint = open_checkpoint(save_sharded(tmp_path / suffix, tensors, shards=4, suffix=suffix))
         assert list(checkpoint) == [W]
-        again = pickle.loads(pickle.dumps(checkpoint))
-        np.testing.assert_allclose(as_numpy(again.read(W)), expected.reshape(-1), rtol=3e-7)
+        repeated = pickle.loads(pickle.dumps(checkpoint))
+        np.testing.assert_allclose(as_numpy(repeated.read(W)), expected.reshape(-1), rtol=3e-7)
 
 
 @pytest.mark.parametrize(

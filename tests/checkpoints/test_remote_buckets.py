@@ -97,9 +97,9 @@ def test_only_header_and_tensor_are_read(bucket, monkeypatch):
     asked = []
     original = BucketStore.read_range
 
-    def counted(self, address, start, buffer, facts):
+    def counted(self, address, start, buffer, file_info):
         asked.append((address, start, len(buffer)))
-        return original(self, address, start, buffer, facts)
+        return original(self, address, start, buffer, file_info)
 
     monkeypatch.setattr(BucketStore, "read_range", counted)
     spectrum("s3://models/base", "s3://models/tuned", layers=r"layers\.2\.")
@@ -163,7 +163,7 @@ def test_failures_of_bucket(bucket, monkeypatch):
         return ClientError({"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": code}}, "GetObject")
 
     store = locate("s3://models/base/model.safetensors").store
-    facts = store.facts("s3://models/base/model.safetensors")
+    file_info = store.file_info("s3://models/base/model.safetensors")
     client = type("Client", (), {})()
 
     async def get_s3(bucket):
@@ -180,7 +180,7 @@ def test_failures_of_bucket(bucket, monkeypatch):
     ):
         client.get_object = refusing(error)
         with pytest.raises(kind, match=says):
-            store.read_range("s3://models/base/model.safetensors", 0, memoryview(bytearray(8)), facts)
+            store.read_range("s3://models/base/model.safetensors", 0, memoryview(bytearray(8)), file_info)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_failures_of_bucket(bucket, monkeypatch):
 def test_store_that_lies(bucket, monkeypatch, change, says):
     address = "s3://models/base/model.safetensors"
     store = locate(address).store
-    facts = store.facts(address)
+    file_info = store.file_info(address)
 
     class Body:
         content = change.get("content", b"12345678")
@@ -213,9 +213,9 @@ def test_store_that_lies(bucket, monkeypatch, change, says):
 
     async def get_object(**words):
         return {
-            "ContentRange": f"bytes 0-7/{facts.size}",
+            "ContentRange": f"bytes 0-7/{file_info.size}",
             "ContentLength": 8,
-            "ETag": facts.version,
+            "ETag": file_info.version,
             "Body": Body(),
         } | change
 
@@ -224,7 +224,7 @@ def test_store_that_lies(bucket, monkeypatch, change, says):
 
     monkeypatch.setattr(store._fs, "get_s3", get_s3)
     with pytest.raises((InputError, TransientError), match=says):
-        store.read_range(address, 0, memoryview(bytearray(8)), facts)
+        store.read_range(address, 0, memoryview(bytearray(8)), file_info)
 
 
 # Google's, played by a file system in memory: gcsfs itself was not tried.

@@ -5,7 +5,7 @@ import torch
 
 from lora_diag.checkpoints import open_checkpoint, ranges
 from lora_diag.checkpoints.ranges import fill
-from lora_diag.checkpoints.stores import Facts
+from lora_diag.checkpoints.stores import FileInfo
 from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, large, save_large
 from tests.messages import raises_naming
@@ -99,7 +99,7 @@ def test_header_that_is_less_than_asked_for_is_refused_at_once(web):
 
 def test_range_beyond_end_is_not_requested():
     with raises_naming(InputError, "byte 10", "header"):
-        fill(None, "a", memoryview(bytearray(5)), 6, Facts(10, "version"))
+        fill(None, "a", memoryview(bytearray(5)), 6, FileInfo(10, "version"))
 
 
 def test_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):

@@ -60,9 +60,9 @@ def test_config_records_and_json_agree(loradiag, measured, tmp_path):
     assert [record["record"] for record in ran.records].count("certificate") == 1
     assert loradiag("allocate", measured, "--energy", "0.5", "-o", "a.jsonl", "-q").out == ""
     assert (tmp_path / "a.jsonl").read_text() == ran.out
-    again = loradiag("inspect", "a.jsonl").out
+    repeated = loradiag("inspect", "a.jsonl").out
     live = loradiag("allocate", measured, "--energy", "0.5").out
-    assert again.strip() == live[: live.index("Next")].strip()
+    assert repeated.strip() == live[: live.index("Next")].strip()
 
 
 def test_next_command_extracts_these_ranks(loradiag, measured):

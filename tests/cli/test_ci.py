@@ -160,8 +160,8 @@ def test_action_measures_judges_and_reports(shell, repository):
     assert (repository / found["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "| " in (repository / "summary.md").read_text(encoding="utf-8")
     (repository / "gates" / "strict.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
-    code, again = action(shell, repository, POLICY="gates/strict.toml", RESULTS=found["results"])
-    assert (code, again["verdict"], again["key"]) == (1, "failed", found["key"])
+    code, repeated = action(shell, repository, POLICY="gates/strict.toml", RESULTS=found["results"])
+    assert (code, repeated["verdict"], repeated["key"]) == (1, "failed", found["key"])
     code, other = action(shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=found["results"])
     assert (code, other["verdict"], other["report"]) == (2, "error", "")
     assert other["key"] != found["key"]

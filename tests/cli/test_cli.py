@@ -39,8 +39,8 @@ def test_json_is_records_and_nothing_else_and_equals_file(loradiag, pair_of_mode
 def test_inspect_shows_results_file_again(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     live = loradiag("spectrum", base, tuned, "-o", "r.jsonl").out
-    again = loradiag("inspect", "r.jsonl").out
-    assert again.strip() == live[: live.index("Next")].strip()
+    repeated = loradiag("inspect", "r.jsonl").out
+    assert repeated.strip() == live[: live.index("Next")].strip()
     assert "model.layers.1.mlp.up_proj" in loradiag("inspect", "r.jsonl", "--per", "layer").out
     assert loradiag("inspect", "r.jsonl", "--json").records[0]["record"] == "run"
 
@@ -225,8 +225,8 @@ def test_next_is_command_that_was_typed(loradiag, pair_of_models, tmp_path):
     ran = loradiag("spectrum", "my models/base", "tuned", "--top", "3", "--layers", "q_proj|k_proj", env=wide)
     line = "loradiag spectrum 'my models/base' tuned --top 3 --layers 'q_proj|k_proj' -o results.jsonl"
     assert line in ran.out
-    again = loradiag(*shlex.split(line)[1:], env=wide)
-    assert again.code == 0
+    repeated = loradiag(*shlex.split(line)[1:], env=wide)
+    assert repeated.code == 0
     ran = loradiag("spectrum", "--", "my models/base", "tuned", env=wide)
     assert "loradiag spectrum -o results.jsonl -- 'my models/base' tuned" in ran.out
     ran = loradiag("spectrum", "my models/base", "tuned", "-o", "a b.jsonl", env=wide)

@@ -102,9 +102,9 @@ def test_json_equals_file_and_inspect_shows_it(loradiag, results, policy, tmp_pa
     verdicts = [record for record in ran.records if record["record"] == "verdict"]
     assert {v["layer"] for v in verdicts if v["rule"] == "drift"} == set(LAYERS)
     live = loradiag("gate", name, "r.jsonl").out
-    again = loradiag("inspect", "v.jsonl")
-    assert again.code == 0
-    assert again.out.strip() == live[: live.index("Next")].strip()
+    repeated = loradiag("inspect", "v.jsonl")
+    assert repeated.code == 0
+    assert repeated.out.strip() == live[: live.index("Next")].strip()
 
 
 def test_verdicts_can_be_judged_themselves(loradiag, results, policy, tmp_path):

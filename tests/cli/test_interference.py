@@ -68,8 +68,8 @@ def test_interrupted_run_goes_on(loradiag, tmp_path):
     lines = text.splitlines(keepends=True)
     for cut in (3, 6):
         (tmp_path / "i.jsonl").write_text("".join(lines[:cut]))
-        again = loradiag(*words, "--resume")
-        assert again.code == 0, again.err
+        repeated = loradiag(*words, "--resume")
+        assert repeated.code == 0, repeated.err
         assert (tmp_path / "i.jsonl").read_text() == text
 
 

@@ -39,8 +39,8 @@ def test_json_is_file_and_inspect_shows_it_again(loradiag, inputs, tmp_path):
     assert ran.code == 0
     assert ran.out == (tmp_path / "o.jsonl").read_text()
     assert {record["record"] for record in ran.records} == {"run", "overlap", "left_out", "end"}
-    again = loradiag("inspect", "o.jsonl", env={"COLUMNS": "140"}).out
-    assert again.strip() == overlap_table(read_results(tmp_path / "o.jsonl"), 140).strip()
+    repeated = loradiag("inspect", "o.jsonl", env={"COLUMNS": "140"}).out
+    assert repeated.strip() == overlap_table(read_results(tmp_path / "o.jsonl"), 140).strip()
 
 
 def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):

@@ -76,8 +76,8 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
     for word in ("attn.c_attn", "E‖x‖²", "directions", "96 tokens", "Left out", "--activations a.safetensors"):
         assert word in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80 + len(str(base))
-    again = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
-    assert (again.code, "--overwrite" in again.err) == (2, True)
+    repeated = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
+    assert (repeated.code, "--overwrite" in repeated.err) == (2, True)
 
 
 def test_outputs_state_losses_first_and_missing_yardstick(loradiag, pair, tmp_path):
@@ -87,8 +87,8 @@ def test_outputs_state_losses_first_and_missing_yardstick(loradiag, pair, tmp_pa
     assert ran.code == 0
     for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Reference", "Interpretation"):
         assert word in ran.out
-    again = loradiag("inspect", "o.jsonl").out
-    assert again.strip() == ran.out[: ran.out.index("Next")].strip()
+    repeated = loradiag("inspect", "o.jsonl").out
+    assert repeated.strip() == ran.out[: ran.out.index("Next")].strip()
     rule = '[[rule]]\nname = "kept"\nrequire = "probe.kept >= {}"\nwhere = {{ subject = "adapter" }}\n'
     for limit, code in ((-1e6, 0), (1e6, 1)):
         (tmp_path / "policy.toml").write_text(rule.format(limit))
@@ -105,8 +105,8 @@ def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp
     for word in ("min to max", "lr 0.01", "On english", "Rates", "all runs have the"):
         assert word in ran.out
     assert "loradiag plan" in ran.out or "adds seeds" in ran.out  # as the losses of this version of torch have it
-    again = loradiag("inspect", "s.jsonl").out
-    assert again.strip() == ran.out[: ran.out.index("Next")].strip()
+    repeated = loradiag("inspect", "s.jsonl").out
+    assert repeated.strip() == ran.out[: ran.out.index("Next")].strip()
     wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
 

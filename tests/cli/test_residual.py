@@ -35,8 +35,8 @@ def test_table_adapter_and_summary(loradiag, tmp_path):
 def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
     words = "residual", BASE, TUNED, R4, "--layers", r"layers\.0"
     shown = loradiag(*words, "-o", "r.jsonl").out
-    again = loradiag("inspect", "r.jsonl").out
-    assert again == shown[: shown.index("\nNext ")] + "\n"
+    repeated = loradiag("inspect", "r.jsonl").out
+    assert repeated == shown[: shown.index("\nNext ")] + "\n"
     assert loradiag(*words, "--json").out == (tmp_path / "r.jsonl").read_text()
     assert "layers.0.mlp.up_proj " in loradiag("inspect", "r.jsonl", "--per", "layer", env={"COLUMNS": "140"}).out
 

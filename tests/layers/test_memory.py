@@ -10,7 +10,7 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.interference import measure as interference
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Update
 from lora_diag.diagnostics.intruders import measure as intruders
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.running.inputs import compare
@@ -47,7 +47,7 @@ def needed_and_measured(what, base, *updates):
         settings = intruders.IntruderSettings()
         return intruders.most_bytes(deltas[0], settings), lambda: intruders.intruders(deltas[0], settings)
     settings = InterferenceSettings(weights=(1.0, 1.0))
-    task = Several(NAME, deltas[0].shape, tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
+    task = LayerUpdates(NAME, deltas[0].shape, tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
     return interference.most_bytes(task, settings), lambda: interference.interference(task, settings)
 
 
@@ -98,7 +98,7 @@ def test_way_out_of_ties_is_told_where_it_is_one():
     deltas = [
         next(d for d in compare(SAMPLE / name, None).pairing.deltas if d.is_matrix) for name in ("lora_r4", "lora_r16")
     ]
-    task = Several(NAME, (40000, 8000), tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
+    task = LayerUpdates(NAME, (40000, 8000), tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
     settings = InterferenceSettings(weights=(1.0, 1.0), memory=10**9)
     said = (
         "the entries of its updates, for TIES, take 5.3 GB; give 4.3 GB more .* or --density 0, which leaves out TIES"

@@ -300,8 +300,8 @@ def test_command_says_in_which_metric_it_measured(pair, tmp_path, loradiag):
     assert "E‖ΔW x‖²" in ran.out
     assert "‖ΔW·C^½‖/‖W·C^½‖" in ran.out
     assert "without activations: " in ran.out
-    again = loradiag("inspect", "r.jsonl")
-    assert "E‖ΔW x‖²" in again.out
+    repeated = loradiag("inspect", "r.jsonl")
+    assert "E‖ΔW x‖²" in repeated.out
     assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"
 
 

@@ -205,10 +205,10 @@ def test_shifted_set_is_asked_apart():
     assert_names(more[1].do, "r=16", "other", "r=4", "own")
     assert more[1].command == "loradiag plan 'my base' --ranks 4,16"
     assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
-    again = sweep({4: 2.1, 8: 2.2}, own=2.0, shifted={4: 2.1, 8: 2.2})
+    repeated = sweep({4: 2.1, 8: 2.2}, own=2.0, shifted={4: 2.1, 8: 2.2})
     other = RunInput(role="shifted", path="other.txt", kind="", tensors=1)
-    again = replace(again, run=again.run.model_copy(update={"inputs": (*again.run.inputs, other)}))
-    assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(again))[0].command
+    repeated = replace(repeated, run=repeated.run.model_copy(update={"inputs": (*repeated.run.inputs, other)}))
+    assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(repeated))[0].command
 
 
 def test_truncation_names_rank_that_ships_fine_tune_itself():

@@ -265,10 +265,10 @@ def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocati
             uniform_kept=_kept(curve, other) if member.fro > 0 else None,
             group=part.group,
             source=member.source,
-            fisher=None if part.losses is None else _at(part.losses[place], rank),
+            fisher=None if part.losses is None else _at(part.losses[position], rank),
         )
         for part, rank, other in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
-        for place, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
+        for position, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
     ]
 
 

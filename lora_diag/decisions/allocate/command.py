@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, check_outputs, line, result, terminal
+from lora_diag.cli.output import check_outputs, line, rerun_command, result, terminal
 from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.errors import UsageError
 from lora_diag.running.options import INPUTS, OUTPUT, RSLORA, SWEEP, UNFINISHED, Option, filled, plain
@@ -113,13 +113,12 @@ def rank_rules(
 def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:
     """Return the suggested next command, quoted for a shell."""
     if output is None:
-        return f"{again('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
+        return f"{rerun_command('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
         config = f"train with peft.LoraConfig.from_pretrained({str(output.parent)!r})"
         base = next((side.path for side in allocation.run.inputs if side.role == "base"), None)
-        unchecked = (
-            f"; PEFT ignores names that the model in memory lacks, so check once: {again('--check', base or 'BASE')}"
-        )
+        checked = rerun_command("--check", base or "BASE")
+        unchecked = f"; PEFT ignores names that the model in memory lacks, so check once: {checked}"
         return config if check is not None else config + unchecked
     if output.suffix != ".jsonl" and output.suffix != ".json":
         return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"

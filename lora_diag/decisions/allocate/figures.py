@@ -133,11 +133,11 @@ def _rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) 
     needed = max(width_of(text, size) for text in texts) + 2 * pad
     scale = max(item.bound, *(kept for _, kept, *_ in rules)) or 1.0
     ax.set_xlim(0, scale * inches / max(inches - needed, 0.2 * inches))
-    for place, (text, (_, kept, _, color)) in enumerate(zip(texts, rules, strict=True)):
-        ax.barh(place, kept, height=0.66, color=color, lw=0)
+    for position, (text, (_, kept, _, color)) in enumerate(zip(texts, rules, strict=True)):
+        ax.barh(position, kept, height=0.66, color=color, lw=0)
         ax.annotate(
             text,
-            (scale, place),
+            (scale, position),
             xytext=(72 * pad, 0),
             textcoords="offset points",
             va="center",

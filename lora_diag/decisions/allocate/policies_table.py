@@ -57,7 +57,7 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
         sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
         head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
         lines.append(make_statement("disagree", "Disagreement", head, *sentences))
-    if noisy := [record for record in records if _beyond_signal(record)]:
+    if noisy := [record for record in records if _exceeds_signal(record)]:
         needs = (
             f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
             "noise"
@@ -76,6 +76,6 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
     return lines
 
 
-def _beyond_signal(record: Policies) -> bool:
+def _exceeds_signal(record: Policies) -> bool:
     energy, signal = record.ranks["energy 90%"], record.ranks["signal"]
     return energy is not None and signal is not None and energy > signal

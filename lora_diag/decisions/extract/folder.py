@@ -19,7 +19,7 @@ from lora_diag.files import check_folder_of, lock, sync, write_whole
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
-OURS = frozenset({WEIGHTS, CONFIG, CARD, RECORDS, *(layout.file for layout in LAYOUTS.values())})
+OWN_FILES = frozenset({WEIGHTS, CONFIG, CARD, RECORDS, *(layout.file for layout in LAYOUTS.values())})
 
 
 class OutputFolder:
@@ -44,8 +44,8 @@ class OutputFolder:
     """
 
     records_name: ClassVar[str] = RECORDS
-    ours: ClassVar[frozenset[str]] = OURS
-    what: ClassVar[str] = "an extraction"
+    own_files: ClassVar[frozenset[str]] = OWN_FILES
+    description: ClassVar[str] = "an extraction"
 
     def __init__(self, final: Path, inputs: Sequence[Path | str], overwrite: bool, resume: bool) -> None:
         check_folder_of(final)
@@ -69,7 +69,8 @@ class OutputFolder:
         if self.work.exists() and not resume:
             if not overwrite:
                 raise UsageError(
-                    f"{self.work}: holds {self.what} that did not finish; continue it with --resume, or delete it"
+                    f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete "
+                    "it"
                 )
             self._check_ours(self.work)
 
@@ -90,9 +91,11 @@ class OutputFolder:
         """
         names = {path.name for path in folder.iterdir()}
         if not names & {self.records_name, FACTORS}:
-            raise UsageError(f"{folder}: is not {self.what}, so it is not replaced; choose another folder")
-        if foreign := sorted(names - self.ours - {FACTORS, SPECTRA, f"{self.records_name}.part"}):
-            raise UsageError(f"{folder}: holds {foreign[0]}, which is not a file of {self.what}; choose another folder")
+            raise UsageError(f"{folder}: is not {self.description}, so it is not replaced; choose another folder")
+        if foreign := sorted(names - self.own_files - {FACTORS, SPECTRA, f"{self.records_name}.part"}):
+            raise UsageError(
+                f"{folder}: holds {foreign[0]}, which is not a file of {self.description}; choose another folder"
+            )
 
     @property
     def records(self) -> Path:
@@ -152,7 +155,7 @@ class OutputFolder:
             if complete:
                 shutil.rmtree(self.work / FACTORS, ignore_errors=True)
             self.spectra.unlink(missing_ok=True)
-            for name in self.ours:
+            for name in self.own_files:
                 for left in self.work.glob(f".{name}.[0-9]*"):
                     left.unlink()  # half-written when an earlier process was killed (files.replacing)
             if self.final.exists():

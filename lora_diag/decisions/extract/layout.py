@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.adapters.source import Given
+from lora_diag.adapters.source import StatedAlpha
 from lora_diag.adapters.writing import CAUSAL, Described, Part, Value, write_adapter
 from lora_diag.adapters.writing_check import check_written
-from lora_diag.adapters.writing_targets import TRIED_MODELS, Model, Target, names_in_memory
+from lora_diag.adapters.writing_targets import VERIFIED_MODELS, Model, Target, names_in_memory
 from lora_diag.adapters.writing_unfactored import can_be_saved, full_values
 from lora_diag.checkpoints import Checkpoint, locate
 from lora_diag.decisions.extract.measure import left_out_matrix
@@ -48,7 +48,7 @@ class Plan:
 
     def notes(self) -> tuple[str, ...]:
         """Return notes for users of the adapter."""
-        untried = self.model.type and self.model.type not in TRIED_MODELS and not self.model.has_names_in_memory
+        untried = self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory
         note = (
             f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
             "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
@@ -134,7 +134,12 @@ def _with_owners(module: str) -> Iterator[str]:
 
 
 def plan(
-    base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool, portable: bool = False, given: Given = None
+    base: Checkpoint,
+    tuned: Path | str,
+    pairing: Pairing,
+    save: bool,
+    portable: bool = False,
+    stated_alpha: StatedAlpha = None,
 ) -> Plan:
     """Decide on the treatment of all tensors.
 
@@ -144,12 +149,12 @@ def plan(
         pairing: The compared tensors.
         save: Whether to store tensors without factors in full.
         portable: Whether only matrices that all programs scale equally get factors.
-        given: α of an adapter whose files give none.
+        stated_alpha: α of an adapter whose files give none.
 
     Raises:
         InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
-    own = names_in_memory(open_adapter(locate(tuned), given), base) if is_adapter(locate(tuned)) else {}
+    own = names_in_memory(open_adapter(locate(tuned), stated_alpha), base) if is_adapter(locate(tuned)) else {}
     model = Model(base, own)
     resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
     targets: dict[str, Target] = {}

@@ -16,7 +16,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results, is_results_file
 
-WAYS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
+RANK_OPTIONS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class RankRule:
         """
         given = [value for value in (self.rank, self.energy, self.params, self.allocation) if value is not None]
         if len(given) + self.signal != 1:
-            raise UsageError(f"extract: ranks need exactly one option; give {WAYS}")
+            raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
         if self.energy is not None and not 0 < self.energy <= 1:

@@ -127,7 +127,7 @@ def extract(
     compared = run.compare(base, tuned)
     if recover and not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.given)
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.stated_alpha)
     check_layout(form, [_placed(target) for target in planned.targets.values()], planned.base)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
@@ -168,7 +168,7 @@ def extract(
     def finish(results: Results[Extraction]) -> None:
         if not results.layers:
             folder.discard()
-            raise _nothing(tuned, results)
+            raise _no_factors_error(tuned, results)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
             _write(planned, folder, results, files, name, form)
@@ -251,7 +251,7 @@ def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSetti
     return (factor(task, settings, partial(store_factors, files[task.layer])),)
 
 
-def _nothing(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
+def _no_factors_error(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
     """Return the error for an extraction without factors."""
     if results.non_finite:
         bad = results.non_finite[0]

@@ -94,7 +94,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
         for name, group in rows_of(results, "type")
     ]
     missing = [f"- {line}" for line in _missing(results, tip="")]
-    in_full = [f"- {line}" for line in _in_full(results)]
+    in_full = [f"- {line}" for line in _full_tensors(results)]
     made = any(record.estimated for record in results)
     library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
     return "\n".join(
@@ -109,8 +109,8 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             "",
             f"# LoRA adapter extracted from {_code(subject(results.run))}",
             "",
-            f"The {_what(results)} of ΔW = W_tuned − W_base, {len(results)} weights of {_code(base_name)}, rank "
-            f"{span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
+            f"The {_compared_text(results)} of ΔW = W_tuned − W_base, {len(results)} weights of {_code(base_name)}, "
+            f"rank {span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
             f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of ε = "
             f"{number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
             f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
@@ -132,7 +132,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     )
 
 
-def _what(results: Results[Extraction]) -> str:
+def _compared_text(results: Results[Extraction]) -> str:
     weighted = any(record.data for record in results)
     return "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
 
@@ -170,11 +170,11 @@ def _written_lines(results: Results[Extraction], folder: str | None) -> list[str
     more = f" ({tables} of them embeddings)" if tables else ""
     return [
         f"{to}{len(results)} weights{more}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}",
-        *_in_full(results),
+        *_full_tensors(results),
     ]
 
 
-def _in_full(results: Results[Extraction]) -> list[str]:
+def _full_tensors(results: Results[Extraction]) -> list[str]:
     """State what is stored in full, and how to prepare the base model before loading."""
     rows: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
     resized = set()
@@ -200,7 +200,9 @@ def _errors(results: Results[Extraction]) -> list[str]:
     if any(record.data for record in results):
         lines += _errors_on_data(results)
     else:
-        lines.append(f"within {_up(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)")
+        lines.append(
+            f"within {_upper_bound(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)"
+        )
         if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
             lines.append(f"rounding to {results.layers[0].dtype} adds {number(epsilon - truncated)} of that")
     if len(results) > 1:
@@ -229,7 +231,7 @@ def _errors_on_data(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _up(value: float) -> str:
+def _upper_bound(value: float) -> str:
     """Return an upper bound with one digit, rounded up, from 1e-6 on.
 
     >>> _up(1.23e-5), _up(2e-3), _up(-1e-17)

@@ -26,11 +26,11 @@ class Stored:
             found = subjects(kind, self.source) if self.source.holds(kind) else []
             self.subjects[kind] = {}
             for subject in found:
-                place = (subject.layer, *subject.key)
+                key = (subject.layer, *subject.key)
                 # With two records in one place it is undefined which one a new record is compared with.
-                twice = place in self.subjects[kind] and subject.record is not None
+                twice = key in self.subjects[kind] and subject.record is not None
                 ambiguous = replace(subject, record=None, why="several records of it, told apart by nothing")
-                self.subjects[kind][place] = ambiguous if twice else subject
+                self.subjects[kind][key] = ambiguous if twice else subject
         return self.subjects[kind]
 
     def value(self, field: Field, subject: Subject, floor: str) -> tuple[float | None, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, check_outputs, line, message, result, terminal
+from lora_diag.cli.output import check_outputs, line, message, rerun_command, result, terminal
 from lora_diag.decisions.gate.options import GateOptions
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, SARIF, write_whole
@@ -220,5 +220,5 @@ def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     if outcome(results.whole) != "passed" and given:
         return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the measured values)"
     if output is None:
-        return f"{again('-o', 'verdicts.jsonl')}   (saves these verdicts)"
+        return f"{rerun_command('-o', 'verdicts.jsonl')}   (saves these verdicts)"
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"

@@ -24,7 +24,7 @@ LAYER_KINDS = frozenset(name for name, kind in KINDS.items() if issubclass(kind,
 
 # Fields of the stored bytes or of the run, independent of the rounding of the update. Every other field of a record
 # with a ``resolution`` describes the update, and is doubtful where the files do not resolve it.
-ABOUT_THE_FILES = frozenset(
+FILE_FIELDS = frozenset(
     {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "dtype", "fro", "gradient_fro"}
     | {"layer", "method", "params", "rank", "relative", "resolution", "role", "source", "step", "verdict"}
 )
@@ -56,7 +56,7 @@ class Field:
     @property
     def doubtful_at_floor(self) -> bool:
         """Whether the value may be due to rounding of the files."""
-        return self.path[0] not in ABOUT_THE_FILES
+        return self.path[0] not in FILE_FIELDS
 
     def of(self, record: Record) -> float | str | bool | None:
         """Return the value in a record; None if it is null or the record does not have the key."""

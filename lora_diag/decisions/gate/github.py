@@ -10,7 +10,15 @@ import re
 from typing import Any
 
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.summary import by_rule, headline, measured, place, policy_file, verdicts_of, why
+from lora_diag.decisions.gate.summary import (
+    by_rule,
+    headline,
+    measured,
+    policy_file,
+    shared_description,
+    subject_name,
+    verdicts_of,
+)
 from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 
@@ -41,9 +49,10 @@ def _annotation(kind: str, found: list[Verdict], policy: str | None) -> str:
     """Return the annotation of one rule: its worst layers, the number of others, and the fix."""
     worst = found[0]
     where = f"file={_property(policy)},line={worst.line}," if worst.line and policy else ""
-    layers = [f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in found[:WORST]]
+    layers = [f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in found[:WORST]]
     more = f"; and {len(found) - WORST} more" if len(found) > WORST else ""
-    text = f"{'; '.join(layers)}{more}. Allowed: {worst.allowed}. {why(found) if worst.message else ''}".rstrip()
+    description = shared_description(found) if worst.message else ""
+    text = f"{'; '.join(layers)}{more}. Allowed: {worst.allowed}. {description}".rstrip()
     return f"::{kind} {where}title={_property(f'loradiag gate: {worst.rule}')}::{_data(safe(text))}"
 
 
@@ -69,7 +78,7 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     """Return a step summary in Markdown of at most ``room`` bytes; the rest is counted."""
     head = f"## loradiag gate: {cell(headline(results))}\n\n"
     lines = [
-        f"- **{cell(rule)}** {status}: {cell(why(found))}\n"
+        f"- **{cell(rule)}** {status}: {cell(shared_description(found))}\n"
         for status in ("failed", "inconclusive", "warned", "waived")
         for rule, found in by_rule(results, status)
     ]
@@ -88,7 +97,7 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
 
 
 def _row(verdict: Verdict) -> str:
-    cells = (verdict.status, verdict.rule, place(verdict), measured(verdict), verdict.allowed)
+    cells = (verdict.status, verdict.rule, subject_name(verdict), measured(verdict), verdict.allowed)
     return f"| {' | '.join(map(cell, cells))} |\n"
 
 

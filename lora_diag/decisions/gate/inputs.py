@@ -29,7 +29,7 @@ def judge_inputs(
         for present in source.present:
             yield _is_current(source, present)
         if most_age is not None:
-            yield _is_young(source, most_age, now)
+            yield _is_recent(source, most_age, now)
     for present in unmatched:
         text = f"no results are of it: its fingerprint is {present.now}; measure it"
         yield _verdict(f"--for {present.path}", "none", "results of it", "inconclusive", text)
@@ -50,7 +50,7 @@ def _is_current(source: Source, present: Present) -> Verdict:
     return _verdict(f"{present.role} {present.path}", measured, "unchanged since measured", status, message)
 
 
-def _is_young(source: Source, most: timedelta, now: datetime) -> Verdict:
+def _is_recent(source: Source, most: timedelta, now: datetime) -> Verdict:
     made, allowed = source.results.run.made, f"made within {shown(most)}"
     if not made:
         text = "does not say when it was made: measure again"

@@ -148,7 +148,7 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
 
     found = [find_value(subject) for subject in _selected(policy, rule, field, sources)]
     if not found:
-        return [_nothing(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
+        return [_empty_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
     if rule.require.per_layer:
         return _each(policy, rule, found, waivers)
     groups = groupby(found, key=lambda finding: finding.subject.group)
@@ -160,7 +160,7 @@ def _judge_regression(
 ) -> list[Verdict]:
     allowed = f"{demand.field} not {demand.worse} than in the baseline"
     if stored is None:
-        return [_nothing(demand, allowed, "no baseline was given: --baseline FILE")]
+        return [_empty_verdict(demand, allowed, "no baseline was given: --baseline FILE")]
     field, missing = _field(policy, demand, sources, allowed)
     if field is None:
         return missing
@@ -177,7 +177,7 @@ def _judge_regression(
 
     found = [find_value(subject) for subject in _selected(policy, demand, field, sources)]
     if not found:
-        return [_nothing(demand, allowed, f"selects no layer with a {field.kind} record")]
+        return [_empty_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
     return _each(policy, demand, found, waivers)
 
 
@@ -198,7 +198,7 @@ def _field(
         return there[0], []
     kinds = " or ".join(field.kind for field in candidates)
     commands = " or ".join(dict.fromkeys(command_for(field.kind) for field in candidates))
-    return None, [_nothing(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
+    return None, [_empty_verdict(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
 
 
 def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence[Source]) -> list[Subject]:
@@ -250,7 +250,7 @@ def _each(policy: Policy, demand: Criterion, found: list[Finding], waivers: Waiv
             status = "passed" if finding.ok else "failed"
         verdicts.append(waivers.apply(_verdict(demand, finding, status)))
     if not any(finding.ok is not None for finding in found) and not any(v.status == "waived" for v in verdicts):
-        verdicts.append(_nothing(demand, found[0].allowed, why))
+        verdicts.append(_empty_verdict(demand, found[0].allowed, why))
     return verdicts
 
 
@@ -326,5 +326,5 @@ def _verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
     )
 
 
-def _nothing(demand: Criterion, allowed: str, why: str) -> Verdict:
+def _empty_verdict(demand: Criterion, allowed: str, why: str) -> Verdict:
     return _verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, why), "inconclusive")

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.summary import measured, place, weights_of
+from lora_diag.decisions.gate.summary import measured, subject_name, weights_of
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import safe
@@ -70,12 +70,12 @@ def _message(found: Sequence[Verdict]) -> str:
     first = found[0]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     text = f": {safe(first.message)}" if first.message else ""
-    return f"{place(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{text}"
+    return f"{subject_name(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{text}"
 
 
 def _details(found: Sequence[Verdict]) -> str:
     lines = [
-        f"{place(v)}: {v.status}, measured {measured(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
+        f"{subject_name(v)}: {v.status}, measured {measured(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
         for v in found[:NAMED]
     ]
     return "\n".join([*lines, *([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])])

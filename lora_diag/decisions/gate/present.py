@@ -71,7 +71,7 @@ def _present(source: Source, shipped: dict[str, tuple[str, bool]]) -> list[Prese
             why = f"{legible(others[0])} is not what was measured as {given.path}"
             states.append(_state(given, shipped[others[0]][0], "changed", why))
         else:
-            states.append(_where_it_was(given))
+            states.append(_state_at_path(given))
     return states
 
 
@@ -79,7 +79,7 @@ def _is(given: RunInput, adapter: bool) -> bool:
     return given.role == "reference" or (given.role == "adapter") == adapter
 
 
-def _where_it_was(given: RunInput) -> Present:
+def _state_at_path(given: RunInput) -> Present:
     """Compare an input with the file at its path; addresses and Hub ids are not accessed."""
     if not os.path.exists(given.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
         return _state(given, "", "unknown", "is not at the path it had, so nothing was compared; --for PATH names it")

@@ -39,8 +39,10 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         policy = Policy.model_validate(tomllib.loads(content))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        place = f"line {at[1]}" if at else f"line {content.count(chr(10)) + 1}"
-        raise UsageError(f"{path}: {place}: is not valid TOML: {str(error)[: at.start() if at else None]}") from error
+        location = f"line {at[1]}" if at else f"line {content.count(chr(10)) + 1}"
+        raise UsageError(
+            f"{path}: {location}: is not valid TOML: {str(error)[: at.start() if at else None]}"
+        ) from error
     except ValidationError as error:
         where, text = _describe_error(error)
         raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
@@ -61,17 +63,17 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
 def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     """Return the position and description of the first error."""
     first = error.errors()[0]
-    place, given, details = first["loc"], quoted(first["input"]), first.get("ctx", {})
-    key = next(step for step in reversed(("", *place)) if isinstance(step, str))
+    location, given, details = first["loc"], quoted(first["input"]), first.get("ctx", {})
+    key = next(step for step in reversed(("", *location)) if isinstance(step, str))
     match first["type"]:
         case "missing":
-            return place, f"{place[0]}: '{key}' is missing"
+            return location, f"{location[0]}: '{key}' is missing"
         case "literal_error":
-            return place, f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {given}"
+            return location, f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {given}"
         case "list_type":
-            return place, f"{key} is a list of tables: write [[{key}]], not {given}"
+            return location, f"{key} is a list of tables: write [[{key}]], not {given}"
         case "model_type":
-            what = f"a list of tables: write [[{key}]]" if isinstance(place[-1], int) else f"a table, [{key}]"
-            return place, f"{key} is {what}, not {given}"
+            what = f"a list of tables: write [[{key}]]" if isinstance(location[-1], int) else f"a table, [{key}]"
+            return location, f"{key} is {what}, not {given}"
     cause = details.get("error")
-    return (*place, *cause.place) if isinstance(cause, PlacedError) else place, str(cause or first["msg"])
+    return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(cause or first["msg"])

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.summary import measured, place, policy_file, verdicts_of, weights_of
+from lora_diag.decisions.gate.summary import measured, policy_file, subject_name, verdicts_of, weights_of
 from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 from lora_diag.version import __version__
@@ -48,7 +48,9 @@ def _allowed(found: list[Verdict], rule: str) -> str:
 
 def _result(verdict: Verdict, index: int, policy: str | None) -> dict[str, Any]:
     sentence = f" {verdict.message}" if verdict.message else ""
-    text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{sentence}"
+    text = (
+        f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{sentence}"
+    )
     location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": safe(verdict.layer or "all layers")}]}
     if policy is not None:
         region = {"startLine": verdict.line or 1}

@@ -59,7 +59,7 @@ def _side(value: float, limit: float) -> int:
     return (value > limit) - (value < limit)
 
 
-def place(verdict: Verdict) -> str:
+def subject_name(verdict: Verdict) -> str:
     """Return the subject of a verdict."""
     if verdict.rule == "inputs" and verdict.group:
         return safe(verdict.group)
@@ -93,7 +93,7 @@ def _how_many(verdicts: Sequence[Verdict]) -> str:
     return f"{len(rules)} {'rule' if len(rules) == 1 else 'rules'}{on}"
 
 
-def why(verdicts: Sequence[Verdict]) -> str:
+def shared_description(verdicts: Sequence[Verdict]) -> str:
     """Return the common description of verdicts of one rule: where, and what to do."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
     others = len(messages) - 1
@@ -182,7 +182,7 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
 def _layer(verdict: Verdict, name_file: bool) -> str:
     """Return a row's layer, and its group if that varies between rows; the end of a name is kept."""
     if verdict.layer is None:
-        return place(verdict)
+        return subject_name(verdict)
     return f"{safe(verdict.group)}: {short(verdict.layer)}" if name_file and verdict.group else short(verdict.layer)
 
 
@@ -201,13 +201,15 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         ("Warnings", "warned"),
         ("Waived", "waived"),
     ):
-        sentences = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]
+        sentences = [f"{_named(rule, found)}: {shared_description(found)}" for rule, found in by_rule(results, status)]
         if sentences:
             lines.append(make_statement(status, label, *sentences))
     if skipped := by_rule(results, "not judged"):
-        own = [f"{_named(rule, found)}: {why(found)}" for rule, found in skipped if found[0].line]
+        own = [f"{_named(rule, found)}: {shared_description(found)}" for rule, found in skipped if found[0].line]
         idle = [(rule, found) for rule, found in skipped if not found[0].line]
-        not_applied = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
+        not_applied = (
+            [f"built-in checks {', '.join(rule for rule, _ in idle)}: {shared_description(idle[0][1])}"] if idle else []
+        )
         lines.append(make_statement("not_judged", "Not judged", *own, *not_applied))
     return [
         *lines,
@@ -233,10 +235,10 @@ def _passed(results: Results[Any]) -> str:
 
 def _inputs(results: Results[Any]) -> list[str]:
     longest = max(len(given.role) for given in results.run.inputs)
-    return [f"{given.role:<{longest}} {safe(given.path)} ({_about(given)})" for given in results.run.inputs]
+    return [f"{given.role:<{longest}} {safe(given.path)} ({_input_description(given)})" for given in results.run.inputs]
 
 
-def _about(given: RunInput) -> str:
+def _input_description(given: RunInput) -> str:
     """Return the description of one input of a gate: layers of results, or the fingerprint of weights."""
     of_results = given.role in {"results", "baseline"}
     layers = [f"{given.tensors} layers"] if of_results and given.tensors else []

@@ -156,11 +156,11 @@ def _costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRat
 
     if top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
-    stored = [each for matrix in matrices for each in (_apart(matrix) if model.is_derived else [matrix])]
+    stored = [each for matrix in matrices for each in (_split_experts(matrix) if model.is_derived else [matrix])]
     return costs(stored, model.size, top)
 
 
-def _apart(matrix: Matrix) -> list[Matrix]:
+def _split_experts(matrix: Matrix) -> list[Matrix]:
     """Return the gate and up matrices of a stack of experts, which transformers holds as one."""
     if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
         return [matrix]

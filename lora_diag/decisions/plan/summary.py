@@ -49,9 +49,9 @@ def _types(plan: Plan) -> Grid:
             main=True,
             form="count",
             pool=partial(_lora, rank=each.rank),
-            drop=6 - place if place else 0,
+            drop=6 - position if position else 0,
         )
-        for place, each in enumerate(plan.ranks[:6])
+        for position, each in enumerate(plan.ranks[:6])
     )
     pool = partial(_rho, rank=first)
     share = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, exit_unmeasured
+from lora_diag.cli.output import exit_unmeasured, rerun_command
 from lora_diag.decisions.plan_merge.options import PlanMergeOptions
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter to merge.")]
@@ -31,7 +31,7 @@ def plan_merge(
 
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, **given, **callbacks)
-    then = f"{again('--per', 'layer')}   (layer by layer)"
+    then = f"{rerun_command('--per', 'layer')}   (layer by layer)"
     if given["output"] is not None:
         words = shlex.join(["loradiag", "inspect", str(given["output"]), "--per", "layer"])
         then = f'{words}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'

@@ -22,7 +22,7 @@ from torch import Tensor
 
 E4M3, E2M1, INT4 = 448.0, 6.0, 7.0  # largest values
 GROUPS = {"mxfp4": 32, "nvfp4": 16, "int4": 128}
-SIXTEEN = ("bf16", "fp16")
+SIXTEEN_BIT = ("bf16", "fp16")
 # Largest exponent of e2m1, and the exponents that E8M0 has.
 E2M1_EXPONENT, E8M0 = 2, 127
 
@@ -63,7 +63,7 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
         >>> quantize(torch.tensor([[1.0, 0.3, -6.1]]), Target("mxfp4", 32))[1]
         tensor([[ 1.0000,  0.5000, -6.0000]], dtype=torch.float64)
     """
-    if target.name in SIXTEEN:
+    if target.name in SIXTEEN_BIT:
         codes = x.to(torch.bfloat16 if target.name == "bf16" else torch.float16).double()
         return codes, codes
     if target.name == "fp8":

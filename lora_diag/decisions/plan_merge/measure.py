@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_diag.decisions.plan_merge.formats import SIXTEEN, Target, quantize
-from lora_diag.decisions.plan_merge.record import Arrival, PlannedMerge, conclude
+from lora_diag.decisions.plan_merge.formats import SIXTEEN_BIT, Target, quantize
+from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, FactoredDelta
 from lora_diag.layers.task import LayerTask
 from lora_diag.linalg import first_non_finite, require
@@ -92,10 +92,10 @@ class _Sum:
     squares: float = 0.0
     overflow: int = 0
 
-    def arrival(self, energy: float) -> Arrival:
+    def effect(self, energy: float) -> FormatEffect:
         if not energy or self.overflow:
-            return Arrival(arrived=None, error=None)
-        return Arrival(arrived=self.inner / energy, error=math.sqrt(self.squares / energy))
+            return FormatEffect(arrived=None, error=None)
+        return FormatEffect(arrived=self.inner / energy, error=math.sqrt(self.squares / energy))
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Layer:
         delta, target = self.task.delta, self.target
         assert delta.base is not None
         assert self.peaks is not None
-        sums = {name: _Sum() for name in (*SIXTEEN, target.name)}
+        sums = {name: _Sum() for name in (*SIXTEEN_BIT, target.name)}
         formats = {name: target if name == target.name else Target(name) for name in sums}
         changed, base = 0, _Sum()
         within: float | Tensor = 0.0
@@ -171,7 +171,7 @@ class _Layer:
                     changed += int((codes != base_codes).sum())
         inside = float(within.square().sum()) if isinstance(within, Tensor) else within
         known = bool(self.energy) and not base.overflow
-        found, sixteen = sums[target.name].arrival(self.energy), [sums[name].arrival(self.energy) for name in SIXTEEN]
+        found, sixteen = sums[target.name].effect(self.energy), [sums[name].effect(self.energy) for name in SIXTEEN_BIT]
         base_error = math.sqrt(base.squares / self.energy) if known else None
         quantized = delta.base.is_quantized and self.energy
         return PlannedMerge(

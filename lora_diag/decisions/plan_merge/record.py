@@ -13,13 +13,13 @@ Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
 
 # Rules, not results: a merge keeps the update if c is within 1 ± ARRIVED, and the relative error is at most ERROR, so
 # that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
-ARRIVED = 0.1
+COEFFICIENT_TOLERANCE = 0.1
 ERROR = 0.5
 
 _STYLES = {"merge": "", "merge into 16 bit": "bold yellow", "serve unmerged": "bold yellow"}
 
 
-class Arrival(Record):
+class FormatEffect(Record):
     """Fraction and error of ΔW in a format.
 
     Args:
@@ -32,13 +32,13 @@ class Arrival(Record):
 
     @property
     def survives(self) -> bool:
-        """Whether a merge keeps the update, by ``ARRIVED`` and ``ERROR``."""
+        """Whether a merge keeps the update, by ``COEFFICIENT_TOLERANCE`` and ``ERROR``."""
         if self.arrived is None or self.error is None:
             return False
-        return abs(self.arrived - 1) <= ARRIVED and self.error <= ERROR
+        return abs(self.arrived - 1) <= COEFFICIENT_TOLERANCE and self.error <= ERROR
 
 
-def conclude(to: str, target: Arrival, sixteen: Iterable[Arrival], base_error: float | None) -> Conclusion:
+def conclude(to: str, target: FormatEffect, sixteen: Iterable[FormatEffect], base_error: float | None) -> Conclusion:
     """Return the conclusion by the rules.
 
     ``merge`` if the format keeps the update. Else, where a quantized format holds W itself (``base_error`` ≤ ERROR),
@@ -152,14 +152,14 @@ class PlannedMerge(LayerRecord):
     base_error: Ratio | None
     base_error_inside: Ratio | None
     base_noise: Ratio | None
-    bf16: Arrival
-    fp16: Arrival
+    bf16: FormatEffect
+    fp16: FormatEffect
     conclusion: Conclusion | None
 
 
 def total(
-    records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], PlannedMerge | Arrival] = lambda record: record
-) -> Arrival:
+    records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], PlannedMerge | FormatEffect] = lambda record: record
+) -> FormatEffect:
     """Return c and error of several layers together; null if an entry overflows."""
     moving = [record for record in records if record.fro]
     energy = sum(record.fro**2 for record in moving)
@@ -167,7 +167,7 @@ def total(
     arrived = None
     if moving and all(c is not None for c, _ in inner):
         arrived = sum(c * fro**2 for c, fro in inner if c is not None) / energy
-    return Arrival(arrived=arrived, error=rms(records, lambda record: of(record).error))
+    return FormatEffect(arrived=arrived, error=rms(records, lambda record: of(record).error))
 
 
 def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:

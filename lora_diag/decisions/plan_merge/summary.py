@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_diag.decisions.plan_merge.record import ARRIVED, ERROR, Arrival, PlannedMerge, conclusion, rms, total
+from lora_diag.decisions.plan_merge.record import (
+    COEFFICIENT_TOLERANCE,
+    ERROR,
+    FormatEffect,
+    PlannedMerge,
+    conclusion,
+    rms,
+    total,
+)
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import count, factor, named, number, percent
@@ -15,7 +23,7 @@ _WHY = {
     "serve unmerged": "rounding would lose too much of the update",
 }
 # The format represents BASE exactly, but not the update.
-_HELD = "the format keeps BASE but not the update: BASE in this format with the adapter unmerged loses nothing"
+_BASE_ONLY = "the format keeps BASE but not the update: BASE in this format with the adapter unmerged loses nothing"
 
 
 def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
@@ -23,13 +31,13 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     lines = [compared(results)]
     records = list(results)
     if records:
-        lines += [_conclusion(records), _arrived(records), *_overflow(records), *_base(records)]
+        lines += [_conclusion(records), _kept_update(records), *_overflow(records), *_base(records)]
         lines.append(
             make_statement(
                 "rules",
                 "Rules",
-                f"merge if c is within 1 ± {number(ARRIVED)} and the error at most {number(ERROR)} over all layers; "
-                "rules of thumb, not calibrated against a loss",
+                f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most {number(ERROR)} over "
+                "all layers; rules of thumb, not calibrated against a loss",
             )
         )
     return [*lines, left_out(results), *final_statements(results)]
@@ -44,7 +52,7 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     why = _WHY[found]
     base_error = rms(records, lambda record: record.base_error)
     if found == "serve unmerged" and to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
-        why = _HELD
+        why = _BASE_ONLY
     level: Level = "ok" if found == "merge" else "warning"
     lines = [f"{found} ({to}): {why}"]
     others = [record.layer for record in records if record.conclusion not in {found, None}]
@@ -55,13 +63,13 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
-def _texts(found: Arrival) -> str:
+def _texts(found: FormatEffect) -> str:
     if found.arrived is None or found.error is None:
         return "overflows"
     return f"c = {factor(found.arrived)}, error {number(found.error)}"
 
 
-def _arrived(records: Sequence[PlannedMerge]) -> Statement:
+def _kept_update(records: Sequence[PlannedMerge]) -> Statement:
     to = records[0].to
     lines = [f"in {to}: {_texts(total(records))} over all layers"]
     sixteen = {

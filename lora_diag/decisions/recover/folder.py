@@ -26,16 +26,16 @@ class AdapterFolder(OutputFolder):
     """The folder of an adapter made by ``recover``."""
 
     records_name: ClassVar[str] = RECORDS
-    ours: ClassVar[frozenset[str]] = frozenset({WEIGHTS, CONFIG, CARD, RECORDS})
-    what: ClassVar[str] = "an adapter written by recover"
+    own_files: ClassVar[frozenset[str]] = frozenset({WEIGHTS, CONFIG, CARD, RECORDS})
+    description: ClassVar[str] = "an adapter written by recover"
 
 
 class CheckpointFolder(OutputFolder):
     """The folder of a checkpoint made by ``recover``."""
 
     records_name: ClassVar[str] = RECORDS
-    ours: ClassVar[frozenset[str]] = frozenset({MODEL, MODEL_CONFIG, CARD, RECORDS})
-    what: ClassVar[str] = "a checkpoint written by recover"
+    own_files: ClassVar[frozenset[str]] = frozenset({MODEL, MODEL_CONFIG, CARD, RECORDS})
+    description: ClassVar[str] = "a checkpoint written by recover"
 
 
 def store(file: Path, tensors: dict[str, torch.Tensor]) -> None:

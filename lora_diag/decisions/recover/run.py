@@ -159,7 +159,7 @@ def recover(
         ):
             if not late:
                 folder.discard()
-            raise _nothing_to_write(tuned, results, keep_refused)
+            raise _nothing_to_write_error(tuned, results, keep_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, files, name)
@@ -292,7 +292,7 @@ def _one_layer(
     return (measure(task, settings, partial(store, file), partial(load, file)),)
 
 
-def _nothing_to_write(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
+def _nothing_to_write_error(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
     """Return the error of a run that has nothing to write."""
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]

@@ -199,7 +199,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         keep_length: Whether estimates were scaled to their norms.
     """
     adapter = any(record.rank for record in results)
-    what = "LoRA adapter" if adapter else "Checkpoint"
+    description = "LoRA adapter" if adapter else "Checkpoint"
     recovered = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
     missing, late = _missing(results), _late(results)
@@ -215,7 +215,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         "- loradiag",
         "---",
         "",
-        f"# {what} recovered from the rounding of {_code(subject(results.run))}",
+        f"# {description} recovered from the rounding of {_code(subject(results.run))}",
         "",
         f"**This is an estimate.** {_code(subject(results.run))} was stored with few mantissa bits, and rounding undid "
         f"most of a small update of {_code(base_name)}. From the rounding cell of each stored weight loradiag "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, message, result, silence_matplotlib, terminal
+from lora_diag.cli.output import message, rerun_command, result, silence_matplotlib, terminal
 from lora_diag.decisions.tune.options import TuneOptions
 from lora_diag.errors import INCONCLUSIVE, UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, Option
@@ -55,7 +55,7 @@ def tune(
     with shown.callbacks(notes=True) as callbacks:
         results = choose(base, output, **given, **callbacks)
     if dry and shown.table:
-        result(tune_table(results, *terminal(), then=again("--yes").replace(" --dry-run", "")))
+        result(tune_table(results, *terminal(), then=rerun_command("--yes").replace(" --dry-run", "")))
     found = next(iter(results.whole_of(Tune)), None)
     if found is None:
         if not dry:

@@ -98,26 +98,36 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
     if plan.halving:
         ends: list[Any] = ["--ranks", _listed({plan.ranks[0], plan.ranks[-1]}), "--lr", _listed(plan.rates)]
-        lines.append([*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_to("rates.jsonl")])
+        lines.append([*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_to_option("rates.jsonl")])
     grid: list[Any] = ["--ranks", _listed(swept["ranks"]), "--lr", _listed(swept["rates"])]
     grid += ["--full", "--full-lr", _listed(swept["full_rates"])] if swept["full_rates"] else []
     grid += ["--steps", plan.steps, "--repeats", plan.repeats, "--widen", plan.widen]
-    lines.append([*train, *grid, *_to("sweep.jsonl")])
+    lines.append([*train, *grid, *_to_option("sweep.jsonl")])
     if (folder / "pilot.jsonl").is_file():
         pilot = next(iter(sorted((folder / "trials").glob("pilot-r*"))))
-        lines.append(["loradiag", "spectrum", base, pilot, *_to("pilot.jsonl")])
+        lines.append(["loradiag", "spectrum", base, pilot, *_to_option("pilot.jsonl")])
         least = least_rank(choice.rank)
         spent = ["--params", choice.rank * plan.per_rank, "--min-rank", least, "--layers", "."]
         spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
         prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
         scales = [_scaling(folder / "trials" / name, options) for name in ("marginal", "prior")]
-        lines += [[*spend, *scales[0], *_to("marginal.json")], [*spend, *prior, *scales[1], *_to("prior.json")]]
+        lines += [
+            [*spend, *scales[0], *_to_option("marginal.json")],
+            [*spend, *prior, *scales[1], *_to_option("prior.json")],
+        ]
     lines += [
-        ["loradiag", "spectrum", base, folder / "adapter", *_to("spectrum.jsonl")],
-        ["loradiag", "gate", "init", "$OUT/spectrum.jsonl", *_to("gate.toml")],
-        ["loradiag", "report", folder / "tune.jsonl", "$OUT/sweep.jsonl", "$OUT/spectrum.jsonl", *_to("report.html")],
+        ["loradiag", "spectrum", base, folder / "adapter", *_to_option("spectrum.jsonl")],
+        ["loradiag", "gate", "init", "$OUT/spectrum.jsonl", *_to_option("gate.toml")],
+        [
+            "loradiag",
+            "report",
+            folder / "tune.jsonl",
+            "$OUT/sweep.jsonl",
+            "$OUT/spectrum.jsonl",
+            *_to_option("report.html"),
+        ],
     ]
-    script = "\n".join(" ".join(map(_word, line)) for line in lines)
+    script = "\n".join(" ".join(map(_quote, line)) for line in lines)
     return (
         "#!/bin/sh\n"
         "# The steps of this search by hand, into the folder OUT; run it where the search was run. Adapters that are\n"
@@ -144,11 +154,11 @@ def _given(options: Mapping[str, Any], *names: str) -> list[Any]:
     ]
 
 
-def _to(name: str) -> list[str]:
+def _to_option(name: str) -> list[str]:
     return ["-o", f"$OUT/{name}"]
 
 
-def _word(word: object) -> str:
+def _quote(word: object) -> str:
     text = str(word)
     return f'"{text}"' if text.startswith("$OUT/") else shlex.quote(text)
 

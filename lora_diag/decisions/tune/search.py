@@ -103,7 +103,7 @@ class Tuner:
         self.own = next((each.name for each in sets if not each.shifted), sets[0].name)
         self.shifted = [each.name for each in sets if each.shifted and each.name != self.own]
         grid = self.run_.options["quantized"]
-        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._after, self.workers)
+        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._progress_after, self.workers)
         watch = self.kept.watch
         watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
@@ -139,7 +139,7 @@ class Tuner:
         finally:
             self._ends = False
 
-    def _after(self, label: str, count: int = 1) -> None:
+    def _progress_after(self, label: str, count: int = 1) -> None:
         self.kept.watch.batch(label, count)
         if self._ends and self.left < 0:
             raise TimeIsUpError
@@ -147,7 +147,7 @@ class Tuner:
     def _progress(self, event: Progress) -> None:
         """Pass on the progress of a sweep, whose events may be of several steps or of none."""
         count, self._seen = event.done - self._seen, event.done
-        self._after(event.label, count)
+        self._progress_after(event.label, count)
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -411,7 +411,9 @@ class Tuner:
             sequences = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
             texts = replace(self.training.texts, sequences=sequences)
             layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
-            found = gradients(self.run_.model, layers, texts, self.training.batch, lambda: self._after("gradient"))
+            found = gradients(
+                self.run_.model, layers, texts, self.training.batch, lambda: self._progress_after("gradient")
+            )
             weights = {}
             for name, gradient in found.items():
                 weight = layers[name].get_parameter("weight")

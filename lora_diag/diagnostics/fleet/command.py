@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, exit_unmeasured
+from lora_diag.cli.output import exit_unmeasured, rerun_command
 from lora_diag.diagnostics.fleet.options import FleetOptions
 
 
@@ -40,7 +40,7 @@ def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     with shown.callbacks() as callbacks:
         results = measure([*(word for word in adapters if word != "-"), *listed], **given, **callbacks)
     output = given["output"]
-    then = f"{again('-o', 'fleet.jsonl')}   (saves these results)"
+    then = f"{rerun_command('-o', 'fleet.jsonl')}   (saves these results)"
     if output is not None:
         words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
         then = f"{words}   (all adapters, without measuring again)"

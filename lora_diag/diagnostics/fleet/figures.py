@@ -150,17 +150,17 @@ def _names(
     step = 1.5 * size / 72 / height
     span = (high / low) ** step
     # Move each name up from its norm until it is clear of the one below, then down from the top.
-    places: list[float] = []
+    heights: list[float] = []
     for point in named:
         limit = max(point.fro or low, low * span**0.5)
-        places.append(max(limit, places[-1] * span) if places else limit)
+        heights.append(max(limit, heights[-1] * span) if heights else limit)
     top = high / span**0.5
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], top)
-        top = places[i] / span
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], top)
+        top = heights[i] / span
     # Letters are drawn slightly wider than they are measured.
     room = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
-    for point, place in zip(named, places, strict=True):
+    for point, place in zip(named, heights, strict=True):
         full = f"{point.name}: {', '.join(point.remark)}"
         # Without space for both, show the name alone: the remark can be seen in the figure.
         text = full if width_of(full, size) <= room else cropped(point.name, room, size)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Unpack
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.adapters.source import Given
+from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import as_path, locate, open_checkpoint
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
@@ -31,14 +31,14 @@ COMMAND = "spectrum --adapters"
 SIZE = 64 * 2**20
 
 # Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
-APART_BYTES = 2**29
+PROCESS_BYTES = 2**29
 
 # Files that identify an adapter or a base; others, such as a log, may change.
 READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class FleetPath:
     """A path and its files at the start of the run.
 
     Args:
@@ -52,7 +52,7 @@ class Seen:
     size: int = 0
 
     @classmethod
-    def now(cls, path: Path) -> Seen:
+    def now(cls, path: Path) -> FleetPath:
         """Return the path with its current files."""
         try:
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
@@ -81,7 +81,7 @@ class Member:
     """One adapter that is not opened yet."""
 
     layer: str
-    seen: Seen
+    seen: FleetPath
     shape: tuple[int, int] = (1, 1)
 
 
@@ -98,12 +98,12 @@ class FleetSettings:
         given: α of adapters whose files give none.
     """
 
-    base: Seen | None
+    base: FleetPath | None
     layers: str | None
     exclude: str | None
     device: str
     memory: int | None = None
-    given: Given = None
+    stated_alpha: StatedAlpha = None
 
 
 @show_options
@@ -137,17 +137,17 @@ def fleet(
     run = LayerRun(COMMAND, options, FleetOptions)
     run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
     base = run.options["base"]
-    members = [Member(legible(path), Seen.now(path)) for path in expand(adapters)]
-    under = Seen.now(as_path(base)) if base is not None else None
+    members = [Member(legible(path), FleetPath.now(path)) for path in expand(adapters)]
+    under = FleetPath.now(as_path(base)) if base is not None else None
     if not run.torch and under is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
-        run.apart = sum(member.seen.size for member in members) >= APART_BYTES
+        run.apart = sum(member.seen.size for member in members) >= PROCESS_BYTES
         run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
     device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
     return run.over(
         members,
-        _here if run.options["engine"] is None else _on_a_worker,
+        _measure_here if run.options["engine"] is None else _on_a_worker,
         lambda _, settings: SIZE,
-        FleetSettings(under, run.options["layers"], run.options["exclude"], device, given=run.given),
+        FleetSettings(under, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
         lambda _, __, ___: (),
         tuple(
             RunInput(
@@ -169,23 +169,23 @@ def _on_a_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftO
     for seen in (member.seen, settings.base):
         if seen is not None:
             seen.check()
-    return _here(member, settings)
+    return _measure_here(member, settings)
 
 
-def _here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     path = member.seen.path
     base = settings.base.path if settings.base is not None else None
     try:
         if is_adapter(locate(path)):
             opened = open_checkpoint(base) if base is not None else None
-            kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.given)
+            kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.stated_alpha)
         elif base is None:
             inside = path.is_dir() and any(map(is_adapter, path.iterdir()))
             pattern = f"quote the pattern '{path}/**' for the adapters in it"
             fix = pattern if inside else "give --base to compare a checkpoint with"
             raise InputError(f"{path}: is not an adapter; {fix}")
         else:
-            side = compare(base, path, settings.layers, settings.exclude, given=settings.given)
+            side = compare(base, path, settings.layers, settings.exclude, stated_alpha=settings.stated_alpha)
             kind, deltas = side.inputs[-1].kind, side.pairing.deltas
         matrices = (delta for delta in deltas if delta.is_matrix)
         return (measure(member.layer, kind, matrices, settings.device),)
@@ -216,7 +216,7 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 
-def _fingerprint(seen: Seen) -> str:
+def _fingerprint(seen: FleetPath) -> str:
     """Return a fingerprint that lets ``--resume`` detect a changed adapter by file sizes, without opening it.
 
     An adapter on object storage is opened, since its server may not list folders and sizes cost as many requests.

@@ -69,7 +69,7 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     rows_shown = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
     found = [_adapters(caption, records, names, notes, shown[:rows_shown])] if shown else []
-    return [*found, _alike(names, pairs[:_ROWS])] if pairs else found
+    return [*found, _duplicates_grid(names, pairs[:_ROWS])] if pairs else found
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -106,16 +106,16 @@ def _adapters(
     return grid_of(Fleet.shown, rows, "adapter", caption, more=[Column("remark", cells, "left")])
 
 
-_ALIKE = (
+_DUPLICATES_NOTE = (
     Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
     Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
 )
 
 
-def _alike(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
+def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
     column = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
-    return grid_of(_ALIKE, rows, "pair", "near-duplicates", more=[column])
+    return grid_of(_DUPLICATES_NOTE, rows, "pair", "near-duplicates", more=[column])
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list[Statement]:

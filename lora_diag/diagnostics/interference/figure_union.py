@@ -76,8 +76,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         share=False,
         low=True,
     )
-    for place, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
-        ranks, shares = axes[2 * place : 2 * place + 2]
+    for position, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
+        ranks, shares = axes[2 * position : 2 * position + 2]
         _ranks(ranks, part, style)
         ranks.set_title(wrapped(_finding(one, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")

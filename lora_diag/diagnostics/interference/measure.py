@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, read_part, within
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Part, read_part, within
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.interference.union import union
 from lora_diag.layers.agreement import agreement
@@ -29,7 +29,7 @@ RELATION_RANK = 8
 _SORTED, _COMPARED = 16, 96
 
 
-def size(task: Several, settings: InterferenceSettings) -> int:
+def size(task: LayerUpdates, settings: InterferenceSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: every update with its vectors, and the sum.
 
     With a memory limit, the result is at least the need and at most the limit.
@@ -45,7 +45,7 @@ def size(task: Several, settings: InterferenceSettings) -> int:
     )
 
 
-def most_bytes(task: Several, settings: InterferenceSettings) -> int:
+def most_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     """Return the largest memory of a layer in bytes: the stored part of every update, and the most expensive step.
 
     An update without factors keeps ΔW and all singular vectors. The steps are decomposing one update, decomposing the
@@ -74,7 +74,7 @@ def _entry(delta: Delta) -> int:
     return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
 
 
-def _check_room(task: Several, settings: InterferenceSettings) -> None:
+def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     """Refuse a layer that does not fit into memory.
 
     Raises:
@@ -89,7 +89,7 @@ def _check_room(task: Several, settings: InterferenceSettings) -> None:
     require(needed, settings.memory, task.shape, f"{what} take", way)
 
 
-def interference(task: Several, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
+def interference(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
     """Compare all updates of one layer.
 
     Args:
@@ -113,7 +113,7 @@ def interference(task: Several, settings: InterferenceSettings) -> tuple[Interfe
 
 
 def _measure(
-    task: Several, settings: InterferenceSettings, device: torch.device
+    task: LayerUpdates, settings: InterferenceSettings, device: torch.device
 ) -> tuple[Interference | Union | LeftOut, ...]:
     if device.type == "cpu":  # the limit applies to the machine's memory
         _check_room(task, settings)
@@ -129,7 +129,7 @@ def _measure(
     return (*pairs, union(task, parts, changed, settings))
 
 
-def _pair(task: Several, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
+def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
     cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     by_chance = 1 / math.sqrt(math.prod(task.shape))
@@ -156,7 +156,7 @@ def _pair(task: Several, first: Part, second: Part, settings: InterferenceSettin
     )
 
 
-def _energy(task: Several, first: Part, second: Part, rank: int) -> EnergyOverlap:
+def _energy(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyOverlap:
     u, w = first.u[:, :rank], second.u[:, :rank]
     return EnergyOverlap(
         second_in_first=within(u, second),

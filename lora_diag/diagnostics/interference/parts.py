@@ -50,7 +50,7 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Several:
+class LayerUpdates:
     """One layer and all its updates."""
 
     layer: str

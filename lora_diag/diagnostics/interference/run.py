@@ -15,7 +15,7 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_orde
 from lora_diag.diagnostics.interference.measure import interference as measure
 from lora_diag.diagnostics.interference.measure import size
 from lora_diag.diagnostics.interference.options import InterferenceOptions
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Update
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -131,7 +131,7 @@ def _check_names(updates: Sequence[Path | str]) -> None:
         seen.add(real)
 
 
-def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Several]:
+def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
     """Align the updates by the names of the layers.
 
     Raises:
@@ -155,7 +155,7 @@ def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Sev
                     f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
                 )
     names = sorted(by_layer, key=natural_order)
-    return [Several(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
+    return [LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
 
 
 def _path(side: Comparison) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.interference.merging import Pair, factor_merges, ties_merge
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, within
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Part, within
 from lora_diag.diagnostics.interference.record import MergeLoss, Union
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.linalg import Factors, decompose, decompose_factored, grain, numerical_rank
@@ -25,7 +25,7 @@ from lora_diag.records import Resolution
 ALIGNMENT_ERROR = 0.05
 
 
-def union(task: Several, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings) -> Union:
+def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings) -> Union:
     """Return the record of all updates of a layer together.
 
     Args:

@@ -139,10 +139,10 @@ class Intruders(LayerRecord):
     @property
     def first_intruder(self) -> int | None:
         """Index of the first intruder, from 1 on; None without intruders."""
-        return next((place for place, one in enumerate(self.directions, 1) if one.kind == "intruder"), None)
+        return next((position for position, one in enumerate(self.directions, 1) if one.kind == "intruder"), None)
 
     @property
     def intruder_size(self) -> Share | None:
         """σ of the first intruder over σ_1; None without intruders."""
-        place = self.first_intruder
-        return None if place is None else self.directions[place - 1].sigma / self.directions[0].sigma
+        position = self.first_intruder
+        return None if position is None else self.directions[position - 1].sigma / self.directions[0].sigma

@@ -9,7 +9,7 @@ from typing import Annotated, TypedDict
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, exit_unmeasured, message, result, terminal
+from lora_diag.cli.output import exit_unmeasured, message, rerun_command, result, terminal
 from lora_diag.diagnostics.overlap.options import OverlapOptions
 from lora_diag.running.options import SHOW_RANK
 
@@ -56,7 +56,7 @@ def overlap(
 def _next(output: Path | str | None, per: str) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if per == "type":
-        return f"{again('--per', 'layer')}   (layer by layer)"
+        return f"{rerun_command('--per', 'layer')}   (layer by layer)"
     if output is None:
-        return f"{again('-o', 'overlap.jsonl')}   (saves these results)"
+        return f"{rerun_command('-o', 'overlap.jsonl')}   (saves these results)"
     return f"loradiag inspect {shlex.quote(str(output))}   (this table, without measuring again)"

@@ -16,7 +16,7 @@ from lora_diag.records import LeftOut
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveSubspaces:
     """Source of the current subspaces of the LoRA around a frozen weight.
 
     Args:

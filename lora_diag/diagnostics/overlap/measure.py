@@ -44,7 +44,7 @@ class OverlapSettings(LayerSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class Followed(LayerTask):
+class GradientTask(LayerTask):
     """One layer's update and its gradients."""
 
     snapshots: tuple[Snapshot, ...]
@@ -78,7 +78,7 @@ class Subspaces:
         return self.u.shape[0], self.v.shape[0]
 
 
-def size(followed: Followed, settings: OverlapSettings) -> int:
+def size(followed: GradientTask, settings: OverlapSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in blocks."""
     return bytes_of(followed.delta, _allowance(followed.delta, settings))
 
@@ -89,7 +89,7 @@ def _allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
     return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
 
 
-def overlap(followed: Followed, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
+def overlap(followed: GradientTask, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
     """Measure the overlap of every gradient of a layer with the subspaces of its update.
 
     Args:
@@ -107,7 +107,7 @@ def overlap(followed: Followed, settings: OverlapSettings) -> tuple[Overlap | Le
     return tuple(noted(record, fallback) for record in records)
 
 
-def _overlap(followed: Followed, settings: OverlapSettings, device: torch.device) -> tuple[Overlap | LeftOut, ...]:
+def _overlap(followed: GradientTask, settings: OverlapSettings, device: torch.device) -> tuple[Overlap | LeftOut, ...]:
     found = subspaces(followed.delta, settings, device)
     if isinstance(found, LeftOut):
         return (found,)

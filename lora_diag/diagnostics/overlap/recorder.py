@@ -19,7 +19,7 @@ from lora_diag.adapters import match_names
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import row_spans, selector
-from lora_diag.diagnostics.overlap.live import Live
+from lora_diag.diagnostics.overlap.live import LiveSubspaces
 from lora_diag.diagnostics.overlap.measure import Subspaces, overlaps
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.reference import Reference
@@ -92,7 +92,7 @@ class GradientRecorder(TrainerCallback):
         self.output, self.every, self.reference, self.dtype, self.log = Path(output), every, reference, dtype, log
         self.records: list[Overlap] = []
         self._chosen, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
-        self._live = Live(tuple(ranks)) if reference == "live" else None
+        self._live = LiveSubspaces(tuple(ranks)) if reference == "live" else None
         self._weights: list[Weight] = []
         self._stop: list[Callable[[], None]] = []
         self._against: dict[str, list[tuple[Subspaces, int]]] = {}
@@ -202,11 +202,11 @@ class GradientRecorder(TrainerCallback):
         if isinstance(reference, Reference):
             found, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)
             for weight in self._weights:
-                for place in found.get(weight.name, ()):
-                    if place.layer in reference.layers:
-                        first = place.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
-                        start = first + (place.rows[0] if place.rows else 0)
-                        self._against.setdefault(weight.name, []).append((reference.layers[place.layer], start))
+                for location in found.get(weight.name, ()):
+                    if location.layer in reference.layers:
+                        first = location.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
+                        start = first + (location.rows[0] if location.rows else 0)
+                        self._against.setdefault(weight.name, []).append((reference.layers[location.layer], start))
             if not self._against:
                 raise UsageError(
                     "no selected weight of the model is a layer of the reference, which has layers like "

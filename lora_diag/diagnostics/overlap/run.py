@@ -11,7 +11,7 @@ from typing import Unpack
 from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
-from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size
+from lora_diag.diagnostics.overlap.measure import GradientTask, OverlapSettings, size
 from lora_diag.diagnostics.overlap.measure import overlap as measure
 from lora_diag.diagnostics.overlap.measure import subspaces as spaces_of
 from lora_diag.diagnostics.overlap.options import OverlapOptions
@@ -145,7 +145,7 @@ def subspaces(
     check_request(settings.method, settings.ranks[-1], 0.5)
     on = resolve_device(settings.device)
     compared = compare(
-        base, tuned, given["layers"], given["exclude"], given["allow_unmatched"], given=alpha_option(given)
+        base, tuned, given["layers"], given["exclude"], given["allow_unmatched"], stated_alpha=alpha_option(given)
     )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     layout = layout_of(matrices, given["workers"], on.type)
@@ -176,11 +176,11 @@ def _base_of(pairing: Pairing) -> Checkpoint | None:
 
 def _follow(
     pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
-) -> tuple[list[Followed], list[Unpaired]]:
+) -> tuple[list[GradientTask], list[Unpaired]]:
     """Join updates and gradients; also return layers without a gradient at some or all steps."""
     by_layer = {history.layer: history for history in followed}
     why = {item.layer: item.detail for item in unmatched}
-    tasks: list[Followed] = []
+    tasks: list[GradientTask] = []
     absent: list[Unpaired] = []
     for delta in (delta for delta in pairing.deltas if delta.is_matrix):
         history = by_layer.get(delta.layer)
@@ -192,7 +192,7 @@ def _follow(
             detail = f"its gradients are {list(history.shape)}, its update is {list(delta.shape)}"
             absent.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
         else:
-            tasks.append(Followed(delta, history.snapshots))
+            tasks.append(GradientTask(delta, history.snapshots))
             have = {snapshot.step for snapshot in history.snapshots}
             if missing := [str(step.step) for step in steps if step.step not in have]:
                 which = f"step{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
@@ -223,7 +223,7 @@ def _without_overlap(
     pairing: Pairing,
     rest: Sequence[Unpaired],
     layout: Layout,
-    tasks: Sequence[Followed],
+    tasks: Sequence[GradientTask],
     earlier: Results[Overlap],
     settings: OverlapSettings,
 ) -> Iterator[LeftOut]:
@@ -236,7 +236,7 @@ def _without_overlap(
     for task in tasks:
         incomplete = [item for item in task.snapshots if item.step not in done.get(task.layer, {item.step})]
         if incomplete:
-            unmeasured = measure(Followed(task.delta, tuple(incomplete)), settings)
+            unmeasured = measure(GradientTask(task.delta, tuple(incomplete)), settings)
             yield from (record for record in unmeasured if isinstance(record, LeftOut))
 
 

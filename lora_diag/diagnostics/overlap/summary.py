@@ -77,16 +77,18 @@ def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
         return make_statement("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
     found = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
     first = min(track.records[0].step for track in relevant)
-    found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in near_random[:_NAMED]]
+    found += [
+        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_fallen_since(t, first)}" for t in near_random[:_NAMED]
+    ]
     more = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
     return make_statement("inside", "Containment", *found, *more, level="warning")
 
 
-def _since(track: Track, first: int) -> str:
+def _fallen_since(track: Track, first: int) -> str:
     return "at every step" if track.near_since == first else f"since step {track.near_since}"
 
 
-def _in_layers(near_random: Sequence[Track]) -> str:
+def _layers_text(near_random: Sequence[Track]) -> str:
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
@@ -163,18 +165,18 @@ def _suggestion(results: Results[Overlap], relevant: Sequence[Track]) -> str:
             middle([getattr(t.last, name) for t in tangent_only]) for name in ("tangent", "tangent_random")
         )
         sentences.append(
-            f"{_in_layers(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} of "
-            f"‖G‖ (random {number(random or 0)}); keep it"
+            f"{_layers_text(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} "
+            f"of ‖G‖ (random {number(random or 0)}); keep it"
         )
     if at_higher_rank:
         ranks = max(largest[track.layer].rank for track in at_higher_rank)
-        sentences.append(f"{_in_layers(at_higher_rank)} κ exceeds the baseline at r={ranks}: use a higher rank there")
+        sentences.append(f"{_layers_text(at_higher_rank)} κ exceeds the baseline at r={ranks}: use a higher rank there")
     if outside:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         # At full rank the subspaces are the whole space, which contains every gradient.
         full = any(largest[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
-            f"{_in_layers(outside)} the gradients are outside {cause} at every rank "
+            f"{_layers_text(outside)} the gradients are outside {cause} at every rank "
             f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
             "move its parameters to layers that contain theirs"
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypedDict
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, exit_unmeasured, line, result, terminal
+from lora_diag.cli.output import exit_unmeasured, line, rerun_command, result, terminal
 from lora_diag.diagnostics.portability.options import PortabilityOptions
 from lora_diag.errors import GATE_FAILED, UsageError
 from lora_diag.running.options import OUTPUT, Option
@@ -69,7 +69,11 @@ def portability(
     else:
         with shown.callbacks() as callbacks:
             results = measure(adapter, base, **given, **callbacks)
-    then = None if fixing["fix"] or shown.per is options.Per.layer else f"{again('--per', 'layer')}   (layer by layer)"
+    then = (
+        None
+        if fixing["fix"] or shown.per is options.Per.layer
+        else f"{rerun_command('--per', 'layer')}   (layer by layer)"
+    )
     shown.show(results, then)
     if failed(results):
         raise typer.Exit(GATE_FAILED)

@@ -8,7 +8,7 @@ from typing import Any
 from lora_diag.adapters.contents import Contents, Item, Part
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.measure import PortabilitySettings, judge
-from lora_diag.diagnostics.portability.record import FORMED, Portability
+from lora_diag.diagnostics.portability.record import NONLINEAR_PARTS, Portability
 from lora_diag.diagnostics.portability.rules import Consumer, Rule
 from lora_diag.diagnostics.portability.run import judged
 from lora_diag.rendering.columns import Column, Grid
@@ -93,7 +93,7 @@ def words(records: list[Portability]) -> str:
     if "dropped" in found:
         return "drops"
     if "wrong" in found:
-        if any(record.part in FORMED for record in records):
+        if any(record.part in NONLINEAR_PARTS for record in records):
             return "B·A alone"
         factors = (r.scale / r.intended for r in records if r.status == "wrong" and r.scale and r.intended)
         return ", ".join(f"×{number(factor)}" for factor in sorted(set(factors)))

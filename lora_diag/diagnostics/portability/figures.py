@@ -71,9 +71,9 @@ def cells(series: Sequence[Series[Any]]) -> Cells:
             program = f"{prefix}{title_of(name, [*groups])}"
             programs.append(program)
             for record in records:
-                place = types.of(record.layer), program, depth_of(record.layer)
-                if place not in found or _severity_order(record) > _severity_order(found[place]):
-                    found[place] = record
+                cell = types.of(record.layer), program, depth_of(record.layer)
+                if cell not in found or _severity_order(record) > _severity_order(found[cell]):
+                    found[cell] = record
     depths = sorted({depth for _, _, depth in found}, key=lambda depth: -1 if depth is None else depth)
     return Cells(types.names, tuple(depths), tuple(programs), found)
 

@@ -12,7 +12,7 @@ from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.updates import Site
 from lora_diag.adapters.user_alpha import alpha_option
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
-from lora_diag.diagnostics.portability.record import FORMED, Portability
+from lora_diag.diagnostics.portability.record import NONLINEAR_PARTS, Portability
 from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import InputError, UsageError
 from lora_diag.linalg.stacked import gap
@@ -100,7 +100,7 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
             raise InputError(
                 f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, and report this"
             )
-        if other.load is None or item.load is None or other.part in FORMED:
+        if other.load is None or item.load is None or other.part in NONLINEAR_PARTS:
             continue
         one, two = item.load(Site(item.shape)), other.load(Site(other.shape))
         assert isinstance(one, tuple)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.contents import Item
 from lora_diag.adapters.updates import Site
 from lora_diag.deltas import Delta, FactoredDelta
-from lora_diag.diagnostics.portability.record import FORMED, Portability, Status
+from lora_diag.diagnostics.portability.record import NONLINEAR_PARTS, Portability, Status
 from lora_diag.diagnostics.portability.rules import Outcome
 from lora_diag.layers.change import OVERFLOW, load_change
 from lora_diag.layers.left_out import not_finite
@@ -78,7 +78,7 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
     """
     fro: float | None = None
     whole: Matrix | None = None
-    plain = task.item.part not in FORMED
+    plain = task.item.part not in NONLINEAR_PARTS
     if task.delta is not None:
         delta = replace(task.delta, base=None) if isinstance(task.delta, FactoredDelta) else task.delta
         change = load_change(delta, resolve_device("cpu"), keep=not plain)
@@ -121,7 +121,7 @@ def _verdict(
         return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
     own, intended = task.item.scale, task.intended
     same = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
-    if task.item.part in FORMED and outcome.does == "applied":
+    if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
         return "wrong", _distance(task, outcome, fro, whole), outcome.scale, _why_plain(task, outcome)
     if same or outcome.scale is None or intended is None or (fro == 0.0 and own != 0):
         return "exact", error, outcome.scale, ""
@@ -153,6 +153,6 @@ def _distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix |
 
 def size(task: Judged, settings: PortabilitySettings) -> int:
     """Return the approximate memory of a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
-    if task.item.part in FORMED and task.delta is not None:
+    if task.item.part in NONLINEAR_PARTS and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)

@@ -16,7 +16,7 @@ ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "full", "exact")
 AS_INTENDED: tuple[Status, ...] = ("exact", "full")
 
 # Parts whose ΔW is not just B·A, so that errors are not those of scales only.
-FORMED = frozenset({"dora", "residual"})
+NONLINEAR_PARTS = frozenset({"dora", "residual"})
 
 
 class Portability(LayerRecord):

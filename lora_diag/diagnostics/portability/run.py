@@ -68,7 +68,7 @@ def portability(
         raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE]")
     if base is not None and is_adapter(locate(base)):
         raise UsageError(f"{base}: an adapter, not a base; the order is: loradiag portability ADAPTER [BASE]")
-    opened = open_adapter(locate(path), run.given)
+    opened = open_adapter(locate(path), run.stated_alpha)
     checkpoint = open_checkpoint(as_path(base)) if base is not None else None
     contents = contents_of(opened, checkpoint)
     chosen = choose([*consumers, *require], contents.form)

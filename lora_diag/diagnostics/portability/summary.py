@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.record import AS_INTENDED, FORMED, ORDER, Portability, Status
+from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability, Status
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.columns import title_of as row_title
@@ -65,7 +65,7 @@ def _cell(group: Sequence[Portability]) -> str:
     if status != "wrong":
         return status
     scales = sorted({record.scale / record.intended for record in group if record.scale and record.intended})
-    if not scales or any(record.part in FORMED for record in group):
+    if not scales or any(record.part in NONLINEAR_PARTS for record in group):
         return f"ε {shown(max((r.epsilon for r in group if r.epsilon is not None), default=None))}"
     low, high = number(scales[0]), number(scales[-1])
     return f"×{low}" if low == high else f"×{low} to ×{high}"
@@ -105,7 +105,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     lines += _fixed(results.run.settings.get("fixed"))
     if groups:
         lines.append(_answer(groups, unsupported))
-    lines += [_of(name, records, results) for name, records in groups.items()]
+    lines += [_consumer_statement(name, records, results) for name, records in groups.items()]
     if required := failed(results):
         titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
         lines.append(make_statement("require", "Required", f"not as intended: {titles}", level="failure"))
@@ -145,7 +145,7 @@ def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
     return ", ".join(title_of(name, names) for name in chosen)
 
 
-def _of(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
+def _consumer_statement(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
     """State the treatment by one consumer."""
     counts = Counter(record.status for record in records)
     details = []
@@ -179,7 +179,7 @@ def _wrong(records: Sequence[Portability]) -> str:
         worst = max(known, key=lambda record: record.epsilon or 0.0)
         where += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
     scales = sorted({record.scale / record.intended for record in wrong if record.scale and record.intended})
-    if not scales or any(record.part in FORMED for record in wrong):
+    if not scales or any(record.part in NONLINEAR_PARTS for record in wrong):
         return f"another ΔW {where}"
     low, high = number(scales[0]), number(scales[-1])
     return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {where}"

@@ -27,7 +27,7 @@ SUBSPACE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Other:
+class ComparedUpdate:
     """An update that is compared with the full fine-tune in one layer.
 
     Args:
@@ -46,7 +46,7 @@ class Layer:
     """One layer of a full fine-tune, and the updates compared with it."""
 
     tuned: Delta
-    others: tuple[Other, ...]
+    others: tuple[ComparedUpdate, ...]
     moments: Moments | None = None
     recover: bool = False
 
@@ -135,7 +135,7 @@ def _residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tu
 
 def _record(
     layer: Layer,
-    other: Other,
+    other: ComparedUpdate,
     change: Change | None,
     weights: Metric,
     data: Metric | None,

@@ -10,7 +10,7 @@ from typing import Literal, Unpack
 
 from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
-from lora_diag.diagnostics.residual.measure import Layer, Other, size
+from lora_diag.diagnostics.residual.measure import ComparedUpdate, Layer, size
 from lora_diag.diagnostics.residual.measure import residual as measure
 from lora_diag.diagnostics.residual.options import ResidualOptions
 from lora_diag.diagnostics.residual.record import Residual
@@ -80,7 +80,7 @@ def residual(
         Layer(
             delta,
             tuple(
-                Other(other.inputs[-1].path, _role(other), known.get(delta.layer))
+                ComparedUpdate(other.inputs[-1].path, _role(other), known.get(delta.layer))
                 for other, known in zip(others, by_layer, strict=True)
             ),
             moments.of.get(delta.layer) if moments else None,
@@ -94,7 +94,7 @@ def residual(
         measure,
         size,
         run.settings(LayerSettings),
-        lambda layout, earlier, limited: _rest(
+        lambda layout, earlier, limited: _other_left_out(
             left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         inputs,
@@ -102,7 +102,7 @@ def residual(
     )
 
 
-def _rest(
+def _other_left_out(
     left_out: Pairing,
     layout: Layout,
     tasks: Sequence[Layer],

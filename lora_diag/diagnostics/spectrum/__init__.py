@@ -18,7 +18,7 @@ FEATURE = Feature(
             ".figure_energy:figure",
             panels=(".figure_energy:energy",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
-            obstacle=".figures:nothing_moved",
+            obstacle=".figures:no_update_reason",
         ),
         Figure(
             "spectrum",
@@ -27,7 +27,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:spectrum",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
-            obstacle=".figures:no_one_unit",
+            obstacle=".figures:mixed_units_reason",
         ),
     ),
 )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, exit_unmeasured
+from lora_diag.cli.output import exit_unmeasured, rerun_command
 from lora_diag.diagnostics.fleet.command import show_fleet
 from lora_diag.diagnostics.fleet.options import FleetOptions
 from lora_diag.diagnostics.spectrum.options import GradientSpectrumOptions, SpectrumOptions
@@ -20,7 +20,7 @@ from lora_diag.running.options import BASE, Option, declared, filled, plain
 # Options that do not apply to --adapters, with the reason.
 _EXACT = "the factors of an adapter give all of its singular values, exactly"
 _ONE = "it measures one update at a time"
-_NOT_OF_A_FLEET = {
+_NOT_FOR_FLEETS = {
     "gradients": _ONE,
     "activations": _ONE,
     "kfac": _ONE,
@@ -56,7 +56,7 @@ def spectrum(
         if tuned is not None:
             raise UsageError("--adapters: takes only BASE as another input; remove the others")
         defaults = filled(SpectrumOptions, {})
-        for name, why in _NOT_OF_A_FLEET.items():
+        for name, why in _NOT_FOR_FLEETS.items():
             if plain(given[name]) != plain(defaults[name]):  # type: ignore[literal-required]
                 option = declared(SpectrumOptions)[name][1].flag(name)
                 raise UsageError(f"{option}: not with --adapters, because {why}; remove it")
@@ -97,6 +97,6 @@ def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], show
 def _next(output: Path | str | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
-        return f"{again('-o', 'results.jsonl')}   (saves these results)"
+        return f"{rerun_command('-o', 'results.jsonl')}   (saves these results)"
     words = ["loradiag", "inspect", str(output), "--per", "layer"]
     return f"{shlex.join(words)}   (this table layer by layer, without measuring again)"

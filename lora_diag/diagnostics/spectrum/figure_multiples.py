@@ -67,7 +67,7 @@ def small_multiples(
     by_color = not bands and depths > 0
     words = FigureText(
         title,
-        f"{_about(series, records)}{f'; {formula}' if formula else ''}",
+        f"{_subtitle(series, records)}{f'; {formula}' if formula else ''}",
         _notes(shown, records, bands),
         (*_keys(series, records, largest, bands, style), *keys),
     )
@@ -110,7 +110,7 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
     )
 
 
-def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
+def _subtitle(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
     """Return the subtitle: description of the figure."""
     layers = len({record.layer for record in records})
     what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"

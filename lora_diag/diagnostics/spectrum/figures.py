@@ -116,15 +116,15 @@ def _line(style: PageStyle | None) -> dict[str, Any]:
     return {"color": INK, "lw": 0.8 * (style.line if style else 1.2), "ls": (0, (5, 2))}
 
 
-def nothing_moved(records: Sequence[Spectrum], options: Options) -> str | None:
+def no_update_reason(records: Sequence[Spectrum], options: Options) -> str | None:
     """Return why energy cannot be drawn: every update is zero."""
     return None if any(record.fro for record in records) else "ΔW = 0 in every matrix"
 
 
-def no_one_unit(records: Sequence[Spectrum], options: Options) -> str | None:
+def mixed_units_reason(records: Sequence[Spectrum], options: Options) -> str | None:
     """Refuse σ of different metrics on one axis, since their units differ. Energy fractions have no unit."""
     metrics = dict.fromkeys(record.metric for record in records)
     if len(metrics) > 1:
         named = " and ".join(METRIC_NAMES[metric] for metric in metrics)
         return f"singular values in {named} have no common axis; draw them separately"
-    return nothing_moved(records, options)
+    return no_update_reason(records, options)

@@ -25,7 +25,7 @@ from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution
 
 # Largest order of the larger side's Gram matrix: it takes 128 MiB, and its eigenvalues take 2 s.
-OTHER_UP_TO = 4096
+OTHER_GRAM_UP_TO = 4096
 
 
 class _NotFiniteError(Exception):
@@ -56,7 +56,7 @@ def most_bytes(history: History) -> int:
 
 
 def _largest_order(shape: tuple[int, int]) -> int:
-    return max(shape) if max(shape) <= OTHER_UP_TO else min(shape)
+    return max(shape) if max(shape) <= OTHER_GRAM_UP_TO else min(shape)
 
 
 def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftOut:
@@ -116,7 +116,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     other = None
     if len(history.snapshots) == 1:
         other = side
-    elif max(history.shape) <= OTHER_UP_TO:
+    elif max(history.shape) <= OTHER_GRAM_UP_TO:
         other = decompose_stack(_gradients(history, device, not left, None), settings.top)
     return _Found(side, other, spacing)
 

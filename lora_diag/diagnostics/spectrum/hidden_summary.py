@@ -14,7 +14,7 @@ from lora_diag.rendering.text import number, percent, short
 
 # From this share of entries on that rounding left unchanged recover is named: at a third the recovered checkpoint has
 # the loss of the stored one, at 65% it keeps 3 points more of the gain, at 89% twice as much (see docs/reference).
-HIDES = 0.5
+HIDDEN_FRACTION = 0.5
 
 WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
 
@@ -27,7 +27,7 @@ def suggested_fix(changed: Sequence[Spectrum]) -> str:
         if record.hidden is None
         and record.metric == "weights"
         and record.resolution.verdict != "resolved"
-        and (record.resolution.unchanged or 0.0) - (record.resolution.untouched or 0.0) >= HIDES
+        and (record.resolution.unchanged or 0.0) - (record.resolution.untouched or 0.0) >= HIDDEN_FRACTION
     ]
     if not worth:
         return ""

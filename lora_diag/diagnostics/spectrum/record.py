@@ -252,7 +252,7 @@ class Spectrum(LayerRecord):
             for one in cls.shown
             if one.path != "relative" or not any(record.stack for record in records)
         ]
-        at = next(place for place, one in enumerate(own) if one.path == "rank_at.0.9")
+        at = next(position for position, one in enumerate(own) if one.path == "rank_at.0.9")
         return (*own[:at], *energies, *own[at:])
 
     @property

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, report_unmeasured
+from lora_diag.cli.output import report_unmeasured, rerun_command
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
 from lora_diag.running.options import RunOptions
 
@@ -54,4 +54,4 @@ def _next(output: Path | str | None, per: options.Per, correct: bool) -> str:
         return f"{shlex.join(words)}   (layer by layer, without reading the weights again)"
     layers = per is options.Per.type and not correct
     more, why = (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "saves these results")
-    return f"{again(*more)}   ({why})"
+    return f"{rerun_command(*more)}   ({why})"

@@ -72,7 +72,7 @@ RESOLVED = 0.05
 RESOLVED_ENTRIES = 0.005
 
 # If rounding removed or added more than this fraction of ΔW, the standard error of c is not that of the scale.
-SWALLOWED = 0.1
+LOST_FRACTION = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +284,7 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
     exact = isinstance(addend, Whole) and addend.exact
     if not check.expected or exact or task.merged.is_quantized:
         return ""
-    is_lost = abs(check.ideal / check.expected - 1) > SWALLOWED
+    is_lost = abs(check.ideal / check.expected - 1) > LOST_FRACTION
     if not is_lost and check.resolves(RESOLVED):
         return ""
     for factor in (1 + RESOLVED, 1 - RESOLVED):

@@ -25,7 +25,7 @@ _EXPERT = re.compile(r"\[\d+\]$|(?<=experts\.)\d+(?=\.)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Reasons for tensors of BASE that MERGED does not have.
-_LACKING = {"only_in_base", "shape_differs", "not_float"}
+_MISSING_REASONS = {"only_in_base", "shape_differs", "not_float"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,9 @@ def verify_merge(
             f"{merged}: an adapter, not a merged checkpoint; the order is: loradiag verify-merge BASE ADAPTER MERGED"
         )
     verify = run.options["verify"]
-    adapter_pairing = compare(base, adapter, None, None, run.options["allow_unmatched"], verify, given=run.given)
+    adapter_pairing = compare(
+        base, adapter, None, None, run.options["allow_unmatched"], verify, stated_alpha=run.stated_alpha
+    )
     done = compare(base, merged, verify=verify)
     selected = selector(run.options["layers"], run.options["exclude"])
     tasks, unpaired = _tasks(adapter_pairing.pairing, done.pairing, merged, selected)
@@ -124,7 +126,7 @@ def _tasks(
     siblings = _siblings(adapter_pairing)
     stored = [delta for delta in done.deltas if isinstance(delta, StoredDelta)]
     tasks = [_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
-    missing = {item.layer: item for item in done.unpaired if item.reason in _LACKING}
+    missing = {item.layer: item for item in done.unpaired if item.reason in _MISSING_REASONS}
     tasks += [_missing(delta, missing, merged) for delta in rest if selected(delta.layer)]
     added, unpaired = _added_rows(adapter_pairing, done)
     tasks += added
@@ -147,12 +149,12 @@ def _by_target(adapter_pairing: Pairing, done: Pairing) -> tuple[dict[str, tuple
     Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
     """
     names = {delta.layer: delta for delta in done.deltas}
-    places = {(delta.base.name, delta.base.offset): delta.layer for delta in done.deltas if delta.base is not None}
+    layers_at = {(delta.base.name, delta.base.offset): delta.layer for delta in done.deltas if delta.base is not None}
     updates: dict[str, tuple[Delta, ...]] = {}
     rest: list[Delta] = []
     for delta in adapter_pairing.deltas:
-        place = (delta.base.name, delta.base.offset) if delta.base is not None else None
-        target = delta.layer if delta.layer in names else places.get(place) if place is not None else None
+        location = (delta.base.name, delta.base.offset) if delta.base is not None else None
+        target = delta.layer if delta.layer in names else layers_at.get(location) if location is not None else None
         if target is None or names[target].shape[1] != delta.shape[1]:
             rest.append(delta)
         else:

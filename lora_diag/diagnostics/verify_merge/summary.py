@@ -16,7 +16,7 @@ from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, named, number, percent, safe, short
 
 # Remedy for each fault.
-WAYS_OUT: dict[MergeStatus, str] = {
+REMEDIES: dict[MergeStatus, str] = {
     "missing": "save the whole merged model again, under BASE's names",
     "dropped": "merge again, and check that the merge finds these modules in the adapter (names, target_modules)",
     "partial": "merge again from complete weights: a shard, a rank or a block of rows is missing",
@@ -29,7 +29,7 @@ WAYS_OUT: dict[MergeStatus, str] = {
 }
 
 # A correct merge that kept less than this fraction of ΔW in a layer gets a warning.
-LOST = 0.9
+WEAK_RETENTION = 0.9
 
 # Maximum number of causes stated per fault.
 SHOWN = 3
@@ -140,7 +140,7 @@ def _faults(results: Results[Merge]) -> list[Statement]:
             more = sum(len(found) for found in list(causes.values())[SHOWN:])
             others.append(f"and {_layers(more)} more; --per layer and the records name each")
         key = status.replace(" ", "_")
-        lines.append(make_statement(key, status.capitalize(), first, f"→ {WAYS_OUT[status]}", level="failure"))
+        lines.append(make_statement(key, status.capitalize(), first, f"→ {REMEDIES[status]}", level="failure"))
         if others:
             lines.append(make_statement(f"{key}_more", "Further causes", *others))
     return lines
@@ -182,14 +182,14 @@ def _kept(share: float) -> str:
 
 def _weakened(results: Results[Merge]) -> str:
     right = [record for record in _right(results) if record.retained is not None and record.residual is not None]
-    weak = [record for record in right if (record.retained or 0.0) < LOST or (record.residual or 0.0) > 1]
+    weak = [record for record in right if (record.retained or 0.0) < WEAK_RETENTION or (record.residual or 0.0) > 1]
     if not weak:
         return ""
     weak.sort(key=lambda record: record.retained or 0.0)
     return (
-        f"rounding removed more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(weak))}: "
-        f"{_names(weak)}. The merge is correct, but its dtype is too coarse for this adapter: serve the adapter "
-        "unmerged, or merge into float32"
+        f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
+        f"{_layers(len(weak))}: {_names(weak)}. The merge is correct, but its dtype is too coarse for this adapter: "
+        "serve the adapter unmerged, or merge into float32"
     )
 
 

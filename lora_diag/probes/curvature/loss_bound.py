@@ -16,7 +16,7 @@ from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
 from lora_diag.models.swapping import FULL, Swapped
-from lora_diag.probes.curvature.measure import Curved
+from lora_diag.probes.curvature.measure import LossFunction
 from lora_diag.probes.curvature.record import LossBound
 
 # Rounding to float32 in a mean loss of order 1: two evaluations of one model in different batches differ by 1e-7.
@@ -49,7 +49,7 @@ def inner(x: Tensor, y: Tensor) -> float:
 
 def loss_bounds(
     model: Model,
-    curved: Curved,
+    loss_function: LossFunction,
     swapped: Swapped,
     tuned: TunedPoint,
     rank: int,
@@ -62,7 +62,7 @@ def loss_bounds(
 
     Args:
         model: The model to change.
-        curved: Its loss as a function of the truncated layers.
+        loss_function: Its loss as a function of the truncated layers.
         swapped: Its weights; all layers have the values of TUNED.
         tuned: Quantities at TUNED.
         rank: r.
@@ -71,18 +71,18 @@ def loss_bounds(
         size: Sequences in a batch.
         after: Called after every batch of a loss.
     """
-    swapped.arrange({**dict.fromkeys(swapped.layers, FULL), **dict.fromkeys(curved.layers, rank)})
-    truncated = curved.weights()
+    swapped.arrange({**dict.fromkeys(swapped.layers, FULL), **dict.fromkeys(loss_function.layers, rank)})
+    truncated = loss_function.weights()
     change = truncated - tuned.weights
-    curved.put(tuned.weights)
+    loss_function.put(tuned.weights)
     linear = inner(tuned.gradient, change)
-    quadratic = 0.5 * inner(change, curved.product(change))
+    quadratic = 0.5 * inner(change, loss_function.product(change))
     energy = inner(change, change)
     records = []
     for t in along:
-        curved.put(truncated if t == 1 else tuned.weights + t * change)
+        loss_function.put(truncated if t == 1 else tuned.weights + t * change)
         losses = measure(model, texts, size, after)
-        bent = inner(change, curved.product(change)) / energy if energy else 0.0
+        bent = inner(change, loss_function.product(change)) / energy if energy else 0.0
         gap, error = losses.minus(tuned.losses)
         upper = t * t * tuned.largest / 2 * energy
         records.append(
@@ -104,5 +104,5 @@ def loss_bounds(
                 holds=gap <= t * linear + upper + ROUNDING * max(1.0, losses.mean),
             )
         )
-    curved.put(truncated)  # restore the values that ``swapped`` expects
+    loss_function.put(truncated)  # restore the values that ``swapped`` expects
     return records

@@ -33,7 +33,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Location of a layer in the model: a parameter, or one expert of a stack."""
 
     parameter: nn.Parameter
@@ -44,7 +44,7 @@ class _Place:
         return whole if self.index is None else whole[self.index]
 
 
-class Curved:
+class LossFunction:
     """The loss as a function of selected layers: its gradient, and products with its Hessian or GGN.
 
     The loss is the mean negative log-likelihood over the predictions of the set. All other weights are constant.
@@ -69,8 +69,10 @@ class Curved:
     ) -> None:
         self._model, self._texts, self._size, self._matrix, self._after = model, texts, size, matrix, after
         self.layers = dict(layers)
-        self._places = _places(model.module, self.layers)
-        self._parameters = list({id(place.parameter): place.parameter for place in self._places.values()}.values())
+        self._locations = _locations(model.module, self.layers)
+        self._parameters = list(
+            {id(location.parameter): location.parameter for location in self._locations.values()}.values()
+        )
 
     @property
     def device(self) -> torch.device:
@@ -82,10 +84,10 @@ class Curved:
         """Number of parameters n."""
         return sum(out * into for out, into in self.layers.values())
 
-    def only(self, layer: str) -> Curved:
+    def only(self, layer: str) -> LossFunction:
         """Return the same loss as a function of one layer."""
         shapes = {layer: self.layers[layer]}
-        return Curved(self._model, self._texts, self._size, shapes, self._matrix, self._after)
+        return LossFunction(self._model, self._texts, self._size, shapes, self._matrix, self._after)
 
     def flat(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return one vector ``(n,)`` of all layers' tensors."""
@@ -99,13 +101,13 @@ class Curved:
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
-        return self.flat({layer: place.of(place.parameter.data) for layer, place in self._places.items()})
+        return self.flat({layer: location.of(location.parameter.data) for layer, location in self._locations.items()})
 
     def put(self, weights: Tensor) -> None:
         """Write the layers' weights."""
         for layer, part in self.split(weights).items():
-            place = self._places[layer]
-            target = place.of(place.parameter.data)
+            location = self._locations[layer]
+            target = location.of(location.parameter.data)
             target.copy_(part.view(target.shape))
 
     def gradient(self) -> Tensor:
@@ -145,20 +147,22 @@ class Curved:
                 predictions += len(targets)
                 self._after()
         by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, total, strict=True)}
-        parts = {layer: place.of(by_parameter[id(place.parameter)]) for layer, place in self._places.items()}
+        parts = {
+            layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locations.items()
+        }
         return self.flat(parts) / predictions
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
         """Return a vector as tensors of the parameters' shapes, zero for other parameters."""
         found = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
         for layer, part in self.split(vector).items():
-            place = self._places[layer]
-            target = place.of(found[id(place.parameter)])
+            location = self._locations[layer]
+            target = location.of(found[id(location.parameter)])
             target.copy_(part.view(target.shape))
         return [found[id(parameter)] for parameter in self._parameters]
 
 
-def _places(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Place]:
+def _locations(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Location]:
     names, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
     found = {}
     for layer in layers:
@@ -168,7 +172,7 @@ def _places(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[st
             raise InputError(
                 f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with --exclude"
             )
-        found[layer] = _Place(parameters[name], int(index.rstrip("]")) if index else None)
+        found[layer] = _Location(parameters[name], int(index.rstrip("]")) if index else None)
     return found
 
 
@@ -228,14 +232,14 @@ class Trace:
     error: float | None
 
 
-def traces(curved: Curved, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
+def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
     """Estimate the trace of the joint Hessian, and of every layer's block, from the same products.
 
     With random signs x, E[xᵀHx] = tr(H) (Hutchinson 1990); and E[x_ℓᵀ(Hx)_ℓ] = tr(H_ℓℓ), because the other blocks'
     terms have mean zero, though they add to the variance.
 
     Args:
-        curved: The loss.
+        loss_function: The loss.
         probes: Random vectors.
         seed: Seed of their signs.
 
@@ -243,11 +247,11 @@ def traces(curved: Curved, probes: int, seed: int) -> tuple[Trace, dict[str, Tra
         Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix".
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {layer: [] for layer in curved.layers}
+    found: dict[str, list[float]] = {layer: [] for layer in loss_function.layers}
     for _ in range(probes):
-        signs = (torch.randint(0, 2, (curved.params,), generator=generator) * 2 - 1).float()
-        signs = signs.to(curved.device)
-        for layer, part in curved.split(signs * curved.product(signs)).items():
+        signs = (torch.randint(0, 2, (loss_function.params,), generator=generator) * 2 - 1).float()
+        signs = signs.to(loss_function.device)
+        for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             found[layer].append(float(part.sum(dtype=torch.float64)))
     together = [sum(each) for each in zip(*found.values(), strict=True)]
     return _mean(together), {layer: _mean(samples) for layer, samples in found.items()}

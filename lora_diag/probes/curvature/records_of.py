@@ -13,7 +13,7 @@ from lora_diag.models.losses import Losses
 from lora_diag.models.opening import Model
 from lora_diag.models.swapping import Swapped
 from lora_diag.probes.curvature.loss_bound import inner
-from lora_diag.probes.curvature.measure import Curved, Trace, projected, surrogate, traces
+from lora_diag.probes.curvature.measure import LossFunction, Trace, projected, surrogate, traces
 from lora_diag.probes.curvature.record import Curvature, Matrix, Surrogate
 from lora_diag.probes.curvature.record import Point as Where
 
@@ -24,7 +24,7 @@ class Point:
 
     Args:
         model: The model.
-        curved: Its loss as a function of the layers.
+        loss_function: Its loss as a function of the layers.
         swapped: Its weights, if there is a TUNED.
         texts: The set.
         batch: Sequences in a batch.
@@ -33,7 +33,7 @@ class Point:
     """
 
     model: Model
-    curved: Curved
+    loss_function: LossFunction
     swapped: Swapped | None
     texts: Texts
     batch: int
@@ -79,31 +79,31 @@ def curvatures(
     """
     if not joint and not layers:
         return
-    curved, parts = point.curved, point.curved.split(gradient)
-    together, alone = traces(curved, effort.probes, effort.seed)
+    loss_function, parts = point.loss_function, point.loss_function.split(gradient)
+    together, alone = traces(loss_function, effort.probes, effort.seed)
     if joint or (per == "all" and layers):
-        found, smallest = curved.ends(effort.top, effort.seed)
+        found, smallest = loss_function.ends(effort.top, effort.seed)
         records = [_record(point, losses, None, gradient, together, found, smallest)]
         if per == "all":
-            held = _held(curved, gradient, found, joint=True) if point.at == "base" else {}
+            held = _held(loss_function, gradient, found, joint=True) if point.at == "base" else {}
             records += [
                 _record(point, losses, layer, parts[layer], alone[layer], held=held.get(layer)) for layer in layers
             ]
         yield records
     for layer in layers if per == "layer" else ():
-        block, own = curved.only(layer), parts[layer].reshape(-1)
+        block, own = loss_function.only(layer), parts[layer].reshape(-1)
         found, smallest = block.ends(effort.top, effort.seed)
         held = _held(block, own, found, joint=False) if point.at == "base" else {}
         yield [_record(point, losses, layer, own, alone[layer], found, smallest, held.get(layer))]
 
 
-def _held(curved: Curved, gradient: Tensor, found: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
+def _held(loss_function: LossFunction, gradient: Tensor, found: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
     """Return the part of the gradient that eigenpairs hold, layer by layer."""
     coefficients, whole = projected(gradient, found.vectors)
     squared = inner(gradient, gradient)
     return {
-        layer: surrogate(coefficients, part, joint, curved.params, squared)
-        for layer, part in curved.split(whole).items()
+        layer: surrogate(coefficients, part, joint, loss_function.params, squared)
+        for layer, part in loss_function.split(whole).items()
     }
 
 

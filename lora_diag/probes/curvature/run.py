@@ -17,7 +17,7 @@ from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.curvature.loss_bound import TunedPoint, loss_bounds
-from lora_diag.probes.curvature.measure import Curved
+from lora_diag.probes.curvature.measure import LossFunction
 from lora_diag.probes.curvature.options import CurvatureOptions
 from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix
 from lora_diag.probes.curvature.records_of import Effort, Point, curvatures
@@ -101,8 +101,8 @@ def probe_curvature(
         "seed": seed,
     }
     watch = run.watch
-    curved = Curved(model, texts, run.batch, chosen, matrix, partial(watch.batch, "products"))
-    point = Point(model, curved, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
+    loss_function = LossFunction(model, texts, run.batch, chosen, matrix, partial(watch.batch, "products"))
+    point = Point(model, loss_function, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
@@ -174,23 +174,25 @@ def _measure(
 ) -> None:
     """Measure records that are not in the file: joint curvature, layers, ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
-    curved, watch = point.curved, kept.watch
-    missing = [layer for layer in curved.layers if layer not in done]
+    loss_function, watch = point.loss_function, kept.watch
+    missing = [layer for layer in loss_function.layers if layer not in done]
     products, note = _cost(point, effort, None in done, missing if per == "layer" else [], ranks, way)
     watch.total = watch.done + products * batches
     watch.note(note)
-    gradient = curved.gradient()
+    gradient = loss_function.gradient()
     losses = measure(point.model, point.texts, point.batch, partial(watch.batch, "loss"))
     for records in curvatures(point, effort, per, gradient, losses, None not in done, missing):
         kept.put(*records)
     joint = next(record for record in kept.records if isinstance(record, Curvature) and record.layer is None)
     if point.swapped is not None:
         least = joint.smallest if joint.strongly_convex else None
-        tuned = TunedPoint(curved.weights(), gradient, losses, joint.eigenvalues[0], least)
+        tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], least)
         for rank in ranks:
             after = partial(watch.batch, f"r={rank}")
             kept.put(
-                *loss_bounds(point.model, curved, point.swapped, tuned, rank, way, point.texts, point.batch, after)
+                *loss_bounds(
+                    point.model, loss_function, point.swapped, tuned, rank, way, point.texts, point.batch, after
+                )
             )
 
 
@@ -199,12 +201,12 @@ def _cost(
 ) -> tuple[int, str]:
     """Time one product; return the estimated number of products, and a note on the duration."""
     start = time.perf_counter()
-    point.curved.product(point.curved.weights())
+    point.loss_function.product(point.loss_function.weights())
     took = time.perf_counter() - start
     lanczos = 0 if joint_done else _products(effort.top) + _products(1)
     products = lanczos + effort.probes + len(layers) * (_products(effort.top) + _products(1))
     products += len(ranks) * (1 + len(way)) if point.swapped else 0
-    memory = 4 * point.curved.params * basis_size(point.curved.params, effort.top) / 2**30
+    memory = 4 * point.loss_function.params * basis_size(point.loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
     blocks = f" and {pluralized(len(layers), 'block', 'blocks')}" if layers else ""
     return products, (

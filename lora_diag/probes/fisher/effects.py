@@ -19,7 +19,7 @@ LOGIT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Before:
+class BaseOutputs:
     """The unchanged model on a text: its losses, and its logits of every sequence."""
 
     losses: Losses
@@ -27,7 +27,7 @@ class Before:
 
 
 @torch.no_grad()
-def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> Before:
+def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> BaseOutputs:
     """Run a model on a text and keep its logits.
 
     Raises:
@@ -47,23 +47,23 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
                 f"than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
             )
         after()
-    return Before(
+    return BaseOutputs(
         Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)), tuple(kept)
     )
 
 
 @torch.no_grad()
-def effect(model: Model, texts: Texts, before: Before, size: int, after: Callable[[], None]) -> Effect:
+def effect(model: Model, texts: Texts, before: BaseOutputs, size: int, after: Callable[[], None]) -> Effect:
     """Run the changed model on the same text, and return the effect of the change."""
     sums = list[float]()
     kl = 0.0
-    place = 0
+    index = 0
     for logits, labels in predictions(model, texts, size):
         for each, target in zip(logits, labels, strict=True):
             sums.append(float(nll(each, target)))
-            log_p, log_q = before.logits[place].double().log_softmax(-1), each.double().log_softmax(-1)
+            log_p, log_q = before.logits[index].double().log_softmax(-1), each.double().log_softmax(-1)
             kl += float((log_p.exp() * (log_p - log_q)).sum())
-            place += 1
+            index += 1
         after()
     losses = Losses(torch.tensor(sums, dtype=torch.float64), before.losses.counts)
     gap, error = losses.minus(before.losses)

@@ -80,9 +80,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
             )
             continue
         within = any(rho[1] is not None for each in known for rho in each.kl.values())
-        for place in (0, 1) if within else (0,):
-            title = f"{owner}{_finding(known, place)}"
-            panels.append((title, partial(_draw_correlations, found=known, place=place, style=style)))
+        for index in (0, 1) if within else (0,):
+            title = f"{owner}{_finding(known, index)}"
+            panels.append((title, partial(_draw_correlations, found=known, index=index, style=style)))
     return page_of(panels, _texts(series, found, types, style), style)
 
 
@@ -92,13 +92,13 @@ def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
 
 
 def _draw_correlations(
-    ax: Axes, found: Sequence[Correlations], place: int, inches: float, style: PageStyle | None
+    ax: Axes, found: Sequence[Correlations], index: int, inches: float, style: PageStyle | None
 ) -> None:
     width = style.line if style else 1.2
     ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     lowest = min(0.0, *(rho for each in found for both in each.kl.values() for rho in both if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
-        points = [(each.rank, rho) for each in found if (rho := each.kl[name][place]) is not None]
+        points = [(each.rank, rho) for each in found if (rho := each.kl[name][index]) is not None]
         if points:
             ax.plot(*zip(*points, strict=True), label=f"_{name}", **_mark(number, width))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
@@ -118,12 +118,12 @@ def _mark(number: int, width: float) -> dict[str, Any]:
     }
 
 
-def _finding(found: Sequence[Correlations], place: int) -> str:
+def _finding(found: Sequence[Correlations], index: int) -> str:
     """Return the best predictor at the middle rank, and its lead over the next."""
     at = found[len(found) // 2]
-    known = sorted(((both[place], name) for name, both in at.kl.items() if both[place] is not None), reverse=True)
-    n = at.grouped if place else at.n
-    where = f"{'within module types' if place else 'over all layers'} (n\xa0=\xa0{n})"
+    known = sorted(((both[index], name) for name, both in at.kl.items() if both[index] is not None), reverse=True)
+    n = at.grouped if index else at.n
+    where = f"{'within module types' if index else 'over all layers'} (n\xa0=\xa0{n})"
     if not known:
         return where
     then = f", then {known[1][1]} {known[1][0]:.2f}" if len(known) > 1 else ""

@@ -16,7 +16,7 @@ from lora_diag.models.gradients import Draw
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
-from lora_diag.probes.fisher.effects import Before, effect, read_before
+from lora_diag.probes.fisher.effects import BaseOutputs, effect, read_before
 from lora_diag.probes.fisher.measure import Tail, add_up, groups_of, tail_of
 from lora_diag.probes.fisher.options import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
@@ -146,7 +146,7 @@ class _Probe:
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the records of all layers, in the order of BASE."""
         self._as_tuned()
-        before: Before | None = None
+        before: BaseOutputs | None = None
         if self.held_out is not None and todo:
             before = read_before(self.of.model, self.held_out, self.of.batch, partial(self.of.watch.batch, "TUNED"))
         for group in groups_of(todo):
@@ -161,7 +161,7 @@ class _Probe:
                     yield self._record(layer, todo[layer], tail, predictions, before)
 
     def _record(
-        self, layer: str, shape: tuple[int, int], tail: Tail, predictions: int, before: Before | None
+        self, layer: str, shape: tuple[int, int], tail: Tail, predictions: int, before: BaseOutputs | None
     ) -> Fisher:
         curve = (tail.squares / predictions).tolist()
         if not all(value < float("inf") for value in curve):
@@ -191,7 +191,7 @@ class _Probe:
             effect=self._effects(layer, shape, before),
         )
 
-    def _effects(self, layer: str, shape: tuple[int, int], before: Before | None) -> dict[str, Effect] | None:
+    def _effects(self, layer: str, shape: tuple[int, int], before: BaseOutputs | None) -> dict[str, Effect] | None:
         """Return the effect of truncating one layer alone, at every rank below its own."""
         if before is None or self.held_out is None:
             return None

@@ -54,8 +54,8 @@ def _rank(results: Results[Any]) -> int:
 def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     """Return the fraction of each module type or layer in all tails, and the effect of its truncation."""
     shown = [
-        _share(records, title, PREDICTORS[place][1], rank, drop)
-        for title, place, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
+        _share(records, title, PREDICTORS[index][1], rank, drop)
+        for title, index, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
     ]
     half = Shown("fro", "½F", "mean KL per prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2)
     effects = (
@@ -133,13 +133,13 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
     at = next((each for each in found if each.rank == USUAL), found[0])
     lines = []
-    for place, what in ((0, "over all"), (1, "within module types")):
-        known = {name: both[place] for name, both in at.kl.items() if both[place] is not None}
+    for index, what in ((0, "over all"), (1, "within module types")):
+        known = {name: both[index] for name, both in at.kl.items() if both[index] is not None}
         if not known:
             continue
         best = max(known, key=lambda name: known[name] or 0.0)
-        rho, n = known[best] or 0.0, at.n if place == 0 else at.grouped
-        ends = interval(rho, n) if place == 0 else None
+        rho, n = known[best] or 0.0, at.n if index == 0 else at.grouped
+        ends = interval(rho, n) if index == 0 else None
         within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
         lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")

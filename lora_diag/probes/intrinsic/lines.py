@@ -155,9 +155,9 @@ def reached(found: Sequence[Line], subject: Subject, share: float) -> Reached:
         (100, 10, False)
     """
     rows = [line for line in found if line.subject == subject and line.shares]
-    place = next((i for i, line in enumerate(rows) if line.share >= share), None)
-    if place is None:
+    index = next((i for i, line in enumerate(rows) if line.share >= share), None)
+    if index is None:
         return Reached(None, rows[-1] if rows else None, False, ())
-    line = rows[place]
-    missed = tuple(other.size for other in rows[place:] if other.share < share and other.size is not None)
-    return Reached(line, rows[place - 1] if place else None, min(line.shares) >= share, missed)
+    line = rows[index]
+    missed = tuple(other.size for other in rows[index:] if other.share < share and other.size is not None)
+    return Reached(line, rows[index - 1] if index else None, min(line.shares) >= share, missed)

@@ -18,7 +18,7 @@ from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import safe, short
 
 # For runs without a reference: measured values for comparison (docs/reference/probe-outputs.md).
-_NONE = (
+_NO_REFERENCE = (
     "none for the distances; give another full fine-tune with --reference (two seeds had a distance of 0.39 on the "
     "one model measured)"
 )
@@ -42,7 +42,7 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
         all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
         found.append(make_statement("distances", "Distances", *all_lines))
     if not any(record.subject == "reference" for record in records):
-        found.append(make_statement("yardstick", "Reference", _NONE))
+        found.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
     return probe_summary(results, *found, reading=_READING)
 
 
@@ -124,14 +124,14 @@ def _as_good(found: Sequence[Contest]) -> str:
 def _choice(choice: Choice, names: dict[str, str]) -> str:
     """State which adapter to use: the significantly best one, or that some are not distinguishable."""
     best = names[choice.best]
-    text = "; ".join(f"{names[rival.name]} {_behind(rival)}" for rival in choice.rivals)
+    text = "; ".join(f"{names[rival.name]} {_gap_text(rival)}" for rival in choice.rivals)
     if not choice.equals:
         return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {text}"
     equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
     return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {text}"
 
 
-def _behind(rival: Rival) -> str:
+def _gap_text(rival: Rival) -> str:
     if rival.half is None:
         return f"{rival.behind:+.4f} (one sequence has no error)"
     span = f"{rival.behind:+.4f} [{rival.behind - rival.half:.4f}, {rival.behind + rival.half:.4f}]"

@@ -52,7 +52,7 @@ _PROXIES = (
     ),
 )
 # ρ from which a score predicts the order; below it, the statement says "in part". Both print ρ.
-_WELL = 0.7
+STRONG_CORRELATION = 0.7
 # Largest p-value of a significant correlation.
 _CHANCE = 0.05
 
@@ -120,18 +120,18 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
     gain, seeds, *others = Gain.shown
     columns = columns_of((gain, seeds), named(rows))
-    for place, name in enumerate(gains):
-        if place:
+    for position, name in enumerate(gains):
+        if position:
             columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], named(gains[name]))
         elif delta:
             columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], named(more[name]))
     columns += columns_of(others, named(rows))
     first = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{_UNITS[settings['per']][0]} alone"
-    return [Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _about(settings), MOST)]
+    return [Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _table_note(settings), MOST)]
 
 
-def _about(settings: dict[str, Any]) -> str:
+def _table_note(settings: dict[str, Any]) -> str:
     """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
     more = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
@@ -243,7 +243,7 @@ def _verdict(best: Correlation, size: Correlation) -> str:
         return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
     if size.rho is not None and size.rho >= best.rho:
         return f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {name}"
-    word = "yes" if best.rho >= _WELL else "in part"
+    word = "yes" if best.rho >= STRONG_CORRELATION else "in part"
     return f"{word}: {name} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters with {_rho(size.rho)}"
 
 

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, next_step
+from lora_diag.cli.output import next_step, rerun_command
 from lora_diag.probes.sweep.options import SweepOptions
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _next(results: Results[Any], base: str) -> str:
 
     verdict = main_verdict(results)
     if verdict is not None and verdict.more_seeds is not None:
-        return f"{again('--repeats', str(verdict.more_seeds), '--resume')}   (adds seeds to these)"
+        return f"{rerun_command('--repeats', str(verdict.more_seeds), '--resume')}   (adds seeds to these)"
     chosen = None if verdict is None else verdict.chosen
     command = f"loradiag plan {shlex.quote(str(base))}"
     if chosen is None:

@@ -27,7 +27,7 @@ from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 from lora_diag.running.training_workers import RunTask, Site, Workers, bare, opened
 
 # Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
-GROWS: dict[str, Callable[[Any, Any], Any]] = {
+EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
     "ranks": lambda then, now: sorted({*then, *now}),
     "rates": lambda then, now: sorted({*then, *now}),
     "full_rates": lambda then, now: sorted({*then, *now}),
@@ -131,7 +131,7 @@ def _swept(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) ->
             sweep.run(arm)
         return []
 
-    return run.over(run.inputs(stored), settings, measured, GROWS)
+    return run.over(run.inputs(stored), settings, measured, EXTENDABLE_SETTINGS)
 
 
 def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> Sequence[Probe]:

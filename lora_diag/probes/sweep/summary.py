@@ -7,16 +7,16 @@ from typing import Any
 
 from lora_diag.probes.sweep.verdict import (
     AtRank,
+    ReferenceComparison,
     SweepVerdict,
-    Versus,
     best_rates,
     by_rank,
+    compare_with_reference,
     confident,
     diverged,
     needs,
     reasons,
     swept_of,
-    versus,
 )
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
 from lora_diag.records import Probe, Results
@@ -119,14 +119,14 @@ def _against(
     sentences: dict[Subject, list[str]] = {}
     for subject, name, row in references:
         base = bases.get(name)
-        found = None if base is None else versus(by_rank(records, name, rates), row, base.nats, share)
+        found = None if base is None else compare_with_reference(by_rank(records, name, rates), row, base.nats, share)
         if found is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
             sentences.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
     return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
 
 
-def _compared(found: Versus, line: str) -> str:
+def _compared(found: ReferenceComparison, line: str) -> str:
     """Compare the best rank with a line, with the interval of the difference."""
     both = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
     if found.half is None:

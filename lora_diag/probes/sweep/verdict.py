@@ -77,7 +77,7 @@ class AtRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RankStanding:
     """Whether one rank is sufficient.
 
     Args:
@@ -133,17 +133,17 @@ class SweepVerdict:
     tolerance: float
     spread: float
     gain: float
-    standings: tuple[Standing, ...] = ()
+    standings: tuple[RankStanding, ...] = ()
     seeds: int = 0
 
     @property
-    def chosen(self) -> Standing | None:
+    def chosen(self) -> RankStanding | None:
         """The rank to train at: the smallest shown to be sufficient, else the best answer."""
         rank = self.rank if self.rank is not None else self.answer
         return next((one for one in self.standings if one.rank == rank), None)
 
     @property
-    def open(self) -> tuple[Standing, ...]:
+    def open(self) -> tuple[RankStanding, ...]:
         """Ranks below ``rank``, or all without one, that the seeds do not decide."""
         return tuple(
             one for one in self.standings if one.enough == "not known" and (self.rank is None or one.rank < self.rank)
@@ -193,7 +193,7 @@ def needs(seeds: int | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Versus:
+class ReferenceComparison:
     """The best rank compared with a reference line.
 
     Args:
@@ -219,7 +219,9 @@ class Versus:
     seeds: int | None = None
 
 
-def versus(rows: Sequence[AtRank], other: AtRank, base: float, share: float) -> Versus | None:
+def compare_with_reference(
+    rows: Sequence[AtRank], other: AtRank, base: float, share: float
+) -> ReferenceComparison | None:
     """Return the comparison of the best rank with a reference line; None if no rank has a loss.
 
     The variance of a LoRA run is that within ranks, pooled over them. A line that depends on the seed (dropout) has its
@@ -246,7 +248,7 @@ def versus(rows: Sequence[AtRank], other: AtRank, base: float, share: float) -> 
     gap = best.mean - other.mean
     spread, freedom = within([row.losses for row in rows])
     if not spread or not other.runs:
-        return Versus(best, other, gap, None, share, "no verdict")
+        return ReferenceComparison(best, other, gap, None, share, "no verdict")
     its, own_freedom = within([other.losses])
     fixed = its < FIXED**2 * spread
     level = 1 - (1 - LEVEL) / len(rows)
@@ -264,13 +266,13 @@ def versus(rows: Sequence[AtRank], other: AtRank, base: float, share: float) -> 
     gains = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
     half = plain.half(level)
     if max(losses.value + losses.half(level), gains.value + gains.half(level)) <= 0:
-        return Versus(best, other, gap, half, share, "as good", fixed)
+        return ReferenceComparison(best, other, gap, half, share, "as good", fixed)
     if abs(gap) > half:
-        return Versus(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
+        return ReferenceComparison(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
     distance = max(abs(gap), -max(losses.value, gains.value))
     one = math.sqrt(spread) if fixed else math.sqrt(spread + its)
     needed = runs_needed(distance, one, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
-    return Versus(best, other, gap, half, share, "not known", fixed, needed)
+    return ReferenceComparison(best, other, gap, half, share, "not known", fixed, needed)
 
 
 def diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
@@ -371,7 +373,7 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     if gain <= 0:
         return SweepVerdict("no gain", None, None, None, best.rank, 0.0, spread, gain, (), seeds)
     noise = _Noise(*blocks([row.runs for _, row in ranked]), *within([row.losses for _, row in ranked]))
-    standings = tuple(_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
+    standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
     close = (rank for rank, row in ranked if max(_theta(row, other, base, share) for _, other in ranked) <= 0)
     chosen = next(
         close, best.rank
@@ -434,7 +436,7 @@ def _theta(row: AtRank, other: AtRank, base: float, share: float) -> float:
     return ours - (1 - share) * theirs - share * base
 
 
-def _standing(
+def _rank_standing(
     rank: int,
     row: AtRank,
     ranked: Sequence[tuple[int, AtRank]],
@@ -442,12 +444,12 @@ def _standing(
     gain: float,
     share: float,
     noise: _Noise,
-) -> Standing:
+) -> RankStanding:
     best = min((other for _, other in ranked), key=lambda other: other.mean)
     ours, theirs, n, m = _pair(row, best)
     behind = ours - theirs
     if not noise.known:
-        return Standing(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
+        return RankStanding(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
     found = []
     for _, other in ranked:
         theta, (_, _, a, b), variance = _theta(row, other, base, share), _pair(row, other), noise.of(row, other)
@@ -467,13 +469,13 @@ def _standing(
         needed = runs_needed(worst.value, of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
     half = 0.0 if row is best else spread.half()
-    return Standing(rank, row.lr, behind, behind / gain, half, enough, confidence, against, needed)
+    return RankStanding(rank, row.lr, behind, behind / gain, half, enough, confidence, against, needed)
 
 
-def _word(standings: Sequence[Standing], shown: Standing | None, noise: _Noise) -> Word:
+def _word(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Word:
     if not noise.known:
         return "no verdict"
-    lower = [one for place, one in enumerate(standings) if 2 * place < len(standings)]
+    lower = [one for position, one in enumerate(standings) if 2 * position < len(standings)]
     if shown is not None and shown in lower:
         return "fast saturation"
     if shown is not None and all(one.enough == "no" for one in lower):
@@ -481,7 +483,7 @@ def _word(standings: Sequence[Standing], shown: Standing | None, noise: _Noise) 
     return "not resolved"
 
 
-def _confidence(answer: Standing, standings: Sequence[Standing]) -> float | None:
+def _confidence(answer: RankStanding, standings: Sequence[RankStanding]) -> float | None:
     """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is (Bonferroni)."""
     if answer.confidence is None:
         return None

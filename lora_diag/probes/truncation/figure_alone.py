@@ -64,7 +64,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
             rows += _rows([record for record in one.records if record.set == name], rank, number)
         if rows:
             panels.append((called, highest(rows, ROWS)))
-    max_rows = len({_what(record) for record in records if record.rank == rank and _what(record)})
+    max_rows = len({_cell_name(record) for record in records if record.rank == rank and _cell_name(record)})
     notes = ["All others are as in TUNED. Error bars: two standard errors, paired by sequence."]
     if max_rows > ROWS:
         notes.append(f"The {ROWS} with the highest cost, of {max_rows}.")
@@ -80,12 +80,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure_of(panels, "loss minus TUNED's (nats)", words, style)
 
 
-def _what(record: Probe) -> str:
+def _cell_name(record: Probe) -> str:
     return record.layer or record.module_type or ""
 
 
 def _ranks(records: Iterable[Probe]) -> list[int]:
-    return sorted({record.rank for record in records if _what(record) and record.rank is not None})
+    return sorted({record.rank for record in records if _cell_name(record) and record.rank is not None})
 
 
 def _smallest(records: Iterable[Probe]) -> int:
@@ -95,11 +95,11 @@ def _smallest(records: Iterable[Probe]) -> int:
 def _rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
     return [
         Row(
-            name_of(_what(record)),
+            name_of(_cell_name(record)),
             record.gap,
             None if record.gap_error is None else 2 * record.gap_error,
             category(number),
         )
         for record in of_set
-        if _what(record) and record.rank == rank and record.gap is not None
+        if _cell_name(record) and record.rank == rank and record.gap is not None
     ]

@@ -31,13 +31,15 @@ class Types:
     def __init__(self, layers: Iterable[str]) -> None:
         layers = tuple(dict.fromkeys(layers))
         towers: dict[str, set[tuple[str, ...]]] = {}
-        place: dict[tuple[str, ...], int] = {}
+        first_layer: dict[tuple[str, ...], int] = {}
         for layer in layers:
             if tower := tower_of(layer):
                 towers.setdefault(module_type_of(layer), set()).add(tower)
-                place.setdefault(tower, len(place))
+                first_layer.setdefault(tower, len(first_layer))
         self._towers = _distinguishing_parts({tower for found in towers.values() if len(found) > 1 for tower in found})
-        ordered = sorted(layers, key=lambda layer: (place.get(tower_of(layer), len(place)), place_of(layer)))
+        ordered = sorted(
+            layers, key=lambda layer: (first_layer.get(tower_of(layer), len(first_layer)), place_of(layer))
+        )
         self._name = {layer: self._drawn(layer) for layer in ordered}
         self.names = tuple(dict.fromkeys(self._name.values()))
 

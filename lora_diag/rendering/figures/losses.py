@@ -92,8 +92,8 @@ def levels(
             groups[-1].append(one)
         else:
             groups.append([one])
-    for place, group in enumerate(groups):
-        below = lowest_below and place == 0 and len(groups) > 1
+    for position, group in enumerate(groups):
+        below = lowest_below and position == 0 and len(groups) > 1
         ax.annotate(
             ", ".join(text for text, _, _ in group),
             (1, group[0 if below else -1][1]),

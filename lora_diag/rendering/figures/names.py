@@ -60,20 +60,20 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
         files: Path of each run.
     """
     groups: dict[Hashable, list[int]] = {}
-    for place, run in enumerate(runs):
-        groups.setdefault((run.command, metrics[place] if metrics else ""), []).append(place)
+    for position, run in enumerate(runs):
+        groups.setdefault((run.command, metrics[position] if metrics else ""), []).append(position)
     found: dict[int, str] = {}
-    for places in groups.values():
-        inputs_of_run = [runs[place] for place in places]
-        read = [files[place] for place in places] if files else []
+    for positions in groups.values():
+        inputs_of_run = [runs[position] for position in positions]
+        read = [files[position] for position in positions] if files else []
         found.update(
             zip(
-                places,
+                positions,
                 [run_name(inputs_of_run[0])] if len(inputs_of_run) == 1 else _disambiguated(inputs_of_run, read),
                 strict=True,
             )
         )
-    return [found[place] for place in range(len(runs))]
+    return [found[position] for position in range(len(runs))]
 
 
 def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
@@ -90,11 +90,11 @@ def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     names = ways[2]
     found = list(names)
     for name in dict.fromkeys(names):
-        same_name = [place for place, other in enumerate(names) if other == name]
+        same_name = [position for position, other in enumerate(names) if other == name]
         if len(same_name) > 1:
-            read = [files[place] for place in same_name] if files else []
-            for place, more in zip(same_name, _own([runs[place] for place in same_name], read), strict=True):
-                found[place] = f"{name}, {more}" if len(same_name) < len(runs) else more
+            read = [files[position] for position in same_name] if files else []
+            for position, more in zip(same_name, _own([runs[position] for position in same_name], read), strict=True):
+                found[position] = f"{name}, {more}" if len(same_name) < len(runs) else more
     return found
 
 

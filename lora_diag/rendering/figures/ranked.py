@@ -50,8 +50,8 @@ def highest(rows: Sequence[Row], most: int, first: Sequence[Row] = ()) -> list[R
     for row in rows:
         best[row.name] = max(row.value, best.get(row.name, row.value))
     names = sorted(best, key=lambda name: -best[name])[:most]
-    place = {name: number for number, name in enumerate(dict.fromkeys([*(row.name for row in first), *names]))}
-    return sorted((row for row in rows if row.name in names), key=lambda row: place[row.name])
+    order = {name: number for number, name in enumerate(dict.fromkeys([*(row.name for row in first), *names]))}
+    return sorted((row for row in rows if row.name in names), key=lambda row: order[row.name])
 
 
 def draw_rows(ax: Axes, rows: Sequence[Row], style: PageStyle | None, short: Mapping[str, str] | None = None) -> None:
@@ -67,12 +67,12 @@ def draw_rows(ax: Axes, rows: Sequence[Row], style: PageStyle | None, short: Map
     ax.axvline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     names = list(dict.fromkeys(row.name for row in rows))
     colors = list(dict.fromkeys(row.color for row in rows))
-    places = {name: place for place, name in enumerate(names)}
+    positions = {name: order for order, name in enumerate(names)}
     shared = len(names) < len(rows)
     for row in rows:
         offset = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
         bar: dict[str, Any] = {"color": row.color, "marker": "o", "ms": 4 * width, "elinewidth": 1.4 * width}
-        ax.errorbar(row.value, places[row.name] + offset, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
+        ax.errorbar(row.value, positions[row.name] + offset, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_yticks(range(len(names)), [short[name] if short else name for name in names])
     for label in ax.get_yticklabels():

@@ -237,6 +237,6 @@ def freeze_layout(figure: Figure) -> Figure:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for ax in figure.axes:
-        place = ax.get_position(original=True)
-        ax.set_position(Bbox(np.round(place.get_points(), 6)))
+        position = ax.get_position(original=True)
+        ax.set_position(Bbox(np.round(position.get_points(), 6)))
     return figure

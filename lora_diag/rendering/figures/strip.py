@@ -61,13 +61,13 @@ def slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[S
     groups: dict[str, list[R]] = {name: [] for name in shown.values()}
     for record in records:
         groups[shown[types.of(record.layer)]].append(record)
-    return tuple(_slot(place, name, group, per) for place, (name, group) in enumerate(groups.items()) if group)
+    return tuple(_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group)
 
 
-def _slot(place: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
+def _slot(position: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
     bars = (tuple(group),) if per == "type" else tuple(by_depth(group).values())
     half = min(_FILLED, _WIDEST * len(bars)) / 2
-    return Slot(name, place + np.linspace(-half, half, len(bars) + 1), bars)
+    return Slot(name, position + np.linspace(-half, half, len(bars) + 1), bars)
 
 
 def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, labels: bool = True) -> None:
@@ -80,9 +80,9 @@ def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, la
         size: Font size in points.
         labels: Whether to show the names.
     """
-    places = [round(float(slot.edges.mean())) for slot in drawn]
-    ax.set_xlim(min(places) - 0.5, max(places) + 0.5)
-    ax.set_xticks(places)
+    positions = [round(float(slot.edges.mean())) for slot in drawn]
+    ax.set_xlim(min(positions) - 0.5, max(positions) + 0.5)
+    ax.set_xticks(positions)
     ax.tick_params(axis="x", length=0, labelbottom=labels)
     if not labels:
         return
@@ -106,8 +106,8 @@ def label_height(drawn: Sequence[Slot[R]], inches: float, size: float) -> float:
 
 def _written(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list[str], int]:
     """Return the shortened names, and their rotation in degrees."""
-    places = [round(float(slot.edges.mean())) for slot in drawn]
-    room = inches / (max(places) - min(places) + 1)
+    positions = [round(float(slot.edges.mean())) for slot in drawn]
+    room = inches / (max(positions) - min(positions) + 1)
     names = list(cropped_all([slot.name for slot in drawn], LONGEST * size / 72, size).values())
     if max(width_of(name, size) for name in names) < 0.94 * room:
         return names, 0

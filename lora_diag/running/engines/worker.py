@@ -39,7 +39,7 @@ class Job:
 Work = tuple[Callable[[Any], Any], Sequence[Any]]
 
 # The current job, unpickled once per worker.
-_at_hand: tuple[str, Work] | None = None
+_current_job: tuple[str, Work] | None = None
 
 
 def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, threads: int) -> list[Any | LoradiagError]:
@@ -65,10 +65,10 @@ def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, thre
 
 
 def _work(name: str, job: Callable[[], Job]) -> Work:
-    global _at_hand
-    if _at_hand is None or _at_hand[0] != name:
-        _at_hand = (name, open_job(job()))
-    return _at_hand[1]
+    global _current_job
+    if _current_job is None or _current_job[0] != name:
+        _current_job = (name, open_job(job()))
+    return _current_job[1]
 
 
 def open_job(job: Job) -> Work:

@@ -102,10 +102,10 @@ def test_model_card_keeps_what_is_around_its_block():
     assert card.count(BEGIN) == card.count(END) == 1
     assert "FAILED" in card
     behind = card + "\n## After\n"
-    again = model_card(results(verdict("passed")), behind)
-    assert again.count(BEGIN) == 1
-    assert again.endswith("\n## After\n")
-    assert "PASSED" in again
-    assert "FAILED" not in again
-    assert model_card(results(verdict("passed")), again) == again
+    repeated = model_card(results(verdict("passed")), behind)
+    assert repeated.count(BEGIN) == 1
+    assert repeated.endswith("\n## After\n")
+    assert "PASSED" in repeated
+    assert "FAILED" not in repeated
+    assert model_card(results(verdict("passed")), repeated) == repeated
     assert model_card(results(verdict("passed"))).startswith(BEGIN)

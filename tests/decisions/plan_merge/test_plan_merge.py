@@ -13,7 +13,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
 from lora_diag.decisions.plan_merge.formats import GROUPS, Target, quantize
 from lora_diag.decisions.plan_merge.measure import MergeTask, PlanSettings
-from lora_diag.decisions.plan_merge.record import Arrival, PlannedMerge, conclude, conclusion
+from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude, conclusion
 from lora_diag.decisions.plan_merge.summary import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
@@ -113,8 +113,8 @@ def test_quantize_rounds_as_the_format_is_defined(target):
     expected = oracle(x, target)
     np.testing.assert_array_equal(codes.numpy(), expected[0])
     np.testing.assert_array_equal(values.numpy(), expected[1])
-    again = quantize(values.float(), target, peaks(values.float().numpy(), target))[1].numpy()
-    np.testing.assert_allclose(again, expected[1], rtol=1e-6)  # what a format holds already is not rounded
+    repeated = quantize(values.float(), target, peaks(values.float().numpy(), target))[1].numpy()
+    np.testing.assert_allclose(repeated, expected[1], rtol=1e-6)  # what a format holds already is not rounded
 
 
 def test_fp16_overflows_and_zeros_stay_zero():
@@ -238,8 +238,8 @@ def test_rows_that_are_inputs_are_grouped_as_inputs(lines, tmp_path, monkeypatch
             assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-9), (target, field)
 
 
-GOOD, BAD = Arrival(arrived=1.0, error=0.1), Arrival(arrived=0.5, error=0.9)
-NONE = Arrival(arrived=None, error=None)
+GOOD, BAD = FormatEffect(arrived=1.0, error=0.1), FormatEffect(arrived=0.5, error=0.9)
+NONE = FormatEffect(arrived=None, error=None)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ NONE = Arrival(arrived=None, error=None)
         ("mxfp4", BAD, (BAD, NONE), 9.0, "serve unmerged"),
         ("bf16", BAD, (BAD, GOOD), 0.0, "merge into 16 bit"),
         ("fp16", NONE, (BAD, NONE), None, "serve unmerged"),
-        ("bf16", Arrival(arrived=1.11, error=0.1), (BAD, BAD), 0.0, "serve unmerged"),
-        ("bf16", Arrival(arrived=1.0, error=0.51), (BAD, BAD), 0.0, "serve unmerged"),
+        ("bf16", FormatEffect(arrived=1.11, error=0.1), (BAD, BAD), 0.0, "serve unmerged"),
+        ("bf16", FormatEffect(arrived=1.0, error=0.51), (BAD, BAD), 0.0, "serve unmerged"),
     ],
 )
 def test_conclude_follows_the_rules(to, target, sixteen, base_error, expected):
@@ -281,7 +281,7 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     assert len(found["bf16"]) == len(found["mxfp4"]) == 4
     for fine, coarse in zip(found["bf16"], found["mxfp4"], strict=True):
         assert fine.error < 0.01 < coarse.error
-        assert fine.bf16 == coarse.bf16 == Arrival(arrived=fine.arrived, error=fine.error)
+        assert fine.bf16 == coarse.bf16 == FormatEffect(arrived=fine.arrived, error=fine.error)
     compared = lora_diag.spectrum(BASE, R4, layers=r"0\..*q_proj")
     assert found["bf16"][Q].fro == pytest.approx(compared[Q].fro)
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "kept"\nrequire = "plan_merge.error <= 0.1"\n')

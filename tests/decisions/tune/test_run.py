@@ -149,10 +149,10 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(case, tmp_path):
     with pytest.raises(UsageError, match="--resume"):
         lora_diag.tune(base, run, **texts, **OPTIONS)
     labels = []
-    again = lora_diag.tune(
+    repeated = lora_diag.tune(
         base, run, resume=True, on_progress=lambda event: labels.append(event.label), **texts, **OPTIONS
     )
-    assert again == found
+    assert repeated == found
     assert not [label for label in labels if label.startswith("r=")]  # the sweep is not trained again
 
 

@@ -150,7 +150,7 @@ def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     files = []
     for least in (2**40, 0):
-        monkeypatch.setattr(run, "APART_BYTES", least)
+        monkeypatch.setattr(run, "PROCESS_BYTES", least)
         lora_diag.fleet(["sample_checkpoints/lora_*", "missing"], workers=2, output=tmp_path / f"{least}.jsonl")
         files.append((tmp_path / f"{least}.jsonl").read_bytes())
     assert files[0] == files[1]

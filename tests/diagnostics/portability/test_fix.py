@@ -169,8 +169,8 @@ def test_image_adapters_are_written_in_each_layout(tmp_path, form):
     assert after.keys() == before.keys()
     for layer, change in before.items():
         close(after[layer], change)
-    again = make_portable(tmp_path / "out", tmp_path / "again", folder, form="kohya")
-    assert {record.status for record in again} == {"exact"}
+    repeated = make_portable(tmp_path / "out", tmp_path / "again", folder, form="kohya")
+    assert {record.status for record in repeated} == {"exact"}
     final, _ = changes(tmp_path / "again", folder)
     for layer, change in before.items():
         close(final[layer], change)

@@ -82,7 +82,7 @@ def test_gradients_of_low_rank_on_one_side_differ_between_sides(tmp_path):
 
 
 def test_large_other_side_is_not_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "OTHER_UP_TO", 10)
+    monkeypatch.setattr(module, "OTHER_GRAM_UP_TO", 10)
     for step in range(2):
         save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(12, 4)})
     (record,) = lora_diag.spectrum(gradients=[tmp_path / "g"])

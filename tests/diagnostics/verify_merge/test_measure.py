@@ -170,7 +170,7 @@ def test_grown_vocabulary(tmp_path):
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
-def again(merged: Merged, after, name: str, delta: torch.Tensor) -> None:
+def repeated(merged: Merged, after, name: str, delta: torch.Tensor) -> None:
     w = merged.before[name]
     after[name] = (w.double() + delta).to(w.dtype)
 
@@ -190,13 +190,28 @@ FAULTS = {
         "wrong scale",
         "times 2: it was added twice",
     ),
-    "subtracted": (Q, lambda m, b, a: again(m, a, Q, -m.delta(Q)), "wrong scale", "subtracted, or BASE and MERGED"),
-    "alpha left out": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) / 2.5), "wrong scale", r"times 0\.4: .*lora_alpha"),
-    "over √r": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) * 2), "wrong scale", r"α/√r where the adapter says α/r"),
-    "over r": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) / 2), "wrong scale", r"rsLoRA \(r = 4\)"),
-    "some scale": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) * 1.3), "wrong scale", "none of the usual"),
-    "transposed": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q).T), "transposed", "ΔWᵀ"),
-    "of another layer": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q1)), "wrong order", f"the ΔW of {Q1} was"),
+    "subtracted": (
+        Q,
+        lambda m, b, a: repeated(m, a, Q, -m.delta(Q)),
+        "wrong scale",
+        "subtracted, or BASE and MERGED",
+    ),
+    "alpha left out": (
+        Q,
+        lambda m, b, a: repeated(m, a, Q, m.delta(Q) / 2.5),
+        "wrong scale",
+        r"times 0\.4: .*lora_alpha",
+    ),
+    "over √r": (
+        Q,
+        lambda m, b, a: repeated(m, a, Q, m.delta(Q) * 2),
+        "wrong scale",
+        r"α/√r where the adapter says α/r",
+    ),
+    "over r": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) / 2), "wrong scale", r"rsLoRA \(r = 4\)"),
+    "some scale": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) * 1.3), "wrong scale", "none of the usual"),
+    "transposed": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q).T), "transposed", "ΔWᵀ"),
+    "of another layer": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q1)), "wrong order", f"the ΔW of {Q1} was"),
     "rows missing": (UP, only(slice(10, 20), slice(None)), "partial", "rows 10-19 of 48 have no update"),
     "columns missing": (UP, only(slice(None), slice(16, None)), "partial", "columns 16-31 of 32 have no update"),
     "layer missing": (Q, lambda m, b, a: a.pop(Q), "missing", "no such weight"),

@@ -4,7 +4,7 @@ import pytest
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
-from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_lines
+from lora_diag.diagnostics.verify_merge.summary import ORDER, REMEDIES, merge_grids, merge_lines
 from lora_diag.inspection.tables import table
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.columns import WIDE
@@ -62,7 +62,7 @@ def test_layers_are_summarised_together(records, expected):
 
 def test_failing_statuses_come_first_and_have_way_out():
     failing = [status for status in ORDER if record(status=status).failed]
-    assert set(WAYS_OUT) == set(failing)
+    assert set(REMEDIES) == set(failing)
     assert list(ORDER[: len(failing)]) == failing
     assert set(ORDER) >= CORRECT
 

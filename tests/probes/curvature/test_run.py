@@ -19,7 +19,7 @@ from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
 from lora_diag.probes.curvature import loss_bound
-from lora_diag.probes.curvature.measure import Curved, traces
+from lora_diag.probes.curvature.measure import LossFunction, traces
 from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
 
 LAYERS = {"query": "bert.encoder.layer.0.attention.self.query.weight", "head": "classifier.weight"}
@@ -85,17 +85,17 @@ def at_tuned(case):
 def curved_at(folder, text, layers, matrix="hessian", size=4):
     model = open_model(folder, torch.device("cpu"), tokenizer="bytes")
     shapes = {name: tuple(dict(model.module.named_parameters())[name].shape) for name in layers}
-    return model, Curved(model, read_texts(text, model), size, shapes, matrix)
+    return model, LossFunction(model, read_texts(text, model), size, shapes, matrix)
 
 
 def test_products_and_gradient_are_those_of_dense_hessian(case, at_base):
-    _, curved = curved_at(case[0], case[2], [LAYERS["query"]])
+    _, loss_function = curved_at(case[0], case[2], [LAYERS["query"]])
     h = at_base.hessian()
     x = torch.randn(len(h), generator=torch.Generator().manual_seed(0))
     truth = h @ x.double().numpy()
-    np.testing.assert_allclose(curved.product(x).numpy(), truth, atol=1e-4 * np.abs(truth).max())
+    np.testing.assert_allclose(loss_function.product(x).numpy(), truth, atol=1e-4 * np.abs(truth).max())
     g = at_base.gradient()
-    np.testing.assert_allclose(curved.gradient().numpy(), g, atol=1e-5 * np.abs(g).max())
+    np.testing.assert_allclose(loss_function.gradient().numpy(), g, atol=1e-5 * np.abs(g).max())
 
 
 # What curvlinops imports scripts functions, which torch 2.13 deprecates.
@@ -105,7 +105,7 @@ def test_products_are_those_of_curvlinops(case, matrix):
     from curvlinops import GGNLinearOperator, HessianLinearOperator
 
     layers = [LAYERS["query"], LAYERS["head"], "bert.embeddings.word_embeddings.weight"]
-    model, curved = curved_at(case[0], case[2], layers, matrix)
+    model, loss_function = curved_at(case[0], case[2], layers, matrix)
     texts = read_texts(case[2], model)
     # one by one, so that nothing is padded
     batches = [({"ids": torch.tensor([one.ids])}, torch.tensor(one.labels)) for one in texts.sequences]
@@ -131,10 +131,10 @@ def test_products_are_those_of_curvlinops(case, matrix):
             batch_size_fn=lambda x: 1,
         )
         names = [name for name, _ in model.module.named_parameters() if name in layers]
-        x = torch.randn(curved.params, generator=torch.Generator().manual_seed(0))
-        parts = curved.split(x)
+        x = torch.randn(loss_function.params, generator=torch.Generator().manual_seed(0))
+        parts = loss_function.split(x)
         truth = operator @ [parts[name].contiguous() for name in names]
-    found = curved.split(curved.product(x))
+    found = loss_function.split(loss_function.product(x))
     for name, part in zip(names, truth, strict=True):
         torch.testing.assert_close(found[name], part, atol=1e-5 * float(part.abs().max()), rtol=1e-3)
 
@@ -162,9 +162,9 @@ def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
     shapes = {
         n: tuple(p.shape) for n, p in model.module.named_parameters() if p.ndim == 2 and ("mlp" in n or "attn" in n)
     }
-    curved = Curved(model, read_texts(text, model), 2, shapes)
-    x = torch.randn(curved.params, generator=torch.Generator().manual_seed(0))
-    found = curved.split(curved.product(x))
+    loss_function = LossFunction(model, read_texts(text, model), 2, shapes)
+    x = torch.randn(loss_function.params, generator=torch.Generator().manual_seed(0))
+    found = loss_function.split(loss_function.product(x))
     reference = transformers.AutoModelForCausalLM.from_pretrained(base).double().eval()
     named = dict(reference.named_parameters())
     ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()[: 3 * 32].view(3, 32)
@@ -172,7 +172,7 @@ def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
 
     def gradient(step):
         with torch.no_grad():
-            for name, part in curved.split(x).items():
+            for name, part in loss_function.split(x).items():
                 named[name].copy_(before[name] + step * part.double())
         loss = reference(input_ids=ids, labels=ids).loss
         return torch.autograd.grad(loss, [named[name] for name in shapes])
@@ -187,8 +187,8 @@ def test_one_matrix_of_stack_has_its_block_of_hessian(tmp_path):
     """As experts are stored: ``name[3]`` is a part of a parameter, here a row of one."""
     model, text = open_model(gpt2(tmp_path / "base"), torch.device("cpu")), some_text(tmp_path, windows=2)
     texts, name = read_texts(text, model), "transformer.h.0.attn.c_attn.weight"
-    whole = Curved(model, texts, 2, {name: (16, 48)})
-    parts = Curved(model, texts, 2, {f"{name}[3]": (1, 48), f"{name}[5]": (1, 48)})
+    whole = LossFunction(model, texts, 2, {name: (16, 48)})
+    parts = LossFunction(model, texts, 2, {f"{name}[3]": (1, 48), f"{name}[5]": (1, 48)})
     x = torch.randn(96, generator=torch.Generator().manual_seed(0))
     spread = torch.zeros(16, 48)
     spread[[3, 5]] = x.view(2, 48)
@@ -202,8 +202,8 @@ def test_one_matrix_of_stack_has_its_block_of_hessian(tmp_path):
 
 def test_trace_is_unbiased_jointly_and_layer_by_layer(case):
     layers = [LAYERS["query"], LAYERS["head"]]
-    _, curved = curved_at(case[0], case[2], layers)
-    together, alone = traces(curved, 40, seed=1)
+    _, loss_function = curved_at(case[0], case[2], layers)
+    together, alone = traces(loss_function, 40, seed=1)
     truth = {layer: np.trace(Dense(case[0], case[2], layer).hessian()) for layer in layers}
     for layer in layers:
         assert abs(alone[layer].mean - truth[layer]) <= 4 * alone[layer].error
@@ -211,15 +211,15 @@ def test_trace_is_unbiased_jointly_and_layer_by_layer(case):
     assert together.mean == pytest.approx(sum(each.mean for each in alone.values()), rel=1e-5)
     generator, samples = torch.Generator().manual_seed(5), []
     for _ in range(3):
-        signs = (torch.randint(0, 2, (curved.params,), generator=generator) * 2 - 1).float()
-        samples.append(float(signs @ curved.product(signs)))
-    three, _ = traces(curved, 3, seed=5)
+        signs = (torch.randint(0, 2, (loss_function.params,), generator=generator) * 2 - 1).float()
+        samples.append(float(signs @ loss_function.product(signs)))
+    three, _ = traces(loss_function, 3, seed=5)
     assert three.mean == pytest.approx(np.mean(samples), rel=1e-4)
     assert three.error == pytest.approx(np.std(samples, ddof=1) / math.sqrt(3), rel=1e-4)
-    signs = (torch.randint(0, 2, (curved.params,), generator=torch.Generator().manual_seed(1)) * 2 - 1).float()
-    one, _ = traces(curved, 1, seed=1)
+    signs = (torch.randint(0, 2, (loss_function.params,), generator=torch.Generator().manual_seed(1)) * 2 - 1).float()
+    one, _ = traces(loss_function, 1, seed=1)
     assert one.error is None
-    assert one.mean == pytest.approx(float(signs @ curved.product(signs)), rel=1e-4)
+    assert one.mean == pytest.approx(float(signs @ loss_function.product(signs)), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +240,14 @@ def measured(case):
 
 def test_products_told_are_those_of_both_ends(case, monkeypatch):
     base, tuned, text = case
-    spent, ends = [], Curved.ends
+    spent, ends = [], LossFunction.ends
 
-    def counted(curved, *words):
-        found = ends(curved, *words)
+    def counted(loss_function, *words):
+        found = ends(loss_function, *words)
         spent.extend(each.products for each in found)
         return found
 
-    monkeypatch.setattr(Curved, "ends", counted)
+    monkeypatch.setattr(LossFunction, "ends", counted)
     asked = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
     found = lora_diag.probe_curvature(base, tuned, along=(), probes=1, **asked).whole
     assert next(record for record in found if record.record == "curvature").products == sum(spent[:2]) > spent[0]

@@ -226,5 +226,5 @@ def test_command_prints_what_orders_layers(models, tmp_path, loradiag):
     for words in ("Spearman's ρ", "Fisher", "weight energy", "K-FAC", "½F ÷ measured KL", "--layer-weights f.jsonl"):
         assert words in " ".join(ran.out.split()), words
     assert "about " in ran.err
-    again = loradiag("inspect", "f.jsonl", "--per", "layer")
-    assert "transformer.h.0.attn.c_attn" in again.out
+    repeated = loradiag("inspect", "f.jsonl", "--per", "layer")
+    assert "transformer.h.0.attn.c_attn" in repeated.out

@@ -128,10 +128,10 @@ def test_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
     for record in at_once.whole:  # beyond the edge of the smaller grid there may be more
         assert key[record.rank, record.lr, record.seed] == record.loss
     labels.clear()  # less than there is asks for nothing
-    again = lora_diag.probe_sweep(
+    repeated = lora_diag.probe_sweep(
         base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda event: labels.append(event.label), **options
     )
-    assert (labels, again) == ([], grown)
+    assert (labels, repeated) == ([], grown)
     with pytest.raises(UsageError, match=r"another settings\.steps"):
         lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lora_diag.catalog import read_results
-from lora_diag.probes.sweep.verdict import AtRank, best_rates, by_rank, diverged, judge, reasons, verdicts, versus
+from lora_diag.probes.sweep.verdict import (
+    AtRank,
+    best_rates,
+    by_rank,
+    compare_with_reference,
+    diverged,
+    judge,
+    reasons,
+    verdicts,
+)
 from lora_diag.records import Probe
 from tests.conftest import ROOT
 
@@ -160,17 +169,17 @@ def test_best_rank_is_compared_with_line_by_welch():
     """As SciPy's t test of unequal variances where there is one rank and the line depends on the seed."""
     line = AtRank(None, 1e-4, dict(enumerate((0.91, 0.99, 0.94))))
     best = (0.90, 0.95, 0.85, 0.93)
-    found = versus([row(4, best)], line, base=2.0, share=0.02)
+    found = compare_with_reference([row(4, best)], line, base=2.0, share=0.02)
     truth = stats.ttest_ind(best, line.losses, equal_var=False).confidence_interval(0.9)
     assert not found.fixed
     assert found.gap - found.half == pytest.approx(truth.low)
     assert found.gap + found.half == pytest.approx(truth.high)
     assert found.word == "not known"  # what is not significantly different is not equal
     assert found.seeds > 4
-    wide = versus([row(4, best)], line, base=2.0, share=0.3)
+    wide = compare_with_reference([row(4, best)], line, base=2.0, share=0.3)
     assert wide.word == "as good"
     # Where the best was chosen among several ranks, limits are Bonferroni's: 97.5% each for two, 99% in all for ten.
-    two = versus([row(4, best), row(8, [loss + 1 for loss in best])], line, base=2.0, share=0.02)
+    two = compare_with_reference([row(4, best), row(8, [loss + 1 for loss in best])], line, base=2.0, share=0.02)
     spread = np.var(best, ddof=1)
     error = math.sqrt(spread / 4 + np.var(line.losses, ddof=1) / 3)
     freedom = error**4 / ((spread / 4) ** 2 / 6 + (np.var(line.losses, ddof=1) / 3) ** 2 / 2)
@@ -182,11 +191,11 @@ def test_line_that_no_seed_changes_is_one_run_and_not_exact():
     best = (1.0, 1.02, 1.01)
     spread = np.var(best, ddof=1)
     for losses in ((0.9, 0.9, 0.9), (0.9,), (0.9, 0.9 + 1e-5, 0.9)):
-        found = versus([row(4, best)], row(None, losses), base=2.0, share=0.02)
+        found = compare_with_reference([row(4, best)], row(None, losses), base=2.0, share=0.02)
         assert found.fixed
         assert found.half == pytest.approx(stats.t(2).ppf(0.95) * math.sqrt(spread * (1 / 3 + 1)))
         assert found.word == "worse"
-    near = versus([row(4, best)], row(None, (1.0, 1.0)), base=2.0, share=0.02)
+    near = compare_with_reference([row(4, best)], row(None, (1.0, 1.0)), base=2.0, share=0.02)
     assert (near.word, near.seeds) == ("not known", None)  # one run stays one run, however many seeds LoRA has
 
 
@@ -195,13 +204,13 @@ def test_line_that_no_seed_changes_is_one_run_and_not_exact():
     [((0.5, 0.51), "worse"), ((1.5, 1.52), "better"), ((1.0, 1.01), "as good"), ((1.004, 1.2), "not known")],
 )
 def test_lora_is_compared_with_reference_line(line, word):
-    found = versus(rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, dict(enumerate(line))), 2.0, 0.06)
+    found = compare_with_reference(rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, dict(enumerate(line))), 2.0, 0.06)
     assert (found.word, found.best.rank) == (word, 8)
 
 
 def test_line_without_spread_or_rank_has_no_statement():
-    assert versus([], row(None, (1.0, 1.1)), 2.0, 0.02) is None
-    assert versus(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).word == "no verdict"
+    assert compare_with_reference([], row(None, (1.0, 1.1)), 2.0, 0.02) is None
+    assert compare_with_reference(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).word == "no verdict"
 
 
 @pytest.mark.parametrize("apart", [0.02, -0.02])
@@ -212,7 +221,7 @@ def test_line_at_margin_is_as_good_in_at_most_5_percent(apart):
         losses = 1 + apart + 0.008 * rng.normal(size=(3, 3))
         line = 1 + 0.008 * rng.normal(size=3)
         share = apart if apart > 0 else -apart / (1 - apart)  # of what the better of the two gains
-        wrong += versus(rows(*losses), row(None, line), base=2.0, share=share).word == "as good"
+        wrong += compare_with_reference(rows(*losses), row(None, line), base=2.0, share=share).word == "as good"
     assert wrong / 1500 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)
 
 

@@ -24,7 +24,7 @@ from lora_diag.cli import options
 from lora_diag.decisions.tune import trials
 from lora_diag.decisions.tune.record import TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
-from lora_diag.diagnostics.fleet.run import FleetSettings, Member, Seen, _on_a_worker
+from lora_diag.diagnostics.fleet.run import FleetPath, FleetSettings, Member, _on_a_worker
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
@@ -244,10 +244,10 @@ def test_tune_keeps_its_time_on_cluster_and_goes_on_here(cluster, tiny, tmp_path
     assert found.whole_of(TunePlan)[0].slots == 2
     assert (run / "sweep.jsonl").read_bytes() == (tmp_path / "local" / "sweep.jsonl").read_bytes()
     monkeypatch.undo()
-    again = lora_diag.tune(base, run, resume=True, time="2h", engine=Ray(), **options)
-    assert again.whole_of(TuneTrial) == local.whole_of(TuneTrial)
+    repeated = lora_diag.tune(base, run, resume=True, time="2h", engine=Ray(), **options)
+    assert repeated.whole_of(TuneTrial) == local.whole_of(TuneTrial)
     untimed = [
-        [one.model_copy(update={"seconds": None}) for one in each.whole_of(TuneDecision)] for each in (again, local)
+        [one.model_copy(update={"seconds": None}) for one in each.whole_of(TuneDecision)] for each in (repeated, local)
     ]
     assert untimed[0] == untimed[1]
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("local", "cluster")]
@@ -386,20 +386,20 @@ def test_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
 
 def test_worker_refuses_adapters_that_it_does_not_see(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"12345")
-    seen = Seen.now(tmp_path)
+    seen = FleetPath.now(tmp_path)
     (tmp_path / "training.log").write_bytes(b"what is beside it may grow")
     seen.check()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
     for path in (tmp_path, tmp_path / "none"):
         with raises_naming(InputError, "worker", "other files"):
-            Seen(path, seen.files).check()
-    assert Seen.now(tmp_path / "none").files == ""
+            FleetPath(path, seen.files).check()
+    assert FleetPath.now(tmp_path / "none").files == ""
 
 
 @pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
 def test_worker_looks_at_adapter_and_at_its_base(other):
     """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
-    seen = {name: Seen.now(SAMPLES / name) for name in ("lora_r4", "base")}
+    seen = {name: FleetPath.now(SAMPLES / name) for name in ("lora_r4", "base")}
     if other in seen:
         seen[other] = replace(seen[other], files="0123456789abcdef")
     member = Member("one", seen["lora_r4"])

@@ -99,7 +99,7 @@ def test_stack_of_one_expert_keeps_its_index():
     assert matrices("mlp.experts.up_proj", (1, 3, 4)) == [("mlp.experts.up_proj[0]", (3, 4))]
 
 
-def test_added_rows_are_rows_that_only_one_side_has(tmp_path):
+def test_added_rows_exist_on_one_side_only(tmp_path):
     before, after = torch.zeros(10, 4), torch.arange(52.0).view(13, 4)
     found = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
     rows = found.unpaired[0].rows
@@ -107,7 +107,7 @@ def test_added_rows_are_rows_that_only_one_side_has(tmp_path):
     assert torch.equal(torch.cat([tuned for _, tuned in found.deltas[1].blocks()]), after[:10])
 
 
-def test_blocks_are_rows_in_order_whatever_their_number(tmp_path, monkeypatch):
+def test_row_blocks_are_in_order_for_any_size(tmp_path, monkeypatch):
     tensor = torch.arange(70.0).view(10, 7)
     found = pairing(tmp_path, {"w": tensor}, {"w": tensor + 1})
     for entries in (1, 7, 15, 1000):
@@ -117,7 +117,7 @@ def test_blocks_are_rows_in_order_whatever_their_number(tmp_path, monkeypatch):
         assert torch.equal(torch.cat([tuned for _, tuned in blocks]), tensor + 1)
 
 
-def test_selection(tmp_path):
+def test_layer_selection(tmp_path):
     names = ["h.0.q_proj.weight", "h.1.q_proj.weight", "h.1.up.weight"]
     tensors = {name: ones(2, 2) for name in names}
     found = pairing(tmp_path, tensors, tensors, layers="q_proj|up", exclude=r"h\.0")

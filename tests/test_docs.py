@@ -55,13 +55,13 @@ def refresh(loradiag):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_output_on_page_is_that_of_run(page, refresh):
+def test_transcripts_equal_command_output(page, refresh):
     text = page.read_text(encoding="utf-8")
     assert refresh.refreshed(text) == text, "run `python docs/refresh.py`"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name)
-def test_python_on_page_gives_what_it_says(page, monkeypatch):
+def test_python_examples_match_output(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
@@ -71,14 +71,14 @@ def test_python_on_page_gives_what_it_says(page, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_page_that_installs_says_where_from(page):
+def test_installation_pages_state_source(page):
     text = page.read_text(encoding="utf-8")
     assert (
         "pip install loradiag" not in text.replace("'", "") or "installation.md" in text or page.stem == "installation"
     )
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     """Files exist, and so do headings: those of the page as it is written, and as the site completes it."""
     pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     headings = {page: anchors(hooks.completed(name(page).removeprefix("docs/"), text)) for page, text in pages.items()}

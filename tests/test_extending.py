@@ -116,7 +116,7 @@ def test_example_is_documented(plugins):
     assert "| `flatness` | flatness |" in found.stdout
 
 
-def test_example_is_function_command_and_content_of_pages(measured):
+def test_example_plugin_has_function_command_and_pages(measured):
     folder, (function, nuclear, inspect, plot, report, csv, passes, fails) = measured
     assert function == [True, "loradiag_nuclear.run"]
     assert [code for code, _ in (nuclear, inspect, plot, report, csv, passes, fails)] == [0, 0, 0, 0, 0, 0, 1]
@@ -135,7 +135,7 @@ def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
     assert "nuclear" in found.stderr
 
 
-def test_broken_plugin_is_named_once_and_breaks_nothing(tmp_path):
+def test_broken_plugin_is_named_once(tmp_path):
     broken = tmp_path / "broken-1.0.dist-info"
     broken.mkdir()
     (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")

@@ -32,7 +32,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_content_replaces_what_was_there(tmp_path):
+def test_write_replaces_content(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     write_whole(path, "naïve\n")
@@ -120,7 +120,7 @@ def test_hard_link_leaves_other_name_alone(tmp_path):
     assert [(tmp_path / name).read_text()[:3] for name in "ab"] == ["new", "old"]
 
 
-def test_file_that_appears_meanwhile_is_kept(tmp_path):
+def test_file_that_appears_during_run_is_kept(tmp_path):
     path, other = tmp_path / "a", tmp_path / "other"
     other.write_text("weights")
 
@@ -141,7 +141,7 @@ def test_file_that_appears_meanwhile_is_kept(tmp_path):
     assert names(tmp_path) == ["a", "other"]
 
 
-def test_trap_in_place_of_temporary_file(tmp_path):
+def test_link_in_place_of_temporary_file(tmp_path):
     (tmp_path / "victim").write_text("weights")
     (tmp_path / f".a.{os.getpid()}").symlink_to(tmp_path / "victim")
     write_whole(tmp_path / "a", "new", PAGE)
@@ -182,7 +182,7 @@ def test_unwritable_output_is_one_message(tmp_path, name, kind, why):
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_permission_is_needed_where_it_is_used(tmp_path, monkeypatch):
+def test_permission_errors_are_reported(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("old")
     monkeypatch.setattr("os.access", lambda place, mode: place == path)  # root may write anywhere

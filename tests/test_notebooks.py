@@ -14,7 +14,7 @@ make = script("docs", "notebooks", "make.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_shows_what_it_says(path, monkeypatch):
+def test_notebook_output_matches_text(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     source = path.with_suffix(".py").read_text(encoding="utf-8")
     made, kept = make.notebook(source), json.loads(path.read_text(encoding="utf-8"))

@@ -36,13 +36,13 @@ def script(*parts: str):
         ("v1.2.0", "## 1.2.0 - 2026-11-27\n\n## 1.1.0 - 2026-01-01\n\n- A thing.\n", "lists nothing"),
     ],
 )
-def test_check_tag_wants_version_and_entry(tag, changelog, wrong):
+def test_check_tag_requires_version_and_entry(tag, changelog, wrong):
     problem = script(".github", "check_tag.py").problem(tag, "1.2.0", changelog)
     assert wrong in problem
     assert bool(problem) == bool(wrong)
 
 
-def test_version_stands_in_one_place():
+def test_version_is_defined_once():
     project = tomllib.loads(text("pyproject.toml"))
     assert "version" not in project["project"]
     assert project["project"]["dynamic"] == ["version"]

@@ -80,7 +80,7 @@ def test_malformed_adapter_is_refused_with_one_message(case, words):
     assert "\n" not in str(error.value)
 
 
-def test_untrained_adapter_is_zero_and_says_so(loradiag):
+def test_untrained_adapter_is_reported_as_zero(loradiag):
     folder = SHARED / "bad" / "adapter-zero-b"
     ran = loradiag("spectrum", folder / "base", folder / "adapter", "--json")
     assert ran.code == 0

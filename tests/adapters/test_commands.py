@@ -40,7 +40,7 @@ def test_spectrum_of_base_and_adapter(tmp_path, loradiag, model):
     assert loradiag("inspect", "r.jsonl").code == 0
 
 
-def test_unmatched_weights_stop_it_and_are_listed_when_allowed(tmp_path, loradiag, model):
+def test_unmatched_weights_are_refused_or_listed(tmp_path, loradiag, model):
     path = adapter(tmp_path, PAIR | {"gone.lora_A.weight": A, "gone.lora_B.weight": B})
     ran = loradiag("spectrum", model, path)
     assert (ran.code, ran.err.count("\n")) == (3, 1)
@@ -65,13 +65,13 @@ def test_checkpoint_alone_is_usage_error(loradiag, model):
     assert "is not an adapter" in ran.err
 
 
-def test_adapter_as_base_is_told_so(tmp_path, loradiag, model):
+def test_adapter_as_base_is_reported(tmp_path, loradiag, model):
     ran = loradiag("spectrum", adapter(tmp_path, PAIR), model)
     assert ran.code == 2
     assert "is an adapter" in ran.err
 
 
-def test_inspect_says_what_it_is_and_how_it_is_scaled(tmp_path, loradiag):
+def test_inspect_describes_adapter_and_scaling(tmp_path, loradiag):
     ran = loradiag("inspect", adapter(tmp_path, PAIR, rank_pattern={"nothing": 4}))
     assert ran.code == 0
     for words in ("PEFT LoRA, r=2, alpha=3", "lora_alpha / r, from adapter_config.json", "'nothing' matches no module"):

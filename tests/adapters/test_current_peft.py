@@ -152,7 +152,7 @@ TOY = {
 
 
 @pytest.mark.parametrize("kind", TOY)
-def test_toy(kind, tmp_path):
+def test_current_peft_types_equal_merge(kind, tmp_path):
     if kind == "bias of adapted layers" and tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
         pytest.skip("PEFT before 0.21 trains these biases and does not save them")
     config, factored = TOY[kind]
@@ -176,7 +176,7 @@ def test_bdlora(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera", "fourierft", "mixed"])
-def test_gpt2_stores_its_weights_other_way_round(kind, tmp_path):
+def test_gpt2_weights_are_stored_in_out(kind, tmp_path):
     targets = ["c_attn", "c_proj", "c_fc"]
     config = {
         "lora": lambda: peft.LoraConfig(target_modules=targets, **LORA),
@@ -265,7 +265,7 @@ def test_layer_replication_equals_repeated_layers(tmp_path):
     assert any("layer_replication" in note for note in notes)
 
 
-def test_pattern_means_what_it_means_to_peft():
+def test_pattern_matches_like_peft():
     """Our rule against PEFT's own function, on keys that are easily read otherwise."""
     from peft.utils.other import get_pattern_key
 

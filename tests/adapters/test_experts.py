@@ -49,7 +49,7 @@ def test_wrapper_depth_tells_parameter_not_config_order(tmp_path):
             close(found[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
 
 
-def test_one_parameter_alone_is_not_nested(tmp_path):
+def test_single_parameter_is_not_nested(tmp_path):
     down = factors(5, 8)
     found, _ = changes(
         folder_of(tmp_path, ["experts.down_proj"], [down]), base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)})
@@ -96,7 +96,7 @@ def test_experts_stored_one_by_one_get_their_rows(tmp_path):
         close(found[f"{disk}.{e}.w3.weight"], oracle(*up, 1.5)[e][5:])
 
 
-def test_experts_that_adapter_holds_in_full_leave_no_rows_out(tmp_path):
+def test_fully_adapted_experts_leave_no_rows_out(tmp_path):
     disk = "model.layers.0.block_sparse_moe.experts"
     one_by_one = {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")}
     values = normal(E, 10, 8, seed=4)
@@ -109,7 +109,7 @@ def test_experts_that_adapter_holds_in_full_leave_no_rows_out(tmp_path):
     assert not pairing.unpaired
 
 
-def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):
+def test_experts_stored_in_out_are_detected_by_shape(tmp_path):
     up = factors(8, 10)
     found, _ = changes(
         folder_of(tmp_path, ["experts.gate_up_proj"], [up]), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 8, 10)})
@@ -117,7 +117,7 @@ def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):
     close(found[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
 
 
-def test_all_linear_left_in_config_means_no_module_of_parameters(tmp_path):
+def test_all_linear_in_config_excludes_parameters(tmp_path):
     down = factors(5, 8)
     folder = folder_of(tmp_path, ["down_proj"], [down], target_modules="all-linear")
     found, _ = changes(folder, base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)}))
@@ -139,7 +139,7 @@ def test_all_linear_left_in_config_means_no_module_of_parameters(tmp_path):
         ("qwen3_vl_moe", "0.18.0", True),
     ],
 )
-def test_square_experts_are_told_by_model_and_version(tmp_path, model_type, version, in_out):
+def test_square_expert_layout_follows_model_and_version(tmp_path, model_type, version, in_out):
     square = factors(8, 8)
     folder = base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 8)}, {"model_type": model_type})
     path = folder_of(tmp_path, ["experts.down_proj"], [square], peft_version=version)

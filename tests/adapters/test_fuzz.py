@@ -85,7 +85,7 @@ SHAPES = st.lists(st.integers(0, 8), max_size=4).map(tuple)
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_every_damage_ends_in_numbers_or_one_message(data):
+def test_damaged_file_gives_numbers_or_one_message(data):
     config, shapes = data.draw(st.sampled_from(STARTS))
     shapes = dict(shapes)
     for _ in range(data.draw(st.integers(0, 2))):

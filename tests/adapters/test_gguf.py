@@ -54,7 +54,7 @@ def in_pairs(b, heads):
 
 @pytest.mark.skipif(not CASES[0].exists(), reason="the shared cases are not here")
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
-def test_gguf_case_has_the_truth_of_each_weight(case):
+def test_gguf_case_has_true_weights(case):
     truth = json.loads((case / "truth.json").read_text())
     found, _ = changes(case / "adapter", case / "base")
     assert set(found) == {name for name in truth if name != "_meta"}
@@ -169,7 +169,7 @@ def test_gguf_beside_a_peft_config_ignores_it(llama):
         ({"alpha": float("nan")}, "adapter.lora.alpha is nan"),
     ],
 )
-def test_gguf_header_that_is_no_lora_is_refused(tmp_path, change, problem):
+def test_gguf_header_without_lora_is_refused(tmp_path, change, problem):
     path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), **change)
     with pytest.raises(InputError, match=problem):
         open_adapter(path)
@@ -279,7 +279,7 @@ def test_gguf_is_written_in_another_layout_and_back(peft, form):
         (None, "give BASE"),
     ],
 )
-def test_gguf_of_an_unknown_model_is_not_written(peft, config, problem):
+def test_gguf_of_unknown_model_is_refused(peft, config, problem):
     base, folder, _ = peft
     (base / "config.json").write_text(json.dumps(config or {}))
     with pytest.raises(InputError, match=problem):

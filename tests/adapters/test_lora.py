@@ -30,12 +30,12 @@ PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
         ({"init_lora_weights": "eva", "lora_dropout": 0.3, "layers_to_transform": [0]}, 3 / 2),
     ],
 )
-def test_scaling_is_config_s(tmp_path, config, scale):
+def test_scaling_follows_config(tmp_path, config, scale):
     found, _ = changes(adapter(tmp_path, PAIR, **config), base(tmp_path, {"fc.weight": W}))
     close(found["fc.weight"], scale * B @ A)
 
 
-def test_alone_it_needs_no_base_and_stays_factored(tmp_path):
+def test_adapter_alone_stays_factored(tmp_path):
     pairing, _ = open_adapter(adapter(tmp_path, PAIR)).pair(None)
     (delta,) = pairing.deltas
     assert isinstance(delta, FactoredDelta)
@@ -70,7 +70,7 @@ def test_square_weight_follows_namesakes_neighbours_then_flag(tmp_path, others, 
     close(found["h.0.c_proj.weight"], expected.T if (flag if transposed is None else transposed) else expected)
 
 
-def test_embedding_s_factors_are_transposed(tmp_path):
+def test_embedding_factors_are_transposed(tmp_path):
     a, b = normal(2, 20), normal(6, 2)
     path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
     found, _ = changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
@@ -91,7 +91,7 @@ def test_grown_vocabulary_lists_new_and_compares_common_rows(tmp_path):
     ]
 
 
-def test_copy_of_base_s_embedding_is_no_change(tmp_path):
+def test_copied_base_embedding_is_not_a_change(tmp_path):
     w, a, b = normal(20, 6), normal(2, 20), normal(6, 2)
     factors = {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b}
     folder = base(tmp_path, {"embed_tokens.weight": w})
@@ -102,7 +102,7 @@ def test_copy_of_base_s_embedding_is_no_change(tmp_path):
     close(found["embed_tokens.weight"], 1.5 * (b @ a).T + other - w)
 
 
-def test_copy_of_adapted_head_is_not_taken_for_running_model(tmp_path):
+def test_adapted_head_copy_is_not_used_as_model(tmp_path):
     w = normal(8, 12)
     tensors = {"lm_head.lora_A.weight": A, "lm_head.lora_B.weight": B, "lm_head.base_layer.weight": w}
     found, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {"lm_head.weight": w}))
@@ -127,7 +127,7 @@ def test_dora(tmp_path):
     close(found["fc.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
 
 
-def test_dora_that_hardly_turned_anything_keeps_its_digits(tmp_path):
+def test_dora_of_small_rotation_keeps_precision(tmp_path):
     """ΔW is 1e-5 of W here: lengths in float32 would leave three digits of it."""
     w = normal(8, 12, seed=3)
     m = (np.linalg.norm(w, axis=1) * (1 + 1e-5 * normal(8))).astype(np.float32).astype(np.float64)
@@ -136,7 +136,7 @@ def test_dora_that_hardly_turned_anything_keeps_its_digits(tmp_path):
     close(found["fc.weight"], (m / np.linalg.norm(w, axis=1) - 1)[:, None] * w)
 
 
-def test_pissa_olora_and_kasa_count_what_they_took_out_of_base(tmp_path):
+def test_residual_initializations_include_base_change(tmp_path):
     folder = base(tmp_path, {"fc.weight": W})
     u, s, vh = np.linalg.svd(W, full_matrices=False)
     found, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="pissa"), folder)
@@ -149,7 +149,7 @@ def test_pissa_olora_and_kasa_count_what_they_took_out_of_base(tmp_path):
     close(found["fc.weight"], 1.5 * (B * d) @ A - (u[:, -2:] * s[-2:]) @ vh[-2:])
 
 
-def test_bd_lora_s_blocks_lie_on_diagonal(tmp_path):
+def test_bdlora_blocks_are_diagonal(tmp_path):
     a, b = normal(2, 6), normal(8, 2)
     blocks = {"nblocks": 2, "target_modules_bd_a": ["fc"], "target_modules_bd_b": []}
     found, _ = changes(
@@ -236,7 +236,7 @@ def test_zero_factors_are_noted(tmp_path):
     assert any(mentions(note, "1 of 1 updates", "zero") for note in notes)
 
 
-def test_bin_files_and_adapter_s_name_in_keys_are_read(tmp_path):
+def test_bin_files_and_adapter_name_in_keys_are_read(tmp_path):
     import torch
 
     path = adapter(tmp_path, {"fc.lora_A.default.weight": A, "fc.lora_B.default.weight": B})
@@ -287,7 +287,7 @@ def test_mismatched_factors_are_refused(tmp_path, tensors, config, words):
         open_adapter(adapter(tmp_path, tensors, **config))
 
 
-def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
+def test_unmatched_names_are_an_error_unless_allowed(tmp_path):
     tensors = PAIR | {"gone.lora_A.weight": A, "gone.lora_B.weight": B}
     path, folder = adapter(tmp_path, tensors), base(tmp_path, {"fc.weight": W})
     with raises_naming(InputError, 1, "gone.weight"):
@@ -296,18 +296,18 @@ def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
     assert [(item.layer, item.reason) for item in pairing.unpaired] == [("gone.weight", "not_in_base")]
 
 
-def test_adapter_that_needs_base_says_so(tmp_path):
+def test_adapter_that_needs_base_is_reported(tmp_path):
     path = adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": normal(8)}, use_dora=True)
     with raises_naming(InputError, "DoRA", "BASE"):
         changes(path, None)
 
 
-def test_selecting_nothing_is_nothing_compared(tmp_path):
+def test_empty_selection_exits_4(tmp_path):
     with pytest.raises(NothingComparedError):
         changes(adapter(tmp_path, PAIR), None, layers="nothing")
 
 
-def test_no_config_is_no_scaling(tmp_path):
+def test_missing_config_gives_no_scaling(tmp_path):
     path = adapter(tmp_path, PAIR)
     (path / "adapter_config.json").unlink()
     with raises_naming(InputError, "scaling", "unknown"):
@@ -327,7 +327,7 @@ def test_file_itself_may_be_named(tmp_path):
     close(changes(path / "adapter_model.safetensors", None)[0]["fc.weight"], 1.5 * B @ A)
 
 
-def test_config_of_wrong_kind_is_one_message(tmp_path):
+def test_config_of_wrong_type_gives_one_message(tmp_path):
     path = adapter(tmp_path, PAIR)
     for content in ("[]", "{", json.dumps({"peft_type": 3})):
         (path / "adapter_config.json").write_text(content)

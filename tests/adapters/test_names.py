@@ -59,13 +59,13 @@ def test_name_with_two_candidates_matches_by_shape(tmp_path):
     assert found["fc.weight"][0].name == "transformer.fc.weight"
 
 
-def test_very_name_in_another_shape_is_not_looked_for_elsewhere(tmp_path):
+def test_exact_name_in_another_shape_is_final(tmp_path):
     base = checkpoint(tmp_path, {"fc.weight": (4, 6), "model.fc.weight": (5, 6)})
     _, missing = match_names({"fc.weight": (5, 6)}, base)
     assert missing["fc.weight"] == "its shape [5, 6] does not fit fc.weight [4, 6] in BASE"
 
 
-def test_transposed_fits_only_where_it_may(tmp_path):
+def test_transposed_match_only_where_allowed(tmp_path):
     base = checkpoint(tmp_path, {"fc.weight": (6, 4)})
     assert match_names({"fc.weight": (4, 6)}, base)[1]
     assert not match_names({"fc.weight": (4, 6)}, base, transposed=True)[1]
@@ -89,7 +89,7 @@ def test_fused_experts_are_found_in_per_expert_storage(tmp_path, gate, up, down)
     assert match_names({wanted: (2, 12, 8)}, base)[1]
 
 
-def test_head_that_is_tied_is_embedding_under_its_own_name(tmp_path):
+def test_tied_head_is_reported_as_embedding(tmp_path):
     base = checkpoint(tmp_path, {"model.embed_tokens.weight": (9, 4), "model.norm.weight": (4,)})
     (place,) = match_names({"lm_head.weight": (9, 4)}, base)[0]["lm_head.weight"]
     assert (place.name, place.layer) == ("model.embed_tokens.weight", "lm_head.weight")

@@ -114,13 +114,13 @@ def test_lengths_that_fit_neither_rows_nor_columns_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 2)], ids=str)
-def test_column_lengths_are_not_taken_for_kernel_lengths(tmp_path, shape):
+def test_dora_column_lengths_are_not_kernel_lengths(tmp_path, shape):
     tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": normal(*shape)}
     with pytest.raises(InputError, match="instead of 6 entries"):
         open_adapter(kohya(tmp_path, tensors)[0])
 
 
-def test_one_length_is_that_of_only_row(tmp_path):
+def test_single_dora_length_is_for_single_row(tmp_path):
     w, up, m = normal(1, 6, seed=3), normal(1, 2), np.array([[0.7]])
     tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
     found, _ = changes(write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w}))
@@ -136,13 +136,13 @@ def test_lycoris_lokr_of_conv1d_multiplies_outputs_and_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(("up", "down"), [((8, 2), (2, 0)), ((8, 2), (2,)), ((8,), (2, 6)), ((0, 2), (2, 6))], ids=str)
-def test_factors_that_are_no_matrices_are_refused(tmp_path, up, down):
+def test_non_matrix_factors_are_refused(tmp_path, up, down):
     path, _ = kohya(tmp_path, {f"{FLAT}.lora_up.weight": np.ones(up), f"{FLAT}.lora_down.weight": np.ones(down)})
     with raises_naming(InputError, "fit together"):
         open_adapter(path)
 
 
-def test_alpha_that_is_stored_as_integer_counts(tmp_path):
+def test_alpha_stored_as_integer_is_used(tmp_path):
     path, folder = kohya(tmp_path, {})
     factors = {f"{FLAT}.lora_up.weight": torch.tensor(UP), f"{FLAT}.lora_down.weight": torch.tensor(DOWN)}
     save_file(factors | {f"{FLAT}.alpha": torch.tensor(3)}, path)
@@ -183,7 +183,7 @@ def test_diffusers(tmp_path, metadata, extra, scale, names):
     assert any("s = 1" in note for note in notes) == (scale == 1.0)
 
 
-def test_diffusers_tells_least_and_largest_rank(tmp_path):
+def test_diffusers_reports_smallest_and_largest_rank(tmp_path):
     tensors = {}
     for module, rank in (("a.to_q", 4), ("b.to_q", 2), ("c.to_q", 3)):
         tensors |= {f"unet.{module}.lora_B.weight": normal(8, rank), f"unet.{module}.lora_A.weight": normal(rank, 6)}
@@ -205,7 +205,7 @@ def mlx(tmp_path, tensors, **config):
     return tmp_path / "adapter"
 
 
-def test_mlx_is_other_way_round_and_not_divided_by_rank(tmp_path):
+def test_mlx_factors_are_transposed_and_unscaled_by_rank(tmp_path):
     path = mlx(tmp_path, {"layers.0.q_proj.lora_a": DOWN.T, "layers.0.q_proj.lora_b": UP.T})
     found, _ = changes(path, base(tmp_path, {"model.layers.0.q_proj.weight": W}))
     close(found["model.layers.0.q_proj.weight"], 10 * UP @ DOWN)

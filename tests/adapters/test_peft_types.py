@@ -72,7 +72,7 @@ def test_vera_cuts_its_shared_matrices(tmp_path):
         changes(path, None)
 
 
-def test_vera_without_them_is_refused(tmp_path):
+def test_vera_without_shared_matrices_is_refused(tmp_path):
     tensors = {"fc.vera_lambda_b": normal(8), "fc.vera_lambda_d": normal(3)}
     with pytest.raises(InputError, match="save_projection=false"):
         open_adapter(adapter(tmp_path, tensors, peft_type="VERA"))
@@ -142,7 +142,7 @@ def test_type_with_integer_tensors_is_refused_by_name(tmp_path):
         open_adapter(path)
 
 
-def test_one_family_claims_adapter(tmp_path):
+def test_exactly_one_family_reads_adapter(tmp_path):
     from lora_diag.adapters.source import open_source
 
     source = open_source(adapter(tmp_path, {"fc.lora_A.weight": normal(2, 3), "fc.lora_B.weight": normal(4, 2)}))

@@ -50,7 +50,7 @@ def test_kohya_and_diffusers_files_without_alpha(tmp_path, given, scales):
         assert "give no alpha" in notes
 
 
-def test_alpha_in_file_counts(tmp_path):
+def test_alpha_in_file_is_used(tmp_path):
     path = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0)})
     found, _ = stated(path, 8.0)
     close(found["lora_unet_a.weight"], 1.5 * B @ A)
@@ -101,12 +101,12 @@ def test_mlx_without_scale(tmp_path, given, scale):
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}])
-def test_alpha_that_scales_nothing_is_refused(options):
+def test_alpha_without_effect_is_refused(options):
     with pytest.raises(UsageError, match="--alpha"):
         alpha_option(options)
 
 
-def test_commands_take_it_and_record_it(tmp_path, loradiag):
+def test_commands_record_stated_alpha(tmp_path, loradiag):
     kohya(tmp_path)
     base(tmp_path, {"a.weight": normal(6, 5), "b.weight": normal(6, 5, seed=3)})
     norms = {}
@@ -153,7 +153,7 @@ def test_probes_scale_adapters_by_stated_alpha(tmp_path, probe):
         close(found["a.weight"], scale * B @ A)
 
 
-def test_gate_knows_an_adapter_of_stated_alpha_again(tmp_path, loradiag):
+def test_gate_recognises_adapter_of_stated_alpha(tmp_path, loradiag):
     """The fingerprint is that of the files, whatever was stated of them; a changed file is another one."""
     tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B}
     folder = adapter(tmp_path, tensors)

@@ -123,7 +123,7 @@ def test_rank_larger_than_matrix_gives_whole_update(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["both", "b"])
-def test_gpt2_whose_conv1d_stores_in_out(tmp_path, split):
+def test_gpt2_conv1d_is_stored_in_out(tmp_path, split):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
     results, written = check(transformers.GPT2LMHeadModel(config), tmp_path, rank=2, split=split)
@@ -132,7 +132,7 @@ def test_gpt2_whose_conv1d_stores_in_out(tmp_path, split):
     assert kinds == {"wte": "embedding", "wpe": "embedding", "c_attn": "conv1d", "c_proj": "conv1d", "c_fc": "conv1d"}
 
 
-def test_gpt2_in_names_of_hub(tmp_path):
+def test_gpt2_with_hub_names(tmp_path):
     """``h.0.attn.c_attn``: saved from the model without its head, while its config names the one with it."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
@@ -155,7 +155,7 @@ def test_tied_embeddings_are_changed_once(tmp_path):
     )
 
 
-def test_head_of_its_own_cannot_be_added_to_tied_one(tmp_path):
+def test_untied_head_update_needs_untied_base(tmp_path):
     """TUNED untied the head that BASE ties: PEFT would add its update to the embedding as well."""
     model = llama(tie_word_embeddings=True)
     base, after = saved(model, perturbed(model), tmp_path)
@@ -272,7 +272,7 @@ def test_layer_1_is_not_layer_11(tmp_path):
     assert {record.layer: record.rank for record in repeated} == ranks
 
 
-def test_rest_is_saved_in_full(tmp_path):
+def test_unfactored_tensors_are_saved_in_full(tmp_path):
     """Norms, biases of adapted layers and of others, and a table whose vocabulary grew."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
@@ -314,7 +314,7 @@ def test_adapter_is_compressed_under_its_own_names(tmp_path):
     assert np.linalg.norm(dense(pairing.deltas[0]) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
-def test_model_type_that_was_never_tried_is_told(tmp_path):
+def test_untested_model_type_is_noted(tmp_path):
     for kind, told in (("llama", 0), ("segformer", 1)):
         tensors = {"stages.0.q_proj.weight": normal(8, 6)}
         model = write_base(tmp_path / kind, tensors, {"model_type": kind})
@@ -336,7 +336,7 @@ def test_updates_of_weight_used_twice_have_no_adapter(tmp_path):
     assert not list(tmp_path.glob("again*"))
 
 
-def test_adapter_that_reads_back_otherwise_is_refused(tmp_path):
+def test_adapter_that_reads_back_differently_is_refused(tmp_path):
     """The errors that were measured must be those of the file."""
     torch.manual_seed(0)
     base = open_checkpoint(write_base(tmp_path, {"q_proj.weight": np.zeros((6, 5))}))

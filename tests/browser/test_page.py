@@ -91,7 +91,7 @@ def put(page, element: str, value: str, event: str) -> None:
     )
 
 
-def test_it_opens_and_draws(page):
+def test_page_opens_and_draws(page):
     assert len(curves(page)) == 2
     assert page.js("document.querySelectorAll('#heat .heatmaplayer image, #heat .heatmaplayer .hm').length") > 0
     assert page.js("getComputedStyle(document.querySelector('.static-figures')).display") == "none"
@@ -111,7 +111,7 @@ def test_clicking_cell_changes_curves(page):
     assert curves(page) == ["self_attn.q_proj 0"]
 
 
-def test_curves_are_those_of_record(page):
+def test_curves_equal_record(page):
     click_cell(page, 0, 0)
     page.wait("document.getElementById('spectrum').data.length === 1")
     record = small()[0]["model.layers.0.self_attn.q_proj.weight"]
@@ -120,7 +120,7 @@ def test_curves_are_those_of_record(page):
     assert page.js("document.getElementById('residual').data[0].y") == [small()[1][record.layer].epsilon]
 
 
-def test_keyboard_is_enough(page):
+def test_page_is_usable_by_keyboard(page):
     page.js("document.getElementById('heat').focus()")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.key(key)
@@ -169,7 +169,7 @@ def test_filtering_filters(page, asked, kept):
     assert page.js("document.getElementById('count').textContent") == f"{len(wanted)} of 14 layers"
 
 
-def test_row_can_be_chosen(page):
+def test_page_row_can_be_selected(page):
     page.click(*center(page, "#table button[data-layer='5']"))
     page.wait("document.getElementById('energy').data.length === 1")
     assert page.js("document.querySelector('#table tr.on button').getAttribute('aria-pressed')") == "true"
@@ -177,7 +177,7 @@ def test_row_can_be_chosen(page):
     page.wait("document.getElementById('energy-figure').hidden")
 
 
-def test_address_brings_back_what_was_shown(page, report):
+def test_address_restores_page_state(page, report):
     put(page, "field", "a0.epsilon", "change")
     click_cell(page, 1, 1)
     page.click(*center(page, "#table button[data-sort='s0.energy.8']"))
@@ -221,7 +221,7 @@ def test_hostile_names_are_text_on_screen(tab, tmp_path):
     )
 
 
-def test_without_javascript_figures_and_table_are_there(report, tmp_path):
+def test_page_without_javascript_has_figures_and_table(report, tmp_path):
     with Page(tmp_path, javascript=False) as page:
         page.size(1280)
         page.open(report, ready="document.readyState === 'complete'")
@@ -268,7 +268,7 @@ def test_text_has_contrast_of_wcag_aa(report, tmp_path, dark):
         assert page.js(CONTRAST) == []
 
 
-def test_everything_has_name_for_those_who_cannot_see_it(page):
+def test_page_elements_have_accessible_names(page):
     nameless = (
         "[...document.querySelectorAll('select, input, button, img, [role]')]"
         ".filter((e) => !(e.labels && e.labels.length) && !e.textContent.trim() && !e.alt)"
@@ -282,7 +282,7 @@ def test_everything_has_name_for_those_who_cannot_see_it(page):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_sticks_out(page, report, width, tmp_path):
+def test_page_has_no_horizontal_overflow(page, report, width, tmp_path):
     page.size(width, 900, mobile=width < 500)
     page.open(report)
     assert page.js("document.documentElement.scrollWidth") <= width
@@ -304,7 +304,7 @@ def test_nothing_sticks_out(page, report, width, tmp_path):
 
 
 @pytest.mark.parametrize("also", [False, True], ids=["losses alone", "with weights"])
-def test_losses_lead_page_fit_both_widths_and_load_nothing(tab, tmp_path, also):
+def test_losses_page_fits_and_is_self_contained(tab, tmp_path, also):
     path = tmp_path / "losses.html"
     evil = losses.outputs(sets=("held_out", HOSTILE[1]))
     runs = evidence(*(small() if also else ()), evil, losses.KINDS["sweep"](), losses.KINDS["truncation"]())
@@ -337,7 +337,7 @@ def test_losses_lead_page_fit_both_widths_and_load_nothing(tab, tmp_path, also):
     tab.size(1280)
 
 
-def test_7b_model_opens_with_little_work(tab, tmp_path):
+def test_plan_7b_model_opening_cost(tab, tmp_path):
     """0.4 s of the processor where this was written; held to far more, so that a slow machine does not fail."""
     path = tmp_path / "7b.html"
     runs = evidence(seven_billion())

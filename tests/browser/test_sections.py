@@ -30,7 +30,7 @@ def tab(tmp_path_factory):
         yield page, path
 
 
-def test_curves_of_two_metrics_have_own_axes(tab):
+def test_curves_of_two_metrics_have_separate_axes(tab):
     page, path = tab
     for metric, of in (("weights", "ΔW"), ("kfac", "G^½·ΔW·C^½")):
         put(page, "metric", metric, "change")
@@ -46,7 +46,7 @@ def test_curves_of_two_metrics_have_own_axes(tab):
     assert (page.problems, page.requests) == ([], [])
 
 
-def test_heading_sorts_up_down_then_as_written(tab):
+def test_column_heading_cycles_sort_order(tab):
     page, _ = tab
     table = "document.querySelector('.several table')"
     place = page.js(f"[...{table}.tHead.rows[0].cells].findIndex((cell) => cell.textContent === 'λ max')")

@@ -11,7 +11,7 @@ from lora_diag.checkpoints.tensors import DECODED
 
 
 @pytest.mark.parametrize("dtype", sorted(DECODED))
-def test_every_code_is_torch_s_number(dtype):
+def test_every_code_equals_torch_value(dtype):
     kind = getattr(torch, dtype)
     if kind.itemsize == 1:
         codes = np.arange(256, dtype=np.uint8)
@@ -27,7 +27,7 @@ def test_every_code_is_torch_s_number(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])
-def test_array_is_not_memory_of_next_one(tmp_path, dtype):
+def test_read_array_does_not_share_memory(tmp_path, dtype):
     """Bytes are read into memory that is used again; numbers must not lie in it."""
     tensors = {name: torch.full((40, 3), value).to(getattr(torch, dtype)) for name, value in (("a", 1.0), ("b", 2.0))}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -89,7 +89,7 @@ def test_opening_a_distributed_checkpoint_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_accelerate_s_folder_inside_a_training_step_is_found(tmp_path):
+def test_accelerate_folder_inside_step_is_found(tmp_path):
     save_dcp(tmp_path / "step" / "pytorch_model_fsdp_0", {"model.a.weight": numbers(2, 2)}, {})
     assert list(open_checkpoint(tmp_path / "step")) == ["model.a.weight"]
 
@@ -103,7 +103,7 @@ def test_accelerate_s_folder_inside_a_training_step_is_found(tmp_path):
         ({"x.a": 4, "x.exp_avg": 4}, {"x.a": ("x", 0, "state_dict", "a")}, {"a"}),
     ],
 )
-def test_weights_are_told_from_the_rest_of_a_training_state(tmp_path, keys, planned, names):
+def test_weights_are_separated_from_training_state(tmp_path, keys, planned, names):
     tensors = {key: torch.ones(size) for key, size in keys.items()}
     assert set(open_checkpoint(save_dcp(tmp_path / "d", tensors, {}, planned, extra=["step"]))) == names
 
@@ -162,7 +162,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_an_index_that_lies_is_one_message(tmp_path, kind):
+def test_contradictory_index_gives_one_message(tmp_path, kind):
     change, words = BAD[kind]
     folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), change)
     with pytest.raises(InputError, match=words) as caught:
@@ -170,7 +170,7 @@ def test_an_index_that_lies_is_one_message(tmp_path, kind):
     assert str(folder) in str(caught.value)
 
 
-def test_a_part_that_is_not_what_the_index_says_is_named(tmp_path):
+def test_part_that_contradicts_index_is_named(tmp_path):
     folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: place(i, 3, **vars(first_of(i.storage_data))))
     with raises_naming(InputError, "float32 [3, 5]", "bfloat16 [4, 5]"):
         open_checkpoint(folder).read("columns")
@@ -190,7 +190,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_canary_in_an_index_or_a_shard_does_not_sing(tmp_path, protocol):
+def test_pickle_in_index_or_shard_is_not_executed(tmp_path, protocol):
     canary = Canary(str(tmp_path / "sang"))
     folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: setattr(i, "storage_meta", canary))
     assert_same(open_checkpoint(folder), TENSORS)
@@ -203,7 +203,7 @@ def test_a_canary_in_an_index_or_a_shard_does_not_sing(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_plain_data_is_read_as_itself(tmp_path, protocol):
+def test_pickled_plain_data_is_read(tmp_path, protocol):
     nested: list = [1]
     nested.append(nested)
     raw = b"\0\xff" if protocol > 2 else 0  # before, bytes were a call of a codec
@@ -220,7 +220,7 @@ def test_plain_data_is_read_as_itself(tmp_path, protocol):
      b"}]]s.", b"\x82\1.",
      b"})" + b"\x85" * 20_000 + b"Ns."],
 )  # fmt: skip
-def test_pickles_that_are_none_are_one_message(tmp_path, content):
+def test_invalid_pickles_give_one_message(tmp_path, content):
     with raises_naming(InputError, "readable pickle"):
         load(content, tmp_path, "it")
 
@@ -294,7 +294,7 @@ def test_sharded_tensors_of_fsdp1_are_joined_by_their_offsets(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["partial", "strided"])
-def test_placements_that_are_not_read_name_the_way_out(tmp_path, kind):
+def test_unsupported_placements_state_fix(tmp_path, kind):
     from torch.distributed.tensor import DTensor, Partial
     from torch.distributed.tensor.placement_types import _StridedShard
 

@@ -111,7 +111,7 @@ def test_checkpoints_survive_pickling_by_opening_again(tmp_path):
         assert torch.equal(repeated.read("lm_head.weight"), checkpoint.read("lm_head.weight"))
 
 
-def test_link_into_hub_cache_is_fine(tmp_path):
+def test_link_into_hub_cache_is_allowed(tmp_path):
     real = save_sharded(tmp_path / "blobs", weights(1))
     link = tmp_path / "snapshot"
     link.mkdir()
@@ -120,7 +120,7 @@ def test_link_into_hub_cache_is_fine(tmp_path):
     assert len(open_checkpoint(link)) == len(weights(1))
 
 
-def test_formats_is_tuple_of_what_is_tested_here():
+def test_formats_tuple_is_fully_tested():
     assert {file_format.label for file_format in FORMATS} == {"safetensors", "GGUF", "torch pickle"}
 
 
@@ -239,7 +239,7 @@ def _claiming(path, part, size, compression):
 @pytest.mark.parametrize(
     ("compression", "problem"), [(zipfile.ZIP_DEFLATED, "is compressed"), (zipfile.ZIP_STORED, "claim 20,000,")]
 )
-def test_archive_larger_inside_is_not_unpacked(tmp_path, monkeypatch, part, compression, problem):
+def test_archive_with_larger_content_is_not_unpacked(tmp_path, monkeypatch, part, compression, problem):
     _claiming(tmp_path / "a.bin", part, 20_000_000, compression)
     assert (tmp_path / "a.bin").stat().st_size < 50_000
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch read it"))
@@ -254,13 +254,13 @@ def test_torch_files_without_named_tensors(tmp_path, content):
         open_checkpoint(tmp_path / "a.bin")
 
 
-def test_name_with_half_character_in_torch_file(tmp_path):
+def test_name_with_lone_surrogate_in_torch_file(tmp_path):
     torch.save({"w\ud800": torch.ones(2)}, tmp_path / "a.bin")
     with raises_naming(InputError, "valid Unicode"):
         open_checkpoint(tmp_path / "a.bin")
 
 
-def test_whole_character_of_two_halves_is_text(tmp_path):
+def test_surrogate_pair_is_text(tmp_path):
     header = json.dumps({"w\U0001f600": entry()}).encode()
     assert rb"\ud83d\ude00" in header
     assert list(open_checkpoint(raw(tmp_path / "a.safetensors", header, bytes(8)))) == ["w\U0001f600"]
@@ -280,13 +280,13 @@ def test_index_may_only_name_plain_files(tmp_path, shard):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 3}}', "[" * 100_000])
-def test_indexes_that_are_none(tmp_path, text):
+def test_invalid_indexes_are_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match="index"):
         open_checkpoint(tmp_path)
 
 
-def test_index_is_held_against_its_shards(tmp_path):
+def test_index_is_compared_with_shards(tmp_path):
     folder = save_sharded(tmp_path / "m", weights(1))
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -333,7 +333,7 @@ def test_missing_or_unreadable_file_is_reported(tmp_path):
         (["qmodel.pt"], "HQQ"),
     ],
 )
-def test_foreign_folders_are_refused_with_way_out(tmp_path, files, words):
+def test_foreign_folders_are_refused_with_remedy(tmp_path, files, words):
     folder = tmp_path / "a folder"
     folder.mkdir()
     for name in files:
@@ -344,7 +344,7 @@ def test_foreign_folders_are_refused_with_way_out(tmp_path, files, words):
                 open_checkpoint(path)
 
 
-def test_run_s_folder_names_checkpoints_and_adapters_in_it(tmp_path):
+def test_training_folder_message_lists_checkpoints(tmp_path):
     for step in (2, 4, 6):
         save_model(tmp_path / f"checkpoint-{step}", {"a.weight": torch.ones(2, 2)})
     (tmp_path / "adapter").mkdir()
@@ -363,7 +363,7 @@ def test_three_subfolders_are_named_and_others_counted(tmp_path, count):
         open_checkpoint(tmp_path)
 
 
-def test_config_beside_adapter_is_model_s_and_not_adapter_s(tmp_path):
+def test_config_json_next_to_adapter_is_model_config(tmp_path):
     folder = save_model(tmp_path / "model", {"a.weight": torch.ones(2, 2)})
     save_file({"a.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
@@ -378,7 +378,7 @@ def test_packed_weights_are_refused_by_name(tmp_path):
         open_checkpoint(save_model(tmp_path / "m", packed))
 
 
-def test_random_bytes_never_escape_as_another_error(tmp_path):
+def test_random_bytes_give_input_error(tmp_path):
     """Flip, cut and repeat bytes of a real file: either it opens and reads, or one InputError comes."""
     good = (save_model(tmp_path / "m", weights(1)) / "model.safetensors").read_bytes()
     rng = np.random.default_rng(0)

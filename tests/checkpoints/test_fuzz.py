@@ -112,7 +112,7 @@ json_values = st.recursive(
 @given(
     key=st.sampled_from(["quant_type", "blocksize", "shape", "nested_blocksize", "nested_offset"]), value=json_values
 )
-def test_any_value_among_settings(tmp_path_factory, key, value):
+def test_arbitrary_setting_is_read_or_refused(tmp_path_factory, key, value):
     tensors = dict(MODELS["nf4 double"])
     tensors[STATE] = as_bytes(json.loads(bytes(tensors[STATE].tolist())) | {key: value})
     tensors_or_one_error(save_model(tmp_path_factory.mktemp("any"), tensors) / "model.safetensors")
@@ -124,7 +124,7 @@ def test_any_value_among_settings(tmp_path_factory, key, value):
     inner=st.sampled_from([None, "quant_method", "weight_block_size"]),
     value=json_values,
 )
-def test_any_value_in_configuration(tmp_path_factory, key, inner, value):
+def test_arbitrary_config_value_is_read_or_refused(tmp_path_factory, key, inner, value):
     folder = save_model(tmp_path_factory.mktemp("any"), MODELS["fp8"])
     (folder / "config.json").write_text(json.dumps({key: {inner: value} if inner else value}))
     tensors_or_one_error(folder / "model.safetensors")
@@ -142,7 +142,7 @@ def test_any_shape_of_scales(tmp_path_factory, shape, grid, suffix):
 
 
 @given(st.text(alphabet="ab/@.-_ :\\", max_size=20))
-def test_any_words_as_id(words):
+def test_arbitrary_hub_id_is_accepted_or_refused(words):
     found = parse(words)
     assert found is None or str(found) == words
 

@@ -30,7 +30,7 @@ def blocks_of(name, count=200):
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_codec_gives_the_library_s_numbers(name):
+def test_codec_equals_gguf_library(name):
     blocks, values = blocks_of(name)
     assert len(blocks) > 100
     np.testing.assert_array_equal(CODECS[name].decode(torch.from_numpy(blocks)).numpy(), values)
@@ -62,7 +62,7 @@ QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_half_a_step_bounds_the_error_of_the_library_s_quantizer(name):
+def test_library_quantizer_error_is_within_half_step(name):
     kind = getattr(gguf.GGMLQuantizationType, name)
     values = (np.random.default_rng(0).standard_normal((300, 32)) * 0.02).astype("f4")
     blocks = torch.from_numpy(gguf.quants.quantize(values, kind))
@@ -90,7 +90,7 @@ def test_steps_of_tables_reach_the_farther_neighbour(name):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "MXFP4"])
-def test_a_merge_that_was_quantized_is_right_up_to_its_rounding(tmp_path, name):
+def test_quantized_merge_is_correct_within_rounding(tmp_path, name):
     kind = getattr(gguf.GGMLQuantizationType, name)
     module = "model.layers.0.mlp.up_proj"
     weight, a, b = 0.05 * normal(32, 64, seed=1), normal(2, 64, seed=2), 0.05 * normal(32, 2, seed=3)
@@ -178,7 +178,7 @@ def test_unknown_architectures_keep_their_names(tmp_path):
     assert_names(checkpoint.notes[0], "mamba9", "known")
 
 
-def test_models_in_parts_are_read_whole_by_any_part(tmp_path):
+def test_sharded_model_is_read_from_any_shard(tmp_path):
     q = np.arange(48, dtype="f4").reshape(8, 6)
     write_gguf(tmp_path / "m-00001-of-00002.gguf", llama(2, 2), {"token_embd.weight": q})
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1}, {"blk.0.attn_q.weight": permuted(q, 2)})
@@ -213,7 +213,7 @@ def test_folders_with_several_models_ask_for_one(tmp_path):
         ({"general.architecture": "llama", "general.type": "adapter"}, "is a GGUF adapter, not a model"),
     ],
 )
-def test_false_settings_of_gguf_models_are_named(tmp_path, fields, problem):
+def test_invalid_gguf_settings_are_named(tmp_path, fields, problem):
     path = write_gguf(tmp_path / "m.gguf", fields, {"blk.0.attn_q.weight": np.ones((8, 2))})
     with pytest.raises(InputError, match=problem):
         open_checkpoint(path)

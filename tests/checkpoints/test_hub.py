@@ -65,7 +65,7 @@ def model(folder, seed=1, save=save_model):
         ("org/name/sub@v1", HubId("org/name", "sub", "v1")),
     ],
 )
-def test_ids_that_are_understood(words, expected):
+def test_valid_hub_ids_are_parsed(words, expected):
     assert parse(words) == expected
     assert str(expected) == words
 
@@ -93,7 +93,7 @@ def test_ids_that_are_understood(words, expected):
         "o/" + 96 * "n",
     ],
 )
-def test_words_that_are_no_id(words):
+def test_invalid_hub_ids_are_refused(words):
     assert parse(words) is None
 
 
@@ -124,7 +124,7 @@ def test_local_path_wins(cache, tmp_path):
     assert torch.equal(open_checkpoint("org/name").read("lm_head.weight"), weights(2)["lm_head.weight"].reshape(-1))
 
 
-def test_half_download_is_not_read(cache, tmp_path):
+def test_partial_download_is_not_read(cache, tmp_path):
     put(cache, model(tmp_path / "m", 1, save_sharded), only=lambda name: "00002" not in name)
     with raises_naming(InputError, "incomplete", "Hugging Face"):
         open_checkpoint("org/name")
@@ -196,7 +196,7 @@ def test_index_on_hub_may_only_name_plain_files(cache, tmp_path, monkeypatch, sh
     assert set(fake.asked) == {"config.json", "model.safetensors.index.json"}
 
 
-def test_failures_of_hub_are_one_message(cache, monkeypatch):
+def test_hub_failures_give_one_message(cache, monkeypatch):
     from huggingface_hub import errors
 
     def failing(kind, words):
@@ -235,7 +235,7 @@ def test_missing_huggingface_hub_names_extra(cache, monkeypatch):
         open_checkpoint("org/name")
 
 
-def test_names_that_no_file_can_have(cache):
+def test_invalid_file_names_are_refused(cache):
     for words in ("a" * 5000, "a\0b"):
         with pytest.raises(InputError, match="no such file"):
             open_checkpoint(words)

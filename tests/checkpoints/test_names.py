@@ -27,7 +27,7 @@ def test_prefixes_of_wrappers_are_left_out_with_note(tmp_path, prefix, save):
     assert prefix + "lm_head.weight" in " ".join(checkpoint.notes) or prefix in checkpoint.notes[0]
 
 
-def test_wrappers_inside_name_are_left_out_wherever_they_stand(tmp_path):
+def test_wrappers_inside_name_are_removed(tmp_path):
     names = [
         "embed.weight",
         "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.q.weight",
@@ -45,7 +45,7 @@ def test_wrappers_inside_name_are_left_out_wherever_they_stand(tmp_path):
         ["_orig_mod.a", "a"],  # would meet
     ],
 )
-def test_names_that_are_kept(tmp_path, names):
+def test_valid_names_are_kept(tmp_path, names):
     checkpoint = open_checkpoint(save_model(tmp_path, {name: torch.ones(2, 2) for name in names}))
     assert (set(checkpoint), checkpoint.notes) == (set(names), ())
 
@@ -83,7 +83,7 @@ def test_packed_weights_are_refused_by_names_of_their_tensors(tmp_path, suffix, 
     assert f"{Q}{suffix}" in str(caught.value)
 
 
-def test_floats_may_have_names_that_look_packed(tmp_path):
+def test_float_tensors_with_packed_names_are_read(tmp_path):
     tensors = {"encoder_blocks": torch.ones(2, 2), "a._data": torch.ones(2, 2)}
     assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
 
@@ -106,7 +106,7 @@ def test_packed_weights_without_scales_are_refused(tmp_path):
         open_checkpoint(folder)
 
 
-def test_base_configuration_does_not_describe_adapter(tmp_path):
+def test_base_config_does_not_describe_adapter(tmp_path):
     folder = save_model(tmp_path, {"a.lora_A.weight": torch.ones(2, 4)})
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
@@ -114,13 +114,13 @@ def test_base_configuration_does_not_describe_adapter(tmp_path):
     assert len(open_checkpoint(folder / "adapter_model.safetensors")) == 1
 
 
-def test_matrices_of_integers_that_nothing_explains_are_refused(tmp_path):
+def test_unexplained_integer_matrices_are_refused(tmp_path):
     with raises_naming(InputError, "a.weight", "uint8"):
         open_checkpoint(save_model(tmp_path, {"a.weight": torch.zeros(2, 2, dtype=torch.uint8)}))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '"a"', "\xff"])
-def test_configurations_that_are_none(tmp_path, text):
+def test_invalid_configs_are_refused(tmp_path, text):
     folder = save_model(tmp_path, weights(1))
     (folder / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=r"config\.json"):
@@ -135,7 +135,7 @@ def test_huge_configuration_is_not_read(tmp_path):
         open_checkpoint(folder)
 
 
-def test_quantization_config_that_is_no_object_is_none(tmp_path):
+def test_invalid_quantization_config_is_ignored(tmp_path):
     folder = save_model(tmp_path, weights(1))
     (folder / "config.json").write_text('{"quantization_config": null, "compression_config": 3}')
     assert len(open_checkpoint(folder)) == len(weights(1))

@@ -195,7 +195,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_packed_weights_that_do_not_fit_together_are_one_message(tmp_path, bad):
+def test_inconsistent_packed_weights_give_one_message(tmp_path, bad):
     kind, change, problem = BAD[bad]
     (tensors, _, _), config, _ = KINDS[kind]
     tensors = dict(tensors)
@@ -212,7 +212,7 @@ def test_packed_weights_that_do_not_fit_together_are_one_message(tmp_path, bad):
 
 @pytest.mark.parametrize(("kind", "part"), [("gptq", "g_idx"), ("int8 act-order", "weight_g_idx")])
 @pytest.mark.parametrize("group", [-1, 4])
-def test_a_group_that_does_not_exist_is_named(tmp_path, kind, part, group):
+def test_missing_group_is_named(tmp_path, kind, part, group):
     (tensors, _, _), config, _ = KINDS[kind]
     changed = tensors[f"{M}.{part}"].clone()
     changed[3] = group

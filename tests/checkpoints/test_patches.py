@@ -85,7 +85,7 @@ def ones(count=1):
         ({NAME: ([0], torch.ones(1, dtype=torch.int32))}, "by int32 values"),
     ],
 )
-def test_patches_that_lie_are_one_message(tmp_path, base, changes, problem):
+def test_inconsistent_patches_give_one_message(tmp_path, base, changes, problem):
     path = patch(tmp_path / "p.safetensors", changes)
     with pytest.raises(InputError, match=problem) as caught:
         open_tuned(path, open_checkpoint(base)).read(NAME)

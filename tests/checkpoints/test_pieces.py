@@ -52,7 +52,7 @@ def test_every_range_across_pieces(tmp_path, ranks):
     assert torch.equal(pickle.loads(pickle.dumps(checkpoint)).read("a.weight"), WHOLE["a.weight"].reshape(-1))
 
 
-def test_missing_file_is_noticed(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     cut(tmp_path)
     (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(InputError, match=r"the parts of \S+ hold \d+ entries of \d+; a file is missing"):
@@ -77,14 +77,14 @@ def test_pieces_of_columns_are_assembled(tmp_path):
 
 
 @pytest.mark.parametrize("offsets", [[0], [-1, 0], ["0", 0], None, 3])
-def test_pieces_that_start_nowhere(tmp_path, offsets):
+def test_pieces_without_offset_are_refused(tmp_path, offsets):
     cut(tmp_path, change=lambda info: info.update({"a.weight": {"saved_offsets": offsets}}))
     with pytest.raises(InputError, match=r"a\.weight starts at"):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"DCP_SHARDING_INFO": "{"}, {"DCP_SHARDING_INFO": "[]"}])
-def test_files_that_do_not_say_which_pieces_they_hold(tmp_path, metadata):
+def test_files_without_piece_metadata_are_refused(tmp_path, metadata):
     save_file({"a": torch.ones(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata)
     with pytest.raises(InputError, match=r"DCP_SHARDING_INFO|starts at None"):
         open_checkpoint(tmp_path)

@@ -64,7 +64,7 @@ if not hasattr(torch, "float8_e8m0fnu"):  # before torch 2.7: the stand-in above
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_range_is_weight_that_codes_stand_for(tmp_path, kind):
+def test_every_range_equals_decoded_weight(tmp_path, kind):
     (tensors, expected), stored = KINDS[kind]
     checkpoint = open_checkpoint(save_model(tmp_path, tensors | {"norm.weight": torch.ones(3)}))
     assert set(checkpoint) == {W, "norm.weight"}
@@ -105,7 +105,7 @@ def test_steps_of_four_bit_weights_reach_farther_neighbour(tmp_path, kind):
 
 
 @pytest.mark.parametrize("block", [64, 7])
-def test_half_step_bounds_error_of_doubly_quantized_weight(tmp_path, block):
+def test_doubly_quantized_weight_error_is_within_half_step(tmp_path, block):
     """Quantize real numbers: nearest codes under the exact absmax, read back under the quantized one."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((16, 28)) * 0.02
@@ -149,7 +149,7 @@ def test_integer_steps_are_their_scale_and_floats_have_none(tmp_path):
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
-def test_codes_may_lie_in_storage_of_another_dtype(tmp_path, storage):
+def test_codes_in_storage_of_another_dtype(tmp_path, storage):
     """FSDP wants one dtype for all: ``bnb_4bit_quant_storage``."""
     tensors, expected = four_bit(W, (24, 40))
     tensors[W] = tensors[W].view(-1).view(storage).view(-1, 1)
@@ -183,13 +183,13 @@ def test_range_reads_only_what_it_needs(tmp_path, monkeypatch, tensors):
     assert sum(counts) < 500
 
 
-def test_activation_scales_are_not_presented(tmp_path):
+def test_activation_scales_are_hidden(tmp_path):
     tensors, _ = scaled("a.weight", (4, 4), (), (4, 4), suffix="_scale")
     tensors["a.input_scale"] = torch.tensor(0.1)
     assert list(open_checkpoint(save_model(tmp_path, tensors))) == ["a.weight"]
 
 
-def test_block_size_comes_from_configuration_if_ambiguous(tmp_path):
+def test_ambiguous_block_size_is_read_from_config(tmp_path):
     """17 rows in 2 blocks: 16 (a power of two) would be inferred; the configuration says 12."""
     tensors, expected = scaled(W, (17, 30), (2, 3), (12, 12))
     folder = save_model(tmp_path, tensors)
@@ -256,7 +256,7 @@ BAD_FOUR_BIT = {
 
 
 @pytest.mark.parametrize("kind", BAD_FOUR_BIT)
-def test_four_bit_weights_that_do_not_fit_together(tmp_path, kind):
+def test_inconsistent_four_bit_weights_are_refused(tmp_path, kind):
     change, words = BAD_FOUR_BIT[kind]
     tensors, _ = four_bit(W, (24, 40), nested=4)
     change(tensors)
@@ -266,7 +266,7 @@ def test_four_bit_weights_that_do_not_fit_together(tmp_path, kind):
     assert W in str(caught.value)
 
 
-def test_type_that_is_not_known(tmp_path):
+def test_unknown_type_is_refused(tmp_path):
     tensors, _ = four_bit(W, (24, 40))
     tensors[f"{W}.quant_state.bitsandbytes__af4"] = tensors.pop(STATE)
     with pytest.raises(InputError, match="supported are nf4 and fp4"):
@@ -283,7 +283,7 @@ BAD_EIGHT_BIT = {
 
 
 @pytest.mark.parametrize("kind", BAD_EIGHT_BIT)
-def test_eight_bit_weights_that_do_not_fit_together(tmp_path, kind):
+def test_inconsistent_eight_bit_weights_are_refused(tmp_path, kind):
     change, words = BAD_EIGHT_BIT[kind]
     tensors, _ = eight_bit("a", (12, 20))
     change(tensors)
@@ -308,7 +308,7 @@ BAD_SCALES = {
 
 
 @pytest.mark.parametrize("kind", BAD_SCALES)
-def test_scales_that_do_not_fit(tmp_path, kind):
+def test_inconsistent_scales_are_refused(tmp_path, kind):
     scale, config, words = BAD_SCALES[kind]
     tensors, _ = scaled(W, (32, 48), (2, 3), (16, 16))
     tensors = {W: tensors[W]} | ({} if scale is None else {W + "_scale_inv": scale})
@@ -320,7 +320,7 @@ def test_scales_that_do_not_fit(tmp_path, kind):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_scale_missing_for_one_weight_is_noticed(tmp_path):
+def test_missing_scale_of_one_weight_is_detected(tmp_path):
     tensors, _ = scaled(W, (32, 48), (2, 3), (16, 16))
     with pytest.raises(InputError, match=r"bare\.weight .* without scales"):
         open_checkpoint(save_model(tmp_path, tensors | {"bare.weight": tensors[W].clone()}))
@@ -349,7 +349,7 @@ def test_blocks_of_128_are_inferred(tmp_path, shape, scales, block):
 
 
 @pytest.mark.parametrize("case", ["bnb-nf4-double", "fp8-block-scaled"])
-def test_real_cases_have_their_true_change(case):
+def test_shared_cases_have_true_change(case):
     folder = SHARED / "cases" / case
     if not folder.is_dir():
         pytest.skip("the shared cases are not here")

@@ -77,20 +77,20 @@ def test_address_is_shown_without_its_secrets(words, text):
     st.text("abcxyz=&/+%3D:@?", max_size=20),
     st.sampled_from(["{}", "{}: cannot be read", "see '{}' and {}"]),
 )
-def test_no_secret_is_shown_however_it_is_spelled(scheme, user, query, around):
+def test_secrets_are_hidden_in_any_spelling(scheme, user, query, around):
     address = f"{scheme}://{user[0]}:{user[1]}@host/folder/m.safetensors?Zecret={query}#Zecret"
     for told in (shown(around.replace("{}", address)), legible(around.replace("{}", address))):
         assert "Zecret" not in told
         assert "//host/folder/m.safetensors" in told
 
 
-def test_addresses_in_messages_lose_their_secrets():
+def test_addresses_in_messages_have_no_secrets():
     text = "cannot reach 'https://u:p@h/x?sig=1' nor s3://bucket/key, http://h/y#frag."
     assert shown(text) == "cannot reach 'https://h/x' nor s3://bucket/key, http://h/y"
     assert shown("a plain: text / with // slashes @ and ?") == "a plain: text / with // slashes @ and ?"
 
 
-def test_path_of_address_answers_as_path():
+def test_remote_path_behaves_as_path():
     path = as_path("https://host/models/base/model.safetensors")
     assert (path.name, path.suffix, str(path.parent)) == (
         "model.safetensors",
@@ -119,7 +119,7 @@ def test_path_of_address_answers_as_path():
         ("hf://org/name/../../secret", "give hf://org/name"),
     ],
 )
-def test_addresses_that_are_refused(words, says):
+def test_invalid_addresses_are_refused(words, says):
     with pytest.raises(InputError, match=says) as caught:
         as_path(words)
     assert ":secret" not in str(caught.value)
@@ -161,13 +161,13 @@ def test_only_header_and_tensor_are_read(web):
     assert len(keys) == len(set(keys)), "asked twice"
 
 
-def test_looking_reads_headers_alone(web):
+def test_inspect_reads_headers_only(web):
     inspect(f"{web.url}/sharded")
     assert not [asked for asked in web.asked if asked.range[0] > 0]
     assert len(web.asked) <= 20
 
 
-def test_records_are_those_of_local_run(web, folder):
+def test_cluster_records_equal_local_run(web, folder):
     far = spectrum(f"{web.url}/base", f"{web.url}/tuned")
     near = spectrum(folder / "base", folder / "tuned")
     assert far.layers == near.layers
@@ -187,7 +187,7 @@ def test_large_tensor_comes_over_several_connections(web):
     assert sorted(asked.range[1] + 1 - asked.range[0] for asked in web.asked) == [2**16] * 4
 
 
-def test_next_blocks_of_matrix_are_fetched_meanwhile(web, monkeypatch):
+def test_next_blocks_are_prefetched(web, monkeypatch):
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 16 * 256)
     checkpoint = open_checkpoint(f"{web.url}/base")
     name = list(checkpoint)[-1]
@@ -213,7 +213,7 @@ def test_copy_in_another_process_opens_its_own_connections(web, folder):
     assert len(pickle.dumps(checkpoint)) < HEAD  # the first bytes stay behind
 
 
-def test_torch_file_is_downloaded_whole_and_says_so(web, tmp_path, monkeypatch):
+def test_torch_file_download_is_noted(web, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     notes = open_checkpoint(f"{web.url}/bins").notes
@@ -281,7 +281,7 @@ def test_fingerprint_follows_version(web, folder):
     assert "not detected" in open_checkpoint(f"{web.url}/sharded").notes[0]
 
 
-def test_name_password_and_query_go_to_server_and_nowhere_else(web):
+def test_credentials_go_to_server_only(web):
     web.user = basic("me", "p@ss")
     address = f"http://me:p%40ss@{web.host}/base"
     inventory = inspect(address)
@@ -303,7 +303,7 @@ CASES = SHARED / "cases"
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="needs the cases")
 @pytest.mark.parametrize("case", ["llama-lora", "llama-rslora", "llama-dora", "kohya-lora", "ia3", "llama-pissa"])
-def test_adapters_that_others_made(case):
+def test_adapters_written_by_other_libraries(case):
     web = Web(CASES)
     try:
         found = next(path for path in sorted((CASES / case).rglob("*.safetensors")) if is_adapter(path))

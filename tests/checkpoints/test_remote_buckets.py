@@ -85,7 +85,7 @@ def test_checkpoint_is_same_from_bucket(bucket, folder, name):
         assert torch.equal(far.read(tensor), near.read(tensor))
 
 
-def test_records_are_those_of_local_run(bucket, folder):
+def test_cluster_records_equal_local_run(bucket, folder):
     words = {"layers": r"layers\.[12]\."}
     far = spectrum("s3://models/base", "s3://models/tuned", **words)
     near = spectrum(folder / "base", folder / "tuned", **words)
@@ -118,7 +118,7 @@ def test_adapter_under_key_with_two_slashes(bucket):
     assert inspect("s3://models/twice//lora_r4").path == "s3://models/twice//lora_r4"
 
 
-def test_file_that_is_replaced_meanwhile(bucket, folder):
+def test_replaced_file_during_read_is_detected(bucket, folder):
     content = (folder / "tuned" / "model.safetensors").read_bytes()
     checkpoint = open_checkpoint("s3://models/tuned")
     before = fingerprint(checkpoint)
@@ -194,7 +194,7 @@ def test_failures_of_bucket(bucket, monkeypatch):
         ({"content": b"1234567"}, "cut short"),
     ],
 )
-def test_store_that_lies(bucket, monkeypatch, change, says):
+def test_inconsistent_store_is_detected(bucket, monkeypatch, change, says):
     address = "s3://models/base/model.safetensors"
     store = locate(address).store
     file_info = store.file_info(address)

@@ -70,7 +70,7 @@ def far(words, url):
     ],
     ids=lambda words: " ".join(words[:4]),
 )
-def test_command_says_of_addresses_what_it_says_of_folders(web, run, words):
+def test_command_output_equal_for_address_and_folder(web, run, words):
     web.asked.clear()
     remote = run(*far(words, web.url))
     local = run(*far(words, SAMPLES))
@@ -122,7 +122,7 @@ def test_secrets_are_neither_printed_nor_kept(web, run, tmp_path):
         web.user = None
 
 
-def test_resume_goes_on_with_same_input_alone(run, tmp_path):
+def test_resume_requires_same_inputs(run, tmp_path):
     for name in ("base", "full_ft"):
         shutil.copytree(SAMPLES / name, tmp_path / "served" / name)
     web = Web(tmp_path / "served")
@@ -148,7 +148,7 @@ def test_resume_goes_on_with_same_input_alone(run, tmp_path):
         web.close()
 
 
-def test_failures_are_one_message_and_exit_code_3(web, run):
+def test_failures_give_one_message_and_exit_code_3(web, run):
     for words, says in (
         (("spectrum", f"{web.url}/base", f"{web.url}/elsewhere"), "/elsewhere: no weights found"),
         (("inspect", "s3://"), "s3://: unsupported scheme"),
@@ -217,7 +217,7 @@ def test_hub(hub, loradiag, tmp_path):
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_looking_at_address_imports_no_torch(web):
+def test_inspect_of_address_imports_no_torch(web):
     import subprocess
 
     code = (

@@ -48,7 +48,7 @@ def test_transient_fault_is_retried(web, fault, times):
     assert repeated == 0
 
 
-def test_first_request_is_tried_again_too(web):
+def test_first_request_is_retried(web):
     for fault, times in (("500", 2), ("drop", 2), ("short", 2)):
         web.fault, web.times, web.at_all = fault, times, True
         assert len(open_checkpoint(f"{web.url}/base/model.safetensors")) == 4
@@ -85,13 +85,13 @@ def test_permanent_fault_is_one_error_and_never_data(web, fault, says):
 
 
 @pytest.mark.parametrize("fault", ["shifted", "less", "no range", "gzip", "long", "endless", "403", "302"])
-def test_header_is_not_taken_from_liar_either(web, fault):
+def test_unfounded_header_is_refused_remotely(web, fault):
     web.fault, web.at_all = fault, True
     with pytest.raises(InputError):
         open_checkpoint(f"{web.url}/base/model.safetensors")
 
 
-def test_header_that_is_less_than_asked_for_is_refused_at_once(web):
+def test_short_header_response_is_refused(web):
     web.fault, web.times, web.at_all = "less", 1, True
     with pytest.raises(InputError, match=r"the server sent bytes up to [\d,]+ instead of 65,536"):
         open_checkpoint(f"{web.url}/base/model.safetensors")
@@ -102,7 +102,7 @@ def test_range_beyond_end_is_not_requested():
         fill(None, "a", memoryview(bytearray(5)), 6, FileInfo(10, "version"))
 
 
-def test_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
+def test_large_file_without_ranges_is_refused_early(web, folder):
     file = folder / "large.safetensors"
     with file.open("wb") as stream:
         stream.truncate(20_000_000)
@@ -115,7 +115,7 @@ def test_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
     assert [asked.status for asked in web.asked if asked.path.endswith(".safetensors")] == [200]
 
 
-def test_file_that_is_replaced_meanwhile(web, folder):
+def test_replaced_file_during_read_is_detected(web, folder):
     checkpoint = open_checkpoint(f"{web.url}/tuned")
     checkpoint.read(NAME)
     file = folder / "tuned" / "model.safetensors"
@@ -132,7 +132,7 @@ def test_file_that_is_replaced_meanwhile(web, folder):
     file.write_bytes(content)
 
 
-def test_server_that_is_gone(web):
+def test_unreachable_server_is_reported(web):
     checkpoint = open_checkpoint(f"{web.url}/base")
     web.close()
     with raises_naming(InputError, "5 attempts"):

@@ -16,14 +16,14 @@ CASES = sorted(
 )
 
 
-def test_cases_are_found_where_they_are():
+def test_policy_lines_are_found():
     if not FOLDERS.is_dir():
         pytest.skip("the shared cases are not here")
     assert len(CASES) > 15
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shared_case_has_its_true_change(case):
+def test_shared_case_has_true_change(case):
     folder = FOLDERS / case
     truth = json.loads((folder / "truth.json").read_text())
     found = compare(folder / "base", folder / "tuned").pairing

@@ -36,7 +36,7 @@ def test_library_reads_what_was_written(tmp_path):
     assert ours.files[0].metadata == {"format": "pt"}
 
 
-def test_same_tensors_give_same_bytes_in_whatever_order(tmp_path):
+def test_written_bytes_are_independent_of_order(tmp_path):
     for name, order in (("x", list(TENSORS)), ("y", sorted(TENSORS, reverse=True))):
         write_safetensors(
             tmp_path / f"{name}.safetensors", infos({key: TENSORS[key] for key in order}), TENSORS.__getitem__, {}
@@ -62,6 +62,6 @@ def test_failure_leaves_old_file_and_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_folder_that_is_not_there_is_one_message(tmp_path):
+def test_missing_folder_gives_one_message(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_safetensors(tmp_path / "no" / "x.safetensors", infos(TENSORS), TENSORS.__getitem__, {})

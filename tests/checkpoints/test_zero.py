@@ -63,7 +63,7 @@ def save_zero(folder, stage, world=2, **changed):
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 3), (3, 2), (3, 3)])
-def test_parameters_of_every_stage_are_put_together(tmp_path, stage, world):
+def test_zero_parameters_of_every_stage_are_joined(tmp_path, stage, world):
     folder = save_zero(tmp_path / "d", stage, world)
     expected = numbers()
     expected |= {"tied.weight": expected["c.weight"], "buffer": torch.ones(2), "frozen": torch.arange(6.0).view(2, 3)}
@@ -101,7 +101,7 @@ def test_model_file_alone_gives_its_16_bit_weights(tmp_path):
         (2, {"param_alignment_paddings": [[0, 3], [0]]}, "aligns parameters one by one"),
     ],
 )
-def test_zero_states_that_lie_are_one_message(tmp_path, stage, changed, problem):
+def test_inconsistent_zero_states_give_one_message(tmp_path, stage, changed, problem):
     folder = save_zero(tmp_path / "d", stage, **changed)
     with pytest.raises(InputError, match=problem) as caught:
         open_checkpoint(folder)

@@ -23,7 +23,7 @@ def measured(tmp_path_factory):
 
 @pytest.mark.parametrize("columns", ["80", "140"])
 @pytest.mark.parametrize("per", ["type", "layer"])
-def test_table_fits_terminal_and_says_what_is_kept(loradiag, measured, columns, per):
+def test_table_fits_terminal_with_kept_fraction(loradiag, measured, columns, per):
     ran = loradiag("allocate", measured, "--params", "50k", "--per", per, env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
@@ -35,14 +35,14 @@ def test_table_fits_terminal_and_says_what_is_kept(loradiag, measured, columns, 
     assert "adapter_config.json" in ran.out
 
 
-def test_share_of_what_was_not_measured_is_not_claimed(loradiag, tmp_path):
+def test_unmeasured_fraction_is_not_stated(loradiag, tmp_path):
     base, tuned = ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft"
     lora_diag.spectrum(base, tuned, exclude="lm_head", output=tmp_path / "s.jsonl")
     told = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
     assert_names(told, "‖Δ‖²", "measured tensors")
 
 
-def test_small_gain_is_called_one(loradiag, tmp_path):
+def test_small_gain_is_reported(loradiag, tmp_path):
     spectra = results(*(record(f"l.{i}.q_proj.weight", (16, 16), [1.0 + i / 1000] * 16) for i in range(4)))
     spectra.write(tmp_path / "s.jsonl")
     assert_names(loradiag("allocate", "s.jsonl", "--total-rank", "24").out, "hardly", "gain")
@@ -85,7 +85,7 @@ def test_ranks_in_metric_are_extracted_without_summed_norms(loradiag, tmp_path, 
     assert "1 one-dimensional" in told
 
 
-def test_config_is_checked_by_building_model(loradiag, measured, tmp_path):
+def test_config_check_builds_model(loradiag, measured, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     words = ["allocate", measured, "--params", "50k", "-q"]
@@ -165,7 +165,7 @@ def test_weights_that_are_no_text_are_refused_without_codec(loradiag, measured, 
     assert_names(ran.err, "Error:", "w.safetensors", "UTF-8")
 
 
-def test_heuristic_is_written_and_divides_budget_only(loradiag, measured, tmp_path):
+def test_heuristic_allocation_is_labelled(loradiag, measured, tmp_path):
     ran = loradiag("allocate", measured, "--params", "50k", "--strategy", "heuristic", "-o", tmp_path / "h.jsonl")
     assert ran.code == 0, ran.err
     (best,) = lora_diag.allocate(measured, params="50k").whole

@@ -95,7 +95,7 @@ def test_every_command_of_the_page_runs(shell, repository):
         assert shell(line) == 0, line
 
 
-def test_gate_that_fails_stops_what_comes_behind_it(shell, repository):
+def test_failed_gate_stops_shell_chain(shell, repository):
     assert shell("loradiag spectrum base adapter --quiet -o results.jsonl") == 0
     (repository / "gates" / "adapter.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
     gate = ROOT / ".github" / "action" / "gate.sh"

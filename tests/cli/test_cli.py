@@ -36,7 +36,7 @@ def test_json_is_records_and_nothing_else_and_equals_file(loradiag, pair_of_mode
     assert ran.records[-1]["record"] == "end"
 
 
-def test_inspect_shows_results_file_again(loradiag, pair_of_models):
+def test_inspect_shows_results_file(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     live = loradiag("spectrum", base, tuned, "-o", "r.jsonl").out
     repeated = loradiag("inspect", "r.jsonl").out
@@ -115,7 +115,7 @@ def test_nothing_in_common_exits_4(loradiag, pair_of_models, tmp_path):
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_layer_with_nan_exits_3_after_measuring_rest(loradiag, pair_of_models, tmp_path):
+def test_layer_with_nan_exits_3_after_measuring_others(loradiag, pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     after["lm_head.weight"][1, 2] = torch.nan
     ran = loradiag("spectrum", base, save_model(tmp_path / "nan", after), "-o", "r.jsonl")
@@ -135,7 +135,7 @@ def test_resume_through_command(loradiag, pair_of_models, tmp_path):
     assert (tmp_path / "r.jsonl").read_bytes() == whole
 
 
-def test_output_that_cannot_be_written(loradiag, pair_of_models):
+def test_unwritable_output_is_refused(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     ran = loradiag("spectrum", base, tuned, "-o", "no/such/folder/r.jsonl")
     assert ran.code == 3
@@ -173,7 +173,7 @@ def shell(line: str, cwd) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"])
-def test_closed_pipe_is_no_error(server, pair_of_models, tmp_path, words):
+def test_closed_pipe_is_not_an_error(server, pair_of_models, tmp_path, words):
     """The reader is gone before the first line, so the first write fails."""
     command = f"({COMMAND} {words}; echo code $? >&2) | true"
     done = shell(f"cd {shlex.quote(str(tmp_path))} && {command}", ROOT)
@@ -183,7 +183,7 @@ def test_closed_pipe_is_no_error(server, pair_of_models, tmp_path, words):
 @pytest.mark.parametrize("words", ["spectrum base tuned", "spectrum base tuned --json", "inspect base", "--help"])
 @pytest.mark.parametrize("target", ["/dev/full", "&-"])
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
-def test_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp_path, words, target):
+def test_failing_output_gives_one_message(server, pair_of_models, tmp_path, words, target):
     done = shell(f"cd {shlex.quote(str(tmp_path))} && {COMMAND} {words} >{target}", ROOT)
     if (words, target) == ("--help", "&-"):
         assert (done.returncode, done.stderr) == (0, "")  # typer says nothing to nobody
@@ -193,7 +193,7 @@ def test_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp_pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(server, tmp_path):
+def test_ctrl_c_states_how_to_resume(server, tmp_path):
     """A real SIGINT to a real run, once its first layer is written.
 
     It cannot end before: its records take 400 KB, a pipe that nobody reads 64.
@@ -217,7 +217,7 @@ def test_ctrl_c_says_how_to_go_on(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_next_is_command_that_was_typed(loradiag, pair_of_models, tmp_path):
+def test_next_command_repeats_typed_command(loradiag, pair_of_models, tmp_path):
     base, *_ = pair_of_models
     (tmp_path / "my models").mkdir()
     base.rename(tmp_path / "my models" / "base")
@@ -261,7 +261,7 @@ def test_usage_messages(loradiag, pair_of_models, words, told):
     assert told in ran.err
 
 
-def test_names_that_are_not_utf8(loradiag, pair_of_models, tmp_path):
+def test_non_utf8_names_are_refused(loradiag, pair_of_models, tmp_path):
     base, *_ = pair_of_models
     odd = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
     odd.write_bytes((base / "model.safetensors").read_bytes())
@@ -282,13 +282,13 @@ def test_pipes_are_refused_and_not_waited_for(loradiag, pair_of_models, tmp_path
             assert re.fullmatch(rf"Error: {re.escape(name)}: .*\n", ran.err)
 
 
-def test_output_names_that_no_file_can_have(loradiag, pair_of_models, tmp_path):
+def test_invalid_output_names_are_refused(loradiag, pair_of_models, tmp_path):
     ran = loradiag("spectrum", "base", "tuned", "-o", "n" * 300)
     assert ran.code == 3
     assert "cannot be written" in ran.err
 
 
-def test_interrupted_demo_does_not_stop_next():
+def test_interrupted_demo_does_not_stop_the_next():
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0].splitlines()
     assert recipe[1].split() == ["@rm", "-f", "$(VENV)/demo.jsonl", "$(VENV)/demo.jsonl.part"]
 
@@ -307,7 +307,7 @@ EXIT = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BAD.is_dir(), reason="the malformed inputs are not part of a plain clone")
-def test_malformed_inputs_made_elsewhere(loradiag, tmp_path):
+def test_shared_malformed_inputs_are_refused(loradiag, tmp_path):
     for folder in sorted(path for path in BAD.iterdir() if path.is_dir()):
         tuned = folder / ("adapter" if (folder / "adapter").is_dir() else "merged")
         ran = loradiag("spectrum", folder / "base", tuned, "-o", "r.jsonl", cwd=tmp_path)

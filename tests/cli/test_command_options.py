@@ -41,7 +41,7 @@ def visible(command):
     return [each for each in command.params if each.param_type_name == "option" and not each.hidden]
 
 
-def test_option_means_same_in_all_commands():
+def test_option_names_are_consistent():
     meanings = defaultdict(set)
     for command in COMMANDS.values():
         for each in visible(command):
@@ -93,7 +93,7 @@ def test_former_name_of_option(name, former, now):
     assert COMMANDS[name].callback.aliases[former] == now
 
 
-def test_command_takes_former_name_as_name_of_today(loradiag):
+def test_command_accepts_former_option_name(loradiag):
     words = ("allocate", ROOT / "docs/examples/spectrum.jsonl", "--json")
     now = loradiag(*words, "--memory-budget", "500kB", "--layers", "q_proj|k_proj", "--strategy", "heuristic")
     former = loradiag(*words, "--memory", "500kB", "--target=q_proj|k_proj", "--method", "heuristic")
@@ -113,7 +113,7 @@ def test_python_takes_former_names_and_values():
 
 
 @pytest.mark.slow
-def test_former_modes_are_commands_of_today(loradiag):
+def test_former_modes_run_current_commands(loradiag):
     spectrum = ROOT / "docs/examples/spectrum.jsonl"
     for former, now in (
         (("spectrum", "--adapters", SAMPLES / "lora_*"), ("fleet", SAMPLES / "lora_*")),
@@ -126,7 +126,7 @@ def test_former_modes_are_commands_of_today(loradiag):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_in_parts_of_whole_lines(loradiag, name):
+def test_help_wraps_at_whole_entries(loradiag, name):
     ran = loradiag(*name.split(), "--help")
     parts = [line.removesuffix(":") for line in ran.out.splitlines() if line.removesuffix(":") in PANELS]
     assert parts == sorted(parts, key=PANELS.index)
@@ -227,13 +227,13 @@ def test_warnings_and_failures_are_never_hidden():
     assert said.rstrip().endswith("32 more lines with -v")
 
 
-def test_choices_are_checked_once():
+def test_option_choices_are_checked_once():
     with pytest.raises(lora_diag.errors.UsageError, match=r"--split c: .* both, b"):
         Option("both", "How Σ is split.", "both|b").checked("split", "c")
     assert Option("auto", "Device.", "auto|cuda[:i]").checked("device", "cuda:1") == "cuda:1"
 
 
-def test_every_command_is_built_of_declarations():
+def test_commands_are_built_from_declarations():
     for feature in catalog.features():
         for path in (feature.command, *(path for _, path in feature.subcommands)):
             if path:

@@ -123,7 +123,7 @@ def test_invalid_options_are_one_message_and_leave_nothing(loradiag, pair_of_mod
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tmp_path):
+def test_output_that_would_be_lost_is_kept(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     words = ("extract", base, tuned, "--rank", "2", "-q")
     assert "-o adapter/" in loradiag(*words).err
@@ -155,7 +155,7 @@ def test_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "trained", "tuned"]
 
 
-def test_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_models, tmp_path):
+def test_non_finite_layer_is_named_and_not_written(loradiag, pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     name = "model.layers.0.mlp.up_proj.weight"
     after[name][2, 3] = float("nan")
@@ -172,7 +172,7 @@ def test_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_mod
     assert "model.layers.1.mlp.up_proj" in config["target_modules"]
 
 
-def test_nothing_to_write_is_error_and_leaves_nothing(loradiag, pair_of_models, tmp_path):
+def test_empty_extraction_is_an_error(loradiag, pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     ran = loradiag("extract", base, base, "--rank", "2", "-o", "adapter")
     assert ran.code == 4
@@ -199,7 +199,7 @@ def test_rounded_away_update_is_reported_without_signal_option(loradiag, tmp_pat
     assert (ran.code, (tmp_path / "other").exists()) == (4, False)
 
 
-def test_layers_that_did_not_move_get_no_adapter(loradiag, pair_of_models, tmp_path):
+def test_unchanged_layers_get_no_adapter(loradiag, pair_of_models, tmp_path):
     base, _, before, after = pair_of_models
     frozen = {name: before[name] if "layers.0" in name else value for name, value in after.items()}
     ran = loradiag("extract", base, save_model(tmp_path / "half", frozen), "--rank", "2", "-o", "adapter")
@@ -240,7 +240,7 @@ def test_interrupted_extraction_is_resumed(pair_of_models, loradiag, tmp_path):
         assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes(), file
 
 
-def test_factors_that_are_gone_when_it_is_resumed_are_noticed(pair_of_models, loradiag, tmp_path):
+def test_resume_detects_missing_factors(pair_of_models, loradiag, tmp_path):
     """A record without its factors is no adapter."""
     base, tuned, *_ = pair_of_models
     assert loradiag("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter").code == 0
@@ -281,7 +281,7 @@ def test_ranks_of_another_model_are_refused(loradiag, pair_of_models, tmp_path):
     }  # fmt: skip
 
 
-def test_inspect_shows_it_again(loradiag, pair_of_models, tmp_path):
+def test_inspect_shows_extraction(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("extract", base, tuned, "--rank", "3", "-o", "adapter")
     shown = loradiag("inspect", "adapter/extraction.jsonl")
@@ -316,7 +316,7 @@ def test_docs_show_what_is_printed(loradiag, tmp_path):
     assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"
 
 
-def test_budget_that_is_too_small_keeps_spectra_for_next(loradiag, pair_of_models, tmp_path):
+def test_too_small_budget_keeps_spectra(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("extract", base, tuned, "--params", "3", "-o", "adapter")
     assert ran.code == 2

@@ -50,7 +50,7 @@ def test_list_on_standard_input(server, tmp_path):
     assert [record["adapter"] for record in records if record["record"] == "fleet"] == listed.split()
 
 
-def test_messages(loradiag, tmp_path):
+def test_fleet_errors_give_one_message(loradiag, tmp_path):
     none = loradiag("spectrum", "--adapters", "nowhere/**")
     assert none.code == 4
     assert_names(none.err, "adapter found")

@@ -33,7 +33,7 @@ def policy(tmp_path):
 
 
 @pytest.mark.parametrize(("limit", "code", "word"), [(0.2, 0, "PASSED"), (0.08, 1, "FAILED")])
-def test_exit_code_and_words_agree(loradiag, results, policy, limit, code, word):
+def test_exit_code_and_text_agree(loradiag, results, policy, limit, code, word):
     ran = loradiag("gate", policy(limit), "r.jsonl")
     assert (ran.code, ran.err) == (code, "")
     assert f"  {word}" in ran.out
@@ -81,13 +81,13 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
     assert not list(tmp_path.glob("*.xml"))
 
 
-def test_mistake_in_policy_is_one_line_with_its_place(loradiag, results, policy):
+def test_policy_error_is_one_line_with_position(loradiag, results, policy):
     ran = loradiag("gate", policy(more='\n[[rule]]\nname = "x"\nrequire = "energy.16 >= 90"\n'), "r.jsonl")
     assert ran.code == 2
     assert re.fullmatch(r"Error: p\.toml: line 8: 'energy\.16 >= 90': .* between 0 and 1.*\n", ran.err)
 
 
-def test_results_in_place_of_policy_are_called_so(loradiag, results):
+def test_results_in_place_of_policy_are_reported(loradiag, results):
     ran = loradiag("gate", "r.jsonl", "r.jsonl")
     assert (ran.code, ran.out) == (2, "")
     assert_names(ran.err, "r.jsonl", "POLICY RESULTS")
@@ -122,7 +122,7 @@ def test_quiet_keeps_one_line_with_reason(loradiag, results, policy):
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
 
-def test_init_is_command_of_its_own_and_takes_its_old_form(loradiag, results):
+def test_gate_init_accepts_old_form(loradiag, results):
     new = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
     assert (new.code, loradiag("gate", "-o", "q.toml", "init", "r.jsonl").code) == (0, 0)
     usage = loradiag("gate", "init", "--help").out
@@ -182,7 +182,7 @@ def test_baseline_tightens_and_fails(loradiag, tmp_path):
     assert loradiag(*gate, "good.jsonl").code == 2
 
 
-def test_init_writes_policy_that_passes_and_overwrites_nothing(loradiag, results, tmp_path):
+def test_gate_init_writes_passing_policy(loradiag, results, tmp_path):
     ran = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
     assert (ran.code, ran.err) == (0, "")
     assert "loradiag gate p.toml r.jsonl" in ran.out
@@ -199,7 +199,7 @@ def test_policy_called_init_is_named_with_its_folder(loradiag, results, tmp_path
     assert loradiag("gate", "./init", "r.jsonl").code == 0
 
 
-def test_measuring_first_gives_what_measured_file_gives(loradiag, tmp_path):
+def test_gate_measures_like_existing_file(loradiag, tmp_path):
     base, adapter = SAMPLES / "base", SAMPLES / "lora_r4"
     assert loradiag("spectrum", base, adapter, "-o", "s.jsonl", "-q").code == 0
     assert loradiag("gate", "--policy", "adapter-basic", "s.jsonl", "-q", "-o", "a.jsonl").code == 0
@@ -222,7 +222,7 @@ def test_adapter_is_measured_against_base_and_fine_tune(loradiag, tmp_path):
     assert statuses == {("far", "failed"), ("near", "passed")}
 
 
-def test_dead_adapter_does_not_ship(loradiag, tmp_path):
+def test_gate_fails_dead_adapter(loradiag, tmp_path):
     dead = shutil.copytree(SAMPLES / "lora_r4", tmp_path / "dead")
     weights = load_file(dead / "adapter_model.safetensors")
     weights = {name: value * 0 if "lora_B" in name else value for name, value in weights.items()}

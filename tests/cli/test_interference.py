@@ -37,7 +37,7 @@ def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
     assert shown == ran.out[: ran.out.index("\nNext ")] + "\n"
 
 
-def test_allocate_gives_sum_its_ranks(loradiag, tmp_path):
+def test_allocate_accepts_spectrum_of_sum(loradiag, tmp_path):
     assert loradiag("interference", R4, R16, "-q", "--spectrum", "u.jsonl").code == 0
     ran = loradiag("allocate", "u.jsonl", "--energy", "0.9", "-o", "a.jsonl")
     assert ran.code == 0, ran.err
@@ -51,7 +51,7 @@ def test_allocate_gives_sum_its_ranks(loradiag, tmp_path):
     assert loradiag("inspect", "u.jsonl").code == 0
 
 
-def test_mixed_updates_need_base_first(loradiag):
+def test_mixed_updates_require_base_first(loradiag):
     ran = loradiag("interference", BASE, R4, TUNED, *ONE, "--json")
     assert ran.code == 0, ran.err
     assert [record["record"] for record in ran.records].count("interference") == 2
@@ -60,7 +60,7 @@ def test_mixed_updates_need_base_first(loradiag):
     assert_names(wrong.err, "BASE", "first")
 
 
-def test_interrupted_run_goes_on(loradiag, tmp_path):
+def test_interrupted_run_is_resumed(loradiag, tmp_path):
     words = "interference", BASE, R4, R16, TUNED, *ONE, "-o", "i.jsonl"
     whole = loradiag(*words)
     assert whole.code == 0
@@ -73,7 +73,7 @@ def test_interrupted_run_goes_on(loradiag, tmp_path):
         assert (tmp_path / "i.jsonl").read_text() == text
 
 
-def test_gate_judges_it(loradiag, tmp_path):
+def test_gate_judges_interference(loradiag, tmp_path):
     assert loradiag("interference", R4, R16, "-q", "-o", "i.jsonl").code == 0
     for rule, code in (
         ("cosine >= 0", 0),

@@ -86,7 +86,7 @@ def test_matrix_larger_than_hard_limit_is_measured(pair, limited):
     assert large["fro"] == pytest.approx(np.sqrt((true**2).sum()), rel=1e-9)
 
 
-def test_records_are_those_of_run_without_limit(pair):
+def test_limited_records_equal_unlimited_run(pair):
     base, tuned, *_ = pair
     plain = lora_diag.spectrum(base, tuned, top=12, layers="up_proj")[NAME]
     blocks = lora_diag.spectrum(base, tuned, top=12, layers="up_proj", memory=MEMORY)[NAME]
@@ -96,7 +96,7 @@ def test_records_are_those_of_run_without_limit(pair):
     assert blocks.s == pytest.approx(plain.s, rel=1e-5, abs=1e-7 * plain.s[0])
 
 
-def test_layer_that_fits_by_no_method_is_left_out_with_way_out(tmp_path, loradiag):
+def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
     rng = torch.Generator().manual_seed(0)
     before = {NAME: torch.randn(3650, 3600, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}
     after = {name: (value.float() + 0.01).to(value.dtype) for name, value in before.items()}
@@ -118,7 +118,7 @@ def test_layer_that_fits_by_no_method_is_left_out_with_way_out(tmp_path, loradia
     assert left["fro"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)
 
 
-def test_size_that_makes_no_sense_ends_command(loradiag):
+def test_invalid_size_is_a_usage_error(loradiag):
     ran = loradiag("spectrum", "sample_checkpoints/base", "sample_checkpoints/full_ft", "--memory", "8", cwd=ROOT)
     assert ran.code == 2
     assert_names(ran.err, "--memory 8", "2GB")
@@ -134,12 +134,12 @@ def test_size_that_makes_no_sense_ends_command(loradiag):
         ("1GB", 9, "give 1578MB or more"),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(memory, workers, said):
+def test_invalid_sizes_are_refused(memory, workers, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)
 
 
-def test_large_model_that_does_not_fit_does_not_fill_terminal(capsys):
+def test_too_large_model_message_is_short(capsys):
     left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
     assert report_unmeasured(left, "the layer was left out")
     *named, rest = capsys.readouterr().err.splitlines()

@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("200", 200), ("10", 60), ("", 80), ("many", 80)])
-def test_terminal_gets_lines_that_fit_and_whole_paths(monkeypatch, columns, width):
+def test_terminal_lines_fit_and_paths_are_complete(monkeypatch, columns, width):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(sys, "stderr", Terminal())
     message(LINE)
@@ -29,7 +29,7 @@ def test_terminal_gets_lines_that_fit_and_whole_paths(monkeypatch, columns, widt
     assert all(line.startswith("  ") for line in lines[1:])
 
 
-def test_log_gets_one_line(monkeypatch, capsys):
+def test_gate_log_has_one_line(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     message(LINE)
     assert capsys.readouterr().err == f"{LINE}\n"
@@ -57,7 +57,7 @@ def test_terminal_without_utf_8_gets_ascii_and_json_is_whole(monkeypatch, encodi
         (["report", "spectrum"], "interrupted"),
     ],
 )
-def test_ctrl_c_names_resume_where_command_has_it(monkeypatch, capsys, words, told):
+def test_ctrl_c_names_resume_option(monkeypatch, capsys, words, told):
     def interrupted(**_):
         raise KeyboardInterrupt
 

@@ -108,7 +108,7 @@ def test_commands_and_their_outputs_are_found():
 
 
 @pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
-def test_hostile_places_are_refused_before_work(run, tmp_path, words, option, name):
+def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name):
     """Links, strangers' files, another kind of our own, folders: nothing changes, and the message says what to do."""
     out = tmp_path / names_of(words, name)
     folder = words[0] in {"extract", "tune"}
@@ -156,7 +156,7 @@ def test_hostile_places_are_refused_before_work(run, tmp_path, words, option, na
 @pytest.mark.parametrize(
     ("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] not in {"extract", "tune"}]
 )
-def test_overwrite_gets_past_foreign_file(run, tmp_path, words, option, name):
+def test_overwrite_allows_foreign_file(run, tmp_path, words, option, name):
     """With it, the missing inputs are what is wrong; the file is still there, because nothing was made."""
     out = tmp_path / names_of(words, name)
     out.write_bytes(b"# mine\n" if name == "model_card" else FOREIGN[out.suffix])
@@ -169,7 +169,7 @@ def test_overwrite_gets_past_foreign_file(run, tmp_path, words, option, name):
 
 
 @pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
-def test_no_output_replaces_config_of_weights(run, tmp_path, words, option, name):
+def test_outputs_do_not_replace_config(run, tmp_path, words, option, name):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     (tmp_path / "adapter_config.json").write_text(TRAINED)
     before = state(tmp_path)
@@ -203,7 +203,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("file", MADE)
-def test_own_file_is_replaced_and_others_on_request(run, tmp_path, records, file):
+def test_write_replaces_own_files_others_on_request(run, tmp_path, records, file):
     """What a command wrote it replaces unasked, under one of two names of a hard link; a stranger's with a word."""
     for extra in {".parquet": ["pandas", "pyarrow"], ".png": ["matplotlib"]}.get(Path(file).suffix, []):
         pytest.importorskip(extra)

@@ -68,7 +68,7 @@ def test_files_given_one_by_one_are_same_as_their_folder(inputs, tmp_path):
     assert one.layers == two.layers
 
 
-def test_gradient_that_is_not_finite_exits_3_after_rest(loradiag, inputs, tmp_path):
+def test_non_finite_gradient_exits_3_after_others(loradiag, inputs, tmp_path):
     file = tmp_path / "g" / "10.safetensors"
     bad = load_file(file)
     bad["lm_head.weight"][0, 1] = torch.inf
@@ -96,7 +96,7 @@ def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, wo
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_names_from_files_cannot_move_cursor(loradiag, inputs, tmp_path):
+def test_control_characters_from_files_are_escaped(loradiag, inputs, tmp_path):
     name = "evil\x1b[2J.weight"
     for folder, scale in (("base", 0.0), ("tuned", 1.0)):
         tensors = load_file(tmp_path / folder / "model.safetensors")
@@ -117,7 +117,7 @@ def test_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path,
     assert "ΔW" not in ran.out
 
 
-def test_gradients_option_takes_every_word_up_to_next_option(loradiag, inputs):
+def test_gradients_option_accepts_several_values(loradiag, inputs):
     files = [f"g/{step}.safetensors" for step in (0, 10, 20)]
     ran = loradiag("spectrum", "base", "--gradients", *files, "--json")
     stacks = [record["stack"] for record in ran.records if record["record"] == "spectrum"]

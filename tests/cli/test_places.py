@@ -47,7 +47,7 @@ def told(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
-def test_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
+def test_missing_folder_is_reported_and_not_created(told, tmp_path, words):
     place = words[-1].format("typo/deeper")
     code, err = told(*words[:-1], place)
     assert (code, err) == (3, f"Error: {place}: cannot be written: there is no folder typo; create it first\n")
@@ -55,14 +55,14 @@ def test_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
-def test_names_that_no_file_can_have(told, tmp_path, words):
+def test_invalid_file_names_are_refused(told, tmp_path, words):
     code, err = told(*words[:-1], words[-1].format("n" * 300))
     assert code == 3
     assert err.endswith(": cannot be written: File name too long; choose another name\n")
 
 
 @pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])
-def test_device_is_not_replaced_by_file(told, tmp_path, words):
+def test_output_does_not_replace_device(told, tmp_path, words):
     """As root, renaming onto /dev/null would take it from the whole machine; here a pipe stands for it.
 
     No test names the real one: where the refusal failed, a test that did took it from the machine that ran it.
@@ -87,7 +87,7 @@ def test_device_is_not_replaced_by_file(told, tmp_path, words):
         ["report", "r.jsonl", "--format", "html", "-o", "r.jsonl"],
     ],
 )
-def test_no_input_is_written_over_and_no_file_twice(told, tmp_path, words):
+def test_outputs_do_not_overwrite_inputs_or_each_other(told, tmp_path, words):
     """What was measured for hours is not replaced by what is made of it."""
     (tmp_path / "w.jsonl").write_bytes((tmp_path / "r.jsonl").read_bytes())
     before = (tmp_path / "r.jsonl").read_bytes()
@@ -100,7 +100,7 @@ def test_no_input_is_written_over_and_no_file_twice(told, tmp_path, words):
 @pytest.mark.parametrize(
     "words", [["report", "e.jsonl"], ["allocate", "e.jsonl", "--energy", "1"], ["inspect", "e.jsonl"]]
 )
-def test_empty_file_is_called_that(told, tmp_path, words):
+def test_empty_file_is_reported(told, tmp_path, words):
     (tmp_path / "e.jsonl").write_bytes(b"")
     code, err = told(*words)
     assert code == 3

@@ -37,7 +37,7 @@ def test_tables_fit_terminal(loradiag, columns):
         ),
     ],
 )
-def test_budgets_that_allow_too_little_or_too_much(params, told):
+def test_budgets_out_of_range_are_refused(params, told):
     assert told in " ".join(plan_table(lora_diag.plan(BASE, params=params)).split())
 
 
@@ -70,14 +70,14 @@ def test_usage_errors(loradiag, words, code, message):
     assert message in ran.err
 
 
-def test_unknown_architecture_names_way_out(loradiag, tmp_path):
+def test_unknown_architecture_message_states_fix(loradiag, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     ran = loradiag("plan", "config.json")
     assert ran.code == 3
     assert_names(ran.err, "checkpoint itself")
 
 
-def test_name_in_file_cannot_move_cursor(loradiag, tmp_path):
+def test_name_in_file_is_escaped(loradiag, tmp_path):
     from tests.conftest import save_model, weights
 
     name = "model.layers.0.bad\x1b[2J_proj.weight"
@@ -88,7 +88,7 @@ def test_name_in_file_cannot_move_cursor(loradiag, tmp_path):
 
 
 @pytest.mark.parametrize("columns", ["80", "140"])
-def test_time_of_run_is_told_from_what_was_measured(loradiag, columns):
+def test_max_age_uses_time_of_run(loradiag, columns):
     ran = loradiag("plan", BASE, "--cost", env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
@@ -109,7 +109,7 @@ def test_record_of_cost_adds_up(loradiag):
     assert found.costs[0].bytes == 2 * found.base_bytes
 
 
-def test_experts_of_config_cost_what_they_do_in_checkpoint():
+def test_config_experts_cost_equals_checkpoint():
     """transformers holds gate and up as one matrix; files have two, with half the rows."""
     from lora_diag.decisions.plan.measure import Matrix
     from lora_diag.decisions.plan.run import _apart
@@ -121,7 +121,7 @@ def test_experts_of_config_cost_what_they_do_in_checkpoint():
     ]
 
 
-def test_top_that_makes_no_sense_is_refused(loradiag):
+def test_invalid_top_is_refused(loradiag):
     ran = loradiag("plan", BASE, "--cost", "--top", "0")
     assert (ran.code, ran.out) == (2, "")
     assert_names(ran.err, "--top 0", 1)

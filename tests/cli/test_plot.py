@@ -22,7 +22,7 @@ def adapters(tmp_path):
     return "residual.jsonl"
 
 
-def test_plot_draws_what_records_allow_and_says_what_is_missing(loradiag, spectra, adapters, tmp_path):
+def test_plot_draws_available_figures(loradiag, spectra, adapters, tmp_path):
     ran = loradiag("plot", spectra, adapters)
     assert (ran.code, ran.err) == (0, "")
     made = sorted(path.name for path in (tmp_path / "figures").iterdir())
@@ -88,7 +88,7 @@ def test_impossible_request_is_one_message(loradiag, spectra, tmp_path, words, c
     assert [path.name for path in tmp_path.iterdir()] == ["spectrum.jsonl"]
 
 
-def test_results_without_layers_say_what_shows_them(loradiag, tmp_path):
+def test_results_without_layers_name_other_command(loradiag, tmp_path):
     run = Run(command="probe truncation", version="0", inputs=(), settings={})
     Results(run, (), end=End(layers=0, left_out=0, fro=None, base_fro=None)).write(tmp_path / "probe.jsonl")
     ran = loradiag("plot", "probe.jsonl", "-o", "figures")

@@ -39,7 +39,7 @@ def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
 
 
-def test_every_probe_hands_on_that_its_models_are_to_be_hashed():
+def test_every_probe_passes_verify_to_fingerprint():
     for file in (ROOT / "lora_diag" / "api").glob("probe_*.py"):
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         opening = [call for call in calls if getattr(call.func, "id", "") in {"compare", "describe"}]
@@ -53,7 +53,7 @@ def test_every_probe_hands_on_that_its_models_are_to_be_hashed():
     [(["--ranks", "x"], 2), (["--resume"], 2), (["--eval", "nowhere.txt"], 3)],
     ids=str,
 )
-def test_mistakes_end_in_one_message_and_their_exit_code(loradiag, pair, words, code):
+def test_errors_give_one_message_and_exit_code(loradiag, pair, words, code):
     base, tuned, text, _ = pair
     given = [] if "--eval" in words else ["--eval", text]
     ran = loradiag("probe", "truncation", base, tuned, *given, *words)
@@ -80,7 +80,7 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
     assert (repeated.code, "--overwrite" in repeated.err) == (2, True)
 
 
-def test_outputs_state_losses_first_and_missing_yardstick(loradiag, pair, tmp_path):
+def test_outputs_state_losses_and_missing_reference(loradiag, pair, tmp_path):
     base, tuned, text, _ = pair
     other = moved(base, tmp_path / "other", seed=3)
     ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
@@ -111,7 +111,7 @@ def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
 
 
-def test_sweep_draws_reference_lines_beside_kind_of_lora(loradiag, pair):
+def test_sweep_figure_has_reference_lines(loradiag, pair):
     base, _, text, shifted = pair
     words = ("--ranks", "1", "--lr", "1e-2", "--steps", "2", "--seeds", "1", "--full", "--full-lr", "1e-3", "--bitfit")
     ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words, "--rslora", "--quantized", "nf4")
@@ -121,7 +121,7 @@ def test_sweep_draws_reference_lines_beside_kind_of_lora(loradiag, pair):
     assert_names(ran.err, "full fine-tuning")
 
 
-def test_sensitivities_go_from_model_to_ranks_of_config(loradiag, pair, tmp_path):
+def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):
     base, tuned, text, shifted = pair
     words = ("--rank", "1", "--lr", "1e-2", "--steps", "2", "-o", "s.jsonl")
     ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)

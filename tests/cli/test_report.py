@@ -88,7 +88,7 @@ def test_results_in_memory_give_same_report(files, tmp_path):
     assert (tmp_path / "page.htm").read_text().startswith(page)
 
 
-def test_hostile_path_moves_no_cursor(loradiag, files, tmp_path):
+def test_unsafe_path_moves_no_cursor(loradiag, files, tmp_path):
     (tmp_path / "a\x1b[2J.jsonl").write_bytes((tmp_path / files[0]).read_bytes())
     ran = loradiag("report", "a\x1b[2J.jsonl", "--format", "md")
     assert ran.code == 0

@@ -32,7 +32,7 @@ def test_table_adapter_and_summary(loradiag, tmp_path):
     assert "not quality" in said
 
 
-def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
+def test_inspect_shows_residual_and_json_has_records(loradiag, tmp_path):
     words = "residual", BASE, TUNED, R4, "--layers", r"layers\.0"
     shown = loradiag(*words, "-o", "r.jsonl").out
     repeated = loradiag("inspect", "r.jsonl").out
@@ -41,14 +41,14 @@ def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
     assert "layers.0.mlp.up_proj " in loradiag("inspect", "r.jsonl", "--per", "layer", env={"COLUMNS": "140"}).out
 
 
-def test_adapter_in_place_of_fine_tune_is_told(loradiag):
+def test_adapter_in_place_of_fine_tune_is_reported(loradiag):
     told = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
     assert_names(told, "lora_r4", "TUNED")
     assert_names(told, "BASE TUNED ADAPTER")
     assert "The order" not in loradiag("residual", BASE, TUNED, R4, "--layers", r"layers\.0\..*q_proj").out
 
 
-def test_rows_stand_in_order_of_what_limits_them(loradiag):
+def test_rows_are_ordered_by_limit(loradiag):
     out = loradiag("residual", BASE, TUNED, R4).out
     limits = [line.split()[-1] for line in out.splitlines() if re.match(r" (\S+|not adapted) +\d+ ", line)]
     assert limits == ["direction"] * 7 + ["adapted"]

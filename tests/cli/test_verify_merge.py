@@ -56,7 +56,7 @@ def spoilt(files, change, name="spoilt"):
     return save(files / name, {key: value.double().numpy() for key, value in after.items()})
 
 
-def test_right_merge_passes(files, loradiag):
+def test_correct_merge_passes(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "merged")
     assert (ran.code, ran.err) == (0, "")
     assert_names(ran.out, "yes", 4, "adapted", "ΔW")
@@ -64,7 +64,7 @@ def test_right_merge_passes(files, loradiag):
     assert_names(ran.out, "verify-merge", "-o merge.jsonl")
 
 
-def test_wrong_one_fails_and_its_faults_come_first(files, loradiag):
+def test_wrong_merge_fails_and_faults_come_first(files, loradiag):
     def change(before, after):
         after[NAMES[0]] = before[NAMES[0]]
         after["model.norm.weight"] += 1
@@ -91,7 +91,7 @@ def test_table_fits_terminal(files, loradiag, columns, per):
     assert ran.out.count(".q_proj") >= (2 if per == "layer" else 1)
 
 
-def test_records_and_file_they_are_kept_in(files, loradiag):
+def test_records_equal_file(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "merged", "--json", "-o", "merge.jsonl")
     assert ran.code == 0
     run, *layers, end = ran.records
@@ -107,7 +107,7 @@ def test_records_and_file_they_are_kept_in(files, loradiag):
     assert "yes: all 4 adapted layers" in shown.out
 
 
-def test_interrupted_run_goes_on(files, loradiag):
+def test_interrupted_run_is_resumed(files, loradiag):
     whole = loradiag("verify-merge", "base", "adapter", "merged", "-o", "whole.jsonl", "-q")
     assert (whole.code, whole.out) == (0, "")
     lines = (files / "whole.jsonl").read_bytes().splitlines(keepends=True)
@@ -135,7 +135,7 @@ def test_exit_codes(files, loradiag):
     assert_names(ran.err, "BASE", "[0, 0]")
 
 
-def test_merge_that_shows_nothing_is_inconclusive(files, loradiag):
+def test_merge_without_evidence_is_inconclusive(files, loradiag):
     path = files / "adapter" / "adapter_model.safetensors"
     write(path, {name: value.double().numpy() * 1e-6 for name, value in load_file(path).items()})
     ran = loradiag("verify-merge", "base", "adapter", "base")
@@ -177,7 +177,7 @@ def scaled(folder, dtype, relative, c, size=SIZE) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("c", "code"), [(1.0, 0), (1.002, 1), (1.005, 1), (1.01, 1), (1.015, 1), (1.02, 1), (1.05, 1)])
-def test_gate_lets_no_wrong_scale_pass(tmp_path, loradiag, dtype, c, code):
+def test_gate_fails_every_wrong_scale(tmp_path, loradiag, dtype, c, code):
     scaled(tmp_path, dtype, 0.3, c)
     assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code
     ran = loradiag("gate", "--policy", "merge", "merge.jsonl", "--json")
@@ -187,13 +187,13 @@ def test_gate_lets_no_wrong_scale_pass(tmp_path, loradiag, dtype, c, code):
 
 
 @pytest.mark.parametrize("c", [1.0, 1.02])
-def test_gate_does_not_pass_scale_that_file_cannot_show(tmp_path, loradiag, c):
+def test_gate_fails_unverifiable_scale(tmp_path, loradiag, c):
     scaled(tmp_path, torch.bfloat16, 1e-4, c, size=16)
     assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == 5
     assert loradiag("gate", "--policy", "merge", "merge.jsonl", "-q").code == 5
 
 
-def test_names_cannot_move_cursor(files, loradiag):
+def test_control_characters_in_names_are_escaped(files, loradiag):
     def change(before, after):
         after["evil\x1b[2J.weight"] = torch.ones(3)
 
@@ -213,7 +213,7 @@ def test_python_api(files):
 
 
 @pytest.mark.parametrize(("reason", "told"), [("shape_differs", "in another shape: 4×4"), ("only_in_base", "no such")])
-def test_why_expert_is_missing_stands_at_stack_that_holds_it(reason, told):
+def test_missing_expert_reason_is_at_its_stack(reason, told):
     """MERGED tells of whole stored weights, the adapter of the experts in them."""
     stack = SimpleNamespace(name="mlp.experts.up_proj")
     expert = SimpleNamespace(layer="mlp.experts.up_proj[1]", base=stack, shape=(8, 4), is_matrix=True)

@@ -38,7 +38,7 @@ AXOLOTL = {
 }
 
 
-def test_axolotl_keeps_ranks_that_differ():
+def test_axolotl_settings_keep_rank_pattern():
     found = yaml.safe_load(written_for("axolotl", CONFIG))
     assert found.pop("adapter") == "lora"
     assert {AXOLOTL[key]: value for key, value in found.items()} == {key: CONFIG[key] for key in AXOLOTL.values()}
@@ -81,7 +81,7 @@ def test_trainer_of_whole_alphas_refuses_others(trainer):
         written_for(trainer, {**UNIFORM, "lora_alpha": 12.5})
 
 
-def test_allocate_writes_what_axolotl_reads(loradiag, tmp_path):
+def test_allocate_writes_axolotl_settings(loradiag, tmp_path):
     words = ("allocate", SPECTRUM, "--params", "80k", "-q")
     assert loradiag(*words, "-o", "adapter_config.json").code == 0
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0

@@ -65,7 +65,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", ["intruders", "interference"])
-def test_no_more_resident_memory_is_taken_than_is_planned(models, what):
+def test_resident_memory_stays_within_plan(models, what):
     words = [sys.executable, "-c", PEAK, what, *models]
     done = subprocess.run(
         words, capture_output=True, text=True, check=False, cwd=ROOT, env={"OMP_NUM_THREADS": "1", "PATH": ""}
@@ -94,7 +94,7 @@ def test_too_large_layer_states_missing_memory_which_suffices(models, loradiag, 
     assert not enough.unmeasured
 
 
-def test_way_out_of_ties_is_told_where_it_is_one():
+def test_ties_remedy_is_stated_where_it_helps():
     deltas = [
         next(d for d in compare(SAMPLE / name, None).pairing.deltas if d.is_matrix) for name in ("lora_r4", "lora_r16")
     ]

@@ -65,7 +65,7 @@ def check(record, d, base, left, right):
 
 
 @pytest.mark.parametrize("method", ["exact", "gram"])
-def test_energies_are_those_of_update_times_root_of_c(pair, tmp_path, method):
+def test_energies_equal_update_times_root_of_c(pair, tmp_path, method):
     base, tuned, before, after = pair
     c, g = moments(12, 3), moments(16, 4, scale=1e-3)
     file = store(tmp_path / "a.safetensors", **{UP: c, PREFIX + UP: g})
@@ -90,7 +90,7 @@ def test_energies_are_those_of_update_times_root_of_c(pair, tmp_path, method):
 
 
 @pytest.mark.parametrize("rank", [1, 5])
-def test_adapter_is_weighed_by_its_factors(tmp_path, monkeypatch, rank):
+def test_adapter_metric_uses_factors(tmp_path, monkeypatch, rank):
     rng = np.random.default_rng(0)
     base = save_model(tmp_path / "base", weights(1))
     b, a = rng.standard_normal((16, rank)), rng.standard_normal((rank, 12))
@@ -228,7 +228,7 @@ def test_rounding_in_data_metric_is_change_by_rounding(tmp_path):
     assert plain.resolution.noise_fro != pytest.approx(record.resolution.noise_fro, rel=0.1)
 
 
-def test_bound_covers_what_storing_moments_in_bf16_changes(pair, tmp_path):
+def test_bound_covers_bf16_storage_of_moments(pair, tmp_path):
     base, tuned, before, after = pair
     c, g = moments(12, 3), moments(16, 4)
     matrices = {UP: torch.tensor(c).bfloat16(), PREFIX + UP: torch.tensor(g).bfloat16()}
@@ -243,14 +243,14 @@ def test_bound_covers_what_storing_moments_in_bf16_changes(pair, tmp_path):
         assert 1e-6 < moved <= record.energy_error < 0.2
 
 
-def test_directions_that_are_float32_rounding_are_not_inverted():
+def test_float32_rounding_directions_are_not_inverted():
     lower = torch.diag(torch.tensor([2.0, 1e-3, 1e-4], dtype=torch.float64))  # C's eigenvalues: 4, 1e-6 and 1e-8
     root = Root(lower, on_rows=False, error=0.0, fro=2.0, spectral=2.0)
     assert torch.allclose(root.inverse, torch.diag(torch.tensor([0.5, 1e3, 0.0], dtype=torch.float64)))
     assert Root(lower * 0, False, 0.0, 0.0, 0.0).inverse.eq(0).all()
 
 
-def test_edge_of_weighed_noise_is_above_it():
+def test_edge_of_weighted_noise_is_above_noise():
     rng = np.random.default_rng(0)
     right = rng.standard_normal((40, 40)) * np.linspace(0.1, 2, 40)
     tops = [np.linalg.norm(rng.standard_normal((60, 40)) @ right, 2) for _ in range(200)]
@@ -268,7 +268,7 @@ def test_edge_of_weighed_noise_is_above_it():
         (lambda c: c[:5, :5], "no second moment for a compared weight"),
     ],
 )
-def test_second_moments_that_are_none_are_refused(pair, tmp_path, change, words):
+def test_invalid_second_moments_are_refused(pair, tmp_path, change, words):
     file = store(tmp_path / "a.safetensors", **{UP: np.ascontiguousarray(change(moments(12, 3)))})
     with pytest.raises(InputError, match=words):
         lora_diag.spectrum(*pair[:2], activations=file)
@@ -292,7 +292,7 @@ def test_invalid_options_are_refused(pair, tmp_path, loradiag):
     assert (ran.code, "--adapters" in ran.err) == (2, True)
 
 
-def test_command_says_in_which_metric_it_measured(pair, tmp_path, loradiag):
+def test_command_states_metric(pair, tmp_path, loradiag):
     base, tuned, *_ = pair
     store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     ran = loradiag("spectrum", base, tuned, "--activations", "a.safetensors", "-o", "r.jsonl")
@@ -305,7 +305,7 @@ def test_command_says_in_which_metric_it_measured(pair, tmp_path, loradiag):
     assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"
 
 
-def test_update_that_data_never_sees_has_no_energy(tmp_path):
+def test_update_outside_data_has_no_energy(tmp_path):
     before = weights(1)
     after = {name: value.clone() for name, value in before.items()}
     after[UP][:, 3] += 1.0

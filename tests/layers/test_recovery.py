@@ -34,7 +34,7 @@ def off(found, x):
 
 
 @pytest.mark.slow
-def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
+def test_recover_bfloat16_pair_size_directions_and_intervals(tmp_path):
     w, x, t = planted(256, 192, 4, 1.5e-5, 1)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
     hidden = found.hidden
@@ -52,7 +52,7 @@ def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_where_few_entries_changed(tmp_path):
+def test_interval_covers_sparse_changes(tmp_path):
     """Values of the fit are too small there, by a tenth of the energy: held-out cells show by how much."""
     w, x, t = planted(256, 320, 4, 3e-6, 41)
     hidden = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
@@ -89,7 +89,7 @@ def test_row_blocks_give_the_same_numbers(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_a_gpu_gives_the_same_numbers(tmp_path):
+def test_recover_gpu_equals_cpu(tmp_path):
     w, _, t = planted(150, 120, 3, 2e-5, 33, noise=0.2, rows=0.8)
     here = estimate(tmp_path, w.bfloat16(), t.bfloat16())
     with stand_in() as gpu:
@@ -104,7 +104,7 @@ def test_a_gpu_gives_the_same_numbers(tmp_path):
     assert torch.equal(matrix.as_subclass(torch.Tensor), here.matrix())
 
 
-def test_noise_that_hardly_moved_an_entry_fits(tmp_path):
+def test_small_noise_is_consistent_with_rounding(tmp_path):
     w, x, t = planted(256, 200, 0, 3e-6, 32)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
     assert found.status == "size_only"
@@ -121,7 +121,7 @@ def test_values_of_bfloat16_stored_as_float32_are_seen(tmp_path):
     assert wide.fro_estimate == pytest.approx(plain.fro_estimate, rel=0.02)
 
 
-def test_a_base_in_float32_and_float16_files(tmp_path):
+def test_recover_base_in_float32_and_float16_files(tmp_path):
     rng = np.random.default_rng(3)
     w = torch.tensor(rng.normal(size=(128, 100)) * 0.02).float()
     x = torch.tensor(rng.normal(size=(128, 2)) @ rng.normal(size=(2, 100)) * 2e-6).float()
@@ -132,7 +132,7 @@ def test_a_base_in_float32_and_float16_files(tmp_path):
     assert off(found, x) < 0.1
 
 
-def test_a_base_that_was_rounded_after_the_start_is_told(tmp_path):
+def test_recover_notes_base_rounded_after_start(tmp_path):
     rng = np.random.default_rng(4)
     start = torch.tensor(rng.normal(size=(160, 128)) * 0.02)
     x = torch.tensor(rng.normal(size=(160, 128)) * 3e-5)
@@ -155,7 +155,7 @@ def test_scaled_eight_bit_weights(tmp_path, dtype):
     assert off(found, x) < 0.05
 
 
-def test_what_the_files_resolve_is_not_hidden(tmp_path):
+def test_resolved_update_is_not_hidden(tmp_path):
     w, x, _ = planted(64, 48, 2, 1e-4, 6)
     found = estimate(tmp_path, w.bfloat16(), w + x)
     assert found.hidden.status == "not_hidden"
@@ -163,7 +163,7 @@ def test_what_the_files_resolve_is_not_hidden(tmp_path):
     assert found.cells is None
 
 
-def test_what_did_not_move_or_hardly_is_refused(tmp_path):
+def test_unchanged_or_tiny_update_is_refused(tmp_path):
     w, _, _ = planted(64, 48, 2, 1e-4, 7)
     assert "no entry changed" in estimate(tmp_path, w.bfloat16(), w.bfloat16()).hidden.reason
     few = w.bfloat16().clone()
@@ -206,7 +206,7 @@ def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2])
-def test_an_update_of_rank_1_or_2_needs_its_directions_to_fit(tmp_path, rank):
+def test_recover_rank_1_or_2_needs_directions_to_fit(tmp_path, rank):
     w, x, t = planted(256, 200, rank, 2e-5, 20 + rank)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
     assert found.hidden.status == "recovered"
@@ -236,7 +236,7 @@ def test_row_scales_keep_the_values_of_a_low_rank_update(tmp_path):
     assert found.hidden.energy_interval["1"][0] <= first <= found.hidden.energy_interval["1"][1]
 
 
-def test_a_format_without_known_cells_is_refused():
+def test_recover_refuses_format_without_known_cells():
     from tests.conftest import SHARED
 
     case = SHARED / "cases" / "bnb-nf4-double"

@@ -14,7 +14,7 @@ SCORES = st.lists(st.integers(0, 6), min_size=3, max_size=12)
 
 
 @given(SCORES, st.randoms(use_true_random=False))
-def test_rho_is_scipys(x, random):
+def test_rho_equals_scipy(x, random):
     y = [random.randint(0, 6) for _ in x]
     if len(set(x)) < 2 or len(set(y)) < 2:
         assert spearman(x, y) is None
@@ -23,7 +23,7 @@ def test_rho_is_scipys(x, random):
         assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
 
 
-def test_rho_within_groups_does_not_see_what_is_between_them():
+def test_rho_within_groups_ignores_group_means():
     x, y = [1, 2, 3, 101, 102, 103], [3, 2, 1, 103, 102, 101]
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
     assert spearman(x, y) > 0.5
@@ -33,7 +33,7 @@ def test_rho_within_groups_does_not_see_what_is_between_them():
 
 
 @pytest.mark.parametrize("groups", [None, [0, 0, 0, 1, 1, 1]])
-def test_p_value_is_share_of_all_pairings_that_are_as_far(groups):
+def test_p_value_equals_exact_permutation_fraction(groups):
     x, y = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 3.0, 6.0, 4.0, 5.0]
     found = abs(spearman(x, y, groups))
     orders = [order for order in permutations(range(6)) if groups is None or {*order[:3]} == {0, 1, 2}]
@@ -41,7 +41,7 @@ def test_p_value_is_share_of_all_pairings_that_are_as_far(groups):
     assert p_value(x, y, groups) == pytest.approx(np.mean(far), abs=0.015)
 
 
-def test_interval_covers_truth_as_often_as_it_says():
+def test_interval_has_stated_coverage():
     """Normal pairs of correlation 0.6 have Spearman's ρ 6/π·asin(0.3)."""
     rng, truth, hits = np.random.default_rng(0), 6 / np.pi * np.arcsin(0.3), 0
     for _ in range(2000):
@@ -52,6 +52,6 @@ def test_interval_covers_truth_as_often_as_it_says():
     assert 0.93 < hits / 2000 < 0.97
 
 
-def test_few_things_have_no_interval():
+def test_rank_correlation_of_few_items_has_no_interval():
     assert interval(0.5, 4) is None
     assert interval(1.0, 30) is None

@@ -45,7 +45,7 @@ def found(one):
     return distances(one.fro, one.adapter_fro, one.gap, one.inner, one.floor / one.fro if one.fro else None)
 
 
-def test_distances_are_those_of_matrices():
+def test_distances_equal_dense_matrices():
     one = layer(RNG.normal(size=(6, 5)), RNG.normal(size=(6, 5)))
     expected = oracles.distance(one.d, one.x, 2)
     for name, value in expected.items():

@@ -63,7 +63,7 @@ def test_limit_is_missed_in_one_case_of_twenty(n):
 
 
 @pytest.mark.slow
-def test_runs_that_are_planned_decide_four_times_in_five():
+def test_planned_runs_have_power_80_percent():
     n, rng = runs_needed(0.5, math.sqrt(2), 2), np.random.default_rng(2)
     decided = 0
     for _ in range(1000):

@@ -56,7 +56,7 @@ def test_errors_of_incomplete_spectrum(s, top, rank):
     assert found[1] == (s[rank] if rank < min(top, len(s)) else None)
 
 
-def test_threshold_that_is_met_exactly_is_met():
+def test_exact_threshold_is_met():
     curve = np.array([0.5, 0.9, 0.95, 1.0])
     assert [rank_at(curve, share) for share in (0.5, 0.9, 0.95, 0.99, 1.0)] == [1, 2, 3, 4, 4]
 
@@ -90,7 +90,7 @@ def test_equal_values_have_all_ranks_equal_to_their_number():
     ("first", "second", "dimension"),
     [(8, 8, 128), (4, 16, 128), (64, 64, 384), (60, 50, 100), (8, 8, 16), (8, 1, 128), (9, 9, 9)],
 )
-def test_angles_of_random_subspaces_follow_their_law(first, second, dimension):
+def test_random_subspace_angles_follow_their_distribution(first, second, dimension):
     """Against simulated subspaces; and exactly in the mean squared cosine, max(p, q)/m."""
     rng = np.random.default_rng(dimension)
     found = []

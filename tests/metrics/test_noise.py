@@ -45,7 +45,7 @@ def test_edge_is_above_99_of_100_noise_matrices(name, variance):
 
 
 @pytest.mark.parametrize("shape", [(400, 100), (300, 300), (50, 1000)])
-def test_edge_of_even_noise_is_that_of_marchenko_and_pastur(shape):
+def test_edge_of_uniform_noise_is_marchenko_pastur(shape):
     edge = noise(np.full(shape, 4.0)).edge
     limit = 2 * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
     assert limit < edge < 1.06 * limit
@@ -87,7 +87,7 @@ def test_rounded_copy_has_no_signal():
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_rounded_base_is_seen_beside_outlier(share):
+def test_rounded_base_is_detected_despite_outlier(share):
     rng = np.random.default_rng(0)
     for scale in (np.exp(rng.standard_normal((400, 1))) * np.exp(0.7 * rng.standard_normal((1, 100))), 1.0):
         start = torch.from_numpy(rng.standard_normal((400, 100)) * 0.02 * scale).float()
@@ -102,7 +102,7 @@ def test_rounded_base_is_seen_beside_outlier(share):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["larger where w is small", "in proportion to w", "rank 4"])
-def test_moves_that_go_with_size_of_weight_are_no_rounding(kind):
+def test_changes_proportional_to_weight_are_not_rounding(kind):
     shares = [share for share in starts.SHARES if share >= 0.03]
     for weights in starts.WEIGHTS:
         said = starts.starts(weights, kind, (256, 256), 0)
@@ -126,7 +126,7 @@ def test_unknown_start_counts_rounding_of_base():
         assert true <= 1.02 * own.fro
 
 
-def test_outlier_that_absorbed_its_move_is_no_signal():
+def test_absorbed_outlier_is_not_a_signal():
     for seed in range(4):
         rng = np.random.default_rng(seed)
         start = torch.from_numpy(rng.standard_normal((128, 128)) * 0.02)
@@ -136,7 +136,7 @@ def test_outlier_that_absorbed_its_move_is_no_signal():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_rounded_base_is_told_from_exact_start(share):
+def test_rounded_base_differs_from_exact_start(share):
     rng = np.random.default_rng(0)
     start = torch.from_numpy(rng.standard_normal((400, 300)) * 0.02).float()
     base = start.bfloat16()
@@ -162,7 +162,7 @@ def test_sparse_update_is_charged_where_it_moved():
         assert own.fro == pytest.approx(math.sqrt(2) * float(error), rel=0.1)  # both sides count
 
 
-def test_absorbed_update_is_not_called_sparse():
+def test_absorbed_update_is_not_sparse():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
     tuned = (base.double() + torch.from_numpy(rng.standard_normal(base.shape) * 1e-5)).bfloat16()
@@ -199,7 +199,7 @@ def test_few_entries_show_sparse_update(rows):
     assert np.mean(said) == pytest.approx(0.9, abs=0.08)
 
 
-def test_rounding_of_subtraction_is_no_signal():
+def test_subtraction_rounding_is_not_a_signal():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
     tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()
@@ -208,7 +208,7 @@ def test_rounding_of_subtraction_is_no_signal():
     assert signal_rank(s, noise_of(found.rounding.noise, found.rounding.sides).edge, complete=True) == 8
 
 
-def test_rounding_of_a_gram_matrix_is_no_signal():
+def test_gram_rounding_is_not_a_signal():
     """σ² is found to some ε·σ_1²: of a large update in float32, values near 1e-8 σ_1 stand above the files' noise."""
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((512, 256)) * 0.02).float()

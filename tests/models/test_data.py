@@ -57,7 +57,7 @@ def test_classifier_sees_both_ends_of_cut_line(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["nobody", 3, -1, None, 1.5])
-def test_label_that_model_does_not_have_is_named(tmp_path, label):
+def test_unknown_label_is_named(tmp_path, label):
     import json
 
     line = json.dumps({"text": "the cat", "label": label})

@@ -86,7 +86,7 @@ def test_masking_hides_fifteen_percent_and_changes_nothing_else(case):
     assert_names(found.about, "15%", "replaced", "seed 0")
 
 
-def test_mask_depends_on_nothing_but_place_in_file(case):
+def test_mask_depends_on_position_only(case):
     base, tuned, text, _ = case
     save = transformers.AutoTokenizer.from_pretrained(base)
     save.save_pretrained(tuned)
@@ -95,7 +95,7 @@ def test_mask_depends_on_nothing_but_place_in_file(case):
     assert read_texts(text, model, 3).sequences == sequences(base, text).sequences[:3]
 
 
-def test_mask_is_that_of_seed_0_and_of_line_whatever_version(case, tmp_path):
+def test_mask_is_fixed_by_seed_and_line(case, tmp_path):
     base, _, text, _ = case
     file = tmp_path / "x.jsonl"
     file.write_text((json.dumps({"text": " ".join(text.read_text().split()[:20])}) + "\n") * 3)
@@ -164,7 +164,7 @@ def test_truncation_has_losses_of_independent_script(case):
     assert found[0].tokens == len(own.sequences) * round(0.15 * (LENGTH - 2))
 
 
-def test_outputs_compare_what_is_said_of_hidden_tokens(case, tmp_path):
+def test_outputs_compare_masked_predictions(case, tmp_path):
     base, tuned, text, _ = case
     other = moved(base, tmp_path / "other", 0.05, seed=3)
     record = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text], length=LENGTH).whole[2]
@@ -185,7 +185,7 @@ def test_outputs_compare_what_is_said_of_hidden_tokens(case, tmp_path):
     assert len(record.hidden) == 3
 
 
-def test_activations_are_those_of_text_with_its_mask(case, tmp_path):
+def test_activations_respect_attention_mask(case, tmp_path):
     base, _, text, _ = case
     found = lora_diag.probe_activations(base, data=text, output=tmp_path / "c.safetensors", length=LENGTH)
     own = sequences(base, text)

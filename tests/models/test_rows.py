@@ -32,7 +32,7 @@ def lines(rows, path):
 @pytest.mark.parametrize(
     "rows", [ROWS, [{"prompt": "Say ", "completion": "yes."}, {"prompt": "And ", "completion": "no."}]]
 )
-def test_data_set_is_read_as_its_rows_are_from_json_lines(tmp_path, rows):
+def test_data_set_equals_json_lines(tmp_path, rows):
     model = open_model(gpt2(tmp_path / "base"), CPU)
     more = [{**row, "id": i} for i, row in enumerate(rows)]
     one = read_texts(saved(more, tmp_path / "my.data"), model)
@@ -51,7 +51,7 @@ def test_only_line_feed_ends_json_line(tmp_path):
     assert read_source(path).rows == ((f"{path}: line 1", rows[0]), (f"{path}: line 2", rows[1]))
 
 
-def test_class_is_found_by_its_name_and_else_by_its_number(tmp_path):
+def test_label_is_found_by_name_then_index(tmp_path):
     model = open_model(bert(tmp_path / "base"), CPU, tokenizer="bytes")  # ham, spam, other
     named = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["other", "spam"])})
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]

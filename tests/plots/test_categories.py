@@ -253,7 +253,7 @@ def test_every_figure_is_checked_for_categories():
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("mix", MIXES)
-def test_names_stand_at_their_values(name, mix):
+def test_figure_names_are_at_their_values(name, mix):
     make = MAKERS[name]
     runs, expected = make(layers_of(MIXES[mix]))
     labels = NAMES[: len(runs)] if len(runs) > 1 else ()

@@ -148,7 +148,7 @@ def test_bands_of_residual_are_floor_best_scale_and_epsilon():
     np.testing.assert_allclose(bases, np.square([0, floor, best]), rtol=1e-9)
 
 
-def test_title_of_residual_gives_shares_that_are_drawn():
+def test_residual_title_gives_drawn_fractions():
     records = [
         making.residual("h.0.q.weight", 1.0, 3.0, 0.2, 0.5),
         making.residual("h.1.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0),
@@ -162,7 +162,7 @@ def test_title_of_residual_gives_shares_that_are_drawn():
 
 
 @pytest.mark.parametrize(("length", "told"), [(3.0, True), (0.2, False)])
-def test_long_update_that_points_elsewhere_is_explained(length, told):
+def test_long_misaligned_update_is_explained(length, told):
     record = making.residual("h.0.q.weight", 1.0, length, 0.2, 0.5)  # limited by direction, says the record
     text = " ".join(text.get_text() for text in plots.figure("residual", making.results([record])).texts)
     assert (mentions(text.replace("\n", " "), "not aligned", "ΔW")) == told
@@ -201,7 +201,7 @@ def test_figure_and_summary_show_one_pooled_epsilon():
     assert shown in find(residual_lines(results), "distance").text
 
 
-def test_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():
+def test_unadapted_layer_has_grey_bar():
     (bar,) = plots.residual([making.residual("h.0.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0)]).patches
     assert (float(bar.get_data().values[0]), mpl.colors.to_hex(bar.get_facecolor())) == (1.0, "#bdbdbd")
 
@@ -283,7 +283,7 @@ def test_pairs_with_most_in_common_are_drawn():
     assert_names(plots.why_not("angles", making.results(records), rank=5), "rank 5", 4, 8)
 
 
-def test_sum_s_rank_stands_against_ranks_added_and_share_below():
+def test_union_figure_has_ranks_and_fractions():
     records = [making.union(f"h.{i}.q.weight", *ranks) for i, ranks in enumerate([(3, 6, 5), (4, 5, None), (2, 8, 9)])]
     lone = making.union("h.3.q.weight", 7, 7, None, updates=("runs/sql",))
     bars, every, apart = plots.union([*records, lone]).patches
@@ -301,7 +301,7 @@ def test_sum_s_rank_stands_against_ranks_added_and_share_below():
     assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
 
 
-def test_fleet_is_point_adapter_and_who_stands_out_is_named():
+def test_fleet_figure_names_outliers():
     ax = plots.fleet(making.adapters(20))
     points = {line.get_label(): np.array(line.get_xydata()) for line in ax.lines}
     alive = [record for record in making.adapters(20) if record.fro]
@@ -369,7 +369,7 @@ def test_same_records_give_same_bytes(kind):
     assert b"2026" not in made[0] or kind == "png"
 
 
-def test_runs_are_told_apart_by_settings_not_activations():
+def test_runs_are_distinguished_by_settings():
     recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
     runs = []
     for settings in ({"top": 8}, {"layers": "q_proj"}, {}):
@@ -450,14 +450,14 @@ def test_plot_writes_all_that_can_be_drawn(tmp_path):
     ],
     ids=str,
 )
-def test_senseless_request_is_refused_and_nothing_written(wrong, tmp_path):
+def test_invalid_request_writes_nothing(wrong, tmp_path):
     output = tmp_path / wrong.pop("output")
     with pytest.raises(UsageError):
         lora_diag.plot(making.results(making.model(1)), output=output, **wrong)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_record_to_draw_and_no_place_to_write(tmp_path):
+def test_plot_without_records_or_output_is_an_error(tmp_path):
     zero = making.results([making.spectrum("h.0.q.weight", np.zeros(4))])
     with pytest.raises(NothingComparedError, match="no layer left"):
         lora_diag.plot(zero.filter("nothing"), output=tmp_path / "x")
@@ -466,7 +466,7 @@ def test_no_record_to_draw_and_no_place_to_write(tmp_path):
         lora_diag.plot(making.results(making.model(1)), output=tmp_path / "file" / "x.png")
 
 
-def test_names_too_long_for_their_place_stay_different():
+def test_shortened_names_stay_distinct():
     types = tuple(f"module_{number}_whose_names_all_end_in_the_same_long_way" for number in range(5))
     for name, results in (("energy", making.model(2, types)), ("heatmap", making.model(2, types))):
         page = plots.figure(name, making.results(results), width="column")

@@ -38,7 +38,7 @@ def test_cosine_has_panel_pair(results):
         assert sorted(numbers(axes)) == sorted(mine)
 
 
-def test_additive_share_is_that_of_sums(results):
+def test_additive_share_equals_definition(results):
     drawn = figure("heatmap", results, field="additive.0.9")
     mine = [f"{record.additive['0.9']:.2f}" for record in results if record.record == "union"]
     assert sorted(numbers(drawn.axes[0])) == sorted(mine)

@@ -213,7 +213,7 @@ def title(case):
 
 
 @pytest.mark.parametrize(("case", "width"), WIDTHS, ids=title)
-def test_no_text_touches_another_leaves_page_or_is_too_small(case, width):
+def test_figure_texts_are_legible(case, width):
     _, name, results, options = case
     figure = plots.figure(name, results, width=width, **options)
     texts = shown_texts(figure)
@@ -228,7 +228,7 @@ def test_no_text_touches_another_leaves_page_or_is_too_small(case, width):
         assert not touch(box, its), f"{one.get_text()!r} touches {other.get_text()!r}"
 
 
-def test_measure_itself_sees_texts_that_touch():
+def test_legibility_check_detects_touching_texts():
     figure = plots.figure("energy", making.results(making.model(2)), width="column")
     ax = figure.axes[0]
     ax.text(0.02, 0.99, "over the title", transform=ax.transAxes)

@@ -52,7 +52,7 @@ def test_titles_and_axes_name_metric(metric, width):
     assert OF[metric] in plots.energy(results(metric)).get_ylabel()
 
 
-def test_figure_of_weights_speaks_of_no_metric():
+def test_figure_in_weights_names_no_metric():
     for name in ("energy", "spectrum", "heatmap"):
         told = words(plots.figure(name, results()))
         assert "metric" not in told
@@ -79,7 +79,7 @@ def test_norms_are_named_in_their_metric():
     assert title_in("fro", results().layers) == "‖ΔW‖_F"
 
 
-def test_allocation_says_in_which_metric_its_energy_is():
+def test_allocation_states_metric_of_energy():
     allocated = making.results(making.allocations(2), [making.certificate()])
     run = allocated.run.model_copy(update={"settings": {**allocated.run.settings, "metric": "kfac"}})
     weighted = replace(allocated, run=run)

@@ -33,7 +33,7 @@ ADAPTERS = [("adapter", f"runs/r{rank}") for rank in (4, 8, 16)]
         (run(("results", "full.jsonl"), command="allocate"), "allocate"),
     ],
 )
-def test_run_is_called_by_what_it_measured(one, name):
+def test_run_name_describes_measurement(one, name):
     assert run_name(one) == name
 
 
@@ -55,11 +55,11 @@ def test_run_is_called_by_what_it_measured(one, name):
         ([run(BASE, FULL), run(BASE, FULL, ADAPTERS[0], command="residual")], (), ["base → full", "base → full"]),
     ],
 )
-def test_runs_of_command_are_told_apart(runs, files, names):
+def test_runs_of_one_command_are_distinguished(runs, files, names):
     assert names_of(runs, files=files) == names
 
 
-def test_adapters_of_several_runs_are_called_by_their_own_names():
+def test_adapters_of_several_runs_keep_own_names():
     def results(adapters, tuned="full"):
         return making.results(
             [making.residual("h.0.q.weight", 1, 1, 0.3, 0.2, adapter=a) for a in adapters], name=tuned

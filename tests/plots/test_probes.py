@@ -42,14 +42,14 @@ def test_sweep_shows_mean_over_seeds_at_each_rank_s_best_rate():
     assert "BASE 1.900 ↑" in [text.get_text() for text in other.texts]
 
 
-def test_sweep_without_gain_says_so_and_names_distant_base():
+def test_sweep_without_gain_is_reported():
     assert_names(plots.sweep(making.swept(base=1.0)).get_title(loc="left"), "worse", "BASE")
     ax = plots.sweep(making.swept(base=90.0))
     assert [text.get_text() for text in ax.texts] == ["BASE 90.000 ↑"]
     assert ax.get_ylim()[1] < 2
 
 
-def test_other_trainings_are_lines_of_their_own():
+def test_different_trainings_are_separate_curves():
     full = [making.probe("sweep", "full", loss, lr=lr) for loss, lr in ((1.7, 1e-5), (1.55, 1e-4))]
     ax = plots.sweep(making.swept() + full)
     assert lines(ax, "_full fine-tuning 1.550")[0][0, 1] == 1.55
@@ -142,7 +142,7 @@ def test_parts_truncated_alone_are_ranked_by_cost_with_errors(snapshot):
     assert_names(words(page), "24", "highest", "of 40")
 
 
-def test_adapters_stand_beside_full_fine_tune_with_two_errors(snapshot):
+def test_adapters_are_shown_with_fine_tune_and_errors(snapshot):
     drawn = bars(plots.outputs(making.probed(making.said())))
     assert [name for name, *_ in drawn] == ["r16", "r4"]  # BASE, 0.8 away, would press both together
     np.testing.assert_allclose([row[1:] for row in drawn], [(0.03, 0.02), (-0.02, 0.02)])
@@ -180,7 +180,7 @@ def error_bars(ax):
     return [np.array(segment) for collection in ax.collections for segment in collection.get_segments()]
 
 
-def test_curvature_draws_model_and_bound_beside_measured_gap():
+def test_curvature_figure_has_model_bound_and_gap():
     records = making.curved()
     ax = plots.curvature(making.probed(records))
     gaps = {0: 1.0, 4: 1 / 5, 16: 1 / 17}
@@ -206,7 +206,7 @@ def test_curvature_at_base_shows_layers_and_negative_gap():
     assert "at 3 ranks" in words(plots.figure("curvature", making.probed(making.curved(gap=-1.0))))
 
 
-def test_gauss_newton_matrix_bounds_nothing():
+def test_ggn_gives_no_bound():
     told = words(plots.figure("curvature", making.probed(making.curved())))
     assert "and its bound" in told
     newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
@@ -218,7 +218,7 @@ def test_gauss_newton_matrix_bounds_nothing():
     assert "λ term 100 times" in page.axes[0].get_title(loc="left").replace("\n", " ")
 
 
-def test_intrinsic_shows_shares_of_gain_and_omits_set_without(snapshot):
+def test_intrinsic_figure_omits_sets_without_gain(snapshot):
     ax = plots.intrinsic(making.probed(making.reached(), share=0.9))
     gain = 2.0 - (1.0 + 1.04) / 2
     found = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}

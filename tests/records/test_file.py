@@ -42,7 +42,7 @@ def written(measured, tmp_path):
     return results, Path(shutil.copy(path, tmp_path))
 
 
-def test_written_and_read_are_equal(written, tmp_path):
+def test_written_results_equal_read(written, tmp_path):
     results, path = written
     assert read_results(path) == results
     results.write(tmp_path / "again.jsonl")
@@ -50,7 +50,7 @@ def test_written_and_read_are_equal(written, tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_lines_are_documented_ones(written):
+def test_sarif_lines_equal_documentation(written):
     _, path = written
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["record"] for line in lines] == ["run"] + ["spectrum"] * 10 + ["left_out"] * 2 + ["end"]
@@ -62,7 +62,7 @@ def test_lines_are_documented_ones(written):
     assert set(lines[1]["rank_at"]) == {"0.9", "0.95", "0.99"}
 
 
-def test_last_line_is_waited_for_until_it_is_on_disk(pair_of_models, tmp_path, monkeypatch):
+def test_last_line_is_synced_to_disk(pair_of_models, tmp_path, monkeypatch):
     base, tuned, *_ = pair_of_models
     path, kept = tmp_path / "r.jsonl", []
     monkeypatch.setattr(writing, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
@@ -160,7 +160,7 @@ def test_resume_names_version_that_kept_fewer_settings(written, pair_of_models):
         (lambda settings: settings.update(later=1), r"with another settings\.later; "),
     ],
 )
-def test_setting_that_only_one_of_two_runs_has_is_named(written, pair_of_models, change, told):
+def test_setting_of_one_run_is_named(written, pair_of_models, change, told):
     """One that was not asked for is null, and a run that does not know it is told from that."""
     _, path = written
     base, tuned, *_ = pair_of_models
@@ -194,7 +194,7 @@ def test_text_written_after_torn_line_is_left_alone(written, tmp_path):
     assert [*found, *reading] == list(read_results(written[1]).records())[:3]
 
 
-def test_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_models, tmp_path):
+def test_overwrite_replaces_only_finished_runs(written, pair_of_models, tmp_path):
     _, path = written
     base, tuned, *_ = pair_of_models
     lora_diag.spectrum(base, tuned, output=path, top=2)
@@ -208,7 +208,7 @@ def test_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_mod
     assert other.read_text() == "precious"
 
 
-def test_nothing_is_created_by_run_that_fails_at_its_inputs(pair_of_models, tmp_path):
+def test_invalid_inputs_create_no_output(pair_of_models, tmp_path):
     base, *_ = pair_of_models
     with pytest.raises(InputError):
         lora_diag.spectrum(base, tmp_path / "nowhere", output=tmp_path / "r.jsonl")
@@ -269,7 +269,7 @@ def test_edited_line_is_refused(written, line):
         read_results(path)
 
 
-def test_other_line_ends_are_same_lines(written):
+def test_line_endings_do_not_matter(written):
     results, path = written
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert read_results(path) == results
@@ -318,7 +318,7 @@ def interrupted(base, tuned, path, records=4, **options):
         lora_diag.spectrum(base, tuned, output=path, on_record=tell, **options)
 
 
-def test_interrupted_rerun_leaves_finished_run_as_it_is(written, pair_of_models, tmp_path):
+def test_interrupted_rerun_keeps_finished_run(written, pair_of_models, tmp_path):
     _, path = written
     base, tuned, *_ = pair_of_models
     before, part = path.read_bytes(), tmp_path / "r.jsonl.part"
@@ -336,7 +336,7 @@ def test_interrupted_rerun_leaves_finished_run_as_it_is(written, pair_of_models,
     assert not part.exists()
 
 
-def test_finished_part_takes_its_place(written, pair_of_models, tmp_path):
+def test_finished_part_replaces_file(written, pair_of_models, tmp_path):
     """The machine stopped between the last line and the renaming."""
     _, path = written
     base, tuned, *_ = pair_of_models
@@ -351,7 +351,7 @@ def test_finished_part_takes_its_place(written, pair_of_models, tmp_path):
     assert not part.exists()
 
 
-def test_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models, tmp_path):
+def test_part_with_torn_first_line_restarts(written, pair_of_models, tmp_path):
     _, path = written
     base, tuned, *_ = pair_of_models
     (tmp_path / "r.jsonl.part").write_bytes(path.read_bytes()[:100])
@@ -361,7 +361,7 @@ def test_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models, t
 
 
 @pytest.mark.parametrize("name", ["link.jsonl", "link.jsonl.part"])
-def test_no_run_is_written_through_link(written, pair_of_models, tmp_path, name):
+def test_runs_are_not_written_through_links(written, pair_of_models, tmp_path, name):
     _, path = written
     base, tuned, *_ = pair_of_models
     before = path.read_bytes()
@@ -410,7 +410,7 @@ def test_torn_first_line_is_empty_file(written, pair_of_models, resume):
 
 
 @pytest.mark.parametrize("lines", [1, 5, 14])
-def test_last_line_that_only_lacks_its_newline_is_kept(written, pair_of_models, lines):
+def test_last_line_without_newline_is_kept(written, pair_of_models, lines):
     results, path = written
     base, tuned, *_ = pair_of_models
     whole = path.read_bytes()
@@ -442,7 +442,7 @@ def test_resume_refuses_changed_input(written, pair_of_models, tmp_path):
     assert lora_diag.spectrum(base, tuned, output=path, resume=True).end is not None
 
 
-def test_fingerprint_knows_neither_place_nor_time(pair_of_models, tmp_path):
+def test_fingerprint_is_independent_of_path_and_time(pair_of_models, tmp_path):
     base, _, before, _ = pair_of_models
     runs = [lora_diag.spectrum(base, base).run.inputs[0]]
     os.utime(base / "model.safetensors", (0, 0))
@@ -467,7 +467,7 @@ def test_filter_keeps_totals_and_left_out_together(written):
     assert len(results.filter("nothing")) == results.filter("nothing").end.fro == 0
 
 
-def test_unwritable_output_is_noticed_before_measuring(pair_of_models, tmp_path):
+def test_unwritable_output_is_refused_before_measuring(pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     events = []
     locked = tmp_path / "locked"
@@ -480,7 +480,7 @@ def test_unwritable_output_is_noticed_before_measuring(pair_of_models, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"locked"}
 
 
-def test_name_too_long_for_file_beside_it(written, pair_of_models, tmp_path):
+def test_name_too_long_for_temporary_file(written, pair_of_models, tmp_path):
     results, _ = written
     with pytest.raises(InputError, match="cannot be written"):
         results.write(tmp_path / ("n" * 300))
@@ -495,7 +495,7 @@ def test_pipe_is_refused_and_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("size", [reading.MAX_LINE_BYTES, 3 * reading.MAX_LINE_BYTES])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_line_too_long_for_record_is_not_held(written, size, end):
+def test_overlong_line_is_not_kept_in_memory(written, size, end):
     _, path = written
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"record":"end","s":[' + b"1," * (size // 2) + b"1]}" + end)
@@ -507,13 +507,13 @@ def test_line_too_long_for_record_is_not_held(written, size, end):
     assert peak < 3 * reading.MAX_LINE_BYTES
 
 
-def test_long_tail_of_zeros_is_what_loss_of_power_leaves(written):
+def test_zeros_after_power_loss_are_recognised(written):
     results, path = written
     path.write_bytes(path.read_bytes() + bytes(2 * reading.MAX_LINE_BYTES))
     assert read_results(path) == results
 
 
-def test_no_line_is_written_that_could_not_be_read(written, tmp_path, monkeypatch):
+def test_written_lines_are_readable(written, tmp_path, monkeypatch):
     results, _ = written
     monkeypatch.setattr(writing, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl"
@@ -522,6 +522,6 @@ def test_no_line_is_written_that_could_not_be_read(written, tmp_path, monkeypatc
     assert not path.exists()
 
 
-def test_folder_in_place_of_results_is_called_one(tmp_path):
+def test_folder_in_place_of_results_is_reported(tmp_path):
     with pytest.raises(InputError, match="is a folder; give a results file"):
         read_results(tmp_path)

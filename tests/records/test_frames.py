@@ -72,7 +72,7 @@ def test_adapters_have_short_and_unique_names():
 
 
 @given(st.lists(st.text(st.sampled_from("ab/"), max_size=6), max_size=5))
-def test_short_names_tell_paths_apart(paths):
+def test_short_names_distinguish_paths(paths):
     found = short_names(paths)
     assert set(found) == set(paths)
     if len({path.rstrip("/") for path in paths}) == len(set(paths)):
@@ -97,7 +97,7 @@ def test_probe_has_one_row_record():
     assert replace(results, whole=(layer, other)).to_pandas().module_type.tolist() == ["q", "mlp.up"]
 
 
-def test_entries_of_records_in_lists_are_values():
+def test_list_entries_of_records_are_values():
     parts = {"similarity": 0.4, "nearest": 1, "window": 1, "projection": 0.5, "projection_random": 0.1}
     directions = tuple(Direction(sigma=s, kind=k, **parts) for s, k in ((3.0, "kept"), (2.0, "intruder")))
     record = Intruders(
@@ -138,7 +138,7 @@ def test_kind_selects_records():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_no_cell_is_list(path):
+def test_csv_cells_are_scalars(path):
     results = read_results(path)
     for values in (False, True):
         columns = results.columns(values)

@@ -22,7 +22,7 @@ def results():
     return spectra(records, [vector("norm.weight", 0.1)])
 
 
-def test_places_and_slices(results):
+def test_records_by_index_and_slice(results):
     assert results[0] is results.layers[0]
     assert results[-1] is results.layers[-1]
     part = results[2:6:2]
@@ -57,7 +57,7 @@ def test_exact_name_comes_before_one_without_weight():
         ("zzz", "14 layers"),
     ],
 )
-def test_unknown_name_is_told_its_like(results, wrong, meant):
+def test_unknown_name_suggests_similar_name(results, wrong, meant):
     with pytest.raises(KeyError) as error:
         results[wrong]
     assert meant in error.value.args[0]
@@ -76,7 +76,7 @@ def test_repr_is_five_lines(path):
     )
 
 
-def test_repr_says_what_was_measured(results):
+def test_repr_states_measurement(results):
     record = results.layers[0]
     assert f"{record.fro / record.base_fro:.4g}" in repr(results)
     assert "1 vector" in repr(results)
@@ -127,7 +127,7 @@ def test_html_shows_the_tables_of_the_command():
             assert any(cells[at : at + 1 + len(row)] == [name, *row] for at in range(len(cells)))
 
 
-def test_plot_gives_a_picture_of_the_first_figure():
+def test_plot_draws_first_figure():
     results = read_results(EXAMPLES[-1])
     page = results.plot(width="column")
     assert page._repr_png_().startswith(b"\x89PNG")

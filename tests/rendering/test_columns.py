@@ -25,7 +25,7 @@ def test_shortened_encoder_names_keep_block_and_end(width):
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 140])
-def test_table_names_columns_that_it_does_not_show(width):
+def test_table_names_hidden_columns(width):
     drops = {"two": 2, "four": 1}
     columns = [
         Column(name, ("0.12345",), drop=drops.get(name, 0), wide=name == "five")

@@ -62,14 +62,14 @@ def test_cell_has_pooled_value(pool, expected):
     assert cells(Shown("value", "v", "", main=True, pool=pool), row) == [expected]
 
 
-def test_value_that_does_not_exist_is_dash():
+def test_missing_value_is_a_dash():
     assert cells(Shown("value", "v", "", main=True), [Made(value=None)], [Made(value=None), Made(value=2.0)]) == [
         "-",
         "2",
     ]
 
 
-def test_empty_column_stays_only_where_it_is_main():
+def test_empty_column_is_kept_only_if_main():
     row = [Made(value=None)]
     assert cells(Shown("value", "v", "", main=True), row) == ["-"]
     assert cells(Shown("value", "v", "", terminal=True), row) is None
@@ -113,7 +113,7 @@ def test_errors_and_chance_stand_around_value():
     assert cells(shown, [Made()]) == ["0.50"]
 
 
-def test_chance_is_that_of_records_that_have_value():
+def test_chance_uses_records_with_value():
     row = [Made(value=0.5, random=0.1), Made(value=None, random=0.9)]
     assert cells(Shown("value", "v", "", share=True, main=True, chance="random"), row) == ["0.50 (0.10)"]
 
@@ -124,7 +124,7 @@ def test_mark_is_of_row_and_in_terminal_only():
     assert pooled_value(shown, [Made(), Made()]) == 0.5
 
 
-def test_words_stand_at_left_and_shapes_at_right():
+def test_text_is_left_aligned_and_shapes_right():
     word, shape = (Shown(path, path, "", main=True) for path in ("word", "shape"))
     columns = columns_of([word, shape], [("a", [Made(word="x")])])
     assert [(column.justify, column.cells[0]) for column in columns] == [("left", "x"), ("right", "3×2")]
@@ -137,7 +137,7 @@ def test_styles_follow_value():
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(20, 119))
-def test_columns_go_in_order_that_is_declared(made, width):
+def test_columns_have_declared_order(made, width):
     columns = [Column(f"{place}".rjust(size), ("1",), drop=drop) for place, (size, drop) in enumerate(made)]
     shown = {column.header for column in table_of("layer", ["a" * 40], columns, width).columns}
     hidden = [column for column in columns if column.title not in shown]

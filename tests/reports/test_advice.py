@@ -61,7 +61,7 @@ def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
     )
 
 
-def test_small_rank_that_carries_everything_is_enough():
+def test_sufficient_small_rank_is_advised():
     (step,) = advice(evidence(model(EASY)))
     assert (step.rule, step.ranks) == ("sufficient rank", (4,))
     assert_names(step.because, "100%", "28 matrices")
@@ -74,7 +74,7 @@ def test_enough_is_smallest_rank_keeping_90_percent_per_layer():
     assert step.ranks == (16,)  # at 8, one layer keeps a half
 
 
-def test_rank_as_large_as_matrix_is_not_called_enough():
+def test_full_rank_is_not_sufficient():
     assert told(model(flat_to(4, 16))) == ["sufficient rank"]  # r=4 of 16
     assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
 
@@ -91,7 +91,7 @@ def test_norms_alone_need_no_adapter():
     assert (step.rule, "--bitfit" in step.argv, step.layers) == ("hybrid", True, ("norm.weight",))
 
 
-def test_few_short_layers_are_named_and_their_rank_is_raised():
+def test_insufficient_layers_get_larger_ranks():
     results = model(
         EASY, special={"layers.1.self_attn.o_proj": FLAT * 5, "layers.2.self_attn.o_proj": flat_to(30, 512)}
     )
@@ -108,7 +108,7 @@ def test_few_short_layers_are_named_and_their_rank_is_raised():
     assert seen(results) == ["Under-ranked critical layers"]
 
 
-def test_short_nearly_everywhere_raises_rank_everywhere():
+def test_mostly_insufficient_rank_is_raised_everywhere():
     results = model(flat_to(40, 512))
     (step,) = advice(evidence(results))
     assert (step.rule, step.params) == ("raise rank everywhere", 28 * 32 * 1024)
@@ -116,7 +116,7 @@ def test_short_nearly_everywhere_raises_rank_everywhere():
     assert seen(results) == ["Slow spectral decay everywhere"]
 
 
-def test_where_no_usual_rank_reaches_half_weights_are_trained():
+def test_full_training_advised_if_no_rank_reaches_half():
     assert told(model(FLAT)) == ["full fine-tuning"]
     (step,) = advice(evidence(model(EASY, special={"mlp.down_proj": FLAT})))
     assert step.rule == "partial fine-tuning"
@@ -124,12 +124,12 @@ def test_where_no_usual_rank_reaches_half_weights_are_trained():
     assert len(step.layers) == 4
 
 
-def test_small_matrices_are_not_asked_to_be_trained_fully():
+def test_small_matrices_do_not_suggest_full_training():
     """r=64 on 128×128 is a full matrix's worth of parameters: it says nothing about LoRA."""
     assert "full fine-tuning" not in told(model(decay(128, 0.0)))
 
 
-def test_in_between_only_loss_can_tell():
+def test_intermediate_spectrum_suggests_measuring_loss():
     s = flat_to(12, 512)  # C(8) = 0.67, C(16) = 1
     results = model(s, special={"q_proj": flat_to(100, 512)})
     assert told(model(s)) == ["sufficient rank"]
@@ -142,7 +142,7 @@ def test_in_between_only_loss_can_tell():
     assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl")
 
 
-def test_norms_and_biases_that_moved_ask_for_hybrid():
+def test_changed_norms_and_biases_suggest_training_them():
     results = model(EASY)
     total = sum(record.fro**2 for record in results)
     share = 0.2
@@ -157,7 +157,7 @@ def test_norms_and_biases_that_moved_ask_for_hybrid():
     assert told(model(EASY, left_out=[light])) == ["sufficient rank"]
 
 
-def test_selection_hides_norms_so_nothing_is_said_of_them():
+def test_selection_without_norms_has_no_norm_statement():
     heavy = vector("model.norm.weight", 1e3)
     selected = heavy.model_copy(update={"layer": "x", "reason": "not_selected"})
     assert "hybrid" not in told(model(EASY, left_out=[heavy, selected]))
@@ -195,7 +195,7 @@ def test_wrong_scale_comes_first(factor):
     assert ("rsLoRA" in found.seen) == (factor == 4.0)  # √16
 
 
-def test_scale_is_nothing_without_direction():
+def test_scale_without_direction_is_null():
     records = [residual(layer, 16, kept=0.95, scale=0.3, cosine=0.2) for layer in names(4)]
     assert seen(residuals(records)) == []
 
@@ -216,7 +216,7 @@ def test_advice_without_spectrum_says_what_to_measure():
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
 
-def test_rank_that_does_not_limit_is_said_beside_advice():
+def test_non_limiting_rank_is_noted_in_advice():
     full = model(flat_to(12, 512))
     records = [residual(layer, 4, kept=1 / 3, limited_by="direction") for layer in names(4)]
     (step,) = advice(evidence(full, residuals(records)))
@@ -258,42 +258,42 @@ def test_nothing_is_advised_or_found_at_rounding_floor(verdict, s):
     assert any("float32" in what for what, _ in evidence(results).missing())
 
 
-def test_less_than_half_resolved_is_not_enough_to_speak():
+def test_less_than_half_resolved_has_no_advice():
     layers = names(4)
     mixed = [spectrum(layer, EASY, "resolved" if i < 13 else "unresolved") for i, layer in enumerate(layers)]
     assert told(spectra(mixed)) == []
 
 
-def test_not_enough_where_some_layers_are_not_resolved():
+def test_unresolved_layers_prevent_sufficiency():
     layers = names(4)
     mixed = [spectrum(layer, EASY, "resolved" if i < 27 else "unresolved") for i, layer in enumerate(layers)]
     assert told(spectra(mixed)) == ["sweep"]
 
 
-def test_adapters_own_rank_is_no_evidence():
+def test_adapter_rank_is_not_evidence():
     records = [spectrum(layer, EASY, method="factored") for layer in names(2)]
     assert (told(spectra(records)), seen(spectra(records))) == ([], [])
 
 
-def test_no_measurement_gives_no_advice():
+def test_advice_without_measurement_is_empty():
     empty = spectra([])
     assert (told(empty), seen(empty)) == ([], [])
     assert Evidence(()).missing()
 
 
-def test_zero_update_says_nothing():
+def test_zero_update_has_no_statement():
     results = model(np.zeros(64))
     assert (told(results), seen(results)) == ([], [])
 
 
-def test_path_with_blanks_and_quotes_stays_one_word_of_command():
+def test_path_with_blanks_stays_one_argument():
     path = "my 'models'/$(rm -rf)"
     results = spectra(model(FLAT).layers, inputs=(("base", path), ("tuned", "t")))
     (step,) = advice(evidence(results))
     assert tuple(shlex.split(step.command)) == step.argv == ("loradiag", "plan", path, "--ranks", "64")
 
 
-def test_every_rule_says_when_and_whence():
+def test_every_rule_states_version_and_source():
     """All that the planted situations above bring out has a condition, a source and a command."""
     heavy = vector("n", 1e3)
     runs = [
@@ -315,7 +315,7 @@ def test_every_rule_says_when_and_whence():
 
 @pytest.mark.slow
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40), st.integers(1, 50))
-def test_kept_is_share_of_energy(values, rank):
+def test_kept_is_fraction_of_energy(values, rank):
     s = np.sort(np.array(values))[::-1]
     record = spectrum("x", s)
     wanted = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
@@ -324,7 +324,7 @@ def test_kept_is_share_of_energy(values, rank):
 
 @pytest.mark.slow
 @given(st.permutations(range(6)))
-def test_order_of_layers_changes_no_advice(order):
+def test_advice_is_independent_of_layer_order(order):
     records = [spectrum(layer, flat_to(4 if i % 2 else 30, 512)) for i, layer in enumerate(names(1)[:6])]
     first, second = (advice(evidence(spectra([records[i] for i in o]))) for o in (range(6), order))
     assert [step.rule for step in first] == [step.rule for step in second]
@@ -341,7 +341,7 @@ def test_advice_names_all_adapters_of_one_step():
     assert (step.adapters, step.argv[-2:]) == (("a", "b"), ("a", "b"))
 
 
-def test_advice_ignores_adapters_that_larger_one_replaces():
+def test_advice_ignores_adapters_replaced_by_larger():
     full, layers = model(flat_to(12, 512)), names(4)
     small = [residual(n, 4, 0.3, adapter="small") for n in layers]
     large = [residual(n, 16, 1.0, adapter="large") for n in layers]
@@ -354,7 +354,7 @@ def test_advice_ignores_adapters_that_larger_one_replaces():
     assert "widen placement" in told(residuals(halves[:28]))
 
 
-def test_advice_of_fine_tunes_names_each_once():
+def test_advice_names_each_fine_tune_once():
     one = model(flat_to(40, 512))
     other = spectra(one.layers, inputs=(("base", "base"), ("tuned", "other")))
     runs = Evidence((Source("one.jsonl", one), Source("other.jsonl", other)))
@@ -396,7 +396,7 @@ def test_unfinished_run_is_announced_first_and_supports_no_step():
     assert subject_of(evidence(model())).unfinished == ()
 
 
-def test_many_adapters_are_cut_and_counted():
+def test_many_adapters_are_shortened_and_counted():
     records = [residual(n, 4, 0.3, adapter=f"a{i}") for i in range(12) for n in names(1)]
     told = subject_of(evidence(residuals(records)))
     assert told.silent == 12 - MAX_ADAPTERS

@@ -70,7 +70,7 @@ def intrinsic(shares, rates=(1e-4, 1e-3, 1e-2), best=1e-3, full_best=1e-3):
     return run("probe intrinsic", found, seed=0, share=0.9, ranks=list(shares), dims=[10])
 
 
-def test_gaining_units_are_named_and_certain_losers_omitted():
+def test_gaining_units_are_named_and_losing_units_omitted():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])))
     assert step.rule == "place by gain"
     assert_names(step.do, *(f"model.layers.{i}.mlp.up_proj" for i in range(3)), "little in")
@@ -103,7 +103,7 @@ def test_paired_losses_are_of_deciding_set():
     assert told(both) == told(own) == ["place by gain"]
 
 
-def test_different_gains_ask_for_ranks_by_gain_equal_ones_do_not():
+def test_unequal_gains_suggest_ranks_by_gain():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.2, 0.2])))
     assert_names(step.do, "model.layers.0.mlp.up_proj")
     assert told(sensitivity([0.3, 0.29, 0.28, 0.27, 0.26])) == []
@@ -123,11 +123,11 @@ def test_different_gains_ask_for_ranks_by_gain_equal_ones_do_not():
     ],
     ids=["noise", "overlap", "few", "chance", "worse", "unfinished", "selection", "exclusion"],
 )
-def test_gains_within_noise_say_nothing(silent):
+def test_gains_within_noise_have_no_statement(silent):
     assert told(silent) == []
 
 
-def test_energy_order_unlike_cost_order_is_not_trusted():
+def test_energy_order_against_cost_order_is_flagged():
     cost = list(range(1, 13))
     (step,) = advice(evidence(fisher(cost[::-1], cost)))
     assert step.rule == "rank by Fisher"
@@ -152,7 +152,7 @@ def test_two_orders_without_measured_cost_ask_for_one():
     assert told(fisher([3, 1, 2, 5, 4], [1, 2, 3, 4, 5], measured=False)) == []  # five that may well agree
 
 
-def test_bound_far_above_what_it_bounds_chooses_no_rank():
+def test_loose_bound_chooses_no_rank():
     (step,) = advice(evidence(bounds(700.0)))
     assert step.rule == "loose loss bound"
     assert_names(step.because, "own", 700, "700 times", "r=1", "r=4", "r=16")
@@ -172,7 +172,7 @@ def adapter(rank):
     return residuals([residual(n, rank, 0.95) for n in names(2)])
 
 
-def test_chosen_rank_is_held_against_smallest_that_came_as_far():
+def test_chosen_rank_is_compared_with_smallest_equal():
     found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
     step = next(step for step in advice(evidence(adapter(16), found)) if step.rule == "fit the rank")
     assert step.do == "Try r=2 instead of r=16"
@@ -199,18 +199,18 @@ def test_chosen_rank_is_held_against_smallest_that_came_as_far():
         (4, intrinsic({4: (0.5, 0.6), 8: (0.7, 0.75)}, best={4: 1e-3, 8: 1e-2})),  # the higher one may gain more
     ],
 )
-def test_rank_that_fits_or_was_not_settled_is_left_alone(rank, found):
+def test_fitting_or_undecided_rank_is_unchanged(rank, found):
     assert "fit the rank" not in told(adapter(rank), found)
     assert told(found) == []  # no adapter, no rank
 
 
-def test_adapter_of_several_ranks_is_held_against_its_highest():
+def test_adapter_of_several_ranks_is_compared_at_largest():
     several = residuals([residual(n, rank, 0.95) for n, rank in zip(names(2), [4, 16] * 7, strict=True)])
     assert "fit the rank" not in told(several, intrinsic({8: (0.5, 0.6)}))
     assert "fit the rank" in told(several, intrinsic({16: (0.5, 0.6)}))
 
 
-def test_losses_of_whole_come_first_and_may_end_it():
+def test_losses_of_whole_model_come_first():
     found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
     gains = sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])
     assert told(gains, outputs({"a": 0.3})) == ["close the gap", "place by gain"]

@@ -86,7 +86,7 @@ def embedded(page: str) -> dict:
     return json.loads(Elements(page).scripts["data"])
 
 
-def test_every_number_in_page_is_that_of_record():
+def test_page_numbers_equal_records():
     runs = small()
     spectrum_run, residual_run, overlap_run = runs
     data = embedded(html_report(evidence(*runs)))
@@ -133,7 +133,7 @@ def test_every_number_in_page_is_that_of_record():
     }  # fmt: skip
 
 
-def test_plain_table_says_same():
+def test_plain_table_equals_rich_table():
     runs = small()
     page = html_report(evidence(*runs))
     rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
@@ -167,7 +167,7 @@ def test_html_hostile_names_stay_text():
     assert "49" not in "".join(word for word in found.words if "alert(3)" in word)
 
 
-def test_page_asks_nobody_for_anything():
+def test_page_makes_no_requests():
     page = html_report(evidence(*small()))
     parsed = Elements(page)
     (policy,) = [a["content"] for tag, a in parsed.seen if a.get("http-equiv") == "Content-Security-Policy"]
@@ -185,13 +185,13 @@ def test_page_states_what_it_leaves_out():
     assert "points" not in " ".join(Elements(html_report(evidence(spectra([spectrum("a", decay(99, 1))])))).words)
 
 
-def test_epsilon_is_never_shown_without_its_warning():
+def test_epsilon_is_always_shown_with_note():
     page = html_report(evidence(small()[1]))
     assert Elements(page).words
     assert page.count(EPSILON[2:50]) >= 3  # answer, chart, column
 
 
-def test_unfinished_run_is_called_so():
+def test_unfinished_run_is_labelled():
     run = small()[0]
     assert 'role="alert"' in html_report(evidence(replace(run, end=None)))
     assert 'role="alert"' not in html_report(evidence(run))
@@ -210,7 +210,7 @@ def test_zero_updates_and_missing_values_are_empty_cells():
     assert data["spectra"][0]["curves"][0]["c"] == [None] * 16
 
 
-def test_7b_model_is_made_quickly_and_stays_small(tmp_path):
+def test_plan_7b_model_time_and_memory(tmp_path):
     """224 layers of 4,096 values: 2 s of the processor, held to far more, so that a slow machine does not fail."""
     results = seven_billion()
     runs = evidence(results)
@@ -242,7 +242,7 @@ def test_thinned_ranks_are_ascending_and_end_at_last(values, points):
 
 
 @given(st.lists(st.integers(), min_size=2, max_size=300), st.integers(2, 50))
-def test_some_keeps_first_and_last(items, most):
+def test_evenly_spaced_keeps_first_and_last(items, most):
     kept = _some(items, most)
     assert len(kept) == min(most, len(items))
     assert (kept[0], kept[-1]) == (items[0], items[-1])

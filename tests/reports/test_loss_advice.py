@@ -82,7 +82,7 @@ def words(*results):
     return {contest.name: contest.word for contest in contests(evidence(*results))}
 
 
-def test_adapter_is_as_good_if_errors_leave_90_percent_of_gain():
+def test_contest_as_good_keeps_90_percent_within_errors():
     # TUNED gains 1.0: 0.07 + 2 × 0.01 is within a tenth of it, 0.09 + 2 × 0.01 is not.
     assert words(outputs({"a": 0.07, "b": 0.09, "c": -0.2})) == {"a": "as good", "b": "worse", "c": "as good"}
     assert words(outputs({"a": 0.09}, error=0.05)) == {"a": "not known"}
@@ -94,7 +94,7 @@ def test_adapter_is_as_good_if_errors_leave_90_percent_of_gain():
     assert words(outputs({"a": 0.0}, base=1.01, error=0.001)) == {"a": "not known"}
 
 
-def test_equal_adapter_ends_advice_whatever_weights_say():
+def test_equal_adapter_ends_advice():
     flat = model(flat_to(40, 512))
     assert told(flat) == ["raise rank everywhere"]
     (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
@@ -141,7 +141,7 @@ def test_adapters_are_compared_with_each_other_on_same_sequences():
     assert [rival.half for rival in choices(one)[0].rivals] == [None, None]
 
 
-def test_equal_adapters_are_told_apart_in_at_most_5_percent():
+def test_equal_adapters_false_positive_rate_below_5_percent():
     told = 0
     for seed in range(400):
         records, *_ = rivals(seed, apart=0.0)
@@ -150,7 +150,7 @@ def test_equal_adapters_are_told_apart_in_at_most_5_percent():
     assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
-def test_gap_leads_and_weights_follow():
+def test_gap_is_stated_before_weights():
     steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
     assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
     assert_names(steps[0].do, "+0.2000 ± 0.01 nats", "r=4", "r=8", "r=16")
@@ -195,7 +195,7 @@ def test_sweep_without_rank_leaves_ranks_to_weights():
     assert verdict.more_seeds > 2
 
 
-def test_shifted_set_is_asked_apart():
+def test_shifted_set_is_judged_separately():
     losses = {4: 1.1, 8: 1.099, 16: 1.098}
     worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
     assert [step.rule for step in worse] == ["sweep: fast saturation", "shifted set"]
@@ -221,7 +221,7 @@ def test_truncation_names_rank_that_ships_fine_tune_itself():
     assert "--rest" not in bare.command
 
 
-def test_silence_without_evidence():
+def test_loss_advice_without_evidence_is_empty():
     assert told(truncation({4: 0.5})) == []
     assert told(truncation({4: 0.99}, gain_error=0.9)) == []  # the fine-tune's own gain is noise
     assert told(truncation({4: 0.99}, layers="mlp")) == []
@@ -229,7 +229,7 @@ def test_silence_without_evidence():
     assert told(run("probe outputs", [])) == []
 
 
-def test_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
+def test_shipped_rank_is_judged_on_worst_set():
     (step,) = advice(evidence(truncation({0: 0.95, 4: 0.96})))
     assert_names(step.do, "r=4")
     runs = truncation({4: 0.99}), truncation({4: 0.93})

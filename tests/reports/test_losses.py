@@ -76,7 +76,7 @@ MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size
 
 @pytest.mark.parametrize("also", [False, True], ids=["alone", "with weights"])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_losses_lead_in_any_mix(mix, also):
+def test_losses_come_first_in_any_mix(mix, also):
     runs = evidence(*(small() if also else ()), *(KINDS[name]() for name in mix))
     drawn = len(mix) == 1 and (not also or mix == ("outputs",))
     page, text = html_report(runs, images_of(runs) if drawn else [], "now"), markdown_report(runs)
@@ -100,7 +100,7 @@ def test_page_without_losses_names_commands_that_measure_them():
     assert command in markdown_report(evidence(*small()))
 
 
-def test_first_sentence_compares_adapter_with_error():
+def test_first_statement_compares_adapter_with_error():
     assert_names(
         " ".join(Elements(html_report(evidence(outputs()))).words),
         "lora_1",
@@ -162,7 +162,7 @@ def test_hostile_names_of_sets_and_adapters_stay_text():
     assert "".join(rendered.words).count("alert(1)") > 2
 
 
-def test_unfinished_run_is_shown_as_far_as_it_got():
+def test_unfinished_run_is_shown_partially():
     whole = outputs()
     for count in range(len(whole.whole) + 1):
         cut = Results(whole.run, (), (), None, whole.whole[:count])

@@ -68,7 +68,7 @@ def test_adapter_rows_pool_layers_of_type_as_residual_does():
     assert f"| `q_proj` | 2 | {epsilon:.3g} | {floor:.3g} | {cosine:.3g} | scale 1, rank 1 |" in text
 
 
-def test_every_part_is_there():
+def test_markdown_report_has_every_section():
     text = markdown_report(evidence(*small()))
     for answer in subject_of(evidence(*small())).answers:
         assert answer.question in text
@@ -104,7 +104,7 @@ def test_text_renders_as_itself(text):
 
 @pytest.mark.slow
 @given(st.text(min_size=1, max_size=40))
-def test_code_is_one_span_in_one_cell(text):
+def test_code_span_stays_in_one_cell(text):
     page = rendered(f"| a | b |\n|---|---|\n| {code(text)} | end |\n")
     assert page.count("<td>") == 2
     assert page.count("<code>") == 1
@@ -112,7 +112,7 @@ def test_code_is_one_span_in_one_cell(text):
 
 
 @pytest.mark.slow
-def test_below_60_kb_whatever_comes():
+def test_markdown_report_stays_below_60_kb():
     layers = [f"model.layers.{i}.{'x' * 300}{i}.weight" for i in range(3000)]
     run = spectra([spectrum("x", decay(16, 0.1)).model_copy(update={"layer": layer}) for layer in layers])
     verdicts = tuple(

@@ -28,7 +28,7 @@ def weighted(metric: str = "data", power: float = 0.3):
     return spectra(layers, run.left_out, INPUTS)
 
 
-def test_rules_on_weights_do_not_speak_of_another_metric():
+def test_rules_on_weights_ignore_other_metrics():
     assert advice(evidence(plain()))
     assert findings(evidence(plain()))
     assert advice(evidence(weighted())) == []
@@ -39,7 +39,7 @@ def test_rules_on_weights_do_not_speak_of_another_metric():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_with_both_each_is_evidence_of_its_own(order):
+def test_spectrum_and_residual_are_separate_evidence(order):
     runs = [plain(), weighted("kfac", power=3.0)]
     both = evidence(*(runs[i] for i in order))
     assert both.update is not None
@@ -53,7 +53,7 @@ def test_with_both_each_is_evidence_of_its_own(order):
     assert "‖ΔW‖²" in resolved.says
 
 
-def test_adapter_that_was_measured_still_testifies():
+def test_gate_accepts_adapter_that_was_measured():
     audit = residuals([residual(n, 8, 0.3) for n in names(2)])
     assert [step.rule for step in advice(evidence(weighted(), audit))] == [
         step.rule for step in advice(evidence(audit))
@@ -80,7 +80,7 @@ def test_headings_captions_and_curves_name_metric(metric, norms):
     assert "Curves in" not in page
 
 
-def test_report_of_weights_speaks_of_no_metric():
+def test_report_in_weights_names_no_metric():
     told = markdown_report(evidence(plain()))
     assert "metric" not in told
     assert "| ‖ΔW‖/‖W‖ |" in told

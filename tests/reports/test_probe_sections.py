@@ -131,7 +131,7 @@ def test_hostile_names_stay_text(command):
 
 
 @pytest.mark.parametrize("command", MORE)
-def test_unfinished_run_is_shown_as_far_as_it_got(command):
+def test_unfinished_run_is_shown_partially(command):
     whole = probed(command)
     for count in range(0, len(whole.whole), 3):
         cut = type(whole)(whole.run, (), (), None, whole.whole[:count])

@@ -96,7 +96,7 @@ MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size
 
 @pytest.mark.parametrize("also", [False, True], ids=["alone", "with an update"])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_any_mix_has_page_text_and_table(mix, also):
+def test_report_of_any_mix_has_page_text_and_table(mix, also):
     runs = evidence(*(KINDS[name]() for name in mix), *(small() if also else ()))
     drawn = not also or len(mix) == len(KINDS)
     page = html_report(runs, images_of(runs) if drawn else [], "now")

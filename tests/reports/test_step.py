@@ -81,7 +81,7 @@ def numbers(value):
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_command_of_every_step_has_numbers_of_its_sentence(situation):
+def test_step_command_has_numbers_of_its_text(situation):
     steps = advice(evidence(*SITUATIONS[situation]))
     assert steps
     assert len({step.argv for step in steps}) == len(steps)
@@ -103,7 +103,7 @@ def test_command_of_every_step_has_numbers_of_its_sentence(situation):
             assert step.rule == "take the allocation" or spends == {"params": str(step.params)}
 
 
-def test_words_of_every_step_and_finding(snapshot):
+def test_steps_and_findings_match_snapshot(snapshot):
     """What pages show of them: run ``pytest --snapshot-update`` after a change of words, and read the difference."""
     shown = {}
     for situation, runs in SITUATIONS.items():
@@ -116,7 +116,7 @@ def test_words_of_every_step_and_finding(snapshot):
 @pytest.mark.parametrize(
     "situation", ["everywhere", "named", "adapter", "placement", "allocation", "allocation by rank"]
 )
-def test_budget_of_step_is_what_its_command_spends(situation):
+def test_step_budget_matches_its_command(situation):
     spectrum_run = SITUATIONS[situation][0]
     (step,) = [step for step in advice(evidence(*SITUATIONS[situation])) if step.argv[1] == "allocate"]
     _, given = parsed(step.argv)
@@ -131,7 +131,7 @@ def test_budget_of_step_is_what_its_command_spends(situation):
         assert f"they keep {100 * certificate.kept:.0f}% of the energy" in step.because or certificate.kept > 0.99
 
 
-def test_no_step_advises_rank_that_losses_measured_as_worse():
+def test_steps_avoid_ranks_with_higher_loss():
     full = model(flat_to(12, 512))
     trained = residuals([residual(n, 4, 1 / 3, cosine=0.2, adapter="r4") for n in names(4)])
     by_rule = {step.rule: step for step in advice(evidence(full, trained))}
@@ -149,7 +149,7 @@ def test_no_step_advises_rank_that_losses_measured_as_worse():
     assert min(next(step for step in advice(evidence(both, measured, swept))).ranks) > 8
 
 
-def test_no_step_extracts_at_rank_that_keeps_too_little_of_gain():
+def test_steps_avoid_ranks_that_lose_gain():
     assert [step.ranks for step in advice(evidence(model(EASY)))] == [(4,)]
     assert [step.ranks for step in advice(evidence(model(EASY), truncation({4: 0.5})))] == [(8,)]
     cut = residuals([residual(n, 8, 0.999999, adapter="svd") for n in names(4)], ("svd",))
@@ -175,7 +175,7 @@ def test_more_rank_is_not_advised_where_higher_rank_lost():
     assert any(rule.startswith("raise rank") for rule in rules)
 
 
-def test_placement_leaves_out_what_is_measured_to_gain_nothing():
+def test_placement_omits_units_without_gain():
     layers = names(20, ("mlp.up_proj", "self_attn.q_proj"))
     records = residuals([residual(n, 8 if "q_proj" in n else 0, 0.95) for n in layers])
     assert "widen placement" in [step.rule for step in advice(evidence(records))]
@@ -183,13 +183,13 @@ def test_placement_leaves_out_what_is_measured_to_gain_nothing():
     assert "widen placement" not in [step.rule for step in advice(evidence(records, gains))]
 
 
-def test_fine_tune_worse_than_base_is_not_imitated():
+def test_fine_tune_worse_than_base_is_not_a_target():
     rules = [step.rule for step in advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.1}, base=0.5)))]
     assert rules[0] == "fine-tune worse than BASE"
     assert not any(rule.startswith("raise rank") for rule in rules)
 
 
-def test_summary_announces_unfinished_run_first():
+def test_summary_states_unfinished_run_first():
     statements = [
         make_statement("compared", "Compared", "a"),
         make_statement("unfinished", "Warning", "b"),

@@ -30,12 +30,12 @@ def test_tables_fit_terminal(results, width, per):
     assert "up_proj" in text
 
 
-def test_table_of_saved_file_is_live_one(results, tmp_path):
+def test_table_of_file_equals_live_table(results, tmp_path):
     results.write(tmp_path / "r.jsonl")
     assert spectrum_table(lora_diag.read_results(tmp_path / "r.jsonl")) == spectrum_table(results)
 
 
-def test_layers_row_says_what_its_record_says(results):
+def test_layer_row_equals_record(results):
     text = spectrum_table(results, 200, per="layer")
     for record in results:
         (row,) = [line for line in text.splitlines() if line.split()[:1] == [record.layer.removesuffix(".weight")]]
@@ -71,7 +71,7 @@ def test_coverage_counts_every_part(tmp_path):
         assert_names(text, f"{parts[part] / total:.0%}", words)
 
 
-def test_adapter_is_asked_how_much_of_its_rank_it_uses():
+def test_adapter_question_asks_used_rank():
     results = lora_diag.spectrum(ROOT / "sample_checkpoints" / "lora_r16")
     text = spectrum_table(results, 140)
     assert "Low rank" not in text
@@ -79,7 +79,7 @@ def test_adapter_is_asked_how_much_of_its_rank_it_uses():
     assert_names(text, "90%", middle, "16 directions")
 
 
-def test_identical_pair_says_so(tmp_path):
+def test_identical_pair_is_reported(tmp_path):
     model = save_model(tmp_path / "m", weights(1))
     text = spectrum_table(lora_diag.spectrum(model, model))
     assert_names(text, "ΔW is zero")
@@ -87,7 +87,7 @@ def test_identical_pair_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "word"), [(1.0, "yes"), (2e-3, "no")])
-def test_summary_says_what_files_can_show_before_any_rank(tmp_path, scale, word):
+def test_summary_states_resolution_before_rank(tmp_path, scale, word):
     before = {name: value.bfloat16() for name, value in weights(1).items()}
     after = {name: (value.float() + weights(2)[name] * scale).bfloat16() for name, value in before.items()}
     results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
@@ -104,7 +104,7 @@ def test_ranks_beyond_top_are_shown_as_beyond(pair_of_models):
     assert "without --top" in " ".join(text.split())
 
 
-def test_unfinished_run_and_unmeasured_layers_are_said(pair_of_models, tmp_path):
+def test_unfinished_run_and_unmeasured_layers_are_stated(pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     path = tmp_path / "r.jsonl"
@@ -170,7 +170,7 @@ def test_names_keep_their_ends_at_every_width(sample, width, per):
         assert not any(name.startswith("…") for name in names)
 
 
-def test_columns_go_in_fixed_order(sample):
+def test_columns_have_fixed_order(sample):
     def titles(width):
         return [
             title for title in ("by depth", "σ decay", "signal") if title in rows_of(spectrum_table(sample, width))[0]
@@ -185,7 +185,7 @@ def test_columns_go_in_fixed_order(sample):
     ]
 
 
-def test_unknown_share_is_not_drawn_as_low_one():
+def test_unknown_fraction_is_not_drawn():
     _, rows = rows_of(spectrum_table(lora_diag.spectrum(*SAMPLE, top=4), 80))
     assert all(row.split()[-1] in {"····", "·"} for row in rows)
     assert all(re.search("█·|▇·", row) for row in rows)

@@ -18,7 +18,7 @@ def rows(*runs):
     return list(csv.DictReader(io.StringIO(to_csv(evidence(*runs)))))
 
 
-def test_every_record_is_row_with_its_numbers():
+def test_every_record_is_a_row():
     runs = small()
     found = rows(*runs)
     assert len(found) == sum(len(run) + len(run.left_out) for run in runs)
@@ -53,7 +53,7 @@ def test_spreadsheet_runs_no_computed_column():
     assert (row["adapter"], row["adapter_name"]) == ("runs/=1+1", "'=1+1")
 
 
-def test_values_of_several_runs_say_whose_they_are():
+def test_values_of_several_runs_name_their_run():
     runs = small()
     found = list(csv.DictReader(io.StringIO(to_csv(evidence(*runs), values=True))))
     assert {row["results"] for row in found} == {"spectrum0.jsonl"}
@@ -87,7 +87,7 @@ def test_parquet_without_pyarrow_is_one_message(monkeypatch):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
-def test_parquet_says_what_csv_says():
+def test_parquet_equals_csv():
     from dataclasses import replace
 
     import pandas as pd

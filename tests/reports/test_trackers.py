@@ -48,7 +48,7 @@ def test_card_section_is_replaced_and_the_rest_stays(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"<!doctype html>"])
-def test_card_that_is_no_markdown_is_refused(loradiag, tmp_path, content):
+def test_invalid_card_is_refused(loradiag, tmp_path, content):
     card = tmp_path / "README.md"
     card.write_bytes(content)
     ran = loradiag("report", SPECTRUM, "--to", "hub", "--project", tmp_path)
@@ -61,7 +61,7 @@ def test_card_that_is_no_markdown_is_refused(loradiag, tmp_path, content):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_card_keeps_line_ends_and_a_section_without_end(end):
+def test_card_keeps_line_ends_and_open_section(end):
     card = f"a{end}<!-- loradiag x: begin -->{end}mine{end}"
     made = with_section(card, "x", "b\nc")
     assert made.startswith(card.rstrip())

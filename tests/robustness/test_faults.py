@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_disk_that_is_really_full(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_is_reported(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
     case = Case("interference", command, model, tmp_path)
     free = os.statvfs(small_disk)
     filler = small_disk / "filler"
@@ -112,7 +112,7 @@ def test_reads_that_give_little_at_time(command: Commands, model: Path, tmp_path
     assert contents(tmp_path / place) == case.whole
 
 
-def test_clocks_that_run_backwards_or_files_of_future(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_max_age_with_clock_errors(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     for name in ("base", "tuned"):
@@ -125,7 +125,9 @@ def test_clocks_that_run_backwards_or_files_of_future(command: Commands, model: 
     assert command("report", "out", "--format", "md", cwd=tmp_path / place).code == 0
 
 
-def test_results_of_year_that_no_calendar_has(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_results_with_invalid_year_are_handled(
+    command: Commands, model: Path, small_disk: Path, tmp_path: Path
+) -> None:
     """The file systems of most disks keep no such time; that of memory does."""
     out = small_disk / "r.jsonl"
     lora_diag.spectrum(model / "base", model / "fine", layers="0", output=out)
@@ -134,7 +136,7 @@ def test_results_of_year_that_no_calendar_has(command: Commands, model: Path, sm
     assert command("report", out, "-o", "page.html", cwd=tmp_path).code == 0
 
 
-def test_disk_that_fails_when_it_is_waited_for(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_disk_error_on_sync_is_reported(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     assert_names(case.run(place, no_sync=errno.EIO).told(3), "Input/output")
@@ -182,7 +184,7 @@ def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_second_process_stops_and_killed_one_lets_go(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_lock_stops_second_process_and_is_freed_by_kill(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     first = running(model, tmp_path / place)
@@ -235,7 +237,7 @@ def test_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_file_system_without_locks_is_told_of(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
+def test_file_system_without_locks_is_noted(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
     case = Case("intruders", command, model, tmp_path)
     place = case.fresh()
     ended = case.run(place, no_locks=number)
@@ -261,7 +263,7 @@ def test_ctrl_c_at_step(command: Commands, model: Path, tmp_path: Path) -> None:
             case.goes_on(place)
 
 
-def test_ctrl_c_does_not_wait_for_layer_at_hand(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_does_not_wait_for_current_layer(model: Path, tmp_path: Path) -> None:
     """Python would: for a large matrix, minutes; for this one, until its input ends."""
     process = running(model, tmp_path)
     process.send_signal(signal.SIGINT)
@@ -316,7 +318,7 @@ def change_between_samples(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_byte_that_changes_is_seen_with_verify(large: Path, verify: bool) -> None:
+def test_verify_detects_changed_byte(large: Path, verify: bool) -> None:
     run = {"output": large / "out", "verify": verify}
     lora_diag.spectrum(large / "base", large / "tuned", **run)
     cut(large / "out")
@@ -336,7 +338,7 @@ def test_hash_is_that_of_file(large: Path) -> None:
     assert lora_diag.spectrum(large / "base", large / "tuned").run.inputs[0].sha256 == ""
 
 
-def test_run_is_resumed_as_it_was_begun(large: Path) -> None:
+def test_resume_uses_original_settings(large: Path) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", output=large / "out")
     cut(large / "out")
     with pytest.raises(UsageError, match="without --verify"):

@@ -24,7 +24,7 @@ def with_header(path: Path, header: object, data: bytes = b"\0" * 4) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [["F32"], {"F32": 1}, None, 7])
-def test_dtype_that_is_no_word(tmp_path: Path, dtype: object) -> None:
+def test_invalid_dtype_is_refused(tmp_path: Path, dtype: object) -> None:
     """TypeError: unhashable type."""
     path = with_header(tmp_path / "m.safetensors", {"w": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}})
     with pytest.raises(InputError, match="unknown dtype"):
@@ -42,7 +42,7 @@ def test_number_at_edge_of_float32(largest: float, method: str) -> None:
     assert factors.s[1:].tolist() == [0.0, 0.0]
 
 
-def test_shard_whose_name_no_file_can_have(tmp_path: Path) -> None:
+def test_shard_with_invalid_name_is_refused(tmp_path: Path) -> None:
     """OSError: file name too long."""
     folder = save_sharded(tmp_path / "m", {"a.weight": torch.zeros(2, 2)}, shards=1)
     index = next(folder.glob("*.index.json"))
@@ -51,7 +51,7 @@ def test_shard_whose_name_no_file_can_have(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_pickle_of_protocol_that_there_is_none_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_pickle_of_unknown_protocol_is_refused(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """A warning of torch reached the terminal, asking for a bug report."""
     path = tmp_path / "m.bin"
     path.write_bytes(b"\x80\x34}q\x00.")
@@ -60,7 +60,7 @@ def test_pickle_of_protocol_that_there_is_none_of(tmp_path: Path, recwarn: pytes
     assert not recwarn.list
 
 
-def test_allocation_that_was_cut_short(tmp_path: Path) -> None:
+def test_unfinished_allocation_is_reported(tmp_path: Path) -> None:
     """StopIteration: the certificate is among the last lines."""
     base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
     spectra = lora_diag.spectrum(base, tuned)

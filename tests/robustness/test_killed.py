@@ -120,7 +120,7 @@ def test_killed_at_step(case: Case) -> None:
             assert ended.steps.count("written") <= writes - done + 2
 
 
-def test_killed_over_and_over_at_random_moments(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_repeatedly_killed_run_completes(command: Commands, model: Path, tmp_path: Path) -> None:
     """Layers of 30 ms, the last of which never ends, and processes that are killed after 20 to 150 ms."""
     case = Case("spectrum", command, model, tmp_path)
     rng, place = random.Random(0), case.fresh()

@@ -24,11 +24,11 @@ def test_torch_brings_nothing_else_than_nvidia_licences() -> None:
 
 
 @pytest.mark.parametrize("expression", ["GPL-3.0-only", "MIT AND LGPL-2.1", "unknown", ""])
-def test_others_are_noticed(expression: str) -> None:
+def test_non_permissive_licence_is_detected(expression: str) -> None:
     assert forbidden(expression)
 
 
-def test_page_has_every_package_that_is_asked_for() -> None:
+def test_doctor_page_lists_every_package() -> None:
     page = PAGE.read_text().partition(BEGIN)[2]
     names = {Requirement(text).name.lower().replace("_", "-") for text in own()}
     assert {name for name in names if f"| {name} |" not in page} == set()

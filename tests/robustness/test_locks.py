@@ -11,7 +11,7 @@ from lora_diag.files import lock, sync
 from tests.messages import raises_naming
 
 
-def test_lock_passes_from_one_process_to_another(tmp_path: Path) -> None:
+def test_lock_is_released_between_processes(tmp_path: Path) -> None:
     first = lock(tmp_path / "a")
     with raises_naming(UsageError, "another process"):
         lock(tmp_path / "a")
@@ -20,7 +20,7 @@ def test_lock_passes_from_one_process_to_another(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b""
 
 
-def test_file_that_is_replaced_meanwhile_is_locked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, replaced = tmp_path / "a", []
     path.touch()
     flock = files._flock
@@ -43,7 +43,7 @@ def test_file_system_whose_files_never_have_same_number(tmp_path: Path, monkeypa
     os.close(lock(tmp_path / "a"))
 
 
-def test_folder_that_may_not_be_listed_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlistable_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise PermissionError
 

@@ -27,7 +27,7 @@ def hostile(tmp_path: Path) -> Path:
     return folder
 
 
-def test_code_beside_model_is_not_run(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_repository_code_is_not_executed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who asks whether it may is asked by nobody here, and would wait for an answer.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with raises_naming(InputError, "cannot open"):

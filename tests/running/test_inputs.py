@@ -63,7 +63,7 @@ def test_shape_that_does_not_fit_stays_unpaired(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "bert.", "transformer.", "mpnet.", "swin."])
 @pytest.mark.parametrize("on_base", [False, True])
-def test_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_base):
+def test_prefix_on_one_side_is_ignored(tmp_path, prefix, on_base):
     plain, tuned = weights(1), weights(2)
     sides = [plain, tuned] if on_base else [tuned, plain]
     sides[0] = {prefix + name: value for name, value in sides[0].items()}
@@ -112,19 +112,19 @@ def towers(seed: int, *names: str) -> dict[str, torch.Tensor]:
         (["bert."], ["roberta."]),
     ],
 )
-def test_tower_or_model_is_not_taken_for_another(tmp_path, of_base, of_tuned):
+def test_towers_and_models_are_not_confused(tmp_path, of_base, of_tuned):
     base, tuned = save_model(tmp_path / "base", towers(1, *of_base)), save_model(tmp_path / "t", towers(2, *of_tuned))
     with raises_naming(NothingComparedError, "saved alike"):
         lora_diag.spectrum(base, tuned)
 
 
-def test_model_type_that_is_no_word(tmp_path):
+def test_invalid_model_type_is_refused(tmp_path):
     base, tuned = save_model(tmp_path / "base", towers(1, "")), save_model(tmp_path / "tuned", towers(2, "bert."))
     (base / "config.json").write_text('{"model_type": ["bert"]}')
     assert len(lora_diag.spectrum(base, tuned)) == 3
 
 
-def test_two_towers_behind_wrapper_are_told_apart(tmp_path):
+def test_two_towers_behind_wrapper_are_distinguished(tmp_path):
     names = ["text_model.", "vision_model."]
     base, tuned = save_model(tmp_path / "base", towers(1, *names)), save_model(tmp_path / "tuned", towers(2, *names))
     wrapped = save_model(tmp_path / "wrapped", {f"model.{name}": value for name, value in towers(2, *names).items()})
@@ -144,7 +144,7 @@ def test_selection_does_not_decide_whether_models_match(tmp_path, layers):
         lora_diag.spectrum(base, save_model(tmp_path / "h", blocks), layers=layers)
 
 
-def test_one_side_alone_must_be_adapter(tmp_path):
+def test_single_input_must_be_adapter(tmp_path):
     with raises_naming(UsageError, "BASE", "TUNED"):
         lora_diag.spectrum(save_model(tmp_path / "m", weights(1)))
 
@@ -157,7 +157,7 @@ def test_stack_and_tensor_called_like_one_of_its_matrices(tmp_path):
     assert len(lora_diag.spectrum(model, model, exclude=r"\[")) == 2
 
 
-def test_names_that_are_not_utf8(tmp_path):
+def test_non_utf8_names_are_refused(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     base, tuned = (
         save_model(folder / "base", weights(1)),
@@ -170,7 +170,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 99999999999999999999999])
-def test_seeds_that_torch_does_not_take(tmp_path, seed):
+def test_invalid_seeds_are_refused(tmp_path, seed):
     model = save_model(tmp_path / "m", weights(1))
     with pytest.raises(UsageError, match="--seed"):
         lora_diag.spectrum(model, model, top=4, method="krylov", seed=seed)
@@ -183,7 +183,7 @@ def test_adapter_named_first():
         lora_diag.spectrum(samples / "lora_r4", samples / "base")
 
 
-def test_resume_notices_another_adapter_config(tmp_path):
+def test_resume_detects_other_adapter_config(tmp_path):
     adapter = shutil.copytree(ROOT / "sample_checkpoints" / "lora_r4", tmp_path / "adapter")
     before = lora_diag.spectrum(adapter).run.inputs[0].fingerprint
     config = adapter / "adapter_config.json"
@@ -203,7 +203,7 @@ def test_inspect_is_function_like_command(tmp_path):
         lora_diag.inspect(tmp_path / "r.jsonl")
 
 
-def test_pipe_is_no_checkpoint(tmp_path):
+def test_pipe_is_not_a_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "ff.safetensors")
     with pytest.raises(InputError, match="is not a file or folder"):
         lora_diag.inspect(tmp_path / "ff.safetensors")

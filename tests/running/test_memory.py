@@ -102,7 +102,7 @@ def test_unstreamable_layer_is_left_out_and_rest_measured(small):
     assert all(mentions(item.detail, "--method", "blocks") and item.fro > 0 for item in found.unmeasured)
 
 
-def test_gradients_are_planned_and_what_does_not_fit_is_left_out(small, monkeypatch):
+def test_gradients_beyond_memory_limit_are_left_out(small, monkeypatch):
     monkeypatch.setattr(covariance, "READING", 0)
     asked = {"gradients": ["sample_checkpoints/gradients"], "layers": r"layers\.0\.(mlp\.up|self_attn\.q)"}
     plain = {record.layer: record for record in lora_diag.spectrum(BASE, **asked)}
@@ -126,7 +126,7 @@ def test_merge_layer_counts_its_memory_up_to_limit(footprint, limit, size):
     assert verify_merge._size(SimpleNamespace(footprint=footprint), SimpleNamespace(memory=limit)) == size
 
 
-def test_fleet_keeps_to_workers_that_were_asked_for(monkeypatch):
+def test_fleet_uses_requested_workers(monkeypatch):
     asked, layout_for = [], measuring.layout_for
     monkeypatch.setattr(measuring, "layout_for", lambda *words: asked.append(words) or layout_for(*words))
     lora_diag.fleet([ROOT / "sample_checkpoints" / "lora_r4"], device="cpu", workers=3)

@@ -82,7 +82,7 @@ def commands(command):
         yield from commands(each)
 
 
-def test_command_line_shows_declaration():
+def test_command_line_matches_declaration():
     """By name, default and help; ``engine`` is three options there, and a callback none."""
     found = {command.name: command for command in commands(typer.main.get_command(application()))}
     for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
@@ -128,7 +128,7 @@ def test_filled_adds_defaults_to_what_is_given():
     assert set(found) == set(declared(RunOptions))
 
 
-def test_group_of_module_with_postponed_annotations(tmp_path, monkeypatch):
+def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):
     """A third-party group extends one of ours."""
     (tmp_path / "their_options.py").write_text(
         "from __future__ import annotations\nfrom typing import Annotated, Unpack\n"

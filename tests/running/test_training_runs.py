@@ -60,7 +60,7 @@ class Case:
         (1e-6, 1, [1e-3, 3e-3, 1e-2, 3.3e-4]),
     ],
 )
-def test_rates_go_on_beyond_edge_until_best_lies_inside(best, widen, tried):
+def test_rates_extend_until_best_is_inside(best, widen, tried):
     case = Case({4: best}, widen)
     arm = case.arm((1e-3, 3e-3, 1e-2))
     case.walk.expect(case.walk.left(arm))
@@ -89,7 +89,7 @@ def test_single_rate_is_kept_and_refined_grid_steps_are_short():
 
 
 @pytest.mark.parametrize("stop_after", range(9))
-def test_wherever_it_is_stopped_rest_is_run_once_and_counted(stop_after):
+def test_resume_runs_remaining_cells_once(stop_after):
     best, rates = {2: 1e-2, 4: 2e-3}, (1e-3, 3e-3, 1e-2)
     whole = Case(best, 2)
     whole.walk.run(whole.arm(rates))
@@ -108,7 +108,7 @@ def test_wherever_it_is_stopped_rest_is_run_once_and_counted(stop_after):
     assert case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2  # what is finished is no work to come
 
 
-def test_record_of_another_kind_is_not_run_that_is_asked_for():
+def test_record_of_another_kind_is_not_a_trial():
     case = Case({4: 1e-3}, 0, seeds=1)
     case.walk.run(case.arm((1e-3,)))
     done = {"subject": "lora", "rank": 4, "lr": 1e-3, "seed": 7}
@@ -117,7 +117,7 @@ def test_record_of_another_kind_is_not_run_that_is_asked_for():
     assert not case.walk.kept.has(["held", "other"], **done)
 
 
-def test_first_set_decides_on_rates_and_others_are_only_told():
+def test_first_set_decides_rates_others_are_reported():
     case = Case({4: 1e-3}, 0)
     case.walk = replace(case.walk, sets=[HELD, replace(HELD, name="other")])
 

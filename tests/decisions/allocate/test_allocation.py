@@ -86,7 +86,7 @@ def test_ranks_for_energy_share_are_those_of_spectra():
     assert best.certificate.kept >= found.certificate.kept - 1e-12
 
 
-def test_budget_of_ranks_goes_where_next_value_is_largest():
+def test_rank_budget_takes_largest_singular_values():
     spectra = llama(2, 1)
     all_records = sorted(((value, r.layer) for r in spectra for value in r.s), reverse=True)
     wanted = dict.fromkeys((r.layer for r in spectra), 0)
@@ -131,7 +131,7 @@ def best_shares(spectra, allowed, most):
     st.sampled_from([("params", 1.0), ("bytes", 4.0), ("bytes", 6.0)]),
     st.booleans(),
 )
-def test_more_at_most_bounds_every_larger_budget(layers, amount, listed, counted, exact):
+def test_more_at_most_bounds_larger_budgets(layers, amount, listed, counted, exact):
     spectra = [
         record(f"layers.{i}.weight", (m, n), sorted(np.resize(s, min(m, n) // 2 + 1), reverse=True))
         for i, (m, n, s) in enumerate(layers)
@@ -280,7 +280,7 @@ def test_weights_shift_rank_and_relative_counts_layers_alike():
     assert ranks_of(relative)["a.weight"] == 2
 
 
-def test_impossible_budget_says_by_how_much():
+def test_impossible_budget_states_shortfall():
     spectra = llama(2, 0)
     per_rank = sum(map(cost, spectra))
     with raises_naming(UsageError, f"{3 * per_rank} parameters", "8 parameters"):
@@ -301,12 +301,12 @@ def test_impossible_budget_says_by_how_much():
         {"max_rank": 3, "ranks_from": (4, 8)},
     ],
 )
-def test_constraints_that_make_no_sense(wrong):
+def test_invalid_constraints_are_refused(wrong):
     with pytest.raises(UsageError, match="--"):
         Constraints(**wrong)
 
 
-def test_heads_are_trained_in_full_and_paid_for_first():
+def test_heads_in_full_are_charged_first():
     layer = record("bert.encoder.layer.0.query.weight", (16, 16), np.ones(16))
     head = record("classifier.weight", (7, 16), 5 * np.ones(7))
     bias = LeftOut(layer="classifier.bias", shape=(7,), reason="vector", detail="", fro=1.0)
@@ -350,7 +350,7 @@ def test_heuristic_follows_its_scores():
     assert not found.certificate.optimal
 
 
-def test_layer_that_makes_most_of_gain_is_named():
+def test_layer_with_most_gain_is_named():
     spectra = [record("a.weight", (16, 16), 9 * np.ones(16)), *llama(1, 3)]
     found = allocate(spectra, params(500))
     uniform = found.certificate.baselines[0]

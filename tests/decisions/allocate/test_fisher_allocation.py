@@ -56,7 +56,7 @@ def check(chosen, losses, budget, allowed):
         assert layer.fisher == losses[layer.layer][layer.rank]
 
 
-def test_no_corner_beyond_best_rank_and_unmeasured_layer_is_0():
+def test_corners_end_at_best_rank():
     weights = dict.fromkeys(LAYERS, 1.0)
     known, unknown, _ = units(spectra(), weights, Constraints(), {LAYERS[0]: (1.0, 0.4, 0.0, 0.3, 0.1)})
     assert known.corners.tolist() == [1, 2]
@@ -106,7 +106,7 @@ def stored(path, records, command="probe fisher", end=True):
     return path
 
 
-def test_file_of_probe_fisher_is_taken_for_what_it_measured(tmp_path):
+def test_layer_weights_accept_probe_fisher_file(tmp_path):
     found, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
     path = stored(tmp_path / "f.jsonl", records)
@@ -124,7 +124,7 @@ def test_file_of_probe_fisher_is_taken_for_what_it_measured(tmp_path):
     assert_names(lacking.run.inputs[-1].notes[0], "1 layers", "measured")
 
 
-def test_files_that_say_nothing_of_these_layers_are_refused(tmp_path):
+def test_files_without_these_layers_are_refused(tmp_path):
     found, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
     other = stored(tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)])
@@ -145,7 +145,7 @@ def test_files_that_say_nothing_of_these_layers_are_refused(tmp_path):
         )
 
 
-def test_spectra_in_another_metric_say_so():
+def test_spectra_in_another_metric_are_labelled():
     found = [each.model_copy(update={"metric": "kfac", "weights_fro": 1.0}) for each in spectra()]
     table = allocation_table(lora_diag.allocate(results(*found), params=180), 80)
     assert "K-FAC's metric" in table

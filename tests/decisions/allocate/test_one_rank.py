@@ -67,7 +67,7 @@ def test_portable_config_is_exact_in_every_program(tmp_path):
         ({"params": 2000, "min_rank": 5, "max_rank": 5}, "no rank lies between"),
     ],
 )
-def test_portable_allocation_refuses_what_gives_layers_their_own(options, message):
+def test_portable_allocation_refuses_per_layer_options(options, message):
     with pytest.raises(UsageError, match=message):
         lora_diag.allocate(SPECTRA, portable=True, **options)
 

@@ -46,7 +46,7 @@ def resolved(config, module):
 
 
 @pytest.mark.parametrize("tensors", [48, 100], ids=["every tensor known", "some unknown"])
-def test_every_layer_gets_its_rank_and_scaling_asked_for(tensors):
+def test_every_layer_has_requested_rank_and_scaling(tensors):
     """12 layers: ``layers.1.`` must not speak for ``layers.11.``."""
     found = allocation(llama(12), 5000, tensors)
     assert len({r.rank for r in found}) > 3
@@ -58,7 +58,7 @@ def test_every_layer_gets_its_rank_and_scaling_asked_for(tensors):
     assert 0 not in config["rank_pattern"].values()
 
 
-def test_names_are_as_short_as_they_can_be_and_no_shorter():
+def test_names_are_minimal_and_unique():
     spectra = [record(f"model.layers.{i}.mlp.{name}.weight", (8, 8), np.ones(8)) for i in range(2) for name in "ab"]
     assert peft_config(allocation(spectra, 10**6))["target_modules"] == ["a", "b"]
     assert peft_config(allocation(spectra, 10**6))["rank_pattern"] == {}
@@ -68,7 +68,7 @@ def test_names_are_as_short_as_they_can_be_and_no_shorter():
     assert peft_config(allocation(spectra, 10**6, 5))["target_modules"][0] == "layers.0.mlp.a"
 
 
-def test_ambiguous_module_name_is_written_out():
+def test_ambiguous_module_name_is_written_in_full():
     """``merger.mlp.0`` ends in ``0``, and so does ``blocks.0``, which is no layer and which PEFT refuses."""
     names = ["visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "visual.merger.mlp.0"]
     spectra = [record(f"{name}.weight", (8, 8), np.ones(8)) for name in names]
@@ -86,7 +86,7 @@ def test_stacks_that_are_module_weights_are_targeted_by_module():
     compare(found, ranks, Scaling(2.0))
 
 
-def test_one_key_for_kind_of_module_that_agrees():
+def test_equal_ranks_share_one_pattern_key():
     spectra = [
         record(f"model.layers.{i}.{name}.weight", (8, 8), np.ones(rank), fro=math.sqrt(rank), complete=False)
         for i in range(3)
@@ -96,7 +96,7 @@ def test_one_key_for_kind_of_module_that_agrees():
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {"v": 4}, {"v": 8})
 
 
-def test_wrappers_stay_where_rest_would_be_ambiguous():
+def test_wrappers_stay_if_name_would_be_ambiguous():
     spectra = [record(f"{top}.layers.0.q.weight", (8, 8), np.arange(1, 9)) for top in ("model", "mtp")]
     assert set(peft_config(allocation(spectra, 16 * 5, 9))["target_modules"]) == {"model.layers.0.q", "mtp.layers.0.q"}
 
@@ -119,7 +119,7 @@ def test_single_experts_are_refused_and_stacks_become_parameters():
     assert (config["target_modules"], config["target_parameters"]) == ([], ["up"])
 
 
-def test_conv1d_is_seen_by_its_shape():
+def test_conv1d_is_detected_by_shape():
     spectra = [record("transformer.h.0.attn.c_attn.weight", (8, 24), np.ones(8))]
     assert peft_config(allocation(spectra, 10**6))["fan_in_fan_out"]
     spectra = [record("transformer.h.0.attn.c_attn.weight", (24, 8), np.ones(8))]
@@ -136,7 +136,7 @@ def test_conv1d_is_seen_by_its_shape():
         ({"rank_pattern": {"a.q": 2, ".*q": 3}}, "rank"),
     ],
 )
-def test_config_that_does_not_say_what_was_meant_is_error(change, message):
+def test_config_with_other_effect_is_refused(change, message):
     good = {"r": 2, "rank_pattern": {}, "target_modules": ["q"]}
     check(good, {"a.q": 2}, {}, {"a.q", "a.k"})
     with pytest.raises(InputError, match=message):
@@ -241,7 +241,7 @@ def test_peft_model_is_compared_with_intended_ranks():
             compare(found, wrong, Scaling(2.0))
 
 
-def test_nothing_to_adapt():
+def test_model_without_targets_is_refused():
     empty = Results(results().run, (), (), None, ())
     with pytest.raises(InputError, match="rank 0"):
         peft_config(empty)

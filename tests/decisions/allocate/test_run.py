@@ -35,7 +35,7 @@ def test_written_then_read_is_equal(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_budgets_in_words_and_numbers():
+def test_budgets_as_text_and_numbers():
     by_words = lora_diag.allocate(SPECTRA, params="2k")
     assert by_words.layers == lora_diag.allocate(SPECTRA, params=2000).layers
     by_memory = lora_diag.allocate(SPECTRA, memory="32kB")
@@ -45,7 +45,7 @@ def test_budgets_in_words_and_numbers():
     assert tight.layers == lora_diag.allocate(SPECTRA, params=8000).layers != by_words.layers
 
 
-def test_as_many_parameters_as_adapter():
+def test_written_parameter_count_equals_adapter():
     spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=20)
     found = lora_diag.allocate(spectra, match=ROOT / "sample_checkpoints/lora_r4")
     assert found.whole[0].budget == 4 * sum(sum(layer.shape) for layer in found)
@@ -67,7 +67,7 @@ def test_exactly_one_valid_budget_is_required(budgets):
         lora_diag.allocate(SPECTRA, **budgets)
 
 
-def test_unfinished_run_needs_consent(tmp_path):
+def test_unfinished_run_needs_option(tmp_path):
     SPECTRA.write(tmp_path / "s.jsonl")
     lines = (tmp_path / "s.jsonl").read_text().splitlines()
     (tmp_path / "s.jsonl").write_text("\n".join(lines[:-3]) + "\n")
@@ -119,7 +119,7 @@ def test_spectra_of_gradients_are_marked():
     assert {layer.source for layer in lora_diag.allocate(spectra, params=64)} == {"gradients"}
 
 
-def test_nothing_else_is_overwritten(tmp_path):
+def test_overwrite_keeps_other_files(tmp_path):
     found = lora_diag.allocate(SPECTRA, params=2000)
     for name, content in (("config.json", '{"model_type": "llama"}'), ("notes.jsonl", "{}\n"), ("x.json", "[")):
         (tmp_path / name).write_text(content)

@@ -19,7 +19,7 @@ from tests.oracles import effective_rank
     ("words", "value"),
     [("10M", 10**7), ("8388608", 8388608), ("1.5B", 15 * 10**8), ("0.1k", 100), ("1_000", 1000), (" 2 m ", 2 * 10**6)],
 )
-def test_counts(words, value):
+def test_parse_counts(words, value):
     assert read_count(words, "--params") == value
 
 
@@ -30,7 +30,7 @@ def test_invalid_count_is_refused(words):
 
 
 @pytest.mark.parametrize(("words", "value"), [("2GB", 2 * 10**9), ("1GiB", 2**30), ("1.5mb", 1_500_000), ("7B", 7)])
-def test_sizes(words, value):
+def test_parse_sizes(words, value):
     assert read_bytes(words, "--memory") == value
 
 
@@ -68,7 +68,7 @@ def test_hard_threshold_finds_planted_rank_in_unknown_noise(shape):
     assert gavish_donoho(np.linalg.svd(noise, compute_uv=False), shape) == 0
 
 
-def test_knee_is_where_curve_leaves_its_chord_most():
+def test_knee_maximizes_distance_from_chord():
     curve = np.cumsum([10, 8, 6, *[0.1] * 17])
     curve = curve / curve[-1]
     above = [c - (r + 1) / 20 * curve[-1] for r, c in enumerate(curve)]

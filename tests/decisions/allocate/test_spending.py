@@ -69,7 +69,7 @@ def test_certificate_holds_without_exact_method(units, budget, step):
     assert found.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
 
 
-def test_where_greedy_and_optimum_differ_exact_method_finds_it():
+def test_exact_method_beats_greedy_where_they_differ():
     rng = np.random.default_rng(0)
     differing = 0
     for _ in range(150):
@@ -91,7 +91,7 @@ def test_larger_budget_never_keeps_less(units, budget):
 
 @settings(max_examples=60, deadline=None)
 @given(UNITS, st.integers(0, 20))
-def test_where_all_costs_are_equal_greedy_is_optimal(units, budget):
+def test_greedy_is_optimal_for_equal_costs(units, budget):
     """The article's rule for a budget of ranks: the next unit where σ² is largest."""
     steps, all_records = problem([(gains, 1, start) for gains, _, start in units])
     found = spend(steps, budget, exact=False)
@@ -99,7 +99,7 @@ def test_where_all_costs_are_equal_greedy_is_optimal(units, budget):
     assert found.gain == pytest.approx(found.bound, abs=1e-9)
 
 
-def test_price_is_what_one_more_unit_of_budget_is_worth_at_most():
+def test_price_bounds_gain_of_one_unit():
     curves = [np.array([0.0, 4.0, 6.0]), np.array([0.0, 3.0])]
     steps = make_steps(curves, [2, 3], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
     found = spend(steps, 3)
@@ -108,7 +108,7 @@ def test_price_is_what_one_more_unit_of_budget_is_worth_at_most():
     assert spend(steps, 100).price == 0.0
 
 
-def test_greedy_stops_short_where_exact_method_does_not():
+def test_greedy_stops_before_exact_method():
     """A step that fits badly: greedy takes the dense one and has no room for the large one."""
     curves = [np.array([0.0, 3.0]), np.array([0.0, 10.0])]
     steps = make_steps(curves, [2, 10], [0, 0], [np.arange(1, 2), np.arange(1, 2)])
@@ -124,7 +124,7 @@ def test_table_that_is_too_large_is_not_filled(monkeypatch):
 
 
 @pytest.mark.slow
-def test_allocation_of_many_layers_takes_seconds():
+def test_allocation_of_many_layers_is_fast():
     rng = np.random.default_rng(0)
     layers, kept = 20_000, 64
     curves = [np.concatenate([[0.0], np.cumsum(np.sort(rng.exponential(size=kept))[::-1])]) for _ in range(layers)]
@@ -134,7 +134,7 @@ def test_allocation_of_many_layers_takes_seconds():
     assert 0 <= 1 - found.gain / found.bound < 1e-5
 
 
-def test_budget_holds_where_gain_follows_step_without_gain():
+def test_budget_holds_after_step_without_gain():
     # A numerically low-rank adapter: squares of its last values are lost in the sum, and the curve ends at exactly 1.
     curve = np.array([0.0, 0.9, 1 - 1e-10, 1 - 1e-10, 1 - 1e-10, 1.0])
     steps = make_steps([curve], [10], [0], [np.array([2, 4, 5])])

@@ -44,9 +44,7 @@ def loss(change, product, x, on_rows):
     rows=st.integers(1, 10), columns=st.integers(1, 10), rank=st.integers(1, 6), seen=st.integers(1, 20),
     on_rows=st.booleans(), transposed=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_no_factors_of_rank_have_smaller_error_in_output(
-    tmp_path_factory, rows, columns, rank, seen, on_rows, transposed, seed
-):
+def test_output_error_is_minimal(tmp_path_factory, rows, columns, rank, seen, on_rows, transposed, seed):
     folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
     layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank), transposed)
     n = rows if on_rows else columns
@@ -76,7 +74,7 @@ def test_no_factors_of_rank_have_smaller_error_in_output(
     assert all(loss(real, other, x, on_rows) >= found - 1e-6 * whole for other in others)
 
 
-def test_bound_has_rounding_of_stored_moments(tmp_path):
+def test_bound_includes_rounding_of_moments(tmp_path):
     layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
     save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
     moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
@@ -97,7 +95,7 @@ def test_signal_holds_update_against_rounding_in_same_metric(tmp_path):
     assert extract(layer, ExtractionSettings(), RunRecords()).rank == 3
 
 
-def test_error_of_real_layer_is_what_was_predicted(tmp_path):
+def test_predicted_error_matches_real_layer(tmp_path):
     """The issue's linear-layer MSE: predicted from C before, measured on every input after, to 1e-6."""
     rng = np.random.default_rng(0)
     layer, real = layer_of(rng.standard_normal((40, 24)) * 0.01, tmp_path, Rank(5))
@@ -138,7 +136,7 @@ def test_factors_alone_are_compressed_in_metric_too(tmp_path, rule):
             assert record.rank == oracles.rank_at(s, rule["energy"])
 
 
-def test_adapter_that_is_written_is_one_that_is_told(tmp_path, loradiag):
+def test_extract_writes_adapter_that_it_reports(tmp_path, loradiag):
     file = tmp_path / "a.safetensors"
     text = some_text(tmp_path, windows=4)
     lora_diag.probe_activations(SAMPLES / "full_ft", text, file, length=32, layers=r"layers\.0\.")
@@ -166,7 +164,7 @@ def test_adapter_that_is_written_is_one_that_is_told(tmp_path, loradiag):
             assert record.data.epsilon == pytest.approx(gap, rel=1e-4)
 
 
-def test_k_fac_needs_recorded_gradients_and_says_what_it_did(tmp_path, loradiag):
+def test_kfac_needs_recorded_gradients(tmp_path, loradiag):
     base, file = gpt2(tmp_path / "base"), tmp_path / "a.safetensors"
     tuned, text = moved(base, tmp_path / "tuned"), some_text(tmp_path)
     lora_diag.probe_activations(tuned, text, file)
@@ -186,7 +184,7 @@ def test_k_fac_needs_recorded_gradients_and_says_what_it_did(tmp_path, loradiag)
             assert record.data.epsilon == pytest.approx(record.data.epsilon_min, rel=1e-3)
 
 
-def test_update_that_text_never_sees_gets_no_factors(tmp_path):
+def test_update_outside_text_gets_no_factors(tmp_path):
     layer, _ = layer_of(np.eye(6)[:, :1] @ np.eye(6)[:1], tmp_path, Rank(2))
     x = np.ones((6, 3))
     x[0] = 0
@@ -206,7 +204,7 @@ def test_update_that_text_never_sees_gets_no_factors(tmp_path):
     on_rows=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_no_factors_of_rank_are_nearer_by_k_fac(tmp_path_factory, rows, columns, rank, seen, on_rows, seed):
+def test_kfac_factors_are_optimal(tmp_path_factory, rows, columns, rank, seen, on_rows, seed):
     folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
     layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank))
     x, g = (rng.standard_normal((n, seen)) for n in ((rows, columns) if on_rows else (columns, rows)))

@@ -92,7 +92,7 @@ def test_signal_takes_what_stands_above_rounding_of_files(tmp_path):
     assert record.resolution.signal_rank == 3
 
 
-def test_error_is_that_of_what_was_stored(tmp_path):
+def test_error_refers_to_stored_factors(tmp_path):
     """ε comes from what the store returns, in its dtype: bfloat16 factors are farther away, a damaged file is seen."""
     layer, real = layer_of(with_spectrum(np.array([1.0, 0.5, 0.25]), 20, 16, seed=0), tmp_path, Rank(2))
     coarse = RunRecords()

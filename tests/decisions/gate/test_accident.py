@@ -54,7 +54,7 @@ def passing() -> list[dict]:
     return lines([spectrum(LAYERS[0], s=(8.0, 1.0))], [left_out("norm.weight", "vector", (3,))])
 
 
-def test_examples_are_what_they_are_called(tmp_path):
+def test_sample_checkpoints_match_their_names(tmp_path):
     assert comes_to(POLICY, content(failing()), tmp_path) == "failed"
     assert comes_to(POLICY, content(passing()), tmp_path) == "passed"
 
@@ -106,7 +106,7 @@ def test_null_or_missing_value_of_failing_layer_does_not_pass(tmp_path, value):
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_misspelt_policy_does_not_pass(tmp_path_factory, data):
+def test_misspelled_policy_does_not_pass(tmp_path_factory, data):
     """One character of the policy is dropped, doubled or changed; the failing layer does not come through.
 
     Changed limits and names are another policy, not a misspelt one, so digits and the words in quotes are left alone,
@@ -130,7 +130,7 @@ SELECTORS = ["layers = 'nothing'", "type = 'nothing'", "depth = [50, 60]", "excl
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_selector_of_nothing_does_not_pass(tmp_path, selector):
+def test_selector_without_match_does_not_pass(tmp_path, selector):
     for records in (failing(), passing()):
         assert comes_to(f"{POLICY}\n{selector}", content(records), tmp_path) == "error"
 
@@ -141,7 +141,7 @@ def test_selector_of_nothing_does_not_pass(tmp_path, selector):
     st.lists(st.integers(0, len(LAYERS) - 1), max_size=3),
     st.booleans(),
 )
-def test_whatever_is_removed_no_layer_is_forgotten(tmp_path_factory, require, gone, keep_count):
+def test_gate_misses_no_layer_when_records_are_removed(tmp_path_factory, require, gone, keep_count):
     """Layers vanish from the file; unless its last line is forged, too, the gate says that something is missing."""
     records = [spectrum(name, s=(8.0, 1.0)) for name in LAYERS]
     kept = [record for i, record in enumerate(records) if i not in gone]

@@ -60,7 +60,7 @@ def test_rerun_with_moved_adapter_is_compared_by_place(tmp_path):
     assert_names(results.whole[-1].allowed, "0.5", "baseline")
 
 
-def test_layer_that_is_gone_fails_and_new_one_is_open(tmp_path):
+def test_missing_layer_fails_and_new_is_inconclusive(tmp_path):
     gone = compare(tmp_path, [0.5], [0.5, 0.5])
     assert outcome(gone.whole) == "failed"
     assert [(v.rule, v.layer) for v in gone.whole if v.status == "failed"] == [("missing", LAYERS[1])]
@@ -74,7 +74,7 @@ def test_nulls_on_either_side_are_open(tmp_path):
         assert outcome(compare(tmp_path, now, before).whole) == "inconclusive"
 
 
-def test_baseline_with_two_records_in_one_place_is_open(tmp_path):
+def test_baseline_with_duplicate_record_is_inconclusive(tmp_path):
     """The worse of the two last: comparing with it would let a regression pass."""
     new = file(tmp_path / "new.jsonl", [0.7])
     twice = [residual(LAYERS[0], "a", 0.5), residual(LAYERS[0], "a", 0.9)]
@@ -84,7 +84,7 @@ def test_baseline_with_two_records_in_one_place_is_open(tmp_path):
     assert any(mentions(verdict.message, "told apart") for verdict in results.whole)
 
 
-def test_policy_with_baseline_needs_one_and_other_way_round(tmp_path):
+def test_policy_and_baseline_require_each_other(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     assert outcome(gate(policy(), new, today=TODAY).whole) == "inconclusive"
     rules = read_policy("p.toml", '[[rule]]\nname = "r"\nrequire = "epsilon <= 1"')
@@ -94,7 +94,7 @@ def test_policy_with_baseline_needs_one_and_other_way_round(tmp_path):
         gate(rules, new, ratchet=True, today=TODAY)
 
 
-def test_unfinished_baseline_is_none(tmp_path):
+def test_unfinished_baseline_is_refused(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     main = write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=INPUTS, finished=False)
     with pytest.raises(InputError, match="cannot be a baseline"):

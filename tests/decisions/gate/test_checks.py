@@ -30,7 +30,7 @@ def test_sound_results_pass_every_check(tmp_path):
 
 
 @pytest.mark.parametrize(("about", "role"), [("adapter", "tuned"), ("tuned", "adapter")])
-def test_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, role):
+def test_policy_without_its_results_is_inconclusive(tmp_path, about, role):
     records = [spectrum(name, method="factored") for name in LAYERS]
     others = write(tmp_path / "others.jsonl", records, inputs=(("base", "b"), (role, "x")))
     policy = f'about = "{about}"\n[checks]\n'
@@ -40,7 +40,7 @@ def test_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, rol
     assert outcome(gate(read_policy("p.toml", policy), others, own, today=TODAY).whole) == "passed"
 
 
-def test_full_fine_tune_is_no_sound_adapter(tmp_path):
+def test_full_fine_tune_is_not_a_sound_adapter(tmp_path):
     """The ready policy asks for an adapter; among its rules alone, those of a good fine-tune all hold."""
     records = [spectrum(name) for name in LAYERS]
     verdicts = gate(ready_policy("adapter-basic"), write(tmp_path / "r.jsonl", records), today=TODAY).whole
@@ -88,7 +88,7 @@ def test_dead_adapter_among_residuals_is_found(tmp_path):
     assert found(write(tmp_path / "r.jsonl", nothing, inputs=ADAPTER)) == ("failed", [("dead", None, "failed")])
 
 
-def test_consistent_records_have_no_fault(tmp_path):
+def test_consistent_records_pass(tmp_path):
     """A frozen layer of a full fine-tune, a rank-1 adapter, an adapter that leaves a layer alone."""
     pair = [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(0.0, 0.0))]
     assert found(write(tmp_path / "a.jsonl", pair)) == ("passed", [])
@@ -98,12 +98,12 @@ def test_consistent_records_have_no_fault(tmp_path):
     assert found(write(tmp_path / "c.jsonl", alone, inputs=ADAPTER)) == ("passed", [])
 
 
-def test_pair_in_which_nothing_moved_fails(tmp_path):
+def test_gate_fails_unchanged_pair(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(name, s=(0.0, 0.0)) for name in LAYERS])
     assert found(path) == ("failed", [("dead", None, "failed")])
 
 
-def test_limit_of_spike_is_policys(tmp_path):
+def test_spike_limit_comes_from_policy(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(2.0, 1.0))])  # 0.8
     assert found(path)[1] == []
     assert found(path, "[checks]\nspike_above = 0.79")[1] == [("spike", LAYERS[0], "warned")]
@@ -112,12 +112,12 @@ def test_limit_of_spike_is_policys(tmp_path):
     assert (spike.measured, spike.allowed) == (pytest.approx(0.8), "spike <= 0.79")
 
 
-def test_unfinished_run_is_open_whatever_policy_says(tmp_path):
+def test_unfinished_run_is_always_inconclusive(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], finished=False)
     assert found(path) == ("inconclusive", [("finished", None, "inconclusive")])
 
 
-def test_checks_alone_do_not_pass_unread_results(tmp_path):
+def test_built_in_checks_alone_do_not_pass_empty_results(tmp_path):
     """A file of overlaps, say, given by mistake: exit code 4, and with a rule for it the checks say nothing."""
     record = {"record": "overlap", "layer": LAYERS[0], "shape": [4, 4], "step": 0, "rank": 2, "gradient_fro": 1.0}
     record |= dict.fromkeys(("kappa", "tangent", "left", "right"), 0.5)

@@ -45,7 +45,7 @@ FREE = {
     | {"column_space", "row_space", "resolution"},
 }
 # Within a record, what is free: bounds on rounding, what was estimated from the entries, and shares of neither. The
-# noise and its edge confine each other to a range (`test_edge_out_of_range_is_seen`).
+# noise and its edge confine each other to a range (`test_edge_out_of_range_is_detected`).
 FREE_INSIDE = {("resolution", name) for name in ("unchanged", "mantissa", "rounding_fro", "noise_fro", "edge")}
 FREE_INSIDE |= {("resolution", name) for name in ("base_noise_fro", "base_rounding", "untouched")}
 
@@ -70,7 +70,7 @@ def edited(results, index, path, value):
 
 
 @pytest.mark.parametrize("name", ["tuned", "top", "krylov", "adapter", "residual"])
-def test_edited_number_is_noticed(measured, name):
+def test_edited_number_is_detected(measured, name):
     results = measured[name]
     record = results.layers[0].model_dump(mode="json")
     tried = 0
@@ -97,7 +97,7 @@ def test_edited_number_is_noticed(measured, name):
     assert tried >= 20
 
 
-def test_edit_of_any_value_of_s_is_seen_where_energy_shows_it(measured):
+def test_edited_singular_value_is_detected(measured):
     """Of the smallest values an edit is below what the certificate lets one see, and no field judges them alone."""
     results = measured["tuned"]
     s, fro = results.layers[0].s, results.layers[0].fro
@@ -108,14 +108,14 @@ def test_edit_of_any_value_of_s_is_seen_where_energy_shows_it(measured):
 
 @pytest.mark.parametrize("factor", [0.05, 20.0])
 @pytest.mark.parametrize("name", ["edge", "noise_fro"])
-def test_edge_out_of_range_is_seen(measured, name, factor):
+def test_edge_out_of_range_is_detected(measured, name, factor):
     results = measured["tuned"]
     seen = getattr(results.layers[0].resolution, name)
     problems = list(consistency.contradictions(edited(results, 0, ("resolution", name), seen * factor)))
     assert any("resolution.edge" in problem for problem in problems)
 
 
-def test_one_factor_in_every_record_is_seen_in_end(measured):
+def test_factor_in_every_record_is_detected(measured):
     results = measured["adapter"]
     layers = tuple(r.model_copy(update={"base_fro": 10 * r.base_fro}) for r in results)
     problems = list(consistency.contradictions(Results(results.run, layers, results.left_out, results.end)))
@@ -123,7 +123,7 @@ def test_one_factor_in_every_record_is_seen_in_end(measured):
     assert problems[0].startswith("end: base_fro")
 
 
-def test_raised_verdict_is_seen():
+def test_raised_verdict_is_detected():
     record = spectrum(LAYERS[0], verdict="unresolved")
     record["resolution"]["verdict"] = "resolved"
     problems = contradictions_of(record)

@@ -41,7 +41,7 @@ def test_drafted_policy_passes_source_and_fails_beyond_margin(tmp_path):
     )
 
 
-def test_draft_says_what_each_limit_is_from(tmp_path):
+def test_drafted_policy_states_source_of_limits(tmp_path):
     text = gate_init(files(tmp_path)[0])
     assert re.search(r"# relative: median 0\.03742, highest 0\.03742 in .*; the limit is 25% beyond", text)
     limit = float(re.search(r"spectrum\.relative <= (\S+)\"", text)[1])
@@ -56,7 +56,7 @@ def test_value_missing_in_layers_lowers_drafted_coverage(tmp_path):
     assert outcome(gate(read_policy("p.toml", text), path, today=TODAY).whole) == "passed"
 
 
-def test_no_rank_that_adapter_cannot_exceed_is_limit(tmp_path):
+def test_own_rank_of_adapter_is_not_a_limit(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(1.0,) * 8, method="factored")])
     assert "rank_at" not in gate_init(path)
     wide = write(tmp_path / "w.jsonl", [spectrum(LAYERS[0], s=(1.0, 1.0) + (0.01,) * 6)])

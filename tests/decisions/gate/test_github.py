@@ -39,7 +39,7 @@ def test_annotations_are_one_per_rule_on_policys_lines():
     assert "file" not in found[2][1]
 
 
-def test_annotation_names_three_layers_and_counts_rest():
+def test_annotation_names_three_layers_and_counts_others():
     many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [
         verdict("warned", layer=f"l{i}.weight") for i in range(10)
     ]
@@ -56,14 +56,14 @@ def test_more_rules_than_github_shows_are_counted():
     assert found[-1][2].startswith("3 more rules")
 
 
-def test_no_rule_hides_behind_many_failures_of_another():
+def test_every_rule_is_shown_despite_many_failures():
     many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [verdict(rule="rank", layer="x.weight")]
     titles = [parsed(line)[1]["title"] for line in workflow_commands(results(*many))]
     assert titles[:2] == ["loradiag gate: drift", "loradiag gate: rank"]
 
 
 @given(st.text(), st.text(min_size=1))
-def test_no_text_breaks_out_of_its_command(text, path):
+def test_text_stays_quoted_in_commands(text, path):
     lines = workflow_commands(results(verdict(layer=text, message=text, group=text), path=path))
     assert len(lines) == 1
     assert not re.search(r"[\r\n]", lines[0])
@@ -77,7 +77,7 @@ def test_policy_of_package_has_no_line_to_annotate():
     assert set(parsed(line)[1]) == {"title"}
 
 
-def test_step_summary_ends_before_github_drops_it():
+def test_step_summary_stays_within_github_limit():
     many = [verdict(layer=f"model.layers.{i}.{'ü' * 200}.weight") for i in range(5000)]
     text = step_summary(results(*many))
     assert len(text.encode()) <= 900 * 1024
@@ -88,7 +88,7 @@ def test_step_summary_ends_before_github_drops_it():
     assert short.count("\n| ") == len(ONE_OF_EACH) + 2
 
 
-def test_hostile_name_is_one_cell():
+def test_unsafe_name_stays_in_one_cell():
     text = step_summary(results(verdict(layer=HOSTILE)))
     (row,) = [line for line in text.splitlines() if line.startswith("| failed")]
     assert row.count("|") == 6

@@ -23,14 +23,14 @@ numbers = st.floats(-1e6, 1e6).map(lambda x: float(f"{x:.6g}"))
 
 
 @given(st.sampled_from(sorted(SIGNS)), numbers, numbers)
-def test_condition_holds_as_its_operator_says(sign, limit, value):
+def test_condition_follows_its_operator(sign, limit, value):
     condition = parse(f"epsilon {sign} {limit!r}")
     assert condition.per_layer
     assert condition.test.holds(value) == SIGNS[sign](value, limit)
 
 
 @given(st.lists(numbers, min_size=1, max_size=30), st.sampled_from([1, 10, 20, 25, 33, 50, 75, 90, 95, 99]))
-def test_aggregates_are_those_of_definitions(values, percent):
+def test_aggregates_equal_definitions(values, percent):
     wanted = {
         "max": max(values),
         "min": min(values),
@@ -111,7 +111,7 @@ def test_invalid_policy_is_refused_with_reason(text, said):
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_read_or_refused(text):
+def test_arbitrary_text_is_read_or_refused(text):
     with contextlib.suppress(ConditionError):
         assert find(parse(text).name)
 

@@ -61,7 +61,7 @@ def scaled(weights):
     return {name: 100 * value if "lora_B" in name else value for name, value in weights.items()}
 
 
-def test_results_older_than_adapter_are_no_pass(shop, loradiag):
+def test_results_older_than_adapter_do_not_pass(shop, loradiag):
     change(shop / "adapter", scaled)
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
     ran = loradiag("gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "card.md", "--github")
@@ -72,7 +72,7 @@ def test_results_older_than_adapter_are_no_pass(shop, loradiag):
 
 
 @pytest.mark.parametrize("number", range(0, 56, 11))
-def test_one_entry_of_any_tensor_of_adapter_counts(shop, number):
+def test_fingerprint_covers_every_adapter_entry(shop, number):
     def one(weights):
         name = sorted(weights)[number]
         weights[name].view(-1)[number] += 1e-4
@@ -82,7 +82,7 @@ def test_one_entry_of_any_tensor_of_adapter_counts(shop, number):
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
 
 
-def test_another_config_or_base_counts(shop):
+def test_fingerprint_covers_config_and_base(shop):
     config = json.loads((shop / "adapter" / "adapter_config.json").read_text())
     (shop / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 80}))
     assert blocking("r.jsonl")[0] == "inconclusive"
@@ -93,7 +93,7 @@ def test_another_config_or_base_counts(shop):
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
 
 
-def test_adapter_that_cannot_be_read_any_more_is_no_pass(shop):
+def test_gate_fails_if_adapter_became_unreadable(shop):
     (shop / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
 
@@ -153,7 +153,7 @@ def test_results_of_other_inputs_cannot_be_waived():
         read_policy("p.toml", f"[checks]\n{waiver}")
 
 
-def test_old_results_are_no_pass(shop):
+def test_old_results_do_not_pass(shop):
     assert blocking("r.jsonl", max_age="6d")[0] == "passed"
     assert blocking("r.jsonl", max_age="5d") == ("inconclusive", {"inputs"})
     assert blocking("r.jsonl", max_age="122h")[0] == "passed"
@@ -199,7 +199,7 @@ def test_only_targeted_weights_are_missed(shop):
         assert (None if found.targets is None else len(found.lacking)) == lacking, config
 
 
-def test_another_base_than_config_names_is_no_pass(shop):
+def test_gate_fails_for_base_other_than_in_config(shop):
     shutil.copytree("base", "other")
     measure(base="other")
     assert blocking("new.jsonl") == ("inconclusive", {"base"})
@@ -228,11 +228,11 @@ def test_another_base_than_config_names_is_no_pass(shop):
         ("../base", "other", False),
     ],
 )
-def test_names_of_base(first, second, same):
+def test_base_names_are_compared(first, second, same):
     assert is_same_name(first, second) is is_same_name(second, first) is same
 
 
-def test_updates_that_rounding_hides_altogether_are_no_pass(tmp_path):
+def test_fully_hidden_updates_do_not_pass(tmp_path):
     drift = ready_policy("full-ft-drift")
     hidden = [spectrum(name, verdict="unresolved") for name in LAYERS]
     path = write(tmp_path / "r.jsonl", hidden)

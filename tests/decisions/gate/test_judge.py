@@ -41,7 +41,7 @@ layer = st.tuples(values, st.sampled_from([0.0, 1.0, 1.0, 3.0]), st.booleans())
     st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     st.booleans(),
 )
-def test_rule_comes_out_as_definitions_say(tmp_path_factory, layers, limit, kind, by, minimum, ignore):
+def test_rule_follows_definition(tmp_path_factory, layers, limit, kind, by, minimum, ignore):
     """Epsilon is null where drawn so; a third of the layers may be floor-limited; zero updates have no value."""
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(len(layers))]
     records = []
@@ -84,7 +84,7 @@ def test_each_layer_has_its_verdict_with_value_and_condition(tmp_path):
     assert (bad.allowed, bad.line) == ("relative <= 0.08", 2)
 
 
-def test_warning_tells_and_does_not_block(tmp_path):
+def test_warning_does_not_fail_gate(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
     counts_text, found = judged(rule("relative <= 0.01", 'severity = "warning"'), path)
     assert (counts_text, found["r", LAYERS[0], ""].status) == ("passed", "warned")
@@ -109,13 +109,13 @@ def test_selectors_choose_by_name_type_and_depth(tmp_path, selector, chosen):
 
 
 @pytest.mark.parametrize("selector", ["layers = 'v_proj'", "type = 'q_proj'", "depth = [7, 9]", "exclude = '.'"])
-def test_selector_that_matches_nothing_is_error_with_its_line(tmp_path, selector):
+def test_selector_without_match_names_line(tmp_path, selector):
     path = write(tmp_path / "r.jsonl", [spectrum(name) for name in LAYERS])
     with raises_naming(UsageError, "p.toml", "line 2", "r:", "6 tensors"):
         judged(rule("relative <= 1", selector), path)
 
 
-def test_where_chooses_records_and_must_fit_some(tmp_path):
+def test_where_selects_records_and_must_match(tmp_path):
     records = [
         residual(name, a, e, role)
         for name in LAYERS[:2]
@@ -130,7 +130,7 @@ def test_where_chooses_records_and_must_fit_some(tmp_path):
         judged(rule("epsilon <= 1", "where = {step = 3}"), path)
 
 
-def test_aggregates_are_made_adapter_by_adapter(tmp_path):
+def test_aggregates_are_per_adapter(tmp_path):
     records = [residual(name, a, e) for name in LAYERS for a, e in (("good", 0.1), ("bad", 0.9))]
     path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "good"), ("adapter", "bad")])
     counts_text, found = judged(rule("median epsilon <= 0.5"), path)
@@ -141,7 +141,7 @@ def test_aggregates_are_made_adapter_by_adapter(tmp_path):
     }
 
 
-def test_adapter_without_any_record_is_missed(tmp_path):
+def test_gate_reports_adapter_without_records(tmp_path):
     records = [residual(name, "good", 0.1) for name in LAYERS]
     inputs = [("base", "b"), ("adapter", "good"), ("adapter", "lost")]
     path = write(tmp_path / "r.jsonl", records, inputs=inputs)
@@ -173,7 +173,7 @@ def test_record_missing_for_one_adapter_leaves_its_layer_open(tmp_path):
         ("non_finite", (24, 32), "failed"),
     ],
 )
-def test_matrix_that_was_not_measured_is_not_passed_over(tmp_path, reason, shape, comes_to):
+def test_unmeasured_matrix_is_reported(tmp_path, reason, shape, comes_to):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out("other.weight", reason, shape)])
     assert judged(rule("relative <= 1"), path)[0] == comes_to
     spared = f"[coverage]\nleft_out = ['{reason}']"
@@ -191,7 +191,7 @@ def test_missing_record_kind_is_requested_by_command(tmp_path):
     assert "loradiag allocate" in found["r", None, ""].message
 
 
-def test_field_of_several_kinds_that_are_there_has_to_be_told(tmp_path):
+def test_ambiguous_field_needs_record_kind(tmp_path):
     a = write(tmp_path / "a.jsonl", [spectrum(LAYERS[0])])
     b = write(tmp_path / "b.jsonl", [residual(LAYERS[0], "x", 0.1)], inputs=[("base", "b"), ("adapter", "x")])
     assert judged(rule("fro <= 10"), a)[0] == "passed"
@@ -200,7 +200,7 @@ def test_field_of_several_kinds_that_are_there_has_to_be_told(tmp_path):
     assert judged(rule("spectrum.fro <= 10"), a, b)[0] == "passed"
 
 
-def test_whole_values_are_judged(tmp_path):
+def test_gate_judges_unrounded_values(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out("norm.weight", "vector", (3,))])
     assert judged(rule("end.left_out <= 1"), path)[0] == "passed"
     assert judged(rule("end.left_out < 1"), path)[0] == "failed"
@@ -208,7 +208,7 @@ def test_whole_values_are_judged(tmp_path):
     assert judged(rule("end.left_out <= 1"), unfinished)[0] == "inconclusive"
 
 
-def test_results_that_are_not_there_empty_or_cut_are_never_pass(tmp_path):
+def test_missing_or_damaged_results_never_pass(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     for name in ("empty.jsonl", "absent.jsonl"):
         with pytest.raises(InputError):
@@ -228,14 +228,14 @@ def test_one_of_several_files_without_records_is_error(tmp_path):
         judged(rule("relative <= 1"), good, write(tmp_path / "none.jsonl", []))
 
 
-def test_tiny_layer_that_was_not_judged_is_not_lost_in_rounding(tmp_path):
+def test_tiny_unjudged_layer_is_counted(tmp_path):
     records = [residual(LAYERS[0], "a", 0.1, fro=1.0), residual(LAYERS[1], "a", None, fro=1e-12)]
     path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a")])
     assert judged(rule("epsilon <= 1"), path)[0] == "inconclusive"
     assert judged(rule("epsilon <= 1", "coverage = 0.999"), path)[0] == "passed"
 
 
-def test_key_that_was_not_measured_says_which_were(tmp_path):
+def test_unmeasured_key_lists_measured_keys(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
     counts_text, found = judged(rule("energy.12 >= 0.5"), path)
     assert counts_text == "inconclusive"
@@ -257,6 +257,6 @@ def test_records_of_kinds_that_say_inconclusive_are(tmp_path):
         assert judged(rule("merge.status in (ok, coarse)"), path)[0] == comes_to
 
 
-def test_lines_are_what_writer_of_package_makes(tmp_path):
+def test_lines_equal_package_writer(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(name) for name in LAYERS])
     assert len(lora_diag.read_results(path)) == len(lines([spectrum(name) for name in LAYERS])) - 2

@@ -36,7 +36,7 @@ def cases(text: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def test_case_is_rule_and_module_type_with_its_worst_verdict():
+def test_junit_case_is_rule_and_module_type():
     assert cases(junit(results(*ONE_OF_EACH))) == {
         ("drift", "mlp.up_proj"): "failure",
         ("drift", "embed_tokens"): "skipped",
@@ -61,6 +61,6 @@ def test_hostile_names_are_text(text):
     assert list(cases(report).values()) == ["failure"]
 
 
-def test_groups_of_adapters_are_cases_of_their_own():
+def test_adapter_groups_are_separate_cases():
     found = cases(junit(results(verdict(group="adapter a"), verdict("passed", group="adapter b"))))
     assert found == {("drift", "mlp.up_proj (adapter a)"): "failure", ("drift", "mlp.up_proj (adapter b)"): "passed"}

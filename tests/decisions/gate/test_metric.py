@@ -44,12 +44,12 @@ def test_every_form_of_verdict_names_metric(tmp_path, metric, said):
     assert all(f"(in {said})" in case.get("name") for case in root.iter("testcase") if case.get("classname")[-1] == "r")
 
 
-def test_verdicts_on_weights_speak_of_no_metric(tmp_path):
+def test_verdicts_on_weights_name_no_metric(tmp_path):
     results = judged(RULE.format(0.99, ""), file(tmp_path / "s.jsonl"))
     assert "metric" not in verdict_table(results, 140) + step_summary(results) + junit(results)
 
 
-def test_where_chooses_metric_and_must_fit_some(tmp_path):
+def test_where_selects_metric_and_must_match(tmp_path):
     files = file(tmp_path / "w.jsonl", s=(1.0,) * 20), file(tmp_path / "d.jsonl", "data")
     assert outcome(judged(RULE.format(0.9, ""), *files).whole) == "failed"
     on_data = judged(RULE.format(0.9, 'where = {metric = "data"}'), *files)
@@ -59,7 +59,7 @@ def test_where_chooses_metric_and_must_fit_some(tmp_path):
         judged(RULE.format(0.9, 'where = {metric = "kfac"}'), *files)
 
 
-def test_baseline_in_another_metric_is_no_baseline(tmp_path):
+def test_baseline_in_another_metric_is_rejected(tmp_path):
     now, main = file(tmp_path / "d.jsonl", "data"), file(tmp_path / "w.jsonl")
     results = judged(BASELINE, now, baseline=main)
     assert outcome(results.whole) == "inconclusive"
@@ -79,7 +79,7 @@ def test_ratchet_puts_no_other_metric_into_baseline(tmp_path):
     assert main.read_bytes() != before
 
 
-def test_one_direction_of_data_is_no_divergence(tmp_path):
+def test_rank_one_data_does_not_diverge(tmp_path):
     policy = RULE.format(0.5, "")
     spiky = {"s": (100.0, 1.0), "base_fro": 1.0}
     status = {v.rule: v.status for v in judged(policy, file(tmp_path / "w.jsonl", **spiky)).whole}
@@ -90,13 +90,13 @@ def test_one_direction_of_data_is_no_divergence(tmp_path):
     assert found["dead"].status == "passed"
 
 
-def test_update_that_data_do_not_feel_is_not_dead(tmp_path):
+def test_update_outside_data_is_not_dead(tmp_path):
     records = [spectrum(name, s=(0.0,), metric="data", weights_fro=1.0) for name in LAYERS]
     found = {v.rule: v for v in judged(RULE.format(0.5, ""), write(tmp_path / "d.jsonl", records)).whole}
     assert found["dead"].status == "passed"
 
 
-def test_draft_asks_for_metric_that_its_limits_are_from(tmp_path):
+def test_drafted_policy_names_metric_of_limits(tmp_path):
     lost = [left_out("model.embed_tokens.weight", "no_activations")]
     files = file(tmp_path / "w.jsonl"), file(tmp_path / "d.jsonl", "data", s=(9.0, 2.0), lost=lost)
     policy = read_policy("p.toml", gate_init(files[1]))

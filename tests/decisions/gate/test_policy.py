@@ -112,7 +112,7 @@ def test_good_policy_is_read():
         (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
     ],
 )
-def test_mistake_is_told_with_its_line(line, said, text):
+def test_policy_error_names_line(line, said, text):
     message = refused(text)
     found = re.match(r"p\.toml: line (\d+): (.*)", message, re.DOTALL)
     assert found, message
@@ -120,7 +120,7 @@ def test_mistake_is_told_with_its_line(line, said, text):
     assert int(found[1]) == line, message
 
 
-def test_files_that_are_no_policy(tmp_path):
+def test_invalid_policies_are_refused(tmp_path):
     for path, content in (("absent.toml", None), ("folder", "dir"), ("latin.toml", b"title = '\xe9'")):
         file = tmp_path / path
         if content == "dir":
@@ -144,7 +144,7 @@ def test_every_ready_policy_is_valid_and_says_what_to_do(name):
     assert any(rule.severity == "error" for rule in policy.rules)
 
 
-def test_unknown_ready_policy_names_those_there_are():
+def test_unknown_ready_policy_lists_policies():
     with pytest.raises(UsageError, match="adapter-basic"):
         ready_policy("../secrets")
     with raises_naming(UsageError, "directory", "--policy"):

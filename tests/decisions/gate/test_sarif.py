@@ -19,7 +19,7 @@ def run(*verdicts, **more) -> dict:
     return only
 
 
-def test_every_verdict_that_is_no_pass_is_result():
+def test_sarif_has_every_verdict_except_passed():
     found = run(*ONE_OF_EACH)["results"]
     assert [(r["ruleId"], r["level"], "suppressions" in r) for r in found] == [
         ("drift", "error", False),

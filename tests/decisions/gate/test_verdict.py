@@ -13,7 +13,7 @@ from tests.reports.test_html import embedded, evidence, small
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
-def test_it_fits_and_worst_comes_first(width):
+def test_gate_table_fits_and_worst_comes_first(width):
     text = verdict_table(results(*ONE_OF_EACH), width, then="loradiag gate again")
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -28,7 +28,7 @@ def test_it_fits_and_worst_comes_first(width):
         assert word in " ".join(text.split())
 
 
-def test_headline_says_what_exit_code_says():
+def test_headline_agrees_with_exit_code():
     assert headline(results(*ONE_OF_EACH)).startswith("FAILED")
     assert headline(results(verdict("passed"))) == "PASSED"
     assert headline(results(verdict("passed"), verdict("warned"))).startswith("PASSED, with warnings")
@@ -47,11 +47,11 @@ def test_headline_says_what_exit_code_says():
         (0.79999, "energy.16 >= 0.8 (0.82 in the baseline)", "0.79999"),
     ],
 )
-def test_value_is_never_shown_on_other_side_of_its_limit(value, allowed, shown):
+def test_shown_value_stays_on_its_side_of_limit(value, allowed, shown):
     assert measured(verdict(measured=value, allowed=allowed)) == shown
 
 
-def test_many_failures_are_cut_and_counted():
+def test_many_failures_are_shortened_and_counted():
     text = verdict_table(results(*(verdict(layer=f"model.layers.{i}.x.weight") for i in range(50))), 100)
     assert "20 of 50" in text
     assert "FAILED: 1 rule on 50 layers" in text

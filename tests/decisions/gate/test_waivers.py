@@ -36,7 +36,7 @@ def test_waived_layer_passes_with_its_reason(path):
     ("today", "comes_to"),
     [(date(2026, 12, 30), "passed"), (date(2026, 12, 31), "passed"), (date(2027, 1, 1), "failed")],
 )
-def test_waiver_serves_to_end_of_its_last_day(path, today, comes_to):
+def test_waiver_holds_through_last_day(path, today, comes_to):
     counts_text, verdicts = judged(path, "up_proj", today=today)
     assert counts_text == comes_to
     told = [v for v in verdicts if v.rule == "waiver"]
@@ -45,7 +45,7 @@ def test_waiver_serves_to_end_of_its_last_day(path, today, comes_to):
 
 
 @pytest.mark.parametrize("layers", ["q_proj", "nothing"])
-def test_waiver_that_lets_nothing_pass_is_reported(path, layers):
+def test_waiver_without_effect_is_reported(path, layers):
     counts_text, verdicts = judged(path, layers)
     assert counts_text == "failed"
     (told,) = [v for v in verdicts if v.rule == "waiver"]
@@ -75,7 +75,7 @@ def test_nothing_is_waived_by_waiver_of_another_rule(path):
     assert judged(path, ".*", rule="spike")[0] == "failed"
 
 
-def test_open_layer_can_be_waived(tmp_path):
+def test_inconclusive_layer_can_be_waived(tmp_path):
     records = [spectrum(LAYERS[0]), spectrum(LAYERS[1], base_fro=None)]
     path = write(tmp_path / "r.jsonl", records)
     assert judged(path, "q_proj")[0] == "inconclusive"

@@ -59,7 +59,7 @@ def test_names_and_shapes_are_those_of_transformers(kind, more):
         ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "at most 10,000 blocks"),
     ],
 )
-def test_config_that_says_too_little_is_refused(config, message):
+def test_incomplete_config_is_refused(config, message):
     with pytest.raises(InputError, match=message):
         weights_of(config, "config.json")
 

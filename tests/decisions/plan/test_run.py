@@ -24,7 +24,7 @@ def types(found):
     return {row.name: row for row in found.types}
 
 
-def test_articles_table_of_matrices(tmp_path):
+def test_plan_matches_article_table_of_matrices(tmp_path):
     found = types(plan(tmp_path))
     attention, up, down = found["self_attn.q_proj"], found["mlp.up_proj"], found["mlp.down_proj"]
     assert attention.params // attention.matrices == 16_777_216
@@ -35,7 +35,7 @@ def test_articles_table_of_matrices(tmp_path):
     assert shares == [["0.195%", "0.391%", "0.781%", "3.125%"], ["0.134%", "0.268%", "0.536%", "2.144%"]]
 
 
-def test_articles_totals_for_query_and_value(tmp_path):
+def test_plan_matches_article_query_value_totals(tmp_path):
     found = plan(tmp_path, target="q_proj|v_proj")
     assert [(row.rank, row.params) for row in found.ranks] == [
         (4, 2_097_152), (8, 4_194_304), (16, 8_388_608), (64, 33_554_432),
@@ -44,7 +44,7 @@ def test_articles_totals_for_query_and_value(tmp_path):
     assert [row.rho for row in found.ranks] == [2 * r / 4096 for r in (4, 8, 16, 64)]
 
 
-def test_articles_worked_example(tmp_path):
+def test_plan_matches_article_example(tmp_path):
     """r ≤ 19 under 10 M; r=16 leaves about 1.6 M. Rank 32 in the article's 8 blocks would take 2.1 M: 6 fit."""
     fit = plan(tmp_path, target="q_proj|v_proj", params="10M").fit
     assert (fit.rank, fit.spent, fit.left) == (19, 9_961_472, 38_528)
@@ -68,7 +68,7 @@ def test_whole_model_and_its_memory(tmp_path):
     assert bf16.full_bytes["adamw"] == (2 + 2 + 8) * found.params
 
 
-def test_flops_are_of_matrices_multiplied_with_each_token(tmp_path):
+def test_flops_count_matrices_multiplied_per_token(tmp_path):
     eight = plan(tmp_path).ranks[1]
     inside = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert eight.flops == pytest.approx(eight.params / (inside + 32000 * 4096))
@@ -91,7 +91,7 @@ def test_plan_of_mixture_counts_only_active_experts(tmp_path):
     assert "2 of 8" in found.notes[0]
 
 
-def test_headers_and_config_say_same():
+def test_headers_and_config_agree():
     base = ROOT / "sample_checkpoints/base"
     by_headers, by_config = lora_diag.plan(base), lora_diag.plan(base / "config.json")
     assert by_headers.params == by_config.params == 853_120
@@ -107,14 +107,14 @@ def test_checkpoint_without_config(tmp_path):
     assert (found.fit.rank, found.fit.left) == (1000 // per_rank, 1000 % per_rank)
 
 
-def test_budget_of_memory_is_that_of_optimizer(tmp_path):
+def test_memory_budget_includes_optimizer_state(tmp_path):
     fit = plan(tmp_path, target="q_proj|v_proj", memory="160MB").fit
     assert (fit.budget, fit.rank) == (10_000_000, 19)
     assert plan(tmp_path, target="q_proj|v_proj", memory="80MB", optimizer="sgd").fit.rank == 19
     assert plan(tmp_path, target="q_proj|v_proj", params=524_287).fit.rank == 0
 
 
-def test_budget_beyond_full_rank_buys_nothing(tmp_path):
+def test_budget_beyond_full_rank_is_unused(tmp_path):
     """No 4096 × 4096 matrix takes a rank above 4096, which costs twice its entries."""
     for params, rank in ((4096 * 524_288 - 1, 4095), (4096 * 524_288, 4096), ("9000B", 4096)):
         fit = plan(tmp_path, target="q_proj|v_proj", params=params).fit
@@ -139,7 +139,7 @@ def test_invalid_options_are_refused(tmp_path, options, message):
         plan(tmp_path, **options)
 
 
-def test_adapter_and_config_that_is_none_are_refused(tmp_path):
+def test_gguf_adapter_with_invalid_config_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is an adapter"):
         lora_diag.plan(ROOT / "sample_checkpoints/lora_r4")
     (tmp_path / "config.json").write_text("[]")
@@ -149,7 +149,7 @@ def test_adapter_and_config_that_is_none_are_refused(tmp_path):
         lora_diag.plan(tmp_path / "nothing.json")
 
 
-def test_rules_of_thumb_ask_for_rank_that_stores_tokens(tmp_path):
+def test_capacity_rules_choose_rank_for_tokens(tmp_path):
     """By hand: r(4·8192 + 3·15104)·32 parameters have to be as many as tokens, or 2 bits each hold 1 bit a token."""
     per_rank = 32 * (4 * 8192 + 3 * 15_104)
     found = plan(tmp_path, tokens="100M").capacity
@@ -165,7 +165,7 @@ def test_rules_of_thumb_ask_for_rank_that_stores_tokens(tmp_path):
 
 
 @pytest.mark.slow
-def test_data_is_counted_by_what_is_predicted(tmp_path):
+def test_data_size_counts_predicted_tokens(tmp_path):
     """Bytes are tokens here: a window of 8 predicts 7; of a completion every byte, and the prompt none."""
     pytest.importorskip("transformers")
     config = {

@@ -200,7 +200,7 @@ def mxfp4(folder):
     return name, signed.reshape(4, 64).T
 
 
-def test_quantized_base_holds_itself_but_no_small_update(tmp_path):
+def test_quantized_base_loses_small_update(tmp_path):
     """Stored ``(in, out)``: groups run along the rows. Updates below half a step are lost where W lies on the grid."""
     name, w = mxfp4(tmp_path / "base")
     a, b = np.ones((1, 4)), np.ones((64, 1)) * 1e-4
@@ -291,7 +291,7 @@ def test_command_measures_the_samples(loradiag, tmp_path):
 
 
 @pytest.mark.parametrize(("noise", "error", "told"), [(2.0, 9.0, True), (2.0, 0.0, False), (None, 9.0, False)])
-def test_summary_tells_that_scales_of_base_are_not_reused(noise, error, told):
+def test_summary_states_scales_are_not_reused(noise, error, told):
     fields = {"fro": 1.0, "base_noise": noise, "base_error": error, "bf16": GOOD, "fp16": GOOD}
     found = results([build(PlannedMerge, to="int4", **fields)], command="plan-merge")
     assert any(mentions(line, "reuse", "scales") for line in lines_of(plan_lines(found), "base")) == told

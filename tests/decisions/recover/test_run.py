@@ -55,7 +55,7 @@ def test_records_compare_the_estimate_with_the_files(models, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sparse_update_that_the_files_resolve_is_not_hidden(tmp_path, dtype):
+def test_resolved_sparse_update_is_not_hidden(tmp_path, dtype):
     """Rows that were never trained, as of an embedding, are not entries that rounding kept the same."""
     rng = torch.Generator().manual_seed(5)
     w = torch.randn(200, 64, generator=rng).mul(0.02).to(dtype)
@@ -68,7 +68,7 @@ def test_a_sparse_update_that_the_files_resolve_is_not_hidden(tmp_path, dtype):
     assert record.status == "not_hidden"
 
 
-def test_difference_longer_than_estimate_is_printed_as_such(models):
+def test_difference_longer_than_estimate_is_shown(models):
     """Rounding lengthens D where few entries stay the same: a fraction of ‖X‖ would be capped at 1."""
     base, tuned, *_ = models
     found = lora_diag.recover(base, tuned, layers="q_proj")
@@ -77,7 +77,7 @@ def test_difference_longer_than_estimate_is_printed_as_such(models):
     assert "1.25 times" in size.lead
 
 
-def test_a_float32_layer_that_hardly_moved_is_measured(tmp_path):
+def test_recover_measures_small_float32_update(tmp_path):
     """An update near the spacing of float32, with entries of which cells are far narrower than it."""
     rng = torch.Generator().manual_seed(6)
     w, x = torch.randn(64, 48, generator=rng), torch.randn(64, 48, generator=rng) * 3e-8
@@ -89,7 +89,7 @@ def test_a_float32_layer_that_hardly_moved_is_measured(tmp_path):
     assert record.fro_estimate is None or record.fro_estimate == pytest.approx(float(x.norm()), rel=0.3)
 
 
-def test_an_adapter_is_the_svd_of_the_posterior_mean(models, tmp_path):
+def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
     base, tuned, before, after, x = models
     found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
     mean = load_file(tmp_path / "full" / "model.safetensors")[Q].double() - before[Q].double()
@@ -110,7 +110,7 @@ def test_an_adapter_is_the_svd_of_the_posterior_mean(models, tmp_path):
     assert residual[0].rank == 3
 
 
-def test_energy_chooses_ranks_and_refused_layers_can_be_kept(models, tmp_path):
+def test_recover_energy_chooses_ranks(models, tmp_path):
     base, tuned, before, after, _ = models
     found = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, keep_refused=True)
     assert found[Q].energy_estimate[str(found[Q].rank)] >= 0.5 or found[Q].rank == found[Q].directions
@@ -123,7 +123,7 @@ def test_energy_chooses_ranks_and_refused_layers_can_be_kept(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_budget_keeps_leading_directions_of_the_estimate(models, tmp_path):
+def test_recover_budget_keeps_leading_directions(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
     found = lora_diag.recover(base, tuned, tmp_path / "p", params=400)
@@ -143,7 +143,7 @@ def test_a_budget_keeps_leading_directions_of_the_estimate(models, tmp_path):
     assert sum(x**2 for x in estimated) / more[Q].fro_estimate ** 2 == pytest.approx(more[Q].energy_estimate["4"])
 
 
-def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
+def test_recovered_checkpoint_rounds_to_stored_values(models, tmp_path):
     base, tuned, before, after, x = models
     found = lora_diag.recover(base, tuned, tmp_path / "full", full=True, nearest=True)
     assert {record.layer: record.written for record in found} == {Q: "posterior", UP: "posterior", HEAD: "file"}
@@ -179,7 +179,7 @@ def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     assert_names((tmp_path / "fulllong" / "README.md").read_text(), "scaled", "‖X‖")
 
 
-def test_an_interrupted_run_is_resumed(models, tmp_path):
+def test_recover_resumes_interrupted_run(models, tmp_path):
     base, tuned, *_ = models
     whole = lora_diag.recover(base, tuned, tmp_path / "whole", full=True)
 
@@ -202,7 +202,7 @@ def test_an_interrupted_run_is_resumed(models, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ways", [{}, {"full": True}, {"rank": 3}], ids=str)
-def test_a_time_limit_leaves_layers_for_a_resumed_run(models, tmp_path, monkeypatch, ways):
+def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypatch, ways):
     """The clock stands still for the options, the sample and one layer. q hides more per entry than the others."""
     base, tuned, *_ = models
     whole = lora_diag.recover(base, tuned, tmp_path / "whole", **ways)
@@ -229,7 +229,7 @@ def test_a_time_limit_leaves_layers_for_a_resumed_run(models, tmp_path, monkeypa
         assert lora_diag.read_results(tmp_path / "some").layers == resumed.layers
 
 
-def test_hidden_energy_is_that_of_the_update_beyond_the_files(models):
+def test_hidden_energy_equals_update_beyond_files(models):
     """The update is known: ‖X − D‖² is computed from it."""
     base, tuned, before, after, x = models
     true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double(), HEAD: 0.0}
@@ -241,7 +241,7 @@ def test_hidden_energy_is_that_of_the_update_beyond_the_files(models):
 
 
 @pytest.mark.slow
-def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
+def test_recover_stack_of_experts_by_matrix(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     parts = [planted(96, 80, 3, 2e-5, seed) for seed in (1, 4)]
     before, after = (torch.stack([part[k] for part in parts]).bfloat16() for k in (0, 2))

@@ -29,7 +29,7 @@ def runs(rng, mean, seeds, spread, seed_effect):
     return found
 
 
-def test_a_gap_has_the_larger_of_two_paired_errors():
+def test_gap_error_is_larger_of_two_paired_errors():
     rng = np.random.default_rng(0)
     effect = rng.standard_normal(3)
     one, two = (runs(rng, mean, 3, 0.02, effect) for mean in (1.0, 0.9))
@@ -58,7 +58,7 @@ def test_uniform_ranks_win_ties():
     assert kept[0.1] > 0.95 * 400
 
 
-def test_a_gain_that_costs_on_the_shifted_set_is_not_kept():
+def test_contest_rejects_gain_with_loss_on_shifted_set():
     def losses(own, shifted):
         return {"dev": dict(enumerate(map(Measured, own))), "other": dict(enumerate(map(Measured, shifted)))}
 
@@ -72,7 +72,7 @@ def test_a_gain_that_costs_on_the_shifted_set_is_not_kept():
     assert contest(one, losses((0.1,), ()), "dev", ["other"], {}).word == "not known"
 
 
-def test_a_rank_is_chosen_by_the_verdict_or_marked():
+def test_rank_choice_follows_verdict_or_is_marked():
     rates = {2: 1e-2, 8: 1e-3}
     clear = judge([AtRank(2, 1e-2, {0: 1.0, 1: 1.001}), AtRank(8, 1e-3, {0: 0.8, 1: 0.802})], 2.0, 0.02)
     found = choose_rank(clear, rates)
@@ -86,7 +86,7 @@ def test_a_rank_is_chosen_by_the_verdict_or_marked():
     assert (choose_rank(none, rates).rank, choose_rank(none, rates).significant) == (2, False)
 
 
-def test_stability_is_tried_only_where_curves_ask():
+def test_stability_runs_only_if_curves_suggest():
     sound = {"base": 2.0, "loss": 1.5, "base_train": 2.1, "train": 1.55, "spread": 0.005, "tolerance": 0.01}
     assert stability_trials(Curves(**sound)) == {}
     assert set(stability_trials(Curves(**sound | {"train": 1.2}))) == {"dropout", "weight-decay", "fewer-steps"}
@@ -96,7 +96,7 @@ def test_stability_is_tried_only_where_curves_ask():
     assert stability_trials(Curves(**sound, base_shifted=3.0, shifted=2.9)) == {}
 
 
-def test_more_is_looked_at_where_the_largest_rank_was_needed():
+def test_larger_ranks_are_tried_after_largest_rank_wins():
     assert escalation_reason(16, [1, 4, 16], 0.99)
     assert escalation_reason(4, [1, 4, 16], 0.5)
     assert not escalation_reason(4, [1, 4, 16], 0.95)
@@ -108,7 +108,7 @@ def test_the_frontier_has_what_none_smaller_beats():
     assert [point.variant for point in frontier(points)] == ["a", "c"]
 
 
-def test_a_changed_configuration_differs_in_one_thing():
+def test_variant_changes_one_setting():
     one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
     assert changed(one, "dropout").config == {**one.config, "lora_dropout": 0.1}
     assert changed(one, "weight-decay").decay == 0.1

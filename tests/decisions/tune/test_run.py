@@ -48,7 +48,7 @@ def case(tmp_path_factory):
     return base, texts, found, folder / "run", notes
 
 
-def test_every_decision_is_on_record_and_told(case):
+def test_tune_records_and_prints_every_decision(case):
     _, _, found, folder, notes = case
     assert read_results(folder / "tune.jsonl") == found
     decisions = found.whole_of(TuneDecision)
@@ -139,7 +139,7 @@ def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
     assert {one.seed for one in others} <= shared
 
 
-def test_an_interrupted_search_goes_on_and_comes_to_the_same(case, tmp_path):
+def test_tune_resumed_search_gives_same_result(case, tmp_path):
     base, texts, found, folder, _ = case
     run = tmp_path / "run"
     shutil.copytree(folder, run)
@@ -212,7 +212,7 @@ def test_the_prompt_decides_in_a_terminal(case, tmp_path, monkeypatch, capsys, a
     assert ("nothing was written" in printed.err) == (not trains)
 
 
-def test_a_run_is_replaced_only_after_confirmation(case, tmp_path):
+def test_tune_replaces_run_only_after_confirmation(case, tmp_path):
     base, texts, _, folder, _ = case
     run = tmp_path / "run"
     shutil.copytree(folder, run)
@@ -270,7 +270,7 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
     assert re.search("allocate .* --rslora --scaling .* -o .*marginal.json", script)
 
 
-def test_a_search_out_of_time_is_extended(case, tmp_path, monkeypatch):
+def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     """Time is up when the pilot of non-uniform ranks begins; with a larger limit, all comes out as without one."""
     base, texts, whole, *_ = case
     began, run, original = [], tmp_path / "run", Tuner.left.fget
@@ -300,7 +300,7 @@ def test_a_search_out_of_time_is_extended(case, tmp_path, monkeypatch):
     assert read_results(run / "tune.jsonl") == more
 
 
-def test_more_time_asks_for_what_was_given_up():
+def test_more_time_restores_omitted_stages():
     """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of the steps."""
     options = {"ranks": (), "rates": (1e-3, 1e-2), "repeats": 3, "widen": 1}
     plan = TunePlan.model_construct(
@@ -337,7 +337,7 @@ def test_trainers_get_the_ranks_that_they_can_express():
     assert (mine.rank_pattern, mine.alpha_pattern, mine.target_modules) == ({"0.q": 8}, {"0.q": 16}, {"q", "v"})
 
 
-def test_a_pooler_gets_a_rank_like_other_layers(tmp_path):
+def test_allocate_ranks_pooler_like_other_layers(tmp_path):
     """It has an adapter in the pilot; ``allocate`` by itself trains it in full, beyond the budget."""
     base = bert(tmp_path / "base")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
@@ -349,7 +349,7 @@ def test_a_pooler_gets_a_rank_like_other_layers(tmp_path):
 
 
 @pytest.mark.parametrize(("gap", "goes_on"), [(0.01, False), (-0.004, False), (-0.006, True)])
-def test_a_challenger_must_be_ahead_by_the_tolerance(gap, goes_on):
+def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
     """By hand: uniform has a loss of 1, the tolerance is 0.005; otherwise no further seed is trained."""
     losses, confirmed, outcomes = {"uniform": 1.0, "prior": 1.0 + gap, "marginal": 1.5}, [], {}
     tuner = SimpleNamespace(

@@ -36,7 +36,7 @@ def test_rounds_of_concurrent_runs_take_no_longer_than_planned(rounds, slots):
     assert slots > 1 or planned == taken
 
 
-def test_stages_cost_what_a_count_of_their_runs_comes_to():
+def test_stage_cost_equals_sum_of_runs():
     """By hand: a run takes 11 s, one of full fine-tuning 31 s; at each rank 4 + 1 rates and 2 seeds more."""
     found = {stage.name: (stage.runs, stage.seconds) for stage in stages(FULL, COSTS)}
     assert found["ranks"] == (3 * 7, pytest.approx(21 * 11))
@@ -49,7 +49,7 @@ def test_stages_cost_what_a_count_of_their_runs_comes_to():
 
 
 @given(searches, costs, st.floats(0.01, 1.2))
-def test_a_narrowed_search_keeps_its_limit_or_is_refused(search, costs, share):
+def test_narrowed_search_keeps_limit_or_is_refused(search, costs, share):
     limit = share * seconds_of(search, costs)
     try:
         found, left_out = narrowed(search, costs, limit)
@@ -66,7 +66,7 @@ def test_without_a_limit_nothing_is_left_out():
     assert narrowed(FULL, COSTS, None) == (FULL, ())
 
 
-def test_less_time_gives_up_more_in_the_same_order():
+def test_less_time_omits_more_in_fixed_order():
     whole = seconds_of(FULL, COSTS)
     given_up = [narrowed(FULL, COSTS, share * whole)[1] for share in (1, 0.7, 0.4, 0.2, 0.1)]
     assert given_up[0] == ()
@@ -89,6 +89,6 @@ def test_halving_keeps_the_best_rate_of_every_rank():
 
 
 @pytest.mark.parametrize("words", ["", "2", "h", "2 weeks", "-1h", "0s", "1h 2x"])
-def test_a_time_without_sense_is_refused(words):
+def test_invalid_time_is_refused(words):
     with pytest.raises(UsageError, match="--time"):
         read_time(words)

@@ -48,7 +48,7 @@ def factors(rng, m=48, n=40, r=4):
     return rng.standard_normal((m, r)), rng.standard_normal((r, n))
 
 
-def test_planted_oddities_are_told(tmp_path):
+def test_planted_outliers_are_found(tmp_path):
     rng = np.random.default_rng(1)
     plain = [{layer: factors(rng) for layer in LAYERS} for _ in range(8)]
     for i, updates in enumerate(plain):
@@ -77,7 +77,7 @@ def test_planted_oddities_are_told(tmp_path):
     assert not any(a.startswith("plain") and b.startswith("plain") for a, b in pairs)
 
 
-def test_same_column_space_with_another_update_is_told(tmp_path):
+def test_same_column_space_other_update_is_found(tmp_path):
     rng = np.random.default_rng(2)
     first = {layer: factors(rng) for layer in LAYERS}
     second = {layer: (b @ rng.standard_normal((4, 4)), rng.standard_normal((4, 40))) for layer, (b, _) in first.items()}
@@ -92,7 +92,7 @@ def test_same_column_space_with_another_update_is_told(tmp_path):
     assert words[(0, 2)] == "near"
 
 
-def test_layer_without_torch_is_that_with_torch(tmp_path):
+def test_layer_without_torch_equals_torch(tmp_path):
     """Also where a factor repeats a column, and where an update is zero: sketches of one fleet are compared."""
     rng = np.random.default_rng(5)
     b, a = factors(rng)
@@ -168,7 +168,7 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     assert {item.reason for item in found.left_out} == {"unreadable"}
 
 
-def test_folder_of_adapters_is_answered_with_a_pattern(loradiag):
+def test_folder_of_adapters_message_suggests_pattern(loradiag):
     ran = loradiag("fleet", SAMPLES)
     assert ran.code == 3
     assert_names(ran.err, SAMPLES, f"'{SAMPLES}/**'")
@@ -177,7 +177,7 @@ def test_folder_of_adapters_is_answered_with_a_pattern(loradiag):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_run_does_not_go_on_with_adapter_that_changed(tmp_path, verify):
+def test_resume_refuses_changed_adapter(tmp_path, verify):
     """Sizes tell one of another rank; every byte, where that was asked, one of the same size."""
     rng = np.random.default_rng(7)
     for name in ("a", "b"):

@@ -248,7 +248,7 @@ def test_planted_angles_are_found(tmp_path, angle):
 
 
 @pytest.mark.parametrize("skills", [2, 5])
-def test_orthogonal_skills_add_up(tmp_path, skills):
+def test_orthogonal_updates_have_no_interference(tmp_path, skills):
     rng = np.random.default_rng(4)
     q, p = orthonormal(rng, 40, 4 * skills), orthonormal(rng, 30, 4 * skills)
     parts = [(q[:, 4 * k : 4 * k + 4], p[:, 4 * k : 4 * k + 4].T) for k in range(skills)]
@@ -351,7 +351,7 @@ def test_baselines_of_three_updates():
     )
 
 
-def test_near_chance_has_few_false_alarms_and_sees_overlap():
+def test_near_chance_false_positive_rate_and_power():
     rng = np.random.default_rng(8)
     m, false = 128, 0
     for _ in range(300):
@@ -439,7 +439,7 @@ def test_layer_of_one_update_has_no_pair_but_spectrum(tmp_path):
     assert spectra.run.command == "spectrum"
 
 
-def test_dead_adapter_has_no_pair_but_stays_in_peft_s_merge(tmp_path):
+def test_dead_adapter_counts_in_merge_without_pair(tmp_path):
     rng = np.random.default_rng(10)
     b, a, c = rng.standard_normal((10, 2)), rng.standard_normal((2, 8)), rng.standard_normal((2, 8))
     e, d = rng.standard_normal((10, 2)), rng.standard_normal((2, 8))
@@ -471,7 +471,7 @@ def test_incomparable_inputs_are_reported(tmp_path):
         lora_diag.interference([one, elsewhere])
 
 
-def test_update_that_is_not_finite_is_left_out_by_name(tmp_path):
+def test_non_finite_update_is_left_out_by_name(tmp_path):
     before = weights(1)
     bad = {name: value.clone() for name, value in before.items()}
     bad[LAYER][2, 3] = math.nan
@@ -494,7 +494,7 @@ def test_without_entries_there_are_no_signs(tmp_path):
     assert union.merges["linear"] is not None
 
 
-def test_layer_that_moved_to_cpu_says_so(tmp_path, monkeypatch):
+def test_layer_moved_to_cpu_is_noted(tmp_path, monkeypatch):
     def moved(compute, device):
         return compute(device), " on the CPU: out of memory on cuda:0"
 

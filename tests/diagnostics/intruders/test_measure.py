@@ -79,7 +79,7 @@ def test_lora_makes_intruders_where_full_fine_tuning_makes_none():
     assert sum(record.intruders for record in lora) >= 10
 
 
-def test_count_is_that_of_peft(tmp_path):
+def test_parameter_count_equals_peft(tmp_path):
     peft = pytest.importorskip("peft")
     intruders = pytest.importorskip("peft.tuners.lora.intruders")
     torch.manual_seed(1)
@@ -166,7 +166,7 @@ def test_unchanged_layer_has_no_intruders_and_needs_no_svd(tmp_path):
 
 
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (256, 96)])
-def test_random_directions_are_as_said(m, n):
+def test_random_directions_match_baseline(m, n):
     rng = np.random.default_rng(5)
     u = np.linalg.qr(rng.standard_normal((m, n)))[0]
     x = rng.standard_normal((m, 2000))
@@ -176,7 +176,7 @@ def test_random_directions_are_as_said(m, n):
         assert np.mean(found < epsilon) == pytest.approx(below_at_random(m, n, epsilon), abs=0.06)
 
 
-def test_weight_that_is_not_finite_is_left_out(tmp_path):
+def test_non_finite_weight_is_left_out(tmp_path):
     before = np.random.default_rng(6).standard_normal((12, 9))
     after = before.copy()
     after[3, 4] = np.nan
@@ -186,7 +186,7 @@ def test_weight_that_is_not_finite_is_left_out(tmp_path):
     assert [item.reason for item in found.left_out] == ["non_finite"]
 
 
-def test_options_that_make_no_sense():
+def test_invalid_options_are_rejected():
     for options in ({"epsilon": 1.0}, {"epsilon": 0.0}, {"window": 1.0}, {"top": 0}):
         with pytest.raises(UsageError):
             lora_diag.intruders(SAMPLES / "base", SAMPLES / "full_ft", **options)

@@ -98,7 +98,7 @@ class ProgressReporter(TrainerCallback):
         }
 
 
-def test_trainer_records_what_optimizer_gets(tmp_path):
+def test_recorder_records_optimizer_gradients(tmp_path):
     watch = ProgressReporter()
     train(llama(), tmp_path, [GradientRecorder(tmp_path / "g", every=2), watch])
     assert sorted(path.name for path in (tmp_path / "g").iterdir()) == [
@@ -139,7 +139,7 @@ def test_clipping_scales_gradients_by_one_factor_and_is_noted(tmp_path):
         assert file.metadata()["clipped"].startswith("trained weights: yes")
 
 
-def test_under_lora_trainer_records_gradient_of_frozen_weight(tmp_path):
+def test_recorder_records_frozen_weight_under_lora(tmp_path):
     """From G follow the gradients of the factors, which autograd computes on its own: dB = s·G·Aᵀ, dA = s·Bᵀ·G."""
     watch = ProgressReporter()
     train(with_lora(llama()), tmp_path, [GradientRecorder(tmp_path / "g", every=1), watch])
@@ -227,7 +227,7 @@ def test_gradient_checkpointing_counts_every_layer_once(tmp_path):
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_loss_scale_is_taken_out_before_and_after_unscale(tmp_path, unscale):
+def test_loss_scale_is_divided_out(tmp_path, unscale):
     model = with_lora(llama(), modules_to_save=["lm_head"])
     expected = record(model, accumulated, tmp_path / "plain")
     model.zero_grad()
@@ -262,7 +262,7 @@ def test_bf16_autocast_gives_gradient_to_bf16_accuracy(tmp_path):
         assert float((found[name].float() - grad).norm() / grad.norm()) < 0.05
 
 
-def test_every_layers_and_steps_of_loop(tmp_path):
+def test_gradients_equal_training_loop(tmp_path):
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with GradientRecorder(tmp_path / "g", every=2, layers="layers", exclude="mlp").attach(model, step=4) as recorder:
@@ -343,7 +343,7 @@ def test_live_subspaces_are_of_current_lora_if_b_is_not_zero(tmp_path, loradiag)
     assert "Containment" in ran.out
 
 
-def test_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):
+def test_non_finite_gradient_is_left_out_with_step(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "base")
     tuned = llama()

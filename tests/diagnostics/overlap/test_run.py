@@ -39,7 +39,7 @@ def check(found, update, gradients, ranks_of):
 
 
 @pytest.mark.parametrize("where", ["samples", "cases"])
-def test_every_number_of_full_fine_tune_is_that_of_numpy(where):
+def test_full_fine_tune_spectrum_equals_numpy(where):
     if where == "samples":
         base, tuned, grads = SAMPLES / "base", SAMPLES / "full_ft", SAMPLES / "gradients"
     else:
@@ -98,7 +98,7 @@ def without(file, *names, **changed):
     save_file(tensors | changed, file, {"step": file.stem})
 
 
-def test_layers_without_gradient_are_named_others_measured(model):
+def test_layers_without_gradient_are_named(model):
     base, tuned, grads = model
     missing = "model.layers.0.mlp.up_proj.weight"
     without(grads / "10.safetensors", missing, "lm_head.weight")
@@ -113,7 +113,7 @@ def test_layers_without_gradient_are_named_others_measured(model):
     assert not any(record.layer == "lm_head.weight" for record in found)
 
 
-def test_gradient_that_is_not_finite_leaves_other_steps_measured(model):
+def test_non_finite_gradient_keeps_other_steps(model):
     base, tuned, grads = model
     bad = load_file(grads / "10.safetensors")["lm_head.weight"]
     bad[7, 3] = torch.inf
@@ -212,7 +212,7 @@ def test_gradients_of_another_shape_are_left_out(model):
     assert_names(item.detail, "shape", "[12, 12]")
 
 
-def test_nothing_in_common_is_error(model, tmp_path):
+def test_nothing_in_common_is_an_error(model, tmp_path):
     base, tuned, _ = model
     path = save_step(tmp_path / "other" / "1.safetensors", {"x.weight": torch.ones(3, 3)})
     with pytest.raises(NothingComparedError, match=r"x\.weight"):
@@ -232,7 +232,7 @@ def test_reference_below_rounding_floor_says_so(tmp_path, model):
     assert "unresolved" in {record.verdict for record in found} <= {"unresolved", "floor-limited"}
 
 
-def test_gradients_and_checkpoints_in_swapped_places_are_noticed(model, tmp_path):
+def test_swapped_gradients_and_checkpoints_are_detected(model, tmp_path):
     base, tuned, _ = model
     first = SAMPLES / "gradients" / "grad_step000000.safetensors"
     with raises_naming(UsageError, "gradients", "BASE", "TUNED"):

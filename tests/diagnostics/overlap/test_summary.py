@@ -34,7 +34,7 @@ def flat(found, **options):
 A, B = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 
 
-def test_layer_fallen_to_baseline_is_named_with_step():
+def test_layer_at_baseline_is_named_with_step():
     kappas = {0: 0.4, 10: 0.05, 20: 0.3, 30: 0.06, 40: 0.05}
     found = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
     said = flat(found)
@@ -44,7 +44,7 @@ def test_layer_fallen_to_baseline_is_named_with_step():
     assert_names(said, "outside", "directions")
 
 
-def test_all_inside_all_outside_and_none_known():
+def test_shares_of_inside_outside_and_unknown_gradients():
     assert "Containment yes" in flat(results([record(A, 0, 0.5), record(A, 1, 0.5)]))
     assert_names(flat(results([record(A, 0, 0.5)])), "nothing", "change")
     out = flat(results([record(A, 0, 0.04, tangent=0.25)], role="adapter"))
@@ -54,7 +54,7 @@ def test_all_inside_all_outside_and_none_known():
     assert "every gradient is zero" in flat(results([record(A, 0, None)]))
 
 
-def test_helpful_higher_rank_and_fitting_side_are_told_apart():
+def test_higher_rank_and_aligned_side_are_distinguished():
     raised = [record(A, 0, 0.05, tangent=0.26), record(A, 0, 0.6, rank=64, tangent=0.7)]
     assert_names(flat(results(raised, ranks=(16, 64))), "baseline", "r=64")
     one_side = [record(A, 0, 0.05, tangent=0.7), record(A, 0, 0.1, rank=64, tangent=0.8)]
@@ -111,7 +111,7 @@ def test_subspaces_of_rounding_noise_are_flagged(verdict, said):
     assert said in text
 
 
-def test_embeddings_are_shown_and_not_judged():
+def test_embeddings_are_listed_but_not_judged():
     said = flat(results([record(A, 0, 0.5), record("model.embed_tokens.weight", 0, 0.03)]))
     assert "Containment yes" in said
     assert "embed_tokens" in said

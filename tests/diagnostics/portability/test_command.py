@@ -29,14 +29,14 @@ def patterned(tmp_path):
     return adapter(tmp_path, factors(), alpha_pattern={"v_proj": 6}, target_modules=["q_proj", "v_proj"])
 
 
-def test_a_uniform_adapter_is_exact_everywhere(tmp_path, loradiag):
+def test_uniform_adapter_is_exact_in_all_programs(tmp_path, loradiag):
     adapter(tmp_path, factors(), target_modules=["q_proj", "v_proj"])
     ran = loradiag("portability", "adapter", "--require", "peft,vllm,sglang,llamacpp")
     assert ran.code == 0
     assert_names(ran.out, 4, "weights")
 
 
-def test_a_required_program_that_is_off_fails(patterned, loradiag):
+def test_required_program_with_wrong_update_fails(patterned, loradiag):
     ran = loradiag("portability", "adapter", "--require", "vllm", "--json")
     assert ran.code == 0
     ran = loradiag("portability", "adapter", "--require", "llamacpp", "--json")
@@ -64,7 +64,7 @@ def test_dropping_the_alpha_pattern_is_found(patterned):
     }
 
 
-def test_epsilon_is_that_of_matrices_formed_in_float64(tmp_path):
+def test_epsilon_equals_float64_matrices(tmp_path):
     ranks = (2, 3, 2, 4)
     tensors = factors(ranks)
     pattern = dict(zip(MODULES, ranks, strict=True))
@@ -101,13 +101,13 @@ def test_dora_without_its_magnitudes_is_measured_with_the_base(tmp_path):
     assert (alone.status, alone.epsilon, alone.fro) == ("wrong", None, None)
 
 
-def test_intended_is_what_another_program_says(patterned):
+def test_intended_scales_of_another_program(patterned):
     results = portability(patterned, consumers=["peft", "vllm==0.31"], intended="llamacpp")
     assert {(r.consumer, r.status) for r in results if "v_proj" in r.layer} == {("peft", "wrong"), ("vllm", "exact")}
     assert {r.epsilon for r in results if r.consumer == "peft" and "v_proj" in r.layer} == {1.0}
 
 
-def test_an_untrained_layer_is_no_error(tmp_path):
+def test_recover_accepts_untrained_layer(tmp_path):
     tensors = factors() | {f"{MODULES[1]}.lora_B.weight": np.zeros((12, 2))}
     folder = adapter(tmp_path, tensors, alpha_pattern={"v_proj": 6})
     results = portability(folder, consumers=["llamacpp"])
@@ -125,7 +125,7 @@ def test_ranks_above_what_the_server_takes(tmp_path, loradiag):
     assert "rank 20 is above --max-lora-rank 16" in ran.out
 
 
-def test_newer_versions_than_were_read_are_said_to_be(patterned, loradiag):
+def test_newer_versions_are_flagged(patterned, loradiag):
     ran = loradiag("portability", "adapter", "--for", "vllm==9.0")
     assert (ran.code, "may differ" in ran.out) == (0, True)
 
@@ -150,7 +150,7 @@ def test_bad_input(patterned, tmp_path, loradiag, words, code, message):
     assert message in ran.err
 
 
-def test_an_entry_that_is_not_finite_is_named(tmp_path, loradiag):
+def test_recover_names_non_finite_entry(tmp_path, loradiag):
     tensors = factors()
     tensors[f"{MODULES[0]}.lora_B.weight"][0, 0] = np.nan
     adapter(tmp_path, tensors)

@@ -27,7 +27,7 @@ def patterned(tmp_path, **config):
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 7}, "lora_alpha": 5}])
-def test_a_fixed_adapter_is_the_same_update_everywhere(tmp_path, config):
+def test_fixed_adapter_has_same_update_in_all_programs(tmp_path, config):
     folder = patterned(tmp_path, **config)
     before, _ = changes(folder, None)
     results = make_portable(
@@ -124,7 +124,7 @@ def test_pissa_becomes_a_lora_of_the_base_it_names(tmp_path):
     close(after["q.weight"], before["q.weight"], 1e-5)
 
 
-def test_what_has_no_place_is_named_and_left_out_if_told(tmp_path, loradiag):
+def test_unmatched_weights_are_named_and_left_out_if_allowed(tmp_path, loradiag):
     tensors = {
         "q.lora_A.weight": normal(2, 5),
         "q.lora_B.weight": normal(6, 2),
@@ -177,7 +177,7 @@ def test_image_adapters_are_written_in_each_layout(tmp_path, form):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
-def test_diffusers_takes_what_was_written_for_scale_1(tmp_path):
+def test_diffusers_loads_adapter_of_scale_1(tmp_path):
     from diffusers.utils.peft_utils import get_peft_kwargs
 
     folder = image_base(tmp_path)
@@ -191,7 +191,7 @@ def test_diffusers_takes_what_was_written_for_scale_1(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
-def test_diffusers_converts_what_was_written_for_kohya(tmp_path):
+def test_diffusers_converts_kohya_output(tmp_path):
     """Its converter of kohya files finds both factors and α = r under the module of the U-Net."""
     torch = pytest.importorskip("torch")
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
@@ -242,13 +242,13 @@ def test_bad_requests_write_nothing(tmp_path, options, error, message):
 @pytest.mark.parametrize(
     "words", [("--format", "peft"), ("--leave-out",), ("--fix",), ("--fix", "-o", "out", "--layers", "q")]
 )
-def test_options_of_writing_need_each_other(tmp_path, loradiag, words):
+def test_write_options_require_each_other(tmp_path, loradiag, words):
     patterned(tmp_path)
     ran = loradiag("portability", "adapter", *words)
     assert (ran.code, ran.out) == (2, "")
 
 
-def test_a_fixed_adapter_was_not_portable_before(tmp_path):
+def test_fixed_adapter_was_not_portable_before(tmp_path):
     results = portability(patterned(tmp_path, use_rslora=True), consumers=["llamacpp", "sglang"])
     assert {record.status for record in results if record.consumer == "sglang"} == {"refused"}
     assert "wrong" in {record.status for record in results if record.consumer == "llamacpp"}

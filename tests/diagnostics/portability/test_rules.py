@@ -214,7 +214,7 @@ def contents_of_peft(model, config):
         max_size=5,
     )
 )
-def test_diffusers_own_function_gives_the_scales(modules):
+def test_diffusers_scales_equal_its_own_function(modules):
     """``get_peft_kwargs`` of the installed version, and PEFT's rule on what it returns."""
     import diffusers
     from diffusers.utils.peft_utils import get_peft_kwargs
@@ -237,7 +237,7 @@ def test_diffusers_own_function_gives_the_scales(modules):
 @pytest.mark.parametrize(
     ("version", "mixed"), [("0.42", {16: 1.0, 4: 1.0}), ("0.40", {16: 1.0, 4: 1.0}), ("0.36", {16: 1.0, 4: 4.0})]
 )
-def test_diffusers_took_the_first_rank_for_alpha_before_0_40(version, mixed):
+def test_diffusers_before_0_40_uses_first_rank_as_alpha(version, mixed):
     contents = FEATURES["no alpha, unequal ranks"]
     found = applied(f"diffusers=={version}", contents)
     assert {item.rank: found[item.module] for item in contents.items} == mixed
@@ -283,7 +283,7 @@ def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
         ("target_parameters (experts)", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "refuses"}),
     ],
 )
-def test_each_feature_has_the_effect_that_was_read(feature, expected):
+def test_portability_features_have_documented_effect(feature, expected):
     found = {name: words(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0])) for name in expected}
     assert found == expected
 
@@ -305,7 +305,7 @@ def test_rules_of_a_consumer_leave_no_version_out():
 
 
 @pytest.mark.parametrize("version", ["0.9.9", "rubbish", "0.32; rm"])
-def test_a_version_without_a_rule_is_refused(version):
+def test_version_without_rule_is_refused(version):
     with pytest.raises(UsageError):
         CONSUMERS["vllm"].rule(version)
 
@@ -316,7 +316,7 @@ def test_versions_are_ordered_number_by_number(one, other):
     assert is_before(".".join(map(str, one)), ".".join(map(str, other))) == (padded[0] < padded[1])
 
 
-def test_largest_ranks_that_a_server_takes():
+def test_largest_server_ranks_are_documented():
     vllm = CONSUMERS["vllm"]
     needed = {}
     for rank in (8, 16, 17, 300, 512):

@@ -148,7 +148,7 @@ def test_floor_is_lower_bound_for_every_method(power_law, method):
     assert pooled([record]).excess >= 0
 
 
-def test_adapter_that_is_update_and_one_of_half_its_size(model, tmp_path):
+def test_copy_and_half_sized_copy_of_update(model, tmp_path):
     base, tuned, layer, d = model
     u, s, vh = np.linalg.svd(d, full_matrices=False)
     whole = lora(tmp_path / "whole", {layer: (u * s, vh)})
@@ -194,7 +194,7 @@ def moments(path, matrices, **metadata):
 
 
 @pytest.mark.parametrize("in_out", [False, True])
-def test_data_metric(tmp_path, in_out):
+def test_residual_in_data_metric_equals_numpy(tmp_path, in_out):
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((500, 12)) * np.arange(1, 13)
     c = inputs.T @ inputs / 500
@@ -226,7 +226,7 @@ def test_data_metric(tmp_path, in_out):
         (np.eye(5), "no second moment for a compared weight"),
     ],
 )
-def test_second_moments_that_are_none(model, tmp_path, matrix, words):
+def test_invalid_second_moments_are_rejected(model, tmp_path, matrix, words):
     base, tuned, layer, d = model
     adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
     file = moments(tmp_path / "c.safetensors", {layer: matrix})
@@ -235,7 +235,7 @@ def test_second_moments_that_are_none(model, tmp_path, matrix, words):
     assert words in str(raised.value)
 
 
-def test_reference_is_held_against_fine_tune_too(model, tmp_path):
+def test_reference_is_compared_with_fine_tune(model, tmp_path):
     base, tuned, layer, d = model
     before = load_file(base / "model.safetensors")
     after = {name: value + 0.1 * weights(3)[name].double() for name, value in before.items()}
@@ -274,7 +274,7 @@ def test_adapter_update_of_unchanged_layer_counts_whole(model, tmp_path):
     assert whole.cosine == 0
 
 
-def test_unresolved_fine_tune_is_called_noise(tmp_path):
+def test_unresolved_fine_tune_is_reported_as_noise(tmp_path):
     base = {"w.weight": torch.full((64, 64), 1.0, dtype=torch.bfloat16)}
     rng = torch.Generator().manual_seed(0)
     flips = torch.where(torch.rand(64, 64, generator=rng) < 0.02, 2**-7, 0.0)
@@ -337,7 +337,7 @@ def test_weights_only_in_adapter_are_listed(model, tmp_path):
     assert {item.layer: item.reason for item in results.left_out} == {layer: "only_in_base"}
 
 
-def test_nothing_and_twice_are_refused(model, tmp_path):
+def test_empty_and_repeated_values_are_refused(model, tmp_path):
     base, tuned, layer, d = model
     with raises_naming(UsageError, "least", "ADAPTER"):
         lora_diag.residual(base, tuned, [])
@@ -363,7 +363,7 @@ def test_resume_measures_layer_again_whose_records_were_cut(tmp_path, cut):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6])
-def test_resume_keeps_that_adapter_was_not_finite(model, tmp_path, cut):
+def test_resume_keeps_non_finite_adapter(model, tmp_path, cut):
     base, tuned, layer, d = model
     path = tmp_path / "r.jsonl"
     good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
@@ -375,7 +375,7 @@ def test_resume_keeps_that_adapter_was_not_finite(model, tmp_path, cut):
     assert path.read_bytes() == whole
 
 
-def test_one_update_at_time_is_held_beside_fine_tune(model, tmp_path, monkeypatch):
+def test_residual_holds_one_update_in_memory(model, tmp_path, monkeypatch):
     base, tuned, layer, _ = model
     merged = [save_model(tmp_path / f"m{i}", {k: v.double() for k, v in weights(i).items()}) for i in (3, 4, 5)]
     held, load = [], module.load_change
@@ -400,7 +400,7 @@ def test_one_update_at_time_is_held_beside_fine_tune(model, tmp_path, monkeypatc
     rank=st.integers(1, 12),
     scale=st.floats(-3, 3),
 )
-def test_laws(seed, m, n, rank, scale):
+def test_residual_identities(seed, m, n, rank, scale):
     rng = np.random.default_rng(seed)
     d, x = rng.standard_normal((m, n)), scale * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
     s = np.linalg.svd(d, compute_uv=False)
@@ -418,7 +418,7 @@ def test_laws(seed, m, n, rank, scale):
 
 
 @pytest.mark.parametrize("case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"])
-def test_real_merges_are_their_adapters(case):
+def test_shared_merges_equal_their_adapters(case):
     folder = SHARED / "cases" / case
     if not folder.exists():
         pytest.skip("the shared cases are not here")

@@ -33,7 +33,7 @@ def curve(s):
 
 
 @pytest.mark.parametrize("where", ["samples", "cases"])
-def test_every_number_is_that_of_stack(where):
+def test_expert_values_equal_stack(where):
     base, folder = SAMPLES / "base", SAMPLES / "gradients"
     if where == "cases":
         base, folder = (SHARED / "cases" / "gradients" / name for name in ("base", "grads"))
@@ -81,7 +81,7 @@ def test_gradients_of_low_rank_on_one_side_differ_between_sides(tmp_path):
     assert record.stack.other_energy["6"] == pytest.approx(1, abs=1e-9)
 
 
-def test_large_other_side_is_not_computed(tmp_path, monkeypatch):
+def test_large_gram_of_other_side_is_not_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "OTHER_GRAM_UP_TO", 10)
     for step in range(2):
         save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(12, 4)})
@@ -89,7 +89,7 @@ def test_large_other_side_is_not_computed(tmp_path, monkeypatch):
     assert (record.stack.other_energy, record.stack.other_rank_at) == (None, None)
 
 
-def test_rounding_is_that_of_stored_gradients(tmp_path):
+def test_rounding_follows_stored_gradients(tmp_path):
     g = {"a.weight": torch.randn(16, 16)}
     save_step(tmp_path / "half" / "0.safetensors", {name: value.to(torch.bfloat16) for name, value in g.items()})
     save_step(tmp_path / "half" / "1.safetensors", {name: value.to(torch.bfloat16) for name, value in g.items()})
@@ -181,7 +181,7 @@ def test_stack_is_bounded_as_matrix_that_it_is(scale):
     assert found.energy_error > 7**0.5 * 45 * 2.0**-52
 
 
-def test_gradients_that_are_spaced_too_coarsely_are_left_out(tmp_path):
+def test_gradients_with_coarse_spacing_are_left_out(tmp_path):
     for step in range(2):
         save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(4, 4).double() * 1e200})
     found = lora_diag.spectrum(gradients=[tmp_path / "g"])

@@ -156,7 +156,7 @@ def test_ranks_beyond_kept_values_are_null_beyond_matrix_one(tmp_path, pair_of_m
     assert record.tail["99"].fro == 0
 
 
-def test_weights_that_are_spaced_too_coarsely_are_left_out(tmp_path):
+def test_weights_with_coarse_spacing_are_left_out(tmp_path):
     sides = [{"w.weight": torch.randn(4, 4).double() * 1e200} for _ in range(2)]
     paths = [save_model(tmp_path / name, side) for name, side in zip(("base", "tuned"), sides, strict=True)]
     (item,) = lora_diag.spectrum(*paths).left_out
@@ -164,7 +164,7 @@ def test_weights_that_are_spaced_too_coarsely_are_left_out(tmp_path):
     assert_names(item.detail, "spacing", "float64")
 
 
-def test_layer_that_is_not_finite_is_named_and_rest_measured(tmp_path, pair_of_models):
+def test_non_finite_layer_is_named_and_others_measured(tmp_path, pair_of_models):
     base, _, _, after = pair_of_models
     after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     after["model.layers.0.input_layernorm.weight"][2] = torch.inf
@@ -261,7 +261,7 @@ def test_factors_whose_product_overflows_are_left_out():
     assert (found.reason, found.detail) == ("non_finite", "the product of its factors overflows float64")
 
 
-def test_out_of_memory_on_gpu_moves_layer_to_cpu_and_says_so(pair_of_models, monkeypatch):
+def test_gpu_out_of_memory_moves_layer_to_cpu(pair_of_models, monkeypatch):
     base, tuned, *_ = pair_of_models
     real = diagnostic.load_change
     failed = []
@@ -302,7 +302,7 @@ def cases():
 @pytest.mark.parametrize(
     ("folder", "tuned"), [*cases()] or [pytest.param(None, None, marks=pytest.mark.skip("no cases here"))]
 )
-def test_real_merges_agree_with_their_truth(folder, tuned):
+def test_shared_merges_have_true_status(folder, tuned):
     truth = json.loads((folder / "truth.json").read_text())
     results = lora_diag.spectrum(folder / "base", tuned)
     seen = 0

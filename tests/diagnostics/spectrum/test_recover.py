@@ -46,7 +46,7 @@ def test_layers_that_the_files_do_not_resolve_are_estimated(pair, tmp_path):
     assert "loradiag recover" not in line(found, "resolved")
 
 
-def test_recover_is_named_where_rounding_left_entries_unchanged(pair):
+def test_recover_is_suggested_for_unchanged_entries(pair):
     base, tuned, _ = pair
     said = line(lora_diag.spectrum(base, tuned), "resolved")
     assert "loradiag recover (or --recover here) can estimate the update before rounding in 1 of 3" in said
@@ -54,7 +54,7 @@ def test_recover_is_named_where_rounding_left_entries_unchanged(pair):
         assert "loradiag recover" not in line(lora_diag.spectrum(base, tuned, layers=layers), "resolved")
 
 
-def test_allocate_spends_on_the_update_before_rounding(pair):
+def test_allocate_uses_update_before_rounding(pair):
     base, tuned, _ = pair
     found = lora_diag.spectrum(base, tuned, recover=True, layers="q_proj")
     chosen = lora_diag.allocate(found, energy=0.99)
@@ -68,7 +68,7 @@ def test_allocate_spends_on_the_update_before_rounding(pair):
     ("words", "message"),
     [(["--activations", "none.safetensors"], "remove --activations"), (["--adapters", "x"], "--recover: not with")],
 )
-def test_what_recover_does_not_go_with_is_refused(loradiag, pair, words, message):
+def test_options_incompatible_with_recover_are_refused(loradiag, pair, words, message):
     ran = loradiag("spectrum", pair[0], *([] if "--adapters" in words else [pair[1]]), "--recover", *words)
     assert ran.code == 2
     assert message in ran.err

@@ -67,12 +67,12 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_summary_of_situation(situation, snapshot):
+def test_gate_headline_describes_situation(situation, snapshot):
     """The whole text is in ``__snapshots__``: run ``pytest --snapshot-update`` after a change of words, and read it."""
     assert spectrum_table(results_of(*SITUATIONS[situation]), 100) == snapshot
 
 
-def test_embeddings_that_moved_alone_are_change(tmp_path):
+def test_changed_embeddings_alone_are_a_change(tmp_path):
     text = said(changed(tmp_path, "model.embed_tokens.weight"))
     assert_names(text, "ΔW", "8 matrices")
     assert "in model.embed_tokens" in text
@@ -80,13 +80,13 @@ def test_embeddings_that_moved_alone_are_change(tmp_path):
     assert "Moved nothing" not in text
 
 
-def test_norms_that_moved_alone_are_change(tmp_path):
+def test_changed_norms_alone_are_a_change(tmp_path):
     text = said(changed(tmp_path, "model.layers.0.input_layernorm.weight"))
     assert_names(text, "biases", "ΔW")
     assert "meant" not in text
 
 
-def test_every_reason_has_words():
+def test_every_reason_has_text():
     from typing import get_args
 
     from lora_diag.diagnostics.spectrum.summary import REASONS
@@ -126,7 +126,7 @@ def test_adapter_cut_by_top_has_no_claimed_direction_count():
         (["unresolved"] * 2, "no: all 2 matrices are unresolved (!): "),
     ],
 )
-def test_resolved_is_said_in_word_that_fits(verdicts, words):
+def test_resolution_wording_fits_case(verdicts, words):
     records = [record(f"layers.{i}.q_proj.weight", verdict=verdict) for i, verdict in enumerate(verdicts)]
     assert f"Resolution {words}rounding" in said(results_of(records))
     levels = {"yes": "note", "limited": "warning", "partly": "warning", "no": "failure"}
@@ -144,7 +144,7 @@ def test_one_dimensional_tensors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("beta", [0.02, 0.98])
-def test_layers_together_show_a_start_that_one_does_not(beta):
+def test_pooled_layers_resolve_rounded_start(beta):
     """Errors of 0.3 of ten layers are 0.09 together. Noise is 1 of ‖ΔW‖² = 32, and 0.19 without that of BASE."""
     noise = {"noise_fro": 1.0, "signal_rank": 32, "verdict": "floor-limited", "base_noise_fro": 0.9}
     names = [f"model.layers.{i}.q_proj.weight" for i in range(10)]

@@ -60,7 +60,7 @@ def both(path):
         lambda path: ROOT / "sample_checkpoints" / "lora_r16",
     ],
 )
-def test_record_is_that_of_torch(tmp_path, make):
+def test_thin_record_equals_torch_record(tmp_path, make):
     for thin, dense in both(make(tmp_path)):
         one, other = thin.model_dump(), dense.model_dump()
         assert thin.s == pytest.approx(dense.s, rel=1e-8)
@@ -90,7 +90,7 @@ def test_stored_numbers_are_measured_exactly(tmp_path, dtype):
         assert record.dtypes == (None, dtype)
 
 
-def test_what_is_not_thin_goes_to_torch(tmp_path):
+def test_dense_updates_use_torch(tmp_path):
     path = adapter(tmp_path, LORA)
     (delta, *_) = compare(path, None).pairing.deltas
     assert is_thin(Layer(delta), SpectrumSettings())
@@ -104,7 +104,7 @@ def test_what_is_not_thin_goes_to_torch(tmp_path):
     assert not is_thin(Layer(pickled), SpectrumSettings())
 
 
-def test_bytes_are_equal_whatever_runs_beside(tmp_path, monkeypatch):
+def test_bytes_are_independent_of_concurrent_layers(tmp_path, monkeypatch):
     """A layer's record depends on the layer: not on workers, on other layers, or on torch being imported."""
     path = adapter(tmp_path, LORA)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
@@ -120,7 +120,7 @@ def test_bytes_are_equal_whatever_runs_beside(tmp_path, monkeypatch):
     ("value", "words"),
     [("nan", "lora_B holds nan at [3, 1]"), ("-inf", "lora_B holds -inf at [3, 1]")],
 )
-def test_layer_that_is_not_finite_is_left_out(tmp_path, value, words):
+def test_non_finite_layer_is_left_out(tmp_path, value, words):
     tensors = {name: values.copy() for name, values in LORA.items()}
     tensors["a.lora_B.weight"][3, 1] = float(value)
     results = lora_diag.spectrum(adapter(tmp_path, tensors))

@@ -48,7 +48,7 @@ def statuses(results) -> dict[str, str]:
 
 @pytest.mark.skipif(not CASES, reason="the shared cases are not here")
 @pytest.mark.parametrize("case", CASES)
-def test_no_merge_of_shared_cases_fails(case):
+def test_shared_correct_merges_pass(case):
     folder = SHARED / "cases" / case
     results = verify_merge(folder / "base", folder / "adapter", folder / "merged")
     assert outcome(results) == "correct"
@@ -60,7 +60,7 @@ def test_no_merge_of_shared_cases_fails(case):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("size", [0.05, 0.0005])
-def test_lora_however_peft_merges_it(tmp_path, dtype, safe, size):
+def test_lora_equals_every_peft_merge(tmp_path, dtype, safe, size):
     for autocast in (True, False):  # float32 factors on a bf16 model, or bf16 ones
         merged = peft_merge(tmp_path / str(autocast), llama(dtype), size, safe, autocast)
         results = verified(merged)
@@ -97,7 +97,7 @@ KINDS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KINDS)
-def test_no_kind_of_merge_that_peft_makes_fails(tmp_path, name, dtype):
+def test_every_peft_merge_passes(tmp_path, name, dtype):
     kind = KINDS[name]
     config = dict(kind.config)
     if "kind" in config:
@@ -119,7 +119,7 @@ CASTS = {
 
 
 @pytest.mark.parametrize("name", CASTS)
-def test_dtypes_that_change_on_way(tmp_path, name):
+def test_dtypes_that_change_between_sides(tmp_path, name):
     cast, status = CASTS[name]
     merged = peft_merge(tmp_path, llama(), 0.01)
 
@@ -144,7 +144,7 @@ def test_shards_on_every_side(tmp_path):
     assert [(r.layer, r.scale) for r in results] == [(r.layer, r.scale) for r in verified(merged)]
 
 
-def test_head_that_merge_untied_counts_by_itself(tmp_path):
+def test_untied_head_of_merge_is_separate(tmp_path):
     merged = peft_merge(tmp_path, llama(tied=True), target_modules=["embed_tokens"])
     table = "model.embed_tokens.weight"
     untied = merged.spoil(lambda before, after: after.update({"lm_head.weight": before[table].clone()}))
@@ -264,7 +264,7 @@ def test_entry_off_within_coarse_arithmetic_is_not_right(merges):
     assert (record.status, record.differing) == ("other", 1)
 
 
-def test_another_base_is_told_from_wrong_update(merges):
+def test_verify_merge_distinguishes_other_base(merges):
     merged = merges(torch.bfloat16, 0.02)
     torch.manual_seed(0)
 
@@ -349,7 +349,7 @@ def test_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
         assert float(record.cause.removeprefix("ΔW was added times ").split()[0]) == pytest.approx(factor, abs=4e-3)
 
 
-def test_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkeypatch):
+def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "LEAST_BYTES", 0)
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 0.02, use_dora=True, modules_to_save=["lm_head"])
@@ -395,7 +395,7 @@ def test_untrained_adapter_is_inconclusive(tmp_path):
     assert statuses(results) == {}
 
 
-def test_bf16_numbers_in_float32_file_that_did_not_move(tmp_path):
+def test_bf16_values_in_float32_without_change(tmp_path):
     """Merged in bf16 and saved in float32, or dropped: the same file."""
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 1e-9)
     wide = write(tmp_path / "wide", {name: value.float() for name, value in merged.after.items()})
@@ -455,7 +455,7 @@ def test_quantized_base_whose_scale_was_rounded_too(tmp_path):
     assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m", after))) == {}
 
 
-def test_merge_that_was_quantized(tmp_path):
+def test_quantized_merge_of_float_base(tmp_path):
     merged = peft_merge(tmp_path, llama(), 0.05)
     right = quantized(tmp_path / "right", merged.after, {Q, UP})
     assert outcome(verified(merged, right)) == "correct"
@@ -534,7 +534,7 @@ def test_squares_that_overflow_are_left_out_and_no_crash(tmp_path):
     assert "overflow float64" in item.detail
 
 
-def test_layer_of_other_shape_is_no_candidate(tmp_path):
+def test_layer_of_other_shape_is_not_a_candidate(tmp_path):
     name = "model.layers.{}.mlp.up_proj"
     shapes = {name.format(0): (8, 6), name.format(1): (10, 7)}
     weights = {f"{module}.weight": making.normal(*shape) for module, shape in shapes.items()}
@@ -547,7 +547,7 @@ def test_layer_of_other_shape_is_no_candidate(tmp_path):
     assert {record.layer: record.status for record in found} == dict.fromkeys(weights, "other")
 
 
-def test_check_by_rows_needs_memory_of_rows_only(tmp_path):
+def test_check_by_rows_needs_memory_of_rows(tmp_path):
     weight = Side(open_checkpoint(making.base(tmp_path, {"w.weight": making.normal(4, 6)})), "w.weight")
     task = MergedLayer("w.weight", (4, 6), weight, weight, adapted=False)
     assert (task.held, verify(task, memory=1).status) == (0, "ok")
@@ -555,7 +555,7 @@ def test_check_by_rows_needs_memory_of_rows_only(tmp_path):
     assert wide.needed == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
 
 
-def test_update_that_is_held_whole_counts_with_every_copy_of_it(tmp_path):
+def test_memory_counts_every_copy_of_update(tmp_path):
     def held(layer, shape, *deltas):
         return MergedLayer(layer, shape, deltas[0].base, None, deltas).held / math.prod(shape)
 

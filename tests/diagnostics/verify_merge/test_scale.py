@@ -29,7 +29,7 @@ def oracle(w, m, b, a, s, u, casts):
 
 @pytest.mark.parametrize(("dtype", "u"), [(torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-24)])
 @pytest.mark.parametrize("s", [2.0, 1.5])
-def test_scale_and_its_error_are_oracle(dtype, u, s):
+def test_scale_and_error_equal_oracle(dtype, u, s):
     w, b, a = factors((24, 20), 2, 0.1, s, dtype, 0)
     m = ORDERS["product rounded first"](w, b, a, s)
     record = verified(w, m, b, a, s)
@@ -42,7 +42,7 @@ def test_scale_and_its_error_are_oracle(dtype, u, s):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_right_merges_pass_within_their_error(dtype, order):
+def test_correct_merges_pass_within_error(dtype, order):
     for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
         for relative in (0.01, 0.3):
             w, b, a = factors((64, 48), 4, relative, s, dtype, seed)
@@ -56,7 +56,7 @@ def test_right_merges_pass_within_their_error(dtype, order):
 @pytest.mark.parametrize("order", [name for name in ORDERS if name != "scale in the dtype"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c", [0.98, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02, 1.05])
-def test_wrong_scale_is_named_so(dtype, order, c):
+def test_wrong_scale_is_named(dtype, order, c):
     w, b, a = factors((96, 96), 8, 0.3, RSLORA, dtype, 1)
     record = verified(w, ORDERS[order](w, b, a, RSLORA * c), b, a, RSLORA)
     assert record.status == "wrong scale", record.cause
@@ -72,7 +72,7 @@ def test_float32_tells_scale_from_coarse_arithmetic(c):
     assert verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0).status == "wrong scale"
 
 
-def test_scaling_rounded_to_16_bits_is_no_wrong_scale():
+def test_scaling_rounded_to_16_bits_is_correct():
     w, b, a = factors((128, 128), 8, 0.3, RSLORA, torch.bfloat16, 3)
     rounded = float(torch.tensor(RSLORA).bfloat16())
     assert abs(rounded / RSLORA - 1) > 1e-4
@@ -107,7 +107,7 @@ def test_precise_merge_tells_scales_within_error_of_c(relative, c):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("relative", [3e-4, 0.001, 0.005])
-def test_right_merges_whose_error_is_large_do_not_fail(order, relative):
+def test_correct_merges_with_large_error_do_not_fail(order, relative):
     for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
         w, b, a = factors((64, 128), 8, relative, s, torch.bfloat16, 20 + seed)
         record = verified(w, ORDERS[order](w, b, a, s), b, a, s)
@@ -115,7 +115,7 @@ def test_right_merges_whose_error_is_large_do_not_fail(order, relative):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounded_diagonal_is_no_wrong_scale(dtype):
+def test_rounded_diagonal_is_not_a_wrong_scale(dtype):
     """AdaLoRA's E and VeRA's d: each rounding of them is shared by a whole column of B."""
     found = []
     for seed in range(6):

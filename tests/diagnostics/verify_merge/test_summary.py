@@ -53,21 +53,21 @@ def words(found: Results, **options) -> str:
         ([], "inconclusive"),
     ],
 )
-def test_layers_are_summarised_together(records, expected):
+def test_summary_pools_layers(records, expected):
     assert outcome(records) == expected
     correct = find(merge_lines(results(*records)), "correct")
     levels = {"correct": "ok", "inconclusive": "warning", "failed": "failure"}
     assert (correct.level if correct else None) == (levels[expected] if records else None)
 
 
-def test_failing_statuses_come_first_and_have_way_out():
+def test_failing_statuses_come_first_with_remedy():
     failing = [status for status in ORDER if record(status=status).failed]
     assert set(REMEDIES) == set(failing)
     assert list(ORDER[: len(failing)]) == failing
     assert set(ORDER) >= CORRECT
 
 
-def test_failures_come_first_whatever_their_place_in_model():
+def test_failures_come_first():
     found = results(
         *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
     )
@@ -92,7 +92,7 @@ def test_single_layer_is_in_singular():
     assert "1 layer adapted, 0 not" in words(results(record()))
 
 
-def test_lost_to_rounding():
+def test_merge_lost_to_rounding_is_reported():
     assert "Lost" not in words(results(record()))
     kept = results(record(), record(layer="b", retained=0.2, scale=0.2), record(layer="c"))
     assert_names(words(kept), "10%", "ΔW", "‖ΔW‖", "1 layer")
@@ -114,12 +114,12 @@ def test_unreadable_or_unfinished_results_are_reported():
     assert "the run did not finish" in found
 
 
-def test_names_and_causes_from_files_are_spelled_out():
+def test_names_and_causes_from_files_are_escaped():
     evil = wrong("dropped", layer="q\x1b[2J", cause="\x1b[31m")
     assert "\x1b" not in table(results(evil), per="layer")
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_older_merge_records_are_read(tmp_path):
     found = results(record(), wrong("missing", layer="b", dtype=None, unchanged=None, scale=None))
     found.write(tmp_path / "r.jsonl")
     read = read_results(tmp_path / "r.jsonl")

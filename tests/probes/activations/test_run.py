@@ -67,7 +67,7 @@ def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
         assert record.data.epsilon == pytest.approx(truth, rel=1e-4)
 
 
-def test_layers_that_are_given_one_tensor_share_one_sum(tmp_path):
+def test_layers_with_one_input_share_moments(tmp_path):
     recorded = lora_diag.probe_activations(
         SAMPLES / "base", some_text(tmp_path), tmp_path / "a.safetensors", length=32, layers=r"layers\.0\."
     )
@@ -79,7 +79,7 @@ def test_layers_that_are_given_one_tensor_share_one_sum(tmp_path):
     assert set(recorded.left_out.values()) == {"not selected", "not a linear layer of its own"}
 
 
-def test_file_says_over_what_it_was_recorded(tmp_path):
+def test_moments_file_states_its_data(tmp_path):
     text = some_text(tmp_path)
     lora_diag.probe_activations(gpt2(tmp_path / "base"), text, tmp_path / "a.safetensors", max_sequences=2)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:

@@ -238,7 +238,7 @@ def measured(case):
     )
 
 
-def test_products_told_are_those_of_both_ends(case, monkeypatch):
+def test_announced_products_match_both_ends(case, monkeypatch):
     base, tuned, text = case
     spent, ends = [], LossFunction.ends
 
@@ -257,7 +257,7 @@ def of_rank(measured):
     return [record for record in measured.whole if record.record == "loss_bound"]
 
 
-def test_eigenvalues_at_tuned_are_those_of_dense_hessian(measured, at_tuned):
+def test_eigenvalues_at_tuned_equal_dense_hessian(measured, at_tuned):
     joint, layer = (record for record in measured.whole if record.record == "curvature")
     truth = np.linalg.eigvalsh(at_tuned.hessian())
     np.testing.assert_allclose(joint.eigenvalues, truth[::-1][:4], atol=1e-3 * truth[-1])
@@ -300,7 +300,7 @@ def test_model_is_exact_for_small_steps(measured):
         assert left[0] <= left[1] / 4 + 1e-6
 
 
-def test_no_direction_bends_more_than_largest_eigenvalue(measured):
+def test_curvature_is_at_most_largest_eigenvalue(measured):
     joint = measured.whole[0]
     for record in of_rank(measured):
         rayleigh = 2 * record.quadratic / record.tail_energy
@@ -331,7 +331,7 @@ class Bowl:
 
 
 @pytest.mark.parametrize("way", [0, 1])
-def test_on_parabola_bounds_are_met_along_eigenvectors(monkeypatch, way):
+def test_bounds_are_tight_on_quadratic(monkeypatch, way):
     h = torch.diag(torch.tensor([2.0, 0.5], dtype=torch.float64))
     start, change = torch.tensor([1.0, -3.0], dtype=torch.float64), torch.eye(2, dtype=torch.float64)[way] * 0.7
     bowl = Bowl(h, start, start + change)
@@ -348,7 +348,7 @@ def test_on_parabola_bounds_are_met_along_eigenvectors(monkeypatch, way):
     assert not low[0].holds  # the loss bends more on the way than λ allows
 
 
-def test_lower_relation_needs_strong_convexity(measured):
+def test_lower_bound_needs_strong_convexity(measured):
     joint = measured.whole[0]
     assert not joint.strongly_convex
     assert all(record.lower is None for record in of_rank(measured))
@@ -358,7 +358,7 @@ def test_lower_relation_needs_strong_convexity(measured):
     assert not convex.model_copy(update={"smallest": joint.eigenvalues[0] * 1e-5}).strongly_convex
 
 
-def test_in_convex_case_bound_holds_under_its_conditions(case, tmp_path):
+def test_loss_bound_holds_if_convex(case, tmp_path):
     """The last layer of a classifier alone: softmax regression, trained until its gradient is nothing."""
     base, name, text = case[0], LAYERS["head"], tmp_path / "mixed.jsonl"
     # every text with several labels, or the optimum would lie at infinity
@@ -457,7 +457,7 @@ def test_every_layer_has_eigenvalues_of_its_own_block(case, by_layer):
     assert joint.gradient == pytest.approx(math.hypot(*(record.gradient for record in layers)), rel=1e-5)
 
 
-def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, by_layer, tmp_path):
+def test_ctrl_c_leaves_resumable_file(case, by_layer, tmp_path):
     base, tuned, text = case
     options = {"evaluate": [text], **BOTH}
 
@@ -511,12 +511,12 @@ def test_invalid_options_are_refused(case, tmp_path, change, error, message):
     assert not (tmp_path / "c.jsonl").exists()
 
 
-def test_one_set_only(case):
+def test_curvature_uses_one_set(case):
     with pytest.raises(UsageError, match="give one file"):
         lora_diag.probe_curvature(case[0], evaluate=[case[2], case[2]])
 
 
-def test_command_says_what_bound_is_worth(case, loradiag):
+def test_command_states_tightness_of_bound(case, loradiag):
     base, tuned, text = case
     words = ["probe", "curvature", base, tuned, "--eval", text, "--layers", "query", "--ranks", "0,4", "--top", "1"]
     ran = loradiag(*words, "--probes", "2", "--tokenizer", "bytes", "-o", "c.jsonl", env={"COLUMNS": "80"})

@@ -61,12 +61,12 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_summary_of_situation(situation, snapshot):
+def test_gate_headline_describes_situation(situation, snapshot):
     assert table(Results(RUN, (), whole=SITUATIONS[situation]), 100) == snapshot
 
 
 @pytest.mark.parametrize("is_joint", [True, False])
-def test_share_of_joint_eigenpairs_stands_once(is_joint):
+def test_joint_eigenpair_fraction_is_shown_once(is_joint):
     held = Surrogate(
         eigenpairs=10,
         joint=is_joint,

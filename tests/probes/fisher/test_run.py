@@ -90,7 +90,7 @@ def test_ranks_of_causal_model_equal_computation_from_gradients(models):
         assert (record.labels, record.effect, record.on) == ("data", None, None)
 
 
-def test_padding_of_sequences_counts_for_nothing(tmp_path):
+def test_sequence_padding_is_ignored(tmp_path):
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned", 0.05)
     texts = ["short", "a much longer line", "also5", "mid one", "x"]
@@ -109,7 +109,7 @@ def test_padding_of_sequences_counts_for_nothing(tmp_path):
         check(record, delta, grads[name], c[name], g[name], tokens[name], predictions, transposed=False)
 
 
-def test_effects_are_those_of_model_with_truncated_weights(models, tmp_path):
+def test_effects_equal_truncated_model(models, tmp_path):
     base, tuned, text = models
     held_out = some_text(tmp_path, "other", windows=3, source="shifted")
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
@@ -169,7 +169,7 @@ def test_layers_of_second_pass_get_same_labels(models, monkeypatch):
     assert [record.fisher for record in one.whole] != [record.fisher for record in other.whole]
 
 
-def test_layer_that_is_used_twice_adds_up_before_it_is_squared():
+def test_reused_layer_gradients_sum_before_square():
     eye = torch.eye(2, dtype=torch.float64)
     tail = Tail(torch.nn.Linear(2, 2), torch.tensor([2.0, 1.0], dtype=torch.float64), eye, eye, 5**0.5)
     x, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])
@@ -183,7 +183,7 @@ def test_layer_that_is_used_twice_adds_up_before_it_is_squared():
     assert_names(tail.problem, "laid", "sequence")
 
 
-def test_interrupted_run_goes_on_behind_its_last_layer(models, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_after_last_layer(models, tmp_path, monkeypatch):
     base, tuned, text = models
     asked = {"data": text, "ranks": (2, 4), "measure": True, "layers": r"h\.0\."}
     whole = lora_diag.probe_fisher(base, tuned, **asked)
@@ -217,7 +217,7 @@ def test_invalid_options_are_refused(models, tmp_path):
         lora_diag.probe_fisher(base, tuned, data=text, layers="nothing")
 
 
-def test_command_prints_what_orders_layers(models, tmp_path, loradiag):
+def test_sensitivity_command_prints_layer_order(models, tmp_path, loradiag):
     base, tuned, text = models
     ran = loradiag(
         "probe", "fisher", base, tuned, "--data", text, "--measure", "--ranks", "2,8", "-o", "f.jsonl", "--batch", "4"

@@ -54,7 +54,7 @@ def test_fast_transform_is_hadamard_matrix(exponent, rows):
 
 @given(st.integers(1, 90), st.integers(1, 40), st.integers(0, 50))
 @settings(deadline=None, max_examples=25)
-def test_projection_equals_definition_and_gradients_adjoint(size, dim, seed):
+def test_projection_and_its_adjoint_match_definition(size, dim, seed):
     one, found, truth = drawn(size, dim, 3 * size, seed)
     np.testing.assert_allclose(found.numpy(), truth, atol=1e-5 * np.abs(truth).max())
     z, w = torch.randn(dim, requires_grad=True), torch.randn(size)
@@ -192,7 +192,7 @@ def test_training_loss_is_of_last_tenth_and_base_is_in_eval_mode(base, texts, mo
     assert not any(module.training for module in model.module.modules())
 
 
-def test_every_run_has_loss_of_plain_loop(base, texts, measured):
+def test_runs_equal_plain_loop(base, texts, measured):
     train, held = texts
     records = measured[0].whole
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
@@ -217,7 +217,7 @@ def test_every_run_has_loss_of_plain_loop(base, texts, measured):
         assert records[0].loss == pytest.approx(model.eval()(input_ids=ids_of(held), labels=ids_of(held)).loss.item())
 
 
-def test_ctrl_c_leaves_file_that_resumes_without_repeats(base, texts, measured, tmp_path):
+def test_ctrl_c_leaves_resumable_file(base, texts, measured, tmp_path):
     train, held = texts
 
     def stop(event):
@@ -294,7 +294,7 @@ def shown(records):
     return " ".join(table(Results(run, (), whole=tuple(records)), 200).split())
 
 
-def test_reference_that_may_be_too_weak_is_told():
+def test_weak_reference_is_flagged():
     """Full fine-tuning at its lowest rate, and a subspace that gains more than it does."""
     records = [*planted([("subspace", 10, 0.1, (1.2, 0.89)), ("lora", 2, 0.1, (0.5, 0.4))])]
     told = shown(records)

@@ -63,7 +63,7 @@ def case(tmp_path):
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
-def test_every_number_equals_that_of_independent_computation(case, monkeypatch, memory):
+def test_probe_equals_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
     monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     found = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
@@ -98,7 +98,7 @@ def test_every_number_equals_that_of_independent_computation(case, monkeypatch, 
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
 
 
-def test_outputs_of_two_models_fit_into_what_chunk_may_take(monkeypatch):
+def test_outputs_chunks_stay_within_memory(monkeypatch):
     config = SimpleNamespace(vocab_size=100, num_hidden_layers=3, hidden_size=5)
     model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
     texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
@@ -131,7 +131,7 @@ def test_depth_where_nothing_changed_has_no_distance(tmp_path):
     assert found[2].hidden[2] > 0
 
 
-def test_padding_is_no_hidden_state(tmp_path):
+def test_hidden_states_exclude_padding(tmp_path):
     base = bert(tmp_path / "base")
     tuned, other = (moved(base, tmp_path / name, 0.05, seed) for name, seed in (("tuned", 1), ("other", 3)))
     texts = ["abc" * (i + 1) for i in range(6)]
@@ -151,7 +151,7 @@ def test_padding_is_no_hidden_state(tmp_path):
     np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
 
 
-def test_adapters_have_losses_told_in_readme_of_samples():
+def test_sample_adapter_losses_match_readme():
     told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
     found = lora_diag.probe_outputs(
         SAMPLES / "base", SAMPLES / "lora_r4", [SAMPLES / "lora_r16"], evaluate=[SAMPLES / "eval" / "shifted.txt"]
@@ -160,7 +160,7 @@ def test_adapters_have_losses_told_in_readme_of_samples():
         assert record.loss == pytest.approx(told[name]["shifted"], abs=1e-4)
 
 
-def test_order_of_adapters_changes_nothing(tmp_path):
+def test_results_are_independent_of_adapter_order(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned, one, two = (moved(base, tmp_path / name, 0.1, seed) for seed, name in enumerate(("tuned", "one", "two")))
     text = some_text(tmp_path)
@@ -171,7 +171,7 @@ def test_order_of_adapters_changes_nothing(tmp_path):
     assert losses(one, two) == losses(two, one)
 
 
-def test_set_that_is_finished_is_not_run_again(tmp_path):
+def test_finished_set_is_not_measured_again(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned, other = moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3)
     sets = [some_text(tmp_path), some_text(tmp_path, "second", source="shifted")]
@@ -189,7 +189,7 @@ def test_set_that_is_finished_is_not_run_again(tmp_path):
     assert read_results(cut).end is not None
 
 
-def test_reference_is_yardstick_of_distances(tmp_path):
+def test_reference_scales_distances(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
     near, far, third = (

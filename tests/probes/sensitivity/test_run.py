@@ -75,7 +75,7 @@ def losses_of(model, text):
         return np.array([31 * model(one[None], labels=one[None]).loss.item() for one in ids_of(text)])
 
 
-def test_every_run_has_loss_of_plain_loop_on_that_layer_alone(case, measured):
+def test_layer_runs_equal_plain_loop(case, measured):
     base, train, held, shifted = case
     runs = [record for record in runs_of(measured[0]) if record.unit]
     assert len(runs) == 2 * 2 * 2 * (2 + 1)
@@ -94,7 +94,7 @@ def test_every_run_has_loss_of_plain_loop_on_that_layer_alone(case, measured):
         assert record.params == record.rank * {"attn": 32, "mlp": 80}[record.unit.split(".")[-3]]
 
 
-def test_best_rate_of_each_unit_and_rank_has_other_seeds(measured):
+def test_best_rate_of_unit_and_rank_is_repeated(measured):
     runs = [record for record in runs_of(measured[0]) if record.unit and record.set == "held_out"]
     for unit in {record.unit for record in runs}:
         for rank in (2, 3):
@@ -159,7 +159,7 @@ def test_unit_of_several_layers_has_parameters_of_all(case):
     assert sensitivity.record_of(texts, losses, unit, Cell(4, 1e-3, 0), losses).params == 4 * (32 + 80)
 
 
-def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, measured, tmp_path):
+def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "rank": 2, "delta": 1, "rates": RATES}
     options |= {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
@@ -226,7 +226,7 @@ def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
     assert "no run is finished" in table(nothing, 80)
 
 
-def test_classifier_is_adapted_layer_by_layer_but_for_its_head(tmp_path):
+def test_classifier_head_is_not_adapted(tmp_path):
     base = bert(tmp_path / "base")
     for name, shift in (("train", 0), ("held", 1)):
         lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))

@@ -46,7 +46,7 @@ MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
     ],
     ids=["the gradient", "its size", "chance", "noise"],
 )
-def test_whether_gradient_would_have_done(gains, scores, sizes, noise, said):
+def test_gradient_scores_are_compared_with_gains(gains, scores, sizes, noise, said):
     shown = table(results(gains, scores, [round(100 * size) for size in sizes], noise), 120)
     assert f"Proxies {said}" in " ".join(shown.split())
 
@@ -60,7 +60,7 @@ def test_most_sensitive_come_first_and_rest_is_counted():
     assert "and 10 more" in "\n".join(shown)
 
 
-def test_edge_of_unit_is_that_of_its_own_rates():
+def test_edge_of_unit_uses_own_rates():
     """Beyond the grid only some units are tried: a rate that others went past is still their last."""
     found = results([0.3, 0.3], [1, 1], [1, 1])
     base, first, second = (record for record in found.whole if isinstance(record, Sensitivity))

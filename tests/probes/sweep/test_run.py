@@ -37,7 +37,7 @@ def case(tmp_path):
     )
 
 
-def test_every_run_has_loss_of_plain_training_loop(case):
+def test_sweep_runs_equal_plain_training_loop(case):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "ranks": (1, 3), "rates": (1e-3, 3e-2)}
     found = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
@@ -69,7 +69,7 @@ def test_every_run_has_loss_of_plain_training_loop(case):
     assert found.whole[0].loss == pytest.approx(truth, abs=1e-5)
 
 
-def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, tmp_path):
+def test_ctrl_c_leaves_resumable_file(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3, "widen": 0}
     lora_diag.probe_sweep(base, output=tmp_path / "whole.jsonl", **options)
@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, tmp_path):
     assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
+def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
     first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
@@ -136,7 +136,7 @@ def test_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
         lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
 
 
-def test_finished_sweep_takes_full_and_rates_beyond(case, tmp_path):
+def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "seeds": 1}
     first = lora_diag.probe_sweep(base, widen=0, output=tmp_path / "s.jsonl", **options)
@@ -149,7 +149,7 @@ def test_finished_sweep_takes_full_and_rates_beyond(case, tmp_path):
     assert any(r.subject == "full" for r in grown.whole)
 
 
-def test_whole_bill_is_known_before_first_step(case):
+def test_sweep_cost_is_stated_before_first_step(case):
     base, train, held, _ = case
     last = []
     lora_diag.probe_sweep(
@@ -164,7 +164,7 @@ def test_whole_bill_is_known_before_first_step(case):
     assert last[-1][0] == last[-1][1] == len(last)
 
 
-def test_run_that_diverges_is_told_and_rest_goes_on(case, monkeypatch):
+def test_diverged_run_is_reported_and_others_continue(case, monkeypatch):
     base, train, held, _ = case
     real = lora_diag.models.training.rate_at
 
@@ -389,7 +389,7 @@ def test_resume_requires_same_trained_parameters(case, tmp_path):
     assert read_results(tmp_path / "s.jsonl").whole == whole.whole
 
 
-def test_lora_leaves_head_of_classifier_alone(tmp_path):
+def test_lora_excludes_classifier_head(tmp_path):
     model = open_model(bert(tmp_path / "base"), torch.device("cpu"))
     with with_lora(model, 1, Lora()) as adapted:
         names = {name for name, _ in adapted.module.named_modules() if name.endswith(".lora_A")}

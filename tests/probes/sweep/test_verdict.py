@@ -48,7 +48,7 @@ def rows(*losses):
         ([], "no verdict", None, None),
     ],
 )
-def test_verdicts(losses, word, rank, answer):
+def test_sweep_verdicts(losses, word, rank, answer):
     found = judge(rows(*losses), base=2.0, share=0.02)
     assert (found.word, found.rank, found.answer) == (word, rank, answer)
 
@@ -70,7 +70,7 @@ def test_standing_is_paired_t_test_against_margin():
 
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(1.0, 30.0))
-def test_noisier_seeds_never_make_rank_enough(seed, times):
+def test_more_seed_noise_never_makes_rank_sufficient(seed, times):
     """The same means, with every seed further from them: what was not shown is not shown now, and no margin grows."""
     rng = np.random.default_rng(seed)
     means, noise = 1 + 0.05 * rng.random((4, 1)), 0.005 * rng.normal(size=(4, 3))
@@ -84,7 +84,7 @@ def test_noisier_seeds_never_make_rank_enough(seed, times):
 
 
 @pytest.mark.parametrize(("seeds", "common"), [(2, 0.0), (3, 0.01), (6, 0.03)])
-def test_rank_at_margin_is_enough_in_at_most_5_percent(seeds, common):
+def test_rank_at_margin_false_positive_rate(seeds, common):
     """r=8 keeps exactly 98% of what r=16 gains: to call it enough is false equivalence. Seeds shift all ranks alike."""
     rng, wrong, known = np.random.default_rng(seeds), 0, 0
     means = np.array([[1.3], [1.02], [1.0]])
@@ -97,7 +97,7 @@ def test_rank_at_margin_is_enough_in_at_most_5_percent(seeds, common):
     assert known / 1500 > 0.9  # and what is far behind is seen to be
 
 
-def test_spread_of_noisy_pair_is_its_own():
+def test_noisy_pair_uses_own_variance():
     """Quiet ranks beside it do not make its interval narrow: at least that of the pair alone, with pooled freedom."""
     noisy = (1.0, 1.06, 1.02), (1.04, 1.0, 1.01)
     found = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
@@ -115,7 +115,7 @@ def test_equal_rank_is_enough_with_recommended_seeds():
     assert np.mean(found) > 0.95
 
 
-def test_example_of_docs_does_not_take_5_percent_for_2():
+def test_documented_example_distinguishes_5_from_2_percent():
     results = read_results(ROOT / "docs" / "examples" / "sweep.jsonl")
     (found, _), (shifted, _) = verdicts(results.whole, 0, results.run.settings["tolerance"]).values()
     runs = {rank: [r.loss for r in results.whole if (r.set, r.rank, r.lr) == ("held_out", rank, lr)]
@@ -155,7 +155,7 @@ def test_rank_has_rate_of_lowest_loss_on_deciding_set():
     assert (eight.runs, eight.edge) == ({0: 0.9}, False)
 
 
-def test_edge_of_rank_is_that_of_its_own_rates():
+def test_edge_of_rank_uses_own_rates():
     """Beyond the grid only some ranks are tried: a rate that others went past is still their last."""
     records = [record(4, 1e-3, 0, 1.5), record(4, 1e-2, 0, 1.0), record(8, 1e-3, 0, 1.5), record(8, 1e-2, 0, 1.2)]
     records += [record(8, 0.033, 0, 1.0), record(8, 0.11, 0, 1.1)]
@@ -186,7 +186,7 @@ def test_best_rank_is_compared_with_line_by_welch():
     assert two.half == pytest.approx(stats.t(freedom).ppf(0.975) * error)
 
 
-def test_line_that_no_seed_changes_is_one_run_and_not_exact():
+def test_seed_independent_reference_counts_as_one_run():
     """Its error is that of one LoRA run, so that √(1/n + 1) and not √(1/n) is in the interval."""
     best = (1.0, 1.02, 1.01)
     spread = np.var(best, ddof=1)
@@ -214,7 +214,7 @@ def test_line_without_spread_or_rank_has_no_statement():
 
 
 @pytest.mark.parametrize("apart", [0.02, -0.02])
-def test_line_at_margin_is_as_good_in_at_most_5_percent(apart):
+def test_reference_at_margin_false_positive_rate(apart):
     """The best of three ranks is chosen by its losses, which flatters it: limits are wider for that."""
     rng, wrong = np.random.default_rng(7), 0
     for _ in range(1500):
@@ -229,7 +229,7 @@ def base(loss, name="own"):
     return Probe(probe="sweep", set=name, subject="base", tokens=1, data="", loss=loss)
 
 
-def test_run_that_diverged_is_in_no_mean_and_no_variance():
+def test_diverged_run_is_excluded_from_statistics():
     good = [record(rank, 1e-2, seed, 1.0 + 0.01 * seed + 1 / rank) for rank in (4, 8) for seed in (0, 1, 2)]
     clean = judge(by_rank([base(2.0), *good], "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
     for loss in (None, 5.0):

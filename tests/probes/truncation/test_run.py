@@ -78,7 +78,7 @@ def test_losses_equal_those_of_independent_computation(pair, tmp_path, rest):
 
 
 @pytest.mark.parametrize("per", ["layer", "type"])
-def test_one_layer_or_type_at_time(tmp_path, per):
+def test_sensitivity_by_layer_or_type(tmp_path, per):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     text = some_text(tmp_path)
@@ -92,7 +92,7 @@ def test_one_layer_or_type_at_time(tmp_path, per):
         assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
 
 
-def test_losses_of_samples_are_those_told_in_their_readme():
+def test_sample_losses_match_readme():
     told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
     found = lora_diag.probe_truncation(
         SAMPLES / "base",
@@ -106,7 +106,7 @@ def test_losses_of_samples_are_those_told_in_their_readme():
         assert record.loss == pytest.approx(told[name]["in_domain"], abs=1e-4)
 
 
-def test_adapter_can_be_truncated_and_is_whole_at_its_rank(tmp_path):
+def test_adapter_truncated_at_own_rank_is_complete(tmp_path):
     text = some_text(tmp_path, windows=2, length=64)
     found = lora_diag.probe_truncation(SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64)
     by_rank = {record.rank: record for record in found.whole}
@@ -156,7 +156,7 @@ def test_only_completion_is_predicted(tmp_path):
     assert found.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
 
 
-def test_run_that_was_cut_goes_on_and_measures_no_cell_twice(tmp_path):
+def test_resumed_run_measures_each_cell_once(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     text = some_text(tmp_path)
@@ -237,7 +237,7 @@ def test_invalid_options_are_refused_in_one_message(tmp_path, change, error, mes
         ('{"text": "a"}\n', "has no token to predict"),
     ],
 )
-def test_lines_that_say_nothing_are_named(tmp_path, content, message):
+def test_lines_without_text_are_named(tmp_path, content, message):
     base = gpt2(tmp_path / "base")
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
@@ -281,7 +281,7 @@ def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
         lora_diag.probe_truncation(base, base, evaluate=[some_text(tmp_path)])
 
 
-def test_adapter_in_place_of_model_is_called_that(tmp_path):
+def test_adapter_in_place_of_model_is_reported(tmp_path):
     adapter = SAMPLES / "lora_r4"
     with raises_naming(UsageError, "lora_r4", "adapter"):
         lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
@@ -294,7 +294,7 @@ def test_adapter_in_place_of_model_is_called_that(tmp_path):
         (300, ", or use UTF-8 bytes as token ids"),
     ],
 )
-def test_model_without_tokenizer_is_told_way_out(tmp_path, vocabulary, way_out):
+def test_model_without_tokenizer_message_states_fix(tmp_path, vocabulary, way_out):
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )

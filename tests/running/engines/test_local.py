@@ -48,13 +48,13 @@ def test_threads_of_task_depend_on_its_size_alone():
     assert found == [1, 2, 1, 2]
 
 
-def test_callers_threads_are_left_as_they_were():
+def test_thread_count_of_caller_is_restored():
     before = torch.get_num_threads()
     list(run_local(str, range(3), Layout(2, 100), lambda task: 1))
     assert torch.get_num_threads() == before
 
 
-def test_first_error_comes_out_and_later_tasks_are_abandoned():
+def test_first_error_cancels_later_tasks():
     started = []
 
     def measure(task):

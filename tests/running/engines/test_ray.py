@@ -156,7 +156,7 @@ def test_recover_writes_same_checkpoint_and_adapter(cluster, tmp_path):
         assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "cluster" / file).read_bytes()
 
 
-def test_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+def test_killed_worker_does_not_change_results(cluster, pair, tmp_path, monkeypatch):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 1, LAST))
     lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
@@ -164,7 +164,7 @@ def test_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypa
     assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
 
 
-def test_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+def test_killed_node_does_not_change_results(cluster, pair, tmp_path, monkeypatch):
     import ray
 
     lora_diag.spectrum(*pair, output=tmp_path / "local")
@@ -183,7 +183,7 @@ def test_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatc
     assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
 
 
-def test_layer_that_kills_every_worker_is_named_and_rest_is_kept(cluster, pair, tmp_path, monkeypatch):
+def test_layer_that_kills_workers_is_named(cluster, pair, tmp_path, monkeypatch):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     monkeypatch.setattr(engine, "RETRIES", 0)
     monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 99, LAST))
@@ -228,7 +228,7 @@ def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, 
     assert progress[-1].done == progress[-1].total
 
 
-def test_tune_keeps_its_time_on_cluster_and_goes_on_here(cluster, tiny, tmp_path, monkeypatch):
+def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, monkeypatch):
     """Time is up while the pilot is trained, which is ended; with more time here, all is as of one machine."""
     base, options = tiny
     options |= {"params": 1100, "ranks": (2,), "rates": (1e-2,), "widen": 0, "no_full": True}
@@ -255,7 +255,7 @@ def test_tune_keeps_its_time_on_cluster_and_goes_on_here(cluster, tiny, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is wanted")
-def test_training_here_has_device_and_threads_of_its_tasks(cluster, tiny):
+def test_local_training_uses_requested_device_and_threads(cluster, tiny):
     base, options = tiny
     with raises_naming(UsageError, "GPUs", "machine"):
         lora_diag.probe_sweep(base, engine=Ray(), **options | {"device": "auto"})
@@ -276,7 +276,7 @@ def test_worker_refuses_texts_that_differ(tiny):
         opened(replace(site, texts=(replace(bare(text), hash="0123456789abcdef"),)))
 
 
-def test_run_of_one_machine_goes_on_on_cluster(cluster, pair, tmp_path):
+def test_local_run_resumes_on_cluster(cluster, pair, tmp_path):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     whole = (tmp_path / "local").read_bytes()
     (tmp_path / "begun").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
@@ -284,7 +284,7 @@ def test_run_of_one_machine_goes_on_on_cluster(cluster, pair, tmp_path):
     assert (tmp_path / "begun").read_bytes() == whole
 
 
-def test_unmeasurable_layer_is_reported_as_on_one_machine(cluster, pair, tmp_path, monkeypatch):
+def test_cluster_reports_unmeasurable_layer_like_local(cluster, pair, tmp_path, monkeypatch):
     base, tuned = pair
     tensors = load_file(tuned / "model.safetensors")
     tensors[LAST][3, 4] = torch.nan
@@ -302,7 +302,7 @@ def test_unmeasurable_layer_is_reported_as_on_one_machine(cluster, pair, tmp_pat
     assert LAST in told[0][0]
 
 
-def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
+def test_inputs_on_this_machine_only_are_named(cluster, pair, tmp_path):
     folder = os.open(pair[1], os.O_RDONLY)  # of this process alone
     try:
         with raises_naming(InputError, "/model.safetensors", "not visible", "storage"):
@@ -312,7 +312,7 @@ def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_no_gpu_is_error_and_not_endless_wait(cluster, pair, tmp_path, monkeypatch):
+def test_cluster_without_gpu_is_an_error(cluster, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 0.1)
     monkeypatch.setattr(engine, "LOOK", 0.2)
     with raises_naming(InputError, "1 CPU", "2 GPUs"):
@@ -320,12 +320,12 @@ def test_no_gpu_is_error_and_not_endless_wait(cluster, pair, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the second node is one in name alone")
-def test_gpu_that_torch_does_not_see_is_error_and_not_processor(cluster, pair):
+def test_gpu_invisible_to_torch_is_an_error(cluster, pair):
     with raises_naming(UsageError, "0 CUDA", "devices"):
         lora_diag.spectrum(*pair, engine=Ray(gpus_per_task=0.5))
 
 
-def test_addresses_are_read_by_workers_themselves(cluster, pair, tmp_path):
+def test_workers_read_addresses_themselves(cluster, pair, tmp_path):
     web = Web(tmp_path)
     try:
         local, there = both(tmp_path, "spectrum", f"{web.url}/base", f"{web.url}/tuned", layers="lm_head")
@@ -334,7 +334,7 @@ def test_addresses_are_read_by_workers_themselves(cluster, pair, tmp_path):
     assert local == there
 
 
-def test_ctrl_c_stops_cluster_and_leaves_file_to_go_on_with(cluster, pair, tmp_path):
+def test_ctrl_c_stops_cluster_and_leaves_resumable_file(cluster, pair, tmp_path):
     """By the command line, and with a worker killed before, of which Ray itself would tell on standard output."""
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     first, *_ = layers = [record.layer for record in lora_diag.read_results(tmp_path / "local")]
@@ -373,7 +373,7 @@ def job(**changed) -> Job:
     return Job(**{"version": __version__, "folder": str(ROOT), "files": (), "work": b"", **changed})
 
 
-def test_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
+def test_worker_refuses_changed_inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").write_bytes(b"12345")
     with raises_naming(InputError, "loradiag", "0.0.1", "same version"):
@@ -384,7 +384,7 @@ def test_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
         open_job(job(files=(("model", 6),), folder=str(tmp_path)))
 
 
-def test_worker_refuses_adapters_that_it_does_not_see(tmp_path):
+def test_worker_refuses_missing_adapters(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"12345")
     seen = FleetPath.now(tmp_path)
     (tmp_path / "training.log").write_bytes(b"what is beside it may grow")
@@ -397,7 +397,7 @@ def test_worker_refuses_adapters_that_it_does_not_see(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
-def test_worker_looks_at_adapter_and_at_its_base(other):
+def test_worker_checks_adapter_and_base(other):
     """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
     seen = {name: FleetPath.now(SAMPLES / name) for name in ("lora_r4", "base")}
     if other in seen:
@@ -430,14 +430,14 @@ def test_invalid_options_are_refused(asked, message):
     assert str(error.value).startswith(message)
 
 
-def test_comparison_of_files_takes_no_gpu(monkeypatch):
+def test_file_comparison_needs_no_gpu(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
     files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
     with raises_naming(UsageError, "--gpus-per-task", "verify-merge"):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 
-def test_dashboards_address_in_environment_is_told_apart(monkeypatch):
+def test_ray_dashboard_address_is_recognised(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
     with pytest.raises(UsageError, match=r"^RAY_ADDRESS=http://10.0.0.1:8265: .*HOST:PORT.*ray job submit"):
         Ray().check()
@@ -449,7 +449,7 @@ def test_missing_ray_message_states_fix(monkeypatch):
         Ray().check()
 
 
-def test_address_without_cluster_is_told():
+def test_ray_address_without_cluster_is_reported():
     with pytest.raises(InputError) as error:
         connection._check_answers("RAY_ADDRESS=127.0.0.1:1", "127.0.0.1:1")
     assert str(error.value) == (
@@ -479,7 +479,7 @@ def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):
             place(on, device)
 
 
-def test_cluster_that_asks_for_token_says_how(monkeypatch):
+def test_cluster_token_message_states_fix(monkeypatch):
     class AuthenticationError(Exception):
         pass
 
@@ -499,7 +499,7 @@ def test_ray_is_only_imported_inside_of_functions():
             assert not {name.split(".")[0] for name in names} & {"ray"}, file
 
 
-def test_worker_without_loradiag_is_told():
+def test_worker_without_loradiag_is_reported():
     class RayTaskError(Exception):
         cause = RuntimeError(f"{engine.NO_IMPORT}. This may be\n\nTraceback:\nModuleNotFoundError: No module\n\n")
 
@@ -526,7 +526,7 @@ class FakeRay:
         return [{"Alive": True, "Resources": node} for node in self.listed]
 
 
-def test_cluster_without_large_nodes_is_reported_not_awaited(monkeypatch):
+def test_cluster_without_large_nodes_is_reported(monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 0.05)
     monkeypatch.setattr(engine, "LOOK", 0.02)
     ray = FakeRay({"CPU": 8.0}, {"CPU": 2.0}, {})
@@ -540,7 +540,7 @@ def test_cluster_without_large_nodes_is_reported_not_awaited(monkeypatch):
         cluster.look(8)
 
 
-def test_gpu_brings_its_share_of_cores():
+def test_gpu_task_gets_share_of_cores():
     cluster = engine._Cluster(FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5)
     assert cluster.slots == 20
     assert cluster.threads(engine.Layout(4, 100))(10**9) == 2

@@ -25,7 +25,7 @@ def layers(shapes):
 
 
 @given(SHAPES, st.integers(1, 64))
-def test_batches_hold_every_task_once_in_its_order(shapes, slots):
+def test_batches_contain_every_task_once_in_order(shapes, slots):
     plan = batches(layers(shapes), dense, lambda size: 1 + (size > 10**8), slots)
     assert [at for batch in plan for at in range(batch.start, batch.stop)] == list(range(len(shapes)))
     for batch in plan:
@@ -41,7 +41,7 @@ def test_small_layers_go_in_few_batches_that_fill_all_slots():
     assert len(batches(layers([(64, 64)] * 40), dense, lambda size: 1, 8)) == 40
 
 
-def test_largest_within_reach_is_next():
+def test_next_batch_is_largest_within_reach():
     plan = [Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 7, 5, 5, 5])]  # 5 on average
     waiting = Waiting(plan, 3)
     taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 0, 0, 1, 2, 2)]
@@ -50,7 +50,7 @@ def test_largest_within_reach_is_next():
 
 
 @pytest.mark.parametrize("reach", [2, 8])
-def test_large_batch_starts_as_many_times_further_away(reach):
+def test_large_batch_waits_by_its_size(reach):
     sizes = [1] * 40
     sizes[30] = 11  # the mean is 1.25, so it may start 8.8 times further away
     plan = [Batch(at, at + 1, 1, size) for at, size in enumerate(sizes)]
@@ -101,7 +101,7 @@ class Machines:
 
 
 @given(SHAPES, st.integers(0, 99), st.integers(1, 9), st.integers(1, 12))
-def test_outcomes_come_in_order_and_never_too_much_is_under_way(shapes, seed, cores, reach):
+def test_outcomes_are_ordered_and_concurrency_limited(shapes, seed, cores, reach):
     plan = batches(layers(shapes), dense, lambda size: 1 + (size > 10**8) * 2, cores)
     machines = Machines(seed)
     assert list(machines.run(plan, Room(cores), reach)) == list(range(len(shapes)))
@@ -109,7 +109,7 @@ def test_outcomes_come_in_order_and_never_too_much_is_under_way(shapes, seed, co
     assert len(machines.sent) == len(plan)
 
 
-def test_as_many_are_under_way_as_workers_were_asked_for():
+def test_concurrency_equals_requested_workers():
     plan = [Batch(at, at + 1, 1) for at in range(50)]
     machines = Machines(1)
     list(machines.run(plan, Room(16, 3)))
@@ -117,7 +117,7 @@ def test_as_many_are_under_way_as_workers_were_asked_for():
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
-def test_first_error_in_order_comes_out_behind_all_before_it(seed, deadly, broken):
+def test_first_error_follows_earlier_outcomes(seed, deadly, broken):
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = Machines(seed, [deadly], [broken]), []
     with pytest.raises(InputError) as error:
@@ -135,7 +135,7 @@ def test_no_layers_need_no_batches():
     assert cost((0, 5), 0) == LEAST
 
 
-def test_neighbours_with_other_core_counts_are_sent_apart():
+def test_tasks_with_different_cores_are_separate_batches():
     plan = batches(layers([(64, 64), (65, 65)] * 400), dense, lambda size: 1 + (size > dense(Layer("", (64, 64)))), 1)
     assert [(batch.start, len(batch), batch.threads) for batch in plan[:3]] == [(0, 1, 1), (1, 1, 2), (2, 1, 1)]
     assert len(plan) == 800
@@ -156,14 +156,14 @@ class InTurn(Machines):
         yield done, self.outcomes(done)
 
 
-def test_tasks_around_deadly_one_are_tried_again_in_their_order():
+def test_tasks_near_fatal_task_are_retried_in_order():
     machines = InTurn([0, 0, 1, 2, 3], deadly=[3])
     with pytest.raises(InputError, match="lost 3"):
         list(machines.run([Batch(0, 5, 1, 5)], Room(1)))
     assert [batch.start for batch in machines.sent] == [0, 0, 1, 2, 3, 4]
 
 
-def test_later_error_neither_hides_earlier_one_nor_has_more_sent():
+def test_later_error_keeps_earlier_and_stops_sending():
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = InTurn([5, 10, 0], broken=[6, 11]), []
     with pytest.raises(InputError, match="broken 6"):

@@ -36,10 +36,6 @@ def tune(
     Example: loradiag tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/
     """
     dry = given["dry_run"]
-    if not (yes or dry or sys.stdin.isatty()):
-        raise UsageError(
-            "tune: cannot ask for a confirmation without a terminal; add --yes, or print the plan with --dry-run"
-        )
     # deferred: imports torch
     from lora_diag.decisions.tune.record import Tune
     from lora_diag.decisions.tune.run import tune as choose
@@ -48,6 +44,8 @@ def tune(
     def confirmed(plan: TunePlan) -> bool:
         if not shown.json and not shown.quiet:
             result(plan_text(plan, *terminal()))
+        if not (yes or sys.stdin.isatty()):
+            raise UsageError("tune: cannot ask for confirmation without a terminal; add --yes to start")
         return yes or typer.confirm("Start?", default=True, err=True)
 
     given["on_plan"] = confirmed

@@ -30,6 +30,8 @@ REMEDIES: dict[MergeStatus, str] = {
 
 # A correct merge that kept less than this fraction of ΔW in a layer gets a warning.
 WEAK_RETENTION = 0.9
+# Standard errors below this are not stated: fractions are shown as percentages with two decimals.
+INVISIBLE_ERROR = 5e-5
 
 # Maximum number of causes stated per fault.
 SHOWN = 3
@@ -171,7 +173,7 @@ def _rounding(results: Results[Merge]) -> str:
     if any(record.failed for record in results if record.adapted):
         arrived = f"where the merge is correct, {arrived}"
     errors = [record.scale_error for record in right if record.scale_error is not None]
-    if errors:
+    if errors and max(errors) >= INVISIBLE_ERROR:
         arrived += f" (standard error at most {number(100 * max(errors))}%)"
     return f"{arrived}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries unchanged"
 

@@ -156,7 +156,7 @@ def test_tune_resumed_search_gives_same_result(case, tmp_path):
     assert not [label for label in labels if label.startswith("r=")]  # the sweep is not trained again
 
 
-def test_nothing_is_written_before_the_plan_is_confirmed(case, tmp_path):
+def test_tune_writes_nothing_before_confirmation(case, tmp_path):
     base, texts, *_ = case
     seen = []
     for options in ({"on_plan": lambda plan: bool(seen.append(plan))}, {"dry_run": True}):
@@ -173,12 +173,14 @@ def test_nothing_is_written_before_the_plan_is_confirmed(case, tmp_path):
         lora_diag.tune(base, tmp_path / "run", time="0.01s", **texts, **OPTIONS)
 
 
-def test_the_command_needs_a_confirmation(loradiag, case):
+def test_tune_asks_for_confirmation_after_the_budget(loradiag, case):
     base, texts, *_ = case
-    words = ["tune", base, "--data", texts["data"], "--eval", texts["evaluate"][0], "--params", "4k", "-o", "run"]
-    refused = loradiag(*words)
-    assert refused.code == 2
+    words = ["tune", base, "--data", texts["data"], "--eval", texts["evaluate"][0], "-o", "run", "--params"]
+    refused, impossible = loradiag(*words, "4k"), loradiag(*words, "10")
+    assert (refused.code, impossible.code) == (2, 2)
     assert "--yes" in refused.err
+    assert "Budget" in refused.out  # the plan, which would have been confirmed
+    assert "--yes" not in impossible.err
 
 
 class Terminal(io.StringIO):
@@ -189,7 +191,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("answer", "trains"), [("n\n", False), ("y\n", True), ("\n", True)])
-def test_the_prompt_decides_in_a_terminal(case, tmp_path, monkeypatch, capsys, answer, trains):
+def test_tune_prompt_decides_in_terminal(case, tmp_path, monkeypatch, capsys, answer, trains):
     """Answering no stops with exit code 0 before anything is written; yes, the default, starts training."""
     base, texts, *_ = case
     started = []

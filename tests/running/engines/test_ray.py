@@ -34,7 +34,7 @@ from lora_diag.running.engines import connection
 from lora_diag.running.engines import ray as engine
 from lora_diag.running.engines.connection import import_ray
 from lora_diag.running.engines.worker import Job, open_job
-from lora_diag.running.measuring import Place, place
+from lora_diag.running.measuring import DevicePlan, plan_device
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.running.training_workers import Site, bare, opened
 from lora_diag.version import __version__
@@ -472,11 +472,11 @@ def test_options_of_cluster_without_one_are_refused(option):
 
 def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
-    assert place(Ray(), "auto") == place(Ray(), "cpu") == Place("cpu", "cpu", "cpu")
-    assert place(Ray(gpus_per_task=1), "auto").tasks == "cuda"
+    assert plan_device(Ray(), "auto") == plan_device(Ray(), "cpu") == DevicePlan("cpu", "cpu", "cpu")
+    assert plan_device(Ray(gpus_per_task=1), "auto").tasks == "cuda"
     for on, device in ((Ray(), "cuda"), (Ray(gpus_per_task=1), "cpu"), (Ray(gpus_per_task=1), "cuda:1")):
         with raises_naming(UsageError, f"--device {device}", "cluster"):
-            place(on, device)
+            plan_device(on, device)
 
 
 def test_cluster_token_message_states_fix(monkeypatch):

@@ -303,7 +303,7 @@ def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     ['a', 'h.2.w', 'h.10.w']
     """
     parts = re.split(r"(\d+)", name)
-    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts if part)
+    return tuple((True, int(part), part) if part.isdecimal() else (False, 0, part) for part in parts if part)
 
 
 def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:

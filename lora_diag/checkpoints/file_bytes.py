@@ -19,9 +19,9 @@ class Reading:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_file: dict[Path, int] = {}
+        self._by_file: dict[str, int] = {}  # paths as text, which is hashed once
 
-    def add(self, path: Path, count: int) -> None:
+    def add(self, path: str, count: int) -> None:
         """Count bytes of a file."""
         with self._lock:
             self._by_file[path] = self._by_file.get(path, 0) + count
@@ -35,7 +35,7 @@ class Reading:
         """Return the bytes read, the number of files, and their size."""
         with self._lock:
             read = dict(self._by_file)
-        return sum(read.values()), len(read), sum(path.stat().st_size for path in read if path.exists())
+        return sum(read.values()), len(read), sum(Path(path).stat().st_size for path in read if Path(path).exists())
 
 
 READING = Reading()
@@ -50,6 +50,7 @@ class FileBytes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._name = str(path)
         self._descriptor: int | None = None
 
     def fill(self, buffer: memoryview, offset: int, name: str) -> None:
@@ -75,7 +76,7 @@ class FileBytes:
                 if count == 0:
                     raise InputError(f"{self.path}: the file ends inside {name}; copy or download it again")
                 done += count
-                READING.add(self.path, count)
+                READING.add(self._name, count)
         except OSError as error:
             raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
 

@@ -4,24 +4,26 @@ What ``linalg`` does with torch, for the one input that needs neither torch nor 
 a small rank. Importing torch takes ten times as long as measuring an adapter.
 """
 
-from lora_diag.thin.sketch import BOTH, COLUMNS, LENGTH, ROWS, fold, join, mixed, sketch, transform
-from lora_diag.thin.values import MAX_RANK, ThinValues, Triangles, gram, thin_values, triangle, triangles
+from lora_diag.thin.sketch import BOTH, COLUMNS, LENGTH, ROWS, fold, join, mixed, row_major, sketch, transform
+from lora_diag.thin.values import ENOUGH, MAX_RANK, Grams, ThinValues, gram, thin_energies, thin_values, triangle
 
 __all__ = [
     "BOTH",
     "COLUMNS",
+    "ENOUGH",
     "LENGTH",
     "MAX_RANK",
     "ROWS",
+    "Grams",
     "ThinValues",
-    "Triangles",
     "fold",
     "gram",
     "join",
     "mixed",
+    "row_major",
     "sketch",
+    "thin_energies",
     "thin_values",
     "transform",
     "triangle",
-    "triangles",
 ]

@@ -76,19 +76,31 @@ def test_both_ways_to_triangle_agree_within_bounds():
     assert values.triangle(repeated).relative == 0
 
 
-def test_value_of_stack_has_bytes_of_one_alone():
-    rng = np.random.default_rng(9)
-    grams = [[values.gram(rng.standard_normal((700, 16))) for _ in range(5)] for _ in range(2)]
-    grams[0][3] = np.ones((16, 16)), 700  # one that is not definite
-    stacks = [(np.stack([one for one, _ in side]), np.array([terms for _, terms in side])) for side in grams]
-    (left, definite), (right, _) = (values.triangles(*stack) for stack in stacks)
-    assert definite.tolist() == [True, True, True, False, True]
-    together = values.thin_values(left, right, 2.0, vectors=True)
-    for i in np.flatnonzero(definite):
-        one, other = (values.triangles(side[i : i + 1], terms[i : i + 1])[0] for side, terms in stacks)
-        alone = values.thin_values(one, other, 2.0, vectors=True)
+def stacked(factors: list[np.ndarray]) -> values.Grams:
+    grams = [values.gram(x) for x in factors]
+    return values.Grams(np.stack([one for one, _ in grams]), np.array([terms for _, terms in grams]))
+
+
+def test_energies_are_within_their_bound_or_refused():
+    """Also where sizes of columns differ by 1e6 or rows of A repeat; NaN, a zero and no Cholesky factor are refused."""
+    pairs = [factors(700, 500, 8, decay, 9) for decay in (1.0, 0.5, 0.1, 1.0, 1.0, 1.0)]
+    sizes = 10.0 ** np.linspace(-3, 3, 8)
+    pairs.append((pairs[0][0] * sizes, pairs[0][1] / sizes[:, None]))
+    pairs[0][1][5], pairs[3][0][:, 2], pairs[5][0][7, 1] = pairs[0][1][4], 0.0, np.nan
+    left, right, scale = stacked([b for b, _ in pairs]), stacked([a.T for _, a in pairs]), np.linspace(-2, 3, 7)
+    right.products[4] = 1.0
+    found = values.thin_energies(left, right, scale)
+    assert np.flatnonzero(found.energy_error > values.ENOUGH).tolist() == [3, 4, 5]
+    for i in (0, 1, 2, 6):
+        b, a = pairs[i]
+        u, due, _ = np.linalg.svd(scale[i] * (b @ a), full_matrices=False)
+        assert found.fro[i] == pytest.approx(np.linalg.norm(due), rel=1e-12)
+        energy = np.cumsum(due[:8] ** 2) / (due**2).sum()
+        assert (np.abs(np.cumsum(found.s[i] ** 2) / found.fro[i] ** 2 - energy) <= found.energy_error[i]).all()
+        assert np.abs((b @ found.mix[i])[:, :2].T @ u[:, :2]) == pytest.approx(np.eye(2), abs=1e-9)
+        alone = values.thin_energies(stacked([b]), stacked([a.T]), scale[i : i + 1])
         for name in ("s", "energy_error", "fro", "mix"):
-            assert (getattr(together, name)[i] == getattr(alone, name)[0]).all()
+            assert (getattr(found, name)[i] == getattr(alone, name)[0]).all()
 
 
 @pytest.mark.parametrize(("rank", "tilt"), [(16, 0.0), (64, 0.0), (16, 0.8), (64, 0.2)])
@@ -155,13 +167,16 @@ def test_update_of_zero_has_zeros():
 
 BYTES = """
 import hashlib, numpy
-from lora_diag.thin import thin_values, triangle
+from lora_diag.thin import Grams, gram, thin_energies, thin_values, triangle
 rng, found = numpy.random.default_rng(0), hashlib.sha256()
 for rank, m, n in ((16, 50000, 129), (64, 11008, 1111), (33, 700, 64)):
     b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
     for factor in (b, b[:, :1] + 1e-9 * b):
         values = thin_values(triangle(factor), triangle(a.T))
         found.update(values.s.tobytes())
+    left, right = (Grams(x[None], numpy.array([terms])) for x, terms in (gram(b), gram(a.T)))
+    values = thin_energies(left, right, numpy.ones(1))
+    found.update(values.s.tobytes() + values.mix.tobytes())
 print(found.hexdigest())
 """
 

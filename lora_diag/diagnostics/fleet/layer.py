@@ -15,17 +15,20 @@ from lora_diag.metrics import energy_curve, ranks_at
 from lora_diag.thin import (
     BOTH,
     COLUMNS,
+    ENOUGH,
     LENGTH,
     MAX_RANK,
-    Triangles,
+    Grams,
+    ThinValues,
     fold,
     gram,
     join,
     mixed,
+    row_major,
+    thin_energies,
     thin_values,
     transform,
     triangle,
-    triangles,
 )
 
 if TYPE_CHECKING:
@@ -85,17 +88,11 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     together.
     """
     reduced = [_reduce(delta) for delta in deltas]
+    left, right = _stacked([gram for gram, _, _ in reduced]), _stacked([gram for _, gram, _ in reduced])
     folded = [each for _, _, each in reduced]
-    left, conditioned_left = triangles(*_stacked([gram for gram, _, _ in reduced]))
-    right, conditioned_right = triangles(*_stacked([gram for _, gram, _ in reduced]))
-    conditioned = conditioned_left & conditioned_right
-    found: list[Measured | None] = [None] * len(deltas)
-    if conditioned.any():
-        at = np.flatnonzero(conditioned).tolist()
-        some = [deltas[i] for i in at], [folded[i] for i in at]
-        for i, measured in zip(at, _measured(*some, left.take(conditioned), right.take(conditioned)), strict=True):
-            found[i] = measured
-    for i in np.flatnonzero(~conditioned).tolist():
+    values = thin_energies(left, right, np.array([each.scale for each in folded]))
+    found = _measured(deltas, folded, values)
+    for i in np.flatnonzero(values.energy_error > ENOUGH).tolist():
         found[i] = _measure_by_reflections(deltas[i])
     return found
 
@@ -124,16 +121,16 @@ def _reduce(delta: FactoredDelta) -> tuple[Gram, Gram, _Folded]:
     b = delta.thin.read_b()
     left, rows = gram(b), fold(b, BOTH)
     del b
-    a = delta.thin.read_a().T
+    a = row_major(delta.thin.read_a().T)
     return left, gram(a), _Folded(rows.reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
 
 
-def _stacked(grams: Sequence[Gram]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    return np.stack([products for products, _ in grams]), np.array([terms for _, terms in grams])
+def _stacked(grams: Sequence[Gram]) -> Grams:
+    return Grams(np.stack([products for products, _ in grams]), np.array([terms for _, terms in grams]))
 
 
 def _measure_by_reflections(delta: FactoredDelta) -> Measured | None:
-    """Measure a layer with a factor that is not well conditioned: it is read again, and folded in float64."""
+    """Measure a layer whose energies are not known well enough: it is read again, and folded in float64."""
     assert delta.thin is not None
     b = delta.thin.read_b().astype(np.float64)
     left, rows = triangle(b), fold(b, BOTH)
@@ -142,15 +139,12 @@ def _measure_by_reflections(delta: FactoredDelta) -> Measured | None:
     if left is None or right is None:
         return None
     folded = _Folded(rows.reshape(2, LENGTH, -1), columns, delta.thin.read_scale())
-    return _measured([delta], [folded], left, right)[0]
+    return _measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
 
 
-def _measured(
-    deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], left: Triangles, right: Triangles
-) -> list[Measured | None]:
-    """Return layers of one rank, given the triangles of their factors; None where a norm is not finite."""
+def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], found: ThinValues) -> list[Measured | None]:
+    """Return layers of one rank, given their values; None where a norm is not finite."""
     scale = np.array([each.scale for each in folded])
-    found = thin_values(left, right, scale, vectors=True)
     assert found.mix is not None
     fro = np.where(np.isfinite(found.fro) & (found.fro > 0), found.fro, 1.0)
     needed = ranks_at(energy_curve(found.s, fro[:, None], True), ENERGY)
@@ -158,7 +152,7 @@ def _measured(
     names = [delta.layer for delta in deltas]
     rows, row_size = _normalized([each.rows for each in folded])
     columns, column_size = _normalized([each.columns for each in folded])
-    left_rows, right_rows = (transform(rows[:, i]) for i in range(2))
+    left_rows, right_rows = transform(rows).swapaxes(0, 1)
     update = (scale * row_size * column_size)[:, None] * join(left_rows, transform(columns), names)
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
     directions *= row_size[:, None, None]
@@ -178,7 +172,8 @@ def _measured(
 def _normalized(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Stack arrays, each divided by a power of two, so that products are in the range of float32, and return these."""
     stack: NDArray[Any] = np.stack(parts)
-    largest = np.abs(stack).reshape(len(stack), -1).max(axis=1)
+    flat = stack.reshape(len(stack), -1)
+    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
     size = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -120, 120))
     stack *= (1 / size).astype(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
     return stack, size

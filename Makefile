@@ -59,8 +59,9 @@ bench: $(VENV)/test ## measure speed and memory beside the alternatives
 bench-quick: $(VENV)/test ## measure the kernels for a minute; fail if one is 1.3 times slower than its stored ratio
 	$(BIN)/python -m tests.benchmarks.quick
 
-bench-gpu: $(VENV)/test ## check the numbers of a GPU, measure it, and write the tables into docs/benchmarks.md
-	$(BIN)/python -m tests.benchmarks.gpu --write
+bench-gpu: ## check the numbers of a GPU, measure it, and write the tables into docs/benchmarks.md
+	$(MAKE) .venv-gpu/demo VENV=.venv-gpu VENV_OPTIONS=--system-site-packages
+	.venv-gpu/$(notdir $(BIN))/python -m tests.benchmarks.gpu --write
 
 fuzz: $(VENV)/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
@@ -81,7 +82,7 @@ clean: ## remove what make and the tests created
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loradiag needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
 
 $(VENV)/demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .

@@ -1,6 +1,10 @@
 """Benchmarks that judge: what they accept and what they refuse. No time is asserted."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tests.benchmarks import gpu, quick
 
@@ -29,8 +33,8 @@ def test_gpu_benchmark_runs_and_checks_on_stand_in(capsys):
     assert gpu.main(["--device", "cpu", "--small"]) == 0
     table = capsys.readouterr().out
     assert "stand-in" in table
-    assert "EXCEEDED" not in table
-    assert table.count("| residual: ε") == 1
+    assert not any(word in table for word in (gpu.EXCEEDED, gpu.FAILED, gpu.LATE))
+    assert table.count("| `residual`: ε") == 1
 
 
 @pytest.mark.slow
@@ -44,7 +48,31 @@ def test_gpu_benchmark_fails_on_wrong_values(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "spectrum", wrong)
     monkeypatch.setattr(gpu, "kernels", lambda *_: ())
     assert gpu.main(["--device", "cpu", "--small"]) == 1
-    assert "EXCEEDED" in capsys.readouterr().out
+    assert gpu.EXCEEDED in capsys.readouterr().out
+
+
+def test_gpu_table_goes_on_after_a_failure_until_time_is_up():
+    def fails():
+        raise torch.cuda.OutOfMemoryError("no | memory\nat all")
+
+    rows = [gpu.Row("first", fails), gpu.Row("second", lambda: gpu.compared(0.5, 1.0))]
+    lines = list(gpu.table("what | difference", rows, math.inf))[3:]
+    assert lines == [f"| first | {gpu.FAILED}: OutOfMemoryError: no / memory at all |", "| second | 5.0e-01 |"]
+    assert list(gpu.table("what | difference", rows, -math.inf))[3:] == [
+        f"| {label} | {gpu.LATE} |" for label in ("first", "second")
+    ]
+
+
+def test_gpu_comparison_of_fields_names_the_worst():
+    def record(**values):
+        return SimpleNamespace(energy_error=0.0, model_dump=lambda: {"s": (1.0,), "tail_error": 1.0, **values})
+
+    own = record(fro=1.0, energy={"4": 0.5}, note="a", missing=None)
+    assert gpu.fields([own], [record(fro=1.0, energy={"4": 0.5 + 1e-6}, note="b", missing=None)]).startswith("2.0e-01")
+    for other in (record(fro=1.0, energy={"4": 0.6}), record(fro=1.0, energy={}), record(fro=math.nan)):
+        assert gpu.EXCEEDED in gpu.fields([own], [other])
+    assert "(energy.4)" in gpu.fields([own], [record(fro=1.0, energy={"4": 0.6})])
+    assert gpu.EXCEEDED in gpu.fields([own], [])
 
 
 def test_gpu_tables_replace_the_marked_part_of_the_page():

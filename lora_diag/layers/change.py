@@ -28,6 +28,8 @@ from lora_diag.linalg import (
     own_stream,
     whole_bytes,
 )
+from lora_diag.linalg.devices import move
+from lora_diag.records.vocabulary import ON_CPU
 
 T = TypeVar("T")
 
@@ -124,6 +126,8 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         wide = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
         change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
+        if change.non_finite is not None and device.type != "cpu":  # read again, to say where
+            change = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
         if change.non_finite is None and not (change.rounding and math.isfinite(change.rounding.bound)):
             change.non_finite = COARSE
         matrix, change.matrix = change.matrix, None
@@ -137,14 +141,14 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")
     base_fro = None
     if delta.base is not None:
-        base_fro = norm(block.to(device) for block in row_blocks(delta.base, delta.shape))
+        base_fro = norm(row_blocks(delta.base, delta.shape))  # read on the CPU in the time of a copy to the device
         if not math.isfinite(base_fro):
             return Change(None, None, non_finite=_in_base(delta.base, delta.shape))
     if isinstance(delta, FactoredDelta):
-        b, a = (factor.to(device) for factor in delta.load())
+        b, a = (move(factor, device) for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
         return Change(None, base_fro, factors=None if problem else (b, a), non_finite=problem)
-    matrix = delta.load().to(device)
+    matrix = move(delta.load(), device)
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
@@ -173,9 +177,18 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
     with _report_failed_allocations(), own_stream(device):
         try:
             return compute(device), ""
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return compute(torch.device("cpu")), f" on the CPU: out of memory on {device}"
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Only here the error, and with it the tensors of the calls that failed, are gone.
+        torch.cuda.empty_cache()
+        return compute(torch.device("cpu")), f"{ON_CPU}out of memory on {device}"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a GPU is out of memory, as noticed by torch or by CUDA's libraries."""
+    words = ("CUDA error: out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def why_not_comparable(fro: float) -> str | None:

@@ -15,6 +15,7 @@ from lora_diag.linalg.devices import move
 from lora_diag.linalg.noise import Energies, Moves, Sample
 from lora_diag.linalg.rounding import (
     LAYOUT,
+    SHORTER,
     Profile,
     Spacing,
     Unchanged,
@@ -38,8 +39,8 @@ COARSE = 1 / 16
 # whole blocks of 2^20, 225 in pieces of 2^17.
 PIECE = 2**18
 
-# Entries of a piece on a GPU, for which the CPU waits six times: of 4096² one instead of 16. It takes some 2 GB.
-GPU_PIECE = 2**26
+# Entries of a piece on a GPU, which takes some 1 GB: the GPU computes one while the CPU starts the next.
+GPU_PIECE = 2**24
 
 Start = Literal["exact", "rounded", "unknown"]
 
@@ -71,7 +72,7 @@ class Rounding:
     @property
     def fro(self) -> float:
         """Expected ‖E‖_F."""
-        return self.noise.unit * math.sqrt(float(self.noise.rows.sum()))
+        return float(self.noise.unit) * math.sqrt(float(self.noise.rows.sum()))
 
 
 @dataclass(slots=True)
@@ -117,23 +118,30 @@ def difference(
         steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none.
 
     Returns:
-        ΔW and its norms. After a non-finite entry nothing more is read and the norms are NaN.
+        ΔW and its norms. After a non-finite entry nothing more is read and the norms are NaN. A GPU is awaited once,
+        after the last block, and does not tell where that entry is.
     """
     matrix: Tensor | None = None
     fro = base_fro = 0.0
     read = _Roundings(shape, device)
     same = row = 0
+    unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
     for base, tuned, block_steps in _pieces(blocks, spacings, device):
         dtype = torch.promote_types(wide(base.dtype), wide(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
-        norm, base_norm, unchanged = _sizes(block, base, tuned)
-        if not math.isfinite(norm + base_norm):
-            why = _why_not_finite(base, tuned, block, row)
-            return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
-        fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
-        same += unchanged
-        coarse = norm > COARSE * base_norm
+        norm: float | Tensor
+        base_norm: float | Tensor
+        unchanged: int | Tensor
+        if device.type == "cpu":
+            norm, base_norm, unchanged = _sizes(block, base, tuned)
+            if not math.isfinite(norm + base_norm):
+                return _not_finite(_why_not_finite(base, tuned, block, row))
+            fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
+            same += unchanged
+        else:
+            norm, base_norm, unchanged = sizes = _sizes_on_gpu(block, base, tuned)
+            unread += sizes
         read.add(
             base,
             tuned,
@@ -141,13 +149,18 @@ def difference(
             block_steps,
             row,
             Unchanged.of(block, norm, unchanged),
-            subtracted=coarse,
+            subtracted=norm > COARSE * base_norm,
         )
         if keep:
             if matrix is None:
                 matrix = _empty(shape, dtype, device)
             matrix[row : row + len(block)] = block
         row += len(block)
+    if found := read.fetch(unread):
+        fro, base_fro = math.hypot(*found[::3]), math.hypot(*found[1::3])
+        same = int(sum(found[2::3]))
+        if not math.isfinite(fro + base_fro):
+            return _not_finite("an entry is not finite")
     return Difference(
         matrix=matrix,
         fro=fro,
@@ -164,7 +177,8 @@ class _Roundings:
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape = shape
         self.base, self.tuned, self.subtracted = (Spacing.of(shape, device) for _ in range(3))
-        self.sample, self.energies = Sample(shape), Energies()
+        self.sample, self.energies = Sample(shape), Energies.of(device)
+        self.sampled: list[Tensor] = []
 
     def add(
         self,
@@ -174,7 +188,7 @@ class _Roundings:
         steps: tuple[Tensor | None, Tensor | None],
         row: int,
         unchanged: Unchanged | None,
-        subtracted: bool,
+        subtracted: bool | Tensor,
     ) -> None:
         """Add a block of both sides and of their difference."""
         sample = self.sample.of(row)
@@ -183,14 +197,29 @@ class _Roundings:
             self.tuned.add(tuned, steps[1], unchanged, row, sample=sample),
         )
         self.sample.add(block.reshape(-1)[sample], *spacing)
+        own = LAYOUT[block.dtype][2]
+        if isinstance(subtracted, Tensor):
+            if LAYOUT[tuned.dtype][2] > LAYOUT[(*SHORTER[base.dtype], base.dtype)[0]][2]:  # perhaps finer
+                self.energies.add_on_gpu(block, base)
+            if own in (LAYOUT[base.dtype][2], LAYOUT[tuned.dtype][2]):
+                coarse = subtracted & ((self.base.mantissa == own) | (self.tuned.mantissa == own))
+                self.subtracted.add(block, None, unchanged, row, weight=coarse)
+            return
         if is_finer(self.base, self.tuned):
             self.energies.add(block, base, unchanged.entries if unchanged else None)
-        if subtracted and LAYOUT[block.dtype][2] in (self.base.mantissa, self.tuned.mantissa):
+        if subtracted and own in (self.base.mantissa, self.tuned.mantissa):
             self.subtracted.add(block, None, unchanged, row)
 
+    def fetch(self, others: list[Tensor]) -> list[float]:
+        """Read all sums, and other numbers, which are returned: from a GPU in one transfer."""
+        sides = (self.base, self.tuned, self.subtracted)
+        found = fetch_sums(sides, *self.sample(), self.energies.sums, *others)
+        self.sampled, self.energies.sums = found[:3], found[3]
+        return [float(each) for each in found[4:]]
+
     def rounding(self) -> Rounding:
-        """Return the effect of rounding over all blocks."""
-        moved, base_spacing, tuned_spacing = fetch_sums((self.base, self.tuned, self.subtracted), *self.sample())
+        """Return the effect of rounding over all blocks, which have been fetched."""
+        moved, base_spacing, tuned_spacing = self.sampled
         start, beta = self.start()
         exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]
@@ -237,6 +266,18 @@ def _sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, in
     if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow
         norm, base_norm = _norm(block), _norm(base)
     return norm, base_norm, int(same)
+
+
+def _sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
+    """As ``_sizes``, without reading them."""
+    norms = []
+    for each in (block, base):
+        if each.dtype == torch.float64:  # the squares may underflow or overflow
+            largest = each.abs().max().clamp(min=1e-300)
+            norms.append(torch.linalg.vector_norm(each / largest) * largest)
+        else:
+            norms.append(torch.linalg.vector_norm(each, dtype=torch.float64))
+    return [*norms, _unchanged(base, tuned)]
 
 
 def _norm(block: Tensor) -> float:
@@ -329,6 +370,10 @@ def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | No
         return None
     row, column = divmod(int(bad.reshape(-1).to(torch.uint8).argmax()), values.shape[1])
     return f"{words} {float(values[row, column])} at [{first_row + row}, {column}]"
+
+
+def _not_finite(why: str) -> Difference:
+    return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
 
 
 def _why_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:

@@ -132,7 +132,12 @@ class Moves:
 class Energies:
     """n, Σ ΔW² and Σ ΔW⁴ of the changed entries by the first 7 bits of |w|, which determine BASE's spacing."""
 
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3, _BINS, dtype=torch.float64))
+    sums: Tensor
+
+    @classmethod
+    def of(cls, device: torch.device) -> Energies:
+        """Return the sums of no entries, on the device of the blocks."""
+        return cls(torch.zeros(3, _BINS, dtype=torch.float64, device=device))
 
     def add(self, block: Tensor, base: Tensor, unchanged: Tensor | None) -> None:
         """Add a block.
@@ -142,8 +147,7 @@ class Energies:
             base: Block of W_base.
             unchanged: True where ΔW is 0; None if nowhere.
         """
-        bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1).cpu()
-        block = block.cpu()
+        bins = _bins(base)
         parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
         for part, changes in parts:  # stays in the cache
             squares = changes.to(torch.float64).square()
@@ -153,6 +157,19 @@ class Energies:
             self.sums[0] += count
             self.sums[1] += torch.bincount(part, squares, minlength=_BINS)
             self.sums[2] += torch.bincount(part, squares.square_(), minlength=_BINS)
+
+    def add_on_gpu(self, block: Tensor, base: Tensor) -> None:
+        """As ``add``, in integers, whose sums are the same in any order: relative to 2⁻³⁶ of the largest of a bin."""
+        bins, squares = _bins(base).to(torch.int64), block.reshape(-1).to(torch.float64).square()
+        largest = torch.zeros_like(self.sums[0]).scatter_reduce_(0, bins, squares, "amax").clamp_(min=1e-300)
+        shares = squares / largest[bins]
+        units = (torch.ones_like(largest), largest, largest.square())
+        for sums, values, unit in zip(
+            self.sums, ((shares > 0).to(shares), shares, shares.square()), units, strict=True
+        ):
+            whole = (values * 2.0**36).round().to(torch.int64)
+            found = torch.zeros(_BINS, dtype=torch.int64, device=bins.device).scatter_add_(0, bins, whole)
+            sums += found.to(torch.float64) * 2.0**-36 * unit
 
     def base_rounding(self, mantissa: int) -> tuple[float, float] | None:
         """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the changed entries.
@@ -195,3 +212,8 @@ class Energies:
         variance = inverse @ (weighted.T @ (rest[:, None] * weighted)) @ inverse
         factor = 1 / (float(scale[0]) * unit**2)
         return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor
+
+
+def _bins(base: Tensor) -> Tensor:
+    """Return the first 7 bits of |w| and its exponent, for every entry."""
+    return (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)

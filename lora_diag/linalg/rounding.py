@@ -4,6 +4,10 @@ A value w stored with p mantissa bits represents every number within half a spac
 So a stored W differs from the one that was trained by an E with |E_ij| ≤ ulp(W_ij)/2, and, while the trained values lie
 anywhere between two stored ones, E_ij has the variance ulp²/12 of a uniform error (Widrow and Kollár 2008,
 *Quantization Noise*, §4).
+
+What depends on the values of a block is decided by the CPU where they are in its memory. For a GPU it would have to
+wait each time. There a decision is a scalar tensor that selects or multiplies sums, and nothing is read before
+``fetch_sums``.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +42,7 @@ class Profile:
     columns: Tensor
     rows_fourth: Tensor
     columns_fourth: Tensor
-    unit: float = 0.0
+    unit: Any = 0.0  # a scalar tensor on a GPU
 
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device | None = None) -> Profile:
@@ -45,19 +50,25 @@ class Profile:
         (rows, also_rows), (columns, also_columns) = (
             torch.zeros(2, size, dtype=torch.float64, device=device) for size in shape
         )
-        return cls(rows, columns, also_rows, also_columns)
+        return cls(rows, columns, also_rows, also_columns, 0.0 if rows.device.type == "cpu" else rows.new_zeros(()))
 
-    def add(self, spacing: Tensor, scale: float, row: int, column: int, top: float | None = None) -> Tensor:
+    def add(
+        self, spacing: Tensor, scale: float | Tensor, row: int, column: int, top: float | Tensor | None = None
+    ) -> Tensor:
         """Add the block u = ``spacing``·``scale`` at (``row``, ``column``); return its Σ u², a scalar.
 
         ``spacing`` is overwritten: of 15 ms that a block of 2²⁰ entries took, 12 went into new pages for copies.
         ``top`` is its maximum if known.
         """
-        if top is None:
-            top = float(spacing.max()) if spacing.numel() else 0.0
-        if not 0.0 < top * scale < math.inf:
-            return self.rows.new_full((), top * scale)
-        self._measure_in(max(self.unit, top * scale))
+        if isinstance(self.unit, Tensor):
+            top = spacing.max().clamp(min=torch.finfo(spacing.dtype).tiny).to(self.unit)
+            self._measure_in(torch.maximum(self.unit, top * scale))
+        else:
+            if top is None:
+                top = float(spacing.max()) if spacing.numel() else 0.0
+            if not 0.0 < top * scale < math.inf:
+                return self.rows.new_full((), float(top * scale))
+            self._measure_in(max(self.unit, top * scale))
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
         squares = spacing.div_(top).square_()
@@ -69,7 +80,7 @@ class Profile:
         self.columns_fourth[across] += ratio**2 * fourth.sum(0).to(self.rows)
         return rows.sum() * (top * scale) * (top * scale)
 
-    def _measure_in(self, unit: float) -> None:
+    def _measure_in(self, unit: float | Tensor) -> None:
         """Change the unit."""
         ratio = (self.unit / unit) ** 2
         for sums, power in ((self.rows, 1), (self.columns, 1), (self.rows_fourth, 2), (self.columns_fourth, 2)):
@@ -110,7 +121,7 @@ class Spacing:
     profile: Profile
     still: Profile
     total: Tensor
-    mantissa: int = 0
+    mantissa: Any = 0  # a scalar tensor on a GPU
     _scratch: Tensor | None = None
 
     @classmethod
@@ -132,6 +143,7 @@ class Spacing:
         row: int = 0,
         column: int = 0,
         sample: slice = slice(0),
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Add a block.
 
@@ -145,6 +157,7 @@ class Spacing:
             row: Row number of the first row.
             column: Column number of the first column.
             sample: Mask of the entries whose spacing is returned.
+            weight: 1, or 0 if the block does not count; a decision on a GPU.
 
         Returns:
             The spacing of those entries, float64.
@@ -152,21 +165,36 @@ class Spacing:
         scratch = self._scratch
         if scratch is None or scratch.shape[1] != block.shape[1] or len(scratch) < len(block):
             scratch = self._scratch = torch.empty_like(block, dtype=wide((block if step is None else step).dtype))
-        spacing, scale = scratch[: len(block)], 1.0
+        spacing: Tensor = scratch[: len(block)]
+        scale: float | Tensor = 1.0
         if step is not None:
             spacing.copy_(step.reshape(block.shape))
+        elif isinstance(self.profile.unit, Tensor):
+            used = spacings_on_gpu(block, spacing)
+            scale = torch.exp2(-used.to(self.total))
+            self.mantissa = torch.clamp(used, min=self.mantissa)
         else:
             mantissa = spacings(block, spacing)
             scale = 2.0**-mantissa
             self.mantissa = max(self.mantissa, mantissa)
+        if weight is not None:
+            spacing *= weight
         taken = spacing.reshape(-1)[sample].to(torch.float64) * scale
         self.total = self.total + self._add(spacing, scale, unchanged, row, column)
         return taken
 
-    def _add(self, spacing: Tensor, scale: float, unchanged: Unchanged | None, row: int, column: int) -> Tensor:
+    def _add(
+        self, spacing: Tensor, scale: float | Tensor, unchanged: Unchanged | None, row: int, column: int
+    ) -> Tensor:
         """Add u = ``spacing``·``scale`` to the profiles; return Σ u²."""
         if unchanged is None:
             return self.profile.add(spacing, scale, row, column)
+        if isinstance(unchanged.few, Tensor):
+            total: Tensor = torch.linalg.vector_norm(spacing, dtype=torch.float64) * scale
+            limited = torch.minimum(spacing, (unchanged.limit / scale).to(spacing.dtype)) * unchanged.entries
+            self.still.add(limited * ~unchanged.few, scale, row, column)
+            self.profile.add(torch.where(unchanged.entries, limited * unchanged.few, spacing), scale, row, column)
+            return total.square()
         if unchanged.few and (top := float(spacing.max())) * scale <= unchanged.limit:
             return self.profile.add(spacing, scale, row, column, top)
         norm = torch.linalg.vector_norm(spacing, dtype=torch.float64).to(self.total) * scale
@@ -199,13 +227,13 @@ class Unchanged:
     """
 
     entries: Tensor
-    few: bool
-    limit: float
+    few: bool | Tensor
+    limit: Any
 
     @classmethod
-    def of(cls, block: Tensor, fro: float, number: int) -> Unchanged | None:
+    def of(cls, block: Tensor, fro: float | Tensor, number: int | Tensor) -> Unchanged | None:
         """Return the unchanged entries of a block of ΔW, given its norm and their number; None if there are none."""
-        if not number:
+        if not isinstance(number, Tensor) and not number:
             return None
         entries = block.numel()
         return cls(block == 0, number < FEW * entries, math.sqrt(12 / entries) * fro)
@@ -258,26 +286,50 @@ def spacings(values: Tensor, out: Tensor) -> int:
     return own
 
 
+def spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
+    """As ``spacings``; p is a scalar on the GPU.
+
+    Example:
+        >>> out = torch.empty(3)
+        >>> spacings_on_gpu(torch.tensor([1.0, 0.5, 0.1]), out), out
+        (tensor(7), tensor([1.0000e+00, 5.0000e-01, 9.5367e-07]))
+    """
+    out.copy_(values)
+    integer, mask, own = LAYOUT[out.dtype][0], LAYOUT[out.dtype][1], LAYOUT[values.dtype][2]
+    out.view(integer).bitwise_and_(mask)
+    out.clamp_(min=torch.finfo(values.dtype).tiny)
+    mantissa = torch.full((), own, device=values.device)
+    exact = out.clone() if SHORTER[values.dtype] else out
+    for dtype in reversed(SHORTER[values.dtype]):
+        fits = _fits(values, dtype)
+        most = torch.count_nonzero(fits) > fits.numel() / 2
+        shorter = LAYOUT[dtype][2]
+        mixed = torch.where(fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own))
+        out.copy_(torch.where(most, mixed, out))
+        mantissa = torch.where(most, shorter, mantissa)
+    return mantissa
+
+
 def _fits(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype) == values
 
 
 def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
-    """Copy the sums of all sides to the CPU, and other float64 tensors, which are returned: in one transfer."""
-    sides = list(sides)
+    """Copy the sums of all sides from a GPU, and other float64 tensors, which are returned: in one transfer."""
+    sides = [side for side in sides if side.total.device.type != "cpu"]
     profiles = [profile for side in sides for profile in (side.profile, side.still)]
-    parts = [side.total for side in sides] + list(others)
-    parts += [each for profile in profiles for each in (profile.rows, profile.columns)]
-    parts += [each for profile in profiles for each in (profile.rows_fourth, profile.columns_fourth)]
-    found = fetch(*parts)
+    places = [(side, name) for side in sides for name in ("total", "mantissa")]
+    sums = [(each, name) for each in profiles for name in ("rows", "columns", "rows_fourth", "columns_fourth", "unit")]
+    parts = [getattr(*place) for place in (*places, *sums)]
+    parts = [each if isinstance(each, Tensor) else sides[0].total.new_full((), each) for each in parts]
+    found = fetch(*(each.to(torch.float64) for each in (*parts, *others))) if sides else list(others)
+    for (owner, name), value in zip((*places, *sums), found, strict=False):
+        setattr(owner, name, value)
     for side in sides:
-        side.total = found.pop(0)
-    values = [found.pop(0) for _ in others]
+        side.mantissa = int(side.mantissa)
     for profile in profiles:
-        profile.rows, profile.columns = found.pop(0), found.pop(0)
-    for profile in profiles:
-        profile.rows_fourth, profile.columns_fourth = found.pop(0), found.pop(0)
-    return values
+        profile.unit = float(profile.unit) if profile.rows.any() else 0.0
+    return found[len(parts) :]
 
 
 def rounding_bound(sides: Iterable[Spacing]) -> float:
@@ -292,4 +344,4 @@ def is_finer(base: Spacing, tuned: Spacing) -> bool:
     values are exact if they are the starting point. Where both are stored alike, both may have been rounded from a
     finer run; and a quantized BASE is an approximation of other weights.
     """
-    return tuned.mantissa > base.mantissa > 0
+    return bool(tuned.mantissa > base.mantissa > 0)

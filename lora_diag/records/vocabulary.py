@@ -7,6 +7,9 @@ from typing import Any, Literal, Protocol
 
 from lora_diag.records.base import Count, Norm, Record, Share
 
+# In ``method``, before the reason why a layer was not computed on the device of the run.
+ON_CPU = " on the CPU: "
+
 
 class Tail(Record):
     """Eckart–Young errors of the best rank-r approximation.

@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.records import Results
+from lora_diag.records.vocabulary import ON_CPU
 from lora_diag.rendering.lines import inputs, left_out_line, not_measured, notes
+from lora_diag.rendering.text import named
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
 Level = Literal["ok", "note", "warning", "failure"]
@@ -116,10 +118,13 @@ def left_out(results: Results[Any]) -> Statement:
 
 
 def final_statements(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
-    """Return the final statements: unmeasured layers, and a run that did not finish."""
+    """Return the final statements: layers without a result or not on the GPU, and a run that did not finish."""
     found = []
     if results.unmeasured:
         found.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
+    if elsewhere := [record.layer for record in results if ON_CPU in getattr(record, "method", "")]:
+        words = f"the GPU was out of memory, and the CPU computed {named(elsewhere)}; --workers 1 takes less"
+        found.append(make_statement("device", "Device", words, level="warning"))
     if results.end is None:
         found.append(
             make_statement("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure")

@@ -15,27 +15,27 @@ POWER, SIZE = 0.7, 0.02
 
 def update(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """Return a ΔW with σ_i close to a power law: Gaussian factors, scaled columns; no SVD needed to make it."""
-    k = min(rows, columns)
-    left = torch.randn(rows, k, generator=generator) / rows**0.5
-    right = torch.randn(k, columns, generator=generator) / columns**0.5
-    return (left * torch.arange(1, k + 1) ** -POWER) @ right
+    k, device = min(rows, columns), generator.device
+    left = torch.randn(rows, k, generator=generator, device=device) / rows**0.5
+    right = torch.randn(k, columns, generator=generator, device=device) / columns**0.5
+    return (left * torch.arange(1, k + 1, device=device) ** -POWER) @ right
 
 
 def weight(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a bf16 weight before and after."""
-    base = (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+    """Return a bf16 weight before and after, made on the device of the generator."""
+    base = (torch.randn(rows, columns, generator=generator, device=generator.device) * 0.02).bfloat16()
     delta = update(rows, columns, generator)
     delta *= SIZE * base.float().norm() / delta.norm()
-    return base, (base.float() + delta).bfloat16()
+    return base.cpu(), (base.float() + delta).bfloat16().cpu()
 
 
-def make_pair(folder: Path, hidden: int, inner: int, kv: int, layers: int) -> tuple[Path, Path]:
+def make_pair(folder: Path, hidden: int, inner: int, kv: int, layers: int, device: str = "cpu") -> tuple[Path, Path]:
     """Write base/ and tuned/, one shard a layer, with the config.json that other tools ask for."""
     base, tuned = folder / "base", folder / "tuned"
     if (tuned / "model.safetensors.index.json").exists():
         return base, tuned
     weight_map: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for side in (base, tuned):
         side.mkdir(parents=True, exist_ok=True)
     for layer in range(layers + 1):

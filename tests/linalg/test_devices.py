@@ -1,15 +1,22 @@
 """What happens on a GPU, with a stand-in for one: streams by thread, pinned copies, and the CPU as a fallback."""
 
+import math
+import sys
 import threading
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import pair
 from lora_diag.errors import UsageError
-from lora_diag.layers.change import on_device
-from lora_diag.linalg import decompose, devices, difference
+from lora_diag.layers.change import load_change, on_device
+from lora_diag.linalg import Difference, decompose, devices, difference
 from tests.standin import counted
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -77,6 +84,21 @@ def test_out_of_memory_on_gpu_falls_back_and_says_so(log):
     assert "cache emptied" in log
 
 
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
+def test_libraries_out_of_memory_fall_back_after_freeing_theirs(log, words):
+    attempts = []
+
+    def compute(device):
+        held = torch.zeros(3)
+        attempts.append(weakref.ref(held))
+        if device.type == "cuda":
+            raise RuntimeError(words)
+        return [attempt() is None for attempt in attempts]
+
+    in_a_thread(lambda: log.append(on_device(compute, GPU)[0]))
+    assert log[-1] == [True, False]
+
+
 def test_copies_to_gpu_are_pinned_and_do_not_wait():
     block = torch.arange(3.0)
     assert devices.move(block, CPU) is block
@@ -99,26 +121,62 @@ def test_krylov_waits_once_a_check_and_repeats_a_block():
     assert found.energy_error == pytest.approx(there.energy_error, rel=1e-6)
 
 
-@pytest.mark.parametrize(("dtypes", "most"), [(("bfloat16", "bfloat16"), 7), (("bfloat16", "float32"), 10)], ids=str)
-def test_layer_makes_cpu_wait_a_few_times(dtypes, most):
-    """Whatever the number of blocks; and the numbers are those of the CPU."""
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+CASES = [((BF16, BF16), 0.6), ((BF16, F32), 0.1), ((F32, F32), 0.0), ((F64, F16), 0.1)]
+
+
+@pytest.mark.parametrize(("dtypes", "still"), CASES, ids=str)
+def test_pass_over_a_layer_waits_once(monkeypatch, dtypes, still):
+    """Whatever the number of blocks; decisions made on the GPU are those of the CPU on the same pieces."""
+    monkeypatch.setattr(sys.modules[Difference.__module__], "GPU_PIECE", 12_000)
     seeded = torch.Generator().manual_seed(0)
-    base = torch.randn(160, 200, generator=seeded).to(getattr(torch, dtypes[0]))
-    tuned = (base.float() + torch.randn(160, 200, generator=seeded) / 50).to(getattr(torch, dtypes[1]))
-    tuned[:, :9] = base[:, :9]
-
-    def measure(device):
-        found = difference(zip(base.split(20), tuned.split(20), strict=True), (160, 200), device)
-        return found, decompose(found.matrix, fro=found.fro)
-
+    stored = [torch.randn(160, 200, generator=seeded) * size for size in (0.02, 4e-4, 1e-2)]
+    base = stored[0].to(BF16).to(dtypes[0])  # in float32 they are still bfloat16 numbers
+    tuned = (base.double() + torch.cat((stored[1][:80], stored[2][80:]))).to(dtypes[1])  # the second half moves far
+    tuned[:, : int(200 * still)] = base[:, : int(200 * still)].to(dtypes[1])
+    own = difference(zip(base.split(60), tuned.split(60), strict=True), (160, 200), CPU)
     with counted() as mode:
-        found, factors = measure(GPU)
-    own, there = measure(CPU)
-    assert 1 <= mode.waits <= most
-    assert float((factors.s - there.s).abs().max()) < 1e-6 * float(there.s[0])
-    assert (found.unchanged, found.rounding.start) == (own.unchanged, own.rounding.start)
-    assert found.fro == pytest.approx(own.fro, rel=1e-12)
-    assert found.rounding.fro == pytest.approx(own.rounding.fro, rel=1e-2)
+        there = difference(zip(base.split(20), tuned.split(20), strict=True), (160, 200), GPU)
+    assert mode.waits == 1
+    assert torch.equal(there.matrix.as_subclass(torch.Tensor), own.matrix)
+    assert numbers(there) == pytest.approx(numbers(own), rel=1e-6, nan_ok=True)
+    assert (there.mantissa, there.rounding.start) == (own.mantissa, own.rounding.start)
+
+
+def numbers(found):
+    rounding, noise = found.rounding, found.rounding.noise
+    profile = [noise.unit**2 * noise.rows, noise.unit**2 * noise.columns]
+    profile += [noise.unit**4 * noise.rows_fourth, noise.unit**4 * noise.columns_fourth]
+    beta = rounding.base_rounding or (math.nan, math.nan)
+    single = (found.fro, found.base_fro, found.unchanged, rounding.bound, rounding.base_fro, rounding.untouched)
+    return np.array([*single, *beta, rounding.sides, *torch.cat(profile).tolist()])
+
+
+@pytest.mark.parametrize(("rows", "waits"), [(160, 2), (520, 3)])
+def test_all_values_wait_once_after_the_pass(rows, waits):
+    """Small Gram matrices are solved on the CPU; for others torch reads the solver's error code, too."""
+    matrix = torch.randn(rows, rows, generator=torch.Generator().manual_seed(0))
+    base = torch.zeros_like(matrix)
+    there = decompose(matrix)
+    with counted() as mode:
+        found = difference([(base, matrix)], tuple(matrix.shape), GPU)
+        factors = decompose(found.matrix, fro=found.fro)
+    assert mode.waits == waits
+    assert float((factors.s - there.s).abs().max()) < 1e-9 * float(there.s[0])
+
+
+def test_not_finite_entry_of_a_gpu_is_located_by_the_cpu(tmp_path):
+    matrix = torch.zeros(4, 5)
+    matrix[2, 3] = math.inf
+    for name, weight in (("base", torch.zeros(4, 5)), ("tuned", matrix)):
+        save_file({"a.weight": weight}, tmp_path / f"{name}.safetensors")
+    sides = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
+    (delta,) = pair(*sides).deltas
+    with counted():
+        change = load_change(delta, GPU)
+    assert "[2, 3]" in change.non_finite
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():

@@ -10,6 +10,7 @@ import lora_diag
 import lora_diag.diagnostics.spectrum.measure as diagnostic
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import DenseDelta, FactoredDelta, Side
+from lora_diag.diagnostics.spectrum.summary import summary_lines
 from lora_diag.layers.change import load_change
 from tests import oracles
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
@@ -277,6 +278,8 @@ def test_gpu_out_of_memory_moves_layer_to_cpu(pair_of_models, monkeypatch):
     plain = [record.layer for record in results if "out of memory" not in record.method]
     assert len(plain) == len(results) - 1
     assert_names(results[failed[0]].method, "CPU", "memory")
+    (statement,) = (each for each in summary_lines(results) if each.key == "device")
+    assert_names(statement.lead, failed[0].removesuffix(".weight"), "--workers 1")
 
 
 def test_same_input_same_bytes(tmp_path, pair_of_models):

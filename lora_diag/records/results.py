@@ -72,7 +72,8 @@ class Results(Generic[L]):
 
         Example:
             >>> import lora_diag
-            >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+            >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+            >>> results = lora_diag.spectrum(base, tuned, layers="o_proj")
             >>> results.plot("energy").axes[0].get_ylabel()
             'C(r)'
         """
@@ -97,7 +98,8 @@ class Results(Generic[L]):
 
         Example:
             >>> import lora_diag
-            >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+            >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+            >>> results = lora_diag.spectrum(base, tuned, layers="o_proj")
             >>> results[0].layer == results["model.layers.0.self_attn.o_proj"].layer, len(results[:2])
             (True, 2)
         """
@@ -189,7 +191,8 @@ class Results(Generic[L]):
 
         Example:
             >>> import lora_diag
-            >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+            >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+            >>> results = lora_diag.spectrum(base, tuned, layers="o_proj")
             >>> table = results.columns()
             >>> table["block"], table["energy.8"] == [record.energy["8"] for record in results]
             ([0, 1, 2, 3], True)

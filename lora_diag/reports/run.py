@@ -45,7 +45,8 @@ def report(
 
     Example:
         >>> import lora_diag
-        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> results = lora_diag.spectrum(base, tuned, layers="o_proj")
         >>> print(report(results, format="md").splitlines()[0])
         # sample_checkpoints/full_ft compared with sample_checkpoints/base
     """

@@ -76,7 +76,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
 
     Example:
         >>> import lora_diag
-        >>> spectra = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="q_proj")
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> spectra = lora_diag.spectrum(base, tuned, layers="q_proj")
         >>> plan = allocate(spectra, params="8k")
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)

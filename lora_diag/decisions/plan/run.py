@@ -68,6 +68,9 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         length: Tokens of a sequence; longer rows are truncated before counting.
         **options: ``PlanOptions``.
 
+    Returns:
+        One record: parameters, bytes and FLOPs of every matrix and rank, and the ranks within the budget.
+
     Raises:
         UsageError: An option is invalid, or no matrix is targeted.
         InputError: The model cannot be read.

@@ -83,7 +83,8 @@ def recover(
         InconclusiveError: There is nothing to write.
 
     Example:
-        >>> found = recover("sample_checkpoints/base", "sample_checkpoints/full_ft", layers=r"layers\.0\..*q_proj")
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> found = recover(base, tuned, layers=r"layers\.0\..*q_proj")
         >>> found[0].status
         'not_hidden'
     """

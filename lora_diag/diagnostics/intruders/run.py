@@ -42,7 +42,8 @@ def intruders(
         NothingComparedError: The sides have no weight in common.
 
     Example:
-        >>> found = intruders("sample_checkpoints/base", "sample_checkpoints/full_ft", layers=r"0\.mlp\.up_proj")
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> found = intruders(base, tuned, layers=r"0\.mlp\.up_proj")
         >>> found.layers[0].k, found.layers[0].intruders
         (10, 0)
     """

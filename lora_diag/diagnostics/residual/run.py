@@ -58,7 +58,8 @@ def residual(
         NothingComparedError: The checkpoints have no weight in common, or an adapter none with them.
 
     Example:
-        >>> base, tuned, adapter = (f"sample_checkpoints/{name}" for name in ("base", "full_ft", "lora_r16"))
+        >>> names = ("base", "full_ft", "lora_r16")
+        >>> base, tuned, adapter = (f"sample_checkpoints/{name}" for name in names)
         >>> found = residual(base, tuned, [adapter], layers=r"layers\.0\..*q_proj")
         >>> found.layers[0].rank, found.layers[0].epsilon > found.layers[0].epsilon_min
         (16, True)

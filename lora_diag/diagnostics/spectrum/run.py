@@ -55,7 +55,8 @@ def spectrum(
         NothingComparedError: The checkpoints have no weight in common.
 
     Example:
-        >>> results = spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers=r"layers\.0\..*q_proj")
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> results = spectrum(base, tuned, layers=r"layers\.0\..*q_proj")
         >>> [(record.layer, record.shape) for record in results]
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """

@@ -60,7 +60,7 @@ def verify_merge(
 
     Returns:
         One record for every weight of ``base`` that is in ``merged``, adapted or not, and for every adapted one that
-        is not. ``results.merge.outcome`` is their joint outcome.
+        is not. ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
 
     Raises:
         UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
@@ -68,10 +68,10 @@ def verify_merge(
         NothingComparedError: The three have no weight in common.
 
     Example:
-        >>> results = verify_merge("sample_checkpoints/base", "sample_checkpoints/lora_r4", "sample_checkpoints/base",
-        ...     layers=r"layers\.0\..*(q|k)_proj")
-        >>> [(record.layer, record.status) for record in results]  # doctest: +NORMALIZE_WHITESPACE
-        [('model.layers.0.self_attn.k_proj.weight', 'dropped'), ('model.layers.0.self_attn.q_proj.weight', 'dropped')]
+        >>> base, adapter = "sample_checkpoints/base", "sample_checkpoints/lora_r4"
+        >>> results = verify_merge(base, adapter, base, layers=r"layers\.0\..*q_proj")
+        >>> [(record.layer, record.status) for record in results]
+        [('model.layers.0.self_attn.q_proj.weight', 'dropped')]
     """
     engine = options.get("engine")
     if engine is not None and engine.gpus_per_task:

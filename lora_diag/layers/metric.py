@@ -19,6 +19,7 @@ from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.layers.change import Change, why_not_comparable
 from lora_diag.layers.resolution import Gains
 from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
+from lora_diag.linalg.devices import move
 from lora_diag.metrics import Distances, distances, truncation_error
 
 # Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of many products.
@@ -173,7 +174,9 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
     for each in roots:
         weighted = times(weighted, each.lower, each.on_rows)
     if delta.base is not None:
-        base = Change(None, None, matrix=torch.cat(list(row_blocks(delta.base, delta.shape))).to(device, torch.float64))
+        base = Change(
+            None, None, matrix=move(torch.cat(list(row_blocks(delta.base, delta.shape))), device).to(torch.float64)
+        )
         for each in roots:
             base = times(base, each.lower, each.on_rows)
         base_fro = base.fro
@@ -243,7 +246,7 @@ def read_root(moments: Moments, device: torch.device) -> Root:
     """
     side = moments.side
     where = f"{side.checkpoint.file_of(side.name)}: {side.name}"
-    c = side.read(0, moments.size**2).view(moments.size, moments.size).to(device, torch.float64)
+    c = move(side.read(0, moments.size**2).view(moments.size, moments.size), device).to(torch.float64)
     if problem := first_non_finite(f"{where}: holds", c):
         raise InputError(problem)
     size = norm([c])

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_diag.linalg.devices import move, solvable
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.factors import Factors, fix_signs, scale_of
-from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, times_wide
+from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, rows_at_once, times_wide
 
 # Column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of a full product).
 # At 11008×4096: 1.83 s, against 2.04 s with 1024 rows and 8 panels; at 2048² no difference.
@@ -151,8 +151,8 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
     width = math.ceil(n / PANELS)
     if gram is None:
         gram = torch.zeros(n, n, dtype=torch.float64, device=matrix.device)
-    for row in range(0, len(matrix), ROWS):
-        block = matrix[row : row + ROWS].to(torch.float64)
+    for rows in torch.split(matrix, rows_at_once(matrix)):
+        block = rows.to(torch.float64)
         for first in range(0, n, width):
             last = min(n, first + width)
             gram[first:last, :last].addmm_(block[:, first:last].T, block[:, :last])

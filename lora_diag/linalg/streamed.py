@@ -12,6 +12,9 @@ from torch import Tensor
 # ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with 1024.
 ROWS = 256
 
+# Entries converted at a time on a GPU, where every product is a kernel that the CPU has to start: 128 MB in float64.
+GPU_ENTRIES = 2**24
+
 # Rows that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X with 32 columns took 23
 # ms of one core instead of 27 at 8192×2048 and 24 instead of 30 at 4096². With 64 rows they took 19 and 27, but on two
 # cores 14 and 15, where two passes took 11 and 12, and 1024 rows 13 and 12.
@@ -124,13 +127,22 @@ def times_wide(a: Matrix, x: Tensor) -> Tensor:
     if isinstance(a, Streamed):
         return a.times(x)
     if a.device.type != "cpu" or not a.is_contiguous():
-        return torch.cat([times(rows.to(torch.float64), x) for rows in torch.split(a, ROWS)])
+        return torch.cat([times(rows.to(torch.float64), x) for rows in torch.split(a, rows_at_once(a))])
     product = x.new_empty(len(a), x.shape[1])
     wide = x.new_empty(min(ROWS, len(a)), a.shape[1])  # new pages for every block took a seventh of the time
     for row in range(0, len(a), ROWS):
         part = wide[: len(a) - row].copy_(a[row : row + ROWS])
         torch.mm(part, x, out=product[row : row + ROWS])
     return product
+
+
+def rows_at_once(a: Tensor) -> int:
+    """Return the rows to convert to float64 at a time.
+
+    >>> rows_at_once(torch.empty(1, 8))
+    256
+    """
+    return ROWS if a.device.type == "cpu" else max(ROWS, GPU_ENTRIES // a.shape[1])
 
 
 def numbered(blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import first_non_finite, norm
 
 
@@ -75,7 +76,7 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
     right = torch.zeros(v.shape[1], dtype=torch.float64, device=u.device)
     fro, row = 0.0, 0
     for stored in blocks:
-        block = stored.to(u.device, torch.float64)
+        block = move(stored, u.device).to(torch.float64)
         size = norm([block])
         if not math.isfinite(size):
             return first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows float64"

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diag import residual, spectrum
-from lora_diag.linalg import Difference, Factors, decompose, difference
+from lora_diag.linalg import Difference, Factors, decompose, difference, own_stream
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.gram import gram_matrix
 from tests.benchmarks.measure import machine
@@ -108,9 +108,8 @@ def waited(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
     seconds: list[float] = []
     while not seconds or (sum(seconds) < REPEATED and len(seconds) <= RUNS):
         start = time.perf_counter()
-        result = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        with own_stream(device):  # and waits for it
+            result = work()
         seconds.append(time.perf_counter() - start)
     return result, statistics.median(seconds[1:] or seconds)
 
@@ -287,6 +286,8 @@ def kernels(device: torch.device, rows: int, columns: int) -> Iterator[Row]:
     def row(label: str, work: Callable[[torch.device], Any], size: float = 0.0, of: Any = matrix) -> Row:
         def cells() -> str:
             fro(), of(device), of(CPU)  # made before the time counts
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             return timed(device, work, size)
 
         return Row(f"{rows}×{columns} | {label}", cells)

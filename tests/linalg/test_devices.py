@@ -67,6 +67,18 @@ def test_each_thread_computes_on_one_stream_of_its_own(log):
     assert log == [event.format(number) for number in (1, 1, 2, 2) for event in layer]
 
 
+def test_gpu_multiplies_in_full_float32_in_all_threads(log):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as training code does, or NVIDIA's containers
+    try:
+        with devices.own_stream(GPU):
+            in_a_thread(lambda: on_device(lambda device: None, GPU))
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_cpu_needs_no_stream(log):
     assert on_device(lambda device: device.type, CPU) == ("cpu", "")
     assert log == []

@@ -16,6 +16,7 @@ from lora_diag.layers.change import COMPUTED, Change, load_change, noted, on_dev
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
+from lora_diag.linalg.devices import move
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
 from lora_diag.records import LeftOut
 
@@ -108,7 +109,7 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
 
 def _weight(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return a stored matrix in float32, or in float64 if it is stored so."""
-    parts = [block.to(device) for block in blocks]
+    parts = [move(block, device) for block in blocks]
     dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
     return torch.cat([part.to(dtype) for part in parts])
 

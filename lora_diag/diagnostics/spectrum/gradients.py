@@ -17,6 +17,7 @@ from lora_diag.gradients import History
 from lora_diag.layers.change import COARSE, on_device
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import Factors, first_non_finite, grain, norm, require, resolve_device
+from lora_diag.linalg.devices import move
 from lora_diag.linalg.gram import decompose_stack
 from lora_diag.linalg.limited import READING
 from lora_diag.linalg.rounding import Spacing, mixture
@@ -133,7 +134,7 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
         gradient: Tensor | None = None
         row = 0
         for stored in snapshot.blocks(history.shape):
-            block = stored.to(device)
+            block = move(stored, device)
             if not math.isfinite(norm([block])):
                 problem = first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows"
                 raise _NotFiniteError(f"step {snapshot.step}: {problem}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,6 +124,19 @@ class ThinFactors(Protocol):
 
     def read_scale(self) -> float:
         """Return s."""
+        ...
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for factors that can be read as one stack: of one file, and of equal shapes and dtypes."""
+        ...
+
+    def read_each_b(self, several: Sequence[Any]) -> Numbers:
+        """Return each B of several factors of this kind, ``(k, out, r)``."""
+        ...
+
+    def read_each_a(self, several: Sequence[Any]) -> Numbers:
+        """Return each A of several factors of this kind, ``(k, r, in)``."""
         ...
 
 

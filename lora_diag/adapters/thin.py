@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,20 +34,36 @@ class StoredFactors:
 
     def read_b(self) -> Numbers:
         """Return B ``(out, r)``."""
-        return self._read(self.b)
+        found: Numbers = self._read([self.b])[0]
+        return found
 
     def read_a(self) -> Numbers:
         """Return A ``(r, in·kh·kw)``."""
-        return self._read(self.a)
+        found: Numbers = self._read([self.a])[0]
+        return found
 
     def read_scale(self) -> float:
         """Return s."""
         return scale_of(self.checkpoint, self.scale)
 
-    def _read(self, key: str) -> Numbers:
-        array = self.checkpoint.read_array(key)
-        array = array.reshape(flat(array.shape))
-        return array.T if self.turned else array
+    @property
+    def kind(self) -> Hashable:
+        """Equal for factors that can be read as one stack: of one file, and of equal shapes and dtypes."""
+        stored = [(self.checkpoint.file_of(key), self.checkpoint[key]) for key in (self.b, self.a)]
+        return self.turned, *((file, info.shape, info.dtype) for file, info in stored)
+
+    def read_each_b(self, several: Sequence[StoredFactors]) -> Numbers:
+        """Return each B of several factors of this kind, ``(k, out, r)``."""
+        return self._read([each.b for each in several])
+
+    def read_each_a(self, several: Sequence[StoredFactors]) -> Numbers:
+        """Return each A of several factors of this kind, ``(k, r, in·kh·kw)``."""
+        return self._read([each.a for each in several])
+
+    def _read(self, keys: Sequence[str]) -> Numbers:
+        stack = self.checkpoint.read_arrays(keys)
+        stack = stack.reshape(len(keys), *flat(stack.shape[1:]))
+        return stack.transpose(0, 2, 1) if self.turned else stack
 
 
 def thin_factors(checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool = False) -> StoredFactors | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,20 +104,22 @@ class SafetensorsFile:
         return out
 
     def decodes(self, name: str) -> bool:
-        """Return whether ``read_array`` can read a tensor."""
+        """Return whether ``read_arrays`` can read a tensor."""
         return self.tensors[name].dtype in DECODED
 
-    def read_array(self, name: str) -> Numbers:
-        """Return a whole tensor in its shape, float32 or float64, without torch."""
+    def read_arrays(self, names: Sequence[str]) -> Numbers:
+        """Return whole tensors of one shape and dtype as a stack, float32 or float64, without torch."""
         import numpy as np  # imported here: headers are read without NumPy
 
         from lora_diag.checkpoints.decoding import decode, is_native
         from lora_diag.scratch import scratch
 
-        info, size = self.tensors[name], self._bytes[name]
-        content = np.empty(size, np.uint8) if is_native(info.dtype) else scratch("stored", size)
-        self._content.fill(content.data, self._start[name], name)
-        return decode(content, info.dtype).reshape(info.shape)
+        info, size = self.tensors[names[0]], self._bytes[names[0]]
+        total = size * len(names)
+        content = np.empty(total, np.uint8) if is_native(info.dtype) else scratch("stored", total)
+        for at, name in enumerate(names):
+            self._content.fill(content[at * size : (at + 1) * size].data, self._start[name], name)
+        return decode(content, info.dtype).reshape(len(names), *info.shape)
 
     def read_bytes(self, name: str, most: int | None = None) -> bytes:
         """Return the bytes of a small tensor, or the first of any, without torch."""

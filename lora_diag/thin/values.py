@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,11 +84,11 @@ class Triangles:
 
 @dataclass(frozen=True, slots=True)
 class Grams:
-    """XᵀX of each X of a stack, as ``gram`` computes it.
+    """XᵀX of each X of a stack.
 
     Args:
         products: XᵀX, ``(k, r, r)``.
-        terms: Numbers t of ``gram``, ``(k,)``.
+        terms: Numbers of terms t: entry (i, j) has an error of at most t·ε·‖x_i‖‖x_j‖, ``(k,)``.
     """
 
     products: NDArray[np.float64]
@@ -177,14 +178,14 @@ def _squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def triangle(x: Numbers) -> Triangles | None:
     """Return R of one X ``(m, r)``, as a stack of one; None if an entry is not finite."""
-    products, terms = gram(x)
-    squares = products.diagonal()
+    found = gram(x[None])
+    squares = found.products[0].diagonal()
     if not np.isfinite(squares).all() and not np.isfinite(x).all():
         return None
     if not _in_range(squares):
         return _by_reflections(x, _scale_of(x))
-    found, conditioned = triangles(products[None], np.array([terms]))
-    return found if conditioned.all() else _by_reflections(x)
+    triangle, conditioned = triangles(found)
+    return triangle if conditioned.all() else _by_reflections(x)
 
 
 def _in_range(squares: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -192,23 +193,35 @@ def _in_range(squares: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray((squares >= LEAST).all(axis=-1) & (squares <= MOST).all(axis=-1))
 
 
-def gram(x: Numbers) -> tuple[NDArray[np.float64], int]:
-    """Return XᵀX, summed over blocks of rows, and the number of terms t of its error t·ε·‖x_i‖‖x_j‖ in entry (i, j).
+def gram(stack: Numbers) -> Grams:
+    """Return XᵀX of each X of a stack ``(k, m, r)``, summed over blocks of rows.
 
     A few blocks at a time are converted to float64, so that they are in the cache when they are multiplied.
     """
-    rows, rank = x.shape
-    block = max(1, min(BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
+    count, rows, rank = stack.shape
+    block = _block(rows, rank)
+    if count > 1 and rows % block:
+        each = [gram(x[None]) for x in stack]
+        return Grams(np.concatenate([one.products for one in each]), np.concatenate([one.terms for one in each]))
+    x, whole = stack.reshape(-1, rank), -(-rows // block)
     step = block * max(1, CACHED // (block * rank))
-    found = np.empty((-(-rows // block), rank, rank))
+    found = np.empty((count * whole, rank, rank))
     with np.errstate(over="ignore", invalid="ignore"):
-        for first in range(0, rows, step):
+        for first in range(0, len(x), step):
             part = _in_float64(x[first : first + step])
-            count, at = len(part) // block, first // block
-            _products(part[: count * block].reshape(count, block, rank), found[at : at + count])
-            if len(part) > count * block:
-                _products(part[None, count * block :], found[at + count : at + count + 1])
-        return found.sum(axis=0), min(rows, block) + len(found)
+            blocks, at = len(part) // block, first // block
+            _products(part[: blocks * block].reshape(blocks, block, rank), found[at : at + blocks])
+            if len(part) > blocks * block:
+                _products(part[None, blocks * block :], found[at + blocks : at + blocks + 1])
+        products = found.reshape(count, whole, rank, rank).sum(axis=1)
+    return Grams(products, np.full(count, min(rows, block) + whole))
+
+
+@cache
+def _block(rows: int, rank: int) -> int:
+    """Return the number of rows of a block: a divisor of all if there is one that is not small."""
+    most = max(1, min(BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
+    return next((block for block in range(most, most // 2, -1) if rows % block == 0), most)
 
 
 def _in_float64(part: Numbers) -> NDArray[np.float64]:
@@ -232,18 +245,15 @@ def _products(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     np.matmul(turned[:, half:], parts, out=out[:, half:])
 
 
-def triangles(products: NDArray[np.float64], terms: NDArray[np.int64]) -> tuple[Triangles, NDArray[np.bool_]]:
+def triangles(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     """Return R from each XᵀX of a stack by Cholesky, and which X are well conditioned: the others have no valid R.
 
     XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖. Each entry has an error
     of at most (t + r + 2)·ε, from the product and from Cholesky (Higham 2002, theorem 10.3), so RᵀR = Xᵀ(I + F)X on the
     range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H), and R = Uᵀ(I + F)^½X. λ_min(H) = 1/‖L⁻¹‖_2² ≥ 1/(‖L⁻¹‖_1‖L⁻¹‖_∞),
     which is near it where the columns are nearly orthogonal, as those of most adapters, and ≥ 1/‖L⁻¹‖_F².
-
-    Args:
-        products: XᵀX, ``(k, r, r)``.
-        terms: Numbers t of ``gram``, ``(k,)``.
     """
+    products, terms = grams.products, grams.terms
     count, rank = products.shape[:2]
     squares = products.diagonal(axis1=1, axis2=2)
     usable = _in_range(squares)

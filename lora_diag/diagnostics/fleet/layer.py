@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_diag.checkpoints.decoding import Numbers
+
+# Entries of factors that are read at once: 4 MiB in float32.
+ENTRIES = 2**20
 
 # The fraction of the energy that a layer's rank is counted to.
 ENERGY = 0.99
@@ -84,17 +87,26 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     """Measure layers that are thin and of one rank from their stored factors; None where a number is not finite.
 
-    Each factor is read, reduced and dropped while it is in the cache; the remaining steps are computed for all layers
-    together.
+    Factors of one shape are read and reduced together, which spares calls; the remaining steps are computed for all
+    layers together.
     """
-    reduced = [_reduce(delta) for delta in deltas]
-    left, right = _stacked([gram for gram, _, _ in reduced]), _stacked([gram for _, gram, _ in reduced])
-    folded = [each for _, _, each in reduced]
+    kinds: dict[Hashable, list[int]] = {}
+    for i, delta in enumerate(deltas):
+        assert delta.thin is not None
+        kinds.setdefault(delta.thin.kind, []).append(i)
+    parts: list[list[int]] = []
+    for alike in kinds.values():
+        most = max(1, ENTRIES // (max(deltas[alike[0]].shape) * deltas[alike[0]].rank))
+        parts += [alike[first : first + most] for first in range(0, len(alike), most)]
+    reduced = [_reduce([deltas[i] for i in part]) for part in parts]
+    order = [i for part in parts for i in part]
+    several, folded = [deltas[i] for i in order], [each for _, _, some in reduced for each in some]
+    left, right = _joined([grams for grams, _, _ in reduced]), _joined([grams for _, grams, _ in reduced])
     values = thin_energies(left, right, np.array([each.scale for each in folded]))
-    found = _measured(deltas, folded, values)
+    found = _measured(several, folded, values)
     for i in np.flatnonzero(values.energy_error > ENOUGH).tolist():
-        found[i] = _measure_by_reflections(deltas[i])
-    return found
+        found[i] = _measure_by_reflections(several[i])
+    return [found[order.index(i)] for i in range(len(deltas))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +124,19 @@ class _Folded:
     scale: float
 
 
-Gram = tuple["NDArray[np.float64]", int]
-
-
-def _reduce(delta: FactoredDelta) -> tuple[Gram, Gram, _Folded]:
-    """Return BᵀB and AAᵀ with their numbers of terms, and the folded factors."""
-    assert delta.thin is not None
-    b = delta.thin.read_b()
-    left, rows = gram(b), fold(b, BOTH)
+def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded]]:
+    """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
+    thin = [delta.thin for delta in deltas if delta.thin is not None]
+    b = row_major(thin[0].read_each_b(thin))
+    left, rows = gram(b), [fold(each, BOTH).reshape(2, LENGTH, -1) for each in b]
     del b
-    a = row_major(delta.thin.read_a().T)
-    return left, gram(a), _Folded(rows.reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
+    a = row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
+    folded = [_Folded(row, fold(each, COLUMNS), one.read_scale()) for row, each, one in zip(rows, a, thin, strict=True)]
+    return left, gram(a), folded
 
 
-def _stacked(grams: Sequence[Gram]) -> Grams:
-    return Grams(np.stack([products for products, _ in grams]), np.array([terms for _, terms in grams]))
+def _joined(grams: Sequence[Grams]) -> Grams:
+    return Grams(np.concatenate([each.products for each in grams]), np.concatenate([each.terms for each in grams]))
 
 
 def _measure_by_reflections(delta: FactoredDelta) -> Measured | None:

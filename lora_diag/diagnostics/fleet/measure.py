@@ -17,8 +17,8 @@ from lora_diag.thin import LENGTH
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Layers that are computed together: of rank 16, what is left of them takes 3 MB.
-TOGETHER = 16
+# Layers that are computed together: of rank 16, what is left of them takes 6 MB.
+TOGETHER = 32
 
 # Digits of a sketch, far below its own error.
 DIGITS = 4

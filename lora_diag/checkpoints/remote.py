@@ -8,11 +8,12 @@ record. Local paths import nothing.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 2**16
 
 
-@dataclass(frozen=True, order=True)
-class RemotePath:
+if TYPE_CHECKING:  # functions that take a Path take this one too, and what they do with it is checked
+    _Path = Path
+else:
+    _Path = object
+
+
+@dataclass(frozen=True)
+class RemotePath(_Path):
     """A file or folder on object storage, with the part of ``pathlib.Path`` that the readers use.
 
     Args:
@@ -45,8 +52,11 @@ class RemotePath:
     def __fspath__(self) -> str:
         return self.address
 
-    def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.store.join(self.address, name), self.store)
+    def __lt__(self, other: PurePath) -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> RemotePath:
+        return RemotePath(self.store.join(self.address, os.fspath(name)), self.store)
 
     @property
     def name(self) -> str:
@@ -84,11 +94,11 @@ class RemotePath:
         """Return whether the path exists."""
         return self.is_dir() or self.is_file()
 
-    def iterdir(self) -> Iterator[RemotePath]:
+    def iterdir(self) -> Generator[RemotePath]:
         """Yield the content of a folder; nothing if the server cannot list it."""
         yield from (RemotePath(address, self.store) for address in self.store.children(self.address))
 
-    def glob(self, pattern: str) -> Iterator[RemotePath]:
+    def glob(self, pattern: str) -> Generator[RemotePath]:
         """Yield the paths in the folder whose names match a pattern."""
         yield from (path for path in self.iterdir() if path.match(pattern))
 
@@ -103,7 +113,7 @@ class RemotePath:
             raise InputError(f"{self}: no such file; check the address")
         return found
 
-    def stat(self) -> Any:
+    def stat(self) -> Any:  # type: ignore[override]
         """Return the size, as ``st_size``."""
         return SimpleNamespace(st_size=self.file_info().size)
 
@@ -124,7 +134,7 @@ class RemotePath:
         self.read_into(memoryview(content), 0)
         return bytes(content)
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
+    def open(self, mode: str = "rb") -> io.BufferedReader:  # type: ignore[override]
         """Open the file for reading bytes."""
         assert mode == "rb"
         return io.BufferedReader(_Raw(self), BUFFER_BYTES)

@@ -131,7 +131,7 @@ def _file_hash(file: Path) -> str:
     """Hash a file once per process while it stays unchanged, since BASE may occur many times."""
     try:
         if isinstance(file, RemotePath):
-            return _hashed(file, file.facts().size, file.facts().version)
+            return _hashed(file, file.file_info().size, file.file_info().version)
         status = file.stat()
         return _hashed(file, status.st_size, status.st_mtime_ns)
     except OSError as error:
@@ -153,9 +153,9 @@ def _digest(file: Path, whole: bool) -> bytes:
     For a remote file, its ETag replaces the pages, each of which would be a request.
     """
     if isinstance(file, RemotePath):
-        size = file.facts().size
-        if file.facts().version:
-            return f"{size};{file.facts().version}".encode()
+        size = file.file_info().size
+        if file.file_info().version:
+            return f"{size};{file.file_info().version}".encode()
         return _sampled(file, size, max(1, size // (REMOTE_SAMPLES - 1)))
     status = file.stat()
     if whole or status.st_size <= WHOLE_BYTES:

@@ -50,6 +50,11 @@ def pytest_configure(config):
         os.environ[SOCKET] = str(Path(folder.name) / "socket")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Return the number of workers of ``-n auto``: one more than cores, for while a test waits for a process."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
     """Begin every test with the same random numbers, whatever ran before it in this process.

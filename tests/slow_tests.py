@@ -3,6 +3,7 @@
 A plugin that ``conftest.py`` registers, as the hooks of a ``conftest.py`` see no module outside its folder.
 """
 
+import gc
 import os
 import re
 from collections import Counter
@@ -42,6 +43,17 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     """Let pytest-xdist hand out modules in the order of ``pytest_collection_modifyitems``."""
     config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Collect no garbage while modules are imported, and never look through what they hold again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

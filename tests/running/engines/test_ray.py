@@ -156,14 +156,6 @@ def test_recover_writes_same_checkpoint_and_adapter(cluster, tmp_path):
         assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "cluster" / file).read_bytes()
 
 
-def test_killed_worker_does_not_change_results(cluster, pair, tmp_path, monkeypatch):
-    lora_diag.spectrum(*pair, output=tmp_path / "local")
-    monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 1, LAST))
-    lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
-    assert (tmp_path / "killed0").exists()
-    assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
-
-
 def test_killed_node_does_not_change_results(cluster, pair, tmp_path, monkeypatch):
     import ray
 
@@ -212,7 +204,7 @@ def tiny(tmp_path, monkeypatch):
 
 def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, monkeypatch):
     base, options = tiny
-    options |= {"ranks": (1, 2), "rates": (1e-2, 3e-2), "widen": 1, "quantized": "nf4"}
+    options |= {"ranks": (1, 2), "rates": (1e-2,), "widen": 0, "quantized": "nf4"}
     lora_diag.probe_sweep(base, output=tmp_path / "local", **options)
     whole, there, progress = (tmp_path / "local").read_bytes(), tmp_path / "cluster", []
     label = "r=2 lr=0.01 seed 0"
@@ -222,7 +214,7 @@ def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, 
         lora_diag.probe_sweep(base, output=there, engine=Ray(), **options)
     left = there.read_bytes()
     assert whole.startswith(left)
-    assert left.count(b'"record":"probe"') == 2 + 2  # BASE, rounded and not, and the runs of r=1
+    assert left.count(b'"record":"probe"') == 2 + 1  # BASE, rounded and not, and the first run of r=1
     lora_diag.probe_sweep(base, output=there, resume=True, engine=Ray(), on_progress=progress.append, **options)
     assert there.read_bytes() == whole
     assert progress[-1].done == progress[-1].total

@@ -24,8 +24,13 @@ def output(words: str) -> str:
 
 
 def prompt(line: str) -> str:
-    """Return the command as typed, continued on further lines where it is longer than 80 columns."""
-    return " \\\n".join(textwrap.wrap(f"$ loradiag {line}", 78, subsequent_indent="    ", break_on_hyphens=False))
+    """Return the command as typed, continued on further lines where it is longer than 80 columns.
+
+    An option stays with its value.
+    """
+    glued = re.sub(r"(?<= )(-\S+) (?=[^-|])|(\|) (head) ", lambda at: at[0].strip().replace(" ", "\0") + "\0", line)
+    wrapped = textwrap.wrap(f"$ loradiag {glued}", 78, subsequent_indent="    ", break_on_hyphens=False)
+    return " \\\n".join(wrapped).replace("\0", " ")
 
 
 def refreshed(text: str) -> str:

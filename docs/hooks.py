@@ -177,7 +177,11 @@ def null_when(text: str) -> tuple[str, str]:
 
     >>> null_when("‖W‖_F, likewise; null if the base was not given.")
     ('‖W‖_F, likewise.', 'if the base was not given')
+    >>> null_when("‖Δ‖_F if both sides have it, else null.")
+    ('‖Δ‖_F if both sides have it.', 'otherwise')
     """
+    if (rest := re.sub(r", else null(?=[.;])", "", text)) != text:
+        return rest, "otherwise"
     found = re.search(
         r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before|unless) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text
     )

@@ -1,6 +1,6 @@
-"""Draw the figures of the README and the docs from the sample checkpoints: terminals and plots, as SVG.
+"""Draw the figures of the README and the docs from the sample checkpoints: terminals, plots and a report.
 
-Run from the repository root: ``python docs/figures/make.py``.
+Run from the repository root: ``python -m docs.figures.make``. The picture of the report needs Chromium.
 """
 
 import io
@@ -11,8 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
+
+from tests.browser.chromium import Page
 
 FOLDER = Path(__file__).parent
 SAMPLES = "sample_checkpoints"
@@ -155,9 +158,22 @@ def plots(folder: Path) -> None:
         )
 
 
+def report(folder: Path) -> None:
+    """Make a report of the results that ``plots`` measured, and take the picture of its first screen."""
+    page = folder / "report.html"
+    results = [str(folder / f"{name}.jsonl") for name in ("spectrum", "residual", "outputs")]
+    terminal(["report", *results, "-o", str(page), "-q"])
+    with Page(folder / "profile") as tab:
+        tab.size(1240, 1760)
+        tab.open(page)
+        tab.screenshot(folder / "report.png", whole=False)
+    Image.open(folder / "report.png").convert("RGB").quantize(64).save(FOLDER / "report.png", optimize=True)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         plots(Path(temporary))
         recovery(Path(temporary))
+        report(Path(temporary))
     for name, words in FIGURES.items():
         (FOLDER / f"{name}.svg").write_text(svg(words), encoding="utf-8")

@@ -45,6 +45,8 @@ KIMI_K2 = {"model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size"
            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 163840}  # fmt: skip
 MODELS = {"Llama-3-70B": LLAMA_70B, "Kimi-K2 (1 T)": KIMI_K2}
 CORES, NODES = 16, (1, 4, 16, 64, 256)
+# Single machines: cores, and GB of --memory.
+MACHINES = ((16, None), (16, 64), (64, None), (64, 256))
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,24 @@ def tables(costs: Costs) -> None:
             print(f"| {name} | {'all values' if top is None else f'`--top {top}`'} | {' | '.join(cells)} |", flush=True)
 
 
+def plan(costs: Costs) -> None:
+    """Print the table of models and single machines."""
+    print("\n| model | `spectrum` | machine | memory | time | core hours | reads |\n|---|---|---|---:|---:|---:|---:|")
+    for name, config in MODELS.items():
+        tasks = tasks_of(config)
+        default = layout_for(max(prod(task.shape) for task in tasks)).budget
+        size = sum(4 * prod(task.shape) for task in tasks)  # both sides in bf16
+        for top in (None, TOP):
+            for cores, memory in MACHINES:
+                seconds = simulate(tasks, 1, cores, costs, top, Layout(cores, int(memory * 1e9) if memory else default))
+                words = f"`--memory {memory}GB`" if memory else f"default, {default / 1e9:.0f} GB"
+                print(
+                    f"| {name} | {'all values' if top is None else f'`--top {top}`'} | {cores} cores | {words} "
+                    f"| {seconds / 60:.0f} min | {seconds * cores / 3600:.2g} | {size / seconds / 1e9:.2g} GB/s |",
+                    flush=True,
+                )
+
+
 def validate(costs: Costs, folder: Path) -> None:
     """Print the seconds of real runs on one and on two cores beside the simulated ones."""
     hidden, inner, kv, layers = 2048, 8192, 512, 4
@@ -224,4 +244,8 @@ if __name__ == "__main__":
     start = time.perf_counter()
     costs = measured()
     print(f"{machine()}; measured in {time.perf_counter() - start:.0f} s: {costs}\n")
-    validate(costs, Path(".bench")) if chosen.validate else tables(costs)
+    if chosen.validate:
+        validate(costs, Path(".bench"))
+    else:
+        tables(costs)
+        plan(costs)

@@ -35,7 +35,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from lora_diag.linalg.streamed import Matrix
@@ -100,6 +99,8 @@ def enlargement(dimension: int, probes: int, degree: int) -> float:
         >>> round(enlargement(4096, 16, 4), 2)
         1.57
     """
+    from scipy.special import betaincinv  # 0.1 s, for the largest values only
+
     least = float(betaincinv(probes / 2, (dimension - 1) / 2, FAILURE)) if dimension > 1 else 1.0
     epsilon = 0.0
     found = math.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import scipy.linalg
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
     for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
         try:
             u, s, vh = _run(matrix, driver, vectors)
-        except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):  # type: ignore[attr-defined]
+        except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]
             continue
         if u is None or vh is None:
             return Svd(s.cpu(), None, None, driver)
@@ -91,6 +91,8 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
 def _run(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Run one driver: torch offers only gesdd on the CPU, so gesvd is run by SciPy."""
     if driver == "gesvd" and not matrix.is_cuda:
+        import scipy.linalg  # 0.1 s, and rarely needed
+
         parts = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
         u, s, vh = (torch.from_numpy(part) for part in parts)
         return (u, s, vh) if vectors else (None, s, None)

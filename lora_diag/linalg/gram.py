@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import scipy.linalg
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,6 +165,8 @@ def _eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
     if gram.is_cuda or not (in_place or len(gram) >= IN_PLACE_FROM):
         values = torch.linalg.eigvalsh(gram, UPLO="L")
     else:
+        import scipy.linalg  # 0.1 s, and rarely needed
+
         # The lower triangle by rows is the upper one by columns, the order in which LAPACK works without a copy.
         found = scipy.linalg.eigh(
             gram.numpy().T, lower=False, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
@@ -191,13 +193,15 @@ def _largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     None if inverse iteration does not converge, or if bisection cannot separate the ``top``-th value from the next ones
     and returns fewer, as observed for 600 equal values.
     """
+    import scipy.linalg
+
     n = len(gram)
     try:
         # The lower triangle by rows is the upper one by columns.
         values, vectors = scipy.linalg.eigh(
             gram.numpy().T, lower=False, subset_by_index=(n - top, n - 1), check_finite=False, driver="evr"
         )
-    except scipy.linalg.LinAlgError:
+    except np.linalg.LinAlgError:
         return None
     return (torch.from_numpy(values), torch.from_numpy(vectors)) if len(values) == top else None
 

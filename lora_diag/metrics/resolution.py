@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,8 +89,6 @@ def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[flo
     matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a
     and b, rows and columns of that energy may stand alone above the others.
     """
-    from scipy.optimize import minimize_scalar  # half of the start-up of an adapter's measurement, which needs none
-
     most_p, most_q = (1 - 1e-9) / row_pole, (1 - 1e-9) / column_pole
 
     def squared(log_p: float) -> float:
@@ -99,19 +98,40 @@ def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[flo
         return target / p / most_q if q is None else target / p / q
 
     top = math.log(most_p)
-    found = minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-6})
-    return (found.fun, found.x) if found.fun < squared(top) else (squared(top), top)
+    return min((squared(log_p), log_p) for log_p in (_argmin(squared, top - 14, top), top))
+
+
+def _argmin(convex: Callable[[float], float], low: float, high: float) -> float:
+    """Return the minimizer of a convex function within 1e-6, by golden-section search."""
+    golden = (math.sqrt(5) - 1) / 2
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = convex(left), convex(right)
+    while high - low > 1e-6:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = convex(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = convex(right)
+    return left if at_left <= at_right else right
 
 
 def _solve(b: Sums, target: float, most: float) -> float | None:
-    """Return Q with Q·B(Q) = target; None if it exceeds ``most``."""
-    from scipy.optimize import brentq
+    """Return Q with Q·B(Q) = target; None if it exceeds ``most``.
 
-    if most * float((b / (1 - b * most)).sum()) <= target:
-        return None
-    return float(
-        brentq(lambda q: q * float((b / (1 - b * q)).sum()) - target, 0.0, most, xtol=1e-14 * most, rtol=1e-12)
-    )
+    Q·B(Q) increases and is convex, so that Newton's method descends to the solution from any point above. One is where
+    the largest term is the target, or the sum of all bᵢQ.
+    """
+    largest = float(b.max())
+    q = min(target / (largest * (1 + target)), target / float(b.sum()), most)
+    while True:
+        left = 1 - b * q
+        step = (q * float((b / left).sum()) - target) / float((b / left**2).sum())
+        if not step > 1e-14 * q:
+            return None if q == most else q
+        q -= step
 
 
 def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:

@@ -317,10 +317,10 @@ def test_all_vectors_where_largest_cannot_be_had(monkeypatch, failure):
 
     def fails(a, **options):
         if failure == "raises":
-            raise gram.scipy.linalg.LinAlgError("did not converge")
+            raise np.linalg.LinAlgError("did not converge")
         return np.ones(3), np.ones((len(a), 3))
 
-    monkeypatch.setattr(gram.scipy.linalg, "eigh", fails)
+    monkeypatch.setattr("scipy.linalg.eigh", fails)
     matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
     factors = decompose(torch.from_numpy(matrix), "gram", 5, vectors=True)
     check(factors, matrix)

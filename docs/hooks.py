@@ -28,7 +28,7 @@ from lora_diag.records.base import KINDS, Record, Unit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
-NUMBERS = re.compile(r"[-+\d.,%±×÷~<>≤≥ ]*\d[-+\d.,%±×÷~<>≤≥ ]*")
+NUMBERS = re.compile(r"[-−+\d.,%±×÷~<>≤≥/|\\ ]*\d[-−+\d.,%±×÷~<>≤≥/|\\ ]*")
 
 # Pages of the site that stand elsewhere in the repository; and where links to the README lead.
 MOVED = {
@@ -341,7 +341,7 @@ def unbroken_numbers(markdown: str) -> str:
     """
 
     def row(line: re.Match[str]) -> str:
-        cells = line[0].split("|")
+        cells = re.split(r"(?<!\\)\|", line[0])
         return "|".join(f" {c.strip().replace(' ', chr(160))} " if NUMBERS.fullmatch(c) else c for c in cells)
 
     return re.sub(r"^\|.*\|$", row, markdown, flags=re.MULTILINE)

@@ -200,9 +200,9 @@ class Curves:
 
     Args:
         base: BASE's held-out loss.
-        loss: Its held-out loss, in the mean over seeds.
+        loss: Its held-out loss, mean over seeds.
         base_train: BASE's loss on the training data.
-        train: Its training loss at the end, in the mean over seeds.
+        train: Its training loss at the end, mean over seeds.
         spread: Standard deviation of its held-out loss over seeds; None for one seed.
         tolerance: In nats.
         diverged: Runs that diverged at its rank, at any rate up to its own.

@@ -141,7 +141,7 @@ def _next(found: Tune) -> str:
     if found.next_rank is None or found.next_gain is None:
         return "none within the budget was tried"
     more = "gains" if found.next_gain > 0 else "loses"
-    return f"r={found.next_rank} {more} {abs(found.next_gain):.4f} nats in the mean"
+    return f"r={found.next_rank} {more} {abs(found.next_gain):.4f} nats on average"
 
 
 def _non_uniform(found: Tune, decisions: Sequence[TuneDecision]) -> str:

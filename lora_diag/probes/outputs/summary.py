@@ -55,7 +55,7 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         of_set = [record for record in records if record.set == name]
         found += [_losses(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
         if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
-            found.append(_depths(f"On {short(name)}: distance of the hidden states behind block", others, names))
+            found.append(_depths(f"On {short(name)}: distance of the hidden states after block", others, names))
     return found
 
 

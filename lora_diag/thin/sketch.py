@@ -12,6 +12,7 @@ layers is the sum of theirs, each with its own random signs, so that products of
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -62,17 +63,19 @@ def row_major(x: Numbers) -> Numbers:
 
 
 def fold(x: Numbers, by: str) -> Numbers:
-    """Return the rows of X ``(m, k)`` added up in the buckets of a hash, in the precision of X if they fit it.
+    """Return the rows of X added up in the buckets of a hash, in the precision of X if they fit it.
 
     Args:
-        x: X.
+        x: X ``(m, k)``, or a stack of several.
         by: ``ROWS`` or ``COLUMNS``, the hash of rows or columns of ΔW; ``BOTH`` for the first above the second.
 
     Returns:
-        ``(LENGTH, k)``, of both hashes ``(2·LENGTH, k)``.
+        ``(…, LENGTH, k)``, of both hashes ``(…, 2·LENGTH, k)``.
     """
     x = row_major(x)
-    found: Numbers = np.asarray(_buckets(x.shape[0], by, x.dtype) @ x)
+    *several, rows, columns = x.shape
+    buckets = _buckets(rows, by, x.dtype, math.prod(several))
+    found: Numbers = np.asarray(buckets @ x.reshape(-1, columns)).reshape(*several, -1, columns)
     if x.dtype != np.float64 and not np.isfinite(found).all():  # sums beyond the range of float32
         return fold(x.astype(np.float64), by)
     return found
@@ -114,10 +117,12 @@ def mixed(transforms: Transforms, mix: Array) -> Transforms:
 
 
 @lru_cache(maxsize=64)
-def _buckets(dimension: int, by: str, dtype: np.dtype[Any]) -> Any:
-    """Return hashes as one sparse matrix of a dtype, ``(LENGTH·len(by), dimension)``."""
-    from scipy.sparse import csr_array
+def _buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1) -> Any:
+    """Return hashes as a sparse matrix of a dtype with ``count`` equal blocks ``(LENGTH·len(by), dimension)``."""
+    from scipy.sparse import block_diag, csr_array
 
+    if count > 1:
+        return block_diag([_buckets(dimension, by, dtype)] * count, format="csr")
     hashed = [_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
     buckets = np.concatenate([LENGTH * at + each[:dimension].astype(np.int32) for at, each in enumerate(hashed)])
     signs = np.concatenate([1.0 - 2.0 * (each[dimension:] & 1) for each in hashed])

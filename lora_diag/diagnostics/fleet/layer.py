@@ -128,10 +128,11 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded
     """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
     thin = [delta.thin for delta in deltas if delta.thin is not None]
     b = row_major(thin[0].read_each_b(thin))
-    left, rows = gram(b), [fold(each, BOTH).reshape(2, LENGTH, -1) for each in b]
+    left, rows = gram(b), fold(b, BOTH).reshape(len(thin), 2, LENGTH, -1)
     del b
     a = row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
-    folded = [_Folded(row, fold(each, COLUMNS), one.read_scale()) for row, each, one in zip(rows, a, thin, strict=True)]
+    columns = fold(a, COLUMNS)
+    folded = [_Folded(rows[i], columns[i], each.read_scale()) for i, each in enumerate(thin)]
     return left, gram(a), folded
 
 

@@ -160,6 +160,9 @@ def adapters(peers: bool) -> None:
         print(f"\n{dtype}\n\n{compared(in_turn(commands, 5), 'loradiag spectrum ADAPTER')}", flush=True)
 
 
+BARE = Path(__file__).with_name("grams.py")
+
+
 def fleet(peers: bool) -> None:
     """40 different rank-16 adapters of a 7B model in bf16 (3.2 GB, in the page cache), one process a tool."""
     paths = [made("make_adapter", FOLDER / "fleet7" / str(seed), *SEVEN, seed, 16) for seed in range(40)]
@@ -167,6 +170,7 @@ def fleet(peers: bool) -> None:
     commands: dict[str, Sequence[str]] = {
         "loradiag fleet, 2 adapters": some,
         "loradiag fleet, 40 adapters": [*some[:-3], *paths, "-q"],
+        "bare NumPy loop: read, decode, Gram matrices, 40 adapters": [sys.executable, BARE, *paths],
         "lora_diag.spectrum in a loop, 40 adapters": [*SCRIPT, "loradiag_each", *paths],
     }
     if peers:

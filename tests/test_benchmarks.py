@@ -46,7 +46,8 @@ def test_gpu_benchmark_fails_on_wrong_values(monkeypatch, capsys):
             yield record.model_copy(update={"s": (record.s[0] * 1.001, *record.s[1:])})
 
     monkeypatch.setattr(gpu, "spectrum", wrong)
-    monkeypatch.setattr(gpu, "kernels", lambda *_: ())
+    for name in ("kernels", "small_orders", "whole", "residual"):
+        monkeypatch.setattr(gpu, name, lambda *_, **__: ())
     assert gpu.main(["--device", "cpu", "--small"]) == 1
     assert gpu.EXCEEDED in capsys.readouterr().out
 

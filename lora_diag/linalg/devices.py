@@ -29,7 +29,7 @@ def resolve_device(word: str) -> torch.device:
     try:
         device = torch.device(word)
     except RuntimeError as error:
-        raise UsageError(f"--device {word}: use auto, cpu, cuda, cuda:1 or mps") from error
+        raise UsageError(f"--device {word}: use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -37,7 +37,7 @@ def resolve_device(word: str) -> torch.device:
     elif device.type == "mps":
         raise UsageError("--device mps: it has no float64, on which the error bounds rest; use --device cpu")
     elif device.type != "cpu":
-        raise UsageError(f"--device {word}: use auto, cpu, cuda, cuda:1 or mps")
+        raise UsageError(f"--device {word}: use auto, cpu, cuda or cuda:1")
     return device
 
 

@@ -12,7 +12,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import MemoryLimitError
-from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
+from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighted, Weighting, extra, weigh
 from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
@@ -55,7 +55,8 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
     )
     if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
-        record = record.model_copy(update={"hidden": _hidden(delta, record.fro, settings)})
+        hidden, elsewhere = _hidden(delta, record.fro, settings)
+        record = noted(record.model_copy(update={"hidden": hidden}), "" if fallback else elsewhere)
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})
     if weighted is None or weighting is None:
@@ -64,14 +65,15 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     return record.model_copy(update={"metric": metric, "weights_fro": weighted.plain_fro})
 
 
-def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidden:
-    """Return the estimate of the update before rounding from the rounding cells."""
+def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple[Hidden, str]:
+    """Return the estimate of the update before rounding from the rounding cells, and the note of ``on_device``."""
     try:
         refuse_cells(delta.shape, settings.memory)
     except MemoryLimitError as error:
-        return Hidden(status="refused", reason=str(error), unchanged=0.0)
+        return Hidden(status="refused", reason=str(error), unchanged=0.0), ""
     compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)
-    return on_device(compute, resolve_device(settings.device))[0].hidden
+    found, elsewhere = on_device(compute, resolve_device(settings.device))
+    return found.hidden, elsewhere
 
 
 def _compute(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lora_diag
+from lora_diag.diagnostics.spectrum import measure
 from lora_diag.diagnostics.spectrum.summary import summary_lines
 from tests.conftest import save_model
 from tests.linalg.test_hidden import planted
@@ -44,6 +45,21 @@ def test_layers_that_the_files_do_not_resolve_are_estimated(pair, tmp_path):
     said = line(found, "before_rounding")
     assert f"‖X‖ = {hidden.fro_estimate:.3g}"[:8] in said
     assert "loradiag recover" not in line(found, "resolved")
+
+
+def test_estimate_that_did_not_fit_on_the_gpu_is_named(pair, monkeypatch):
+    real, failed = measure.recover_layer, []
+
+    def fails_once(*words, **options):
+        if not failed:
+            failed.append(True)
+            raise torch.cuda.OutOfMemoryError("no more")
+        return real(*words, **options)
+
+    monkeypatch.setattr(measure, "recover_layer", fails_once)
+    found = lora_diag.spectrum(pair[0], pair[1], recover=True, layers="q_proj")
+    assert found[Q].hidden is not None
+    assert_names(line(found, "device"), "self_attn.q_proj", "--workers 1")
 
 
 def test_recover_is_suggested_for_unchanged_entries(pair):

@@ -138,11 +138,11 @@ def _step_of(checkpoint: Checkpoint, path: Path) -> int:
     """
     said = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
     if len(said) > 1:
-        raise InputError(f"{path}: its shards are of different steps: {', '.join(sorted(said))}")
+        raise InputError(f"{path}: its shards are from different steps: {', '.join(sorted(said))}")
     if said:
         (word,) = said
         if not (word.isascii() and word.isdecimal() and len(word) < 16):
-            raise InputError(f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up")
+            raise InputError(f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up; correct it")
         return int(word)
     own = path.name.removesuffix(INDEX).removesuffix(path.suffix) if path.is_file() else path.name
     name = path.parent.name if path.name in WEIGHTS else own
@@ -175,12 +175,13 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
             taken = snapshots.setdefault(layer, [])
             if taken and taken[-1].step == step.step:
                 raise InputError(
-                    f"{step.checkpoint.path}: {taken[-1].side.name} and {side.name} are both gradients of {layer}"
+                    f"{step.checkpoint.path}: {taken[-1].side.name} and {side.name} are both gradients of {layer}; "
+                    "remove one of them"
                 )
             if shapes.setdefault(layer, shape) != shape:
                 raise InputError(
                     f"{step.checkpoint.path}: {side.name} is {list(shape)}, and {list(shapes[layer])} in "
-                    f"{taken[-1].side.checkpoint.path}; these are gradients of different models"
+                    f"{taken[-1].side.checkpoint.path}; use gradients of one model"
                 )
             taken.append(Snapshot(step.step, side))
     ordered = sorted(snapshots, key=natural_order)

@@ -42,7 +42,9 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
         raise InputError(f"{source.checkpoint.path}: {module} has no lora_E, so the file is incomplete; save it again")
     a, b, e = (source.shape(key, 2) for key in (a_key, b_key, parts["lora_E"]))
     if e != (a[0], 1):
-        raise InputError(f"{source.checkpoint.path}: {module}: lora_E {list(e)} does not fit lora_A {list(a)}")
+        raise InputError(
+            f"{source.checkpoint.path}: {module}: lora_E {list(e)} does not fit lora_A {list(a)}; save it again"
+        )
     # After the last pruning the removed rows are absent from the file, and rank_pattern has their indices.
     due = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
     check_rank(source, module, a[0], due, b[1])

@@ -81,7 +81,9 @@ def _settings(source: Source) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source.path}: {METADATA} in the file's metadata is not valid JSON: {error}") from error
+        raise InputError(
+            f"{source.path}: {METADATA} in the file's metadata is not valid JSON ({error}); save the adapter again"
+        ) from error
     if not isinstance(values, dict):
         raise InputError(
             f"{source.path}: {METADATA} in the file's metadata must be a JSON object; save the adapter again"

@@ -51,7 +51,7 @@ def read_gguf(source: Source) -> Reading:
     kinds = fields.get("general.type"), fields.get("adapter.type")
     if kinds != ("adapter", "lora"):
         raise InputError(
-            f"{source.path}: is no LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}; give "
+            f"{source.path}: is not a LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}; give "
             "a file that convert_lora_to_gguf.py wrote"
         )
     alpha = fields.get(ALPHA, 0.0)
@@ -81,7 +81,8 @@ def _pairs(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
             norms.append(key)
         else:
             raise InputError(
-                f"{source.path}: {key} is neither a factor (.lora_a, .lora_b) nor a norm; llama.cpp refuses the file"
+                f"{source.path}: {key} is neither a factor (.lora_a, .lora_b) nor a norm, so llama.cpp refuses the "
+                "file; convert the adapter again"
             )
     return pairs, norms
 
@@ -116,7 +117,10 @@ def _updates(source: Source, name: str, parts: Mapping[str, str], alpha: float, 
     rank_of_a = a[-1] if is_table else a[-2] if len(a) > 1 else 0
     if not fits or len(a) not in ((2,) if is_table else (2, 3)) or rank_of_a != b[-1] or a[:-2] != b[:-2]:
         expected = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
-        raise InputError(f"{source.path}: {name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}")
+        raise InputError(
+            f"{source.path}: {name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}; convert the adapter "
+            "again"
+        )
     rank = b[-1]
     scale = alpha / rank if alpha else source.scale_without_alpha(rank)
     shape = (a[0], b[0]) if is_table else (b[-2], a[-1])

@@ -129,7 +129,7 @@ def _path(item: Item, contents: Contents) -> str:
     if contents.form != "kohya":
         return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
     if component_of(item.layer) == component_of(item.module):
-        raise InputError(f"{item.module}: BASE tells which of its underscores are dots; give BASE")
+        raise InputError(f"{item.module}: its underscores and dots cannot be distinguished without BASE; give BASE")
     return item.layer.removesuffix(".weight")
 
 
@@ -305,7 +305,10 @@ def _gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkp
     if found is None:
         raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")
     if found == "output.weight" and base is not None and not any(name.endswith("lm_head.weight") for name in base):
-        raise InputError(f"{item.layer}: the head is tied to the embedding, and llama.cpp has no tensor for it")
+        raise InputError(
+            f"{item.layer}: the head is tied to the embedding, for which llama.cpp has no tensor; leave it out of "
+            "the adapter"
+        )
     return found
 
 

@@ -78,7 +78,7 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
     entries = []
     for text, value in table.items():
         if not is_number(value):
-            raise InputError(f"{config.path}: {key}[{text!r}] must be a finite number, not {value!r}")
+            raise InputError(f"{config.path}: {key}[{text!r}] must be a finite number, not {value!r}; correct it")
         entries.append((text, _compile(text, f"{config.path}: {key}", lengths), float(value)))
     return Pattern(key, tuple(entries))
 

@@ -165,7 +165,7 @@ def convert(
         raise InputError(f"{adapter.path}: {_named(unsupported)}; --leave-out writes the adapter without")
     kept = [item for item in contents.items if item.layer not in unsupported]
     if not kept:
-        raise InputError(f"{adapter.path}: nothing of it has a place in a portable adapter: {_named(unsupported)}")
+        raise InputError(f"{adapter.path}: no part of it can be written as a portable adapter: {_named(unsupported)}")
     stored = {update.dtype for update in adapter.reading.updates}
     dtype = stored.pop() if len(stored) == 1 else "float32"
     parts = {item.layer: _part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
@@ -192,7 +192,7 @@ def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
         )
     if base is None and (first := next((update for update in adapter.reading.updates if update.heads), None)):
         raise InputError(
-            f"{adapter.path}: the rows of {first.weight} are in llama.cpp's order, which BASE tells; give BASE"
+            f"{adapter.path}: the rows of {first.weight} are in llama.cpp's order, which depends on BASE; give BASE"
         )
 
 
@@ -271,7 +271,7 @@ def _named(unsupported: Mapping[str, str]) -> str:
 def _refuse_existing(folder: Path) -> None:
     check_folder_of(folder)
     if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder}: is there already; choose another folder for the adapter")
+        raise UsageError(f"{folder}: exists already; choose another folder for the adapter")
 
 
 class _Reader:

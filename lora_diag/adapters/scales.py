@@ -106,7 +106,9 @@ def rank_of(config: Config, ranks: Pattern, module: str) -> int:
         return config.integer("r")
     key, value = found[0]
     if value < 1 or value != int(value):
-        raise InputError(f"{config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value:g}")
+        raise InputError(
+            f"{config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value:g}; correct it"
+        )
     return int(value)
 
 

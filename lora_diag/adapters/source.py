@@ -84,7 +84,7 @@ class Config:
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is not int or not 1 <= value <= MAX_WHOLE:
-            raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {value!r}")
+            raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {value!r}; correct it")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -95,7 +95,7 @@ class Config:
         """
         value = self.values.get(key, default)
         if not is_number(value):
-            raise InputError(f"{self.path}: {key} must be a finite number, not {value!r}")
+            raise InputError(f"{self.path}: {key} must be a finite number, not {value!r}; correct it")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -117,7 +117,9 @@ class Config:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise InputError(f"{self.path}: {key} must map names to values, but is a {type(value).__name__}")
+            raise InputError(
+                f"{self.path}: {key} must map names to values, but is a {type(value).__name__}; correct it"
+            )
         return value
 
     def names(self, key: str) -> list[str]:

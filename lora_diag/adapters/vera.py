@@ -53,7 +53,7 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     if rank != a[0] or rank != b[1] or out > b[0]:
         raise InputError(
             f"{source.checkpoint.path}: {module}: lambdas of {out} and {rank} do not fit the shared A {list(a)} and B "
-            f"{list(b)}"
+            f"{list(b)}; save it again"
         )
     load = partial(factors, source.checkpoint, parts)
     key = parts[PARTS[0]]

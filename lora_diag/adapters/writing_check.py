@@ -58,10 +58,14 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
     for layer, delta in expected.items():
         other = found.get(layer)
         if not isinstance(delta, FactoredDelta) or not isinstance(other, FactoredDelta) or other.shape != delta.shape:
-            raise InputError(f"{folder}: {layer} is not in it as it was written; do not use it, and report this")
+            raise InputError(
+                f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
+            )
         pairs = zip(_used(*other.load()), _used(*delta.load()), strict=True)
         if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-            raise InputError(f"{folder}: {layer} reads back otherwise than it was written; report this")
+            raise InputError(
+                f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
+            )
 
 
 def _same(delta: Delta | None, part: Part) -> bool:

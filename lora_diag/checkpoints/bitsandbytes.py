@@ -213,7 +213,8 @@ def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or not math.isfinite(offset):
             raise InputError(
-                f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a finite number"
+                f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a finite number; "
+                "save it again"
             )
         nested = Nested(_block_size(source, state_name, state, "nested_blocksize"), float(offset))
         sizes |= {"nested_quant_map": 256, "nested_absmax": -(-sizes["absmax"] // nested.block)}
@@ -244,22 +245,31 @@ def _state(source: Checkpoint, name: str) -> dict[str, Any]:
         state = json.loads(source.read_bytes(name))
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight: {error}"
+            f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight ({error}); save the model "
+            "again"
         ) from error
     if not isinstance(state, dict):
-        raise InputError(f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight: not an object")
+        raise InputError(
+            f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight; save the model again"
+        )
     return state
 
 
 def _shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, ...]:
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
-        raise InputError(f"{source.file_of(name)}: shape in {name} is {shape!r}, not a list of positive integers")
+        raise InputError(
+            f"{source.file_of(name)}: shape in {name} is {shape!r}, not a list of positive integers; save the model "
+            "again"
+        )
     return tuple(shape)
 
 
 def _block_size(source: Checkpoint, name: str, state: dict[str, Any], key: str) -> int:
     value = state.get(key)
     if type(value) is not int or not 0 < value <= MAX_BLOCK:
-        raise InputError(f"{source.file_of(name)}: {key} in {name} is {value!r}, not an integer in 1 to {MAX_BLOCK}")
+        raise InputError(
+            f"{source.file_of(name)}: {key} in {name} is {value!r}, not an integer in 1 to {MAX_BLOCK}; save the "
+            "model again"
+        )
     return value

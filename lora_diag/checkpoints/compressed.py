@@ -214,7 +214,7 @@ def _packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     name, weight = f"{module}{PACKED}", f"{module}.weight"
     out, columns = _shape(source, module)
     if source[name].dtype != "int32" or len(source[name].shape) != 2:
-        raise InputError(f"{source.file_of(name)}: {name} is no matrix of int32; save the model again")
+        raise InputError(f"{source.file_of(name)}: {name} is not an int32 matrix; save the model again")
     bits = _bits(source, name, columns, config)
     words = frozenset({"int32"})
     require(source, name, (out, -(-columns * bits // 32)), words, weight)
@@ -226,7 +226,8 @@ def _packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
         require(source, order, (columns,), INTEGERS, weight)
     if groups < 1 or (not ordered and columns % groups):
         raise InputError(
-            f"{source.file_of(scale)}: {scale} has {groups} groups for {columns} columns, which are no equal groups; "
+            f"{source.file_of(scale)}: {scale} has {groups} groups for {columns} columns, which do not divide into "
+            "equal groups; "
             "save the model again"
         )
     if zero in source:
@@ -268,7 +269,7 @@ def _bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]
         problem = "no number of bits" if not chosen else f"{' or '.join(map(str, chosen))} bits"
         raise InputError(
             f"{source.file_of(name)}: {name} {list(source[name].shape)} holds {columns} codes a row in {problem}; "
-            "num_bits in config.json must tell"
+            "set num_bits in config.json"
         )
     return chosen[0]
 
@@ -294,15 +295,20 @@ def _layout(
     weight = f"{module}.weight"
     shape = source[codes].shape if codes in source else ()
     if len(shape) not in {2, 3} or source[codes].dtype != "uint8" or math.prod(shape) == 0:
-        raise InputError(f"{source.path}: {codes} is missing or no matrix of uint8, which {weight} needs")
+        raise InputError(
+            f"{source.path}: {codes} is missing or not a uint8 matrix, which {weight} needs; save the model again"
+        )
     layout = Float4(source, codes, scale, 2 * shape[-1], kind, divisor, factor)
     if layout.columns % layout.group:
-        raise InputError(f"{source.file_of(codes)}: {codes} {list(shape)} holds no whole groups of {layout.group}")
+        raise InputError(
+            f"{source.file_of(codes)}: {codes} {list(shape)} is not a whole number of groups of {layout.group}; save "
+            "the model again"
+        )
     dtypes = {"float8_e4m3fn"} if kind == "nvfp4" else {"uint8", "float8_e8m0fnu"}
     require(source, scale, (*shape[:-1], layout.columns // layout.group), frozenset(dtypes), weight)
     for name in filter(None, (divisor, factor)):
         if source[name].numel != 1 or source[name].dtype not in FLOAT_DTYPES:
-            raise InputError(f"{source.file_of(name)}: {name} is not one float; save the model again")
+            raise InputError(f"{source.file_of(name)}: {name} is not a single float; save the model again")
     return layout
 
 

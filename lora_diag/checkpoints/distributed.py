@@ -147,7 +147,7 @@ def _state(index: Path) -> Mapping[str, Any]:
     if not isinstance(state, dict) or not all(
         isinstance(state.get(key), dict) for key in ("state_dict_metadata", "storage_data")
     ):
-        raise InputError(f"{index}: is no index of a torch.distributed checkpoint; save it again")
+        raise InputError(f"{index}: is not the index of a torch.distributed checkpoint; save it again")
     return state
 
 
@@ -157,7 +157,7 @@ def _is_tensor(item: Any) -> bool:
 
 def _sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
-        raise InputError(f"{index}: the index gives {key:.200} no valid shape; save the checkpoint again")
+        raise InputError(f"{index}: the shape of {key:.200} in the index is invalid; save the checkpoint again")
     return tuple(value)
 
 
@@ -172,14 +172,16 @@ def _described(
         first = properties.get("dtype")
     dtype = first.name if isinstance(first, Record) else ""
     if dtype not in WIDTH:
-        raise InputError(f"{index}: {key:.200} has the unsupported dtype {dtype!r}")
+        raise InputError(f"{index}: {key:.200} has the unsupported dtype {dtype!r}; save it in another")
     boxes = []
     for chunk in item.get("chunks") or ():
         if not isinstance(chunk, Record):
             raise InputError(f"{index}: a part of {key:.200} is not described; save the checkpoint again")
         offsets, sizes = (_sizes(index, key, chunk.get(field)) for field in ("offsets", "sizes"))
         if not len(offsets) == len(sizes) == len(shape):
-            raise InputError(f"{index}: a part of {key:.200} has {len(sizes)} dimensions instead of {len(shape)}")
+            raise InputError(
+                f"{index}: a part of {key:.200} has {len(sizes)} dimensions instead of {len(shape)}; save it again"
+            )
         boxes.append((offsets, sizes))
     return TensorInfo(name, shape, dtype), boxes
 
@@ -210,9 +212,13 @@ def _box(
         raise InputError(f"{folder / INDEX}: the index does not say where the part of {key:.200} at {list(offsets)} is")
     relative, offset, length = (location.get(field) for field in ("relative_path", "offset", "length"))
     if location.get("transform_descriptors"):
-        raise InputError(f"{folder / INDEX}: {key:.200} is stored compressed, which is not read; save it without")
+        raise InputError(
+            f"{folder / INDEX}: {key:.200} is stored compressed, which is not supported; save it uncompressed"
+        )
     if not isinstance(relative, str) or relative in {"", ".", ".."} or set(relative) & set("/\\\0"):
-        raise InputError(f"{folder / INDEX}: the file {relative!r:.200} of {key:.200} is not a plain file name")
+        raise InputError(
+            f"{folder / INDEX}: the file {relative!r:.200} of {key:.200} is not a plain file name; save it again"
+        )
     if not all(type(value) is int and 0 <= value < 2**63 for value in (offset, length)):
         raise InputError(f"{folder / INDEX}: the position of {key:.200} is not valid; save the checkpoint again")
     if relative not in files:
@@ -267,7 +273,7 @@ def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[
     try:
         "".join(named.values()).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
-        raise InputError(f"{index}: a tensor name is not valid Unicode: {error}") from error
+        raise InputError(f"{index}: a tensor name is not valid Unicode ({error}); save it again") from error
     return named, start
 
 

@@ -55,7 +55,7 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not a readable {kind}: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a {kind}: it holds a {type(content).__name__}, not an object")
+        raise InputError(f"{path}: is not a {kind}: it holds a {type(content).__name__}, not an object; correct it")
     return content
 
 

@@ -239,5 +239,5 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty; write the index again")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise InputError(f"{index}: weight_map must map tensor names to file names")
+        raise InputError(f"{index}: weight_map must map tensor names to file names; write the index again")
     return weight_map

@@ -15,13 +15,15 @@ DEEPSPEED = (
     "python {tool} {root} out --safe_serialization"
 )
 FSDP = "holds FSDP shards; convert them first: accelerate merge-weights {shards} out"
-ORBAX = "is an Orbax checkpoint (JAX), which is not read; convert it to safetensors first, for example with orbaxport"
+ORBAX = (
+    "is an Orbax checkpoint (JAX), which is not supported; convert it to safetensors first, for example with orbaxport"
+)
 MEGATRON = (
-    "is a Megatron checkpoint, which is not read; export it in Hugging Face's format first, for example with "
+    "is a Megatron checkpoint, which is not supported; export it in Hugging Face's format first, for example with "
     "megatron-bridge"
 )
 TENSORRT = "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint from which it was built"
-HQQ = "is quantized by HQQ, which is not read; give the unquantized checkpoint, or analyse the adapter alone"
+HQQ = "is quantized by HQQ, which is not supported; give the unquantized checkpoint, or analyse the adapter alone"
 
 # Pattern of a file name -> the message; the first match is used.
 FOREIGN = (

@@ -266,7 +266,8 @@ def _read_header(path: Path) -> _Header:
             if version not in VERSIONS:
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
                 raise InputError(
-                    f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not read; convert "
+                    f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not supported; "
+                    "convert "
                     "the model again with a current llama.cpp"
                 )
             count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
@@ -335,7 +336,7 @@ def _rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, 
         name = cursor.text(f"the name of tensor {position}")
         dimensions = cursor.number("I", name)
         if dimensions > MAX_DIMENSIONS:
-            raise InputError(f"{cursor.path}: {name} claims {dimensions:,} dimensions; GGUF has at most 4")
+            raise InputError(f"{cursor.path}: {name} claims {dimensions:,} dimensions; at most 4 are allowed")
         shape = tuple(cursor.number("Q", name) for _ in range(dimensions))[::-1]  # the file's first one varies fastest
         rows.append((name, shape, cursor.number("I", name), cursor.number("Q", name)))
     return rows
@@ -361,13 +362,14 @@ def _located(
         kind = TYPES[code]
         if (shape[-1] if shape else 1) % kind.block:
             raise InputError(
-                f"{path}: {name} is {kind.name} {list(shape)}, whose rows are no whole blocks of {kind.block}"
+                f"{path}: {name} is {kind.name} {list(shape)}, whose rows are not whole blocks of {kind.block}; "
+                "convert the model again"
             )
         begin, end = _padded(end, alignment), offset + math.prod(shape) // kind.block * kind.size
         if offset != begin:
             raise InputError(
-                f"{path}: {name} starts at byte {offset:,} of the data, where {begin:,} is due after the tensor before "
-                "it; convert the model again"
+                f"{path}: {name} starts at byte {offset:,} of the data, but the tensor before it ends at {begin:,}; "
+                "convert the model again"
             )
         if start + end > size:
             raise InputError(

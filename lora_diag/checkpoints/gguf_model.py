@@ -126,7 +126,9 @@ class GgufModel:
         for stored, info in self._file.tensors.items():
             for view in self._views_of(stored, info, names, architecture):
                 if view.info.name in seen:
-                    raise InputError(f"{self.path}: two tensors mean {view.info.name}, one is {stored}; convert again")
+                    raise InputError(
+                        f"{self.path}: two tensors have the name {view.info.name}, one is {stored}; convert again"
+                    )
                 seen.add(view.info.name)
                 yield view
 
@@ -181,7 +183,7 @@ def open_model(path: Path) -> list[GgufModel]:
         if not part.is_file():
             raise InputError(f"{path}: the part {part.name} is missing; copy or download it again")
     if not paths:
-        raise InputError(f"{path}: is a part of none; name the files as llama.cpp does")
+        raise InputError(f"{path}: is not a part of a split model; name the files as llama.cpp does")
     first = GgufModel(paths[0])
     models = [first, *(GgufModel(part, first.fields) for part in paths[1:])]
     seen: set[str] = set()

@@ -130,7 +130,7 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     codes, scales, zeros, order = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros", ".g_idx"))
     weight = f"{module}.weight"
     if len(source[codes].shape) != 2 or source[codes].dtype != "int32":
-        raise InputError(f"{source.file_of(codes)}: {codes} is no matrix of int32, as GPTQ and AWQ have; {_OUT}")
+        raise InputError(f"{source.file_of(codes)}: {codes} is not an int32 matrix, as in GPTQ and AWQ; {_OUT}")
     if scales not in source or len(source[scales].shape) != 2:
         raise InputError(f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {scales} of scales; {_OUT}")
     groups, out = source[scales].shape

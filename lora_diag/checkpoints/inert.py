@@ -177,7 +177,7 @@ class _Machine:
     def call(self, target: Any, args: Any) -> None:
         """Push the stand-in for a call or a new object on the stack."""
         if not isinstance(target, Record) or not isinstance(args, tuple | list):
-            raise ValueError(f"a {type(target).__name__} is called")
+            raise ValueError(f"it calls a {type(target).__name__}")
         plain = PLAIN.get((target.module, target.name)) if target.args is None else None
         self.stack.append(plain(*args) if plain else Record(target.module, target.name, tuple(args)))
 

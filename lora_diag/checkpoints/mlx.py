@@ -106,7 +106,8 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     columns = shape[-1] * 32 // bits if shape else 0
     if len(shape) not in {2, 3} or columns * bits != shape[-1] * 32 or columns % group or not columns:
         raise InputError(
-            f"{source.file_of(weight)}: {weight} {list(shape)} holds no whole groups of {group} codes of {bits} bits; "
+            f"{source.file_of(weight)}: {weight} {list(shape)} is not a whole number of groups of {group} codes of "
+            f"{bits} bits; "
             "save the model again"
         )
     for name in (scales, biases):

@@ -98,7 +98,7 @@ class TorchFile:
             raise
         except Exception as error:  # torch raises many types on damaged files, down to a bare EOFError
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{self.path}: is not a readable torch file: {reason}") from error
+            raise InputError(f"{self.path}: is not a readable torch file ({reason}); copy or save it again") from error
         self._state = _state_dict(loaded, self.path)
         self.metadata: Mapping[str, str] = {}
         if not self._mapped:
@@ -160,7 +160,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
             try:
                 "".join(dense).encode()
             except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
-                raise InputError(f"{path}: a tensor name is not valid Unicode: {error}") from error
+                raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
             return dense
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):

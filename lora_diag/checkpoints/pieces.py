@@ -109,7 +109,7 @@ def _offsets(file: SafetensorsFile) -> Iterator[tuple[str, tuple[int, ...]]]:
             or not all(type(offset) is int and 0 <= offset < 2**63 for offset in offsets)
         ):
             raise InputError(
-                f"{file.path}: the piece of {name} starts at {offsets!r}, which is no index of a tensor with "
+                f"{file.path}: the piece of {name} starts at {offsets!r}, which is not an index of a tensor with "
                 f"{len(tensor.shape)} dimensions; save the model again"
             )
         yield name, tuple(offsets)

@@ -140,7 +140,7 @@ def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     try:
         "".join(name for name in state if isinstance(name, str)).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
-        raise InputError(f"{path}: a tensor name is not valid Unicode: {error}") from error
+        raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
     found = {name: _values(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)}
     return {name: parts for name, parts in found.items() if parts}
 
@@ -206,7 +206,7 @@ def _sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int 
         dim = placement.args[0]
     if kind != "Shard" or type(dim) is not int or not 0 <= dim < dimensions:
         raise InputError(
-            f"{path}: {name} is placed as {kind or 'nothing known'}, which is not read; merge the files first: "
+            f"{path}: {name} is placed as {kind or 'nothing known'}, which is not supported; merge the files first: "
             "python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir out"
         )
     return dim
@@ -228,7 +228,9 @@ def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: 
         or len(found) != dimensions
         or not all(type(at) is int and 0 <= at < MAX_RANKS for at in found)
     ):
-        raise InputError(f"{archive.file.path}: {name} does not say where rank {rank} stands in the device mesh")
+        raise InputError(
+            f"{archive.file.path}: {name} does not give the position of rank {rank} in the device mesh; save it again"
+        )
     return tuple(found)
 
 

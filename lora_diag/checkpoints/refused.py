@@ -61,7 +61,7 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
                 raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {NOT_FLOATS}")
     if method is not None and method not in READ:
         raise InputError(
-            f"{source.path}: is quantized with {method!r} ({KEY}), which is not read; {NOT_FLOATS}; {FLOATS}"
+            f"{source.path}: is quantized with {method!r} ({KEY}), which is not supported; {NOT_FLOATS}; {FLOATS}"
         )
 
 

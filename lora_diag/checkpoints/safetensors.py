@@ -148,7 +148,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is invalid: {error}; copy or download it again") from error
     if not isinstance(header, dict):
-        raise InputError(f"{path}: the safetensors header is a {type(header).__name__}, not an object")
+        raise InputError(
+            f"{path}: the safetensors header is a {type(header).__name__}, not an object; copy or download it again"
+        )
     return header, 8 + length, size - 8 - length
 
 
@@ -163,7 +165,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise InputError(f"{path}: __metadata__ in the safetensors header must map strings to strings")
+        raise InputError(
+            f"{path}: __metadata__ in the safetensors header must map strings to strings; save the file again"
+        )
     return value
 
 
@@ -178,7 +182,9 @@ def _tensors(
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != end:
-            raise InputError(f"{path}: {name} starts at byte {begin:,}, but the tensor before it ends at {end:,}")
+            raise InputError(
+                f"{path}: {name} starts at byte {begin:,}, but the tensor before it ends at {end:,}; save it again"
+            )
         end = stop
     if end != data_bytes:
         raise InputError(
@@ -195,12 +201,16 @@ def _tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, i
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: the header entry of {name} has no dtype, shape or data_offsets") from error
+        raise InputError(
+            f"{path}: the header entry of {name} has no dtype, shape or data_offsets; save the file again"
+        ) from error
     if not isinstance(code, str) or code not in DTYPES:
-        raise InputError(f"{path}: {name} has the unknown dtype {code!r}")
+        raise InputError(f"{path}: {name} has the unknown dtype {code!r}; update loradiag, or save it in another")
     if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
-        raise InputError(f"{path}: the header entry of {name} has an invalid shape or offset")
+        raise InputError(f"{path}: the header entry of {name} has an invalid shape or offset; save the file again")
     dtype, bits = DTYPES[code]
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise InputError(f"{path}: {name} is {code} {shape}, which does not match its size of {end - begin:,} bytes")
+        raise InputError(
+            f"{path}: {name} is {code} {shape}, which does not match its size of {end - begin:,} bytes; save it again"
+        )
     return TensorInfo(name, tuple(shape), dtype), (begin, end)

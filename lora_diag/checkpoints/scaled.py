@@ -246,5 +246,7 @@ def _configured_blocks(source: Checkpoint, config: Mapping[str, Any]) -> tuple[i
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
-        raise InputError(f"{source.path}: weight_block_size in config.json is {value!r}, not two positive integers")
+        raise InputError(
+            f"{source.path}: weight_block_size in config.json is {value!r}, not two positive integers; correct it"
+        )
     return value[0], value[1]

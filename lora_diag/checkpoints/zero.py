@@ -92,7 +92,7 @@ class ZeroFolder:
         try:
             "".join(found).encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
-            raise InputError(f"{self.path}: a tensor name is not valid Unicode: {error}") from error
+            raise InputError(f"{self.path}: a tensor name is not valid Unicode ({error}); save it again") from error
         self._parts = {name: flat for name, (_, flat) in found.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, shape, flat.parts[0][0].dtype) for name, (shape, flat) in found.items()
@@ -143,7 +143,9 @@ class ZeroFolder:
         flats = [_tensors(part, values, path.name) for (part, _, _, values, _), path in zip(states, files, strict=True)]
         if stage < 3:
             if any(any(_numbers(padding)) for *_, padding in states):
-                raise InputError(f"{self.path}: aligns parameters one by one, which is not read; {self._suggest_fix()}")
+                raise InputError(
+                    f"{self.path}: aligns parameters one by one, which is not supported; {self._suggest_fix()}"
+                )
             found = dict(self._consecutive(groups, flats))
         else:
             found = dict(self._partitioned(groups, flats))
@@ -233,7 +235,7 @@ class ZeroFolder:
             stage = stage.args[0]
         world = max(_numbers(state.get("partition_count")), default=0)
         if type(stage) is not int or not 0 <= stage <= 3 or world < 1:
-            raise InputError(f"{path}: is no optimizer file of ZeRO; {self._suggest_fix()}")
+            raise InputError(f"{path}: is not an optimizer file of ZeRO; {self._suggest_fix()}")
         key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
         return archive, max(1, stage), world, state.get(key), state.get("param_alignment_paddings")
 
@@ -253,7 +255,7 @@ class ZeroFolder:
 
     def _shape(self, name: Any, shape: Any) -> tuple[int, ...]:
         if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-            raise InputError(f"{self.path}: param_shapes gives {name!s:.200} no valid shape; {self._suggest_fix()}")
+            raise InputError(f"{self.path}: param_shapes gives {name!s:.200} an invalid shape; {self._suggest_fix()}")
         return shape
 
 
@@ -279,7 +281,10 @@ def _by_rank(folder: Path) -> list[Path]:
     for path in folder.glob(STATES):
         match = OPTIMIZER.fullmatch(path.name)
         if match is None:
-            raise InputError(f"{path}: is of model or expert parallelism, which is not read; convert it with DeepSpeed")
+            raise InputError(
+                f"{path}: is from a run with model or expert parallelism, which is not supported; convert it with "
+                "DeepSpeed"
+            )
         found[int(match[1])] = path
     missing = [rank for rank in range(max(found, default=-1) + 1) if rank not in found]
     if missing:

@@ -183,7 +183,7 @@ def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence
     elif isinstance(item.get("text"), str):
         prompt, completion = list(tokens.first), tokens.ids(item["text"])
     else:
-        raise InputError(f"{where} has neither text nor prompt and completion")
+        raise InputError(f"{where} has neither text nor prompt and completion; add them")
     ids, labels = [*prompt, *completion], [*([IGNORED] * len(prompt)), *completion]
     room = model.length - len(tokens.last)
     behind = [IGNORED] * len(tokens.last)
@@ -197,7 +197,7 @@ def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequenc
     """
     text, label = item.get("text"), item.get("label")
     if not isinstance(text, str) or not isinstance(label, int | str):
-        raise InputError(f"{where} has no text and label")
+        raise InputError(f"{where} has no text and label; add them")
     name = label if isinstance(label, str) else item.get("label_name")
     index = model.labels.get(name) if isinstance(name, str) else None
     if index is None and isinstance(label, int):

@@ -83,7 +83,7 @@ def _file(path: Path) -> Source:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text: byte {error.start}") from error
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it") from error
     digest = hashlib.sha256(content).hexdigest()[:16]
     if path.suffix in {".jsonl", ".json"}:
         return Source(path.stem, digest, rows=tuple(_lines(path, text)))
@@ -99,9 +99,9 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             item = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
+            raise InputError(f"{where} is not JSON ({error}); correct the line") from error
         if not isinstance(item, dict):
-            raise InputError(f"{where} is not a JSON object with text, or prompt and completion")
+            raise InputError(f"{where} is not a JSON object with text, or prompt and completion; correct the line")
         yield where, item
 
 
@@ -147,7 +147,9 @@ def _refuse_outside_paths(path: Path) -> None:
     for file in files if isinstance(files, list) else []:
         name = file.get("filename") if isinstance(file, dict) else None
         if not isinstance(name, str) or PurePath(name).name != name:
-            raise InputError(f"{path / _STATE}: names {name!r}, which is not a file in this folder")
+            raise InputError(
+                f"{path / _STATE}: names {name!r}, which is not a file in this folder; save the data set again"
+            )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def test_unsupported_placements_state_fix(tmp_path, kind):
     folder = save_ranks(
         tmp_path, lambda rank, mesh: {"w": DTensor.from_local(torch.ones(2, 2), mesh, [placement], run_check=False)}
     )
-    with pytest.raises(InputError, match=r"w is placed as \w+, which is not read.*verl\.model_merger"):
+    with pytest.raises(InputError, match=r"w is placed as \w+, which is not supported.*verl\.model_merger"):
         open_checkpoint(folder)
 
 

@@ -92,7 +92,7 @@ def test_model_file_alone_gives_its_16_bit_weights(tmp_path):
     ("stage", "changed", "problem"),
     [
         (2, {"partition_count": [4, 4]}, "optimizer files of 2 ranks of 4; copy all"),
-        (2, {"zero_stage": 7}, "is no optimizer file of ZeRO"),
+        (2, {"zero_stage": 7}, "is not an optimizer file of ZeRO"),
         (2, {"single_partition_of_fp32_groups": []}, "holds no flat master weights"),
         (2, {"single_partition_of_fp32_groups": [torch.ones(9)]}, "does not hold the 2 groups"),
         (2, {"single_partition_of_fp32_groups": [torch.ones(9), torch.ones(8)]}, "lies up to entry 22, but 18"),

@@ -67,5 +67,5 @@ def test_unknown_label_is_named(tmp_path, label):
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"abc\xff")
-    with pytest.raises(InputError, match="is not UTF-8 text: byte 3"):
+    with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 3\)"):
         read_texts(tmp_path / "x.txt", open_model(gpt2(tmp_path / "base"), torch.device("cpu")))

@@ -90,7 +90,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         given[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
     )
     if method == "heuristic" and energy is not None:
-        raise UsageError("--strategy heuristic: needs a budget, and --energy is none; give --params or another budget")
+        raise UsageError("--strategy heuristic: needs a budget, which --energy is not; give --params or another budget")
     portable = given["portable"]
     if portable and (energy is not None or method == "heuristic"):
         other = "--energy" if energy is not None else "--strategy heuristic"
@@ -319,7 +319,7 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
             "with loradiag spectrum ... --resume, or accept it with --allow-unfinished"
         )
     if not spectra.layers:
-        raise InputError(f"{path or 'these results'}: hold no layer")
+        raise InputError(f"{path or 'these results'}: hold no layer; measure again")
     notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)
     changed = sum(one is not record for one, record in zip(layers, spectra.layers, strict=True))
@@ -365,7 +365,7 @@ def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Sp
     short = {record.layer.removesuffix(".weight"): record.layer for record in spectra}
     full = {record.layer for record in spectra}
     if unknown := [name for name in table if name not in short and name not in full]:
-        raise UsageError(f"{where}: {unknown[0]} is not a layer of these results")
+        raise UsageError(f"{where}: {unknown[0]} is not a layer of these results; use names as in the results file")
     found = {short.get(name, name): float(value) for name, value in table.items()}
     if default is None and (missing := [layer for layer in full if layer not in found]):
         raise UsageError(

@@ -136,11 +136,11 @@ def _step_of(checkpoint: Checkpoint, path: Path) -> int:
     Raises:
         InputError: Neither metadata nor file name has a step number, or its shards disagree.
     """
-    said = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
-    if len(said) > 1:
-        raise InputError(f"{path}: its shards are from different steps: {', '.join(sorted(said))}")
-    if said:
-        (word,) = said
+    steps_found = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
+    if len(steps_found) > 1:
+        raise InputError(f"{path}: its shards are from different steps: {', '.join(sorted(steps_found))}")
+    if steps_found:
+        (word,) = steps_found
         if not (word.isascii() and word.isdecimal() and len(word) < 16):
             raise InputError(f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up; correct it")
         return int(word)

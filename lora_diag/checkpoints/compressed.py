@@ -261,10 +261,10 @@ def _bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]
     groups = config.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
     schemes = [group.get("weights") for group in groups if isinstance(group, dict)]
-    given = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
+    declared = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
     width = source[name].shape[1]
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == width]
-    chosen = [bits for bits in fitting if bits in given] if given else fitting
+    chosen = [bits for bits in fitting if bits in declared] if declared else fitting
     if len(chosen) != 1:
         problem = "no number of bits" if not chosen else f"{' or '.join(map(str, chosen))} bits"
         raise InputError(

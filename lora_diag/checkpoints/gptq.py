@@ -164,8 +164,8 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
 def _group_size(
     source: Checkpoint, scales: str, columns: int, groups: int, ordered: bool, config: Mapping[str, Any]
 ) -> int:
-    given = config.get("group_size")
-    size = given if type(given) is int and given > 0 else -(-columns // max(1, groups))
+    configured = config.get("group_size")
+    size = configured if type(configured) is int and configured > 0 else -(-columns // max(1, groups))
     if groups < 1 or (not ordered and -(-columns // size) != groups):
         raise InputError(
             f"{source.file_of(scales)}: {scales} has {groups} groups for {columns} inputs in groups of {size}; "

@@ -119,7 +119,7 @@ class _Machine:
         """Remove the topmost value."""
         value = self.stack.pop()
         if value is _MARK:
-            raise ValueError("a mark stands where a value should")
+            raise ValueError("a mark is in place of a value")
         return value
 
     def pop_to_mark(self) -> list[Any]:
@@ -136,7 +136,7 @@ class _Machine:
     def top(self) -> Any:
         value = self.stack[-1]
         if value is _MARK:
-            raise ValueError("a mark stands where a value should")
+            raise ValueError("a mark is in place of a value")
         return value
 
     def memoize(self, index: int) -> None:
@@ -152,7 +152,7 @@ class _Machine:
         elif isinstance(target, Record):
             target.items.extend(values)
         elif not isinstance(target, tuple):  # a set, which is read as a tuple, is only filled where it is empty
-            raise ValueError(f"a {type(target).__name__} is given entries")
+            raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def store(self, values: list[Any]) -> None:
         target = self.top()
@@ -162,7 +162,7 @@ class _Machine:
         elif isinstance(target, Record):
             target.items.extend(pairs)
         else:
-            raise ValueError(f"a {type(target).__name__} is given entries")
+            raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def build(self, _: Any) -> None:
         state, target = self.pop(), self.top()

@@ -37,16 +37,16 @@ class _Command(TyperCommand):
         """Replace old option names; let ``--gradients`` take all arguments up to the next option, as in ``grads/*``."""
         renamed = getattr(self.callback, "aliases", {})
         end = args.index("--") if "--" in args else len(args)
-        args = [*(_current_name(word, renamed) for word in args[:end]), *args[end:]]
+        args = [*(_current_name(arg, renamed) for arg in args[:end]), *args[end:]]
         if not any(each.name == "gradients" and each.multiple for each in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
-        for at, word in enumerate(args):
+        for at, arg in enumerate(args):
             before = args[at - 1] if at else ""
-            if "://" in word and (before in {"-o", "--output"} or word.startswith("--output=")):
-                raise UsageError(f"{word}: -o cannot write to an address; name a local path")
-            follows = spread[-2:-1] == ["--gradients"] and before != "--gradients" and not word.startswith("-")
-            spread += ["--gradients", word] if follows else [word]
+            if "://" in arg and (before in {"-o", "--output"} or arg.startswith("--output=")):
+                raise UsageError(f"{arg}: -o cannot write to an address; name a local path")
+            follows = spread[-2:-1] == ["--gradients"] and before != "--gradients" and not arg.startswith("-")
+            spread += ["--gradients", arg] if follows else [arg]
         return super().parse_args(ctx, spread)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -70,13 +70,13 @@ class _Command(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
-def _current_name(word: str, renamed: Mapping[str, str]) -> str:
+def _current_name(arg: str, renamed: Mapping[str, str]) -> str:
     """Return a command-line word with a former option name replaced by the current one.
 
     >>> _current_name("--tol=0.1", {"--tol": "--tolerance"}), _current_name("base", {})
     ('--tolerance=0.1', 'base')
     """
-    name, equals, value = word.partition("=")
+    name, equals, value = arg.partition("=")
     return f"{renamed.get(name, name)}{equals}{value}"
 
 
@@ -84,8 +84,8 @@ class _Commands(TyperGroup):
     """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` without it takes files."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        words = " ".join(args[:2])
-        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
+        arguments = " ".join(args[:2])
+        return super().resolve_command(ctx, [arguments, *args[2:]] if arguments in self.commands else args)
 
 
 def _choices(kind: re.Match[str]) -> str:
@@ -151,14 +151,14 @@ def _paths(feature: Feature) -> list[tuple[str, str, bool]]:
     return [*own, *((name, path, True) for name, path in feature.subcommands)]
 
 
-def _named(words: list[str]) -> str:
+def _named(arguments: list[str]) -> str:
     """Return the command that the first words name in full; empty if they name none.
 
     >>> _named(["probe", "sweep", "base"]), _named(["gate", "init"]), _named(["gate", "r.jsonl"]), _named(["spektrum"])
     ('probe sweep', 'gate init', 'gate', '')
     """
     known = {name for feature in features() for name, _, _ in _paths(feature)}
-    return next((name for name in (" ".join(words[:2]), *words[:1]) if name in known), "")
+    return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in known), "")
 
 
 def main() -> None:
@@ -222,9 +222,9 @@ def _usage(problem: str, context: Any) -> str:
     return f"{problem}; see {where} --help" if where else problem
 
 
-def _resumes(words: list[str]) -> bool:
+def _resumes(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
-    named = (one for one in features() if one.command and one.name.split() == words[: len(one.name.split())])
+    named = (one for one in features() if one.command and one.name.split() == arguments[: len(one.name.split())])
     return any("resume" in signature(one.load(one.command)).parameters for one in named)
 
 

@@ -5,9 +5,9 @@ A command takes a group as one parameter, and ``spread`` presents its options to
 dataclass of options that exist on the command line only::
 
     @spread
-    def residual(base: Base, tuned: Tuned, *, given: LayerOptions, shown: Rows) -> None:
+    def residual(base: Base, tuned: Tuned, *, arguments: LayerOptions, shown: Rows) -> None:
         with shown.callbacks() as callbacks:
-            results = measure(base, tuned, **given, **callbacks)
+            results = measure(base, tuned, **arguments, **callbacks)
         shown.show(results)
 """
 
@@ -186,8 +186,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     >>> from lora_diag.running.options import Selection
     >>> @spread
-    ... def command(base: str, *, given: Selection) -> None:
-    ...     print(base, given)
+    ... def command(base: str, *, arguments: Selection) -> None:
+    ...     print(base, arguments)
     >>> ", ".join(signature(command).parameters)
     'base, layers, exclude'
     >>> command(base="base/", layers="q_proj", exclude=None)
@@ -199,8 +199,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def gathered(**values: Any) -> None:
         for name, options in groups.items():
-            given = {each.name: values.pop(each.name) for each in options}
-            values[name] = _gathered(parameters[name].annotation, given)
+            group_values = {each.name: values.pop(each.name) for each in options}
+            values[name] = _gathered(parameters[name].annotation, group_values)
         with _limit_lines(not any(getattr(values[name], "verbose", False) for name in groups)):
             command(**values)
 
@@ -282,20 +282,20 @@ def _typed(kind: Any, option: Option) -> Any:
     return first | None if optional else first
 
 
-def _read(kind: Any, option: Option, name: str, word: Any) -> Any:
+def _read(kind: Any, option: Option, name: str, text: Any) -> Any:
     """Return the value of an option; a comma-separated word is split, and no files give an empty value."""
     first = _kind(kind)
     if get_origin(first) is not Sequence:
-        return word
-    if "," not in option.metavar or not isinstance(word, str):
-        return option.default if word is None else word
-    if not word:
+        return text
+    if "," not in option.metavar or not isinstance(text, str):
+        return option.default if text is None else text
+    if not text:
         return ()
     (entry,) = get_args(first)
     if entry is str:
-        return [part.strip() for part in word.split(",")]
+        return [part.strip() for part in text.split(",")]
     example = _default(option) or "1,0.5"
-    return parse_ranks(word, option.flag(name)) if entry is int else parse_numbers(word, option.flag(name), example)
+    return parse_ranks(text, option.flag(name)) if entry is int else parse_numbers(text, option.flag(name), example)
 
 
 def _gathered(group: Any, values: dict[str, Any]) -> Any:
@@ -324,7 +324,7 @@ def parse_ranks(value: str, option: str = "--ranks") -> list[int]:
     [4, 8, 16]
     """
     try:
-        return [int(word) for word in value.split(",")]
+        return [int(text) for text in value.split(",")]
     except ValueError as error:
         raise UsageError(
             f"{option} {value}: not a list of whole numbers; separate them by commas, such as 4,8,16"
@@ -338,7 +338,7 @@ def parse_numbers(value: str, option: str, example: str) -> list[float]:
     [1.0, 0.5]
     """
     try:
-        return [float(word) for word in value.split(",")]
+        return [float(text) for text in value.split(",")]
     except ValueError as error:
         raise UsageError(
             f"{option} {value}: not a list of numbers; separate them by commas, such as {example}"

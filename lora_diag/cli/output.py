@@ -44,8 +44,8 @@ def message(text: str) -> None:
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            said = safe(public(text))
-            print(_wrapped(said, _columns(sys.stderr)) if sys.stderr.isatty() else said, file=sys.stderr)
+            shown_text = safe(public(text))
+            print(_wrapped(shown_text, _columns(sys.stderr)) if sys.stderr.isatty() else shown_text, file=sys.stderr)
 
 
 def _wrapped(line: str, width: int) -> str:
@@ -159,9 +159,9 @@ def report_reading() -> None:
 
 def rerun_command(*more: str) -> str:
     """Return the running command, quoted for a shell, with more options and without verbosity options."""
-    words = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
-    end = words.index("--") if "--" in words else len(words)
-    return shlex.join(["loradiag", *words[:end], *more, *words[end:]])
+    arguments = [argument for argument in sys.argv[1:] if argument not in {"-v", "--verbose"}]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return shlex.join(["loradiag", *arguments[:end], *more, *arguments[end:]])
 
 
 def forget_output() -> None:

@@ -15,7 +15,7 @@ from lora_diag.running.options import MissingAlpha
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint, adapter or results file.")],
     *,
-    given: MissingAlpha,
+    arguments: MissingAlpha,
     shown: options.Rows,
 ) -> None:
     """Show a results file, or list a checkpoint.
@@ -32,10 +32,10 @@ def inspect(
         shown.show(results)
         return
 
-    from lora_diag.inspection.run import inspect as look
+    from lora_diag.inspection.run import inspect as measure
     from lora_diag.inspection.table import inventory_table
 
-    inventory = look(path, **given)
+    inventory = measure(path, **arguments)
     if shown.json:
         line(inventory.model_dump_json())
     elif not shown.quiet:

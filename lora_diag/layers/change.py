@@ -215,8 +215,8 @@ def _report_failed_allocations() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            way = "give --memory less than this machine has, or --workers 1"
-            raise MemoryLimitError(f"out of memory; {way}") from error
+            fix = "give --memory less than this machine has, or --workers 1"
+            raise MemoryLimitError(f"out of memory; {fix}") from error
         raise
 
 

@@ -63,17 +63,17 @@ class NearDuplicate:
         second: Index of the second adapter.
         cosine: Estimated cosine of their updates.
         overlap: Estimated overlap of their column spaces.
-        word: ``same``, ``near`` (nearly the same) or ``space`` (another update in the same column spaces).
+        relation: ``same``, ``near`` (nearly the same) or ``space`` (another update in the same column spaces).
     """
 
     first: int
     second: int
     cosine: float
     overlap: float
-    word: str
+    relation: str
 
 
-def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
+def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicates, the most similar first.
 
     Args:
@@ -81,7 +81,8 @@ def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]])
         spaces: Sketches of the column spaces.
 
     Example:
-        >>> [(pair.first, pair.second, pair.word) for pair in alike([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])]
+        >>> pairs = alike([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])
+        >>> [(pair.first, pair.second, pair.relation) for pair in pairs]
         [(0, 1, 'same')]
     """
     if len(updates) < 2:
@@ -91,8 +92,8 @@ def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]])
     pairs = []
     for i, j in zip(*np.nonzero(np.triu(found, 1)), strict=True):
         cosine = float(cosines[i, j])
-        word = "same" if abs(cosine) >= SAME else "near" if abs(cosine) >= NEAR else "space"
-        pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), word))
+        relation = "same" if abs(cosine) >= SAME else "near" if abs(cosine) >= NEAR else "space"
+        pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), relation))
     return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
 
 

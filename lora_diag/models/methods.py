@@ -43,7 +43,7 @@ class Lora:
     vectors: bool = False
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """Description of the kind."""
         name = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
         alpha = f"{RSLORA_ALPHA}" if self.rslora else f"{ALPHA_OVER_RANK}r"

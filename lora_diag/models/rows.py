@@ -117,8 +117,8 @@ def _data_set(path: Path) -> Source:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # raised by pyarrow, the file system, or a feature unknown to this version
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: datasets cannot open it: {said}") from error
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: datasets cannot open it: {problem}") from error
     columns = [name for name in COLUMNS if name in found.column_names]
     if "text" not in columns and not {"prompt", "completion"} <= set(columns):
         raise InputError(

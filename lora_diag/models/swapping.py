@@ -48,10 +48,10 @@ class Swapped:
     """
 
     def __init__(self, model: Model, deltas: Iterable[Delta], most: int) -> None:
-        given = {delta.layer: delta for delta in deltas}
-        self._tensors = Weights(model.module).place({layer: delta.shape for layer, delta in given.items()})
-        self._deltas = {layer: given[layer] for layer in self._tensors}
-        self.absent = tuple(delta for layer, delta in given.items() if layer not in self._tensors)
+        by_layer = {delta.layer: delta for delta in deltas}
+        self._tensors = Weights(model.module).place({layer: delta.shape for layer, delta in by_layer.items()})
+        self._deltas = {layer: by_layer[layer] for layer in self._tensors}
+        self.absent = tuple(delta for layer, delta in by_layer.items() if layer not in self._tensors)
         if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
             raise InputError(
                 f"{missing}: not part of the model that transformers builds from BASE; exclude it with --exclude"

@@ -26,7 +26,7 @@ def plot(
     results: options.ResultsFiles,
     *,
     output: Annotated[Path, options.typer_option("output", _OUTPUT)] = Path("figures"),
-    given: PlotOptions,
+    arguments: PlotOptions,
     shown: options.Shown,
 ) -> None:
     """Draw figures of results for a paper or a slide.
@@ -36,7 +36,7 @@ def plot(
     from lora_diag.plots.run import plot as draw
 
     silence_matplotlib()
-    drawn = draw(*results, output=output, **given)
+    drawn = draw(*results, output=output, **arguments)
     if shown.table:
         result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)"))
 

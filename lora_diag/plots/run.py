@@ -74,10 +74,10 @@ def plot(
     """
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    given = filled(PlotOptions, options)
-    figure, labels, field, rank, per = (given[name] for name in ("figure", "labels", "field", "show_rank", "per"))
+    arguments = filled(PlotOptions, options)
+    figure, labels, field, rank, per = (arguments[name] for name in ("figure", "labels", "field", "show_rank", "per"))
     width, format, layers, plain, overwrite = (
-        given[name] for name in ("width", "format", "layers", "plain", "overwrite")
+        arguments[name] for name in ("width", "format", "layers", "plain", "overwrite")
     )
     if not results:
         raise UsageError("no results: give at least one results file")
@@ -95,29 +95,38 @@ def plot(
     if single and figure is None and field is not None:
         figure = "heatmap"
     _check_options(figure, field, rank)
-    runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
+    runs = [
+        _selected(figure_kind if isinstance(figure_kind, Results) else read_results(figure_kind), layers)
+        for figure_kind in results
+    ]
     if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
-    files = () if any(isinstance(one, Results) for one in results) else tuple(map(str, results))
+    files = () if any(isinstance(figure_kind, Results) for figure_kind in results) else tuple(map(str, results))
     drawn_as: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     requested = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
-    for one in requested:
-        obstacle = plots.obstacle(one.name, runs, **drawn_as)
+    for figure_kind in requested:
+        obstacle = plots.obstacle(figure_kind.name, runs, **drawn_as)
         if obstacle and figure not in {None, "all"}:
-            way_out = f"; {one.made_by} measures them" if one.made_by and obstacle.missing == "records" else ""
-            raise UsageError(f"{one.name}: {obstacle.reason}{way_out}")
+            suggestion = (
+                f"; {figure_kind.made_by} measures them"
+                if figure_kind.made_by and obstacle.missing == "records"
+                else ""
+            )
+            raise UsageError(f"{figure_kind.name}: {obstacle.reason}{suggestion}")
         if obstacle:
-            made.append(Drawn(one.name, one.shows, None, obstacle.reason, one.made_by, obstacle.missing))
+            made.append(
+                Drawn(figure_kind.name, figure_kind.shows, None, obstacle.reason, figure_kind.made_by, obstacle.missing)
+            )
             continue
         if single and any(drawn.path for drawn in made):
             why = f"{path}: one file cannot hold several figures; choose one with --figure, or give a folder"
-            made.append(Drawn(one.name, one.shows, None, why, one.made_by))
+            made.append(Drawn(figure_kind.name, figure_kind.shows, None, why, figure_kind.made_by))
             continue
-        target = path if single else path / f"{one.name}.{kind}"
+        target = path if single else path / f"{figure_kind.name}.{kind}"
         if there:
             check_output(target, KINDS[kind], overwrite)  # checked for all files before the first is drawn
-        made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
+        made.append(Drawn(figure_kind.name, figure_kind.shows, target, made_by=figure_kind.made_by))
     for drawn in made:
         if drawn.path is not None:
             content = plots.encoded(plots.figure(drawn.name, runs, files=files, plain=plain, **drawn_as), kind, width)
@@ -188,7 +197,7 @@ def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
 
 def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
-    own = [f"{one.name}: {one.reason}" for one in made if one.missing != "records"]
+    own = [f"{figure_kind.name}: {figure_kind.reason}" for figure_kind in made if figure_kind.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return (
         "; ".join(own) or f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"

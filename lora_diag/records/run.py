@@ -100,12 +100,12 @@ def timestamp() -> str:
 
     Reference: https://reproducible-builds.org/specs/source-date-epoch/
     """
-    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     try:
-        moment = datetime.fromtimestamp(int(given), UTC) if given else datetime.now(UTC)
+        moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise UsageError(
-            f"SOURCE_DATE_EPOCH={given}: must be a whole number of seconds since 1970; unset or correct it"
+            f"SOURCE_DATE_EPOCH={epoch}: must be a whole number of seconds since 1970; unset or correct it"
         ) from error
     return f"{moment.replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 

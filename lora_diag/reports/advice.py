@@ -313,7 +313,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
         for name, fractions in by_type.items()
         if sum(fraction < SHORT for fraction in fractions) >= MOST * len(fractions)
     ]
-    if not flat_types or rejected_options(evidence).beaten:
+    if not flat_types or rejected_options(evidence).has_worse:
         return None
     all_types = len(flat_types) == len(by_type)
     kept = median(fraction for name in flat_types for fraction in by_type[name])

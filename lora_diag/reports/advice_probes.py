@@ -135,7 +135,13 @@ def fit_rank(evidence: Evidence) -> Advice | None:
         insufficient = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < threshold]
         dimension = _dimension(found, threshold)
         line = answer.line
-        if line is not None and line in repeated and answer.sure and not answer.missed and (line.size or 0) < chosen[0]:
+        if (
+            line is not None
+            and line in repeated
+            and answer.certain
+            and not answer.missed
+            and (line.size or 0) < chosen[0]
+        ):
             action = f"Try r={line.size} instead of r={_span(chosen)}"
             reason = f"On {name}, r={line.size} reached {_shares(line)} of full fine-tuning's gain with every seed"
             candidates = [line.size or 0, chosen[0]]

@@ -21,7 +21,7 @@ PAGE = Path("report.html")
 def report(
     results: options.ResultsFiles,
     *,
-    given: ReportOptions,
+    arguments: ReportOptions,
     to: Annotated[
         str | None,
         options.typer_option(
@@ -48,21 +48,21 @@ def report(
         raise UsageError("--project: names a project of a tracker; add --to")
     if to is not None:
         defaults = filled(ReportOptions, {})
-        if any(plain(value) != plain(defaults[name]) for name, value in given.items()):
+        if any(plain(value) != plain(defaults[name]) for name, value in arguments.items()):
             raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
         silence_matplotlib()
         where = track(results, to, project)
         if not quiet:
             message(f"{to}: {where}")
         return
-    output, format = cast(Path | None, given["output"]), given["format"]
+    output, format = cast(Path | None, arguments["output"]), arguments["format"]
     if output is None and format == "parquet":
         raise UsageError("--format parquet: needs a file; give one with -o")
     if output is None and format in {None, "html"}:
         output = PAGE
     silence_matplotlib()
-    given["output"] = output
-    made = make(*results, **given)
+    arguments["output"] = output
+    made = make(*results, **arguments)
     if output is None and isinstance(made, str):
         result(made.rstrip("\n"))
     elif output is not None and not quiet:

@@ -250,20 +250,20 @@ def _points(evidence: Evidence) -> int:
 
 def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     """State the contents of the records that the page omits."""
-    said = []
+    notes = []
     points = _points(evidence)
     longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
     if longest > points:
-        said.append(
+        notes.append(
             f"Spectra and energy curves are drawn with up to {points} of up to {longest} points: the first "
             f"{points // 2} ranks and log-spaced ones beyond. All points are values of the results file."
         )
     if len(layers) >= LARGE:
-        said.append(f"With {len(layers)} layers, numbers have {DIGITS} digits.")
+        notes.append(f"With {len(layers)} layers, numbers have {DIGITS} digits.")
     steps = max((len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0)
     if steps > STEPS:
-        said.append(f"Overlap curves show {STEPS} of {steps} steps, evenly spaced.")
-    return said
+        notes.append(f"Overlap curves show {STEPS} of {steps} steps, evenly spaced.")
+    return notes
 
 
 def _evenly_spaced(items: Sequence[T], most: int) -> list[T]:

@@ -25,7 +25,7 @@ _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
 def keep_adapter(evidence: Evidence) -> Advice | None:
     """Recommend no change if an adapter is as good as the full fine-tune."""
-    equivalent = [contest for contest in contests(evidence) if contest.word == "as good"]
+    equivalent = [contest for contest in contests(evidence) if contest.outcome == "as good"]
     if not equivalent:
         return None
     best = min(equivalent, key=lambda contest: contest.worst.gap or 0.0)
@@ -75,7 +75,7 @@ def flag_worse_finetune(evidence: Evidence) -> Advice | None:
 def close_gap(evidence: Evidence) -> Advice | None:
     """State the gap if every measured adapter is worse than the full fine-tune."""
     found = contests(evidence)
-    if not found or any(contest.word != "worse" for contest in found) or train_at_rank(evidence) is not None:
+    if not found or any(contest.outcome != "worse" for contest in found) or train_at_rank(evidence) is not None:
         return None  # a sweep recommends the training
     best = min(found, key=lambda contest: contest.worst.gap or 0.0)
     sweep = swept(evidence)
@@ -99,8 +99,8 @@ def close_gap(evidence: Evidence) -> Advice | None:
 def measure_more(evidence: Evidence) -> Advice | None:
     """Recommend more held-out text if the comparison is inconclusive."""
     found = contests(evidence)
-    unknown = [contest for contest in found if contest.word == "not known"]
-    if not unknown or any(contest.word == "as good" for contest in found):
+    unknown = [contest for contest in found if contest.outcome == "not known"]
+    if not unknown or any(contest.outcome == "as good" for contest in found):
         return None
     source, _ = next(of(evidence, "outputs"))
     return Advice(
@@ -125,7 +125,7 @@ def measure_more(evidence: Evidence) -> Advice | None:
 def train_at_rank(evidence: Evidence) -> Advice | None:
     """Recommend the rank and learning rate of a sweep; or the best candidate, and the seeds needed to confirm it."""
     found = swept(evidence)
-    if found is None or found.verdict.word == "no verdict":
+    if found is None or found.verdict.outcome == "no verdict":
         return None
     verdict, base, chosen = found.verdict, found.base, found.verdict.chosen
     all_ranks, path = ", ".join(map(str, found.ranks)), found.source.path_of("base")
@@ -170,7 +170,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
             next_ranks = (chosen.rank,)
             argv = command("plan", path, ranks=next_ranks)
     return Advice(
-        f"sweep: {verdict.word}",
+        f"sweep: {verdict.outcome}",
         action,
         reason,
         f"equivalence test over seeds (one-sided t-tests at {LEVEL:.0%}, variance pooled over ranks), each rank at "
@@ -219,7 +219,7 @@ def flag_shifted_loss(evidence: Evidence) -> Advice | None:
     if found is None:
         return None
     for name, other in found.shifted.items():
-        if other.word == "no gain" and found.verdict.gain > 0:
+        if other.outcome == "no gain" and found.verdict.gain > 0:
             action = f"Train on a mixture with text like {name} if it matters: training makes every rank worse there"
             ranks, argv = found.ranks, sweep_of(evidence, found.ranks, data="MIXED_TEXT")
             gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"

@@ -33,7 +33,7 @@ def markdown_report(evidence: Evidence) -> str:
         *_sections(evidence),
         *_table(evidence),
         *_gate(evidence),
-        *(f"**Allocation** {_text(label)} {_text(said)}" for label, said in certificates(evidence)),
+        *(f"**Allocation** {_text(label)} {_text(statements)}" for label, statements in certificates(evidence)),
         _measured(evidence),
     ]
     return _fitting([part for part in parts if part])
@@ -89,8 +89,8 @@ def _sections(evidence: Evidence) -> list[str]:
     """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
-        said = "\n".join(f"- **{_text(one.label)}** {_text('; '.join(one.lines))}" for one in section.statements)
-        parts += [f"## {_text(crop(section.title, 200))}", *([said] if said else [])]
+        statements = "\n".join(f"- **{_text(one.label)}** {_text('; '.join(one.lines))}" for one in section.statements)
+        parts += [f"## {_text(crop(section.title, 200))}", *([statements] if statements else [])]
         for grid in section.grids:
             rows = grid.rows()
             marks = "".join("--:|" if column.justify == "right" else "---|" for column in grid.columns)

@@ -50,8 +50,8 @@ def report(
         >>> print(report(results, format="md").splitlines()[0])
         # sample_checkpoints/full_ft compared with sample_checkpoints/base
     """
-    given = filled(ReportOptions, options)
-    output, format, overwrite, values = (given[name] for name in ("output", "format", "overwrite", "values"))
+    arguments = filled(ReportOptions, options)
+    output, format, overwrite, values = (arguments[name] for name in ("output", "format", "overwrite", "values"))
     if not results:
         raise UsageError("no results: give at least one results file")
     output_format = format_of(output, format)

@@ -105,9 +105,9 @@ def labels(paths: Sequence[str]) -> list[str]:
 
 def _safe(item: T) -> T:
     """Return advice or a finding with text that is safe to show; its ``layers`` are unchanged."""
-    said: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
-    changes: dict[str, Any] = {name: safe(value) for name, value in said.items() if isinstance(value, str)}
-    changes |= {name: tuple(map(safe, said[name])) for name in ("argv", "about") if name in said}
+    texts: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
+    changes: dict[str, Any] = {name: safe(value) for name, value in texts.items() if isinstance(value, str)}
+    changes |= {name: tuple(map(safe, texts[name])) for name in ("argv", "about") if name in texts}
     return replace(item, **changes)
 
 
@@ -215,7 +215,7 @@ def _pointer(evidence: Evidence) -> list[str]:
 
 def certificates(evidence: Evidence) -> list[tuple[str, str]]:
     """Return one sentence per allocation: its cost, energy, and distance from the optimum."""
-    said = []
+    texts = []
     for source in evidence.sources:
         for record in source.results.whole:
             if isinstance(record, Certificate):
@@ -228,8 +228,8 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
                     f"{percent(record.kept)} of the energy{of}; under the same constraints the maximum is at most "
                     f"{percent(record.bound)}{f'. For comparison: {others}' if others else ''}."
                 )
-                said.append((labels([source.name])[0], text))
-    return said
+                texts.append((labels([source.name])[0], text))
+    return texts
 
 
 def judged(evidence: Evidence) -> tuple[str, list[Verdict]]:

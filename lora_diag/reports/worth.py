@@ -60,14 +60,14 @@ class RejectedOptions:
             little of the gain; 0 if there is none.
         more_rank: Whether an adapter of a higher rank is significantly worse than one of a lower rank.
         tuned: Whether the full fine-tune is significantly worse than BASE on every set that is not shifted.
-        beaten: Whether an adapter is significantly better than the full fine-tune on every such set.
+        has_worse: Whether an adapter is significantly better than the full fine-tune on every such set.
     """
 
     trained: int = 0
     truncated_rank: int = 0
     more_rank: bool = False
     tuned: bool = False
-    beaten: bool = False
+    has_worse: bool = False
 
 
 def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
@@ -84,7 +84,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
     uniform = {path: next(iter(found)) for path, found in ranks.items() if len(found) == 1}
     truncated_adapters = {path for path, records in evidence.adapted.items() if _is_truncation(records)}
     found = contests(evidence)
-    worse = {contest.name for contest in found if contest.word == "worse"} & uniform.keys()
+    worse = {contest.name for contest in found if contest.outcome == "worse"} & uniform.keys()
     trained = [uniform[path] for path in worse - truncated_adapters]
     for source, _ in of(evidence, "sweep"):
         if (sweep := swept_of(source.results)) is not None:
@@ -107,7 +107,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
             if {low, high} <= uniform.keys() and not {low, high} & truncated_adapters
         ),
         tuned=_tuned_is_worse(evidence),
-        beaten=any(
+        has_worse=any(
             all(r.gap is not None and r.gap_error and r.gap < -ERRORS * r.gap_error for r in contest.records)
             for contest in found
         ),

@@ -97,8 +97,8 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{where}/")
     folder = os.path.dirname(where) if path.suffix in {".safetensors", ".bin", ".pt", ".json"} else where  # noqa: PTH120
     named = f"{cached[1]}/{cached[2]}" if cached else os.path.basename(folder)  # noqa: PTH119
-    given = () if os.path.exists(path) else (str(path),)  # noqa: PTH110  (a Hub id or an address)
-    return tuple(dict.fromkeys(name for name in (stored, *given, named) if name))
+    missing = () if os.path.exists(path) else (str(path),)  # noqa: PTH110  (a Hub id or an address)
+    return tuple(dict.fromkeys(name for name in (stored, *missing, named) if name))
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:

@@ -403,12 +403,12 @@ def aliases(group: type) -> dict[str, str]:
     return {former: option.flag(name) for name, (_, option) in declared(group).items() for former in option.aliases}
 
 
-def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
+def filled(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
         group: A ``TypedDict`` of options.
-        given: Options of the caller, by current or former names.
+        passed: Options of the caller, by current or former names.
 
     Raises:
         TypeError: An option is unknown, given twice, or missing.
@@ -419,7 +419,7 @@ def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
         former.lstrip("-").replace("-", "_"): name for name, (_, each) in options.items() for former in each.aliases
     }
     named: dict[str, Any] = {}
-    for word, value in given.items():
+    for word, value in passed.items():
         name = word if word in options else names.get(word, "")
         if not name:
             raise TypeError(f"unexpected keyword argument {word!r}; use one of {', '.join(options)}")

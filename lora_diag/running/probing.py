@@ -120,8 +120,8 @@ class ProbeRun:
         measure(self.model, first, self.batch)  # the first pass includes initialization
         start = time.perf_counter()
         measure(self.model, first, self.batch)
-        took = time.perf_counter() - start
-        self.watch.note(f"about {duration(took * passes)}: {what}, {passes} batches of {took:.2g} s each{more}")
+        seconds = time.perf_counter() - start
+        self.watch.note(f"about {duration(seconds * passes)}: {what}, {passes} batches of {seconds:.2g} s each{more}")
 
     def over(
         self,

@@ -156,14 +156,16 @@ class RunPlan:
         first = self.training.order
         rates = {size: self._rates(arm, size) for size in arm.sizes}
         tried = {size: list(islice(each, len(arm.rates))) for size, each in rates.items()}
-        self._finish(arm, [arm.trial(size, rate, first) for size, mine in tried.items() for rate in mine])
+        self._finish(
+            arm, [arm.trial(size, rate, first) for size, rates_of_size in tried.items() for rate in rates_of_size]
+        )
         while further := [(size, rate) for size, each in rates.items() for rate in islice(each, 1)]:
             trials = [arm.trial(size, rate, first) for size, rate in further]
             self.expect(sum(not self._has(trial) for trial in trials))
             self._finish(arm, trials)
             for size, rate in further:
                 tried[size].append(rate)
-        best = {size: self._best(arm, size, [*mine, *arm.earlier]) for size, mine in tried.items()}
+        best = {size: self._best(arm, size, [*rates_of_size, *arm.earlier]) for size, rates_of_size in tried.items()}
         chosen = [(size, rate) for size, rate in best.items() if rate is not None]
         seeds = range(first + 1, first + self.seeds)
         self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
@@ -207,8 +209,8 @@ class RunPlan:
             for trial in left:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
             return
-        look = partial(self.watch.batch, f"{pluralized(len(left), 'run', 'runs')} on the cluster", 0)
-        for trial, records in zip(left, arm.remote(left, look), strict=True):
+        poll = partial(self.watch.batch, f"{pluralized(len(left), 'run', 'runs')} on the cluster", 0)
+        for trial, records in zip(left, arm.remote(left, poll), strict=True):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)
 
@@ -247,7 +249,7 @@ class TrainRun(ProbeRun):
 
     Args:
         command: Its name in the results file.
-        given: Options given by the caller.
+        arguments: Options given by the caller.
         group: The probe's options.
         rates: Names of the options that are learning rates.
         counts: Names of the options that are whole numbers from 1 up; None values are allowed.
@@ -268,12 +270,12 @@ class TrainRun(ProbeRun):
     def __init__(
         self,
         command: str,
-        given: Mapping[str, object],
+        arguments: Mapping[str, object],
         group: type,
         rates: Sequence[str],
         counts: Sequence[str],
     ) -> None:
-        super().__init__(command, given, group)
+        super().__init__(command, arguments, group)
         flags = {name: option.flag(name) for name, (_, option) in declared(group).items()}
         grids, numbers = ({flags[name]: self.options[name] for name in names} for names in (rates, counts))
         check_training(grids, numbers, self.options["widen"], self.options["seed"])
@@ -343,15 +345,15 @@ class TrainRun(ProbeRun):
         """Return the workers of the cluster, once the texts are read; None without a cluster."""
         if self.on is None:
             return None
-        given = self.options
+        arguments = self.options
         site = Site(
             base=str(base),
-            device=given["device"],
-            dtype=given["dtype"],
-            length=given["length"],
-            tokenizer=given["tokenizer"],
+            device=arguments["device"],
+            dtype=arguments["dtype"],
+            length=arguments["length"],
+            tokenizer=arguments["tokenizer"],
             texts=tuple(map(bare, (self.training.texts, *self.sets))),
-            most=given["max_sequences"],
+            most=arguments["max_sequences"],
             stored=stored,
         )
         return workers_for(site, self.on, self.options["concurrent"])
@@ -391,9 +393,9 @@ def check_training(
     Raises:
         UsageError: A number is out of range.
     """
-    for option, given in rates.items():
-        if not given or not all(0 < rate < MOST for rate in given):
-            shown = ",".join(f"{rate:g}" for rate in given)
+    for option, arguments in rates.items():
+        if not arguments or not all(0 < rate < MOST for rate in arguments):
+            shown = ",".join(f"{rate:g}" for rate in arguments)
             raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MOST:g}")
     for option, value in counts.items():
         if value is not None and value < 1:

@@ -83,20 +83,20 @@ class Workers:
     slots: int
 
     def run(
-        self, measure: Callable[[RunTask], Record], runs: Sequence[tuple[str, Any]], look: Callable[[], None]
+        self, measure: Callable[[RunTask], Record], runs: Sequence[tuple[str, Any]], poll: Callable[[], None]
     ) -> Iterator[Record]:
         """Yield the records of every run, in the order of the runs.
 
         Args:
             measure: A function of a module, with its settings bound.
             runs: Label and descriptor of each.
-            look: Called every few seconds; may raise to end all runs.
+            poll: Called every few seconds; may raise to end all runs.
 
         Raises:
             LoradiagError: The error of the first failing run, or the cluster was lost.
         """
         tasks = [RunTask(label, work) for label, work in runs]
-        return run_ray(measure, tasks, self.layout, lambda task: FOOTPRINT, self.on, look, ADVICE)
+        return run_ray(measure, tasks, self.layout, lambda task: FOOTPRINT, self.on, poll, ADVICE)
 
 
 def workers_for(site: Site, on: Ray, concurrent: int | None) -> Workers:

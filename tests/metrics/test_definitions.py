@@ -8,7 +8,7 @@ import pytest
 
 from lora_diag.metrics.distance import distances, limit, pooled
 from lora_diag.metrics.equivalence import paired
-from lora_diag.metrics.fleet import alike, norm_outliers, outlier_kinds, rarest_first
+from lora_diag.metrics.fleet import near_duplicates, norm_outliers, outlier_kinds, rarest_first
 from lora_diag.metrics.interference import near_chance, relation, task_interference, task_interference_at_random
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
 from lora_diag.metrics.overlap import chance, is_near
@@ -167,11 +167,11 @@ def test_alike_finds_planted_copies_and_shared_spaces():
     rows[4] = rows[1] + 0.2 * rows[2]
     spaces = np.eye(5)
     spaces[2] = spaces[0]
-    found = {(pair.first, pair.second): pair for pair in alike(rows.tolist(), spaces.tolist())}
-    assert {key: pair.word for key, pair in found.items()} == {(0, 3): "same", (1, 4): "near", (0, 2): "space"}
+    found = {(pair.first, pair.second): pair for pair in near_duplicates(rows.tolist(), spaces.tolist())}
+    assert {key: pair.relation for key, pair in found.items()} == {(0, 3): "same", (1, 4): "near", (0, 2): "space"}
     cosine = rows[1] @ rows[4] / np.linalg.norm(rows[1]) / np.linalg.norm(rows[4])
     assert (found[0, 3].cosine, found[1, 4].cosine) == pytest.approx((-1, cosine))
-    assert alike([[1.0]], [[1.0]]) == []
+    assert near_duplicates([[1.0]], [[1.0]]) == []
 
 
 @dataclass

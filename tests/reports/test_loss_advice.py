@@ -79,7 +79,7 @@ def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
 
 
 def words(*results):
-    return {contest.name: contest.word for contest in contests(evidence(*results))}
+    return {contest.name: contest.outcome for contest in contests(evidence(*results))}
 
 
 def test_contest_as_good_keeps_90_percent_within_errors():

@@ -9,12 +9,12 @@ def nuclear(
     base: options.Base,
     tuned: options.Tuned,
     *,
-    given: LayerOptions,
+    arguments: LayerOptions,
     shown: options.Rows,
 ) -> None:
     """Nuclear norm of every update, and its share by depth."""
     from loradiag_nuclear.run import nuclear as measure
 
     with shown.callbacks() as callbacks:
-        results = measure(base, tuned, **given, **callbacks)
+        results = measure(base, tuned, **arguments, **callbacks)
     shown.show(results)

@@ -199,8 +199,8 @@ def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float]
     largest = break_even(members[0].shape)
     hard = min(constraints.max_rank or largest, largest)
     if soft:
-        lifted = max(soft, min(constraints.min_rank, hard))
-        soft, reason = lifted, reason if lifted == soft else "break_even" if lifted == largest else reason
+        raised = max(soft, min(constraints.min_rank, hard))
+        soft, reason = raised, reason if raised == soft else "break_even" if raised == largest else reason
     start, allowed = _allowed(soft, hard, constraints)
     last = int(allowed[-1]) if len(allowed) else start
     return Unit(

@@ -40,7 +40,7 @@ class ConfigOptions(TypedDict, total=False):
 def allocate(
     results: options.ResultsFile,
     *,
-    given: AllocateOptions,
+    arguments: AllocateOptions,
     config: ConfigOptions,
     policies: Annotated[bool, options.typer_option("policies", Option(False, "Use rank-rules.", hidden=True))] = False,
     shown: options.Rows,
@@ -53,10 +53,10 @@ def allocate(
         defaults = {**filled(AllocateOptions, {}), **filled(ConfigOptions, {})}
         free = {"allow_unfinished", "overwrite", "optimizer", "adapter_dtype", "scaling", "rslora"}
         if any(
-            plain(defaults[name]) != plain(value) for name, value in {**given, **config}.items() if name not in free
+            plain(defaults[name]) != plain(value) for name, value in {**arguments, **config}.items() if name not in free
         ):
             raise UsageError("--policies: cannot be combined with other options; use rank-rules")
-        rank_rules(results=results, allow_unfinished=given["allow_unfinished"], **vars(shown))
+        rank_rules(results=results, allow_unfinished=arguments["allow_unfinished"], **vars(shown))
         return
     from lora_diag.decisions.allocate.run import allocate as choose
     from lora_diag.decisions.allocate.run import kind_of_allocation, write_allocation
@@ -69,14 +69,14 @@ def allocate(
     if check is not None and output is None:
         raise UsageError("--check: needs a PEFT config; write one with -o adapter_config.json")
     if output is not None:
-        inputs = (results, cast(Path | None, given["layer_weights"]))
+        inputs = (results, cast(Path | None, arguments["layer_weights"]))
         check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
     rate = ""
     if sweep is not None:
         from lora_diag.probes.sweep.best_rate import swept_rate
 
         rate = f"\nlearning rate {swept_rate(sweep)}"
-    allocation = choose(results, **given)
+    allocation = choose(results, **arguments)
     if output is not None:
         write_allocation(allocation, output, config["scaling"], config["rslora"], check, overwrite, format)
     if shown.json:

@@ -82,16 +82,16 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
-    given = filled(AllocateOptions, options)
-    params, total_rank, energy, match = (given[name] for name in ("params", "total_rank", "energy", "match"))
-    min_rank, max_rank, ranks_from = (given[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
-    target, exclude, weights, relative = (given[n] for n in ("layers", "exclude", "layer_weights", "relative"))
+    arguments = filled(AllocateOptions, options)
+    params, total_rank, energy, match = (arguments[name] for name in ("params", "total_rank", "energy", "match"))
+    min_rank, max_rank, ranks_from = (arguments[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
+    target, exclude, weights, relative = (arguments[n] for n in ("layers", "exclude", "layer_weights", "relative"))
     memory, method, optimizer, dtype, allow_unfinished = (
-        given[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
+        arguments[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
     )
     if method == "heuristic" and energy is not None:
         raise UsageError("--strategy heuristic: needs a budget, which --energy is not; give --params or another budget")
-    portable = given["portable"]
+    portable = arguments["portable"]
     if portable and (energy is not None or method == "heuristic"):
         other = "--energy" if energy is not None else "--strategy heuristic"
         raise UsageError(f"--portable: divides a budget over layers of one rank, and {other} gives each its own")
@@ -245,17 +245,17 @@ def _budget(
         UsageError: Not exactly one budget is given, or its amount is invalid.
         InputError: The adapter to match cannot be read.
     """
-    given = {
+    arguments = {
         "--params": params,
         "--total-rank": total_rank,
         "--memory-budget": memory,
         "--energy": energy,
         "--match": match,
     }
-    named = [option for option, value in given.items() if value is not None]
+    named = [option for option, value in arguments.items() if value is not None]
     if len(named) != 1:
-        raise UsageError(f"give exactly one budget of {', '.join(given)}{f', not {len(named)}' if named else ''}")
-    option = f"{named[0]} {legible(str(given[named[0]]))}"
+        raise UsageError(f"give exactly one budget of {', '.join(arguments)}{f', not {len(named)}' if named else ''}")
+    option = f"{named[0]} {legible(str(arguments[named[0]]))}"
     if params is not None:
         return Budget("params", read_count(str(params), "--params"), option)
     if total_rank is not None:
@@ -334,7 +334,7 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
 
 
 def _factors(
-    given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
+    arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
 ) -> Measured:
     """Return the factor of every layer, or losses that replace energies, and their results file.
 
@@ -342,22 +342,26 @@ def _factors(
         UsageError: See ``_weights``.
         InputError: The file cannot be read, or is unfinished.
     """
-    if given is None or isinstance(given, Mapping) or not is_results_file(given):
-        return Measured(factors=_weights(given, spectra))
-    return measured_weights(Path(given), spectra, allow_unfinished)
+    if arguments is None or isinstance(arguments, Mapping) or not is_results_file(arguments):
+        return Measured(factors=_weights(arguments, spectra))
+    return measured_weights(Path(arguments), spectra, allow_unfinished)
 
 
-def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:
+def _weights(arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:
     """Return the factor of every layer; names may omit ``.weight``.
 
     Raises:
         UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from 0 up.
         InputError: The file cannot be read.
     """
-    if given is None:
+    if arguments is None:
         return None
-    table = dict(given) if isinstance(given, Mapping) else read_object(Path(given), "file of weights", MAX_CONFIG_BYTES)
-    where = "--layer-weights" if isinstance(given, Mapping) else f"--layer-weights {given}"
+    table = (
+        dict(arguments)
+        if isinstance(arguments, Mapping)
+        else read_object(Path(arguments), "file of weights", MAX_CONFIG_BYTES)
+    )
+    where = "--layer-weights" if isinstance(arguments, Mapping) else f"--layer-weights {arguments}"
     for name, value in table.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise UsageError(f"{where}: the weight of {name} must be a number from 0 up, not {value!r}")

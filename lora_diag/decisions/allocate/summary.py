@@ -108,11 +108,13 @@ def _note(results: Results[Allocation]) -> str:
 
 
 def _allocated(results: Results[Allocation]) -> list[str]:
-    given = [record for record in results if record.rank]
+    ranked = [record for record in results if record.rank]
     how = []
     if results.run.settings.get("method") == "heuristic":
         how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
-    lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
+    lines = [
+        f"{len(ranked)} of {len(results)} layers get a rank, {span([r.rank for r in ranked])}" if ranked else "none"
+    ]
     if none := [record for record in results if not record.rank]:
         unchanged = sum(record.fro == 0 for record in none)
         noise = sum(record.cap == 0 and record.fro > 0 for record in none)
@@ -138,11 +140,11 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
 def _portable(results: Results[Allocation]) -> list[str]:
     """State the property of a portable allocation, and what programs still refuse or drop."""
     lines = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
-    given = {record.layer.removesuffix(".weight") for record in results if record.rank}
-    for module in sorted(given):
+    ranked = {record.layer.removesuffix(".weight") for record in results if record.rank}
+    for module in sorted(ranked):
         owner, _, leaf = module.rpartition(".")
         other = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
-        if other is not None and f"{owner}.{other}" not in given:
+        if other is not None and f"{owner}.{other}" not in ranked:
             lines.append(f"SGLang refuses {short(module)} without {other}: --min-rank gives both a rank")
             break
     if any(item.reason == "saved" for item in results.left_out):

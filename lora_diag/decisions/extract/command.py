@@ -21,7 +21,7 @@ def extract(
     tuned: options.Tuned,
     *,
     output: Annotated[Path | None, options.typer_option("output", _OUTPUT)] = None,
-    given: ExtractOptions,
+    arguments: ExtractOptions,
     shown: options.Rows,
 ) -> None:
     """Write the best adapter of given ranks for an update.
@@ -32,13 +32,13 @@ def extract(
 
     if output is None:
         raise UsageError("extract: no output folder; give it and ranks, such as --rank 16 -o adapter/")
-    OutputFolder(output, (), given["overwrite"], given["resume"])
+    OutputFolder(output, (), arguments["overwrite"], arguments["resume"])
     # deferred: imports torch
     from lora_diag.decisions.extract.run import extract as write
     from lora_diag.decisions.extract.summary import extraction_table
 
     with shown.callbacks() as callbacks:
-        results = write(base, tuned, output, **given, **callbacks)
+        results = write(base, tuned, output, **arguments, **callbacks)
     if shown.table:
         then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
         then += "   (this adapter compared with TUNED)"

@@ -48,13 +48,13 @@ class Plan:
 
     def notes(self) -> tuple[str, ...]:
         """Return notes for users of the adapter."""
-        untried = self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory
+        is_untested = self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory
         note = (
             f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
             "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
             "adapter"
         )
-        return ((note,) if untried else ()) + self._tied()
+        return ((note,) if is_untested else ()) + self._tied()
 
     def _tied(self) -> tuple[str, ...]:
         table = stored_name(self.base, "lm_head.weight")

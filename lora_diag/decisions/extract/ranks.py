@@ -43,8 +43,8 @@ class RankRule:
         Raises:
             UsageError: Not exactly one is given, or a number is out of range.
         """
-        given = [value for value in (self.rank, self.energy, self.params, self.allocation) if value is not None]
-        if len(given) + self.signal != 1:
+        chosen = [value for value in (self.rank, self.energy, self.params, self.allocation) if value is not None]
+        if len(chosen) + self.signal != 1:
             raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
@@ -82,12 +82,12 @@ def ranks_for(
         reachable = tuple(record.before_rounding() for record in measured if record.layer in targets)
         budget = Budget("params", requested.params, f"--params {requested.params}")
         # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
-        given = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
+        chosen = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
     elif requested.allocation is not None:
-        given = _read(Path(requested.allocation), targets)
+        chosen = _read(Path(requested.allocation), targets)
     else:
         return dict.fromkeys(targets, Rank(requested.rank, requested.energy, requested.signal))
-    return {layer: Rank(given.get(layer, 0)) for layer in targets}
+    return {layer: Rank(chosen.get(layer, 0)) for layer in targets}
 
 
 def _read(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:

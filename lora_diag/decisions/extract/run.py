@@ -102,16 +102,16 @@ def extract(
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
-    given = filled(ExtractOptions, options)
-    rank, energy, params, ranks, signal = (given[n] for n in ("rank", "energy", "params", "allocation", "signal"))
-    activations, kfac, sweep, base_name = (given[n] for n in ("activations", "kfac", "sweep", "base_name"))
-    split, dtype, rest, portable = (given[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
-    overwrite, form = given["overwrite"], given["format"]
+    arguments = filled(ExtractOptions, options)
+    rank, energy, params, ranks, signal = (arguments[n] for n in ("rank", "energy", "params", "allocation", "signal"))
+    activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
+    split, dtype, rest, portable = (arguments[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
+    overwrite, form = arguments["overwrite"], arguments["format"]
     requested = RankRule(
         rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal
     )
     requested.check()
-    recover = given["recover"]
+    recover = arguments["recover"]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
     rate = None if sweep is None else swept_rate(sweep)
@@ -120,8 +120,8 @@ def extract(
         raise UsageError(f"--unfactored save: {other} cannot store weights in full; remove one of the two")
     portable = portable or form != PEFT
     base, tuned = as_path(base), as_path(tuned)
-    folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])
-    common = {name: given[name] for name in declared(FolderOptions)}
+    folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])
+    common = {name: arguments[name] for name in declared(FolderOptions)}
     run = LayerRun("extract", {**common, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
@@ -137,7 +137,7 @@ def extract(
         folder.open()
         kept: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
         kept |= {
-            name: given[name]
+            name: arguments[name]
             for name in declared(FolderOptions)
             if name not in {"method", "tol", "resume", "on_record"}
         }
@@ -229,10 +229,16 @@ def _write(
 
 def _options(run: Run) -> list[str]:
     """Return the settings other than the defaults, as typed."""
-    given = {**typed(ExtractOptions, run.settings), "allocation": None, "params": None, "energy": None, "rank": None}
+    arguments = {
+        **typed(ExtractOptions, run.settings),
+        "allocation": None,
+        "params": None,
+        "energy": None,
+        "rank": None,
+    }
     return [
         word
-        for name, value in given.items()
+        for name, value in arguments.items()
         if value is not None
         for word in ([_flag(name)] if value is True else [_flag(name), str(value)])
     ]

@@ -93,7 +93,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
         f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
         for name, group in rows_of(results, "type")
     ]
-    missing = [f"- {line}" for line in _missing(results, tip="")]
+    missing = [f"- {line}" for line in _missing(results, hint="")]
     in_full = [f"- {line}" for line in _full_tensors(results)]
     made = any(record.estimated for record in results)
     library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
@@ -301,7 +301,7 @@ def _energy_split(results: Results[Extraction]) -> str:
     return f"of the whole change ‖Δ‖²{within(results.left_out)}, {shares}"
 
 
-def _missing(results: Results[Extraction], tip: str = "; --unfactored save stores them") -> list[str]:
+def _missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
     """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖²."""
     listed = results.run.settings.get("rest") == "list"
     total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0
@@ -319,7 +319,7 @@ def _missing(results: Results[Extraction], tip: str = "; --unfactored save store
             continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
-            line += (tip if listed else "") if norm else "  unchanged"
+            line += (hint if listed else "") if norm else "  unchanged"
         elif reason != "not_selected":
             line += f": {_names(items)}"
         lines.append(f"{line} ({why})" if why else line)

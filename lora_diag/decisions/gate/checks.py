@@ -84,7 +84,7 @@ def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to look at"
-    if name == "complete" and all(given.targets is None for given in _adapters(sources)):
+    if name == "complete" and all(run_input.targets is None for run_input in _adapters(sources)):
         return "no results of an adapter on its BASE whose config names its modules"
     if name == "base" and not any(_names(source) for source in sources):
         return "no results of an adapter on a BASE that both have a name"
@@ -118,11 +118,11 @@ def _mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored | None
 
 
 def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for given in _adapters(sources):
-        for layer in given.lacking:
+    for run_input in _adapters(sources):
+        for layer in run_input.lacking:
             text = (
-                f"the config of {given.path} targets it and the file holds nothing for it ({len(given.lacking)} of "
-                f"{given.targets} targets): save the adapter again"
+                f"the config of {run_input.path} targets it and the file holds nothing for it "
+                f"({len(run_input.lacking)} of {run_input.targets} targets): save the adapter again"
             )
             yield Alarm(layer, None, text)
 
@@ -130,7 +130,7 @@ def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None
 def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     """Yield adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
-        pinned = any(("base", given.fingerprint) in policy.inputs.pins for given in source.results.run.inputs)
+        pinned = any(("base", run_input.fingerprint) in policy.inputs.pins for run_input in source.results.run.inputs)
         for adapter, wanted, names in _names(source):
             if not pinned and not any(is_same_name(wanted, name) for name in names):
                 text = (
@@ -143,14 +143,16 @@ def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
 def _names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return the adapters of results, the names of the base in their configs, and the names of BASE."""
     inputs = source.results.run.inputs
-    names = next((given.names for given in inputs if given.role == "base" and given.names), ())
+    names = next((run_input.names for run_input in inputs if run_input.role == "base" and run_input.names), ())
     return [
-        (given.path, given.names[0], names) for given in inputs if given.role == "adapter" and given.names and names
+        (run_input.path, run_input.names[0], names)
+        for run_input in inputs
+        if run_input.role == "adapter" and run_input.names and names
     ]
 
 
 def _adapters(sources: Sequence[Source]) -> list[RunInput]:
-    return [given for source in sources for given in source.results.run.inputs if given.role == "adapter"]
+    return [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == "adapter"]
 
 
 def is_same_name(first: str, second: str) -> bool:
@@ -247,7 +249,7 @@ def _left_out(sources: Sequence[Source]) -> Iterator[LeftOut]:
 
 
 def _of_adapter(source: Source) -> bool:
-    return any(given.role == "adapter" for given in source.results.run.inputs)
+    return any(run_input.role == "adapter" for run_input in source.results.run.inputs)
 
 
 _CHECKS: dict[str, tuple[str, Check]] = {

@@ -51,7 +51,7 @@ class ReportOptions(TypedDict, total=False):
 def gate(
     words: FigureText = None,
     *,
-    given: GateOptions,
+    arguments: GateOptions,
     reports: ReportOptions,
     shown: options.Shown,
 ) -> None:
@@ -74,11 +74,11 @@ def gate(
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
     if files[:1] == ["init"] and policy is None:
         measured = (reports["base"], reports["tuned"], reports["adapter"])
-        if any((*measured, *given.values(), github, shown.json, *cards)):
+        if any((*measured, *arguments.values(), github, shown.json, *cards)):
             raise UsageError("gate init: takes only results files and -o POLICY; a policy file of this name is ./init")
         _init(files[1:], output, shown.quiet, overwrite)
         return
-    baseline, ratchet = given["baseline"], given["ratchet"]
+    baseline, ratchet = arguments["baseline"], arguments["ratchet"]
     ready = policy is not None or not files
     read = [*(files if ready else files[1:]), *([] if ready else files[:1]), baseline]
     # The content of a baseline is checked as it is read.
@@ -97,7 +97,7 @@ def gate(
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     rules = ready_policy(policy) if policy is not None else Path(files.pop(0))
     measured_now = _measured(reports["base"], reports["tuned"], list(reports["adapter"]), files)
-    results = judge(rules, *files, *measured_now, **given)
+    results = judge(rules, *files, *measured_now, **arguments)
     if output is not None:
         results.write(output, overwrite)
     _write_reports(results, *cards, overwrite)
@@ -132,14 +132,14 @@ def init(
     _init(list(map(str, results)), output, quiet, overwrite)
 
 
-def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
+def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
     """Write or print a policy."""
-    if not given:
+    if not results:
         raise UsageError("gate init: no results are given; give those of a checkpoint that is good enough to ship")
-    check_outputs(given, [(output, POLICY)], overwrite)
+    check_outputs(results, [(output, POLICY)], overwrite)
     from lora_diag.decisions.gate.run import gate_init
 
-    text = gate_init(*given, name=str(output or "policy.toml"))
+    text = gate_init(*results, name=str(output or "policy.toml"))
     if output is None:
         result(text.rstrip("\n"))
         return
@@ -150,20 +150,20 @@ def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -
 
         rules = text.count("\n[[rule]]")
         result(f"{output}: {rules} {'rule' if rules == 1 else 'rules'}; review each limit: a comment states its origin")
-        result(f"Outcome of these results: {headline(judge(output, *given))}")
-        result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *given])}")
+        result(f"Outcome of these results: {headline(judge(output, *results))}")
+        result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
 
 
-def _measured(base: str | None, tuned: str | None, adapters: list[str], given: list[str]) -> list[Results[Any]]:
+def _measured(base: str | None, tuned: str | None, adapters: list[str], results: list[str]) -> list[Results[Any]]:
     """Measure first, if requested."""
     if base is None:
         if tuned is not None or adapters:
             raise UsageError("--tuned and --adapter: need --base, the checkpoint to compare with; add it")
-        if not given:
+        if not results:
             raise UsageError("gate: give results files, or --base with --tuned or --adapter to measure first")
         return []
-    if given:
-        raise UsageError(f"--base: measures results itself; remove the results file {given[0]}")
+    if results:
+        raise UsageError(f"--base: measures results itself; remove the results file {results[0]}")
     # deferred: imports torch
     from lora_diag.decisions.gate.run import measure
 
@@ -213,12 +213,12 @@ def _annotate_github(results: Results[Any]) -> None:
             raise InputError(f"{summary}: the step summary cannot be written: {error.strerror}") from error
 
 
-def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
+def _next(results: Results[Any], files: list[str], output: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     from lora_diag.decisions.gate.record import outcome
 
-    if outcome(results.whole) != "passed" and given:
-        return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the measured values)"
+    if outcome(results.whole) != "passed" and files:
+        return f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
     if output is None:
         return f"{rerun_command('-o', 'verdicts.jsonl')}   (saves these verdicts)"
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"

@@ -90,15 +90,15 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
     Raises:
         InputError: No measured value gives a limit.
     """
-    given = " ".join(source.path for source in sources)
+    paths = " ".join(source.path for source in sources)
     rules = [text for own, of in _by_metric(sources) for suggestion in own if (text := _rule(suggestion, of))]
     if not rules:
         raise InputError(
-            f"{given}: no value for a limit, since no update is resolved by the files; give results of a checkpoint "
+            f"{paths}: no value for a limit, since no update is resolved by the files; give results of a checkpoint "
             "that changed"
         )
     unrecorded = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
-    return "\n".join([_head(given, name, unrecorded), *rules, _tail(sources)])
+    return "\n".join([_head(paths, name, unrecorded), *rules, _tail(sources)])
 
 
 def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
@@ -173,14 +173,14 @@ def _limit(worst: float, field: Field, end: str) -> float | None:
     return limit
 
 
-def _head(given: str, name: str, unrecorded: bool) -> str:
+def _head(paths: str, name: str, unrecorded: bool) -> str:
     left_out = (
         'left_out = ["no_activations"] # embeddings and other layers without recorded activations'
         if unrecorded
         else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record'
     )
     return f"""\
-# Requirements for shipping a checkpoint. Limits are from {_comment(given)}
+# Requirements for shipping a checkpoint. Limits are from {_comment(paths)}
 # with a margin of {MARGIN:.0%}; review each of them.
 #
 #     loradiag gate {_comment(name)} RESULTS...

@@ -178,7 +178,7 @@ def _expected(cls: type[Record], source: Source) -> Iterator[tuple[Any, ...]]:
     """Yield the groups that the run was to measure: one per adapter."""
     if _group_fields(cls) == ("adapter",):
         roles = ("adapter", "reference")
-        yield from ((given.path,) for given in source.results.run.inputs if given.role in roles)
+        yield from ((run_input.path,) for run_input in source.results.run.inputs if run_input.role in roles)
 
 
 def _stable(groups: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:

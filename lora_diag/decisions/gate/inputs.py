@@ -67,19 +67,19 @@ def _is_recent(source: Source, most: timedelta, now: datetime) -> Verdict:
 
 def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
     """Yield whether every input of a role is pinned by the policy."""
-    found = [given for source in sources for given in source.results.run.inputs if given.role == role]
+    found = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
     allowed = "as [inputs] pins it"
     if not found:
         yield _verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
-    for given in found:
-        name = f"{role} {given.path}"
-        if given.fingerprint == fingerprint:
+    for run_input in found:
+        name = f"{role} {run_input.path}"
+        if run_input.fingerprint == fingerprint:
             yield _verdict(name, "pinned", allowed, "passed", f"fingerprint {fingerprint}")
-        elif len(given.fingerprint) != len(fingerprint):
+        elif len(run_input.fingerprint) != len(fingerprint):
             text = "the results do not tell its fingerprint, or that of an older loradiag: measure again"
             yield _verdict(name, None, allowed, "inconclusive", text)
         else:
-            text = f"the results are of {given.fingerprint}, and the policy pins {fingerprint}"
+            text = f"the results are of {run_input.fingerprint}, and the policy pins {fingerprint}"
             yield _verdict(name, "another", allowed, "failed", text)
 
 

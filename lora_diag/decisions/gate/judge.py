@@ -119,7 +119,7 @@ def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdic
     """Yield whether any of the results is of the policy's kind of subject, if it has one."""
     if policy.about is None:
         return
-    there = any(given.role == policy.about for source in sources for given in source.results.run.inputs)
+    there = any(run_input.role == policy.about for source in sources for run_input in source.results.run.inputs)
     name, word = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
     yield Verdict(
         rule="about",

@@ -29,8 +29,10 @@ def junit(results: Results[Any]) -> str:
     root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
     if weights := weights_of(results):
         properties = SubElement(root, "properties")
-        for given in weights:
-            SubElement(properties, "property", name=safe(f"{given.role} {given.path}"), value=given.fingerprint)
+        for run_input in weights:
+            SubElement(
+                properties, "property", name=safe(f"{run_input.role} {run_input.path}"), value=run_input.fingerprint
+            )
     for rule, cases in suites.items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         for name, found in cases.items():

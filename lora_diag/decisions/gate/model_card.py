@@ -42,6 +42,6 @@ def _block(results: Results[Any]) -> str:
     return "\n".join(lines)
 
 
-def _weights(given: RunInput) -> str:
-    text = cell(", ".join(given.notes))
-    return f"Measured: {given.role} {cell(given.path)}, fingerprint `{given.fingerprint}`, {text}."
+def _weights(run_input: RunInput) -> str:
+    text = cell(", ".join(run_input.notes))
+    return f"Measured: {run_input.role} {cell(run_input.path)}, fingerprint `{run_input.fingerprint}`, {text}."

@@ -29,12 +29,12 @@ def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> 
     Raises:
         InputError: A file of ``shipped`` cannot be read.
     """
-    given = {str(path): _known(path) for path in shipped}
-    compared = [replace(source, present=tuple(_present(source, given))) for source in sources]
+    run_input = {str(path): _known(path) for path in shipped}
+    compared = [replace(source, present=tuple(_present(source, run_input))) for source in sources]
     recorded = {each.fingerprint for source in sources for each in source.results.run.inputs}
     missing = [
         Present("--for", legible(path), "", now, "changed", "")
-        for path, (now, _) in given.items()
+        for path, (now, _) in run_input.items()
         if now not in recorded
     ]
     return compared, missing
@@ -57,43 +57,49 @@ def _known(path: Path | str) -> tuple[str, bool]:
 
 
 def _present(source: Source, shipped: dict[str, tuple[str, bool]]) -> list[Present]:
-    inputs = [given for given in source.results.run.inputs if given.role in WEIGHTS]
+    inputs = [run_input for run_input in source.results.run.inputs if run_input.role in WEIGHTS]
     found = {now: path for path, (now, _) in shipped.items()}
     # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
     kinds = {is_adapter for _, is_adapter in shipped.values()}
-    absent = {kind for kind in kinds if not any(_is(given, kind) and given.fingerprint in found for given in inputs)}
+    absent = {
+        kind
+        for kind in kinds
+        if not any(_is(run_input, kind) and run_input.fingerprint in found for run_input in inputs)
+    }
     states = []
-    for given in inputs:
-        others = [path for path, (_, kind) in shipped.items() if kind in absent and _is(given, kind)]
-        if given.fingerprint in found:
-            states.append(_state(given, given.fingerprint, "same", legible(found[given.fingerprint])))
-        elif others and given.role != "base":
-            why = f"{legible(others[0])} is not what was measured as {given.path}"
-            states.append(_state(given, shipped[others[0]][0], "changed", why))
+    for run_input in inputs:
+        others = [path for path, (_, kind) in shipped.items() if kind in absent and _is(run_input, kind)]
+        if run_input.fingerprint in found:
+            states.append(_state(run_input, run_input.fingerprint, "same", legible(found[run_input.fingerprint])))
+        elif others and run_input.role != "base":
+            why = f"{legible(others[0])} is not what was measured as {run_input.path}"
+            states.append(_state(run_input, shipped[others[0]][0], "changed", why))
         else:
-            states.append(_state_at_path(given))
+            states.append(_state_at_path(run_input))
     return states
 
 
-def _is(given: RunInput, adapter: bool) -> bool:
-    return given.role == "reference" or (given.role == "adapter") == adapter
+def _is(run_input: RunInput, adapter: bool) -> bool:
+    return run_input.role == "reference" or (run_input.role == "adapter") == adapter
 
 
-def _state_at_path(given: RunInput) -> Present:
+def _state_at_path(run_input: RunInput) -> Present:
     """Compare an input with the file at its path; addresses and Hub ids are not accessed."""
-    if not os.path.exists(given.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
-        return _state(given, "", "unknown", "is not at the path it had, so nothing was compared; --for PATH names it")
-    if len(given.fingerprint) != DIGITS:
-        return _state(given, "", "unknown", "has no fingerprint that can be compared: measure it again")
+    if not os.path.exists(run_input.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
+        return _state(
+            run_input, "", "unknown", "is not at the path it had, so nothing was compared; --for PATH names it"
+        )
+    if len(run_input.fingerprint) != DIGITS:
+        return _state(run_input, "", "unknown", "has no fingerprint that can be compared: measure it again")
     try:
-        now, _ = _known(given.path)
-        if now != given.fingerprint:
-            return _state(given, now, "changed", f"{given.path} changed since it was measured")
-        if given.sha256 and _content(given.path) != given.sha256:
-            return _state(given, now, "changed", f"{given.path} has another SHA-256 than it had")
+        now, _ = _known(run_input.path)
+        if now != run_input.fingerprint:
+            return _state(run_input, now, "changed", f"{run_input.path} changed since it was measured")
+        if run_input.sha256 and _content(run_input.path) != run_input.sha256:
+            return _state(run_input, now, "changed", f"{run_input.path} has another SHA-256 than it had")
     except InputError as error:
-        return _state(given, "", "changed", f"cannot be compared: {error}")
-    return _state(given, now, "same", "")
+        return _state(run_input, "", "changed", f"cannot be compared: {error}")
+    return _state(run_input, now, "same", "")
 
 
 def _content(path: str) -> str:
@@ -105,5 +111,5 @@ def _content(path: str) -> str:
     return content_hash(files_of(open_source(local).checkpoint if is_adapter(local) else open_checkpoint(path)))
 
 
-def _state(given: RunInput, now: str, state: str, why: str) -> Present:
-    return Present(given.role, given.path, given.fingerprint, now, state, why)
+def _state(run_input: RunInput, now: str, state: str, why: str) -> Present:
+    return Present(run_input.role, run_input.path, run_input.fingerprint, now, state, why)

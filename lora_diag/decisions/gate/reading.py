@@ -63,17 +63,17 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
 def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     """Return the position and description of the first error."""
     first = error.errors()[0]
-    location, given, details = first["loc"], quoted(first["input"]), first.get("ctx", {})
+    location, value, details = first["loc"], quoted(first["input"]), first.get("ctx", {})
     key = next(step for step in reversed(("", *location)) if isinstance(step, str))
     match first["type"]:
         case "missing":
             return location, f"{location[0]}: '{key}' is missing"
         case "literal_error":
-            return location, f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {given}"
+            return location, f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {value}"
         case "list_type":
-            return location, f"{key} is a list of tables: write [[{key}]], not {given}"
+            return location, f"{key} is a list of tables: write [[{key}]], not {value}"
         case "model_type":
             what = f"a list of tables: write [[{key}]]" if isinstance(location[-1], int) else f"a table, [{key}]"
-            return location, f"{key} is {what}, not {given}"
+            return location, f"{key} is {what}, not {value}"
     cause = details.get("error")
     return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(cause or first["msg"])

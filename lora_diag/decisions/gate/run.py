@@ -63,8 +63,8 @@ def gate(
         >>> outcome(verdicts.whole)
         'passed'
     """
-    given = filled(GateOptions, options)
-    baseline, ratchet, shipped, max_age = (given[name] for name in ("baseline", "ratchet", "shipped", "max_age"))
+    arguments = filled(GateOptions, options)
+    baseline, ratchet, shipped, max_age = (arguments[name] for name in ("baseline", "ratchet", "shipped", "max_age"))
     if not results:
         raise UsageError("gate: give at least one results file")
     if ratchet and baseline is None:
@@ -111,7 +111,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     Raises:
         InputError: A file cannot be read, did not finish, or has no value for a limit.
     """
-    sources = [_source(given, i) for i, given in enumerate(results, 1)]
+    sources = [_source(arguments, i) for i, arguments in enumerate(results, 1)]
     for source in sources:
         if source.results.end is None:
             raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
@@ -142,11 +142,11 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     return [*found, residual(base, tuned, list(adapters))] if tuned is not None and adapters else found
 
 
-def _source(given: Path | str | Results[Any], number: int) -> Source:
-    if isinstance(given, Results):
-        shipped = given.run.inputs[-1].path if given.run.inputs else str(number)
-        return checked(Source(f"{given.run.command} of {shipped}", given))
-    return read_source(given)
+def _source(arguments: Path | str | Results[Any], number: int) -> Source:
+    if isinstance(arguments, Results):
+        shipped = arguments.run.inputs[-1].path if arguments.run.inputs else str(number)
+        return checked(Source(f"{arguments.run.command} of {shipped}", arguments))
+    return read_source(arguments)
 
 
 def _baseline(path: Path | str) -> Source:
@@ -196,13 +196,14 @@ def _measured(sources: Sequence[Source]) -> list[RunInput]:
     found: dict[tuple[str, str, str], RunInput] = {}
     for source in sources:
         for present in source.present:
-            given = next(
+            arguments = next(
                 each
                 for each in source.results.run.inputs
                 if (each.role, each.path, each.fingerprint) == (present.role, present.path, present.recorded)
             )
             notes = (words[present.state],)
             found.setdefault(
-                (given.role, given.path, given.fingerprint), given.model_copy(update={"notes": notes, "lacking": ()})
+                (arguments.role, arguments.path, arguments.fingerprint),
+                arguments.model_copy(update={"notes": notes, "lacking": ()}),
             )
     return list(found.values())

@@ -33,11 +33,11 @@ def sarif(results: Results[Any]) -> str:
     if weights := weights_of(results):
         run["artifacts"] = [
             {
-                "location": {"uri": quote(given.path)},
-                "description": {"text": safe(f"{given.role}: {', '.join((given.kind, *given.notes))}")},
-                "hashes": {"loradiag-fingerprint": given.fingerprint},
+                "location": {"uri": quote(run_input.path)},
+                "description": {"text": safe(f"{run_input.role}: {', '.join((run_input.kind, *run_input.notes))}")},
+                "hashes": {"loradiag-fingerprint": run_input.fingerprint},
             }
-            for given in weights
+            for run_input in weights
         ]
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False) + "\n"
 

@@ -42,7 +42,7 @@ def _distance(verdict: Verdict) -> float:
 
 def policy_file(results: Results[Any]) -> str | None:
     """Return the path of the policy's file; None for a policy of the package."""
-    return next((given.path for given in results.run.inputs if given.role == "policy"), None)
+    return next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
 
 
 def measured(verdict: Verdict) -> str:
@@ -115,7 +115,7 @@ def reason(results: Results[Any]) -> str:
 
 def weights_of(results: Results[Any]) -> list[RunInput]:
     """Return the checkpoints and adapters of a gate's results."""
-    return [given for given in results.run.inputs if given.fingerprint]
+    return [run_input for run_input in results.run.inputs if run_input.fingerprint]
 
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
@@ -234,13 +234,16 @@ def _passed(results: Results[Any]) -> str:
 
 
 def _inputs(results: Results[Any]) -> list[str]:
-    longest = max(len(given.role) for given in results.run.inputs)
-    return [f"{given.role:<{longest}} {safe(given.path)} ({_input_description(given)})" for given in results.run.inputs]
+    longest = max(len(run_input.role) for run_input in results.run.inputs)
+    return [
+        f"{run_input.role:<{longest}} {safe(run_input.path)} ({_input_description(run_input)})"
+        for run_input in results.run.inputs
+    ]
 
 
-def _input_description(given: RunInput) -> str:
+def _input_description(run_input: RunInput) -> str:
     """Return the description of one input of a gate: layers of results, or the fingerprint of weights."""
-    of_results = given.role in {"results", "baseline"}
-    layers = [f"{given.tensors} layers"] if of_results and given.tensors else []
-    fingerprint = [f"fingerprint {given.fingerprint}"] if given.fingerprint else []
-    return safe(", ".join([given.kind, *layers, *fingerprint, *given.notes]))
+    of_results = run_input.role in {"results", "baseline"}
+    layers = [f"{run_input.tensors} layers"] if of_results and run_input.tensors else []
+    fingerprint = [f"fingerprint {run_input.fingerprint}"] if run_input.fingerprint else []
+    return safe(", ".join([run_input.kind, *layers, *fingerprint, *run_input.notes]))

@@ -18,7 +18,7 @@ def plan(
         str, typer.Argument(metavar="BASE", help="Checkpoint (only headers are read), or a model's config.json.")
     ],
     *,
-    given: PlanOptions,
+    arguments: PlanOptions,
     shown: options.Shown,
 ) -> None:
     """Parameters, memory and FLOPs of LoRA at each rank.
@@ -28,11 +28,11 @@ def plan(
     from lora_diag.decisions.plan.run import plan as count
     from lora_diag.decisions.plan.summary import plan_table
 
-    found = count(base, **given)
+    found = count(base, **arguments)
     if shown.json:
         line(found.model_dump_json())
         return
-    params, memory = given["params"], given["memory_budget"]
+    params, memory = arguments["params"], arguments["memory_budget"]
     budget = (
         ["--params", str(params)] if params else ["--memory-budget", str(memory)] if memory else ["--params", "10M"]
     )
@@ -41,7 +41,7 @@ def plan(
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])
     chosen = [
         word
-        for option in (("--layers", given["layers"]), ("--exclude", given["exclude"]))
+        for option in (("--layers", arguments["layers"]), ("--exclude", arguments["exclude"]))
         if option[1]
         for word in option
     ]

@@ -80,15 +80,15 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         >>> found.params, found.ranks[0].params, found.fit.rank
         (853120, 7168, 5)
     """
-    given = filled(PlanOptions, options)
+    arguments = filled(PlanOptions, options)
     ranks, target, exclude, params, memory = (
-        given[name] for name in ("ranks", "layers", "exclude", "params", "memory_budget")
+        arguments[name] for name in ("ranks", "layers", "exclude", "params", "memory_budget")
     )
-    dtype, cost, top = given["adapter_dtype"], given["cost"], given["top"]
-    training = Training(given["optimizer"], dtype)
+    dtype, cost, top = arguments["adapter_dtype"], arguments["cost"], arguments["top"]
+    training = Training(arguments["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError("--memory-budget: cannot be combined with --params; give one of them")
-    if given["data"] is not None and given["tokens"] is not None:
+    if arguments["data"] is not None and arguments["tokens"] is not None:
         raise UsageError("--tokens: cannot be combined with --data; give one of them")
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
@@ -102,7 +102,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")
     total = sum(math.prod(shape) for shape in model.shapes.values())
     active, notes = _active(model.config, matrices)
-    capacity = _capacity(base, given, [matrix for matrix in matrices if matrix.name in targeted])
+    capacity = _capacity(base, arguments, [matrix for matrix in matrices if matrix.name in targeted])
     rates, estimates = _costs(model, matrices, top) if cost else (None, ())
     return Plan(
         path=legible(base),
@@ -122,17 +122,17 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     )
 
 
-def _capacity(base: Path | str, given: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
+def _capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
     """Count the tokens of the data and apply the rules of thumb; None without data or tokens.
 
     Raises:
         UsageError: The number of tokens is none, or the extra ``train`` is missing.
         InputError: The data or the tokenizer cannot be read.
     """
-    if given["tokens"] is not None:
-        tokens = read_count(str(given["tokens"]), "--tokens")
+    if arguments["tokens"] is not None:
+        tokens = read_count(str(arguments["tokens"]), "--tokens")
         return PlanCapacity(data="", about="as given", tokens=tokens, rules=capacity_rules(chosen, tokens))
-    if given["data"] is None:
+    if arguments["data"] is None:
         return None
     # deferred: imports transformers
     from lora_diag.models.data import predicted, read_texts
@@ -140,8 +140,8 @@ def _capacity(base: Path | str, given: Mapping[str, Any], chosen: Sequence[Matri
 
     path = as_path(base)
     folder = path.parent if path.suffix == ".json" else base
-    model = open_tokens(folder, given["length"], given["tokenizer"])
-    texts = read_texts(given["data"], model)
+    model = open_tokens(folder, arguments["length"], arguments["tokenizer"])
+    texts = read_texts(arguments["data"], model)
     tokens = predicted(texts, model)
     return PlanCapacity(
         data=legible(texts.path),

@@ -19,7 +19,7 @@ def plan_merge(
     base: options.Base,
     adapter: Adapter,
     *,
-    given: PlanMergeOptions,
+    arguments: PlanMergeOptions,
     shown: options.Rows,
 ) -> None:
     """How much of ΔW survives a merge into a storage format.
@@ -30,10 +30,10 @@ def plan_merge(
     from lora_diag.decisions.plan_merge.run import plan_merge as measure
 
     with shown.callbacks() as callbacks:
-        results = measure(base, adapter, **given, **callbacks)
+        results = measure(base, adapter, **arguments, **callbacks)
     then = f"{rerun_command('--per', 'layer')}   (layer by layer)"
-    if given["output"] is not None:
-        words = shlex.join(["loradiag", "inspect", str(given["output"]), "--per", "layer"])
+    if arguments["output"] is not None:
+        words = shlex.join(["loradiag", "inspect", str(arguments["output"]), "--per", "layer"])
         then = f'{words}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'
     shown.show(results, then)
     exit_unmeasured(results.unmeasured, "the layer was left out")

@@ -29,7 +29,7 @@ def recover(
     tuned: options.Tuned,
     *,
     output: Annotated[Path | None, options.typer_option("output", _OUTPUT)] = None,
-    given: RecoverOptions,
+    arguments: RecoverOptions,
     shown: options.Rows,
 ) -> None:
     """Estimate the update that 16-bit storage rounded away.
@@ -40,16 +40,16 @@ def recover(
 
     Example: loradiag recover base/ tuned_bf16/ --checkpoint -o recovered/
     """
-    full = given["full"]
-    writes = full or any(given[name] is not None for name in ("rank", "energy", "params"))
+    full = arguments["full"]
+    writes = full or any(arguments[name] is not None for name in ("rank", "energy", "params"))
     if not writes:
-        options.check_output(output, given["resume"], given["overwrite"])
+        options.check_output(output, arguments["resume"], arguments["overwrite"])
     # deferred: imports torch
     from lora_diag.decisions.recover.run import recover as estimate
     from lora_diag.decisions.recover.summary import recovery_table
 
     with shown.callbacks() as callbacks:
-        results = estimate(base, tuned, output, **given, **callbacks)
+        results = estimate(base, tuned, output, **arguments, **callbacks)
     found = any(record.status != "refused" for record in results)
     if shown.table:
         then = None

@@ -28,14 +28,14 @@ def tune(
     *,
     output: Annotated[Path, options.typer_option("output", _OUTPUT)],
     yes: Annotated[bool, options.typer_option("yes", _YES)] = False,
-    given: TuneOptions,
+    arguments: TuneOptions,
     shown: options.Shown,
 ) -> None:
     """Choose an adapter by training within a budget.
 
     Example: loradiag tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/
     """
-    dry = given["dry_run"]
+    dry = arguments["dry_run"]
     # deferred: imports torch
     from lora_diag.decisions.tune.record import Tune
     from lora_diag.decisions.tune.run import tune as choose
@@ -48,10 +48,10 @@ def tune(
             raise UsageError("tune: cannot ask for confirmation without a terminal; add --yes to start")
         return yes or typer.confirm("Start?", default=True, err=True)
 
-    given["on_plan"] = confirmed
+    arguments["on_plan"] = confirmed
     silence_matplotlib()
     with shown.callbacks(notes=True) as callbacks:
-        results = choose(base, output, **given, **callbacks)
+        results = choose(base, output, **arguments, **callbacks)
     if dry and shown.table:
         result(tune_table(results, *terminal(), then=rerun_command("--yes").replace(" --dry-run", "")))
     found = next(iter(results.whole_of(Tune)), None)

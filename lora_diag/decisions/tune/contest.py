@@ -23,7 +23,7 @@ OVERFIT = 0.25
 # Fraction of full fine-tuning's gain below which more than LoRA within the budget is considered.
 SHORT_OF_FULL = 0.9
 
-Word = Literal["better", "tie", "worse", "not known"]
+Outcome = Literal["better", "tie", "worse", "not known"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class Contest:
     """A challenger compared with the incumbent.
 
     Args:
-        word: ``better``, ``worse``: by more than two errors; ``tie``: neither; ``not known``: one seed or none.
+        outcome: ``better``, ``worse``: by more than two errors; ``tie``: neither; ``not known``: one seed or none.
         kept: Whether it replaces the incumbent.
         own: On the first set that is not shifted.
         shifted: Mean over the shifted sets; None without any.
     """
 
-    word: Word
+    outcome: Outcome
     kept: bool
     own: Gap | None
     shifted: Gap | None
@@ -132,8 +132,8 @@ def contest(
     if own_gap is None or own_gap.error is None:
         return Contest("not known", False, own_gap, shifted_gap)
     is_better, is_worse = own_gap.value < -ERRORS * own_gap.error, own_gap.value > ERRORS * own_gap.error
-    word: Word = "better" if is_better else "worse" if is_worse else "tie"
-    return Contest(word, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)
+    outcome: Outcome = "better" if is_better else "worse" if is_worse else "tie"
+    return Contest(outcome, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)
 
 
 def _pooled(gaps: Sequence[Gap]) -> Gap | None:
@@ -173,11 +173,13 @@ def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice
         rates: The best learning rate of each rank tried.
     """
     if verdict.rank is not None:
-        return RankChoice(verdict.rank, rates[verdict.rank], True, f"{verdict.word}: the smallest shown to be enough")
+        return RankChoice(
+            verdict.rank, rates[verdict.rank], True, f"{verdict.outcome}: the smallest shown to be enough"
+        )
     if verdict.answer is None:
         rank = min(rates)
-        return RankChoice(rank, rates[rank], False, f"{verdict.word}: the smallest")
-    why = f"{verdict.word}: the smallest whose mean loss is within tolerance of every other's, which is not shown"
+        return RankChoice(rank, rates[rank], False, f"{verdict.outcome}: the smallest")
+    why = f"{verdict.outcome}: the smallest whose mean loss is within tolerance of every other's, which is not shown"
     return RankChoice(verdict.answer, rates[verdict.answer], False, why)
 
 

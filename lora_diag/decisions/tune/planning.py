@@ -169,7 +169,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         budget=budget_plan.fit.budget,
         per_rank=target.per_rank,
         magnitudes=target.magnitudes,
-        kind=target.kind.about,
+        kind=target.kind.description,
         largest=largest,
         tokens=tokens,
         rules={f"{rule.name} ({rule.source})": rule.rank for rule in budget_plan.capacity.rules},

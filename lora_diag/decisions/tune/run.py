@@ -73,19 +73,19 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
-    given, folder = run.options, Path(output)
-    _check_place(folder, given)
-    limit = None if given["time"] is None else read_time(given["time"])
-    if not 0 < given["gain_tolerance"] < 1:
-        raise UsageError(f"--gain-tolerance {given['gain_tolerance']}: must lie between 0 and 1")
-    if (given["params"] is None) == (given["memory_budget"] is None):
+    arguments, folder = run.options, Path(output)
+    _check_place(folder, arguments)
+    limit = None if arguments["time"] is None else read_time(arguments["time"])
+    if not 0 < arguments["gain_tolerance"] < 1:
+        raise UsageError(f"--gain-tolerance {arguments['gain_tolerance']}: must lie between 0 and 1")
+    if (arguments["params"] is None) == (arguments["memory_budget"] is None):
         raise UsageError("give one budget: --params or --memory-budget")
-    check_files(given["evaluate"], *given["shifted"], given["data"])
-    earlier, kind = _earlier(folder, given), Lora(dora=given["dora"], rslora=given["rslora"])
+    check_files(arguments["evaluate"], *arguments["shifted"], arguments["data"])
+    earlier, kind = _earlier(folder, arguments), Lora(dora=arguments["dora"], rslora=arguments["rslora"])
     with kept_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
-        run.read_all(given["data"], given["evaluate"], given["shifted"], given["steps"], kind)
-        target = target_of(model, stored, given["target_modules"], kind)
+        run.read_all(arguments["data"], arguments["evaluate"], arguments["shifted"], arguments["steps"], kind)
+        target = target_of(model, stored, arguments["target_modules"], kind)
         workers, plan = run.workers(base, stored), earlier
         slots = 1 if workers is None else workers.slots
         if earlier is None:
@@ -94,14 +94,16 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             plan = extended(earlier, run, limit, slots)
         assert plan is not None
         record = Run(command="tune", version="", inputs=(), settings=_settings(run, target))
-        if given["dry_run"] or (plan is not earlier and given["on_plan"] is not None and not given["on_plan"](plan)):
+        if arguments["dry_run"] or (
+            plan is not earlier and arguments["on_plan"] is not None and not arguments["on_plan"](plan)
+        ):
             return Results(record, (), (), None, (plan,))
         folder.mkdir(exist_ok=True)
-        if earlier is None and given["overwrite"]:
+        if earlier is None and arguments["overwrite"]:
             _remove_output(folder)
         elif earlier is not None and plan is not earlier:
             _extend(folder, plan)
-        given["output"] = folder / RECORDS
+        arguments["output"] = folder / RECORDS
 
         def measured(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
@@ -114,22 +116,22 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
 
 
 def _settings(run: TrainRun, target: Target) -> dict[str, Any]:
-    given = run.options
+    arguments = run.options
     return {
-        **{name: legible(str(given[name])) for name in ("params", "memory_budget") if given[name] is not None},
-        "rates": sorted(set(given["rates"])),
-        "ranks": list(given["ranks"]),
-        **run.trained(given["repeats"]),
-        "tolerance": given["gain_tolerance"],
-        "targets": list(given["target_modules"]) or "all-linear",
+        **{name: legible(str(arguments[name])) for name in ("params", "memory_budget") if arguments[name] is not None},
+        "rates": sorted(set(arguments["rates"])),
+        "ranks": list(arguments["ranks"]),
+        **run.trained(arguments["repeats"]),
+        "tolerance": arguments["gain_tolerance"],
+        "targets": list(arguments["target_modules"]) or "all-linear",
         "matrices": len(target.shapes),
-        "kind": target.kind.about,
-        "quantized": given["quantized"],
+        "kind": target.kind.description,
+        "quantized": arguments["quantized"],
         "optimizer": RECIPE,
     }
 
 
-def _check_place(folder: Path, given: Mapping[str, Any]) -> None:
+def _check_place(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuse an output before any work.
 
     Raises:
@@ -143,11 +145,11 @@ def _check_place(folder: Path, given: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file; give a folder")
     check_folder_of(folder)
-    if given["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
+    if arguments["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
         return
     if not records.is_file():
         raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
-    if not (given["overwrite"] or given["resume"]):
+    if not (arguments["overwrite"] or arguments["resume"]):
         raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
 
 
@@ -157,13 +159,13 @@ def _latest(folder: Path) -> Path:
     return part if part.is_file() else folder / RECORDS
 
 
-def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
+def _earlier(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
     """Return the plan of the run that is to be resumed; None for a new run.
 
     Raises:
         InputError: The folder's records cannot be read.
     """
-    if not given["resume"] or not _latest(folder).is_file():
+    if not arguments["resume"] or not _latest(folder).is_file():
         return None
     found = [one for one in read_results(_latest(folder)).whole if isinstance(one, TunePlan)]
     return found[0] if found else None

@@ -366,7 +366,7 @@ class Tuner:
         """Return why non-uniform ranks are not compared; empty where they are."""
         if len(self.target.shapes) < 2:
             return "one matrix gets an adapter"
-        if swept.verdict.word == "no gain":
+        if swept.verdict.outcome == "no gain":
             return f"no rank lowers the loss of BASE, {incumbent.name} neither"
         return ""
 
@@ -493,8 +493,8 @@ class Tuner:
             "tie": f"within two paired standard errors of {incumbent.name}",
             "worse": f"worse than {incumbent.name} by more than two paired standard errors",
             "not known": "too few runs with a loss",
-        }[found.word]
-        if found.word == "better" and not found.kept:
+        }[found.outcome]
+        if found.outcome == "better" and not found.kept:
             reason += ", but worse on a shifted set"
         self.decide(
             stage,
@@ -587,7 +587,7 @@ class Tuner:
         share = gain / of_full if of_full else None
         why = escalation_reason(choice.rank, swept.ranks, share)
         if not why:
-            gains = swept.verdict.word != "no gain"
+            gains = swept.verdict.outcome != "no gain"
             why = "a rank below the largest is enough" if gains else "no rank lowers the loss of BASE"
             self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
@@ -698,13 +698,13 @@ class Tuner:
         self.decide(
             "escalation",
             "full fine-tuning",
-            "proposed" if found.word == "better" else "rejected",
+            "proposed" if found.outcome == "better" else "rejected",
             {
                 "better": "better by more than two paired standard errors",
                 "tie": "within two paired standard errors",
                 "worse": "worse by more than two paired standard errors",
                 "not known": "too few runs",
-            }[found.word],
+            }[found.outcome],
             lr=row.lr,
             params=self.target.total,
             files=("sweep.jsonl",),

@@ -114,9 +114,9 @@ class Trials:
                 yield trained(self.model, self.training, self.sets, self.grid, run, partial(self.after, run.label))
             return
         bare_ = replace(self.training, texts=bare(self.training.texts))
-        look = partial(self.after, f"{len(runs)} runs on the cluster", 0)
+        poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
         on_worker = partial(train_on_worker, self.workers.site, bare_, self.grid)
-        found = self.workers.run(on_worker, [(run.label, run) for run in runs], look)
+        found = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
         batches = sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
         for run, records in zip(runs, found, strict=True):
             self.after(run.label, run.variant.steps + batches)

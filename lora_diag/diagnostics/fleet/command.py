@@ -20,17 +20,17 @@ def fleet(
         typer.Argument(metavar="ADAPTER", help="Adapters or patterns such as 'runs/**'; - reads a list from stdin."),
     ],
     *,
-    given: FleetOptions,
+    arguments: FleetOptions,
     shown: options.Rows,
 ) -> None:
     """Ranks, outliers and near-duplicates of many adapters.
 
     Example: loradiag fleet 'adapters/**' -o fleet.jsonl
     """
-    show_fleet(adapters, given, shown)
+    show_fleet(adapters, arguments, shown)
 
 
-def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
+def show_fleet(adapters: list[str], arguments: Any, shown: options.Rows) -> None:
     """Measure many adapters in one pass, and show what was measured."""
     # deferred: imports torch
     from lora_diag.diagnostics.fleet.run import fleet as measure
@@ -38,8 +38,8 @@ def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
     with shown.callbacks() as callbacks:
-        results = measure([*(word for word in adapters if word != "-"), *listed], **given, **callbacks)
-    output = given["output"]
+        results = measure([*(word for word in adapters if word != "-"), *listed], **arguments, **callbacks)
+    output = arguments["output"]
     then = f"{rerun_command('-o', 'fleet.jsonl')}   (saves these results)"
     if output is not None:
         words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])

@@ -95,7 +95,7 @@ class FleetSettings:
         exclude: Skip weights whose name contains a match.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         memory: Unused; adapters have no memory limit.
-        given: α of adapters whose files give none.
+        stated_alpha: α of adapters whose files give none.
     """
 
     base: FleetPath | None

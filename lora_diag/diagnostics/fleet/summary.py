@@ -14,7 +14,7 @@ from lora_diag.metrics.fleet import (
     USED,
     NearDuplicate,
     OutlierKind,
-    alike,
+    near_duplicates,
     norm_outliers,
     outlier_kinds,
     rarest_first,
@@ -57,7 +57,7 @@ def fleet_table(
 
 def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicate adapters."""
-    return alike([record.update for record in results], [record.space for record in results])
+    return near_duplicates([record.update for record in results], [record.space for record in results])
 
 
 def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: str = "type") -> list[Grid]:
@@ -114,7 +114,7 @@ _DUPLICATES_NOTE = (
 
 def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
-    column = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
+    column = Column("is", tuple(_WORDS[pair.relation] for pair in pairs), "left")
     return grid_of(_DUPLICATES_NOTE, rows, "pair", "near-duplicates", more=[column])
 
 
@@ -173,7 +173,7 @@ def _outliers(records: Sequence[Fleet]) -> str:
 
 
 def _pairs(pairs: Sequence[NearDuplicate]) -> str:
-    counts = Counter(pair.word for pair in pairs)
+    counts = Counter(pair.relation for pair in pairs)
     lines = [
         f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"
         for word, text in _WORDS.items()

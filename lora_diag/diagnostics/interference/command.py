@@ -30,7 +30,7 @@ SpectrumFile = Annotated[
 def interference(
     inputs: Inputs,
     *,
-    given: InterferenceOptions,
+    arguments: InterferenceOptions,
     spectrum: SpectrumFile = None,
     shown: options.Rows,
 ) -> None:
@@ -38,16 +38,16 @@ def interference(
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
-    check_outputs([*inputs, given["output"]], [(spectrum, RESULTS)], given["overwrite"])
+    check_outputs([*inputs, arguments["output"]], [(spectrum, RESULTS)], arguments["overwrite"])
     # deferred: imports torch
     from lora_diag.diagnostics.interference.run import interference as measure
     from lora_diag.diagnostics.interference.run import split_base, union_spectra
 
     base, updates = split_base(inputs)
     with shown.callbacks() as callbacks:
-        results = measure(updates, base=base, **given, **callbacks)
+        results = measure(updates, base=base, **arguments, **callbacks)
     if spectrum is not None:
-        union_spectra(results).write(spectrum, given["overwrite"])
+        union_spectra(results).write(spectrum, arguments["overwrite"])
     then = _next(inputs, spectrum) if results.layers else None
     shown.show(results, then)
     exit_unmeasured(results.unmeasured, "the layer was left out")

@@ -83,10 +83,10 @@ def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     if settings.memory is None:
         return
     needed, without = most_bytes(task, settings), most_bytes(task, replace(settings, density=0.0))
-    way = "--density 0, which leaves out TIES and sign conflicts" if without <= settings.memory else "--exclude it"
+    fix = "--density 0, which leaves out TIES and sign conflicts" if without <= settings.memory else "--exclude it"
     factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
     what = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
-    require(needed, settings.memory, task.shape, f"{what} take", way)
+    require(needed, settings.memory, task.shape, f"{what} take", fix)
 
 
 def interference(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:

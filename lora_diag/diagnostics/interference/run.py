@@ -110,8 +110,8 @@ def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
     return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
 
 
-def _weights(given: Sequence[float] | None, number: int) -> tuple[float, ...]:
-    weights = tuple(given) if given is not None else (1.0,) * number
+def _weights(requested: Sequence[float] | None, number: int) -> tuple[float, ...]:
+    weights = tuple(requested) if requested is not None else (1.0,) * number
     if len(weights) != number:
         raise UsageError(f"--weights: {len(weights)} weights for {number} updates; give one for each, in their order")
     if not all(0 < weight < math.inf for weight in weights):

@@ -43,7 +43,7 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
 
 def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
     """Return the records of each pair by the shortest names of its updates, in the order of the inputs."""
-    paths = [given.path for given in results.run.inputs if given.role != "base"]
+    paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
     names = dict(zip(paths, called(paths), strict=True))
     groups: dict[tuple[str, str], list[Interference]] = {}
     for record in results:

@@ -15,7 +15,7 @@ def intruders(
     base: options.Base,
     tuned: options.Tuned,
     *,
-    given: IntruderOptions,
+    arguments: IntruderOptions,
     shown: options.Rows,
 ) -> None:
     """Intruder dimensions: large directions that BASE lacks.
@@ -26,8 +26,8 @@ def intruders(
     from lora_diag.diagnostics.intruders.run import intruders as measure
 
     with shown.callbacks() as callbacks:
-        results = measure(base, tuned, **given, **callbacks)
-    then = _next(base, tuned, given["output"]) if results.layers else None
+        results = measure(base, tuned, **arguments, **callbacks)
+    then = _next(base, tuned, arguments["output"]) if results.layers else None
     shown.show(results, then)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 

@@ -28,7 +28,7 @@ def overlap(
         list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
     ],
     *,
-    given: OverlapOptions,
+    arguments: OverlapOptions,
     drawn: TableOptions,
     shown: options.Rows,
 ) -> None:
@@ -43,12 +43,12 @@ def overlap(
     rank = drawn["show_rank"]
     with shown.callbacks() as callbacks:
         if rank is not None:
-            given["ranks"] = [*given["ranks"], rank]
-        results = measure(base, tuned, gradients, **given, **callbacks)
+            arguments["ranks"] = [*arguments["ranks"], rank]
+        results = measure(base, tuned, gradients, **arguments, **callbacks)
     if shown.table:
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
             message(f"--show-rank {rank}: larger than all layers and adapters; another rank is shown")
-        then = _next(given["output"], shown.per) if results.layers else None
+        then = _next(arguments["output"], shown.per) if results.layers else None
         result(overlap_table(results, *terminal(), per=shown.per, rank=rank, then=then))
     exit_unmeasured(results.unmeasured, "left out")
 

@@ -137,18 +137,23 @@ def subspaces(
         >>> len(found.layers), found.layers["model.layers.0.mlp.up_proj.weight"].u.shape
         (28, torch.Size([384, 4]))
     """
-    given = filled(SubspaceOptions, options)
+    arguments = filled(SubspaceOptions, options)
     settings = OverlapSettings(
-        ranks=checked_ranks(ranks), method=given["method"], seed=given["seed"], device=given["device"]
+        ranks=checked_ranks(ranks), method=arguments["method"], seed=arguments["seed"], device=arguments["device"]
     )
-    check_running(given["workers"], settings.seed)
+    check_running(arguments["workers"], settings.seed)
     check_request(settings.method, settings.ranks[-1], 0.5)
     on = resolve_device(settings.device)
     compared = compare(
-        base, tuned, given["layers"], given["exclude"], given["allow_unmatched"], stated_alpha=alpha_option(given)
+        base,
+        tuned,
+        arguments["layers"],
+        arguments["exclude"],
+        arguments["allow_unmatched"],
+        stated_alpha=alpha_option(arguments),
     )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-    layout = layout_of(matrices, given["workers"], on.type)
+    layout = layout_of(matrices, arguments["workers"], on.type)
     found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
     return Reference(
         base=_base_of(compared.pairing) or open_checkpoint(base),

@@ -36,7 +36,7 @@ def portability(
     adapter: Adapter = None,
     base: Base = None,
     *,
-    given: PortabilityOptions,
+    arguments: PortabilityOptions,
     fixing: FixOptions,
     shown: options.Rows,
 ) -> None:
@@ -52,23 +52,23 @@ def portability(
         return
     if adapter is None:
         raise UsageError("portability: no adapter is given; give one, or use --rules for the rules of all programs")
-    _check_fix(fixing["fix"], given, {"--format": form, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out})
+    _check_fix(fixing["fix"], arguments, {"--format": form, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out})
     # deferred: imports torch
     from lora_diag.diagnostics.portability.fix import make_portable
     from lora_diag.diagnostics.portability.run import portability as measure
     from lora_diag.diagnostics.portability.summary import failed
     from lora_diag.records import to_line
 
-    judging: dict[str, Any] = {name: given[name] for name in ("consumers", "require", "max_lora_rank")}
+    judging: dict[str, Any] = {name: arguments[name] for name in ("consumers", "require", "max_lora_rank")}
     if fixing["fix"]:
         writing: dict[str, Any] = {"form": form, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
-        stated: dict[str, Any] = {"alpha": given["alpha"], "alpha_is_rank": given["alpha_is_rank"]}
-        results = make_portable(adapter, str(given["output"]), base, **writing, **judging, **stated)
+        stated: dict[str, Any] = {"alpha": arguments["alpha"], "alpha_is_rank": arguments["alpha_is_rank"]}
+        results = make_portable(adapter, str(arguments["output"]), base, **writing, **judging, **stated)
         for record in results.records() if shown.json else ():
             line(to_line(record))
     else:
         with shown.callbacks() as callbacks:
-            results = measure(adapter, base, **given, **callbacks)
+            results = measure(adapter, base, **arguments, **callbacks)
     then = (
         None
         if fixing["fix"] or shown.per is options.Per.layer
@@ -80,7 +80,7 @@ def portability(
     exit_unmeasured(results.unmeasured, "the layer was not judged")
 
 
-def _check_fix(fix: bool, given: PortabilityOptions, others: dict[str, str | bool | None]) -> None:
+def _check_fix(fix: bool, arguments: PortabilityOptions, others: dict[str, str | bool | None]) -> None:
     """Refuse options of writing without ``--fix``, and those of a results file with it.
 
     Raises:
@@ -90,9 +90,11 @@ def _check_fix(fix: bool, given: PortabilityOptions, others: dict[str, str | boo
         if option := next((name for name, value in others.items() if value), None):
             raise UsageError(f"{option}: needs --fix, and -o with the folder to write; add both")
         return
-    if given["output"] is None:
+    if arguments["output"] is None:
         raise UsageError("--fix: no output folder; give it with -o")
-    if any((given["resume"], given["overwrite"], given["layers"], given["exclude"], given["intended"])):
+    if any(
+        (arguments["resume"], arguments["overwrite"], arguments["layers"], arguments["exclude"], arguments["intended"])
+    ):
         raise UsageError(
             "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, --layers, --exclude "
             "and --intended"

@@ -18,7 +18,7 @@ def residual(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The full fine-tune.")],
     adapters: options.Adapters = None,
     *,
-    given: ResidualOptions,
+    arguments: ResidualOptions,
     shown: options.Rows,
 ) -> None:
     """Distance of adapters to a full fine-tune, layer by layer.
@@ -29,7 +29,7 @@ def residual(
     from lora_diag.diagnostics.residual.run import residual as measure
 
     with shown.callbacks() as callbacks:
-        results = measure(base, tuned, adapters or [], **given, **callbacks)
+        results = measure(base, tuned, adapters or [], **arguments, **callbacks)
     shown.show(
         results, shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
     )

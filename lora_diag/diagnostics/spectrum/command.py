@@ -41,7 +41,7 @@ def spectrum(
     adapters: Annotated[
         list[str] | None, options.typer_option("adapters", Option(None, "Use fleet.", "GLOB", hidden=True))
     ] = None,
-    given: SpectrumOptions,
+    arguments: SpectrumOptions,
     shown: options.Rows,
 ) -> None:
     """Singular values of an update ΔW, layer by layer.
@@ -57,13 +57,13 @@ def spectrum(
             raise UsageError("--adapters: takes only BASE as another input; remove the others")
         defaults = filled(SpectrumOptions, {})
         for name, why in _NOT_FOR_FLEETS.items():
-            if plain(given[name]) != plain(defaults[name]):  # type: ignore[literal-required]
+            if plain(arguments[name]) != plain(defaults[name]):  # type: ignore[literal-required]
                 option = declared(SpectrumOptions)[name][1].flag(name)
                 raise UsageError(f"{option}: not with --adapters, because {why}; remove it")
-        of_fleet = {name: value for name, value in given.items() if name in declared(FleetOptions)}
+        of_fleet = {name: value for name, value in arguments.items() if name in declared(FleetOptions)}
         show_fleet(adapters, {"base": base, **of_fleet}, shown)
         return
-    _measure(base, tuned, given, shown)
+    _measure(base, tuned, arguments, shown)
 
 
 @options.spread
@@ -73,24 +73,24 @@ def gradient_spectrum(
     ],
     *,
     base: Annotated[str | None, options.typer_option("base", BASE)] = None,
-    given: GradientSpectrumOptions,
+    arguments: GradientSpectrumOptions,
     shown: options.Rows,
 ) -> None:
     """Spectrum of all gradients, before any update.
 
     Example: loradiag gradient-spectrum gradients/ --base base/ -o results.jsonl
     """
-    _measure(base, None, {"gradients": gradients, **given}, shown)
+    _measure(base, None, {"gradients": gradients, **arguments}, shown)
 
 
-def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], shown: options.Rows) -> None:
+def _measure(base: str | None, tuned: str | None, arguments: Mapping[str, Any], shown: options.Rows) -> None:
     # deferred: imports torch
     from lora_diag.diagnostics.spectrum.run import spectrum as measure
 
     with shown.callbacks() as callbacks:
-        results = measure(base, tuned, **given, **callbacks)
+        results = measure(base, tuned, **arguments, **callbacks)
     # without spectra, the suggested fix is printed last
-    shown.show(results, _next(given["output"]) if results.layers else None)
+    shown.show(results, _next(arguments["output"]) if results.layers else None)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 
 

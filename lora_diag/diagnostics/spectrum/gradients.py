@@ -129,7 +129,7 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
         _NotFiniteError: An entry is not finite.
     """
     rows, columns = history.shape
-    beside = rows < columns  # as in the smaller of both Gram matrices
+    stacks_columns = rows < columns  # as in the smaller of both Gram matrices
     for number, snapshot in enumerate(history.snapshots):
         gradient: Tensor | None = None
         row = 0
@@ -142,7 +142,7 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
                 gradient = torch.empty(history.shape, dtype=block.dtype, device=device)
             gradient[row : row + len(block)] = block
             if spacing is not None:
-                above, left = (0, number * columns) if beside else (number * rows, 0)
+                above, left = (0, number * columns) if stacks_columns else (number * rows, 0)
                 spacing.add(block, row=above + row, column=left)
             row += len(block)
         assert gradient is not None

@@ -20,16 +20,16 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
     steps = sorted({step for record in records if record.stack for step in record.stack.steps})
     span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
     total = math.hypot(*(record.fro for record in records))
-    said = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
+    text = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
     known = _ranks(records)
     own, other = (median(rank) for rank in zip(*known, strict=True)) if known else (0, 0)
     if own:
         few = "" if len(known) == len(records) else f", in the {len(known)} layers small enough for both"
-        said += (
+        text += (
             f"; r@90% on each layer's smaller side, which is shown, {own:g} at the median, on the other {other:g}{few}"
         )
     return [
-        make_statement("gradients", "Gradients", said),
+        make_statement("gradients", "Gradients", text),
         make_statement(
             "interpretation",
             "Interpretation",

@@ -21,7 +21,7 @@ WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not 
 
 def suggested_fix(changed: Sequence[Spectrum]) -> str:
     """Return a clause that names ``recover`` where rounding left most entries unchanged and it was not tried."""
-    worth = [
+    candidates = [
         record
         for record in changed
         if record.hidden is None
@@ -29,9 +29,9 @@ def suggested_fix(changed: Sequence[Spectrum]) -> str:
         and record.resolution.verdict != "resolved"
         and (record.resolution.unchanged or 0.0) - (record.resolution.untouched or 0.0) >= HIDDEN_FRACTION
     ]
-    if not worth:
+    if not candidates:
         return ""
-    where = "" if len(worth) == len(changed) else f" in {len(worth)} of {len(changed)} matrices"
+    where = "" if len(candidates) == len(changed) else f" in {len(candidates)} of {len(changed)} matrices"
     return f"; loradiag recover (or --recover here) can estimate the update before rounding{where}"
 
 

@@ -125,12 +125,14 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     """State how much of an adapter's rank is used."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
-    given = sorted({len(record.s) for record in records})
-    of = str(given[0]) if len(given) == 1 else f"{given[0]} to {given[-1]}"
-    middle = median_rank(ranks, given[-1])
+    kept_counts = sorted({len(record.s) for record in records})
+    of = str(kept_counts[0]) if len(kept_counts) == 1 else f"{kept_counts[0]} to {kept_counts[-1]}"
+    middle = median_rank(ranks, kept_counts[-1])
     used = f"90% of the energy is in {middle} of {of} directions at the median"
     if not all(record.complete for record in records):
-        beyond = f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {given[-1]} that --top kept"
+        beyond = (
+            f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {kept_counts[-1]} that --top kept"
+        )
         used = f"90% of the energy in {middle} directions at the median; {beyond}: measure without --top"
     elif known:
         used += f", from {min(known)} to {max(known)}"
@@ -180,25 +182,25 @@ def _start(changed: Sequence[Spectrum]) -> str:
     resolutions = [record.resolution for record in changed]
     rounded = [each for each in resolutions if each.start == "rounded" and each.base_rounding is not None]
     unknown = [record for record in changed if record.resolution.start == "unknown"]
-    said = ""
+    text = ""
     if rounded:
-        said = (
+        text = (
             f"; in {len(rounded)} of {len(changed)} matrices BASE is a rounded copy of the start of training, "
             "and its rounding is counted"
         )
     if unknown:
         counted = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in unknown)
-        said += (
+        text += (
             f"; in {len(unknown)} of {len(changed)} matrices BASE may be a rounded copy of the start of training: its "
             f"rounding, up to {percent(min(1.0, counted))}, is counted{_together(changed)}"
         )
     sparse = [each.untouched for each in resolutions if each.untouched is not None and each.untouched >= SPARSE]
     if sparse:
-        said += (
+        text += (
             f"; {len(sparse)} of {len(changed)} updates are sparse: training did not change about "
             f"{percent(median(sparse))} of the entries, which have no noise"
         )
-    return said
+    return text
 
 
 def _together(changed: Sequence[Spectrum]) -> str:
@@ -213,8 +215,9 @@ def _together(changed: Sequence[Spectrum]) -> str:
     found = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):
         unknown = [record for record in changed if record.resolution.start == "unknown"]
-        would = sum(_verdict_of_start(record) == "resolved" for record in unknown)
-        return f", though all layers together show the start ({found}); then {would} of the {len(unknown)} are resolved"
+        resolved_alone = sum(_verdict_of_start(record) == "resolved" for record in unknown)
+        then = f"then {resolved_alone} of the {len(unknown)} are resolved"
+        return f", though all layers together show the start ({found}); {then}"
     return f" (all layers together: {found})" if error < 0.2 and -0.5 < beta < 1.5 else ""
 
 

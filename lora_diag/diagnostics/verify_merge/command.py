@@ -23,7 +23,7 @@ def verify_merge(
     adapter: Adapter,
     merged: Merged,
     *,
-    given: RunOptions,
+    arguments: RunOptions,
     shown: options.Rows,
 ) -> None:
     """Compare a merged checkpoint with BASE plus the adapter.
@@ -37,9 +37,9 @@ def verify_merge(
     from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
 
     with shown.callbacks() as callbacks:
-        results = measure(base, adapter, merged, **given, **callbacks)
+        results = measure(base, adapter, merged, **arguments, **callbacks)
     found = outcome(results)
-    then = _next(given["output"], shown.per, found == "correct")
+    then = _next(arguments["output"], shown.per, found == "correct")
     shown.show(results, then)
     unread = report_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]

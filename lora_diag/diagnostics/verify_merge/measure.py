@@ -190,8 +190,8 @@ def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     if right is None:
         fault = _fault(task, addend, rounding, found)
         return _record(task, found, rounding, fault.status, fault.cause)
-    if settled := _decide_by_entries(task, addend, rounding, found, right):
-        return _record(task, found, rounding, settled.status, settled.cause)
+    if decided := _decide_by_entries(task, addend, rounding, found, right):
+        return _record(task, found, rounding, decided.status, decided.cause)
     ambiguous = ambiguous or merged.is_quantized or isinstance(addend, Whole)
     if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
         return _record(task, found, rounding, *_distinguish_from_zero(task, addend, rounding))

@@ -130,8 +130,8 @@ def _tasks(
     tasks += [_missing(delta, missing, merged) for delta in rest if selected(delta.layer)]
     added, unpaired = _added_rows(adapter_pairing, done)
     tasks += added
-    gone = {task.layer for task in tasks if task.missing}
-    unpaired = [item for item in unpaired if item.layer not in gone]
+    unavailable = {task.layer for task in tasks if task.missing}
+    unpaired = [item for item in unpaired if item.layer not in unavailable]
     chosen = sorted((task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer))
     if not any(task.adapted for task in chosen):
         raise NothingComparedError("nothing was compared: --layers and --exclude select no adapted weight; change them")

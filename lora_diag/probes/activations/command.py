@@ -21,24 +21,24 @@ def activations(
     data: Annotated[Path, options.typer_option("data", DATA)],
     output: Annotated[Path, options.typer_option("output", _OUTPUT)],
     *,
-    given: ActivationsOptions,
+    arguments: ActivationsOptions,
     shown: options.Rows,
 ) -> None:
     """Second moments of layer inputs, for --activations.
 
     Example: loradiag probe activations base/ --data text.txt -o activations.safetensors
     """
-    check_outputs([data], [(output, SECOND_MOMENTS)], given["overwrite"])
+    check_outputs([data], [(output, SECOND_MOMENTS)], arguments["overwrite"])
     # deferred: imports torch
     from lora_diag.probes.activations.run import probe_activations
     from lora_diag.probes.activations.summary import activations_table
 
     with shown.callbacks(notes=True) as callbacks:
         callbacks.pop("on_record")  # moments are written to the file
-        recorded = probe_activations(base, data, output, **given, **callbacks)
+        recorded = probe_activations(base, data, output, **arguments, **callbacks)
     if shown.json:
         line(recorded.model_dump_json())
     elif not shown.quiet:
-        kfac = " --kfac" if given["output_gradients"] else ""
+        kfac = " --kfac" if arguments["output_gradients"] else ""
         then = f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(output))}{kfac}"
         result(activations_table(recorded, *terminal(), per=shown.per, then=then))

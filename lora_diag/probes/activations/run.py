@@ -80,10 +80,10 @@ def probe_activations(
     memory += "; about three times as long with the backward pass" if gradients else ""
     run.estimate(texts, f"{pluralized(len(requested), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None
-    heard = record(model, texts, requested, run.batch, partial(run.watch.batch, "reading"), draw)
-    moments = {names[layer]: moment for moment in heard.moments.values() for layer in moment.layers}
+    listener = record(model, texts, requested, run.batch, partial(run.watch.batch, "reading"), draw)
+    moments = {names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}
     left_out |= {names[layer]: "not used on this text" for layer in requested if names[layer] not in moments}
-    moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}
+    moments |= {GRADIENTS + names[layer]: moment for layer, moment in listener.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
     metadata = _metadata(stored, model, texts, tokens)
     _write(
@@ -97,7 +97,7 @@ def probe_activations(
         notes=texts.notes,
         tokens=tokens,
         gradients=labels if gradients else None,
-        layers=tuple(_layer_inputs(heard, names)),
+        layers=tuple(_layer_inputs(listener, names)),
         left_out={
             legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
         },
@@ -140,9 +140,9 @@ def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], o
     write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
 
 
-def _layer_inputs(heard: Listener, names: dict[str, str]) -> list[LayerInput]:
+def _layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]:
     found: list[LayerInput] = []
-    for moment in heard.moments.values():
+    for moment in listener.moments.values():
         c, first = moment.mean, moment.layers[0]
         square, fro = float(c.trace()), float(c.norm())
         found += [

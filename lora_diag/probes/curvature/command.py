@@ -17,7 +17,7 @@ def curvature(
     base: options.Base,
     tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint, or an adapter.")] = None,
     *,
-    given: CurvatureOptions,
+    arguments: CurvatureOptions,
     shown: options.Shown,
 ) -> None:
     """Curvature of the loss (Hessian, GGN), and a loss bound.
@@ -28,12 +28,12 @@ def curvature(
     from lora_diag.probes.curvature.run import probe_curvature
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_curvature(base, tuned, **given, **callbacks)
-    text = str(given["evaluate"][0])
+        results = probe_curvature(base, tuned, **arguments, **callbacks)
+    text = str(arguments["evaluate"][0])
     then = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
     why = "   (the gap at every rank, on more text)"
     if tuned is None:
         then = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
         why = "   (which rank training needs)"
-    rows = "layer" if given["granularity"] == "layer" else "type"
-    shown.show(results, next_step(given["output"], then + why), rows)
+    rows = "layer" if arguments["granularity"] == "layer" else "type"
+    shown.show(results, next_step(arguments["output"], then + why), rows)

@@ -82,7 +82,7 @@ def loss_bounds(
     for t in along:
         loss_function.put(truncated if t == 1 else tuned.weights + t * change)
         losses = measure(model, texts, size, after)
-        bent = inner(change, loss_function.product(change)) / energy if energy else 0.0
+        curvature = inner(change, loss_function.product(change)) / energy if energy else 0.0
         gap, error = losses.minus(tuned.losses)
         upper = t * t * tuned.largest / 2 * energy
         records.append(
@@ -97,7 +97,7 @@ def loss_bounds(
                 quadratic=t * t * quadratic,
                 upper=upper,
                 lower=None if tuned.smallest is None else t * t * tuned.smallest / 2 * energy,
-                curvature=bent,
+                curvature=curvature,
                 loss=losses.mean,
                 gap=gap,
                 gap_error=error,

@@ -71,7 +71,7 @@ def probe_curvature(
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
     evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
-    requested, way = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
+    requested, fractions = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
@@ -92,7 +92,7 @@ def probe_curvature(
     matrix: Matrix = "ggn" if ggn else "hessian"
     settings = {
         "ranks": requested if swapped else [],
-        "along": way if swapped else [],
+        "along": fractions if swapped else [],
         "top": top,
         "probes": probes,
         "matrix": matrix,
@@ -108,7 +108,7 @@ def probe_curvature(
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
-        _measure(point, effort, per, _todo(kept, requested, chosen), way, kept, run.batches([texts]))
+        _measure(point, effort, per, _todo(kept, requested, chosen), fractions, kept, run.batches([texts]))
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
@@ -170,13 +170,19 @@ def _todo(kept: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[i
 
 
 def _measure(
-    point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: RunRecords[Any], batches: int
+    point: Point,
+    effort: Effort,
+    per: str,
+    ranks: list[int],
+    fractions: list[float],
+    kept: RunRecords[Any],
+    batches: int,
 ) -> None:
     """Measure records that are not in the file: joint curvature, layers, ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
     loss_function, watch = point.loss_function, kept.watch
     missing = [layer for layer in loss_function.layers if layer not in done]
-    products, note = _cost(point, effort, None in done, missing if per == "layer" else [], ranks, way)
+    products, note = _cost(point, effort, None in done, missing if per == "layer" else [], ranks, fractions)
     watch.total = watch.done + products * batches
     watch.note(note)
     gradient = loss_function.gradient()
@@ -191,26 +197,26 @@ def _measure(
             after = partial(watch.batch, f"r={rank}")
             kept.put(
                 *loss_bounds(
-                    point.model, loss_function, point.swapped, tuned, rank, way, point.texts, point.batch, after
+                    point.model, loss_function, point.swapped, tuned, rank, fractions, point.texts, point.batch, after
                 )
             )
 
 
 def _cost(
-    point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], way: list[float]
+    point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], fractions: list[float]
 ) -> tuple[int, str]:
     """Time one product; return the estimated number of products, and a note on the duration."""
     start = time.perf_counter()
     point.loss_function.product(point.loss_function.weights())
-    took = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     lanczos = 0 if joint_done else _products(effort.top) + _products(1)
     products = lanczos + effort.probes + len(layers) * (_products(effort.top) + _products(1))
-    products += len(ranks) * (1 + len(way)) if point.swapped else 0
+    products += len(ranks) * (1 + len(fractions)) if point.swapped else 0
     memory = 4 * point.loss_function.params * basis_size(point.loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
     blocks = f" and {pluralized(len(layers), 'block', 'blocks')}" if layers else ""
     return products, (
-        f"about {duration(products * took)}: some {products} Hessian-vector products of {took:.2g} s each, all "
+        f"about {duration(products * seconds)}: some {products} Hessian-vector products of {seconds:.2g} s each, all "
         f"layers jointly{blocks}{basis}"
     )
 

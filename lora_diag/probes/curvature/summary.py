@@ -201,9 +201,9 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         loose = ": too loose to choose a rank" if min(ratios) > LOOSE else ""
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
         lines.append(answer)
-    bent = max(record.curvature for record in bounds)
+    largest = max(record.curvature for record in bounds)
     comparison = "exceeds" if over else "does not exceed"
-    lines.append(f"the curvature along E is at most {number(bent)} and {comparison} λ at the points measured")
+    lines.append(f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured")
     if whole and joint.trace > 2 * (joint.trace_error or 0.0):
         last = whole[-1]
         mean = joint.trace / joint.params / 2 * last.tail_energy

@@ -14,7 +14,7 @@ def fisher(
     base: options.Base,
     tuned: options.Tuned,
     *,
-    given: FisherOptions,
+    arguments: FisherOptions,
     shown: options.Rows,
 ) -> None:
     """Loss change from truncating each layer, by its Fisher.
@@ -25,7 +25,7 @@ def fisher(
     from lora_diag.probes.fisher.run import probe_fisher
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_fisher(base, tuned, **given, **callbacks)
-    weights = shlex.quote(str(given["output"])) if given["output"] is not None else ""
+        results = probe_fisher(base, tuned, **arguments, **callbacks)
+    weights = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
     then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks by the loss)"
-    shown.show(results, next_step(given["output"], then))
+    shown.show(results, next_step(arguments["output"], then))

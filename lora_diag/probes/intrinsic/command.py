@@ -13,7 +13,7 @@ from lora_diag.probes.intrinsic.options import IntrinsicOptions
 def intrinsic(
     base: options.Base,
     *,
-    given: IntrinsicOptions,
+    arguments: IntrinsicOptions,
     shown: options.Shown,
 ) -> None:
     """Intrinsic dimension: loss in random subspaces.
@@ -24,6 +24,6 @@ def intrinsic(
     from lora_diag.probes.intrinsic.run import probe_intrinsic
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_intrinsic(base, **given, **callbacks)
+        results = probe_intrinsic(base, **arguments, **callbacks)
     then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
-    shown.show(results, next_step(given["output"], then))
+    shown.show(results, next_step(arguments["output"], then))

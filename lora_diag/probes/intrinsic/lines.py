@@ -79,13 +79,13 @@ class Reached:
     Args:
         line: The runs of this size; None if no size reaches it.
         below: The next smaller size, which does not.
-        sure: Whether every seed reaches it.
+        certain: Whether every seed reaches it.
         missed: Larger sizes that do not; the size is then not a threshold.
     """
 
     line: Line | None
     below: Line | None
-    sure: bool
+    certain: bool
     missed: tuple[int, ...]
 
 

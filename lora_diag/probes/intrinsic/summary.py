@@ -110,7 +110,7 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
         text += f" and {count(line.params)} parameters"
     if below is not None:
         text += f"; {what}={below.size} gains {_shares(below)}"
-    if len(line.shares) > 1 and not answer.sure:
+    if len(line.shares) > 1 and not answer.certain:
         text += "; not with every seed, so the next larger size is safer"
     if answer.missed:
         missed = ", ".join(map(str, answer.missed))

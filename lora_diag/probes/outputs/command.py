@@ -15,7 +15,7 @@ def outputs(
     tuned: options.Tuned,
     adapters: options.Adapters = None,
     *,
-    given: OutputsOptions,
+    arguments: OutputsOptions,
     shown: options.Shown,
 ) -> None:
     """Losses and outputs of adapters and a full fine-tune.
@@ -26,7 +26,7 @@ def outputs(
     from lora_diag.probes.outputs.run import probe_outputs
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_outputs(base, tuned, adapters or (), **given, **callbacks)
+        results = probe_outputs(base, tuned, adapters or (), **arguments, **callbacks)
     others = list(map(str, adapters or []))
     then = shlex.join(["loradiag", "residual", str(base), str(tuned), *others]) + "   (where in the weights)"
-    shown.show(results, next_step(given["output"], then))
+    shown.show(results, next_step(arguments["output"], then))

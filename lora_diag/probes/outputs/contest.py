@@ -25,13 +25,13 @@ class Contest:
     Args:
         name: The adapter's path.
         records: Its records, one per set; shifted sets are ignored unless there is no other.
-        word: ``as good`` if it keeps at least 90% of TUNED's gain on every set after subtracting two standard errors;
-            else ``worse`` if it is worse by more than two standard errors on any set; else ``not known``.
+        outcome: ``as good`` if it keeps at least 90% of TUNED's gain on every set after subtracting two standard
+            errors; else ``worse`` if it is worse by more than two standard errors on any set; else ``not known``.
     """
 
     name: str
     records: tuple[Probe, ...]
-    word: Literal["as good", "worse", "not known"]
+    outcome: Literal["as good", "worse", "not known"]
 
     @property
     def worst(self) -> Probe:

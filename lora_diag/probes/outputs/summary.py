@@ -112,8 +112,8 @@ def _as_good(found: Sequence[Contest]) -> str:
     if not found:
         return ""
     words = {"as good": "yes", "worse": "no", "not known": "not known"}
-    word = next(word for word in words if any(contest.word == word for contest in found))
-    best = min((one for one in found if one.word == word), key=lambda one: one.worst.gap or 0.0)
+    word = next(word for word in words if any(contest.outcome == word for contest in found))
+    best = min((one for one in found if one.outcome == word), key=lambda one: one.worst.gap or 0.0)
     record = best.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(found)}" if len(found) > 1 else ""

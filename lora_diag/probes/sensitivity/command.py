@@ -13,7 +13,7 @@ from lora_diag.probes.sensitivity.options import SensitivityOptions
 def sensitivity(
     base: options.Base,
     *,
-    given: SensitivityOptions,
+    arguments: SensitivityOptions,
     shown: options.Shown,
 ) -> None:
     """Loss gain of a LoRA on each layer alone.
@@ -24,7 +24,7 @@ def sensitivity(
     from lora_diag.probes.sensitivity.run import probe_sensitivity
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_sensitivity(base, **given, **callbacks)
-    weights = shlex.quote(str(given["output"])) if given["output"] is not None else ""
+        results = probe_sensitivity(base, **arguments, **callbacks)
+    weights = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
     then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks where the loss gains)"
-    shown.show(results, next_step(given["output"], then))
+    shown.show(results, next_step(arguments["output"], then))

@@ -88,7 +88,7 @@ def probe_sensitivity(
         "rates": sorted(set(rates)),
         **run.trained(seeds),
         **run.selection,
-        "kind": run.training.kind.about,
+        "kind": run.training.kind.description,
         "optimizer": RECIPE,
     }
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def sweep(
     base: options.Base,
     *,
-    given: SweepOptions,
+    arguments: SweepOptions,
     shown: options.Shown,
 ) -> None:
     """Loss of LoRA at each rank, learning rates tuned.
@@ -28,8 +28,8 @@ def sweep(
     from lora_diag.probes.sweep.run import probe_sweep
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_sweep(base, **given, **callbacks)
-    shown.show(results, next_step(given["output"], _next(results, base)))
+        results = probe_sweep(base, **arguments, **callbacks)
+    shown.show(results, next_step(arguments["output"], _next(results, base)))
 
 
 def _next(results: Results[Any], base: str) -> str:

@@ -183,14 +183,14 @@ def _finding(called: str, found: SweepCurve) -> str:
     if verdict is None:
         return called
     if verdict.rank is not None:
-        return f"{called}: r\xa0=\xa0{verdict.rank} is enough, {verdict.word}"
+        return f"{called}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"
     confidence = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
     lines = {
         "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{confidence}",
         "no gain": "every rank is worse than BASE",
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }
-    return f"{called}: {lines.get(verdict.word, verdict.word)}"
+    return f"{called}: {lines.get(verdict.outcome, verdict.outcome)}"
 
 
 def _texts(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:

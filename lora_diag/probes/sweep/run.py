@@ -98,10 +98,10 @@ def probe_sweep(
 
 def _swept(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, and train."""
-    given = run.options
+    arguments = run.options
     names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
-    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (given[name] for name in names)
-    data, evaluate, shifted, targets = (given[name] for name in ("data", "evaluate", "shifted", "target_modules"))
+    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (arguments[name] for name in names)
+    data, evaluate, shifted, targets = (arguments[name] for name in ("data", "evaluate", "shifted", "target_modules"))
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(data, evaluate, shifted, steps, kind)
     settings = {
@@ -109,7 +109,7 @@ def _swept(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) ->
         "rates": sorted(set(rates)),
         "full_rates": sorted(set(full_rates)) if full else None,
         "bitfit": bitfit,
-        "kind": kind.about,
+        "kind": kind.description,
         "quantized": quantized,
         **run.trained(seeds),
         "tolerance": tolerance,
@@ -180,11 +180,11 @@ class _Sweep:
         return _Arm(subject, runs, grid)
 
     def _remote(
-        self, workers: Workers, grid: str | None, trials: Sequence[Trial], look: Callable[[], None]
+        self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
     ) -> Iterator[Sequence[WholeRecord]]:
         training = replace(self.walk.training, texts=bare(self.walk.training.texts))
         trained = partial(train_on_worker, workers.site, training, grid)
-        return workers.run(trained, [(trial.label, trial.work) for trial in trials], look)
+        return workers.run(trained, [(trial.label, trial.work) for trial in trials], poll)
 
     def _trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)

@@ -42,10 +42,10 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     references = _references(records, sets, seed)
     found = []
     for name in sets:
-        mine = [record for record in records if record.set == name]
+        own_records = [record for record in records if record.set == name]
         lines = [(subject, row) for subject, of_set, row in references if of_set == name]
-        caption = f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"
-        found.append(_table(caption, mine, by_rank(records, name, rates), lines))
+        caption = f"On {short(name)}{' (shifted)' if own_records[0].shifted else ''}"
+        found.append(_table(caption, own_records, by_rank(records, name, rates), lines))
     return found
 
 
@@ -138,7 +138,7 @@ def _compared(found: ReferenceComparison, line: str) -> str:
         "not known": "not known: " + ("no number of seeds would decide" if found.seeds is None else needs(found.seeds)),
     }
     span = f"{found.gap:+.4f} [{found.gap - found.half:.4f}, {found.gap + found.half:.4f}]"
-    return f"{words[found.word]}; {both} ({span}){f'; {line} is one run' if found.fixed else ''}"
+    return f"{words[found.outcome]}; {both} ({span}){f'; {line} is one run' if found.fixed else ''}"
 
 
 def _table(
@@ -152,7 +152,11 @@ def _table(
     runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
     rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
     rates = [
-        Column(f"lr {lr:g}", (*["-"] * len(bases), *(_loss(at.get((who, r.rank, lr))) for who, r in runs)), drop=drop)
+        Column(
+            f"lr {lr:g}",
+            (*["-"] * len(bases), *(_loss(at.get((row_subject, r.rank, lr))) for row_subject, r in runs)),
+            drop=drop,
+        )
         for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
     ]
     return grid_of(AtRank.shown, rows, "rank", caption, more=rates)
@@ -176,21 +180,21 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
     """State the rank to train at, its confidence, and the reasons against smaller ranks."""
     if verdict.best is None:
         return ["no verdict: no run is finished with a finite loss"]
-    if verdict.word == "no gain":
+    if verdict.outcome == "no gain":
         by = number(-verdict.gain)
         return [f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} by the least, {by}"]
     chosen = verdict.chosen
-    if verdict.word == "no verdict" or chosen is None or chosen.confidence is None:
+    if verdict.outcome == "no verdict" or chosen is None or chosen.confidence is None:
         why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
         more = "" if chosen is None else "; use more --repeats with --resume"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{more}"]
     at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
     target = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
     if verdict.rank is not None:
-        lead = f"{verdict.word}: {at} {target}, with {confident(chosen.confidence)} confidence"
+        lead = f"{verdict.outcome}: {at} {target}, with {confident(chosen.confidence)} confidence"
     else:
         confidence = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
-        lead = f"{verdict.word}: the best answer is {at}{confidence} that it {target} and no smaller rank does"
+        lead = f"{verdict.outcome}: the best answer is {at}{confidence} that it {target} and no smaller rank does"
     return [lead, *reasons(verdict, share)]
 
 
@@ -204,14 +208,14 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
     lines = []
     for name in shifted:
         other = verdicts[name]
-        if other.word == "no gain":
+        if other.outcome == "no gain":
             lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
         elif first.rank is None or other.rank is None:
             both = " and ".join(
                 f"r={each.answer} on {short(where)}" for where, each in ((own[0], first), (name, other)) if each.answer
             )
             answers_are = f"; the best answers are {both}" if first.answer and other.answer else ""
-            lines.append(f"not known on {short(name)}: {(other if other.rank is None else first).word}{answers_are}")
+            lines.append(f"not known on {short(name)}: {(other if other.rank is None else first).outcome}{answers_are}")
         elif other.rank == first.rank:
             lines.append(f"yes: r={other.rank} is also enough on {short(name)}")
         else:

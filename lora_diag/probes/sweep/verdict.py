@@ -24,7 +24,7 @@ from lora_diag.records.probe import Subject, main_sets
 from lora_diag.records.shown import Shown
 from lora_diag.running.rates import edge, lowest
 
-Word = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
+Outcome = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
 Answer = Literal["yes", "no", "not known"]
 
 # A run that ends above this multiple of BASE's loss, while another seed at its rank and rate ends below it, has
@@ -109,9 +109,9 @@ class SweepVerdict:
     """The verdict of a sweep on one set.
 
     Args:
-        word: ``fast saturation`` if a rank in the lower half is shown to be sufficient; ``gradual decline`` if a higher
-            one is, and all of the lower half are shown not to be; ``not resolved`` if seeds are too few or too noisy to
-            show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with one rank or one seed.
+        outcome: ``fast saturation`` if a rank in the lower half is shown to be sufficient; ``gradual decline`` if a
+            higher one is, and all of the lower half are shown not to be; ``not resolved`` if seeds are too few or too
+            noisy to show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with one rank or one seed.
         rank: The smallest rank shown to be sufficient; None without one.
         answer: The smallest rank whose mean loss is within tolerance of every other's, shown or not; None if no rank
             has a gain.
@@ -125,7 +125,7 @@ class SweepVerdict:
         seeds: The fewest runs of a rank.
     """
 
-    word: Word
+    outcome: Outcome
     rank: int | None
     answer: int | None
     confidence: float | None
@@ -203,8 +203,8 @@ class ReferenceComparison:
         half: Half the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni); None
             without a spread over seeds.
         tolerance: Fraction of a gain that may be lost.
-        word: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval is
-            on one side of 0; else ``not known``; ``no verdict`` without a spread.
+        outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
+            is on one side of 0; else ``not known``; ``no verdict`` without a spread.
         fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
         seeds: Estimated number of seeds to decide; None if decided, or if no number suffices.
     """
@@ -214,7 +214,7 @@ class ReferenceComparison:
     gap: float
     half: float | None
     tolerance: float
-    word: Literal["as good", "better", "worse", "not known", "no verdict"]
+    outcome: Literal["as good", "better", "worse", "not known", "no verdict"]
     fixed: bool = False
     seeds: int | None = None
 
@@ -239,7 +239,7 @@ def compare_with_reference(
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01, 2: 1.005})]
         >>> found = versus(rows, AtRank(None, 1e-4, {0: 0.80, 1: 0.80}), base=2.0, share=0.02)
-        >>> found.word, found.fixed, round(found.gap, 3), round(found.half, 3)
+        >>> found.outcome, found.fixed, round(found.gap, 3), round(found.half, 3)
         ('worse', True, 0.205, 0.017)
     """
     if not rows:
@@ -359,7 +359,7 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01}), AtRank(8, 1e-3, {0: 0.80, 1: 0.812})]
         >>> found = judge(rows, base=2.0, share=0.02)
-        >>> found.word, found.rank, round(found.tolerance, 3), [one.enough for one in found.standings]
+        >>> found.outcome, found.rank, round(found.tolerance, 3), [one.enough for one in found.standings]
         ('gradual decline', 8, 0.024, ['no', 'yes'])
     """
     ranked = [(row.rank, row) for row in rows if row.rank is not None]
@@ -381,7 +381,7 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     answer = next(one for one in standings if one.rank == chosen)
     shown = next((one for one in standings if one.enough == "yes"), None)
     return SweepVerdict(
-        _word(standings, shown, noise),
+        _outcome(standings, shown, noise),
         None if shown is None else shown.rank,
         answer.rank,
         _confidence(answer, standings),
@@ -472,7 +472,7 @@ def _rank_standing(
     return RankStanding(rank, row.lr, behind, behind / gain, half, enough, confidence, against, needed)
 
 
-def _word(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Word:
+def _outcome(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Outcome:
     if not noise.known:
         return "no verdict"
     lower = [one for position, one in enumerate(standings) if 2 * position < len(standings)]

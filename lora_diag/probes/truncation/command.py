@@ -14,7 +14,7 @@ def truncation(
     base: options.Base,
     tuned: options.Tuned,
     *,
-    given: TruncationOptions,
+    arguments: TruncationOptions,
     shown: options.Shown,
 ) -> None:
     """Loss of the model at each rank of the update.
@@ -25,6 +25,6 @@ def truncation(
     from lora_diag.probes.truncation.run import probe_truncation
 
     with shown.callbacks(notes=True) as callbacks:
-        results = probe_truncation(base, tuned, **given, **callbacks)
+        results = probe_truncation(base, tuned, **arguments, **callbacks)
     then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (C(r) layer by layer, no model run)"
-    shown.show(results, next_step(given["output"], then))
+    shown.show(results, next_step(arguments["output"], then))

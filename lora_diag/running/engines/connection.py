@@ -116,8 +116,8 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
         with _suppress_stderr(), _interruptible():
             ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many types
-        told = named if address else "--engine ray: a local Ray could not be started"
-        raise InputError(f"{told}: {_reason(ray, error)}") from error
+        problem = named if address else "--engine ray: a local Ray could not be started"
+        raise InputError(f"{problem}: {_reason(ray, error)}") from error
     try:
         yield
     finally:
@@ -155,14 +155,14 @@ def _suppress_stderr() -> Iterator[None]:
     except OSError:  # standard error has no file descriptor
         yield
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+        os.close(devnull)
 
 
 @contextmanager
@@ -172,10 +172,10 @@ def _interruptible() -> Iterator[None]:
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        signals.append(number)
         signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, note)
@@ -183,7 +183,7 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if signals:
         raise KeyboardInterrupt
 
 

@@ -45,7 +45,7 @@ class Processes(Generic[Task, Record]):
         ]
         self._free: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._first = pickle.dumps(measure)
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         for process in self._started:
             self._free.put(process)
 
@@ -70,8 +70,8 @@ class Processes(Generic[Task, Record]):
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            if process.pid not in self._told:
-                self._told.add(process.pid)
+            if process.pid not in self._reported:
+                self._reported.add(process.pid)
                 process.stdin.write(self._first)
             process.stdin.write(pickle.dumps(task))
             process.stdin.flush()

@@ -39,7 +39,7 @@ def run_ray(
     layout: Layout,
     footprint: Callable[[Task], int],
     on: Ray,
-    look: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None,
     advice: str = "add a node with more, or exclude the layer with --exclude",
 ) -> Iterator[Record]:
     """Yield the record of every task, in the order of the tasks.
@@ -50,7 +50,7 @@ def run_ray(
         layout: Allocation of a machine; a cluster counts the cores of its largest node.
         footprint: Memory of a running task in bytes.
         on: The cluster.
-        look: Called at least every few seconds; may raise to cancel all tasks.
+        poll: Called at least every few seconds; may raise to cancel all tasks.
         advice: What to do about a task whose workers all died.
 
     Raises:
@@ -64,7 +64,7 @@ def run_ray(
     with connected(ray, on, layout.cores):
         cluster = _Cluster(ray, on.gpus_per_task)
         plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
-        run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed, look, advice)
+        run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed, poll, advice)
         try:
             yield from in_order(
                 plan, REACH * cluster.slots, lambda: cluster.room(layout.workers), run.send, run.fetch, run.lost
@@ -141,7 +141,7 @@ class _Cluster:
         """Return the capacity of the nodes that are alive now."""
         return Room(int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None))
 
-    def look(self, cores: int) -> None:
+    def poll(self, cores: int) -> None:
         """Look up the living nodes; called repeatedly while no task finishes.
 
         Raises:
@@ -162,9 +162,9 @@ class _Run:
     """The Ray tasks of one run."""
 
     def __init__(
-        self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized], look: Callable[[], None], advice: str
+        self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized], poll: Callable[[], None], advice: str
     ) -> None:
-        self._ray, self._cluster, self._tasks, self._look, self._advice = ray, cluster, tasks, look, advice
+        self._ray, self._cluster, self._tasks, self._look, self._advice = ray, cluster, tasks, poll, advice
         self._name, self._fetch_job = job.hex(), partial(ray.get, job)
         self._remote = ray.remote(measure_batch)
         self._under_way: dict[Any, Batch] = {}
@@ -190,16 +190,16 @@ class _Run:
             del self._under_way[ticket]
             yield ticket, self._outcomes(ticket)
         self._look()
-        self._cluster.look(max((batch.threads for batch in self._under_way.values()), default=1))
+        self._cluster.poll(max((batch.threads for batch in self._under_way.values()), default=1))
 
     def _outcomes(self, ticket: Any) -> Sequence[Any] | None:
         try:
             outcomes: Sequence[Any] = self._ray.get(ticket)
         except self._ray.exceptions.RayTaskError as error:
-            said = str(error.cause).strip().splitlines()
-            if said and said[0].startswith(NO_IMPORT):
+            lines = str(error.cause).strip().splitlines()
+            if lines and lines[0].startswith(NO_IMPORT):
                 raise InputError(
-                    f"--engine ray: a worker cannot import loradiag: {said[-1]}; install the same version on every "
+                    f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same version on every "
                     "node: pip install 'loradiag[ray]'"
                 ) from error
             raise error.cause from error  # a bug: show its traceback
@@ -233,6 +233,6 @@ def _job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
                 with suppress(OSError):  # deleted since it was opened; reading it will report that
                     files[str(item.path)] = item.path.stat().st_size
 
-    parcel = io.BytesIO()
-    Pickler(parcel).dump((measure, tasks))
-    return Job(__version__, str(Path.cwd()), tuple(files.items()), parcel.getvalue())
+    buffer = io.BytesIO()
+    Pickler(buffer).dump((measure, tasks))
+    return Job(__version__, str(Path.cwd()), tuple(files.items()), buffer.getvalue())

@@ -65,11 +65,11 @@ def test_contest_rejects_gain_with_loss_on_shifted_set():
     one = losses((1.0, 1.1, 1.05), (2.0, 2.1, 2.2))
     better = losses((0.8, 0.91, 0.85), (2.1, 2.2, 2.3))
     found = contest(one, better, "dev", ["other"], {})
-    assert (found.word, found.kept) == ("better", False)
+    assert (found.outcome, found.kept) == ("better", False)
     assert contest(one, better, "dev", [], {}).kept
     assert contest(one, losses((0.8, 0.91, 0.85), (2.0, 2.1, 2.2)), "dev", ["other"], {}).kept
-    assert contest(one, losses((1.2, 1.31, 1.25), (1.0,)), "dev", ["other"], {}).word == "worse"
-    assert contest(one, losses((0.1,), ()), "dev", ["other"], {}).word == "not known"
+    assert contest(one, losses((1.2, 1.31, 1.25), (1.0,)), "dev", ["other"], {}).outcome == "worse"
+    assert contest(one, losses((0.1,), ()), "dev", ["other"], {}).outcome == "not known"
 
 
 def test_rank_choice_follows_verdict_or_is_marked():

@@ -377,7 +377,7 @@ def test_ranks_are_not_redistributed_where_none_gains():
 
     def reason(matrices, word):
         tuner = SimpleNamespace(target=SimpleNamespace(shapes=dict.fromkeys(range(matrices))))
-        swept = SimpleNamespace(verdict=SimpleNamespace(word=word))
+        swept = SimpleNamespace(verdict=SimpleNamespace(outcome=word))
         return Tuner._no_redistribution(tuner, SimpleNamespace(name="uniform-r2"), swept)
 
     assert_names(reason(2, "no gain"), "no rank", "loss")
@@ -387,7 +387,7 @@ def test_ranks_are_not_redistributed_where_none_gains():
     def escalation(word):
         found = []
         tuner = SimpleNamespace(_gains=lambda *_: (0.1, None), decide=lambda *words: found.append(words[-1]))
-        swept = SimpleNamespace(verdict=SimpleNamespace(word=word), ranks=[1, 4])
+        swept = SimpleNamespace(verdict=SimpleNamespace(outcome=word), ranks=[1, 4])
         Tuner._escalate(tuner, None, SimpleNamespace(rank=1), swept)
         return found
 

@@ -13,7 +13,7 @@ from lora_diag.diagnostics.fleet.layer import measure_thin
 from lora_diag.diagnostics.fleet.run import expand
 from lora_diag.diagnostics.fleet.summary import remarks
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.metrics.fleet import alike, norm_outliers
+from lora_diag.metrics.fleet import near_duplicates, norm_outliers
 from lora_diag.running.inputs import compare
 from tests import oracles
 from tests.adapters.dense import dense
@@ -68,8 +68,8 @@ def test_planted_outliers_are_found(tmp_path):
     assert any(word.startswith("norm") for word in told["large"])
     names = [record.adapter.rpartition("/")[2] for record in found]
     pairs = {
-        (names[pair.first], names[pair.second]): pair.word
-        for pair in alike([r.update for r in found], [r.space for r in found])
+        (names[pair.first], names[pair.second]): pair.relation
+        for pair in near_duplicates([r.update for r in found], [r.space for r in found])
     }
     assert pairs[("large", "plain3")] == "same"
     assert set(pairs.values()) <= {"same", "space", "near"}
@@ -86,7 +86,8 @@ def test_same_column_space_other_update_is_found(tmp_path):
         lora(tmp_path / name, updates)
     found = lora_diag.fleet([tmp_path / "*"])
     words = {
-        (pair.first, pair.second): pair.word for pair in alike([r.update for r in found], [r.space for r in found])
+        (pair.first, pair.second): pair.relation
+        for pair in near_duplicates([r.update for r in found], [r.space for r in found])
     }
     assert words[(0, 1)] == "space"
     assert words[(0, 2)] == "near"

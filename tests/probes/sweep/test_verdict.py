@@ -50,7 +50,7 @@ def rows(*losses):
 )
 def test_sweep_verdicts(losses, word, rank, answer):
     found = judge(rows(*losses), base=2.0, share=0.02)
-    assert (found.word, found.rank, found.answer) == (word, rank, answer)
+    assert (found.outcome, found.rank, found.answer) == (word, rank, answer)
 
 
 def test_standing_is_paired_t_test_against_margin():
@@ -130,7 +130,7 @@ def test_documented_example_distinguishes_5_from_2_percent():
     assert four.seeds > 3
     assert found.confidence < four.against < found.standings[0].against
     assert len(reasons(found, 0.02)) == 3
-    assert shifted.word == "no gain"
+    assert shifted.outcome == "no gain"
 
 
 def record(rank, lr, seed, loss, name="own"):
@@ -174,10 +174,10 @@ def test_best_rank_is_compared_with_line_by_welch():
     assert not found.fixed
     assert found.gap - found.half == pytest.approx(truth.low)
     assert found.gap + found.half == pytest.approx(truth.high)
-    assert found.word == "not known"  # what is not significantly different is not equal
+    assert found.outcome == "not known"  # what is not significantly different is not equal
     assert found.seeds > 4
     wide = compare_with_reference([row(4, best)], line, base=2.0, share=0.3)
-    assert wide.word == "as good"
+    assert wide.outcome == "as good"
     # Where the best was chosen among several ranks, limits are Bonferroni's: 97.5% each for two, 99% in all for ten.
     two = compare_with_reference([row(4, best), row(8, [loss + 1 for loss in best])], line, base=2.0, share=0.02)
     spread = np.var(best, ddof=1)
@@ -194,9 +194,9 @@ def test_seed_independent_reference_counts_as_one_run():
         found = compare_with_reference([row(4, best)], row(None, losses), base=2.0, share=0.02)
         assert found.fixed
         assert found.half == pytest.approx(stats.t(2).ppf(0.95) * math.sqrt(spread * (1 / 3 + 1)))
-        assert found.word == "worse"
+        assert found.outcome == "worse"
     near = compare_with_reference([row(4, best)], row(None, (1.0, 1.0)), base=2.0, share=0.02)
-    assert (near.word, near.seeds) == ("not known", None)  # one run stays one run, however many seeds LoRA has
+    assert (near.outcome, near.seeds) == ("not known", None)  # one run stays one run, however many seeds LoRA has
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_seed_independent_reference_counts_as_one_run():
 )
 def test_lora_is_compared_with_reference_line(line, word):
     found = compare_with_reference(rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, dict(enumerate(line))), 2.0, 0.06)
-    assert (found.word, found.best.rank) == (word, 8)
+    assert (found.outcome, found.best.rank) == (word, 8)
 
 
 def test_line_without_spread_or_rank_has_no_statement():
     assert compare_with_reference([], row(None, (1.0, 1.1)), 2.0, 0.02) is None
-    assert compare_with_reference(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).word == "no verdict"
+    assert compare_with_reference(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).outcome == "no verdict"
 
 
 @pytest.mark.parametrize("apart", [0.02, -0.02])
@@ -221,7 +221,7 @@ def test_reference_at_margin_false_positive_rate(apart):
         losses = 1 + apart + 0.008 * rng.normal(size=(3, 3))
         line = 1 + 0.008 * rng.normal(size=3)
         share = apart if apart > 0 else -apart / (1 - apart)  # of what the better of the two gains
-        wrong += compare_with_reference(rows(*losses), row(None, line), base=2.0, share=share).word == "as good"
+        wrong += compare_with_reference(rows(*losses), row(None, line), base=2.0, share=share).outcome == "as good"
     assert wrong / 1500 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)
 
 

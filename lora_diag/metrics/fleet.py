@@ -81,7 +81,7 @@ def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequenc
         spaces: Sketches of the column spaces.
 
     Example:
-        >>> pairs = alike([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])
+        >>> pairs = near_duplicates([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])
         >>> [(pair.first, pair.second, pair.relation) for pair in pairs]
         [(0, 1, 'same')]
     """

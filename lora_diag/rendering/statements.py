@@ -61,9 +61,9 @@ class Statement:
     def answered(self) -> tuple[str, tuple[str, ...]]:
         """The answer to a question, and the remaining lines.
 
-        >>> say("on", "On dev", "loss 2.0", "use r=4", answer="use r=4", scoped=True).answered
+        >>> make_statement("on", "On dev", "loss 2.0", "use r=4", answer="use r=4", scoped=True).answered
         ('On dev: use r=4', ('loss 2.0',))
-        >>> say("on", "On dev", "loss 2.0", answer="yes: it is as good", scoped=True).answered
+        >>> make_statement("on", "On dev", "loss 2.0", answer="yes: it is as good", scoped=True).answered
         ('yes: it is as good', ('On dev: loss 2.0',))
         """
         answer = self.answer or self.lead
@@ -89,7 +89,7 @@ def make_statement(
 ) -> Statement:
     """Return a statement with one or more lines.
 
-    >>> say("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
+    >>> make_statement("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
     """
     lead, *details = [part for line in lines for part in line.split("\n")] or [""]

@@ -269,7 +269,7 @@ def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
 def _evenly_spaced(items: Sequence[T], most: int) -> list[T]:
     """Return evenly spaced items including the first and the last.
 
-    >>> _some([0, 1, 2, 3, 4], 3)
+    >>> _evenly_spaced([0, 1, 2, 3, 4], 3)
     [0, 2, 4]
     """
     if len(items) <= most:

@@ -234,7 +234,7 @@ def _errors_on_data(results: Results[Extraction]) -> list[str]:
 def _upper_bound(value: float) -> str:
     """Return an upper bound with one digit, rounded up, from 1e-6 on.
 
-    >>> _up(1.23e-5), _up(2e-3), _up(-1e-17)
+    >>> _upper_bound(1.23e-5), _upper_bound(2e-3), _upper_bound(-1e-17)
     ('2e-05', '0.002', '1e-06')
     """
     value = max(value, 1e-6)

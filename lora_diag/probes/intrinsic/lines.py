@@ -151,7 +151,7 @@ def reached(found: Sequence[Line], subject: Subject, share: float) -> Reached:
         ...     for d, shares in [(10, (0.5, 0.4)), (100, (0.95, 0.88)), (1000, (0.99, 0.97))]
         ... ]
         >>> answer = reached(rows, "subspace", 0.9)
-        >>> answer.line.size, answer.below.size, answer.sure
+        >>> answer.line.size, answer.below.size, answer.certain
         (100, 10, False)
     """
     rows = [line for line in found if line.subject == subject and line.shares]

@@ -238,7 +238,7 @@ def compare_with_reference(
 
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01, 2: 1.005})]
-        >>> found = versus(rows, AtRank(None, 1e-4, {0: 0.80, 1: 0.80}), base=2.0, share=0.02)
+        >>> found = compare_with_reference(rows, AtRank(None, 1e-4, {0: 0.80, 1: 0.80}), base=2.0, share=0.02)
         >>> found.outcome, found.fixed, round(found.gap, 3), round(found.half, 3)
         ('worse', True, 0.205, 0.017)
     """

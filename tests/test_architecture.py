@@ -271,7 +271,7 @@ for words, heavy in {steps!r}:
 
 
 @pytest.mark.slow
-def test_commands_import_nothing_heavy(pair_of_models, loradiag, tmp_path):
+def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
     """Help and the gate need no NumPy; what reads headers or results needs no torch."""
     base, tuned, *_ = pair_of_models
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "relative <= 1e9"\n')

@@ -52,7 +52,7 @@ def test_gpu_benchmark_fails_on_wrong_values(monkeypatch, capsys):
     assert gpu.EXCEEDED in capsys.readouterr().out
 
 
-def test_gpu_table_goes_on_after_a_failure_until_time_is_up():
+def test_gpu_table_continues_after_failure():
     def fails():
         raise torch.cuda.OutOfMemoryError("no | memory\nat all")
 

@@ -113,7 +113,7 @@ def test_link_is_refused_and_linked_folder_is_not(tmp_path):
     assert (tmp_path / "there" / "new").read_text() == "new"
 
 
-def test_hard_link_leaves_other_name_alone(tmp_path):
+def test_hard_link_keeps_other_name(tmp_path):
     write_whole(tmp_path / "a", "old", PAGE)
     os.link(tmp_path / "a", tmp_path / "b")
     write_whole(tmp_path / "a", "new", PAGE)
@@ -150,7 +150,7 @@ def test_link_in_place_of_temporary_file(tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "a.gguf"])
-def test_no_adapter_config_beside_weights(tmp_path, weights):
+def test_adapter_config_is_not_written_next_to_weights(tmp_path, weights):
     path = tmp_path / "adapter_config.json"
     check_output(path, CONFIG)
     (tmp_path / "activations.safetensors").touch()
@@ -195,7 +195,7 @@ def test_permission_errors_are_reported(tmp_path, monkeypatch):
         check_folder_of(path, in_place=True)
 
 
-def test_interrupted_writer_leaves_old_file(tmp_path):
+def test_interrupted_write_keeps_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
 

@@ -81,7 +81,7 @@ def test_empty_folder_is_refused(tmp_path):
         open_steps([tmp_path])
 
 
-def test_gradients_are_matched_to_base_and_their_entries_found(tmp_path):
+def test_gradients_are_matched_to_base_entries(tmp_path):
     """A wrapper's prefix, and a fused stack of experts that BASE stores one by one."""
     base = {f"model.layers.0.mlp.experts.{e}.down_proj.weight": torch.zeros(3, 5) for e in range(2)}
     base["model.norm.weight"] = torch.zeros(4)
@@ -100,7 +100,7 @@ def test_gradients_are_matched_to_base_and_their_entries_found(tmp_path):
     assert [(item.layer, item.reason) for item in rest] == [("norm.weight", "vector"), ("other.weight", "not_in_base")]
 
 
-def test_names_without_base_are_those_of_gradients(tmp_path):
+def test_names_without_base_equal_gradients(tmp_path):
     steps = open_steps([save_step(tmp_path / f"g{i}.safetensors", small(i)) for i in (3, 1)])
     followed, rest = histories(steps, None)
     assert rest == ()
@@ -123,7 +123,7 @@ def test_one_weight_has_one_gradient_step_and_one_shape(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_more_steps_than_files_that_may_be_open(tmp_path, prefix):
+def test_more_steps_than_open_file_limit(tmp_path, prefix):
     for i in range(40):
         save_step(tmp_path / "g" / f"{i}.safetensors", {prefix + name: value for name, value in small(i).items()})
     followed, _ = histories(open_steps([tmp_path / "g"]), None)

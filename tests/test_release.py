@@ -61,7 +61,7 @@ def test_action_passes_inputs_by_environment():
     assert all((ROOT / each).is_file() for each in scripts)
 
 
-def test_hooks_run_commands_that_exist():
+def test_hooks_run_existing_commands():
     names = {feature.name for feature in features()}
     hooks = yaml.safe_load(text(".pre-commit-hooks.yaml"))
     assert {hook["entry"].removeprefix("loradiag ") for hook in hooks} <= names
@@ -103,7 +103,7 @@ def test_man_pages_have_every_option(tmp_path):
         assert not re.search(r"(?m)^\.(?!TH|SH|TP|B |br)", page)  # no line of text is taken for a request
 
 
-def test_gallery_has_the_commands_that_made_its_figures():
+def test_gallery_shows_commands_of_its_figures():
     page, made = text("docs", "gallery.md"), script("docs", "figures", "make.py")
     blocks = re.findall(r"((?:^    loradiag .*\n)+)\n!\[.*\]\(figures/(.+)\.svg\)", page, flags=re.MULTILINE)
     assert len(blocks) == page.count("](figures/plot-") == 5

@@ -112,33 +112,33 @@ class Archive:
     Args:
         file: The file.
         span: First byte of the archive and its number of bytes.
-        what: Description of its content for messages.
+        description: Description of its content for messages.
 
     Raises:
         InputError: It is no torch file in zip format, or is damaged.
     """
 
-    def __init__(self, file: FileBytes, span: tuple[int, int], what: str) -> None:
-        self.file, self.what = file, what
+    def __init__(self, file: FileBytes, span: tuple[int, int], description: str) -> None:
+        self.file, self.what = file, description
         self._offset = span[0]
         try:
-            with zipfile.ZipFile(io.BufferedReader(_Window(file, span, what))) as archive:
+            with zipfile.ZipFile(io.BufferedReader(_Window(file, span, description))) as archive:
                 entries = archive.infolist()
                 self._entries = {info.filename.partition("/")[2]: info for info in entries}
                 self._check(span[1])
                 if self._entries.get("byteorder"):
                     order = archive.read(self._entries["byteorder"])
                     if order != b"little":
-                        raise InputError(f"{file.path}: {what} was saved on a big-endian machine; save it again")
+                        raise InputError(f"{file.path}: {description} was saved on a big-endian machine; save it again")
                 content = archive.read(self._entries["data.pkl"])
         except KeyError as error:
-            raise InputError(f"{file.path}: {what} holds no data.pkl; save it again with torch.save") from error
+            raise InputError(f"{file.path}: {description} holds no data.pkl; save it again with torch.save") from error
         except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise InputError(
-                f"{file.path}: {what} is not a readable torch file: {reason}; copy or save it again"
+                f"{file.path}: {description} is not a readable torch file: {reason}; copy or save it again"
             ) from error
-        self.value = load(content, file.path, what)
+        self.value = load(content, file.path, description)
 
     def _check(self, size: int) -> None:
         """Refuse entries that are compressed, or larger than the archive: they would be unpacked into memory."""
@@ -225,8 +225,8 @@ def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 class _Window(io.RawIOBase):
     """A part of a file as a separate stream."""
 
-    def __init__(self, file: FileBytes, span: tuple[int, int], what: str) -> None:
-        self._file, (self._offset, self._length), self._what = file, span, what
+    def __init__(self, file: FileBytes, span: tuple[int, int], description: str) -> None:
+        self._file, (self._offset, self._length), self._description = file, span, description
         self._at = 0
 
     def readable(self) -> bool:
@@ -245,6 +245,6 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._length - self._at))
         if count:
-            self._file.fill(memoryview(buffer)[:count], self._offset + self._at, self._what)
+            self._file.fill(memoryview(buffer)[:count], self._offset + self._at, self._description)
         self._at += count
         return count

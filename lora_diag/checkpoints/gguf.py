@@ -219,39 +219,39 @@ class _Cursor:
         self.file, self.path, self.at, self.end = file, path, 0, min(size, MAX_HEADER_BYTES)
         self.is_whole = size <= MAX_HEADER_BYTES
 
-    def take(self, count: int, what: str) -> bytes:
+    def take(self, count: int, description: str) -> bytes:
         """Return the next bytes."""
-        self._check(count, what)
+        self._check(count, description)
         content = self.file.read(count)
         if len(content) != count:
-            raise InputError(f"{self.path}: the file ends inside {what}; copy or download it again")
+            raise InputError(f"{self.path}: the file ends inside {description}; copy or download it again")
         self.at += count
         return content
 
-    def skip(self, count: int, what: str) -> None:
+    def skip(self, count: int, description: str) -> None:
         """Skip the next bytes."""
-        self._check(count, what)
+        self._check(count, description)
         self.file.seek(count, 1)
         self.at += count
 
-    def _check(self, count: int, what: str) -> None:
+    def _check(self, count: int, description: str) -> None:
         if count > self.end - self.at:
             limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
             raise InputError(
-                f"{self.path}: {limit} inside {what}, which claims {count:,} bytes; copy or download it again"
+                f"{self.path}: {limit} inside {description}, which claims {count:,} bytes; copy or download it again"
             )
 
-    def number(self, code: str, what: str) -> int:
+    def number(self, code: str, description: str) -> int:
         """Return the next whole number."""
-        return int(struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))[0])
+        return int(struct.unpack(f"<{code}", self.take(struct.calcsize(code), description))[0])
 
-    def text(self, what: str) -> str:
+    def text(self, description: str) -> str:
         """Return the next string."""
-        content = self.take(self.number("Q", what), what)
+        content = self.take(self.number("Q", description), description)
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: {what} is not UTF-8 text; convert the model again") from error
+            raise InputError(f"{self.path}: {description} is not UTF-8 text; convert the model again") from error
 
 
 def _read_header(path: Path) -> _Header:

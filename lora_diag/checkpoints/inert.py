@@ -75,13 +75,13 @@ class _Mark:
 _MARK = _Mark()
 
 
-def load(content: bytes, path: Path, what: str) -> Any:
+def load(content: bytes, path: Path, description: str) -> Any:
     """Read a pickle as data.
 
     Args:
         content: The pickle.
         path: The file that holds it, for messages.
-        what: Description for messages, such as ``the index``.
+        description: Description for messages, such as ``the index``.
 
     Returns:
         The data: None, booleans, numbers, text, bytes, tuples, lists, dictionaries, ``Record`` and ``Persistent``.
@@ -96,7 +96,7 @@ def load(content: bytes, path: Path, what: str) -> Any:
         return machine.pop()
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: {what} is not a readable pickle: {reason}; copy or save it again") from error
+        raise InputError(f"{path}: {description} is not a readable pickle: {reason}; copy or save it again") from error
 
 
 class _Machine:

@@ -121,9 +121,9 @@ class SafetensorsFile:
             self._content.fill(content[at * size : (at + 1) * size].data, self._start[name], name)
         return decode(content, info.dtype).reshape(len(names), *info.shape)
 
-    def read_bytes(self, name: str, most: int | None = None) -> bytes:
+    def read_bytes(self, name: str, limit: int | None = None) -> bytes:
         """Return the bytes of a small tensor, or the first of any, without torch."""
-        content = bytearray(self._bytes[name] if most is None else min(most, self._bytes[name]))
+        content = bytearray(self._bytes[name] if limit is None else min(limit, self._bytes[name]))
         self._content.fill(memoryview(content), self._start[name], name)
         return bytes(content)
 

@@ -89,7 +89,7 @@ class ArrayFile(Protocol):
         """Return whole tensors of one shape and dtype as a stack, float32 or float64."""
         ...
 
-    def read_bytes(self, name: str, most: int | None = None) -> bytes:
+    def read_bytes(self, name: str, limit: int | None = None) -> bytes:
         """Return the first bytes of a tensor, or all."""
         ...
 

@@ -145,18 +145,18 @@ class Shown:
         if self.verbose and not self.quiet:
             report_reading()
 
-    def show(self, results: Results[Any], then: str | None = None, per: str = "") -> None:
+    def show(self, results: Results[Any], next_command: str | None = None, per: str = "") -> None:
         """Print the tables and the summary of results, where they are shown.
 
         Args:
             results: The results.
-            then: The suggested next command, printed last.
+            next_command: The suggested next command, printed last.
             per: Content of a row, ``type`` or ``layer``; the default is that of the options.
         """
         if self.table:
             from lora_diag.inspection.tables import table
 
-            result(table(results, *terminal(), per=per or getattr(self, "per", Per.type), then=then))
+            result(table(results, *terminal(), per=per or getattr(self, "per", Per.type), next_command=next_command))
 
 
 @dataclass(frozen=True)

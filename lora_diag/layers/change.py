@@ -200,12 +200,12 @@ def why_not_comparable(fro: float) -> str | None:
     return f"its norm is {fro:.2g}: float64 does not hold the squares of its quotients with others"
 
 
-def noted(record: T, words: str) -> T:
+def noted(record: T, text: str) -> T:
     """Append a note of ``on_device`` to the method of a record; records without a method are unchanged."""
     result: Any = record
-    if not words or not hasattr(record, "method"):
+    if not text or not hasattr(record, "method"):
         return record
-    return result.model_copy(update={"method": result.method + words})  # type: ignore[no-any-return]
+    return result.model_copy(update={"method": result.method + text})  # type: ignore[no-any-return]
 
 
 @contextmanager

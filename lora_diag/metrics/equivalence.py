@@ -22,7 +22,7 @@ LEVEL = 0.95
 # Power of a planned number of runs, if the true difference is the observed one.
 POWER = 0.8
 # Maximum number of runs that is recommended.
-MOST_RUNS = 1000
+MAX_RUNS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
         level: Confidence of the limit.
 
     Returns:
-        None if more than ``MOST_RUNS`` are needed.
+        None if more than ``MAX_RUNS`` are needed.
 
     Example:
         >>> runs_needed(1.0, 1.0, 2), runs_needed(0.0, 1.0, 2)
@@ -132,9 +132,9 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
         both = float(stdtrit(freedom, level)) + float(stdtrit(freedom, POWER))
         return both * math.sqrt(error**2 / n + fixed**2) <= abs(distance)
 
-    if not decides(MOST_RUNS):
+    if not decides(MAX_RUNS):
         return None
-    low, high = 1, MOST_RUNS  # decides() is monotonic: false at low (one run has no spread), true at high
+    low, high = 1, MAX_RUNS  # decides() is monotonic: false at low (one run has no spread), true at high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)

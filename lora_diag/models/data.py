@@ -64,14 +64,14 @@ class Texts:
         return replace(self, sequences=self.sequences[:count])
 
 
-def read_texts(path: Path | str, model: Model, most: int | None = None, shifted: bool = False) -> Texts:
+def read_texts(path: Path | str, model: Model, max_sequences: int | None = None, shifted: bool = False) -> Texts:
     """Read a text and cut it into sequences of the model's length.
 
     Args:
         path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
             saved with ``save_to_disk``.
         model: Gives tokenizer, length and kind.
-        most: Maximum number of sequences to keep.
+        max_sequences: Maximum number of sequences to keep.
         shifted: Whether the user declared it as shifted.
 
     Raises:
@@ -97,9 +97,9 @@ def read_texts(path: Path | str, model: Model, most: int | None = None, shifted:
         notes.append(f"{none} of {len(found)} {source.unit} have nothing to predict and are left out")
     if not sequences:
         raise InputError(f"{path}: has no token to predict; give longer text")
-    if most is not None and most < len(sequences):
-        notes.append(f"the first {most} of {len(sequences)} sequences, by --max-sequences")
-        sequences = sequences[:most]
+    if max_sequences is not None and max_sequences < len(sequences):
+        notes.append(f"the first {max_sequences} of {len(sequences)} sequences, by --max-sequences")
+        sequences = sequences[:max_sequences]
     form = source.unit if source.text is None else f"windows of {len(sequences[0].ids)} tokens"
     about = f"{len(sequences)} {form}"
     if model.kind == "masked":

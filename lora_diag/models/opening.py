@@ -260,31 +260,31 @@ def _kind(base: Path | str, config: Any) -> Kind:
 
 
 def _tokens(
-    transformers: Any, base: Path | str, where: str, options: dict[str, Any], config: Any, asked: str, kind: Kind
+    transformers: Any, base: Path | str, where: str, options: dict[str, Any], config: Any, requested: str, kind: Kind
 ) -> Tokens:
     vocabulary = getattr(config, "vocab_size", 0)
-    if asked == "bytes" and kind == "masked":
+    if requested == "bytes" and kind == "masked":
         raise UsageError(
             "--tokenizer bytes: has no mask token, which a masked language model needs; give a tokenizer folder"
         )
-    if asked == "bytes":
+    if requested == "bytes":
         if vocabulary < 256:
             raise UsageError(
                 f"--tokenizer bytes: needs a vocabulary of at least 256, but this model has {vocabulary}; give a "
                 "tokenizer folder"
             )
         return _bytes("--tokenizer bytes")
-    if asked != "auto":
-        where, options = asked, {"local_files_only": True}
+    if requested != "auto":
+        where, options = requested, {"local_files_only": True}
     try:
         found = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         # For some families transformers creates one without a vocabulary if there are no files.
         if len(set(found(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
             raise ValueError("it has no vocabulary")
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last case: transformers 4, no files
-        if asked == "auto" and vocabulary == 256 and kind != "masked":
+        if requested == "auto" and vocabulary == 256 and kind != "masked":
             return _bytes("no tokenizer in BASE and a vocabulary of 256")
-        named = base if asked == "auto" else asked
+        named = base if requested == "auto" else requested
         raise InputError(
             f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; give another folder with "
             f"--tokenizer DIR{_byte_alternative(vocabulary, kind)}"
@@ -306,8 +306,8 @@ def _tokens(
     return Tokens(ids, tuple(around[:begin]), last, found.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
-def _bytes(why: str) -> Tokens:
-    return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({why})")
+def _bytes(reason: str) -> Tokens:
+    return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({reason})")
 
 
 def _byte_alternative(vocabulary: int, kind: Kind) -> str:

@@ -47,7 +47,7 @@ class Swapped:
         InputError: A matrix is not in the model, or the model's values differ from BASE's file.
     """
 
-    def __init__(self, model: Model, deltas: Iterable[Delta], most: int) -> None:
+    def __init__(self, model: Model, deltas: Iterable[Delta], max_rank: int) -> None:
         by_layer = {delta.layer: delta for delta in deltas}
         self._tensors = Weights(model.module).place({layer: delta.shape for layer, delta in by_layer.items()})
         self._deltas = {layer: by_layer[layer] for layer in self._tensors}
@@ -56,7 +56,7 @@ class Swapped:
             raise InputError(
                 f"{missing}: not part of the model that transformers builds from BASE; exclude it with --exclude"
             )
-        self._most = most
+        self._most = max_rank
         self._leading: dict[str, _Leading] = {}
         self._state = dict.fromkeys(self._deltas, 0)
         for layer in self._deltas:

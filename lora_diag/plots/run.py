@@ -136,23 +136,23 @@ def plot(
     return tuple(made)
 
 
-def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str]) -> str:
+def _format(path: Path, single: bool, requested: str | None, formats: Sequence[str]) -> str:
     """Return the format of the files.
 
     Raises:
         UsageError: The format is not supported, or contradicts the file's suffix.
     """
     suffix = path.suffix.lower().removeprefix(".")
-    if asked is not None and asked not in formats:
-        raise UsageError(f"format {asked}: choose {', '.join(formats)}")
+    if requested is not None and requested not in formats:
+        raise UsageError(f"format {requested}: choose {', '.join(formats)}")
     if single:
-        if asked not in {None, suffix}:
-            raise UsageError(f"{path}: the suffix .{suffix} contradicts --format {asked}; give one of them")
+        if requested not in {None, suffix}:
+            raise UsageError(f"{path}: the suffix .{suffix} contradicts --format {requested}; give one of them")
         return suffix
     # A folder's name may contain a dot, but the suffix of another image format is a mistake.
     if suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"} and not path.is_dir():
         raise UsageError(f"{path}: unsupported format; use {', '.join(formats)}")
-    return asked or "png"
+    return requested or "png"
 
 
 def _check_output(path: Path, kind: str | None, there: bool, overwrite: bool) -> None:

@@ -97,13 +97,13 @@ def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
     return middle
 
 
-def counted(words: Iterable[str]) -> str:
+def counted(texts: Iterable[str]) -> str:
     """Return the common word, or each word with its number of occurrences.
 
     >>> counted(["rank", "rank"]), counted(["rank", "scale", "rank"])
     ('rank', 'rank 2, scale 1')
     """
-    counts = Counter(words)
+    counts = Counter(texts)
     return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{word} {n}" for word, n in counts.most_common())
 
 

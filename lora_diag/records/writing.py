@@ -79,12 +79,12 @@ class ResultsWriter(Generic[L]):
         run: Run,
         resume: bool = False,
         overwrite: bool = False,
-        grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        extendable: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> None:
         self.path: Path | None = None
         self.run = run.model_copy(update={"made": timestamp()})
         self.earlier: Results[L] = Results(self.run, ())
-        self._grows = grows or {}
+        self._grows = extendable or {}
         self._seal = Seal()
         self._kept = 0
         self._begun = False

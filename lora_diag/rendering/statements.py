@@ -136,29 +136,32 @@ _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold ye
 
 
 # Maximum number of lines of a command's summary, not counting warnings and failures; None for no limit.
-_MOST: ContextVar[int | None] = ContextVar("most", default=None)
+_MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 
 
 @contextmanager
 def at_most(lines: int | None) -> Iterator[None]:
     """Limit summaries created within the block to this number of lines; warnings and failures are always shown."""
-    before = _MOST.set(lines)
+    before = _MAX_LINES.set(lines)
     try:
         yield
     finally:
-        _MOST.reset(before)
+        _MAX_LINES.reset(before)
 
 
-def summary_of(statements: Sequence[Statement], then: str | None = None) -> RenderableType:
+def summary_of(statements: Sequence[Statement], next_command: str | None = None) -> RenderableType:
     """Return a summary for a terminal: labels and statements.
 
     Args:
         statements: Statements in order.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
     """
     # The warning of an unfinished run comes first, since it applies to all statements.
     first = sorted(statements, key=lambda one: one.key != "unfinished")
-    return _Summary((*first, *([make_statement("next", "Next", then, priority=0)] if then else [])), _MOST.get())
+    return _Summary(
+        (*first, *([make_statement("next", "Next", next_command, priority=0)] if next_command else [])),
+        _MAX_LINES.get(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +196,14 @@ class _Summary:
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
-def _fitting(summary: _Summary, most: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
+def _fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
     found = summary.statements
     shown = [one.lines if one.level in {"warning", "failure"} else () for one in found]
     free = [at for at in range(len(found)) if not shown[at]]
-    if sum(height(line) for at in free for line in found[at].lines) <= most:
+    if sum(height(line) for at in free for line in found[at].lines) <= limit:
         return [one.lines for one in found]
-    left = most - 1  # the last line gives the number of hidden lines
+    left = limit - 1  # the last line gives the number of hidden lines
     for priority in sorted({one.priority for one in found}):
         group = [at for at in free if found[at].priority == priority]
         for at in group:

@@ -70,7 +70,7 @@ def grids_table(
     statements: Sequence[Statement],
     width: int = 80,
     color: bool = False,
-    then: str | None = None,
+    next_command: str | None = None,
 ) -> str:
     """Return tables with a summary below.
 
@@ -79,10 +79,10 @@ def grids_table(
         statements: The summary.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
     """
     tables = [part for grid in grids for part in grid.shown(width)]
-    return to_text(Group(*captioned_once(tables), summary_of(statements, then)), width, color)
+    return to_text(Group(*captioned_once(tables), summary_of(statements, next_command)), width, color)
 
 
 def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:

@@ -84,14 +84,14 @@ def short(layer: str) -> str:
     return safe(layer.removesuffix(".weight"))
 
 
-def named(layers: Sequence[str], most: int = 3) -> str:
+def named(layers: Sequence[str], limit: int = 3) -> str:
     """Return the first names for display, and the number of further ones.
 
     >>> named(["a.weight", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    first = ", ".join(map(short, layers[:most]))
-    return f"{first} and {len(layers) - most} more" if len(layers) > most else first
+    first = ", ".join(map(short, layers[:limit]))
+    return f"{first} and {len(layers) - limit} more" if len(layers) > limit else first
 
 
 def crop(text: str, width: int) -> str:
@@ -144,13 +144,13 @@ def middle(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def shown(value: float | None, how: Callable[[float], str] = number) -> str:
+def shown(value: float | None, formatter: Callable[[float], str] = number) -> str:
     """Return a value as written in a table; a dash for None.
 
     >>> shown(0.5), shown(0.5, percent), shown(None)
     ('0.5', '50%', '-')
     """
-    return "-" if value is None else how(value)
+    return "-" if value is None else formatter(value)
 
 
 def span(values: Iterable[int]) -> str:

@@ -385,11 +385,13 @@ def sweep(evidence: Evidence) -> Advice | None:
     )
 
 
-def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float, above: int) -> int | None:
+def _target(
+    measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float, larger_than: int
+) -> int | None:
     """Return the smallest common rank that keeps half of the energy in a fraction of the layers; None if none does."""
     for rank in COMMON_RANKS:
         kept = [energy_at(measured[item.layer], rank) or 0.0 for item in items]
-        is_higher = rank > max(above, *(item.rank for item in items)) if len(items) else False
+        is_higher = rank > max(larger_than, *(item.rank for item in items)) if len(items) else False
         if is_higher and sum(k >= SHORT for k in kept) >= at_least * len(kept):
             return rank
     return None

@@ -243,14 +243,14 @@ def percent(share: float) -> str:
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
-def named(layers: Sequence[str], most: int = 3) -> str:
+def named(layers: Sequence[str], limit: int = 3) -> str:
     """Return the first names and the number of further ones.
 
     >>> named(["a.weight", "b.weight", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = ", ".join(layer.removesuffix(".weight") for layer in layers[:most])
-    return f"{shown} and {len(layers) - most} more" if len(layers) > most else shown
+    shown = ", ".join(layer.removesuffix(".weight") for layer in layers[:limit])
+    return f"{shown} and {len(layers) - limit} more" if len(layers) > limit else shown
 
 
 def ranks(values: Sequence[int]) -> str:

@@ -266,15 +266,15 @@ def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     return notes
 
 
-def _evenly_spaced(items: Sequence[T], most: int) -> list[T]:
+def _evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """Return evenly spaced items including the first and the last.
 
     >>> _evenly_spaced([0, 1, 2, 3, 4], 3)
     [0, 2, 4]
     """
-    if len(items) <= most:
+    if len(items) <= count:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _rounded(value: Any) -> Any:

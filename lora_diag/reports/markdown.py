@@ -16,7 +16,7 @@ from lora_diag.reports.sections import sections_of
 from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, other_metric_sentences, subject_of
 
 # GitHub limits comments to 65,536 characters.
-MOST_BYTES = 60_000
+MAX_BYTES = 60_000
 # Maximum number of rows of a table, of named layers or verdicts, and of characters of a name.
 ROWS, NAMED, NAME = 40, 10, 90
 
@@ -42,7 +42,7 @@ def markdown_report(evidence: Evidence) -> str:
 def _fitting(parts: Sequence[str]) -> str:
     """Join the parts that fit, and state that some do not."""
     kept: list[str] = []
-    room = MOST_BYTES - 200
+    room = MAX_BYTES - 200
     for part in parts:
         room -= len(part.encode()) + 2
         if room < 0:
@@ -170,13 +170,13 @@ def _named(layers: Sequence[str]) -> str:
     return f"{shown} and {len(layers) - NAMED} more" if len(layers) > NAMED else shown
 
 
-def code(text: str, most: int = NAME) -> str:
+def code(text: str, limit: int = NAME) -> str:
     r"""Return a code span for any text in a table, with a fence longer than any run of backticks in it.
 
     >>> code("q_proj"), code("a`b|c")
     ('`q_proj`', '``a`b\\|c``')
     """
-    shown = crop(safe(text), most).replace("|", "\\|")
+    shown = crop(safe(text), limit).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     pad = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
     return f"{fence}{pad}{shown}{pad}{fence}"

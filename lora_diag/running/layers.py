@@ -136,7 +136,7 @@ class LayerRun:
         settings: S,
         rest: Callable[[Layout, Results[L], S], Iterable[LeftOut]],
         inputs: tuple[RunInput, ...],
-        asked: Mapping[str, object],
+        requested: Mapping[str, object],
         recorded: Sequence[str] = RECORDED,
         finish: Callable[[Results[L]], None] | None = None,
     ) -> Results[L]:
@@ -150,7 +150,7 @@ class LayerRun:
             rest: Returns further skipped tensors, given the layout, the records of an interrupted run, and the
                 settings.
             inputs: For the run record.
-            asked: The command's own settings, for the run record.
+            requested: The command's own settings, for the run record.
             recorded: Names of settings that come last in the run record, in this order.
             finish: Called with the records while the results file is still locked.
 
@@ -161,8 +161,8 @@ class LayerRun:
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options
-        values = {**options, "device": self.where.kind, **asked}
-        first = {name: value for name, value in asked.items() if name not in recorded}
+        values = {**options, "device": self.where.kind, **requested}
+        first = {name: value for name, value in requested.items() if name not in recorded}
         run = Run(
             command=self.command,
             version=__version__,

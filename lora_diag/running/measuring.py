@@ -80,17 +80,17 @@ def layout_of(
     return layout_for(largest, workers, device, memory, torch)
 
 
-def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
+def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
     """Parse the memory limit of a run.
 
     Raises:
         UsageError: The value is not a size, or the run uses a cluster.
     """
-    if words is None:
+    if text is None:
         return None
     if engine is not None:
         raise UsageError("--memory: not available with --engine ray; Ray's scheduler uses the memory of each node")
-    return words if isinstance(words, int) else read_bytes(words, "--memory")
+    return text if isinstance(text, int) else read_bytes(text, "--memory")
 
 
 def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
@@ -136,7 +136,7 @@ def measure_layers(
     measured = {record.layer for record in kept.layers}
     todo = [task for task in tasks if task.layer not in measured]
     left_out = list[LeftOut]()
-    run = partial(run_ray, on=engine) if engine is not None else run_local
+    run = partial(run_ray, engine=engine) if engine is not None else run_local
     for records in _with_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
         left_out += [record for record in records if isinstance(record, LeftOut)]
         kept.put(*(record for record in records if not isinstance(record, LeftOut)))
@@ -169,14 +169,14 @@ def not_paired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOu
     yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
 
 
-def checked_ranks(ranks: Sequence[int], least: int = 1) -> tuple[int, ...]:
+def checked_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
     """Return the distinct ranks in ascending order.
 
     Raises:
-        UsageError: There is no rank, or one below ``least``.
+        UsageError: There is no rank, or one below ``minimum``.
     """
-    if not ranks or min(ranks) < least:
-        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {least} up")
+    if not ranks or min(ranks) < minimum:
+        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {minimum} up")
     return tuple(sorted(set(ranks)))
 
 

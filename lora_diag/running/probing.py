@@ -107,12 +107,12 @@ class ProbeRun:
         """Return the number of batches of evaluation sets."""
         return sum(-(-len(each.sequences) // self.batch) for each in texts)
 
-    def estimate(self, texts: Texts, what: str, more: str = "", passes: int | None = None) -> None:
+    def estimate(self, texts: Texts, description: str, more: str = "", passes: int | None = None) -> None:
         """Time one batch, and report an estimate of the run's duration.
 
         Args:
             texts: An evaluation set.
-            what: Description of the work.
+            description: Description of the work.
             more: Text to append.
             passes: Total number of forward passes; default the number of batches.
         """
@@ -121,14 +121,16 @@ class ProbeRun:
         start = time.perf_counter()
         measure(self.model, first, self.batch)
         seconds = time.perf_counter() - start
-        self.watch.note(f"about {duration(seconds * passes)}: {what}, {passes} batches of {seconds:.2g} s each{more}")
+        self.watch.note(
+            f"about {duration(seconds * passes)}: {description}, {passes} batches of {seconds:.2g} s each{more}"
+        )
 
     def over(
         self,
         inputs: Iterable[RunInput],
         settings: dict[str, Any],
         measured: Callable[[RunRecords[Any]], Iterable[LeftOut]],
-        grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        extendable: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
         """Measure the records missing from an interrupted run; nothing if it was finished.
 
@@ -136,7 +138,7 @@ class ProbeRun:
             inputs: For the run record.
             settings: The probe's own settings, for the run record.
             measured: Measures what is not yet in ``kept``, puts every record there, and returns the skipped tensors.
-            grows: Settings that may be extended when the run is resumed, as in ``ResultsWriter``.
+            extendable: Settings that may be extended when the run is resumed, as in ``ResultsWriter``.
 
         Returns:
             All records of the run, including those of an interrupted run.
@@ -158,7 +160,7 @@ class ProbeRun:
             inputs=tuple(inputs),
             settings={**settings, **running, **stated_alpha(options)},
         )
-        with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], grows) as writer:
+        with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], extendable) as writer:
             kept = RunRecords(writer, self.watch)
             return kept.end(measured(kept)) if kept.finished is None else kept.finished
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 # Upper limit of learning rates.
-MOST = 10.0
+MAX_FACTOR = 10.0
 # Largest step beyond an edge: from 1e-3 and 1e-2 the next rate is 3.3e-2, a common grid step.
 STEP = 10 / 3
 
@@ -55,5 +55,5 @@ def beyond(tried: Collection[float], best: float) -> float | None:
     inner = sorted(tried)[1 if side < 0 else -2]
     further = float(f"{best * min(max(best, inner) / min(best, inner), STEP) ** side:.2g}")
     return (
-        further if 0 < further < MOST and (further - best) * side > 0 else None
+        further if 0 < further < MAX_FACTOR and (further - best) * side > 0 else None
     )  # rounded to two digits, a rate may no longer exceed the edge

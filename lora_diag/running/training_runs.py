@@ -33,7 +33,7 @@ from lora_diag.running.measuring import plan_device
 from lora_diag.running.options import declared
 from lora_diag.running.probing import ProbeRun, described, pluralized
 from lora_diag.running.progress import ProgressReporter, RunRecords
-from lora_diag.running.rates import MOST, beyond, lowest
+from lora_diag.running.rates import MAX_FACTOR, beyond, lowest
 from lora_diag.running.training_workers import Site, Workers, bare, threads_of_run, workers_for
 
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
@@ -394,9 +394,9 @@ def check_training(
         UsageError: A number is out of range.
     """
     for option, arguments in rates.items():
-        if not arguments or not all(0 < rate < MOST for rate in arguments):
+        if not arguments or not all(0 < rate < MAX_FACTOR for rate in arguments):
             shown = ",".join(f"{rate:g}" for rate in arguments)
-            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MOST:g}")
+            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MAX_FACTOR:g}")
     for option, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")

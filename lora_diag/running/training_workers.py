@@ -99,21 +99,21 @@ class Workers:
         return run_ray(measure, tasks, self.layout, lambda task: FOOTPRINT, self.on, poll, ADVICE)
 
 
-def workers_for(site: Site, on: Ray, concurrent: int | None) -> Workers:
+def workers_for(site: Site, engine: Ray, concurrent: int | None) -> Workers:
     """Return the workers of a cluster that this process is connected to.
 
     Args:
         site: What each opens.
-        on: The cluster.
+        engine: The cluster.
         concurrent: Concurrent runs of a node; None for one, or on GPUs as many as these allow.
     """
     layout = layout_of_runs(concurrent)
-    return Workers(site, on, layout, capacity_of(on, layout, FOOTPRINT)[0])
+    return Workers(site, engine, layout, capacity_of(engine, layout, FOOTPRINT)[0])
 
 
-def threads_of_run(on: Ray, concurrent: int | None) -> int:
+def threads_of_run(engine: Ray, concurrent: int | None) -> int:
     """Return the cores of one run on a cluster that this process is connected to."""
-    return capacity_of(on, layout_of_runs(concurrent), FOOTPRINT)[1]
+    return capacity_of(engine, layout_of_runs(concurrent), FOOTPRINT)[1]
 
 
 def layout_of_runs(concurrent: int | None) -> Layout:
@@ -146,8 +146,8 @@ def opened(site: Site) -> tuple[Model, Texts, list[Texts]]:
     return model, text, sets
 
 
-def _read(wanted: Texts, model: Model, most: int | None) -> Texts:
-    found = read_texts(wanted.path, model, most, shifted=wanted.shifted)
+def _read(wanted: Texts, model: Model, max_sequences: int | None) -> Texts:
+    found = read_texts(wanted.path, model, max_sequences, shifted=wanted.shifted)
     if found.hash != wanted.hash:
         raise InputError(
             f"{wanted.path}: has other contents on the worker on {platform.node()}; put inputs on storage that all "

@@ -193,7 +193,7 @@ def test_gpt2_weights_are_stored_in_out(kind, tmp_path):
     check(model, config, tmp_path)
 
 
-def test_multihead_attention_is_counted_as_peft_counts_it(tmp_path):
+def test_multihead_attention_count_equals_peft(tmp_path):
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()

@@ -39,7 +39,7 @@ def factors(columns, out, seed=0):
     return normal(E * R, columns, seed=seed), normal(out, R * E, seed=seed + 1)
 
 
-def test_wrapper_depth_tells_parameter_not_config_order(tmp_path):
+def test_parameter_follows_wrapper_depth(tmp_path):
     up, down = factors(8, 10), factors(5, 8, seed=4)
     folder = base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8), f"{OWNER}.down_proj": normal(E, 8, 5)})
     for targets in (["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"]):

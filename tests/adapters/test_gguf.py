@@ -126,7 +126,7 @@ def test_gguf_q8_0_factors_are_decoded(llama):
     close(found["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8)
 
 
-def test_gguf_alpha_is_stated_where_the_file_gives_none(llama):
+def test_gguf_without_alpha_uses_stated_alpha(llama):
     base, tensors, expected, ranks, path = llama
     write(path, tensors, None)
     from lora_diag.checkpoints import open_checkpoint
@@ -153,7 +153,7 @@ def test_gguf_of_unknown_architecture_keeps_its_names(tmp_path):
     assert any("'bloom' are not known" in note for note in notes)
 
 
-def test_gguf_beside_a_peft_config_ignores_it(llama):
+def test_gguf_ignores_peft_config_in_folder(llama):
     _, tensors, _, _, path = llama
     (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 99}')
     adapter = open_adapter(write(path, tensors))
@@ -186,7 +186,7 @@ def test_gguf_header_without_lora_is_refused(tmp_path, change, problem):
         (pairs("blk.0.ffn_up_exps", normal(3, 2, 8), normal(4, 8, 2)), r"are not \(r, in\)"),
     ],
 )
-def test_gguf_factors_that_do_not_fit_are_refused(tmp_path, tensors, problem):
+def test_mismatched_gguf_factors_are_refused(tmp_path, tensors, problem):
     path = write(tmp_path / "a.gguf", tensors)
     with pytest.raises(InputError, match=problem):
         open_adapter(path)
@@ -200,7 +200,7 @@ def test_gguf_rows_need_the_heads_of_base(llama, heads, problem):
         changes(write(path, tensors), base)
 
 
-def test_gguf_names_are_those_of_the_library():
+def test_gguf_names_equal_library():
     keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     for names in ARCHITECTURES.values():
         table = gguf.get_tensor_name_map(keys[names.architecture], 3)
@@ -298,7 +298,7 @@ def test_gguf_rows_without_base_are_kept_or_refused(llama):
         make_portable(path, path.parent / "peft", form="peft")
 
 
-def test_gguf_head_that_is_tied_is_not_written(tmp_path):
+def test_tied_gguf_head_is_not_written(tmp_path):
     base = making.base(tmp_path, {"model.embed_tokens.weight": normal(9, 6)}, CONFIG)
     tensors = {"lm_head.lora_A.weight": normal(2, 6), "lm_head.lora_B.weight": normal(9, 2)}
     folder = making.adapter(tmp_path, tensors, target_modules=["lm_head"])

@@ -39,7 +39,7 @@ def checkpoint(tmp_path, shapes: dict[str, tuple[int, ...]]):
         ("unet.down_blocks.0.attn1.to_q.weight", "down_blocks.0.attn1.to_q.weight"),
     ],
 )
-def test_name_is_found_under_its_name_on_disk(tmp_path, wanted, on_disk):
+def test_name_is_matched_with_name_on_disk(tmp_path, wanted, on_disk):
     decoys = {"other.weight": (4, 6), f"{on_disk[:-7]}x.weight": (4, 6)}
     found, missing = match_names({wanted: (4, 6)}, checkpoint(tmp_path, {on_disk: (4, 6)} | decoys))
     assert not missing

@@ -105,7 +105,7 @@ def test_lycoris_dora_of_convolution_measures_all_kernels(tmp_path, shape):
     close(found[f"{Q}.weight"], m / lengths * v - w)
 
 
-def test_lengths_that_fit_neither_rows_nor_columns_are_refused(tmp_path):
+def test_mismatched_dora_lengths_are_refused(tmp_path):
     path, _ = kohya(
         tmp_path, {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": normal(5, 1)}
     )

@@ -157,7 +157,7 @@ def test_peft_merges_whole_update(tmp_path, name):
             assert item.detail.startswith(reasons[leaf])
 
 
-def test_experts_that_are_left_out_are_not_targets(tmp_path):
+def test_skipped_experts_are_not_targets(tmp_path):
     """``experts.gate_up_proj`` would mean those of the layer without factors, too."""
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL | BLOCKS | EXPERTS))

@@ -77,7 +77,7 @@ ORDERS = [
 ]
 
 
-def test_cells_are_sorted_by_numbers_that_they_begin_with(tab, tmp_path):
+def test_cells_are_sorted_by_leading_numbers(tab, tmp_path):
     page, _ = tab
     script = (TEMPLATES / "sections.js").read_text(encoding="utf-8")
     tables = "".join(

@@ -190,7 +190,7 @@ def test_files_too_short_for_header(tmp_path, content):
         open_checkpoint(path)
 
 
-def test_file_that_shrinks_after_opening_gives_message(tmp_path):
+def test_file_shrunk_after_opening_is_reported(tmp_path):
     path = save_model(tmp_path / "m", {"w": torch.ones(1000, 10)}) / "model.safetensors"
     checkpoint = open_checkpoint(path)
     path.write_bytes(path.read_bytes()[:500])

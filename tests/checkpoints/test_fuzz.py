@@ -148,7 +148,7 @@ def test_arbitrary_hub_id_is_accepted_or_refused(words):
 
 
 @given(st.lists(st.text(alphabet="._abmodule", max_size=20) | st.just("module._orig_mod.a"), max_size=4))
-def test_plain_names_are_as_many_and_stay_plain(names):
+def test_plain_names_stay_unique(names):
     plain = plain_names(names)
     assert len(plain) == len(names)
     assert plain_names(plain) == plain

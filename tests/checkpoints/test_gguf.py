@@ -71,7 +71,7 @@ def test_gguf_steps_are_the_gap_between_codes(file):
     assert opened.read_steps("f16", 0, 3) is None
 
 
-def test_gguf_block_sizes_are_those_of_the_library():
+def test_gguf_block_sizes_equal_library():
     sizes = {int(kind): size for kind, size in gguf.constants.GGML_QUANT_SIZES.items()}
     assert {code: (kind.block, kind.size) for code, kind in TYPES.items() if code in sizes} == sizes
     assert {kind.name for kind in TYPES.values()} >= set(CODECS)
@@ -133,7 +133,7 @@ def test_gguf_refuses_false_headers(tmp_path, content, problem):
         GgufFile(tmp_path / "m.gguf")
 
 
-def test_gguf_of_random_damage_gives_a_message_or_opens(file, tmp_path):
+def test_damaged_gguf_opens_or_gives_message(file, tmp_path):
     rng = random.Random(0)
     content = file[0].read_bytes()
     for _ in range(300):

@@ -156,7 +156,7 @@ def test_steps_of_reordered_rows_follow_their_values(tmp_path):
     )
 
 
-def test_experts_and_norms_are_those_of_transformers(tmp_path):
+def test_experts_and_norms_equal_transformers(tmp_path):
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((3, 4, 5)).astype("f4")
     moe = open_checkpoint(
@@ -196,7 +196,7 @@ def test_sharded_model_is_read_from_any_shard(tmp_path):
         open_checkpoint(tmp_path / "m-00002-of-00002.gguf")
 
 
-def test_folders_with_several_models_ask_for_one(tmp_path):
+def test_folder_with_several_models_is_refused(tmp_path):
     for name in ("a", "b"):
         write_gguf(tmp_path / f"{name}.gguf", llama(), {"token_embd.weight": np.ones((2, 2))})
     with raises_naming(InputError, "2 GGUF", "models"):

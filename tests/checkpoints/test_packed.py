@@ -69,7 +69,7 @@ def save(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_range_and_step_is_that_of_the_codes(tmp_path, kind):
+def test_every_range_and_step_matches_codes(tmp_path, kind):
     (_, expected, steps), _, stored = KINDS[kind]
     checkpoint = pickle.loads(pickle.dumps(open_checkpoint(save(tmp_path, kind))))
     name = E if kind == "gpt-oss" else W
@@ -250,7 +250,7 @@ def quantized_by_mlx(weight, bits, group=32):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_merge_into_packed_format_is_right_up_to_its_rounding(tmp_path, bits):
+def test_merge_into_packed_format_passes_within_rounding(tmp_path, bits):
     weight = 0.05 * normal(32, 64, seed=1)
     a, b = normal(2, 64, seed=2), 0.05 * normal(32, 2, seed=3)
     base = write(tmp_path / "base" / "model.safetensors", {W: weight}).parent

@@ -332,7 +332,7 @@ def test_zero_points_are_refused(tmp_path):
         open_checkpoint(save_model(tmp_path, tensors | {W + "_zero_point": torch.zeros(7, 1, dtype=torch.int8)}))
 
 
-def test_plain_eight_bit_floats_are_listed_as_they_are(tmp_path):
+def test_plain_eight_bit_floats_are_listed_unchanged(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, {"a": torch.ones(4, 4).to(torch.float8_e4m3fn)}))
     assert (checkpoint["a"].dtype, checkpoint["a"].stored) == ("float8_e4m3fn", None)
 

@@ -179,7 +179,7 @@ def test_cluster_records_equal_local_run(web, folder):
         assert (one.role, one.kind, one.tensors, one.notes) == (other.role, other.kind, other.tensors, other.notes)
 
 
-def test_large_tensor_comes_over_several_connections(web):
+def test_large_tensor_uses_several_connections(web):
     checkpoint = open_checkpoint(f"{web.url}/base")
     name = next(iter(checkpoint))
     web.asked.clear()
@@ -251,7 +251,7 @@ def test_shard_stays_in_folder(web, folder):
         shutil.rmtree(bad)
 
 
-def test_header_that_claims_too_much_is_not_read(web, folder):
+def test_oversized_header_is_not_read(web, folder):
     file = folder / "claims.safetensors"
     file.write_bytes((99_999_999).to_bytes(8, "little") + bytes(2**17))
     try:

@@ -84,7 +84,7 @@ def test_command_output_equal_for_address_and_folder(web, run, words):
     assert all("lora" in path for path in twice) or words[0] in {"intruders", "verify-merge"}
 
 
-def test_extract_and_gate_take_addresses(web, run, tmp_path):
+def test_extract_and_gate_accept_addresses(web, run, tmp_path):
     done = run("extract", f"{web.url}/base", f"{web.url}/full_ft", "--rank", "2", *QPROJ, "-o", "adapter")
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -95,7 +95,7 @@ def test_extract_and_gate_take_addresses(web, run, tmp_path):
     assert run("gate", "policy.toml", "--base", *words).code == 0
 
 
-def test_secrets_are_neither_printed_nor_kept(web, run, tmp_path):
+def test_secrets_are_not_printed_or_stored(web, run, tmp_path):
     web.user = basic("me", "passw0rd")
     try:
         base, tuned = (f"http://me:passw0rd@{web.host}/{name}" for name in ("base", "full_ft"))

@@ -46,7 +46,7 @@ def test_written_bytes_are_independent_of_order(tmp_path):
     assert int.from_bytes(content[:8], "little") % 8 == 0  # so that float64 lie where they can be mapped
 
 
-def test_failure_leaves_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_old_file_only(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, infos({"b": TENSORS["b"]}), TENSORS.__getitem__, {})
     before = path.read_bytes()

@@ -142,7 +142,7 @@ def test_usage_errors_exit_2_and_write_nothing(loradiag, measured, tmp_path, wor
     assert not list(tmp_path.iterdir())
 
 
-def test_file_that_is_no_spectrum_exits_3(loradiag, tmp_path):
+def test_file_without_spectrum_exits_3(loradiag, tmp_path):
     (tmp_path / "x.jsonl").write_text("hello\n")
     assert loradiag("allocate", "x.jsonl", "--params", "1k").code == 3
 
@@ -158,7 +158,7 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
         assert word in out
 
 
-def test_weights_that_are_no_text_are_refused_without_codec(loradiag, measured, tmp_path):
+def test_non_text_weights_are_refused(loradiag, measured, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x96\xff")
     ran = loradiag("allocate", measured, "--params", "50k", "--weights", "w.safetensors")
     assert ran.code == 3

@@ -103,12 +103,12 @@ def test_failed_gate_stops_shell_chain(shell, repository):
     assert not (repository / "uploaded").exists()
 
 
-def test_the_hook_runs(shell):
+def test_pre_commit_hook_runs(shell):
     hook, _ = blocks("sh")
     assert shell(hook) == 0
 
 
-def test_gate_of_merge_runs_and_fails_merge_that_dropped_adapter(shell, repository):
+def test_merge_gate_fails_dropped_adapter(shell, repository):
     """A merge made here: W + (alpha / r) B A, in float32."""
     weights = {}
     for file in (SAMPLES / "base").glob("*.safetensors"):

@@ -27,7 +27,7 @@ def test_spectrum_prints_table_and_summary(loradiag, pair_of_models):
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
-def test_json_is_records_and_nothing_else_and_equals_file(loradiag, pair_of_models, tmp_path):
+def test_json_has_only_records_and_equals_file(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("spectrum", base, tuned, "--json", "-o", "r.jsonl", "--ranks", "1,3")
     assert ran.code == 0
@@ -233,7 +233,7 @@ def test_next_command_repeats_typed_command(loradiag, pair_of_models, tmp_path):
     assert "loradiag inspect 'a b.jsonl' --per layer" in ran.out
 
 
-def test_usage_line_and_exit_codes_that_exist(loradiag):
+def test_usage_line_and_exit_codes_are_valid(loradiag):
     assert loradiag("spectrum", "--help").out.splitlines()[0].endswith(" spectrum [OPTIONS] [BASE] [TUNED]")
     assert loradiag("inspect", "--help").out.splitlines()[0].endswith(" inspect [OPTIONS] PATH")
     for command in (("plot",), ("residual",), ("probe", "outputs"), ("probe", "fisher")):

@@ -101,7 +101,7 @@ def test_command_accepts_former_option_name(loradiag):
     assert now.records[0]["settings"]["target"] == "q_proj|k_proj"
 
 
-def test_python_takes_former_names_and_values():
+def test_python_accepts_former_names_and_values():
     former = filled(IntrinsicOptions, {"data": "t", "method": "plain", "seeds": 3})
     assert former == filled(IntrinsicOptions, {"data": "t", "projection": "did", "repeats": 3})
     with pytest.raises(TypeError, match="former name"):

@@ -114,7 +114,7 @@ def test_same_command_gives_same_bytes(loradiag, pair_of_models, tmp_path):
         (["--rank", "4", "--layers", "nothing-here"], 4, "nothing was compared"),
     ],
 )
-def test_invalid_options_are_one_message_and_leave_nothing(loradiag, pair_of_models, tmp_path, words, code, says):
+def test_invalid_options_give_one_message_without_output(loradiag, pair_of_models, tmp_path, words, code, says):
     base, tuned, *_ = pair_of_models
     before = sorted(path.name for path in tmp_path.iterdir())
     ran = loradiag("extract", base, tuned, *words, "-o", "adapter")

@@ -266,7 +266,7 @@ def test_overwrite_spares_inputs_and_replaces_at_end(run, tmp_path, records):
     assert not (tmp_path / "r.sarif").exists()
 
 
-def test_model_card_keeps_rest_as_it_is(run, tmp_path, records):
+def test_model_card_keeps_other_text(run, tmp_path, records):
     """Line ends, text behind a block that lost its end, and every byte outside of our block."""
     card = tmp_path / "README.md"
     cut = "# Mine\r\n<!-- loradiag gate: begin -->\r\nmy own words\r\n"

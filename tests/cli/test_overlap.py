@@ -34,7 +34,7 @@ def test_table_fits_and_summary_answers(loradiag, inputs):
         assert word in ran.out, word
 
 
-def test_json_is_file_and_inspect_shows_it_again(loradiag, inputs, tmp_path):
+def test_json_equals_file_and_inspect_output(loradiag, inputs, tmp_path):
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--json", "-o", "o.jsonl")
     assert ran.code == 0
     assert ran.out == (tmp_path / "o.jsonl").read_text()
@@ -61,7 +61,7 @@ def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, t
     assert "Next" not in ran.out
 
 
-def test_files_given_one_by_one_are_same_as_their_folder(inputs, tmp_path):
+def test_files_equal_their_folder(inputs, tmp_path):
     base, tuned, folder = (tmp_path / name for name in inputs)
     files = [folder / f"{step}.safetensors" for step in (20, 0, 10)]
     one, two = (lora_diag.overlap(base, tuned, paths, ranks=[2]) for paths in (files, [folder]))

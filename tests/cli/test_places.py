@@ -116,7 +116,7 @@ def test_records_resume_in_writable_file_of_read_only_folder(monkeypatch, tmp_pa
         check_output(tmp_path / "new.jsonl", resume=False, overwrite=False)
 
 
-def test_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):
+def test_figure_folder_is_created_without_parents(told, tmp_path):
     pytest.importorskip("matplotlib")
     code, _ = told("plot", "r.jsonl", "--figure", "energy", "-o", "figures")
     assert code == 0

@@ -35,7 +35,7 @@ def test_plot_draws_available_figures(loradiag, spectra, adapters, tmp_path):
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
-def test_nothing_drawable_lists_only_given_records():
+def test_undrawable_results_list_their_records():
     runs = [making.results(making.model(1))]
     missing = [Drawn(name, "", None, "absent", missing="records") for name in ("fleet", "heatmap")]
     assert (
@@ -53,7 +53,7 @@ def test_one_file_takes_one_figure(loradiag, spectra, tmp_path, suffix, begins):
     assert [path.name for path in tmp_path.glob("*one*")] == [f"one.{suffix}"]
 
 
-def test_file_without_figure_takes_first_that_can_be_drawn(loradiag, adapters, tmp_path):
+def test_file_output_draws_first_available_figure(loradiag, adapters, tmp_path):
     assert "residual  x.svg" in loradiag("plot", adapters, "-o", "x.svg").out
     assert "residual  y.svg" in loradiag("plot", adapters, "-o", "y.svg", "--figure", "residual").out
     assert "heatmap  z.svg" in loradiag("plot", adapters, "-o", "z.svg", "--field", "norm_ratio").out

@@ -80,7 +80,7 @@ def encoder(tmp_path):
 
 @pytest.mark.parametrize("width", ["80", "140"])
 @pytest.mark.parametrize("per", ["type", "layer"])
-def test_table_of_encoder_has_matrices_that_are_adapted(loradiag, encoder, tmp_path, width, per):
+def test_encoder_table_has_adapted_matrices(loradiag, encoder, tmp_path, width, per):
     loradiag("residual", *encoder, "-o", "r.jsonl", "-q")
     out = loradiag("inspect", "r.jsonl", "--per", per, env={"COLUMNS": width}).out
     *rows, rest = [re.split(r" {1,}[0-9-]", line.strip())[0].strip() for line in out.split("\n\n")[1].splitlines()[2:]]

@@ -144,7 +144,7 @@ def test_merge_without_evidence_is_inconclusive(files, loradiag):
     assert_names(ran.out, "adapter unmerged")
 
 
-def test_merge_that_lost_adapter_to_rounding_passes_with_warning(files, loradiag):
+def test_merge_lost_to_rounding_passes_with_warning(files, loradiag):
     path = files / "adapter" / "adapter_model.safetensors"
     write(path, {name: value.double().numpy() * 0.05 for name, value in load_file(path).items()})
     before, factors = load_file(files / "base" / "model.safetensors"), load_file(path)

@@ -41,7 +41,7 @@ def test_gaps_name_missing_and_old_packages():
     assert gaps[1].startswith("no-such-package-at-all")
 
 
-def test_extras_checked_are_those_of_package():
+def test_checked_extras_equal_package_extras():
     assert set(check.ADDS) <= set(check._requirements())
 
 

@@ -112,7 +112,7 @@ def test_small_noise_is_consistent_with_rounding(tmp_path):
     assert found.fro_interval[0] < float(x.norm()) < found.fro_interval[1]
 
 
-def test_values_of_bfloat16_stored_as_float32_are_seen(tmp_path):
+def test_bfloat16_values_in_float32_are_detected(tmp_path):
     w, _, t = planted(128, 96, 3, 2e-5, 2)
     plain = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
     t[0, 0] += 1e-4  # one entry that was edited by hand, and is not on the grid

@@ -56,7 +56,7 @@ def test_distances_equal_dense_matrices():
     assert found(one).best_scale == pytest.approx(scales[int(np.argmin(errors))], abs=1e-3)
 
 
-def test_pooled_distances_are_those_of_block_diagonal():
+def test_pooled_distances_equal_block_diagonal():
     layers = [layer(RNG.normal(size=(4, 3)), RNG.normal(size=(4, 3))) for _ in range(3)]
     layers.append(layer(np.zeros((4, 3)), np.ones((4, 3))))
     whole = layer(np.hstack([each.d for each in layers]), np.hstack([each.x for each in layers]))
@@ -131,7 +131,7 @@ def test_overlaps_of_random_subspaces_have_their_mean_squares():
     assert not is_near(0.65, 0.2)
 
 
-def test_similarity_of_random_directions_is_that_of_draws():
+def test_random_similarity_equals_monte_carlo():
     m, vectors, rng = 64, 32, np.random.default_rng(4)
     draws = rng.normal(size=(4000, m))
     largest = np.abs(draws[:, :vectors] / np.linalg.norm(draws, axis=1)[:, None]).max(axis=1)
@@ -183,7 +183,7 @@ class Adapter:
     spike: float | None = 0.3
 
 
-def test_outlier_kinds_are_those_planted():
+def test_outlier_kinds_equal_planted_kinds():
     fleet = [Adapter(), Adapter(1.1), Adapter(0.9), Adapter(30.0), Adapter(used=0.5), Adapter(spike=0.95),
              Adapter(spike=1.0, rank=1), Adapter(0.0, dead=3, used=0.1, spike=None), Adapter(used=None)]  # fmt: skip
     expected = [(), (), (), ("norm",), ("over-ranked",), ("spiked",), (), ("dead",), ()]

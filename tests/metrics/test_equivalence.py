@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_diag.metrics.equivalence import LEVEL, MOST_RUNS, Estimate, blocks, runs_needed, welch, within
+from lora_diag.metrics.equivalence import LEVEL, MAX_RUNS, Estimate, blocks, runs_needed, welch, within
 
 LOSS = st.floats(0.5, 5.0)
 
@@ -35,7 +35,7 @@ def test_blocks_equal_two_way_analysis_of_variance():
     assert blocks([{0: 1.0}, {0: 2.0}]) == (0.0, 0)
 
 
-def test_interval_and_its_confidence_are_those_of_scipy():
+def test_interval_and_confidence_equal_scipy():
     rng = np.random.default_rng(1)
     one, two = rng.normal(size=5), rng.normal(0.3, 2.0, size=4)
     error, freedom = welch((one.var(ddof=1) / 5, 4), (two.var(ddof=1) / 4, 3))
@@ -76,7 +76,7 @@ def test_planned_runs_have_power_80_percent():
     assert runs_needed(0.5, 2 * math.sqrt(2), 2) > 3 * n
     assert runs_needed(1e-9, 1.0, 2) is None
     assert runs_needed(1.0, 1.0, 2, fixed=0.6) is None  # a part that more runs do not change
-    assert 2 <= n <= MOST_RUNS
+    assert 2 <= n <= MAX_RUNS
 
 
 def test_estimate_without_error_is_sure():

@@ -79,7 +79,7 @@ def test_scalar_ranks(s):
     assert 1 - 1e-12 <= effective_rank(s) <= len(s) * (1 + 1e-12)
 
 
-def test_equal_values_have_all_ranks_equal_to_their_number():
+def test_equal_singular_values_have_full_ranks():
     s = np.full(6, 0.3)
     assert effective_rank(s) == pytest.approx(6)
     assert stable_rank(s, math.sqrt(6) * 0.3) == pytest.approx(6)

@@ -149,7 +149,7 @@ def test_rounded_base_differs_from_exact_start(share):
     assert noise_of(exact.rounding.noise, 1).fro < 1e-3 * exact.fro
 
 
-def test_sparse_update_is_charged_where_it_moved():
+def test_sparse_update_noise_is_at_changed_entries():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
     delta = torch.from_numpy(rng.standard_normal(base.shape) * 1e-2)

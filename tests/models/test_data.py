@@ -49,7 +49,7 @@ def test_prompt_is_not_predicted_and_long_line_is_cut(tmp_path):
     assert texts.notes == ("1 of 2 lines were cut to 5 tokens",)
 
 
-def test_classifier_sees_both_ends_of_cut_line(tmp_path):
+def test_classifier_keeps_both_ends_of_long_line(tmp_path):
     folder = with_tokenizer(bert(tmp_path / "base"), "<s> $A </s>")
     texts = read(folder, tmp_path / "x.jsonl", '{"text": "the cat sat on a mat", "label": "other"}\n', 5)
     assert texts.sequences[0].ids == (1, 4, 5, 6, 2)
@@ -65,7 +65,7 @@ def test_unknown_label_is_named(tmp_path, label):
         read(bert(tmp_path / "base"), tmp_path / "x.jsonl", line, 5)
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path):
+def test_non_utf8_text_is_refused(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"abc\xff")
     with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 3\)"):
         read_texts(tmp_path / "x.txt", open_model(gpt2(tmp_path / "base"), torch.device("cpu")))

@@ -69,7 +69,7 @@ def sequences(base, path):
     return read_texts(path, model)
 
 
-def test_masking_hides_fifteen_percent_and_changes_nothing_else(case):
+def test_masking_hides_fifteen_percent(case):
     base, _, text, vocabulary = case
     found = sequences(base, text)
     whole = windows(text, vocabulary)
@@ -106,13 +106,13 @@ def test_mask_is_fixed_by_seed_and_line(case, tmp_path):
         assert hidden == sorted(np.argsort(draws)[: max(1, round(0.15 * count))].tolist())
 
 
-def test_text_whose_first_token_alone_is_hidden_is_kept():
+def test_text_with_only_first_token_masked_is_kept():
     sequence = Sequence((MASK,), (7,))
     assert _predicts(sequence, SimpleNamespace(kind="masked"))
     assert not _predicts(sequence, SimpleNamespace(kind="causal"))
 
 
-def test_only_completions_are_hidden_and_cut_line_keeps_its_end(case, tmp_path):
+def test_only_completions_are_masked(case, tmp_path):
     base, _, text, _ = case
     words = text.read_text().split()
     file = tmp_path / "x.jsonl"

@@ -63,7 +63,7 @@ def test_label_is_found_by_name_then_index(tmp_path):
         read_texts(saved([{"text": "a", "label": 7}], tmp_path / "wrong"), model)
 
 
-def test_probe_takes_data_set_where_it_takes_file(tmp_path):
+def test_probe_accepts_data_set_or_file(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     sets = [saved(ROWS, tmp_path / "set"), lines(ROWS, tmp_path / "same.jsonl")]

@@ -277,7 +277,7 @@ def full(shown, names):
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT))
-def test_figure_without_categories_has_none(name):
+def test_figure_without_categories_has_no_colours(name):
     made = {
         "angles": making.results(making.interferences(2)),
         "fleet": making.results(making.adapters(5)),

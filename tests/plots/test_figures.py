@@ -66,7 +66,7 @@ def test_truncated_curve_divides_by_norm_and_ends_with_values():
     np.testing.assert_allclose(shares, np.cumsum(s**2)[ranks - 1] / 81, rtol=1e-12)
 
 
-def test_experts_of_block_are_one_line_their_pointwise_median():
+def test_experts_of_block_are_drawn_as_median():
     spectra = [making.decay(n, 20) for n in (3, 9, 31)]
     records = [making.spectrum(f"h.0.experts.{i}.w1.weight", s) for i, s in enumerate(spectra)]
     ranks, shares = lines(plots.energy(records), records[0].layer)
@@ -347,7 +347,7 @@ PANELS = {
 
 
 @pytest.mark.parametrize("name", PANELS)
-def test_panel_draws_where_it_is_told_and_leaves_notebook_alone(name):
+def test_panel_draws_on_given_axes(name):
     # Asking for the backend would make Matplotlib choose one, and import pyplot to do so.
     keys = set(mpl.rcParams) - {"backend", "backend_fallback"}
     before = {key: mpl.rcParams[key] for key in keys}
@@ -486,7 +486,7 @@ def test_fleet_without_outliers_fills_page_and_names_scale():
 
 
 @pytest.mark.parametrize(("value", "ends"), [(0.0, (0.0, 1.0)), (3.0, (0.0, 3.0)), (-2.0, (-2.0, 0.0))])
-def test_heat_map_of_one_value_has_scale_from_nothing(value, ends):
+def test_heat_map_of_one_value_has_valid_scale(value, ends):
     shown = cells([making.spectrum(f"l.{i}.q.weight", [1.0]) for i in range(2)], "fro")
     shown = dataclasses.replace(shown, values=np.full_like(shown.values, value))
     norm = norm_of([shown])

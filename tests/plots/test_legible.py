@@ -240,7 +240,7 @@ ESCAPED = [case for case in CASES if case[0] == "hostile" or case[:2] == ("1 blo
 
 
 @pytest.mark.parametrize("case", ESCAPED, ids=title)
-def test_svg_is_well_formed_and_its_text_is_text(case):
+def test_svg_is_well_formed_with_text(case):
     _, name, results, options = case
     content = plots.encoded(plots.figure(name, results, **options), "svg")
     root = ElementTree.fromstring(content)

@@ -79,7 +79,7 @@ def test_layers_measured_by_all_runs_are_named_above_panels():
     assert "base → tuned; " in text
 
 
-def test_models_with_same_last_name_have_rows_of_their_own():
+def test_models_with_same_last_name_have_separate_rows():
     figure = plots.figure("outputs", making.probed(making.said(adapters=("a/lora", "b/lora"), sets=("held_out",))))
     assert {label.get_text() for label in figure.axes[0].get_yticklabels()} == {"a/lora", "b/lora"}
 

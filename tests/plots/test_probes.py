@@ -86,7 +86,7 @@ def test_truncation_shows_gaps_with_their_errors():
     assert_names(ax.get_title(loc="left"), "held_out", "r = 64", "94%", "C(64) = 0.89")
 
 
-def test_two_truncations_are_compared_by_what_they_keep():
+def test_two_truncations_are_compared_by_kept_gain():
     runs = [making.probed(making.truncated(tuned=tuned), name=str(tuned)) for tuned in (1.2, 1.6)]
     figure = plots.figure("truncation", runs, labels=["a", "b"])
     ax = figure.axes[0]
@@ -108,7 +108,7 @@ def test_probe_figure_takes_its_own_records_of_mix(name):
     assert plots.why_not("heatmap", both[0]) == "no records"
 
 
-def test_layers_truncated_alone_are_not_all_layers():
+def test_layers_truncated_alone_are_not_pooled():
     alone = making.truncated(module_type="mlp.up_proj")
     ends = making.truncated(ranks=())
     assert_names(plots.why_not("truncation", making.probed(alone)), "layers truncated")

@@ -140,7 +140,7 @@ def test_layer_left_out_for_time_is_measured_by_resume(written, pair_of_models):
     assert resumed.end is not None
 
 
-def test_resume_names_version_that_kept_fewer_settings(written, pair_of_models):
+def test_resume_names_older_version(written, pair_of_models):
     _, path = written
     base, tuned, *_ = pair_of_models
     begun, *rest = path.read_text().splitlines(keepends=True)
@@ -183,7 +183,7 @@ def test_run_resumes_in_writable_file_of_read_only_folder(written, pair_of_model
     assert lora_diag.spectrum(base, tuned, output=path, resume=True) == results
 
 
-def test_text_written_after_torn_line_is_left_alone(written, tmp_path):
+def test_text_after_torn_line_is_kept(written, tmp_path):
     """A record that lacked its newline, then the newline: it was called a line that is not JSON."""
     lines = written[1].read_bytes().splitlines(keepends=True)
     (tmp_path / "growing").write_bytes(b"".join(lines[:3])[:-1])

@@ -201,7 +201,7 @@ def test_arrow_and_parquet_have_columns_of_records(results, values):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
-def test_words_and_numbers_in_one_column_are_words_in_arrow():
+def test_mixed_column_is_text_in_arrow():
     verdicts = [
         Verdict(rule="r", layer=None, measured=m, allowed="", status="passed", severity="error", message="")
         for m in (1.5, "x")

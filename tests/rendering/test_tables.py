@@ -87,7 +87,7 @@ def test_rows_of_dataclasses_and_mappings_share_columns():
     assert {column.justify for column in grid.columns} == {"right"}
 
 
-def test_module_types_say_how_many_layers_they_have():
+def test_module_types_state_layer_count():
     shown = Shown("value", "v", "", main=True)
     rows = [("q_proj", [Made(), Made()]), ("k_proj", [Made()])]
     assert [c.cells for c in grid_of([shown], rows, "type").columns] == [("2", "1"), ("0.5", "0.5")]
@@ -106,7 +106,7 @@ def test_terminal_shows_the_first_rows_and_counts_the_others():
     assert len(grid.rows()) == 5
 
 
-def test_errors_and_chance_stand_around_value():
+def test_errors_and_baseline_are_shown_with_value():
     one = Made(value=0.5, error=0.0123, random=0.04)
     shown = Shown("value", "v", "", share=True, main=True, error="error", chance="random")
     assert cells(shown, [one]) == ["0.50 ±0.012 (0.04)"]

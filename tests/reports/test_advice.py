@@ -79,7 +79,7 @@ def test_full_rank_is_not_sufficient():
     assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
 
 
-def test_shares_are_never_rounded_up_to_all():
+def test_fractions_are_not_rounded_up_to_one():
     nearly = np.sqrt(np.array([0.999, 0.0, 0.0, 0.0, 0.001, *[0.0] * 507]))
     (step,) = advice(evidence(model(nearly)))
     assert_names(step.because, "r=4", ">99%")
@@ -163,7 +163,7 @@ def test_selection_without_norms_has_no_norm_statement():
     assert "hybrid" not in told(model(EASY, left_out=[heavy, selected]))
 
 
-def test_head_that_moved_asks_for_modules_to_save():
+def test_changed_head_suggests_modules_to_save():
     results = model(EASY)
     grown = spectra([*results.layers, spectrum("lm_head.weight", EASY * 10)])
     assert told(grown) == ["train embeddings and head"]
@@ -210,7 +210,7 @@ def test_adapter_is_judged_by_its_own_rank():
     assert told(full, wide) == ["sufficient rank"]
 
 
-def test_advice_without_spectrum_says_what_to_measure():
+def test_advice_without_spectrum_suggests_measurement():
     (step,) = advice(evidence(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])))
     assert_names(step.do, "rank", 4)
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
@@ -250,7 +250,7 @@ def test_gradients_out_of_reach():
 
 @pytest.mark.parametrize("verdict", ["floor-limited", "unresolved"])
 @pytest.mark.parametrize("s", [EASY, FLAT, flat_to(40, 512)], ids=["easy", "flat", "forty"])
-def test_nothing_is_advised_or_found_at_rounding_floor(verdict, s):
+def test_no_advice_at_rounding_floor(verdict, s):
     results = model(s, verdict=verdict)
     assert (told(results), seen(results)) == ([], [])
     records = [residual(layer, 8, kept=0.1, scale=0.3, verdict=verdict) for layer in names(4)]

@@ -140,7 +140,7 @@ def test_energy_order_against_cost_order_is_flagged():
     assert told(fisher(cost[3::-1], cost[:4])) == []  # four have no order
 
 
-def test_two_orders_without_measured_cost_ask_for_one():
+def test_two_orders_without_cost_need_measurement():
     cost = list(range(1, 13))
     (step,) = advice(evidence(fisher(cost[::-1], cost, measured=False)))
     assert step.command == (

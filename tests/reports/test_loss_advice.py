@@ -178,7 +178,7 @@ def test_sweep_names_rank_and_rate_instead_of_weights():
     assert_names(fast.do, "r=4", "learning rate 0.001")
 
 
-def test_sweep_without_rank_leaves_ranks_to_weights():
+def test_sweep_without_rank_uses_weights():
     steps = advice(evidence(model(flat_to(40, 512)), sweep({4: 2.1, 8: 2.2})))
     assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
     sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
@@ -211,7 +211,7 @@ def test_shifted_set_is_judged_separately():
     assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(repeated))[0].command
 
 
-def test_truncation_names_rank_that_ships_fine_tune_itself():
+def test_truncation_names_lossless_rank():
     (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
     assert step.rule == "compress"
     assert_names(step.do, "r=16")

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.markdown import MOST_BYTES, _text, code, markdown_report
+from lora_diag.reports.markdown import MAX_BYTES, _text, code, markdown_report
 from lora_diag.reports.subject import subject_of
 from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector
 from tests.reports.test_html import HOSTILE, evidence, small
@@ -128,9 +128,9 @@ def test_markdown_report_stays_below_60_kb():
         for layer in layers
     )
     text = markdown_report(evidence(replace(run, whole=verdicts)))
-    assert len(text.encode()) < MOST_BYTES
+    assert len(text.encode()) < MAX_BYTES
     assert "and 2960 more" in text
     few = spectra(run.layers[:1], inputs=(("base", "b" * 300), ("tuned", "t" * 300)))
     text = markdown_report(evidence(*[few] * 250))
-    assert len(text.encode()) < MOST_BYTES
+    assert len(text.encode()) < MAX_BYTES
     assert "loradiag report --format html" in text[-200:]

@@ -86,7 +86,7 @@ def test_each_probe_has_tables_and_statements_in_both_formats(command):
         assert all(cell.replace("&lt;", "") in rendered.replace("&lt;", "") for cell in row)
 
 
-def test_numbers_are_those_of_records():
+def test_numbers_equal_records():
     found = cells(html_report(evidence(probed("probe sensitivity"))))
     records = [r for r in probed("probe sensitivity").whole if r.set == "held_out" and r.unit and r.lr == 1e-3]
     for record in records:

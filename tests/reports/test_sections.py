@@ -138,7 +138,7 @@ def test_fleet_page_lists_outliers_and_duplicates_and_no_layers():
     assert "<td><code>a × b</code></td>" in rendered
 
 
-def test_answers_of_two_such_runs_name_their_run():
+def test_answers_of_two_runs_name_their_run():
     text = markdown_report(evidence(interference(), interference(("runs/x", "runs/y"))))
     assert re.findall(r"^- .*: (.* \+ .*)$", text, re.M) == ["sql + chat"] * 2 + ["x + y"] * 2
     assert not re.findall(r"^- .*: .* \+ .*$", markdown_report(evidence(interference(), fleet())), re.M)

@@ -200,7 +200,7 @@ def test_cut_spectrum_is_drawn_over_its_whole_range(sample):
         assert drawn.split()[-2].startswith(known)
 
 
-def test_share_is_never_rounded_up_to_all(sample):
+def test_fraction_is_not_rounded_up_to_one(sample):
     _, rows = rows_of(spectrum_table(sample, 200, per="layer"))
     for record, row in zip(sample, rows, strict=True):
         assert ("1.00" in row.split()) == any((share or 0) >= 1 - 5e-7 for share in record.energy.values())
@@ -212,7 +212,7 @@ def test_columns_are_as_wide_as_their_titles():
     assert "C(1000) C(100000)" in head
 
 
-def test_one_pattern_knows_tables_of_vocabulary_entries():
+def test_one_pattern_matches_vocabulary_tables():
     from lora_diag.records.names import RESIZABLE, part_of
 
     tables = (

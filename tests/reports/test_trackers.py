@@ -35,7 +35,7 @@ def test_payload_numbers_runs_of_one_command():
     assert set(payload_of([SPECTRUM, SPECTRUM]).tables) == {"spectrum_1", "spectrum_2"}
 
 
-def test_card_section_is_replaced_and_the_rest_stays(tmp_path):
+def test_card_section_is_replaced(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
     assert track([SPECTRUM], "hub", str(tmp_path)) == str(card)

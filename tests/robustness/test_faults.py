@@ -88,7 +88,7 @@ def test_full_disk_is_reported_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(("fault", "at"), [("unreadable", 1), ("unreadable", 5), ("shrinking", 3)])
-def test_file_that_fails_while_it_is_read(command: Commands, model: Path, tmp_path: Path, fault: str, at: int) -> None:
+def test_read_error_is_reported(command: Commands, model: Path, tmp_path: Path, fault: str, at: int) -> None:
     case = Case("residual", command, model, tmp_path)
     place = case.fresh()
     for name in ("base", "tuned", "lora", "lora2"):
@@ -105,7 +105,7 @@ def test_file_that_fails_while_it_is_read(command: Commands, model: Path, tmp_pa
     case.goes_on(place)
 
 
-def test_reads_that_give_little_at_time(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_short_reads_are_completed(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     assert case.run(place, short=7).code == case.undisturbed.code
@@ -332,7 +332,7 @@ def test_verify_detects_changed_byte(large: Path, verify: bool) -> None:
             lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run)
 
 
-def test_hash_is_that_of_file(large: Path) -> None:
+def test_hash_equals_file_hash(large: Path) -> None:
     results = lora_diag.spectrum(large / "base", large / "tuned", verify=True)
     assert results.run.inputs[0].sha256 == sha256((large / "base" / "model.safetensors").read_bytes()).hexdigest()
     assert lora_diag.spectrum(large / "base", large / "tuned").run.inputs[0].sha256 == ""
@@ -356,7 +356,7 @@ def test_copy_with_other_times_resumes(large: Path) -> None:
     assert (large / "out").read_bytes() == whole
 
 
-def test_input_that_cannot_be_hashed_is_one_message(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unhashable_input_gives_one_message(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Path, *_: object, **__: object) -> object:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -70,7 +70,7 @@ def test_unfinished_allocation_is_reported(tmp_path: Path) -> None:
     assert_names(table(read_results(tmp_path / "a.jsonl"), 100), "certificate", "missing")
 
 
-def test_results_file_with_zeros_in_it_is_unfinished_run(tmp_path: Path) -> None:
+def test_results_file_with_zeros_is_unfinished(tmp_path: Path) -> None:
     """After a loss of power: neither damaged nor finished."""
     base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
     lora_diag.spectrum(base, tuned, output=tmp_path / "r.jsonl")

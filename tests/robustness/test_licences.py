@@ -14,7 +14,7 @@ def test_every_licence_is_permissive() -> None:
     assert {name: licence for name, licence, _ in table if forbidden(licence)} == {}
 
 
-def test_torch_brings_nothing_else_than_nvidia_licences() -> None:
+def test_torch_adds_only_nvidia_licences() -> None:
     others = {
         name: licence
         for name, licence in cuda_licences().items()

@@ -38,7 +38,7 @@ def test_replaced_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.Monke
     os.close(held)
 
 
-def test_file_system_whose_files_never_have_same_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_with_unstable_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_is_at", lambda *_: False)
     os.close(lock(tmp_path / "a"))
 

@@ -41,7 +41,7 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def test_fused_experts_meet_experts_that_base_stores_one_by_one(tmp_path):
+def test_fused_experts_match_separate_base_experts(tmp_path):
     base = save_model(tmp_path / "base", mixture(1))
     plain = lora_diag.spectrum(base, save_model(tmp_path / "plain", mixture(2)))
     other = lora_diag.spectrum(base, save_model(tmp_path / "fused", fused(mixture(2))))
@@ -50,7 +50,7 @@ def test_fused_experts_meet_experts_that_base_stores_one_by_one(tmp_path):
     assert_names(other.run.inputs[1].notes[0], "3 tensors", "other names")
 
 
-def test_shape_that_does_not_fit_stays_unpaired(tmp_path):
+def test_mismatched_shape_is_unpaired(tmp_path):
     tensors = fused(mixture(2))
     tensors["model.layers.0.mlp.experts.down_proj"] = torch.randn(EXPERTS, HIDDEN, INNER + 1)
     results = lora_diag.spectrum(save_model(tmp_path / "base", mixture(1)), save_model(tmp_path / "fused", tensors))

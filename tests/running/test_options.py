@@ -122,7 +122,7 @@ def test_every_function_with_options_is_checked_here():
     assert {name for name in hidden if not name.startswith(("probe_", "nuclear"))} == set(EXPECTED)
 
 
-def test_filled_adds_defaults_to_what_is_given():
+def test_filled_adds_defaults():
     found = filled(RunOptions, {"layers": "q_proj", "resume": True})
     assert (found["layers"], found["exclude"], found["resume"]) == ("q_proj", None, True)
     assert set(found) == set(declared(RunOptions))

@@ -134,7 +134,7 @@ def test_first_set_decides_rates_others_are_reported():
     assert case.ran == [(4, 1e-3, 7), (4, 3e-3, 7), (4, 1e-3, 8)]
 
 
-def test_second_step_of_largest_size_tells_time(monkeypatch):
+def test_second_step_of_largest_size_is_timed(monkeypatch):
     """The first step of a run also warms the machine up: it is not the time of the others."""
     case, clock, ran = Case({2: 1e-3, 4: 1e-3}, 2), [100.0], []
     monkeypatch.setattr("lora_diag.running.training_runs.time.perf_counter", lambda: clock[0])

@@ -165,12 +165,12 @@ def split(
     return candidates, left_out
 
 
-def _left_out(record: Spectrum, why: str) -> LeftOut:
+def _left_out(record: Spectrum, reason: str) -> LeftOut:
     return LeftOut(
         layer=record.layer,
         shape=record.shape,
         reason="not_selected",
-        detail=why,
+        detail=reason,
         fro=record.fro,
         base_fro=record.base_fro,
     )

@@ -86,7 +86,7 @@ def allocate(
         from lora_diag.decisions.allocate.summary import allocation_table
 
         then = f"{_next(allocation, output, check)}{rate}"
-        result(allocation_table(allocation, *terminal(), per=shown.per, then=then))
+        result(allocation_table(allocation, *terminal(), per=shown.per, next_command=then))
 
 
 @options.spread

@@ -34,7 +34,11 @@ _UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "ener
 
 
 def allocation_table(
-    results: Results[Allocation], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    results: Results[Allocation],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
 ) -> str:
     """Return the table and the summary of an allocation.
 
@@ -43,7 +47,7 @@ def allocation_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
 
     Returns:
         Lines of text, without a trailing newline.
@@ -54,7 +58,7 @@ def allocation_table(
         largest = max((record.rank for record in results), default=0) or 1
         strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
         more.append(Column("by depth", strips, "left", drop=3))
-    return grids_table([grid_of(Allocation.shown, rows, per, more=more)], _lines(results), width, color, then)
+    return grids_table([grid_of(Allocation.shown, rows, per, more=more)], _lines(results), width, color, next_command)
 
 
 def _lines(results: Results[Allocation]) -> list[Statement]:

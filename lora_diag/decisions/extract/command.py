@@ -42,5 +42,5 @@ def extract(
     if shown.table:
         then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
         then += "   (this adapter compared with TUNED)"
-        result(extraction_table(results, *terminal(), per=shown.per, then=then, folder=str(output)))
+        result(extraction_table(results, *terminal(), per=shown.per, next_command=then, folder=str(output)))
     exit_unmeasured(results.unmeasured, "the layer is not in the adapter")

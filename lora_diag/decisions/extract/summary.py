@@ -53,7 +53,7 @@ def extraction_table(
     width: int = 80,
     color: bool = False,
     per: str = "type",
-    then: str | None = None,
+    next_command: str | None = None,
     folder: str | None = None,
 ) -> str:
     """Return the table and the summary of an extraction.
@@ -63,7 +63,7 @@ def extraction_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
         folder: Folder of the adapter.
 
     Returns:
@@ -71,7 +71,7 @@ def extraction_table(
     """
     rows = rows_of(results, per)
     grids = [grid_of(Extraction.shown, rows, per)] if rows else []
-    return grids_table(grids, _lines(results, folder), width, color, then)
+    return grids_table(grids, _lines(results, folder), width, color, next_command)
 
 
 def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:

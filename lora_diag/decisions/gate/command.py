@@ -49,7 +49,7 @@ class ReportOptions(TypedDict, total=False):
 
 @options.spread
 def gate(
-    words: FigureText = None,
+    files_text: FigureText = None,
     *,
     arguments: GateOptions,
     reports: ReportOptions,
@@ -62,7 +62,7 @@ def gate(
 
     Example: loradiag gate policy.toml results.jsonl --junit gate.xml
     """
-    files = list(words or [])
+    files = list(files_text or [])
     policy, output, overwrite, github = (
         reports["policy"],
         reports["output"],
@@ -190,7 +190,7 @@ def _write_reports(
 def _show(results: Results[Any], github: bool, then: str) -> None:
     from lora_diag.decisions.gate.summary import verdict_table
 
-    text = verdict_table(results, *terminal(), then=then)
+    text = verdict_table(results, *terminal(), next_command=then)
     if github:
         import secrets
 

@@ -255,20 +255,22 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, float)
 
 
-def _check_share(test: Comparison, what: str, text: str) -> None:
+def _check_share(test: Comparison, description: str, text: str) -> None:
     """Refuse a threshold outside [0, 1], and a condition that every fraction meets or none does.
 
     Raises:
         ConditionError: The condition is invalid.
     """
     if not _is_number(test.value):
-        raise ConditionError(f"'{text}': {what} is a number and cannot be compared with '{_shown(test.words[0])}'")
+        raise ConditionError(
+            f"'{text}': {description} is a number and cannot be compared with '{_shown(test.words[0])}'"
+        )
     if not 0 <= test.value <= 1:
-        raise ConditionError(f"'{text}': {what} lies between 0 and 1; {test.value:g} cannot be its limit")
+        raise ConditionError(f"'{text}': {description} lies between 0 and 1; {test.value:g} cannot be its limit")
     ends = [test.holds(0.0), test.holds(1.0), test.holds(0.5)]
     if test.operator not in {"==", "!="} and (all(ends) or not any(ends)):
         verb = "always" if all(ends) else "never"
-        raise ConditionError(f"'{text}': {what} lies between 0 and 1, so this is {verb} true and has no effect")
+        raise ConditionError(f"'{text}': {description} lies between 0 and 1, so this is {verb} true and has no effect")
 
 
 def _unknown(name: str) -> str:

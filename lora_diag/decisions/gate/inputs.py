@@ -50,13 +50,13 @@ def _is_current(source: Source, present: Present) -> Verdict:
     return _verdict(f"{present.role} {present.path}", measured, "unchanged since measured", status, message)
 
 
-def _is_recent(source: Source, most: timedelta, now: datetime) -> Verdict:
-    made, allowed = source.results.run.made, f"made within {shown(most)}"
+def _is_recent(source: Source, max_age: timedelta, now: datetime) -> Verdict:
+    made, allowed = source.results.run.made, f"made within {shown(max_age)}"
     if not made:
         text = "does not say when it was made: measure again"
         return _verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
     age = now - datetime.fromisoformat(made).astimezone(UTC)
-    if age > most:
+    if age > max_age:
         text = f"is {shown(age)} old: measure again"
     elif age < -CLOCKS:
         text = "was made in the future by this machine's clock: correct the clock, or measure again"

@@ -326,5 +326,5 @@ def _verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
     )
 
 
-def _empty_verdict(demand: Criterion, allowed: str, why: str) -> Verdict:
-    return _verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, why), "inconclusive")
+def _empty_verdict(demand: Criterion, allowed: str, reason: str) -> Verdict:
+    return _verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, reason), "inconclusive")

@@ -44,22 +44,22 @@ def line_of(text: str, path: Path) -> int:
     return without + 1 if path else 1
 
 
-def _readable(lines: list[str], number: int, least: int) -> tuple[int, Any]:
+def _readable(lines: list[str], number: int, first: int) -> tuple[int, Any]:
     """Return the longest valid piece of at most ``number`` lines, and its contents."""
-    while number > least:
+    while number > first:
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return number, tomllib.loads("\n".join(lines[:number]))
         number -= 1
-    return least, {}
+    return first, {}
 
 
-def _readable_from(lines: list[str], number: int, most: int) -> tuple[int, Any]:
+def _readable_from(lines: list[str], number: int, last: int) -> tuple[int, Any]:
     """Return the shortest valid piece of at least ``number`` lines, and its contents."""
-    while number < most:
+    while number < last:
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return number, tomllib.loads("\n".join(lines[:number]))
         number += 1
-    return most, {}
+    return last, {}
 
 
 def _holds(document: Any, path: Path) -> bool:

@@ -111,5 +111,5 @@ def _content(path: str) -> str:
     return content_hash(files_of(open_source(local).checkpoint if is_adapter(local) else open_checkpoint(path)))
 
 
-def _state(run_input: RunInput, now: str, state: str, why: str) -> Present:
-    return Present(run_input.role, run_input.path, run_input.fingerprint, now, state, why)
+def _state(run_input: RunInput, now: str, state: str, reason: str) -> Present:
+    return Present(run_input.role, run_input.path, run_input.fingerprint, now, state, reason)

@@ -125,7 +125,7 @@ def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdi
 
 
 def verdict_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
     """Return the result of a gate: its failures, then a summary.
 
@@ -134,11 +134,11 @@ def verdict_table(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: Not used: failures are always listed by layer.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
     shown = _shown(bad)
-    summary = summary_of(_lines(results, shown, bad), then)
+    summary = summary_of(_lines(results, shown, bad), next_command)
     return to_text(Group(_table(shown, width), summary) if shown else summary, width, color)
 
 

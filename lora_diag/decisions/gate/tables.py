@@ -49,14 +49,14 @@ class Table(BaseModel):
         return values
 
 
-def is_a(what: str) -> WrapValidator:
+def is_a(description: str) -> WrapValidator:
     """Replace pydantic's message by a description of valid values."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
             return handler(value)
         except ValidationError:
-            raise ValueError(f"{info.field_name} is {what}, not {quoted(value)}") from None
+            raise ValueError(f"{info.field_name} is {description}, not {quoted(value)}") from None
 
     return WrapValidator(check)
 

@@ -47,4 +47,4 @@ def plan(
     ]
     then = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, chosen)])}"
     if not shown.quiet:
-        result(plan_table(found, *terminal(), then=then))
+        result(plan_table(found, *terminal(), next_command=then))

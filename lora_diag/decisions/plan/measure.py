@@ -113,14 +113,16 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
     return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
 
 
-def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[int], asked: str, budget: int) -> PlanFit:
+def fit(
+    matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[int], requested: str, budget: int
+) -> PlanFit:
     """Return the ranks that a budget of parameters allows.
 
     Args:
         matrices: All matrices of the model.
         targeted: Names of the matrices with LoRA.
         ranks: The requested ranks.
-        asked: The option as given.
+        requested: The option as given.
         budget: Budget in parameters.
 
     Example:
@@ -145,7 +147,7 @@ def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[in
             break
         doubled += 1
     return PlanFit(
-        asked=asked,
+        asked=requested,
         budget=budget,
         rank=rank,
         full_rank=full_rank,

@@ -23,20 +23,20 @@ from lora_diag.rendering.tables import Rows, grid_of, grids_table
 from lora_diag.rendering.text import byte_count, percent, safe, short
 
 
-def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | None = None) -> str:
+def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: str | None = None) -> str:
     """Return the tables and the summary of a plan.
 
     Args:
         plan: The costs.
         width: Columns of the terminal; 80 are enough.
         color: Whether to use ANSI colours.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
 
     Returns:
         Lines of text, without a trailing newline.
     """
     grids = [_types(plan), _ranks(plan), *([_costs(plan)] if plan.costs else [])]
-    return grids_table(grids, _lines(plan), width, color, then)
+    return grids_table(grids, _lines(plan), width, color, next_command)
 
 
 def _types(plan: Plan) -> Grid:

@@ -63,7 +63,7 @@ def recover(
             words = ["loradiag", "residual", str(base), str(tuned), str(output)]
             then = f"{shlex.join(words)}   (distance to the files' difference, rounding included)"
         folder = str(output) if writes else None
-        result(recovery_table(results, *terminal(), per=shown.per, then=then, folder=folder))
+        result(recovery_table(results, *terminal(), per=shown.per, next_command=then, folder=folder))
     exit_unmeasured(results.unmeasured, "the layer was left out")
     if not found:
         raise typer.Exit(INCONCLUSIVE)

@@ -20,7 +20,7 @@ def recovery_table(
     width: int = 80,
     color: bool = False,
     per: str = "type",
-    then: str | None = None,
+    next_command: str | None = None,
     folder: str | None = None,
 ) -> str:
     """Return the table and the summary of a run of ``recover``.
@@ -30,11 +30,11 @@ def recovery_table(
         width: Columns of the terminal; 80 are enough, 140 are used.
         color: Whether to use ANSI colours.
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
+        next_command: The command that a user would run next.
         folder: Where the adapter or the checkpoint is; None if none was written.
     """
     grids = record_grids(results, per)
-    return grids_table(grids, [*recovery_lines(results), *_written(results, folder)], width, color, then)
+    return grids_table(grids, [*recovery_lines(results), *_written(results, folder)], width, color, next_command)
 
 
 def recovery_lines(results: Results[Recovery]) -> list[Statement]:

@@ -53,7 +53,7 @@ def tune(
     with shown.callbacks(notes=True) as callbacks:
         results = choose(base, output, **arguments, **callbacks)
     if dry and shown.table:
-        result(tune_table(results, *terminal(), then=rerun_command("--yes").replace(" --dry-run", "")))
+        result(tune_table(results, *terminal(), next_command=rerun_command("--yes").replace(" --dry-run", "")))
     found = next(iter(results.whole_of(Tune)), None)
     if found is None:
         if not dry:
@@ -63,7 +63,7 @@ def tune(
         then = (
             f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"
         )
-        result(tune_table(results, *terminal(), then=then))
+        result(tune_table(results, *terminal(), next_command=then))
     if not found.significant:
         message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
         raise typer.Exit(INCONCLUSIVE)

@@ -20,7 +20,7 @@ SHORT = 4
 # Learning rates that continue after it.
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
-LEAST_STEPS = 10
+MIN_STEPS = 10
 # Most runs of stability and escalation, in addition to the seeds of confirmed ones.
 TRIALS = 6
 # Factor for opening models, writing files and a busy machine.
@@ -43,21 +43,21 @@ class Costs:
     full_step: float = 0.0
     slots: int = 1
 
-    def seconds(self, runs: int, one: float, rounds: int) -> float:
+    def seconds(self, runs: int, step_seconds: float, rounds: int) -> float:
         """Return an upper bound on the duration of runs in rounds, each of which waits for the one before.
 
         Σ⌈nᵢ/s⌉ ≤ ⌈Σnᵢ/s⌉ + rounds − 1 for rounds of nᵢ runs on s slots.
 
         Args:
             runs: Number of runs of all rounds.
-            one: Seconds of one run.
+            step_seconds: Seconds of one run.
             rounds: Number of them.
 
         Example:
             >>> Costs(1.0, 0.0).seconds(6, 2.0, 3), Costs(1.0, 0.0, slots=4).seconds(6, 2.0, 3)
             (12.0, 8.0)
         """
-        return one * min(runs, math.ceil(runs / self.slots) + rounds - 1)
+        return step_seconds * min(runs, math.ceil(runs / self.slots) + rounds - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS
 
 
 def _halve_steps(search: Search) -> Search:
-    return replace(search, steps=max(LEAST_STEPS, search.steps // 2))
+    return replace(search, steps=max(MIN_STEPS, search.steps // 2))
 
 
 # Omissions in the order in which they are applied until the search fits.

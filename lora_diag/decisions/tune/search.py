@@ -156,12 +156,12 @@ class Tuner:
         decisions = (decision for decision in self.kept.records if isinstance(decision, TuneDecision))
         return next((decision for decision in decisions if (decision.stage, decision.name) == (stage, name)), None)
 
-    def decide(self, stage: str, name: str, outcome: Any, why: str, **fields: Any) -> TuneDecision:
+    def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> TuneDecision:
         """Record a decision, and report it as a note."""
-        decision = TuneDecision(stage=stage, name=name, outcome=outcome, why=why, **fields)
+        decision = TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields)
         if self.decided(stage, name) is None:
             self.kept.put(decision)
-            self.kept.watch.note(f"{stage}: {name} {outcome}: {why}")
+            self.kept.watch.note(f"{stage}: {name} {outcome}: {reason}")
         return decision
 
     # -- stages ------------------------------------------------------------------------------------------------------
@@ -398,9 +398,9 @@ class Tuner:
             found.append(Variant(name, config, incumbent.lr, self.plan.steps))
         return found
 
-    def _allocated(self, params: int, least: int, **options: Any) -> Results[Allocation]:
+    def _allocated(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
         """Return ranks from the pilot's spectrum."""
-        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=least, layers=ADAPTED, **options)
+        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ADAPTED, **options)
 
     def _gradient_weights(self) -> Path:
         """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
@@ -471,9 +471,11 @@ class Tuner:
         """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""
         return f"not ahead by the tolerance of {self.tolerance:.4f} nats" if self.tolerance else "not ahead"
 
-    def _record_gap(self, stage: str, variant: Variant, outcome: str, why: str, gap: float) -> None:
+    def _record_gap(self, stage: str, variant: Variant, outcome: str, reason: str, gap: float) -> None:
         known = gap if math.isfinite(gap) else None
-        self.decide(stage, variant.name, outcome, why, lr=variant.lr, params=self._params(variant), gap=known, seeds=1)
+        self.decide(
+            stage, variant.name, outcome, reason, lr=variant.lr, params=self._params(variant), gap=known, seeds=1
+        )
 
     def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
         """Train a challenger and the incumbent with the same seeds; return whether the challenger is kept."""
@@ -540,14 +542,16 @@ class Tuner:
         """Return whether the plan and the time allow another trial, in addition to the seeds of confirmed ones."""
         return self._trained < self.plan.trials and self.allows(runs)
 
-    def _result_of_trial(self, incumbent: Variant, trial: Variant, why: str) -> Variant:
+    def _result_of_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
         self._trained += 1
         self.trials.train(self._with_adapter(trial))
         trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
         incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
         gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
         if gap >= -self.tolerance:
-            self._record_gap("stability", trial, "rejected", f"{why}; {self._reason_to_stop()} at the first seed", gap)
+            self._record_gap(
+                "stability", trial, "rejected", f"{reason}; {self._reason_to_stop()} at the first seed", gap
+            )
             return incumbent
         return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
 
@@ -684,13 +688,13 @@ class Tuner:
         config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *more]}
         return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(more[:NAMED])
 
-    def _record_full(self, swept: Swept, incumbent: Variant, why: str) -> None:
+    def _record_full(self, swept: Swept, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""
         row = self._full(swept)
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
             total = self.target.total
-            self.decide("escalation", "full fine-tuning", "proposed", why, params=total, seconds=seconds)
+            self.decide("escalation", "full fine-tuning", "proposed", reason, params=total, seconds=seconds)
             return
         full = self.trials.runs("full", row.lr)
         own_runs = self.trials.runs(incumbent.name, incumbent.lr)

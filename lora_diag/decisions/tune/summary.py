@@ -16,13 +16,13 @@ from lora_diag.rendering.text import count, duration, percent, plus_minus, safe,
 
 
 def tune_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
     """Return the choice, without the trail of decisions; the plan alone where nothing was trained."""
     plan = next(iter(results.whole_of(TunePlan)), None)
     if plan is not None and not results.whole_of(Tune) and not results.whole_of(TuneTrial):
         return plan_text(plan, width, color)
-    return to_text(Group(summary_of(tune_lines(results), then)), width, color)
+    return to_text(Group(summary_of(tune_lines(results), next_command)), width, color)
 
 
 def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:

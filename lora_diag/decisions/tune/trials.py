@@ -192,7 +192,7 @@ def trained(
     sets: Sequence[Texts],
     grid: str | None,
     run: TrialRun,
-    after: Callable[[], None],
+    after_step: Callable[[], None],
 ) -> list[TuneTrial]:
     """Train a configuration, and return its record on every set.
 
@@ -202,7 +202,7 @@ def trained(
         sets: Evaluation sets.
         grid: Grid of BASE's linear layers; None without rounding.
         run: The run.
-        after: Called after every step and every batch.
+        after_step: Called after every step and every batch.
     """
     variant, params = run.variant, 0
 
@@ -216,7 +216,7 @@ def trained(
     training = replace(training, steps=variant.steps, kind=kind, decay=variant.decay)
     cell = Cell(int(variant.config["r"]), variant.lr, run.seed)
     with rounded(inner_layers(model.module).values(), grid):
-        found, train_loss = losses_after(model, cell, training, sets, after, keep)
+        found, train_loss = losses_after(model, cell, training, sets, after_step, keep)
     return [
         trial_of(each, losses, variant, run.seed, params, train_loss) for each, losses in zip(sets, found, strict=True)
     ]

@@ -37,7 +37,7 @@ _WORDS = {
 
 
 def fleet_table(
-    results: Results[Fleet], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    results: Results[Fleet], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
     """Return the tables and the summary of a fleet.
 
@@ -46,13 +46,13 @@ def fleet_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
         per: ``layer`` for one row per adapter, ``type`` for outliers only.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
 
     Returns:
         Lines of text, without a trailing newline.
     """
     pairs = pairs_of(results)
-    return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, then)
+    return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, next_command)
 
 
 def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:

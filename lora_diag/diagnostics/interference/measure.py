@@ -35,7 +35,7 @@ def size(task: LayerUpdates, settings: InterferenceSettings) -> int:
     With a memory limit, the result is at least the need and at most the limit.
     """
     if settings.memory is not None:
-        return min(settings.memory, most_bytes(task, settings))
+        return min(settings.memory, max_bytes(task, settings))
     dense = [u for u in task.updates if not isinstance(u.delta, FactoredDelta)]
     vectors = 8 * min(task.shape) * sum(task.shape)
     return (
@@ -45,7 +45,7 @@ def size(task: LayerUpdates, settings: InterferenceSettings) -> int:
     )
 
 
-def most_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
+def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     """Return the largest memory of a layer in bytes: the stored part of every update, and the most expensive step.
 
     An update without factors keeps ΔW and all singular vectors. The steps are decomposing one update, decomposing the
@@ -82,7 +82,7 @@ def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     """
     if settings.memory is None:
         return
-    needed, without = most_bytes(task, settings), most_bytes(task, replace(settings, density=0.0))
+    needed, without = max_bytes(task, settings), max_bytes(task, replace(settings, density=0.0))
     fix = "--density 0, which leaves out TIES and sign conflicts" if without <= settings.memory else "--exclude it"
     factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
     what = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"

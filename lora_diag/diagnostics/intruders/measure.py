@@ -44,19 +44,19 @@ def size(delta: Delta, settings: IntruderSettings) -> int:
     With a memory limit, the result is at least the need and at most the limit.
     """
     if settings.memory is not None:
-        return min(settings.memory, most_bytes(delta, settings))
+        return min(settings.memory, max_bytes(delta, settings))
     rows, columns = delta.shape
     smaller = min(rows, columns)
     return 3 * 4 * rows * columns + 8 * smaller * (2 * smaller + rows + columns)
 
 
-def most_bytes(delta: Delta, settings: IntruderSettings) -> int:
+def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
     """Return the largest memory of a layer in bytes: ΔW, both weights, and the vectors of both.
 
     Example:
         >>> from lora_diag.deltas import FactoredDelta
         >>> delta = FactoredDelta("w", (4096, 4096), lambda: None, ("bfloat16", "bfloat16"))
-        >>> round(most_bytes(delta, IntruderSettings()) / 2**20)
+        >>> round(max_bytes(delta, IntruderSettings()) / 2**20)
         1152
     """
     entry = 8 if "float64" in delta.dtypes else 4
@@ -88,7 +88,7 @@ def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | Lef
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
     if settings.memory is not None and device.type == "cpu":  # the limit applies to the machine's memory
         what = "both weights with all singular vectors of BASE take"
-        require(most_bytes(delta, settings), settings.memory, delta.shape, what, "--exclude it")
+        require(max_bytes(delta, settings), settings.memory, delta.shape, what, "--exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change)

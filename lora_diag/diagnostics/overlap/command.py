@@ -49,7 +49,7 @@ def overlap(
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
             message(f"--show-rank {rank}: larger than all layers and adapters; another rank is shown")
         then = _next(arguments["output"], shown.per) if results.layers else None
-        result(overlap_table(results, *terminal(), per=shown.per, rank=rank, then=then))
+        result(overlap_table(results, *terminal(), per=shown.per, rank=rank, next_command=then))
     exit_unmeasured(results.unmeasured, "left out")
 
 

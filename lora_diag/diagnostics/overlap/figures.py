@@ -170,7 +170,7 @@ def _step_axis(ax: Axes, steps: Sequence[int], inches: float, style: PageStyle |
     label_ticks(ax, (low, high, *steps), inches, style)
 
 
-def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, most: int) -> tuple[Key, ...]:
+def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, max_layers: int) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     several = len(series) > 1
     found = []
@@ -181,7 +181,7 @@ def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, 
         line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if several else "-")
         found.append(Key(line, f"{name}, median layer"))
     if not several:
-        banded = per == "type" or most > SINGLE
+        banded = per == "type" or max_layers > SINGLE
         what, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
         found.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), what))
     found.append(Key(Line2D([], [], color=QUIET, lw=1.2 * width, ls=(0, (1, 1.5))), "random subspaces"))
@@ -194,7 +194,7 @@ def _texts(
     rank: int,
     per: str,
     missing: int,
-    most: int,
+    max_layers: int,
     style: PageStyle,
 ) -> FigureText:
     layers = len({record.layer for one in series for record in one.records})
@@ -212,7 +212,7 @@ def _texts(
         f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
         "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
         (" ".join(notes),) if notes else (),
-        _keys(series, per, style, most),
+        _keys(series, per, style, max_layers),
     )
 
 

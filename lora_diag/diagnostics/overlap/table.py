@@ -30,7 +30,7 @@ def overlap_table(
     width: int = 80,
     color: bool = False,
     per: str = "type",
-    then: str | None = None,
+    next_command: str | None = None,
     rank: int | None = None,
 ) -> str:
     """Return the table and the summary of an overlap run.
@@ -40,7 +40,7 @@ def overlap_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to shade κ with ANSI colours.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
         rank: The rank to show; default 16, or the adapter's own.
 
     Returns:
@@ -48,7 +48,7 @@ def overlap_table(
     """
     tracked = tracks(results, rank)
     grids = [_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
-    return grids_table(grids, lines(results, tracked), width, color, then)
+    return grids_table(grids, lines(results, tracked), width, color, next_command)
 
 
 def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
@@ -69,11 +69,11 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     return grid_of((), rows, per, f"{caption} ({NEAR} near random)", more=columns)
 
 
-def _spread(steps: Sequence[int], most: int) -> list[int]:
+def _spread(steps: Sequence[int], count: int) -> list[int]:
     """Return at most this many steps, evenly spaced, including the first and the last."""
-    if len(steps) <= most:
+    if len(steps) <= count:
         return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
 def _at_step(rows: Rows, step: int, before: str) -> Column:

@@ -153,7 +153,7 @@ def _fits(shown: Cells, inches: float, size: float) -> bool:
     return max(width_of(name, size) for name in shown.programs) < 0.92 * inches / len(shown.programs)
 
 
-def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, most: float, inches: float) -> None:
+def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width: float, inches: float) -> None:
     step = len(shown.depths) * (1 + _GAP)
     for number, program in enumerate(shown.programs):
         left = number * step - 0.5
@@ -166,7 +166,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, most: flo
     ax.set_xlim(-0.5, len(shown.programs) * step - 0.5 - len(shown.depths) * _GAP)
     ax.set_ylim(len(shown.types) - 0.5, -0.5)
     ax.set_yticks(
-        range(len(shown.types)), list(cropped_all(shown.types, most, size).values()), parse_math=False, size=size
+        range(len(shown.types)), list(cropped_all(shown.types, max_width, size).values()), parse_math=False, size=size
     )
     middles = [number * step - 0.5 + len(shown.depths) / 2 for number in range(len(shown.programs))]
     ax.set_xticks(middles, list(shown.programs), parse_math=False, size=size)

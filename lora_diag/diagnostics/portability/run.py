@@ -100,17 +100,17 @@ def portability(
     )
 
 
-def choose(words: Sequence[str], form: str) -> Chosen:
+def choose(names: Sequence[str], form: str) -> Chosen:
     """Return the named consumers, each with the rule of its version.
 
     Args:
-        words: Names, with or without a version; empty for those that read files of this layout.
+        names: Names, with or without a version; empty for those that read files of this layout.
         form: The layout of the adapter's files.
 
     Raises:
         UsageError: A consumer is unknown, or has no rule for the version.
     """
-    named = words or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
+    named = names or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
     chosen: Chosen = {}
     for word in named:
         name, _, version = word.partition("==")

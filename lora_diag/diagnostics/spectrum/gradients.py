@@ -39,16 +39,16 @@ def size(history: History, settings: SpectrumSettings) -> int:
     With a memory limit, the result is at least the need and at most the limit.
     """
     if settings.memory is not None:
-        return min(settings.memory, most_bytes(history))
+        return min(settings.memory, max_bytes(history))
     rows, columns = history.shape
     return 4 * rows * columns + 16 * _largest_order(history.shape) ** 2
 
 
-def most_bytes(history: History) -> int:
+def max_bytes(history: History) -> int:
     """Return the largest memory of a layer in bytes: one gradient, and the largest Gram matrix that is computed.
 
     Example:
-        >>> round(most_bytes(History("w", (4096, 4096), ())) / 2**20)
+        >>> round(max_bytes(History("w", (4096, 4096), ())) / 2**20)
         384
     """
     order = _largest_order(history.shape)
@@ -108,7 +108,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     """Read the gradients once for each side: two concurrent Gram matrices would take twice the memory."""
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         what = "a gradient and its Gram matrix take"
-        require(most_bytes(history), settings.memory, history.shape, what, "--exclude it")
+        require(max_bytes(history), settings.memory, history.shape, what, "--exclude it")
     spacing = Spacing.of(_stacked(history))
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_gradients(history, device, left, spacing), settings.top)

@@ -13,7 +13,7 @@ from lora_diag.rendering.text import spark, strip
 
 
 def spectrum_table(
-    results: Results[Spectrum], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    results: Results[Spectrum], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
     """Return the table and the summary of a spectrum run.
 
@@ -22,7 +22,7 @@ def spectrum_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to shade C(r) with ANSI colours.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
-        then: The suggested next command, printed last.
+        next_command: The suggested next command, printed last.
 
     Returns:
         Lines of text, without a trailing newline.
@@ -33,7 +33,7 @@ def spectrum_table(
         more.append(_by_depth(rows, usual_ranks(results.run.settings["ranks"])[0], width))
     shown = Spectrum.shown_of(results.run.settings, results.layers)
     grids = [grid_of(shown, rows, per, more=more)] if rows else []
-    return grids_table(grids, summary_lines(results), width, color, then)
+    return grids_table(grids, summary_lines(results), width, color, next_command)
 
 
 def _spark(records: Sequence[Spectrum]) -> str:

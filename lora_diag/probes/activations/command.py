@@ -41,4 +41,4 @@ def activations(
     elif not shown.quiet:
         kfac = " --kfac" if arguments["output_gradients"] else ""
         then = f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(output))}{kfac}"
-        result(activations_table(recorded, *terminal(), per=shown.per, then=then))
+        result(activations_table(recorded, *terminal(), per=shown.per, next_command=then))

@@ -12,11 +12,11 @@ from lora_diag.rendering.text import count, named, safe, short
 
 
 def activations_table(
-    recorded: Activations, width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    recorded: Activations, width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
     """Return the table of recorded layers, one row per module ``type`` (medians) or per ``layer``, and a summary."""
     rows = rows_of(recorded.layers, per)
-    return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, then)
+    return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, next_command)
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:

@@ -121,8 +121,8 @@ def _bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBou
     return sorted((record for record in of_set if record.along == along), key=lambda record: record.rank)
 
 
-def _values(records: Sequence[LossBound], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    values = [r.linear + r.upper if what == "bound" else float(getattr(r, what)) for r in records]
+def _values(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    values = [r.linear + r.upper if quantity == "bound" else float(getattr(r, quantity)) for r in records]
     return np.array([value if value > 0 else np.nan for value in values])
 
 

@@ -33,7 +33,7 @@ from lora_diag.rendering.figures.style import (
 # Markers of the predictors.
 MARKS = ("o", "s", "D", "v", "^")
 # Tails below this fraction of the largest are rounding errors.
-LEAST = 1e-5
+SMALLEST_SHOWN = 1e-5
 
 
 def find_obstacle(records: Sequence[Fisher], options: Options) -> str | None:
@@ -159,10 +159,13 @@ def _draw_tails(
     if rest.any():
         ax.plot(ranks, np.where(rest > 0, rest, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
     high = max(float(tail.max()) for tail in curves.values())
-    visible = np.concatenate([tail[tail > LEAST * high] for tail in (*curves.values(), rest)])
+    visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in (*curves.values(), rest)])
     ax.set_ylim(float(visible.min()) / 2, max(high, float(rest.max())) * 2)
     ax.yaxis.set_major_formatter(log_label)
-    end = int(max((np.flatnonzero(tail > LEAST * high).max(initial=0) for tail in curves.values()), default=0)) + 1
+    end = (
+        int(max((np.flatnonzero(tail > SMALLEST_SHOWN * high).max(initial=0) for tail in curves.values()), default=0))
+        + 1
+    )
     rank_axis(ax, end, (), style, inches)
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="½F(r) (nats)")
 

@@ -131,7 +131,7 @@ def bytes_of(shape: tuple[int, int]) -> int:
     return 8 * k * (sum(shape) + 2 * k)
 
 
-def groups_of(layers: Mapping[str, tuple[int, int]], most: int = PASS_BYTES) -> Iterator[list[str]]:
+def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) -> Iterator[list[str]]:
     """Yield the layers of each pass over the text, grouped by memory.
 
     >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, most=2 * 8 * 8 * 32)]
@@ -140,7 +140,7 @@ def groups_of(layers: Mapping[str, tuple[int, int]], most: int = PASS_BYTES) -> 
     group: list[str] = []
     taken = 0
     for layer, shape in layers.items():
-        if group and taken + bytes_of(shape) > most:
+        if group and taken + bytes_of(shape) > limit:
             yield group
             group, taken = [], 0
         group.append(layer)

@@ -204,5 +204,5 @@ class _Probe:
         self._as_tuned()
         return found
 
-    def _as_tuned(self, but: Mapping[str, int] | None = None) -> None:
-        self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(but or {})})
+    def _as_tuned(self, except_layers: Mapping[str, int] | None = None) -> None:
+        self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(except_layers or {})})

@@ -135,10 +135,10 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
+def _finding(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
     """Return the label of a set with the smallest sufficient subspace and LoRA."""
     if len(runs) > 1:
-        return called
+        return label
     lines = []
     for subject, word in (("subspace", "d"), ("lora", "LoRA r")):
         answer = reached(runs[0], subject, share)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
             lines.append(f"{word}\xa0=\xa0{_size(answer.line)} reaches {share:.0%}")
         elif answer.below is not None:
             lines.append(f"{word}\xa0=\xa0{_size(answer.below)} reaches {_below(answer.below.share, share)}")
-    return f"{called}: {', '.join(lines)}" if lines else called
+    return f"{label}: {', '.join(lines)}" if lines else label
 
 
 def _below(found: float, wanted: float) -> str:

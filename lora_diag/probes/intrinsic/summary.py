@@ -98,18 +98,18 @@ def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: 
     return on_set(name, *lines, answer=answer)
 
 
-def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
+def _answer(answer: Reached, subject: str, settings: dict[str, Any]) -> str:
     line, below = answer.line, answer.below
     if line is None:
         if below is None:
-            return f"{what}: no run is finished with a finite loss"
-        requested = settings["dims"] if what == "d" else settings["ranks"]
-        return f"{what}: not reached up to {what.split()[-1]}={max(requested)}, whose gain is {_shares(below)}"
-    text = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"
-    if what != "d":
+            return f"{subject}: no run is finished with a finite loss"
+        requested = settings["dims"] if subject == "d" else settings["ranks"]
+        return f"{subject}: not reached up to {subject.split()[-1]}={max(requested)}, whose gain is {_shares(below)}"
+    text = f"{subject}={line.size} is the smallest that reaches it, with {_shares(line)}"
+    if subject != "d":
         text += f" and {count(line.params)} parameters"
     if below is not None:
-        text += f"; {what}={below.size} gains {_shares(below)}"
+        text += f"; {subject}={below.size} gains {_shares(below)}"
     if len(line.shares) > 1 and not answer.certain:
         text += "; not with every seed, so the next larger size is safer"
     if answer.missed:

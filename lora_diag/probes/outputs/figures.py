@@ -139,14 +139,14 @@ def _others(records: Iterable[Probe]) -> list[Probe]:
     return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
 
 
-def _rows(of_set: Sequence[Probe], called: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
+def _rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
     found = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
     # A distant BASE would compress the axis of all others; its gap is in the table.
     others = _others(found)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
     return [
         Row(
-            called[record.subject, record.name],
+            labels[record.subject, record.name],
             record.gap or 0.0,
             None if record.gap_error is None else 2 * record.gap_error,
             color or _COLORS.get(record.subject, INK),
@@ -169,10 +169,10 @@ def _called(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
 
 
 def _lines(
-    of_set: Sequence[Probe], called: Mapping[tuple[str, str], str], prefix: str = ""
+    of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], prefix: str = ""
 ) -> list[tuple[str, Sequence[float | None]]]:
     return [
-        (f"{prefix}{called[record.subject, record.name]}", record.hidden) for record in _others(of_set) if record.hidden
+        (f"{prefix}{labels[record.subject, record.name]}", record.hidden) for record in _others(of_set) if record.hidden
     ]
 
 

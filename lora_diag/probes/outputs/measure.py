@@ -94,7 +94,7 @@ def outputs(
     contenders: Sequence[Contender],
     texts: Texts,
     size: int,
-    after: Callable[[str], None],
+    after_batch: Callable[[str], None],
 ) -> Iterator[Probe]:
     """Yield one record for each contender on one set.
 
@@ -103,13 +103,13 @@ def outputs(
         contenders: BASE first, TUNED second, then the others.
         texts: The set.
         size: Sequences in a batch.
-        after: Called after every batch.
+        after_batch: Called after every batch.
     """
     sums = [_Sums() for _ in contenders]
     for chunk in chunks(model, texts, size):
-        ends = [_answer(model, contender, chunk, size, after) for contender in contenders[:2]]
+        ends = [_answer(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
-            found = ends[i] if i < 2 else _answer(model, contender, chunk, size, after)
+            found = ends[i] if i < 2 else _answer(model, contender, chunk, size, after_batch)
             for answer, tuned in zip(found, ends[1], strict=True):
                 sums[i].add(answer, tuned)
     for contender, own in zip(contenders, sums, strict=True):
@@ -127,7 +127,9 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
         yield replace(texts, sequences=texts.sequences[first : first + step])
 
 
-def _answer(model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]) -> list[_Answer]:
+def _answer(
+    model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
+) -> list[_Answer]:
     """Return the outputs of a model for every sequence, with the contender's weights in place."""
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
@@ -139,7 +141,7 @@ def _answer(model: Model, contender: Contender, chunk: Texts, size: int, after: 
             logits, labels = counted(model, sequence, out.logits[i])
             hidden = tuple(states[i, : len(sequence.ids)].float() for states in out.hidden_states or ())
             found.append(_Answer(logits.float(), labels, hidden))
-        after(contender.name or contender.subject)
+        after_batch(contender.name or contender.subject)
     if contender.swapped is not None:
         contender.swapped.arrange({})
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_diag.metrics.equivalence import MOST_RUNS
+from lora_diag.metrics.equivalence import MAX_RUNS
 from lora_diag.probes.outputs.choice import Choice, Rival, choices
 from lora_diag.probes.outputs.contest import Contest, contests_of
 from lora_diag.records import Probe, Results
@@ -137,7 +137,7 @@ def _gap_text(rival: Rival) -> str:
     span = f"{rival.behind:+.4f} [{rival.behind - rival.half:.4f}, {rival.behind + rival.half:.4f}]"
     if rival.worse:
         return span
-    needed = f"more than {MOST_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
+    needed = f"more than {MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
     return f"{span}, {needed} sequences would decide"
 
 

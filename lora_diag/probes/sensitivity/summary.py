@@ -28,7 +28,7 @@ from lora_diag.rendering.tables import Rows, columns_of
 from lora_diag.rendering.text import short
 
 # Maximum number of rows of the table in a terminal; the file and the HTML report have all.
-MOST = 40
+MAX_ROWS = 40
 # Maximum number of units named in a sentence.
 _NAMED = 3
 _UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
@@ -128,7 +128,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     columns += columns_of(others, named(rows))
     first = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{_UNITS[settings['per']][0]} alone"
-    return [Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _table_note(settings), MOST)]
+    return [Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _table_note(settings), MAX_ROWS)]
 
 
 def _table_note(settings: dict[str, Any]) -> str:

@@ -177,20 +177,20 @@ def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], styl
             )
 
 
-def _finding(called: str, found: SweepCurve) -> str:
+def _finding(label: str, found: SweepCurve) -> str:
     """Return the label of a set with the verdict of the sweep."""
     verdict = found.verdict
     if verdict is None:
-        return called
+        return label
     if verdict.rank is not None:
-        return f"{called}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"
+        return f"{label}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"
     confidence = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
     lines = {
         "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{confidence}",
         "no gain": "every rank is worse than BASE",
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }
-    return f"{called}: {lines.get(verdict.outcome, verdict.outcome)}"
+    return f"{label}: {lines.get(verdict.outcome, verdict.outcome)}"
 
 
 def _texts(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:

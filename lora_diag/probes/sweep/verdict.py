@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from lora_diag.metrics.equivalence import LEVEL, MOST_RUNS, Estimate, blocks, runs_needed, welch, within
+from lora_diag.metrics.equivalence import LEVEL, MAX_RUNS, Estimate, blocks, runs_needed, welch, within
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject, main_sets
 from lora_diag.records.shown import Shown
@@ -188,7 +188,7 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
 
 def needs(seeds: int | None) -> str:
     """State that a rank is undecided, and how many seeds are needed."""
-    more = f"more than {MOST_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
+    more = f"more than {MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
     return f"undecided with these seeds, needs {more}"
 
 

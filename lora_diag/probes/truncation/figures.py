@@ -149,16 +149,16 @@ def _end(records: Sequence[Probe], subject: str) -> Probe | None:
     return next((record for record in records if record.subject == subject), None)
 
 
-def _finding(called: str, of_set: Sequence[Probe]) -> str:
+def _finding(label: str, of_set: Sequence[Probe]) -> str:
     """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
     truncated = _truncated(of_set)
     sufficient = next((record for record in truncated if record.kept is not None and record.kept >= ENOUGH), None)
     if sufficient is not None and sufficient.kept is not None:
         energy = "" if sufficient.energy is None else f", C({sufficient.rank})\xa0=\xa0{sufficient.energy:.2f}"
-        return f"{called}: r\xa0=\xa0{sufficient.rank} keeps {sufficient.kept:.0%} of the change{energy}"
+        return f"{label}: r\xa0=\xa0{sufficient.rank} keeps {sufficient.kept:.0%} of the change{energy}"
     if truncated and truncated[-1].kept is not None:
-        return f"{called}: r\xa0=\xa0{truncated[-1].rank} keeps {truncated[-1].kept:.0%} of the change"
-    return called
+        return f"{label}: r\xa0=\xa0{truncated[-1].rank} keeps {truncated[-1].kept:.0%} of the change"
+    return label
 
 
 def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:

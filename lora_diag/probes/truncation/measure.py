@@ -79,7 +79,7 @@ def truncation(
     matrices: Sequence[str],
     rest: str,
     size: int,
-    after: Callable[[str], None],
+    after_batch: Callable[[str], None],
 ) -> Iterator[Probe]:
     """Yield the records of every configuration, set by set.
 
@@ -91,7 +91,7 @@ def truncation(
         matrices: All layers that are truncated in any of them.
         rest: ``tuned`` or ``base``: source of all other tensors.
         size: Sequences in a batch.
-        after: Called after every batch with a label.
+        after_batch: Called after every batch with a label.
 
     Raises:
         InputError: A layer is not finite.
@@ -101,7 +101,7 @@ def truncation(
 
     def losses_of(cell: Cell, ranks: Mapping[str, int]) -> dict[str, Losses]:
         swapped.arrange(ranks)
-        return {each.name: measure(model, each, size, lambda: after(cell.label)) for each in texts}
+        return {each.name: measure(model, each, size, lambda: after_batch(cell.label)) for each in texts}
 
     ends: dict[str, dict[str, Losses]] = {}
     for cell, rank in ((BASE, 0), (TUNED, FULL)):

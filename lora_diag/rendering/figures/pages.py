@@ -46,13 +46,13 @@ def page_of(
 
 
 def multiples_of(
-    panels: Mapping[str, Draw], words: FigureText, style: PageStyle, xlabel: str, ylabel: str, width: float = 0.97
+    panels: Mapping[str, Draw], text: FigureText, style: PageStyle, xlabel: str, ylabel: str, width: float = 0.97
 ) -> Figure:
     """Return a page of one panel for each module type, with shared axes.
 
     Args:
         panels: What draws the panel of each type.
-        words: The text around them.
+        text: The text around them.
         style: The page.
         xlabel: Label of the x axes at the bottom.
         ylabel: Label of the y axes at the left.
@@ -60,7 +60,7 @@ def multiples_of(
     """
     rows, columns = grid_of(len(panels), style)
     inches = (style.width * width - 3.4 * style.text / 72) / columns - 1.2 * style.text / 72
-    figure, axes = sheet(style, words, rows, columns)
+    figure, axes = sheet(style, text, rows, columns)
     titles = cropped_all(list(panels), inches, style.text)
     for (name, draw), ax in zip(panels.items(), axes, strict=False):
         draw(ax, inches=inches)

@@ -38,18 +38,18 @@ class Row:
     color: str = CATEGORIES[0]
 
 
-def highest(rows: Sequence[Row], most: int, first: Sequence[Row] = ()) -> list[Row]:
+def highest(rows: Sequence[Row], count: int, first: Sequence[Row] = ()) -> list[Row]:
     """Return the rows of the names with the highest values.
 
     Args:
         rows: Rows of all runs.
-        most: Number of names.
+        count: Number of names.
         first: Rows that define the order; if empty, the highest values come first.
     """
     best: dict[str, float] = {}
     for row in rows:
         best[row.name] = max(row.value, best.get(row.name, row.value))
-    names = sorted(best, key=lambda name: -best[name])[:most]
+    names = sorted(best, key=lambda name: -best[name])[:count]
     order = {name: number for number, name in enumerate(dict.fromkeys([*(row.name for row in first), *names]))}
     return sorted((row for row in rows if row.name in names), key=lambda row: order[row.name])
 
@@ -91,7 +91,7 @@ def run_keys(series: Sequence[Series[Any]], style: PageStyle) -> tuple[Key, ...]
     return tuple(Key(Line2D([], [], color=category(n), **dot), one.label) for n, one in enumerate(series))
 
 
-def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: FigureText, style: PageStyle) -> Figure:
+def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: FigureText, style: PageStyle) -> Figure:
     """Return a page of such panels: side by side if there are few, and stacked on a column page."""
     columns = 1 if style.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
@@ -101,7 +101,7 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: F
     # Rows shared by several runs need room for all bars.
     max_rows = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
     panel = max(style.panel, (max_rows + 3.5) * 1.55 * style.ticks / 72)
-    figure, axes = sheet(style, words, rows, columns, panel=panel, share=False, low=True)
+    figure, axes = sheet(style, text, rows, columns, panel=panel, share=False, low=True)
     for (title, some), ax in zip(panels, axes, strict=False):
         draw_rows(ax, some, style, short)
         ax.set_title(wrapped(title, inches, style.text), parse_math=False)

@@ -64,7 +64,7 @@ def grid_of(panels: int, style: PageStyle) -> tuple[int, int]:
 
 def sheet(
     style: PageStyle,
-    words: FigureText,
+    text: FigureText,
     rows: int = 1,
     columns: int = 1,
     *,
@@ -77,7 +77,7 @@ def sheet(
 
     Args:
         style: The page; the figure may be taller if its panels need it.
-        words: The text.
+        text: The text.
         rows: Rows of panels.
         columns: Columns of panels.
         panel: Minimum height of a panel with its title, in inches; default by the page.
@@ -86,13 +86,13 @@ def sheet(
         low: Whether the figure may be shorter than its page.
     """
     if style.plain:
-        words = replace(words, title="", about="", notes=())
+        text = replace(text, title="", about="", notes=())
     above = _Block(style, style.width - 2 * _margin(style))
-    above.add(words.title, style.title, INK, "bold")
-    above.add(words.about, style.ticks, QUIET)
-    key_rows = _key_rows(words.keys, above.width, style)
+    above.add(text.title, style.title, INK, "bold")
+    above.add(text.about, style.ticks, QUIET)
+    key_rows = _key_rows(text.keys, above.width, style)
     below = _Block(style, above.width)
-    for note in words.notes:
+    for note in text.notes:
         below.add(note, style.ticks, QUIET)
     keys_height = sum(map(_lines, key_rows)) * LEADING * style.ticks / 72 * 1.15 + (
         GAP * style.ticks / 72 if key_rows else 0

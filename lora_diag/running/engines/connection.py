@@ -90,7 +90,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
+def connected(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
     """Connect to the cluster or start a local one; an existing connection of the caller is kept.
 
     Raises:
@@ -99,7 +99,7 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    named, address = on.named()
+    named, address = engine.named()
     own_token = ""
     if address in {None, "local"}:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
@@ -128,11 +128,11 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
 
 
 @contextmanager
-def joined(on: Ray, cores: int) -> Iterator[bool]:
+def joined(engine: Ray, cores: int) -> Iterator[bool]:
     """Stay connected over several uses of a cluster, so that its workers keep what they opened.
 
     Args:
-        on: The cluster.
+        engine: The cluster.
         cores: Cores of a local Ray.
 
     Yields:
@@ -143,7 +143,7 @@ def joined(on: Ray, cores: int) -> Iterator[bool]:
         InputError: The cluster cannot be reached.
     """
     ray = import_ray()
-    with connected(ray, on, cores):
+    with connected(ray, engine, cores):
         yield ray.cluster_resources().get("GPU", 0) >= 1
 
 

@@ -24,7 +24,7 @@ FLOOR_BYTES = 640 * 2**20
 PROGRAM_BYTES = 352 * 2**20
 
 # Smallest useful budget besides the program: two blocks and a matrix of 1024².
-LEAST_BYTES = 128 * 2**20
+MIN_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ def layout_for(
     if memory is None:
         return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
     budget = memory - PROGRAM_BYTES
-    if budget < LEAST_BYTES * (workers or 1):
-        least = math.ceil((PROGRAM_BYTES + LEAST_BYTES * (workers or 1)) / 1e6)
+    if budget < MIN_BYTES * (workers or 1):
+        least = math.ceil((PROGRAM_BYTES + MIN_BYTES * (workers or 1)) / 1e6)
         program = f"the program itself takes {PROGRAM_BYTES / 1e6:.0f} MB"
         raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {least}MB or more")
     return Layout(cores, budget, workers, limited=True, torch=torch)

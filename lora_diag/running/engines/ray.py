@@ -38,7 +38,7 @@ def run_ray(
     tasks: Iterable[Task],
     layout: Layout,
     footprint: Callable[[Task], int],
-    on: Ray,
+    engine: Ray,
     poll: Callable[[], None] = lambda: None,
     advice: str = "add a node with more, or exclude the layer with --exclude",
 ) -> Iterator[Record]:
@@ -49,7 +49,7 @@ def run_ray(
         tasks: The tasks, one per layer.
         layout: Allocation of a machine; a cluster counts the cores of its largest node.
         footprint: Memory of a running task in bytes.
-        on: The cluster.
+        engine: The cluster.
         poll: Called at least every few seconds; may raise to cancel all tasks.
         advice: What to do about a task whose workers all died.
 
@@ -61,8 +61,8 @@ def run_ray(
     if not listed:
         return
     ray = import_ray()
-    with connected(ray, on, layout.cores):
-        cluster = _Cluster(ray, on.gpus_per_task)
+    with connected(ray, engine, layout.cores):
+        cluster = _Cluster(ray, engine.gpus_per_task)
         plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
         run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed, poll, advice)
         try:
@@ -73,19 +73,19 @@ def run_ray(
             run.stop()
 
 
-def capacity_of(on: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
+def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
     """Return how many tasks of one size a cluster runs concurrently, as it is now, and the cores of each.
 
     Args:
-        on: The cluster.
+        engine: The cluster.
         layout: Allocation of a machine.
         footprint: Memory of a running task in bytes.
     """
     ray = import_ray()
-    with connected(ray, on, layout.cores):
-        cluster = _Cluster(ray, on.gpus_per_task)
+    with connected(ray, engine, layout.cores):
+        cluster = _Cluster(ray, engine.gpus_per_task)
         cores = cluster.threads(layout)(footprint)
-        return cluster.slots if on.gpus_per_task else cluster.fitting(cores), cores
+        return cluster.slots if engine.gpus_per_task else cluster.fitting(cores), cores
 
 
 class _Cluster:

@@ -20,7 +20,7 @@ from lora_diag.errors import LoradiagError
 # 1024²), and a Ray task costs the sending program 0.4 ms: a batch of 2^32 takes half a second.
 BATCH = 2**32
 # Fixed cost of a layer: spectra of 64² take 0.5 ms each.
-LEAST = 2**22
+LAYER_COST = 2**22
 # Batches that may start before earlier ones are written, per concurrent batch. More keep cores busy during a large
 # matrix; fewer lose less work if the writing program is killed. See ``Waiting`` for large ones.
 REACH = 4
@@ -83,7 +83,7 @@ def cost(shape: tuple[int, ...], footprint: int) -> int:
     True
     """
     entries = math.prod(shape)
-    return LEAST + (entries * min(shape) if footprint >= entries else 64 * footprint)
+    return LAYER_COST + (entries * min(shape) if footprint >= entries else 64 * footprint)
 
 
 def batches(

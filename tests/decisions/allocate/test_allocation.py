@@ -75,7 +75,7 @@ def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, m
         assert baseline.kept <= baseline.equal + 1e-12 <= certificate.bound + 1e-9
 
 
-def test_ranks_for_energy_share_are_those_of_spectra():
+def test_ranks_for_energy_equal_spectra():
     spectra = llama(3, 5)
     found = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
     assert ranks_of(found) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
@@ -193,7 +193,7 @@ def test_layers_get_no_rank_from_noise():
         allocate(spectra, params(10**6), Constraints(ranks_from=(64,)))
 
 
-def test_truncated_spectrum_caps_at_kept_values_with_error():
+def test_truncated_spectrum_caps_ranks_with_error():
     spectra = [
         record("a.weight", (8, 8), [3.0, 2.0], fro=5.0, complete=False, error=1e-3),
         record("b.weight", (8, 8), np.ones(8), fro=math.sqrt(8)),

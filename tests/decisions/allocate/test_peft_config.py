@@ -75,7 +75,7 @@ def test_ambiguous_module_name_is_written_in_full():
     assert peft_config(allocation(spectra, 10**6))["target_modules"] == ["visual.merger.mlp.0", "fc1", "qkv"]
 
 
-def test_stacks_that_are_module_weights_are_targeted_by_module():
+def test_stacks_as_module_weights_are_module_targets():
     """``weight`` alone would be a parameter of every module."""
     names = ["mlp.input_linear.weight[0]", "mlp.input_linear.weight[1]", "attn.q_proj.weight"]
     spectra = [record(f"model.layers.0.{name}", (8, 8), np.ones(8)) for name in names]

@@ -142,7 +142,7 @@ def test_every_layer_has_its_policies():
     assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(found, SPECTRA, strict=True))
 
 
-def test_measured_weights_alone_name_command_that_uses_them():
+def test_measured_weights_name_next_command():
     path = ROOT / "docs/examples/sensitivity.jsonl"
     with pytest.raises(InputError, match=r"measure spectra with loradiag spectrum \S+/base TUNED") as refused:
         lora_diag.allocate(path, params="10k")

@@ -53,7 +53,7 @@ def test_bytes_of_parameter():
 
 
 @pytest.mark.parametrize(("beta", "value"), [(0.05, 1.5194), (0.1, 1.6089), (0.5, 2.1711), (1.0, 2.8582)])
-def test_hard_threshold_is_that_of_paper(beta, value):
+def test_hard_threshold_equals_paper(beta, value):
     """Gavish and Donoho 2014, table IV."""
     assert hard_threshold(beta) == pytest.approx(value, abs=3e-4)
 

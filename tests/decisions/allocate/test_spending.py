@@ -116,7 +116,7 @@ def test_greedy_stops_before_exact_method():
     assert spend(steps, 10).ranks.tolist() == [0, 1]
 
 
-def test_table_that_is_too_large_is_not_filled(monkeypatch):
+def test_oversized_table_is_not_filled(monkeypatch):
     steps, _ = problem([([5.0, 3.0], 7, 0), ([4.0], 3, 0)])
     assert spend(steps, 9).optimal
     monkeypatch.setattr(spending, "MAX_TABLE", 1)

@@ -80,7 +80,7 @@ def test_energy_takes_smallest_rank_that_keeps_share(tmp_path_factory, share, se
     assert record.rank == 1 or curve[record.rank - 2] < share + 1e-12
 
 
-def test_signal_takes_what_stands_above_rounding_of_files(tmp_path):
+def test_signal_keeps_values_above_rounding(tmp_path):
     rng = torch.Generator().manual_seed(0)
     base = (torch.randn(256, 192, generator=rng) * 0.02).bfloat16()
     planted = torch.tensor(with_spectrum(np.array([0.5, 0.4, 0.3]), 256, 192, seed=0), dtype=torch.float32)
@@ -127,14 +127,14 @@ def test_zero_update_gets_no_factors(tmp_path, rank):
     assert (left_out.reason, left_out.detail, left_out.fro) == ("rank_0", "its update is zero", 0.0)
 
 
-def test_rank_0_keeps_norm_of_what_is_lost(tmp_path):
+def test_rank_0_records_lost_norm(tmp_path):
     layer, real = layer_of(np.ones((6, 5)), tmp_path, Rank(0))
     left_out = extract(layer, ExtractionSettings(), RunRecords())
     assert left_out.reason == "rank_0"
     assert left_out.fro == pytest.approx(np.linalg.norm(real))
 
 
-def test_dtype_that_cannot_hold_factors_is_refused(tmp_path):
+def test_insufficient_dtype_for_factors_is_refused(tmp_path):
     layer, _ = layer_of(np.full((6, 5), 1e10), tmp_path, Rank(1))
     with raises_naming(InputError, "float16", "--adapter-dtype float32"):
         extract(layer, ExtractionSettings(dtype="float16", split="b"), RunRecords())

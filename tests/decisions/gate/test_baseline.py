@@ -41,7 +41,7 @@ def compare(tmp_path, now, before, rules=None, **more):
     st.sampled_from(["higher", "lower"]),
     st.booleans(),
 )
-def test_layer_fails_where_it_is_worse_by_more_than_tolerance(tmp_path_factory, pairs, tolerance, worse, relative):
+def test_layer_fails_if_worse_than_tolerance(tmp_path_factory, pairs, tolerance, worse, relative):
     now, before = ([pair[i] / 8 for pair in pairs] for i in range(2))
     rules = policy(worse=worse, tolerance=f'"{tolerance}%"' if relative else str(tolerance / 8))
     verdicts = compare(tmp_path_factory.mktemp("b"), now, before, rules).whole
@@ -134,7 +134,7 @@ def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
         assert outcome(gate(rules, new, baseline=main, today=TODAY).whole) == "passed"
 
 
-def test_ratchet_of_failed_gate_leaves_file_as_it_is(tmp_path):
+def test_ratchet_of_failed_gate_keeps_file(tmp_path):
     main = file(tmp_path / "main.jsonl", [0.5, 0.5])
     content = main.read_bytes()
     new = file(tmp_path / "new.jsonl", [0.1, 0.9])
@@ -142,7 +142,7 @@ def test_ratchet_of_failed_gate_leaves_file_as_it_is(tmp_path):
     assert main.read_bytes() == content
 
 
-def test_ratchet_refuses_link_and_leaves_nothing_beside(tmp_path):
+def test_ratchet_refuses_link(tmp_path):
     (tmp_path / "store").mkdir()
     main = file(tmp_path / "store" / "main.jsonl", [0.5, 0.5])
     link = tmp_path / "link.jsonl"

@@ -135,7 +135,7 @@ def contradictions_of(*records):
     return list(consistency.contradictions(Results(None, layers)))
 
 
-def test_limits_of_resolution_are_those_of_metric():
+def test_resolution_limits_use_metric():
     assert (consistency.RESOLVED, consistency.UNRESOLVED) == (resolution.RESOLVED, resolution.UNRESOLVED)
 
 
@@ -143,7 +143,7 @@ def test_limits_of_resolution_are_those_of_metric():
     ("change", "said"),
     [({"fro": -1.0}, "fro"), ({"base_fro": -1.0}, "base_fro"), ({"energy": {"4": 7.0, "8": 1.0, "16": 1.0}}, "energy")],
 )
-def test_impossible_norm_or_fraction_is_no_record(tmp_path, change, said):
+def test_impossible_norm_or_fraction_is_refused(tmp_path, change, said):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], **change)])
     with raises_naming(InputError, "line 2", said):
         lora_diag.read_results(path)

@@ -96,7 +96,7 @@ def test_unsafe_name_stays_in_one_cell():
     text.encode("utf-8")
 
 
-def test_model_card_keeps_what_is_around_its_block():
+def test_model_card_keeps_surrounding_text():
     card = model_card(results(*ONE_OF_EACH), "---\nlicense: mit\n---\n# Model\n")
     assert card.startswith("---\nlicense: mit\n---\n# Model\n")
     assert card.count(BEGIN) == card.count(END) == 1

@@ -118,7 +118,7 @@ def test_results_are_of_what_for_names(shop):
     assert blocking("r.jsonl", shipped=[SAMPLES / "lora_r4"]) == ("passed", set())
 
 
-def test_each_results_file_matches_its_for(shop):
+def test_each_results_file_matches_for_option(shop):
     measure(adapter=SAMPLES / "lora_r16")
     shutil.rmtree("adapter")
     assert blocking("r.jsonl", "new.jsonl", shipped=[SAMPLES / "lora_r16"]) == ("inconclusive", {"inputs"})
@@ -165,7 +165,7 @@ def test_old_results_do_not_pass(shop):
     assert outcome(early) == "inconclusive"
 
 
-def test_adapter_that_lost_layers_is_incomplete(shop):
+def test_adapter_with_missing_layers_is_incomplete(shop):
     change(shop / "adapter", lambda w: {name: value for name, value in w.items() if ".layers.0." in name})
     measure()
     assert blocking("new.jsonl") == ("failed", {"complete"})

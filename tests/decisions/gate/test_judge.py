@@ -150,7 +150,7 @@ def test_gate_reports_adapter_without_records(tmp_path):
     assert judged(rule("median epsilon <= 0.5"), path)[0] == "inconclusive"
 
 
-def test_record_missing_for_one_adapter_leaves_its_layer_open(tmp_path):
+def test_missing_record_makes_layer_inconclusive(tmp_path):
     records = [residual(name, a, 0.1) for name in LAYERS for a in "ab" if (name, a) != (LAYERS[3], "b")]
     path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("adapter", "b")])
     counts_text, found = judged(rule("epsilon <= 0.5"), path)
@@ -248,7 +248,7 @@ def test_results_in_memory_are_judged_as_their_file(tmp_path):
     assert in_memory == judged(rule("relative <= 0.04"), path)
 
 
-def test_records_of_kinds_that_say_inconclusive_are(tmp_path):
+def test_inconclusive_records_are_inconclusive(tmp_path):
     merge = {"record": "merge", "layer": "a.weight", "shape": [2, 2], "adapted": True, "dtype": "float32", "cause": ""}
     merge |= dict.fromkeys(("differing", "differing_share", "max_ulp", "scale", "retained", "residual", "unchanged"))
     merge |= dict.fromkeys(("expected_fro", "observed_fro", "base_fro"))

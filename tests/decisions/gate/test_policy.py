@@ -137,7 +137,7 @@ def test_windows_line_ends_and_policy_without_last_newline(tmp_path):
 
 
 @pytest.mark.parametrize("name", READY)
-def test_every_ready_policy_is_valid_and_says_what_to_do(name):
+def test_every_ready_policy_is_valid_and_states_fixes(name):
     policy = ready_policy(name)
     assert policy.title
     assert all(rule.message for rule in policy.rules)

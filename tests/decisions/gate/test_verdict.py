@@ -14,7 +14,7 @@ from tests.reports.test_html import embedded, evidence, small
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_gate_table_fits_and_worst_comes_first(width):
-    text = verdict_table(results(*ONE_OF_EACH), width, then="loradiag gate again")
+    text = verdict_table(results(*ONE_OF_EACH), width, next_command="loradiag gate again")
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     order = [
@@ -64,7 +64,7 @@ def test_hostile_name_stays_text():
     text.encode("utf-8")
 
 
-def test_report_takes_verdicts_of_every_status_worst_first():
+def test_report_lists_verdicts_worst_first():
     runs = evidence(results(*ONE_OF_EACH), *small())
     page, text = html_report(runs), markdown_report(runs)
     assert "FAILED: 2 failed, 1 inconclusive, 1 warned, 1 waived, 1 not judged, 2 passed." in page

@@ -71,7 +71,7 @@ def test_built_in_check_can_be_waived_by_layer(tmp_path):
     assert outcome(gate(read_policy("p.toml", text), path, today=date(2026, 11, 25)).whole) == "passed"
 
 
-def test_nothing_is_waived_by_waiver_of_another_rule(path):
+def test_waiver_applies_to_its_rule_only(path):
     assert judged(path, ".*", rule="spike")[0] == "failed"
 
 

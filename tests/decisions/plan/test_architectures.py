@@ -31,7 +31,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "more"), CASES, ids=lambda value: value if isinstance(value, str) else len(value))
-def test_names_and_shapes_are_those_of_transformers(kind, more):
+def test_names_and_shapes_equal_transformers(kind, more):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers", minversion="5")
     sizes = more if kind == "gpt2" else {**SMALL, **more}
     config = transformers.AutoConfig.for_model(kind, **sizes)

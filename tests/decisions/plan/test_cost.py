@@ -26,7 +26,7 @@ def test_all_values_by_hand():
     assert cost.bytes == 2 * 10**9
 
 
-def test_few_values_cost_less_only_where_krylov_is_taken():
+def test_few_values_cost_less_only_with_krylov():
     speed = Speed(RATES)
     assert speed.core_seconds((1024, 2000), 64) == pytest.approx((1e-8 + 5e-8) * 1024 * 2000)
     assert speed.core_seconds((700, 2000), 64) == speed.core_seconds((700, 2000), None)
@@ -38,7 +38,7 @@ def test_beyond_orders_measured_eigenvalues_cost_as_cube():
 
 
 @given(orders, st.dictionaries(st.integers(2, 10**4), st.floats(1e-6, 1e3), min_size=1), st.integers(0, 3))
-def test_cost_between_two_orders_lies_between_their_costs(order, costs, beyond):
+def test_cost_is_interpolated_between_orders(order, costs, beyond):
     found = between(costs, order, beyond)
     below, above = [n for n in costs if n <= order], [n for n in costs if n >= order]
     if below and above:
@@ -51,7 +51,7 @@ def test_cost_between_two_orders_lies_between_their_costs(order, costs, beyond):
 
 
 @given(st.lists(st.tuples(orders, orders), min_size=1, max_size=5), st.sampled_from([None, 64]))
-def test_more_machines_speed_up_between_one_and_their_number(shapes, top):
+def test_speedup_is_between_one_and_machine_count(shapes, top):
     cost = cost_of([Matrix(str(i), shape) for i, shape in enumerate(shapes)], None, Speed(RATES), top)
     times = [cost.seconds[count] for count in sorted(cost.seconds)]
     assert times == sorted(times, reverse=True)

@@ -103,7 +103,7 @@ def test_larger_ranks_are_tried_after_largest_rank_wins():
     assert [between(chosen, [1, 4, 16, 64]) for chosen in (64, 16, 4, 1)] == [32, 8, 2, None]
 
 
-def test_the_frontier_has_what_none_smaller_beats():
+def test_frontier_has_undominated_sizes():
     points = [Point("a", 10, (2.0,)), Point("b", 20, (2.1,)), Point("c", 20, (1.8, 1.9)), Point("d", 40, (1.85,))]
     assert [point.variant for point in frontier(points)] == ["a", "c"]
 

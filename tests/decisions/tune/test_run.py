@@ -60,7 +60,7 @@ def test_tune_records_and_prints_every_decision(case):
     assert {one.variant for one in found.whole_of(TuneTrial)} >= {"base", "full", "uniform-r2", "uniform-r8"}
 
 
-def test_losses_are_those_of_a_plain_loop(case):
+def test_losses_equal_plain_loop(case):
     base, texts, found, _, _ = case
     held = texts["evaluate"][0]
     of_held = [one for one in found.whole_of(TuneTrial) if one.set == "held_out" and one.lr is not None]
@@ -78,7 +78,7 @@ def test_losses_are_those_of_a_plain_loop(case):
     assert choice.gain == pytest.approx(choice.base_loss - sum(mine) / len(mine))
 
 
-def test_the_folder_holds_an_adapter_that_peft_loads(case):
+def test_tune_writes_adapter_that_peft_loads(case):
     """Its loss is that of the first seed, and its ranks are those of the config."""
     base, texts, found, folder, _ = case
     (choice,) = found.whole_of(Tune)
@@ -317,7 +317,7 @@ def test_more_time_restores_omitted_stages():
         extended(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0, 1)
 
 
-def test_trainers_get_the_ranks_that_they_can_express():
+def test_trainers_get_expressible_ranks():
     """LLaMA-Factory has one rank for all layers, and gets the uniform one; axolotl has patterns."""
     shared = uniform(["q", "v"], 4, False, "CAUSAL_LM")
     mixed = {**shared, "r": 2, "lora_alpha": 4, "rank_pattern": {"0.q": 8}, "alpha_pattern": {"0.q": 16}}

@@ -29,7 +29,7 @@ costs = st.builds(Costs, step=st.floats(1e-3, 10), evaluation=st.floats(0, 60), 
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 5))
-def test_rounds_of_concurrent_runs_take_no_longer_than_planned(rounds, slots):
+def test_concurrent_rounds_take_planned_time(rounds, slots):
     taken = sum(-(-runs // slots) for runs in rounds)
     planned = Costs(1.0, 0.0, slots=slots).seconds(sum(rounds), 1.0, len(rounds))
     assert taken <= planned <= sum(rounds)

@@ -128,7 +128,7 @@ def test_factors_in_float32_have_sketches_of_float64(tmp_path, size):
     assert thin.space == pytest.approx(dense.space, abs=1e-5 * np.linalg.norm(dense.space))
 
 
-def test_norms_stand_out_by_factor_of_two_at_least():
+def test_norm_outliers_differ_by_factor_two():
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)
     assert norm_outliers([1.0, 100.0]) == [None, None]

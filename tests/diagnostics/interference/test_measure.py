@@ -375,7 +375,7 @@ def test_tie_of_signs_is_positive_as_in_peft():
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "ties_svd"])
-def test_predicted_residual_is_that_of_merge_that_peft_makes(tmp_path, kind):
+def test_predicted_residual_equals_peft_merge(tmp_path, kind):
     peft = pytest.importorskip("peft")
     if "svd" in kind and Version(peft.__version__) < Version("0.21"):
         pytest.skip("PEFT before 0.21 gives another matrix for merges by SVD")

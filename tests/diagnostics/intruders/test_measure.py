@@ -70,7 +70,7 @@ def test_full_fine_tune_of_samples_against_numpy():
         assert record.fro == pytest.approx(np.linalg.norm(sides[1] - sides[0]), rel=1e-6)
 
 
-def test_lora_makes_intruders_where_full_fine_tuning_makes_none():
+def test_lora_has_intruders_unlike_full_fine_tuning():
     """What arXiv 2410.21228 reports, on the samples: same base, same data."""
     lora, full = (
         lora_diag.intruders(SAMPLES / "base", SAMPLES / name, layers=r"layers\.0") for name in ("lora_r4", "full_ft")

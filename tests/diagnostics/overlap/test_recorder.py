@@ -115,7 +115,7 @@ def test_recorder_records_optimizer_gradients(tmp_path):
         assert file.metadata() == {"step": "2", "kind": "gradient", "clipped": "no"}
 
 
-def test_accumulated_gradients_are_those_of_mean_loss(tmp_path):
+def test_accumulated_gradients_equal_mean_loss(tmp_path):
     """Independent of the Trainer: the same 2×2 sequences in one batch, by autograd alone."""
     model = llama()
     fresh = copy.deepcopy(model)
@@ -200,7 +200,7 @@ def accumulated(model):
     ],
     ids=["linear", "modules_to_save", "embedding", "embedding with padding", "rslora and bias", "conv1d"],
 )  # fmt: skip
-def test_gradients_under_lora_are_those_of_unfrozen_weights(tmp_path, make, stored):
+def test_gradients_under_lora_equal_unfrozen_weights(tmp_path, make, stored):
     model = make()
     model.train()
     found, expected = record(model, accumulated, tmp_path / "g"), unfrozen(model, accumulated)

@@ -189,7 +189,7 @@ def test_gradient_equal_to_update_has_overlap_growing_to_one(model, tmp_path):
         assert record.kappa == pytest.approx(record.tangent, abs=1e-6)
 
 
-def test_vocabulary_that_grew_is_measured_on_rows_of_base(model):
+def test_grown_vocabulary_is_measured_on_base_rows(model):
     base, tuned, grads = model
     after = load_file(tuned / "model.safetensors")
     head = torch.cat([after["lm_head.weight"], torch.ones(4, 12)])
@@ -223,7 +223,7 @@ def test_nothing_in_common_is_an_error(model, tmp_path):
         lora_diag.overlap(base, tuned, [tmp_path / "absent"])
 
 
-def test_reference_below_rounding_floor_says_so(tmp_path, model):
+def test_reference_below_rounding_floor_is_noted(tmp_path, model):
     base, _, grads = model
     before = {name: value.to(torch.bfloat16) for name, value in load_file(base / "model.safetensors").items()}
     after = {name: value + (weights(5)[name] * 3e-3).to(torch.bfloat16) for name, value in before.items()}

@@ -61,7 +61,7 @@ def test_higher_rank_and_aligned_side_are_distinguished():
     assert "still reaches 0.7 of ‖G‖ (random 0.248); keep it" in flat(results(one_side, ranks=(16, 64)))
 
 
-def test_subspaces_that_are_everything_suggest_no_rank():
+def test_complete_subspaces_suggest_no_rank():
     """At full rank κ and its baseline are both 1, which says nothing of a higher rank."""
     near, full = record(A, 0, 0.031), record(A, 0, 1.0, rank=512, tangent=1.0)
     assert full.kappa_random == 1

@@ -116,7 +116,7 @@ def test_recover_accepts_untrained_layer(tmp_path):
     assert other.status == "wrong"
 
 
-def test_ranks_above_what_the_server_takes(tmp_path, loradiag):
+def test_ranks_above_server_limit(tmp_path, loradiag):
     adapter(tmp_path, factors((20, 20, 20, 20)), r=20, target_modules=["q_proj", "v_proj"])
     ran = loradiag("portability", "adapter", "--for", "vllm")
     assert (ran.code, "--max-lora-rank 32" in ran.out) == (0, True)
@@ -159,7 +159,7 @@ def test_recover_names_non_finite_entry(tmp_path, loradiag):
     assert MODULES[0] in ran.err
 
 
-def test_names_are_those_of_base(tmp_path):
+def test_names_equal_base(tmp_path):
     """kohya's underscores become the names of BASE, which alone tells them apart."""
     tensors = {"lora_unet_a_b_to_q.lora_down.weight": normal(2, 5), "lora_unet_a_b_to_q.lora_up.weight": normal(6, 2)}
     write(tmp_path / "lora.safetensors", tensors)

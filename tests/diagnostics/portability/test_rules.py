@@ -243,7 +243,7 @@ def test_diffusers_before_0_40_uses_first_rank_as_alpha(version, mixed):
     assert {item.rank: found[item.module] for item in contents.items} == mixed
 
 
-def test_kohya_takes_rank_for_a_missing_alpha():
+def test_kohya_uses_rank_for_missing_alpha():
     items = tuple(
         Item(f"lora_unet_{n}.weight", f"lora_unet_{n}", "factors", "", 8, 1.0, alpha)
         for n, alpha in enumerate((None, 0.0, 2.0))
@@ -295,7 +295,7 @@ def test_every_consumer_has_a_column_for_each_rule():
     assert columns == len(shown)
 
 
-def test_rules_of_a_consumer_leave_no_version_out():
+def test_consumer_rules_cover_every_version():
     for consumer in CONSUMERS.values():
         assert consumer.rules[0].until == ""
         for newer, older in zip(consumer.rules, consumer.rules[1:], strict=False):
@@ -326,13 +326,13 @@ def test_largest_server_ranks_are_documented():
     assert math.isclose(vllm.largest_rank, 512)
 
 
-def test_guide_has_the_table_that_the_rules_make():
+def test_guide_table_equals_rules():
     page = (ROOT / "docs" / "guides" / "training-to-serving.md").read_text(encoding="utf-8")
     for form in ("peft", "kohya"):
         assert f"<!-- rules: {form} -->\n{history_table(form)}\n<!-- end -->" in page, "run docs/refresh.py on the page"
 
 
-def test_history_names_the_version_since_which_a_rule_holds():
+def test_history_names_first_version_of_rule():
     """The three that the sources changed in: PEFT's anchored keys, vLLM's patterns, diffusers without alpha."""
     found = {
         name: history(FEATURES[feature], CONSUMERS[name])

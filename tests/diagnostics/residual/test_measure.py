@@ -261,7 +261,7 @@ def test_zero_updates_have_no_distance(model, tmp_path):
     assert (record.epsilon, record.rank, record.limited_by) == (1.0, 2, "not adapted")
 
 
-def test_adapter_update_of_unchanged_layer_counts_whole(model, tmp_path):
+def test_adapter_update_of_unchanged_layer_counts_fully(model, tmp_path):
     base, _, layer, _ = model
     before = load_file(base / "model.safetensors")
     other = "model.layers.1.mlp.up_proj.weight"
@@ -297,7 +297,7 @@ def test_only_non_finite_layer_is_left_out(model, tmp_path):
     assert_names(item.detail, bad, "lora_B", "nan at [0, 0]")
 
 
-def test_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
+def test_oversized_update_alone_is_left_out(model, tmp_path):
     base, tuned, layer, _ = model
     huge = lora(tmp_path / "huge", {layer: (np.full((16, 2), 3e38), np.full((2, 12), 3e38))})
     results = lora_diag.residual(base, tuned, [huge], layers=r"layers\.0\.mlp\.up")
@@ -306,7 +306,7 @@ def test_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e100, "1.4e+201")])
-def test_norm_whose_square_float64_does_not_hold_is_left_out(model, tmp_path, size, words):
+def test_norm_with_overflowing_square_is_left_out(model, tmp_path, size, words):
     base, tuned, layer, _ = model
     path = lora(tmp_path / "a", {layer: (np.ones((16, 1)), np.ones((1, 12)))})
     tensors = load_file(path / "adapter_model.safetensors")
@@ -350,7 +350,7 @@ def test_empty_and_repeated_values_are_refused(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 6, 20, 21])
-def test_resume_measures_layer_again_whose_records_were_cut(tmp_path, cut):
+def test_resume_repeats_layer_with_truncated_records(tmp_path, cut):
     path = tmp_path / "r.jsonl"
     words = SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
     lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path)

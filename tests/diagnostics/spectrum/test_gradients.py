@@ -100,7 +100,7 @@ def test_rounding_follows_stored_gradients(tmp_path):
     assert record.dtypes == (None, "bfloat16")
 
 
-def test_zero_gradients_and_entries_that_are_not_finite(tmp_path):
+def test_zero_and_non_finite_gradients(tmp_path):
     bad = torch.ones(4, 4)
     bad[2, 1] = torch.nan
     save_step(tmp_path / "g" / "3.safetensors", {"zero.weight": torch.zeros(4, 4), "bad.weight": bad})
@@ -148,7 +148,7 @@ def test_left_out_tensors_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second", "dtype"), [(1e-38, 1e2, np.float32), (1e-200, 1e150, np.float64)])
-def test_stack_whose_first_gradient_is_next_to_nothing(first, second, dtype):
+def test_stack_with_tiny_first_gradient(first, second, dtype):
     rng = np.random.default_rng(0)
     parts = [(rng.standard_normal((9, 7)) * scale).astype(dtype) for scale in (first, second, first)]
     found = decompose_stack([torch.from_numpy(part) for part in parts])
@@ -173,7 +173,7 @@ def test_gradients_in_float64_of_any_size(scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**40])
-def test_stack_is_bounded_as_matrix_that_it_is(scale):
+def test_stack_bound_equals_matrix_bound(scale):
     parts = [torch.randn(9, 7).double() * scale for _ in range(5)]
     matrix = torch.cat(parts)
     found, whole = decompose_stack(parts), decompose_gram(matrix, float(torch.linalg.matrix_norm(matrix)))
@@ -190,14 +190,14 @@ def test_gradients_with_coarse_spacing_are_left_out(tmp_path):
     ]
 
 
-def test_gradient_in_float64_takes_twice_memory(tmp_path):
+def test_float64_gradient_needs_twice_the_memory(tmp_path):
     sizes = []
     for dtype in (torch.float32, torch.float64):
         path = save_step(tmp_path / f"{dtype}" / "0.safetensors", {"a.weight": torch.randn(6, 10).to(dtype)})
         ((history,), _) = histories(open_steps([path]), None)
-        sizes.append(module.most_bytes(history))
+        sizes.append(module.max_bytes(history))
     assert sizes[1] - sizes[0] == 4 * 60
-    most = module.most_bytes(history)
+    most = module.max_bytes(history)
     for memory, taken in ((most + 1, most), (most - 1, most - 1)):
         assert module.size(history, SpectrumSettings(memory=memory)) == taken
 

@@ -92,7 +92,7 @@ def test_tail_errors_bound_distance_to_numpy(tmp_path, method):
     assert record.tail["8"].spectral_error is None  # σ_9 was not computed
 
 
-def test_medium_sized_layers_go_through_gram(tmp_path):
+def test_medium_layers_use_gram(tmp_path):
     rng = np.random.default_rng(0)
     delta = oracles.with_spectrum(1 / np.arange(1, 201) ** 1.5, 200, 500, seed=1)
     base = rng.standard_normal((200, 500)).astype(np.float32)

@@ -30,7 +30,7 @@ def line(results, key):
     return next((" ".join((one.lead, *one.details)) for one in summary_lines(results) if one.key == key), None)
 
 
-def test_layers_that_the_files_do_not_resolve_are_estimated(pair, tmp_path):
+def test_unresolved_layers_are_estimated(pair, tmp_path):
     base, tuned, x = pair
     found = lora_diag.spectrum(base, tuned, recover=True, output=tmp_path / "s.jsonl")
     plain = lora_diag.recover(base, tuned)[Q]

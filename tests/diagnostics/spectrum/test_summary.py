@@ -72,7 +72,7 @@ def test_gate_headline_describes_situation(situation, snapshot):
     assert spectrum_table(results_of(*SITUATIONS[situation]), 100) == snapshot
 
 
-def test_changed_embeddings_alone_are_a_change(tmp_path):
+def test_changed_embeddings_count_as_change(tmp_path):
     text = said(changed(tmp_path, "model.embed_tokens.weight"))
     assert_names(text, "ΔW", "8 matrices")
     assert "in model.embed_tokens" in text
@@ -80,7 +80,7 @@ def test_changed_embeddings_alone_are_a_change(tmp_path):
     assert "Moved nothing" not in text
 
 
-def test_changed_norms_alone_are_a_change(tmp_path):
+def test_changed_norms_count_as_change(tmp_path):
     text = said(changed(tmp_path, "model.layers.0.input_layernorm.weight"))
     assert_names(text, "biases", "ΔW")
     assert "meant" not in text

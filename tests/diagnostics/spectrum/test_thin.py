@@ -128,7 +128,7 @@ def test_non_finite_layer_is_left_out(tmp_path, value, words):
     assert [record.layer for record in results] == ["b.weight"]
 
 
-def test_product_that_overflows_is_left_out(tmp_path):
+def test_overflowing_product_is_left_out(tmp_path):
     path = adapter(tmp_path, LORA, lora_alpha=1e300)
     file = path / "adapter_model.safetensors"
     save_file({name: tensor.double() * 1e100 for name, tensor in load_file(file).items()}, file)
@@ -137,7 +137,7 @@ def test_product_that_overflows_is_left_out(tmp_path):
     assert not results.layers
 
 
-def test_file_that_is_cut_is_named(tmp_path, loradiag):
+def test_truncated_file_is_named(tmp_path, loradiag):
     file = adapter(tmp_path, LORA) / "adapter_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-8])
@@ -147,7 +147,7 @@ def test_file_that_is_cut_is_named(tmp_path, loradiag):
     assert "cut short" in ran.err
 
 
-def test_file_that_shrinks_while_it_is_read_is_named(tmp_path, monkeypatch):
+def test_file_shrunk_during_read_is_named(tmp_path, monkeypatch):
     path = adapter(tmp_path, LORA)
     file = path / "adapter_model.safetensors"
     measure = run.thin_spectrum

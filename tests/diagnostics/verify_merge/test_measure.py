@@ -298,7 +298,7 @@ def test_faults_of_experts(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_faults_of_updates_that_are_not_products(tmp_path, dtype):
+def test_faults_of_unfactored_updates(tmp_path, dtype):
     merged = peft_merge(tmp_path, llama(dtype), 0.02, use_dora=True, modules_to_save=["lm_head"])
     head = "lm_head.weight"
     dropped = merged.spoil(lambda before, after: after.update({Q: before[Q], head: before[head]}), "dropped")
@@ -444,7 +444,7 @@ def test_merge_into_quantized_base(tmp_path, dtype, dequantized):
     assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m2", after))) == {Q: "wrong scale"}
 
 
-def test_quantized_base_whose_scale_was_rounded_too(tmp_path):
+def test_quantized_base_with_rounded_scale(tmp_path):
     merged = peft_merge(tmp_path, llama(), 0.0005)
     after = {name: value.bfloat16() for name, value in merged.after.items()}
     for name in (Q, UP):
@@ -507,7 +507,7 @@ def test_invalid_options_are_refused(merges, tmp_path):
         verified(merged, integers)
 
 
-def test_base_that_is_not_finite_is_left_out(merges, tmp_path):
+def test_non_finite_base_is_left_out(merges, tmp_path):
     merged = merges(torch.float32, 0.02)
     before = {name: value.clone() for name, value in merged.before.items()}
     before[Q][0, 1] = float("inf")
@@ -517,7 +517,7 @@ def test_base_that_is_not_finite_is_left_out(merges, tmp_path):
     ]
 
 
-def test_squares_that_overflow_are_left_out_and_no_crash(tmp_path):
+def test_overflowing_squares_are_left_out(tmp_path):
     huge = {"w.weight": torch.full((4, 4), 1e200, dtype=torch.float64)}
     for side in ("base", "merged"):
         (tmp_path / side).mkdir()

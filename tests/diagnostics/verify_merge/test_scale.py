@@ -67,7 +67,7 @@ def test_wrong_scale_is_named(dtype, order, c):
 
 
 @pytest.mark.parametrize("c", [0.999, 1.0001, 1.00001])
-def test_float32_tells_scale_from_coarse_arithmetic(c):
+def test_float32_distinguishes_scale_from_coarse_arithmetic(c):
     w, b, a = factors((64, 64), 4, 0.1, 2.0, torch.float32, 2)
     assert verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0).status == "wrong scale"
 
@@ -81,14 +81,14 @@ def test_scaling_rounded_to_16_bits_is_correct():
     assert verified(wide, ORDERS["in float32"](wide, b, a, rounded), b, a, RSLORA).status == "coarse"
 
 
-def test_scale_that_rounding_hides_is_inconclusive():
+def test_hidden_scale_is_inconclusive():
     w, b, a = factors((16, 16), 2, 1e-4, 2.0, torch.bfloat16, 0)
     for c in (1.0, 1.02):
         record = verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0)
         assert (record.status, record.failed) == ("inconclusive", False)
 
 
-def test_scale_is_found_where_rounding_takes_half_of_update():
+def test_scale_is_found_despite_lost_half():
     w, b, a = factors((256, 256), 8, 0.001, 2.0, torch.bfloat16, 0)
     record = verified(w, ORDERS["in float32"](w, b, a, 2.1), b, a, 2.0)
     assert record.scale < 0.7
@@ -97,7 +97,7 @@ def test_scale_is_found_where_rounding_takes_half_of_update():
 
 @pytest.mark.parametrize("c", [0.98, 0.99, 1.01, 1.02])
 @pytest.mark.parametrize("relative", [0.002, 0.005])
-def test_precise_merge_tells_scales_within_error_of_c(relative, c):
+def test_precise_merge_resolves_scale_within_error(relative, c):
     w, b, a = factors((128, 128), 8, relative, RSLORA, torch.bfloat16, 4)
     record = verified(w, ORDERS["in float32"](w, b, a, RSLORA * c), b, a, RSLORA)
     assert record.status == "wrong scale", record.cause

@@ -100,7 +100,7 @@ def test_merge_lost_to_rounding_is_reported():
     assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
 
 
-def test_layers_that_changed_without_adapter():
+def test_layers_changed_without_adapter():
     changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
     found = words(results(record(), record(adapted=False, layer="b"), changed))
     assert_names(found, "Not adapted", "1 of 2", "50%", "model.norm")

@@ -88,7 +88,7 @@ def curved_at(folder, text, layers, matrix="hessian", size=4):
     return model, LossFunction(model, read_texts(text, model), size, shapes, matrix)
 
 
-def test_products_and_gradient_are_those_of_dense_hessian(case, at_base):
+def test_products_and_gradient_equal_dense_hessian(case, at_base):
     _, loss_function = curved_at(case[0], case[2], [LAYERS["query"]])
     h = at_base.hessian()
     x = torch.randn(len(h), generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_products_and_gradient_are_those_of_dense_hessian(case, at_base):
 # What curvlinops imports scripts functions, which torch 2.13 deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
-def test_products_are_those_of_curvlinops(case, matrix):
+def test_products_equal_curvlinops(case, matrix):
     from curvlinops import GGNLinearOperator, HessianLinearOperator
 
     layers = [LAYERS["query"], LAYERS["head"], "bert.embeddings.word_embeddings.weight"]

@@ -254,7 +254,7 @@ def planted(records):
             yield Intrinsic(subject=subject, params=size, lr=lr, seed=seed, loss=3 - share, **name, **common)
 
 
-def test_smallest_that_reaches_share_by_its_own_best_rate():
+def test_smallest_size_uses_own_best_rate():
     records = [
         *planted(
             [
@@ -271,11 +271,11 @@ def test_smallest_that_reaches_share_by_its_own_best_rate():
     assert best_rates(records, "held", 0, "subspace") == {10: 0.1, 100: 0.1, 300: 0.1, 1000: 0.1}
     found = lines(records, "held", "held", 0)
     answer = reached(found, "subspace", 0.9)
-    assert (answer.line.size, answer.below.size, answer.sure, answer.missed) == (100, 10, False, (300,))
+    assert (answer.line.size, answer.below.size, answer.certain, answer.missed) == (100, 10, False, (300,))
     assert answer.line.share == pytest.approx(0.91)
     assert answer.line.edge
     assert not answer.below.edge
-    assert reached(found, "subspace", 0.95).sure
+    assert reached(found, "subspace", 0.95).certain
     lora = reached(found, "lora", 0.9)
     assert (lora.line, lora.below.size) == (None, 2)
 
@@ -369,7 +369,7 @@ def test_evaluating_what_was_trained_on_is_refused(base, texts):
         lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[0]])
 
 
-def test_command_states_dimension_or_that_none_was_reached(base, texts, loradiag):
+def test_command_states_dimension_or_its_absence(base, texts, loradiag):
     words = ["probe", "intrinsic", base, "--data", texts[0], "--eval", texts[1], "--dims", "10", "--ranks", ""]
     more = ["--steps", "2", "--lr", "1e-3", "--full-lr", "1e-2", "--method", "said", "--seeds", "1"]
     ran = loradiag(*words, *more, env={"COLUMNS": "80"})

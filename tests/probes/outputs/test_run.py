@@ -120,7 +120,7 @@ def test_hidden_states_are_compared_depth_by_depth(case):
     assert (found[0].hidden, found[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
 
 
-def test_depth_where_nothing_changed_has_no_distance(tmp_path):
+def test_unchanged_depth_has_no_distance(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
     weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
@@ -201,7 +201,7 @@ def test_reference_scales_distances(tmp_path):
     assert "Reference" not in shown
 
 
-def test_nothing_to_compare_or_one_thing_twice_is_refused(tmp_path):
+def test_missing_or_repeated_input_is_refused(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
     with raises_naming(UsageError, "least", "ADAPTER"):

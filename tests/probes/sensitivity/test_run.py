@@ -112,7 +112,7 @@ def in_float64(base, train):
     return {name: named[name].grad.T.numpy() for name in named if ".c_" in name and name.endswith(".weight")}
 
 
-def test_first_order_scores_are_those_of_gradient_in_float64(case, tmp_path):
+def test_first_order_scores_equal_float64_gradient(case, tmp_path):
     base, train, held, _ = case
     found = lora_diag.probe_sensitivity(
         base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, per="block", seed=SEED
@@ -244,7 +244,7 @@ def test_classifier_head_is_not_adapted(tmp_path):
     assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(found)}
 
 
-def test_table_names_who_gains_most_and_fits_narrow_terminal(measured):
+def test_table_names_largest_gain_at_narrow_width(measured):
     shown = table(measured[0], 80)
     assert all(len(line) <= 80 for line in shown.splitlines())
     gains = {

@@ -51,7 +51,7 @@ def test_gradient_scores_are_compared_with_gains(gains, scores, sizes, noise, sa
     assert f"Proxies {said}" in " ".join(shown.split())
 
 
-def test_most_sensitive_come_first_and_rest_is_counted():
+def test_most_sensitive_units_come_first():
     gains = [0.001 * i for i in range(1, 51)]
     shown = table(results(gains, gains, [1] * 50), 80).splitlines()
     rows = [line for line in shown if line.startswith(" h.")]

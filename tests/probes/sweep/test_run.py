@@ -296,7 +296,7 @@ def rounded_int8(weight):
 
 
 @pytest.mark.parametrize(("grid", "oracle"), [("nf4", rounded_nf4), ("int8", rounded_int8)])
-def test_rounded_weights_are_nearest_of_grid_and_come_back(grid, oracle):
+def test_rounded_weights_are_nearest_grid_values(grid, oracle):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(37, 11), torch.nn.Linear(64, 3)]
     before = [layer.weight.detach().clone() for layer in layers]
@@ -320,7 +320,7 @@ def test_row_of_zeros_rounds_to_zeros():
     ],
     ids=str,
 )
-def test_kinds_of_lora_are_those_of_peft(case, options, of_peft):
+def test_lora_variants_equal_peft(case, options, of_peft):
     base, train, held, _ = case
     found = lora_diag.probe_sweep(
         base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options

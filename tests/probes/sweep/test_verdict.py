@@ -247,6 +247,6 @@ def test_diverged_run_is_excluded_from_statistics():
     assert diverged([base(2.0), record(8, 1e-2, 0, 1.9), record(8, 1e-2, 1, 2.1)]) == set()
 
 
-def test_ranks_are_paired_on_seeds_that_both_have():
+def test_ranks_are_paired_on_common_seeds():
     found = judge([AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02)
     assert found.standings[0].behind == pytest.approx(-0.005)

@@ -44,7 +44,7 @@ def weights_at(base, tuned, rank, rest, only=None):
 
 
 @pytest.mark.parametrize("rest", ["tuned", "base"])
-def test_losses_equal_those_of_independent_computation(pair, tmp_path, rest):
+def test_losses_equal_independent_computation(pair, tmp_path, rest):
     base, tuned, length = pair
     text = some_text(tmp_path, length=length)
     found = lora_diag.probe_truncation(
@@ -273,7 +273,7 @@ def test_model_without_head_is_refused(tmp_path):
     ],
     ids=str,
 )
-def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
+def test_unsupported_models_are_named(tmp_path, config, message):
     base = gpt2(tmp_path / "base")
     file = base / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))

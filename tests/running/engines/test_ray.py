@@ -526,10 +526,10 @@ def test_cluster_without_large_nodes_is_reported(monkeypatch):
     assert (cluster.largest, cluster.slots, cluster.room(None).cores) == (8, 10, 10)
     ray.listed = [{"CPU": 2.0}]
     time.sleep(0.03)
-    cluster.look(2)  # enough for what waits
+    cluster.poll(2)  # enough for what waits
     time.sleep(0.06)
     with raises_naming(InputError, "node", "8 CPUs"):
-        cluster.look(8)
+        cluster.poll(8)
 
 
 def test_gpu_task_gets_share_of_cores():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
-from lora_diag.running.engines.schedule import BATCH, LEAST, Batch, Room, Waiting, batches, cost, in_order
+from lora_diag.running.engines.schedule import BATCH, LAYER_COST, Batch, Room, Waiting, batches, cost, in_order
 
 Layer = namedtuple("Layer", "layer shape")
 
@@ -30,7 +30,7 @@ def test_batches_contain_every_task_once_in_order(shapes, slots):
     assert [at for batch in plan for at in range(batch.start, batch.stop)] == list(range(len(shapes)))
     for batch in plan:
         own = [shapes[at] for at in range(batch.start, batch.stop)]
-        assert batch.cost == sum(m * n * min(m, n) + LEAST for m, n in own)
+        assert batch.cost == sum(m * n * min(m, n) + LAYER_COST for m, n in own)
         assert len(batch) == 1 or batch.cost <= BATCH
         assert {1 + (dense(Layer("", shape)) > 10**8) for shape in own} == {batch.threads}
 
@@ -132,7 +132,7 @@ def test_first_error_follows_earlier_outcomes(seed, deadly, broken):
 def test_no_layers_need_no_batches():
     assert list(Machines(0).run([], Room(1))) == []
     assert batches([], dense, lambda size: 1, 4) == []
-    assert cost((0, 5), 0) == LEAST
+    assert cost((0, 5), 0) == LAYER_COST
 
 
 def test_tasks_with_different_cores_are_separate_batches():

@@ -1,4 +1,4 @@
-"""``python -m lora_diag``, and the command ``loradiag``: Ctrl-C ends it in one line even while it starts."""
+"""``python -m lora_diag``, and the command ``loradiag``. Ctrl-C prints one line, also during start-up."""
 
 import gc
 import os

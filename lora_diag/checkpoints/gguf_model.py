@@ -2,7 +2,7 @@
 
 Names follow the architecture (``gguf_names``); tensors with unknown names keep them. Stacked experts appear one
 by one where transformers stores them so. Of Llama's family the rows of q and k are put back: those of each head are
-read together. Gemma's converter adds 1 to every norm, which is taken off again. A model in several files
+read together. Gemma's converter adds 1 to every norm, which is subtracted. A model in several files
 (``…-00001-of-00003.gguf``) has its settings in the first.
 
 Reference: ggml-org/llama.cpp ``convert_hf_to_gguf.py`` (``LlamaModel.permute``, ``GemmaModel.modify_tensors``).

@@ -43,7 +43,7 @@ class _Part:
 
     Args:
         tensor: Location of its entries.
-        shape: Shape of the whole tensor; None if the rank does not say.
+        shape: Shape of the whole tensor; None if the rank's file does not state it.
         sharded_dims: For each dimension of the mesh, the tensor dimension that it splits; None where it repeats. None
             altogether for a plain tensor.
         coordinates: The rank's place in the mesh.

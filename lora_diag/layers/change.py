@@ -126,7 +126,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         wide = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
         change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
-        if change.non_finite is not None and device.type != "cpu":  # read again, to say where
+        if change.non_finite is not None and device.type != "cpu":  # read again to locate the entry
             change = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
         if change.non_finite is None and not (change.rounding and math.isfinite(change.rounding.bound)):
             change.non_finite = COARSE

@@ -1,6 +1,6 @@
 """Estimate of one layer's update before rounding: rounding cells of both files, size, directions, and validity checks.
 
-Reference: docs/recover.md; ``lora_diag.linalg.hidden`` for the estimator.
+Reference: docs/reference/recover.md; ``lora_diag.linalg.hidden`` for the estimator.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Start = Literal["stored", "rounded"]
 # unchanged. Both assume that the stored BASE is the start.
 RESOLVED, STILL = 0.01, 0.05
 
-# Ranks at which C(r) is given where nobody names others.
+# Default ranks of C(r).
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # With fewer changed entries the size cannot be estimated.
@@ -107,7 +107,7 @@ class Estimate:
             yield block * self.unit
 
     def norm(self) -> float:
-        """Return √E[‖X‖² | cells], of L as it was found."""
+        """Return √E[‖X‖² | cells], of the L found."""
         assert self.cells is not None
         return _norm(self.cells, self.deviation, self.shape, self.scales, self.low_rank) * self.unit
 

@@ -71,6 +71,10 @@ def plot(
         UsageError: The figure, field or format does not exist, or the requested figure cannot be drawn.
         InputError: A results file cannot be read, or a figure cannot be written.
         NothingComparedError: No figure can be drawn from these records.
+
+    Example:
+        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")  # doctest: +SKIP
+        >>> plot(results, output="energy.pdf", figure="energy")  # doctest: +SKIP
     """
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 

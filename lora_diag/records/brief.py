@@ -55,7 +55,7 @@ def _kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown
 
 
 def _is_of_layer(kind: type[Any]) -> bool:
-    """Return whether records of a kind have a layer; in a fleet an adapter takes its place."""
+    """Return whether records of a kind have a layer; in a fleet the adapter counts as one."""
     return "layer" in kind.model_fields
 
 

@@ -83,8 +83,8 @@ class Hidden(Record):
             resolve the update, D is the answer. ``refused``: nothing is estimated.
         reason: The reason of the status as one sentence; not for comparison by code.
         unchanged: Fraction of the entries that are equal on both sides after rounding BASE to the format of TUNED.
-        fro_estimate: ‖X‖_F; null where refused.
-        fro_interval: Interval of ``fro_estimate``.
+        fro_estimate: ‖X‖_F, in the unit of the weights; null where refused.
+        fro_interval: Interval of about 95% of ``fro_estimate``, in the same unit; null where refused.
         values_estimate: Singular values x_i of X in the directions that were found, descending; of ``not_hidden``
             those of D. Null where refused, of ``size_only`` and in older results.
         energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the detected directions, a lower bound if they are correct: energy

@@ -143,7 +143,7 @@ class PlanRule(Record):
 
     Args:
         name: Description of the rule.
-        source: Who published it.
+        source: Publication of the rule.
         params: Required trainable parameters.
         rank: Smallest rank of all targeted matrices that has as many; null where full rank has fewer.
     """

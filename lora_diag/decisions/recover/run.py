@@ -50,8 +50,8 @@ def recover(
 
     For a fine-tune with float32 master weights whose checkpoint was stored in bfloat16, float16 or 8 bits, TUNED =
     round(BASE + X). Where X is small most entries do not change, and D = TUNED − BASE looks full-rank. Each stored
-    entry still bounds X from both sides; a low-rank model with optimal shrinkage is fitted to these bounds. Layers in
-    which the model does not fit, or finds nothing that hidden entries confirm, say so.
+    entry still bounds X from both sides; a low-rank model with optimal shrinkage is fitted to these bounds. The
+    status of a layer states where the model does not fit, or hidden entries confirm no direction.
 
     Args:
         base: The checkpoint before.

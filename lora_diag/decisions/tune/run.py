@@ -71,6 +71,11 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         UsageError: An option is invalid, the budget is too small for a rank, the time for a search, or ``output`` holds
             other files.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
+
+    Example:
+        >>> found = tune("sample_checkpoints/base", "run/", data="train.txt", evaluate=["held_out.txt"], params="10k",
+        ...     time="10min")  # doctest: +SKIP
+        >>> found.whole[-1]  # doctest: +SKIP
     """
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
     arguments, folder = run.options, Path(output)

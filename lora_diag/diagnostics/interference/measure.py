@@ -78,7 +78,7 @@ def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     """Refuse a layer that does not fit into memory.
 
     Raises:
-        MemoryLimitError: The layer does not fit; the message says whether it would without TIES.
+        MemoryLimitError: The layer does not fit; the message states whether it would without TIES.
     """
     if settings.memory is None:
         return

@@ -52,12 +52,16 @@ def make_portable(
         alpha_is_rank: State that α = r if they have none.
 
     Returns:
-        What ``portability`` finds of the written adapter. Its settings name under ``fixed`` the rank, the dtype, the
-        errors ε of truncated and of folded factors, and the skipped weights.
+        The results of ``portability`` for the written adapter. Their settings name under ``fixed`` the rank, the dtype,
+        the errors ε of truncated and of folded factors, and the skipped weights.
 
     Raises:
         UsageError: ``output`` exists.
         InputError: A portable adapter cannot store a tensor.
+
+    Example:
+        >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
+        >>> [(record.consumer, record.status) for record in found]  # doctest: +SKIP
     """
     path = as_path(adapter)
     if not is_adapter(locate(path)):

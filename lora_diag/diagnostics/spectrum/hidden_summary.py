@@ -1,4 +1,4 @@
-"""What rounding cells say of the update before rounding, and when it is worth asking them."""
+"""Statements on the update before rounding, and when ``recover`` is worth running."""
 
 from __future__ import annotations
 

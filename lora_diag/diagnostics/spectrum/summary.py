@@ -211,7 +211,7 @@ def _together(changed: Sequence[Spectrum]) -> str:
     weight = math.fsum(error**-2 for _, error in known)
     beta = math.fsum(beta / error**2 for beta, error in known) / weight
     spread = math.fsum(((each - beta) / error) ** 2 for each, error in known) / (len(known) - 1)
-    error = math.sqrt(max(1.0, spread) / weight)  # layers that differ by more than their errors are worth less
+    error = math.sqrt(max(1.0, spread) / weight)  # layers that differ by more than their errors have less weight
     found = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):
         unknown = [record for record in changed if record.resolution.start == "unknown"]

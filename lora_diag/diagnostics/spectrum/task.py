@@ -1,4 +1,4 @@
-"""Input of a layer's spectrum: its update with what weighs it, and the settings of the measurement."""
+"""Input of a layer's spectrum: its update, its weighting, and the settings of the measurement."""
 
 from __future__ import annotations
 

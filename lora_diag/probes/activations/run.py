@@ -57,6 +57,12 @@ def probe_activations(
         UsageError: An option is invalid, or ``output`` exists.
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
+
+    Example:
+        >>> recorded = probe_activations("sample_checkpoints/base", "sample_checkpoints/eval/in_domain.txt",
+        ...     "activations.safetensors")  # doctest: +SKIP
+        >>> spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft",
+        ...     activations="activations.safetensors")  # doctest: +SKIP
     """
     run = ProbeRun("probe activations", options, ActivationsOptions)
     gradients, labels, seed, overwrite = (

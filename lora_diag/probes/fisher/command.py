@@ -1,4 +1,4 @@
-"""``loradiag probe fisher``: which layers' tails the loss needs."""
+"""``loradiag probe fisher``: cost of truncating each layer, from Fisher information."""
 
 from __future__ import annotations
 

@@ -64,6 +64,11 @@ def probe_fisher(
     Reference:
         Kunstner, Balles and Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient
         descent", equations 2 and 3 (the two kinds of labels).
+
+    Example:
+        >>> found = probe_fisher("sample_checkpoints/base", "sample_checkpoints/full_ft",
+        ...     data="sample_checkpoints/eval/in_domain.txt", layers="q_proj")  # doctest: +SKIP
+        >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
     data, evaluate, measure = (run.options[name] for name in ("data", "evaluate", "measure"))

@@ -1,4 +1,4 @@
-"""``loradiag probe intrinsic``: in how few random directions training gets nearly as far."""
+"""``loradiag probe intrinsic``: the number of random directions that reach a fraction of the gain."""
 
 from __future__ import annotations
 

@@ -67,6 +67,11 @@ def probe_intrinsic(
 
     Reference:
         Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
+
+    Example:
+        >>> found = probe_intrinsic("sample_checkpoints/base", data="train.txt", evaluate=["held_out.txt"], dims=[10,
+        ...     100], steps=50)  # doctest: +SKIP
+        >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     grids = ("paces", "full_rates", "lora_rates")
     run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "repeats"))

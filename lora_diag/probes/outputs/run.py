@@ -47,6 +47,12 @@ def probe_outputs(
         UsageError: An option is invalid, there is nothing to compare with TUNED, or the extra ``train`` is missing.
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: A checkpoint has no weight in common with BASE.
+
+    Example:
+        >>> adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]  # doctest: +SKIP
+        >>> found = probe_outputs("sample_checkpoints/base", "sample_checkpoints/full_ft", adapters,
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])  # doctest: +SKIP
+        >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
     reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))

@@ -1,4 +1,4 @@
-"""``loradiag probe sensitivity``: which layers are worth adapting, by adapting each alone."""
+"""``loradiag probe sensitivity``: gain of adapting each layer alone."""
 
 from __future__ import annotations
 

@@ -69,6 +69,11 @@ def probe_sensitivity(
             missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
         NothingComparedError: No linear layer is selected.
+
+    Example:
+        >>> found = probe_sensitivity("sample_checkpoints/base", data="train.txt", evaluate=["held_out.txt"],
+        ...     granularity="type", steps=50)  # doctest: +SKIP
+        >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
     run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "repeats"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))

@@ -1,4 +1,4 @@
-"""``loradiag probe sweep``: which rank is enough, by training at each."""
+"""``loradiag probe sweep``: the sufficient rank, by training at each."""
 
 from __future__ import annotations
 

@@ -77,6 +77,11 @@ def probe_sweep(
         UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is
             missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
+
+    Example:
+        >>> found = probe_sweep("sample_checkpoints/base", data="train.txt", evaluate=["held_out.txt"], ranks=[2, 8],
+        ...     steps=50)  # doctest: +SKIP
+        >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))

@@ -1,4 +1,4 @@
-"""``loradiag probe truncation``: what each rank of an update keeps of the loss."""
+"""``loradiag probe truncation``: loss of the update truncated to each rank."""
 
 from __future__ import annotations
 

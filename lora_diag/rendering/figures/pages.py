@@ -1,4 +1,4 @@
-"""Pages of several panels: of sets or runs, each as wide as a reader needs; of module types, as small multiples."""
+"""Pages of several panels: of sets or runs, each wide enough to be read; of module types, as small multiples."""
 
 from __future__ import annotations
 

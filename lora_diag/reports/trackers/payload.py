@@ -1,4 +1,4 @@
-"""What of results is sent to a tracker."""
+"""The content of results that is sent to a tracker."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Feature:
         statements: ``module:name`` of ``statements(results) -> list[Statement]``, the summary.
         grids: ``module:name`` of ``grids(results, per) -> list[Grid]``, the tables; if empty, they show the columns
             declared by the records.
-        table: ``module:name`` of ``table(results, width, color, per=..., then=...) -> str``, for a terminal; if empty,
+        table: ``module:name`` of ``table(results, width, color, per=..., next_command=...)``, for a terminal; if empty,
             it shows the tables above the summary.
         section: The feature's section of a report; None if it has none.
         questions: Pairs of a statement's key in that section and the question that it answers at the top of a report.

@@ -27,7 +27,7 @@ def table(
     """
     feature = feature_of(results.run.command)
     if feature is not None and feature.table:
-        shown: str = feature.load(feature.table)(results, width, color, per=per, then=next_command)
+        shown: str = feature.load(feature.table)(results, width, color, per=per, next_command=next_command)
         return shown
     if feature is not None and feature.statements:
         statements = feature.load(feature.statements)(results)

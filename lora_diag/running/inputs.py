@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_diag.adapters import Adapter, Location, bare, is_adapter, is_same_part, match_names, open_adapter
 from lora_diag.adapters.complete import targets_of
+from lora_diag.adapters.placing import place
 from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.patches import open_tuned
@@ -105,7 +106,7 @@ def adapter_deltas(
         NothingComparedError: Nothing is selected.
     """
     adapter = open_adapter(locate(path), stated_alpha)
-    deltas = adapter.pair(base, layers, exclude)[0].deltas
+    deltas = place(adapter.source, adapter.reading, base, layers, exclude)[0].deltas
     _refuse_duplicate_names(deltas)
     return legible(adapter.kind), deltas
 

@@ -220,7 +220,7 @@ def gram(stack: Numbers) -> Grams:
 @cache
 def _block(rows: int, rank: int) -> int:
     """Return the number of rows of a block: a divisor of all if there is one that is not small."""
-    most = max(1, min(BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
+    most = max(1, min(rows, BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
     return next((block for block in range(most, most // 2, -1) if rows % block == 0), most)
 
 

@@ -162,13 +162,12 @@ def thin_energies(left: Grams, right: Grams, factor: NDArray[np.float64]) -> Thi
     energies, vectors = np.maximum(energies[:, ::-1], 0.0), vectors[:, :, ::-1]
     total, s = energies.sum(axis=1), np.sqrt(energies)
     terms = left.terms + right.terms + rank + 1 + (rank**2 + 2 * rank) * math.sqrt(rank)
-    bound = rank * (squares[0] * squares[1]).sum(axis=1) * EPS * terms  # of Σ|σ̂_i² − σ_i²|
-    error = np.where(usable & (total > 2 * bound), 2 * bound / np.where(total > 0, total, 1.0), 1.0)
     mix = lower @ vectors / np.where(s > 0, s, 1.0)[:, None] / size[:, :, None]
     scale = np.abs(factor)
     with np.errstate(over="ignore", invalid="ignore"):
-        fro = np.sqrt(total) * scale
-        return ThinValues(s * scale[:, None], error, fro, mix)
+        bound = rank * (squares[0] * squares[1]).sum(axis=1) * EPS * terms  # of Σ|σ̂_i² − σ_i²|
+        error = np.where(usable & (total > 2 * bound), 2 * bound / np.where(total > 0, total, 1.0), 1.0)
+        return ThinValues(s * scale[:, None], error, np.sqrt(total) * scale, mix)
 
 
 def _squares(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -49,7 +49,7 @@ class Measured:
 
     Args:
         layer: Its part of the record.
-        top: σ_1².
+        top: σ_1.
         update: The sketch of ΔW; None for a zero update.
         space: The sketch of the projector on the left singular vectors up to 99% of the energy, likewise.
     """
@@ -61,7 +61,7 @@ class Measured:
 
 
 def layer_of(s: NDArray[np.float64], fro: float, needed: int | None, rank: int | None) -> tuple[FleetLayer, float]:
-    """Return a layer's part of the record, and σ_1².
+    """Return a layer's part of the record, and σ_1.
 
     Args:
         s: The largest singular values.
@@ -71,7 +71,7 @@ def layer_of(s: NDArray[np.float64], fro: float, needed: int | None, rank: int |
     """
     largest = float(s[0])
     spike = min(1.0, (largest / fro) ** 2)
-    return FleetLayer(fro=fro, rank=rank, rank_99=needed or len(s), spike=spike), largest**2
+    return FleetLayer(fro=fro, rank=rank, rank_99=needed or len(s), spike=spike), largest
 
 
 def zero_layer(rank: int | None) -> Measured:
@@ -105,7 +105,7 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     values = thin_energies(left, right, np.array([each.scale for each in folded]))
     found = _measured(several, folded, values)
     for i in np.flatnonzero(values.energy_error > ENOUGH).tolist():
-        found[i] = _measure_by_reflections(several[i])
+        found[i] = _measure_apart(several[i])
     return [found[order.index(i)] for i in range(len(deltas))]
 
 
@@ -140,7 +140,7 @@ def _joined(grams: Sequence[Grams]) -> Grams:
     return Grams(np.concatenate([each.products for each in grams]), np.concatenate([each.terms for each in grams]))
 
 
-def _measure_by_reflections(delta: FactoredDelta) -> Measured | None:
+def _measure_apart(delta: FactoredDelta) -> Measured | None:
     """Measure a layer whose energies are not known well enough: it is read again, and folded in float64."""
     assert delta.thin is not None
     b = delta.thin.read_b().astype(np.float64)

@@ -37,10 +37,10 @@ def fleet(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
         InputError: The adapter cannot be read, or an entry is not finite.
     """
     layers: dict[str, FleetLayer] = {}
-    update, space, top = np.zeros(LENGTH), np.zeros(LENGTH), 0.0
+    update, space, top = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # top²: Σσ_1²
     for delta, found in _measured(path, deltas, device):
         layers[delta.layer] = found.layer
-        top += found.top
+        top = math.hypot(top, found.top)
         if found.update is not None and found.space is not None:
             update += found.update
             space += found.space
@@ -59,7 +59,7 @@ def fleet(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
         total_rank=total,
         total_rank_99=needed,
         used=needed / total if total else None,
-        spike=min(1.0, top / fro**2) if fro else None,
+        spike=min(1.0, (top / fro) ** 2) if fro else None,
         layers=layers,
         update=_rounded(update),
         space=_rounded(space),

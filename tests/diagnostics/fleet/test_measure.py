@@ -157,6 +157,14 @@ def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch):
     assert files[0] == files[1]
 
 
+def test_fleet_update_beyond_root_of_range_is_measured(tmp_path):
+    """The square of its norm is not a number."""
+    b, a = factors(np.random.default_rng(8))
+    (found,) = lora_diag.fleet([lora(tmp_path / "lora", dict.fromkeys(LAYERS, (1e160 * b, a)))])
+    assert found.fro == pytest.approx(1e160 * math.sqrt(len(LAYERS)) * np.linalg.norm(b @ a), rel=1e-9)
+    assert found.spike == pytest.approx(found.layers[LAYERS[0]].spike, rel=1e-9)
+
+
 def test_unreadable_adapter_does_not_stop_others(tmp_path):
     rng = np.random.default_rng(5)
     good = lora(tmp_path / "good", {LAYERS[0]: factors(rng)})

@@ -28,7 +28,7 @@ from lora_diag.records.base import KINDS, Record, Unit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
-NUMBERS = re.compile(r"[-−+\d.,%±×÷~<>≤≥/|\\ ]*\d[-−+\d.,%±×÷~<>≤≥/|\\ ]*")
+NUMBERS = re.compile(r"(?:[-−+\d.,%±×÷~<>≤≥/|\\ ]|\b(?:m?s|min|h|[kMG]i?B)\b)+")
 
 # Pages of the site that stand elsewhere in the repository; and where links to the README lead.
 MOVED = {
@@ -336,13 +336,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def unbroken_numbers(markdown: str) -> str:
     """Return a page whose table cells do not break between the parts of a number, such as 1.59 ± 0.01.
 
-    >>> unbroken_numbers("| 4, 8 | 1.5 ± 0.1 | a 3 |").replace(chr(160), "~")
-    '| 4,~8 | 1.5~±~0.1 | a 3 |'
+    >>> unbroken_numbers("| 48 | 1.5 ± 0.1 | a 3 |")
+    '| 48 | <span class="number">1.5 ± 0.1</span> | a 3 |'
     """
 
     def row(line: re.Match[str]) -> str:
         cells = re.split(r"(?<!\\)\|", line[0])
-        return "|".join(f" {c.strip().replace(' ', chr(160))} " if NUMBERS.fullmatch(c) else c for c in cells)
+        return "|".join(unbroken(part) for part in cells)
+
+    def unbroken(part: str) -> str:
+        text = part.strip()
+        return f' <span class="number">{text}</span> ' if " " in text and NUMBERS.fullmatch(text) else part
 
     return re.sub(r"^\|.*\|$", row, markdown, flags=re.MULTILINE)
 

@@ -73,8 +73,8 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         InputError: An input cannot be read, or the model cannot be opened or adapted.
 
     Example:
-        >>> found = tune("sample_checkpoints/base", "run/", data="train.txt", evaluate=["held_out.txt"], params="10k",
-        ...     time="10min")  # doctest: +SKIP
+        >>> found = tune("sample_checkpoints/base", "run/", data="train.txt",  # doctest: +SKIP
+        ...     evaluate=["held_out.txt"], params="10k", time="10min")
         >>> found.whole[-1]  # doctest: +SKIP
     """
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))

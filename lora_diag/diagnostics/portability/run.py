@@ -56,8 +56,8 @@ def portability(
         NothingComparedError: No weight is selected.
 
     Example:
-        >>> programs = ["peft", "llamacpp"]
-        >>> results = portability("sample_checkpoints/lora_r4", consumers=programs, layers="0.*q_proj")
+        >>> adapter, programs = "sample_checkpoints/lora_r4", ["peft", "llamacpp"]
+        >>> results = portability(adapter, consumers=programs, layers="0.*q_proj")
         >>> [(record.consumer, record.status, record.scale) for record in results]
         [('peft', 'exact', 2.0), ('llamacpp', 'exact', 2.0)]
     """

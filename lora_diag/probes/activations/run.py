@@ -59,8 +59,8 @@ def probe_activations(
         NothingComparedError: No linear layer is selected.
 
     Example:
-        >>> recorded = probe_activations("sample_checkpoints/base", "sample_checkpoints/eval/in_domain.txt",
-        ...     "activations.safetensors")  # doctest: +SKIP
+        >>> recorded = probe_activations("sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/eval/in_domain.txt", "activations.safetensors")
         >>> spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft",
         ...     activations="activations.safetensors")  # doctest: +SKIP
     """

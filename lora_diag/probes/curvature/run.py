@@ -69,8 +69,9 @@ def probe_curvature(
         Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2020, PyHessian.
 
     Example:
-        >>> found = probe_curvature("sample_checkpoints/base", evaluate=["sample_checkpoints/eval/in_domain.txt"],
-        ...     layers="q_proj", max_sequences=2)  # doctest: +SKIP
+        >>> found = probe_curvature("sample_checkpoints/base",  # doctest: +SKIP
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"], layers="q_proj",
+        ...     max_sequences=2)
         >>> found.whole[0].eigenvalues  # doctest: +SKIP
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)

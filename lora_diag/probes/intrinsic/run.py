@@ -69,8 +69,8 @@ def probe_intrinsic(
         Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
 
     Example:
-        >>> found = probe_intrinsic("sample_checkpoints/base", data="train.txt", evaluate=["held_out.txt"], dims=[10,
-        ...     100], steps=50)  # doctest: +SKIP
+        >>> found = probe_intrinsic("sample_checkpoints/base",  # doctest: +SKIP
+        ...     data="train.txt", evaluate=["held_out.txt"], dims=[10, 100], steps=50)
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     grids = ("paces", "full_rates", "lora_rates")

@@ -50,8 +50,9 @@ def probe_outputs(
 
     Example:
         >>> adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]  # doctest: +SKIP
-        >>> found = probe_outputs("sample_checkpoints/base", "sample_checkpoints/full_ft", adapters,
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])  # doctest: +SKIP
+        >>> found = probe_outputs("sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/full_ft", adapters,
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)

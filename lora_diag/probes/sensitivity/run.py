@@ -71,8 +71,8 @@ def probe_sensitivity(
         NothingComparedError: No linear layer is selected.
 
     Example:
-        >>> found = probe_sensitivity("sample_checkpoints/base", data="train.txt", evaluate=["held_out.txt"],
-        ...     granularity="type", steps=50)  # doctest: +SKIP
+        >>> found = probe_sensitivity("sample_checkpoints/base",  # doctest: +SKIP
+        ...     data="train.txt", evaluate=["held_out.txt"], granularity="type", steps=50)
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
     run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "repeats"))

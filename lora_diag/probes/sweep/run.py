@@ -79,8 +79,8 @@ def probe_sweep(
         InputError: An input cannot be read, or the model cannot be opened or adapted.
 
     Example:
-        >>> found = probe_sweep("sample_checkpoints/base", data="train.txt", evaluate=["held_out.txt"], ranks=[2, 8],
-        ...     steps=50)  # doctest: +SKIP
+        >>> found = probe_sweep("sample_checkpoints/base", data="train.txt",  # doctest: +SKIP
+        ...     evaluate=["held_out.txt"], ranks=[2, 8], steps=50)
         >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))

@@ -49,8 +49,9 @@ def probe_truncation(
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
 
     Example:
-        >>> found = probe_truncation("sample_checkpoints/base", "sample_checkpoints/full_ft", ranks=[4, 16],
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])  # doctest: +SKIP
+        >>> found = probe_truncation("sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/full_ft", ranks=[4, 16],
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)

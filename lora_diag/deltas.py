@@ -404,7 +404,7 @@ def _regex(pattern: str | None, option: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}") from error
+        raise UsageError(f"{option} {pattern}: not a valid regular expression ({error}); correct it") from error
 
 
 def _why_nothing(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:

@@ -95,7 +95,9 @@ def _compile(text: str, where: str, lengths: list[int]) -> re.Pattern[str]:
             )
         return compiled
     except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{where}: the key {text!r} is not a valid regular expression: {error}") from error
+        raise InputError(
+            f"{where}: the key {text!r} is not a valid regular expression ({error}); correct it"
+        ) from error
 
 
 def worst_case(text: str, length: int) -> float:
@@ -154,7 +156,7 @@ def is_target(module: str, names: str | list[str], path: Path) -> bool:
     try:
         return names == "all-linear" or re.fullmatch(names, module) is not None
     except re.error as error:
-        raise InputError(f"{path}: target_modules is not a valid regular expression: {error}") from error
+        raise InputError(f"{path}: target_modules is not a valid regular expression ({error}); correct it") from error
 
 
 def module_targets(config: Config, modules: Iterable[str]) -> str | list[str]:

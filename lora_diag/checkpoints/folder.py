@@ -106,7 +106,7 @@ def locate(path: Path | str) -> Path:
 
     hub_id = hub.parse(path.as_posix())
     if hub_id is None:
-        raise InputError(f"{path}: no such file or folder; check the spelling")
+        raise InputError(f"{path}: no such file or folder; check the path")
     return hub.fetch(hub_id, WEIGHTS)
 
 

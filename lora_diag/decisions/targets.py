@@ -53,4 +53,4 @@ def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise UsageError(f"{option} {pattern}: is not a valid regular expression: {error}") from error
+        raise UsageError(f"{option} {pattern}: not a valid regular expression ({error}); correct it") from error

@@ -95,7 +95,7 @@ def figure_named(name: str) -> FigureKind:
     for kind in FIGURES:
         if kind.name == name:
             return kind
-    raise UsageError(f"figure {name}: unknown; use one of {', '.join(kind.name for kind in FIGURES)}")
+    raise UsageError(f"--figure {name}: unknown; use one of {', '.join(kind.name for kind in FIGURES)}")
 
 
 def figure(
@@ -207,7 +207,7 @@ def _series_and_options(
             f"{len(labels)} labels for {len(runs)} results: give one label per results file, in their order"
         )
     if per not in {"layer", "type"}:
-        raise UsageError(f"per {per}: unknown; use layer or type")
+        raise UsageError(f"--per {per}: unknown; use layer or type")
     return series_of(runs, labels, files), Options(per, field, rank)
 
 

@@ -148,7 +148,7 @@ def _format(path: Path, single: bool, requested: str | None, formats: Sequence[s
     """
     suffix = path.suffix.lower().removeprefix(".")
     if requested is not None and requested not in formats:
-        raise UsageError(f"format {requested}: choose {', '.join(formats)}")
+        raise UsageError(f"--format {requested}: unknown; use {', '.join(formats)}")
     if single:
         if requested not in {None, suffix}:
             raise UsageError(f"{path}: the suffix .{suffix} contradicts --format {requested}; give one of them")
@@ -187,9 +187,9 @@ def _check_options(figure: str | None, field: str | None, rank: int | None) -> N
         UsageError: The figure does not use the option.
     """
     if field is not None and figure not in {None, "all", "heatmap"}:
-        raise UsageError(f"field {field}: not used by {figure}; use it with the heatmap")
+        raise UsageError(f"--field {field}: not used by {figure}; use it with the heatmap")
     if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap", "alone"}:
-        raise UsageError(f"rank {rank}: not used by {figure}; use it with overlap, angles or alone")
+        raise UsageError(f"--show-rank {rank}: not used by {figure}; use it with overlap, angles or alone")
 
 
 def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
@@ -214,7 +214,7 @@ def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
     try:
         return results.filter(layers)
     except re.error as error:
-        raise UsageError(f"layers {layers}: not a valid regular expression: {error}") from error
+        raise UsageError(f"--layers {layers}: not a valid regular expression ({error}); correct it") from error
 
 
 def _write(path: Path, content: bytes, kind: str, overwrite: bool) -> None:

@@ -30,8 +30,12 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             content = Path(path).read_bytes().decode("utf-8")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "is not UTF-8 text"
-            own = f"; for the built-in policy of this name use --policy {path}" if str(path) in READY else ""
-            raise UsageError(f"{path}: cannot be read as a policy: {why}{own}") from error
+            fix = (
+                f"for the built-in policy use --policy {path}"
+                if str(path) in READY
+                else "the order is: loradiag gate POLICY RESULTS..."
+            )
+            raise UsageError(f"{path}: cannot be read as a policy: {why}; {fix}") from error
     if content.startswith('{"record"'):
         raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")

@@ -76,7 +76,9 @@ def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{info.field_name}: {quoted(text)} is not a valid regular expression: {error}") from error
+        raise ValueError(
+            f"{info.field_name}: {quoted(text)} is not a valid regular expression ({error}); correct it"
+        ) from error
 
 
 # Applied before the validator that reads the text, as in ``Pattern``.

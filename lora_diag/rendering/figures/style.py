@@ -91,7 +91,7 @@ def page_style_of(name: str) -> PageStyle:
     for style in PAGE_STYLES:
         if style.name == name:
             return style
-    raise UsageError(f"width {name}: choose {' or '.join(style.name for style in PAGE_STYLES)}")
+    raise UsageError(f"--width {name}: unknown; use {' or '.join(style.name for style in PAGE_STYLES)}")
 
 
 @contextmanager

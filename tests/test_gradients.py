@@ -118,7 +118,7 @@ def test_one_weight_has_one_gradient_step_and_one_shape(tmp_path):
             save_step(tmp_path / "g2.safetensors", {"a.weight": torch.ones(4, 2)}),
         ]
     )
-    with pytest.raises(InputError, match="different models"):
+    with pytest.raises(InputError, match="gradients of one model"):
         histories(steps, None)
 
 

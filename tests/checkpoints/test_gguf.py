@@ -124,7 +124,7 @@ HUGE = 2**63 - 1
         (header(tensor(b"w", [4], 0, 32), bytes(99), tensors=1), "starts at byte 32"),
         (header(tensor(b"w", [4], 0, 0), tensor(b"v", [4], 0, 0), bytes(99), tensors=2), "starts at byte 0"),
         (header(tensor(b"w", [4], 0, 0), tensor(b"w", [4], 0, 32), bytes(99), tensors=2), "'w' appears twice"),
-        (header(tensor(b"w", [33, 2], 8, 0), bytes(999), tensors=1), "no whole blocks of 32"),
+        (header(tensor(b"w", [33, 2], 8, 0), bytes(999), tensors=1), "not whole blocks of 32"),
     ],
 )
 def test_gguf_refuses_false_headers(tmp_path, content, problem):

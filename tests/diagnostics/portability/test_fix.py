@@ -228,7 +228,7 @@ def test_mlx_and_back(tmp_path):
     [
         ({"form": "onnx"}, UsageError, "use peft"),
         ({"form": "kohya"}, InputError, "which part of a pipeline"),
-        ({"output": "adapter"}, UsageError, "is there already"),
+        ({"output": "adapter"}, UsageError, "exists already"),
     ],
 )
 def test_bad_requests_write_nothing(tmp_path, options, error, message):

@@ -13,7 +13,7 @@ from lora_diag.linalg.binades import Binades
 
 
 @pytest.mark.parametrize(("growth", "bad"), [(0.0, False), (0.3, True)])
-def test_size_that_grows_with_the_weight_is_uneven(growth, bad):
+def test_change_proportional_to_weight_is_uneven(growth, bad):
     rng = np.random.default_rng(1)
     w = torch.tensor(2.0 ** rng.uniform(-8, -4, size=(80, 100))).bfloat16().double()
     binade = torch.frexp(w)[1].numpy() + 6

@@ -68,7 +68,7 @@ def test_tie_goes_to_even_code(name):
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @given(start=st.floats(-60000, 60000, width=32), move=st.floats(-1, 1, width=32), size=st.integers(-40, 15))
-def test_sum_lies_in_cell_of_what_was_stored(name, start, move, size):
+def test_sum_is_in_stored_cell(name, start, move, size):
     start, move = (torch.tensor(value, dtype=torch.float64) for value in (start, move * 2.0**size))
     total = (start + move).float()
     stored = nearest(total, name)
@@ -86,7 +86,7 @@ def test_wider_formats_step_as_numpy_does():
 
 
 @pytest.mark.parametrize("first", [0, 2, 5])
-def test_rows_of_derived_cells_are_those_of_the_whole(first):
+def test_derived_cell_rows_equal_whole(first):
     lo = -torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
     cells = Cells(lo, lo + 1)
     rows, columns = torch.arange(1.0, 7), torch.tensor([1.0, 2, 4, 8])

@@ -63,7 +63,7 @@ def test_bound_holds_for_any_basis(name, columns, top, powers, slack, seed):
     assert truth <= bound + 1e-12
 
 
-def test_bound_sees_values_that_did_not_converge():
+def test_bound_covers_unconverged_values():
     """Of a basis that holds the signal only, the bound on K values is that of the noise, not of all energy."""
     s = HARD["rank 8, noise"]
     a = oracles.with_spectrum(s, N, N, 1)
@@ -121,7 +121,7 @@ TEMPTING = {
 
 
 @pytest.mark.parametrize("name", TEMPTING)
-def test_lost_attempts_cost_what_is_guaranteed(monkeypatch, name):
+def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
     """Of a diagonal matrix: its Krylov space from a Gaussian start is that of any matrix with these values."""
     checks, probes = [], []
     solve, probe = krylov._rayleigh_ritz, krylov._largest_outside

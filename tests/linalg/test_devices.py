@@ -56,7 +56,7 @@ def in_a_thread(work) -> None:
     thread.join()
 
 
-def test_each_thread_computes_on_one_stream_of_its_own(log):
+def test_each_thread_uses_its_own_stream(log):
     def two_layers():
         for _ in range(2):
             assert on_device(lambda device: log.append(f"computed on {device}"), GPU) == (None, "")
@@ -79,12 +79,12 @@ def test_gpu_multiplies_in_full_float32_in_all_threads(log):
         torch.set_float32_matmul_precision(before)
 
 
-def test_cpu_needs_no_stream(log):
+def test_cpu_uses_no_stream(log):
     assert on_device(lambda device: device.type, CPU) == ("cpu", "")
     assert log == []
 
 
-def test_out_of_memory_on_gpu_falls_back_and_says_so(log):
+def test_gpu_out_of_memory_falls_back_with_note(log):
     def compute(device):
         if device.type == "cuda":
             raise torch.cuda.OutOfMemoryError("no more")
@@ -111,7 +111,7 @@ def test_libraries_out_of_memory_fall_back_after_freeing_theirs(log, words):
     assert log[-1] == [True, False]
 
 
-def test_copies_to_gpu_are_pinned_and_do_not_wait():
+def test_copies_to_gpu_are_pinned_and_asynchronous():
     block = torch.arange(3.0)
     assert devices.move(block, CPU) is block
     seen = []
@@ -191,7 +191,7 @@ def test_not_finite_entry_of_a_gpu_is_located_by_the_cpu(tmp_path):
     assert "[2, 3]" in change.non_finite
 
 
-def test_other_errors_are_not_taken_for_lack_of_memory():
+def test_other_errors_are_not_memory_errors():
     def fails(device):
         raise RuntimeError("something else")
 
@@ -199,7 +199,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
         on_device(fails, CPU)
 
 
-def test_devices_that_are_not_there_are_refused():
+def test_missing_device_is_refused():
     for word, said in (("cuda:99", "this torch sees"), ("mps", "no float64"), ("tpu", "use auto")):
         with pytest.raises(UsageError, match=said):
             devices.resolve_device(word)

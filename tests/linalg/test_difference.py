@@ -45,7 +45,7 @@ def test_norms_and_entries_for_every_pair_of_dtypes(before, after):
     shape=st.sampled_from(((40, 5), (5, 40))),
     seed=st.integers(0, 99),
 )
-def test_blocks_do_not_matter(rows, piece, shape, seed):
+def test_result_is_independent_of_blocks(rows, piece, shape, seed):
     rng = torch.Generator().manual_seed(seed)
     base, tuned = (torch.randn(shape, generator=rng).bfloat16() for _ in range(2))
     step = torch.rand(shape, generator=rng).add_(0.5)
@@ -62,7 +62,7 @@ def test_blocks_do_not_matter(rows, piece, shape, seed):
 
 
 @pytest.mark.slow
-def test_norm_of_large_matrix_is_not_float32s():
+def test_norm_of_large_matrix_is_accurate():
     """torch's own float32 norm is off by 8e-4 here."""
     torch.manual_seed(0)
     base = torch.zeros(4096, 4096, dtype=torch.bfloat16)
@@ -71,7 +71,7 @@ def test_norm_of_large_matrix_is_not_float32s():
     assert found.fro == pytest.approx(math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9)
 
 
-def test_minus_zero_counts_as_changed_within_dtype():
+def test_minus_zero_is_a_change_within_dtype():
     found = difference([(torch.tensor([[0.0, 1.0]]), torch.tensor([[-0.0, 1.0]]))], (1, 2), CPU)
     assert found.unchanged == 0.5
     assert found.fro == 0.0
@@ -89,7 +89,7 @@ def test_first_non_finite_entry_is_named(value, side, dtype):
     assert ("BASE", "TUNED")[side] in found.non_finite
 
 
-def test_finite_entries_whose_difference_or_norm_overflows():
+def test_overflow_of_difference_or_norm_is_reported():
     big = torch.full((2, 2), 3e38)
     assert "overflows" in difference([(-big, big)], (2, 2), CPU).non_finite
     huge = torch.full((2, 2), 1.7e308, dtype=torch.float64)
@@ -103,18 +103,18 @@ def test_norms_of_float64_far_from_one(scale):
     assert found.fro == pytest.approx(5 * scale, rel=1e-14)
 
 
-def test_without_keep_matrix_is_not_held():
+def test_matrix_is_freed_without_keep():
     found = difference([(torch.zeros(2, 2), torch.ones(2, 2))], (2, 2), CPU, keep=False)
     assert (found.matrix, found.fro) == (None, 2.0)
 
 
 @pytest.mark.parametrize("word", ["tpu", "cuda:99", "mps", "meta", ""])
-def test_devices_that_are_not_there(word):
+def test_missing_devices_are_refused(word):
     with pytest.raises(UsageError, match="--device"):
         resolve_device(word)
 
 
-def test_auto_is_device_that_is_there():
+def test_auto_device_is_available_device():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -34,7 +34,7 @@ def found(h, count, end, seed=0):
     st.integers(0, 100),
 )
 @settings(max_examples=40, deadline=None)
-def test_values_and_vectors_are_those_of_dense_solver(size, count, end, kind, seed):
+def test_values_and_vectors_equal_dense_solver(size, count, end, kind, seed):
     rng = np.random.default_rng(seed)
     values = {
         "spread": rng.standard_normal(size),

@@ -44,7 +44,7 @@ def test_size_does_not_depend_on_the_distribution(kind):
     assert 0.015 <= found.error < 0.025
 
 
-def test_likelihood_is_the_definition_and_the_fit_its_maximum():
+def test_likelihood_equals_definition_and_fit_maximizes_it():
     cells, _, _ = hidden("uniform", 1e-5, 60)
     unit = fit_size(cells, 1.0).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_likelihood_is_the_definition_and_the_fit_its_maximum():
 
 
 @pytest.mark.slow
-def test_a_sample_gives_the_size_of_all_entries(monkeypatch):
+def test_sampled_entries_estimate_full_size(monkeypatch):
     cells, x, _ = hidden("uniform", 1e-5, 256)
     whole = fit_density(cells, fit_size(cells, 1.0).deviation)
     monkeypatch.setattr(hidden_density, "SAMPLE", 2**14)

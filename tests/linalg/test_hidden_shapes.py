@@ -32,7 +32,7 @@ def test_shapes_have_variance_1_and_moments_of_their_density(shape):
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)])
-def test_the_shape_of_hidden_entries_is_seen(kind, low, high):
+def test_hidden_entry_shape_is_estimated(kind, low, high):
     """The likelihood is that of the definition, and no smaller than the normal one."""
     rng = np.random.default_rng(4)
     draw = {

@@ -75,7 +75,7 @@ def test_krylov_plans_for_basis_and_products(shape, basis):
 
 
 @pytest.mark.parametrize("shape", [(2048, 2048), (512, 14336)], ids=str)
-def test_exact_plans_for_copies_in_float64_and_lapacks_vectors(shape):
+def test_exact_plan_counts_float64_copies_and_lapack(shape):
     """A in float64 and the copy that Lapack destroys; of vectors U, Vᵀ and what fixing their signs copies."""
     small, large = sorted(shape)
     matrix = 4 * small * large + limits.READING
@@ -96,7 +96,7 @@ def test_exact_plans_for_copies_in_float64_and_lapacks_vectors(shape):
     scale=st.sampled_from([1e-30, 1.0, 1e20]),
     in_place=st.booleans(),
 )
-def test_all_values_are_those_of_float64_whatever_blocks(shape, rows, dtype, scale, in_place):
+def test_all_values_equal_float64_for_any_blocks(shape, rows, dtype, scale, in_place):
     matrix = (power_law(*shape) * scale).astype(dtype)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     fro = math.sqrt((true**2).sum())
@@ -109,7 +109,7 @@ def test_all_values_are_those_of_float64_whatever_blocks(shape, rows, dtype, sca
     assert np.abs(np.cumsum(found.s.numpy() ** 2) / fro**2 - curve).max() <= found.energy_error + 1e-12
 
 
-def test_entries_whose_norm_float32_does_not_hold():
+def test_norm_beyond_float32_is_computed():
     matrix = (np.random.default_rng(4).uniform(-1, 1, (60, 50)) * 1e38).astype(np.float32)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     fro = math.sqrt((true**2).sum())
@@ -166,7 +166,7 @@ def test_krylov_runs_where_gram_matrix_does_not_fit():
     assert decompose_streamed(blocks, Allowance(few, top=4), fro).method.startswith("krylov")
 
 
-def test_layer_that_never_fits_is_reported_before_reading():
+def test_oversized_layer_is_reported_before_reading():
     unread = Streamed(lambda: pytest.fail("it was read"), (128256, 8192))
     with pytest.raises(
         MemoryLimitError, match=r"all values take 6\d\d MB; give 32\d MB more .*, or --top 64 \(\d\d\d MB"
@@ -219,7 +219,7 @@ print(found.method, (resident() - before) / 2**20)
         ((1024, 24000), 24, 1, 80, "krylov"),
     ],
 )
-def test_no_more_memory_is_taken_than_allowed(shape, top, vectors, limit, method):
+def test_memory_stays_within_limit(shape, top, vectors, limit, method):
     """Resident memory of a process of its own; the limit is less than the bytes of the matrix."""
     assert limit * 2**20 < 4 * math.prod(shape)
     words = [sys.executable, "-c", PEAK, *map(str, (*shape, top, vectors, limit * 2**20))]

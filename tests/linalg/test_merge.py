@@ -79,7 +79,7 @@ def counted(dtype, w, m, b, a, s=1.0):
 
 @settings(deadline=None, max_examples=150)
 @given(problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.0, 2.5, 11.313708498984761]))
-def test_every_documented_way_to_merge_is_right(problem, path, s):
+def test_every_documented_merge_is_correct(problem, path, s):
     dtype, w, b, a = problem
     m = merged(path, dtype, w, b, a, s)
     found = counted(dtype, w, m, b, a, s)
@@ -93,7 +93,7 @@ def test_every_documented_way_to_merge_is_right(problem, path, s):
     st.sampled_from([0.0, 2.0, -1.0, 0.5, 4.0, 0.9]),
     st.sampled_from([1.0, 2.0]),
 )
-def test_no_wrong_scale_above_rounding_passes(problem, path, factor, s):
+def test_wrong_scale_above_rounding_fails(problem, path, factor, s):
     dtype, w, b, a = problem
     m = merged(path, dtype, w, b * factor, a, s)
     change = s * (b @ a)
@@ -123,7 +123,7 @@ def test_counts_equal_direct_count():
     assert 1.5 < found.worst < 2.5
 
 
-def test_its_sums_are_those_of_numpy():
+def test_merge_sums_equal_numpy():
     rng = np.random.default_rng(1)
     w = bf16_of_float64(rng.standard_normal((50, 700)) * 0.02)
     b, a = rng.standard_normal((50, 3)) * 3e-3, rng.standard_normal((3, 700)) * 0.1
@@ -139,7 +139,7 @@ def test_its_sums_are_those_of_numpy():
     assert 0.99 * (m != w).sum() < found.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
 
 
-def test_update_below_grain_is_rounded_where_it_rounds():
+def test_small_update_is_rounded_entrywise():
     """ΔW = 0.6 spacings everywhere: every entry must move. A tolerance of one ulp would let a dropped merge pass."""
     w = np.full((8, 8), 1.0)
     b, a = np.full((8, 1), 0.6 * 2.0**-7), np.ones((1, 8))
@@ -147,7 +147,7 @@ def test_update_below_grain_is_rounded_where_it_rounds():
     assert counted(torch.bfloat16, w, w, b, a).count == 64
 
 
-def test_base_rounded_to_dtype_of_merge_is_allowed_and_no_other():
+def test_verify_merge_allows_base_in_dtype_of_merge():
     rng = np.random.default_rng(2)
     w = (rng.standard_normal((16, 16)) * 0.02).astype(np.float32).astype(np.float64)
     b, a = rng.standard_normal((16, 2)) * 0.01, rng.standard_normal((2, 16)) * 0.1
@@ -170,7 +170,7 @@ def test_sum_rounded_to_float32_on_way_may_lose_tie():
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, np.float32), (torch.float16, np.float16)])
-def test_spacing_is_that_of_numpy(dtype, kind):
+def test_spacing_equals_numpy(dtype, kind):
     values = np.concatenate([np.random.default_rng(3).standard_normal(500) * 10.0**k for k in range(-7, 4)])
     values = np.concatenate([values, [0.0, 1.0, -2.0, 2.0**-24, 6e-8]]).astype(kind)
     assert ulp(torch.from_numpy(values.astype(np.float64)), dtype).tolist() == np.spacing(np.abs(values)).tolist()
@@ -200,7 +200,7 @@ def test_numbers_of_shorter_dtype_are_recognised():
 
 
 @pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])
-def test_entry_that_is_not_finite_is_named(side, bad):
+def test_non_finite_entry_is_named(side, bad):
     sides = [torch.ones(2, 3), torch.ones(2, 3)]
     sides[bad][1, 2] = float("nan")
     empty = Product(torch.zeros(2, 0, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64))
@@ -209,7 +209,7 @@ def test_entry_that_is_not_finite_is_named(side, bad):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.05, 0.95])
-def test_scale_allowed_by_each_entry_is_told_from_all(factor):
+def test_scale_within_entry_rounding_is_detected(factor):
     """With r = 512, |B||A| is 14 times |ΔW|, and the bound for factors that were cast lets 5% pass everywhere."""
     rng = np.random.default_rng(0)
     w = bf16_of_float64(rng.standard_normal((96, 96)) * 0.02)
@@ -222,7 +222,7 @@ def test_scale_allowed_by_each_entry_is_told_from_all(factor):
 
 @settings(deadline=None, max_examples=100)
 @given(problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.5, 11.313708498984761]))
-def test_no_right_merge_drifts(problem, path, s):
+def test_correct_merges_do_not_drift(problem, path, s):
     dtype, w, b, a = problem
     assert not counted(dtype, w, merged(path, dtype, w, b, a, s), b, a, s).drifted
 

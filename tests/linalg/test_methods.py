@@ -199,7 +199,7 @@ def test_float64_far_from_one(method, scale):
     assert thin.fro > 0
 
 
-def test_solver_that_fails_hands_over(monkeypatch):
+def test_failed_solver_falls_back(monkeypatch):
     matrix = oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3)
 
     def fails(*args, **options):
@@ -223,7 +223,7 @@ def test_krylov_runs_with_decay_and_falls_back_without():
         assert methods[name] == "krylov", name
 
 
-def test_bound_sees_what_basis_missed(monkeypatch):
+def test_bound_covers_energy_outside_basis(monkeypatch):
     """Start Lanczos in a space that never meets the largest direction: the certificate must not pass it."""
     s = np.where(INDEX <= 40, 1.0 / INDEX, 1e-5)
     matrix = torch.from_numpy(np.diag(s))
@@ -302,7 +302,7 @@ def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
     assert len(calls) == 0 or spectrum == "flat"  # of 600 equal values bisection may find fewer than asked for
 
 
-def test_beside_other_work_all_vectors_are_computed(monkeypatch):
+def test_all_vectors_are_computed_with_concurrent_work(monkeypatch):
     monkeypatch.setattr(gram, "SUBSET_FROM", 1)
     monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads() + 1)
     monkeypatch.setattr(gram, "_largest", lambda *args: pytest.fail("takes every core"))
@@ -328,7 +328,7 @@ def test_all_vectors_where_largest_cannot_be_had(monkeypatch, failure):
     assert len(factors.s) == 5
 
 
-def test_auto_takes_cheapest_method_that_fits():
+def test_auto_chooses_cheapest_method_that_fits():
     rng = np.random.default_rng(0)
     decaying = torch.from_numpy(rng.standard_normal((900, 900)) / np.arange(1, 901)).float()
     assert decompose(torch.from_numpy(rng.standard_normal((64, 500)))).method.startswith("exact")
@@ -381,7 +381,7 @@ def test_factored_where_factors_cancel():
 # The ladder, and requests that make no sense.
 
 
-def test_next_driver_takes_over_and_is_named(monkeypatch):
+def test_next_driver_is_used_and_named(monkeypatch):
     matrix = np.random.default_rng(0).standard_normal((20, 30))
 
     def fails(*args, **options):
@@ -398,7 +398,7 @@ def test_next_driver_takes_over_and_is_named(monkeypatch):
         decompose(torch.from_numpy(matrix), "exact")
 
 
-def test_requests_that_make_no_sense():
+def test_invalid_requests_are_refused():
     matrix = torch.ones(3, 3)
     with pytest.raises(UsageError, match="--method"):
         decompose(matrix, "magic")

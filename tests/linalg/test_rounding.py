@@ -63,7 +63,7 @@ def test_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
     assert found.rounding.bound == pytest.approx(by_definition, rel=3e-6)
 
 
-def test_finer_tuned_side_makes_base_exact_starting_point():
+def test_finer_tuned_dtype_makes_base_exact():
     base = torch.randn(20, 30).bfloat16()
     tuned = base.float() + torch.randn(20, 30) * 1e-5
     found = difference([(base, tuned)], (20, 30), CPU)
@@ -98,13 +98,13 @@ def test_short_numbers_in_long_file_are_recognised(short, long):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_numbers_of_full_precision_are_left_alone(dtype):
+def test_full_precision_values_are_unchanged(dtype):
     values = torch.randn(40, 50, dtype=torch.float64).to(dtype)
     out = torch.empty(40, 50, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     assert spacings(values, out) == LAYOUT[dtype][2]
 
 
-def test_one_column_does_not_speak_for_others():
+def test_one_column_does_not_decide():
     values = torch.randn(256, 4096).bfloat16().float()
     values[:, 0] = torch.rand(256)
     found = of(values)
@@ -112,7 +112,7 @@ def test_one_column_does_not_speak_for_others():
     assert float((found[:, 0] / values[:, 0]).max()) < 2.0**-22
 
 
-def test_quantized_side_counts_with_step_of_its_format():
+def test_quantized_side_uses_step_of_its_format():
     base, tuned = torch.randn(6, 5), torch.randn(6, 5)
     step = torch.rand(6, 5)
     halves = [(base[:3], tuned[:3]), (base[3:], tuned[3:])]

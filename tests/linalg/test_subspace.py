@@ -54,7 +54,7 @@ def test_gradient_overlap_is_one_inside_and_zero_outside():
     assert found.tangent[0] == pytest.approx(0, abs=1e-12)
 
 
-def test_gradient_at_best_adapter_has_nothing_in_reach():
+def test_gradient_at_optimum_is_outside_reach():
     """L = ½‖BA − M‖² with BA the truncated SVD of M: the gradient BA − M is orthogonal to the tangent space at BA."""
     rng = np.random.default_rng(3)
     u, s, vh = np.linalg.svd(rng.standard_normal((30, 20)), full_matrices=False)
@@ -100,7 +100,7 @@ def test_bases_are_orthonormal_without_mixing_later_columns():
 
 
 @given(st.floats(0.001, 0.999), st.floats(0, 1))
-def test_near_is_below_limit_that_lies_between_baseline_and_one(random, overlap):
+def test_near_limit_is_between_baseline_and_one(random, overlap):
     assert is_near(random, random)
     assert not is_near(1.0, random)
     assert is_near(overlap, random) == (overlap < min(2 * random, (1 + random) / 2))

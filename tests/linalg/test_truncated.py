@@ -57,7 +57,7 @@ def one(lo, hi, start, dtype):
     half=st.floats(-2, 1.5),
     ratios=st.tuples(st.floats(-1, 1), st.floats(-1, 1)),
 )
-def test_moments_are_those_of_definition(dtype, error, rounded, scale, mean, center, half, ratios):
+def test_moments_equal_definition(dtype, error, rounded, scale, mean, center, half, ratios):
     s, h = 10**scale, 10 ** (scale + half)
     start = tuple(h * 10**ratio for ratio in ratios) if rounded else None
     numbers = [center * s - h, center * s + h, *(start or ()), mean * s]
@@ -94,7 +94,7 @@ def test_mean_lies_in_cell(seed, far):
     assert (found.variance <= torch.minimum((hi - lo) ** 2 / 4, torch.ones(())) * (1 + 1e-9)).all()
 
 
-def test_open_cell_says_nothing():
+def test_unbounded_cell_gives_no_information():
     wide = Cells(torch.full((1, 2), -math.inf), torch.full((1, 2), math.inf), torch.ones(1, 2), torch.ones(1, 2))
     for cells in (wide, wide.exact_start()):
         found = moments(cells, torch.tensor([[0.0, 3.0]]), 2.0)

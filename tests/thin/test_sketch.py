@@ -14,7 +14,7 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize("target", [0.0, 0.6, 0.95, 0.999])
 @pytest.mark.parametrize(("rank", "kept"), [(1, 1.0), (16, 1.0), (16, 0.05), (50, 1.0)])
-def test_sketches_estimate_cosines_as_well_as_said(target, rank, kept):
+def test_sketch_cosines_have_stated_error(target, rank, kept):
     """The root mean square of the errors over 60 pairs is near (1 − c²)/√d: never twice that, at rank one 2.6 times.
 
     Also where only a few rows are not small, at regular distances: what structured buckets would add up.

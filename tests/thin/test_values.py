@@ -42,7 +42,7 @@ def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndar
     scale=st.sampled_from([1.0, -2.0, 1e-30]),
     seed=st.integers(0, 99),
 )
-def test_values_are_those_of_product(m, n, rank, decay, scale, seed):
+def test_values_equal_product(m, n, rank, decay, scale, seed):
     b, a = factors(m, n, rank, decay, seed)
     found = thin_values(b, a, scale)
     due = np.linalg.svd(scale * (b @ a), compute_uv=False)[: min(m, n, rank)]
@@ -122,7 +122,7 @@ def test_small_values_are_accurate_relative_to_themselves():
     assert thin_values(b * s, a.T).s == pytest.approx(s, rel=1e-8)
 
 
-def test_gram_has_error_of_its_bound():
+def test_gram_error_is_within_bound():
     x = np.random.default_rng(2).standard_normal((1500, 3)).astype(np.float32).astype(np.float64)
     getcontext().prec = 60
     columns = [[Decimal(value) for value in column] for column in x.T.tolist()]
@@ -145,14 +145,14 @@ def test_ends_of_range_are_measured_or_refused(size):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_factor_that_is_not_finite_is_refused(bad):
+def test_non_finite_factor_is_refused(bad):
     b, a = factors(40, 30, 2, 1.0, 4)
     a[1, 7] = bad
     assert thin_values(b, a) is None
     assert thin_values(a.T, b.T) is None
 
 
-def test_mix_makes_left_singular_vectors():
+def test_mix_gives_left_singular_vectors():
     b, a = factors(300, 200, 8, 0.5, 5)
     found = thin_values(b, a, -3.0, vectors=True)
     u = np.linalg.svd(b @ a)[0][:, :8]

@@ -121,7 +121,7 @@ def test_top_keeps_that_many_and_says_so(tmp_path):
     assert (len(record.s), record.complete, record.energy["4"]) == (2, False, None)
 
 
-def test_requests_that_make_no_sense(tmp_path):
+def test_invalid_requests_are_refused(tmp_path):
     base = save_model(tmp_path / "base", weights(1))
     path = save_step(tmp_path / "g" / "3.safetensors", weights(2))
     with raises_naming(UsageError, "give", "BASE"):

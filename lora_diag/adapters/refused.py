@@ -50,7 +50,7 @@ def refuse_unsupported(source: Source) -> None:
         raise InputError(f"{source.path}: unknown adapter type {name}; if peft supports it, {MERGE}")
     if source.config is not None:
         raise InputError(
-            f"{source.config.path}: does not say which type of adapter it is (no peft_type), so r and alpha are not "
+            f"{source.config.path}: does not state its type of adapter (no peft_type), so r and alpha are not "
             'trusted; if it is a LoRA adapter, add "peft_type": "LORA" to it'
         )
     source.settings  # noqa: B018  raises: no config, so no scaling

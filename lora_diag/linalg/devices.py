@@ -35,7 +35,7 @@ def resolve_device(word: str) -> torch.device:
         if (device.index or 0) >= count:
             raise UsageError(f"--device {word}: this torch sees {count} CUDA devices; use --device cpu")
     elif device.type == "mps":
-        raise UsageError("--device mps: it has no float64, on which the error bounds rest; use --device cpu")
+        raise UsageError("--device mps: it has no float64, which the error bounds need; use --device cpu")
     elif device.type != "cpu":
         raise UsageError(f"--device {word}: use auto, cpu, cuda or cuda:1")
     return device

@@ -69,7 +69,7 @@ def one_type_each(columns: Columns) -> Columns:
 
 
 def _joined(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]]) -> Columns:
-    """Return the columns of several blocks, each of common cells of all rows and lists of cells."""
+    """Return the columns of blocks of rows; a block has cells common to its rows, and lists with a cell per row."""
     columns: Columns = {}
     rows = 0
     for cells, lists in blocks:

@@ -221,7 +221,7 @@ def _against(baseline: Baseline, allocated: str) -> str:
     size = (
         ", no gain"
         if gain <= 0
-        else ", hardly a gain"
+        else ", a negligible gain"
         if gain < _NEGLIGIBLE
         else ", a small gain"
         if gain < _SMALL

@@ -29,7 +29,7 @@ class Stored:
                 key = (subject.layer, *subject.key)
                 # With two records in one place it is undefined which one a new record is compared with.
                 twice = key in self.subjects[kind] and subject.record is not None
-                ambiguous = replace(subject, record=None, why="several records of it, told apart by nothing")
+                ambiguous = replace(subject, record=None, why="several records of it, which nothing distinguishes")
                 self.subjects[kind][key] = ambiguous if twice else subject
         return self.subjects[kind]
 

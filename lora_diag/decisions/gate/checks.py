@@ -102,7 +102,7 @@ def has_updates(sources: Sequence[Source]) -> bool:
 def _finished(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
-            yield Alarm(None, None, f"{source.path}: the run did not finish; go on with --resume, or measure again")
+            yield Alarm(None, None, f"{source.path}: the run did not finish; continue with --resume, or measure again")
 
 
 def _non_finite(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
@@ -215,7 +215,7 @@ def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | No
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
-        text = "the files' rounding hides every update, so nothing is known of any: save the checkpoint in float32"
+        text = "the files' rounding hides every update, so none can be judged: save the checkpoint in float32"
         yield Alarm(None, "unresolved", text, unknown=True)
     for record in hidden:
         text = "the files' rounding hides this update: judge the adapter itself, or save in float32"

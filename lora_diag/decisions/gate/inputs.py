@@ -53,7 +53,7 @@ def _is_current(source: Source, present: Present) -> Verdict:
 def _is_recent(source: Source, max_age: timedelta, now: datetime) -> Verdict:
     made, allowed = source.results.run.made, f"made within {shown(max_age)}"
     if not made:
-        text = "does not say when it was made: measure again"
+        text = "does not state its time: measure again"
         return _verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
     age = now - datetime.fromisoformat(made).astimezone(UTC)
     if age > max_age:
@@ -76,7 +76,7 @@ def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterat
         if run_input.fingerprint == fingerprint:
             yield _verdict(name, "pinned", allowed, "passed", f"fingerprint {fingerprint}")
         elif len(run_input.fingerprint) != len(fingerprint):
-            text = "the results do not tell its fingerprint, or that of an older loradiag: measure again"
+            text = "the results have no fingerprint of it, or that of an older loradiag: measure again"
             yield _verdict(name, None, allowed, "inconclusive", text)
         else:
             text = f"the results are of {run_input.fingerprint}, and the policy pins {fingerprint}"

@@ -213,7 +213,7 @@ def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence
         found = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
         taken += _where(policy, demand, field, found)
     if demand.where and not taken:
-        raise policy.error(demand.line, f"{demand.name}: no {field.kind} record is as 'where' says")
+        raise policy.error(demand.line, f"{demand.name}: no {field.kind} record matches 'where'")
     of_layers = field.kind in LAYER_KINDS
     return [s for s in taken if not of_layers or s.layer is None or demand.selects(s.layer)]
 

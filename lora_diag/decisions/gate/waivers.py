@@ -47,7 +47,7 @@ class Waivers:
         return [
             *(self._report(waiver, f"expired on {waiver.expires}, so it no longer applies") for waiver in self.expired),
             *(
-                self._report(waiver, "lets nothing pass any more: delete it")
+                self._report(waiver, "has no effect any more: delete it")
                 for waiver in self.active
                 if waiver not in self.used
             ),

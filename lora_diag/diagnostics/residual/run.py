@@ -146,7 +146,7 @@ def _role(found: Comparison) -> Literal["adapter", "reference"]:
 
 
 def _alone(delta: Delta) -> Delta:
-    """Return a ΔW without its base, whose norm is already known."""
+    """Return a ΔW without its base: the norm of the base is already known."""
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
@@ -157,7 +157,7 @@ def _more_left_out(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpa
         path = other.inputs[-1].path
         for delta in other.pairing.deltas:
             if delta.layer not in known:
-                detail = f"{path} changes it, and TUNED has nothing to hold against it"
+                detail = f"{path} changes it, but TUNED does not contain it"
                 yield Unpaired(delta.layer, delta.shape, "only_in_adapter", detail)
         for item in other.pairing.unpaired:
             if item.layer not in known:

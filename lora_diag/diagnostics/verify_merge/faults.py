@@ -134,7 +134,7 @@ def _scaled(failed: FailedLayer) -> Fault | None:
             return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
     if failed.rounding.roundoff < COARSE and any(abs(fit.factor - factor) <= fit.limit for factor in failed.rounded):
         return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {failed.scale:.4g} was rounded to 16 bits")
-    return Fault("wrong scale", f"ΔW was added times {fit}, which is none of the usual mistakes")
+    return Fault("wrong scale", f"ΔW was added times {fit}, which is not a known fault")
 
 
 def scaled_precisely(failed: FailedLayer) -> Fault | None:
@@ -367,7 +367,7 @@ def _by_norms(failed: FailedLayer) -> Fault:
     distance = found.observed - c * c * found.expected
     far = abs(c - 1) > NEAR and distance <= min(_near(c * c * found.expected, found.allowed), found.observed / 2)
     if far or (distance <= found.allowed and found.drifted):
-        return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is none of the usual mistakes")
+        return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is not a known fault")
     rest = math.sqrt(found.residual)
     ambiguity = (
         4 * rest / math.sqrt(found.expected * found.entries)

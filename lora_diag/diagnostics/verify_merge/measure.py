@@ -290,7 +290,7 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
     for factor in (1 + RESOLVED, 1 - RESOLVED):
         other = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding, whole=False)
         if other.count == 0 and not other.drifted:
-            return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse to tell the scale"
+            return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse for the scale"
     return ""
 
 
@@ -301,7 +301,7 @@ def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding
         return "ok", ""
     if sharp.unchanged == sharp.entries and sharp.count > DROPPED * sharp.entries:
         return "dropped", UNCHANGED
-    return "inconclusive", "M is a rounding of W + ΔW and of W alone: this file is too coarse to tell"
+    return "inconclusive", "M is a rounding of W + ΔW and of W alone: this file is too coarse to distinguish them"
 
 
 def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> Fault:

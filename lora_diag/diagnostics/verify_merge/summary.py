@@ -21,7 +21,7 @@ REMEDIES: dict[MergeStatus, str] = {
     "dropped": "merge again, and check that the merge finds these modules in the adapter (names, target_modules)",
     "partial": "merge again from complete weights: a shard, a rank or a block of rows is missing",
     "wrong scale": "merge again with the scaling that adapter_config.json gives, once",
-    "transposed": "merge again with the model's own class, which knows the weights stored as (in, out)",
+    "transposed": "merge again with the model's own class, which handles weights stored as (in, out)",
     "wrong order": "merge again with versions of peft and transformers that use the same order of experts and halves",
     "other base": "give the BASE of the merge, or merge again into this one",
     "changed": "merge again from BASE, or find what else changed these weights",

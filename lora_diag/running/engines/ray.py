@@ -19,7 +19,7 @@ from lora_diag.checkpoints import FORMATS
 from lora_diag.errors import InputError, LoradiagError
 from lora_diag.running.engines.connection import RETRIES, Ray, connected, import_ray
 from lora_diag.running.engines.local import Layout
-from lora_diag.running.engines.schedule import REACH, Batch, Room, Sized, batches, in_order
+from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
 from lora_diag.version import __version__
 
@@ -67,7 +67,12 @@ def run_ray(
         run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed, poll, advice)
         try:
             yield from in_order(
-                plan, REACH * cluster.slots, lambda: cluster.room(layout.workers), run.send, run.fetch, run.lost
+                plan,
+                REACH * cluster.slots,
+                lambda: cluster.capacity(layout.workers),
+                run.send,
+                run.fetch,
+                run.lost_error,
             )
         finally:
             run.stop()
@@ -137,9 +142,11 @@ class _Cluster:
             return lambda footprint: max(1, share)
         return replace(layout, cores=self.largest).threads
 
-    def room(self, workers: int | None) -> Room:
+    def capacity(self, workers: int | None) -> Capacity:
         """Return the capacity of the nodes that are alive now."""
-        return Room(int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None))
+        return Capacity(
+            int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None)
+        )
 
     def poll(self, cores: int) -> None:
         """Look up the living nodes; called repeatedly while no task finishes.
@@ -207,7 +214,7 @@ class _Run:
             return None
         return outcomes
 
-    def lost(self, batch: Batch) -> LoradiagError:
+    def lost_error(self, batch: Batch) -> LoradiagError:
         """Return the error for a layer whose workers all died."""
         cause = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(

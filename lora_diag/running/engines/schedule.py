@@ -146,7 +146,7 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Capacity:
     """Capacity for submitted batches: twice the concurrent number, so that an idle core finds its next batch waiting.
 
     Args:
@@ -178,21 +178,21 @@ class Room:
 def in_order(
     plan: Sequence[Batch],
     reach: int,
-    room: Callable[[], Room],
+    capacity: Callable[[], Capacity],
     send: Callable[[Batch], Ticket],
     fetch: Callable[[Sequence[Ticket]], Iterator[tuple[Ticket, Sequence[Outcome | LoradiagError] | None]]],
-    lost: Callable[[Batch], LoradiagError],
+    lost_error: Callable[[Batch], LoradiagError],
 ) -> Iterator[Outcome]:
     """Send batches and yield the outcome of every task, in the order of the tasks.
 
     Args:
         plan: All batches, in order.
         reach: See ``Waiting``.
-        room: Returns the current capacity.
+        capacity: Returns the current capacity.
         send: Submits a batch.
-        fetch: Waits a while; yields finished batches. None instead of outcomes means that every worker that ran the
-            batch died. Outcomes may end early, with an error.
-        lost: Returns the error for a single task whose workers all died.
+        fetch: Waits a limited time and yields finished batches. None instead of outcomes means that every
+            worker that ran the batch died. Outcomes may end early, with an error.
+        lost_error: Returns the error for a single task whose workers all died.
 
     Raises:
         LoradiagError: The first one in the order of the tasks; the outcomes before it are yielded first.
@@ -205,7 +205,7 @@ def in_order(
     written = threads = 0
     while written < len(plan):
         while True:
-            now = room()
+            now = capacity()
             may = partial(now.has, batches=len(under_way), threads=threads)
             batch = (retry.pop() if may(retry[-1]) else None) if retry else waiting.pop(written, may)
             if batch is None:
@@ -219,7 +219,7 @@ def in_order(
             if outcomes is None and len(batch) > 1:
                 retry += reversed(batch.singly())  # one task kills its worker; run the others separately
                 continue
-            for at, outcome in enumerate([lost(batch)] if outcomes is None else outcomes, batch.start):
+            for at, outcome in enumerate([lost_error(batch)] if outcomes is None else outcomes, batch.start):
                 found[at] = outcome
                 if isinstance(outcome, LoradiagError):
                     end = min(end, at)

@@ -55,7 +55,7 @@ def test_where_selects_metric_and_must_match(tmp_path):
     on_data = judged(RULE.format(0.9, 'where = {metric = "data"}'), *files)
     assert outcome(on_data.whole) == "passed"
     assert sum(v.rule == "r" for v in on_data.whole) == len(LAYERS)
-    with pytest.raises(UsageError, match="no spectrum record is as 'where' says"):
+    with pytest.raises(UsageError, match="no spectrum record matches 'where'"):
         judged(RULE.format(0.9, 'where = {metric = "kfac"}'), *files)
 
 
@@ -102,7 +102,7 @@ def test_drafted_policy_names_metric_of_limits(tmp_path):
     policy = read_policy("p.toml", gate_init(files[1]))
     assert {tuple(rule.where.items()) for rule in policy.rules} == {(("metric", "data"),)}
     assert outcome(gate(policy, files[1], today=TODAY).whole) == "passed"
-    with pytest.raises(UsageError, match="no spectrum record is as 'where' says"):
+    with pytest.raises(UsageError, match="no spectrum record matches 'where'"):
         gate(policy, files[0], today=TODAY)
     both = read_policy("p.toml", gate_init(*files))
     assert {rule.name for rule in both.rules} >= {"drift-weights", "drift-data"}

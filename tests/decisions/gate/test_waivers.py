@@ -59,7 +59,7 @@ def test_waiver_of_one_layer_takes_it_out_of_aggregate(path):
     counts_text, verdicts = judged(path, "up_proj", "max relative <= 0.2")
     assert counts_text == "passed"
     assert [v.message for v in verdicts if v.rule == "waiver"] == [
-        "the waiver of drift lets nothing pass any more: delete it"
+        "the waiver of drift has no effect any more: delete it"
     ]
 
 

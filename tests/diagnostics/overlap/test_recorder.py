@@ -322,7 +322,7 @@ def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):
     assert "overlap/r4/kappa/self_attn.q_proj" in logged[1]
 
 
-def test_live_subspaces_are_of_current_lora_if_b_is_not_zero(tmp_path, loradiag):
+def test_live_subspaces_follow_current_lora(tmp_path, loradiag):
     torch.manual_seed(1)
     model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     watch = ProgressReporter()

@@ -523,7 +523,7 @@ def test_cluster_without_large_nodes_is_reported(monkeypatch):
     monkeypatch.setattr(engine, "LOOK", 0.02)
     ray = FakeRay({"CPU": 8.0}, {"CPU": 2.0}, {})
     cluster = engine._Cluster(ray, 0)
-    assert (cluster.largest, cluster.slots, cluster.room(None).cores) == (8, 10, 10)
+    assert (cluster.largest, cluster.slots, cluster.capacity(None).cores) == (8, 10, 10)
     ray.listed = [{"CPU": 2.0}]
     time.sleep(0.03)
     cluster.poll(2)  # enough for what waits
@@ -536,5 +536,5 @@ def test_gpu_task_gets_share_of_cores():
     cluster = engine._Cluster(FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5)
     assert cluster.slots == 20
     assert cluster.threads(engine.Layout(4, 100))(10**9) == 2
-    assert cluster.room(None).most == 40
-    assert cluster.room(3).most == 3
+    assert cluster.capacity(None).most == 40
+    assert cluster.capacity(3).most == 3

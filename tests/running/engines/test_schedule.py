@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
-from lora_diag.running.engines.schedule import BATCH, LAYER_COST, Batch, Room, Waiting, batches, cost, in_order
+from lora_diag.running.engines.schedule import BATCH, LAYER_COST, Batch, Capacity, Waiting, batches, cost, in_order
 
 Layer = namedtuple("Layer", "layer shape")
 
@@ -94,9 +94,9 @@ class Machines:
             found.append(at)
         return found
 
-    def run(self, plan, room, reach=8):
+    def run(self, plan, capacity, reach=8):
         return in_order(
-            plan, reach, lambda: room, self.send, self.fetch, lambda batch: InputError(f"lost {batch.start}")
+            plan, reach, lambda: capacity, self.send, self.fetch, lambda batch: InputError(f"lost {batch.start}")
         )
 
 
@@ -104,7 +104,7 @@ class Machines:
 def test_outcomes_are_ordered_and_concurrency_limited(shapes, seed, cores, reach):
     plan = batches(layers(shapes), dense, lambda size: 1 + (size > 10**8) * 2, cores)
     machines = Machines(seed)
-    assert list(machines.run(plan, Room(cores), reach)) == list(range(len(shapes)))
+    assert list(machines.run(plan, Capacity(cores), reach)) == list(range(len(shapes)))
     assert machines.most <= max(2 * cores, 3)
     assert len(machines.sent) == len(plan)
 
@@ -112,7 +112,7 @@ def test_outcomes_are_ordered_and_concurrency_limited(shapes, seed, cores, reach
 def test_concurrency_equals_requested_workers():
     plan = [Batch(at, at + 1, 1) for at in range(50)]
     machines = Machines(1)
-    list(machines.run(plan, Room(16, 3)))
+    list(machines.run(plan, Capacity(16, 3)))
     assert machines.most == 3
 
 
@@ -121,7 +121,7 @@ def test_first_error_follows_earlier_outcomes(seed, deadly, broken):
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = Machines(seed, [deadly], [broken]), []
     with pytest.raises(InputError) as error:
-        found.extend(machines.run(plan, Room(2)))
+        found.extend(machines.run(plan, Capacity(2)))
     first = min(deadly, broken)
     assert found == list(range(first))
     assert str(error.value) == (f"lost {first}" if first == deadly else f"broken {first}")
@@ -130,7 +130,7 @@ def test_first_error_follows_earlier_outcomes(seed, deadly, broken):
 
 
 def test_no_layers_need_no_batches():
-    assert list(Machines(0).run([], Room(1))) == []
+    assert list(Machines(0).run([], Capacity(1))) == []
     assert batches([], dense, lambda size: 1, 4) == []
     assert cost((0, 5), 0) == LAYER_COST
 
@@ -159,7 +159,7 @@ class InTurn(Machines):
 def test_tasks_near_fatal_task_are_retried_in_order():
     machines = InTurn([0, 0, 1, 2, 3], deadly=[3])
     with pytest.raises(InputError, match="lost 3"):
-        list(machines.run([Batch(0, 5, 1, 5)], Room(1)))
+        list(machines.run([Batch(0, 5, 1, 5)], Capacity(1)))
     assert [batch.start for batch in machines.sent] == [0, 0, 1, 2, 3, 4]
 
 
@@ -167,6 +167,6 @@ def test_later_error_keeps_earlier_and_stops_sending():
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = InTurn([5, 10, 0], broken=[6, 11]), []
     with pytest.raises(InputError, match="broken 6"):
-        found.extend(machines.run(plan, Room(2, most=3), reach=4))
+        found.extend(machines.run(plan, Capacity(2, most=3), reach=4))
     assert found == list(range(6))
     assert [batch.start for batch in machines.sent] == [0, 5, 10]

@@ -159,7 +159,7 @@ def test_current_peft_types_equal_merge(kind, tmp_path):
     check(Toy(), config(), tmp_path, factored=factored)
 
 
-def test_kasa(tmp_path):
+def test_kasa_equals_current_peft(tmp_path):
     kasa = pytest.importorskip("peft.tuners.lora.config")
     if not hasattr(kasa, "KasaConfig"):
         pytest.skip("this PEFT has no KaSA")
@@ -167,7 +167,7 @@ def test_kasa(tmp_path):
     check(Toy(), config, tmp_path, factored=True)
 
 
-def test_bdlora(tmp_path):
+def test_bdlora_equals_current_peft(tmp_path):
     module = pytest.importorskip("peft.tuners.lora.config")
     if not hasattr(module, "BdLoraConfig"):
         pytest.skip("this PEFT has no BD-LoRA")
@@ -208,7 +208,7 @@ def test_multihead_attention_count_equals_peft(tmp_path):
     assert any("twice" in note for note in notes)
 
 
-def test_target_parameters(tmp_path):
+def test_target_parameters_equal_current_peft(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3MoeConfig(
         vocab_size=24, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1,

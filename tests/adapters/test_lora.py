@@ -118,7 +118,7 @@ def test_convolution_acts_as_matrix(tmp_path):
     close(found["conv.weight"], 1.5 * np.einsum("or,rikl->oikl", b[:, :, 0, 0], a))
 
 
-def test_dora(tmp_path):
+def test_dora_equals_float64_merge(tmp_path):
     m = np.abs(normal(8)) + 0.5
     found, _ = changes(
         adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": m}, use_dora=True), base(tmp_path, {"fc.weight": W})
@@ -217,7 +217,7 @@ def test_token_right_behind_table_is_refused(tmp_path):
         changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
 
 
-def test_layer_replication(tmp_path):
+def test_layer_replication_maps_layers_to_base(tmp_path):
     tensors = {
         f"layers.{layer}.fc.lora_{part}.weight": value for layer in range(3) for part, value in (("A", A), ("B", B))
     }

@@ -30,7 +30,7 @@ def kohya(tmp_path, tensors, **weights):
 @pytest.mark.parametrize(
     ("extra", "scale"), [({f"{FLAT}.alpha": ALPHA}, 1.5), ({}, 1.0), ({f"{FLAT}.alpha": np.array(0.0)}, 1.0)]
 )
-def test_kohya_lora(tmp_path, extra, scale):
+def test_kohya_lora_is_scaled_by_alpha(tmp_path, extra, scale):
     tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN} | extra
     path, folder = kohya(tmp_path, tensors)
     assert is_adapter(path)
@@ -175,7 +175,7 @@ def test_two_text_encoders_on_one_are_refused(tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("names", [("lora_B", "lora_A"), ("lora.up", "lora.down")])
-def test_diffusers(tmp_path, metadata, extra, scale, names):
+def test_diffusers_lora_is_scaled_by_metadata(tmp_path, metadata, extra, scale, names):
     tensors = {f"unet.{Q}.{names[0]}.weight": UP, f"unet.{Q}.{names[1]}.weight": DOWN}
     path = write(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tensors | extra, metadata)
     found, notes = changes(path.parent, base(tmp_path, {f"{Q}.weight": W}))
@@ -215,7 +215,7 @@ def test_mlx_factors_are_transposed_and_unscaled_by_rank(tmp_path):
         open_adapter(mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 3, "scale": 1}))
 
 
-def test_mlx_dora(tmp_path):
+def test_mlx_dora_equals_definition(tmp_path):
     m = np.abs(normal(8)) + 0.5
     path = mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T, "q.m": m}, fine_tune_type="dora")
     v = W + 10 * UP @ DOWN

@@ -14,7 +14,7 @@ from tests.messages import raises_naming
 W = normal(8, 6, seed=3)
 
 
-def test_adalora(tmp_path):
+def test_adalora_update_is_read(tmp_path):
     a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
     path = adapter(
         tmp_path, {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}, peft_type="ADALORA", init_r=3, lora_alpha=4
@@ -22,7 +22,7 @@ def test_adalora(tmp_path):
     close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], b @ (a * e) * 4 / (3 + 1e-5))
 
 
-def test_adalora_pruned(tmp_path):
+def test_pruned_adalora_update_is_read(tmp_path):
     a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
     tensors = {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}
     pattern = {"fc.lora_E": [True, False, True, True]}
@@ -32,7 +32,7 @@ def test_adalora_pruned(tmp_path):
         open_adapter(adapter(tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=None))
 
 
-def test_loha(tmp_path):
+def test_loha_update_is_read(tmp_path):
     parts = {f"fc.hada_w{i}_{p}": normal(*s, seed=i) for i in (1, 2) for p, s in (("a", (8, 2)), ("b", (2, 6)))}
     path = adapter(tmp_path, parts, peft_type="LOHA", r=2, alpha=5)
     expected = 2.5 * (parts["fc.hada_w1_a"] @ parts["fc.hada_w1_b"]) * (parts["fc.hada_w2_a"] @ parts["fc.hada_w2_b"])
@@ -78,7 +78,7 @@ def test_vera_without_shared_matrices_is_refused(tmp_path):
         open_adapter(adapter(tmp_path, tensors, peft_type="VERA"))
 
 
-def test_ia3(tmp_path):
+def test_ia3_update_is_read(tmp_path):
     out, into = normal(8, 1), normal(1, 6)
     tensors = {"k.ia3_l": out, "ff.ia3_l": into}
     path = adapter(tmp_path, tensors, peft_type="IA3", feedforward_modules=["ff"])
@@ -91,7 +91,7 @@ def test_ia3(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_oft_exact(tmp_path, shared):
+def test_oft_update_is_read_exactly(tmp_path, shared):
     stored = normal(1 if shared else 2, 3) * 0.3
     path = adapter(tmp_path, {"fc.oft_R.weight": stored}, peft_type="OFT", use_cayley_neumann=False, block_share=shared)
     rotation = np.zeros((6, 6))
@@ -109,7 +109,7 @@ def test_oft_constrained_is_refused(tmp_path):
         open_adapter(adapter(tmp_path, {"fc.oft_R.weight": normal(2, 3)}, peft_type="OFT", coft=True))
 
 
-def test_fourierft(tmp_path):
+def test_fourierft_update_is_read(tmp_path):
     import torch
 
     values = normal(5)
@@ -120,7 +120,7 @@ def test_fourierft(tmp_path):
     close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
 
 
-def test_ln_tuning(tmp_path):
+def test_ln_tuning_is_difference_of_norms(tmp_path):
     path = adapter(tmp_path, {"norm.ln_tuning_layers.weight": normal(8)}, peft_type="LN_TUNING")
     found, _ = changes(path, base(tmp_path, {"norm.weight": normal(8, seed=1)}))
     close(found["norm.weight"], normal(8) - normal(8, seed=1))

@@ -105,7 +105,7 @@ def llama(layers=2, **more):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **SMALL | more))
 
 
-def test_llama(tmp_path):
+def test_llama_update_is_extracted(tmp_path):
     results, config = check(llama(), tmp_path, rank=3)
     assert config["r"] == config["lora_alpha"] == 3
     assert config["rank_pattern"] == {}

@@ -138,7 +138,7 @@ def test_page_is_usable_by_keyboard(page):
     assert page.js(f"{order}.filter((e) => e.tabIndex < 0).length") == 0
 
 
-def test_sorting_sorts(page):
+def test_page_sorts_rows(page):
     wanted = sorted((record.rank_at["0.9"], record.layer) for record in small()[0])
     titles = page.js("[...document.querySelectorAll('#table thead th')].map((cell) => cell.textContent)")
     place = titles.index("r@90%")
@@ -162,7 +162,7 @@ def test_sorting_sorts(page):
         ("no such", lambda record: False),
     ],
 )
-def test_filtering_filters(page, asked, kept):
+def test_page_filters_rows(page, asked, kept):
     put(page, "filter", asked, "input")
     wanted = [record.layer.removesuffix(".weight") for record in small()[0] if kept(record)]
     assert column(page, 0) == wanted

@@ -67,7 +67,7 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_mutated_files(tmp_path, kind):
+def test_mutated_files_are_read_or_refused(tmp_path, kind):
     path = save_model(tmp_path, MODELS[kind]) / "model.safetensors"
     good = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_mutated_settings_of_four_bit_weight(tmp_path):
     assert 0 < opened < 200
 
 
-def test_mutated_configurations(tmp_path):
+def test_mutated_configs_are_read_or_refused(tmp_path):
     folder = save_model(tmp_path, MODELS["fp8"])
     good = json.dumps(CONFIG).encode()
     rng = np.random.default_rng(0)

@@ -197,7 +197,7 @@ def hub(tmp_path):
     files.close()
 
 
-def test_hub(hub, loradiag, tmp_path):
+def test_hub_commands_read_remote_model(hub, loradiag, tmp_path):
     front, files = hub
     env = {"HF_ENDPOINT": front.url, "HF_TOKEN": "hf_hidden", "HF_HOME": str(tmp_path / "home")}
     words = ("spectrum", "hf://org/name@main/base", "hf://org/name@main/full_ft", *QPROJ)

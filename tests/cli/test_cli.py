@@ -255,7 +255,7 @@ def test_usage_line_and_exit_codes_are_valid(loradiag):
         (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "give BASE first"),
     ],
 )
-def test_usage_messages(loradiag, pair_of_models, words, told):
+def test_usage_errors_are_reported(loradiag, pair_of_models, words, told):
     ran = loradiag(*words)
     assert (ran.code, ran.out) == (2, "")
     assert told in ran.err

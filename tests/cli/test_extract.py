@@ -292,7 +292,7 @@ def test_inspect_shows_extraction(loradiag, pair_of_models, tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="the cases are not beside the repository")
 @pytest.mark.parametrize("case", ["full-ft", "moe-full-ft", "vocab-resized", "bitfit-like", "sharded-base"])
-def test_cases(loradiag, case, tmp_path):
+def test_extract_recovers_shared_cases(loradiag, case, tmp_path):
     folder = SHARED / "cases" / case
     tuned = next(folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir())
     ran = loradiag("extract", folder / "base", tuned, "--rank", "100", "--rest", "save", "-o", "adapter", "--json")

@@ -64,7 +64,7 @@ def test_json_is_one_record(loradiag):
         (["--ranks", "x"], 2, "--ranks x"),
     ],
 )
-def test_usage_errors(loradiag, words, code, message):
+def test_plan_usage_errors(loradiag, words, code, message):
     ran = loradiag("plan", BASE, *words)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err

@@ -118,7 +118,7 @@ def test_interrupted_run_is_resumed(files, loradiag):
     assert loradiag("verify-merge", "base", "adapter", "merged", "--resume").code == 2
 
 
-def test_exit_codes(files, loradiag):
+def test_verify_merge_exit_codes(files, loradiag):
     assert loradiag("verify-merge", "base", "merged", "adapter").code == 2
     assert loradiag("verify-merge", "base", "adapter", "nowhere").code == 3
     assert loradiag("verify-merge", "base", "adapter", "merged", "--layers", "norm").code == 4
@@ -204,7 +204,7 @@ def test_control_characters_in_names_are_escaped(files, loradiag):
     assert_names(ran.out, "only in MERGED")
 
 
-def test_python_api(files):
+def test_verify_merge_python_api(files):
     import lora_diag
 
     results = lora_diag.verify_merge(files / "base", files / "adapter", files / "merged", workers=1)

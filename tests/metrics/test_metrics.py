@@ -15,7 +15,7 @@ values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(lambda v: n
 
 
 @given(values)
-def test_energy_curves(s):
+def test_energy_curves_equal_definition(s):
     fro = math.sqrt(float((s**2).sum()))
     curve = energy_curve(s, fro, complete=True)
     assert np.all(np.diff(curve) >= 0)
@@ -72,7 +72,7 @@ def test_truncation_is_error_of_best_approximation():
 
 
 @given(values)
-def test_scalar_ranks(s):
+def test_scalar_ranks_equal_definition(s):
     fro = math.sqrt(float((s**2).sum()))
     assert effective_rank(s) == pytest.approx(oracles.effective_rank(s), rel=1e-9)
     assert 1 <= stable_rank(s, fro) <= len(s) * (1 + 1e-12)

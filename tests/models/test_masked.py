@@ -144,7 +144,7 @@ def losses(base, weights, text, own):
         )
 
 
-def test_truncation_has_losses_of_independent_script(case):
+def test_truncation_losses_equal_independent_script(case):
     base, tuned, text, _ = case
     found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4).whole
     own = sequences(base, text)

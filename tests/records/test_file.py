@@ -78,7 +78,7 @@ def test_filter_and_look_up(written):
         results["nope"]
 
 
-def test_pandas(written):
+def test_results_convert_to_pandas(written):
     results, _ = written
     frame = results.to_pandas()
     assert len(frame) == len(results)

@@ -97,7 +97,7 @@ def test_summary_states_resolution_before_rank(tmp_path, scale, word):
     assert ("float32" in text) == (word == "no")
 
 
-def test_ranks_beyond_top_are_shown_as_beyond(pair_of_models):
+def test_ranks_beyond_top_are_marked(pair_of_models):
     base, tuned, *_ = pair_of_models
     text = spectrum_table(lora_diag.spectrum(base, tuned, top=2))
     assert "> 2" in text

@@ -61,7 +61,7 @@ def check(plain, blocks) -> None:
             assert b[path] == (pytest.approx(value, rel=1e-6, abs=1e-6) if near else value), (one.layer, path)
 
 
-def test_spectrum(small):
+def test_spectrum_memory_stays_within_limit(small):
     check(
         lora_diag.spectrum(BASE, TUNED, layers=LAYERS),
         lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1),
@@ -80,14 +80,14 @@ def test_residual_with_adapters_and_another_fine_tune(small, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [{"rank": 8}, {"energy": 0.5}], ids=str)
-def test_extract(small, tmp_path, rank):
+def test_extract_memory_stays_within_limit(small, tmp_path, rank):
     check(
         lora_diag.extract(BASE, TUNED, tmp_path / "plain", **rank, layers=LAYERS),
         lora_diag.extract(BASE, TUNED, tmp_path / "blocks", **rank, layers=LAYERS, memory="3MB", workers=1),
     )
 
 
-def test_overlap(small):
+def test_overlap_memory_stays_within_limit(small):
     gradients = ["sample_checkpoints/gradients"]
     check(
         lora_diag.overlap(BASE, TUNED, gradients, ranks=[8], layers=LAYERS),

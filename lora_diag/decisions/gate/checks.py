@@ -83,7 +83,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
 def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _OF_UPDATES and not has_updates(sources):
-        return "no spectrum or residual record to look at"
+        return "no spectrum or residual record to check"
     if name == "complete" and all(run_input.targets is None for run_input in _adapters(sources)):
         return "no results of an adapter on its BASE whose config names its modules"
     if name == "base" and not any(_names(source) for source in sources):

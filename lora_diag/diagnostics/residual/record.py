@@ -124,7 +124,7 @@ class Residual(Distance, LayerRecord):
         Shown(
             "rank",
             "rank",
-            "columns of the adapter's factors; 0 where it leaves the layer alone",
+            "columns of the adapter's factors; 0 where it does not change the layer",
             axis="rank r",
             pool="range",
             head="r",

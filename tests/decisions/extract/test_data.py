@@ -82,7 +82,7 @@ def test_bound_includes_rounding_of_moments(tmp_path):
     assert 2**-8 < record.data.energy_error < 0.1  # bf16's roundoff times ‖C‖_F, above and below the line
 
 
-def test_signal_holds_update_against_rounding_in_same_metric(tmp_path):
+def test_signal_compares_update_and_rounding_in_metric(tmp_path):
     """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as without C."""
     rng = torch.Generator().manual_seed(0)
     base = (torch.randn(128, 96, generator=rng) * 0.02).bfloat16()

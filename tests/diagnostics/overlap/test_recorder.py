@@ -247,7 +247,7 @@ def test_loss_scale_is_divided_out(tmp_path, unscale):
         assert torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7), name
 
 
-def test_bf16_autocast_gives_gradient_to_bf16_accuracy(tmp_path):
+def test_bf16_autocast_gradient_has_bf16_accuracy(tmp_path):
     model = with_lora(llama())
     expected = record(model, accumulated, tmp_path / "plain")
     model.zero_grad()

@@ -143,7 +143,7 @@ def test_newer_versions_are_flagged(patterned, loradiag):
         (("adapter", "base", "--layers", "q_proj"), 3, "not in"),
     ],
 )
-def test_bad_input(patterned, tmp_path, loradiag, words, code, message):
+def test_portability_refuses_bad_input(patterned, tmp_path, loradiag, words, code, message):
     base(tmp_path, {"other.weight": normal(3, 3)})
     ran = loradiag("portability", *words)
     assert (ran.code, ran.out) == (code, "")

@@ -151,7 +151,7 @@ def test_untied_head_of_merge_is_separate(tmp_path):
     assert outcome(verified(merged, untied)) == "correct"
 
 
-def test_grown_vocabulary(tmp_path):
+def test_merge_with_grown_vocabulary_is_checked(tmp_path):
     """The base has 40 rows; the adapter was trained on 44 and holds them all, and the merge has them."""
     base, model = llama(), llama()
     model.resize_token_embeddings(44)
@@ -367,7 +367,7 @@ def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     assert list(verified(merged, memory="1MB", workers=1)) == list(plain)
 
 
-def test_conv1d_transposed(tmp_path):
+def test_transposed_conv1d_merge_is_found(tmp_path):
     merged = peft_merge(tmp_path, gpt2(torch.bfloat16), 0.02, target_modules=["c_proj"])
     layer = "transformer.h.0.attn.c_proj.weight"
 

@@ -129,7 +129,7 @@ def test_every_diagnostic_gives_same_bytes_as_on_one_machine(cluster, tmp_path, 
     assert b'"end"' in local
 
 
-def test_adapter_without_torch_gives_same_bytes(cluster, tmp_path):
+def test_adapter_record_without_torch_has_same_bytes(cluster, tmp_path):
     local, there = both(tmp_path, "spectrum", SAMPLES / "lora_r16", layers=r"layers\.0\.")
     assert local == there
     assert b'"end"' in local

@@ -391,7 +391,7 @@ def recover_layer(
         "scales": scales is not None,
         "kurtosis": None if shaped is None else shaped.shape.kurtosis,
     }
-    if fit.is_bad(start):
+    if fit.is_rejected(start):
         reason = (
             f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over binades of |W|, "
             f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by {fit.uneven:.0%} with |W|; "
@@ -466,18 +466,18 @@ def _model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep
     expected = _binades(read, cells, shaped.deviation, shaped.shape, None, start)
     plain = _Model(cells, size, None, expected, shaped=shaped)
     tried = [plain]
-    if plain.fit.is_bad(start) and (scaled := fit_scales(cells, size)) is not None:
+    if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, parts, fitted = scaled
         fit = _binades(read, parts, fitted.deviation, NORMAL, scales, start)
         tried.append(_Model(parts, fitted, scales, fit))
     for model in tried:
-        if not model.fit.is_bad(start):
+        if not model.fit.is_rejected(start):
             return model
     for model in tried:
         found = recover(model.cells, model.size, seed, keep)
         if found.low_rank is not None:
             fit = _binades(read, model.cells, found.deviation, NORMAL, model.scales, start, found.low_rank)
-            if not fit.is_bad(start):
+            if not fit.is_rejected(start):
                 return replace(model, fit=fit, found=found, shaped=None)
     return plain
 

@@ -123,7 +123,7 @@ class Binades:
         spread, error = self._variation
         return math.sqrt(max(0.0, spread**2 - error**2))
 
-    def is_bad(self, start: str) -> bool:
+    def is_rejected(self, start: str) -> bool:
         """Return whether the model does not fit, given the assumed start of training."""
         spread, error = self._variation
         if self.uneven > self.most_uneven and spread > UNEVEN_ERRORS * error:

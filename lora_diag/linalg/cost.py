@@ -57,7 +57,7 @@ def krylov_cost(shape: tuple[int, ...], checks: Sequence[int], top: int = 0) -> 
     return products + projected + PROBE * m * n + PROJECTED * (2 * m * n * top + 4 * (m + n) * top**2)
 
 
-def pays(shape: tuple[int, ...], checks: Sequence[int], top: int, vectors: bool = False) -> bool:
+def is_worthwhile(shape: tuple[int, ...], checks: Sequence[int], top: int, vectors: bool = False) -> bool:
     """Return whether Krylov is worth trying: losing its first checks is cheap, and a typical success gains.
 
     Args:
@@ -67,7 +67,7 @@ def pays(shape: tuple[int, ...], checks: Sequence[int], top: int, vectors: bool 
         vectors: Whether to compute singular vectors.
 
     Example:
-        >>> pays((4096, 4096), (96, 128), 64), pays((512, 512), (96, 128), 64)
+        >>> is_worthwhile((4096, 4096), (96, 128), 64), is_worthwhile((512, 512), (96, 128), 64)
         (True, False)
     """
     full = full_cost(shape, vectors)

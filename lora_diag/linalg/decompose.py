@@ -12,7 +12,7 @@ from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import decompose_exact
 from lora_diag.linalg.factors import Factors, scale_of
 from lora_diag.linalg.gram import decompose_gram
-from lora_diag.linalg.krylov import decompose_krylov, worth_trying
+from lora_diag.linalg.krylov import decompose_krylov, may_be_cheaper
 
 # Default bound on the error of an energy fraction: C(r) to three digits.
 TOL = 5e-4
@@ -84,7 +84,7 @@ def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: 
         vectors: Whether to compute singular vectors.
     """
     m, n = shape
-    return top is not None and (method == "krylov" or (method == "auto" and worth_trying((m, n), top, vectors)))
+    return top is not None and (method == "krylov" or (method == "auto" and may_be_cheaper((m, n), top, vectors)))
 
 
 def budget_of(method: str) -> float | None:

@@ -52,7 +52,7 @@ HELD_OUT, MOST_HELD_OUT, FITTED, DRAWN = 0.05, 2**20, 2**17, 2**20
 NORMAL = 1.96
 
 # Standard deviation of log s about that of the fit, before held-out cells are seen: few cells change it little.
-DOUBT = 0.5
+PRIOR_DEVIATION = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +224,8 @@ class HeldOut:
         found = moments(self.cells, mean, deviation, fast=True)
         excess = float((((found.mean - mean) ** 2 + found.variance) / deviation**2 - 1).sum(dtype=torch.float64))
         known = float((1 - found.variance / deviation**2).sum(dtype=torch.float64))
-        pull = math.log(center / deviation) / DOUBT**2
-        return max(-LARGEST_STEP, min(LARGEST_STEP, (excess + pull) / (2 * known + 1 / DOUBT**2)))
+        pull = math.log(center / deviation) / PRIOR_DEVIATION**2
+        return max(-LARGEST_STEP, min(LARGEST_STEP, (excess + pull) / (2 * known + 1 / PRIOR_DEVIATION**2)))
 
     def deviation(self, found: LowRank) -> float:
         """Return the likeliest s given L."""
@@ -273,7 +273,7 @@ def _stretch(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[float
     eta = found.values.eta.double().cpu()
     square = float(eta.square().sum())
     excess = float((lengths * eta).sum()) / square - 1
-    factor = 1 + max(0.0, excess) * DOUBT**2 / (DOUBT**2 + error**2 / square)
+    factor = 1 + max(0.0, excess) * PRIOR_DEVIATION**2 / (PRIOR_DEVIATION**2 + error**2 / square)
     kept = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
     most = (kept + NORMAL * error).square() / eta.square().cumsum(0)
     return factor, most.clamp(min=1.0)
@@ -331,7 +331,7 @@ def fit_low_rank(
         if moved <= DONE * scale and abs(step) <= DONE:
             converged = True
             break
-        momentum, ahead = _ahead(momentum, found, previous)
+        momentum, ahead = _extrapolate(momentum, found, previous)
         mean = ahead
     assert current is not None
     return replace(current, deviation=deviation, iterations=iteration, converged=converged)
@@ -436,7 +436,9 @@ def _gap(one: LowRank, other: LowRank | None) -> float:
     return math.sqrt(max(0.0, own + float((other.values.eta**2).sum()) - 2 * _inner(one, other)))
 
 
-def _ahead(momentum: float, found: LowRank, previous: LowRank | None) -> tuple[float, Callable[[int, int], Tensor]]:
+def _extrapolate(
+    momentum: float, found: LowRank, previous: LowRank | None
+) -> tuple[float, Callable[[int, int], Tensor]]:
     """Return the next momentum, and L + β(L − L'); without momentum if the norm of L decreased."""
     following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
     beta = (momentum - 1) / following
@@ -505,7 +507,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         return Recovered(0.0, None)
     deviation = hidden.deviation(found)
     gains = hidden.log_likelihood(found, deviation) - flat
-    z = _in_errors(gains)
+    z = _in_standard_errors(gains)
     if z <= SIGNIFICANT:
         return Recovered(z, None)
     first = found
@@ -518,14 +520,14 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
             continue
         likeliest = hidden.deviation(fit)
         more = hidden.log_likelihood(fit, likeliest) - flat
-        if _in_errors(more - gains) > BETTER:
+        if _in_standard_errors(more - gains) > BETTER:
             found, rule, deviation, gains = fit, other, likeliest, more
     whole = fit_low_rank(cells, size, rule, found, seed, keep=keep)
     stretch, most = _stretch(hidden, found, deviation)
     longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
     if stretch > 1:
         deviation = hidden.deviation(replace(found, values=replace(found.values, eta=found.values.eta * stretch)))
-    return Recovered(_in_errors(gains), longer, rule, deviation, stretch, most)
+    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, most)
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
@@ -539,7 +541,7 @@ def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor
     return (entries if len(entries) else torch.zeros(1, dtype=torch.long)).to(device)
 
 
-def _in_errors(gains: Tensor) -> float:
+def _in_standard_errors(gains: Tensor) -> float:
     """Return a mean over its standard error."""
     values = gains.double()
     error = float(values.std()) / math.sqrt(values.numel()) if values.numel() > 1 else 0.0

@@ -132,7 +132,7 @@ def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
     return deviation, sums
 
 
-def _walk(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
+def _fit_neighbours(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
     """Fit the normal shape and, on both sides of it, flatter and heavier ones until the likelihood falls."""
     first = (NORMAL, *_fit(cells, NORMAL, guess))
     found = [first]
@@ -160,7 +160,7 @@ def fit_shape(cells: Source, guess: float) -> Shaped:
     some: Source = cells
     if total > 2 * SHAPE_SAMPLE:
         some = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
-    shape, deviation, sums = max(_walk(some, guess), key=lambda fit: fit[2].log_likelihood)
+    shape, deviation, sums = max(_fit_neighbours(some, guess), key=lambda fit: fit[2].log_likelihood)
     if some is not cells:
         deviation, sums = _fit(cells, shape, deviation)
     return Shaped(shape, deviation, sums.log_likelihood)

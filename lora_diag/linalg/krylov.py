@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.certificate import enlargement, missed, missing
-from lora_diag.linalg.cost import LOSS, PROBE, WORTH, full_cost, krylov_cost, pays
+from lora_diag.linalg.cost import LOSS, PROBE, WORTH, full_cost, is_worthwhile, krylov_cost
 from lora_diag.linalg.devices import fetch, move
 from lora_diag.linalg.factors import Factors, fix_signs
 from lora_diag.linalg.streamed import Matrix, normal, times, times_wide
@@ -184,15 +184,15 @@ def second_basis(top: int, vectors: bool = False) -> int:
     return first_basis(top, vectors) + math.ceil(top / 2 / BLOCK) * BLOCK
 
 
-def worth_trying(shape: tuple[int, ...], top: int, vectors: bool = False) -> bool:
+def may_be_cheaper(shape: tuple[int, ...], top: int, vectors: bool = False) -> bool:
     """Return whether K values of a matrix may be cheaper than all of them.
 
     Example:
-        >>> worth_trying((4096, 4096), 64), worth_trying((512, 512), 64)
+        >>> may_be_cheaper((4096, 4096), 64), may_be_cheaper((512, 512), 64)
         (True, False)
     """
     checks = (first_basis(top, vectors), second_basis(top, vectors))
-    return checks[0] <= LARGEST_BASIS * min(shape) and pays(shape, checks, top, vectors)
+    return checks[0] <= LARGEST_BASIS * min(shape) and is_worthwhile(shape, checks, top, vectors)
 
 
 def first_order(top: int) -> int:
@@ -203,7 +203,7 @@ def first_order(top: int) -> int:
         (832, 1184)
     """
     order = BLOCK
-    while not worth_trying((order, order), top):
+    while not may_be_cheaper((order, order), top):
         order += BLOCK
     return order
 

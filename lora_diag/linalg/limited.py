@@ -134,7 +134,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
         if found is not None:
             return found
     if allowance.method == "exact" or needed > left:
-        raise MemoryLimitError(_why(matrix.shape, allowance))
+        raise MemoryLimitError(_memory_message(matrix.shape, allowance))
     # The remaining memory holds rows of a wide matrix, so that it is read fewer times.
     block = F4 * max(matrix.shape[1], 2**20)
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
@@ -169,7 +169,7 @@ def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
     return basis
 
 
-def _why(shape: tuple[int, int], allowance: Allowance) -> str:
+def _memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     """Return a message with the required memory and a fix."""
     small = min(shape)
     what = f"{shape[0]}x{shape[1]}: --memory leaves {_size(allowance.limit)} for a layer"

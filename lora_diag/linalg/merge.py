@@ -67,7 +67,7 @@ _BIAS = 4.0
 _TIED = 0.5
 
 # Second-order terms of the bounds above, and the float64 arithmetic here.
-_SLIGHTLY = 1.01
+_SECOND_ORDER = 1.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,10 +297,10 @@ class Check:
     @property
     def scale_limit(self) -> float:
         """Largest difference of c from c* in a correct merge: random errors, and errors common to all entries."""
-        return LIMIT * self.scale_error + self.alike
+        return LIMIT * self.scale_error + self.common_error
 
     @property
-    def alike(self) -> float:
+    def common_error(self) -> float:
         """Relative error of ΔW that roundings can have in all entries alike.
 
         This includes a quantizer's gain: near the optimum, quantizing removes the fraction of its noise from the
@@ -320,7 +320,7 @@ class Check:
         if not self.expected or self.gridded:
             return False
         noise = math.sqrt(self.variance + change * self.crossing) / self.expected
-        return 2 * (LIMIT * noise + self.alike) < change
+        return 2 * (LIMIT * noise + self.common_error) < change
 
     @property
     def drifted(self) -> bool:
@@ -401,8 +401,8 @@ def _add(
         error = error + unit_roundoff(rounding.dtype) * w.abs()
     half = ulp(m, rounding.dtype).mul_(0.5)
     if step is not None:
-        half = torch.maximum(half, step * (_SLIGHTLY / 2))
-    tolerance = error.mul_(_SLIGHTLY).add_(half, alpha=1 + 1e-9)
+        half = torch.maximum(half, step * (_SECOND_ORDER / 2))
+    tolerance = error.mul_(_SECOND_ORDER).add_(half, alpha=1 + 1e-9)
     observed = m - w
     apart = observed - delta
     off, off_base, same = apart.abs(), observed.abs(), observed == 0
@@ -503,7 +503,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(2.0 ** -(LAYOUT[dtype][2] + 1))
 
 
-def held_dtype(values: Tensor) -> torch.dtype:
+def stored_dtype(values: Tensor) -> torch.dtype:
     """Return the shortest dtype that represents most of the values, at most the stored one.
 
     A model that was merged in bfloat16 and saved in float32 has bfloat16 precision only.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.merge import Product, Rounding, Whole, check_merge, held_dtype, ulp
+from lora_diag.linalg.merge import Product, Rounding, Whole, check_merge, stored_dtype, ulp
 from tests.oracles import bf16
 
 # dtype -> NumPy's rounding to it (as float64), unit roundoff, smallest number.
@@ -193,10 +193,10 @@ def test_products_and_whole_matrices_agree_up_to_tolerance():
 
 def test_numbers_of_shorter_dtype_are_recognised():
     values = torch.randn(1000)
-    assert held_dtype(values) == torch.float32
-    assert held_dtype(values.bfloat16().float()) == torch.bfloat16
-    assert held_dtype(values.half().float()) == torch.float16
-    assert held_dtype(values.half()) == torch.float16
+    assert stored_dtype(values) == torch.float32
+    assert stored_dtype(values.bfloat16().float()) == torch.bfloat16
+    assert stored_dtype(values.half().float()) == torch.float16
+    assert stored_dtype(values.half()) == torch.float16
 
 
 @pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])
@@ -229,4 +229,4 @@ def test_correct_merges_do_not_drift(problem, path, s):
 
 def test_subnormal_entries_do_not_reveal_merge_dtype():
     small = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-7).half()
-    assert held_dtype(small) == torch.float16
+    assert stored_dtype(small) == torch.float16

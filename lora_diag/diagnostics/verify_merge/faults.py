@@ -155,7 +155,7 @@ def scaled_precisely(failed: FailedLayer) -> Fault | None:
         return None
     spacing = abs(fit.factor - 1) / one.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
-    if abs(fit.factor - 1) <= fit.limit + failed.found.alike:
+    if abs(fit.factor - 1) <= fit.limit + failed.found.common_error:
         return None
     return Fault(
         "wrong scale", f"ΔW was added times {fit}: this factor explains the entries to the last bit, 1 does not"

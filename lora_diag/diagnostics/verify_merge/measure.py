@@ -48,7 +48,7 @@ from lora_diag.linalg.merge import (
     Rounding,
     Whole,
     check_merge,
-    held_dtype,
+    stored_dtype,
     unit_roundoff,
 )
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
@@ -448,11 +448,11 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
     for w, m, _ in task.blocks():
         changed = m[m.double() != w.double()]
         if len(changed):
-            return held_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
+            return stored_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
         still = m.reshape(-1)[:SAMPLE] if still is None else still
         if not task.adapted:
             return stored, False  # M = W so far, independent of the dtype; a block that differs is inspected separately
-    shortest = held_dtype(still) if still is not None else stored
+    shortest = stored_dtype(still) if still is not None else stored
     return shortest, shortest != stored
 
 

@@ -26,7 +26,7 @@ from lora_diag.decisions.plan.cost import Speed, between
 from lora_diag.decisions.plan.record import PlanRates
 from lora_diag.linalg.speed import time_full, time_leading, time_pass
 from lora_diag.running.engines.local import Layout, layout_for
-from lora_diag.running.engines.schedule import REACH, Batch, Room, batches, in_order
+from lora_diag.running.engines.schedule import REACH, Batch, Capacity, batches, in_order
 from tests.benchmarks.measure import machine
 from tests.benchmarks.pairs import make_pair
 from tests.benchmarks.shapes import llama_layer
@@ -161,7 +161,7 @@ def simulate(tasks: Sequence[Task], nodes: int, cores: int, costs: Costs, top: i
     """Return the simulated seconds of a run on a cluster of equal nodes."""
     cluster = Cluster([cores] * nodes, costs, tasks, top)
     plan = batches(tasks, lambda task: task.footprint, layout.threads, nodes * cores)
-    room = Room(nodes * cores)
+    room = Capacity(nodes * cores)
     for _ in in_order(plan, REACH * nodes * cores, lambda: room, cluster.send, cluster.fetch, lambda _: None):  # type: ignore[arg-type]
         pass
     return cluster.now

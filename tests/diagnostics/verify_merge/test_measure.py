@@ -351,7 +351,7 @@ def test_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
 
 def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
-    monkeypatch.setattr(local, "LEAST_BYTES", 0)
+    monkeypatch.setattr(local, "MIN_BYTES", 0)
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 0.02, use_dora=True, modules_to_save=["lm_head"])
     plain = verified(merged)
     m, n = plain[Q].shape

@@ -138,7 +138,9 @@ def _state(index: Path) -> Mapping[str, Any]:
     try:
         size = index.stat().st_size
         if size > MAX_INDEX_BYTES:
-            raise InputError(f"{index}: is larger than {MAX_INDEX_BYTES:,} bytes, too large for an index")
+            raise InputError(
+                f"{index}: is larger than {MAX_INDEX_BYTES:,} bytes, too large for an index; save the checkpoint again"
+            )
         content = index.read_bytes()
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error

@@ -173,7 +173,8 @@ class MissingAlpha(TypedDict, total=False):
     """α of adapters whose files give none."""
 
     alpha: Annotated[
-        float | None, Option(None, "α of adapters without one; default: s = 1 (PEFT: an error).", "A", panel=INPUTS)
+        float | None,
+        Option(None, "α of adapters whose files give none; default: scale 1 (PEFT: an error).", "A", panel=INPUTS),
     ]
     alpha_is_rank: Annotated[bool, Option(False, "Assume α = r if an adapter's files give no α.", panel=INPUTS)]
 

@@ -69,7 +69,7 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
         (2, ["-q", "init"], "no results are given"),
         (3, [name, "absent.jsonl"], "absent.jsonl"),
         (3, [name, "cut.jsonl"], "not a results file"),
-        (3, [name, "lacking.jsonl"], "has 5 layers, but its last line says 6"),
+        (3, [name, "lacking.jsonl"], "has 5 layers, but its last line states 6"),
         (3, [name, "r.jsonl", "--junit", "no/such/folder.xml"], "cannot be written"),
         (4, [name, "none.jsonl"], "no records"),
         (5, [name, "u.jsonl"], ""),

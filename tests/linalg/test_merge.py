@@ -176,7 +176,7 @@ def test_spacing_equals_numpy(dtype, kind):
     assert ulp(torch.from_numpy(values.astype(np.float64)), dtype).tolist() == np.spacing(np.abs(values)).tolist()
 
 
-def test_products_and_whole_matrices_agree_up_to_tolerance():
+def test_products_and_matrices_agree_within_tolerance():
     torch.manual_seed(0)
     product = Product(torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64))
     matrix = product.rows(0, 6)

@@ -90,7 +90,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         arguments[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
     )
     if method == "heuristic" and energy is not None:
-        raise UsageError("--strategy heuristic: needs a budget, which --energy is not; give --params or another budget")
+        raise UsageError("--strategy heuristic: needs a budget other than --energy; give --params or another budget")
     portable = arguments["portable"]
     if portable and (energy is not None or method == "heuristic"):
         other = "--energy" if energy is not None else "--strategy heuristic"

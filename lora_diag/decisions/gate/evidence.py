@@ -114,7 +114,7 @@ def checked(source: Source) -> Source:
         for name, n, of in (("layers", found.layers, expected.layers), ("left_out", found.left_out, expected.left_out)):
             if n != of:
                 raise InputError(
-                    f"{source.path}: has {n} {name}, but its last line says {of}, so it was truncated or edited; "
+                    f"{source.path}: has {n} {name}, but its last line states {of}, so it was truncated or edited; "
                     "measure again"
                 )
     if problem := next(contradictions(results), None):

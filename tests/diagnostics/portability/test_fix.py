@@ -209,7 +209,7 @@ def test_diffusers_converts_kohya_output(tmp_path):
     assert list(alphas.values()) == [torch.tensor(2.0).item()]
 
 
-def test_mlx_and_back(tmp_path):
+def test_mlx_layout_round_trip(tmp_path):
     folder = patterned(tmp_path, use_rslora=True)
     before, _ = changes(folder, None)
     results = make_portable(folder, tmp_path / "mlx", form="mlx")

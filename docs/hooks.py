@@ -292,7 +292,7 @@ def api() -> str:
 
 def on_config(config: Any) -> Any:
     """Put the features into the navigation, in the order of the catalog."""
-    pages = [{feature.name: page_of(feature)} for feature in catalog.features()]
+    pages = [{next(iter(commands(feature))): page_of(feature)} for feature in catalog.features()]
     for section in config.nav:
         for entry in section.get("Reference", []) if isinstance(section, dict) else []:
             if isinstance(entry, dict) and "Commands" in entry:

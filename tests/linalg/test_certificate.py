@@ -140,15 +140,19 @@ def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
 
 def test_attempt_ends_where_bound_stops_falling():
     full = full_cost((2048, 2048))
-    falling, slower = (krylov._Progress((2048, 2048), 64, 1e-2, 0.75 * full) for _ in range(2))
+    falling, slower, mildly, rising = (krylov._Progress((2048, 2048), 64, 1e-2, 0.75 * full) for _ in range(4))
     refuted = krylov._Progress((2048, 2048), 64, 5e-4, 0.75 * full)
-    for progress in (falling, slower, refuted):
+    for progress in (falling, slower, mildly, rising, refuted):
         assert progress.next_check(96, 0.5, False, 512) == 128
         assert progress.next_check(192, 0.05, False, 512) in range(224, 320)
         assert progress.cost(256) > LOSS * full
-    refuted.refute()
+    mildly.refute(1.3)
+    rising.refute(3.0)
+    refuted.refute(3.0)
     assert falling.next_check(256, 0.02, False, 512) <= 512
-    assert slower.next_check(256, 0.035, False, 512) > 512
+    assert slower.next_check(256, 0.045, False, 512) > 512
+    assert mildly.next_check(256, 0.06, False, 512) <= 512  # μ was nearly as estimated
+    assert rising.next_check(256, 0.06, False, 512) > 512
     assert refuted.next_check(256, 0.02, False, 512) > 512
 
 

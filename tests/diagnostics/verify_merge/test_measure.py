@@ -209,7 +209,7 @@ FAULTS = {
         r"α/√r where the adapter says α/r",
     ),
     "over r": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) / 2), "wrong scale", r"rsLoRA \(r = 4\)"),
-    "some scale": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) * 1.3), "wrong scale", "none of the usual"),
+    "some scale": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) * 1.3), "wrong scale", "not a known fault"),
     "transposed": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q).T), "transposed", "ΔWᵀ"),
     "of another layer": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q1)), "wrong order", f"the ΔW of {Q1} was"),
     "rows missing": (UP, only(slice(10, 20), slice(None)), "partial", "rows 10-19 of 48 have no update"),

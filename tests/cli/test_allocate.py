@@ -45,7 +45,7 @@ def test_unmeasured_fraction_is_not_stated(loradiag, tmp_path):
 def test_small_gain_is_reported(loradiag, tmp_path):
     spectra = results(*(record(f"l.{i}.q_proj.weight", (16, 16), [1.0 + i / 1000] * 16) for i in range(4)))
     spectra.write(tmp_path / "s.jsonl")
-    assert_names(loradiag("allocate", "s.jsonl", "--total-rank", "24").out, "hardly", "gain")
+    assert_names(loradiag("allocate", "s.jsonl", "--total-rank", "24").out, "negligible", "gain")
 
 
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):

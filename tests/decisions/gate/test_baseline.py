@@ -81,7 +81,7 @@ def test_baseline_with_duplicate_record_is_inconclusive(tmp_path):
     main = write(tmp_path / "main.jsonl", twice, inputs=INPUTS)
     results = gate(policy(), new, baseline=main, today=TODAY)
     assert outcome(results.whole) == "inconclusive"
-    assert any(mentions(verdict.message, "told apart") for verdict in results.whole)
+    assert any(mentions(verdict.message, "nothing distinguishes") for verdict in results.whole)
 
 
 def test_policy_and_baseline_require_each_other(tmp_path):

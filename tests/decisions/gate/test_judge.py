@@ -124,7 +124,7 @@ def test_where_selects_records_and_must_match(tmp_path):
     path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("reference", "t")])
     assert judged(rule("epsilon <= 1", 'where = {role = "adapter"}'), path)[0] == "passed"
     assert judged(rule("epsilon <= 1"), path)[0] == "failed"
-    with pytest.raises(UsageError, match="as 'where' says"):
+    with pytest.raises(UsageError, match="matches 'where'"):
         judged(rule("epsilon <= 1", 'where = {adapter = "else"}'), path)
     with raises_naming(UsageError, "residual record"):
         judged(rule("epsilon <= 1", "where = {step = 3}"), path)

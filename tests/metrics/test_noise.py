@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import optimize
 
 from lora_diag.layers.resolution import noise_of, resolution
 from lora_diag.linalg import decompose, difference
 from lora_diag.metrics import Noise, signal_rank
+from lora_diag.metrics.resolution import _minimum
 from tests.benchmarks import starts
 
 CPU = torch.device("cpu")
@@ -49,6 +51,31 @@ def test_edge_of_uniform_noise_is_marchenko_pastur(shape):
     edge = noise(np.full(shape, 4.0)).edge
     limit = 2 * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
     assert limit < edge < 1.06 * limit
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 2.5])
+@pytest.mark.parametrize("pole", [1.0, 1.3, 6.0])
+def test_noise_edge_equals_minimum_of_scipy(spread, pole):
+    rng = np.random.default_rng(int(10 * spread))
+    a, b = (np.exp(spread * rng.normal(size=size)) for size in (60, 400))
+    a, b = a / a.sum(), b / b.sum()
+    most_p, most_q = ((1 - 1e-9) / (pole * each.max()) for each in (a, b))
+
+    def squared(log_p):
+        p = math.exp(log_p)
+        target = p * (a / (1 - a * p)).sum()
+
+        def above(q):
+            return q * (b / (1 - b * q)).sum() - target
+
+        q = most_q if above(most_q) <= 0 else optimize.brentq(above, 0, most_q, xtol=1e-14 * most_q, rtol=1e-12)
+        return target / p / q
+
+    top = math.log(most_p)
+    found = optimize.minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-8})
+    edge, at = _minimum(a, b, pole * a.max(), pole * b.max())
+    assert edge == pytest.approx(min(found.fun, squared(top)), rel=1e-6)
+    assert at == pytest.approx(found.x if found.fun < squared(top) else top, abs=1e-3)
 
 
 def seen(base, tuned):

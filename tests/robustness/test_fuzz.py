@@ -31,12 +31,12 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_damaged_inputs_of_every_kind() -> None:
-    done = fuzz("--inputs", "12", "--seed", "2026")
+    done = fuzz("--inputs", "8", "--seed", "2026")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert set(told["tried"]) == set(KINDS)
     assert told["findings"] == 0
-    assert told["all"] > 130
+    assert told["all"] > 85
 
 
 def test_same_seed_gives_same_inputs(tmp_path: Path) -> None:

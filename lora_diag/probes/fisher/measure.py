@@ -134,7 +134,7 @@ def bytes_of(shape: tuple[int, int]) -> int:
 def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) -> Iterator[list[str]]:
     """Yield the layers of each pass over the text, grouped by memory.
 
-    >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, most=2 * 8 * 8 * 32)]
+    >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, limit=2 * 8 * 8 * 32)]
     [2, 1]
     """
     group: list[str] = []

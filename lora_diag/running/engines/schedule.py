@@ -77,7 +77,7 @@ def cost(shape: tuple[int, ...], footprint: int) -> int:
         footprint: Memory of the running task in bytes. A value below the number of entries means thin factors, assumed
             to have 64 columns.
 
-    >>> cost((4096, 4096), 20 * 4096**2) == 4096**3 + LEAST
+    >>> cost((4096, 4096), 20 * 4096**2) == 4096**3 + LAYER_COST
     True
     >>> cost((4096, 4096), 8 * 64 * 8192) < 4096**3 / 100
     True
@@ -165,7 +165,7 @@ class Capacity:
             batches: Number of submitted batches.
             threads: Cores of all submitted batches.
 
-        >>> Room(2).has(Batch(0, 1, 2), 2, 2), Room(2).has(Batch(0, 1, 2), 3, 3)
+        >>> Capacity(2).has(Batch(0, 1, 2), 2, 2), Capacity(2).has(Batch(0, 1, 2), 3, 3)
         (True, False)
         """
         if not batches:

@@ -236,7 +236,7 @@ def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, mo
     assert found.whole_of(TunePlan)[0].slots == 2
     assert (run / "sweep.jsonl").read_bytes() == (tmp_path / "local" / "sweep.jsonl").read_bytes()
     monkeypatch.undo()
-    repeated = lora_diag.tune(base, run, resume=True, time="2h", engine=Ray(), **options)
+    repeated = lora_diag.tune(base, run, resume=True, time="2h", **options)
     assert repeated.whole_of(TuneTrial) == local.whole_of(TuneTrial)
     untimed = [
         [one.model_copy(update={"seconds": None}) for one in each.whole_of(TuneDecision)] for each in (repeated, local)

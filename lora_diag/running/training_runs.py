@@ -332,7 +332,9 @@ class TrainRun(ProbeRun):
                     "loradiag on a node with a GPU, or add --device cpu"
                 )
             if kind == "cuda" and concurrent is not None:
-                raise UsageError(f"--concurrent {concurrent}: is for processors; share a GPU with --gpus-per-task 0.5")
+                raise UsageError(
+                    f"--concurrent {concurrent}: applies to the CPU only; share a GPU with --gpus-per-task 0.5"
+                )
             self.on, self.options["device"] = on, kind
             # Those of a run, whose step is timed here; the same where a search calls a sweep.
             torch.set_num_threads(min(cores, threads_of_run(on, concurrent)))

@@ -79,7 +79,7 @@ def spectrum(
         if activations is not None:
             raise UsageError("--activations: applies to an update, not to --gradients; remove one of the two")
         if tuned is not None:
-            raise UsageError("--gradients: are measured instead of an update; give only BASE with them, or nothing")
+            raise UsageError("--gradients: cannot be combined with TUNED; give BASE alone, or nothing")
         from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
 
         return gradient_spectrum(run, base, gradients, settings)

@@ -18,6 +18,8 @@ from tests.linalg.test_hidden import low_rank_of, planted
 from tests.messages import assert_names, raises_naming
 from tests.oracles import spectrum
 
+pytestmark = pytest.mark.slow
+
 Q, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
 NORM = "model.norm.weight"
 
@@ -122,7 +124,6 @@ def test_recover_energy_chooses_ranks(models, tmp_path):
     assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
 
 
-@pytest.mark.slow
 def test_recover_budget_keeps_leading_directions(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
@@ -160,7 +161,6 @@ def test_recovered_checkpoint_rounds_to_stored_values(models, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     base, tuned, before, *_ = models
     for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):
@@ -200,7 +200,6 @@ def test_recover_resumes_interrupted_run(models, tmp_path):
         lora_diag.recover(base, tuned, tmp_path / "again", full=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ways", [{}, {"full": True}, {"rank": 3}], ids=str)
 def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypatch, ways):
     """The clock stands still for the options, the sample and one layer. q hides more per entry than the others."""
@@ -240,7 +239,6 @@ def test_hidden_energy_equals_update_beyond_files(models):
             assert hidden_energy(delta) == pytest.approx(expected, rel=0.3)
 
 
-@pytest.mark.slow
 def test_recover_stack_of_experts_by_matrix(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     parts = [planted(96, 80, 3, 2e-5, seed) for seed in (1, 4)]
@@ -304,7 +302,6 @@ def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"
 
 
-@pytest.mark.slow
 def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_path):
     ran = loradiag("recover", *models[:2], "-o", "r.jsonl", "--per", "layer")
     assert ran.code == 0
@@ -324,7 +321,6 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
         assert loradiag("gate", "policy.toml", "r.jsonl").code == code
 
 
-@pytest.mark.slow
 def test_extract_factors_the_update_before_rounding(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True, nearest=True)
@@ -344,7 +340,6 @@ def test_extract_factors_the_update_before_rounding(models, tmp_path):
     assert [(r.layer, r.rank) for r in budget] == [(Q, 2)]
 
 
-@pytest.mark.slow
 def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
     """The update itself is the oracle: of exactly low rank, and of noise alone."""
     base, tuned, *_, x = models

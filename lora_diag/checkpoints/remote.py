@@ -5,11 +5,14 @@ signature of a presigned URL, stay in the store that makes the requests, so the 
 record. Local paths import nothing.
 """
 
+# Signatures of ``pathlib`` differ between versions of Python; here they have what the readers use.
+# mypy: disable-error-code="override"
+
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,14 +27,12 @@ from lora_diag.errors import InputError
 if TYPE_CHECKING:
     from lora_diag.checkpoints.stores import FileInfo, Store
 
-# Read-ahead while the header of a file is read.
-BUFFER_BYTES = 2**16
-
-
-if TYPE_CHECKING:  # functions that take a Path take this one too, and what they do with it is checked
-    _Path = Path
+    _Path = Path  # functions that take a Path take a RemotePath, too, and mypy checks what they do with it
 else:
     _Path = object
+
+# Read-ahead while the header of a file is read.
+BUFFER_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ class RemotePath(_Path):
         """Return whether the path exists."""
         return self.is_dir() or self.is_file()
 
-    def iterdir(self) -> Generator[RemotePath]:
+    def iterdir(self) -> Iterator[RemotePath]:
         """Yield the content of a folder; nothing if the server cannot list it."""
         yield from (RemotePath(address, self.store) for address in self.store.children(self.address))
 
-    def glob(self, pattern: str) -> Generator[RemotePath]:
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
         """Yield the paths in the folder whose names match a pattern."""
         yield from (path for path in self.iterdir() if path.match(pattern))
 
@@ -113,7 +114,7 @@ class RemotePath(_Path):
             raise InputError(f"{self}: no such file; check the address")
         return found
 
-    def stat(self) -> Any:  # type: ignore[override]
+    def stat(self) -> Any:
         """Return the size, as ``st_size``."""
         return SimpleNamespace(st_size=self.file_info().size)
 
@@ -134,7 +135,7 @@ class RemotePath(_Path):
         self.read_into(memoryview(content), 0)
         return bytes(content)
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:  # type: ignore[override]
+    def open(self, mode: str = "rb") -> io.BufferedReader:
         """Open the file for reading bytes."""
         assert mode == "rb"
         return io.BufferedReader(_Raw(self), BUFFER_BYTES)

@@ -143,9 +143,10 @@ def _joined(grams: Sequence[Grams]) -> Grams:
 def _measure_apart(delta: FactoredDelta) -> Measured | None:
     """Measure a layer whose energies are not known well enough: it is read again, and folded in float64."""
     assert delta.thin is not None
-    b = delta.thin.read_b().astype(np.float64)
+    b, a = delta.thin.read_b().astype(np.float64), delta.thin.read_a().T.astype(np.float64)
+    if not (b.any() and a.any()) and np.isfinite(b).all() and np.isfinite(a).all():
+        return zero_layer(delta.rank)
     left, rows = triangle(b), fold(b, BOTH)
-    a = delta.thin.read_a().T.astype(np.float64)
     right, columns = triangle(a), fold(a, COLUMNS)
     if left is None or right is None:
         return None

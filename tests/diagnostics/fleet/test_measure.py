@@ -171,9 +171,12 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     bad = lora(tmp_path / "bad", {LAYERS[0]: factors(rng)})
     (bad / "adapter_model.safetensors").write_bytes(b"short")
     nan = lora(tmp_path / "nan", {LAYERS[0]: (np.full((48, 4), np.nan), factors(rng)[1])})
-    found = lora_diag.fleet([good, bad, nan, tmp_path / "missing"])
+    zero_times_nan = lora(tmp_path / "zero", {LAYERS[0]: (np.zeros((48, 4)), np.full((4, 32), np.nan))})
+    found = lora_diag.fleet([good, bad, nan, zero_times_nan, tmp_path / "missing"])
     assert [record.adapter for record in found] == [str(good)]
-    assert {item.layer for item in found.left_out} == {str(bad), str(nan), str(tmp_path / "missing")}
+    assert {item.layer for item in found.left_out} == {
+        str(path) for path in (bad, nan, zero_times_nan, tmp_path / "missing")
+    }
     assert {item.reason for item in found.left_out} == {"unreadable"}
 
 

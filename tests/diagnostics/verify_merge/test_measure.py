@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.file_bytes import READING
 from lora_diag.deltas import BLOCK_ENTRIES, DenseDelta, Side
 from lora_diag.diagnostics.verify_merge.measure import BLOCK, MergedLayer, verify
 from lora_diag.diagnostics.verify_merge.record import outcome
@@ -553,6 +555,28 @@ def test_check_by_rows_needs_memory_of_rows(tmp_path):
     assert (task.held, verify(task, memory=1).status) == (0, "ok")
     wide = MergedLayer("w.weight", (2, 2 * BLOCK_ENTRIES), weight, weight)
     assert wide.needed == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
+
+
+def test_faulty_layer_is_read_once_where_it_fits_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_diag.deltas.BLOCK_ENTRIES", 240)  # four blocks
+    shape = (40, 24)
+    weight = making.normal(*shape)
+    base = making.base(tmp_path, {"w.weight": weight})
+    merged = making.base(tmp_path / "merged", {"w.weight": weight + making.normal(*shape, seed=1)})
+    adapter = making.adapter(
+        tmp_path, {"w.lora_A.weight": making.normal(2, shape[1]), "w.lora_B.weight": making.normal(shape[0], 2)}
+    )
+    pairing, _ = open_adapter(adapter).pair(open_checkpoint(base))
+    sides = [Side(open_checkpoint(path), "w.weight") for path in (base, merged)]
+    task = MergedLayer("w.weight", shape, *sides, pairing.deltas)
+
+    def passes(memory: int | None) -> float:
+        READING.clear()
+        assert verify(task, memory).status == "other"
+        return READING.total()[0] / (2 * 4 * weight.size)
+
+    assert 1 < passes(None) == passes(task.footprint) < 1.2  # and the factors
+    assert passes(task.footprint - 1) > 1.5
 
 
 def test_memory_counts_every_copy_of_update(tmp_path):

@@ -65,18 +65,18 @@ def features() -> tuple[Feature, ...]:
     names = {feature.name for feature in own}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
-            found = entry.load()
-            if not isinstance(found, Feature):
+            loaded = entry.load()
+            if not isinstance(loaded, Feature):
                 raise TypeError(f"{entry.value} is not a lora_diag.feature.Feature")
-            if found.name in names:
-                raise ValueError(f"the command {found.name} already exists")
-            for path in (*found.records, *([found.command] if found.command else [])):
-                found.load(path)
+            if loaded.name in names:
+                raise ValueError(f"the command {loaded.name} already exists")
+            for path in (*loaded.records, *([loaded.command] if loaded.command else [])):
+                loaded.load(path)
         except Exception as error:  # a plugin can fail in any way, and must not stop loradiag
             _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
             continue
-        names.add(found.name)
-        own.append(found)
+        names.add(loaded.name)
+        own.append(loaded)
     return tuple(own)
 
 
@@ -102,9 +102,9 @@ def record_kinds() -> dict[str, type[Record]]:
 
 def figures() -> Iterator[tuple[Feature, Figure]]:
     """Yield every figure with its feature; figures that draw any record come last."""
-    found = [(feature, figure) for feature in features() for figure in feature.figures]
-    yield from (item for item in found if item[1].needs)
-    yield from (item for item in found if not item[1].needs)
+    declared = [(feature, figure) for feature in features() for figure in feature.figures]
+    yield from (item for item in declared if item[1].needs)
+    yield from (item for item in declared if not item[1].needs)
 
 
 @cache

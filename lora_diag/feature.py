@@ -116,5 +116,5 @@ class Feature:
 
     def tables(self, results: Any, per: str) -> list[Any]:
         """Return the tables of results, each a ``Grid``."""
-        found: list[Any] = self.load(self.grids or "lora_diag.rendering.tables:record_grids")(results, per)
-        return found
+        grids: list[Any] = self.load(self.grids or "lora_diag.rendering.tables:record_grids")(results, per)
+        return grids

@@ -157,11 +157,11 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     if path.name.lower() == _CONFIG and (weights := _weights_in_folder_of(path)):
         raise UsageError(f"{path}: would change how the weights in {weights} are read; choose another folder")
     try:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            kind_found = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            kind_found = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise UsageError(f"{path}: is {kind_found}; choose another name")
-        if not found.st_size:
+        if not status.st_size:
             return
         if not appending and is_unfinished(path):
             raise UsageError(f"{path}: holds an unfinished run; resume it with --resume, or delete the file")

@@ -103,7 +103,7 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         InputError: A path cannot be read, has no step number, or repeats a step.
     """
     steps: dict[int, Step] = {}
-    for path in (found for given in paths for found in _sources(locate(given))):
+    for path in (source for given in paths for source in _sources(locate(given))):
         checkpoint = open_checkpoint(path)
         number = _step_of(checkpoint, path)
         other = steps.setdefault(number, Step(number, checkpoint))
@@ -124,10 +124,10 @@ def _sources(path: Path) -> list[Path]:
     shards = {file.path for index in indices for file in open_checkpoint(index).files}
     single = [file for file in files if file.suffix == ".safetensors" and file.is_file() and file not in shards]
     folders = [file for file in files if file.is_dir() and any(file.glob("*.safetensors"))]
-    found = sorted([*indices, *single, *folders])
-    if not found:
+    sources = sorted([*indices, *single, *folders])
+    if not sources:
         raise InputError(f"{path}: holds no gradients; looked for one .safetensors file or one folder of shards a step")
-    return found
+    return sources
 
 
 def _step_of(checkpoint: Checkpoint, path: Path) -> int:
@@ -146,10 +146,10 @@ def _step_of(checkpoint: Checkpoint, path: Path) -> int:
         return int(word)
     own = path.name.removesuffix(INDEX).removesuffix(path.suffix) if path.is_file() else path.name
     name = path.parent.name if path.name in WEIGHTS else own
-    found = _NUMBER.search(name)
-    if found is None:
+    match = _NUMBER.search(name)
+    if match is None:
         raise InputError(f"{path}: has no step; put it into the file's metadata or its name, such as grad_step000040")
-    return int(found[1])
+    return int(match[1])
 
 
 def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[History, ...], tuple[Unpaired, ...]]:
@@ -169,9 +169,9 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
     shapes: dict[str, tuple[int, int]] = {}
     unpaired: dict[str, Unpaired] = {}
     for step in steps:
-        found, rest = _located(step.checkpoint, base)
+        located, rest = _located(step.checkpoint, base)
         unpaired = rest | unpaired
-        for layer, shape, side in found:
+        for layer, shape, side in located:
             taken = snapshots.setdefault(layer, [])
             if taken and taken[-1].step == step.step:
                 raise InputError(

@@ -28,9 +28,9 @@ def scratch(name: str, size: int, dtype: DTypeLike = np.uint8) -> NDArray[Any]:
         ``(size,)``, with arbitrary values.
     """
     size_bytes = size * np.dtype(dtype).itemsize
-    found: NDArray[np.uint8] | None = getattr(_local, name, None)
-    if found is None or len(found) < size_bytes:
-        found = np.empty(size_bytes, np.uint8)
+    buffer: NDArray[np.uint8] | None = getattr(_local, name, None)
+    if buffer is None or len(buffer) < size_bytes:
+        buffer = np.empty(size_bytes, np.uint8)
         if size_bytes <= KEPT_BYTES:
-            setattr(_local, name, found)
-    return found[:size_bytes].view(dtype)
+            setattr(_local, name, buffer)
+    return buffer[:size_bytes].view(dtype)

@@ -45,7 +45,7 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
     names = module_targets(config, modules.values())
     excluded = config.values.get("exclude_modules")
     saved = config.names("modules_to_save")
-    found = [
+    targets = [
         name
         for name, module in modules.items()
         if is_target(module, names, config.path)
@@ -53,16 +53,16 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
         and not is_target(module, saved, config.path)
         and _is_in_layers(module, config)
     ]
-    if not any(name in adapted for name in found):
+    if not any(name in adapted for name in targets):
         return None
-    missing = [name for name in found if name not in adapted]
-    return len(found), tuple(sorted(missing, key=natural_order))
+    missing = [name for name in targets if name not in adapted]
+    return len(targets), tuple(sorted(missing, key=natural_order))
 
 
 def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
     """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE."""
     dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for name in base:
         memory = model.parameter(name)
         module = memory.removesuffix(".weight")
@@ -73,8 +73,8 @@ def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) 
             model.type in FUSED_MODELS and module.rpartition(".")[2] in EXPERT_LIKE_NAMES
         )
         if name in adapted or not elsewhere:
-            found[name] = module
-    return found
+            modules[name] = module
+    return modules
 
 
 def _is_in_layers(module: str, config: Config) -> bool:
@@ -86,6 +86,6 @@ def _is_in_layers(module: str, config: Config) -> bool:
     pattern = config.values.get("layers_pattern") or []
     patterns = [text for text in ([pattern] if isinstance(pattern, str) else pattern) if _PLAIN.fullmatch(str(text))]
     for pattern in patterns or [r"[^.]*"]:
-        if found := re.match(rf".*\.{pattern}\.(\d+)\.", module):
-            return int(found[1]) in expected
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(match[1]) in expected
     return False

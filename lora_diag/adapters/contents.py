@@ -129,10 +129,10 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     updates = [in_rows_of(update, base) for update in adapter.reading.updates if not update.optional]
     expected = dict(update.expected for update in updates)
-    found = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
+    matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
     for update in updates:
         index = 0 if update.expert is None else update.expert[0]
-        locations = [location.layer for location in found.get(update.expected[0], ()) if location.index == index]
+        locations = [location.layer for location in matched.get(update.expected[0], ()) if location.index == index]
         alpha = None
         if update.alpha:
             alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
@@ -177,7 +177,7 @@ def _part(update: Update, adapter: Adapter) -> Part:
 
 def _kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return ``(in, kh, kw)`` of a convolution, given the factor on its output side."""
-    down = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda found: _DOWN[found[0]], key)
+    down = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda match: _DOWN[match[0]], key)
     mid = key.replace("lora_up", "lora_mid")
     if mid in checkpoint and mid != key:
         return (checkpoint[down].shape[1], *checkpoint[mid].shape[2:])
@@ -199,9 +199,9 @@ def _key(update: Update, part: Part, adapter: Adapter) -> str:
 def _values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     values = [value for value in adapter.reading.values if not value.is_copy]
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
-    found = match_names(dict(expected), base)[0] if base is not None else {}
+    matched = match_names(dict(expected), base)[0] if base is not None else {}
     for value in values:
-        locations = [location.layer for location in found.get(value.weight, ())] or [value.weight]
+        locations = [location.layer for location in matched.get(value.weight, ())] or [value.weight]
         for layer in locations:
             module = value.weight.removesuffix(".weight").removesuffix(".bias")
             yield Item(layer, module, _kind_of(value, adapter), value.key, shape=expected[value.weight])

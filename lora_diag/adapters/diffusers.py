@@ -50,13 +50,13 @@ def read_diffusers(source: Source) -> Reading:
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
-        found = PART.fullmatch(name)
-        if found is None:
+        match = PART.fullmatch(name)
+        if match is None:
             raise InputError(
                 f"{source.path}: {name} is not a tensor of a diffusers LoRA; check that the file is a diffusers adapter"
             )
-        part = "alpha" if found["part"] == "alpha" else "down" if found["part"] in DOWN else "up"
-        modules.setdefault(_module_of(found["module"], bool(found["old"])), {})[part] = name
+        part = "alpha" if match["part"] == "alpha" else "down" if match["part"] in DOWN else "up"
+        modules.setdefault(_module_of(match["module"], bool(match["old"])), {})[part] = name
     settings = _settings(source)
     updates = [_update(source, module, parts, settings) for module, parts in modules.items()]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not _component(module, settings)]

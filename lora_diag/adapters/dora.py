@@ -62,8 +62,8 @@ def delta(
     """Return (m / n) ⊙ V − W, where n are the norms of V's rows (columns)."""
     import torch
 
-    w, found = site.weight(), change(site)
-    v = w + (found[0] @ found[1] if isinstance(found, tuple) else found)
+    w, update = site.weight(), change(site)
+    v = w + (update[0] @ update[1] if isinstance(update, tuple) else update)
     m = read(checkpoint, magnitude).reshape(-1)
     if by_column:
         kernels = v.reshape(len(v), len(m), -1)

@@ -56,12 +56,12 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
     rest: list[str] = []
     adapters: set[str | None] = set()
     for name in names:
-        found = key.fullmatch(strip(name))
-        if found is None:
+        match = key.fullmatch(strip(name))
+        if match is None:
             rest.append(name)
             continue
-        adapters.add(found["name"])
-        modules.setdefault(found["module"] or "", {})[found["part"] + (found["bias"] or "")] = name
+        adapters.add(match["name"])
+        modules.setdefault(match["module"] or "", {})[match["part"] + (match["bias"] or "")] = name
     if len(adapters) > 1:
         shown = ", ".join(sorted(name or "(no name)" for name in adapters))
         raise InputError(f"{path}: holds several adapters ({shown}); save one of them separately")

@@ -81,7 +81,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
-    parts = {part for found in modules.values() for part in found}
+    parts = {part for module_names in modules.values() for part in module_names}
     words = {"LoRA": LORA[0], "LoHa": "hada_w1_a", "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": "diff"}
     names = [
         word for word, part in words.items() if (part in parts if isinstance(part, str) else bool(parts & set(part)))

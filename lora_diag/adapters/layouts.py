@@ -155,11 +155,11 @@ def _component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
 
 
 def _to_peft(
-    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
     plan: Plan = {}
     modules = []
-    for part in found:
+    for part in placed:
         path = _path(part.item, contents)
         modules.append(path)
         if part.item.part == "embedding" or _is_table(part.item, contents):  # ΔW = (B·A)ᵀ of what PEFT stores
@@ -195,10 +195,10 @@ def _targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
 
 
 def _to_kohya(
-    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
     plan: Plan = {}
-    for part in found:
+    for part in placed:
         module = part.item.module
         if contents.form != "kohya":
             component = _component(part.item, contents, base)
@@ -209,21 +209,21 @@ def _to_kohya(
 
 
 def _to_diffusers(
-    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
     plan: Plan = {}
-    for part in found:
+    for part in placed:
         module = f"{_component(part.item, contents, base)}.{_path(part.item, contents)}"
         plan |= _pair(part, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
     return plan, {}
 
 
 def _to_mlx(
-    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
     plan: Plan = {}
     keys = set()
-    for part in found:
+    for part in placed:
         if part.item.part == "convolution":
             raise InputError(f"{part.item.module}: mlx-lm has no LoRA for a convolution; leave it out of the adapter")
         path = _path(part.item, contents)
@@ -241,11 +241,11 @@ def _is_table(item: Item, contents: Contents) -> bool:
 
 
 def _to_gguf(
-    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
     names = _gguf_names(contents, base)
     plan: Plan = {}
-    for part in found:
+    for part in placed:
         name = _gguf_name(part.item, names, contents, base)
         if name == TABLE:
             plan[f"{name}.lora_a"] = Slot(part, "B")
@@ -299,17 +299,17 @@ def _gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkp
     if contents.form == GGUF:
         return item.key.removesuffix(".lora_b").removesuffix(".lora_a")
     weight = f"{item.module}.weight"
-    found = None
+    converted = None
     for candidate in (weight, f"model.{canonical(weight)}", canonical(weight)):
-        found = found or (names.in_gguf(candidate) if names is not None else None)
-    if found is None:
+        converted = converted or (names.in_gguf(candidate) if names is not None else None)
+    if converted is None:
         raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")
-    if found == "output.weight" and base is not None and not any(name.endswith("lm_head.weight") for name in base):
+    if converted == "output.weight" and base is not None and not any(name.endswith("lm_head.weight") for name in base):
         raise InputError(
             f"{item.layer}: the head is tied to the embedding, for which llama.cpp has no tensor; leave it out of "
             "the adapter"
         )
-    return found
+    return converted
 
 
 LAYOUTS = {
@@ -321,12 +321,12 @@ LAYOUTS = {
 }
 
 
-def check_layout(form: str, found: Sequence[Placed], base: Checkpoint) -> None:
+def check_layout(form: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     """Refuse weights of a PEFT adapter of BASE that a layout cannot represent, before anything is measured.
 
     Args:
         form: One of ``LAYOUTS``.
-        found: The weights, their modules in PEFT's names; ranks do not count.
+        placed: The weights, their modules in PEFT's names; ranks do not count.
         base: BASE.
 
     Raises:
@@ -335,4 +335,4 @@ def check_layout(form: str, found: Sequence[Placed], base: Checkpoint) -> None:
     """
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
-    LAYOUTS[form].plan(found, Contents(PEFT, tuple(part.item for part in found)), base, 1)
+    LAYOUTS[form].plan(placed, Contents(PEFT, tuple(part.item for part in placed)), base, 1)

@@ -116,15 +116,15 @@ def match_names(
         For each name found, its locations in the order of the stack and of the rows; for the others, the reason.
     """
     index = _Index(base)
-    found: dict[str, tuple[Location, ...]] = {}
+    matched: dict[str, tuple[Location, ...]] = {}
     missing: dict[str, str] = {}
     for name, shape in expected.items():
         locations = _find(name, shape, index, transposed, parts)
         if isinstance(locations, str):
             missing[name] = locations
         else:
-            found[name] = locations
-    return found, missing
+            matched[name] = locations
+    return matched, missing
 
 
 def canonical(name: str) -> str:
@@ -204,9 +204,9 @@ class _Index:
             self.bare.setdefault(bare(name), []).append(name)
             for way in dict.fromkeys((name, canonical(name))):
                 self.flattened.setdefault(flattened(way), []).append(name)
-            if found := EXPERT.fullmatch(name):
-                leaves = self.experts.setdefault(bare(found["owner"]), {})
-                leaves.setdefault(found["leaf"], {})[int(found["index"])] = name
+            if match := EXPERT.fullmatch(name):
+                leaves = self.experts.setdefault(bare(match["owner"]), {})
+                leaves.setdefault(match["leaf"], {})[int(match["index"])] = name
 
     def lookups(self, name: str) -> Iterator[list[str]]:
         """Yield the stored names that may match a name, the most certain first."""
@@ -314,16 +314,16 @@ def _pieces(
 
 def _part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
     """Return the location of one expert's matrix in a BASE that stores all experts as one tensor."""
-    found = EXPERT.fullmatch(name)
-    if found is None or len(expected) != 2 or expected[0] is None:
+    match = EXPERT.fullmatch(name)
+    if match is None or len(expected) != 2 or expected[0] is None:
         return ()
-    out, expert = expected[0], int(found["index"])
+    out, expert = expected[0], int(match["index"])
     for fused, ways in FUSED.items():
-        for pieces in (pieces for pieces in ways if found["leaf"] in pieces):
-            for names in index.lookups(f"{found['owner']}.{fused}"):
+        for pieces in (pieces for pieces in ways if match["leaf"] in pieces):
+            for names in index.lookups(f"{match['owner']}.{fused}"):
                 shape = index.base[names[0]].shape if len(names) == 1 else ()
                 if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), expected[1]):
-                    start = pieces.index(found["leaf"]) * out
+                    start = pieces.index(match["leaf"]) * out
                     into = (start, start + out) if len(pieces) > 1 else None
                     layer = f"{names[0]}[{expert}]"
                     return (Location(layer, names[0], shape[1:], expert * shape[1] * shape[2], into=into, whole=shape),)

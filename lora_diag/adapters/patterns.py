@@ -40,20 +40,20 @@ class Pattern:
 
     def matches(self, module: str) -> list[tuple[str, float]]:
         """Return the keys that match a module and their values, the deciding one first."""
-        found = [(text, value) for text, compiled, value in self.entries if compiled.match(module)]
-        return found or [(text, value) for text, _, value in self.entries if text == module]
+        matched = [(text, value) for text, compiled, value in self.entries if compiled.match(module)]
+        return matched or [(text, value) for text, _, value in self.entries if text == module]
 
     def notes(self, modules: Iterable[str]) -> list[str]:
         """Return notes on keys that match nothing, and on modules matched by contradicting keys."""
         if not self.entries:
             return []
         matches = {module: self.matches(module) for module in modules}
-        used = {text for found in matches.values() for text, _ in found}
+        used = {text for matched in matches.values() for text, _ in matched}
         notes = [f"{self.key}: the key {text!r} matches no module" for text, *_ in self.entries if text not in used]
-        disputed = {module: found for module, found in matches.items() if len({value for _, value in found}) > 1}
+        disputed = {module: matched for module, matched in matches.items() if len({value for _, value in matched}) > 1}
         if disputed:
-            module, found = next(iter(disputed.items()))
-            claims = ", ".join(f"{text!r} = {value:g}" for text, value in found)
+            module, matched = next(iter(disputed.items()))
+            claims = ", ".join(f"{text!r} = {value:g}" for text, value in matched)
             notes.append(
                 f"{self.key}: {len(disputed)} modules are matched by keys with different values, such as {module} "
                 f"({claims}); the first in the file decides, and PEFT sorts keys when it saves, so training may "

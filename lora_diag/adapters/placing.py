@@ -154,11 +154,11 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
         layers.setdefault(piece.location.layer, []).append(piece)
         unpaired += _added_rows(piece)
     deltas: list[Delta] = []
-    for layer, found in layers.items():
-        _refuse_overlap(source, layer, found)
-        copy = copies.pop(found[0].location.name, None)
+    for layer, expected in layers.items():
+        _refuse_overlap(source, layer, expected)
+        copy = copies.pop(expected[0].location.name, None)
         plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
-        deltas.append(_delta(layer, found, plus))
+        deltas.append(_delta(layer, expected, plus))
     stored = [*values, *copies.values()]
     more, left_out = _new_values(source, stored, base)
     changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in more}
@@ -187,10 +187,10 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
 def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
     """Match every update with BASE and determine its orientation."""
     expected = dict(update.expected for update in reading.updates)
-    found, missing = match_names(expected, base, transposed=True, parts=True)
+    matched, missing = match_names(expected, base, transposed=True, parts=True)
     shapes = {
         locations[0].name: expected[name]
-        for name, locations in found.items()
+        for name, locations in matched.items()
         if len(expected[name]) == 2 and len(locations) == 1
     }
     flag = source.config is not None and source.config.flag("fan_in_fan_out")
@@ -199,7 +199,7 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     pieces = []
     for update in (in_rows_of(update, base) for update in reading.updates):
         index = 0 if update.expert is None else update.expert[0]
-        for location in found.get(update.expected[0], ()):
+        for location in matched.get(update.expected[0], ()):
             if location.index == index:
                 in_out = _in_out(update, location, orientation, model_type)
                 location = replace(location, layer=update.weight) if update.keeps_name else location
@@ -332,8 +332,8 @@ def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[di
     copies: dict[str, NewValue] = {}
     for value in reading.values:
         if value.is_copy:
-            found, _ = match_names({value.weight: source.checkpoint[value.key].shape}, base)
-            name = found[value.weight][0].name if value.weight in found else value.weight
+            matched, _ = match_names({value.weight: source.checkpoint[value.key].shape}, base)
+            name = matched[value.weight][0].name if value.weight in matched else value.weight
             if name not in base or not _same(source, value.key, base, name):
                 copies[name] = value
     return copies, [value for value in reading.values if not value.is_copy]
@@ -360,7 +360,7 @@ def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor
 def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tuple[list[StoredDelta], list[Unpaired]]:
     """Pair the weights stored in full in the adapter with BASE."""
     expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
-    found, missing = match_names(expected, base)
+    matched, missing = match_names(expected, base)
     deltas: list[StoredDelta] = []
     unpaired: list[Unpaired] = []
     for value in values:
@@ -369,7 +369,7 @@ def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tup
             unpaired.append(Unpaired(value.weight, shape, "not_in_base", missing[value.weight]))
             continue
         offset = 0
-        for location in found[value.weight]:
+        for location in matched[value.weight]:
             before, after = Side(base, location.name, location.offset), Side(source.checkpoint, value.key, offset)
             problem = {before.dtype, after.dtype} - FLOAT_DTYPES
             if problem:

@@ -57,11 +57,11 @@ def _order(config: Config) -> list[int]:
 
 
 def _in_base(weight: str, order: list[int], config: Config) -> str:
-    def source(found: re.Match[str]) -> str:
-        if int(found[0]) >= len(order):
+    def source(match: re.Match[str]) -> str:
+        if int(match[0]) >= len(order):
             raise InputError(
                 f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication; correct the config"
             )
-        return str(order[int(found[0])])
+        return str(order[int(match[0])])
 
     return LAYER.sub(source, weight, count=1)

@@ -78,8 +78,8 @@ class Scaling:
 
     def alpha(self, module: str, key: str = "lora_alpha") -> float:
         """Return α of a module."""
-        found = self.alphas.matches(module)
-        return found[0][1] if found else self.config.number(key)
+        matched = self.alphas.matches(module)
+        return matched[0][1] if matched else self.config.number(key)
 
     def of_module(self, module: str) -> float:
         """Return s of a module."""
@@ -101,10 +101,10 @@ def rank_of(config: Config, ranks: Pattern, module: str) -> int:
     Raises:
         InputError: It is not a whole number from 1 up.
     """
-    found = ranks.matches(module)
-    if not found:
+    matched = ranks.matches(module)
+    if not matched:
         return config.integer("r")
-    key, value = found[0]
+    key, value = matched[0]
     if value < 1 or value != int(value):
         raise InputError(
             f"{config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value:g}; correct it"

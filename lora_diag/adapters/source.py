@@ -265,8 +265,8 @@ def _single_file(folder: Path) -> Path | None:
     """Return the only safetensors or GGUF file of a folder that holds no full checkpoint."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
-    return found[0] if len(found) == 1 else None
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
+    return files[0] if len(files) == 1 else None
 
 
 def _weights_in(folder: Path) -> Path:

@@ -34,13 +34,13 @@ class StoredFactors:
 
     def read_b(self) -> Numbers:
         """Return B ``(out, r)``."""
-        found: Numbers = self._read([self.b])[0]
-        return found
+        factor: Numbers = self._read([self.b])[0]
+        return factor
 
     def read_a(self) -> Numbers:
         """Return A ``(r, in·kh·kw)``."""
-        found: Numbers = self._read([self.a])[0]
-        return found
+        factor: Numbers = self._read([self.a])[0]
+        return factor
 
     def read_scale(self) -> float:
         """Return s."""

@@ -31,10 +31,10 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
         InputError: A layer differs when read back, so that the measured errors are not those of the file.
     """
     pairing, _ = open_adapter(folder).pair(base)
-    found = {delta.layer: delta for delta in pairing.deltas}
+    deltas = {delta.layer: delta for delta in pairing.deltas}
     for part in parts:
         index, count = part.target.expert
-        if index in {0, count - 1} and not _same(found.get(part.target.layer), part):
+        if index in {0, count - 1} and not _same(deltas.get(part.target.layer), part):
             raise InputError(
                 f"{folder}: the factors of {part.target.layer} differ when read back, since names and shapes of "
                 "BASE do not determine its layout; exclude it with --exclude and report this"
@@ -54,9 +54,9 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
     """
     import torch
 
-    found, expected = ({d.layer: d for d in open_adapter(path).pair(base)[0].deltas} for path in (folder, written))
+    actual, expected = ({d.layer: d for d in open_adapter(path).pair(base)[0].deltas} for path in (folder, written))
     for layer, delta in expected.items():
-        other = found.get(layer)
+        other = actual.get(layer)
         if not isinstance(delta, FactoredDelta) or not isinstance(other, FactoredDelta) or other.shape != delta.shape:
             raise InputError(
                 f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"

@@ -92,7 +92,7 @@ Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 # Names on disk -> in memory, in this order.
 DINO: tuple[Rename, ...] = (
-    (r"\.attention\.(attention|self)\.(query|key|value)\.", lambda found: f".attention.{found[2][0]}_proj."),
+    (r"\.attention\.(attention|self)\.(query|key|value)\.", lambda match: f".attention.{match[2][0]}_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
 )
 SWIN = (*DINO, (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."))
@@ -146,8 +146,8 @@ def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     """Return the names that a PEFT adapter uses for the weights it changes, by their names in BASE."""
     if not adapter.source.peft_type:
         return {}  # names in other formats are not those of modules
-    found, _ = match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)
-    return {places[0].name: name for name, places in found.items() if len(places) == 1}
+    matched, _ = match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)
+    return {places[0].name: name for name, places in matched.items() if len(places) == 1}
 
 
 class Model:
@@ -165,7 +165,7 @@ class Model:
         self._renames = _renames(base, self.type)
         self._orientation = Orientation(base, {}, self.type in CONV1D_MODELS)
         self._experts = _count_experts(base) if self.type in FUSED_MODELS else {}
-        self._mixtures = {found["owner"] for name in base if (found := SIBLING_OF_EXPERTS.match(self.parameter(name)))}
+        self._mixtures = {match["owner"] for name in base if (match := SIBLING_OF_EXPERTS.match(self.parameter(name)))}
 
     @property
     def has_names_in_memory(self) -> bool:
@@ -182,10 +182,10 @@ class Model:
 
     def parameter(self, name: str) -> str:
         """Return the parameter in memory for a tensor of BASE, or for the parameter it is part of."""
-        found = EXPERT.fullmatch(name)
-        if found and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
-            leaf, _ = self._fused(found["leaf"])
-            return self.in_memory(f"{found['owner']}.{leaf}")
+        match = EXPERT.fullmatch(name)
+        if match and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
+            leaf, _ = self._fused(match["leaf"])
+            return self.in_memory(f"{match['owner']}.{leaf}")
         return self.in_memory(name)
 
     def _fused(self, leaf: str) -> tuple[str, int]:
@@ -223,9 +223,9 @@ class Model:
             index = int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
             in_out = (self.type in TRANSPOSED_MODELS) != self._flipped(leaf, stored)
             return Target(delta.layer, delta.shape, memory, "parameter", in_out, expert=(index, stored[0]))
-        if (found := EXPERT.fullmatch(name)) and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
-            half = self._fused(found["leaf"])[1], HALVES[leaf]
-            expert = int(found["index"]), self._experts[found["owner"]]
+        if (match := EXPERT.fullmatch(name)) and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
+            half = self._fused(match["leaf"])[1], HALVES[leaf]
+            expert = int(match["index"]), self._experts[match["owner"]]
             return Target(delta.layer, delta.shape, memory, "parameter", expert=expert, half=half)
         if not memory.endswith(".weight"):
             return "a bare parameter, not the weight of a layer"
@@ -253,8 +253,8 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
     """Return the number of experts of each mixture that is stored expert by expert."""
     counts: dict[str, int] = {}
     for name in base:
-        if found := EXPERT.fullmatch(name):
-            counts[found["owner"]] = max(counts.get(found["owner"], 0), int(found["index"]) + 1)
+        if match := EXPERT.fullmatch(name):
+            counts[match["owner"]] = max(counts.get(match["owner"], 0), int(match["index"]) + 1)
     return counts
 
 

@@ -21,8 +21,8 @@ def shown(address: Path | str) -> str:
     'cannot reach https://host/x timeout'
     """
     text = str(address)
-    if found := ADDRESS.fullmatch(text):
-        return _without_secrets(found[1].lower(), found[2])
+    if match := ADDRESS.fullmatch(text):
+        return _without_secrets(match[1].lower(), match[2])
     if "://" not in text:
         return text
     return ANY.sub(lambda part: _without_secrets(*part[0].split("://", 1)), text)

@@ -121,14 +121,14 @@ def checked_groups(source: Checkpoint, name: str, groups: int) -> torch.Tensor:
     Raises:
         InputError: One does not exist.
     """
-    found = source.read(name).long()
-    lowest, highest = (int(found.min()), int(found.max())) if len(found) else (0, 0)
+    indices = source.read(name).long()
+    lowest, highest = (int(indices.min()), int(indices.max())) if len(indices) else (0, 0)
     if lowest < 0 or highest >= groups:
         raise InputError(
             f"{source.file_of(name)}: {name} names group {lowest if lowest < 0 else highest}, but there are {groups}; "
             "save the model again"
         )
-    return found
+    return indices
 
 
 Kind = Literal["nvfp4", "mxfp4"]

@@ -67,8 +67,8 @@ class DistributedFolder:
         self._boxes: dict[str, Boxes] = {}
         for key, name in chosen.items():
             info, boxes = _described(index, key, name, tensors[key])
-            found = [_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
-            self._boxes[name] = Boxes(name, info.shape, found, index)
+            chunks = [_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
+            self._boxes[name] = Boxes(name, info.shape, chunks, index)
             described[name] = info
         self.notes: tuple[str, ...] = (f"assembled from the parts in {len(files)} files",)
         if prefix:
@@ -116,15 +116,15 @@ class _Stored:
             InputError: The file is damaged, or contradicts the index.
         """
         archive = Archive(self.file, self.span, self.name)
-        found = archive.tensor(archive.value, self.name)
-        if found is None:
+        loaded = archive.tensor(archive.value, self.name)
+        if loaded is None:
             raise InputError(f"{self.file.path}: no tensor is stored where {self.name} should be; save it again")
-        if (found.dtype, found.shape) != (self.dtype, self.shape):
+        if (loaded.dtype, loaded.shape) != (self.dtype, self.shape):
             raise InputError(
-                f"{self.file.path}: {self.name} is {found.dtype} {list(found.shape)} in the file, but {self.dtype} "
+                f"{self.file.path}: {self.name} is {loaded.dtype} {list(loaded.shape)} in the file, but {self.dtype} "
                 f"{list(self.shape)} in {INDEX}; the folder holds files of two checkpoints"
             )
-        return found
+        return loaded
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self.tensor.read(start, stop)
@@ -144,8 +144,8 @@ def _state(index: Path) -> Mapping[str, Any]:
         content = index.read_bytes()
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
-    found = load(content, index, "the index")
-    state = found.state if isinstance(found, Record) and found.name == "Metadata" else None
+    loaded = load(content, index, "the index")
+    state = loaded.state if isinstance(loaded, Record) and loaded.name == "Metadata" else None
     if not isinstance(state, dict) or not all(
         isinstance(state.get(key), dict) for key in ("state_dict_metadata", "storage_data")
     ):
@@ -190,12 +190,12 @@ def _described(
 
 def _locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
     """Return the locations of the boxes, by the key of their tensor and their offsets."""
-    found = {}
+    locations = {}
     for key, location in stored.items():
         if isinstance(key, Record) and isinstance(location, Record) and isinstance(key.get("fqn"), str):
             offset = key.get("offset")
-            found[key.get("fqn"), tuple(offset) if isinstance(offset, tuple) else ()] = location
-    return found
+            locations[key.get("fqn"), tuple(offset) if isinstance(offset, tuple) else ()] = location
+    return locations
 
 
 def _box(
@@ -293,5 +293,5 @@ def _is_moment(key: str) -> bool:
 
 def folder_within(folder: Path) -> Path | None:
     """Return the only checkpoint that accelerate wrote inside the folder of a training step; None without one."""
-    found = [path for path in sorted(folder.glob("pytorch_model_fsdp_*")) if (path / INDEX).is_file()]
-    return found[0] if len(found) == 1 else None
+    folders = [path for path in sorted(folder.glob("pytorch_model_fsdp_*")) if (path / INDEX).is_file()]
+    return folders[0] if len(folders) == 1 else None

@@ -203,8 +203,8 @@ def _in_table(
     import torch
 
     codes, d = parts(blocks)
-    found = of_table(torch.tensor(IQ4))[codes]
-    return (d.abs() if of_table is gaps else d).mul(found).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+    values = of_table(torch.tensor(IQ4))[codes]
+    return (d.abs() if of_table is gaps else d).mul(values).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
 def _table_codec(parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:

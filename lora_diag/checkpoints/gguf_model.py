@@ -89,9 +89,9 @@ class GgufModel:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded."""
-        found = self._range(name, start, stop, self._file.read)
-        assert found is not None
-        return found.float() - 1 if self._views[name].shifted else found
+        values = self._range(name, start, stop, self._file.read)
+        assert values is not None
+        return values.float() - 1 if self._views[name].shifted else values
 
     def read_bytes(self, name: str) -> bytes:
         """Return the stored bytes of a small tensor, without torch."""
@@ -115,10 +115,10 @@ class GgufModel:
         rows = view.info.shape[0] // view.heads
         size = rows * math.prod(view.info.shape[1:])
         first, last = start // size, -(-stop // size)
-        found = read(view.stored, first * size, last * size)
-        if found is None:
+        values = read(view.stored, first * size, last * size)
+        if values is None:
             return None
-        ordered = to_halves(found.view((last - first) * rows, -1), last - first)
+        ordered = to_halves(values.view((last - first) * rows, -1), last - first)
         return ordered.reshape(-1)[start - first * size : stop - first * size].clone()
 
     def _in_hf_layout(self, names: Names | None, architecture: str) -> Iterator[View]:
@@ -174,11 +174,11 @@ def open_model(path: Path) -> list[GgufModel]:
     Raises:
         InputError: A part is missing, or two parts have the same tensor.
     """
-    found = PART.fullmatch(path.name)
-    if found is None:
+    match = PART.fullmatch(path.name)
+    if match is None:
         return [GgufModel(path)]
-    count = int(found["count"])
-    paths = [path.parent / f"{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    count = int(match["count"])
+    paths = [path.parent / f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
     for part in paths:
         if not part.is_file():
             raise InputError(f"{path}: the part {part.name} is missing; copy or download it again")
@@ -220,5 +220,5 @@ def config_of(models: list[GgufModel]) -> dict[str, Any]:
 def single_model(folder: Path) -> tuple[Path | None, int]:
     """Return the only GGUF model of a folder, by its first file, and the number of models in it."""
     files = sorted(folder.glob("*.gguf"))
-    first = [file for file in files if (found := PART.fullmatch(file.name)) is None or int(found["number"]) == 1]
+    first = [file for file in files if (match := PART.fullmatch(file.name)) is None or int(match["number"]) == 1]
     return (first[0] if len(first) == 1 else None), len(first)

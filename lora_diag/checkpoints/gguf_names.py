@@ -91,9 +91,9 @@ class Names:
         'model.layers.3.self_attn.q_proj.weight'
         """
         stem, _, leaf = name.rpartition(".")
-        if found := _BLOCK.fullmatch(stem):
-            module = self.block.get(found[2])
-            return f"model.layers.{int(found[1])}.{module}.{leaf}" if module is not None else None
+        if match := _BLOCK.fullmatch(stem):
+            module = self.block.get(match[2])
+            return f"model.layers.{int(match[1])}.{module}.{leaf}" if module is not None else None
         return f"{WHOLE[stem]}.{leaf}" if stem in WHOLE else None
 
     def in_gguf(self, name: str) -> str | None:
@@ -103,9 +103,9 @@ class Names:
         'blk.3.attn_q.weight'
         """
         stem, _, leaf = name.rpartition(".")
-        if found := _LAYER.fullmatch(stem):
-            tensor = next((ours for ours, theirs in self.block.items() if theirs == found[2]), None)
-            return f"blk.{found[1]}.{tensor}.{leaf}" if tensor is not None else None
+        if match := _LAYER.fullmatch(stem):
+            tensor = next((ours for ours, theirs in self.block.items() if theirs == match[2]), None)
+            return f"blk.{match[1]}.{tensor}.{leaf}" if tensor is not None else None
         return next((f"{ours}.{leaf}" for ours, theirs in WHOLE.items() if theirs == stem), None)
 
     def heads_key(self, name: str) -> str:
@@ -114,10 +114,10 @@ class Names:
         Args:
             name: GGUF's name of a tensor.
         """
-        found = _BLOCK.fullmatch(name.rpartition(".")[0])
-        if not self.halves_to_pairs or found is None:
+        match = _BLOCK.fullmatch(name.rpartition(".")[0])
+        if not self.halves_to_pairs or match is None:
             return ""
-        return {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(found[2], "")
+        return {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(match[2], "")
 
 
 ARCHITECTURES = {

@@ -52,10 +52,10 @@ def parse(text: str) -> HubId | None:
     HubId(repo='org/name', subfolder='merged', revision='v1.0')
     >>> parse("./runs/last") or parse("model.safetensors") or parse("../a/b")
     """
-    found = HUB_ID.fullmatch(text)
-    if not found or ".." in text or "--" in found[1] or len(found[1]) > MAX_REPO_CHARACTERS:
+    match = HUB_ID.fullmatch(text)
+    if not match or ".." in text or "--" in match[1] or len(match[1]) > MAX_REPO_CHARACTERS:
         return None
-    return None if FILE.fullmatch(Path(text).suffix) else HubId(found[1], found[2].strip("/"), found[3])
+    return None if FILE.fullmatch(Path(text).suffix) else HubId(match[1], match[2].strip("/"), match[3])
 
 
 def loadable(address: str) -> str:
@@ -64,8 +64,8 @@ def loadable(address: str) -> str:
     >>> loadable("hf://org/name@main/merged"), loadable("runs/base")
     ('org/name', 'runs/base')
     """
-    found = re.match(rf"hf://({PART}/{PART})", address)
-    return found[1] if found else address
+    match = re.match(rf"hf://({PART}/{PART})", address)
+    return match[1] if match else address
 
 
 def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:

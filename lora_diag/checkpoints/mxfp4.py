@@ -80,9 +80,9 @@ def _expert(layout: Layout, expert: int, first: int, last: int, table: Any) -> t
         at = (expert * layout.out + row) * groups, (expert * layout.out + end) * groups
         codes = layout.source.read(f"{layout.name}{BLOCKS}", at[0] * 16, at[1] * 16).view(end - row, groups, 16)
         scales = layout.source.read(f"{layout.name}{SCALES}", *at).view(end - row, groups)[:, low:high]
-        found = table(unpack(codes[:, low:high].reshape(end - row, -1), 4, (high - low) * GROUP))
-        found *= e8m0(scales).repeat_interleave(GROUP, dim=1)
-        out[:, row:end] = found[:, first - low * GROUP : last - low * GROUP].T
+        values = table(unpack(codes[:, low:high].reshape(end - row, -1), 4, (high - low) * GROUP))
+        values *= e8m0(scales).repeat_interleave(GROUP, dim=1)
+        out[:, row:end] = values[:, first - low * GROUP : last - low * GROUP].T
     return out
 
 

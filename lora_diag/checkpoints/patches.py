@@ -57,13 +57,13 @@ class PatchedFile:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major)."""
         import torch
 
-        found = self._base.read(name, start, stop)
+        values = self._base.read(name, start, stop)
         if name not in self._changed:
-            return found
-        found = found.to(getattr(torch, self.tensors[name].dtype))
+            return values
+        values = values.to(getattr(torch, self.tensors[name].dtype))
         at, inside = self._locations(name, start, stop)
-        found[at[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(found.dtype)
-        return found
+        values[at[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(values.dtype)
+        return values
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor."""
@@ -156,14 +156,14 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         opened = [open_checkpoint(path)]
         if not is_patch(opened[0]):
             return opened[0]
-    found = base
+    checkpoint = base
     for patch in sorted(opened, key=_version):
-        file: TensorFile = PatchedFile(found, patch, path if len(opened) > 1 else patch.files[0].path)
-        found = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
+        file: TensorFile = PatchedFile(checkpoint, patch, path if len(opened) > 1 else patch.files[0].path)
+        checkpoint = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
     if len(opened) == 1:
-        return found
+        return checkpoint
     notes = (f"{len(opened)} sparse patches, applied in the order of model_version",)
-    return Checkpoint(path, "sparse patches", found.files, notes, base.config)
+    return Checkpoint(path, "sparse patches", checkpoint.files, notes, base.config)
 
 
 def _version(patch: Checkpoint) -> tuple[int, str]:

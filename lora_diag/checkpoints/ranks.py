@@ -76,12 +76,12 @@ class RanksFolder:
         parts: dict[str, list[_Part]] = {}
         files = _files(folder)
         for rank, path in enumerate(files):
-            for name, found in _parts(path, rank).items():
-                parts.setdefault(name, []).extend(found)
+            for name, pieces in _parts(path, rank).items():
+                parts.setdefault(name, []).extend(pieces)
         if not parts:
             raise InputError(f"{folder}: the files {PATTERN} hold no tensors; save the model again")
         distributed = any(part.sharded_dims is not None or part.offsets is not None for part in _all(parts))
-        self._boxes = {name: _whole(folder, name, found, len(files), distributed) for name, found in parts.items()}
+        self._boxes = {name: _whole(folder, name, pieces, len(files), distributed) for name, pieces in parts.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, boxes.shape, parts[name][0].tensor.dtype) for name, boxes in self._boxes.items()
         }
@@ -104,19 +104,19 @@ class RanksFolder:
 
 
 def _all(parts: Mapping[str, list[_Part]]) -> Sequence[_Part]:
-    return [part for found in parts.values() for part in found]
+    return [part for of_rank in parts.values() for part in of_rank]
 
 
 def _files(folder: Path) -> list[Path]:
     """Return the file of every rank, in their order."""
-    found: dict[int, dict[int, Path]] = {}
+    files_of_rank: dict[int, dict[int, Path]] = {}
     for path in folder.glob(PATTERN):
         if match := FILE.fullmatch(path.name):
-            found.setdefault(int(match[1]), {})[int(match[2])] = path
-    if len(found) != 1:
-        sizes = ", ".join(map(str, sorted(found)))
-        raise InputError(f"{folder}: holds models of {len(found)} world sizes ({sizes}); keep the files of one")
-    ((world, by_rank),) = found.items()
+            files_of_rank.setdefault(int(match[1]), {})[int(match[2])] = path
+    if len(files_of_rank) != 1:
+        sizes = ", ".join(map(str, sorted(files_of_rank)))
+        raise InputError(f"{folder}: holds models of {len(files_of_rank)} world sizes ({sizes}); keep the files of one")
+    ((world, by_rank),) = files_of_rank.items()
     missing = [rank for rank in range(min(world, MAX_RANKS)) if rank not in by_rank]
     if missing or len(by_rank) != world:
         raise InputError(
@@ -141,8 +141,8 @@ def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
         "".join(name for name in state if isinstance(name, str)).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
         raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
-    found = {name: _values(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)}
-    return {name: parts for name, parts in found.items() if parts}
+    values = {name: _values(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)}
+    return {name: parts for name, parts in values.items() if parts}
 
 
 def _values(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
@@ -177,9 +177,9 @@ def _dtensor(value: Any) -> tuple[Any, Any]:
     """
     state = _rebuilt(value, "DTensor")
     if state is not None:
-        for found in state if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
-            if isinstance(found, dict) and "_local_tensor" in found:
-                return found["_local_tensor"], found.get("_spec")
+        for item in state if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
+            if isinstance(item, dict) and "_local_tensor" in item:
+                return item["_local_tensor"], item.get("_spec")
     return None, None
 
 
@@ -214,32 +214,32 @@ def _sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int 
 
 def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
     """Return the place of this rank in the device mesh."""
-    found = mesh.get("_coordinate_on_dim") if isinstance(mesh, Record) else None
-    if found is None and dimensions == 1:
-        found = (rank,)
-    if found is None and isinstance(mesh, Record):
+    coordinates = mesh.get("_coordinate_on_dim") if isinstance(mesh, Record) else None
+    if coordinates is None and dimensions == 1:
+        coordinates = (rank,)
+    if coordinates is None and isinstance(mesh, Record):
         stored = archive.tensor(mesh.get("mesh"), f"the mesh of {name}")
         if stored is not None and stored.numel <= MAX_RANKS and stored.dtype in {"int32", "int64"}:
             width, content = WIDTH[stored.dtype], stored.read_bytes()
             ranks = [int.from_bytes(content[at : at + width], "little") for at in range(0, len(content), width)]
-            found = _unraveled(ranks.index(rank), stored.shape) if rank in ranks else None
+            coordinates = _unraveled(ranks.index(rank), stored.shape) if rank in ranks else None
     if (
-        not isinstance(found, tuple | list)
-        or len(found) != dimensions
-        or not all(type(at) is int and 0 <= at < MAX_RANKS for at in found)
+        not isinstance(coordinates, tuple | list)
+        or len(coordinates) != dimensions
+        or not all(type(at) is int and 0 <= at < MAX_RANKS for at in coordinates)
     ):
         raise InputError(
             f"{archive.file.path}: {name} does not give the position of rank {rank} in the device mesh; save it again"
         )
-    return tuple(found)
+    return tuple(coordinates)
 
 
 def _unraveled(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    found: list[int] = []
+    coordinates: list[int] = []
     for size in reversed(shape):
         index, at = divmod(index, size)
-        found.insert(0, at)
-    return tuple(found)
+        coordinates.insert(0, at)
+    return tuple(coordinates)
 
 
 def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:

@@ -106,8 +106,8 @@ def refuse_unmerged(source: Checkpoint) -> None:
         InputError: A weight and the factors of its adapter are both present.
     """
     for name in source:
-        found = WRAPPED.fullmatch(name)
-        if found and any(f"{found[1]}.{own}" in source for own in ("base_layer.weight", "weight")):
+        match = WRAPPED.fullmatch(name)
+        if match and any(f"{match[1]}.{own}" in source for own in ("base_layer.weight", "weight")):
             raise InputError(
                 f"{source.file_of(name)}: is an unmerged PEFT state dict ({name} and its weight are both present) "
                 "without lora_alpha; save the adapter with save_pretrained(), or the model after merge_and_unload()"

@@ -109,10 +109,10 @@ class RemotePath(_Path):
         Raises:
             InputError: The file does not exist.
         """
-        found = self.store.file_info(self.address)
-        if found is None:
+        info = self.store.file_info(self.address)
+        if info is None:
             raise InputError(f"{self}: no such file; check the address")
-        return found
+        return info
 
     def stat(self) -> Any:
         """Return the size, as ``st_size``."""
@@ -204,13 +204,13 @@ def as_path(address: Path | str) -> Path:
     """
     if isinstance(address, RemotePath):
         return cast(Path, address)
-    found = ADDRESS.fullmatch(str(address))
-    if found is None:
+    match = ADDRESS.fullmatch(str(address))
+    if match is None:
         if SCHEME.match(str(address)) and not Path(address).exists():
             raise InputError(f"{shown(address)}: unsupported scheme; give s3://, gs://, hf://, https:// or http://")
         return Path(address)
     root = shown(address).rstrip("/")
-    return cast(Path, RemotePath(root, _open_store(found[1].lower(), found[2], root)))
+    return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2], root)))
 
 
 def _open_store(scheme: str, rest: str, root: str) -> Store:

@@ -68,8 +68,8 @@ class BucketStore(Store):
         """Return the entries of a folder by address, with one request."""
         if folder not in self._listed:
             self._open()
-            found = retried(folder, lambda: self._call(folder, self._fs.ls, _key(folder), detail=True, refresh=True))
-            named = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in found or ()}
+            listing = retried(folder, lambda: self._call(folder, self._fs.ls, _key(folder), detail=True, refresh=True))
+            named = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}
             self._listed[folder] = {name: entry for name, entry in named.items() if name.startswith(f"{folder}/")}
         return self._listed[folder]
 

@@ -85,8 +85,8 @@ def open_hub(rest: str, root: str) -> HubStore:
     Raises:
         InputError: The address is invalid, ``huggingface_hub`` is not installed, or the repository does not exist.
     """
-    found = ADDRESS.fullmatch(rest)
-    if found is None or ".." in rest:
+    match = ADDRESS.fullmatch(rest)
+    if match is None or ".." in rest:
         raise InputError(f"{root}: invalid address; give hf://org/name[@revision], or a folder or file in it")
     try:
         from huggingface_hub import HfApi, constants
@@ -94,14 +94,14 @@ def open_hub(rest: str, root: str) -> HubStore:
     except ImportError as error:
         raise InputError(f"{root}: hf:// needs huggingface_hub: pip install 'loradiag[hub,remote]'") from error
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{root}: HF_HUB_OFFLINE is set; unset it, or give {found[1]} to read the local cache")
+        raise InputError(f"{root}: HF_HUB_OFFLINE is set; unset it, or give {match[1]} to read the local cache")
     try:
-        info = HfApi().model_info(found[1], revision=found[2])
+        info = HfApi().model_info(match[1], revision=match[2])
     except Exception as error:  # many types, from two HTTP libraries
-        raise unreachable(HubId(found[1], "", found[2]), error, root) from error
-    commit = info.sha or found[2] or "main"
-    repository = f"hf://{found[1]}" + (f"@{found[2]}" if found[2] else "")
-    endpoint = f"{constants.ENDPOINT}/{found[1]}/resolve/{quote(commit, safe='')}"
+        raise unreachable(HubId(match[1], "", match[2]), error, root) from error
+    commit = info.sha or match[2] or "main"
+    repository = f"hf://{match[1]}" + (f"@{match[2]}" if match[2] else "")
+    endpoint = f"{constants.ENDPOINT}/{match[1]}/resolve/{quote(commit, safe='')}"
     return HubStore(
         repository, endpoint, (sibling.rfilename for sibling in info.siblings or ()), commit, build_hf_headers()
     )

@@ -146,12 +146,12 @@ class HttpStore(Store):
             self._check_status(address, response)
             if response.status == 200:
                 raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
-            found = _content_range(address, response.headers)
-            if found[2] != file_info.size or self.version(response.headers) != file_info.version:
+            content_range = _content_range(address, response.headers)
+            if content_range[2] != file_info.size or self.version(response.headers) != file_info.version:
                 raise InputError(f"{address}: {CHANGED}")
-            if found[:2] != (start, stop):
+            if content_range[:2] != (start, stop):
                 raise InputError(
-                    f"{address}: the server sent bytes {found[0]:,} to {found[1]:,} "
+                    f"{address}: the server sent bytes {content_range[0]:,} to {content_range[1]:,} "
                     f"instead of {start:,} to {stop:,}; download the file and give the local path"
                 )
             try:
@@ -216,9 +216,9 @@ async def _client(**options: Any) -> Any:
 def _content_range(address: str, headers: Any) -> tuple[int, int, int]:
     """Parse a ``Content-Range`` header: first byte, one past the last byte, and the size of the whole file."""
     text = str(headers.get("Content-Range", ""))
-    found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
-    if not found:
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
+    if not match:
         raise InputError(
             f"{address}: invalid Content-Range header {text[:60]!r}; download the file and give the local path"
         )
-    return int(found[1]), int(found[2]) + 1, int(found[3])
+    return int(match[1]), int(match[2]) + 1, int(match[3])

@@ -168,8 +168,8 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        found: Numbers = self.read_arrays([name])[0]
-        return found
+        array: Numbers = self.read_arrays([name])[0]
+        return array
 
     def read_arrays(self, names: Sequence[str]) -> Numbers:
         """Return whole tensors of one file, shape and dtype as a stack, otherwise like ``read_array``.

@@ -52,21 +52,21 @@ class Flat:
         """Return the entries ``start:stop``."""
         import torch
 
-        found, at = [], 0
+        pieces, at = [], 0
         for tensor, begin, count in self.parts:
             low, high = max(start, at), min(stop, at + count)
             if low < high:
-                found.append(tensor.read(begin + low - at, begin + high - at))
+                pieces.append(tensor.read(begin + low - at, begin + high - at))
             at += count
-        return torch.cat(found) if found else self.parts[0][0].read(0, 0)
+        return torch.cat(pieces) if pieces else self.parts[0][0].read(0, 0)
 
     def read_bytes(self) -> bytes:
         """Return the bytes, without torch."""
-        found = []
+        pieces = []
         for tensor, begin, count in self.parts:
             width = WIDTH[tensor.dtype]
-            found.append(tensor.read_bytes()[begin * width : (begin + count) * width])
-        return b"".join(found)
+            pieces.append(tensor.read_bytes()[begin * width : (begin + count) * width])
+        return b"".join(pieces)
 
 
 class ZeroFolder:
@@ -86,16 +86,16 @@ class ZeroFolder:
         self._root, self.path = folder, _step(folder)
         self.metadata: Mapping[str, str] = {}
         files = _by_rank(self.path)
-        found = dict(self._whole() if not files else self._masters(files))
-        if not found:
+        tensors = dict(self._whole() if not files else self._masters(files))
+        if not tensors:
             raise InputError(f"{self.path}: holds no weights; {self._suggest_fix()}")
         try:
-            "".join(found).encode()
+            "".join(tensors).encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
             raise InputError(f"{self.path}: a tensor name is not valid Unicode ({error}); save it again") from error
-        self._parts = {name: flat for name, (_, flat) in found.items()}
+        self._parts = {name: flat for name, (_, flat) in tensors.items()}
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, shape, flat.parts[0][0].dtype) for name, (shape, flat) in found.items()
+            name: TensorInfo(name, shape, flat.parts[0][0].dtype) for name, (shape, flat) in tensors.items()
         }
         kind = f"master weights of {len(files)} ranks" if files else "16-bit weights: there are no optimizer files"
         self.notes: tuple[str, ...] = (f"{self.path.name}: {kind}",)
@@ -146,14 +146,14 @@ class ZeroFolder:
                 raise InputError(
                     f"{self.path}: aligns parameters one by one, which is not supported; {self._suggest_fix()}"
                 )
-            found = dict(self._consecutive(groups, flats))
+            tensors = dict(self._consecutive(groups, flats))
         else:
-            found = dict(self._partitioned(groups, flats))
-        found |= self._others(archive, state, stage, ranks)
+            tensors = dict(self._partitioned(groups, flats))
+        tensors |= self._others(archive, state, stage, ranks)
         for alias, name in _pairs(state.get("shared_params")):
-            if name in found:
-                found[alias] = found[name]
-        yield from found.items()
+            if name in tensors:
+                tensors[alias] = tensors[name]
+        yield from tensors.items()
 
     def _consecutive(
         self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
@@ -198,16 +198,16 @@ class ZeroFolder:
         self, archive: Archive, state: Mapping[Any, Any], stage: int, ranks: int
     ) -> dict[str, tuple[tuple[int, ...], Flat]]:
         """Return frozen parameters and buffers."""
-        found: dict[str, tuple[tuple[int, ...], Flat]] = {}
+        tensors: dict[str, tuple[tuple[int, ...], Flat]] = {}
         buffers, module = state.get("buffer_names"), state.get("module")
         for name in buffers if isinstance(buffers, list) else ():
             stored = module.get(name) if isinstance(module, dict) and isinstance(name, str) else None
             tensor = archive.tensor(stored, str(name))
             if tensor is not None:
-                found[name] = tensor.shape, Flat(((tensor, 0, tensor.numel),))
+                tensors[name] = tensor.shape, Flat(((tensor, 0, tensor.numel),))
         frozen = state.get("frozen_param_shapes")
         if not isinstance(frozen, dict) or not frozen:
-            return found
+            return tensors
         archives = [archive]
         if stage == 3:
             archives += [_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
@@ -222,14 +222,14 @@ class ZeroFolder:
                 parts.append((tensor, 0, tensor.numel))
             if sum(count for *_, count in parts) < math.prod(shape):
                 raise InputError(f"{self.path}: the parts of {name!s:.200} hold fewer entries than {list(shape)}")
-            found[str(name)] = shape, _shortened(parts, math.prod(shape))
-        return found
+            tensors[str(name)] = shape, _shortened(parts, math.prod(shape))
+        return tensors
 
     def _optimizer(self, path: Path) -> tuple[Archive, int, int, Any, Any]:
         """Return the file of a rank: archive, stage, number of ranks, its flat tensors, and paddings of parameters."""
         archive = _archive(path)
-        found = archive.value.get("optimizer_state_dict") if isinstance(archive.value, dict) else None
-        state: dict[Any, Any] = found if isinstance(found, dict) else {}
+        stored = archive.value.get("optimizer_state_dict") if isinstance(archive.value, dict) else None
+        state: dict[Any, Any] = stored if isinstance(stored, dict) else {}
         stage = state.get("zero_stage")
         if isinstance(stage, Record) and stage.args:
             stage = stage.args[0]
@@ -277,7 +277,7 @@ def _step(folder: Path) -> Path:
 
 def _by_rank(folder: Path) -> list[Path]:
     """Return the optimizer file of every rank."""
-    found = {}
+    by_rank = {}
     for path in folder.glob(STATES):
         match = OPTIMIZER.fullmatch(path.name)
         if match is None:
@@ -285,11 +285,11 @@ def _by_rank(folder: Path) -> list[Path]:
                 f"{path}: is from a run with model or expert parallelism, which is not supported; convert it with "
                 "DeepSpeed"
             )
-        found[int(match[1])] = path
-    missing = [rank for rank in range(max(found, default=-1) + 1) if rank not in found]
+        by_rank[int(match[1])] = path
+    missing = [rank for rank in range(max(by_rank, default=-1) + 1) if rank not in by_rank]
     if missing:
         raise InputError(f"{folder}: the optimizer file of rank {missing[0]} is missing; copy the files of all ranks")
-    return [found[rank] for rank in sorted(found)]
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def _archive(path: Path) -> Archive:
@@ -300,9 +300,9 @@ def _archive(path: Path) -> Archive:
 
 def _tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor]:
     """Return flat tensors."""
-    found = [archive.tensor(value, name) for value in values] if isinstance(values, list | tuple) else []
-    flat = [tensor for tensor in found if tensor is not None and len(tensor.shape) == 1]
-    if not flat or len(flat) != len(found) or len({tensor.dtype for tensor in flat}) > 1:
+    tensors = [archive.tensor(value, name) for value in values] if isinstance(values, list | tuple) else []
+    flat = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 1]
+    if not flat or len(flat) != len(tensors) or len({tensor.dtype for tensor in flat}) > 1:
         raise InputError(f"{archive.file.path}: holds no flat master weights; copy it again")
     return flat
 

@@ -140,8 +140,8 @@ class Shown:
             notes: Whether the run estimates its cost before it starts.
         """
         with progress_bar(self.quiet) as on_progress:
-            found: dict[str, Any] = {"on_progress": on_progress, "on_record": record_printer(self.json)}
-            yield {**found, **({"on_note": None if self.quiet else message} if notes else {})}
+            options: dict[str, Any] = {"on_progress": on_progress, "on_record": record_printer(self.json)}
+            yield {**options, **({"on_note": None if self.quiet else message} if notes else {})}
         if self.verbose and not self.quiet:
             report_reading()
 

@@ -69,14 +69,14 @@ def _versions() -> Statement:
 
 def _requirements() -> dict[str, list[Requirement]]:
     """Return the installed package's requirements by extra; those that are always needed under ``""``."""
-    found: dict[str, list[Requirement]] = {"": []}
+    by_extra: dict[str, list[Requirement]] = {"": []}
     for line in requires("loradiag") or ():
         requirement = Requirement(line)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
         environment = {"extra": extra[1] if extra else ""}
         if requirement.marker is None or requirement.marker.evaluate(environment):
-            found.setdefault(environment["extra"], []).append(requirement)
-    return found
+            by_extra.setdefault(environment["extra"], []).append(requirement)
+    return by_extra
 
 
 def _gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
@@ -128,14 +128,14 @@ def _extras() -> Iterator[Statement]:
 
 
 def _command() -> Statement:
-    found = shutil.which("loradiag")
-    if found is None:
+    executable = shutil.which("loradiag")
+    if executable is None:
         fix = f"add {_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
         return make_statement("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
-    if Path(found).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(found):
-        other = f"loradiag on PATH is {_home(found)}, in another environment than this one ({_home(sys.prefix)})"
+    if Path(executable).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(executable):
+        other = f"loradiag on PATH is {_home(executable)}, in another environment than this one ({_home(sys.prefix)})"
         return make_statement("command", "Command", other, level="warning")
-    return make_statement("command", "Command", _home(found), level="ok")
+    return make_statement("command", "Command", _home(executable), level="ok")
 
 
 def _same_environment(command: str) -> bool:
@@ -156,8 +156,8 @@ def _devices() -> Iterator[Statement]:
         f"{_blas()}, {torch.get_num_threads()} thread(s){f' ({asked})' if asked else ''}",
     )
     if torch.cuda.is_available():
-        found = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        names = [f"cuda:{at} {each.name}, {byte_count(each.total_memory)}" for at, each in enumerate(found)]
+        devices = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
+        names = [f"cuda:{at} {each.name}, {byte_count(each.total_memory)}" for at, each in enumerate(devices)]
         yield make_statement("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
     elif shutil.which("nvidia-smi"):
         lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"
@@ -173,8 +173,8 @@ def _blas() -> str:
     """Return the library of matrix products and eigenvalues that torch was built with."""
     import torch
 
-    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    return f"torch with {found[1].upper()}" if found else "torch with an unknown BLAS"
+    match = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return f"torch with {match[1].upper()}" if match else "torch with an unknown BLAS"
 
 
 def _memory() -> Statement:

@@ -29,11 +29,11 @@ def doctor(
     from lora_diag.rendering.statements import at_most, summary_of
     from lora_diag.rendering.text import to_text
 
-    found = checks(inputs or ())
+    results = checks(inputs or ())
     if json:
-        for each in found:
+        for each in results:
             line(dumps({"key": each.key, "level": each.level, "lines": each.lines}, ensure_ascii=False))
     else:
         with at_most(None):
-            result(to_text(summary_of(found), *terminal()))
-    raise typer.Exit(UNREADABLE if any(each.level == "failure" for each in found) else DONE)
+            result(to_text(summary_of(results), *terminal()))
+    raise typer.Exit(UNREADABLE if any(each.level == "failure" for each in results) else DONE)

@@ -11,10 +11,10 @@ from pathlib import Path
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return the name of the processor."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

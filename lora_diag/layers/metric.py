@@ -194,7 +194,7 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
 def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
     """Return the effect of the metric on rounding errors with variances that are products of row and column factors."""
     rounding = change.rounding.rounding if change.rounding else None
-    found, base, bound = [], 1.0, 1.0
+    gains, base, bound = [], 1.0, 1.0
     for on_rows, size in zip((True, False), shape, strict=True):
         variance = torch.ones(size, dtype=torch.float64)
         if rounding is not None:
@@ -203,13 +203,13 @@ def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
             variance = sums * (rounding.noise.unit / math.sqrt(total)) if total else torch.zeros_like(variance)
         root_here = next((each for each in roots if each.on_rows == on_rows), None)
         if root_here is None:
-            found.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
+            gains.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
             continue
         scaled = variance.sqrt()[:, None].to(root_here.lower.device) * root_here.lower
-        found.append((norm([scaled]), float(torch.linalg.matrix_norm(scaled, 2))))
+        gains.append((norm([scaled]), float(torch.linalg.matrix_norm(scaled, 2))))
         base *= root_here.fro / math.sqrt(size)
         bound *= root_here.spectral
-    return Gains(found[0], found[1], base, bound)
+    return Gains(gains[0], gains[1], base, bound)
 
 
 def fro_of(change: Change) -> float:

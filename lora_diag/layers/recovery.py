@@ -99,8 +99,8 @@ class Estimate:
         """
         assert self.cells is not None
         row = 0
-        for found in _moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
-            block = found.mean
+        for posterior in _moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
+            block = posterior.mean
             if self.scales is not None:
                 block = block * self.scales.times(row, row + len(block))
             row += len(block)
@@ -197,8 +197,8 @@ class _Stored:
 
     def scales(self, first: int, last: int, shape: tuple[int, int], like: Tensor) -> Tensor | None:
         """Return the scales of some rows."""
-        found = self.side.read_scales(first * shape[1], last * shape[1])
-        return None if found is None else found.view(-1, shape[1]).to(like)
+        scales_of_rows = self.side.read_scales(first * shape[1], last * shape[1])
+        return None if scales_of_rows is None else scales_of_rows.view(-1, shape[1]).to(like)
 
     def halves(self, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the extent of the cells of values below and above them."""
@@ -398,7 +398,7 @@ def recover_layer(
             "possible causes: training without float32 master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
-    found = model.found if model.found is not None else recover(model.cells, size, seed, keep)
+    recovered = model.recovered if model.recovered is not None else recover(model.cells, size, seed, keep)
     whole, error = size.fro, size.error
     if shaped is not None:
         density = fit_density(model.cells, size.deviation)
@@ -407,33 +407,33 @@ def recover_layer(
     elif scales is not None:
         whole = _norm(model.cells, size.deviation, NORMAL, scales, None)
     # A single variance does not fit, so there is no single size.
-    if model.found is not None and found.low_rank is not None:
-        whole = _norm(model.cells, found.deviation, NORMAL, scales, found.low_rank)
+    if model.recovered is not None and recovered.low_rank is not None:
+        whole = _norm(model.cells, recovered.deviation, NORMAL, scales, recovered.low_rank)
     error *= math.sqrt(max(1.0, fit.chi or 1.0))
     common |= {
         "fro_estimate": whole * read.unit,
         "fro_interval": (whole * read.unit * math.exp(-Z95 * error), whole * read.unit * math.exp(Z95 * error)),
     }
-    if found.low_rank is None:
+    if recovered.low_rank is None:
         reason = "no direction is significant: none predicts held-out entries better than the size of the update alone"
-        hidden = Hidden(status="size_only", reason=reason, gain_z=found.z, directions=0, **common)
+        hidden = Hidden(status="size_only", reason=reason, gain_z=recovered.z, directions=0, **common)
         if shaped is None:
             return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
         return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
-    curve, curves = _curves(found, size, scales, whole, error, ranks, read.unit)
-    reason = f"{found.low_rank.rank} directions predict held-out entries better than the size of the update alone"
+    curve, curves = _curves(recovered, size, scales, whole, error, ranks, read.unit)
+    reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",
         reason=reason,
-        gain_z=found.z,
-        rule=found.rule,
-        directions=found.low_rank.rank,
-        iterations=found.low_rank.iterations,
-        converged=found.low_rank.converged,
+        gain_z=recovered.z,
+        rule=recovered.rule,
+        directions=recovered.low_rank.rank,
+        iterations=recovered.low_rank.iterations,
+        converged=recovered.low_rank.converged,
         **common,
         **curves,
     )
-    return Estimate(hidden, model.cells, found.low_rank, found.deviation, scales, read.unit, curve)
+    return Estimate(hidden, model.cells, recovered.low_rank, recovered.deviation, scales, read.unit, curve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,7 +445,7 @@ class _Model:
         size: Size of their contents.
         scales: None if all are 1.
         fit: Fit of the changed entries.
-        found: L, if the fit needs it; else not known yet.
+        recovered: L, if the fit needs it; else not known yet.
         shaped: The size under the likeliest shape of the entries' distribution; None with scales or L.
     """
 
@@ -453,7 +453,7 @@ class _Model:
     size: Size
     scales: Scales | None
     fit: Binades
-    found: Recovered | None = None
+    recovered: Recovered | None = None
     shaped: Shaped | None = None
 
 
@@ -474,11 +474,11 @@ def _model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep
         if not model.fit.is_rejected(start):
             return model
     for model in tried:
-        found = recover(model.cells, model.size, seed, keep)
-        if found.low_rank is not None:
-            fit = _binades(read, model.cells, found.deviation, NORMAL, model.scales, start, found.low_rank)
+        recovered = recover(model.cells, model.size, seed, keep)
+        if recovered.low_rank is not None:
+            fit = _binades(read, model.cells, recovered.deviation, NORMAL, model.scales, start, recovered.low_rank)
             if not fit.is_rejected(start):
-                return replace(model, fit=fit, found=found, shaped=None)
+                return replace(model, fit=fit, recovered=recovered, shaped=None)
     return plain
 
 
@@ -509,8 +509,8 @@ def hidden_energy(delta: StoredDelta) -> float:
     count = sum(block.numel() for block in blocks[0])
     rms = math.sqrt(square / count)
     read = _Read(stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu"))
-    found = [read.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
-    cells = joined([part for part, _ in found])
+    cells_of_blocks = [read.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
+    cells = joined([part for part, _ in cells_of_blocks])
     deviation = fit_size(cells, rms / read.unit).deviation
     each_x = moments(cells, 0.0, deviation, fast=True)
     d = torch.cat([(t.double() - w.double()) / read.unit for w, t in zip(*blocks, strict=True)])
@@ -587,13 +587,13 @@ def _binades(
         if low_rank is None:
             mean: Tensor | float = 0.0
             still = form.moments(cells, deviation, fast=True)
-            found = form.moments(stored.rows(first, last), deviation)  # fast ones are off by 0.3% of the variance
+            exact = form.moments(stored.rows(first, last), deviation)  # fast ones are off by 0.3% of the variance
         else:
             mean = low_rank.rows(first, last)
             still = moments(cells, mean, deviation, fast=True)
-            found = moments(stored.rows(first, last), mean, deviation)
-        square = ((found.mean - mean) ** 2 + found.variance) / deviation**2
-        counts.add(w, t != home, 1 - still.log_mass.exp(), square, 1 - found.variance / deviation**2)
+            exact = moments(stored.rows(first, last), mean, deviation)
+        square = ((exact.mean - mean) ** 2 + exact.variance) / deviation**2
+        counts.add(w, t != home, 1 - still.log_mass.exp(), square, 1 - exact.variance / deviation**2)
     return counts
 
 
@@ -616,8 +616,8 @@ def _moments(
 def _norm(cells: Source, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
     """Return √ΣE[x² | cells] before division by the scales."""
     total, row = 0.0, 0
-    for found in _moments(cells, deviation, shape, low_rank):
-        square = found.mean.square() + found.variance
+    for posterior in _moments(cells, deviation, shape, low_rank):
+        square = posterior.mean.square() + posterior.variance
         if scales is not None:
             square = square * scales.times(row, row + len(square)) ** 2
         row += len(square)
@@ -626,7 +626,7 @@ def _norm(cells: Source, deviation: float, shape: Shape, scales: Scales | None, 
 
 
 def _curves(
-    found: Recovered,
+    recovered: Recovered,
     size: Size,
     scales: Scales | None,
     whole: float,
@@ -641,7 +641,7 @@ def _curves(
     directions beyond them the largest value that could stay hidden, and at least what held-out cells allow. Values
     themselves are those of the fit times its stretch.
     """
-    low_rank = found.low_rank
+    low_rank = recovered.low_rank
     assert low_rank is not None
     shape = (low_rank.u.shape[0], low_rank.vh.shape[1])
     x, tau = low_rank.values.debiased, low_rank.values.noise
@@ -660,13 +660,13 @@ def _curves(
     high = with_noise(x + Z95 * tau * spread, shape, rest * spread)
     beyond = max(unseen, float(with_noise(torch.zeros(1), shape, rest * spread)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
-    values = x.numpy() * min(found.stretch, max(1.0, whole / float(torch.linalg.vector_norm(x))))
+    values = x.numpy() * min(recovered.stretch, max(1.0, whole / float(torch.linalg.vector_norm(x))))
     curve = np.minimum(1.0, np.cumsum((values / whole) ** 2))
     lower = np.minimum(1.0, np.cumsum((low.numpy() / (whole * math.exp(Z95 * error))) ** 2))
     least = whole * math.exp(-Z95 * error)
     upper = np.cumsum((high.numpy() / least) ** 2)
-    if found.most is not None:
-        most = found.most.numpy()[: len(x)]
+    if recovered.most is not None:
+        most = recovered.most.numpy()[: len(x)]
         allowed = np.cumsum((x.numpy() / least) ** 2)[: len(most)] * most
         upper[: len(most)] = np.maximum(upper[: len(most)], allowed)
     upper[: len(curve)] = np.maximum(upper[: len(curve)], curve)

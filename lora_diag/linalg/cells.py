@@ -129,12 +129,12 @@ class Source(ABC):
 
     def at(self, entries: Tensor) -> Cells:
         """Return entries by row-major index, ascending, as one row."""
-        columns, found = self.shape[1], []
+        columns, parts = self.shape[1], []
         for first, last in self.spans():
             here = _between(entries, first * columns, last * columns)
             if len(here):
-                found.append(self.rows(first, last).at(here - first * columns))
-        return joined(found, 1)
+                parts.append(self.rows(first, last).at(here - first * columns))
+        return joined(parts, 1)
 
     def opened(self, entries: Tensor) -> Opened:
         """Return the same cells with some entries unknown.

@@ -68,9 +68,9 @@ def decompose(
     if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
         return decompose_exact(matrix, fro, top, vectors)
     if top is not None and tries_krylov(matrix.shape, method, top, vectors):
-        found = decompose_krylov(matrix, fro, top, vectors, tol, seed, budget=budget_of(method))
-        if found is not None:
-            return found
+        factors = decompose_krylov(matrix, fro, top, vectors, tol, seed, budget=budget_of(method))
+        if factors is not None:
+            return factors
     return decompose_gram(matrix, fro, top, vectors)
 
 

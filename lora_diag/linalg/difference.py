@@ -156,9 +156,9 @@ def difference(
                 matrix = _empty(shape, dtype, device)
             matrix[row : row + len(block)] = block
         row += len(block)
-    if found := read.fetch(unread):
-        fro, base_fro = math.hypot(*found[::3]), math.hypot(*found[1::3])
-        same = int(sum(found[2::3]))
+    if fetched := read.fetch(unread):
+        fro, base_fro = math.hypot(*fetched[::3]), math.hypot(*fetched[1::3])
+        same = int(sum(fetched[2::3]))
         if not math.isfinite(fro + base_fro):
             return _not_finite("an entry is not finite")
     return Difference(
@@ -213,9 +213,9 @@ class _Roundings:
     def fetch(self, others: list[Tensor]) -> list[float]:
         """Read all sums, and other numbers, which are returned: from a GPU in one transfer."""
         sides = (self.base, self.tuned, self.subtracted)
-        found = fetch_sums(sides, *self.sample(), self.energies.sums, *others)
-        self.sampled, self.energies.sums = found[:3], found[3]
-        return [float(each) for each in found[4:]]
+        values = fetch_sums(sides, *self.sample(), self.energies.sums, *others)
+        self.sampled, self.energies.sums = values[:3], values[3]
+        return [float(each) for each in values[4:]]
 
     def rounding(self) -> Rounding:
         """Return the effect of rounding over all blocks, which have been fetched."""
@@ -299,8 +299,8 @@ def _pieces(
         held: list[tuple[Tensor | None, ...]] = []
         entries = 0
         for (base, tuned), both in pairs:
-            found = (step if step is None else move(step.reshape(base.shape), device) for step in both)
-            held.append((move(base, device), move(tuned, device), *found))
+            moved = (step if step is None else move(step.reshape(base.shape), device) for step in both)
+            held.append((move(base, device), move(tuned, device), *moved))
             entries += base.numel()
             if entries >= GPU_PIECE:
                 yield _joined(held)

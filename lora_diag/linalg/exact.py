@@ -46,18 +46,18 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
     Raises:
         InputError: No driver converged.
     """
-    found = svd(matrix.to(torch.float64), vectors)
-    kept = found.s[:top]
-    delta = max(matrix.shape) * torch.finfo(torch.float64).eps * float(found.s[0])
+    factors = svd(matrix.to(torch.float64), vectors)
+    kept = factors.s[:top]
+    delta = max(matrix.shape) * torch.finfo(torch.float64).eps * float(factors.s[0])
     error = (2 * delta * math.sqrt(len(kept)) * fro + len(kept) * delta**2) / fro**2 if fro else 0.0
     return Factors(
         s=kept,
         complete=len(kept) == min(matrix.shape),
-        method=f"exact:{found.driver}",
+        method=f"exact:{factors.driver}",
         energy_error=error,
         fro=fro,
-        u=None if found.u is None else found.u[:, :top],
-        vh=None if found.vh is None else found.vh[:top],
+        u=None if factors.u is None else factors.u[:, :top],
+        vh=None if factors.vh is None else factors.vh[:top],
     )
 
 

@@ -168,10 +168,10 @@ def _eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
         import scipy.linalg  # 0.1 s, and rarely needed
 
         # The lower triangle by rows is the upper one by columns, the order in which LAPACK works without a copy.
-        found = scipy.linalg.eigh(
+        eigenvalues = scipy.linalg.eigh(
             gram.numpy().T, lower=False, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
         )
-        values = torch.from_numpy(found)
+        values = torch.from_numpy(eigenvalues)
     return values
 
 
@@ -180,9 +180,9 @@ def _eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
     n = len(gram)
     alone = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
     if top is not None and alone and n >= SUBSET_FROM and top <= SUBSET_SHARE * n:
-        found = _largest(gram, top)
-        if found is not None:
-            return found
+        largest = _largest(gram, top)
+        if largest is not None:
+            return largest
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     return values, vectors if top is None else vectors[:, -top:]
 

@@ -173,12 +173,12 @@ class _Sums:
 def _flat(cells: Source, deviation: float, fast: bool = False) -> _Sums:
     sums = _Sums()
     for first, last in cells.spans():
-        found = moments(cells.rows(first, last), 0.0, deviation, fast)
-        square = ((found.mean / deviation) ** 2 + found.variance / deviation**2).double()
+        given = moments(cells.rows(first, last), 0.0, deviation, fast)
+        square = ((given.mean / deviation) ** 2 + given.variance / deviation**2).double()
         sums.square += float(square.sum())
         sums.scores += float((square - 1).square().sum())
-        sums.known += float((1 - found.variance / deviation**2).double().sum())
-        sums.log_likelihood += float(found.log_mass.double().sum())
+        sums.known += float((1 - given.variance / deviation**2).double().sum())
+        sums.log_likelihood += float(given.log_mass.double().sum())
         sums.entries += square.numel()
     return sums
 
@@ -200,16 +200,16 @@ class HeldOut:
     cells: Cells
     entries: Tensor
 
-    def mean(self, found: LowRank) -> Tensor:
+    def mean(self, low_rank: LowRank) -> Tensor:
         """Return L at the entries, as one row."""
-        rows, columns = self.entries // found.vh.shape[1], self.entries % found.vh.shape[1]
-        left = found.u * found.values.eta.to(found.u)
+        rows, columns = self.entries // low_rank.vh.shape[1], self.entries % low_rank.vh.shape[1]
+        left = low_rank.u * low_rank.values.eta.to(low_rank.u)
         spans = torch.split(torch.arange(len(self.entries), device=self.entries.device), 2**16)
-        return torch.cat([(left[rows[part]] * found.vh.T[columns[part]]).sum(1) for part in spans])[None]
+        return torch.cat([(left[rows[part]] * low_rank.vh.T[columns[part]]).sum(1) for part in spans])[None]
 
-    def log_likelihood(self, found: LowRank, deviation: float) -> Tensor:
+    def log_likelihood(self, low_rank: LowRank, deviation: float) -> Tensor:
         """Return the log-likelihood of every cell under N(L, s²)."""
-        return moments(self.cells, self.mean(found), deviation).log_mass
+        return moments(self.cells, self.mean(low_rank), deviation).log_mass
 
     def part(self) -> HeldOut:
         """Return the entries that s is fitted to."""
@@ -221,44 +221,44 @@ class HeldOut:
 
     def step(self, mean: Tensor, deviation: float, center: float) -> float:
         """Return a scoring step of log s for the likelihood of the cells, with a normal prior around log ``center``."""
-        found = moments(self.cells, mean, deviation, fast=True)
-        excess = float((((found.mean - mean) ** 2 + found.variance) / deviation**2 - 1).sum(dtype=torch.float64))
-        known = float((1 - found.variance / deviation**2).sum(dtype=torch.float64))
+        given = moments(self.cells, mean, deviation, fast=True)
+        excess = float((((given.mean - mean) ** 2 + given.variance) / deviation**2 - 1).sum(dtype=torch.float64))
+        known = float((1 - given.variance / deviation**2).sum(dtype=torch.float64))
         pull = math.log(center / deviation) / PRIOR_DEVIATION**2
         return max(-LARGEST_STEP, min(LARGEST_STEP, (excess + pull) / (2 * known + 1 / PRIOR_DEVIATION**2)))
 
-    def deviation(self, found: LowRank) -> float:
+    def deviation(self, low_rank: LowRank) -> float:
         """Return the likeliest s given L."""
-        part, deviation = self.part(), found.deviation
-        mean = part.mean(found)
+        part, deviation = self.part(), low_rank.deviation
+        mean = part.mean(low_rank)
         for _ in range(40):
-            step = part.step(mean, deviation, found.deviation)
+            step = part.step(mean, deviation, low_rank.deviation)
             deviation *= math.exp(step)
             if abs(step) < DONE:
                 break
         return deviation
 
 
-def _lengths(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[Tensor, float]:
+def _lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[Tensor, float]:
     """Return the likeliest length of X in each direction of L by cells that L does not know, and its standard error."""
     part = held_out.part()
-    rows, columns = part.entries // found.vh.shape[1], part.entries % found.vh.shape[1]
-    lengths = found.values.eta.to(found.u).clone()
-    mean, known = part.mean(found), 0.0
+    rows, columns = part.entries // low_rank.vh.shape[1], part.entries % low_rank.vh.shape[1]
+    lengths = low_rank.values.eta.to(low_rank.u).clone()
+    mean, known = part.mean(low_rank), 0.0
     for _ in range(3):  # directions are orthogonal, and so nearly are their entries
         given = moments(part.cells, mean, deviation, fast=True)
         known = float((1 - given.variance / deviation**2).sum(dtype=torch.float64))
-        for i in range(found.rank):
-            unit = found.u[rows, i] * found.vh[i, columns]
+        for i in range(low_rank.rank):
+            unit = low_rank.u[rows, i] * low_rank.vh[i, columns]
             information = float((unit.square() * (1 - given.variance[0] / deviation**2)).sum(dtype=torch.float64))
             step = float((unit * (given.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
             lengths[i] += step
-        mean = part.mean(replace(found, values=replace(found.values, eta=lengths)))
-    count = math.prod((found.u.shape[0], found.vh.shape[1]))
+        mean = part.mean(replace(low_rank, values=replace(low_rank.values, eta=lengths)))
+    count = math.prod((low_rank.u.shape[0], low_rank.vh.shape[1]))
     return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
 
 
-def _stretch(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[float, Tensor]:
+def _stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[float, Tensor]:
     """Compare the lengths of L with those that held-out cells show.
 
     Shrinkage takes x to η, its length in the direction that was found. Where few entries changed both are too small,
@@ -269,8 +269,8 @@ def _stretch(held_out: HeldOut, found: LowRank, deviation: float) -> tuple[float
         A factor γ ≥ 1 of all values, with a normal prior around 1; and the largest Σ_{i≤r}x_i² that held-out cells
         allow over the estimated one, for every r, at least 1.
     """
-    lengths, error = _lengths(held_out, found, deviation)
-    eta = found.values.eta.double().cpu()
+    lengths, error = _lengths(held_out, low_rank, deviation)
+    eta = low_rank.values.eta.double().cpu()
     square = float(eta.square().sum())
     excess = float((lengths * eta).sum()) / square - 1
     factor = 1 + max(0.0, excess) * PRIOR_DEVIATION**2 / (PRIOR_DEVIATION**2 + error**2 / square)
@@ -312,26 +312,26 @@ def fit_low_rank(
         posterior = _Posterior(cells, mean, deviation, held)
         new = _shrunk_svd(posterior, basis, seed)
         basis = new.basis
-        found = LowRank(new.u, new.vh, new.values, deviation, posterior.information, iteration, False)
+        estimate = LowRank(new.u, new.vh, new.values, deviation, posterior.information, iteration, False)
         if rule == "held_out":
-            step = 0.0 if part is None else part.step(part.mean(found), deviation, deviation)
+            step = 0.0 if part is None else part.step(part.mean(estimate), deviation, deviation)
         else:
-            length = found.values.eta if rule == "norm" else found.values.debiased
+            length = estimate.values.eta if rule == "norm" else estimate.values.debiased
             left = max(SMALLEST**2, 1 - float((length**2).sum()) / whole**2)
             step = math.log(total * math.sqrt(left) / deviation)
             step = max(-LARGEST_STEP, min(LARGEST_STEP, step))
         deviation *= math.exp(step)
-        moved = _gap(found, current)
-        scale = max(float((found.values.eta**2).sum()) ** 0.5, 0.01 * whole)
-        if found.rank == 0 and current is None:
+        moved = _gap(estimate, current)
+        scale = max(float((estimate.values.eta**2).sum()) ** 0.5, 0.01 * whole)
+        if estimate.rank == 0 and current is None:
             converged = True
-            current = found
+            current = estimate
             break
-        previous, current = current, found
+        previous, current = current, estimate
         if moved <= DONE * scale and abs(step) <= DONE:
             converged = True
             break
-        momentum, ahead = _extrapolate(momentum, found, previous)
+        momentum, ahead = _extrapolate(momentum, estimate, previous)
         mean = ahead
     assert current is not None
     return replace(current, deviation=deviation, iterations=iteration, converged=converged)
@@ -365,11 +365,11 @@ class _Posterior:
             return
         variance = 0.0
         for first, last in self.cells.spans():
-            found = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
-            variance += float(found.variance.sum(dtype=torch.float64))
+            given = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
+            variance += float(given.variance.sum(dtype=torch.float64))
             if self.held is not None:
-                self.held[first:last] = found.mean
-            yield found.mean
+                self.held[first:last] = given.mean
+            yield given.mean
         self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
 
     def shrink(self, s: Tensor) -> Shrunk:
@@ -437,33 +437,37 @@ def _gap(one: LowRank, other: LowRank | None) -> float:
 
 
 def _extrapolate(
-    momentum: float, found: LowRank, previous: LowRank | None
+    momentum: float, low_rank: LowRank, previous: LowRank | None
 ) -> tuple[float, Callable[[int, int], Tensor]]:
     """Return the next momentum, and L + β(L − L'); without momentum if the norm of L decreased."""
     following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
-        return following, found.rows
-    own, old = float((found.values.eta**2).sum()), float((previous.values.eta**2).sum())
-    if _inner(found, previous) > own or own < old:  # L shrinks: the last step overshot
-        return 1.0, found.rows
+        return following, low_rank.rows
+    own, old = float((low_rank.values.eta**2).sum()), float((previous.values.eta**2).sum())
+    if _inner(low_rank, previous) > own or own < old:  # L shrinks: the last step overshot
+        return 1.0, low_rank.rows
     left = torch.cat(
-        [found.u * found.values.eta.to(found.u) * (1 + beta), previous.u * -previous.values.eta.to(found.u) * beta], 1
+        [
+            low_rank.u * low_rank.values.eta.to(low_rank.u) * (1 + beta),
+            previous.u * -previous.values.eta.to(low_rank.u) * beta,
+        ],
+        1,
     )
-    right = torch.cat([found.vh, previous.vh])
+    right = torch.cat([low_rank.vh, previous.vh])
     return following, lambda first, last: left[first:last] @ right
 
 
-def posterior_mean(cells: Source, found: LowRank | None, deviation: float) -> Iterator[Tensor]:
+def posterior_mean(cells: Source, low_rank: LowRank | None, deviation: float) -> Iterator[Tensor]:
     """Yield E[X | cells] in row blocks, from the first row to the last.
 
     Args:
         cells: Cells of the entries.
-        found: L; None for L = 0.
+        low_rank: L; None for L = 0.
         deviation: s.
     """
     for first, last in cells.spans():
-        mean = 0.0 if found is None else found.rows(first, last)
+        mean = 0.0 if low_rank is None else low_rank.rows(first, last)
         yield moments(cells.rows(first, last), mean, deviation).mean
 
 
@@ -501,16 +505,16 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     hidden = HeldOut(cells.at(entries), entries)
     known = cells.opened(entries)
     flat = moments(hidden.cells, 0.0, size.deviation).log_mass
-    found = fit_low_rank(known, size, seed=seed, keep=keep)
+    low_rank = fit_low_rank(known, size, seed=seed, keep=keep)
     rule: Rule = "norm"
-    if not found.rank:
+    if not low_rank.rank:
         return Recovered(0.0, None)
-    deviation = hidden.deviation(found)
-    gains = hidden.log_likelihood(found, deviation) - flat
+    deviation = hidden.deviation(low_rank)
+    gains = hidden.log_likelihood(low_rank, deviation) - flat
     z = _in_standard_errors(gains)
     if z <= SIGNIFICANT:
         return Recovered(z, None)
-    first = found
+    first = low_rank
     others: tuple[Rule, ...] = ("held_out", "debiased")
     for other in others:
         if rule == "held_out" and deviation < first.deviation / 2:
@@ -521,23 +525,25 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         likeliest = hidden.deviation(fit)
         more = hidden.log_likelihood(fit, likeliest) - flat
         if _in_standard_errors(more - gains) > BETTER:
-            found, rule, deviation, gains = fit, other, likeliest, more
-    whole = fit_low_rank(cells, size, rule, found, seed, keep=keep)
-    stretch, most = _stretch(hidden, found, deviation)
+            low_rank, rule, deviation, gains = fit, other, likeliest, more
+    whole = fit_low_rank(cells, size, rule, low_rank, seed, keep=keep)
+    stretch, most = _stretch(hidden, low_rank, deviation)
     longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
     if stretch > 1:
-        deviation = hidden.deviation(replace(found, values=replace(found.values, eta=found.values.eta * stretch)))
+        deviation = hidden.deviation(
+            replace(low_rank, values=replace(low_rank.values, eta=low_rank.values.eta * stretch))
+        )
     return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, most)
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """Return the held-out entries as row-major indices, ascending; at least one."""
     total = math.prod(shape)
-    share, random, found = min(HELD_OUT, MOST_HELD_OUT / total), torch.Generator().manual_seed(seed), []
+    share, random, parts = min(HELD_OUT, MOST_HELD_OUT / total), torch.Generator().manual_seed(seed), []
     for first in range(0, total, DRAWN):
         draw = torch.rand(min(DRAWN, total - first), generator=random)
-        found.append((draw <= share).nonzero()[:, 0] + first)
-    entries = torch.cat(found)
+        parts.append((draw <= share).nonzero()[:, 0] + first)
+    entries = torch.cat(parts)
     return (entries if len(entries) else torch.zeros(1, dtype=torch.long)).to(device)
 
 

@@ -112,9 +112,9 @@ def _sums(cells: Source, deviation: float) -> _Scores:
     known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     squares = 0.0
     for first, last in cells.spans():
-        found = moments(cells.rows(first, last), 0.0, deviation, fast=True)
-        excess = (found.mean / deviation).square() + found.variance / deviation**2 - 1
-        certain = 1 - found.variance / deviation**2
+        given = moments(cells.rows(first, last), 0.0, deviation, fast=True)
+        excess = (given.mean / deviation).square() + given.variance / deviation**2 - 1
+        certain = 1 - given.variance / deviation**2
         for sums, values in ((score, excess), (known, certain)):
             sums[0][first:last] += values.sum(1).double().cpu()
             sums[1].add_(values.sum(0).double().cpu())

@@ -44,18 +44,18 @@ class Shape:
         """Return the moments of x = deviation·u, u of this shape, given its cell."""
         if len(self.parts) == 1:
             return moments(cells, 0.0, deviation, fast)
-        found = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
-        share, total = _shares([part[0] for part in self.parts], found)
-        center = sum(p * one.mean for p, one in zip(share, found, strict=True))
+        parts = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
+        share, total = _shares([part[0] for part in self.parts], parts)
+        center = sum(p * one.mean for p, one in zip(share, parts, strict=True))
         assert isinstance(center, Tensor)
-        variance = sum(p * (one.variance + (one.mean - center) ** 2) for p, one in zip(share, found, strict=True))
+        variance = sum(p * (one.variance + (one.mean - center) ** 2) for p, one in zip(share, parts, strict=True))
         assert isinstance(variance, Tensor)
         return Moments(center, variance, total)
 
 
-def _shares(weights: list[float], found: list[Moments]) -> tuple[Tensor, Tensor]:
+def _shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]:
     """Return the posterior probability of each part, and the logarithm of the likelihood."""
-    logs = torch.stack([one.log_mass + math.log(weight) for weight, one in zip(weights, found, strict=True)])
+    logs = torch.stack([one.log_mass + math.log(weight) for weight, one in zip(weights, parts, strict=True)])
     total = torch.logsumexp(logs, 0)
     return (logs - total).exp(), total
 
@@ -107,10 +107,10 @@ def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) ->
     sums = _Sums()
     for first, last in cells.spans():
         some = cells.rows(first, last)
-        found = [moments(some, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
-        share, total = _shares([part[0] for part in shape.parts], found)
+        parts = [moments(some, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
+        share, total = _shares([part[0] for part in shape.parts], parts)
         score = torch.zeros_like(total)
-        for p, one, (_, mean, spread) in zip(share, found, shape.parts, strict=True):
+        for p, one, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
             square = one.variance + one.mean**2
             score += p * ((square / deviation - mean * one.mean) / (deviation * spread**2) - 1)
         sums.score += float(score.sum(dtype=torch.float64))
@@ -135,18 +135,18 @@ def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
 def _fit_neighbours(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
     """Fit the normal shape and, on both sides of it, flatter and heavier ones until the likelihood falls."""
     first = (NORMAL, *_fit(cells, NORMAL, guess))
-    found = [first]
+    shapes = [first]
     # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
     # only where those are not offered together; real updates did not need both.
     for way in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
         last = first
         for shape in way:
             fit = (shape, *_fit(cells, shape, last[1]))
-            found.append(fit)
+            shapes.append(fit)
             if fit[2].log_likelihood < last[2].log_likelihood:
                 break
             last = fit
-    return found
+    return shapes
 
 
 def fit_shape(cells: Source, guess: float) -> Shaped:

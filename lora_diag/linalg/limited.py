@@ -63,10 +63,10 @@ def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -
     if allowance.method == "exact" or (allowance.method == "auto" and small <= EXACT_UP_TO):
         vectors = 4 * F8 * small * (small + large) if allowance.vectors else 0
         return READING + matrix + 3 * F8 * small * large + vectors
-    found = gram_bytes(shape, allowance)  # krylov may fall back to it
+    needed = gram_bytes(shape, allowance)  # krylov may fall back to it
     if allowance.top and tries_krylov(shape, allowance.method, allowance.top, allowance.vectors):
-        found = max(found, krylov_bytes(shape, allowance.top, int(LARGEST_BASIS * small)))
-    return READING + matrix + found
+        needed = max(needed, krylov_bytes(shape, allowance.top, int(LARGEST_BASIS * small)))
+    return READING + matrix + needed
 
 
 def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = False) -> int:
@@ -130,9 +130,9 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     if allowance.top and (tried or (allowance.method == "auto" and needed > left)):
         largest = _largest_basis(matrix.shape, allowance.top, left)
         budget = math.inf if needed > left else budget_of(allowance.method)
-        found = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget)
-        if found is not None:
-            return found
+        factors = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget)
+        if factors is not None:
+            return factors
     if allowance.method == "exact" or needed > left:
         raise MemoryLimitError(_memory_message(matrix.shape, allowance))
     # The remaining memory holds rows of a wide matrix, so that it is read fewer times.

@@ -356,33 +356,33 @@ def check_merge(
         (0, 1)
     """
     rows, columns = shape
-    found = Check(_counts(rows, columns), _counts(rows, columns))
-    found.bias, found.variance = addend.bias(), addend.shared_noise(rounding)
+    check = Check(_counts(rows, columns), _counts(rows, columns))
+    check.bias, check.variance = addend.bias(), addend.shared_noise(rounding)
     if isinstance(addend, Product) or not addend.exact:
-        found.roundoff, found.least = rounding.roundoff, smallest(rounding.dtype) / 2
+        check.roundoff, check.least = rounding.roundoff, smallest(rounding.dtype) / 2
     if isinstance(addend, Whole) and not addend.exact:
-        found.shared = torch.zeros(2, rows).double(), torch.zeros(2, columns).double()
+        check.shared = torch.zeros(2, rows).double(), torch.zeros(2, columns).double()
     first = 0
     for stored_w, stored_m, step in blocks:
         last = first + len(stored_w)
-        found.base_non_finite = first_non_finite("BASE holds", stored_w, first)
-        found.non_finite = first_non_finite("MERGED holds", stored_m, first)
-        if found.base_non_finite or found.non_finite:
-            return found
+        check.base_non_finite = first_non_finite("BASE holds", stored_w, first)
+        check.non_finite = first_non_finite("MERGED holds", stored_m, first)
+        if check.base_non_finite or check.non_finite:
+            return check
         rows_at_once = max(1, _CHUNK // columns)
         for at in range(0, len(stored_w), rows_at_once):
             part = slice(at, at + rows_at_once)
             w, m = stored_w[part].double(), stored_m[part].double()
             steps = step[part].double() if step is not None else None
             span = first + at, first + at + len(w)
-            _add(found, w, m, steps, addend, rounding, span)
-            if not whole and bool(found.beyond[0][span[0] : span[1]].any()):
-                return found
+            _add(check, w, m, steps, addend, rounding, span)
+            if not whole and bool(check.beyond[0][span[0] : span[1]].any()):
+                return check
         first = last
-    if found.shared is not None:
+    if check.shared is not None:
         each = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2
-        found.variance += each * sum(float(side.abs().sum(0).square().sum()) for side in found.shared)
-    return found
+        check.variance += each * sum(float(side.abs().sum(0).square().sum()) for side in check.shared)
+    return check
 
 
 def _counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -390,7 +390,7 @@ def _counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _add(
-    found: Check, w: Tensor, m: Tensor, step: Tensor | None, addend: Addend, rounding: Rounding, span: tuple[int, int]
+    check: Check, w: Tensor, m: Tensor, step: Tensor | None, addend: Addend, rounding: Rounding, span: tuple[int, int]
 ) -> None:
     delta = addend.rows(*span)
     size = delta.abs()
@@ -406,29 +406,29 @@ def _add(
     observed = m - w
     apart = observed - delta
     off, off_base, same = apart.abs(), observed.abs(), observed == 0
-    _add_scale(found, w, m, delta, 2 * half, step is not None, rounding, span)
+    _add_scale(check, w, m, delta, 2 * half, step is not None, rounding, span)
     for dtype in rounding.bases:
         shift = w.to(dtype).double() - w
         off = torch.fmin(off, (apart - shift).abs())  # not minimum: W may overflow in float16
         off_base = torch.fmin(off_base, (observed - shift).abs())
         same |= observed == shift
-    for counts, bad in ((found.beyond, off > tolerance), (found.beyond_base, off_base > tolerance)):
+    for counts, bad in ((check.beyond, off > tolerance), (check.beyond_base, off_base > tolerance)):
         counts[0][span[0] : span[1]] += bad.sum(1)
         counts[1].add_(bad.sum(0))
     spacing = ulp(torch.maximum(torch.maximum(w.abs(), m.abs()), summed), rounding.dtype)
-    found.worst = max(found.worst, float((off / (spacing if step is None else torch.maximum(spacing, step))).max()))
-    found.entries += m.numel()
-    found.unchanged += int(same.sum())
-    found.inner += _inner(observed, delta)
-    found.expected += _inner(delta, delta)
-    found.observed += _inner(observed, observed)
-    found.residual += _inner(apart, apart)
-    found.base += _inner(w, w)
-    found.allowed += _inner(tolerance, tolerance)
+    check.worst = max(check.worst, float((off / (spacing if step is None else torch.maximum(spacing, step))).max()))
+    check.entries += m.numel()
+    check.unchanged += int(same.sum())
+    check.inner += _inner(observed, delta)
+    check.expected += _inner(delta, delta)
+    check.observed += _inner(observed, observed)
+    check.residual += _inner(apart, apart)
+    check.base += _inner(w, w)
+    check.allowed += _inner(tolerance, tolerance)
 
 
 def _add_scale(
-    found: Check,
+    check: Check,
     w: Tensor,
     m: Tensor,
     delta: Tensor,
@@ -440,7 +440,7 @@ def _add_scale(
     """Add the contributions to c* and the standard error of c.
 
     Args:
-        found: Result to update.
+        check: Result to update.
         w: Rows of W.
         m: Rows of M.
         delta: Rows of ΔW.
@@ -450,20 +450,20 @@ def _add_scale(
         span: First and last row.
     """
     once, squares = rounding.once(w, delta), delta.square()
-    found.ideal += _inner(once - w, delta)
+    check.ideal += _inner(once - w, delta)
     off, size = m - once, delta.abs()
-    found.apart += _inner(off.abs(), size)
-    found.variance += _inner(off.square_(), squares)
+    check.apart += _inner(off.abs(), size)
+    check.variance += _inner(off.square_(), squares)
     flow = size.mul_(grain)
-    found.crossing += _inner(squares, flow)
-    found.halves += float(flow[(4 * squares > flow) & (squares < flow)].sum())
+    check.crossing += _inner(squares, flow)
+    check.halves += float(flow[(4 * squares > flow) & (squares < flow)].sum())
     if rounding.dequantized:
-        found.along += _inner(w, delta) * unit_roundoff(rounding.dtype)
+        check.along += _inner(w, delta) * unit_roundoff(rounding.dtype)
     if quantized:
-        found.coarsest += float(grain.square().sum()) / 12
-        found.gridded |= rounding.dequantized
-    if found.shared is not None:
-        rows, columns = found.shared
+        check.coarsest += float(grain.square().sum()) / 12
+        check.gridded |= rounding.dequantized
+    if check.shared is not None:
+        rows, columns = check.shared
         for at, product in enumerate((w * delta, squares)):
             rows[at, span[0] : span[1]] += product.sum(1)
             columns[at] += product.sum(0)

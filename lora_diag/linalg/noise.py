@@ -168,8 +168,8 @@ class Energies:
             self.sums, ((shares > 0).to(shares), shares, shares.square()), units, strict=True
         ):
             whole = (values * 2.0**36).round().to(torch.int64)
-            found = torch.zeros(_BINS, dtype=torch.int64, device=bins.device).scatter_add_(0, bins, whole)
-            sums += found.to(torch.float64) * 2.0**-36 * unit
+            counts = torch.zeros(_BINS, dtype=torch.int64, device=bins.device).scatter_add_(0, bins, whole)
+            sums += counts.to(torch.float64) * 2.0**-36 * unit
 
     def base_rounding(self, mantissa: int) -> tuple[float, float] | None:
         """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the changed entries.

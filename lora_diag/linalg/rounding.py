@@ -322,14 +322,14 @@ def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
     sums = [(each, name) for each in profiles for name in ("rows", "columns", "rows_fourth", "columns_fourth", "unit")]
     parts = [getattr(*place) for place in (*places, *sums)]
     parts = [each if isinstance(each, Tensor) else sides[0].total.new_full((), each) for each in parts]
-    found = fetch(*(each.to(torch.float64) for each in (*parts, *others))) if sides else list(others)
-    for (owner, name), value in zip((*places, *sums), found, strict=False):
+    values = fetch(*(each.to(torch.float64) for each in (*parts, *others))) if sides else list(others)
+    for (owner, name), value in zip((*places, *sums), values, strict=False):
         setattr(owner, name, value)
     for side in sides:
         side.mantissa = int(side.mantissa)
     for profile in profiles:
         profile.unit = float(profile.unit) if profile.rows.any() else 0.0
-    return found[len(parts) :]
+    return values[len(parts) :]
 
 
 def rounding_bound(sides: Iterable[Spacing]) -> float:

@@ -89,8 +89,8 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
         return Shares(0.0, nothing, nothing, nothing, nothing)
     both = (from_left @ v).square().cumsum(0).cumsum(1).diagonal().tolist()
     left, right_of = from_left.square().sum(1).cumsum(0).tolist(), right.cumsum(0).tolist()
-    found = [_shares(both[r - 1], left[r - 1], right_of[r - 1], fro) for r in ranks]
-    return Shares(fro, *(tuple(part) for part in zip(*found, strict=True)))
+    by_rank = [_shares(both[r - 1], left[r - 1], right_of[r - 1], fro) for r in ranks]
+    return Shares(fro, *(tuple(part) for part in zip(*by_rank, strict=True)))
 
 
 def _shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:

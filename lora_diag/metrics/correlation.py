@@ -53,8 +53,8 @@ def p_value(
         True
     """
     first, second = _ranks(x, groups), _ranks(y, groups)
-    found = _correlation(first, second)
-    if found is None:
+    correlation = _correlation(first, second)
+    if correlation is None:
         return None
     random = np.random.default_rng(seed)
     labels = [0] * len(x) if groups is None else list(groups)
@@ -64,7 +64,7 @@ def p_value(
     for _ in range(PERMUTATIONS):
         for each in members:
             shuffled[each] = second[random.permutation(each)]
-        as_far += abs(float(first @ shuffled)) >= (abs(found) - 1e-12) * norm
+        as_far += abs(float(first @ shuffled)) >= (abs(correlation) - 1e-12) * norm
     return (as_far + 1) / (PERMUTATIONS + 1)
 
 

@@ -111,7 +111,7 @@ def pooled(layers: Sequence[Measured]) -> Distances:
     return distances(fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None)
 
 
-def limit(found: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
+def limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
     """Return the factor that limits ε.
 
     * ``not adapted``: X is zero.
@@ -122,7 +122,7 @@ def limit(found: Distances) -> Literal["exact", "rank", "direction", "scale", "n
       (``direction``).
 
     Args:
-        found: The distances of one layer.
+        distances: The distances of one layer.
 
     Returns:
         The factor; None if D is zero.
@@ -131,16 +131,16 @@ def limit(found: Distances) -> Literal["exact", "rank", "direction", "scale", "n
         >>> limit(distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0))
         'scale'
     """
-    if found.epsilon is None:
+    if distances.epsilon is None:
         return None
-    if found.cosine is None or found.epsilon_best_scale is None:
+    if distances.cosine is None or distances.epsilon_best_scale is None:
         return "not adapted"
-    if found.epsilon <= EXACT:
+    if distances.epsilon <= EXACT:
         return "exact"
-    floor = found.epsilon_min or 0.0
-    if floor**2 >= found.epsilon**2 / 2:
+    floor = distances.epsilon_min or 0.0
+    if floor**2 >= distances.epsilon**2 / 2:
         return "rank"
-    if found.cosine <= 0 or found.cosine**2 < (1 - floor**2) / 2:
+    if distances.cosine <= 0 or distances.cosine**2 < (1 - floor**2) / 2:
         return "direction"
-    by_scale = found.epsilon**2 - found.epsilon_best_scale**2
-    return "scale" if by_scale > found.epsilon_best_scale**2 - floor**2 else "direction"
+    by_scale = distances.epsilon**2 - distances.epsilon_best_scale**2
+    return "scale" if by_scale > distances.epsilon_best_scale**2 - floor**2 else "direction"

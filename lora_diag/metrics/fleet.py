@@ -88,9 +88,9 @@ def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequenc
     if len(updates) < 2:
         return []
     cosines, overlaps = (_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces))
-    found = (np.abs(cosines) >= NEAR) | (overlaps >= SAME_SPACE)
+    similar = (np.abs(cosines) >= NEAR) | (overlaps >= SAME_SPACE)
     pairs = []
-    for i, j in zip(*np.nonzero(np.triu(found, 1)), strict=True):
+    for i, j in zip(*np.nonzero(np.triu(similar, 1)), strict=True):
         cosine = float(cosines[i, j])
         relation = "same" if abs(cosine) >= SAME else "near" if abs(cosine) >= NEAR else "space"
         pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), relation))
@@ -127,7 +127,7 @@ def norm_outliers(norms: Sequence[float]) -> list[float | None]:
 def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     """Return the properties by which each adapter is an outlier."""
     ratios = norm_outliers([adapter.fro for adapter in adapters])
-    found = []
+    names = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
         kinds: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
@@ -135,8 +135,8 @@ def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
             "spiked": adapter.spike is not None and adapter.spike >= SPIKED and adapter.rank != 1,
             "norm": ratio is not None,
         }
-        found.append(tuple(word for word, so in kinds.items() if so))
-    return found
+        names.append(tuple(word for word, so in kinds.items() if so))
+    return names
 
 
 def rarest_first(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:

@@ -76,8 +76,8 @@ def task_interference(
         (4.0, 1.0)
     """
     eye = np.eye(len(s))
-    found = float(np.abs((columns - eye) * s @ (rows - eye)).sum())
-    return found, found / float(s.sum())
+    total = float(np.abs((columns - eye) * s @ (rows - eye)).sum())
+    return total, total / float(s.sum())
 
 
 def task_interference_at_random(s: NDArray[np.float64], owner: NDArray[np.int64], shape: tuple[int, int]) -> float:

@@ -82,19 +82,19 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
     if model.kind == "classifier" and source.text is not None:
         raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of these")
     if source.text is not None:
-        found = list(_windows(source.text, model))
+        texts = list(_windows(source.text, model))
     else:
-        found = [_of_row(item, where, model) for where, item in source.rows]
+        texts = [_of_row(item, where, model) for where, item in source.rows]
     if model.kind == "masked":
-        found = [(_masked(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(found)]
+        texts = [(_masked(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(texts)]
     notes = []
-    truncated = sum(is_truncated for _, is_truncated in found)
+    truncated = sum(is_truncated for _, is_truncated in texts)
     if source.text is None and truncated:
-        notes.append(f"{truncated} of {len(found)} {source.unit} were cut to {model.length} tokens")
-    sequences = [sequence for sequence, _ in found if _predicts(sequence, model)]
-    if len(sequences) < len(found):
-        none = len(found) - len(sequences)
-        notes.append(f"{none} of {len(found)} {source.unit} have nothing to predict and are left out")
+        notes.append(f"{truncated} of {len(texts)} {source.unit} were cut to {model.length} tokens")
+    sequences = [sequence for sequence, _ in texts if _predicts(sequence, model)]
+    if len(sequences) < len(texts):
+        none = len(texts) - len(sequences)
+        notes.append(f"{none} of {len(texts)} {source.unit} have nothing to predict and are left out")
     if not sequences:
         raise InputError(f"{path}: has no token to predict; give longer text")
     if max_sequences is not None and max_sequences < len(sequences):

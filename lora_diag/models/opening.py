@@ -96,10 +96,10 @@ def open_model(
     kept, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
     if kept is not None and key in kept:
         return kept[key]
-    found = _opened(base, device, dtype, length, tokenizer)
+    model = _opened(base, device, dtype, length, tokenizer)
     if kept is not None:
-        kept[key] = found
-    return found
+        kept[key] = model
+    return model
 
 
 @contextlib.contextmanager
@@ -277,9 +277,9 @@ def _tokens(
     if requested != "auto":
         where, options = requested, {"local_files_only": True}
     try:
-        found = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         # For some families transformers creates one without a vocabulary if there are no files.
-        if len(set(found(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
+        if len(set(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
             raise ValueError("it has no vocabulary")
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last case: transformers 4, no files
         if requested == "auto" and vocabulary == 256 and kind != "masked":
@@ -291,19 +291,19 @@ def _tokens(
         ) from error
 
     def ids(text: str) -> list[int]:
-        return list(found(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     # The special tokens around a text are determined by experiment, because every family has its own rule.
-    around, inside = list(found("a")["input_ids"]), ids("a")
+    around, inside = list(tokenizer("a")["input_ids"]), ids("a")
     begin = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
     last = () if kind == "causal" else tuple(around[begin + len(inside) :])
-    mask = found.mask_token_id
+    mask = tokenizer.mask_token_id
     if kind == "masked" and mask is None:
         raise InputError(
             f"{where}: the tokenizer has no mask token, which a masked language model needs; give another with "
             "--tokenizer"
         )
-    return Tokens(ids, tuple(around[:begin]), last, found.pad_token_id or 0, f"tokenizer of {where}", mask)
+    return Tokens(ids, tuple(around[:begin]), last, tokenizer.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
 def _bytes(reason: str) -> Tokens:
@@ -364,7 +364,7 @@ class Weights:
         Raises:
             InputError: A layer has another shape in the model, or two layers share one weight.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         taken: dict[int, str] = {}
         for layer, shape in layers.items():
             if (tensor := self.find(layer)) is None:
@@ -379,8 +379,8 @@ class Weights:
                     f"{layer}: shares one weight with {other} in the model, but both are stored; exclude one with "
                     "--exclude"
                 )
-            found[layer] = tensor.view(shape)
-        return found
+            tensors[layer] = tensor.view(shape)
+        return tensors
 
 
 def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -115,17 +115,17 @@ def _data_set(path: Path) -> Source:
         ) from error
     _refuse_outside_paths(path)
     try:
-        found = datasets.load_from_disk(str(path))
+        data = datasets.load_from_disk(str(path))
     except Exception as error:  # raised by pyarrow, the file system, or a feature unknown to this version
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: datasets cannot open it: {problem}") from error
-    columns = [name for name in COLUMNS if name in found.column_names]
+    columns = [name for name in COLUMNS if name in data.column_names]
     if "text" not in columns and not {"prompt", "completion"} <= set(columns):
         raise InputError(
-            f"{path}: has the columns {', '.join(map(str, found.column_names))}; rename them to text, text and "
+            f"{path}: has the columns {', '.join(map(str, data.column_names))}; rename them to text, text and "
             "label, or prompt and completion (rename_column)"
         )
-    chosen = found.select_columns(columns)
+    chosen = data.select_columns(columns)
     names = getattr(chosen.features.get("label"), "names", None)
     rows, digest = [], hashlib.sha256()
     for number, item in enumerate(chosen):
@@ -154,7 +154,7 @@ def _refuse_outside_paths(path: Path) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}

@@ -85,9 +85,9 @@ class Swapped:
         """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers; None if none of them changed."""
         kept = total = 0.0
         for layer in layers:
-            found = self._leading_of(layer)
-            kept += float(found.squares[:rank].sum())
-            total += found.energy
+            leading = self._leading_of(layer)
+            kept += float(leading.squares[:rank].sum())
+            total += leading.energy
         return min(1.0, kept / total) if total else None
 
     def _put(self, layer: str, rank: int) -> None:
@@ -106,12 +106,12 @@ class Swapped:
         if rank == FULL:
             yield from _finite(delta).blocks(delta.shape)
             return
-        found = self._leading_of(layer) if rank else None
+        leading = self._leading_of(layer) if rank else None
         for first, last in row_spans(delta.shape):
-            if found is None:
+            if leading is None:
                 yield torch.zeros((), dtype=torch.float64)
             else:
-                yield found.us[first:last, :rank].double() @ found.vh[:rank].double()
+                yield leading.us[first:last, :rank].double() @ leading.vh[:rank].double()
 
     def _leading_of(self, layer: str) -> _Leading:
         if layer not in self._leading:

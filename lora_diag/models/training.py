@@ -124,8 +124,8 @@ def run_cell(
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
     """
-    found, train_loss = losses_after(model, cell, training, sets, after)
-    return [record_of(each, losses, cell, train_loss) for each, losses in zip(sets, found, strict=True)]
+    by_set, train_loss = losses_after(model, cell, training, sets, after)
+    return [record_of(each, losses, cell, train_loss) for each, losses in zip(sets, by_set, strict=True)]
 
 
 def losses_after(
@@ -151,10 +151,10 @@ def losses_after(
         with checkpointed(model.module) if training.checkpointing else nullcontext():
             path = train(tuned, cell, training, after)
         tuned.module.eval()
-        found = [measure(tuned, each, training.batch, after) for each in sets]
+        losses = [measure(tuned, each, training.batch, after) for each in sets]
         keep(tuned)
     last = path[-max(1, len(path) // 10) :]
-    return found, sum(last) / len(last)
+    return losses, sum(last) / len(last)
 
 
 def _trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:

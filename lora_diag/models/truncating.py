@@ -19,11 +19,11 @@ def truncated_layers(
         NothingComparedError: No matrix is selected.
     """
     selected = selector(layers, exclude)
-    found = {
+    truncated = {
         delta.layer: delta.shape
         for delta in deltas
         if delta.is_matrix and part_of(delta.layer) == "matrices" and selected(delta.layer)
     }
-    if not found:
+    if not truncated:
         raise NothingComparedError("no matrix outside embeddings and head is selected; check --layers and --exclude")
-    return found
+    return truncated

@@ -124,7 +124,7 @@ def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[We
     Raises:
         UsageError: The weights are sharded over processes, so that no process has a whole gradient.
     """
-    found: list[Weight] = []
+    weights: list[Weight] = []
     unread: dict[str, str] = {}
     for name, module, parameter in _named(model):
         if not chosen(name):
@@ -132,12 +132,12 @@ def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[We
         if parameter is not None:
             _refuse_sharded(name, parameter)
             if parameter.ndim >= 2 and parameter.requires_grad:
-                found.append(Trained(name, parameter))
+                weights.append(Trained(name, parameter))
         elif (why := _why_not(module)) is None:
-            found.append(Frozen(name, module))
+            weights.append(Frozen(name, module))
         else:
             unread[name] = why
-    return sorted(found, key=lambda weight: weight.name), unread
+    return sorted(weights, key=lambda weight: weight.name), unread
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:

@@ -71,16 +71,16 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None
     present = {types.of(record.layer) for record in records}
     names = tuple(name for name in types.names if name in present)
     depths = _ascending(depth_of(record.layer) for record in records)
-    found: dict[tuple[str, int | None], list[float]] = {}
+    by_cell: dict[tuple[str, int | None], list[float]] = {}
     layers = np.zeros((len(names), len(depths)), dtype=np.int64)
     row, column = {name: i for i, name in enumerate(names)}, {d: i for i, d in enumerate(depths)}
     for record in records:
         where = types.of(record.layer), depth_of(record.layer)
         layers[row[where[0]], column[where[1]]] += 1
         if (value := value_of(record, field)) is not None:
-            found.setdefault(where, []).append(value)
+            by_cell.setdefault(where, []).append(value)
     values = np.full(layers.shape, np.nan)
-    for (name, depth), numbers in found.items():
+    for (name, depth), numbers in by_cell.items():
         values[row[name], column[depth]] = np.median(numbers)
     return Cells(names, depths, values, layers)
 

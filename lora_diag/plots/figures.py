@@ -72,8 +72,8 @@ class FigureKind:
 
     def draw(self, series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
         """Return the page."""
-        found: Figure = self.feature.load(self.spec.draw)(series, style, options)
-        return found
+        drawn: Figure = self.feature.load(self.spec.draw)(series, style, options)
+        return drawn
 
     def find_obstacle(self, records: Sequence[Any], options: Options) -> str | None:
         """Return why records cannot be drawn with these options; None if they can."""
@@ -129,8 +129,8 @@ def figure(
     """
     kind, style = figure_named(name), replace(page_style_of(width), plain=plain)
     series, options = _series_and_options(results, labels, per, field, rank, files)
-    if found := _obstacle(kind, series, options):
-        raise UsageError(f"{name}: {found.reason}")
+    if problem := _obstacle(kind, series, options):
+        raise UsageError(f"{name}: {problem.reason}")
     with styled(style):
         return freeze_layout(kind.draw(_usable(kind, series, options), style, options))
 
@@ -147,10 +147,10 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
         UsageError: There is no such figure, or the records cannot be drawn.
     """
     limits = {key: value for key, value in options.items() if key != "plain"}
-    found = name or next((kind.name for kind in FIGURES if obstacle(kind.name, results, **limits) is None), None)
-    if found is None:
+    chosen = name or next((kind.name for kind in FIGURES if obstacle(kind.name, results, **limits) is None), None)
+    if chosen is None:
         raise UsageError(f"results of loradiag {results.run.command}: no figure shows them")
-    page = figure(found, results, **options)
+    page = figure(chosen, results, **options)
     setattr(page, "_repr_png_", partial(encoded, page, "png"))  # noqa: B010  (Figure does not declare it)
     return page
 
@@ -170,8 +170,8 @@ def why_not(
     Raises:
         UsageError: The figure or width does not exist.
     """
-    found = obstacle(name, results, labels=labels, width=width, per=per, field=field, rank=rank)
-    return found.reason if found else None
+    problem = obstacle(name, results, labels=labels, width=width, per=per, field=field, rank=rank)
+    return problem.reason if problem else None
 
 
 def obstacle(

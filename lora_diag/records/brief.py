@@ -45,13 +45,13 @@ def _properties(results: Results[Any]) -> list[tuple[str, str]]:
 
 def _kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown]]]:
     """Return each kind of record with a presentation, with its records and main columns."""
-    found = []
+    kinds = []
     for kind in dict.fromkeys(type(record) for record in (*results.layers, *results.whole)):
         records = [record for record in (*results.layers, *results.whole) if type(record) is kind]
         all_shown = kind.shown_of(results.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
         if shown := [one for one in all_shown if one.main]:
-            found.append((kind, records, shown))
-    return found
+            kinds.append((kind, records, shown))
+    return kinds
 
 
 def _is_of_layer(kind: type[Any]) -> bool:

@@ -33,8 +33,8 @@ def depth_of(layer: str) -> int | None:
     >>> depth_of("model.layers.17.mlp.experts.3.w1.weight"), depth_of("lm_head.weight")
     (17, None)
     """
-    found = _NUMBER.search(layer)
-    return int(found[1]) if found else None
+    match = _NUMBER.search(layer)
+    return int(match[1]) if match else None
 
 
 def module_type_of(layer: str) -> str:
@@ -48,8 +48,8 @@ def module_type_of(layer: str) -> str:
     ('lm_head', 'embed_tokens')
     """
     name = re.sub(r"\[\d+\]$", "", layer).removesuffix(".weight")
-    found = _NUMBER.search(name)
-    inside = name[found.end() :].lstrip(".") if found else name
+    match = _NUMBER.search(name)
+    inside = name[match.end() :].lstrip(".") if match else name
     return _NUMBER.sub(".*", inside).removeprefix("model.") or name
 
 
@@ -84,8 +84,8 @@ def tower_of(layer: str) -> tuple[str, ...]:
     >>> tower_of("vision_tower.layers.3.fc1.weight"), tower_of("lm_head.weight")
     (('vision_tower', 'layers'), ())
     """
-    found = _NUMBER.search(layer)
-    return tuple(layer[: found.start()].split(".")) if found else ()
+    match = _NUMBER.search(layer)
+    return tuple(layer[: match.start()].split(".")) if match else ()
 
 
 def short_names(paths: Iterable[str], typer_option: Callable[[str], str] = str) -> dict[str, str]:
@@ -100,7 +100,7 @@ def short_names(paths: Iterable[str], typer_option: Callable[[str], str] = str) 
     """
     parts = {path: path.replace("\\", "/").rstrip("/").split("/") for path in dict.fromkeys(paths)}
     for last in range(1, max(map(len, parts.values()), default=0) + 1):
-        found = {path: typer_option("/".join(part[-last:])) or typer_option(path) for path, part in parts.items()}
-        if len(set(found.values())) == len(parts):
-            return found
+        names = {path: typer_option("/".join(part[-last:])) or typer_option(path) for path, part in parts.items()}
+        if len(set(names.values())) == len(parts):
+            return names
     return {path: typer_option(path) for path in parts}

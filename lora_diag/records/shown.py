@@ -58,10 +58,10 @@ class Shown:
 
     def value(self, record: Any) -> Value:
         """Return the value in a record, a shape as text; None if it is null or does not exist."""
-        found = value_at(record, self.path)
-        if isinstance(found, tuple) and found and all(isinstance(size, int) for size in found):
-            return "×".join(map(str, found))
-        return found if isinstance(found, float | int | str) else None
+        value = value_at(record, self.path)
+        if isinstance(value, tuple) and value and all(isinstance(size, int) for size in value):
+            return "×".join(map(str, value))
+        return value if isinstance(value, float | int | str) else None
 
     @property
     def in_terminal(self) -> bool:
@@ -123,18 +123,18 @@ def value_at(record: Any, path: str) -> Any:
         record: A record, a dataclass with slots, or a table (``dict``).
         path: Names of fields, properties and keys of tables; a key may hold dots: ``rank_at.0.9``.
     """
-    found = record
+    value = record
     while path:
-        if isinstance(found, dict):
-            if path in found:
-                return found[path]
+        if isinstance(value, dict):
+            if path in value:
+                return value[path]
             key, _, path = path.partition(".")
-            found = found.get(key)
+            value = value.get(key)
         else:
             key, _, path = path.partition(".")
-            kind = type(found)
+            kind = type(value)
             fields = getattr(kind, "model_fields", {})
             if key not in fields and not isinstance(getattr(kind, key, None), property | MemberDescriptorType):
                 return None
-            found = getattr(found, key)
-    return found
+            value = getattr(value, key)
+    return value

@@ -63,8 +63,8 @@ class Resolution(Record):
 
 def noise_mark(verdicts: Iterable[str]) -> str:
     """Return the mark of the worst verdict: ``!`` for unresolved updates, ``~`` for floor-limited ones."""
-    found = set(verdicts)
-    return "!" if "unresolved" in found else "~" if "floor-limited" in found else ""
+    present = set(verdicts)
+    return "!" if "unresolved" in present else "~" if "floor-limited" in present else ""
 
 
 # A fraction with its interval of about 95%.

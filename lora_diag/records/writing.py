@@ -291,8 +291,8 @@ def check_results_file(
     if os.path.lexists(part):
         check_output(part, RESULTS, appending=True)
     state, part_state = _state(path, overwrite), _state(part)
-    for file, found in ((path, state), (part, part_state)):
-        if not resume and found == "unfinished":
+    for file, file_state in ((path, state), (part, part_state)):
+        if not resume and file_state == "unfinished":
             if not locked and os.path.lexists(path):
                 os.close(_lock(path))  # also refused while another process writes it, when it must not be deleted
             raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")

@@ -27,8 +27,8 @@ def with_section(card: str, name: str, section: str) -> str:
     begin, finish = f"<!-- loradiag {name}: begin -->", f"<!-- loradiag {name}: end -->"
     end = "\r\n" if "\r\n" in card else "\n"
     block = f"{begin}\n{section.strip()}\n{finish}".replace("\n", end)
-    if found := re.search(f"{begin}((?!{begin}).)*?{finish}", card, re.DOTALL):
-        return f"{card[: found.start()]}{block}{card[found.end() :]}"
+    if match := re.search(f"{begin}((?!{begin}).)*?{finish}", card, re.DOTALL):
+        return f"{card[: match.start()]}{block}{card[match.end() :]}"
     return f"{card.rstrip()}{end * 2 if card.strip() else ''}{block}{end}"
 
 

@@ -107,8 +107,8 @@ def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
     groups: dict[str, list[R]] = {}
     for record in records:
         groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
-    found = [(short(name), tuple(group)) for name, group in groups.items()]
-    return sorted(found, key=lambda row: place_of(row[1][0].layer)) if per == "type" else found
+    rows = [(short(name), tuple(group)) for name, group in groups.items()]
+    return sorted(rows, key=lambda row: place_of(row[1][0].layer)) if per == "type" else rows
 
 
 def title_of(per: str) -> str:
@@ -159,14 +159,14 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         groups.setdefault(crop(name, width), []).append(name)
-    found = {name: short_name for short_name, (name, *_) in groups.items()}
+    shortened_names = {name: short_name for short_name, (name, *_) in groups.items()}
     taken = {short_name for short_name, group in groups.items() if len(group) == 1}
     for group in groups.values():
         if len(group) > 1:
             cuts = _disambiguated(group, width, taken)
-            found |= dict(zip(group, cuts, strict=True))
+            shortened_names |= dict(zip(group, cuts, strict=True))
             taken |= set(cuts)
-    return [found[name] for name in names]
+    return [shortened_names[name] for name in names]
 
 
 def _disambiguated(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
@@ -183,8 +183,8 @@ def _disambiguated(names: Sequence[str], width: int, taken: Set[str]) -> list[st
     parts = [[".".join([*rest.split(".")[:n], ""]) for rest in rests] for n in range(1, 4)]
     pieces = [[rest[:n] for rest in rests] for n in range(1, room)]
     for heads in (*parts, *pieces):
-        if max(map(len, heads)) < room and len(set(found := cuts(heads))) == len(names) and not taken & set(found):
-            return found
+        if max(map(len, heads)) < room and len(set(result := cuts(heads))) == len(names) and not taken & set(result):
+            return result
     # No room for the differing part: use a number.
     return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(taken) + 1)]
 

@@ -10,12 +10,12 @@ from lora_diag.rendering.statements import Statement, compared, final_statements
 from lora_diag.rendering.text import percent, plus_minus, short
 
 
-def probe_summary(results: Results[Any], *found: Statement, reading: str) -> list[Statement]:
+def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
     """Return the summary of a probe: inputs, findings, and skipped tensors.
 
     Args:
         results: The results.
-        found: Statements of the probe.
+        statements: Statements of the probe.
         reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
@@ -23,7 +23,7 @@ def probe_summary(results: Results[Any], *found: Statement, reading: str) -> lis
     return [
         compared(results),
         make_statement("measured", "Measured", f"{how}; {settings['tokens']}"),
-        *found,
+        *statements,
         *([make_statement("interpretation", "Interpretation", reading)] if reading else []),
         left_out(results),
         *final_statements(results, "records so far"),

@@ -103,8 +103,8 @@ def find(statements: Iterable[Statement], key: str) -> Statement | None:
 
 def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
     """Return the lines of the statement with a key; empty without one."""
-    found = find(statements, key)
-    return found.lines if found else ()
+    statement = find(statements, key)
+    return statement.lines if statement else ()
 
 
 def compared(results: Results[Any], *more: str) -> Statement:
@@ -119,17 +119,17 @@ def left_out(results: Results[Any]) -> Statement:
 
 def final_statements(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
     """Return the final statements: layers without a result or not on the GPU, and a run that did not finish."""
-    found = []
+    final = []
     if results.unmeasured:
-        found.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
+        final.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
     if elsewhere := [record.layer for record in results if ON_CPU in getattr(record, "method", "")]:
         words = f"the GPU was out of memory, and the CPU computed {named(elsewhere)}; --workers 1 takes less"
-        found.append(make_statement("device", "Device", words, level="warning"))
+        final.append(make_statement("device", "Device", words, level="warning"))
     if results.end is None:
-        found.append(
+        final.append(
             make_statement("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure")
         )
-    return found
+    return final
 
 
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}
@@ -198,19 +198,19 @@ class _Summary:
 
 def _fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
-    found = summary.statements
-    shown = [one.lines if one.level in {"warning", "failure"} else () for one in found]
-    free = [at for at in range(len(found)) if not shown[at]]
-    if sum(height(line) for at in free for line in found[at].lines) <= limit:
-        return [one.lines for one in found]
+    fitting = summary.statements
+    shown = [one.lines if one.level in {"warning", "failure"} else () for one in fitting]
+    free = [at for at in range(len(fitting)) if not shown[at]]
+    if sum(height(line) for at in free for line in fitting[at].lines) <= limit:
+        return [one.lines for one in fitting]
     left = limit - 1  # the last line gives the number of hidden lines
-    for priority in sorted({one.priority for one in found}):
-        group = [at for at in free if found[at].priority == priority]
+    for priority in sorted({one.priority for one in fitting}):
+        group = [at for at in free if fitting[at].priority == priority]
         for at in group:
-            if (cost := height(found[at].lead)) <= left:
-                shown[at], left = (found[at].lead,), left - cost
+            if (cost := height(fitting[at].lead)) <= left:
+                shown[at], left = (fitting[at].lead,), left - cost
         for at in group:
-            for line in found[at].details if shown[at] else ():
+            for line in fitting[at].details if shown[at] else ():
                 if (cost := height(line)) > left:
                     break
                 shown[at], left = (*shown[at], line), left - cost

@@ -38,13 +38,13 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
     """
     kinds = dict.fromkeys(type(record) for record in results if isinstance(record, LayerRecord))
-    found = []
+    grids = []
     for kind in kinds:
         records = [record for record in results if type(record) is kind]
         shown = kind.shown_of(results.run.settings, records)
         if any(one.in_terminal for one in shown):
-            found.append(grid_of(shown, rows_of(records, per), per))
-    return found
+            grids.append(grid_of(shown, rows_of(records, per), per))
+    return grids
 
 
 def grid_of(
@@ -109,5 +109,5 @@ def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
 
 
 def _median(records: Sequence[Any], path: str) -> float | None:
-    found = [value for record in records if (value := value_at(record, path)) is not None]
-    return median(found) if found else None
+    values = [value for record in records if (value := value_at(record, path)) is not None]
+    return median(values) if values else None

@@ -181,8 +181,8 @@ def median_rank(ranks: Sequence[int | None], kept: int) -> str:
     >>> median_rank([3, None, 5], kept=8), median_rank([3, None, None], kept=8)
     ('5', '> 8')
     """
-    found = sorted(kept + 1 if rank is None else rank for rank in ranks)[len(ranks) // 2]
-    return f"> {kept}" if found > kept else str(found)
+    middle = sorted(kept + 1 if rank is None else rank for rank in ranks)[len(ranks) // 2]
+    return f"> {kept}" if middle > kept else str(middle)
 
 
 def percent(share: float) -> str:

@@ -58,14 +58,14 @@ def advice(evidence: Evidence) -> list[Advice]:
     Unfinished runs support no step. A step that applies to several full fine-tunes is listed once and names them all.
     """
     groups = evidence.finished().groups()
-    found: dict[tuple[str, ...], Advice] = {}
+    by_command: dict[tuple[str, ...], Advice] = {}
     for group in groups:
         about = (group.path_of("tuned"),) if len(groups) > 1 else ()
         for step in _of_one(group):
-            known = found.get(step.argv, step)
-            found[step.argv] = replace(known, about=(*known.about, *about))
+            known = by_command.get(step.argv, step)
+            by_command[step.argv] = replace(known, about=(*known.about, *about))
     # A step that applies to all applies to the page.
-    return [replace(step, about=()) if len(step.about) == len(groups) else step for step in found.values()]
+    return [replace(step, about=()) if len(step.about) == len(groups) else step for step in by_command.values()]
 
 
 def _of_one(evidence: Evidence) -> list[Advice]:
@@ -83,9 +83,9 @@ def _of_one(evidence: Evidence) -> list[Advice]:
     if "fine-tune worse than BASE" in rules:
         return [step for step in first if step.rule != "compress"]
     rank_sweep = swept(evidence)
-    found = rank_sweep is not None and rank_sweep.verdict.rank is not None
+    has_rank = rank_sweep is not None and rank_sweep.verdict.rank is not None
     parts, weights = (
-        [step for rule in rules if not (found and rule in RANK_RULES) and (step := rule(evidence)) is not None]
+        [step for rule in rules if not (has_rank and rule in RANK_RULES) and (step := rule(evidence)) is not None]
         for rules in (PROBE_RULES, RULES)
     )
     last = None if first or weights else extract_at_small_rank(evidence) or sweep(evidence)
@@ -94,24 +94,24 @@ def _of_one(evidence: Evidence) -> list[Advice]:
 
 def set_scale(evidence: Evidence) -> Advice | None:
     """Step 0: correct the scale of adapters, without training."""
-    found = {}
+    scales = {}
     for path in evidence.adapted or ([evidence.adapter] if evidence.adapter else []):
         one = replace(evidence, about=path)
         if (mismatch := scale_mismatch(one)) is not None:
             off = [record.best_scale or 0.0 for record in one.residuals if record.layer in set(mismatch.layers)]
-            found[path] = (median(off), mismatch)
-    if not found:
+            scales[path] = (median(off), mismatch)
+    if not scales:
         return None
-    factors = ", ".join(f"of {path} by {factor:.3g}" for path, (factor, _) in found.items())
+    factors = ", ".join(f"of {path} by {factor:.3g}" for path, (factor, _) in scales.items())
     return Advice(
         "scale",
         f"Multiply lora_alpha {factors} and measure again, before changing any rank",
-        " ".join(mismatch.seen for _, mismatch in found.values()),
-        next(iter(found.values()))[1].condition,
+        " ".join(mismatch.seen for _, mismatch in scales.values()),
+        next(iter(scales.values()))[1].condition,
         f"{ARTICLE}, rank selection step 4 (α scaling)",
-        command("residual", evidence.path_of("base"), evidence.path_of("tuned"), list(found)),
-        adapters=tuple(found),
-        layers=tuple(dict.fromkeys(layer for _, mismatch in found.values() for layer in mismatch.layers)),
+        command("residual", evidence.path_of("base"), evidence.path_of("tuned"), list(scales)),
+        adapters=tuple(scales),
+        layers=tuple(dict.fromkeys(layer for _, mismatch in scales.values() for layer in mismatch.layers)),
     )
 
 
@@ -313,7 +313,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
         for name, fractions in by_type.items()
         if sum(fraction < SHORT for fraction in fractions) >= MOST * len(fractions)
     ]
-    if not flat_types or rejected_options(evidence).has_worse:
+    if not flat_types or rejected_options(evidence).has_better_adapter:
         return None
     all_types = len(flat_types) == len(by_type)
     kept = median(fraction for name in flat_types for fraction in by_type[name])

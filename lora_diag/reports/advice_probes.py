@@ -69,33 +69,33 @@ class Gains:
 
 def place_by_gain(evidence: Evidence) -> Advice | None:
     """Distribute rank by the gain of each unit alone, if some gains are small or they differ."""
-    for found in _significant_gains(evidence):
-        if not found.idle and not found.uneven:
+    for gains in _significant_gains(evidence):
+        if not gains.idle and not gains.uneven:
             continue
-        best, lowest = found.known[0], (found.idle or found.known)[-1]
-        largest = named([gain.unit for gain in (found.clear if found.idle else found.known[:3])])
-        smallest = f", little in {named([gain.unit for gain in found.idle])}" if found.idle else ""
-        argv, params, budget_text = _allocate(evidence, found.source)
+        best, lowest = gains.known[0], (gains.idle or gains.known)[-1]
+        largest = named([gain.unit for gain in (gains.clear if gains.idle else gains.known[:3])])
+        smallest = f", little in {named([gain.unit for gain in gains.idle])}" if gains.idle else ""
+        argv, params, budget_text = _allocate(evidence, gains.source)
         return Advice(
             "place by gain",
             f"{budget_text} by what each gains alone: most in {largest}{smallest}",
-            f"Adapted alone at r={found.source.results.run.settings['rank']}, {best.unit.removesuffix('.weight')} "
-            f"lowers the loss on {found.name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
-            f"{_gain(lowest)}; {len(found.clear)} of {len(found.known)} gains are significant, {len(found.idle)} "
+            f"Adapted alone at r={gains.source.results.run.settings['rank']}, {best.unit.removesuffix('.weight')} "
+            f"lowers the loss on {gains.name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
+            f"{_gain(lowest)}; {len(gains.clear)} of {len(gains.known)} gains are significant, {len(gains.idle)} "
             "are at most a tenth of the best. The gain of a unit alone is not its contribution to the joint gain.",
             f"some gain ≤ {NEGLIGIBLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
-            f"{found.errors:.1f} paired standard errors (95% over {len(found.known)} units); {MIN_COUNT} units or more",
+            f"{gains.errors:.1f} paired standard errors (95% over {len(gains.known)} units); {MIN_COUNT} units or more",
             f"{ARTICLE}, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
             argv,
             params=params,
-            layers=tuple(layer for gain in found.clear for layer in gain.layers),
+            layers=tuple(layer for gain in gains.clear for layer in gain.layers),
         )
     return None
 
 
 def negligible_layers(evidence: Evidence) -> set[str]:
     """Return the layers with a negligible gain alone, which no step adapts."""
-    return {layer for found in _significant_gains(evidence) for gain in found.idle for layer in gain.layers}
+    return {layer for gains in _significant_gains(evidence) for gain in gains.idle for layer in gain.layers}
 
 
 def _significant_gains(evidence: Evidence) -> Iterator[Gains]:
@@ -126,14 +126,14 @@ def fit_rank(evidence: Evidence) -> Advice | None:
     for source, records in _runs(evidence, Intrinsic):
         settings = source.results.run.settings
         name, threshold = main_sets(records)[0], settings["share"]
-        found = lines(records, name, records[0].set, settings["seed"])
-        full = next((line for line in found if line.subject == "full"), None)
-        repeated = [line for line in found if line.subject == "lora" and len(line.shares) > 1]
+        all_rows = lines(records, name, records[0].set, settings["seed"])
+        full = next((line for line in all_rows if line.subject == "full"), None)
+        repeated = [line for line in all_rows if line.subject == "lora" and len(line.shares) > 1]
         if full is None or full.edge or not full.shares:
             continue
-        answer = reached(found, "lora", threshold)
+        answer = reached(all_rows, "lora", threshold)
         insufficient = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < threshold]
-        dimension = _dimension(found, threshold)
+        dimension = _dimension(all_rows, threshold)
         line = answer.line
         if (
             line is not None
@@ -185,9 +185,9 @@ def prefer_fisher(evidence: Evidence) -> Advice | None:
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
         at = next((each for each in correlations(records, ranks) if each.rank == rank), None)
-        found = _fisher_differs(source, records, rank) if at is None else _fisher_contradicted(evidence, source, at)
-        if found is not None:
-            return found
+        differing = _fisher_differs(source, records, rank) if at is None else _fisher_contradicted(evidence, source, at)
+        if differing is not None:
+            return differing
     return None
 
 
@@ -283,8 +283,8 @@ def _gain(gain: Gain) -> str:
     return f"{gain.gain:+.4f} ± {gain.error or 0.0:.2g}"
 
 
-def _dimension(found: Sequence[Line], share: float) -> str:
-    line = reached(found, "subspace", share).line
+def _dimension(all_rows: Sequence[Line], share: float) -> str:
+    line = reached(all_rows, "subspace", share).line
     return "" if line is None else f" {line.size} random directions reached the same."
 
 

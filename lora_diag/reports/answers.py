@@ -45,8 +45,8 @@ def _answers(sections: Sequence[Section]) -> Iterator[Answer]:
     times = Counter(section.feature.name for section in sections)
     for section in sections:
         for key, question in section.feature.questions:
-            if found := [one for one in section.statements if one.key == key]:
-                first, *others = found
+            if answers := [one for one in section.statements if one.key == key]:
+                first, *others = answers
                 answer, more = first.answered
                 more += tuple(line for one in others for line in one.labelled)
                 # With several such runs, each answer names its run.

@@ -124,13 +124,13 @@ class Evidence:
     @cached_property
     def largest(self) -> tuple[Capacity, ...]:
         """Energy within the largest rank of any adapter, by layer; ``capacities`` without an adapter."""
-        found: dict[str, Capacity] = {}
+        by_layer: dict[str, Capacity] = {}
         for path in self.adapted:
             for item in replace(self, about=path).capacities:
-                if item.layer not in found or found[item.layer].rank < item.rank:
-                    found[item.layer] = item
+                if item.layer not in by_layer or by_layer[item.layer].rank < item.rank:
+                    by_layer[item.layer] = item
         whole = {r.layer for records in self.adapted.values() for r in records if (r.rank or 0) >= min(r.shape)}
-        return tuple(item for item in found.values() if item.layer not in whole) if found else self.capacities
+        return tuple(item for item in by_layer.values() if item.layer not in whole) if by_layer else self.capacities
 
     def finished(self) -> Evidence:
         """Return the evidence without unfinished runs, which lack layers."""
@@ -154,8 +154,8 @@ class Evidence:
 
     def path_of(self, role: str, placeholder: str = "") -> str:
         """Return the path of the first input of a role in any run; a placeholder in capitals without one."""
-        found = (path for source in self.sources for path in source.paths(role))
-        return next(found, placeholder or role.upper())
+        paths = (path for source in self.sources for path in source.paths(role))
+        return next(paths, placeholder or role.upper())
 
     def each(self) -> list[Evidence]:
         """Return the evidence for each adapter, and for each full update except the first; the first of all first."""
@@ -203,10 +203,10 @@ class Evidence:
                 for record in self.residuals
                 if record.rank and record.epsilon_min is not None and record.rank < min(record.shape)
             )
-        found = ((record, energy_at(record, DEFAULT_RANK)) for record in self.readable)
+        energies = ((record, energy_at(record, DEFAULT_RANK)) for record in self.readable)
         return tuple(
             Capacity(record.layer, record.shape, DEFAULT_RANK, kept, record.fro**2)
-            for record, kept in found
+            for record, kept in energies
             if kept is not None and min(record.shape) > DEFAULT_RANK
         )
 
@@ -236,9 +236,9 @@ class Evidence:
 
     def missing(self) -> list[tuple[str, str]]:
         """Return missing or unresolved measurements, each with the command that makes it."""
-        found = []
+        reasons = []
         if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
-            found.append(
+            reasons.append(
                 (
                     "no held-out loss",
                     f"loradiag probe outputs {self._sides()} --eval HELD_OUT_TEXT -o outputs.jsonl",
@@ -248,7 +248,7 @@ class Evidence:
             metrics_text = ", ".join(
                 f"{run.name} is in {METRIC_NAMES[metric_of(run.results.layers)]}" for run in self.weighted
             )
-            found.append(
+            reasons.append(
                 (
                     f"no spectrum of a full fine-tune{f' in the weights: {metrics_text}' if metrics_text else ''}",
                     measure_weights(self.weighted[0])
@@ -257,7 +257,7 @@ class Evidence:
                 )
             )
         elif self.update is not None and self.spectra and not self.readable:
-            found.append(
+            reasons.append(
                 (
                     "the files do not resolve the update: most of its matrices are at the rounding noise floor, so "
                     "no rank is recommended; save the fine-tune in float32, or measure the adapter instead of its "
@@ -266,18 +266,18 @@ class Evidence:
                 )
             )
         if self.audit is not None and not self.residuals and self.adapter is not None:
-            found.append(
+            reasons.append(
                 ("ε is measured against rounding noise in most matrices: no conclusions are drawn from it", "")
             )
         if self.audit is None:
-            found.append(
+            reasons.append(
                 ("no adapter was compared", f"loradiag residual {self._sides()} -o residual.jsonl"),
             )
         if not any(self.of(Overlap)):
-            found.append(
+            reasons.append(
                 ("no gradients", f"loradiag overlap {self._sides(0)} GRADIENTS -o overlap.jsonl"),
             )
-        return found
+        return reasons
 
     def _sides(self, adapters: int = MAX_ADAPTERS) -> str:
         """Return base, full fine-tune and adapters quoted for a shell; placeholders in capitals without a run."""

@@ -71,14 +71,14 @@ def layers_of(evidence: Evidence) -> tuple[str, ...]:
 
 def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
     """Return all nonempty columns of the runs."""
-    found = [
+    fields = [
         *_spectrum_fields(evidence, layers),
         *_residual_fields(evidence, layers),
         *_overlap_fields(evidence, layers),
         *_other_fields(evidence, layers),
         *_gate_fields(evidence, layers),
     ]
-    return [field for field in found if any(value is not None for value in field.values)]
+    return [field for field in fields if any(value is not None for value in field.values)]
 
 
 def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -156,8 +156,8 @@ def _columns(
 
 
 def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
-    found = [records[layers[position]] for position in positions if layers[position] in records]
-    return pooled_value(shown, found) if found else None
+    group = [records[layers[position]] for position in positions if layers[position] in records]
+    return pooled_value(shown, group) if group else None
 
 
 def _group(sources: Sequence[Source], source: Source) -> str:

@@ -71,7 +71,7 @@ class Finding:
 
 def findings(evidence: Evidence) -> list[Finding]:
     """Return the failure modes that the records show, in the order of ``RULES``."""
-    return [found for rule in RULES if (found := rule(evidence)) is not None]
+    return [finding for rule in RULES if (finding := rule(evidence)) is not None]
 
 
 def slow_decay(evidence: Evidence) -> Finding | None:
@@ -228,8 +228,8 @@ RULES = (slow_decay, under_ranked, flat_projections, scale_mismatch, large_vecto
 
 def shares_at(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
     """Return C(rank) by layer, for layers that are larger than the rank and kept enough values."""
-    found = {record.layer: energy_at(record, rank) for record in records if min(record.shape) > rank}
-    return {layer: share for layer, share in found.items() if share is not None}
+    shares = {record.layer: energy_at(record, rank) for record in records if min(record.shape) > rank}
+    return {layer: share for layer, share in shares.items() if share is not None}
 
 
 def percent(share: float) -> str:

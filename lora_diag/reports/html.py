@@ -196,7 +196,7 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
 def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
     points = _points(evidence)
-    found = []
+    charts = []
     sources = list(evidence.of(Spectrum))
     for source, label in zip(sources, labels([source.name for source in sources]), strict=True):
         ranks: dict[int, list[int]] = {}
@@ -213,19 +213,19 @@ def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[A
                     "edge": value(record.resolution.edge),
                 }
             )
-        found.append({"label": label, "metric": metric_of(source.results), "ranks": ranks, "curves": curves})
-    return found
+        charts.append({"label": label, "metric": metric_of(source.results), "ranks": ranks, "curves": curves})
+    return charts
 
 
 def _metrics(evidence: Evidence) -> list[dict[str, str]]:
     """Return the metrics of the spectra, that of the weights first; curves of different metrics are never combined."""
-    found = {metric_of(source.results) for source in evidence.of(Spectrum)}
-    return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in found]
+    metrics = {metric_of(source.results) for source in evidence.of(Spectrum)}
+    return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in metrics]
 
 
 def _overlaps(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
-    found = []
+    charts = []
     for source in evidence.of(Overlap):
         curves = [
             {
@@ -238,8 +238,8 @@ def _overlaps(evidence: Evidence, position: Mapping[str, int], value: Callable[[
             }
             for track in tracks(source.results)
         ]
-        found.append({"curves": curves})
-    return found
+        charts.append({"curves": curves})
+    return charts
 
 
 def _points(evidence: Evidence) -> int:

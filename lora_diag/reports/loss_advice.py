@@ -49,9 +49,11 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
 
 def flag_worse_finetune(evidence: Evidence) -> Advice | None:
     """Do not imitate a full fine-tune that is worse than BASE."""
-    if not rejected_options(evidence).tuned or not (found := [*of(evidence, "outputs"), *of(evidence, "truncation")]):
+    if not rejected_options(evidence).tuned or not (
+        measured := [*of(evidence, "outputs"), *of(evidence, "truncation")]
+    ):
         return None
-    source, records = found[0]
+    source, records = measured[0]
     worst = max((r for r in records if r.subject == "base" and r.layer is None), key=lambda r: -(r.gap or 0.0))
     return Advice(
         "fine-tune worse than BASE",
@@ -74,10 +76,10 @@ def flag_worse_finetune(evidence: Evidence) -> Advice | None:
 
 def close_gap(evidence: Evidence) -> Advice | None:
     """State the gap if every measured adapter is worse than the full fine-tune."""
-    found = contests(evidence)
-    if not found or any(contest.outcome != "worse" for contest in found) or train_at_rank(evidence) is not None:
+    outcomes = contests(evidence)
+    if not outcomes or any(contest.outcome != "worse" for contest in outcomes) or train_at_rank(evidence) is not None:
         return None  # a sweep recommends the training
-    best = min(found, key=lambda contest: contest.worst.gap or 0.0)
+    best = min(outcomes, key=lambda contest: contest.worst.gap or 0.0)
     sweep = swept(evidence)
     highest = max([rejected_options(evidence).trained, *(sweep.ranks if sweep else ())])
     candidates = () if rejected_options(evidence).more_rank else tuple(rank for rank in _RANKS if rank > highest)[:3]
@@ -86,7 +88,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         "close the gap",
         f"Close a gap of {_gap(best.worst)} nats to the full fine-tune: "
         f"{f'train at {listed(candidates)}' if candidates else 'sweep learning rates'}",
-        f"{_outcome(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps based on weights "
+        f"{_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps based on weights "
         "suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
         f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
@@ -98,9 +100,9 @@ def close_gap(evidence: Evidence) -> Advice | None:
 
 def measure_more(evidence: Evidence) -> Advice | None:
     """Recommend more held-out text if the comparison is inconclusive."""
-    found = contests(evidence)
-    unknown = [contest for contest in found if contest.outcome == "not known"]
-    if not unknown or any(contest.outcome == "as good" for contest in found):
+    outcomes = contests(evidence)
+    unknown = [contest for contest in outcomes if contest.outcome == "not known"]
+    if not unknown or any(contest.outcome == "as good" for contest in outcomes):
         return None
     source, _ = next(of(evidence, "outputs"))
     return Advice(
@@ -124,19 +126,19 @@ def measure_more(evidence: Evidence) -> Advice | None:
 
 def train_at_rank(evidence: Evidence) -> Advice | None:
     """Recommend the rank and learning rate of a sweep; or the best candidate, and the seeds needed to confirm it."""
-    found = swept(evidence)
-    if found is None or found.verdict.outcome == "no verdict":
+    sweep = swept(evidence)
+    if sweep is None or sweep.verdict.outcome == "no verdict":
         return None
-    verdict, base, chosen = found.verdict, found.base, found.verdict.chosen
-    all_ranks, path = ", ".join(map(str, found.ranks)), found.source.path_of("base")
+    verdict, base, chosen = sweep.verdict, sweep.base, sweep.verdict.chosen
+    all_ranks, path = ", ".join(map(str, sweep.ranks)), sweep.source.path_of("base")
     rates: tuple[float, ...] = ()
-    seeds, next_ranks = None, found.ranks
+    seeds, next_ranks = None, sweep.ranks
     if chosen is None:
         lowest = min(record.lr for _, records in of(evidence, "sweep") for record in records if record.lr)
         rates = tuple(float(f"{lowest / factor:.2g}") for factor in (100, 10, 3))
         action = f"Change the training before the rank: try learning rates {', '.join(f'{rate:g}' for rate in rates)}"
         reason = (
-            f"On {found.set}, every rank is worse than BASE: the best of r = {all_ranks} is {-verdict.gain:.3g} nats "
+            f"On {sweep.set}, every rank is worse than BASE: the best of r = {all_ranks} is {-verdict.gain:.3g} nats "
             "above "
             f"its {base.nats:.4g}, at learning rates from {lowest:g} up."
         )
@@ -150,22 +152,22 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
             if verdict.rank is not None
             else f"the best candidate of {all_ranks}, not yet confirmed, to keep"
         )
-        tolerance = found.tolerance
+        tolerance = sweep.tolerance
         shown = (
-            f"On {found.set}, r={chosen.rank} is {lead} {100 * (1 - tolerance):.4g}% of every other rank's "
+            f"On {sweep.set}, r={chosen.rank} is {lead} {100 * (1 - tolerance):.4g}% of every other rank's "
             f"gain{confidence_text}"
         )
         reason = f"{'; '.join([shown, *reasons(verdict, tolerance)])}."
         seeds = verdict.more_seeds
-        higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == found.ranks[-1] else ()
+        higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == sweep.ranks[-1] else ()
         action = f"Train at {setting}"
         if higher:
             action += f", and also sweep {listed(higher)}: the loss still decreases there"
         if seeds is not None:
             action += f"; {seeds} seeds would confirm{' more' if higher else ' it'}"
-        next_ranks = (*found.ranks, *higher)
+        next_ranks = (*sweep.ranks, *higher)
         if higher or seeds is not None:
-            argv = continued(found, next_ranks, seeds or verdict.seeds)
+            argv = continued(sweep, next_ranks, seeds or verdict.seeds)
         else:
             next_ranks = (chosen.rank,)
             argv = command("plan", path, ranks=next_ranks)
@@ -183,9 +185,9 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     )
 
 
-def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, ...]:
+def continued(sweep: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, ...]:
     """Return the command that adds ranks and seeds to a finished sweep."""
-    run = found.source.results.run
+    run = sweep.source.results.run
     settings = run.settings
     sides = {role: [side.path for side in run.inputs if side.role == role] for role in ("data", "eval", "shifted")}
     sides["data"] = sides["data"] or ["DATA"]
@@ -195,7 +197,7 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
     targets = settings.get("targets")
     return command(
         "probe sweep",
-        found.source.path_of("base"),
+        sweep.source.path_of("base"),
         texts,
         max_sequences=max(limits, default=None),
         ranks=ranks,
@@ -209,27 +211,27 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
         **{kind.lower(): True for kind in ("DoRA", "rsLoRA") if kind in settings.get("kind", "")},
         repeats=seeds,
         resume=True,
-        o=found.source.name,
+        o=sweep.source.name,
     )
 
 
 def flag_shifted_loss(evidence: Evidence) -> Advice | None:
     """Report a shifted set that a sweep makes worse, or that needs a higher rank."""
-    found = swept(evidence)
-    if found is None:
+    sweep = swept(evidence)
+    if sweep is None:
         return None
-    for name, other in found.shifted.items():
-        if other.outcome == "no gain" and found.verdict.gain > 0:
+    for name, other in sweep.shifted.items():
+        if other.outcome == "no gain" and sweep.verdict.gain > 0:
             action = f"Train on a mixture with text like {name} if it matters: training makes every rank worse there"
-            ranks, argv = found.ranks, sweep_of(evidence, found.ranks, data="MIXED_TEXT")
-            gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"
+            ranks, argv = sweep.ranks, sweep_of(evidence, sweep.ranks, data="MIXED_TEXT")
+            gain = f"for a gain of {sweep.verdict.gain:.3g} on {sweep.set}"
             reason = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
-        elif other.rank is not None and found.verdict.rank is not None and _is_insufficient(other, found.verdict.rank):
-            action = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is sufficient on {found.set} only"
-            ranks = (found.verdict.rank, other.rank)
-            argv = command("plan", found.source.path_of("base"), ranks=ranks)
+        elif other.rank is not None and sweep.verdict.rank is not None and _is_insufficient(other, sweep.verdict.rank):
+            action = f"Take r={other.rank} if {name} matters: r={sweep.verdict.rank} is sufficient on {sweep.set} only"
+            ranks = (sweep.verdict.rank, other.rank)
+            argv = command("plan", sweep.source.path_of("base"), ranks=ranks)
             reason = (
-                f"On {name}, r={other.rank} is the smallest rank shown to be sufficient, and r={found.verdict.rank} "
+                f"On {name}, r={other.rank} is the smallest rank shown to be sufficient, and r={sweep.verdict.rank} "
                 "is not."
             )
         else:
@@ -253,21 +255,21 @@ def _is_insufficient(verdict: SweepVerdict, rank: int) -> bool:
 
 def compress(evidence: Evidence) -> Advice | None:
     """Recommend extracting the full fine-tune itself at a rank."""
-    found = compressed(evidence)
-    if found is None or found.rank <= rejected_options(evidence).truncated_rank:
+    truncation = compressed(evidence)
+    if truncation is None or truncation.rank <= rejected_options(evidence).truncated_rank:
         return None
-    worst = min(found.records, key=lambda record: record.kept or 0.0)
-    energy = "" if worst.energy is None else f", while C({found.rank}) = {worst.energy:.2f}"
-    source = found.source
+    worst = min(truncation.records, key=lambda record: record.kept or 0.0)
+    energy = "" if worst.energy is None else f", while C({truncation.rank}) = {worst.energy:.2f}"
+    source = truncation.source
     # Measured with all other weights as in TUNED; without them the rank keeps less.
-    saved = source.results.run.settings.get("rest") == "tuned" and found.without != 0
-    fraction = "" if found.without is None else f", which give {found.without:.0%} of it alone"
+    saved = source.results.run.settings.get("rest") == "tuned" and truncation.without != 0
+    fraction = "" if truncation.without is None else f", which give {truncation.without:.0%} of it alone"
     saved_text = (
         f" Measured with TUNED's norms, biases, embeddings and head{fraction}: they are saved." if saved else ""
     )
     return Advice(
         "compress",
-        f"To ship the full fine-tune as an adapter, truncate it to r={found.rank}, without training",
+        f"To ship the full fine-tune as an adapter, truncate it to r={truncation.rank}, without training",
         f"It keeps {worst.kept:.0%} of the gain on {worst.set} (loss {_gap(worst)} to the full "
         f"fine-tune){energy}.{saved_text}",
         f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
@@ -277,11 +279,11 @@ def compress(evidence: Evidence) -> Advice | None:
             "extract",
             source.path_of("base"),
             source.path_of("tuned"),
-            rank=found.rank,
+            rank=truncation.rank,
             unfactored="save" if saved else None,
             o="adapter/",
         ),
-        ranks=(found.rank,),
+        ranks=(truncation.rank,),
     )
 
 
@@ -316,8 +318,8 @@ def sweep_of(
     bitfit: bool = False,
 ) -> tuple[str, ...]:
     """Return the command of a rank sweep on the inputs in the records; unknown inputs are placeholders in capitals."""
-    found = swept(evidence)
-    source = found.source if found else None
+    sweep = swept(evidence)
+    source = sweep.source if sweep else None
     texts = [
         word
         for role in ("eval", "shifted")
@@ -333,5 +335,5 @@ def sweep_of(
         ranks=ranks,
         steps=source.results.run.settings.get("steps") if source else None,
         bitfit=bitfit,
-        o=f"{'sweep-2' if found else 'sweep'}.jsonl",
+        o=f"{'sweep-2' if sweep else 'sweep'}.jsonl",
     )

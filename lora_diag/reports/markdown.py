@@ -128,10 +128,10 @@ def _findings(subject: Subject) -> list[str]:
     return [
         "## Failure modes",
         *(
-            f"- **{found.name}.** {_text(found.seen)} {_text(found.means)} "
-            f"Rule: {_text(found.condition)} ({_text(found.source)})."
-            + (f" Layers: {_named(found.layers)}." if found.layers else "")
-            for found in subject.findings
+            f"- **{finding.name}.** {_text(finding.seen)} {_text(finding.means)} "
+            f"Rule: {_text(finding.condition)} ({_text(finding.source)})."
+            + (f" Layers: {_named(finding.layers)}." if finding.layers else "")
+            for finding in subject.findings
         ),
     ]
 

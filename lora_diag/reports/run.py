@@ -111,12 +111,12 @@ def format_of(output: Path | str | None, format: str | None) -> str:
         UsageError: The format is not known.
     """
     suffix = Path(output).suffix.lower() if output is not None else ".html"
-    found = format or SUFFIXES.get(suffix)
-    if found is None:
+    chosen = format or SUFFIXES.get(suffix)
+    if chosen is None:
         raise UsageError(f"{output}: unknown suffix; choose the format with --format: {', '.join(FORMATS)}")
-    if found not in FORMATS:
-        raise UsageError(f"--format {found}: unknown; use one of {', '.join(FORMATS)}")
-    return found
+    if chosen not in FORMATS:
+        raise UsageError(f"--format {chosen}: unknown; use one of {', '.join(FORMATS)}")
+    return chosen
 
 
 def _source(item: Path | str | Results[Any]) -> Source:

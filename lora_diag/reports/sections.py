@@ -62,7 +62,7 @@ def section_kind(source: Source) -> SectionKind | None:
 
 def sections_of(evidence: Evidence) -> list[Section]:
     """Return a section for each run whose feature has one, losses first; those of one command in the given order."""
-    found = []
+    sections = []
     drawn: set[str] = set()
     known = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
     order = [feature.name for feature in features()]
@@ -72,7 +72,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
         statements: list[Statement] = feature.load(feature.statements)(source.results)
         grids = feature.tables(source.results, kind.per)
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
-        found.append(
+        sections.append(
             Section(
                 f"{kind.title}: {named_of(source)}",
                 kind.title,
@@ -84,7 +84,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
             )
         )
         drawn.add(feature.name)
-    return found
+    return sections
 
 
 def is_of_losses(source: Source) -> bool:

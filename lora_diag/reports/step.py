@@ -61,15 +61,15 @@ def command(*words: str | Sequence[str], **options: object) -> tuple[str, ...]:
     """
     first, *rest = words
     assert isinstance(first, str)
-    found = ["loradiag", *first.split()]
+    arguments = ["loradiag", *first.split()]
     for word in rest:
-        found += [word] if isinstance(word, str) else word
+        arguments += [word] if isinstance(word, str) else word
     for name, value in options.items():
         if value is None or value is False or (isinstance(value, list | tuple) and not value):
             continue
         option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
-        found += [option] if value is True else [option, _quote(value)]
-    return tuple(found)
+        arguments += [option] if value is True else [option, _quote(value)]
+    return tuple(arguments)
 
 
 def listed(ranks: Sequence[int]) -> str:

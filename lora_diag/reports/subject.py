@@ -97,10 +97,10 @@ def labels(paths: Sequence[str]) -> list[str]:
     parts = [path.removesuffix(".jsonl").replace("\\", "/").rstrip("/").split("/") for path in paths]
     longest = max(map(len, parts), default=1)
     for last in range(1, longest + 1):
-        found = ["/".join(part[-last:]) for part in parts]
-        if len(set(found)) == len(set(paths)):
+        names = ["/".join(part[-last:]) for part in parts]
+        if len(set(names)) == len(set(paths)):
             break
-    return [safe(label) or "run" for label in found] if parts else []
+    return [safe(label) or "run" for label in names] if parts else []
 
 
 def _safe(item: T) -> T:
@@ -150,8 +150,11 @@ def _low_rank(evidence: Evidence) -> Answer:
 
 def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]:
     """Return the statement of spectra on the rank needed, or used, with details; or on what changed."""
-    if found := find(statements, "low_rank") or find(statements, "rank_used"):
-        return found.lead, (*found.details, *(f"rank at 90%: {line}" for line in lines_of(statements, "rank_at_90")))
+    if statement := find(statements, "low_rank") or find(statements, "rank_used"):
+        return statement.lead, (
+            *statement.details,
+            *(f"rank at 90%: {line}" for line in lines_of(statements, "rank_at_90")),
+        )
     return (*lines_of(statements, "moved"), "")[0], ()
 
 
@@ -177,8 +180,8 @@ def _weighed(evidence: Evidence) -> Iterator[Answer]:
 
 def other_metric_sentences(evidence: Evidence) -> list[str]:
     """Return a sentence for each other metric of columns and curves."""
-    found = dict.fromkeys(metric_of(source.results) for source in evidence.weighted)
-    return [f"The metric is {METRICS[metric]}." for metric in found]
+    metrics = dict.fromkeys(metric_of(source.results) for source in evidence.weighted)
+    return [f"The metric is {METRICS[metric]}." for metric in metrics]
 
 
 def _resolved(evidence: Evidence) -> Answer:
@@ -234,8 +237,8 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
 
 def judged(evidence: Evidence) -> tuple[str, list[Verdict]]:
     """Return the outcome of the gates as text, and the verdicts that did not pass, worst first; empty without gates."""
-    found = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
-    counts = Counter(verdict.status for verdict in found)
+    verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
+    counts = Counter(verdict.status for verdict in verdicts)
     words = ", ".join(f"{times} {status}" for status, times in counts.items())
     quiet = {"passed", "waived", "not judged"}
-    return f"{outcome(found).upper()}: {words}" if found else "", [v for v in found if v.status not in quiet]
+    return f"{outcome(verdicts).upper()}: {words}" if verdicts else "", [v for v in verdicts if v.status not in quiet]

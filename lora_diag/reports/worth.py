@@ -60,14 +60,14 @@ class RejectedOptions:
             little of the gain; 0 if there is none.
         more_rank: Whether an adapter of a higher rank is significantly worse than one of a lower rank.
         tuned: Whether the full fine-tune is significantly worse than BASE on every set that is not shifted.
-        has_worse: Whether an adapter is significantly better than the full fine-tune on every such set.
+        has_better_adapter: Whether an adapter is significantly better than the full fine-tune on every such set.
     """
 
     trained: int = 0
     truncated_rank: int = 0
     more_rank: bool = False
     tuned: bool = False
-    has_worse: bool = False
+    has_better_adapter: bool = False
 
 
 def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
@@ -81,10 +81,10 @@ def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
 def rejected_options(evidence: Evidence) -> RejectedOptions:
     """Return the options that the losses of all runs show to be worse."""
     ranks = {path: {r.rank for r in records if r.rank} for path, records in evidence.adapted.items()}
-    uniform = {path: next(iter(found)) for path, found in ranks.items() if len(found) == 1}
+    uniform = {path: next(iter(of_path)) for path, of_path in ranks.items() if len(of_path) == 1}
     truncated_adapters = {path for path, records in evidence.adapted.items() if _is_truncation(records)}
-    found = contests(evidence)
-    worse = {contest.name for contest in found if contest.outcome == "worse"} & uniform.keys()
+    outcomes = contests(evidence)
+    worse = {contest.name for contest in outcomes if contest.outcome == "worse"} & uniform.keys()
     trained = [uniform[path] for path in worse - truncated_adapters]
     for source, _ in of(evidence, "sweep"):
         if (sweep := swept_of(source.results)) is not None:
@@ -107,9 +107,9 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
             if {low, high} <= uniform.keys() and not {low, high} & truncated_adapters
         ),
         tuned=_tuned_is_worse(evidence),
-        has_worse=any(
+        has_better_adapter=any(
             all(r.gap is not None and r.gap_error and r.gap < -ERRORS * r.gap_error for r in contest.records)
-            for contest in found
+            for contest in outcomes
         ),
     )
 
@@ -122,12 +122,12 @@ def _is_truncation(records: Sequence[Residual]) -> bool:
 
 def _insufficient_ranks(evidence: Evidence) -> list[int]:
     """Return the ranks at which truncating all layers keeps too little of a significant gain."""
-    found = []
+    ranks = []
     for _, sets, bases, truncated in _truncations(evidence):
         for record in truncated:
             if record.rank and record.set in sets and gains(bases.get(record.set)) is not None:
-                found += [record.rank] if record.kept is not None and record.kept < KEPT else []
-    return found
+                ranks += [record.rank] if record.kept is not None and record.kept < KEPT else []
+    return ranks
 
 
 def _tuned_is_worse(evidence: Evidence) -> bool:
@@ -158,8 +158,8 @@ def contests(evidence: Evidence) -> list[Contest]:
 def swept(evidence: Evidence) -> SweptRun | None:
     """Return the verdict of the first sweep; None without a conclusive one."""
     for source, _ in of(evidence, "sweep"):
-        if (found := swept_of(source.results)) is not None:
-            return SweptRun(**{each.name: getattr(found, each.name) for each in fields(found)}, source=source)
+        if (run := swept_of(source.results)) is not None:
+            return SweptRun(**{each.name: getattr(run, each.name) for each in fields(run)}, source=source)
     return None
 
 

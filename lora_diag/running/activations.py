@@ -64,15 +64,15 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
             )
         sizes[name] = shape[0]
     outputs = {name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)}
-    found, _ = match_names({name: (None, size) for name, size in sizes.items()}, before, transposed=True, parts=True)
+    matched, _ = match_names({name: (None, size) for name, size in sizes.items()}, before, transposed=True, parts=True)
     shapes: dict[str, Shape] = {
-        location.name: (None, sizes[name]) for name, locations in found.items() for location in locations
+        location.name: (None, sizes[name]) for name, locations in matched.items() for location in locations
     }
     orientation = Orientation(before, shapes, flag=False)
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
     of: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}
-    for name, locations in found.items():
+    for name, locations in matched.items():
         for location in locations:
             on_rows = orientation.in_out(location.name, (None, sizes[name]), before[location.name].shape)
             if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:

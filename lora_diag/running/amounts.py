@@ -63,9 +63,9 @@ def read_time(words: str) -> float:
 
 
 def _read(words: str, option: str, units: dict[str, int], expected: str) -> int:
-    found = _AMOUNT.fullmatch(words.strip())
-    factor = units.get(found[2].upper()) if found else None
-    amount = int(Decimal(found[1].replace("_", "")) * factor) if found and factor else 0
+    match = _AMOUNT.fullmatch(words.strip())
+    factor = units.get(match[2].upper()) if match else None
+    amount = int(Decimal(match[1].replace("_", "")) * factor) if match and factor else 0
     if amount < 1:
         raise UsageError(f"{option} {words}: give {expected}")
     return amount

@@ -76,17 +76,17 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = Non
     Raises:
         InputError: A file cannot be read.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(checkpoint, key=natural_order):
         info = checkpoint[name]
-        found.update(json.dumps([name, info.shape, info.dtype, info.stored]).encode())
+        digest.update(json.dumps([name, info.shape, info.dtype, info.stored]).encode())
     for file in files_of(checkpoint):
         try:
-            found.update(_digest(file, whole))
+            digest.update(_digest(file, whole))
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    found.update(json.dumps(dict(settings or {}), sort_keys=True, default=str).encode())
-    return found.hexdigest()[:DIGITS]
+    digest.update(json.dumps(dict(settings or {}), sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:DIGITS]
 
 
 def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -109,8 +109,8 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 
 def _parts_in(folder: Path) -> list[Path]:
     """Return the files of a folder that hold parts of tensors; of a web server, which lists none, the index."""
-    found = [file for pattern in PARTS for file in folder.glob(pattern)]
-    return found or [file for file in [folder / INDEX] if file.is_file()]
+    files = [file for pattern in PARTS for file in folder.glob(pattern)]
+    return files or [file for file in [folder / INDEX] if file.is_file()]
 
 
 def content_hash(files: Sequence[Path]) -> str:
@@ -121,10 +121,10 @@ def content_hash(files: Sequence[Path]) -> str:
     Raises:
         InputError: A file cannot be read.
     """
-    found = [(file.name, _file_hash(file)) for file in files]
-    if len(found) == 1:
-        return found[0][1]
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in found).encode()).hexdigest()
+    hashes = [(file.name, _file_hash(file)) for file in files]
+    if len(hashes) == 1:
+        return hashes[0][1]
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes).encode()).hexdigest()
 
 
 def _file_hash(file: Path) -> str:
@@ -140,11 +140,11 @@ def _file_hash(file: Path) -> str:
 
 @cache
 def _hashed(file: Path, *_: object) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(HASHED_BYTES):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _digest(file: Path, whole: bool) -> bytes:
@@ -166,10 +166,10 @@ def _digest(file: Path, whole: bool) -> bytes:
 @cache
 def _sampled(file: Path, size: int, stride: int, *_: object) -> bytes:
     """Return the hash of a file's size and one page per stride, including the last page."""
-    found = hashlib.sha256(f"{size};".encode())
+    digest = hashlib.sha256(f"{size};".encode())
     last = max(0, size - SAMPLE_BYTES)
     with file.open("rb") as stream:
         for start in [*range(0, last, stride), last]:
             stream.seek(start)
-            found.update(stream.read(SAMPLE_BYTES))
-    return found.digest()
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.digest()

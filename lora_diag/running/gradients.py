@@ -15,14 +15,14 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
     """Return the inputs of gradients for the run record."""
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
-    found = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
+    digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
     return RunInput(
         role="gradients",
         path=f"{legible(paths[0])}{more}",
         kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
         tensors=sum(len(step.checkpoint) for step in steps),
         notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
-        fingerprint=found.hexdigest()[:DIGITS],
+        fingerprint=digest.hexdigest()[:DIGITS],
         sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
     )
 

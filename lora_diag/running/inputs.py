@@ -159,11 +159,11 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Locatio
     Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
     one named RoBERTa.
     """
-    found, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
+    matched, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
     counts = Counter((bare(name), base[name].shape) for name in base)
     usable = {
         name: locations
-        for name, locations in found.items()
+        for name, locations in matched.items()
         if all(location.name not in tuned and location.into is None for location in locations)
         and all(location.shape == _own_shape(base, location) for location in locations)
         and {tuned[name].dtype, *(base[location.name].dtype for location in locations)} <= FLOAT_DTYPES
@@ -181,8 +181,8 @@ def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Seq
     """Return whether two sides without common names are one model, by the number of tensors with a matching name."""
     types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
     common = {name for name in base if name in tuned}
-    found = common | {location.name for locations in renamed.values() for location in locations}
-    return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(found) >= len(base))
+    names = common | {location.name for locations in renamed.values() for location in locations}
+    return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(names) >= len(base))
 
 
 def _own_shape(base: Checkpoint, location: Location) -> tuple[int, ...]:

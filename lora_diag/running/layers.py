@@ -193,5 +193,5 @@ class LayerRun:
             UsageError: The memory limit is too small for the program itself.
         """
         workers = self.options["workers"] or self.usual_workers
-        found = layout_of(tasks, workers, self.where.kind, self._limit, self.torch)
-        return replace(found, apart=self.apart and (found.workers or found.cores) > 1)
+        planned = layout_of(tasks, workers, self.where.kind, self._limit, self.torch)
+        return replace(planned, apart=self.apart and (planned.workers or planned.cores) > 1)

@@ -372,8 +372,8 @@ def declared(group: type) -> dict[str, tuple[Any, Option]]:
     >>> kind, option.default, option.metavar
     (str | None, None, 'REGEX')
     """
-    found = _declared(group)
-    return {name: found[name] for name in (*own_options(group), *found)}
+    options = _declared(group)
+    return {name: options[name] for name in (*own_options(group), *options)}
 
 
 def own_options(group: type) -> list[str]:
@@ -383,14 +383,14 @@ def own_options(group: type) -> list[str]:
 
 
 def _declared(group: type) -> dict[str, tuple[Any, Option]]:
-    found = {}
+    options = {}
     for name, hint in group.__annotations__.items():
         if isinstance(hint, ForwardRef):  # from a module that does not evaluate its annotations
             hint = eval(hint.__forward_arg__, vars(sys.modules[group.__module__]))
         origin: Any = get_origin(hint)
         hint = get_args(hint)[0] if origin is Required else hint
-        found[name] = (hint.__origin__, hint.__metadata__[0])
-    return found
+        options[name] = (hint.__origin__, hint.__metadata__[0])
+    return options
 
 
 @cache
@@ -487,9 +487,9 @@ def show_options(function: F) -> F:
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=shown))
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
 
-    def lines(found: re.Match[str]) -> str:
-        missing = {name: each for name, (_, each) in options.items() if f"\n{found[1]}{name}: " not in written}
-        return "".join(f"{found[1]}{name}: {option.words()}\n" for name, option in missing.items())
+    def lines(match: re.Match[str]) -> str:
+        missing = {name: each for name, (_, each) in options.items() if f"\n{match[1]}{name}: " not in written}
+        return "".join(f"{match[1]}{name}: {option.words()}\n" for name, option in missing.items())
 
     written = function.__doc__ or ""
     function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", lines, written, flags=re.MULTILINE)

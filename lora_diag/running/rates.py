@@ -23,11 +23,11 @@ def lowest(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, 
     >>> lowest([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}
     """
-    found: dict[Key, tuple[float, float]] = {}
+    best: dict[Key, tuple[float, float]] = {}
     for what, loss, lr in runs:
         if loss is not None and lr is not None:
-            found[what] = min(found.get(what, (math.inf, 0.0)), (loss, lr))
-    return {what: lr for what, (_, lr) in found.items()}
+            best[what] = min(best.get(what, (math.inf, 0.0)), (loss, lr))
+    return {what: lr for what, (_, lr) in best.items()}
 
 
 def edge(tried: Collection[float], best: float) -> int:

@@ -139,14 +139,14 @@ class RunPlan:
             Total seconds; and for each arm the remaining runs and the seconds of a step.
         """
         self.watch.total = bases * self.batches
-        seconds, found, evaluation = 0.0, [], 0.0
+        seconds, lengths, evaluation = 0.0, [], 0.0
         for arm in arms:
             step, evaluation = self.timed(arm)
             runs = self.left(arm)
             seconds += math.ceil(runs / arm.slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
-            found.append((runs, step))
-        return seconds + bases * self.batches * evaluation, found
+            lengths.append((runs, step))
+        return seconds + bases * self.batches * evaluation, lengths
 
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others.

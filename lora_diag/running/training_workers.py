@@ -140,17 +140,17 @@ def opened(site: Site) -> tuple[Model, Texts, list[Texts]]:
     if _open is None or _open[0] != site:
         _open = None  # two models may not fit
         model = open_model(site.base, torch.device(site.device), site.dtype, site.length, site.tokenizer)
-        found = [_read(each, model, site.most if place else None) for place, each in enumerate(site.texts)]
-        _open = (site, model, found)
+        texts = [_read(each, model, site.most if place else None) for place, each in enumerate(site.texts)]
+        _open = (site, model, texts)
     _, model, (text, *sets) = _open
     return model, text, sets
 
 
 def _read(wanted: Texts, model: Model, max_sequences: int | None) -> Texts:
-    found = read_texts(wanted.path, model, max_sequences, shifted=wanted.shifted)
-    if found.hash != wanted.hash:
+    texts = read_texts(wanted.path, model, max_sequences, shifted=wanted.shifted)
+    if texts.hash != wanted.hash:
         raise InputError(
             f"{wanted.path}: has other contents on the worker on {platform.node()}; put inputs on storage that all "
             "nodes share, or copy the same file to every node"
         )
-    return found
+    return texts

@@ -177,13 +177,13 @@ def _squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def triangle(x: Numbers) -> Triangles | None:
     """Return R of one X ``(m, r)``, as a stack of one; None if an entry is not finite."""
-    found = gram(x[None])
-    squares = found.products[0].diagonal()
+    grams = gram(x[None])
+    squares = grams.products[0].diagonal()
     if not np.isfinite(squares).all() and not np.isfinite(x).all():
         return None
     if not _in_range(squares):
         return _by_reflections(x, _scale_of(x))
-    triangle, conditioned = triangles(found)
+    triangle, conditioned = triangles(grams)
     return triangle if conditioned.all() else _by_reflections(x)
 
 
@@ -204,15 +204,15 @@ def gram(stack: Numbers) -> Grams:
         return Grams(np.concatenate([one.products for one in each]), np.concatenate([one.terms for one in each]))
     x, whole = stack.reshape(-1, rank), -(-rows // block)
     step = block * max(1, CACHED // (block * rank))
-    found = np.empty((count * whole, rank, rank))
+    products_of_blocks = np.empty((count * whole, rank, rank))
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(x), step):
             part = _in_float64(x[first : first + step])
             blocks, at = len(part) // block, first // block
-            _products(part[: blocks * block].reshape(blocks, block, rank), found[at : at + blocks])
+            _products(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[at : at + blocks])
             if len(part) > blocks * block:
-                _products(part[None, blocks * block :], found[at + blocks : at + blocks + 1])
-        products = found.reshape(count, whole, rank, rank).sum(axis=1)
+                _products(part[None, blocks * block :], products_of_blocks[at + blocks : at + blocks + 1])
+        products = products_of_blocks.reshape(count, whole, rank, rank).sum(axis=1)
     return Grams(products, np.full(count, min(rows, block) + whole))
 
 
@@ -261,13 +261,13 @@ def triangles(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     lower = _cholesky(unit)
     inverse = np.abs(np.linalg.inv(lower))
     least = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _squares(inverse))
-    found = Triangles(
+    result = Triangles(
         lower.transpose(0, 2, 1) * norms[:, None, :],
         np.ones(count),
         rank * (terms + rank + 2) * EPS / least,
         np.zeros(count),
     )
-    return found, usable & (least >= CONDITIONED)
+    return result, usable & (least >= CONDITIONED)
 
 
 def _cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -311,5 +311,5 @@ def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
 
 def _qr(stack: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return R of each matrix of a stack."""
-    found: Any = np.linalg.qr(stack, mode="r")  # NumPy 2.4 declares another type
-    return np.asarray(found, np.float64)
+    triangle: Any = np.linalg.qr(stack, mode="r")  # NumPy 2.4 declares another type
+    return np.asarray(triangle, np.float64)

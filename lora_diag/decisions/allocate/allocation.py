@@ -132,16 +132,16 @@ def allocate(
     chosen, left = _choose(parts, steps, every, budget, fixed, reserved)
     if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
-    found = rules(parts, every, left, np.array([_score(part, scores or weights) for part in parts]))
+    rule_results = rules(parts, every, left, np.array([_score(part, scores or weights) for part in parts]))
     if budget.unit == "energy":
-        found.pop()  # the allocation itself
+        rule_results.pop()  # the allocation itself
     if method == "heuristic":
-        chosen = _allocate_by(found[PRIOR], parts, steps, budget, chosen)
-    layers = _records(parts, chosen.ranks, found[0].ranks)
+        chosen = _allocate_by(rule_results[PRIOR], parts, steps, budget, chosen)
+    layers = _records(parts, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, found),
+        certificate=_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
         left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in names)),
     )
 
@@ -288,7 +288,7 @@ def _certificate(
     budget: Budget,
     ranges: tuple[int, int],
     chosen: BudgetedRanks,
-    found: Sequence[Rule],
+    rule_results: Sequence[Rule],
 ) -> Certificate:
     """Return the certificate of ranks; ``ranges``: cost of starting ranks and heads, parameters of the heads."""
     fixed, saved = ranges
@@ -318,7 +318,7 @@ def _certificate(
         epsilon_min=_epsilon_min(parts, chosen.ranks),
         price=price,
         slack=bound - kept + price * unused_budget,
-        baselines=tuple(_baseline(rule, parts, steps, budget, fixed, total) for rule in found),
+        baselines=tuple(_baseline(rule, parts, steps, budget, fixed, total) for rule in rule_results),
     )
 
 

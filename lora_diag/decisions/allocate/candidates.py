@@ -187,11 +187,11 @@ def units(
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
-    found = [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    joined = [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
     if losses is None:
-        return found
+        return joined
     known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
-    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in found]
+    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in joined]
 
 
 def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:

@@ -103,11 +103,11 @@ def rank_rules(
     from lora_diag.decisions.allocate.policies_table import policies_table
     from lora_diag.decisions.allocate.run import rank_table
 
-    found = rank_table(results, allow_unfinished)
-    for row in found if shown.json else ():
+    table = rank_table(results, allow_unfinished)
+    for row in table if shown.json else ():
         line(row.model_dump_json())
     if shown.table:
-        result(policies_table(found, *terminal(), per=shown.per))
+        result(policies_table(table, *terminal(), per=shown.per))
 
 
 def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:

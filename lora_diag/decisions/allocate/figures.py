@@ -126,8 +126,8 @@ def _rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) 
     max_width = 0.62 * inches
     texts = []
     for name, kept, spent, _ in rules:
-        found = f": {kept:.1%} ({_count(spent)})"
-        texts.append(cut(name, max_width - width_of(found, size), size) + found)
+        suffix = f": {kept:.1%} ({_count(spent)})"
+        texts.append(cut(name, max_width - width_of(suffix, size), size) + suffix)
     # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
     needed = max(width_of(text, size) for text in texts) + 2 * pad

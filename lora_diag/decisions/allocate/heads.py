@@ -43,8 +43,8 @@ def head_of(name: str) -> str | None:
     ('classifier', 'bert.pooler', None)
     >>> head_of("model.layers.3.score.weight")  # a block's own
     """
-    found = _HEAD.match(name)
-    return found[0] if found and depth_of(found[0]) is None else None
+    match = _HEAD.match(name)
+    return match[0] if match and depth_of(match[0]) is None else None
 
 
 def heads_to_save(

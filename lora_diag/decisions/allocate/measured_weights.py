@@ -77,23 +77,25 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     settings = results.run.settings
     first = records[0].set if records else ""
     gains = gains_of(records, first, first, settings["rank"], settings["seed"])
-    found = weights_of(gains, settings["rank"], spectra.layers)
-    if not any(layer in found.factors for gain in gains for layer in gain.layers):
+    measured = weights_of(gains, settings["rank"], spectra.layers)
+    if not any(layer in measured.factors for gain in gains for layer in gain.layers):
         raise UsageError(f"--layer-weights {path}: has no gain of a layer of these spectra; measure both on one BASE")
-    if not any(found.factors.values()):
+    if not any(measured.factors.values()):
         raise UsageError(
             f"--layer-weights {path}: no changed layer lowers the loss on {first} alone, so all weights are 0; use "
             "other weights"
         )
     what = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
-    notes = _notes(found)
+    notes = _notes(measured)
     if settings["delta"]:
         more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
         notes.append(
             f"gains from {more} are not used: ranks from them trained no better (docs, reference/probe-sensitivity)"
         )
-    described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(notes))
-    return Measured(described, factors=found.factors, scores=found.scores)
+    described = RunInput(
+        role="weights", path=legible(path), kind=what, tensors=len(measured.factors), notes=tuple(notes)
+    )
+    return Measured(described, factors=measured.factors, scores=measured.scores)
 
 
 def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Measured:
@@ -125,14 +127,14 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
     return Measured(described, losses={record.layer: records[record.layer].fisher for record in both})
 
 
-def _notes(found: Weights) -> list[str]:
+def _notes(measured: Weights) -> list[str]:
     """State which layers get weight 0, and which gains are within noise."""
-    missing = [layer for layer in found.not_adapted if part_of(layer) == "matrices"]
+    missing = [layer for layer in measured.not_adapted if part_of(layer) == "matrices"]
     lines = [
-        (found.negative, "have no gain alone and get weight 0, so no rank"),
+        (measured.negative, "have no gain alone and get weight 0, so no rank"),
         (missing, "were not adapted alone and get weight 0, so no rank"),
-        (found.unclear, "gain less than two standard errors, and are used unchanged"),
-        (found.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
+        (measured.unclear, "gain less than two standard errors, and are used unchanged"),
+        (measured.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
     return [f"{len(names)} of them {what}: {_listed(names)}" for names, what in lines if names]
 

@@ -30,19 +30,19 @@ def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints)
     Raises:
         UsageError: The budget is too small for every rank.
     """
-    found: list[Allocated] = []
+    allocated: list[Allocated] = []
     refused: UsageError | None = None
     for rank in constraints.ranks_from or GRID:
         if not constraints.min_rank <= rank <= (constraints.max_rank or rank):
             continue
         try:
-            found.append(plan(replace(constraints, ranks_from=(rank,))))
+            allocated.append(plan(replace(constraints, ranks_from=(rank,))))
         except UsageError as error:
             refused = refused or error
-    if not found:
+    if not allocated:
         raise refused or UsageError("--portable: no rank lies between --min-rank and --max-rank")
-    best = max(found, key=lambda one: (one.certificate.kept, -one.certificate.spent))
-    kept, bound = best.certificate.kept, max(one.certificate.bound for one in found)
+    best = max(allocated, key=lambda one: (one.certificate.kept, -one.certificate.spent))
+    kept, bound = best.certificate.kept, max(one.certificate.bound for one in allocated)
     update = {
         "bound": bound,
         "gap": max(0.0, bound - kept),

@@ -122,10 +122,10 @@ def check(
     """
     for option, names in (("target_modules", modules), ("target_parameters", parameters)):
         entries = config.get(option) or []
-        found = {name: [path for path in every if _ends_in(path, name)] for name in entries}
-        if unmatched := [name for name, paths in found.items() if not paths]:
+        matching = {name: [path for path in every if _ends_in(path, name)] for name in entries}
+        if unmatched := [name for name, paths in matching.items() if not paths]:
             raise InputError(f"adapter_config.json: {option} {unmatched[0]!r} matches no layer")
-        reached = {path for paths in found.values() for path in paths}
+        reached = {path for paths in matching.values() for path in paths}
         if differing := reached ^ set(names):
             raise InputError(f"adapter_config.json: {option} cannot tell {min(differing)} from other layers")
     targets = {**modules, **parameters}
@@ -138,12 +138,12 @@ def check(
             raise InputError(f"adapter_config.json: rank_pattern gives {path} rank {sorted(claimed)}, not {rank}")
 
 
-def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
+def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
     """Compare an allocation with the ranks and scalings of PEFT.
 
     Args:
         results: The allocation.
-        found: Rank and scaling by module or parameter of the model in memory.
+        configured: Rank and scaling by module or parameter of the model in memory.
         scaling: The requested scaling.
 
     Raises:
@@ -152,7 +152,7 @@ def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]]
     modules, parameters = _targets(results)
     expected = modules | parameters
     default_rank = _most_common(expected.values())
-    remaining = dict(found)
+    remaining = dict(configured)
     for path, rank in expected.items():
         module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
         names = [name for name in remaining if _ends_in(name, _WRAPPERS.sub("", module))]

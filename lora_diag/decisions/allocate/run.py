@@ -99,8 +99,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _spectra(results, allow_unfinished)
-    found = _factors(weights, spectra, allow_unfinished)
-    if found.losses is not None and relative:
+    factors = _factors(weights, spectra, allow_unfinished)
+    if factors.losses is not None and relative:
         raise UsageError(
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
@@ -110,14 +110,14 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             spectra.layers,
             budget,
             constraints,
-            found.factors,
+            factors.factors,
             relative,
             target,
             exclude,
-            found.losses,
+            factors.losses,
             spectra.left_out,
             method=method,
-            scores=found.scores,
+            scores=factors.scores,
         )
 
     chosen = one_rank(plan, constraints) if portable else plan(constraints)
@@ -129,7 +129,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     run = Run(
         command="allocate",
         version=__version__,
-        inputs=(described, *spectra.run.inputs, *((found.described,) if found.described else ())),
+        inputs=(described, *spectra.run.inputs, *((factors.described,) if factors.described else ())),
         settings={
             "budget": budget.option,
             "energy": energy,
@@ -370,10 +370,10 @@ def _weights(arguments: Mapping[str, float] | Path | str | None, spectra: Result
     full = {record.layer for record in spectra}
     if unknown := [name for name in table if name not in short and name not in full]:
         raise UsageError(f"{where}: {unknown[0]} is not a layer of these results; use names as in the results file")
-    found = {short.get(name, name): float(value) for name, value in table.items()}
-    if default is None and (missing := [layer for layer in full if layer not in found]):
+    by_layer = {short.get(name, name): float(value) for name, value in table.items()}
+    if default is None and (missing := [layer for layer in full if layer not in by_layer]):
         raise UsageError(
             f"{where}: {len(missing)} layers have no weight, such as {min(missing)}; "
             'add them, or a weight for all others under "default"'
         )
-    return {layer: found.get(layer, default if default is not None else 0.0) for layer in full}
+    return {layer: by_layer.get(layer, default if default is not None else 0.0) for layer in full}

@@ -162,13 +162,13 @@ def plan(
     for delta in pairing.deltas:
         if not delta.is_matrix:
             continue
-        found = RESIZED if save and delta.layer in resized else model.target(delta)
-        if portable and isinstance(found, Target) and found.kind == "parameter":
-            found = "stacked experts, which a portable adapter cannot hold"
-        if isinstance(found, Target):
-            targets[delta.layer] = found
+        target = RESIZED if save and delta.layer in resized else model.target(delta)
+        if portable and isinstance(target, Target) and target.kind == "parameter":
+            target = "stacked experts, which a portable adapter cannot hold"
+        if isinstance(target, Target):
+            targets[delta.layer] = target
         else:
-            refused[delta.layer] = found
+            refused[delta.layer] = target
     _refuse_repeated(tuned, targets)
     return Plan(base, model, pairing, targets, refused, save, portable)
 

@@ -148,17 +148,17 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
         return _without_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
-    plain = found = best
+    plain = factors = best
     if change is not files:
         spectrum = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     if weighted is not None:
-        found = _projected(change, best, rank, weighted)
+        factors = _projected(change, best, rank, weighted)
         plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
     curve = _curve(plain, rank)
     b, a = store(
         *(
             part.to(dtype=getattr(torch, settings.dtype)).cpu()
-            for part in split_factors(found, rank, layer.transposed, settings.split)
+            for part in split_factors(factors, rank, layer.transposed, settings.split)
         )
     )
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
@@ -200,8 +200,10 @@ def _before_rounding(
     estimate = recover_layer(delta, change.fro, CURVE, settings.seed, device, settings.memory)
     if estimate.hidden.status != "recovered":
         return change, estimate.hidden
-    found = estimate.change(settings.memory)
-    new = replace(change, fro=found.fro, matrix=found.matrix, streamed=found.streamed, limit=found.limit)
+    recovered = estimate.change(settings.memory)
+    new = replace(
+        change, fro=recovered.fro, matrix=recovered.matrix, streamed=recovered.streamed, limit=recovered.limit
+    )
     return new, estimate.hidden
 
 
@@ -257,8 +259,8 @@ def _decompose(
     """Return the kept singular values and vectors, and all values that determine their number."""
     limit = min(layer.shape)
     if layer.rank.at_most is not None:
-        found = _vectors(change, min(layer.rank.at_most, limit), settings)
-        return found, found
+        factors = _vectors(change, min(layer.rank.at_most, limit), settings)
+        return factors, factors
     every = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
     rank = 0
     if hidden is not None and hidden.status == "recovered":
@@ -283,14 +285,14 @@ def _vectors(change: Change, rank: int, settings: ExtractionSettings, known: Fac
     return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
 
 
-def split_factors(found: Factors, rank: int, transposed: bool, split: str) -> tuple[Tensor, Tensor]:
+def split_factors(factors: Factors, rank: int, transposed: bool, split: str) -> tuple[Tensor, Tensor]:
     """Return B and A in PEFT's orientation, float64."""
-    assert found.u is not None
-    assert found.vh is not None
-    left, right = found.u[:, :rank], found.vh[:rank]
+    assert factors.u is not None
+    assert factors.vh is not None
+    left, right = factors.u[:, :rank], factors.vh[:rank]
     if transposed:
         left, right = right.T, left.T
-    s = found.s[:rank].to(left.device)
+    s = factors.s[:rank].to(left.device)
     if split == "b":
         return left * s, right
     return left * s.sqrt(), s.sqrt()[:, None] * right

@@ -197,9 +197,9 @@ def pooled(records: Sequence[Extraction], field: Literal["epsilon", "epsilon_min
 
 def pooled_data(records: Sequence[Extraction], field: Literal["epsilon", "least_epsilon"]) -> float | None:
     """Return a pooled error in the data metric of several layers; None if no layer has one."""
-    found = [record.data for record in records if record.data is not None]
-    total = math.hypot(*(data.fro for data in found))
-    return math.hypot(*(getattr(data, field) * data.fro for data in found)) / total if total else None
+    measures = [record.data for record in records if record.data is not None]
+    total = math.hypot(*(data.fro for data in measures))
+    return math.hypot(*(getattr(data, field) * data.fro for data in measures)) / total if total else None
 
 
 def pooled_energy(records: Sequence[Extraction]) -> float:

@@ -23,9 +23,9 @@ class Stored:
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
         """Return all subjects of a kind."""
         if kind not in self.subjects:
-            found = subjects(kind, self.source) if self.source.holds(kind) else []
+            stored = subjects(kind, self.source) if self.source.holds(kind) else []
             self.subjects[kind] = {}
-            for subject in found:
+            for subject in stored:
                 key = (subject.layer, *subject.key)
                 # With two records in one place it is undefined which one a new record is compared with.
                 twice = key in self.subjects[kind] and subject.record is not None

@@ -162,7 +162,7 @@ def is_same_name(first: str, second: str) -> bool:
     (True, False)
     """
     parts = [[part for part in name.replace("\\", "/").lower().split("/") if part] for name in (first, second)]
-    both_ids = all(len(found) == 2 and found[0] not in {".", ".."} for found in parts)
+    both_ids = all(len(name_parts) == 2 and name_parts[0] not in {".", ".."} for name_parts in parts)
     absolute = any(name.startswith(("/", "~")) or ":" in name for name in (first, second))
     return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 

@@ -52,9 +52,9 @@ def _of_record(record: object) -> Iterator[str]:
 def _totals(results: Results[Any]) -> Iterator[str]:
     if results.end is None or not results.layers:
         return
-    expected, found = results.end, totals(results.layers, results.left_out)
+    expected, actual = results.end, totals(results.layers, results.left_out)
     for name in ("fro", "base_fro"):
-        before, now = getattr(expected, name), getattr(found, name)
+        before, now = getattr(expected, name), getattr(actual, name)
         if (before is None) != (now is None) or (before is not None and not _close(before, now)):
             yield f"end: {name} is {_shown(before)}, but {_shown(now)} by the records of the layers"
 
@@ -138,26 +138,28 @@ def _effective_rank(s: Sequence[float]) -> float:
 
 
 def _resolution(record: Spectrum) -> Iterator[str]:
-    found, s = record.resolution, record.s
-    above = [sum(value > found.edge * factor for value in s) for factor in (1 + DIGITS, 1 - DIGITS)]
-    if found.signal_rank is None:
+    resolution, s = record.resolution, record.s
+    above = [sum(value > resolution.edge * factor for value in s) for factor in (1 + DIGITS, 1 - DIGITS)]
+    if resolution.signal_rank is None:
         agrees = not record.complete and above[1] == len(s)
     else:
-        agrees = above[0] <= found.signal_rank <= above[1]
+        agrees = above[0] <= resolution.signal_rank <= above[1]
     if not agrees:
-        yield f"resolution.signal_rank is {_shown(found.signal_rank)}, but {above[0]} singular values exceed edge"
+        yield f"resolution.signal_rank is {_shown(resolution.signal_rank)}, but {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
         # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
-        least = found.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
-        if not least * (1 - DIGITS) <= found.edge <= 3 * found.noise_fro * (1 + DIGITS):
-            yield f"resolution.edge is {found.edge:.9g}, but {least:.9g} to {3 * found.noise_fro:.9g} by noise_fro"
-    noise = (found.noise_fro / record.fro) ** 2
+        least = resolution.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
+        if not least * (1 - DIGITS) <= resolution.edge <= 3 * resolution.noise_fro * (1 + DIGITS):
+            most = 3 * resolution.noise_fro
+            yield f"resolution.edge is {resolution.edge:.9g}, but {least:.9g} to {most:.9g} by noise_fro"
+    noise = (resolution.noise_fro / record.fro) ** 2
     verdicts = [
-        "unresolved" if found.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""
+        "unresolved" if resolution.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""
         for share in (noise * (1 - ROUNDING), noise * (1 + ROUNDING))
     ]
-    if found.verdict not in [verdict or "floor-limited" for verdict in verdicts]:
-        yield f"resolution.verdict is {found.verdict}, but noise_fro is {found.noise_fro / record.fro:.3g} of fro"
+    if resolution.verdict not in [verdict or "floor-limited" for verdict in verdicts]:
+        relative = resolution.noise_fro / record.fro
+        yield f"resolution.verdict is {resolution.verdict}, but noise_fro is {relative:.3g} of fro"
 
 
 def _residual(record: Residual) -> Iterator[str]:
@@ -173,9 +175,9 @@ def _residual(record: Residual) -> Iterator[str]:
         yield from _distance(record.data, "data.")
 
 
-def _distance(found: Distance, prefix: str) -> Iterator[str]:
+def _distance(distance: Distance, prefix: str) -> Iterator[str]:
     """Yield contradictions to ε² = 1 + ρ² − 2ρ·cos and its consequences."""
-    epsilon, ratio, cosine = found.epsilon, found.norm_ratio, found.cosine
+    epsilon, ratio, cosine = distance.epsilon, distance.norm_ratio, distance.cosine
     if epsilon is None or ratio is None:
         return
     square = 1.0 if cosine is None else 1 + ratio**2 - 2 * ratio * cosine
@@ -184,16 +186,18 @@ def _distance(found: Distance, prefix: str) -> Iterator[str]:
     elif abs(epsilon**2 - square) > FLOAT32 * (1 + ratio**2):
         yield f"{prefix}epsilon is {epsilon:.9g}, but {math.sqrt(max(0.0, square)):.9g} by norm_ratio and cosine"
     if cosine is not None:
-        scale, best = found.best_scale, found.epsilon_best_scale
+        scale, best = distance.best_scale, distance.epsilon_best_scale
         if scale is None or best is None or abs(scale * ratio - cosine) > ROUNDING:
             yield f"{prefix}best_scale is {_shown(scale)}, but {cosine / ratio:.9g} by cosine and norm_ratio"
         elif abs(best**2 - max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2)) > ROUNDING * (1 + epsilon**2):
             yield f"{prefix}epsilon_best_scale is {best:.9g}, which epsilon and best_scale contradict"
-    excess = None if found.epsilon_min is None else epsilon**2 - found.epsilon_min**2
-    if (excess is None) != (found.excess is None) or (
-        excess is not None and found.excess is not None and abs(excess - found.excess) > ROUNDING * (1 + epsilon**2)
+    excess = None if distance.epsilon_min is None else epsilon**2 - distance.epsilon_min**2
+    if (excess is None) != (distance.excess is None) or (
+        excess is not None
+        and distance.excess is not None
+        and abs(excess - distance.excess) > ROUNDING * (1 + epsilon**2)
     ):
-        yield f"{prefix}excess is {_shown(found.excess)}, but {_shown(excess)} by epsilon and epsilon_min"
+        yield f"{prefix}excess is {_shown(distance.excess)}, but {_shown(excess)} by epsilon and epsilon_min"
 
 
 def _close(first: float, second: float) -> bool:

@@ -121,13 +121,15 @@ def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion]
 
 def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     (field,) = find(suggestion.field)
-    found = list(_subjects(suggestion, field, sources))
-    values = [(float(value), s.layer or "") for s in found if isinstance(value := value_of(field, s)[0], float | int)]
+    matching = list(_subjects(suggestion, field, sources))
+    values = [
+        (float(value), s.layer or "") for s in matching if isinstance(value := value_of(field, s)[0], float | int)
+    ]
     if not values:
         return ""
     worst = max(values, key=lambda pair: pair[0] if suggestion.worst == "max" else -pair[0])
     limit = _limit(worst[0], field, suggestion.worst)
-    kept = max(len(getattr(subject.record, "s", ())) for subject in found)
+    kept = max(len(getattr(subject.record, "s", ())) for subject in matching)
     if limit is None or (field.path[0] == "rank_at" and limit >= kept):
         return ""  # such as the rank of an adapter: its updates cannot need more than it has
     sign, end = ("<=", "highest") if suggestion.worst == "max" else (">=", "lowest")
@@ -137,28 +139,30 @@ def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     return (
         f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{at}; the limit is {MARGIN:.0%} beyond.\n"
         f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
-        f'severity = "error"\nmessage = "{suggestion.message}"\n{_coverage(field, found)}'
+        f'severity = "error"\nmessage = "{suggestion.message}"\n{_coverage(field, matching)}'
     )
 
 
-def _coverage(field: Field, found: Sequence[Subject]) -> str:
+def _coverage(field: Field, matching: Sequence[Subject]) -> str:
     """Return the coverage of a field that is null in some records, such as the cosine of a zero update."""
-    none = [subject for subject in found if subject.record is not None and field.of(subject.record) is None]
-    if not none or any(subject.fro is None for subject in found):
+    none = [subject for subject in matching if subject.record is not None and field.of(subject.record) is None]
+    if not none or any(subject.fro is None for subject in matching):
         return ""
-    energy = math.fsum((subject.fro or 0.0) ** 2 for subject in found)
+    energy = math.fsum((subject.fro or 0.0) ** 2 for subject in matching)
     without = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
     if not without:
         return ""
     share = math.floor(100 * (1 - without / energy)) / 100
-    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(found)} layers\n"
+    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(matching)} layers\n"
 
 
 def _subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
     for source in sources:
         if source.holds(field.kind):
-            found = subjects(field.kind, source)
-            yield from (s for s in found if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter")
+            matching = subjects(field.kind, source)
+            yield from (
+                s for s in matching if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter"
+            )
 
 
 def _limit(worst: float, field: Field, end: str) -> float | None:

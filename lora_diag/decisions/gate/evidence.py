@@ -110,8 +110,11 @@ def checked(source: Source) -> Source:
     """
     results = source.results
     if results.end is not None:
-        expected, found = results.end, totals(results.layers, results.left_out)
-        for name, n, of in (("layers", found.layers, expected.layers), ("left_out", found.left_out, expected.left_out)):
+        expected, actual = results.end, totals(results.layers, results.left_out)
+        for name, n, of in (
+            ("layers", actual.layers, expected.layers),
+            ("left_out", actual.left_out, expected.left_out),
+        ):
             if n != of:
                 raise InputError(
                     f"{source.path}: has {n} {name}, but its last line states {of}, so it was truncated or edited; "
@@ -150,24 +153,24 @@ def subjects(
         by_group.setdefault(tuple(getattr(record, name) for name in _group_fields(type(record))), []).append(record)
     layers = dict.fromkeys(record.layer for record in records)
     norms = {record.layer: getattr(record, "fro", None) for record in records}
-    found: list[Subject] = []
+    matching: list[Subject] = []
     for values, key in _stable(list(by_group) or [()]):
         names = [f"{name} {value}" for name, value in zip(_group_fields(cls), values, strict=True)]
         group = ", ".join((*prefix, *names))
         of_group = by_group.get(values, [])
-        found += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
+        matching += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
         missing = layers.keys() - {record.layer for record in of_group}
-        found += [
+        matching += [
             Subject(layer, group, key, None, "the file has no record of it", norms[layer])
             for layer in layers
             if layer in missing
         ]
-        found += [
+        matching += [
             Subject(item.layer, group, key, None, f"not measured: {item.detail}", item.fro)
             for item in results.left_out
             if item.reason not in NO_CANDIDATES | left_out and len(item.shape) != 1 and item.layer not in layers
         ]
-    return found
+    return matching
 
 
 def _group_fields(cls: type[Record]) -> tuple[str, ...]:
@@ -213,8 +216,8 @@ def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tup
 def floor_of(record: Record) -> str:
     """Return the resolution verdict of a record; ``resolved`` without one."""
     resolution = getattr(record, "resolution", None) or getattr(getattr(record, "spectrum", None), "resolution", None)
-    found = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
-    return found if isinstance(found, str) else "resolved"
+    verdict = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
+    return verdict if isinstance(verdict, str) else "resolved"
 
 
 def command_for(kind: str) -> str:

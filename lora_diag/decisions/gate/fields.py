@@ -80,8 +80,8 @@ def find(name: str) -> tuple[Field, ...]:
         return (field,)
     # ``end`` has counts; its norms repeat those of the layers' records, so they need their full name.
     kinds = [kind for kind in KINDS if kind != "end"]
-    found = (_resolve(kind, KINDS[kind], (), (first, *rest), False) for kind in kinds)
-    return tuple(field for field in found if field is not None)
+    fields = (_resolve(kind, KINDS[kind], (), (first, *rest), False) for kind in kinds)
+    return tuple(field for field in fields if field is not None)
 
 
 def similar(name: str) -> str | None:
@@ -154,6 +154,8 @@ def _bare(hint: Any, share: bool) -> tuple[Any, bool]:
 @cache
 def _properties(kind: type[Record]) -> dict[str, Any]:
     """Return the derived values of a kind of record, such as ``relative``, with their types."""
-    found = {name: value for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, property)}
-    own = {name: value for name, value in found.items() if value.fget and value.fget.__module__.startswith("lora_diag")}
+    members = {name: value for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, property)}
+    own = {
+        name: value for name, value in members.items() if value.fget and value.fget.__module__.startswith("lora_diag")
+    }
     return {name: get_type_hints(value.fget, include_extras=True).get("return") for name, value in own.items()}

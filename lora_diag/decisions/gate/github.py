@@ -30,10 +30,10 @@ SUMMARY_BYTES = 900 * 1024
 
 def workflow_commands(results: Results[Any]) -> list[str]:
     """Return workflow commands: errors for failures and inconclusive verdicts, warnings for warnings."""
-    found = verdicts_of(results)
+    all_verdicts = verdicts_of(results)
     policy = policy_file(results)
-    errors = [verdict for verdict in found if verdict.blocks]
-    warnings = [v for v in found if v.status in {"warned", "inconclusive"} and not v.blocks]
+    errors = [verdict for verdict in all_verdicts if verdict.blocks]
+    warnings = [v for v in all_verdicts if v.status in {"warned", "inconclusive"} and not v.blocks]
     lines = []
     for kind, verdicts in (("error", errors), ("warning", warnings)):
         rules: dict[str, list[Verdict]] = {}
@@ -45,13 +45,15 @@ def workflow_commands(results: Results[Any]) -> list[str]:
     return lines
 
 
-def _annotation(kind: str, found: list[Verdict], policy: str | None) -> str:
+def _annotation(kind: str, verdicts: list[Verdict], policy: str | None) -> str:
     """Return the annotation of one rule: its worst layers, the number of others, and the fix."""
-    worst = found[0]
+    worst = verdicts[0]
     where = f"file={_property(policy)},line={worst.line}," if worst.line and policy else ""
-    layers = [f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in found[:WORST]]
-    more = f"; and {len(found) - WORST} more" if len(found) > WORST else ""
-    description = shared_description(found) if worst.message else ""
+    layers = [
+        f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in verdicts[:WORST]
+    ]
+    more = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
+    description = shared_description(verdicts) if worst.message else ""
     text = f"{'; '.join(layers)}{more}. Allowed: {worst.allowed}. {description}".rstrip()
     return f"::{kind} {where}title={_property(f'loradiag gate: {worst.rule}')}::{_data(safe(text))}"
 
@@ -78,9 +80,9 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     """Return a step summary in Markdown of at most ``room`` bytes; the rest is counted."""
     head = f"## loradiag gate: {cell(headline(results))}\n\n"
     lines = [
-        f"- **{cell(rule)}** {status}: {cell(shared_description(found))}\n"
+        f"- **{cell(rule)}** {status}: {cell(shared_description(verdicts))}\n"
         for status in ("failed", "inconclusive", "warned", "waived")
-        for rule, found in by_rule(results, status)
+        for rule, verdicts in by_rule(results, status)
     ]
     table = "\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n"
     rows = [_row(verdict) for verdict in verdicts_of(results)]
@@ -107,4 +109,4 @@ def cell(text: str) -> str:
     >>> cell("a|b<i>"), cell("model.layers.0.mlp.up_proj")
     ('a&#124;b&#60;i&#62;', 'model.layers.0.mlp.up_proj')
     """
-    return re.sub(r"[&<>|`*~\[\]\\@#!$^{}]|:(?=//)", lambda found: f"&#{ord(found[0])};", safe(text))
+    return re.sub(r"[&<>|`*~\[\]\\@#!$^{}]|:(?=//)", lambda match: f"&#{ord(match[0])};", safe(text))

@@ -193,15 +193,15 @@ def problem_with(condition: Condition, field: Field) -> str | None:
 
 
 def _tokens(text: str) -> Tokens:
-    found, at, end = [], 0, len(text.rstrip())
+    tokens, at, end = [], 0, len(text.rstrip())
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
             raise ConditionError(f"'{text}': cannot be parsed from '{text[at:].strip()}' on")
         kind = match.lastgroup or ""
-        found.append(("quoted" if kind in {"double", "single"} else kind, match[kind]))
+        tokens.append(("quoted" if kind in {"double", "single"} else kind, match[kind]))
         at = match.end()
-    return found
+    return tokens
 
 
 def _test(tokens: Tokens, text: str) -> tuple[str, Comparison, Tokens]:

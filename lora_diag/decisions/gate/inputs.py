@@ -67,11 +67,11 @@ def _is_recent(source: Source, max_age: timedelta, now: datetime) -> Verdict:
 
 def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
     """Yield whether every input of a role is pinned by the policy."""
-    found = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
+    of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
     allowed = "as [inputs] pins it"
-    if not found:
+    if not of_role:
         yield _verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
-    for run_input in found:
+    for run_input in of_role:
         name = f"{role} {run_input.path}"
         if run_input.fingerprint == fingerprint:
             yield _verdict(name, "pinned", allowed, "passed", f"fingerprint {fingerprint}")

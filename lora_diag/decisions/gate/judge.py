@@ -64,12 +64,12 @@ def judge(
     waivers = Waivers(policy, today)
     stored = Stored(baseline) if baseline is not None else None
     about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, unmatched, now)]
-    found = [*about, *map(waivers.apply, run_checks(policy, sources, stored))]
+    verdicts = [*about, *map(waivers.apply, run_checks(policy, sources, stored))]
     for rule in policy.rules:
-        found += _judge_rule(policy, rule, sources, waivers)
+        verdicts += _judge_rule(policy, rule, sources, waivers)
     for regression in policy.regressions:
-        found += _judge_regression(policy, regression, sources, stored, waivers)
-    return (*found, *waivers.reports())
+        verdicts += _judge_regression(policy, regression, sources, stored, waivers)
+    return (*verdicts, *waivers.reports())
 
 
 def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
@@ -96,8 +96,8 @@ def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
 
 def _checks_apply(sources: Sequence[Source]) -> bool:
     """Return whether built-in checks alone apply to the results."""
-    found = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
-    return found or has_updates(sources) or any(source.results.end is None for source in sources)
+    non_finite = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
+    return non_finite or has_updates(sources) or any(source.results.end is None for source in sources)
 
 
 def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
@@ -146,12 +146,12 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
         compared = value == "true" if field.leaf == "flag" else value
         return Finding(subject, value, rule.require.text, rule.require.test.holds(compared))
 
-    found = [find_value(subject) for subject in _selected(policy, rule, field, sources)]
-    if not found:
+    values = [find_value(subject) for subject in _selected(policy, rule, field, sources)]
+    if not values:
         return [_empty_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
     if rule.require.per_layer:
-        return _each(policy, rule, found, waivers)
-    groups = groupby(found, key=lambda finding: finding.subject.group)
+        return _each(policy, rule, values, waivers)
+    groups = groupby(values, key=lambda finding: finding.subject.group)
     return [_aggregate(policy, rule, field, group, list(members), waivers) for group, members in groups]
 
 
@@ -175,10 +175,10 @@ def _judge_regression(
         limit, text = stored.limit(demand, before)
         return Finding(subject, value, text, value <= limit if demand.worse == "higher" else value >= limit)
 
-    found = [find_value(subject) for subject in _selected(policy, demand, field, sources)]
-    if not found:
+    values = [find_value(subject) for subject in _selected(policy, demand, field, sources)]
+    if not values:
         return [_empty_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
-    return _each(policy, demand, found, waivers)
+    return _each(policy, demand, values, waivers)
 
 
 def _field(
@@ -210,18 +210,18 @@ def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence
     holding = [source for source in sources if source.holds(field.kind)]
     taken: list[Subject] = []
     for source in holding:
-        found = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
-        taken += _where(policy, demand, field, found)
+        selected = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
+        taken += _where(policy, demand, field, selected)
     if demand.where and not taken:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record matches 'where'")
     of_layers = field.kind in LAYER_KINDS
     return [s for s in taken if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
-def _where(policy: Policy, demand: Criterion, field: Field, found: list[Subject]) -> list[Subject]:
+def _where(policy: Policy, demand: Criterion, field: Field, selected: list[Subject]) -> list[Subject]:
     """Keep the records that match ``where``, and missing ones next to such records."""
     if not demand.where:
-        return found
+        return selected
     tests: list[tuple[Field, object]] = []
     for name, value in demand.where.items():
         own = [other for other in find(name) if other.kind == field.kind]
@@ -233,15 +233,15 @@ def _where(policy: Policy, demand: Criterion, field: Field, found: list[Subject]
         record = subject.record
         return record is not None and all(other.of(record) == value for other, value in tests)
 
-    others = {s.group for s in found if s.record is not None} - {s.group for s in found if fits(s)}
-    return [s for s in found if fits(s) or (s.record is None and s.group not in others)]
+    others = {s.group for s in selected if s.record is not None} - {s.group for s in selected if fits(s)}
+    return [s for s in selected if fits(s) or (s.record is None and s.group not in others)]
 
 
-def _each(policy: Policy, demand: Criterion, found: list[Finding], waivers: Waivers) -> list[Verdict]:
+def _each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
     """Judge every record separately."""
-    enough, why = _covered(policy, demand, found)
+    enough, why = _covered(policy, demand, findings)
     verdicts = []
-    for finding in found:
+    for finding in findings:
         if finding.ok is None and (enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)):
             status = "not judged"
         elif finding.ok is None:
@@ -249,18 +249,20 @@ def _each(policy: Policy, demand: Criterion, found: list[Finding], waivers: Waiv
         else:
             status = "passed" if finding.ok else "failed"
         verdicts.append(waivers.apply(_verdict(demand, finding, status)))
-    if not any(finding.ok is not None for finding in found) and not any(v.status == "waived" for v in verdicts):
-        verdicts.append(_empty_verdict(demand, found[0].allowed, why))
+    if not any(finding.ok is not None for finding in findings) and not any(v.status == "waived" for v in verdicts):
+        verdicts.append(_empty_verdict(demand, findings[0].allowed, why))
     return verdicts
 
 
-def _aggregate(policy: Policy, rule: Rule, field: Field, group: str, found: list[Finding], waivers: Waivers) -> Verdict:
+def _aggregate(
+    policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding], waivers: Waivers
+) -> Verdict:
     """Judge one aggregate of all records; if it fails, waived layers are excluded."""
-    verdict = _one_number(policy, rule, field, group, found)
+    verdict = _one_number(policy, rule, field, group, findings)
     if verdict.status in {"passed", "not judged"}:
         return verdict
-    waived = {f.subject.layer: w for f in found if (w := waivers.of(rule.name, f.subject.layer))}
-    rest = [finding for finding in found if finding.subject.layer not in waived]
+    waived = {f.subject.layer: w for f in findings if (w := waivers.of(rule.name, f.subject.layer))}
+    rest = [finding for finding in findings if finding.subject.layer not in waived]
     if waived and (not rest or _one_number(policy, rule, field, group, rest).status == "passed"):
         waiver = next(iter(waived.values()))
         waivers.used |= set(waived.values())
@@ -268,12 +270,12 @@ def _aggregate(policy: Policy, rule: Rule, field: Field, group: str, found: list
     return verdict
 
 
-def _one_number(policy: Policy, rule: Rule, field: Field, group: str, found: list[Finding]) -> Verdict:
-    judged = [finding for finding in found if not finding.reason]
-    enough, why = _covered(policy, rule, found)
+def _one_number(policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding]) -> Verdict:
+    judged = [finding for finding in findings if not finding.reason]
+    enough, why = _covered(policy, rule, findings)
     subject = Subject(None, group, (), None)
     if not judged or not enough:
-        reasons = [finding.reason for finding in found if finding.reason and finding.subject.fro != 0]
+        reasons = [finding.reason for finding in findings if finding.reason and finding.subject.fro != 0]
         why = f"{why}; {reasons[0]}" if reasons else why
         return _verdict(rule, Finding(subject, None, rule.require.text, None, why), "inconclusive")
     values = [f.value == "true" if field.leaf == "flag" else f.value for f in judged if f.value is not None]
@@ -282,18 +284,18 @@ def _one_number(policy: Policy, rule: Rule, field: Field, group: str, found: lis
     return _verdict(rule, Finding(subject, measured, rule.require.text, ok), "passed" if ok else "failed")
 
 
-def _covered(policy: Policy, demand: Criterion, found: list[Finding]) -> tuple[bool, str]:
+def _covered(policy: Policy, demand: Criterion, findings: list[Finding]) -> tuple[bool, str]:
     """Return whether enough of the selected subjects have a value, and a description."""
-    judged = [finding for finding in found if not finding.reason]
-    rest = [finding for finding in found if finding.reason]
+    judged = [finding for finding in findings if not finding.reason]
+    rest = [finding for finding in findings if finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
     if not judged:
-        return False, f"none of the {len(found)} selected could be judged"
+        return False, f"none of the {len(findings)} selected could be judged"
     if not rest:
         return True, ""
-    count = f"{len(judged)} of {len(found)} selected could be judged"
+    count = f"{len(judged)} of {len(findings)} selected could be judged"
     if policy.coverage.by == "layers":
-        return len(judged) >= minimum * len(found), count
+        return len(judged) >= minimum * len(findings), count
     missing = [finding.subject.fro for finding in rest]
     unknown = [finding.subject.layer for finding in rest if finding.subject.fro is None]
     if unknown:

@@ -35,8 +35,8 @@ def junit(results: Results[Any]) -> str:
             )
     for rule, cases in suites.items():
         suite = SubElement(root, "testsuite", name=safe(rule))
-        for name, found in cases.items():
-            _add(SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0"), found)
+        for name, verdicts in cases.items():
+            _add(SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0"), verdicts)
         _count(suite, suite)
     _count(root, root)
     indent(root)
@@ -48,39 +48,39 @@ def _case(verdict: Verdict) -> str:
     return f"{kind} ({verdict.group})" if verdict.group else kind
 
 
-def _add(case: Element, found: Sequence[Verdict]) -> None:
+def _add(case: Element, verdicts: Sequence[Verdict]) -> None:
     """Set the result of a case: its worst verdict."""
     for status, tag in (("failed", "failure"), ("inconclusive", "error")):
-        bad = [verdict for verdict in found if verdict.status == status and verdict.blocks]
+        bad = [verdict for verdict in verdicts if verdict.status == status and verdict.blocks]
         if bad:
             SubElement(case, tag, type=status, message=_message(bad)).text = _details(bad)
             return
-    waived = [verdict for verdict in found if verdict.status == "waived"]
-    if waived and not any(verdict.status == "passed" for verdict in found):
+    waived = [verdict for verdict in verdicts if verdict.status == "waived"]
+    if waived and not any(verdict.status == "passed" for verdict in verdicts):
         SubElement(case, "skipped", message=safe(waived[0].message))
         return
-    skipped = [verdict for verdict in found if verdict.status == "not judged"]
-    if len(skipped) == len(found):
+    skipped = [verdict for verdict in verdicts if verdict.status == "not judged"]
+    if len(skipped) == len(verdicts):
         SubElement(case, "skipped", message=safe(skipped[0].message))
         return
-    lines = [verdict for verdict in found if verdict.status != "passed"]
+    lines = [verdict for verdict in verdicts if verdict.status != "passed"]
     if lines:
         SubElement(case, "system-out").text = _details(lines)
 
 
-def _message(found: Sequence[Verdict]) -> str:
-    first = found[0]
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+def _message(verdicts: Sequence[Verdict]) -> str:
+    first = verdicts[0]
+    more = f" and {len(verdicts) - 1} more" if len(verdicts) > 1 else ""
     text = f": {safe(first.message)}" if first.message else ""
     return f"{subject_name(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{text}"
 
 
-def _details(found: Sequence[Verdict]) -> str:
+def _details(verdicts: Sequence[Verdict]) -> str:
     lines = [
         f"{subject_name(v)}: {v.status}, measured {measured(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
-        for v in found[:NAMED]
+        for v in verdicts[:NAMED]
     ]
-    return "\n".join([*lines, *([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])])
+    return "\n".join([*lines, *([f"and {len(verdicts) - NAMED} more"] if len(verdicts) > NAMED else [])])
 
 
 def _count(element: Element, within: Element) -> None:

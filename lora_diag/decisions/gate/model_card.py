@@ -35,10 +35,10 @@ def _block(results: Results[Any]) -> str:
         "| --- | --- | --- |",
     ]
     for rule in dict.fromkeys(verdict.rule for verdict in results.whole if isinstance(verdict, Verdict)):
-        found = [verdict for verdict in verdicts_of(results) if verdict.rule == rule]
-        counts = Counter(verdict.status for verdict in found)
+        of_rule = [verdict for verdict in verdicts_of(results) if verdict.rule == rule]
+        counts = Counter(verdict.status for verdict in of_rule)
         summary = ", ".join(f"{number} {status}" for status, number in counts.items())
-        lines.append(f"| {cell(rule)} | {cell(found[0].condition)} | {summary} |")
+        lines.append(f"| {cell(rule)} | {cell(of_rule[0].condition)} | {summary} |")
     return "\n".join(lines)
 
 

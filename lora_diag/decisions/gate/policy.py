@@ -50,10 +50,10 @@ def read_age(text: object) -> timedelta:
     Raises:
         ValueError: The text is not an age.
     """
-    found = re.fullmatch(r"([0-9]{1,5})([hdw])", str(text))
-    if found is None:
+    match = re.fullmatch(r"([0-9]{1,5})([hdw])", str(text))
+    if match is None:
         raise ValueError(f"'{text}': an age is a number of hours, days or weeks, such as 12h, 7d or 2w")
-    return int(found[1]) * _UNITS[found[2]]
+    return int(match[1]) * _UNITS[match[2]]
 
 
 class Criterion(Table):

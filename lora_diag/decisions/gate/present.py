@@ -58,19 +58,19 @@ def _known(path: Path | str) -> tuple[str, bool]:
 
 def _present(source: Source, shipped: dict[str, tuple[str, bool]]) -> list[Present]:
     inputs = [run_input for run_input in source.results.run.inputs if run_input.role in WEIGHTS]
-    found = {now: path for path, (now, _) in shipped.items()}
+    renamed = {now: path for path, (now, _) in shipped.items()}
     # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
     kinds = {is_adapter for _, is_adapter in shipped.values()}
     absent = {
         kind
         for kind in kinds
-        if not any(_is(run_input, kind) and run_input.fingerprint in found for run_input in inputs)
+        if not any(_is(run_input, kind) and run_input.fingerprint in renamed for run_input in inputs)
     }
     states = []
     for run_input in inputs:
         others = [path for path, (_, kind) in shipped.items() if kind in absent and _is(run_input, kind)]
-        if run_input.fingerprint in found:
-            states.append(_state(run_input, run_input.fingerprint, "same", legible(found[run_input.fingerprint])))
+        if run_input.fingerprint in renamed:
+            states.append(_state(run_input, run_input.fingerprint, "same", legible(renamed[run_input.fingerprint])))
         elif others and run_input.role != "base":
             why = f"{legible(others[0])} is not what was measured as {run_input.path}"
             states.append(_state(run_input, shipped[others[0]][0], "changed", why))

@@ -71,8 +71,8 @@ def outcome(records: Iterable[Record]) -> Outcome:
         >>> outcome([])
         'inconclusive'
     """
-    found = [record for record in records if isinstance(record, Verdict)]
-    if any(verdict.blocks and verdict.status == "failed" for verdict in found):
+    verdicts = [record for record in records if isinstance(record, Verdict)]
+    if any(verdict.blocks and verdict.status == "failed" for verdict in verdicts):
         return "failed"
-    judged = any(verdict.status in {"passed", "warned", "waived"} for verdict in found)
-    return "passed" if judged and not any(verdict.blocks for verdict in found) else "inconclusive"
+    judged = any(verdict.status in {"passed", "warned", "waived"} for verdict in verdicts)
+    return "passed" if judged and not any(verdict.blocks for verdict in verdicts) else "inconclusive"

@@ -138,8 +138,8 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     shipped = list(adapters) or ([tuned] if tuned is not None else [])
     if not shipped:
         raise UsageError("--base: nothing to judge; give --tuned or --adapter")
-    found: list[Results[Any]] = [spectrum(base, path) for path in shipped]
-    return [*found, residual(base, tuned, list(adapters))] if tuned is not None and adapters else found
+    results: list[Results[Any]] = [spectrum(base, path) for path in shipped]
+    return [*results, residual(base, tuned, list(adapters))] if tuned is not None and adapters else results
 
 
 def _source(arguments: Path | str | Results[Any], number: int) -> Source:
@@ -193,7 +193,7 @@ def _results(
 def _measured(sources: Sequence[Source]) -> list[RunInput]:
     """Return the distinct inputs of the results, with their state."""
     words = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
-    found: dict[tuple[str, str, str], RunInput] = {}
+    inputs: dict[tuple[str, str, str], RunInput] = {}
     for source in sources:
         for present in source.present:
             arguments = next(
@@ -202,8 +202,8 @@ def _measured(sources: Sequence[Source]) -> list[RunInput]:
                 if (each.role, each.path, each.fingerprint) == (present.role, present.path, present.recorded)
             )
             notes = (words[present.state],)
-            found.setdefault(
+            inputs.setdefault(
                 (arguments.role, arguments.path, arguments.fingerprint),
                 arguments.model_copy(update={"notes": notes, "lacking": ()}),
             )
-    return list(found.values())
+    return list(inputs.values())

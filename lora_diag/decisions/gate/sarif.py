@@ -17,15 +17,15 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 def sarif(results: Results[Any]) -> str:
     """Return a SARIF log of a run of ``gate``."""
-    found = verdicts_of(results)
+    verdicts = verdicts_of(results)
     policy = policy_file(results)
-    rules = list(dict.fromkeys(verdict.rule for verdict in found))
+    rules = list(dict.fromkeys(verdict.rule for verdict in verdicts))
     driver = {
         "name": "loradiag",
         "version": __version__,
-        "rules": [{"id": safe(rule), "shortDescription": {"text": safe(_allowed(found, rule))}} for rule in rules],
+        "rules": [{"id": safe(rule), "shortDescription": {"text": safe(_allowed(verdicts, rule))}} for rule in rules],
     }
-    lines = [verdict for verdict in found if verdict.status not in {"passed", "not judged"}]
+    lines = [verdict for verdict in verdicts if verdict.status not in {"passed", "not judged"}]
     run: dict[str, Any] = {
         "tool": {"driver": driver},
         "results": [_result(verdict, rules.index(verdict.rule), policy) for verdict in lines],
@@ -42,8 +42,8 @@ def sarif(results: Results[Any]) -> str:
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _allowed(found: list[Verdict], rule: str) -> str:
-    return next(verdict.allowed for verdict in found if verdict.rule == rule)
+def _allowed(verdicts: list[Verdict], rule: str) -> str:
+    return next(verdict.allowed for verdict in verdicts if verdict.rule == rule)
 
 
 def _result(verdict: Verdict, index: int, policy: str | None) -> dict[str, Any]:

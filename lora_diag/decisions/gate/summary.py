@@ -28,9 +28,11 @@ _STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
     """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
-    found = [record for record in results.whole if isinstance(record, Verdict)]
-    rules = list(dict.fromkeys(verdict.rule for verdict in found))
-    return sorted(found, key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance(v)))
+    verdicts = [record for record in results.whole if isinstance(record, Verdict)]
+    rules = list(dict.fromkeys(verdict.rule for verdict in verdicts))
+    return sorted(
+        verdicts, key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance(v))
+    )
 
 
 def _distance(verdict: Verdict) -> float:
@@ -74,15 +76,15 @@ def headline(results: Results[Any]) -> str:
 
 
 def _headline(results: Results[Any]) -> str:
-    found = verdicts_of(results)
-    counts_text = outcome(found)
-    if counts_text == "failed":
-        failed = [verdict for verdict in found if verdict.status == "failed"]
+    verdicts = verdicts_of(results)
+    result = outcome(verdicts)
+    if result == "failed":
+        failed = [verdict for verdict in verdicts if verdict.status == "failed"]
         return f"FAILED: {_how_many(failed)}"
-    if counts_text == "inconclusive":
-        unknown = [verdict for verdict in found if verdict.status == "inconclusive" and verdict.blocks]
+    if result == "inconclusive":
+        unknown = [verdict for verdict in verdicts if verdict.status == "inconclusive" and verdict.blocks]
         return f"INCONCLUSIVE (not a pass): {_how_many(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
-    warned = [verdict for verdict in found if verdict.status == "warned"]
+    warned = [verdict for verdict in verdicts if verdict.status == "warned"]
     return f"PASSED{f', with warnings: {_how_many(warned)}' if warned else ''}"
 
 
@@ -103,10 +105,10 @@ def shared_description(verdicts: Sequence[Verdict]) -> str:
 
 def reason(results: Results[Any]) -> str:
     """Return the outcome with its worst verdict, in one line."""
-    found = [verdict for verdict in verdicts_of(results) if verdict.blocks]
-    if not found:
+    blocking = [verdict for verdict in verdicts_of(results) if verdict.blocks]
+    if not blocking:
         return headline(results)
-    worst = found[0]
+    worst = blocking[0]
     of_layer = f"{safe(worst.layer)}: " if worst.layer is not None else ""
     value = f"measured {measured(worst)}, allowed {safe(worst.allowed)}"
     text = f"; {safe(worst.message)}" if worst.message else ""
@@ -120,8 +122,8 @@ def weights_of(results: Results[Any]) -> list[RunInput]:
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
     """Return the verdicts with given statuses, rule by rule."""
-    found = [verdict for verdict in verdicts_of(results) if verdict.status in statuses]
-    return [(rule, list(group)) for rule, group in groupby(found, key=lambda verdict: verdict.rule)]
+    selected = [verdict for verdict in verdicts_of(results) if verdict.status in statuses]
+    return [(rule, list(group)) for rule, group in groupby(selected, key=lambda verdict: verdict.rule)]
 
 
 def verdict_table(
@@ -201,12 +203,16 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         ("Warnings", "warned"),
         ("Waived", "waived"),
     ):
-        sentences = [f"{_named(rule, found)}: {shared_description(found)}" for rule, found in by_rule(results, status)]
+        sentences = [
+            f"{_named(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in by_rule(results, status)
+        ]
         if sentences:
             lines.append(make_statement(status, label, *sentences))
     if skipped := by_rule(results, "not judged"):
-        own = [f"{_named(rule, found)}: {shared_description(found)}" for rule, found in skipped if found[0].line]
-        idle = [(rule, found) for rule, found in skipped if not found[0].line]
+        own = [
+            f"{_named(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in skipped if of_rule[0].line
+        ]
+        idle = [(rule, of_rule) for rule, of_rule in skipped if not of_rule[0].line]
         not_applied = (
             [f"built-in checks {', '.join(rule for rule, _ in idle)}: {shared_description(idle[0][1])}"] if idle else []
         )
@@ -218,17 +224,17 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
     ]
 
 
-def _named(rule: str, found: Sequence[Verdict]) -> str:
-    layers = {verdict.layer for verdict in found if verdict.layer is not None}
-    line = f" (line {found[0].line})" if found[0].line else ""
+def _named(rule: str, of_rule: Sequence[Verdict]) -> str:
+    layers = {verdict.layer for verdict in of_rule if verdict.layer is not None}
+    line = f" (line {of_rule[0].line})" if of_rule[0].line else ""
     return f"{safe(rule)}{line}" + (f", {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else "")
 
 
 def _passed(results: Results[Any]) -> str:
     bad = {rule for rule, _ in by_rule(results, "failed", "inconclusive", "warned")}
-    passed = [(rule, found) for rule, found in by_rule(results, "passed") if rule not in bad]
-    own = [_named(rule, found) for rule, found in passed if found[0].line]
-    built_in = [rule for rule, found in passed if not found[0].line]
+    passed = [(rule, of_rule) for rule, of_rule in by_rule(results, "passed") if rule not in bad]
+    own = [_named(rule, of_rule) for rule, of_rule in passed if of_rule[0].line]
+    built_in = [rule for rule, of_rule in passed if not of_rule[0].line]
     parts = [*own, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
     return "; ".join(parts) or "nothing"
 

@@ -53,9 +53,9 @@ def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...
     """
     per_rank = sum(matrix.per_rank for matrix in chosen)
     full_rank = max(min(matrix.shape) for matrix in chosen)
-    found = []
+    rules = []
     for name, source, each in RULES:
         params = math.ceil(tokens * each)
         rank = max(1, -(-params // per_rank))
-        found.append(PlanRule(name=name, source=source, params=params, rank=rank if rank <= full_rank else None))
-    return tuple(found)
+        rules.append(PlanRule(name=name, source=source, params=params, rank=rank if rank <= full_rank else None))
+    return tuple(rules)

@@ -28,16 +28,16 @@ def plan(
     from lora_diag.decisions.plan.run import plan as count
     from lora_diag.decisions.plan.summary import plan_table
 
-    found = count(base, **arguments)
+    results = count(base, **arguments)
     if shown.json:
-        line(found.model_dump_json())
+        line(results.model_dump_json())
         return
     params, memory = arguments["params"], arguments["memory_budget"]
     budget = (
         ["--params", str(params)] if params else ["--memory-budget", str(memory)] if memory else ["--params", "10M"]
     )
-    if found.fit is not None and not found.fit.rank:  # the budget allows no rank: name the smallest that does
-        budget = ["--params", str(sum(each.per_rank for each in found.types if each.targeted))]
+    if results.fit is not None and not results.fit.rank:  # the budget allows no rank: name the smallest that does
+        budget = ["--params", str(sum(each.per_rank for each in results.types if each.targeted))]
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])
     chosen = [
         word
@@ -47,4 +47,4 @@ def plan(
     ]
     then = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, chosen)])}"
     if not shown.quiet:
-        result(plan_table(found, *terminal(), next_command=then))
+        result(plan_table(results, *terminal(), next_command=then))

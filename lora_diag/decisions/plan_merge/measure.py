@@ -73,10 +73,10 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     if settings.memory is not None and isinstance(delta, DenseDelta):
         needed = COMPUTED * math.prod(delta.shape)
         require(needed, settings.memory, delta.shape, "its update, computed in full, takes", "--exclude it")
-    found = _Layer(task, settings.target)
-    if problem := found.scan():
+    layer = _Layer(task, settings.target)
+    if problem := layer.scan():
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="non_finite", detail=problem),)
-    return (found.measured(),)
+    return (layer.measured(),)
 
 
 def _least(task: MergeTask, target: Target) -> int:
@@ -171,7 +171,7 @@ class _Layer:
                     changed += int((codes != base_codes).sum())
         inside = float(within.square().sum()) if isinstance(within, Tensor) else within
         known = bool(self.energy) and not base.overflow
-        found, sixteen = sums[target.name].effect(self.energy), [sums[name].effect(self.energy) for name in SIXTEEN_BIT]
+        own, sixteen = sums[target.name].effect(self.energy), [sums[name].effect(self.energy) for name in SIXTEEN_BIT]
         base_error = math.sqrt(base.squares / self.energy) if known else None
         quantized = delta.base.is_quantized and self.energy
         return PlannedMerge(
@@ -180,8 +180,8 @@ class _Layer:
             to=target.name,
             fro=math.sqrt(self.energy),
             base_fro=math.sqrt(self.base_energy),
-            arrived=found.arrived,
-            error=found.error,
+            arrived=own.arrived,
+            error=own.error,
             moved=changed / math.prod(delta.shape),
             overflow=sums[target.name].overflow,
             base_error=base_error,
@@ -189,7 +189,7 @@ class _Layer:
             base_noise=math.sqrt(self.step_energy / 12 / self.energy) if quantized else None,
             bf16=sixteen[0],
             fp16=sixteen[1],
-            conclusion=conclude(target.name, found, sixteen, base_error) if self.energy else None,
+            conclusion=conclude(target.name, own, sixteen, base_error) if self.energy else None,
         )
 
     def _blocks(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:

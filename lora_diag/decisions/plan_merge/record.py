@@ -172,10 +172,10 @@ def total(
 
 def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:
     """Return a norm relative to ‖ΔW‖ over several layers together; null if a layer with an update has none."""
-    found = [(of(record), record.fro) for record in records if record.fro]
-    if not found or any(value is None for value, _ in found):
+    pairs = [(of(record), record.fro) for record in records if record.fro]
+    if not pairs or any(value is None for value, _ in pairs):
         return None
-    return math.hypot(*((value or 0.0) * fro for value, fro in found)) / math.hypot(*(fro for _, fro in found))
+    return math.hypot(*((value or 0.0) * fro for value, fro in pairs)) / math.hypot(*(fro for _, fro in pairs))
 
 
 def _moved(records: Sequence[PlannedMerge]) -> float:

@@ -44,18 +44,18 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
 
 
 def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
-    found, to = conclusion(records), records[0].to
-    if found is None:
+    outcome, to = conclusion(records), records[0].to
+    if outcome is None:
         return make_statement(
             "conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0
         )
-    why = _WHY[found]
+    why = _WHY[outcome]
     base_error = rms(records, lambda record: record.base_error)
-    if found == "serve unmerged" and to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
+    if outcome == "serve unmerged" and to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
         why = _BASE_ONLY
-    level: Level = "ok" if found == "merge" else "warning"
-    lines = [f"{found} ({to}): {why}"]
-    others = [record.layer for record in records if record.conclusion not in {found, None}]
+    level: Level = "ok" if outcome == "merge" else "warning"
+    lines = [f"{outcome} ({to}): {why}"]
+    others = [record.layer for record in records if record.conclusion not in {outcome, None}]
     if others:
         lines.append(
             f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {named(others)}"
@@ -63,10 +63,10 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
-def _texts(found: FormatEffect) -> str:
-    if found.arrived is None or found.error is None:
+def _texts(effect: FormatEffect) -> str:
+    if effect.arrived is None or effect.error is None:
         return "overflows"
-    return f"c = {factor(found.arrived)}, error {number(found.error)}"
+    return f"c = {factor(effect.arrived)}, error {number(effect.error)}"
 
 
 def _kept_update(records: Sequence[PlannedMerge]) -> Statement:
@@ -76,7 +76,7 @@ def _kept_update(records: Sequence[PlannedMerge]) -> Statement:
         "bf16": total(records, lambda record: record.bf16),
         "fp16": total(records, lambda record: record.fp16),
     }
-    lines.append("; ".join(f"in {name}: {_texts(found)}" for name, found in sixteen.items() if name != to))
+    lines.append("; ".join(f"in {name}: {_texts(effect)}" for name, effect in sixteen.items() if name != to))
     return make_statement("arrived", "Kept", *lines)
 
 

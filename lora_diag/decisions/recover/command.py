@@ -50,20 +50,20 @@ def recover(
 
     with shown.callbacks() as callbacks:
         results = estimate(base, tuned, output, **arguments, **callbacks)
-    found = any(record.status != "refused" for record in results)
+    any_measured = any(record.status != "refused" for record in results)
     if shown.table:
         then = None
-        if not writes and found and not any(record.status in ("recovered", "size_only") for record in results):
+        if not writes and any_measured and not any(record.status in ("recovered", "size_only") for record in results):
             words = ["loradiag", "extract", str(base), str(tuned), "--rank", "16", "-o", "adapter/"]
             then = f"{shlex.join(words)}   (the best adapter of the files' difference)"
-        elif not writes and found:
+        elif not writes and any_measured:
             words = ["loradiag", "recover", str(base), str(tuned), "--checkpoint", "-o", "recovered/"]
             then = f"{shlex.join(words)}   (the better checkpoint; or --rank R for an adapter)"
-        elif found and not full:
+        elif any_measured and not full:
             words = ["loradiag", "residual", str(base), str(tuned), str(output)]
             then = f"{shlex.join(words)}   (distance to the files' difference, rounding included)"
         folder = str(output) if writes else None
         result(recovery_table(results, *terminal(), per=shown.per, next_command=then, folder=folder))
     exit_unmeasured(results.unmeasured, "the layer was left out")
-    if not found:
+    if not any_measured:
         raise typer.Exit(INCONCLUSIVE)

@@ -48,12 +48,12 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return one panel a module type."""
-    found = [record for one in series for record in one.records if record.energy_estimate is not None]
+    estimated = [record for one in series for record in one.records if record.energy_estimate is not None]
     groups: dict[str, list[Recovery]] = {}
-    for record in found:
+    for record in estimated:
         groups.setdefault(module_type_of(record.layer), []).append(record)
     shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
-    without_curve = sum(len(one.records) for one in series) - len(found)
+    without_curve = sum(len(one.records) for one in series) - len(estimated)
     missing = [
         f"{number} {name}"
         for number, name in ((without_curve, "layers without an estimate"), (len(groups) - len(shown), "module types"))

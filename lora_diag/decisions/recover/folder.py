@@ -58,8 +58,8 @@ def load(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: It cannot be read.
     """
-    found = open_checkpoint(file)
-    return {name: found.read(name).view(found[name].shape) for name in found}
+    checkpoint = open_checkpoint(file)
+    return {name: checkpoint.read(name).view(checkpoint[name].shape) for name in checkpoint}
 
 
 def write_checkpoint(

@@ -137,15 +137,15 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     fro, base_fro = change.fro, change.base_fro
     assert fro is not None
     assert base_fro is not None
-    found = change.decompose(settings.method, seed=settings.seed, tol=settings.tol)
-    curve = energy_curve(found.s.numpy(), fro, found.complete) if fro else np.zeros(0)
+    factors = change.decompose(settings.method, seed=settings.seed, tol=settings.tol)
+    curve = energy_curve(factors.s.numpy(), fro, factors.complete) if fro else np.zeros(0)
     if limit is not None:
         change = replace(change, matrix=None)  # read again if it is to be written
     estimate = recover_layer(delta, fro, CURVE, settings.seed, device, limit)
     written, rank = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), store)
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
-        hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in found.s.tolist())
+        hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in factors.s.tolist())
     return Recovery(
         **hidden,
         layer=layer.layer,
@@ -155,8 +155,8 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
         base_fro=base_fro,
         energy={str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None for r in CURVE},
         rank_at={str(threshold): rank_at(curve, threshold) if len(curve) else 0 for threshold in THRESHOLDS},
-        energy_error=found.energy_error,
-        method=found.method,
+        energy_error=factors.energy_error,
+        method=factors.method,
         written=written,
         rank=rank,
         params=rank * sum(layer.shape),

@@ -48,11 +48,11 @@ def _middle_of_file(records: Sequence[Any]) -> Value:
 
 def _middle_estimate(records: Sequence[Any]) -> Value:
     """Return the median rank; where the directions that were found carry less, more than their number."""
-    found = [record for record in records if record.rank_at_estimate is not None]
-    if not found:
+    estimated = [record for record in records if record.rank_at_estimate is not None]
+    if not estimated:
         return None
-    beyond = int(median(record.directions or 0 for record in found))
-    return median_rank([record.rank_at_estimate["0.9"] for record in found], beyond)
+    beyond = int(median(record.directions or 0 for record in estimated))
+    return median_rank([record.rank_at_estimate["0.9"] for record in estimated], beyond)
 
 
 def _middle_directions(records: Sequence[Any]) -> Value:

@@ -214,7 +214,7 @@ def _spend_budget(
         UsageError: The budget is too small for rank 1.
     """
     kept = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
-    found = LayerRun("recover", kept).over(
+    records = LayerRun("recover", kept).over(
         tasks,
         partial(_one_layer, files=files),
         size,
@@ -223,9 +223,9 @@ def _spend_budget(
         compared.inputs,
         {"curve": list(CURVE)},
     )
-    known = {record.layer: record for record in found}
+    known = {record.layer: record for record in records}
     try:
-        ranks = ranks_within(found, params) if any(record.values_estimate for record in found) else {}
+        ranks = ranks_within(records, params) if any(record.values_estimate for record in records) else {}
     except UsageError as error:
         raise UsageError(f"{error}; estimates are kept in {folder.work}: --resume with another budget") from error
     return [

@@ -105,19 +105,19 @@ def _matrices(number_of: int) -> str:
 
 
 def _directions(records: Sequence[Recovery]) -> list[Statement]:
-    found = _of(records, "recovered")
-    if not found:
+    recovered = _of(records, "recovered")
+    if not recovered:
         return []
-    energies = [record.energy_estimate[str(16)] for record in found if record.energy_estimate is not None]
-    file_energies = [record.energy[str(16)] for record in found if record.energy[str(16)] is not None]
-    directions = [record.directions or 0 for record in found]
+    energies = [record.energy_estimate[str(16)] for record in recovered if record.energy_estimate is not None]
+    file_energies = [record.energy[str(16)] for record in recovered if record.energy[str(16)] is not None]
+    directions = [record.directions or 0 for record in recovered]
     line = (
-        f"{span(directions)} directions a matrix in {len(found)}; r=16 carries at least {percent(median(energies))} of "
-        f"‖X‖² at the median ({percent(median(energy for energy in file_energies if energy is not None))} of ‖D‖²)"
+        f"{span(directions)} directions a matrix in {len(recovered)}; r=16 carries at least "
+        f"{percent(median(energies))} of ‖X‖² at the median ({percent(median(energy for energy in file_energies if energy is not None))} of ‖D‖²)"
     )
-    ranks = [record.rank_at_estimate["0.9"] for record in found if record.rank_at_estimate is not None]
+    ranks = [record.rank_at_estimate["0.9"] for record in recovered if record.rank_at_estimate is not None]
     known = [rank for rank in ranks if rank is not None]
-    shown_file = [record.rank_at["0.9"] or 0 for record in found]
+    shown_file = [record.rank_at["0.9"] or 0 for record in recovered]
     if known:
         line2 = f"rank at 90%: {span(known)} in {len(known)} of {len(ranks)}, where the files read {span(shown_file)}"
     else:

@@ -54,8 +54,8 @@ def tune(
         results = choose(base, output, **arguments, **callbacks)
     if dry and shown.table:
         result(tune_table(results, *terminal(), next_command=rerun_command("--yes").replace(" --dry-run", "")))
-    found = next(iter(results.whole_of(Tune)), None)
-    if found is None:
+    outcome = next(iter(results.whole_of(Tune)), None)
+    if outcome is None:
         if not dry:
             message(f"stopped before training; nothing was written to {output}")
         return
@@ -64,6 +64,6 @@ def tune(
             f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"
         )
         result(tune_table(results, *terminal(), next_command=then))
-    if not found.significant:
+    if not outcome.significant:
         message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
         raise typer.Exit(INCONCLUSIVE)

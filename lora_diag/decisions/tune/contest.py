@@ -233,19 +233,19 @@ def stability_trials(curves: Curves) -> dict[str, str]:
         >>> sorted(stability_trials(overfit))
         ['dropout', 'fewer-steps', 'weight-decay']
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     gain, train_gain = curves.base - curves.loss, curves.base_train - curves.train
     if train_gain - gain > OVERFIT * max(gain, 0.0) and train_gain > 0:
         why = f"training loss fell by {train_gain:.3f}, held-out loss by {gain:.3f}"
-        found |= dict.fromkeys(("dropout", "weight-decay", "fewer-steps"), why)
+        reasons |= dict.fromkeys(("dropout", "weight-decay", "fewer-steps"), why)
     if curves.diverged:
-        found["half-alpha"] = f"{curves.diverged} runs diverged at this rank"
+        reasons["half-alpha"] = f"{curves.diverged} runs diverged at this rank"
     elif curves.spread is not None and curves.spread > 2 * curves.tolerance > 0:
-        found["half-alpha"] = f"seeds differ by {curves.spread:.3f}, tolerance {curves.tolerance:.3f}"
+        reasons["half-alpha"] = f"seeds differ by {curves.spread:.3f}, tolerance {curves.tolerance:.3f}"
     if curves.shifted is not None and curves.base_shifted is not None and curves.shifted > curves.base_shifted:
         rise = curves.shifted - curves.base_shifted
-        found.setdefault("fewer-steps", f"the loss on the shifted set rises by {rise:.3f}")
-    return found
+        reasons.setdefault("fewer-steps", f"the loss on the shifted set rises by {rise:.3f}")
+    return reasons
 
 
 def escalation_reason(chosen: int, ranks: Sequence[int], share_of_full: float | None) -> str:

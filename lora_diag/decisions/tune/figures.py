@@ -60,20 +60,20 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
     for one in records:
         if one.set == name and one.params and one.loss is not None:
             groups.setdefault(one.variant, {}).setdefault(one.lr, []).append(one)
-    found = []
+    points = []
     for variant, rates in groups.items():
         best = max(rates.values(), key=lambda runs: (len(runs), -fmean(run.loss or 0.0 for run in runs)))
-        found.append(Point(variant, best[0].params, tuple(run.loss for run in best if run.loss is not None)))
-    return sorted(found, key=lambda point: point.params)
+        points.append(Point(variant, best[0].params, tuple(run.loss for run in best if run.loss is not None)))
+    return sorted(points, key=lambda point: point.params)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the configurations that none with as few parameters beats, ascending."""
-    found: list[Point] = []
+    best: list[Point] = []
     for point in sorted(points, key=lambda one: (one.params, one.mean)):
-        if not found or point.mean < found[-1].mean:
-            found.append(point)
-    return found
+        if not best or point.mean < best[-1].mean:
+            best.append(point)
+    return best
 
 
 def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name: str | None = None) -> Axes:

@@ -172,8 +172,8 @@ def _earlier(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
     """
     if not arguments["resume"] or not _latest(folder).is_file():
         return None
-    found = [one for one in read_results(_latest(folder)).whole if isinstance(one, TunePlan)]
-    return found[0] if found else None
+    plans = [one for one in read_results(_latest(folder)).whole if isinstance(one, TunePlan)]
+    return plans[0] if plans else None
 
 
 def _remove_output(folder: Path) -> None:
@@ -187,6 +187,6 @@ def _remove_output(folder: Path) -> None:
 
 def _extend(folder: Path, plan: TunePlan) -> None:
     """Write an unfinished run with another plan and all runs of the earlier one; decisions are made again."""
-    found = read_results(_latest(folder))
-    records: tuple[AnyRecord, ...] = (found.run, plan, *found.whole_of(TuneTrial))
+    results = read_results(_latest(folder))
+    records: tuple[AnyRecord, ...] = (results.run, plan, *results.whole_of(TuneTrial))
     write_whole(folder / f"{RECORDS}.part", "".join(f"{to_line(record)}\n" for record in records))

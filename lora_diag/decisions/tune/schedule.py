@@ -137,34 +137,36 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
     run = search.steps * costs.step + costs.evaluation
     later = search.repeats - 1
     searched = 2 + search.widen  # rounds of a sweep: the grid, each rate beyond it, the seeds
-    found = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
+    planned = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
     if search.halving:
         runs = len({search.ranks[0], search.ranks[-1]}) * len(search.rates)
         short = short_steps(search.steps) * costs.step + costs.evaluation
         what = f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs"
-        found.append(Stage("rates", runs, costs.seconds(runs, short, 1), what))
+        planned.append(Stage("rates", runs, costs.seconds(runs, short, 1), what))
     runs = len(search.ranks) * (search.rates_each + later)
     seconds = costs.seconds(runs, run, searched)
-    found.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
+    planned.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
     if search.full:
         runs = min(search.rates_each, len(search.rates)) + search.widen + later
         seconds = costs.seconds(runs, search.steps * costs.full_step + costs.evaluation, searched)
-        found.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
+        planned.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
     if search.more_seeds and len(search.ranks) > 1:
         runs = len(search.ranks) * search.repeats
-        found.append(Stage("seeds", runs, costs.seconds(runs, run, 1), "the same with more seeds, if these can decide"))
+        planned.append(
+            Stage("seeds", runs, costs.seconds(runs, run, 1), "the same with more seeds, if these can decide")
+        )
     if search.finer and len(search.ranks) > 1:
         runs = search.rates_each + later
-        found.append(Stage("finer", runs, costs.seconds(runs, run, searched), "whether a rank in between is enough"))
+        planned.append(Stage("finer", runs, costs.seconds(runs, run, searched), "whether a rank in between is enough"))
     if search.redistribute:
         runs = 4 + later
         seconds = costs.seconds(runs, run, 3) + short_steps(search.steps) * costs.step
-        found.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
+        planned.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
     if search.trials:
-        found.append(
+        planned.append(
             Stage("trials", search.trials, search.trials * run, "stability if needed; gain of more parameters")
         )
-    return tuple(found)
+    return tuple(planned)
 
 
 def seconds_of(search: Search, costs: Costs) -> float:

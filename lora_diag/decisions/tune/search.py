@@ -210,10 +210,10 @@ class Tuner:
         steps = short_steps(plan.steps)
         ends = sorted({plan.ranks[0], plan.ranks[-1]})
         try:
-            found = self._sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
+            results = self._sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
         except TimeIsUpError:
-            found = read_results(self.folder / "rates.jsonl")
-        own = [record for record in found.whole_of(Probe) if record.set == self.own and record.subject == "lora"]
+            results = read_results(self.folder / "rates.jsonl")
+        own = [record for record in results.whole_of(Probe) if record.set == self.own and record.subject == "lora"]
         losses = {
             (record.rank, record.lr): record.loss for record in own if record.rank is not None and record.lr is not None
         }
@@ -255,13 +255,13 @@ class Tuner:
             if (record.rank is None or record.rank in ranks) and (record.lr is None or record.seed in seeds)
         )  # a resumed sweep may have more
         results = replace(results, whole=whole)
-        found = swept_of(results)
-        if found is None or found.verdict.best is None:
+        swept = swept_of(results)
+        if swept is None or swept.verdict.best is None:
             raise InconclusiveError(
                 f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
-        return found
+        return swept
 
     def _choose_rank(self, swept: Swept) -> tuple[Swept, RankChoice]:
         """Return the shared rank, with more seeds and an intermediate rank where these may decide more."""
@@ -276,11 +276,11 @@ class Tuner:
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
             return swept, choice
         finer = self._sweep_ranks(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
-        found = choose_rank(finer.verdict, self._best_rates(finer))
-        if choice.significant and not found.significant:
-            found = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
-        self._record_rank("fine", found, finer)
-        return finer, found
+        suggested = choose_rank(finer.verdict, self._best_rates(finer))
+        if choice.significant and not suggested.significant:
+            suggested = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
+        self._record_rank("fine", suggested, finer)
+        return finer, suggested
 
     def _with_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
         """Return the sweep with more seeds, where it is not significant and these would decide; and their number."""
@@ -296,17 +296,17 @@ class Tuner:
             self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
             return swept, choice, plan.repeats
         more = self._sweep_ranks(swept.results.run.settings["rates"], repeats=needed)
-        found = choose_rank(more.verdict, self._best_rates(more))
-        self._record_rank(f"{needed} seeds", found, more)
-        return more, found, needed
+        repeated = choose_rank(more.verdict, self._best_rates(more))
+        self._record_rank(f"{needed} seeds", repeated, more)
+        return more, repeated, needed
 
     def _swept_setting(self, setting: str) -> Any:
         """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
 
     def _best_rates(self, swept: Swept) -> dict[int, float]:
-        found = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first)
-        return {rank: rate for rank, rate in found.items() if rank is not None}
+        rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first)
+        return {rank: rate for rank, rate in rates.items() if rank is not None}
 
     def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
         verdict = swept.verdict
@@ -383,7 +383,7 @@ class Tuner:
             "marginal": {},
             "prior": {"layer_weights": weights, "strategy": "heuristic"},
         }
-        found = []
+        candidates = []
         for name, options in strategies.items():
             try:
                 allocated = self._allocated(budget, least, **options)
@@ -395,8 +395,8 @@ class Tuner:
             if ranks == {choice.rank}:
                 self.decide("redistribution", name, "not needed", "gives every layer the shared rank")
                 continue
-            found.append(Variant(name, config, incumbent.lr, self.plan.steps))
-        return found
+            candidates.append(Variant(name, config, incumbent.lr, self.plan.steps))
+        return candidates
 
     def _allocated(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
         """Return ranks from the pilot's spectrum."""
@@ -411,11 +411,11 @@ class Tuner:
             sequences = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
             texts = replace(self.training.texts, sequences=sequences)
             layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
-            found = gradients(
+            measured = gradients(
                 self.run_.model, layers, texts, self.training.batch, lambda: self._progress_after("gradient")
             )
             weights = {}
-            for name, gradient in found.items():
+            for name, gradient in measured.items():
                 weight = layers[name].get_parameter("weight")
                 stored = self.target.stored[name.removesuffix(".weight")]
                 weights[stored] = float(gradient.double().norm() / weight.double().norm())
@@ -483,7 +483,7 @@ class Tuner:
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
         self.trials.train(*(TrialRun(each, seed) for seed in seeds for each in (challenger, incumbent)))
-        found = contest(
+        outcome = contest(
             self.trials.runs(incumbent.name, incumbent.lr, seeds),
             self.trials.runs(challenger.name, challenger.lr, seeds),
             self.own,
@@ -495,19 +495,19 @@ class Tuner:
             "tie": f"within two paired standard errors of {incumbent.name}",
             "worse": f"worse than {incumbent.name} by more than two paired standard errors",
             "not known": "too few runs with a loss",
-        }[found.outcome]
-        if found.outcome == "better" and not found.kept:
+        }[outcome.outcome]
+        if outcome.outcome == "better" and not outcome.kept:
             reason += ", but worse on a shifted set"
         self.decide(
             stage,
             challenger.name,
-            "kept" if found.kept else "rejected",
+            "kept" if outcome.kept else "rejected",
             reason,
             lr=challenger.lr,
             params=self._params(challenger),
-            **_gaps(found.own, found.shifted),
+            **_gaps(outcome.own, outcome.shifted),
         )
-        return found.kept
+        return outcome.kept
 
     def _params(self, variant: Variant) -> int:
         counts = (trial.params for trial in self.trials.records if trial.variant == variant.name)
@@ -644,8 +644,8 @@ class Tuner:
             return None
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
         twice: list[dict[int, Measured]] = [{0: incumbent, 1: incumbent}, {0: challenger, 1: challenger}]
-        found = gap_of(twice[0], twice[1], counts)
-        return None if found is None else Gap(found.value, found.error or None, 1)
+        gap = gap_of(twice[0], twice[1], counts)
+        return None if gap is None else Gap(gap.value, gap.error or None, 1)
 
     def _escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
         """Return the steps beyond the budget in order, each with a function of its configuration and layers."""
@@ -681,8 +681,8 @@ class Tuner:
             module = self.run_.model.module
             head = module.get_output_embeddings()
             tied = getattr(module.config, "tie_word_embeddings", False)
-            found = [path for path, each in module.named_modules() if each is head and head is not None]
-            more = found if found and not tied and type(head).__name__ == "Linear" else []
+            paths = [path for path, each in module.named_modules() if each is head and head is not None]
+            more = paths if paths and not tied and type(head).__name__ == "Linear" else []
         if not more:
             return None, ()
         config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *more]}
@@ -698,21 +698,21 @@ class Tuner:
             return
         full = self.trials.runs("full", row.lr)
         own_runs = self.trials.runs(incumbent.name, incumbent.lr)
-        found = contest(own_runs, full, self.own, self.shifted, self.trials.predictions)
+        outcome = contest(own_runs, full, self.own, self.shifted, self.trials.predictions)
         self.decide(
             "escalation",
             "full fine-tuning",
-            "proposed" if found.outcome == "better" else "rejected",
+            "proposed" if outcome.outcome == "better" else "rejected",
             {
                 "better": "better by more than two paired standard errors",
                 "tie": "within two paired standard errors",
                 "worse": "worse by more than two paired standard errors",
                 "not known": "too few runs",
-            }[found.outcome],
+            }[outcome.outcome],
             lr=row.lr,
             params=self.target.total,
             files=("sweep.jsonl",),
-            **_gaps(found.own, found.shifted),
+            **_gaps(outcome.own, outcome.shifted),
         )
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -731,8 +731,8 @@ class Tuner:
         return base - fmean(losses), full
 
     def _base_loss(self, name: str) -> float:
-        found = next(one.loss for one in self.trials.records if one.variant == "base" and one.set == name)
-        return math.nan if found is None else found
+        loss = next(one.loss for one in self.trials.records if one.variant == "base" and one.set == name)
+        return math.nan if loss is None else loss
 
     def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
         """Record the choice, and write the outputs."""
@@ -748,7 +748,7 @@ class Tuner:
             shifted_gains = [self._base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
         redistributed = self.decided("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
-        found = Tune(
+        record = Tune(
             set=self.own,
             variant=incumbent.name,
             rank=choice.rank,
@@ -777,12 +777,12 @@ class Tuner:
             set_shifted=set_shifted,
             seeds=len(losses),
         )
-        self.kept.put(found)
+        self.kept.put(record)
         adapter = self._adapter(incumbent)
         if not (adapter / ADAPTER).is_file():
             self.trials.train(TrialRun(incumbent, self.first, adapter))
         uniform = self.target.config(choice.rank)
-        write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, found, adapter)
+        write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, record, adapter)
 
 
 def _gaps(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:

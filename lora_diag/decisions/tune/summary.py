@@ -89,62 +89,64 @@ def _listed(values: Sequence[float]) -> str:
 
 def tune_lines(results: Results[Any]) -> list[Statement]:
     """Return the choice and its evidence."""
-    found, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
-    if found is None:
+    outcome, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
+    if outcome is None:
         last = decisions[-1] if decisions else None
         at = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
         return [make_statement("choice", "Choice", at, level="warning"), *final_statements(results, "records so far")]
     return [
-        make_statement("choice", "Choice", _choice(found), level="ok" if found.significant else "warning", priority=0),
-        make_statement("settings", "Training", _settings(found)),
+        make_statement(
+            "choice", "Choice", _choice(outcome), level="ok" if outcome.significant else "warning", priority=0
+        ),
+        make_statement("settings", "Training", _settings(outcome)),
         make_statement(
             "budget",
             "Budget",
-            f"{found.params:,} of {found.budget:,} parameters, {percent(found.params / found.budget)}",
+            f"{outcome.params:,} of {outcome.budget:,} parameters, {percent(outcome.params / outcome.budget)}",
         ),
-        make_statement("gain", "Gain", _gain(found), priority=0),
-        make_statement("next", "Next rank up", _next(found)),
-        make_statement("non_uniform", "Non-uniform", _non_uniform(found, decisions)),
-        *([make_statement("shifted", "Shifted", _shifted(found))] if found.gain_shifted is not None else []),
+        make_statement("gain", "Gain", _gain(outcome), priority=0),
+        make_statement("next", "Next rank up", _next(outcome)),
+        make_statement("non_uniform", "Non-uniform", _non_uniform(outcome, decisions)),
+        *([make_statement("shifted", "Shifted", _shifted(outcome))] if outcome.gain_shifted is not None else []),
         *_trials(decisions),
         *_left_out(decisions),
         *final_statements(results, "records so far"),
     ]
 
 
-def _choice(found: Tune) -> str:
-    ranks = span(found.ranks.values()) if found.ranks else ""
-    what = f"ranks {ranks} by layer ({found.variant})" if ranks else f"r={found.rank} in every layer"
-    if found.significant:
+def _choice(outcome: Tune) -> str:
+    ranks = span(outcome.ranks.values()) if outcome.ranks else ""
+    what = f"ranks {ranks} by layer ({outcome.variant})" if ranks else f"r={outcome.rank} in every layer"
+    if outcome.significant:
         return what
     return f"{what}: NOT significant, chosen by the mean losses"
 
 
-def _settings(found: Tune) -> str:
-    more = f", dropout {found.dropout:g}" if found.dropout else ""
-    more += f", weight decay {found.weight_decay:g}" if found.weight_decay else ""
-    alpha = f"{found.alpha_over_rank:g}r" if found.alpha is None else f"{found.alpha:g} (rsLoRA)"
-    dora = "DoRA, " if found.dora else ""
-    return f"{dora}learning rate {found.lr:g}, {found.steps} steps, alpha = {alpha}{more}"
+def _settings(outcome: Tune) -> str:
+    more = f", dropout {outcome.dropout:g}" if outcome.dropout else ""
+    more += f", weight decay {outcome.weight_decay:g}" if outcome.weight_decay else ""
+    alpha = f"{outcome.alpha_over_rank:g}r" if outcome.alpha is None else f"{outcome.alpha:g} (rsLoRA)"
+    dora = "DoRA, " if outcome.dora else ""
+    return f"{dora}learning rate {outcome.lr:g}, {outcome.steps} steps, alpha = {alpha}{more}"
 
 
-def _gain(found: Tune) -> str:
-    error = "" if found.gain_error is None else plus_minus(found.gain_error)
-    losses = f"{found.base_loss:.4f} to {found.loss:.4f}, {found.seeds} seeds"
-    line = f"{found.gain:.4f}{error} nats on {short(found.set)} ({losses})"
-    if found.share_of_full is None:
+def _gain(outcome: Tune) -> str:
+    error = "" if outcome.gain_error is None else plus_minus(outcome.gain_error)
+    losses = f"{outcome.base_loss:.4f} to {outcome.loss:.4f}, {outcome.seeds} seeds"
+    line = f"{outcome.gain:.4f}{error} nats on {short(outcome.set)} ({losses})"
+    if outcome.share_of_full is None:
         return f"{line}; full fine-tuning was not trained or gains nothing"
-    return f"{line}; {percent(min(1.0, max(0.0, found.share_of_full)))} of full fine-tuning's"
+    return f"{line}; {percent(min(1.0, max(0.0, outcome.share_of_full)))} of full fine-tuning's"
 
 
-def _next(found: Tune) -> str:
-    if found.next_rank is None or found.next_gain is None:
+def _next(outcome: Tune) -> str:
+    if outcome.next_rank is None or outcome.next_gain is None:
         return "none within the budget was tried"
-    more = "gains" if found.next_gain > 0 else "loses"
-    return f"r={found.next_rank} {more} {abs(found.next_gain):.4f} nats on average"
+    more = "gains" if outcome.next_gain > 0 else "loses"
+    return f"r={outcome.next_rank} {more} {abs(outcome.next_gain):.4f} nats on average"
 
 
-def _non_uniform(found: Tune, decisions: Sequence[TuneDecision]) -> str:
+def _non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:
     of_stage = [one for one in decisions if one.stage == "redistribution"]
     why = next((one.why for one in of_stage if one.name == "non-uniform ranks"), "not in the plan")
     measured = [one for one in of_stage if one.gap is not None and one.seeds > 1]
@@ -153,18 +155,18 @@ def _non_uniform(found: Tune, decisions: Sequence[TuneDecision]) -> str:
         for one in measured
         if one.gap is not None
     ]
-    return f"{found.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
+    return f"{outcome.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
 
 
-def _shifted(found: Tune) -> str:
-    error = "" if found.gain_shifted_error is None else plus_minus(found.gain_shifted_error)
-    gain = found.gain_shifted or 0.0
-    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(found.set_shifted)}"
+def _shifted(outcome: Tune) -> str:
+    error = "" if outcome.gain_shifted_error is None else plus_minus(outcome.gain_shifted_error)
+    gain = outcome.gain_shifted or 0.0
+    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(outcome.set_shifted)}"
 
 
 def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
     """Return the trials for stability, and the gain of more parameters."""
-    found = []
+    statements = []
     for stage, label in (("stability", "Stability"), ("escalation", "More")):
         of_stage = [one for one in decisions if one.stage == stage]
         if not of_stage:
@@ -172,8 +174,10 @@ def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
         outcomes = dict.fromkeys(one.outcome for one in of_stage if one.outcome != "not needed")
         lead = "; ".join(f"{outcome}: {_listed_trials(of_stage, outcome)}" for outcome in outcomes)
         lead = lead or "the curves give no reason for a trial"
-        found.append(make_statement(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in of_stage)))
-    return found
+        statements.append(
+            make_statement(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in of_stage))
+        )
+    return statements
 
 
 def _listed_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
@@ -218,14 +222,14 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:
-    found = []
+    grids = []
     for name in dict.fromkeys(one.set for one in trials):
         groups: dict[tuple[str, float | None], list[TuneTrial]] = {}
         for one in trials:
             if one.set == name:
                 groups.setdefault((one.variant, one.lr), []).append(one)
         rows = [(key, [one.loss for one in group if one.loss is not None], group[0]) for key, group in groups.items()]
-        found.append(
+        grids.append(
             Grid(
                 f"Losses on {short(name)}",
                 "configuration",
@@ -238,4 +242,4 @@ def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:
                 ),
             )
         )
-    return found
+    return grids

@@ -116,9 +116,9 @@ class Trials:
         bare_ = replace(self.training, texts=bare(self.training.texts))
         poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
         on_worker = partial(train_on_worker, self.workers.site, bare_, self.grid)
-        found = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
+        results = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
         batches = sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
-        for run, records in zip(runs, found, strict=True):
+        for run, records in zip(runs, results, strict=True):
             self.after(run.label, run.variant.steps + batches)
             yield records
 
@@ -131,9 +131,9 @@ class Trials:
         with rounded(layers, self.grid) if self.grid else nullcontext():
             train_texts = self.training.texts.first(max(len(each.sequences) for each in self.sets))
             train_loss = measure(self.model, train_texts, batch, lambda: self.after("BASE")).mean
-            found = [measure(self.model, each, batch, lambda: self.after("BASE")) for each in self.sets]
+            by_set = [measure(self.model, each, batch, lambda: self.after("BASE")) for each in self.sets]
         self.kept.put(
-            *(trial_of(each, losses, None, 0, 0, train_loss) for each, losses in zip(self.sets, found, strict=True))
+            *(trial_of(each, losses, None, 0, 0, train_loss) for each, losses in zip(self.sets, by_set, strict=True))
         )
 
     def copy(self, probes: Sequence[Probe], plan: TunePlan, total: int) -> None:
@@ -173,12 +173,12 @@ class Trials:
             lr: Its learning rate.
             seeds: Only these; None for all.
         """
-        found: dict[str, dict[int, Measured]] = {}
+        by_variant: dict[str, dict[int, Measured]] = {}
         for record in self.records:
             is_selected = (record.variant, record.lr) == (name, lr) and (seeds is None or record.seed in seeds)
             if is_selected and record.loss is not None:
-                found.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
-        return found
+                by_variant.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
+        return by_variant
 
     @property
     def predictions(self) -> Mapping[str, tuple[int, ...]]:
@@ -216,9 +216,9 @@ def trained(
     training = replace(training, steps=variant.steps, kind=kind, decay=variant.decay)
     cell = Cell(int(variant.config["r"]), variant.lr, run.seed)
     with rounded(inner_layers(model.module).values(), grid):
-        found, train_loss = losses_after(model, cell, training, sets, after_step, keep)
+        by_set, train_loss = losses_after(model, cell, training, sets, after_step, keep)
     return [
-        trial_of(each, losses, variant, run.seed, params, train_loss) for each, losses in zip(sets, found, strict=True)
+        trial_of(each, losses, variant, run.seed, params, train_loss) for each, losses in zip(sets, by_set, strict=True)
     ]
 
 

@@ -54,12 +54,12 @@ def shortest(chosen: Sequence[str], every: Collection[str]) -> list[str]:
         >>> shortest(["a.0.q", "a.1.q", "a.0.v"], ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
         ['a.0.v', 'q']
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for path in chosen:
         leaf = path.rpartition(".")[2]
         reached = {other for other in every if other == leaf or other.endswith(f".{leaf}")}
-        found.add(leaf if reached <= set(chosen) else path)
-    return sorted(found)
+        names.add(leaf if reached <= set(chosen) else path)
+    return sorted(names)
 
 
 def uniform(
@@ -106,12 +106,12 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
         >>> ranks_of(config, ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
         {'a.0.q': 4, 'a.1.q': 8, 'a.0.v': 4, 'a.1.v': 0}
     """
-    found = {}
+    ranks = {}
     for path in paths:
         keys = (rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
         is_target = any(path == name or path.endswith(f".{name}") for name in config["target_modules"])
-        found[path] = next(keys, config["r"]) if is_target else 0
-    return found
+        ranks[path] = next(keys, config["r"]) if is_target else 0
+    return ranks
 
 
 def least_rank(rank: int) -> int:

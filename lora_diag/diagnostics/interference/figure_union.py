@@ -119,8 +119,8 @@ def _stairs(
 
 def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
     """Return the median of each bar's layers; NaN if a layer has no value."""
-    found = [[value(record) for record in bar] for bar in slot.bars]
-    return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in found])
+    by_bar = [[value(record) for record in bar] for bar in slot.bars]
+    return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in by_bar])
 
 
 def _finding(one: Series[Any], records: Sequence[Union]) -> str:
@@ -128,8 +128,8 @@ def _finding(one: Series[Any], records: Sequence[Union]) -> str:
     known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
     together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
     apart = sum(record.parts_rank_at[ENERGY] for record in known)
-    found = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
-    return f"{one.label}: {found}" if one.label else found
+    text = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
+    return f"{one.label}: {text}" if one.label else text
 
 
 def _keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:

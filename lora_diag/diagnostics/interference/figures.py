@@ -87,13 +87,13 @@ def _overlap(records: Sequence[Interference], rank: int) -> float:
 def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: int, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
     for number, one in enumerate(series):
-        found = [(record, getattr(record, side)[str(rank)]) for record in one.records if str(rank) in record.columns]
-        if not found:
+        values = [(record, getattr(record, side)[str(rank)]) for record in one.records if str(rank) in record.columns]
+        if not values:
             continue
-        cosines, shares = cumulated([cosine for _, space in found for cosine in space.cosines])
+        cosines, shares = cumulated([cosine for _, space in values for cosine in space.cosines])
         ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{one.label}")
         grid = np.linspace(0.0, 1.0, 201)
-        chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in found])
+        chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in values])
         ax.plot(grid, chance, color=category(number), lw=width, ls=(0, (1, 1.5)), label=f"_random {one.label}")
     ax.set_xlim(0, 1.02)
     ax.set_ylim(0, 1.03)

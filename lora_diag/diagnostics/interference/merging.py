@@ -38,15 +38,15 @@ def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
 
 def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
     """Return a record from ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
-    found = distances(fro, norm, apart, along, None)
-    assert found.epsilon is not None
-    assert found.norm_ratio is not None
+    distances_at_scale = distances(fro, norm, apart, along, None)
+    assert distances_at_scale.epsilon is not None
+    assert distances_at_scale.norm_ratio is not None
     return MergeLoss(
-        residual=found.epsilon,
-        norm_ratio=found.norm_ratio,
-        cosine=found.cosine,
-        best_scale=found.best_scale,
-        residual_best_scale=found.epsilon_best_scale,
+        residual=distances_at_scale.epsilon,
+        norm_ratio=distances_at_scale.norm_ratio,
+        cosine=distances_at_scale.cosine,
+        best_scale=distances_at_scale.best_scale,
+        residual_best_scale=distances_at_scale.epsilon_best_scale,
     )
 
 

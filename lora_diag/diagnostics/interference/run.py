@@ -144,14 +144,14 @@ def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Lay
             if delta.is_matrix:
                 alone = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
                 by_layer.setdefault(delta.layer, []).append(Update(_path(side), weight, alone))
-    if not any(len(found) > 1 for found in by_layer.values()):
+    if not any(len(layers) > 1 for layers in by_layer.values()):
         examples = "; ".join(f"{_path(side)} has {_first_layer(side)}" for side in compared)
         raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
-    for layer, found in by_layer.items():
-        for other in found[1:]:
-            if other.delta.shape != found[0].delta.shape:
+    for layer, layers in by_layer.items():
+        for other in layers[1:]:
+            if other.delta.shape != layers[0].delta.shape:
                 raise InputError(
-                    f"{layer}: {list(found[0].delta.shape)} in {found[0].name} but {list(other.delta.shape)} in "
+                    f"{layer}: {list(layers[0].delta.shape)} in {layers[0].name} but {list(other.delta.shape)} in "
                     f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
                 )
     names = sorted(by_layer, key=natural_order)

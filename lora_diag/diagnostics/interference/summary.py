@@ -51,7 +51,7 @@ def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, lis
             groups.setdefault((record.first, record.second), []).append(record)
     order = {path: i for i, path in enumerate(paths)}
     ordered = sorted(groups.items(), key=lambda item: (order.get(item[0][0], 0), order.get(item[0][1], 0)))
-    return [(names.get(first, first), names.get(second, second), found) for (first, second), found in ordered]
+    return [(names.get(first, first), names.get(second, second), records) for (first, second), records in ordered]
 
 
 def shared(results: Results[Interference | Union]) -> list[Union]:
@@ -61,13 +61,13 @@ def shared(results: Results[Interference | Union]) -> list[Union]:
 
 def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
     if len(pairs) > _TABLES:
-        rows = [(f"{first} × {second}", found) for first, second, found in pairs]
-        shown = Interference.shown_of({}, [record for _, _, found in pairs for record in found])
+        rows = [(f"{first} × {second}", records) for first, second, records in pairs]
+        shown = Interference.shown_of({}, [record for _, _, records in pairs for record in records])
         return [replace(grid_of(shown, rows, "type", "pairs"), title="pair")]
     grids = []
-    for first, second, found in pairs:
-        layers = sorted(rows_of(found, per), key=lambda row: -abs(pooled_cosine(row[1])))
-        grids.append(grid_of(Interference.shown_of({}, found), layers, per, f"1 {first}, 2 {second}"))
+    for first, second, records in pairs:
+        layers = sorted(rows_of(records, per), key=lambda row: -abs(pooled_cosine(row[1])))
+        grids.append(grid_of(Interference.shown_of({}, records), layers, per, f"1 {first}, 2 {second}"))
     return grids
 
 

@@ -177,8 +177,8 @@ def _merges(
     if settings.density == 0:
         return {**merges, "ties": None, "ties_dense": None}, {}
     dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
-    found = (before.share, before.random, after.share, after.random)
-    return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, found, strict=True))
+    shares = (before.share, before.random, after.share, after.random)
+    return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, shares, strict=True))
 
 
 def _pairs(parts: Sequence[Part]) -> list[Pair] | None:

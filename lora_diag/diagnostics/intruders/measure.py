@@ -129,14 +129,14 @@ def _directions(base: Factors, top: Factors, settings: IntruderSettings) -> tupl
     assert base.u is not None
     assert top.u is not None
     products = (base.u.T @ top.u).abs().cpu()
-    found = []
+    directions = []
     for j, sigma in enumerate(top.s.tolist()):
         column = products[:, j]
         near = (base.s - sigma).abs() <= settings.window * sigma
         similarity, at = column.max(0)
         projection = min(1.0, float(column[near].square().sum().sqrt()))
         by_chance = (int(near.sum()) / len(top.u)) ** 0.5
-        found.append(
+        directions.append(
             Direction(
                 sigma=sigma,
                 similarity=min(1.0, float(similarity)),
@@ -147,7 +147,7 @@ def _directions(base: Factors, top: Factors, settings: IntruderSettings) -> tupl
                 kind=kind(float(similarity), projection, by_chance, settings.epsilon),
             )
         )
-    return tuple(found)
+    return tuple(directions)
 
 
 def _record(

@@ -50,16 +50,16 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
 
 def _intruders(records: Sequence[Intruders]) -> str:
     looked = sum(record.k for record in records)
-    found = sum(record.intruders for record in records)
+    total = sum(record.intruders for record in records)
     first = records[0]
     requested = f"the {first.k} largest directions of each weight, similarity below {number(first.epsilon)}"
     still = sum(record.fro == 0 for record in records)
     unchanged = f"; {still} {'weight' if still == 1 else 'weights'} did not change" if still else ""
-    if not found:
+    if not total:
         return f"none in {len(records)} layers ({requested}){unchanged}"
     hit = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))
     named = ", ".join(f"{short(r.layer)} ({r.intruders})" for r in hit[:_NAMED])
-    return f"{found} of {looked} directions, in {len(hit)} of {len(records)} layers ({requested}){unchanged}: {named}"
+    return f"{total} of {looked} directions, in {len(hit)} of {len(records)} layers ({requested}){unchanged}: {named}"
 
 
 def _rotated(records: Sequence[Intruders]) -> str:

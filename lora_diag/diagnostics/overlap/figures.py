@@ -134,8 +134,8 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
     width = style.line if style else 1.2
     for number, one in enumerate(series):
         for name, field, random, color, dashes in MEASURES:
-            found = curve_over_steps(one.records, field, random)
-            if not len(found.steps):
+            curve = curve_over_steps(one.records, field, random)
+            if not len(curve.steps):
                 continue
             several = len(series) > 1
             color = category(number) if several else color
@@ -143,18 +143,18 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
             layers = list(dict.fromkeys(record.layer for record in one.records))
             banded = per == "type" or len(layers) > SINGLE
             if banded and not several:
-                ax.fill_between(found.steps, found.low, found.high, color=color, alpha=0.2, lw=0)
+                ax.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.2, lw=0)
             elif not several:
                 for layer in layers:
                     own = curve_over_steps([record for record in one.records if record.layer == layer], field, random)
                     ax.plot(own.steps, own.middle, color=color, lw=0.5 * width, alpha=0.45, label=f"_{name} of {layer}")
             line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
-            ax.plot(found.steps, found.middle, label=f"_{name}", **line, **marker)
+            ax.plot(curve.steps, curve.middle, label=f"_{name}", **line, **marker)
             chance: dict[str, Any] = {"color": color, "lw": 0.9 * width, "ls": (0, (1, 1.5))}
-            if len(found.steps) == 1:
-                ax.plot(found.steps, found.random, color=color, marker="_", ms=6 * width, label=f"_random {name}")
+            if len(curve.steps) == 1:
+                ax.plot(curve.steps, curve.random, color=color, marker="_", ms=6 * width, label=f"_random {name}")
             else:
-                ax.plot(found.steps, found.random, label=f"_random {name}", **chance)
+                ax.plot(curve.steps, curve.random, label=f"_random {name}", **chance)
 
 
 def _top(records: Sequence[Overlap]) -> float:
@@ -173,19 +173,19 @@ def _step_axis(ax: Axes, steps: Sequence[int], inches: float, style: PageStyle |
 def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, max_layers: int) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     several = len(series) > 1
-    found = []
+    keys = []
     for number, one in enumerate(series if several else ()):
-        found.append(Key(Line2D([], [], color=category(number), lw=2 * width), one.label))
+        keys.append(Key(Line2D([], [], color=category(number), lw=2 * width), one.label))
     for name, _, _, color, dashes in MEASURES:
         color = INK if several else color
         line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if several else "-")
-        found.append(Key(line, f"{name}, median layer"))
+        keys.append(Key(line, f"{name}, median layer"))
     if not several:
         banded = per == "type" or max_layers > SINGLE
         what, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
-        found.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), what))
-    found.append(Key(Line2D([], [], color=QUIET, lw=1.2 * width, ls=(0, (1, 1.5))), "random subspaces"))
-    return tuple(found)
+        keys.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), what))
+    keys.append(Key(Line2D([], [], color=QUIET, lw=1.2 * width, ls=(0, (1, 1.5))), "random subspaces"))
+    return tuple(keys)
 
 
 def _texts(

@@ -31,17 +31,17 @@ class LiveSubspaces:
         b, a = _factors(weight.module)
         if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed
             b, a = a.T, b.T
-        found = decompose_factored(b, a, vectors=True)
-        if found.fro == 0.0 or not bool(torch.isfinite(found.s).all()):
+        factors = decompose_factored(b, a, vectors=True)
+        if factors.fro == 0.0 or not bool(torch.isfinite(factors.s).all()):
             detail = (
-                f"step {step}: the LoRA is {'zero' if found.fro == 0.0 else 'not finite'}, so it spans no subspaces"
+                f"step {step}: the LoRA is {'zero' if factors.fro == 0.0 else 'not finite'}, so it spans no subspaces"
             )
             return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
-        assert found.u is not None
-        assert found.vh is not None
-        own = len(found.s)
+        assert factors.u is not None
+        assert factors.vh is not None
+        own = len(factors.s)
         ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own), own}))
-        u, v = orthonormal(found.u), orthonormal(found.vh.T)
+        u, v = orthonormal(factors.u), orthonormal(factors.vh.T)
         return Subspaces(weight.name, u, v, ranks, "factored", "resolved")
 
 

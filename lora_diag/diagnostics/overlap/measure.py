@@ -108,13 +108,13 @@ def overlap(followed: GradientTask, settings: OverlapSettings) -> tuple[Overlap 
 
 
 def _overlap(followed: GradientTask, settings: OverlapSettings, device: torch.device) -> tuple[Overlap | LeftOut, ...]:
-    found = subspaces(followed.delta, settings, device)
-    if isinstance(found, LeftOut):
-        return (found,)
+    spaces = subspaces(followed.delta, settings, device)
+    if isinstance(spaces, LeftOut):
+        return (spaces,)
     return tuple(
         record
         for snapshot in followed.snapshots
-        for record in overlaps(found, snapshot.step, snapshot.blocks(followed.shape))
+        for record in overlaps(spaces, snapshot.step, snapshot.blocks(followed.shape))
     )
 
 
@@ -179,29 +179,29 @@ def _ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[in
     return tuple(sorted({*(rank for rank in requested if rank < own), own}))
 
 
-def overlaps(found: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Overlap | LeftOut, ...]:
+def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Overlap | LeftOut, ...]:
     """Measure the overlap of one gradient with the subspaces of an update.
 
     Args:
-        found: The subspaces.
+        spaces: The subspaces.
         step: t.
         blocks: The rows of G_t, ``(rows, in)`` each, from the first row to the last.
 
     Returns:
         One record for each rank; if G_t is not finite, one ``left_out`` record.
     """
-    parts = shares(blocks, found.u, found.v, found.ranks)
+    parts = shares(blocks, spaces.u, spaces.v, spaces.ranks)
     if isinstance(parts, str):
         detail = f"step {step}: {parts}"
-        return (LeftOut(layer=found.layer, shape=found.shape, reason="non_finite", detail=detail),)
+        return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)
     none = parts.fro == 0.0
     records = []
-    for at, rank in enumerate(found.ranks):
-        random = chance(found.shape, rank)
+    for at, rank in enumerate(spaces.ranks):
+        random = chance(spaces.shape, rank)
         records.append(
             Overlap(
-                layer=found.layer,
-                shape=found.shape,
+                layer=spaces.layer,
+                shape=spaces.shape,
                 step=step,
                 rank=rank,
                 kappa=None if none else parts.both[at],
@@ -213,9 +213,9 @@ def overlaps(found: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ove
                 right=None if none else parts.right[at],
                 right_random=random.right,
                 gradient_fro=parts.fro,
-                method=found.method,
-                blocks=found.blocks,
-                verdict=found.verdict,
+                method=spaces.method,
+                blocks=spaces.blocks,
+                verdict=spaces.verdict,
             )
         )
     return tuple(records)

@@ -200,9 +200,9 @@ class GradientRecorder(TrainerCallback):
     def _prepare(self, reference: Reference | Literal["live"]) -> None:
         """Match the weights to the layers of the reference, and open the results file."""
         if isinstance(reference, Reference):
-            found, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)
+            matched, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)
             for weight in self._weights:
-                for location in found.get(weight.name, ()):
+                for location in matched.get(weight.name, ()):
                     if location.layer in reference.layers:
                         first = location.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
                         start = first + (location.rows[0] if location.rows else 0)
@@ -293,9 +293,9 @@ class GradientRecorder(TrainerCallback):
             gradient = gradients[weight.name]()
             layers = self._against.get(weight.name, [])
             if self._live is not None and isinstance(weight, Frozen):
-                found = self._live.subspaces(weight, self._step)
-                self._left_out += [found] if isinstance(found, LeftOut) else []
-                layers = [] if isinstance(found, LeftOut) else [(found, 0)]
+                spaces = self._live.subspaces(weight, self._step)
+                self._left_out += [spaces] if isinstance(spaces, LeftOut) else []
+                layers = [] if isinstance(spaces, LeftOut) else [(spaces, 0)]
             for layer, start in layers:
                 for record in overlaps(_near(layer, gradient), self._step, _blocks(gradient, layer.shape, start)):
                     if isinstance(record, Overlap):
@@ -311,17 +311,17 @@ class GradientRecorder(TrainerCallback):
 
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
     """Return medians over the layers of one step by rank and module type, under names that sort well in a plot."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for rank in sorted({record.rank for record in records}):
         known = [record for record in records if record.rank == rank and record.kappa is not None]
         if not known:
             continue
         for name in ("kappa", "kappa_random", "tangent", "tangent_random"):
-            found[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in known)
+            values[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in known)
         for kind in dict.fromkeys(module_type_of(record.layer) for record in known):
             of_kind = [record.kappa for record in known if module_type_of(record.layer) == kind]
-            found[f"overlap/r{rank}/kappa/{kind}"] = median(kappa for kappa in of_kind if kappa is not None)
-    return found
+            values[f"overlap/r{rank}/kappa/{kind}"] = median(kappa for kappa in of_kind if kappa is not None)
+    return values
 
 
 def _near(layer: Subspaces, gradient: Tensor) -> Subspaces:

@@ -154,13 +154,13 @@ def subspaces(
     )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     layout = layout_of(matrices, arguments["workers"], on.type)
-    found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
+    results = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
     return Reference(
         base=_base_of(compared.pairing) or open_checkpoint(base),
-        layers={item.layer: item for item in found if not isinstance(item, LeftOut)},
+        layers={item.layer: item for item in results if not isinstance(item, LeftOut)},
         inputs=compared.inputs,
         settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
-        left_out=tuple(item for item in found if isinstance(item, LeftOut)),
+        left_out=tuple(item for item in results if isinstance(item, LeftOut)),
     )
 
 

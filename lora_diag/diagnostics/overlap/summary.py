@@ -75,13 +75,13 @@ def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
     )
     if not near_random:
         return make_statement("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
-    found = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
+    sentences = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
     first = min(track.records[0].step for track in relevant)
-    found += [
+    sentences += [
         f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_fallen_since(t, first)}" for t in near_random[:_NAMED]
     ]
     more = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
-    return make_statement("inside", "Containment", *found, *more, level="warning")
+    return make_statement("inside", "Containment", *sentences, *more, level="warning")
 
 
 def _fallen_since(track: Track, first: int) -> str:

@@ -85,11 +85,11 @@ def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
     for record in results:
         by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
-    found = []
+    followed = []
     for layer, by_rank in by_layer.items():
         shown = max((r for r in by_rank if rank_shown is None or r <= rank_shown), default=min(by_rank))
-        found.append(Track(layer, shown, tuple(sorted(by_rank[shown], key=lambda record: record.step))))
-    return found
+        followed.append(Track(layer, shown, tuple(sorted(by_rank[shown], key=lambda record: record.step))))
+    return followed
 
 
 def reference_is_adapter(results: Results[Overlap]) -> bool:

@@ -79,20 +79,20 @@ FEATURES: dict[str, Contents] = {
 def outcome(contents: Contents, consumer: Consumer, rule: Rule) -> list[Portability]:
     """Return the records of one consumer and version for an adapter without weights."""
     name = consumer.name, rule.read[-1]
-    found: list[Portability] = []
+    records: list[Portability] = []
     for task in judged(contents, {name: (consumer, rule)}):
-        found += [record for record in judge(task, PortabilitySettings()) if isinstance(record, Portability)]
-    return found
+        records += [record for record in judge(task, PortabilitySettings()) if isinstance(record, Portability)]
+    return records
 
 
 def words(records: list[Portability]) -> str:
     """Return a short description of a consumer's treatment of an adapter: that of the worst weight."""
-    found = {record.status for record in records}
-    if "refused" in found:
+    statuses = {record.status for record in records}
+    if "refused" in statuses:
         return "refuses"
-    if "dropped" in found:
+    if "dropped" in statuses:
         return "drops"
-    if "wrong" in found:
+    if "wrong" in statuses:
         if any(record.part in NONLINEAR_PARTS for record in records):
             return "B·A alone"
         factors = (r.scale / r.intended for r in records if r.status == "wrong" and r.scale and r.intended)

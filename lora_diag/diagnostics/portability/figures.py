@@ -62,7 +62,7 @@ class Cells:
 def cells(series: Sequence[Series[Any]]) -> Cells:
     """Return the cells of some runs; several matrices of a type in a block (experts) give the worst."""
     types = Types(record.layer for one in series for record in one.records)
-    found: dict[tuple[str, str, int | None], Portability] = {}
+    by_cell: dict[tuple[str, str, int | None], Portability] = {}
     programs: list[str] = []
     for one in series:
         groups = by_consumer(one.records)
@@ -72,10 +72,10 @@ def cells(series: Sequence[Series[Any]]) -> Cells:
             programs.append(program)
             for record in records:
                 cell = types.of(record.layer), program, depth_of(record.layer)
-                if cell not in found or _severity_order(record) > _severity_order(found[cell]):
-                    found[cell] = record
-    depths = sorted({depth for _, _, depth in found}, key=lambda depth: -1 if depth is None else depth)
-    return Cells(types.names, tuple(depths), tuple(programs), found)
+                if cell not in by_cell or _severity_order(record) > _severity_order(by_cell[cell]):
+                    by_cell[cell] = record
+    depths = sorted({depth for _, _, depth in by_cell}, key=lambda depth: -1 if depth is None else depth)
+    return Cells(types.names, tuple(depths), tuple(programs), by_cell)
 
 
 def _severity_order(record: Portability) -> tuple[int, float]:
@@ -186,13 +186,13 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
 
 
 def _texts(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
-    found = {record.status for record in shown.records.values()}
+    statuses = {record.status for record in shown.records.values()}
     unknown = any(r.status == "wrong" and not r.epsilon for r in shown.records.values())
-    keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if found & set(AS_INTENDED) else []
-    keys += [Key(Patch(color=EPSILON(0.5)), "another ΔW")] if "wrong" in found else []
+    keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if statuses & set(AS_INTENDED) else []
+    keys += [Key(Patch(color=EPSILON(0.5)), "another ΔW")] if "wrong" in statuses else []
     keys += [Key(Patch(color=COLORS["wrong"]), "another ΔW, ε not known without BASE")] if unknown else []
-    keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in found else []
-    keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in found else []
+    keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in statuses else []
+    keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
     layers = len({record.layer for one in series for record in one.records})
     several = len({(name, depth) for name, _, depth in shown.records}) < layers
     return FigureText(

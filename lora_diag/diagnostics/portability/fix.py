@@ -95,7 +95,7 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
         InputError: A written weight cannot be read back under its name.
     """
     old = {item.layer: item for item in contents_of(before, base).items}
-    found = {}
+    by_layer = {}
     for item in contents_of(open_adapter(after), base).items:
         other = old.get(item.layer)
         if other is None:
@@ -110,5 +110,5 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
         assert isinstance(one, tuple)
         assert isinstance(two, tuple)
         norm = gap(two, (two[0] * 0, two[1]))
-        found[item.layer] = gap(one, two) / norm if norm else 0.0
-    return found
+        by_layer[item.layer] = gap(one, two) / norm if norm else 0.0
+    return by_layer

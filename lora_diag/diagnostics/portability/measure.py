@@ -143,9 +143,9 @@ def _distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix |
     item, delta = task.item, task.delta
     if delta is None or not fro or whole is None or item.load is None or outcome.scale is None or not item.scale:
         return None
-    found = item.load(Site(delta.shape))
-    assert isinstance(found, tuple)
-    b, a = found
+    loaded = item.load(Site(delta.shape))
+    assert isinstance(loaded, tuple)
+    b, a = loaded
     if (len(b), a.shape[1]) != delta.shape:
         b, a = a.T, b.T
     return gap((b * (outcome.scale / item.scale), a), whole) / fro

@@ -72,8 +72,8 @@ def _cell(group: Sequence[Portability]) -> str:
 
 
 def _worst(group: Sequence[Portability]) -> Status:
-    found = {record.status for record in group}
-    return next(status for status in ORDER if status in found)
+    statuses = {record.status for record in group}
+    return next(status for status in ORDER if status in statuses)
 
 
 def pooled_epsilon(records: Sequence[Portability]) -> float | None:

@@ -45,13 +45,13 @@ class Levels:
 
 def levels(records: Sequence[Residual]) -> Levels | None:
     """Return the pooled levels of layers; None if ΔW = 0 in all of them."""
-    found = pooled(records)
-    if found.epsilon is None:
+    sums = pooled(records)
+    if sums.epsilon is None:
         return None
-    floor = min(found.epsilon_min or 0.0, found.epsilon)
+    floor = min(sums.epsilon_min or 0.0, sums.epsilon)
     # Without a direction (X = 0) there is no scale to choose: ε is 1 at any.
-    best = found.epsilon if found.epsilon_best_scale is None else found.epsilon_best_scale
-    return Levels(floor, min(max(best, floor), found.epsilon), found.epsilon, found.cosine is not None)
+    best = sums.epsilon if sums.epsilon_best_scale is None else sums.epsilon_best_scale
+    return Levels(floor, min(max(best, floor), sums.epsilon), sums.epsilon, sums.cosine is not None)
 
 
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
@@ -113,12 +113,12 @@ def _matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
 
 def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) -> None:
     for slot in drawn:
-        found = [levels(bar) for bar in slot.bars]
+        bar_levels = [levels(bar) for bar in slot.bars]
         floor, direction, epsilon = (
-            np.array([getattr(one, name) ** 2 if one and one.adapted else np.nan for one in found])
+            np.array([getattr(one, name) ** 2 if one and one.adapted else np.nan for one in bar_levels])
             for name in ("floor", "direction", "epsilon")
         )
-        idle = np.array([one.epsilon**2 if one and not one.adapted else np.nan for one in found])
+        idle = np.array([one.epsilon**2 if one and not one.adapted else np.nan for one in bar_levels])
         for values, base, color in (
             (floor, np.zeros_like(floor), RANK),
             (direction, floor, DIRECTION),
@@ -137,36 +137,36 @@ def _finding(one: Series[Any]) -> str:
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
     together = levels(one.records)
-    found = [f"ε = {together.epsilon:.2f}"] if together else ["ΔW = 0"]
-    found += [f"{part} {share:.0%}" for part, share in parts(one.records).items() if share >= 0.005]
-    return f"{one.label}{rank}: {', '.join(found)}{' of ε²' if len(found) > 1 else ''}"
+    texts = [f"ε = {together.epsilon:.2f}"] if together else ["ΔW = 0"]
+    texts += [f"{part} {share:.0%}" for part, share in parts(one.records).items() if share >= 0.005]
+    return f"{one.label}{rank}: {', '.join(texts)}{' of ε²' if len(texts) > 1 else ''}"
 
 
 def parts(records: Sequence[Residual]) -> dict[str, float]:
     """Return the fractions of ‖ΔW − X‖² over layers due to rank, direction, scale and missing adaptation."""
-    found = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
+    shares = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
     for record in records:
         own = levels([record])
         if own is None:  # ΔW = 0: the best scale of X would be 0, without a distance
-            found["scale"] += record.gap**2
+            shares["scale"] += record.gap**2
         else:
             steps = (own.floor, own.direction, own.epsilon) if own.adapted else ()
             below = 0.0
-            for name, step in zip(found, steps, strict=False):
-                found[name] += (step**2 - below**2) * record.fro**2
+            for name, step in zip(shares, steps, strict=False):
+                shares[name] += (step**2 - below**2) * record.fro**2
                 below = step
             if not own.adapted:
-                found["not adapted"] += record.gap**2
-    total = sum(found.values())
-    return {name: part / total for name, part in found.items()} if total else {}
+                shares["not adapted"] += record.gap**2
+    total = sum(shares.values())
+    return {name: part / total for name, part in shares.items()} if total else {}
 
 
 def _is_misaligned(records: Sequence[Residual]) -> bool:
     """Return whether layers are limited by direction while most of their ε² is scale."""
-    found = levels([record for record in records if record.limited_by == "direction"])
-    if found is None:
+    misaligned = levels([record for record in records if record.limited_by == "direction"])
+    if misaligned is None:
         return False
-    return found.epsilon**2 - found.direction**2 > found.direction**2 - found.floor**2
+    return misaligned.epsilon**2 - misaligned.direction**2 > misaligned.direction**2 - misaligned.floor**2
 
 
 def _keys(style: PageStyle | None) -> tuple[Key, ...]:

@@ -146,14 +146,16 @@ def _record(
     if change is not None and change.non_finite is not None:
         return change.non_finite
     rank = _rank(other.delta, change) if layer.tuned.is_matrix else None
-    found, norm = weights.distances(change, rank)
+    distances, norm = weights.distances(change, rank)
     if problem := why_not_comparable(norm):
         return problem
     columns, rows = None, None
     if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
         columns, rows = _agreements(weights, change, rank, settings)
     file_resolution = _resolution(weights) if layer.tuned.is_matrix else None
-    unresolved = file_resolution is not None and file_resolution.verdict == "unresolved" and found.epsilon is not None
+    unresolved = (
+        file_resolution is not None and file_resolution.verdict == "unresolved" and distances.epsilon is not None
+    )
     return Residual(
         layer=layer.layer,
         shape=layer.shape if layer.tuned.is_matrix else layer.shape[1:],
@@ -169,9 +171,9 @@ def _record(
         row_space=rows,
         data=None if data is None else Distance(**_with_error(data.distances(change, rank)[0], data.factors)),
         before_rounding=None if before is None else before.distance(change, layer.shape),
-        limited_by="noise" if unresolved else limit(found),
+        limited_by="noise" if unresolved else limit(distances),
         resolution=file_resolution,
-        **_with_error(found, weights.factors),
+        **_with_error(distances, weights.factors),
     )
 
 
@@ -207,12 +209,12 @@ def _before_rounding(
     """
     if not layer.recover or not isinstance(layer.tuned, StoredDelta) or not layer.tuned.is_matrix or not full.fro:
         return None
-    found = recover_layer(layer.tuned, full.fro, CURVE, settings.seed, device, settings.memory)
-    return None if found.cells is None else BeforeRounding(found.change(settings.memory), found.norm())
+    recovered = recover_layer(layer.tuned, full.fro, CURVE, settings.seed, device, settings.memory)
+    return None if recovered.cells is None else BeforeRounding(recovered.change(settings.memory), recovered.norm())
 
 
-def _with_error(found: Distances, factors: Factors) -> dict[str, float | None]:
-    return asdict(found) | {"energy_error": None if found.epsilon_min is None else factors.energy_error}
+def _with_error(distances: Distances, factors: Factors) -> dict[str, float | None]:
+    return asdict(distances) | {"energy_error": None if distances.epsilon_min is None else factors.energy_error}
 
 
 def _in_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:

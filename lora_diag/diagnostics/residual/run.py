@@ -136,13 +136,15 @@ def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
         seen[os.path.realpath(path)] = "given twice; give each path once"
 
 
-def _named(found: Comparison, role: str) -> Comparison:
+def _named(comparison: Comparison, role: str) -> Comparison:
     """Return a comparison whose second input has its role in this command."""
-    return replace(found, inputs=(*found.inputs[:-1], found.inputs[-1].model_copy(update={"role": role})))
+    return replace(
+        comparison, inputs=(*comparison.inputs[:-1], comparison.inputs[-1].model_copy(update={"role": role}))
+    )
 
 
-def _role(found: Comparison) -> Literal["adapter", "reference"]:
-    return "reference" if found.inputs[-1].role == "reference" else "adapter"
+def _role(comparison: Comparison) -> Literal["adapter", "reference"]:
+    return "reference" if comparison.inputs[-1].role == "reference" else "adapter"
 
 
 def _alone(delta: Delta) -> Delta:

@@ -186,14 +186,14 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
     lines = []
     for name, records in groups:
         if records[0].role == "reference":
-            found = pooled(records)
+            total = pooled(records)
             spaces = [record.column_space for record in records], [record.row_space for record in records]
             lines.append(
-                f"another full fine-tune, {name}, has ε = {shown(found.epsilon)} and cosine {shown(found.cosine)}; "
+                f"another full fine-tune, {name}, has ε = {shown(total.epsilon)} and cosine {shown(total.cosine)}; "
                 f"its top directions overlap {_agreement(spaces[0])} in the column space and "
                 f"{_agreement(spaces[1])} in the row space (in brackets: random)"
             )
-            lines += [_judged(other, pooled(theirs), found) for other, theirs in groups if theirs[0].role == "adapter"]
+            lines += [_judged(other, pooled(theirs), total) for other, theirs in groups if theirs[0].role == "adapter"]
     if lines:
         return [*lines, "ε is the distance to one solution; the held-out loss shows which is better"]
     return [

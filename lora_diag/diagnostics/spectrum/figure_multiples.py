@@ -123,30 +123,30 @@ def _keys(
     series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], largest: int, bands: bool, style: PageStyle
 ) -> tuple[Key, ...]:
     """Return the legend."""
-    found = []
+    keys = []
     if bands:
         for number, one in enumerate(series):
             owner = owner_of(one, series)
-            found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{owner}median layer, range"))
+            keys.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{owner}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
-        found.append(Key(Line2D([], [], color=INK, lw=style.line), "one line per layer"))
+        keys.append(Key(Line2D([], [], color=INK, lw=style.line), "one line per layer"))
     inside = [str(rank) for rank in MARKED if rank <= largest]
     if inside:
         line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * style.line, ls=(0, (1, 1.6)))
-        found.append(Key(line, f"LoRA ranks {', '.join(inside)}"))
+        keys.append(Key(line, f"LoRA ranks {', '.join(inside)}"))
     if not bands and has_floor(records):
-        found.append(Key(Line2D([], [], color=FLOOR, lw=1.5 * style.line), "beyond the signal rank: rounding"))
-    return tuple(found)
+        keys.append(Key(Line2D([], [], color=FLOOR, lw=1.5 * style.line), "beyond the signal rank: rounding"))
+    return tuple(keys)
 
 
 def _notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
     """Return notes on joined layers and on layers without a curve."""
-    found = []
+    notes = []
     joined = max((len(g) for panel in shown for g in by_depth(panel.series[0].records).values()), default=1)
     if joined > 1 and not bands:
-        found.append(f"A line is the median of a block's matrices of its type (up to {joined}).")
+        notes.append(f"A line is the median of a block's matrices of its type (up to {joined}).")
     if any(record.fro > 0 and not record.complete for record in records):
-        found.append("Curves end where the values kept (--top) do.")
+        notes.append("Curves end where the values kept (--top) do.")
     if zero := sum(record.fro == 0 for record in records):
-        found.append(f"Δ = 0 in {zero} {'matrix, which has' if zero == 1 else 'matrices, which have'} no curve.")
-    return (" ".join(found),) if found else ()
+        notes.append(f"Δ = 0 in {zero} {'matrix, which has' if zero == 1 else 'matrices, which have'} no curve.")
+    return (" ".join(notes),) if notes else ()

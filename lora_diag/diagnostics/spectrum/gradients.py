@@ -76,16 +76,18 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
         ``left_out`` record if a gradient is not finite.
     """
     try:
-        found, fallback = on_device(lambda device: _compute(history, settings, device), resolve_device(settings.device))
+        result, fallback = on_device(
+            lambda device: _compute(history, settings, device), resolve_device(settings.device)
+        )
     except _NotFiniteError as error:
         return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
     side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
-    file_resolution, dtypes = _resolution(found, history), (None, "/".join(history.dtypes))
-    factors = replace(found.side, method=f"{found.side.method} of {len(history.snapshots)} gradients{fallback}")
+    file_resolution, dtypes = _resolution(result, history), (None, "/".join(history.dtypes))
+    factors = replace(result.side, method=f"{result.side.method} of {len(history.snapshots)} gradients{fallback}")
     record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
     other = None
-    if found.other is not None:
-        other = record_of(history.layer, history.shape, dtypes, None, found.other, settings.ranks, file_resolution)
+    if result.other is not None:
+        other = record_of(history.layer, history.shape, dtypes, None, result.other, settings.ranks, file_resolution)
     stack = Stack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
         side=side,
@@ -155,17 +157,17 @@ def _stacked(history: History) -> tuple[int, int]:
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
-def _resolution(found: _Found, history: History) -> Resolution:
+def _resolution(result: _Found, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
-    noise = noise_of(mixture([(1 / 12, found.spacing.profile)], _stacked(history)), 1)
-    edge = max(noise.edge, grain(found.side))
-    signal = signal_rank(found.side.s.numpy(), edge, found.side.complete)
+    noise = noise_of(mixture([(1 / 12, result.spacing.profile)], _stacked(history)), 1)
+    edge = max(noise.edge, grain(result.side))
+    signal = signal_rank(result.side.s.numpy(), edge, result.side.complete)
     return Resolution(
         unchanged=None,
         mantissa=None,
-        rounding_fro=math.sqrt(found.spacing.squares) / 2,
+        rounding_fro=math.sqrt(result.spacing.squares) / 2,
         noise_fro=noise.fro,
         edge=edge,
         signal_rank=signal,
-        verdict=verdict(noise.fro, found.side.fro, signal),
+        verdict=verdict(noise.fro, result.side.fro, signal),
     )

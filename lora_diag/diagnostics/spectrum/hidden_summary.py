@@ -53,17 +53,17 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
             f"{number(files / whole)} times that"
         )
     lines.append(f"of {len(tried)} matrices that the files do not resolve {parts}")
-    found = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
-    if found:
+    recovered = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
+    if recovered:
         middle, lowest, highest = (
-            _middle(ranks) for ranks in zip(*(_ranks(hidden) for _, hidden in found), strict=True)
+            _middle(ranks) for ranks in zip(*(_ranks(hidden) for _, hidden in recovered), strict=True)
         )
-        read = _middle([record.rank_at["0.9"] for record, _ in found])
+        read = _middle([record.rank_at["0.9"] for record, _ in recovered])
         lines.append(
             f"rank at 90% {middle} (interval {lowest} to {highest}) at the median, where the files read {read}"
         )
-        signal = _middle([record.resolution.signal_rank for record, _ in found])
-        directions = _middle([hidden.directions for _, hidden in found])
+        signal = _middle([record.resolution.signal_rank for record, _ in recovered])
+        directions = _middle([hidden.directions for _, hidden in recovered])
         lines.append(f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge")
     refused = [(record, hidden) for record, hidden in tried if hidden.status == "refused"]
     if refused:

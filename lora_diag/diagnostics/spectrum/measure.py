@@ -72,8 +72,8 @@ def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple
     except MemoryLimitError as error:
         return Hidden(status="refused", reason=str(error), unchanged=0.0), ""
     compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)
-    found, elsewhere = on_device(compute, resolve_device(settings.device))
-    return found.hidden, elsewhere
+    recovered, elsewhere = on_device(compute, resolve_device(settings.device))
+    return recovered.hidden, elsewhere
 
 
 def _compute(

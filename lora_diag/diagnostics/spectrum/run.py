@@ -144,9 +144,9 @@ def _weighted_tasks(pairing: Pairing, moments: SecondMoments | None, kfac: bool)
 
 
 def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
-    found = thin_spectrum(layer, settings) if is_thin(layer, settings) else None
-    if found is not None:
-        return (found,)
+    record = thin_spectrum(layer, settings) if is_thin(layer, settings) else None
+    if record is not None:
+        return (record,)
     from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # deferred: imports torch
 
     return (measure(layer.delta, settings, layer.weighting),)

@@ -212,13 +212,13 @@ def _together(changed: Sequence[Spectrum]) -> str:
     beta = math.fsum(beta / error**2 for beta, error in known) / weight
     spread = math.fsum(((each - beta) / error) ** 2 for each, error in known) / (len(known) - 1)
     error = math.sqrt(max(1.0, spread) / weight)  # layers that differ by more than their errors have less weight
-    found = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
+    estimate = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):
         unknown = [record for record in changed if record.resolution.start == "unknown"]
         resolved_alone = sum(_verdict_of_start(record) == "resolved" for record in unknown)
         then = f"then {resolved_alone} of the {len(unknown)} are resolved"
-        return f", though all layers together show the start ({found}); {then}"
-    return f" (all layers together: {found})" if error < 0.2 and -0.5 < beta < 1.5 else ""
+        return f", though all layers together show the start ({estimate}); {then}"
+    return f" (all layers together: {estimate})" if error < 0.2 and -0.5 < beta < 1.5 else ""
 
 
 def _verdict_of_start(record: Spectrum) -> str:
@@ -244,9 +244,9 @@ def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
     if not records:
         return ["not known: these files resolve no matrix"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
-    found = {rank: _kept_at(rank, records) for rank in shown}
-    kept = {rank: share for rank, (share, _) in found.items() if share is not None}
-    lines = [line for _, line in found.values()]
+    kept_at_rank = {rank: _kept_at(rank, records) for rank in shown}
+    kept = {rank: share for rank, (share, _) in kept_at_rank.items() if share is not None}
+    lines = [line for _, line in kept_at_rank.values()]
     if not kept:
         return lines[:1]
     judged = 16 if 16 in kept else max(kept)

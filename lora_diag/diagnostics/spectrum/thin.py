@@ -71,11 +71,11 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
     if left is None or right is None:
         return None
-    found = thin_values(left, right, delta.thin.read_scale())
-    fro = float(found.fro[0])
+    computed = thin_values(left, right, delta.thin.read_scale())
+    fro = float(computed.fro[0])
     if not math.isfinite(fro):
         return None
-    s = found.s[0, : settings.top]
-    values = _Kept(s, len(s) == found.s.shape[1], float(found.energy_error[0]), fro)
+    s = computed.s[0, : settings.top]
+    values = _Kept(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
     file_resolution = unrounded(s, fro, values.complete)
     return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)

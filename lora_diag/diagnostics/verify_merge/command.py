@@ -38,11 +38,11 @@ def verify_merge(
 
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, merged, **arguments, **callbacks)
-    found = outcome(results)
-    then = _next(arguments["output"], shown.per, found == "correct")
+    status = outcome(results)
+    then = _next(arguments["output"], shown.per, status == "correct")
     shown.show(results, then)
     unread = report_unmeasured(results.unmeasured, "the layer was not checked")
-    code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
+    code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[status]
     if code != DONE:
         raise typer.Exit(code)
 

@@ -81,7 +81,7 @@ class FailedLayer:
         shape: ``(m, n)``.
         addend: The adapter's ΔW.
         rounding: Possible rounding of a correct merge.
-        found: Result of the check with ΔW.
+        check: Result of the check with ΔW.
         recheck: The same check with a different D' or rounding.
         recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
         rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
@@ -97,7 +97,7 @@ class FailedLayer:
     shape: tuple[int, int]
     addend: Addend
     rounding: Rounding
-    found: Check
+    check: Check
     recheck: Callable[[Addend, Rounding], Check]
     recheck_on_top: Callable[[], Check]
     rounded: tuple[float, ...]
@@ -110,14 +110,14 @@ class FailedLayer:
 
 def find_fault(failed: FailedLayer) -> Fault:
     """Return the fault that explains a layer best."""
-    found = failed.found
-    if found.moved == 0:
+    check = failed.check
+    if check.moved == 0:
         return Fault("dropped", UNCHANGED)
     fault = _scaled(failed) or scaled_precisely(failed) or _coarse(failed)
-    if fault is None and found.count:
+    if fault is None and check.count:
         fault = _partial(failed)
     fault = fault or _best_hypothesis(failed)
-    if fault is None and found.count:
+    if fault is None and check.count:
         fault = _few_entries(failed) or _rounded_base(failed) or _by_norms(failed)
     return fault or _drifted(failed)
 
@@ -127,7 +127,7 @@ def _scaled(failed: FailedLayer) -> Fault | None:
     fit = fit_scale(failed)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
-    if fit.check.count > UNEXPLAINED * failed.found.entries or fit.check.residual > fit.check.allowed:
+    if fit.check.count > UNEXPLAINED * failed.check.entries or fit.check.residual > fit.check.allowed:
         return None
     for factor, why in scales(failed.scale, failed.rank).items():
         if abs(fit.factor - factor) <= fit.limit + failed.rounding.roundoff * abs(factor):
@@ -145,17 +145,17 @@ def scaled_precisely(failed: FailedLayer) -> Fault | None:
     explains them.
     """
     how = precise(failed.rounding)
-    if how == failed.rounding or not failed.found.expected:
+    if how == failed.rounding or not failed.check.expected:
         return None
     one = failed.recheck(failed.addend, how)
     if distinct_lines(one) < FLIPPED or not is_coherent(one):
         return None
-    fit = fit_scale(replace(failed, rounding=how, found=one))
+    fit = fit_scale(replace(failed, rounding=how, check=one))
     if fit is None or fit.check.count > (1 - COHERENT) * one.count or fit.check.drifted:
         return None
     spacing = abs(fit.factor - 1) / one.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
-    if abs(fit.factor - 1) <= fit.limit + failed.found.common_error:
+    if abs(fit.factor - 1) <= fit.limit + failed.check.common_error:
         return None
     return Fault(
         "wrong scale", f"ΔW was added times {fit}: this factor explains the entries to the last bit, 1 does not"
@@ -204,10 +204,10 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
 
     Where rounding swallows part of ΔW, c is not the scale that was applied. None where there is nothing to fit.
     """
-    expected, arrived = failed.found.expected, failed.found.inner
-    if not expected or not math.isfinite(failed.found.scale_error):
+    expected, arrived = failed.check.expected, failed.check.inner
+    if not expected or not math.isfinite(failed.check.scale_error):
         return None
-    off = (arrived - failed.found.ideal) / expected
+    off = (arrived - failed.check.ideal) / expected
     factor, fit = 1.0 + off, None
     for _ in range(CHORDS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
@@ -243,10 +243,10 @@ def _coarse(failed: FailedLayer) -> Fault | None:
             break
     else:
         return None
-    visible = failed.found.entries >= MANY and failed.found.worst > FAR
+    visible = failed.check.entries >= MANY and failed.check.worst > FAR
     if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
         return None  # a few entries are far off while others are correct to the last bit
-    distance = math.sqrt(failed.found.residual / failed.found.expected) if failed.found.expected else 0.0
+    distance = math.sqrt(failed.check.residual / failed.check.expected) if failed.check.expected else 0.0
     dtype = str(failed.rounding.dtype).removeprefix("torch.")
     return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
 
@@ -254,7 +254,7 @@ def _coarse(failed: FailedLayer) -> Fault | None:
 def _partial(failed: FailedLayer) -> Fault | None:
     """Test rows (or columns) with the update next to others without."""
     for axis, word in enumerate(("rows", "columns")):
-        missing, still = failed.found.beyond[axis] > 0, failed.found.beyond_base[axis] == 0
+        missing, still = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] == 0
         if missing.any() and not (missing & ~still).any() and (~still).any():
             return Fault("partial", f"{word} {ranges(missing)} of {len(missing)} have no update, the others have it")
     return None
@@ -264,8 +264,8 @@ def _best_hypothesis(failed: FailedLayer) -> Fault | None:
     """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
     for fault, check in _hypotheses(failed):
-        near = check.residual <= min(_near(check.expected, check.allowed), failed.found.residual / 2)
-        if near or check.count <= min(UNEXPLAINED * check.entries, failed.found.count / 2):
+        near = check.residual <= min(_near(check.expected, check.allowed), failed.check.residual / 2)
+        if near or check.count <= min(UNEXPLAINED * check.entries, failed.check.count / 2):
             fitting.append((check.count, check.residual, fault))
     return min(fitting, key=lambda item: item[:2])[2] if fitting else None
 
@@ -340,10 +340,10 @@ def _nearest_other(failed: FailedLayer) -> str | None:
 
 
 def _few_entries(failed: FailedLayer) -> Fault | None:
-    found = failed.found
-    if found.count >= FEW * found.entries:
+    check = failed.check
+    if check.count >= FEW * check.entries:
         return None
-    return Fault("other", f"{found.count} entries differ {_where(failed)}, the others are right")
+    return Fault("other", f"{check.count} entries differ {_where(failed)}, the others are right")
 
 
 def _rounded_base(failed: FailedLayer) -> Fault | None:
@@ -353,46 +353,46 @@ def _rounded_base(failed: FailedLayer) -> Fault | None:
             continue
         how = replace(failed.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
         check = failed.recheck(failed.addend, how)
-        if check.count <= UNEXPLAINED * failed.found.entries and not check.drifted:
+        if check.count <= UNEXPLAINED * failed.check.entries and not check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
 
 
 def _by_norms(failed: FailedLayer) -> Fault:
     """Describe the norms if no common fault explains every entry."""
-    found = failed.found
-    if not found.expected:
+    check = failed.check
+    if not check.expected:
         return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(failed)}")
-    c = found.inner / found.expected
-    distance = found.observed - c * c * found.expected
-    far = abs(c - 1) > NEAR and distance <= min(_near(c * c * found.expected, found.allowed), found.observed / 2)
-    if far or (distance <= found.allowed and found.drifted):
+    c = check.inner / check.expected
+    distance = check.observed - c * c * check.expected
+    far = abs(c - 1) > NEAR and distance <= min(_near(c * c * check.expected, check.allowed), check.observed / 2)
+    if far or (distance <= check.allowed and check.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is not a known fault")
-    rest = math.sqrt(found.residual)
+    rest = math.sqrt(check.residual)
     ambiguity = (
-        4 * rest / math.sqrt(found.expected * found.entries)
+        4 * rest / math.sqrt(check.expected * check.entries)
     )  # the standard error of c, if the rest is independent of ΔW
     if abs(c - 1) <= 0.05 + ambiguity < 0.5:
-        share = rest / math.sqrt(found.base) if found.base else math.inf
+        share = rest / math.sqrt(check.base) if check.base else math.inf
         return Fault(
             "other base",
             f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps another base, such as a "
             "quantized one, or further training",
         )
-    cosine = found.inner / math.sqrt(found.expected * found.observed)
+    cosine = check.inner / math.sqrt(check.expected * check.observed)
     return Fault("other", f"MERGED − BASE is another update {_where(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
 
 
 def _drifted(failed: FailedLayer) -> Fault:
     """Report the scale if rounding explains every single entry but not all of them together."""
-    c, error = failed.found.inner / failed.found.expected, failed.found.scale_error
+    c, error = failed.check.inner / failed.check.expected, failed.check.scale_error
     return Fault(
         "wrong scale", f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together"
     )
 
 
 def _where(failed: FailedLayer) -> str:
-    rows = failed.found.beyond[0] > 0
+    rows = failed.check.beyond[0] > 0
     return f"in rows {ranges(rows)} of {len(rows)}" if failed.is_matrix and not rows.all() else "in all rows"
 
 

@@ -179,45 +179,45 @@ def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     if problem is not None:
         return _left_out(task, problem)
     rounding, ambiguous = _rounding(task)
-    found = check_merge(task.blocks(), task.shape, addend, rounding)
-    if found.base_non_finite is not None:
-        return _left_out(task, found.base_non_finite)
-    if found.non_finite is not None:
-        return _record(task, None, rounding, "other", _as_vector(task, found.non_finite))
-    if not math.isfinite(found.expected + abs(found.inner)):
+    check = check_merge(task.blocks(), task.shape, addend, rounding)
+    if check.base_non_finite is not None:
+        return _left_out(task, check.base_non_finite)
+    if check.non_finite is not None:
+        return _record(task, None, rounding, "other", _as_vector(task, check.non_finite))
+    if not math.isfinite(check.expected + abs(check.inner)):
         return _left_out(task, "the squares of its entries overflow float64")
-    right = _right(task, addend, rounding, found)
+    right = _right(task, addend, rounding, check)
     if right is None:
-        fault = _fault(task, addend, rounding, found)
-        return _record(task, found, rounding, fault.status, fault.cause)
-    if decided := _decide_by_entries(task, addend, rounding, found, right):
-        return _record(task, found, rounding, decided.status, decided.cause)
+        fault = _fault(task, addend, rounding, check)
+        return _record(task, check, rounding, fault.status, fault.cause)
+    if decided := _decide_by_entries(task, addend, rounding, check, right):
+        return _record(task, check, rounding, decided.status, decided.cause)
     ambiguous = ambiguous or merged.is_quantized or isinstance(addend, Whole)
-    if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
-        return _record(task, found, rounding, *_distinguish_from_zero(task, addend, rounding))
+    if ambiguous and check.moved <= UNEXPLAINED * check.entries and check.expected > 0:
+        return _record(task, check, rounding, *_distinguish_from_zero(task, addend, rounding))
     if cause := _unclear(task, addend, right):
-        return _record(task, found, rounding, "inconclusive", cause)
-    return _record(task, found, rounding, "ok", "")
+        return _record(task, check, rounding, "inconclusive", cause)
+    return _record(task, check, rounding, "ok", "")
 
 
 def _decide_by_entries(
-    task: MergedLayer, addend: Addend, rounding: Rounding, found: Check, right: _Right
+    task: MergedLayer, addend: Addend, rounding: Rounding, check: Check, right: _Right
 ) -> Fault | None:
     """Return the scale determined by single entries if ΔW was computed in float32 and its error is large; else None.
 
     Fault: ``wrong scale``, or ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
     """
     assert task.merged is not None
-    if task.merged.is_quantized or not found.expected or (isinstance(addend, Whole) and addend.exact):
+    if task.merged.is_quantized or not check.expected or (isinstance(addend, Whole) and addend.exact):
         return None
-    coherent = is_coherent(found) and not right.check.resolves(RESOLVED_ENTRIES)
+    coherent = is_coherent(check) and not right.check.resolves(RESOLVED_ENTRIES)
     unresolved = not right.check.resolves(RESOLVED)
     if not (coherent or unresolved):
         return None
     how = precise(rounding)
     exactly = _right(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
     if exactly is None:
-        return scaled_precisely(_look(task, addend, rounding, found))
+        return scaled_precisely(_look(task, addend, rounding, check))
     return Fault("ok", "") if unresolved and exactly.check.moved and _is_clear(task, exactly) else None
 
 
@@ -238,15 +238,15 @@ class _Right:
     check: Check
 
 
-def _right(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> _Right | None:
+def _right(task: MergedLayer, addend: Addend, rounding: Rounding, first_check: Check) -> _Right | None:
     """Return the correct merge that explains every entry and the scale of a layer; None without one.
 
     Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
     that was rounded itself. Each is tried as such.
     """
-    if found.count == 0 and not found.drifted:
-        return _Right(addend, rounding, found)
-    if not task.deltas or found.moved == 0:
+    if first_check.count == 0 and not first_check.drifted:
+        return _Right(addend, rounding, first_check)
+    if not task.deltas or first_check.moved == 0:
         return None
     addends: list[Addend] = [addend, *(addend.times(factor) for factor in rounded_scales(task, rounding.dtype))]
     for other in addends:
@@ -304,15 +304,15 @@ def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding
     return "inconclusive", "M is a rounding of W + ΔW and of W alone: this file is too coarse to distinguish them"
 
 
-def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> Fault:
+def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> Fault:
     if not task.adapted:
         return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
     if not task.deltas:
         return Fault("other", "the rows that the adapter adds are not what it holds")
-    return find_fault(_look(task, addend, rounding, found))
+    return find_fault(_look(task, addend, rounding, check))
 
 
-def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> FailedLayer:
+def _look(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> FailedLayer:
     single = task.deltas[0] if len(task.deltas) == 1 else None
     scale = single.scale if isinstance(single, FactoredDelta) else None
     rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
@@ -330,7 +330,7 @@ def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -
         shape=task.shape,
         addend=addend,
         rounding=rounding,
-        found=found,
+        check=check,
         recheck=recheck,
         recheck_on_top=recheck_on_top,
         observed=task.first_change,
@@ -466,27 +466,27 @@ def _as_vector(task: MergedLayer, problem: str) -> str:
 
 
 def _record(
-    task: MergedLayer, found: Check | None, rounding: Rounding | None, status: MergeStatus, cause: str
+    task: MergedLayer, check: Check | None, rounding: Rounding | None, status: MergeStatus, cause: str
 ) -> Merge:
     shape = task.shape if task.is_matrix else task.shape[1:]
-    scale = found.inner / found.expected if found is not None and found.expected > 0 else None
+    scale = check.inner / check.expected if check is not None and check.expected > 0 else None
     return Merge(
         layer=task.layer,
         shape=shape,
         adapted=task.adapted,
         status=status,
         dtype=str(rounding.dtype).removeprefix("torch.") if rounding is not None else None,
-        differing=found.count if found else None,
-        differing_share=found.count / max(1, found.entries) if found else None,
-        max_ulp=found.worst if found else None,
+        differing=check.count if check else None,
+        differing_share=check.count / max(1, check.entries) if check else None,
+        max_ulp=check.worst if check else None,
         scale=scale,
-        scale_expected=found.ideal / found.expected if found is not None and scale is not None else None,
-        scale_error=found.scale_error if found is not None and math.isfinite(found.scale_error) else None,
+        scale_expected=check.ideal / check.expected if check is not None and scale is not None else None,
+        scale_error=check.scale_error if check is not None and math.isfinite(check.scale_error) else None,
         retained=scale if status in {"ok", "coarse"} else None,
-        residual=math.sqrt(found.residual / found.expected) if found is not None and found.expected > 0 else None,
-        unchanged=found.unchanged / max(1, found.entries) if found else None,
-        expected_fro=math.sqrt(found.expected) if found else None,
-        observed_fro=math.sqrt(found.observed) if found else None,
-        base_fro=math.sqrt(found.base) if found else None,
+        residual=math.sqrt(check.residual / check.expected) if check is not None and check.expected > 0 else None,
+        unchanged=check.unchanged / max(1, check.entries) if check else None,
+        expected_fro=math.sqrt(check.expected) if check else None,
+        observed_fro=math.sqrt(check.observed) if check else None,
+        base_fro=math.sqrt(check.base) if check else None,
         cause=cause,
     )

@@ -56,7 +56,7 @@ def _rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
         first = row[1][0]
         return ORDER.index(first.status), not first.adapted, place_of(first.layer)
 
-    return sorted(((name, found) for (name, _), found in groups.items()), key=order)
+    return sorted(((name, records) for (name, _), records in groups.items()), key=order)
 
 
 _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
@@ -99,12 +99,12 @@ def _correct(results: Results[Merge]) -> str:
     adapted = [record for record in results if record.adapted]
     bad = [record for record in adapted if record.failed]
     changed = sum(record.failed for record in results if not record.adapted)
-    found = outcome(results)
-    if found == "failed":
+    status = outcome(results)
+    if status == "failed":
         parts = [f"{len(bad)} of {_adapted(len(adapted))} are not W + ΔW"] if bad else []
         parts += [f"{_layers(changed)} without an update changed"] if changed else []
         return f"no: {' and '.join(parts)}"
-    if found == "inconclusive":
+    if status == "inconclusive":
         return f"inconclusive: {_why_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
     suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
@@ -137,9 +137,9 @@ def _faults(results: Results[Merge]) -> list[Statement]:
         causes: dict[str, list[Merge]] = {}
         for record in records:
             causes.setdefault(record.cause, []).append(record)
-        first, *others = [f"{_names(found)}: {safe(cause)}" for cause, found in list(causes.items())[:SHOWN]]
+        first, *others = [f"{_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
         if len(causes) > SHOWN:
-            more = sum(len(found) for found in list(causes.values())[SHOWN:])
+            more = sum(len(layers) for layers in list(causes.values())[SHOWN:])
             others.append(f"and {_layers(more)} more; --per layer and the records name each")
         key = status.replace(" ", "_")
         lines.append(make_statement(key, status.capitalize(), first, f"→ {REMEDIES[status]}", level="failure"))

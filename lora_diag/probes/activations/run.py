@@ -147,11 +147,11 @@ def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], o
 
 
 def _layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]:
-    found: list[LayerInput] = []
+    inputs: list[LayerInput] = []
     for moment in listener.moments.values():
         c, first = moment.mean, moment.layers[0]
         square, fro = float(c.trace()), float(c.norm())
-        found += [
+        inputs += [
             LayerInput(
                 layer=legible(names[layer]),
                 size=len(c),
@@ -162,4 +162,4 @@ def _layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]
             )
             for layer in moment.layers
         ]
-    return sorted(found, key=lambda item: natural_order(item.layer))
+    return sorted(inputs, key=lambda item: natural_order(item.layer))

@@ -23,7 +23,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     """Return the statements: model and text, recorded layers, and skipped layers."""
     sums = sum(item.shares is None for item in recorded.layers)
     underdetermined = [item for item in recorded.layers if item.rows < item.size]
-    found = [
+    statements = [
         make_statement("model", "Model", safe(recorded.model)),
         make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
         make_statement(
@@ -38,19 +38,19 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         gradients = (
             f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {labels}"
         )
-        found.append(make_statement("gradients", "Gradients", gradients))
+        statements.append(make_statement("gradients", "Gradients", gradients))
     if underdetermined:
-        found.append(make_statement("few_inputs", "Warning", _too_few(underdetermined), level="warning"))
+        statements.append(make_statement("few_inputs", "Warning", _too_few(underdetermined), level="warning"))
     reading = (
         "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
         "dimension has most of ‖x‖²"
     )
-    found.append(make_statement("interpretation", "Interpretation", reading))
+    statements.append(make_statement("interpretation", "Interpretation", reading))
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
     parts = [f"{len(layers)} {why}: {named(layers)}" for why, layers in by_reason.items()]
-    return [*found, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
+    return [*statements, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 
 def _too_few(layers: Sequence[LayerInput]) -> str:

@@ -90,9 +90,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     words = _texts(series, all_records, bool(sets), style)
     figure, axes = sheet(style, words, -(-number // columns), columns, panel=panel, share=False)
     for name, ax in zip(sets, axes, strict=False):
-        found = [_bounds(records, name) for _, records in runs]
-        _draw_gaps(ax, found, inches, style)
-        ax.set_title(wrapped(_finding(name, found, _is_bound(all_records)), inches, style.text), parse_math=False)
+        bounds = [_bounds(records, name) for _, records in runs]
+        _draw_gaps(ax, bounds, inches, style)
+        ax.set_title(wrapped(_finding(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
     if rows:
         ax = axes[len(sets)]
@@ -160,11 +160,11 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
 def _finding(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
     """Return the label of a set with the ratios of model and bound to the measured gap."""
     called = name_of(name)
-    found = [record for records in runs for record in records if record.gap > 0]
-    if len(runs) > 1 or not found:
+    positive = [record for records in runs for record in records if record.gap > 0]
+    if len(runs) > 1 or not positive:
         return called
-    model = [record.predicted / record.gap for record in found]
-    bound = [(record.linear + record.upper) / record.gap for record in found]
+    model = [record.predicted / record.gap for record in positive]
+    bound = [(record.linear + record.upper) / record.gap for record in positive]
     return f"{called}: model {_span(model)}, {'bound' if bounded else 'λ term'} {_span(bound)} times the measured gap"
 
 
@@ -181,15 +181,15 @@ def _short(ratio: float) -> str:
 
 def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
     """Return the largest eigenvalues of the layers, else their traces, and the title of the panel."""
-    found = [
+    named = [
         (category(number), record)
         for number, (_, records) in enumerate(runs)
         for record in records
         if isinstance(record, Curvature)
     ]
-    eigen = any(record.layer is not None and record.eigenvalues for _, record in found)
+    eigen = any(record.layer is not None and record.eigenvalues for _, record in named)
     rows = []
-    for color, record in found:
+    for color, record in named:
         called = "all layers" if record.layer is None else name_of(record.layer)
         color = INK if record.layer is None and len(runs) == 1 else color
         if eigen and record.eigenvalues:

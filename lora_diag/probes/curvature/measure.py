@@ -137,8 +137,8 @@ class LossFunction:
         with _differentiable(self._parameters):
             for batch in in_batches(len(self._texts.sequences), self._size):
                 chosen = [self._texts.sequences[i] for i in batch]
-                found = logits_of(self._model, chosen)
-                kept = [counted(self._model, sequence, found[i]) for i, sequence in enumerate(chosen)]
+                outputs = logits_of(self._model, chosen)
+                kept = [counted(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
                 logits = torch.cat([each for each, _ in kept]).float()
                 targets = torch.cat([labels for _, labels in kept])
                 loss = functional.cross_entropy(logits, targets, reduction="sum")
@@ -154,17 +154,17 @@ class LossFunction:
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
         """Return a vector as tensors of the parameters' shapes, zero for other parameters."""
-        found = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
+        vectors = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
         for layer, part in self.split(vector).items():
             location = self._locations[layer]
-            target = location.of(found[id(location.parameter)])
+            target = location.of(vectors[id(location.parameter)])
             target.copy_(part.view(target.shape))
-        return [found[id(parameter)] for parameter in self._parameters]
+        return [vectors[id(parameter)] for parameter in self._parameters]
 
 
 def _locations(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Location]:
     names, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
-    found = {}
+    locations = {}
     for layer in layers:
         stored, _, index = layer.partition("[")
         name = names.name(stored)
@@ -172,8 +172,8 @@ def _locations(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict
             raise InputError(
                 f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with --exclude"
             )
-        found[layer] = _Location(parameters[name], int(index.rstrip("]")) if index else None)
-    return found
+        locations[layer] = _Location(parameters[name], int(index.rstrip("]")) if index else None)
+    return locations
 
 
 @contextmanager
@@ -247,14 +247,14 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
         Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix".
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {layer: [] for layer in loss_function.layers}
+    by_layer: dict[str, list[float]] = {layer: [] for layer in loss_function.layers}
     for _ in range(probes):
         signs = (torch.randint(0, 2, (loss_function.params,), generator=generator) * 2 - 1).float()
         signs = signs.to(loss_function.device)
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
-            found[layer].append(float(part.sum(dtype=torch.float64)))
-    together = [sum(each) for each in zip(*found.values(), strict=True)]
-    return _mean(together), {layer: _mean(samples) for layer, samples in found.items()}
+            by_layer[layer].append(float(part.sum(dtype=torch.float64)))
+    together = [sum(each) for each in zip(*by_layer.values(), strict=True)]
+    return _mean(together), {layer: _mean(samples) for layer, samples in by_layer.items()}
 
 
 def _mean(samples: Sequence[float]) -> Trace:

@@ -82,24 +82,24 @@ def curvatures(
     loss_function, parts = point.loss_function, point.loss_function.split(gradient)
     together, alone = traces(loss_function, effort.probes, effort.seed)
     if joint or (per == "all" and layers):
-        found, smallest = loss_function.ends(effort.top, effort.seed)
-        records = [_record(point, losses, None, gradient, together, found, smallest)]
+        largest, smallest = loss_function.ends(effort.top, effort.seed)
+        records = [_record(point, losses, None, gradient, together, largest, smallest)]
         if per == "all":
-            held = _held(loss_function, gradient, found, joint=True) if point.at == "base" else {}
+            held = _held(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
             records += [
                 _record(point, losses, layer, parts[layer], alone[layer], held=held.get(layer)) for layer in layers
             ]
         yield records
     for layer in layers if per == "layer" else ():
         block, own = loss_function.only(layer), parts[layer].reshape(-1)
-        found, smallest = block.ends(effort.top, effort.seed)
-        held = _held(block, own, found, joint=False) if point.at == "base" else {}
-        yield [_record(point, losses, layer, own, alone[layer], found, smallest, held.get(layer))]
+        largest, smallest = block.ends(effort.top, effort.seed)
+        held = _held(block, own, largest, joint=False) if point.at == "base" else {}
+        yield [_record(point, losses, layer, own, alone[layer], largest, smallest, held.get(layer))]
 
 
-def _held(loss_function: LossFunction, gradient: Tensor, found: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
+def _held(loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
     """Return the part of the gradient that eigenpairs hold, layer by layer."""
-    coefficients, whole = projected(gradient, found.vectors)
+    coefficients, whole = projected(gradient, largest.vectors)
     squared = inner(gradient, gradient)
     return {
         layer: surrogate(coefficients, part, joint, loss_function.params, squared)
@@ -113,7 +113,7 @@ def _record(
     layer: str | None,
     gradient: Tensor,
     trace: Trace,
-    found: Eigenpairs | None = None,
+    largest: Eigenpairs | None = None,
     smallest: Eigenpairs | None = None,
     held: Surrogate | None = None,
 ) -> Curvature:
@@ -127,11 +127,11 @@ def _record(
         params=gradient.numel(),
         loss=losses.mean,
         gradient=float(gradient.double().norm()),
-        eigenvalues=tuple(found.values.tolist()) if found else (),
-        residual=found.residual if found else None,
+        eigenvalues=tuple(largest.values.tolist()) if largest else (),
+        residual=largest.residual if largest else None,
         smallest=float(smallest.values[0]) if smallest else None,
         trace=trace.mean,
         trace_error=trace.error,
-        products=(found.products if found else 0) + (smallest.products if smallest else 0),
+        products=(largest.products if largest else 0) + (smallest.products if smallest else 0),
         surrogate=held,
     )

@@ -144,7 +144,7 @@ def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None
         NothingComparedError: No matrix is selected.
     """
     selected, weights, stored = selector(**selection), Weights(model.module), open_checkpoint(base)
-    found = {
+    matrices = {
         name: (shape[0], shape[1])
         for name in sorted(stored, key=natural_order)
         if len(shape := stored[name].shape) == 2
@@ -152,11 +152,11 @@ def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None
         and selected(name)
         and weights.find(name) is not None
     }
-    if not found:
+    if not matrices:
         raise NothingComparedError(
             f"{base}: no matrix outside embeddings and head is selected; change --layers or --exclude"
         )
-    return found
+    return matrices
 
 
 def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftOut]:

@@ -23,21 +23,23 @@ LOOSE = 100.0
 def curvature_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: curvature of the loss, and quality of the model and the bound of a truncation."""
     joint, layers, bounds = _parts(results)
-    found = []
+    statements = []
     if joint is not None:
-        found += [
+        statements += [
             make_statement("loss", "Loss", _loss(joint)),
             make_statement("curvature", "Curvature", _curvature(joint)),
             make_statement("gradient", "Gradient", _gradient(joint, bounds)),
         ]
-        found += [make_statement("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+        statements += (
+            [make_statement("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+        )
         if bounds:
-            found += [
+            statements += [
                 make_statement("model", "Model", _model(bounds)),
                 _bound(bounds, joint),
                 make_statement("lower", "Lower bound", _lower(joint)),
             ]
-    return probe_summary(results, *found, reading=_reading(joint) if joint is not None else "")
+    return probe_summary(results, *statements, reading=_reading(joint) if joint is not None else "")
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -51,9 +53,9 @@ def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
     """Return the record of all layers, those of single layers, and those of truncations."""
-    found = results.whole_of(Curvature)
-    joint = next((record for record in found if record.layer is None), None)
-    layers = [record for record in found if record.layer is not None]
+    records = results.whole_of(Curvature)
+    joint = next((record for record in records if record.layer is None), None)
+    layers = [record for record in records if record.layer is not None]
     return joint, layers, results.whole_of(LossBound)
 
 
@@ -223,18 +225,18 @@ def _lower(joint: Curvature) -> str:
 
 def _surrogate(layers: Sequence[Curvature]) -> str:
     """State the fraction of the gradient in the top eigenpairs, and the rank that it suggests."""
-    found = [(record, record.surrogate) for record in layers if record.surrogate is not None]
-    if not found:
+    pairs = [(record, record.surrogate) for record in layers if record.surrogate is not None]
+    if not pairs:
         return "not measured yet"
-    one = found[0][1]
+    one = pairs[0][1]
     kind = "joint" if one.joint else "each layer's"
-    share = middle([surrogate.share for _, surrogate in found])
+    share = middle([surrogate.share for _, surrogate in pairs])
     lines = [
         f"the span of {kind} top {one.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
         + ("" if one.joint else " (median)")
-        + f"; a random subspace of the same dimension would have {percent(middle([s.random for _, s in found]) or 0.0)}"
+        + f"; a random subspace of the same dimension would have {percent(middle([s.random for _, s in pairs]) or 0.0)}"
     ]
-    ranks = sorted((s.rank_at["0.9"], short(r.layer or "")) for r, s in found if s.rank_at["0.9"] is not None)
+    ranks = sorted((s.rank_at["0.9"], short(r.layer or "")) for r, s in pairs if s.rank_at["0.9"] is not None)
     if ranks:
         (low, _), (high, name) = ranks[0], ranks[-1]
         lines.append(

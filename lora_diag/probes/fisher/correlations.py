@@ -68,9 +68,9 @@ class Correlations:
 
 def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
     """Return the rank correlations of the predictors at every rank with enough measured layers."""
-    found = []
+    results = []
     for rank in ranks:
         known = [record for record in records if effect_at(record, rank) is not None]
         if len(known) >= MIN_COUNT:
-            found.append(Correlations(rank, known))
-    return found
+            results.append(Correlations(rank, known))
+    return results

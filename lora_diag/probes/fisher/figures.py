@@ -56,12 +56,12 @@ def fisher(
         The Axes drawn on.
     """
     records = [r for r in (results.whole if isinstance(results, Results) else results) if isinstance(r, Fisher)]
-    found = _correlations(records) if per == "layer" else []
+    by_rank = _correlations(records) if per == "layer" else []
     with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        if found:
-            _draw_correlations(axes, found, int(within), inches, style)
-            axes.set_title(_finding(found, int(within)), parse_math=False, loc="left")
+        if by_rank:
+            _draw_correlations(axes, by_rank, int(within), inches, style)
+            axes.set_title(_finding(by_rank, int(within)), parse_math=False, loc="left")
         else:
             _draw_tails(axes, records, _types(records), inches, style)
     return axes
@@ -69,10 +69,10 @@ def fisher(
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
-    found = [_correlations(one.records) if options.per == "layer" else [] for one in series]
-    types = _types([r for one, known in zip(series, found, strict=True) if not known for r in one.records])
+    by_rank = [_correlations(one.records) if options.per == "layer" else [] for one in series]
+    types = _types([r for one, known in zip(series, by_rank, strict=True) if not known for r in one.records])
     panels: list[tuple[str, Draw]] = []
-    for one, known in zip(series, found, strict=True):
+    for one, known in zip(series, by_rank, strict=True):
         owner = owner_of(one, series)
         if not known:
             panels.append(
@@ -82,8 +82,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         within = any(rho[1] is not None for each in known for rho in each.kl.values())
         for index in (0, 1) if within else (0,):
             title = f"{owner}{_finding(known, index)}"
-            panels.append((title, partial(_draw_correlations, found=known, index=index, style=style)))
-    return page_of(panels, _texts(series, found, types, style), style)
+            panels.append((title, partial(_draw_correlations, by_rank=known, index=index, style=style)))
+    return page_of(panels, _texts(series, by_rank, types, style), style)
 
 
 def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
@@ -92,17 +92,17 @@ def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
 
 
 def _draw_correlations(
-    ax: Axes, found: Sequence[Correlations], index: int, inches: float, style: PageStyle | None
+    ax: Axes, by_rank: Sequence[Correlations], index: int, inches: float, style: PageStyle | None
 ) -> None:
     width = style.line if style else 1.2
     ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
-    lowest = min(0.0, *(rho for each in found for both in each.kl.values() for rho in both if rho is not None))
+    lowest = min(0.0, *(rho for each in by_rank for both in each.kl.values() for rho in both if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
-        points = [(each.rank, rho) for each in found if (rho := each.kl[name][index]) is not None]
+        points = [(each.rank, rho) for each in by_rank if (rho := each.kl[name][index]) is not None]
         if points:
             ax.plot(*zip(*points, strict=True), label=f"_{name}", **_mark(number, width))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
-    measured_axis(ax, [each.rank for each in found], inches, style)
+    measured_axis(ax, [each.rank for each in by_rank], inches, style)
     loss_axis(ax)
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="Spearman's ρ with the KL")
 
@@ -118,9 +118,9 @@ def _mark(number: int, width: float) -> dict[str, Any]:
     }
 
 
-def _finding(found: Sequence[Correlations], index: int) -> str:
+def _finding(by_rank: Sequence[Correlations], index: int) -> str:
     """Return the best predictor at the middle rank, and its lead over the next."""
-    at = found[len(found) // 2]
+    at = by_rank[len(by_rank) // 2]
     known = sorted(((both[index], name) for name, both in at.kl.items() if both[index] is not None), reverse=True)
     n = at.grouped if index else at.n
     where = f"{'within module types' if index else 'over all layers'} (n\xa0=\xa0{n})"
@@ -171,11 +171,14 @@ def _draw_tails(
 
 
 def _texts(
-    series: Sequence[Series[Any]], found: Sequence[Sequence[Correlations]], types: dict[str, str], style: PageStyle
+    series: Sequence[Series[Any]],
+    by_rank: Sequence[Sequence[Correlations]],
+    types: dict[str, str],
+    style: PageStyle,
 ) -> FigureText:
     width = style.line
     keys, notes = [], []
-    if any(found):
+    if any(by_rank):
         keys = [Key(Line2D([], [], **_mark(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)]
         title = "Rank correlation of predicted and measured cost of truncating each layer alone"
         notes.append("Each layer is truncated alone, all others as in TUNED. ρ = 1: same order; 0: no correlation.")

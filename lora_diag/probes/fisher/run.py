@@ -111,16 +111,16 @@ def probe_fisher(
 def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
     """Return the linear layer of each matrix, and the matrices that belong to none."""
     weights, linear = Weights(model.module), linear_layers(model.module)
-    found: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
     rest = []
     for layer, shape in chosen.items():
         name = weights.name(layer)
         if name is not None and name in linear:
-            found[layer] = linear[name]
+            modules[layer] = linear[name]
         else:
             detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
             rest.append(LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail))
-    return found, rest
+    return modules, rest
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,14 @@ class _Probe:
         """Return the effect of truncating one layer alone, at every rank below its own."""
         if before is None or self.held_out is None:
             return None
-        found = {}
+        effects = {}
         for rank in self.ranks:
             if rank < min(shape):
                 self._as_tuned({layer: rank})
                 after = partial(self.of.watch.batch, f"{layer} r={rank}")
-                found[str(rank)] = effect(self.of.model, self.held_out, before, self.of.batch, after)
+                effects[str(rank)] = effect(self.of.model, self.held_out, before, self.of.batch, after)
         self._as_tuned()
-        return found
+        return effects
 
     def _as_tuned(self, except_layers: Mapping[str, int] | None = None) -> None:
         self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(except_layers or {})})

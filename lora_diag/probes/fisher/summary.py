@@ -26,23 +26,23 @@ USUAL = 8
 def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the layers whose tails matter for the loss, and the best predictor."""
     records, rank = results.whole_of(Fisher), _rank(results)
-    found = []
+    statements = []
     if records:
-        found += [
+        statements += [
             make_statement("gradients", "Gradients", _gradients(records)),
             make_statement("at_rank", f"At r={rank}", _where(records, rank), scoped=True),
         ]
-        found += _predicts(correlations(records, results.run.settings["ranks"]), records)
-    return probe_summary(results, *found, reading=_reading(records))
+        statements += _predicts(correlations(records, results.run.settings["ranks"]), records)
+    return probe_summary(results, *statements, reading=_reading(records))
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table of tails, one row per module ``type`` or ``layer``, and that of rank correlations."""
     records = results.whole_of(Fisher)
-    found = correlations(records, results.run.settings["ranks"])
+    by_rank = correlations(records, results.run.settings["ranks"])
     return [
         *([_layers(records, _rank(results), per)] if records else []),
-        *([_predictors(records, found)] if found else []),
+        *([_predictors(records, by_rank)] if by_rank else []),
     ]
 
 
@@ -81,20 +81,20 @@ def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: in
     return Shown("fro", title, "fraction of all layers' tails", main=True, form="percent", pool=share, drop=drop)
 
 
-def _caption(records: Sequence[Fisher], found: Sequence[Correlations]) -> str:
-    sizes = sorted({each.n for each in found})
+def _caption(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> str:
+    sizes = sorted({each.n for each in by_rank})
     n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
 
 
-def _predictors(records: Sequence[Fisher], found: Sequence[Correlations]) -> Grid:
+def _predictors(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
-    columns = tuple(Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in found)
+    columns = tuple(Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in by_rank)
     about = (
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
         "module types distinguishes types, not layers."
     )
-    return Grid(_caption(records, found), "predictor", names, columns, about=about)
+    return Grid(_caption(records, by_rank), "predictor", names, columns, about=about)
 
 
 def _pair(both: tuple[float | None, float | None]) -> str:
@@ -128,10 +128,10 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
     return f"{text}\nmost: {named}"
 
 
-def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
-    if not found:
+def _predicts(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
+    if not by_rank:
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
-    at = next((each for each in found if each.rank == USUAL), found[0])
+    at = next((each for each in by_rank if each.rank == USUAL), by_rank[0])
     lines = []
     for index, what in ((0, "over all"), (1, "within module types")):
         known = {name: both[index] for name, both in at.kl.items() if both[index] is not None}

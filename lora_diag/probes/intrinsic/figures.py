@@ -48,23 +48,26 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     share = results.run.settings.get("share", SHARE) if isinstance(results, Results) else SHARE
     sets = sets_of(records)
     chosen = name if name is not None else next((one for one in sets if _lines(records, one)), next(iter(sets)))
-    found = _lines(records, chosen)
+    rows = _lines(records, chosen)
     with panel_axes(ax) as (axes, style):
-        _draw(axes, [found], share, style)
+        _draw(axes, [rows], share, style)
         axes.set(xlabel="trained parameters", ylabel="fraction of the full gain")
-        axes.set_title(_finding(sets[chosen], [found], share), parse_math=False, loc="left")
+        axes.set_title(_finding(sets[chosen], [rows], share), parse_math=False, loc="left")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
     every = sets_of(record for one in series for record in one.records)
-    found = {name: [_lines(one.records, name) for one in series] for name in every}
-    sets = [name for name, runs in found.items() if any(line.subject != "full" for run in runs for line in run)]
+    rows = {name: [_lines(one.records, name) for one in series] for name in every}
+    sets = [name for name, runs in rows.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
     without = [every[name] for name in every if name not in sets]
     panels = [
-        (_finding(every[name], found[name], share), lambda ax, inches, runs=found[name]: _draw(ax, runs, share, style))
+        (
+            _finding(every[name], rows[name], share),
+            lambda ax, inches, runs=rows[name]: _draw(ax, runs, share, style),
+        )
         for name in sets
     ]
     words = _texts(series, share, without, style)
@@ -81,9 +84,9 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
     width, size = (style.line, style.ticks) if style else (1.2, 9.0)
     ax.set_xscale("log")
     shown = [0.0, 1.0]
-    for number, found in enumerate(runs):
+    for number, rows in enumerate(runs):
         for subject, own, mark in (("subspace", SUBSPACE, "o"), ("lora", LORA, "D")):
-            of_subject = [line for line in found if line.subject == subject]
+            of_subject = [line for line in rows if line.subject == subject]
             if not of_subject:
                 continue
             color = own if len(runs) == 1 else category(number)
@@ -126,7 +129,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
         size=size,
         color=QUIET,
     )
-    params = [line.params for found in runs for line in found]
+    params = [line.params for rows in runs for line in rows]
     ax.set_xlim(min(params) / 1.8, max(params) * 1.3)
     loss_axis(ax)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -149,9 +152,9 @@ def _finding(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
     return f"{label}: {', '.join(lines)}" if lines else label
 
 
-def _below(found: float, wanted: float) -> str:
+def _below(fraction: float, wanted: float) -> str:
     """Return a fraction in percent, with one more digit if it would round to the missed threshold."""
-    return f"{found:.0%}" if f"{found:.0%}" != f"{wanted:.0%}" else f"{found:.1%}"
+    return f"{fraction:.0%}" if f"{fraction:.0%}" != f"{wanted:.0%}" else f"{fraction:.1%}"
 
 
 def _size(line: Line) -> str:

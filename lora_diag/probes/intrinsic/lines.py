@@ -117,12 +117,14 @@ def lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int) -> li
         seed: The first seed.
     """
     base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
-    found = [line for subject in ("full", "subspace", "lora") for line in _lines(records, name, choose, seed, subject)]
-    full = next((line for line in found if line.subject == "full"), None)
+    all_rows = [
+        line for subject in ("full", "subspace", "lora") for line in _lines(records, name, choose, seed, subject)
+    ]
+    full = next((line for line in all_rows if line.subject == "full"), None)
     gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
     if base is None or gain <= 0:
-        return found
-    return [_with_shares(line, base, gain) for line in found]
+        return all_rows
+    return [_with_shares(line, base, gain) for line in all_rows]
 
 
 def _with_shares(line: Line, base: float, gain: float) -> Line:
@@ -142,7 +144,7 @@ def _lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subj
     return rows
 
 
-def reached(found: Sequence[Line], subject: Subject, share: float) -> Reached:
+def reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
     """Return the smallest subspace or LoRA whose mean fraction of full fine-tuning's gain is at least ``share``.
 
     Example:
@@ -154,7 +156,7 @@ def reached(found: Sequence[Line], subject: Subject, share: float) -> Reached:
         >>> answer.line.size, answer.below.size, answer.certain
         (100, 10, False)
     """
-    rows = [line for line in found if line.subject == subject and line.shares]
+    rows = [line for line in all_rows if line.subject == subject and line.shares]
     index = next((i for i, line in enumerate(rows) if line.share >= share), None)
     if index is None:
         return Reached(None, rows[-1] if rows else None, False, ())

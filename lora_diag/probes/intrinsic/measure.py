@@ -131,13 +131,13 @@ class Subspace(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights by their names in the model."""
-        found = {}
+        tensors = {}
         for name, parameter in self.inner.named_parameters():
             change = self._parts[name].times(self.z)
             if self.scales is not None:
                 change = change * (1 + self._unit * self.scales[self._scale_of[name]])
-            found[name] = parameter + change.view_as(parameter)
-        return found
+            tensors[name] = parameter + change.view_as(parameter)
+        return tensors
 
     def fix(self) -> None:
         """Compute the weights once for all following calls."""
@@ -220,8 +220,8 @@ def subspace_losses(
         path = train(tuned, Cell(None, lr, run.seed, "full"), training, after)
         module.eval()
         module.fix()
-        found = [measure(tuned, each, training.batch, after) for each in sets]
+        losses = [measure(tuned, each, training.batch, after) for each in sets]
     finally:
         model.module.eval()
     last = path[-max(1, len(path) // 10) :]
-    return found, sum(last) / len(last)
+    return losses, sum(last) / len(last)

@@ -194,12 +194,12 @@ class _Probe:
     ) -> list[Intrinsic]:
         if cell.dim is not None:
             one = Run(cell.dim, cell.rate, cell.seed, cell.method)
-            found, last = subspace_losses(self.model, one, training, sets, after)
+            by_set, last = subspace_losses(self.model, one, training, sets, after)
         else:
             other = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
-            found, last = losses_after(self.model, other, training, sets, after)
+            by_set, last = losses_after(self.model, other, training, sets, after)
         params = self._params(cell)
-        return [_record(each, losses, cell, params, last) for each, losses in zip(sets, found, strict=True)]
+        return [_record(each, losses, cell, params, last) for each, losses in zip(sets, by_set, strict=True)]
 
     def _params(self, cell: _Cell) -> int:
         """Count the trained parameters of a run."""

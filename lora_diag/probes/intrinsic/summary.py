@@ -20,26 +20,26 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, the smallest subspace and LoRA with nearly the full gain."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
-    found = [make_statement("trained", "Trained", _trained(settings))]
+    statements = [make_statement("trained", "Trained", _trained(settings))]
     for name in sets:
         rows = lines(records, name, sets[0], settings["seed"])
-        found.append(_on_set(name, _base(records, name), rows, settings))
+        statements.append(_on_set(name, _base(records, name), rows, settings))
     if sets:
         rows = lines(records, sets[0], sets[0], settings["seed"])
-        found.append(make_statement("rates", "Rates", _rates(rows, records, settings)))
-    return probe_summary(results, *found, reading=_READING)
+        statements.append(make_statement("rates", "Rates", _rates(rows, records, settings)))
+    return probe_summary(results, *statements, reading=_READING)
 
 
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table per set, one row per size."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
-    found = []
+    grids = []
     for name in sets:
         shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
         rows = lines(records, name, sets[0], settings["seed"])
-        found.append(_grid(f"On {short(name)}{shifted}", _base(records, name), rows, settings["share"]))
-    return found
+        grids.append(_grid(f"On {short(name)}{shifted}", _base(records, name), rows, settings["share"]))
+    return grids
 
 
 def _base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
@@ -57,13 +57,13 @@ def _name(line: Line) -> str:
     return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
 
 
-def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: float) -> Grid:
+def _grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float) -> Grid:
     about = (
         "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. The intrinsic "
         f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the smallest such r. "
         "If min to max includes that fraction, the result depends on the seed."
     )
-    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name(line), [line]) for line in found)]
+    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name(line), [line]) for line in all_rows)]
     return grid_of(Line.shown, rows, "trained", caption, about)
 
 
@@ -76,8 +76,8 @@ def _trained(settings: dict[str, Any]) -> str:
     )
 
 
-def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any]) -> Statement:
-    full = next((line for line in found if line.subject == "full"), None)
+def _on_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]) -> Statement:
+    full = next((line for line in all_rows if line.subject == "full"), None)
     if base is None or base.loss is None:
         return on_set(name, "not measured yet")
     if full is None:
@@ -90,11 +90,11 @@ def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: 
     lines = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
     if full.edge:
         lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
-    if any(line.shares and line.share > 1 for line in found if line.subject != "full"):
+    if any(line.shares and line.share > 1 for line in all_rows if line.subject != "full"):
         lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
-    lines.append(answer := _answer(reached(found, "subspace", share), "d", settings))
+    lines.append(answer := _answer(reached(all_rows, "subspace", share), "d", settings))
     if settings["ranks"]:
-        lines.append(_answer(reached(found, "lora", share), "LoRA r", settings))
+        lines.append(_answer(reached(all_rows, "lora", share), "LoRA r", settings))
     return on_set(name, *lines, answer=answer)
 
 
@@ -127,12 +127,12 @@ def _shares(line: Line) -> str:
 _GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
 
 
-def _rates(found: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
+def _rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
     lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
     for subject, grid, option in _GRIDS:
         tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
         lines += beyond_grid(tried, settings.get(grid), option)
-    if edge := [_name(line) for line in found if line.edge]:
+    if edge := [_name(line) for line in all_rows if line.edge]:
         lines.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
         lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")

@@ -57,7 +57,7 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
 
     None for sets with fewer than two adapters, and for results without losses of sequences.
     """
-    found = []
+    results = []
     for name in dict.fromkeys(record.set for record in records):
         of_set = [record for record in records if record.set == name]
         counts = next((record.predictions for record in of_set if record.subject == "base"), ())
@@ -65,8 +65,8 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
         if len(adapters) > 1 and counts:
             best, *others = adapters
             level = 1 - 0.05 / 2 / len(others)
-            found.append(Choice(name, best.name, tuple(_rival(other, best, counts, level) for other in others)))
-    return found
+            results.append(Choice(name, best.name, tuple(_rival(other, best, counts, level) for other in others)))
+    return results
 
 
 def _rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:

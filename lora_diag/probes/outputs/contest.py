@@ -51,12 +51,12 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
     sets = main_sets(records)
     bases = {record.set: record for record in records if record.subject == "base"}
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
-    found = []
+    results = []
     for name in names:
         own = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
         if own:
-            found.append(Contest(name, own, _judged(own, {each: gains(bases.get(each)) for each in sets})))
-    return found
+            results.append(Contest(name, own, _judged(own, {each: gains(bases.get(each)) for each in sets})))
+    return results
 
 
 def _judged(own: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:

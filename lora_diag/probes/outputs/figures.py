@@ -140,9 +140,9 @@ def _others(records: Iterable[Probe]) -> list[Probe]:
 
 
 def _rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
-    found = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
+    compared = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
     # A distant BASE would compress the axis of all others; its gap is in the table.
-    others = _others(found)
+    others = _others(compared)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
     return [
         Row(
@@ -151,7 +151,7 @@ def _rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color:
             None if record.gap_error is None else 2 * record.gap_error,
             color or _COLORS.get(record.subject, INK),
         )
-        for record in found
+        for record in compared
         if record.subject != "base" or not others or abs(record.gap or 0.0) <= 4 * furthest
     ]
 

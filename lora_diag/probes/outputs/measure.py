@@ -109,8 +109,8 @@ def outputs(
     for chunk in chunks(model, texts, size):
         ends = [_answer(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
-            found = ends[i] if i < 2 else _answer(model, contender, chunk, size, after_batch)
-            for answer, tuned in zip(found, ends[1], strict=True):
+            answers = ends[i] if i < 2 else _answer(model, contender, chunk, size, after_batch)
+            for answer, tuned in zip(answers, ends[1], strict=True):
                 sums[i].add(answer, tuned)
     for contender, own in zip(contenders, sums, strict=True):
         yield _record(contender, own, sums[0], sums[1], texts)
@@ -133,18 +133,18 @@ def _answer(
     """Return the outputs of a model for every sequence, with the contender's weights in place."""
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
-    found = []
+    answers = []
     for batch in in_batches(len(chunk.sequences), size):
         chosen = [chunk.sequences[i] for i in batch]
         out = forward(model, chosen, hidden=True)
         for i, sequence in enumerate(chosen):
             logits, labels = counted(model, sequence, out.logits[i])
             hidden = tuple(states[i, : len(sequence.ids)].float() for states in out.hidden_states or ())
-            found.append(_Answer(logits.float(), labels, hidden))
+            answers.append(_Answer(logits.float(), labels, hidden))
         after_batch(contender.name or contender.subject)
     if contender.swapped is not None:
         contender.swapped.arrange({})
-    return found
+    return answers
 
 
 def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: Texts) -> Probe:

@@ -107,9 +107,9 @@ def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
 
 def _left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
     """Return tensors that could not be put into the model, each once."""
-    found: dict[tuple[str, str], LeftOut] = {}
+    reasons: dict[tuple[str, str], LeftOut] = {}
     for comparison, contender in zip(compared, contenders, strict=True):
         assert contender.swapped is not None
         for item in left_out(comparison.pairing, contender.swapped.absent):
-            found.setdefault((item.layer, item.reason), item)
-    return list(found.values())
+            reasons.setdefault((item.layer, item.reason), item)
+    return list(reasons.values())

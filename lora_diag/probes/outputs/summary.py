@@ -32,31 +32,31 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     records = results.whole_of(Probe)
     names, judged = _names(records), _as_good(contests_of(records))
     by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
-    found = []
+    statements = []
     for name, of_set in by_set.items():
         lines = _losses_of(of_set, names)
-        found.append(on_set(name, *lines, answer=judged or (lines[1] if len(lines) > 1 else "")))
+        statements.append(on_set(name, *lines, answer=judged or (lines[1] if len(lines) > 1 else "")))
     distances = {name: lines for name, of_set in by_set.items() if (lines := _distances(of_set, names))}
     if distances:
         several = len(by_set) > 1
         all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
-        found.append(make_statement("distances", "Distances", *all_lines))
+        statements.append(make_statement("distances", "Distances", *all_lines))
     if not any(record.subject == "reference" for record in records):
-        found.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
-    return probe_summary(results, *found, reading=_READING)
+        statements.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
+    return probe_summary(results, *statements, reading=_READING)
 
 
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
     records = results.whole_of(Probe)
     names = _names(records)
-    found = []
+    grids = []
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
-        found += [_losses(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
+        grids += [_losses(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
         if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
-            found.append(_depths(f"On {short(name)}: distance of the hidden states after block", others, names))
-    return found
+            grids.append(_depths(f"On {short(name)}: distance of the hidden states after block", others, names))
+    return grids
 
 
 _READING = (
@@ -107,16 +107,16 @@ def _losses_of(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
     ]
 
 
-def _as_good(found: Sequence[Contest]) -> str:
+def _as_good(contests: Sequence[Contest]) -> str:
     """State whether the best adapter does as well as the full fine-tune."""
-    if not found:
+    if not contests:
         return ""
     words = {"as good": "yes", "worse": "no", "not known": "not known"}
-    word = next(word for word in words if any(contest.outcome == word for contest in found))
-    best = min((one for one in found if one.outcome == word), key=lambda one: one.worst.gap or 0.0)
+    word = next(word for word in words if any(contest.outcome == word for contest in contests))
+    best = min((one for one in contests if one.outcome == word), key=lambda one: one.worst.gap or 0.0)
     record = best.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
-    others = f"; the best of {len(found)}" if len(found) > 1 else ""
+    others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = called([best.name])
     return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
 

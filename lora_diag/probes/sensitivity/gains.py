@@ -121,7 +121,7 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
         seed: The first seed.
     """
     base = next((r for r in records if not r.unit and r.set == name), None)
-    found = []
+    gains = []
     for unit in dict.fromkeys(r.unit for r in records if r.unit and r.rank == rank):
         lr = best_rate(records, unit, rank, choose, seed)
         runs = [r for r in records if (r.unit, r.rank, r.lr, r.set) == (unit, rank, lr, name) and r.gain is not None]
@@ -131,8 +131,8 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
         gain, error = paired(base.nll, nll, base.predictions)
         tried = {r.lr for r in records if (r.unit, r.rank) == (unit, rank) and r.lr is not None}
         seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
-        found.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
-    return found
+        gains.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
+    return gains
 
 
 def marginals_of(
@@ -157,13 +157,13 @@ SCORES = ("top", "fresh", "adam", "fro²", "size")
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     """Return the first-order scores of a unit, summed over its layers, without scores that a gradient lacks."""
     found_layers = [layers[layer] for layer in gain.layers if layer in layers]
-    found = {"size": float(gain.params)}
+    scores = {"size": float(gain.params)}
     if len(found_layers) == len(gain.layers):
-        found["top"] = math.fsum(each.top for each in found_layers)
-        found["fresh"] = math.fsum(each.fresh for each in found_layers)
-        found["adam"] = math.fsum(each.adam for each in found_layers)
-        found["fro²"] = math.fsum(each.gradient_fro**2 for each in found_layers)
-    return found
+        scores["top"] = math.fsum(each.top for each in found_layers)
+        scores["fresh"] = math.fsum(each.fresh for each in found_layers)
+        scores["adam"] = math.fsum(each.adam for each in found_layers)
+        scores["fro²"] = math.fsum(each.gradient_fro**2 for each in found_layers)
+    return scores
 
 
 def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
@@ -177,14 +177,14 @@ def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[C
     measured = [gain.gain for gain in gains]
     kinds = [module_type_of(gain.layers[0]) if len(gain.layers) == 1 else None for gain in gains]
     grouped = all(kinds) and max(map(kinds.count, kinds), default=0) >= 3
-    found = []
+    results = []
     for name in SCORES:
         values = [score[name] for score in scores if name in score]
         if len(values) < len(gains) or len(gains) < 3:
             continue
         rho = spearman(measured, values)
         within = spearman(measured, values, kinds) if grouped else None
-        found.append(
+        results.append(
             Correlation(
                 name,
                 rho,
@@ -195,7 +195,7 @@ def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[C
                 len(gains),
             )
         )
-    return found
+    return results
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,10 +106,10 @@ def adapted_alone(
         after: Called after every step and every batch.
     """
     alone = replace(training, kind=replace(training.kind, targets=unit.kind.targets))
-    found, train_loss = losses_after(model, cell, alone, sets, after)
+    by_set, train_loss = losses_after(model, cell, alone, sets, after)
     return [
         record_of(each, losses, unit, cell, bases[each.name], train_loss)
-        for each, losses in zip(sets, found, strict=True)
+        for each, losses in zip(sets, by_set, strict=True)
     ]
 
 
@@ -181,13 +181,13 @@ def gradients(
         for weight in weights.values():
             weight.grad = None
         model.module.requires_grad_(False)
-    found = {}
+    by_layer = {}
     for name, layer in layers.items():
         gradient = sums[name] / predictions
         if not torch.isfinite(gradient).all():
             raise InputError(f"{name}: the gradient is not finite; check the weights, or use --dtype float32")
-        found[name] = gradient if isinstance(layer, nn.Linear) else gradient.T
-    return found
+        by_layer[name] = gradient if isinstance(layer, nn.Linear) else gradient.T
+    return by_layer
 
 
 def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstOrder:

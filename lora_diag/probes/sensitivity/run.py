@@ -163,8 +163,8 @@ class _Probe:
         if self._scored():
             return
         texts, walk = self._used_sequences(), self.walk
-        found = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
-        walk.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in found.items()))
+        scores = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
+        walk.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in scores.items()))
 
     def measure_base(self) -> dict[str, Losses]:
         """Measure BASE; repeated after an interruption, because errors need its losses by sequence."""

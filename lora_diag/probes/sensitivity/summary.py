@@ -61,16 +61,16 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, gains by unit, gains by rank, and quality of first-order predictions."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains = _gains(results)
-    found = [make_statement("trained", "Trained", _trained(settings))]
-    found += [_on_set(name, records, gains[name], settings) for name in gains]
+    statements = [make_statement("trained", "Trained", _trained(settings))]
+    statements += [_on_set(name, records, gains[name], settings) for name in gains]
     first = next(iter(gains.values()), [])
     if first:
-        found += _marginal(next(iter(_marginals(results, gains).values())), settings)
-        found += _repeats(first)
-        found += _others(gains, list(gains))
-        found += [make_statement("cheaper", "Proxies", _cheaper(correlations(first, _scores_of(results)), first))]
-        found += [make_statement("rates", "Rates", _rates(first, records, settings))]
-    return probe_summary(results, *found, reading=_READING)
+        statements += _marginal(next(iter(_marginals(results, gains).values())), settings)
+        statements += _repeats(first)
+        statements += _others(gains, list(gains))
+        statements += [make_statement("cheaper", "Proxies", _cheaper(correlations(first, _scores_of(results)), first))]
+        statements += [make_statement("rates", "Rates", _rates(first, records, settings))]
+    return probe_summary(results, *statements, reading=_READING)
 
 
 def _scores_of(results: Results[Any]) -> dict[str, FirstOrder]:
@@ -214,17 +214,17 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
     return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
 
 
-def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:
+def _cheaper(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
     """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
-    if not found:
+    if not proxies:
         return "not known; at least three units must be measured"
-    ordered = sorted(found, key=lambda each: -(each.rho or 0.0))
-    best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), found[-1]
+    ordered = sorted(proxies, key=lambda each: -(each.rho or 0.0))
+    best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), proxies[-1]
     clear = sum(gain.is_clear for gain in gains)
     lines = [_verdict(best, size)]
     if 2 * clear < len(gains):  # noise has no order to predict
         lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
-    inside = [each.within_p for each in found if each.within_p is not None]
+    inside = [each.within_p for each in proxies if each.within_p is not None]
     if inside and min(inside) > _CHANCE:
         lines.append("within module types, no score is significantly better than chance")
     lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))

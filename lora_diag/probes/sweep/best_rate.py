@@ -21,8 +21,8 @@ def swept_rate(path: Path | str) -> str:
         InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)
-    found = swept_of(results)
-    chosen = None if found is None else found.verdict.chosen
+    swept = swept_of(results)
+    chosen = None if swept is None else swept.verdict.chosen
     if chosen is None:
         raise UsageError(f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank gains")
     settings = results.run.settings

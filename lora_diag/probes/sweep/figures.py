@@ -64,8 +64,8 @@ class SweepCurve:
 
 def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    found = any(record.subject == "lora" and record.loss is not None for record in records)
-    return None if found else "no run of the sweep is finished with a loss"
+    has_loss = any(record.subject == "lora" and record.loss is not None for record in records)
+    return None if has_loss else "no run of the sweep is finished with a loss"
 
 
 def sweep_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
@@ -96,12 +96,12 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     sets = sets_of(records)
     chosen = name if name is not None else next(iter(sets))
     tolerance = results.run.settings.get("tolerance", TOLERANCE) if isinstance(results, Results) else TOLERANCE
-    found = sweep_curve(records, chosen, tolerance)
+    curve = sweep_curve(records, chosen, tolerance)
     with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        _draw(axes, [found], inches, style)
+        _draw(axes, [curve], inches, style)
         axes.set(xlabel="rank r, with its learning rate", ylabel="loss (nats)")
-        axes.set_title(_finding(sets[chosen], found), parse_math=False, loc="left")
+        axes.set_title(_finding(sets[chosen], curve), parse_math=False, loc="left")
     return axes
 
 
@@ -110,9 +110,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     sets = sets_of(record for one in series for record in one.records)
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
-        found = [sweep_curve(one.records, name, _tolerance(one)) for one in series]
-        title = called if len(found) > 1 else _finding(called, found[0])
-        panels.append((title, partial(_draw, found=found, style=style)))
+        curves = [sweep_curve(one.records, name, _tolerance(one)) for one in series]
+        title = called if len(curves) > 1 else _finding(called, curves[0])
+        panels.append((title, partial(_draw, curves=curves, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
     return page_of(panels, _texts(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
 
@@ -121,17 +121,17 @@ def _tolerance(one: Series[Any]) -> float:
     return float(one.run.settings.get("tolerance", TOLERANCE)) if one.run else TOLERANCE
 
 
-def _draw(ax: Axes, found: Sequence[SweepCurve], inches: float, style: PageStyle | None) -> None:
+def _draw(ax: Axes, curves: Sequence[SweepCurve], inches: float, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    losses = [loss for one in found for loss in one.losses]
+    losses = [loss for one in curves for loss in one.losses]
     if not losses:
         return
-    for number, one in enumerate(found):
+    for number, one in enumerate(curves):
         if not one.rows:
             continue
         color = category(number)
         means = [row.mean for row in one.rows]
-        if len(found) == 1 and one.verdict is not None and one.verdict.tolerance > 0:
+        if len(curves) == 1 and one.verdict is not None and one.verdict.tolerance > 0:
             grey: dict[str, Any] = {"color": FLOOR, "alpha": 0.35, "lw": 0, "zorder": 1}
             ax.axhspan(min(means), min(means) + one.verdict.tolerance, label="_tolerance", **grey)
         dots = [(rank, loss) for rank, row in one.points for loss in row.losses]
@@ -142,19 +142,19 @@ def _draw(ax: Axes, found: Sequence[SweepCurve], inches: float, style: PageStyle
             if one.verdict is not None and rank == one.verdict.rank:
                 ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
                 ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
-    _levels(ax, found, losses, style)
-    rates = {rank: f"{row.lr:g}" for rank, row in found[0].points} if len(found) == 1 else {}
-    every = [rank for one in found for rank, _ in one.points]
+    _levels(ax, curves, losses, style)
+    rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
+    every = [rank for one in curves for rank, _ in one.points]
     measured_axis(ax, every, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     loss_axis(ax)
 
 
-def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
+def _levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
     """Draw BASE and other reference lines; name those too far away at the edge."""
-    named = {("BASE", one.base): INK for one in found if one.base is not None}
-    for number, one in enumerate(found):
+    named = {("BASE", one.base): INK for one in curves if one.base is not None}
+    for number, one in enumerate(curves):
         for word, loss in one.lines.items():
-            named[word, loss] = category(number) if len(found) > 1 else QUIET
+            named[word, loss] = category(number) if len(curves) > 1 else QUIET
     span = max(losses) - min(losses) or abs(max(losses)) * 0.05
     low, high = min(losses) - FAR * span, max(losses) + FAR * span
     near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
@@ -177,9 +177,9 @@ def _levels(ax: Axes, found: Sequence[SweepCurve], losses: Sequence[float], styl
             )
 
 
-def _finding(label: str, found: SweepCurve) -> str:
+def _finding(label: str, curve: SweepCurve) -> str:
     """Return the label of a set with the verdict of the sweep."""
-    verdict = found.verdict
+    verdict = curve.verdict
     if verdict is None:
         return label
     if verdict.rank is not None:

@@ -30,8 +30,8 @@ from lora_diag.rendering.text import number, short
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
     """Return the verdict on the first set that is not shifted; None without one."""
-    found = swept_of(results)
-    return None if found is None else found.verdict
+    swept = swept_of(results)
+    return None if swept is None else swept.verdict
 
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -40,13 +40,13 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     sets = set_names(records)
     rates = best_rates(records, sets[0], seed) if sets else {}
     references = _references(records, sets, seed)
-    found = []
+    grids = []
     for name in sets:
         own_records = [record for record in records if record.set == name]
         lines = [(subject, row) for subject, of_set, row in references if of_set == name]
         caption = f"On {short(name)}{' (shifted)' if own_records[0].shifted else ''}"
-        found.append(_table(caption, own_records, by_rank(records, name, rates), lines))
-    return found
+        grids.append(_table(caption, own_records, by_rank(records, name, rates), lines))
+    return grids
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
@@ -55,9 +55,9 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     sets = set_names(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     references = _references(records, sets, settings["seed"])
-    found = verdicts_of(records, settings["seed"], settings["tolerance"])
-    verdicts = {name: verdict for name, (verdict, _) in found.items()}
-    bases = {name: base for name, (_, base) in found.items()}
+    all_verdicts = verdicts_of(records, settings["seed"], settings["tolerance"])
+    verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
+    bases = {name: base for name, (_, base) in all_verdicts.items()}
     share = settings["tolerance"]
     own = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
     return probe_summary(
@@ -101,11 +101,11 @@ def _reading(settings: dict[str, Any]) -> str:
 
 def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
     """Return the runs of each reference line at its best rate, on every set."""
-    found = []
+    rows = []
     for subject in _LINES:
         rates = best_rates(records, sets[0], seed, subject) if sets else {}
-        found += [(subject, name, row) for name in sets for row in by_rank(records, name, rates, subject)]
-    return found
+        rows += [(subject, name, row) for name in sets for row in by_rank(records, name, rates, subject)]
+    return rows
 
 
 def _against(
@@ -119,26 +119,29 @@ def _against(
     sentences: dict[Subject, list[str]] = {}
     for subject, name, row in references:
         base = bases.get(name)
-        found = None if base is None else compare_with_reference(by_rank(records, name, rates), row, base.nats, share)
-        if found is not None:
+        comparison = (
+            None if base is None else compare_with_reference(by_rank(records, name, rates), row, base.nats, share)
+        )
+        if comparison is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
-            sentences.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
+            sentences.setdefault(subject, []).append(f"{where}{_compared(comparison, _LINES[subject])}")
     return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
 
 
-def _compared(found: ReferenceComparison, line: str) -> str:
+def _compared(comparison: ReferenceComparison, line: str) -> str:
     """Compare the best rank with a line, with the interval of the difference."""
-    both = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
-    if found.half is None:
-        return f"no verdict: {both} ({found.gap:+.4f}); one seed has no spread"
+    both = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
+    if comparison.half is None:
+        return f"no verdict: {both} ({comparison.gap:+.4f}); one seed has no spread"
     words = {
-        "as good": f"LoRA is as good: each keeps {1 - found.tolerance:.0%} of the other's gain",
+        "as good": f"LoRA is as good: each keeps {1 - comparison.tolerance:.0%} of the other's gain",
         "better": "LoRA is better",
         "worse": "LoRA is worse",
-        "not known": "not known: " + ("no number of seeds would decide" if found.seeds is None else needs(found.seeds)),
+        "not known": "not known: "
+        + ("no number of seeds would decide" if comparison.seeds is None else needs(comparison.seeds)),
     }
-    span = f"{found.gap:+.4f} [{found.gap - found.half:.4f}, {found.gap + found.half:.4f}]"
-    return f"{words[found.outcome]}; {both} ({span}){f'; {line} is one run' if found.fixed else ''}"
+    span = f"{comparison.gap:+.4f} [{comparison.gap - comparison.half:.4f}, {comparison.gap + comparison.half:.4f}]"
+    return f"{words[comparison.outcome]}; {both} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
 
 
 def _table(

@@ -303,8 +303,8 @@ def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subjec
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
     key = (subject, choose, seed)
-    found = lowest((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
-    return dict(sorted(found.items(), key=lambda item: item[0] or 0))
+    lowest_losses = lowest((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+    return dict(sorted(lowest_losses.items(), key=lambda item: item[0] or 0))
 
 
 def by_rank(
@@ -323,12 +323,10 @@ def by_rank(
     rows = []
     for rank, lr in rates.items():
         tried = {record.lr for record in of_subject if record.rank == rank and record.lr is not None}
-        found = sorted((r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)), key=lambda r: r.seed)
-        kept = {
-            r.seed: r.loss for r in found if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
-        }
+        runs = sorted((r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)), key=lambda r: r.seed)
+        kept = {r.seed: r.loss for r in runs if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs}
         if kept:
-            rows.append(AtRank(rank, lr, kept, edge(tried, lr) != 0, len(found) - len(kept)))
+            rows.append(AtRank(rank, lr, kept, edge(tried, lr) != 0, len(runs) - len(kept)))
     return rows
 
 
@@ -340,12 +338,12 @@ def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tup
         seed: The first seed.
         share: Tolerance as a fraction of the gain.
     """
-    found = {}
+    by_set = {}
     rates = best_rates(records, records[0].set, seed) if records else {}
     for base in records:
         if base.subject == "base" and not base.name and base.loss is not None:
-            found[base.set] = (judge(by_rank(records, base.set, rates), base.loss, share), base)
-    return found
+            by_set[base.set] = (judge(by_rank(records, base.set, rates), base.loss, share), base)
+    return by_set
 
 
 def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
@@ -450,22 +448,24 @@ def _rank_standing(
     behind = ours - theirs
     if not noise.known:
         return RankStanding(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
-    found = []
+    standings = []
     for _, other in ranked:
         theta, (_, _, a, b), variance = _theta(row, other, base, share), _pair(row, other), noise.of(row, other)
         if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
             estimate = Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
-            found.append((estimate, share * math.sqrt(noise.plain)))
+            standings.append((estimate, share * math.sqrt(noise.plain)))
         else:
-            found.append((noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error))
-    below = [estimate.below(0.0) for estimate, _ in found]
-    confidence, against = min(below), max(0.0, 1 - (len(found) - 1) * min(below))
+            standings.append(
+                (noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error)
+            )
+    below = [estimate.below(0.0) for estimate, _ in standings]
+    confidence, against = min(below), max(0.0, 1 - (len(standings) - 1) * min(below))
     enough: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
     spread = Estimate(behind, math.sqrt(noise.of(row, best) * (1 / n + 1 / m)), noise.freedom)
     needed = None
     if enough == "not known":
-        worst, of_one = found[below.index(confidence)]
-        level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(found) - 1)
+        worst, of_one = standings[below.index(confidence)]
+        level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(standings) - 1)
         needed = runs_needed(worst.value, of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
     half = 0.0 if row is best else spread.half()
@@ -522,11 +522,11 @@ def swept_of(results: Results[Any]) -> Swept | None:
     """
     records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
     share = results.run.settings.get("tolerance", TOLERANCE)
-    found = verdicts(records, results.run.settings.get("seed", 0), share)
-    own = next((name for name in main_sets(records) if name in found), None)
+    verdicts_by_set = verdicts(records, results.run.settings.get("seed", 0), share)
+    own = next((name for name in main_sets(records) if name in verdicts_by_set), None)
     if own is None:
         return None
-    verdict, base = found[own]
-    shifted = {name: other for name, (other, its) in found.items() if its.shifted and name != own}
+    verdict, base = verdicts_by_set[own]
+    shifted = {name: other for name, (other, its) in verdicts_by_set.items() if its.shifted and name != own}
     ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
     return Swept(results, own, verdict, base, shifted, tuple(ranks), share)

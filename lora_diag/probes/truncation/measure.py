@@ -110,20 +110,20 @@ def truncation(
         yield from (record_of(cell, each, ends[cell.subject], ends) for each in texts)
     for cell in cells:
         assert cell.rank is not None
-        found = losses_of(cell, {**untruncated, **dict.fromkeys(cell.layers, cell.rank)})
+        losses = losses_of(cell, {**untruncated, **dict.fromkeys(cell.layers, cell.rank)})
         energy = swapped.energy(cell.layers, cell.rank)
-        yield from (record_of(cell, each, found, ends, energy) for each in texts)
+        yield from (record_of(cell, each, losses, ends, energy) for each in texts)
 
 
 def record_of(
     cell: Cell,
     texts: Texts,
-    found: Mapping[str, Losses],
+    losses_by_text: Mapping[str, Losses],
     ends: Mapping[str, Mapping[str, Losses]],
     energy: float | None = None,
 ) -> Probe:
     """Return the record of one loss relative to those of BASE and TUNED."""
-    losses, base, tuned = found[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
+    losses, base, tuned = losses_by_text[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
     gap, error = losses.minus(tuned)
     change = base.mean - tuned.mean
     return Probe(

@@ -37,9 +37,9 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
     rows = []
     for what, rank, subject in ordered:
         name = subject.upper() if rank is None else f"r={rank}"
-        found = groups[what, rank, subject]
+        cell = groups[what, rank, subject]
         rows.append(
-            _Row(f"{short(what)} {name}" if what else name, found[0].energy, {record.set: record for record in found})
+            _Row(f"{short(what)} {name}" if what else name, cell[0].energy, {record.set: record for record in cell})
         )
     return rows
 
@@ -62,8 +62,8 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def truncation_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, the fraction of TUNED's change that each rank keeps."""
     records = results.whole_of(Probe)
-    found = [_on_set(name, [record for record in records if record.set == name]) for name in set_names(records)]
-    return probe_summary(results, *found, reading=_reading(results.run))
+    statements = [_on_set(name, [record for record in records if record.set == name]) for name in set_names(records)]
+    return probe_summary(results, *statements, reading=_reading(results.run))
 
 
 def _on_set(name: str, records: Sequence[Probe]) -> Statement:
@@ -84,8 +84,8 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
     """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
     word = "gain" if gains else "rise of the loss"
     lines = []
-    if found := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
-        lines.append(f"r={found.rank} keeps {share(found)} of the {word}, and C({found.rank}) = {_energy(found)}")
+    if record := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
+        lines.append(f"r={record.rank} keeps {share(record)} of the {word}, and C({record.rank}) = {_energy(record)}")
     else:
         last = ranks[-1]
         lines.append(
@@ -109,8 +109,8 @@ def _energy(record: Probe) -> str:
 def _costliest(alone: Sequence[Probe]) -> str:
     """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
-    found = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
-    named = ", ".join(f"{short(r.layer or r.module_type or '')} {gap(r)}" for r in found)
+    costliest = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
+    named = ", ".join(f"{short(r.layer or r.module_type or '')} {gap(r)}" for r in costliest)
     return f"truncated alone to r={smallest}, the loss rises most for {named}"
 
 

@@ -22,8 +22,8 @@ def changes_of(records: Iterable[LayerRecord]) -> str:
 
 def metric_suffix(records: Iterable[LayerRecord]) -> str:
     """Return a suffix that names the metric of all records, if other than that of the weights."""
-    found = metrics_of(records)
-    return f", in {METRIC_NAMES[found[0]]}" if len(found) == 1 and found != ["weights"] else ""
+    metrics = metrics_of(records)
+    return f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
 
 
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
@@ -70,8 +70,8 @@ def value_of(record: LayerRecord, field: str) -> float | None:
         record: Record of any diagnostic.
         field: Dotted name: ``energy.16``, ``resolution.signal_rank``, ``rank_at.0.9``.
     """
-    found = value_at(record, field)
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+    value = value_at(record, field)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def numbers_of(records: Iterable[Record]) -> list[str]:
@@ -84,7 +84,7 @@ def numbers_of(records: Iterable[Record]) -> list[str]:
         content = {key: getattr(record, key) for key in type(record).model_fields}
         names.update(dict.fromkeys(_numbers(content, "")))
         if isinstance(record, LayerRecord):
-            properties = [key for key, found in vars(type(record)).items() if isinstance(found, property)]
+            properties = [key for key, member in vars(type(record)).items() if isinstance(member, property)]
             names.update((key, None) for key in properties if value_of(record, key) is not None)
     return list(names)
 

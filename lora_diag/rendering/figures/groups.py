@@ -36,7 +36,7 @@ class Types:
             if tower := tower_of(layer):
                 towers.setdefault(module_type_of(layer), set()).add(tower)
                 first_layer.setdefault(tower, len(first_layer))
-        self._towers = _distinguishing_parts({tower for found in towers.values() if len(found) > 1 for tower in found})
+        self._towers = _distinguishing_parts({tower for names in towers.values() if len(names) > 1 for tower in names})
         ordered = sorted(
             layers, key=lambda layer: (first_layer.get(tower_of(layer), len(first_layer)), place_of(layer))
         )
@@ -65,10 +65,12 @@ def _distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...],
 
 def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
     """Group records by block in ascending order; those outside the blocks come last."""
-    found: dict[int | None, list[R]] = {}
+    by_layer_number: dict[int | None, list[R]] = {}
     for record in records:
-        found.setdefault(depth_of(record.layer), []).append(record)
-    return {depth: tuple(found[depth]) for depth in sorted(found, key=lambda d: (d is None, d or 0))}
+        by_layer_number.setdefault(depth_of(record.layer), []).append(record)
+    return {
+        depth: tuple(by_layer_number[depth]) for depth in sorted(by_layer_number, key=lambda d: (d is None, d or 0))
+    }
 
 
 def deepest(layers: Iterable[str]) -> int:

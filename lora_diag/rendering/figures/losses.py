@@ -25,11 +25,11 @@ def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ..
 
 def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
     """Return the evaluation sets in the order of the run, each with its label."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for record in records:
         shifted = record.shifted and record.set != "shifted"
-        found.setdefault(record.set, f"{name_of(record.set)}{' (shifted)' if shifted else ''}")
-    return found
+        names.setdefault(record.set, f"{name_of(record.set)}{' (shifted)' if shifted else ''}")
+    return names
 
 
 def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None) -> tuple[list[Probe], str]:

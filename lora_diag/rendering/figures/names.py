@@ -62,18 +62,18 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
     groups: dict[Hashable, list[int]] = {}
     for position, run in enumerate(runs):
         groups.setdefault((run.command, metrics[position] if metrics else ""), []).append(position)
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for positions in groups.values():
         inputs_of_run = [runs[position] for position in positions]
         read = [files[position] for position in positions] if files else []
-        found.update(
+        names.update(
             zip(
                 positions,
                 [run_name(inputs_of_run[0])] if len(inputs_of_run) == 1 else _disambiguated(inputs_of_run, read),
                 strict=True,
             )
         )
-    return [found[position] for position in range(len(runs))]
+    return [names[position] for position in range(len(runs))]
 
 
 def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
@@ -88,14 +88,14 @@ def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     names = ways[2]
-    found = list(names)
+    result = list(names)
     for name in dict.fromkeys(names):
         same_name = [position for position, other in enumerate(names) if other == name]
         if len(same_name) > 1:
             read = [files[position] for position in same_name] if files else []
             for position, more in zip(same_name, _own([runs[position] for position in same_name], read), strict=True):
-                found[position] = f"{name}, {more}" if len(same_name) < len(runs) else more
-    return found
+                result[position] = f"{name}, {more}" if len(same_name) < len(runs) else more
+    return result
 
 
 def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:

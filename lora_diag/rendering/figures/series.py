@@ -89,13 +89,13 @@ def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
 
 def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``portability`` by the programs and their versions."""
-    found = []
+    split_series = []
     for one in series:
         parts: dict[str, list[Any]] = {}
         for record in one.records:
             parts.setdefault(f"{owner_of(one, series)}{record.consumer} {record.version}", []).append(record)
-        found += [replace(one, label=label, records=tuple(records)) for label, records in parts.items()]
-    return tuple(found)
+        split_series += [replace(one, label=label, records=tuple(records)) for label, records in parts.items()]
+    return tuple(split_series)
 
 
 def _split(
@@ -103,25 +103,25 @@ def _split(
 ) -> tuple[Series[Any], ...]:
     """Split series by the inputs named in their records, which label the parts; ``named``: also by the run."""
     short = short_names(path for one in series for record in one.records for path in paths_of(record))
-    found = []
+    split_series = []
     for one in series:
         parts: dict[tuple[str, ...], list[Any]] = {}
         for record in one.records:
             parts.setdefault(paths_of(record), []).append(record)
-        found += [
+        split_series += [
             (one, replace(one, label=" × ".join(short[path] for path in paths), records=tuple(records)))
             for paths, records in parts.items()
         ]
-    counts = Counter(part.label for _, part in found)
+    counts = Counter(part.label for _, part in split_series)
     return tuple(
         replace(part, label=f"{one.label}: {part.label}") if named or counts[part.label] > 1 else part
-        for one, part in found
+        for one, part in split_series
     )
 
 
 def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any], ...]:
     """Split series of ``overlap`` by step, at one rank; with many steps, only the first, middle and last."""
-    found = []
+    split_series = []
     for one in series:
         ranks = sorted({record.rank for record in one.records})
         chosen = rank if rank is not None else 8 if 8 in ranks else ranks[0]
@@ -130,8 +130,8 @@ def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any
         for step in shown:
             records = tuple(record for record in one.records if record.step == step and record.rank == chosen)
             prefix = f"{one.label}, " if len(series) > 1 else ""
-            found.append(Series(f"{prefix}step {step}, r = {chosen}", records))
-    return tuple(part for part in found if part.records)
+            split_series.append(Series(f"{prefix}step {step}, r = {chosen}", records))
+    return tuple(part for part in split_series if part.records)
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:

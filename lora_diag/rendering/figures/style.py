@@ -236,8 +236,8 @@ def cut(text: str, inches: float, size: float) -> str:
 
 def _longest(texts: Sequence[str], inches: float, size: float) -> str:
     """Return the first text that fits, of several in order of decreasing length; else the shortest."""
-    found = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
-    return texts[min(found, len(texts) - 1)]
+    index = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
+    return texts[min(index, len(texts) - 1)]
 
 
 def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
@@ -259,8 +259,8 @@ def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, s
         lambda name: cropped(name, inches, size),
         lambda name: cut(name, inches, size),
     ]
-    found = [{name: way(name) for name in names} for way in ways]
-    return next((short for short in found if _is_unambiguous(short)), found[1])
+    cropped_names = [{name: way(name) for name in names} for way in ways]
+    return next((short for short in cropped_names if _is_unambiguous(short)), cropped_names[1])
 
 
 def _is_unambiguous(short: Mapping[str, str]) -> bool:

@@ -45,7 +45,7 @@ class Payload:
     @cached_property
     def scalars(self) -> dict[str, float]:
         """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as tables pool them."""
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for key, one in self._named():
             for kind in dict.fromkeys(type(record) for record in (*one.layers, *one.whole)):
                 records = [record for record in (*one.layers, *one.whole) if type(record) is kind]
@@ -53,8 +53,8 @@ class Payload:
                 for column in columns:
                     value = pooled_value(column, records) if column.main else None
                     if isinstance(value, int | float):
-                        found[f"{key}/{column.path}"] = value
-        return found
+                        values[f"{key}/{column.path}"] = value
+        return values
 
     @cached_property
     def tables(self) -> dict[str, dict[str, list[Any]]]:

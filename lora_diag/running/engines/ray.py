@@ -157,8 +157,8 @@ class _Cluster:
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
-        if found := self._fitting(1):
-            self._nodes = found
+        if nodes := self._fitting(1):
+            self._nodes = nodes
         if self._fitting(cores):
             self._last_seen = self._looked
         else:

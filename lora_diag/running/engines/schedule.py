@@ -101,15 +101,15 @@ def batches(
     sizes = [footprint(task) for task in tasks]
     costs = [cost(task.shape, size) for task, size in zip(tasks, sizes, strict=True)]
     most = min(BATCH, sum(costs) // (4 * max(1, slots)))
-    found: list[Batch] = []
+    planned: list[Batch] = []
     for at, own in enumerate(costs):
         wanted = threads(sizes[at])
-        last = found[-1] if found else None
+        last = planned[-1] if planned else None
         if last is not None and last.threads == wanted and last.cost + own <= most:
-            found[-1] = Batch(last.start, at + 1, wanted, last.cost + own)
+            planned[-1] = Batch(last.start, at + 1, wanted, last.cost + own)
         else:
-            found.append(Batch(at, at + 1, wanted, own))
-    return found
+            planned.append(Batch(at, at + 1, wanted, own))
+    return planned
 
 
 class Waiting:
@@ -200,7 +200,7 @@ def in_order(
     waiting = Waiting(plan, reach)
     under_way: dict[Ticket, Batch] = {}
     retry: list[Batch] = []
-    found: dict[int, Outcome | LoradiagError] = {}
+    arrived: dict[int, Outcome | LoradiagError] = {}
     end = plan[-1].stop if plan else 0  # batches after an error are not sent
     written = threads = 0
     while written < len(plan):
@@ -220,18 +220,18 @@ def in_order(
                 retry += reversed(batch.singly())  # one task kills its worker; run the others separately
                 continue
             for at, outcome in enumerate([lost_error(batch)] if outcomes is None else outcomes, batch.start):
-                found[at] = outcome
+                arrived[at] = outcome
                 if isinstance(outcome, LoradiagError):
                     end = min(end, at)
-        while written < len(plan) and _is_whole(plan[written], end, found):
+        while written < len(plan) and _is_whole(plan[written], end, arrived):
             for at in range(plan[written].start, plan[written].stop):
-                outcome = found.pop(at)
+                outcome = arrived.pop(at)
                 if isinstance(outcome, LoradiagError):
                     raise outcome
                 yield outcome
             written += 1
 
 
-def _is_whole(batch: Batch, end: int, found: Container[int]) -> bool:
+def _is_whole(batch: Batch, end: int, outcomes: Container[int]) -> bool:
     """Return whether the outcomes of a batch are complete, up to the first error."""
-    return all(at in found for at in range(batch.start, min(batch.stop, end + 1)))
+    return all(at in outcomes for at in range(batch.start, min(batch.stop, end + 1)))

@@ -87,15 +87,15 @@ def open_job(job: Job) -> Work:
         os.chdir(job.folder)
     for file, size in job.files:
         try:
-            found = Path(file).stat().st_size
+            actual = Path(file).stat().st_size
         except OSError as error:
             raise InputError(
                 f"{file}: not visible to {where}: {error.strerror}; put inputs on storage that all nodes share, "
                 "under the same path"
             ) from error
-        if found != size:
+        if actual != size:
             raise InputError(
-                f"{file}: has {found:,} bytes on {where} instead of {size:,}; put inputs on storage that all nodes "
+                f"{file}: has {actual:,} bytes on {where} instead of {size:,}; put inputs on storage that all nodes "
                 "share, or copy the same file to every node"
             )
     from ray import cloudpickle

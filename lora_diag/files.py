@@ -177,7 +177,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
 
 
 def _weights_in_folder_of(path: Path) -> Path | None:
-    names = (each for each in path.parent.iterdir() if _WEIGHTS.fullmatch(each.name))
+    names = (file for file in path.parent.iterdir() if _WEIGHTS.fullmatch(file.name))
     return min(names, default=None)
 
 

@@ -148,12 +148,12 @@ def bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in INNER_WRAPPERS)
 
 
-def is_same_part(one: str, other: str, alone: bool) -> bool:
+def is_same_part(first: str, second: str, alone: bool) -> bool:
     """Return whether two names that are equal without wrappers denote the same part of one model.
 
     Args:
-        one: A name.
-        other: The name on the other side.
+        first: A name.
+        second: The name on the other side.
         alone: Whether no other name on that side is equal without wrappers.
 
     >>> is_same_part("text_model.fc.weight", "vision_model.fc.weight", alone=True)
@@ -161,7 +161,7 @@ def is_same_part(one: str, other: str, alone: bool) -> bool:
     >>> is_same_part("fc.weight", "vision_model.fc.weight", alone=True)
     True
     """
-    ours, theirs = (DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (one, other))
+    ours, theirs = (DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second))
     return ours == theirs or (alone and (ours <= theirs or theirs <= ours))
 
 

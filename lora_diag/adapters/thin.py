@@ -52,13 +52,13 @@ class StoredFactors:
         stored = [(self.checkpoint.file_of(key), self.checkpoint[key]) for key in (self.b, self.a)]
         return self.turned, *((file, info.shape, info.dtype) for file, info in stored)
 
-    def read_each_b(self, several: Sequence[StoredFactors]) -> Numbers:
+    def read_each_b(self, stack: Sequence[StoredFactors]) -> Numbers:
         """Return each B of several factors of this kind, ``(k, out, r)``."""
-        return self._read([each.b for each in several])
+        return self._read([factors.b for factors in stack])
 
-    def read_each_a(self, several: Sequence[StoredFactors]) -> Numbers:
+    def read_each_a(self, stack: Sequence[StoredFactors]) -> Numbers:
         """Return each A of several factors of this kind, ``(k, r, in·kh·kw)``."""
-        return self._read([each.a for each in several])
+        return self._read([factors.a for factors in stack])
 
     def _read(self, keys: Sequence[str]) -> Numbers:
         stack = self.checkpoint.read_arrays(keys)

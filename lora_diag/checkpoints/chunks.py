@@ -154,8 +154,8 @@ class Boxes:
         return bytes(out)
 
 
-def _boxes_overlap(one: Box, other: Box) -> bool:
-    edges = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+def _boxes_overlap(first: Box, second: Box) -> bool:
+    edges = zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in edges)
 
 

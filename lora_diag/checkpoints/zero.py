@@ -131,7 +131,7 @@ class ZeroFolder:
         """Yield the float32 weights of the optimizer files, then frozen ones, buffers and shared ones."""
         states = [self._optimizer(path) for path in files]
         stage, ranks = states[0][1], len(files)
-        counts = {(each, world) for _, each, world, _, _ in states}
+        counts = {(rank, world) for _, rank, world, _, _ in states}
         if counts != {(stage, ranks)}:
             sizes = max(world for _, world in counts)
             raise InputError(f"{self.path}: there are optimizer files of {ranks} ranks of {sizes}; copy all of one run")
@@ -214,11 +214,13 @@ class ZeroFolder:
         for name, values in frozen.items():
             shape = self._shape(name, values)
             parts = []
-            for each in archives:
-                fragments = each.value.get("frozen_param_fragments") if isinstance(each.value, dict) else None
-                tensor = each.tensor(fragments.get(name), str(name)) if isinstance(fragments, dict) else None
+            for source in archives:
+                fragments = source.value.get("frozen_param_fragments") if isinstance(source.value, dict) else None
+                tensor = source.tensor(fragments.get(name), str(name)) if isinstance(fragments, dict) else None
                 if tensor is None:
-                    raise InputError(f"{each.file.path}: has no part of {name!s:.200}, which is frozen; copy it again")
+                    raise InputError(
+                        f"{source.file.path}: has no part of {name!s:.200}, which is frozen; copy it again"
+                    )
                 parts.append((tensor, 0, tensor.numel))
             if sum(count for *_, count in parts) < math.prod(shape):
                 raise InputError(f"{self.path}: the parts of {name!s:.200} hold fewer entries than {list(shape)}")

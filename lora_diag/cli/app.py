@@ -38,7 +38,7 @@ class _Command(TyperCommand):
         renamed = getattr(self.callback, "aliases", {})
         end = args.index("--") if "--" in args else len(args)
         args = [*(_current_name(arg, renamed) for arg in args[:end]), *args[end:]]
-        if not any(each.name == "gradients" and each.multiple for each in self.params):
+        if not any(param.name == "gradients" and param.multiple for param in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
         for at, arg in enumerate(args):
@@ -51,10 +51,10 @@ class _Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
-        for each in self.get_params(ctx):
-            if (row := each.get_help_record(ctx)) is not None:
-                is_argument = each.param_type_name == "argument"
-                panel = INPUTS if is_argument else getattr(each, "rich_help_panel", None) or EXECUTION
+        for param in self.get_params(ctx):
+            if (row := param.get_help_record(ctx)) is not None:
+                is_argument = param.param_type_name == "argument"
+                panel = INPUTS if is_argument else getattr(param, "rich_help_panel", None) or EXECUTION
                 name = re.sub(r" <(?:(.+\|.+)|.*)>$", _choices, row[0])
                 rows[panel].append((re.sub("[{}]", "", name) if is_argument else name, row[1]))
         for panel, lines in rows.items():
@@ -224,8 +224,12 @@ def _usage(problem: str, context: Any) -> str:
 
 def _resumes(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
-    named = (one for one in features() if one.command and one.name.split() == arguments[: len(one.name.split())])
-    return any("resume" in signature(one.load(one.command)).parameters for one in named)
+    named = (
+        feature
+        for feature in features()
+        if feature.command and feature.name.split() == arguments[: len(feature.name.split())]
+    )
+    return any("resume" in signature(feature.load(feature.command)).parameters for feature in named)
 
 
 def _is_of_a_stream(error: OSError) -> bool:

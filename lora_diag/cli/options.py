@@ -194,23 +194,23 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     base/ {'layers': 'q_proj', 'exclude': None}
     """
     parameters = signature(command, eval_str=True).parameters
-    groups = {name: options for name, each in parameters.items() if (options := list(_options(each.annotation)))}
+    groups = {name: options for name, field in parameters.items() if (options := list(_options(field.annotation)))}
 
     @wraps(command)
     def gathered(**values: Any) -> None:
         for name, options in groups.items():
-            group_values = {each.name: values.pop(each.name) for each in options}
+            group_values = {field.name: values.pop(field.name) for field in options}
             values[name] = _gathered(parameters[name].annotation, group_values)
         with _limit_lines(not any(getattr(values[name], "verbose", False) for name in groups)):
             command(**values)
 
     shown = [
         option
-        for name, each in parameters.items()
-        for option in groups.get(name) or [each.replace(kind=Parameter.KEYWORD_ONLY)]  # typer passes arguments by name
+        for name, field in parameters.items()
+        for option in groups.get(name) or [field.replace(kind=Parameter.KEYWORD_ONLY)]  # typer passes arguments by name
     ]
     gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
-    typed = [each.annotation for each in parameters.values() if is_typeddict(each.annotation)]
+    typed = [field.annotation for field in parameters.values() if is_typeddict(field.annotation)]
     gathered.aliases = {old: new for group in typed for old, new in aliases(group).items()}  # type: ignore[attr-defined]
     return gathered
 
@@ -228,8 +228,8 @@ def _options(group: Any) -> Iterator[Parameter]:
     """Yield the options of a group; nothing for other types."""
     if is_dataclass(group):
         kinds = get_type_hints(group, include_extras=True)
-        for each in fields(group):
-            yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+        for field in fields(group):
+            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
     elif is_typeddict(group):
         for name, (kind, option) in declared(group).items():
             if name == "engine":
@@ -308,7 +308,7 @@ def _gathered(group: Any, values: dict[str, Any]) -> Any:
     if is_dataclass(group):
         return group(**values)  # type: ignore[operator]
     if "engine" in values:
-        values["engine"] = Cluster(**{each.name: values.pop(each.name) for each in fields(Cluster)}).value()
+        values["engine"] = Cluster(**{field.name: values.pop(field.name) for field in fields(Cluster)}).value()
     for name, (kind, option) in declared(group).items():
         if name in values:
             values[name] = _read(kind, option, name, option.checked(name, values[name]))

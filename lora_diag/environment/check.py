@@ -116,7 +116,9 @@ def _extras() -> Iterator[Statement]:
     except PackageNotFoundError:
         return
     for extra, adds in ADDS.items():
-        present, gaps = _gaps(each for each in requirements.get(extra, ()) if each.name != "loradiag")
+        present, gaps = _gaps(
+            requirement for requirement in requirements.get(extra, ()) if requirement.name != "loradiag"
+        )
         label = f"[{extra}]"
         if gaps:
             lead = f"not available ({adds}): {', '.join(gaps)}"
@@ -157,7 +159,7 @@ def _devices() -> Iterator[Statement]:
     )
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        names = [f"cuda:{at} {each.name}, {byte_count(each.total_memory)}" for at, each in enumerate(devices)]
+        names = [f"cuda:{at} {device.name}, {byte_count(device.total_memory)}" for at, device in enumerate(devices)]
         yield make_statement("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
     elif shutil.which("nvidia-smi"):
         lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"

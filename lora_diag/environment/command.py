@@ -31,9 +31,9 @@ def doctor(
 
     results = checks(inputs or ())
     if json:
-        for each in results:
-            line(dumps({"key": each.key, "level": each.level, "lines": each.lines}, ensure_ascii=False))
+        for check in results:
+            line(dumps({"key": check.key, "level": check.level, "lines": check.lines}, ensure_ascii=False))
     else:
         with at_most(None):
             result(to_text(summary_of(results), *terminal()))
-    raise typer.Exit(UNREADABLE if any(each.level == "failure" for each in results) else DONE)
+    raise typer.Exit(UNREADABLE if any(check.level == "failure" for check in results) else DONE)

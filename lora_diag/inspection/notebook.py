@@ -22,5 +22,5 @@ def html_of(results: Results[Any]) -> str:
         return f"<pre>{escape(text)}</pre>"
     tables = "".join(grid_html(grid) for grid in feature.tables(results, "type"))
     statements: list[Statement] = feature.load(feature.statements)(results)
-    first = sorted(statements, key=lambda one: one.key != "unfinished")
+    first = sorted(statements, key=lambda statement: statement.key != "unfinished")
     return f"<div>{tables}<table><tbody>{''.join(map(statement_html, first))}</tbody></table></div>"

@@ -41,7 +41,7 @@ def _grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight
     """Return one row for each module type and all that its records differ in."""
     groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
     for record in records:
-        key = (module_type_of(record.layer), *(str(value_at(record, one.path)) for one in shown))
+        key = (module_type_of(record.layer), *(str(value_at(record, field.path)) for field in shown))
         groups.setdefault(key, []).append(record)
     return grid_of(shown, [(safe(name), group) for (name, *_), group in groups.items()], "type")
 

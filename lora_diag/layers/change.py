@@ -188,7 +188,7 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a GPU is out of memory, as noticed by torch or by CUDA's libraries."""
     words = ("CUDA error: out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(each in str(error) for each in words)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def why_not_comparable(fro: float) -> str | None:

@@ -169,23 +169,29 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
     """
     roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
     plain, base_fro = fro_of(change), None
-    alone = [fro_of(times(change, each.lower, each.on_rows)) for each in roots]
+    alone = [fro_of(times(change, weighting_root.lower, weighting_root.on_rows)) for weighting_root in roots]
     weighted = change
-    for each in roots:
-        weighted = times(weighted, each.lower, each.on_rows)
+    for weighting_root in roots:
+        weighted = times(weighted, weighting_root.lower, weighting_root.on_rows)
     if delta.base is not None:
         base = Change(
             None, None, matrix=move(torch.cat(list(row_blocks(delta.base, delta.shape))), device).to(torch.float64)
         )
-        for each in roots:
-            base = times(base, each.lower, each.on_rows)
+        for weighting_root in roots:
+            base = times(base, weighting_root.lower, weighting_root.on_rows)
         base_fro = base.fro
     weighted = replace(weighted, base_fro=base_fro)
     fro = fro_of(weighted)
-    rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain * math.prod(each.fro for each in roots)
+    rounding = (
+        2
+        * max(delta.shape)
+        * torch.finfo(torch.float64).eps
+        * plain
+        * math.prod(weighting_root.fro for weighting_root in roots)
+    )
     moved = roots[0].error * plain**2
     if len(roots) > 1:
-        c, g = (each.error for each in roots)
+        c, g = (weighting_root.error for weighting_root in roots)
         moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
     return Weighted(weighted, min(1.0, error), plain, _gains(change, delta.shape, roots), tuple(roots))
@@ -201,7 +207,7 @@ def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
             total = float(rounding.noise.rows.sum())
             sums = rounding.noise.rows if on_rows else rounding.noise.columns
             variance = sums * (rounding.noise.unit / math.sqrt(total)) if total else torch.zeros_like(variance)
-        root_here = next((each for each in roots if each.on_rows == on_rows), None)
+        root_here = next((candidate for candidate in roots if candidate.on_rows == on_rows), None)
         if root_here is None:
             gains.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
             continue

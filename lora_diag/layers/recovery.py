@@ -539,10 +539,10 @@ def _read(read: _Read, whole: bool) -> tuple[Cells | _Stream, _Stats]:
             end[row : row + len(part)] = part
         row += cells.shape[0]
     stats = _Stats(
-        sum(one.unchanged for one in sums),
-        sum(one.square for one in sums),
-        sum(one.width for one in sums),
-        sum(one.reach for one in sums),
+        sum(block.unchanged for block in sums),
+        sum(block.square for block in sums),
+        sum(block.width for block in sums),
+        sum(block.reach for block in sums),
     )
     return Cells(*ends) if whole else _Stream(read, rounded), stats
 
@@ -557,7 +557,7 @@ def _start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | N
     some: Cells | _Stream = every
     if every.count > 2 * SAMPLE:
         some = every.at(torch.arange(0, every.count, every.count // SAMPLE | 1, device=every.device))
-    exact, rounded = (fit_shape(one, fit_size(one, rms).deviation) for one in (some.exact_start(), some))
+    exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (some.exact_start(), some))
     gain = rounded.log_likelihood - exact.log_likelihood
     return (every, "rounded", gain) if gain > 0 else (every.exact_start(), "stored", gain)
 

@@ -111,8 +111,8 @@ def solvable(matrix: Tensor) -> Tensor:
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
     """Copy tensors of one dtype to the CPU in one transfer, so that it waits for a GPU once."""
-    if all(each.device.type == "cpu" for each in tensors):
+    if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
-    whole = torch.cat([each.reshape(-1) for each in tensors]).cpu()
-    parts = torch.split(whole, [each.numel() for each in tensors])
-    return [part.reshape(each.shape) for part, each in zip(parts, tensors, strict=True)]
+    whole = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -215,7 +215,7 @@ class _Roundings:
         sides = (self.base, self.tuned, self.subtracted)
         values = fetch_sums(sides, *self.sample(), self.energies.sums, *others)
         self.sampled, self.energies.sums = values[:3], values[3]
-        return [float(each) for each in values[4:]]
+        return [float(value) for value in values[4:]]
 
     def rounding(self) -> Rounding:
         """Return the effect of rounding over all blocks, which have been fetched."""
@@ -261,7 +261,7 @@ def norm(blocks: Iterable[Tensor]) -> float:
 
 def _sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
     """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and the number of bit-identical entries, from one transfer."""
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in (block, base)]
+    norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base)]
     norm, base_norm, same = torch.stack([*norms, _unchanged(base, tuned).to(torch.float64)]).tolist()
     if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow
         norm, base_norm = _norm(block), _norm(base)
@@ -271,12 +271,12 @@ def _sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, in
 def _sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
     """As ``_sizes``, without reading them."""
     norms = []
-    for each in (block, base):
-        if each.dtype == torch.float64:  # the squares may underflow or overflow
-            largest = each.abs().max().clamp(min=1e-300)
-            norms.append(torch.linalg.vector_norm(each / largest) * largest)
+    for matrix in (block, base):
+        if matrix.dtype == torch.float64:  # the squares may underflow or overflow
+            largest = matrix.abs().max().clamp(min=1e-300)
+            norms.append(torch.linalg.vector_norm(matrix / largest) * largest)
         else:
-            norms.append(torch.linalg.vector_norm(each, dtype=torch.float64))
+            norms.append(torch.linalg.vector_norm(matrix, dtype=torch.float64))
     return [*norms, _unchanged(base, tuned)]
 
 

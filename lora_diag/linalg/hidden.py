@@ -420,20 +420,20 @@ def _widened(basis: Tensor | None, columns: int, width: int, device: torch.devic
     return fresh if basis is None else torch.cat([basis, fresh / math.sqrt(columns)], 1)
 
 
-def _inner(one: LowRank, other: LowRank) -> float:
+def _inner(first: LowRank, second: LowRank) -> float:
     """Return ⟨L, L'⟩."""
-    if not one.rank or not other.rank:
+    if not first.rank or not second.rank:
         return 0.0
-    inside = (one.u.T @ other.u).double() * (one.vh @ other.vh.T).double()
-    return float(one.values.eta.to(inside) @ inside @ other.values.eta.to(inside))
+    inside = (first.u.T @ second.u).double() * (first.vh @ second.vh.T).double()
+    return float(first.values.eta.to(inside) @ inside @ second.values.eta.to(inside))
 
 
-def _gap(one: LowRank, other: LowRank | None) -> float:
+def _gap(first: LowRank, second: LowRank | None) -> float:
     """Return ‖L − L'‖_F."""
-    own = float((one.values.eta**2).sum())
-    if other is None:
+    own = float((first.values.eta**2).sum())
+    if second is None:
         return math.sqrt(own)
-    return math.sqrt(max(0.0, own + float((other.values.eta**2).sum()) - 2 * _inner(one, other)))
+    return math.sqrt(max(0.0, own + float((second.values.eta**2).sum()) - 2 * _inner(first, second)))
 
 
 def _extrapolate(

@@ -46,16 +46,21 @@ class Shape:
             return moments(cells, 0.0, deviation, fast)
         parts = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
         share, total = _shares([part[0] for part in self.parts], parts)
-        center = sum(p * one.mean for p, one in zip(share, parts, strict=True))
+        center = sum(p * part_moments.mean for p, part_moments in zip(share, parts, strict=True))
         assert isinstance(center, Tensor)
-        variance = sum(p * (one.variance + (one.mean - center) ** 2) for p, one in zip(share, parts, strict=True))
+        variance = sum(
+            p * (part_moments.variance + (part_moments.mean - center) ** 2)
+            for p, part_moments in zip(share, parts, strict=True)
+        )
         assert isinstance(variance, Tensor)
         return Moments(center, variance, total)
 
 
 def _shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]:
     """Return the posterior probability of each part, and the logarithm of the likelihood."""
-    logs = torch.stack([one.log_mass + math.log(weight) for weight, one in zip(weights, parts, strict=True)])
+    logs = torch.stack(
+        [part_moments.log_mass + math.log(weight) for weight, part_moments in zip(weights, parts, strict=True)]
+    )
     total = torch.logsumexp(logs, 0)
     return (logs - total).exp(), total
 
@@ -110,9 +115,9 @@ def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) ->
         parts = [moments(some, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
         share, total = _shares([part[0] for part in shape.parts], parts)
         score = torch.zeros_like(total)
-        for p, one, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
-            square = one.variance + one.mean**2
-            score += p * ((square / deviation - mean * one.mean) / (deviation * spread**2) - 1)
+        for p, part_moments, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
+            square = part_moments.variance + part_moments.mean**2
+            score += p * ((square / deviation - mean * part_moments.mean) / (deviation * spread**2) - 1)
         sums.score += float(score.sum(dtype=torch.float64))
         sums.squares += float(score.double().square().sum())
         sums.log_likelihood += float(total.sum(dtype=torch.float64))

@@ -380,8 +380,8 @@ def check_merge(
                 return check
         first = last
     if check.shared is not None:
-        each = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2
-        check.variance += each * sum(float(side.abs().sum(0).square().sum()) for side in check.shared)
+        relative = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2
+        check.variance += relative * sum(float(side.abs().sum(0).square().sum()) for side in check.shared)
     return check
 
 

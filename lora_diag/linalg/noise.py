@@ -87,7 +87,7 @@ class Moves:
         far = torch.bincount(binade[changes > 1.5 * spacing], minlength=len(entries))
         present = entries > 0
         values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
-        return cls(2.0 ** values[present], *(each[present].double() for each in (entries, changed, far)))
+        return cls(2.0 ** values[present], *(counts[present].double() for counts in (entries, changed, far)))
 
     def untouched(self) -> float:
         """Estimate the fraction of entries that training did not change, excluding those that rounding left unchanged.
@@ -99,7 +99,7 @@ class Moves:
         are larger ones: there moves are no larger than u, and rounding may have left any of the others. Changes of more
         than one u must outnumber the others by two standard errors.
         """
-        count, changed, far = (each.cumsum(0) for each in (self.entries, self.changed, self.far))
+        count, changed, far = (counts.cumsum(0) for counts in (self.entries, self.changed, self.far))
         small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= MIN_COUNT)
         telling = small & ((2 * far - changed > 2 * changed.sqrt()) | (self.changed.sum() == 0))
         if not telling.any():

@@ -319,10 +319,10 @@ def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
     sides = [side for side in sides if side.total.device.type != "cpu"]
     profiles = [profile for side in sides for profile in (side.profile, side.still)]
     places = [(side, name) for side in sides for name in ("total", "mantissa")]
-    sums = [(each, name) for each in profiles for name in ("rows", "columns", "rows_fourth", "columns_fourth", "unit")]
+    sums = [(item, name) for item in profiles for name in ("rows", "columns", "rows_fourth", "columns_fourth", "unit")]
     parts = [getattr(*place) for place in (*places, *sums)]
-    parts = [each if isinstance(each, Tensor) else sides[0].total.new_full((), each) for each in parts]
-    values = fetch(*(each.to(torch.float64) for each in (*parts, *others))) if sides else list(others)
+    parts = [item if isinstance(item, Tensor) else sides[0].total.new_full((), item) for item in parts]
+    values = fetch(*(item.to(torch.float64) for item in (*parts, *others))) if sides else list(others)
     for (owner, name), value in zip((*places, *sums), values, strict=False):
         setattr(owner, name, value)
     for side in sides:

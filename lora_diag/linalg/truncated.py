@@ -70,7 +70,7 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
     right = torch.where(first > 0, width, last.clamp(min=0.0))
     start, stop = torch.maximum(left, -beyond), torch.minimum(right, beyond)
     if cells.below is None or cells.above is None:
-        mass, one, two = _integrals(start, stop, nearest, nodes, None)
+        mass, first_moment, second_moment = _integrals(start, stop, nearest, nodes, None)
         log_height: Tensor | float = 0.0
     else:
         width = (cells.below + cells.above) / deviation
@@ -79,12 +79,12 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
         inside = (left + flat, right - flat)
         edges = [start, *(torch.minimum(torch.maximum(edge, start), stop) for edge in inside), stop]
         parts = [_integrals(a, b, nearest, nodes, ramp) for a, b in pairwise(edges)]
-        mass, one, two = (sum(part[k] for part in parts[1:]) + parts[0][k] for k in range(3))
+        mass, first_moment, second_moment = (sum(part[k] for part in parts[1:]) + parts[0][k] for k in range(3))
         log_height = -torch.log(width)
-    center = one / mass
+    center = first_moment / mass
     return Moments(
         mean=(center + nearest) * deviation + mean,
-        variance=(two / mass - center * center).clamp_(min=0.0) * (deviation * deviation),
+        variance=(second_moment / mass - center * center).clamp_(min=0.0) * (deviation * deviation),
         log_mass=torch.log(mass) - nearest * nearest / 2 - math.log(2 * math.pi) / 2 + log_height,
     )
 
@@ -107,7 +107,7 @@ def _integrals(
     """Return ∫ e^{−u(u/2 + t₀)}·w du, and the same with u and with u² under the integral."""
     half = (stop - start) / 2
     middle = start + half
-    mass, one, two = (torch.zeros_like(middle) for _ in range(3))
+    mass, first_moment, second_moment = (torch.zeros_like(middle) for _ in range(3))
     for at, weight in _legendre(nodes):
         u = torch.add(middle, half, alpha=at)
         density = torch.add(nearest, u, alpha=0.5).mul_(u).neg_().exp_()
@@ -115,6 +115,6 @@ def _integrals(
             density *= ramp(u)
         mass.add_(density, alpha=weight)
         density *= u
-        one.add_(density, alpha=weight)
-        two.addcmul_(density, u, value=weight)
-    return mass * half, one * half, two * half
+        first_moment.add_(density, alpha=weight)
+        second_moment.addcmul_(density, u, value=weight)
+    return mass * half, first_moment * half, second_moment * half

@@ -62,8 +62,8 @@ def p_value(
     norm = float(np.linalg.norm(first) * np.linalg.norm(second))
     shuffled, as_far = second.copy(), 0
     for _ in range(PERMUTATIONS):
-        for each in members:
-            shuffled[each] = second[random.permutation(each)]
+        for indices in members:
+            shuffled[indices] = second[random.permutation(indices)]
         as_far += abs(float(first @ shuffled)) >= (abs(correlation) - 1e-12) * norm
     return (as_far + 1) / (PERMUTATIONS + 1)
 

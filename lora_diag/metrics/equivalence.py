@@ -95,7 +95,7 @@ def within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     return (spread / freedom if freedom else 0.0), freedom
 
 
-def welch(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
+def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
     """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), for two variances of means v and w.
 
     Example:
@@ -103,8 +103,8 @@ def welch(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, fl
         >>> round(error, 3), round(freedom, 6)
         (0.2, 6.0)
     """
-    total = one[0] + two[0]
-    return math.sqrt(total), total**2 / (one[0] ** 2 / one[1] + two[0] ** 2 / two[1])
+    total = first[0] + second[0]
+    return math.sqrt(total), total**2 / (first[0] ** 2 / first[1] + second[0] ** 2 / second[1])
 
 
 def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL) -> int | None:
@@ -141,12 +141,12 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
     return high
 
 
-def paired(one: Sequence[float], two: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def paired(first: Sequence[float], second: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
     """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
 
     Args:
-        one: Summed negative log-likelihood of each sequence.
-        two: Likewise.
+        first: Summed negative log-likelihood of each sequence.
+        second: Likewise.
         counts: Predictions of each.
 
     Reference: Cochran 1977, Sampling Techniques, section 2.11.
@@ -155,7 +155,7 @@ def paired(one: Sequence[float], two: Sequence[float], counts: Sequence[int]) ->
         >>> paired([3.0, 5.0], [2.0, 2.0], [2, 2])
         (1.0, 0.5)
     """
-    difference, n = np.subtract(one, two), np.asarray(counts, dtype=np.float64)
+    difference, n = np.subtract(first, second), np.asarray(counts, dtype=np.float64)
     gap = float(difference.sum() / n.sum())
     if len(n) < 2:
         return gap, None

@@ -50,8 +50,8 @@ def similarity_at_random(dimension: int, vectors: int) -> float:
         >>> round(similarity_at_random(4096, 4096), 3)
         0.059
     """
-    one = 0.5 ** (1 / vectors)
-    return min(1.0, float(ndtri((1 + one) / 2)) / math.sqrt(dimension))
+    factor = 0.5 ** (1 / vectors)
+    return min(1.0, float(ndtri((1 + factor) / 2)) / math.sqrt(dimension))
 
 
 def below_at_random(dimension: int, vectors: int, epsilon: float) -> float:

@@ -113,7 +113,7 @@ def check_names(texts: list[Texts]) -> None:
     Raises:
         UsageError: Two sets have one name.
     """
-    names = [each.name for each in texts]
+    names = [item.name for item in texts]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--eval: two evaluation sets have the name {name}; rename one of the files")

@@ -52,7 +52,7 @@ class Losses:
     @property
     def rounded(self) -> tuple[float, ...]:
         """The sums to 6 decimals, as records keep them."""
-        return tuple(round(float(each), 6) for each in self.sums)
+        return tuple(round(float(value), 6) for value in self.sums)
 
     def on(self, texts: Texts) -> dict[str, Any]:
         """Return the common fields of records of a loss: its set, and the number of predictions."""
@@ -87,7 +87,7 @@ def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Te
         chosen = [texts.sequences[i] for i in batch]
         logits = logits_of(model, chosen)
         kept = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-        yield [each for each, _ in kept], [label for _, label in kept]
+        yield [outputs for outputs, _ in kept], [label for _, label in kept]
 
 
 def logits_of(model: Model, chosen: list[Sequence]) -> Tensor:
@@ -131,8 +131,8 @@ def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = l
     """
     sums, counts = list[float](), list[int]()
     for logits, labels in predictions(model, texts, size):
-        for each, target in zip(logits, labels, strict=True):
-            sums.append(float(nll(each, target)))
+        for outputs, target in zip(logits, labels, strict=True):
+            sums.append(float(nll(outputs, target)))
             counts.append(len(target))
         after()
     return Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))

@@ -56,7 +56,7 @@ def inner_layers(module: Any) -> dict[str, nn.Module]:
     The head is the part outside the inner model: ``lm_head``, ``classifier``, ``score``.
     """
     inner, output = getattr(module, "base_model", module), module.get_output_embeddings()
-    inside = {id(each) for each in inner.modules()} - {id(output)}
+    inside = {id(submodule) for submodule in inner.modules()} - {id(output)}
     return {name: layer for name, layer in linear_layers(module).items() if id(layer) in inside}
 
 
@@ -162,7 +162,7 @@ def in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     Raises:
         InputError: There is nothing to train.
     """
-    trained = [each for each in model.module.parameters() if each.ndim == 1 or not only_vectors]
+    trained = [item for item in model.module.parameters() if item.ndim == 1 or not only_vectors]
     if not trained:
         raise InputError("--bitfit: this model has no biases or norms to train; remove the option")
     changing = [*trained, *model.module.buffers()]

@@ -125,7 +125,7 @@ def run_cell(
         after: Called after every step and every batch.
     """
     by_set, train_loss = losses_after(model, cell, training, sets, after)
-    return [record_of(each, losses, cell, train_loss) for each, losses in zip(sets, by_set, strict=True)]
+    return [record_of(texts, losses, cell, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
 
 
 def losses_after(
@@ -151,7 +151,7 @@ def losses_after(
         with checkpointed(model.module) if training.checkpointing else nullcontext():
             path = train(tuned, cell, training, after)
         tuned.module.eval()
-        losses = [measure(tuned, each, training.batch, after) for each in sets]
+        losses = [measure(tuned, texts, training.batch, after) for texts in sets]
         keep(tuned)
     last = path[-max(1, len(path) // 10) :]
     return losses, sum(last) / len(last)
@@ -187,7 +187,7 @@ def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
     """Return the mean negative log-likelihood over the predictions of a batch."""
     logits = logits_of(model, batch)
     pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
-    total = torch.stack([nll(each, target) for each, target in pairs]).sum()
+    total = torch.stack([nll(outputs, target) for outputs, target in pairs]).sum()
     return total / sum(len(target) for _, target in pairs)
 
 

@@ -54,18 +54,18 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     made.add_column(overflow="fold", style="dim")
-    for one in drawn:
-        if one.path is not None:
-            made.add_row(one.name, Text(safe(str(one.path))), one.shows)
-    not_drawn = [one for one in drawn if one.path is None]
+    for figure in drawn:
+        if figure.path is not None:
+            made.add_row(figure.name, Text(safe(str(figure.path))), figure.shows)
+    not_drawn = [figure for figure in drawn if figure.path is None]
     reasons: dict[str, list[str]] = {}
-    for one in not_drawn:
-        if one.missing != "records":
-            why = f"{one.reason}: {one.made_by}" if one.made_by and one.missing else one.reason
-            reasons.setdefault(why, []).append(one.name)
+    for figure in not_drawn:
+        if figure.missing != "records":
+            why = f"{figure.reason}: {figure.made_by}" if figure.made_by and figure.missing else figure.reason
+            reasons.setdefault(why, []).append(figure.name)
     lines = [f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items()]
     # Most figures have no records; a reason for each would bury the figures that were drawn.
-    absent = [one.name for one in not_drawn if one.missing == "records"]
+    absent = [figure.name for figure in not_drawn if figure.missing == "records"]
     if absent:
         lines.append(f"no records for {', '.join(absent)}; --figure NAME names the command that writes them")
     statements = [make_statement("not_drawn", "Not drawn", *lines)] if lines else []

@@ -122,16 +122,16 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a heat map of each series, with its own rows and a common depth axis and colour scale."""
     field = options.field or default_field(series[0].records)
-    types = Types(record.layer for one in series for record in one.records)
-    shown = [cells(one.records, field, types) for one in series]
-    depths = _ascending(depth for one in shown for depth in one.depths)
+    types = Types(record.layer for item in series for record in item.records)
+    shown = [cells(item.records, field, types) for item in series]
+    depths = _ascending(depth for item in shown for depth in item.depths)
     line = style.text / 72
     names = cropped_all(types.names, NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
-    titles = [wrapped(one.label, inches, style.text) if len(series) > 1 else "" for one in series]
+    titles = [wrapped(item.label, inches, style.text) if len(series) > 1 else "" for item in series]
     rows = [
-        (1.75 * max(len(one.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line
-        for one, title in zip(shown, titles, strict=True)
+        (1.75 * max(len(item.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line
+        for item, title in zip(shown, titles, strict=True)
     ]
     panel = (sum(rows) + 2.6 * line) / len(series)
     # The panels have different rows, so the y axis is not shared: shared tick labels would be those of the last panel.
@@ -153,12 +153,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 def _texts(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> FigureText:
     """Return title, subtitle and notes."""
-    records = [record for one in series for record in one.records]
+    records = [record for item in series for record in item.records]
     title = title_in(field, records)
-    layers = len({record.layer for one in series for record in one.records})
+    layers = len({record.layer for item in series for record in item.records})
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
-    count = max(int(one.layers.max(initial=0)) for one in shown)
-    unknown = any((np.isnan(one.values) & (one.layers > 0)).any() for one in shown)
+    count = max(int(item.layers.max(initial=0)) for item in shown)
+    unknown = any((np.isnan(item.values) & (item.layers > 0)).any() for item in shown)
     return FigureText(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
         f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}",
@@ -186,7 +186,7 @@ def default_field(records: Sequence[LayerRecord]) -> str:
 
 def norm_of(shown: Sequence[Cells]) -> Normalize:
     """Return the common colour scale; logarithmic if the values span decades."""
-    values = np.concatenate([one.values.ravel() for one in shown])
+    values = np.concatenate([grid.values.ravel() for grid in shown])
     values = values[np.isfinite(values)]
     if not len(values):
         return Normalize(0, 1)

@@ -213,15 +213,15 @@ def _series_and_options(
 
 def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Return the series whose records a figure can draw; for a heat map, those of the first kind that has its field."""
-    filled = [one for one in series if one.records]
+    filled = [item for item in series if item.records]
     if kind.spec.needs:
-        return tuple(one for one in filled if kind_of(one.records[0]) == kind.spec.needs)
+        return tuple(item for item in filled if kind_of(item.records[0]) == kind.spec.needs)
     # Records of a fleet describe adapters, which have no depth or module type; records of probes describe whole runs.
-    filled = [one for one in filled if isinstance(one.records[0], LayerRecord) and one.records[0].record != "fleet"]
-    kinds = dict.fromkeys(type(one.records[0]) for one in filled)
+    filled = [item for item in filled if isinstance(item.records[0], LayerRecord) and item.records[0].record != "fleet"]
+    kinds = dict.fromkeys(type(item.records[0]) for item in filled)
     field = options.field
     having = [k for k in kinds if field is None or _has(field, [o for o in filled if type(o.records[0]) is k])]
-    chosen = tuple(one for one in filled if having and type(one.records[0]) is having[0])
+    chosen = tuple(item for item in filled if having and type(item.records[0]) is having[0])
     if chosen and chosen[0].records[0].record == "residual":
         return by_adapter(chosen)
     if chosen and chosen[0].records[0].record == "interference":
@@ -232,22 +232,22 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
 
 
 def _has(field: str, series: Sequence[Series[Any]]) -> bool:
-    return any(value_of(record, field) is not None for one in series for record in one.records)
+    return any(value_of(record, field) is not None for item in series for record in item.records)
 
 
 def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> Obstacle | None:
     fitting = _usable(kind, series, options)
     if not fitting:
-        if options.field and not kind.spec.needs and any(one.records for one in series):
+        if options.field and not kind.spec.needs and any(item.records for item in series):
             return Obstacle(f"no record has a numeric field {options.field}; use one of {_fields(series)}")
         return Obstacle(f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records", "records")
     max_runs = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
     if len(fitting) > max_runs:
         return Obstacle(f"{len(fitting)} runs are too many for one figure; give at most {max_runs} results")
-    records: list[Any] = [record for one in fitting for record in one.records]
+    records: list[Any] = [record for item in fitting for record in item.records]
     reason = kind.find_obstacle(records, options)
     return Obstacle(reason, "values") if reason else None
 
 
 def _fields(series: Sequence[Series[Any]]) -> str:
-    return ", ".join(dict.fromkeys(name for one in series for name in numbers_of(one.records[:20])))
+    return ", ".join(dict.fromkeys(name for item in series for name in numbers_of(item.records[:20])))

@@ -49,7 +49,7 @@ def _kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown
     for kind in dict.fromkeys(type(record) for record in (*results.layers, *results.whole)):
         records = [record for record in (*results.layers, *results.whole) if type(record) is kind]
         all_shown = kind.shown_of(results.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
-        if shown := [one for one in all_shown if one.main]:
+        if shown := [field for field in all_shown if field.main]:
             kinds.append((kind, records, shown))
     return kinds
 

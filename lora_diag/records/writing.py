@@ -354,7 +354,7 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
                 f"{path}: the input {now.path} changed since this run began, and old and new layers must not be "
                 "mixed; delete the file and measure again, or write to another file"
             )
-    earlier_run, current = (each.model_dump(exclude={"made"}) for each in (earlier.run, run))
+    earlier_run, current = (run_record.model_dump(exclude={"made"}) for run_record in (earlier.run, run))
     differing = [key for key in current if earlier_run[key] != current[key]]
     stored, requested = earlier.run.settings, run.settings
     differing += [

@@ -15,13 +15,12 @@ from lora_diag.rendering.text import safe
 _ROWS = 40
 
 
-def statement_html(one: Statement) -> str:
+def statement_html(statement: Statement) -> str:
     """Return a statement as a row: its label, its lead, and its details, which a reader opens."""
-    details = "".join(f"<br>{_plain(line)}" for line in one.details)
-    more = f"<details><summary>{_plain(one.lead)}</summary>{details[4:]}</details>" if details else _plain(one.lead)
-    return (
-        f'<tr><td style="text-align:left"><b>{_plain(one.label)}</b></td><td style="text-align:left">{more}</td></tr>'
-    )
+    lead, details = _plain(statement.lead), "".join(f"<br>{_plain(line)}" for line in statement.details)
+    text = f"<details><summary>{lead}</summary>{details[4:]}</details>" if details else lead
+    label = _plain(statement.label)
+    return f'<tr><td style="text-align:left"><b>{label}</b></td><td style="text-align:left">{text}</td></tr>'
 
 
 def grid_html(grid: Grid) -> str:

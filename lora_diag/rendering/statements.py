@@ -98,7 +98,7 @@ def make_statement(
 
 def find(statements: Iterable[Statement], key: str) -> Statement | None:
     """Return the first statement with a key; None without one."""
-    return next((one for one in statements if one.key == key), None)
+    return next((statement for statement in statements if statement.key == key), None)
 
 
 def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def summary_of(statements: Sequence[Statement], next_command: str | None = None)
         next_command: The suggested next command, printed last.
     """
     # The warning of an unfinished run comes first, since it applies to all statements.
-    first = sorted(statements, key=lambda one: one.key != "unfinished")
+    first = sorted(statements, key=lambda statement: statement.key != "unfinished")
     return _Summary(
         (*first, *([make_statement("next", "Next", next_command, priority=0)] if next_command else [])),
         _MAX_LINES.get(),
@@ -177,21 +177,29 @@ class _Summary:
     most: int | None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        widest = max((cell_len(one.label) for one in self.statements), default=0)
+        widest = max((cell_len(statement.label) for statement in self.statements), default=0)
         width = max(1, options.max_width - widest - 2)
 
         def height(line: str) -> int:
             return len(Text(line).wrap(console, width, overflow="fold"))
 
-        shown = [one.lines for one in self.statements] if self.most is None else _fitting(self, self.most, height)
+        shown = (
+            [statement.lines for statement in self.statements]
+            if self.most is None
+            else _fitting(self, self.most, height)
+        )
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
-        for one, lines in zip(self.statements, shown, strict=True):
+        for statement, lines in zip(self.statements, shown, strict=True):
             if lines:
-                grid.add_row(one.label, Text("\n".join(lines), style=_STYLES[one.level]))
+                grid.add_row(statement.label, Text("\n".join(lines), style=_STYLES[statement.level]))
         yield grid
-        rest = [line for one, lines in zip(self.statements, shown, strict=True) for line in one.lines[len(lines) :]]
+        rest = [
+            line
+            for statement, lines in zip(self.statements, shown, strict=True)
+            for line in statement.lines[len(lines) :]
+        ]
         if hidden := sum(map(height, rest)):
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
@@ -199,12 +207,12 @@ class _Summary:
 def _fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
     fitting = summary.statements
-    shown = [one.lines if one.level in {"warning", "failure"} else () for one in fitting]
+    shown = [statement.lines if statement.level in {"warning", "failure"} else () for statement in fitting]
     free = [at for at in range(len(fitting)) if not shown[at]]
     if sum(height(line) for at in free for line in fitting[at].lines) <= limit:
-        return [one.lines for one in fitting]
+        return [statement.lines for statement in fitting]
     left = limit - 1  # the last line gives the number of hidden lines
-    for priority in sorted({one.priority for one in fitting}):
+    for priority in sorted({statement.priority for statement in fitting}):
         group = [at for at in free if fitting[at].priority == priority]
         for at in group:
             if (cost := height(fitting[at].lead)) <= left:

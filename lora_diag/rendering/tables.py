@@ -26,7 +26,7 @@ def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
         rows: Rows with name and records.
     """
     groups = [group for _, group in rows]
-    columns = ((one.main, _column(one, groups)) for one in shown if one.in_terminal)
+    columns = ((field.main, _column(field, groups)) for field in shown if field.in_terminal)
     return [column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)]
 
 
@@ -42,7 +42,7 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     for kind in kinds:
         records = [record for record in results if type(record) is kind]
         shown = kind.shown_of(results.run.settings, records)
-        if any(one.in_terminal for one in shown):
+        if any(field.in_terminal for field in shown):
             grids.append(grid_of(shown, rows_of(records, per), per))
     return grids
 
@@ -94,7 +94,7 @@ def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
 def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     """Return the cell of several records, with error, random baseline and mark."""
     if shown.pool == "ends":
-        return ends([each for record in group for each in value_at(record, shown.path) or ()], shown.form)
+        return ends([item for record in group for item in value_at(record, shown.path) or ()], shown.form)
     value = pooled_value(shown, group)
     if value is None:
         return "-"

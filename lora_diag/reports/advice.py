@@ -96,9 +96,9 @@ def set_scale(evidence: Evidence) -> Advice | None:
     """Step 0: correct the scale of adapters, without training."""
     scales = {}
     for path in evidence.adapted or ([evidence.adapter] if evidence.adapter else []):
-        one = replace(evidence, about=path)
-        if (mismatch := scale_mismatch(one)) is not None:
-            off = [record.best_scale or 0.0 for record in one.residuals if record.layer in set(mismatch.layers)]
+        single = replace(evidence, about=path)
+        if (mismatch := scale_mismatch(single)) is not None:
+            off = [record.best_scale or 0.0 for record in single.residuals if record.layer in set(mismatch.layers)]
             scales[path] = (median(off), mismatch)
     if not scales:
         return None

@@ -145,7 +145,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
             action = f"Try r={line.size} instead of r={_span(chosen)}"
             reason = f"On {name}, r={line.size} reached {_shares(line)} of full fine-tuning's gain with every seed"
             candidates = [line.size or 0, chosen[0]]
-        elif insufficient and not any(each.edge for each in insufficient) and line is None:
+        elif insufficient and not any(size.edge for size in insufficient) and line is None:
             higher = [2 * (insufficient[-1].size or 0), 4 * (insufficient[-1].size or 0)]
             action = f"Expect r={_span(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
             reason = (
@@ -184,7 +184,7 @@ def prefer_fisher(evidence: Evidence) -> Advice | None:
     for source, records in _runs(evidence, Fisher):
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
-        at = next((each for each in correlations(records, ranks) if each.rank == rank), None)
+        at = next((at_rank for at_rank in correlations(records, ranks) if at_rank.rank == rank), None)
         differing = _fisher_differs(source, records, rank) if at is None else _fisher_contradicted(evidence, source, at)
         if differing is not None:
             return differing
@@ -213,7 +213,7 @@ def _fisher_contradicted(evidence: Evidence, source: Source, at: Correlations) -
 def _fisher_differs(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
     """Without a measured cost, but with significantly different orders: recommend the measurement."""
     both = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
-    rho = _rho(spearman([one for one, _ in both], [two for _, two in both]), len(both)) if both else None
+    rho = _rho(spearman([first for first, _ in both], [second for _, second in both]), len(both)) if both else None
     if rho is None or rho[2] >= DIFFERENT_ORDER:
         return None
     base, tuned, data = source.path_of("base"), source.path_of("tuned"), source.path_of("data", "TEXT")

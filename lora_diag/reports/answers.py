@@ -45,9 +45,9 @@ def _answers(sections: Sequence[Section]) -> Iterator[Answer]:
     times = Counter(section.feature.name for section in sections)
     for section in sections:
         for key, question in section.feature.questions:
-            if answers := [one for one in section.statements if one.key == key]:
+            if answers := [statement for statement in section.statements if statement.key == key]:
                 first, *others = answers
                 answer, more = first.answered
-                more += tuple(line for one in others for line in one.labelled)
+                more += tuple(line for statement in others for line in statement.labelled)
                 # With several such runs, each answer names its run.
                 yield Answer(question, answer, (*more, *([section.title] if times[section.feature.name] > 1 else ())))

@@ -87,7 +87,7 @@ def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
         records = {record.layer: record for record in source.results if isinstance(record, Spectrum)}
         shown = Spectrum.shown_of(source.results.run.settings, source.results.layers)
         if evidence.update is not None and source is not evidence.update:
-            shown = tuple(replace(one, main=False) for one in shown)
+            shown = tuple(replace(field, main=False) for field in shown)
         group = filter(None, (_group(sources, source), _METRIC.get(metric_of(source.results))))
         yield from _columns(f"s{position}", ", ".join(group), shown, records, layers)
 
@@ -108,7 +108,7 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
         shown = tracks(source.results)
         ranks = sorted({track.rank for track in shown})
         at = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-        columns = tuple(replace(one, about=f"{one.about}; {at}") for one in Overlap.shown)
+        columns = tuple(replace(field, about=f"{field.about}; {at}") for field in Overlap.shown)
         records = {track.layer: track.last for track in shown}
         yield from _columns(f"o{position}", _group(sources, source), columns, records, layers)
 
@@ -124,7 +124,7 @@ def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     for kind in kinds:
         sources = list(evidence.of(kind))
         for position, source in enumerate(sources):
-            records = {each.layer: each for each in source.results if isinstance(each, kind)}
+            records = {record.layer: record for record in source.results if isinstance(record, kind)}
             shown = kind.shown_of(source.results.run.settings, source.results.layers)
             prefix = f"{kind.model_fields['record'].default}{position}"
             yield from _columns(prefix, _group(sources, source), shown, records, layers)
@@ -148,11 +148,11 @@ def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
 def _columns(
     prefix: str, group: str, shown: Iterable[Shown], records: Mapping[str, Any], layers: Sequence[str]
 ) -> Iterable[Field]:
-    for one in shown:
-        values = tuple(one.value(records[layer]) if layer in records else None for layer in layers)
-        together = partial(_together, one, records, layers)
-        identity, pooled = f"{prefix}.{one.path}", one.pool is not None
-        yield Field(identity, one.title, one.about, group, values, together, one.share, one.main, pooled)
+    for field in shown:
+        values = tuple(field.value(records[layer]) if layer in records else None for layer in layers)
+        together = partial(_together, field, records, layers)
+        identity, pooled = f"{prefix}.{field.path}", field.pool is not None
+        yield Field(identity, field.title, field.about, group, values, together, field.share, field.main, pooled)
 
 
 def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
@@ -162,4 +162,4 @@ def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], p
 
 def _group(sources: Sequence[Source], source: Source) -> str:
     """Return the name of the run if there are several."""
-    return labels([each.name for each in sources])[list(sources).index(source)] if len(sources) > 1 else ""
+    return labels([item.name for item in sources])[list(sources).index(source)] if len(sources) > 1 else ""

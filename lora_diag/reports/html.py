@@ -134,7 +134,7 @@ def _parts(
 ) -> list[tuple[str, str]]:
     """Return the ids and titles of the parts of the page; several runs of a command have whole titles."""
     kinds = [section.kind for section in sections]
-    titles = [kind if kinds.count(kind) == 1 else each.title for kind, each in zip(kinds, sections, strict=True)]
+    titles = [kind if kinds.count(kind) == 1 else item.title for kind, item in zip(kinds, sections, strict=True)]
     there = (
         ("next", "Next steps", subject.update),
         ("failures", "Failure modes", subject.update and subject.weights),

@@ -250,7 +250,7 @@ def flag_shifted_loss(evidence: Evidence) -> Advice | None:
 
 
 def _is_insufficient(verdict: SweepVerdict, rank: int) -> bool:
-    return any(one.rank == rank and one.enough == "no" for one in verdict.standings)
+    return any(standing.rank == rank and standing.enough == "no" for standing in verdict.standings)
 
 
 def compress(evidence: Evidence) -> Advice | None:

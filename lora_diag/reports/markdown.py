@@ -89,7 +89,9 @@ def _sections(evidence: Evidence) -> list[str]:
     """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
-        statements = "\n".join(f"- **{_text(one.label)}** {_text('; '.join(one.lines))}" for one in section.statements)
+        statements = "\n".join(
+            f"- **{_text(statement.label)}** {_text('; '.join(statement.lines))}" for statement in section.statements
+        )
         parts += [f"## {_text(crop(section.title, 200))}", *([statements] if statements else [])]
         for grid in section.grids:
             rows = grid.rows()

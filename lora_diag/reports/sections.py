@@ -77,7 +77,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
                 f"{kind.title}: {named_of(source)}",
                 kind.title,
                 feature,
-                tuple(one for one in statements if one.key not in _OTHER_SECTIONS),
+                tuple(statement for statement in statements if statement.key not in _OTHER_SECTIONS),
                 tuple(grid for grid in grids if grid.names),
                 () if feature.name in drawn else figures,
                 source,

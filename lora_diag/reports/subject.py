@@ -79,7 +79,10 @@ def subject_of(evidence: Evidence) -> Subject:
         unfinished=tuple(map(_unfinished, filter(lambda source: source.results.end is None, evidence.sources))),
         advice=tuple(map(_safe, advice(evidence))),
         findings=tuple(
-            map(_safe, dict.fromkeys(one for each in evidence.each()[:MAX_ADAPTERS] for one in findings(each)))
+            map(
+                _safe,
+                dict.fromkeys(finding for single in evidence.each()[:MAX_ADAPTERS] for finding in findings(single)),
+            )
         ),
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
         silent=max(0, len(evidence.each()) - MAX_ADAPTERS),

@@ -88,7 +88,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
     trained = [uniform[path] for path in worse - truncated_adapters]
     for source, _ in of(evidence, "sweep"):
         if (sweep := swept_of(source.results)) is not None:
-            trained += [one.rank for one in sweep.verdict.standings if one.enough == "no"]
+            trained += [standing.rank for standing in sweep.verdict.standings if standing.enough == "no"]
     pairs = [
         (choice.best, rival.name)
         for _, records in of(evidence, "outputs")
@@ -131,7 +131,7 @@ def _insufficient_ranks(evidence: Evidence) -> list[int]:
 
 
 def _tuned_is_worse(evidence: Evidence) -> bool:
-    records = [record for probe in ("outputs", "truncation") for _, each in of(evidence, probe) for record in each]
+    records = [record for probe in ("outputs", "truncation") for _, of_run in of(evidence, probe) for record in of_run]
     bases = [r for r in records if r.subject == "base" and r.layer is None and r.set in main_sets(records)]
     return bool(bases) and all(
         r.gap is not None and r.gap_error is not None and r.gap < -ERRORS * r.gap_error for r in bases
@@ -159,7 +159,7 @@ def swept(evidence: Evidence) -> SweptRun | None:
     """Return the verdict of the first sweep; None without a conclusive one."""
     for source, _ in of(evidence, "sweep"):
         if (run := swept_of(source.results)) is not None:
-            return SweptRun(**{each.name: getattr(run, each.name) for each in fields(run)}, source=source)
+            return SweptRun(**{field.name: getattr(run, field.name) for field in fields(run)}, source=source)
     return None
 
 

@@ -395,7 +395,7 @@ def _declared(group: type) -> dict[str, tuple[Any, Option]]:
 
 @cache
 def _common() -> dict[str, Option]:
-    groups = [each for each in list(globals().values()) if is_typeddict(each)]
+    groups = [value for value in list(globals().values()) if is_typeddict(value)]
     return {name: option for group in groups for name, (_, option) in _declared(group).items()}
 
 
@@ -417,7 +417,7 @@ def filled(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     """
     options = declared(group)
     names = {
-        former.lstrip("-").replace("-", "_"): name for name, (_, each) in options.items() for former in each.aliases
+        former.lstrip("-").replace("-", "_"): name for name, (_, option) in options.items() for former in option.aliases
     }
     named: dict[str, Any] = {}
     for word, value in passed.items():
@@ -427,9 +427,9 @@ def filled(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
         if name in named:
             raise TypeError(f"{word!r} is the former name of {name!r}; give only one of them")
         named[name] = value
-    if missing := [name for name, (_, each) in options.items() if each.default is REQUIRED and name not in named]:
+    if missing := [name for name, (_, option) in options.items() if option.default is REQUIRED and name not in named]:
         raise TypeError(f"missing keyword argument {missing[0]!r}")
-    return {name: each.checked(name, named.get(name, each.default)) for name, (_, each) in options.items()}
+    return {name: option.checked(name, named.get(name, option.default)) for name, (_, option) in options.items()}
 
 
 def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:

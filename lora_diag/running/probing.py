@@ -105,7 +105,7 @@ class ProbeRun:
 
     def batches(self, texts: Sequence[Texts]) -> int:
         """Return the number of batches of evaluation sets."""
-        return sum(-(-len(each.sequences) // self.batch) for each in texts)
+        return sum(-(-len(text_set.sequences) // self.batch) for text_set in texts)
 
     def estimate(self, texts: Texts, description: str, more: str = "", passes: int | None = None) -> None:
         """Time one batch, and report an estimate of the run's duration.
@@ -199,6 +199,6 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     ]
 
 
-def pluralized(number: int, one: str, many: str) -> str:
+def pluralized(number: int, singular: str, plural: str) -> str:
     """Return a number with its noun."""
-    return f"{number} {one if number == 1 else many}"
+    return f"{number} {singular if number == 1 else plural}"

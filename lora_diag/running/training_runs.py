@@ -108,11 +108,11 @@ class RunPlan:
     @property
     def batches(self) -> int:
         """Number of batches of an evaluation on all sets."""
-        return sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
+        return sum(-(-len(texts.sequences) // self.training.batch) for texts in self.sets)
 
     def has(self, **fields: Any) -> bool:
         """Return whether every set has a record with these fields."""
-        return self.kept.has([each.name for each in self.sets], **fields)
+        return self.kept.has([texts.name for texts in self.sets], **fields)
 
     def measure_base(
         self, model: Model, record: Callable[[Texts, Losses], WholeRecord], name: str | None = None
@@ -125,8 +125,10 @@ class RunPlan:
             name: Name of these records, if BASE is measured more than once.
         """
         if not self.has(subject="base", **({} if name is None else {"name": name})):
-            for each in self.sets:
-                self.kept.put(record(each, measure(model, each, self.training.batch, lambda: self.watch.batch("BASE"))))
+            for texts in self.sets:
+                self.kept.put(
+                    record(texts, measure(model, texts, self.training.batch, lambda: self.watch.batch("BASE")))
+                )
 
     def cost(self, arms: Sequence[Arm], bases: int) -> tuple[float, list[tuple[int, float]]]:
         """Time the training, and set the expected number of steps and batches.
@@ -155,11 +157,11 @@ class RunPlan:
         """
         first = self.training.order
         rates = {size: self._rates(arm, size) for size in arm.sizes}
-        tried = {size: list(islice(each, len(arm.rates))) for size, each in rates.items()}
+        tried = {size: list(islice(queue, len(arm.rates))) for size, queue in rates.items()}
         self._finish(
             arm, [arm.trial(size, rate, first) for size, rates_of_size in tried.items() for rate in rates_of_size]
         )
-        while further := [(size, rate) for size, each in rates.items() for rate in islice(each, 1)]:
+        while further := [(size, rate) for size, queue in rates.items() for rate in islice(queue, 1)]:
             trials = [arm.trial(size, rate, first) for size, rate in further]
             self.expect(sum(not self._has(trial) for trial in trials))
             self._finish(arm, trials)
@@ -416,6 +418,6 @@ def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Text
         InputError: It cannot be read.
     """
     texts = read_texts(data, model)
-    if same := next((each for each in sets if each.hash == texts.hash), None):
+    if same := next((text_set for text_set in sets if text_set.hash == texts.hash), None):
         raise UsageError(f"{same.path}: is the training text; give an evaluation set that is held out")
     return texts

@@ -140,7 +140,7 @@ def opened(site: Site) -> tuple[Model, Texts, list[Texts]]:
     if _open is None or _open[0] != site:
         _open = None  # two models may not fit
         model = open_model(site.base, torch.device(site.device), site.dtype, site.length, site.tokenizer)
-        texts = [_read(each, model, site.most if place else None) for place, each in enumerate(site.texts)]
+        texts = [_read(source, model, site.most if place else None) for place, source in enumerate(site.texts)]
         _open = (site, model, texts)
     _, model, (text, *sets) = _open
     return model, text, sets

@@ -152,9 +152,9 @@ def thin_energies(left: Grams, right: Grams, factor: NDArray[np.float64]) -> Thi
         decomposition does not exist.
     """
     rank = left.products.shape[1]
-    squares = [each.products.diagonal(axis1=1, axis2=2) for each in (left, right)]
+    squares = [side.products.diagonal(axis1=1, axis2=2) for side in (left, right)]
     usable = _in_range(squares[0]) & _in_range(squares[1])
-    b, a = (np.where(usable[:, None, None], each.products, np.eye(rank)) for each in (left, right))
+    b, a = (np.where(usable[:, None, None], side.products, np.eye(rank)) for side in (left, right))
     size = np.sqrt(np.where(usable[:, None], squares[0], 1.0))
     outer = size[:, :, None] * size[:, None, :]
     lower = _cholesky(a * outer)
@@ -200,8 +200,8 @@ def gram(stack: Numbers) -> Grams:
     count, rows, rank = stack.shape
     block = _block(rows, rank)
     if count > 1 and rows % block:
-        each = [gram(x[None]) for x in stack]
-        return Grams(np.concatenate([one.products for one in each]), np.concatenate([one.terms for one in each]))
+        grams = [gram(x[None]) for x in stack]
+        return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
     x, whole = stack.reshape(-1, rank), -(-rows // block)
     step = block * max(1, CACHED // (block * rank))
     products_of_blocks = np.empty((count * whole, rank, rank))
@@ -277,7 +277,7 @@ def _cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:
     except np.linalg.LinAlgError:
         if len(stack) == 1:
             return EPS * np.eye(stack.shape[1])[None]
-        return np.concatenate([_cholesky(each[None]) for each in stack])
+        return np.concatenate([_cholesky(matrix[None]) for matrix in stack])
 
 
 def _scale_of(x: Numbers) -> float:
@@ -300,11 +300,11 @@ def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
         part = part / scale
     while len(part) > block:
         count = -(-len(part) // block)
-        each = -(-len(part) // count)
-        if count * each > len(part):
-            part = np.concatenate([part, np.zeros((count * each - len(part), rank))])
-        part = _qr(part.reshape(count, each, rank)).reshape(-1, rank)
-        path += each
+        rows = -(-len(part) // count)
+        if count * rows > len(part):
+            part = np.concatenate([part, np.zeros((count * rows - len(part), rank))])
+        part = _qr(part.reshape(count, rows, rank)).reshape(-1, rank)
+        path += rows
     path += len(part)
     return Triangles(_qr(part)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
 

@@ -73,11 +73,11 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the ranks of the layers, and below the energy of each allocation over its cost."""
-    types = Types(record.layer for one in series for record in one.records)
-    certificates = [item for one in series for item in one.whole if isinstance(item, Certificate)]
+    types = Types(record.layer for results in series for record in results.records)
+    certificates = [item for results in series for item in results.whole if isinstance(item, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
-    drawn = [slots(one.records, options.per, types) for one in series]
+    drawn = [slots(results.records, options.per, types) for results in series]
     words = _texts(series, drawn, alike, len(certificates) - len(alike), style)
     inches = style.width - 6 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
@@ -210,15 +210,17 @@ def _texts(
         keys.append(Key(Patch(facecolor=BARS), "rank allocated"))
         keys.append(Key(Line2D([], [], color=UNIFORM, lw=1.3 * style.line), "uniform rule, same budget"))
     else:
-        keys += [Key(Line2D([], [], color=category(n), lw=1.5 * style.line), one.label) for n, one in enumerate(series)]
-    records = [record for one in series for record in one.records]
+        keys += [
+            Key(Line2D([], [], color=category(n), lw=1.5 * style.line), item.label) for n, item in enumerate(series)
+        ]
+    records = [record for item in series for record in item.records]
     layers = len({record.layer for record in records})
     about = f"{layers} {'matrix' if layers == 1 else 'matrices'}"
     if len(certificates) == 1:
-        (one,) = certificates
-        gap = "the optimum" if one.optimal or one.gap == 0 else f"at most {one.gap:.2%} below the optimum"
-        about += f"; {one.params:,} parameters keep {one.kept:.1%} of the energy, {gap}"
-    metrics = {one.run.settings.get("metric", "weights") if one.run else "weights" for one in series}
+        (item,) = certificates
+        gap = "the optimum" if item.optimal or item.gap == 0 else f"at most {item.gap:.2%} below the optimum"
+        about += f"; {item.params:,} parameters keep {item.kept:.1%} of the energy, {gap}"
+    metrics = {item.run.settings.get("metric", "weights") if item.run else "weights" for item in series}
     text = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
     notes = [
         f"Energy is Σσ² as measured{f', in {text}' if text else ''}; blocks run from left to right in each module type."

@@ -41,8 +41,8 @@ def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints)
             refused = refused or error
     if not allocated:
         raise refused or UsageError("--portable: no rank lies between --min-rank and --max-rank")
-    best = max(allocated, key=lambda one: (one.certificate.kept, -one.certificate.spent))
-    kept, bound = best.certificate.kept, max(one.certificate.bound for one in allocated)
+    best = max(allocated, key=lambda plan_at_rank: (plan_at_rank.certificate.kept, -plan_at_rank.certificate.spent))
+    kept, bound = best.certificate.kept, max(plan_at_rank.certificate.bound for plan_at_rank in allocated)
     update = {
         "bound": bound,
         "gap": max(0.0, bound - kept),

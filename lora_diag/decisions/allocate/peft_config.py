@@ -93,7 +93,7 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "target_modules": _suffixes(modules, every, _is_complete(results)),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(_WIDENING.search(each.layer) and each.shape[0] < each.shape[1] for each in results),
+        "fan_in_fan_out": any(_WIDENING.search(layer.layer) and layer.shape[0] < layer.shape[1] for layer in results),
         "use_rslora": scaling.rslora,
         "init_lora_weights": True,
         "inference_mode": False,

@@ -121,7 +121,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         )
 
     chosen = one_rank(plan, constraints) if portable else plan(constraints)
-    if portable and (stack := next((each for each in chosen.layers if each.group and each.rank), None)) is not None:
+    if portable and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None)) is not None:
         raise UsageError(
             f"--portable: {stack.group} is a stack of experts, which has no place in a portable adapter; leave it out "
             "with --exclude"
@@ -322,7 +322,7 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
         raise InputError(f"{path or 'these results'}: hold no layer; measure again")
     notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)
-    changed = sum(one is not record for one, record in zip(layers, spectra.layers, strict=True))
+    changed = sum(joined is not record for joined, record in zip(layers, spectra.layers, strict=True))
     if changed:
         notes.append(
             f"{changed} of {len(layers)} layers by the update before rounding, as estimated: extract with --recover"

@@ -210,7 +210,7 @@ def _best_of(steps: Steps, taken: Ints, budget: int) -> Ints:
             span = slice(first[unit], first[unit] + exact[unit])
             cell -= int(steps.cost[span].sum()) // coarse
     # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
-    gains = [math.fsum(steps.gain[_chosen(steps, each)]) for each in (taken, exact)]
+    gains = [math.fsum(steps.gain[_chosen(steps, spent)]) for spent in (taken, exact)]
     return exact if gains[1] > gains[0] else taken
 
 

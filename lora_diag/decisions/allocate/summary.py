@@ -81,7 +81,9 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
         lines.append(
-            make_statement("against", "Baselines", *(_against(each, allocated) for each in certificate.baselines))
+            make_statement(
+                "against", "Baselines", *(_against(baseline, allocated) for baseline in certificate.baselines)
+            )
         )
         lines += [] if heuristic else [make_statement("more", "Marginal gain", _marginal_gain(certificate))]
     if (limits := _limits(results)) and not results.run.settings.get("portable"):

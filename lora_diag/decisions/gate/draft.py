@@ -110,13 +110,13 @@ def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion]
     for metric in metrics:
         yield (
             [
-                replace(one, name=f"{one.name}-{metric}", where=f'metric = "{metric}"')
-                for one in _SUGGESTIONS
-                if one.field.startswith("spectrum.")
+                replace(suggestion, name=f"{suggestion.name}-{metric}", where=f'metric = "{metric}"')
+                for suggestion in _SUGGESTIONS
+                if suggestion.field.startswith("spectrum.")
             ],
             [source for source in sources if source.holds("spectrum") and metric_of(source.results.layers) == metric],
         )
-    yield [one for one in _SUGGESTIONS if not one.field.startswith("spectrum.")], sources
+    yield [suggestion for suggestion in _SUGGESTIONS if not suggestion.field.startswith("spectrum.")], sources
 
 
 def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:

@@ -31,7 +31,7 @@ def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> 
     """
     run_input = {str(path): _known(path) for path in shipped}
     compared = [replace(source, present=tuple(_present(source, run_input))) for source in sources]
-    recorded = {each.fingerprint for source in sources for each in source.results.run.inputs}
+    recorded = {entry.fingerprint for source in sources for entry in source.results.run.inputs}
     missing = [
         Present("--for", legible(path), "", now, "changed", "")
         for path, (now, _) in run_input.items()

@@ -80,7 +80,7 @@ def gate(
     if max_age is not None:
         rules = _with_max_age(rules, max_age)
     stored = _baseline(baseline) if baseline is not None else None
-    sources, unmatched = compare_inputs([_source(one, i) for i, one in enumerate(results, 1)], shipped)
+    sources, unmatched = compare_inputs([_source(item, i) for i, item in enumerate(results, 1)], shipped)
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
@@ -197,9 +197,10 @@ def _measured(sources: Sequence[Source]) -> list[RunInput]:
     for source in sources:
         for present in source.present:
             arguments = next(
-                each
-                for each in source.results.run.inputs
-                if (each.role, each.path, each.fingerprint) == (present.role, present.path, present.recorded)
+                run_input
+                for run_input in source.results.run.inputs
+                if (run_input.role, run_input.path, run_input.fingerprint)
+                == (present.role, present.path, present.recorded)
             )
             notes = (words[present.state],)
             inputs.setdefault(

@@ -54,8 +54,8 @@ def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...
     per_rank = sum(matrix.per_rank for matrix in chosen)
     full_rank = max(min(matrix.shape) for matrix in chosen)
     rules = []
-    for name, source, each in RULES:
-        params = math.ceil(tokens * each)
+    for name, source, formula in RULES:
+        params = math.ceil(tokens * formula)
         rank = max(1, -(-params // per_rank))
         rules.append(PlanRule(name=name, source=source, params=params, rank=rank if rank <= full_rank else None))
     return tuple(rules)

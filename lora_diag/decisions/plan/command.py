@@ -37,7 +37,7 @@ def plan(
         ["--params", str(params)] if params else ["--memory-budget", str(memory)] if memory else ["--params", "10M"]
     )
     if results.fit is not None and not results.fit.rank:  # the budget allows no rank: name the smallest that does
-        budget = ["--params", str(sum(each.per_rank for each in results.types if each.targeted))]
+        budget = ["--params", str(sum(kind.per_rank for kind in results.types if kind.targeted))]
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])
     chosen = [
         word

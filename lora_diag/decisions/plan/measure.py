@@ -135,7 +135,7 @@ def fit(
     per_rank = sum(matrix.per_rank for matrix in chosen)
     full_rank = max(min(matrix.shape) for matrix in chosen)
     rank = min(budget // per_rank, full_rank)
-    listed = max((each for each in ranks if each <= rank), default=None)
+    listed = max((candidate for candidate in ranks if candidate <= rank), default=None)
     blocks: dict[int | None, int] = {}
     for matrix in chosen:
         depth = depth_of(matrix.name)

@@ -159,7 +159,9 @@ def _costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRat
 
     if top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
-    stored = [each for matrix in matrices for each in (_split_experts(matrix) if model.is_derived else [matrix])]
+    stored = [
+        matrix_part for matrix in matrices for matrix_part in (_split_experts(matrix) if model.is_derived else [matrix])
+    ]
     return costs(stored, model.size, top)
 
 
@@ -235,8 +237,8 @@ def _matrix(name: str, shape: tuple[int, ...]) -> Matrix:
 def _size(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int | None:
     """Return the size of a model in the dtype of its config in bytes; None if the config has none."""
     dtype = config.get("dtype") or config.get("torch_dtype")
-    each = BYTES.get(dtype) if isinstance(dtype, str) else None
-    return None if each is None else each * sum(math.prod(shape) for shape in shapes.values())
+    size = BYTES.get(dtype) if isinstance(dtype, str) else None
+    return None if size is None else size * sum(math.prod(shape) for shape in shapes.values())
 
 
 def _stored(checkpoint: Checkpoint) -> int | None:

@@ -35,7 +35,7 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
     """
     speed = Speed(_rates(matrices, top))
     requested = (None, top) if speed.rates.few else (None,)
-    return speed.rates, tuple(cost_of(matrices, size, speed, each) for each in requested)
+    return speed.rates, tuple(cost_of(matrices, size, speed, count) for count in requested)
 
 
 def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:

@@ -44,14 +44,14 @@ def _types(plan: Plan) -> Grid:
     ranks = (
         Shown(
             "per_rank",
-            f"r={each.rank}",
+            f"r={at_rank.rank}",
             "what LoRA trains",
             main=True,
             form="count",
-            pool=partial(_lora, rank=each.rank),
+            pool=partial(_lora, rank=at_rank.rank),
             drop=6 - position if position else 0,
         )
-        for position, each in enumerate(plan.ranks[:6])
+        for position, at_rank in enumerate(plan.ranks[:6])
     )
     pool = partial(_rho, rank=first)
     share = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)
@@ -87,7 +87,7 @@ def _costs(plan: Plan) -> Grid:
         )
         for n in plan.costs[0].seconds
     )
-    rows = [("all values" if each.top is None else f"--top {each.top}", [each]) for each in plan.costs]
+    rows = [("all values" if cost.top is None else f"--top {cost.top}", [cost]) for cost in plan.costs]
     core, speed = PlanCost.shown
     return grid_of([core, *machines, speed], rows, "loradiag spectrum")
 

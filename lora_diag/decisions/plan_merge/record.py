@@ -49,7 +49,7 @@ def conclude(to: str, target: FormatEffect, sixteen: Iterable[FormatEffect], bas
         return "merge"
     if to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
         return "serve unmerged"
-    return "merge into 16 bit" if any(one.survives for one in sixteen) else "serve unmerged"
+    return "merge into 16 bit" if any(effect.survives for effect in sixteen) else "serve unmerged"
 
 
 class PlannedMerge(LayerRecord):

@@ -48,12 +48,14 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return one panel a module type."""
-    estimated = [record for one in series for record in one.records if record.energy_estimate is not None]
+    estimated = [
+        record for series_item in series for record in series_item.records if record.energy_estimate is not None
+    ]
     groups: dict[str, list[Recovery]] = {}
     for record in estimated:
         groups.setdefault(module_type_of(record.layer), []).append(record)
     shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
-    without_curve = sum(len(one.records) for one in series) - len(estimated)
+    without_curve = sum(len(series_item.records) for series_item in series) - len(estimated)
     missing = [
         f"{number} {name}"
         for number, name in ((without_curve, "layers without an estimate"), (len(groups) - len(shown), "module types"))
@@ -61,7 +63,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     ]
     words = FigureText(
         title="Energy fraction C(r) before rounding, estimated, and in the files",
-        about=" · ".join(one.label for one in series if one.label),
+        about=" · ".join(series_item.label for series_item in series if series_item.label),
         notes=(
             "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model).",
             *([f"Not drawn: {', '.join(missing)}."] if missing else []),

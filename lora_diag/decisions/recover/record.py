@@ -160,9 +160,9 @@ class Recovery(Hidden, LayerRecord):
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
         """Return the columns, without those of estimates where no layer has one."""
         return tuple(
-            one
-            for one in cls.shown
-            if any(one.value(record) is not None for record in records) or pooled_value(one, records) is not None
+            field
+            for field in cls.shown
+            if any(field.value(record) is not None for record in records) or pooled_value(field, records) is not None
         )
 
     @property

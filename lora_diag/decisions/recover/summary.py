@@ -109,11 +109,11 @@ def _directions(records: Sequence[Recovery]) -> list[Statement]:
     if not recovered:
         return []
     energies = [record.energy_estimate[str(16)] for record in recovered if record.energy_estimate is not None]
-    file_energies = [record.energy[str(16)] for record in recovered if record.energy[str(16)] is not None]
+    file_energies = [energy for record in recovered if (energy := record.energy[str(16)]) is not None]
     directions = [record.directions or 0 for record in recovered]
     line = (
         f"{span(directions)} directions a matrix in {len(recovered)}; r=16 carries at least "
-        f"{percent(median(energies))} of ‖X‖² at the median ({percent(median(energy for energy in file_energies if energy is not None))} of ‖D‖²)"
+        f"{percent(median(energies))} of ‖X‖² at the median ({percent(median(file_energies))} of ‖D‖²)"
     )
     ranks = [record.rank_at_estimate["0.9"] for record in recovered if record.rank_at_estimate is not None]
     known = [rank for rank in ranks if rank is not None]

@@ -107,7 +107,7 @@ def gap_of(
 def _mean_nll(runs: Sequence[Measured]) -> list[float]:
     if len({len(run.nll) for run in runs}) > 1:
         return []
-    return [fmean(each) for each in zip(*(run.nll for run in runs), strict=True)]
+    return [fmean(values) for values in zip(*(run.nll for run in runs), strict=True)]
 
 
 def contest(

@@ -46,7 +46,11 @@ class Point:
 
 def missing(records: Sequence[TuneTrial], options: Options) -> str | None:
     """Return why there is nothing to draw; None if there is something."""
-    return None if any(one.params and one.loss is not None for one in records) else "no run is finished with a loss"
+    return (
+        None
+        if any(record.params and record.loss is not None for record in records)
+        else "no run is finished with a loss"
+    )
 
 
 def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
@@ -57,9 +61,9 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
         name: The set.
     """
     groups: dict[str, dict[float | None, list[TuneTrial]]] = {}
-    for one in records:
-        if one.set == name and one.params and one.loss is not None:
-            groups.setdefault(one.variant, {}).setdefault(one.lr, []).append(one)
+    for record in records:
+        if record.set == name and record.params and record.loss is not None:
+            groups.setdefault(record.variant, {}).setdefault(record.lr, []).append(record)
     points = []
     for variant, rates in groups.items():
         best = max(rates.values(), key=lambda runs: (len(runs), -fmean(run.loss or 0.0 for run in runs)))
@@ -70,7 +74,7 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the configurations that none with as few parameters beats, ascending."""
     best: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.params, one.mean)):
+    for point in sorted(points, key=lambda item: (item.params, item.mean)):
         if not best or point.mean < best[-1].mean:
             best.append(point)
     return best
@@ -88,8 +92,8 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
         The Axes drawn on.
     """
     every = list(results.whole if isinstance(results, Results) else results)
-    choice = next((one for one in every if isinstance(one, Tune)), None)
-    trials = [one for one in every if isinstance(one, TuneTrial)]
+    choice = next((record for record in every if isinstance(record, Tune)), None)
+    trials = [record for record in every if isinstance(record, TuneTrial)]
     chosen = name if name is not None else choice.set if choice is not None else trials[0].set
     with panel_axes(ax) as (axes, style):
         _draw(axes, trials, chosen, choice, style)
@@ -100,9 +104,9 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set of the first run."""
-    one = series[0]
-    trials = [each for each in one.whole if isinstance(each, TuneTrial)]
-    choice = next((each for each in one.whole if isinstance(each, Tune)), None)
+    results = series[0]
+    trials = [record for record in results.whole if isinstance(record, TuneTrial)]
+    choice = next((record for record in results.whole if isinstance(record, Tune)), None)
     sets = sets_of(trials)
     rows, columns = panels_of(len(sets), style)
     inches = panel_width(style, columns)
@@ -120,7 +124,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
     points = points_of(trials, name)
-    runs = [(one.params, one.loss) for one in trials if one.set == name and one.params and one.loss is not None]
+    runs = [
+        (trial.params, trial.loss) for trial in trials if trial.set == name and trial.params and trial.loss is not None
+    ]
     ax.set_xscale("log")
     every = [loss for _, loss in runs]
     small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
@@ -151,7 +157,7 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
             zorder=3,
             label="_chosen",
         )
-    base = next((one.loss for one in trials if one.variant == "base" and one.set == name), None)
+    base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
     named = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
     shown = [*every, *(loss for _, loss, _ in named)]
     ax.set_ylim(limits(shown))

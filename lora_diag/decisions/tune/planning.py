@@ -115,7 +115,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
         tuple(names) or tuple(shortest(list(layers), every)),
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
-        sum(each.numel() for each in model.module.parameters()),
+        sum(parameter.numel() for parameter in model.module.parameters()),
         kind,
     )
 
@@ -224,7 +224,7 @@ def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[s
         left_out: Omissions for other reasons.
     """
     search, narrower = narrowed(wanted, costs, limit)
-    fields = {each.name: getattr(search, each.name) for each in dataclass_fields(search)}
+    fields = {field.name: getattr(search, field.name) for field in dataclass_fields(search)}
     return {
         **fields,
         "seconds": seconds_of(search, costs),
@@ -232,7 +232,7 @@ def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[s
         "slots": costs.slots,
         "left_out": (*narrower, *left_out),
         "stages": tuple(
-            TuneStage(name=one.name, runs=one.runs, seconds=one.seconds, decides=one.decides)
-            for one in stages(search, costs)
+            TuneStage(name=stage.name, runs=stage.runs, seconds=stage.seconds, decides=stage.decides)
+            for stage in stages(search, costs)
         ),
     }

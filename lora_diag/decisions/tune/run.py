@@ -172,7 +172,7 @@ def _earlier(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
     """
     if not arguments["resume"] or not _latest(folder).is_file():
         return None
-    plans = [one for one in read_results(_latest(folder)).whole if isinstance(one, TunePlan)]
+    plans = [record for record in read_results(_latest(folder)).whole if isinstance(record, TunePlan)]
     return plans[0] if plans else None
 
 

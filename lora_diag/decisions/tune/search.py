@@ -100,8 +100,8 @@ class Tuner:
         self.first: int = self.run_.options["seed"]
         self.training: Training = replace(self.run_.training, steps=self.plan.steps)
         sets = self.run_.sets
-        self.own = next((each.name for each in sets if not each.shifted), sets[0].name)
-        self.shifted = [each.name for each in sets if each.shifted and each.name != self.own]
+        self.own = next((texts.name for texts in sets if not texts.shifted), sets[0].name)
+        self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]
         grid = self.run_.options["quantized"]
         self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._progress_after, self.workers)
         watch = self.kept.watch
@@ -310,7 +310,7 @@ class Tuner:
 
     def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
         verdict = swept.verdict
-        standing = next((each for each in verdict.standings if each.rank == choice.rank), None)
+        standing = next((item for item in verdict.standings if item.rank == choice.rank), None)
         behind = None if standing is None else standing.behind
         self.decide(
             "ranks",
@@ -482,7 +482,7 @@ class Tuner:
         seeds = list(range(self.first, self.first + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
-        self.trials.train(*(TrialRun(each, seed) for seed in seeds for each in (challenger, incumbent)))
+        self.trials.train(*(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent)))
         outcome = contest(
             self.trials.runs(incumbent.name, incumbent.lr, seeds),
             self.trials.runs(challenger.name, challenger.lr, seeds),
@@ -620,7 +620,7 @@ class Tuner:
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
             return
-        runs = [self.trials.runs(one.name, one.lr, [self.first]) for one in (incumbent, variant)]
+        runs = [self.trials.runs(candidate.name, candidate.lr, [self.first]) for candidate in (incumbent, variant)]
         gap = self._gap_of_one(runs[0], runs[1], self.own)
         shifted_gap = self._gap_of_one(runs[0], runs[1], self.shifted[0]) if self.shifted else None
         better = gap is not None and gap.error is not None and gap.value < -2 * gap.error
@@ -636,10 +636,10 @@ class Tuner:
             **_gaps(gap, shifted_gap),
         )
 
-    def _gap_of_one(self, one: Mapping[str, Any], two: Mapping[str, Any], name: str) -> Gap | None:
+    def _gap_of_one(self, first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> Gap | None:
         """Return the gap of one seed, with its error over paired sequences."""
         counts = self.trials.predictions.get(name, ())
-        incumbent, challenger = one.get(name, {}).get(self.first), two.get(name, {}).get(self.first)
+        incumbent, challenger = first.get(name, {}).get(self.first), second.get(name, {}).get(self.first)
         if incumbent is None or challenger is None:
             return None
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
@@ -681,7 +681,7 @@ class Tuner:
             module = self.run_.model.module
             head = module.get_output_embeddings()
             tied = getattr(module.config, "tie_word_embeddings", False)
-            paths = [path for path, each in module.named_modules() if each is head and head is not None]
+            paths = [path for path, submodule in module.named_modules() if submodule is head and head is not None]
             more = paths if paths and not tied and type(head).__name__ == "Linear" else []
         if not more:
             return None, ()
@@ -725,13 +725,13 @@ class Tuner:
     def _gains(self, swept: Swept, variant: Variant) -> tuple[float, float | None]:
         """Return the gain of a configuration, and that of full fine-tuning if it gains."""
         base = self._base_loss(self.own)
-        losses = [one.loss for one in self.trials.runs(variant.name, variant.lr).get(self.own, {}).values()]
+        losses = [run.loss for run in self.trials.runs(variant.name, variant.lr).get(self.own, {}).values()]
         row = self._full(swept)
         full = None if row is None or row.mean >= base else base - row.mean
         return base - fmean(losses), full
 
     def _base_loss(self, name: str) -> float:
-        loss = next(one.loss for one in self.trials.records if one.variant == "base" and one.set == name)
+        loss = next(trial.loss for trial in self.trials.records if trial.variant == "base" and trial.set == name)
         return math.nan if loss is None else loss
 
     def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:

@@ -31,11 +31,11 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
     grid = Grid(
         "",
         "stage",
-        tuple(one.name for one in stages),
+        tuple(stage.name for stage in stages),
         (
-            Column("runs", tuple(f"≤ {one.runs}" if one.runs else "-" for one in stages)),
-            Column("time", tuple(duration(one.seconds) if one.seconds >= 1 else "<1 s" for one in stages)),
-            Column("decides", tuple(one.decides for one in stages), justify="left"),
+            Column("runs", tuple(f"≤ {stage.runs}" if stage.runs else "-" for stage in stages)),
+            Column("time", tuple(duration(stage.seconds) if stage.seconds >= 1 else "<1 s" for stage in stages)),
+            Column("decides", tuple(stage.decides for stage in stages), justify="left"),
         ),
     )
     rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
@@ -147,13 +147,13 @@ def _next(outcome: Tune) -> str:
 
 
 def _non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:
-    of_stage = [one for one in decisions if one.stage == "redistribution"]
-    why = next((one.why for one in of_stage if one.name == "non-uniform ranks"), "not in the plan")
-    measured = [one for one in of_stage if one.gap is not None and one.seeds > 1]
+    of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
+    why = next((decision.why for decision in of_stage if decision.name == "non-uniform ranks"), "not in the plan")
+    measured = [decision for decision in of_stage if decision.gap is not None and decision.seeds > 1]
     gaps = [
-        f"{one.name} {one.gap:+.4f}{'' if one.error is None else plus_minus(one.error)}"
-        for one in measured
-        if one.gap is not None
+        f"{decision.name} {decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)}"
+        for decision in measured
+        if decision.gap is not None
     ]
     return f"{outcome.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
 
@@ -168,36 +168,38 @@ def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
     """Return the trials for stability, and the gain of more parameters."""
     statements = []
     for stage, label in (("stability", "Stability"), ("escalation", "More")):
-        of_stage = [one for one in decisions if one.stage == stage]
+        of_stage = [decision for decision in decisions if decision.stage == stage]
         if not of_stage:
             continue
-        outcomes = dict.fromkeys(one.outcome for one in of_stage if one.outcome != "not needed")
+        outcomes = dict.fromkeys(decision.outcome for decision in of_stage if decision.outcome != "not needed")
         lead = "; ".join(f"{outcome}: {_listed_trials(of_stage, outcome)}" for outcome in outcomes)
         lead = lead or "the curves give no reason for a trial"
         statements.append(
-            make_statement(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in of_stage))
+            make_statement(
+                stage, label, lead, *(f"{safe(decision.name)}: {safe(decision.why)}" for decision in of_stage)
+            )
         )
     return statements
 
 
 def _listed_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
     """Return the trials of one outcome, by what they change in the incumbent, and their gaps."""
-    of_outcome = [one for one in decisions if one.outcome == outcome]
-    return ", ".join(f"{safe(one.name.rpartition('+')[2])}{_of(one)}" for one in of_outcome)
+    of_outcome = [decision for decision in decisions if decision.outcome == outcome]
+    return ", ".join(f"{safe(decision.name.rpartition('+')[2])}{_of(decision)}" for decision in of_outcome)
 
 
-def _of(one: TuneDecision) -> str:
-    if one.gap is not None:
-        return f" ({one.gap:+.4f}{'' if one.error is None else plus_minus(one.error)})"
-    return "" if one.seconds is None else f" (about {duration(one.seconds)})"
+def _of(decision: TuneDecision) -> str:
+    if decision.gap is not None:
+        return f" ({decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)})"
+    return "" if decision.seconds is None else f" (about {duration(decision.seconds)})"
 
 
 def _left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
-    omitted = [one for one in decisions if one.outcome == "not tried"]
-    lines = [f"{safe(one.name)}: {safe(one.why)}" for one in omitted]
+    omitted = [decision for decision in decisions if decision.outcome == "not tried"]
+    lines = [f"{safe(decision.name)}: {safe(decision.why)}" for decision in omitted]
     if len(omitted) < 2:
         return [make_statement("left_out", "Not tried", *lines)] if omitted else []
-    return [make_statement("left_out", "Not tried", "; ".join(safe(one.name) for one in omitted), *lines)]
+    return [make_statement("left_out", "Not tried", "; ".join(safe(decision.name) for decision in omitted), *lines)]
 
 
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -206,15 +208,15 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     history = Grid(
         "Decisions, in their order",
         "stage",
-        tuple(one.stage for one in decisions),
+        tuple(decision.stage for decision in decisions),
         (
-            Column("on", tuple(safe(one.name) for one in decisions), justify="left"),
-            Column("outcome", tuple(one.outcome for one in decisions), justify="left"),
-            Column("rank", tuple("" if one.rank is None else str(one.rank) for one in decisions)),
-            Column("gap", tuple("" if one.gap is None else f"{one.gap:+.4f}" for one in decisions)),
-            Column("± gap", tuple("" if one.error is None else f"{one.error:.4f}" for one in decisions)),
-            Column("seeds", tuple(str(one.seeds or "") for one in decisions)),
-            Column("why", tuple(safe(one.why) for one in decisions), justify="left"),
+            Column("on", tuple(safe(decision.name) for decision in decisions), justify="left"),
+            Column("outcome", tuple(decision.outcome for decision in decisions), justify="left"),
+            Column("rank", tuple("" if decision.rank is None else str(decision.rank) for decision in decisions)),
+            Column("gap", tuple("" if decision.gap is None else f"{decision.gap:+.4f}" for decision in decisions)),
+            Column("± gap", tuple("" if decision.error is None else f"{decision.error:.4f}" for decision in decisions)),
+            Column("seeds", tuple(str(decision.seeds or "") for decision in decisions)),
+            Column("why", tuple(safe(decision.why) for decision in decisions), justify="left"),
         ),
         "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences.",
     )
@@ -223,12 +225,14 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:
     grids = []
-    for name in dict.fromkeys(one.set for one in trials):
+    for name in dict.fromkeys(trial.set for trial in trials):
         groups: dict[tuple[str, float | None], list[TuneTrial]] = {}
-        for one in trials:
-            if one.set == name:
-                groups.setdefault((one.variant, one.lr), []).append(one)
-        rows = [(key, [one.loss for one in group if one.loss is not None], group[0]) for key, group in groups.items()]
+        for trial in trials:
+            if trial.set == name:
+                groups.setdefault((trial.variant, trial.lr), []).append(trial)
+        rows = [
+            (key, [trial.loss for trial in group if trial.loss is not None], group[0]) for key, group in groups.items()
+        ]
         grids.append(
             Grid(
                 f"Losses on {short(name)}",
@@ -236,7 +240,7 @@ def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:
                 tuple(variant for (variant, _), _, _ in rows),
                 (
                     Column("lr", tuple("" if lr is None else f"{lr:g}" for (_, lr), _, _ in rows)),
-                    Column("params", tuple(count(one.params) for _, _, one in rows)),
+                    Column("params", tuple(count(trial.params) for _, _, trial in rows)),
                     Column("seeds", tuple(str(len(losses)) for _, losses, _ in rows)),
                     Column("loss", tuple(f"{sum(v) / len(v):.4f}" if v else "diverged" for _, v, _ in rows)),
                 ),

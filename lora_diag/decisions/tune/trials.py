@@ -90,7 +90,7 @@ class Trials:
     def has(self, variant: Variant, seed: int) -> bool:
         """Return whether a run is finished."""
         fields = {"variant": variant.name, "lr": variant.lr, "seed": seed}
-        return self.kept.has([each.name for each in self.sets], record="tune_trial", **fields)
+        return self.kept.has([texts.name for texts in self.sets], record="tune_trial", **fields)
 
     def train(self, *runs: TrialRun) -> None:
         """Train configurations, as far as that is not done yet; independent runs are trained concurrently on a cluster.
@@ -117,23 +117,23 @@ class Trials:
         poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
         on_worker = partial(train_on_worker, self.workers.site, bare_, self.grid)
         results = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
-        batches = sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
+        batches = sum(-(-len(texts.sequences) // self.training.batch) for texts in self.sets)
         for run, records in zip(runs, results, strict=True):
             self.after(run.label, run.variant.steps + batches)
             yield records
 
     def measure_base(self) -> None:
         """Measure BASE on every set and on as much of the training data, unless recorded."""
-        if self.kept.has([each.name for each in self.sets], record="tune_trial", variant="base"):
+        if self.kept.has([texts.name for texts in self.sets], record="tune_trial", variant="base"):
             return
         batch = self.training.batch
         layers = inner_layers(self.model.module).values()
         with rounded(layers, self.grid) if self.grid else nullcontext():
-            train_texts = self.training.texts.first(max(len(each.sequences) for each in self.sets))
+            train_texts = self.training.texts.first(max(len(texts.sequences) for texts in self.sets))
             train_loss = measure(self.model, train_texts, batch, lambda: self.after("BASE")).mean
-            by_set = [measure(self.model, each, batch, lambda: self.after("BASE")) for each in self.sets]
+            by_set = [measure(self.model, texts, batch, lambda: self.after("BASE")) for texts in self.sets]
         self.kept.put(
-            *(trial_of(each, losses, None, 0, 0, train_loss) for each, losses in zip(self.sets, by_set, strict=True))
+            *(trial_of(texts, losses, None, 0, 0, train_loss) for texts, losses in zip(self.sets, by_set, strict=True))
         )
 
     def copy(self, probes: Sequence[Probe], plan: TunePlan, total: int) -> None:
@@ -183,7 +183,7 @@ class Trials:
     @property
     def predictions(self) -> Mapping[str, tuple[int, ...]]:
         """Number of predictions of each sequence, by set."""
-        return {one.set: one.predictions for one in self.records if one.variant == "base"}
+        return {record.set: record.predictions for record in self.records if record.variant == "base"}
 
 
 def trained(
@@ -208,7 +208,7 @@ def trained(
 
     def keep(tuned: Model) -> None:
         nonlocal params
-        params = sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
+        params = sum(texts.numel() for texts in tuned.module.parameters() if texts.requires_grad)
         if run.folder is not None:
             save_adapter(tuned.module, run.folder)
 
@@ -218,7 +218,8 @@ def trained(
     with rounded(inner_layers(model.module).values(), grid):
         by_set, train_loss = losses_after(model, cell, training, sets, after_step, keep)
     return [
-        trial_of(each, losses, variant, run.seed, params, train_loss) for each, losses in zip(sets, by_set, strict=True)
+        trial_of(texts, losses, variant, run.seed, params, train_loss)
+        for texts, losses in zip(sets, by_set, strict=True)
     ]
 
 

@@ -58,8 +58,8 @@ def shared(records: Iterable[Union]) -> tuple[Union, ...]:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the ranks of the layers, with the additive fraction below, once per run."""
-    shown = [(one, shared(one.records)) for one in series]
-    shown = [(one, records) for one, records in shown if records]
+    shown = [(item, shared(item.records)) for item in series]
+    shown = [(item, records) for item, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)
     drawn = [slots(records, options.per, types) for _, records in shown]
     inches = style.width - 6 * style.text / 72
@@ -76,10 +76,10 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         share=False,
         low=True,
     )
-    for position, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
+    for position, ((item, records), part) in enumerate(zip(shown, drawn, strict=True)):
         ranks, shares = axes[2 * position : 2 * position + 2]
         _ranks(ranks, part, style)
-        ranks.set_title(wrapped(_finding(one, records), inches, style.text), parse_math=False)
+        ranks.set_title(wrapped(_finding(item, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")
         _shares(shares, part, max(len(record.updates) for record in records), style)
         shares.set_ylabel("fraction")
@@ -123,13 +123,13 @@ def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArr
     return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in by_bar])
 
 
-def _finding(one: Series[Any], records: Sequence[Union]) -> str:
+def _finding(item: Series[Any], records: Sequence[Union]) -> str:
     """Return the label of a run with the total rank of its layers."""
     known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
     together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
     apart = sum(record.parts_rank_at[ENERGY] for record in known)
     text = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
-    return f"{one.label}: {text}" if one.label else text
+    return f"{item.label}: {text}" if item.label else text
 
 
 def _keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:
@@ -154,7 +154,7 @@ def _texts(
     notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
     if joined > 1:
         notes.append(f"A bar is the median of up to {joined} layers.")
-    if singles := sum(len(one.records) - len(shared(one.records)) for one in series):
+    if singles := sum(len(item.records) - len(shared(item.records)) for item in series):
         notes.append(f"Not drawn: {singles} {'layer' if singles == 1 else 'layers'} changed by fewer than two updates.")
     if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
         notes.append("No green line: no rank of the sum keeps 90% of every update.")

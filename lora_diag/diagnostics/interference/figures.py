@@ -44,7 +44,7 @@ def angles(
         The Axes drawn on.
     """
     series = by_pair((Series("", tuple(records)),))
-    chosen = chosen_rank([record for one in series for record in one.records], rank)
+    chosen = chosen_rank([record for item in series for record in item.records], rank)
     with panel_axes(ax) as (axes, style):
         _draw(axes, series, side, chosen, style)
         axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {chosen}")
@@ -67,10 +67,10 @@ def ranks_of(records: Iterable[Interference]) -> list[int]:
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the angles of the column spaces and of the row spaces, one panel each."""
     pairs = by_pair(series)
-    all_records = [record for one in pairs for record in one.records]
+    all_records = [record for item in pairs for record in item.records]
     rank = chosen_rank(all_records, options.rank)
-    measured = [one for one in pairs if any(str(rank) in record.columns for record in one.records)]
-    shown = sorted(measured, key=lambda one: -_overlap(one.records, rank))[: len(CATEGORIES)]
+    measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
+    shown = sorted(measured, key=lambda item: -_overlap(item.records, rank))[: len(CATEGORIES)]
     figure, axes = sheet(style, _texts(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
     for (side, title), ax in zip(SIDES, axes, strict=True):
         _draw(ax, shown, side, rank, style)
@@ -86,15 +86,15 @@ def _overlap(records: Sequence[Interference], rank: int) -> float:
 
 def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: int, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    for number, one in enumerate(series):
-        values = [(record, getattr(record, side)[str(rank)]) for record in one.records if str(rank) in record.columns]
+    for number, item in enumerate(series):
+        values = [(record, getattr(record, side)[str(rank)]) for record in item.records if str(rank) in record.columns]
         if not values:
             continue
         cosines, shares = cumulated([cosine for _, space in values for cosine in space.cosines])
-        ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{one.label}")
+        ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{item.label}")
         grid = np.linspace(0.0, 1.0, 201)
         chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in values])
-        ax.plot(grid, chance, color=category(number), lw=width, ls=(0, (1, 1.5)), label=f"_random {one.label}")
+        ax.plot(grid, chance, color=category(number), lw=width, ls=(0, (1, 1.5)), label=f"_random {item.label}")
     ax.set_xlim(0, 1.02)
     ax.set_ylim(0, 1.03)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -125,7 +125,7 @@ def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]
 def _keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     return (
-        *(Key(Line2D([], [], color=category(n), lw=2 * width), one.label) for n, one in enumerate(series)),
+        *(Key(Line2D([], [], color=category(n), lw=2 * width), item.label) for n, item in enumerate(series)),
         Key(Line2D([], [], color=INK, lw=width, ls=(0, (1, 1.5))), "random subspaces"),
     )
 
@@ -133,14 +133,14 @@ def _keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tu
 def _texts(
     pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, style: PageStyle
 ) -> FigureText:
-    records = [record for one in shown for record in one.records]
+    records = [record for item in shown for record in item.records]
     drawn = {record.layer for record in records if str(rank) in record.columns}
     notes = ["The further a curve is to the right of its dotted line, the more two updates have in common."]
     if missing := len(pairs) - len(shown):
         notes.append(f"Not drawn: {missing} pairs with less in common.")
     if small := len({record.layer for record in records} - drawn):
         notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
-    if others := [each for each in ranks_of(records) if each != rank]:
+    if others := [other_rank for other_rank in ranks_of(records) if other_rank != rank]:
         notes.append(f"Also measured: r = {', '.join(map(str, others))} (--show-rank).")
     return FigureText(
         f"Principal angles between the {rank} largest directions of two updates",

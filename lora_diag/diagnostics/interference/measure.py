@@ -59,7 +59,7 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     stored += sum(entries * _entry(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
     loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry(delta) for delta in dense)
-    steps = [whole_bytes(task.shape, requested, each) for each in loading]
+    steps = [whole_bytes(task.shape, requested, loaded) for loaded in loading]
     kept = 0
     if dense:
         kept = 8 * entries + vectors

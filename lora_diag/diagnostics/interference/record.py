@@ -136,7 +136,9 @@ class Interference(LayerRecord):
         """Return how a run's records are shown; headings include the rank at which spaces are compared."""
         spaces = {"column_space.overlap", "row_space.overlap"}
         rank = _nearest({key for record in records for key in record.columns})
-        return tuple(replace(one, title=f"{one.title} {rank}") if one.path in spaces else one for one in cls.shown)
+        return tuple(
+            replace(field, title=f"{field.title} {rank}") if field.path in spaces else field for field in cls.shown
+        )
 
     @property
     def column_space(self) -> Agreement:

@@ -139,7 +139,9 @@ class Intruders(LayerRecord):
     @property
     def first_intruder(self) -> int | None:
         """Index of the first intruder, from 1 on; None without intruders."""
-        return next((position for position, one in enumerate(self.directions, 1) if one.kind == "intruder"), None)
+        return next(
+            (position for position, direction in enumerate(self.directions, 1) if direction.kind == "intruder"), None
+        )
 
     @property
     def intruder_size(self) -> Share | None:

@@ -107,10 +107,10 @@ def chosen_rank(records: Sequence[Overlap], rank: int | None) -> int:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return κ and tangent by module type, one panel each."""
-    all_records = [record for one in series for record in one.records]
+    all_records = [record for item in series for record in item.records]
     rank = chosen_rank(all_records, options.rank)
-    shown = [Series(one.label, tuple(r for r in one.records if r.rank == rank)) for one in series]
-    records = [record for one in shown for record in one.records]
+    shown = [Series(item.label, tuple(r for r in item.records if r.rank == rank)) for item in series]
+    records = [record for item in shown for record in item.records]
     types = Types(record.layer for record in records)
     names = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
@@ -132,21 +132,21 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    for number, one in enumerate(series):
+    for number, item in enumerate(series):
         for name, field, random, color, dashes in MEASURES:
-            curve = curve_over_steps(one.records, field, random)
+            curve = curve_over_steps(item.records, field, random)
             if not len(curve.steps):
                 continue
             several = len(series) > 1
             color = category(number) if several else color
             marker: dict[str, Any] = {"marker": "o", "markersize": 2.6 * width}
-            layers = list(dict.fromkeys(record.layer for record in one.records))
+            layers = list(dict.fromkeys(record.layer for record in item.records))
             banded = per == "type" or len(layers) > SINGLE
             if banded and not several:
                 ax.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.2, lw=0)
             elif not several:
                 for layer in layers:
-                    own = curve_over_steps([record for record in one.records if record.layer == layer], field, random)
+                    own = curve_over_steps([record for record in item.records if record.layer == layer], field, random)
                     ax.plot(own.steps, own.middle, color=color, lw=0.5 * width, alpha=0.45, label=f"_{name} of {layer}")
             line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
             ax.plot(curve.steps, curve.middle, label=f"_{name}", **line, **marker)
@@ -174,8 +174,8 @@ def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, 
     width = style.line if style else 1.2
     several = len(series) > 1
     keys = []
-    for number, one in enumerate(series if several else ()):
-        keys.append(Key(Line2D([], [], color=category(number), lw=2 * width), one.label))
+    for number, item in enumerate(series if several else ()):
+        keys.append(Key(Line2D([], [], color=category(number), lw=2 * width), item.label))
     for name, _, _, color, dashes in MEASURES:
         color = INK if several else color
         line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if several else "-")
@@ -197,7 +197,7 @@ def _texts(
     max_layers: int,
     style: PageStyle,
 ) -> FigureText:
-    layers = len({record.layer for one in series for record in one.records})
+    layers = len({record.layer for item in series for record in item.records})
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
     others = sorted({record.rank for record in all_records} - {rank})
     notes = []
@@ -205,7 +205,7 @@ def _texts(
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))} (--show-rank).")
     if missing:
         notes.append(f"Not drawn: {missing} more module types (--layers).")
-    if zero := sum(record.kappa is None for one in series for record in one.records):
+    if zero := sum(record.kappa is None for item in series for record in item.records):
         notes.append(f"Not drawn: {zero} zero gradients.")
     return FigureText(
         f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",

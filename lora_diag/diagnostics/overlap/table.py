@@ -58,13 +58,13 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
-    for one in Overlap.shown:
-        if one.path == "kappa":
+    for field in Overlap.shown:
+        if field.path == "kappa":
             columns += [_at_step(rows, step, "step " * (step == own[0])) for step in own]
             columns += [_over_steps(rows, steps, _WIDE_STRIP if wide else _STRIP)] if len(steps) > len(own) else []
             columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
-        elif one.path != "rank" or len(ranks) > 1:
-            columns += columns_of([one], last)
+        elif field.path != "rank" or len(ranks) > 1:
+            columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
     return grid_of((), rows, per, f"{caption} ({NEAR} near random)", more=columns)
 

@@ -61,13 +61,13 @@ class Cells:
 
 def cells(series: Sequence[Series[Any]]) -> Cells:
     """Return the cells of some runs; several matrices of a type in a block (experts) give the worst."""
-    types = Types(record.layer for one in series for record in one.records)
+    types = Types(record.layer for item in series for record in item.records)
     by_cell: dict[tuple[str, str, int | None], Portability] = {}
     programs: list[str] = []
-    for one in series:
-        groups = by_consumer(one.records)
+    for item in series:
+        groups = by_consumer(item.records)
         for name, records in groups.items():
-            prefix = f"{one.label}: " if len(series) > 1 else ""
+            prefix = f"{item.label}: " if len(series) > 1 else ""
             program = f"{prefix}{title_of(name, [*groups])}"
             programs.append(program)
             for record in records:
@@ -193,7 +193,7 @@ def _texts(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     keys += [Key(Patch(color=COLORS["wrong"]), "another ΔW, ε not known without BASE")] if unknown else []
     keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in statuses else []
     keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
-    layers = len({record.layer for one in series for record in one.records})
+    layers = len({record.layer for item in series for record in item.records})
     several = len({(name, depth) for name, _, depth in shown.records}) < layers
     return FigureText(
         "Weights of the adapter as each program applies them",

@@ -106,9 +106,9 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
             )
         if other.load is None or item.load is None or other.part in NONLINEAR_PARTS:
             continue
-        one, two = item.load(Site(item.shape)), other.load(Site(other.shape))
-        assert isinstance(one, tuple)
-        assert isinstance(two, tuple)
-        norm = gap(two, (two[0] * 0, two[1]))
-        by_layer[item.layer] = gap(one, two) / norm if norm else 0.0
+        first, second = item.load(Site(item.shape)), other.load(Site(other.shape))
+        assert isinstance(first, tuple)
+        assert isinstance(second, tuple)
+        norm = gap(second, (second[0] * 0, second[1]))
+        by_layer[item.layer] = gap(first, second) / norm if norm else 0.0
     return by_layer

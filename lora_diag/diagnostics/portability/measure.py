@@ -129,8 +129,8 @@ def _verdict(
     return "wrong", wrong, outcome.scale, outcome.why
 
 
-def _is_same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=SAME)
+def _is_same(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=SAME)
 
 
 def _why_plain(task: Judged, outcome: Outcome) -> str:

@@ -115,13 +115,13 @@ class Consumer:
         return next((choice for choice in self.rank_choices if choice >= rank), rank)
 
 
-def is_before(one: str, other: str) -> bool:
+def is_before(first: str, second: str) -> bool:
     """Return whether a version is before another, part by part.
 
     >>> is_before("0.31.2", "0.32"), is_before("0.32", "0.32.0"), is_before("0.9", "0.10")
     (True, False, True)
     """
-    parts = ([int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (one, other))  # type: ignore[index]
+    parts = ([int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (first, second))  # type: ignore[index]
     for ours, theirs in zip_longest(*parts, fillvalue=0):
         if ours != theirs:
             return bool(ours < theirs)

@@ -89,7 +89,7 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return one panel per adapter, each with its own scale of ε²: a distant adapter would flatten the others."""
     shown = by_adapter(series)
-    matrices = [_matrices(one.records) for one in shown]
+    matrices = [_matrices(item.records) for item in shown]
     types = Types(record.layer for records in matrices for record in records)
     drawn = [slots(records, options.per, types) for records in matrices]
     inches = style.width - 5 * style.text / 72
@@ -97,9 +97,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     below = label_height(all_records, inches, style.ticks) / len(shown)
     panel = 1.25 * style.panel + below
     page, axes = sheet(style, _texts(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
-    for one, part, ax in zip(shown, drawn, axes, strict=True):
+    for item, part, ax in zip(shown, drawn, axes, strict=True):
         _draw(ax, part, style)
-        ax.set_title(wrapped(_finding(one), inches, style.text), parse_math=False)
+        ax.set_title(wrapped(_finding(item), inches, style.text), parse_math=False)
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
@@ -115,10 +115,10 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) ->
     for slot in drawn:
         bar_levels = [levels(bar) for bar in slot.bars]
         floor, direction, epsilon = (
-            np.array([getattr(one, name) ** 2 if one and one.adapted else np.nan for one in bar_levels])
+            np.array([getattr(level, name) ** 2 if level and level.adapted else np.nan for level in bar_levels])
             for name in ("floor", "direction", "epsilon")
         )
-        idle = np.array([one.epsilon**2 if one and not one.adapted else np.nan for one in bar_levels])
+        idle = np.array([level.epsilon**2 if level and not level.adapted else np.nan for level in bar_levels])
         for values, base, color in (
             (floor, np.zeros_like(floor), RANK),
             (direction, floor, DIRECTION),
@@ -131,15 +131,15 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) ->
     ax.set_ylim(bottom=0)
 
 
-def _finding(one: Series[Any]) -> str:
+def _finding(item: Series[Any]) -> str:
     """Return the label of an adapter with its pooled ε and the parts of ε²."""
-    records = _matrices(one.records)
+    records = _matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
-    together = levels(one.records)
+    together = levels(item.records)
     texts = [f"ε = {together.epsilon:.2f}"] if together else ["ΔW = 0"]
-    texts += [f"{part} {share:.0%}" for part, share in parts(one.records).items() if share >= 0.005]
-    return f"{one.label}{rank}: {', '.join(texts)}{' of ε²' if len(texts) > 1 else ''}"
+    texts += [f"{part} {share:.0%}" for part, share in parts(item.records).items() if share >= 0.005]
+    return f"{item.label}{rank}: {', '.join(texts)}{' of ε²' if len(texts) > 1 else ''}"
 
 
 def parts(records: Sequence[Residual]) -> dict[str, float]:
@@ -182,13 +182,13 @@ def _keys(style: PageStyle | None) -> tuple[Key, ...]:
 
 def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], style: PageStyle) -> FigureText:
     joined = max((slot.joined for part in drawn for slot in part), default=1)
-    vectors = len({r.layer for one in shown for r in one.records if len(r.shape) == 1})
-    zero = len({r.layer for one in shown for r in one.records if r.fro == 0})
+    vectors = len({r.layer for item in shown for r in item.records if len(r.shape) == 1})
+    zero = len({r.layer for item in shown for r in item.records if r.fro == 0})
     notes = [
         "ε² = rank + direction + scale: up to ε_min², up to ε² at the best scale of X, up to ε². "
         "ε is the distance to this fine-tune, not a measure of quality."
     ]
-    if any(_is_misaligned(_matrices(one.records)) for one in shown):
+    if any(_is_misaligned(_matrices(item.records)) for item in shown):
         notes.append(
             "Layers whose largest part is scale are limited by direction: X is long and not aligned with ΔW, so "
             "scaling does not help."

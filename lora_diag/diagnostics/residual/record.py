@@ -89,8 +89,8 @@ class Expected(Distance):
 def _pooled_before(records: Sequence[Residual]) -> float | None:
     """Return the expected ε before rounding of several layers together, those with an estimate."""
     known = [record.before_rounding for record in records if record.before_rounding is not None]
-    total = math.hypot(*(one.fro for one in known))
-    return math.hypot(*((one.epsilon or 0.0) * one.fro for one in known)) / total if total else None
+    total = math.hypot(*(estimate.fro for estimate in known))
+    return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in known)) / total if total else None
 
 
 class Residual(Distance, LayerRecord):

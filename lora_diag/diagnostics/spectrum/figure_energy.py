@@ -63,7 +63,7 @@ def energy(
 
 def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
     """Return C(r) by module type, one panel each."""
-    of = changes_of(record for one in series for record in one.records)
+    of = changes_of(record for item in series for record in item.records)
     total = "Σσ²" if " and " in of else f"‖{of}‖_F²"
     return small_multiples(
         series,

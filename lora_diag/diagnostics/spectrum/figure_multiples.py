@@ -60,7 +60,7 @@ def small_multiples(
         keys: Legend entries of these elements.
         formula: Formula of the quantity.
     """
-    records = [record for one in series for record in one.records]
+    records = [record for item in series for record in item.records]
     shown = _panels(series)
     bands = per == "type" or len(series) > 1
     depths, largest = deepest(record.layer for record in records), largest_rank(records)
@@ -76,7 +76,7 @@ def small_multiples(
         draw_series(ax, of, quantity, MARKED, per, style, depths=depths, largest=largest, inches=inches)
         scale(ax)
         if also:
-            also(ax, [record for one in of for record in one.records])
+            also(ax, [record for item in of for record in item.records])
 
     panels = {panel.name: partial(draw, of=panel.series) for panel in shown}
     figure = multiples_of(panels, words, style, xlabel, ylabel, 0.88 if by_color else 0.97)
@@ -87,10 +87,10 @@ def small_multiples(
 
 def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
     """Return one panel per module type with an update; if there are too many, those of least ‖ΔW‖ share the last."""
-    types = Types(record.layer for one in series for record in one.records)
+    types = Types(record.layer for item in series for record in item.records)
     energy: dict[str, float] = defaultdict(float)
-    for one in series:
-        for record in one.records:
+    for item in series:
+        for record in item.records:
             energy[types.of(record.layer)] += record.fro**2
     moving = [name for name in types.names if energy[name] > 0]
     alone = set(moving)
@@ -100,12 +100,12 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
     shown = {name: name if name in alone else others for name in moving}
     order = [name for name in moving if name in alone] + ([others] if len(alone) < len(moving) else [])
     groups: dict[str, tuple[list[Spectrum], ...]] = {name: tuple([] for _ in series) for name in order}
-    for number, one in enumerate(series):
-        for record in one.records:
+    for number, item in enumerate(series):
+        for record in item.records:
             if (name := types.of(record.layer)) in shown:
                 groups[shown[name]][number].append(record)
     return tuple(
-        Panel(name, tuple(Series(one.label, tuple(part)) for one, part in zip(series, groups[name], strict=True)))
+        Panel(name, tuple(Series(item.label, tuple(part)) for item, part in zip(series, groups[name], strict=True)))
         for name in order
     )
 
@@ -125,8 +125,8 @@ def _keys(
     """Return the legend."""
     keys = []
     if bands:
-        for number, one in enumerate(series):
-            owner = owner_of(one, series)
+        for number, item in enumerate(series):
+            owner = owner_of(item, series)
             keys.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{owner}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
         keys.append(Key(Line2D([], [], color=INK, lw=style.line), "one line per layer"))

@@ -33,14 +33,14 @@ def draw_series(
     Returns:
         The largest number of layers that one line represents.
     """
-    all_records = [record for one in series for record in one.records]
+    all_records = [record for item in series for record in item.records]
     largest = largest or largest_rank(all_records)
     grid = ranks_drawn(largest, marked)
     joined = 1
     if per == "type" or len(series) > 1:
-        for number, one in enumerate(series):
-            if drawn := band(one.records, quantity, grid):
-                draw_band(ax, drawn, category(number), one.label or "median layer", style)
+        for number, item in enumerate(series):
+            if drawn := band(item.records, quantity, grid):
+                draw_band(ax, drawn, category(number), item.label or "median layer", style)
     else:
         depths = deepest(record.layer for record in all_records) if depths is None else depths
         for curve in curves(series[0].records, quantity, grid):

@@ -242,17 +242,17 @@ class Spectrum(LayerRecord):
         ]
         own = [
             replace(
-                one,
-                title=one.title.replace("‖ΔW‖", update).replace("‖W‖", weights),
-                about=f"{one.about}{of}",
-                head="moved" if one.path == "relative" else one.head,
+                field,
+                title=field.title.replace("‖ΔW‖", update).replace("‖W‖", weights),
+                about=f"{field.about}{of}",
+                head="moved" if field.path == "relative" else field.head,
             )
-            if of and one is not SHAPE and not one.path.startswith("resolution.")
-            else one
-            for one in cls.shown
-            if one.path != "relative" or not any(record.stack for record in records)
+            if of and field is not SHAPE and not field.path.startswith("resolution.")
+            else field
+            for field in cls.shown
+            if field.path != "relative" or not any(record.stack for record in records)
         ]
-        at = next(position for position, one in enumerate(own) if one.path == "rank_at.0.9")
+        at = next(position for position, field in enumerate(own) if field.path == "rank_at.0.9")
         return (*own[:at], *energies, *own[at:])
 
     @property

@@ -132,15 +132,15 @@ def _weighted_tasks(pairing: Pairing, moments: SecondMoments | None, kfac: bool)
     layers = [Layer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
     what = "second moment of its input" + (" and of its output's gradient" if kfac else "")
     without = [
-        Unpaired(each.layer, each.shape, "no_activations", f"the file has no {what}")
-        for each in layers
-        if each.weighting is None
+        Unpaired(layer.layer, layer.shape, "no_activations", f"the file has no {what}")
+        for layer in layers
+        if layer.weighting is None
     ]
     without_moment = {item.layer for item in without}
     rest = Pairing(
         tuple(delta for delta in pairing.deltas if delta.layer not in without_moment), (*pairing.unpaired, *without)
     )
-    return rest, [each for each in layers if each.weighting is not None]
+    return rest, [layer for layer in layers if layer.weighting is not None]
 
 
 def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:

@@ -46,7 +46,11 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     if stacked := [record for record in changed if record.stack is not None]:
         lines += gradient_lines(stacked)
         # Gradients are not differences of rounded weights, so they are always resolved.
-        lines += [one for one in _ranks_needed(changed, ranks) if one.key != "resolved" or one.level != "note"]
+        lines += [
+            statement
+            for statement in _ranks_needed(changed, ranks)
+            if statement.key != "resolved" or statement.level != "note"
+        ]
     else:
         lines.append(make_statement("moved", "Change", *_changes(results, changed)))
         if changed:
@@ -180,7 +184,11 @@ def _files(changed: Sequence[Spectrum]) -> Statement:
 def _start(changed: Sequence[Spectrum]) -> str:
     """State which start of training is assumed or was found, and how many layers were trained in part."""
     resolutions = [record.resolution for record in changed]
-    rounded = [each for each in resolutions if each.start == "rounded" and each.base_rounding is not None]
+    rounded = [
+        resolution
+        for resolution in resolutions
+        if resolution.start == "rounded" and resolution.base_rounding is not None
+    ]
     unknown = [record for record in changed if record.resolution.start == "unknown"]
     text = ""
     if rounded:
@@ -194,7 +202,11 @@ def _start(changed: Sequence[Spectrum]) -> str:
             f"; in {len(unknown)} of {len(changed)} matrices BASE may be a rounded copy of the start of training: its "
             f"rounding, up to {percent(min(1.0, counted))}, is counted{_together(changed)}"
         )
-    sparse = [each.untouched for each in resolutions if each.untouched is not None and each.untouched >= SPARSE]
+    sparse = [
+        resolution.untouched
+        for resolution in resolutions
+        if resolution.untouched is not None and resolution.untouched >= SPARSE
+    ]
     if sparse:
         text += (
             f"; {len(sparse)} of {len(changed)} updates are sparse: training did not change about "
@@ -210,7 +222,7 @@ def _together(changed: Sequence[Spectrum]) -> str:
         return ""
     weight = math.fsum(error**-2 for _, error in known)
     beta = math.fsum(beta / error**2 for beta, error in known) / weight
-    spread = math.fsum(((each - beta) / error) ** 2 for each, error in known) / (len(known) - 1)
+    spread = math.fsum(((value - beta) / error) ** 2 for value, error in known) / (len(known) - 1)
     error = math.sqrt(max(1.0, spread) / weight)  # layers that differ by more than their errors have less weight
     estimate = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):

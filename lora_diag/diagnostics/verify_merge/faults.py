@@ -147,13 +147,13 @@ def scaled_precisely(failed: FailedLayer) -> Fault | None:
     how = precise(failed.rounding)
     if how == failed.rounding or not failed.check.expected:
         return None
-    one = failed.recheck(failed.addend, how)
-    if distinct_lines(one) < FLIPPED or not is_coherent(one):
+    check = failed.recheck(failed.addend, how)
+    if distinct_lines(check) < FLIPPED or not is_coherent(check):
         return None
-    fit = fit_scale(replace(failed, rounding=how, check=one))
-    if fit is None or fit.check.count > (1 - COHERENT) * one.count or fit.check.drifted:
+    fit = fit_scale(replace(failed, rounding=how, check=check))
+    if fit is None or fit.check.count > (1 - COHERENT) * check.count or fit.check.drifted:
         return None
-    spacing = abs(fit.factor - 1) / one.count  # mean distance between entries that a scale changes
+    spacing = abs(fit.factor - 1) / check.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
     if abs(fit.factor - 1) <= fit.limit + failed.check.common_error:
         return None

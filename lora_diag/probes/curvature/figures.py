@@ -75,7 +75,7 @@ def curvature(
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
-    runs = [(one.label, [r for r in one.whole if isinstance(r, Curvature | LossBound)]) for one in series]
+    runs = [(item.label, [r for r in item.whole if isinstance(r, Curvature | LossBound)]) for item in series]
     all_records = [record for _, records in runs for record in records]
     sets = _sets(all_records)
     eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in all_records)
@@ -225,7 +225,7 @@ def _texts(
         for (what, name, line_style), color in zip(STYLES, colors, strict=True)
     ]
     if len(series) > 1:
-        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]
+        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), item.label) for i, item in enumerate(series)]
     term = "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔW_r − ΔW of all layers and λ the largest joint eigenvalue at TUNED"
     notes = [
         f"Bound: {term}; it holds if the curvature between the two points does not exceed λ."

@@ -139,7 +139,7 @@ class LossFunction:
                 chosen = [self._texts.sequences[i] for i in batch]
                 outputs = logits_of(self._model, chosen)
                 kept = [counted(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
-                logits = torch.cat([each for each, _ in kept]).float()
+                logits = torch.cat([values for values, _ in kept]).float()
                 targets = torch.cat([labels for _, labels in kept])
                 loss = functional.cross_entropy(logits, targets, reduction="sum")
                 for sum_, part in zip(total, step(loss, logits), strict=True):
@@ -253,7 +253,7 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
         signs = signs.to(loss_function.device)
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
-    together = [sum(each) for each in zip(*by_layer.values(), strict=True)]
+    together = [sum(item) for item in zip(*by_layer.values(), strict=True)]
     return _mean(together), {layer: _mean(samples) for layer, samples in by_layer.items()}
 
 
@@ -262,7 +262,7 @@ def _mean(samples: Sequence[float]) -> Trace:
     mean = sum(samples) / n
     if n < 2:
         return Trace(mean, None)
-    return Trace(mean, math.sqrt(sum((each - mean) ** 2 for each in samples) / (n - 1) / n))
+    return Trace(mean, math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (n - 1) / n))
 
 
 def projected(gradient: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

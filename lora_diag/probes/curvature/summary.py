@@ -63,7 +63,7 @@ def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
     groups: Rows = [("all layers", [joint]), *rows_of(layers, per)]
     more = []
     if joint.at == "base":
-        held = [[each.surrogate for each in group if each.surrogate is not None] for _, group in groups]
+        held = [[record.surrogate for record in group if record.surrogate is not None] for _, group in groups]
         # Joint eigenpairs have one fraction of the whole gradient, which belongs in the row of all layers.
         shares = [held[1][:1], *([] for _ in held[1:])] if held[1:] and any(s.joint for s in held[1]) else held
         more = [
@@ -101,7 +101,7 @@ def _bounds(bounds: Sequence[LossBound]) -> Grid:
     if any(record.along < 1 for record in early.values()):
         share = min(record.along for record in bounds)
         nearer = [(name, [early[r.rank]] if r.rank in early else []) for name, (r,) in rows]
-        at = next(one for one in LossBound.shown if one.path == "predicted_ratio")
+        at = next(field for field in LossBound.shown if field.path == "predicted_ratio")
         columns[-2:-2] = columns_of([replace(at, head=f"at {share:g}")], nearer)
     return Grid(
         "Loss gap of truncation to rank r, measured and modelled, E = ΔW_r − ΔW",
@@ -228,12 +228,12 @@ def _surrogate(layers: Sequence[Curvature]) -> str:
     pairs = [(record, record.surrogate) for record in layers if record.surrogate is not None]
     if not pairs:
         return "not measured yet"
-    one = pairs[0][1]
-    kind = "joint" if one.joint else "each layer's"
+    first = pairs[0][1]
+    kind = "joint" if first.joint else "each layer's"
     share = middle([surrogate.share for _, surrogate in pairs])
     lines = [
-        f"the span of {kind} top {one.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
-        + ("" if one.joint else " (median)")
+        f"the span of {kind} top {first.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
+        + ("" if first.joint else " (median)")
         + f"; a random subspace of the same dimension would have {percent(middle([s.random for _, s in pairs]) or 0.0)}"
     ]
     ranks = sorted((s.rank_at["0.9"], short(r.layer or "")) for r, s in pairs if s.rank_at["0.9"] is not None)

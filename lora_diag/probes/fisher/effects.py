@@ -36,11 +36,11 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
     sums, counts, kept = list[float](), list[int](), list[Tensor]()
     taken = 0
     for logits, labels in predictions(model, texts, size):
-        for each, target in zip(logits, labels, strict=True):
-            sums.append(float(nll(each, target)))
+        for outputs, target in zip(logits, labels, strict=True):
+            sums.append(float(nll(outputs, target)))
             counts.append(len(target))
-            kept.append(each.float())
-            taken += each.numel() * 4
+            kept.append(outputs.float())
+            taken += outputs.numel() * 4
         if taken > LOGIT_BYTES:
             raise InputError(
                 f"{texts.path}: the logits of its first {len(kept)} of {len(texts.sequences)} sequences need more "
@@ -59,9 +59,9 @@ def effect(model: Model, texts: Texts, before: BaseOutputs, size: int, after: Ca
     kl = 0.0
     index = 0
     for logits, labels in predictions(model, texts, size):
-        for each, target in zip(logits, labels, strict=True):
-            sums.append(float(nll(each, target)))
-            log_p, log_q = before.logits[index].double().log_softmax(-1), each.double().log_softmax(-1)
+        for outputs, target in zip(logits, labels, strict=True):
+            sums.append(float(nll(outputs, target)))
+            log_p, log_q = before.logits[index].double().log_softmax(-1), outputs.double().log_softmax(-1)
             kl += float((log_p.exp() * (log_p - log_q)).sum())
             index += 1
         after()

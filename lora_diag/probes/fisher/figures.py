@@ -69,17 +69,17 @@ def fisher(
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
-    by_rank = [_correlations(one.records) if options.per == "layer" else [] for one in series]
-    types = _types([r for one, known in zip(series, by_rank, strict=True) if not known for r in one.records])
+    by_rank = [_correlations(item.records) if options.per == "layer" else [] for item in series]
+    types = _types([r for item, known in zip(series, by_rank, strict=True) if not known for r in item.records])
     panels: list[tuple[str, Draw]] = []
-    for one, known in zip(series, by_rank, strict=True):
-        owner = owner_of(one, series)
+    for item, known in zip(series, by_rank, strict=True):
+        owner = owner_of(item, series)
         if not known:
             panels.append(
-                (one.label if owner else "", partial(_draw_tails, records=one.records, types=types, style=style))
+                (item.label if owner else "", partial(_draw_tails, records=item.records, types=types, style=style))
             )
             continue
-        within = any(rho[1] is not None for each in known for rho in each.kl.values())
+        within = any(rho[1] is not None for at_rank in known for rho in at_rank.kl.values())
         for index in (0, 1) if within else (0,):
             title = f"{owner}{_finding(known, index)}"
             panels.append((title, partial(_draw_correlations, by_rank=known, index=index, style=style)))
@@ -96,13 +96,13 @@ def _draw_correlations(
 ) -> None:
     width = style.line if style else 1.2
     ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
-    lowest = min(0.0, *(rho for each in by_rank for both in each.kl.values() for rho in both if rho is not None))
+    lowest = min(0.0, *(rho for at_rank in by_rank for both in at_rank.kl.values() for rho in both if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
-        points = [(each.rank, rho) for each in by_rank if (rho := each.kl[name][index]) is not None]
+        points = [(at_rank.rank, rho) for at_rank in by_rank if (rho := at_rank.kl[name][index]) is not None]
         if points:
             ax.plot(*zip(*points, strict=True), label=f"_{name}", **_mark(number, width))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
-    measured_axis(ax, [each.rank for each in by_rank], inches, style)
+    measured_axis(ax, [at_rank.rank for at_rank in by_rank], inches, style)
     loss_axis(ax)
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="Spearman's ρ with the KL")
 

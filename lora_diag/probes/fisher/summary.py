@@ -82,14 +82,16 @@ def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: in
 
 
 def _caption(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> str:
-    sizes = sorted({each.n for each in by_rank})
+    sizes = sorted({at_rank.n for at_rank in by_rank})
     n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
 
 
 def _predictors(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
-    columns = tuple(Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in by_rank)
+    columns = tuple(
+        Column(f"r={at_rank.rank}", tuple(_pair(at_rank.kl[name]) for name in names)) for at_rank in by_rank
+    )
     about = (
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
         "module types distinguishes types, not layers."
@@ -131,7 +133,7 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
 def _predicts(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not by_rank:
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
-    at = next((each for each in by_rank if each.rank == USUAL), by_rank[0])
+    at = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL), by_rank[0])
     lines = []
     for index, what in ((0, "over all"), (1, "within module types")):
         known = {name: both[index] for name, both in at.kl.items() if both[index] is not None}

@@ -47,7 +47,11 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     records = [record for record in every if isinstance(record, Intrinsic)]
     share = results.run.settings.get("share", SHARE) if isinstance(results, Results) else SHARE
     sets = sets_of(records)
-    chosen = name if name is not None else next((one for one in sets if _lines(records, one)), next(iter(sets)))
+    chosen = (
+        name
+        if name is not None
+        else next((set_name for set_name in sets if _lines(records, set_name)), next(iter(sets)))
+    )
     rows = _lines(records, chosen)
     with panel_axes(ax) as (axes, style):
         _draw(axes, [rows], share, style)
@@ -58,8 +62,8 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
-    every = sets_of(record for one in series for record in one.records)
-    rows = {name: [_lines(one.records, name) for one in series] for name in every}
+    every = sets_of(record for item in series for record in item.records)
+    rows = {name: [_lines(item.records, name) for item in series] for name in every}
     sets = [name for name, runs in rows.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
     without = [every[name] for name in every if name not in sets]
@@ -90,8 +94,8 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
             if not of_subject:
                 continue
             color = own if len(runs) == 1 else category(number)
-            dots = [(line.params, each) for line in of_subject for each in line.shares]
-            shown += [each for _, each in dots]
+            dots = [(line.params, value) for line in of_subject for value in line.shares]
+            shown += [value for _, value in dots]
             small: dict[str, Any] = {"ls": "", "marker": mark, "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
             ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
             line_style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
@@ -171,7 +175,7 @@ def _texts(series: Sequence[Series[Any]], share: float, without: Sequence[str], 
         Key(Line2D([], [], color=colors[0], ls="", marker="o", ms=2.6 * width, alpha=0.6), "one seed"),
     ]
     if not single:
-        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]
+        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), item.label) for i, item in enumerate(series)]
     about = subject_of(series)
     run = series[0].run
     if single and run is not None and "steps" in run.settings:

@@ -220,7 +220,7 @@ def subspace_losses(
         path = train(tuned, Cell(None, lr, run.seed, "full"), training, after)
         module.eval()
         module.fix()
-        losses = [measure(tuned, each, training.batch, after) for each in sets]
+        losses = [measure(tuned, texts, training.batch, after) for texts in sets]
     finally:
         model.module.eval()
     last = path[-max(1, len(path) // 10) :]

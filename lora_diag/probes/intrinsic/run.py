@@ -193,19 +193,19 @@ class _Probe:
         self, cell: _Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
     ) -> list[Intrinsic]:
         if cell.dim is not None:
-            one = Run(cell.dim, cell.rate, cell.seed, cell.method)
-            by_set, last = subspace_losses(self.model, one, training, sets, after)
+            run = Run(cell.dim, cell.rate, cell.seed, cell.method)
+            by_set, last = subspace_losses(self.model, run, training, sets, after)
         else:
             other = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
             by_set, last = losses_after(self.model, other, training, sets, after)
         params = self._params(cell)
-        return [_record(each, losses, cell, params, last) for each, losses in zip(sets, by_set, strict=True)]
+        return [_record(texts, losses, cell, params, last) for texts, losses in zip(sets, by_set, strict=True)]
 
     def _params(self, cell: _Cell) -> int:
         """Count the trained parameters of a run."""
         if cell.rank is not None:
             with with_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
-                return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
+                return sum(parameter.numel() for parameter in tuned.module.parameters() if parameter.requires_grad)
         return cell.dim or self.total
 
     def report_cost(self, arms: Mapping[str, Arm]) -> None:

@@ -55,7 +55,9 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
     for name in names:
         own = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
         if own:
-            results.append(Contest(name, own, _judged(own, {each: gains(bases.get(each)) for each in sets})))
+            results.append(
+                Contest(name, own, _judged(own, {set_name: gains(bases.get(set_name)) for set_name in sets}))
+            )
     return results
 
 

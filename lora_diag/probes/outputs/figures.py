@@ -80,15 +80,15 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gaps, one panel per set."""
     panels: list[tuple[str, list[Row]]] = []
-    sets = sets_of(record for one in series for record in one.records)
-    models = _called(record for one in series for record in one.records)
+    sets = sets_of(record for item in series for record in item.records)
+    models = _called(record for item in series for record in item.records)
     for name, called in sets.items():
         rows: list[Row] = []
-        for number, one in enumerate(series):
+        for number, item in enumerate(series):
             color = category(number) if len(series) > 1 else None
-            rows += _rows([r for r in one.records if r.set == name], models, color)
+            rows += _rows([r for r in item.records if r.set == name], models, color)
         panels.append((called, highest(rows, ROWS, panels[0][1] if panels else ())))
-    max_rows = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
+    max_rows = max(sum(record.set == name for item in series for record in _others(item.records)) for name in sets)
     notes = [
         "Error bars: two standard errors, paired by sequence. A bar that crosses zero: no significant difference from "
         "TUNED."
@@ -106,13 +106,13 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the distances by depth, one panel per set."""
-    sets = sets_of(record for one in series for record in one.records if not find_depth_obstacle([record], options))
-    models = _called(record for one in series for record in one.records)
+    sets = sets_of(record for item in series for record in item.records if not find_depth_obstacle([record], options))
+    models = _called(record for item in series for record in item.records)
     by_set = {
         name: [
             line
-            for one in series
-            for line in _lines([r for r in one.records if r.set == name], models, owner_of(one, series))
+            for item in series
+            for line in _lines([r for r in item.records if r.set == name], models, owner_of(item, series))
         ]
         for name in sets
     }
@@ -130,7 +130,7 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
     shown = names[: len(CATEGORIES)]
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
-        lines = [(one, dict(by_set[name]).get(one, ())) for one in shown]
+        lines = [(item, dict(by_set[name]).get(item, ())) for item in shown]
         panels.append((called, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
     return page_of(panels, words, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 

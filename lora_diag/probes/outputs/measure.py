@@ -84,8 +84,8 @@ class _Sums:
             self.hidden[depth] += _squares(h_tuned, h)
 
 
-def _squares(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).square().sum())
+def _squares(first: Tensor, second: Tensor) -> float:
+    return float((first.double() - second.double()).square().sum())
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: 
         distance=math.sqrt(own.squares / base.squares) if base.squares else None,
         kl=own.kl / predicted,
         agreement=own.same / predicted,
-        nll=tuple(round(each, 6) for each in own.nll),
+        nll=tuple(round(value, 6) for value in own.nll),
         predictions=tuple(own.counts) if contender.subject == "base" else (),
         hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own.hidden, base.hidden, strict=True)) or None,
     )

@@ -73,14 +73,16 @@ def probe_outputs(
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [
-            each
-            for each in texts
-            if not all(kept.has([each.name], subject=one.subject, name=one.name) for one in contenders)
+            text_set
+            for text_set in texts
+            if not all(
+                kept.has([text_set.name], subject=contender.subject, name=contender.name) for contender in contenders
+            )
         ]
         run.watch.total = len(contenders) * run.batches(todo)
         run.estimate(texts[0], f"{len(contenders)} models on {pluralized(len(todo), 'set', 'sets')}")
-        for each in todo:
-            for record in outputs(model, contenders, each, run.batch, run.watch.batch):
+        for text_set in todo:
+            for record in outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 kept.put(record)
         return _left_out([full, *compared], contenders[1:])
 

@@ -113,7 +113,7 @@ def _as_good(contests: Sequence[Contest]) -> str:
         return ""
     words = {"as good": "yes", "worse": "no", "not known": "not known"}
     word = next(word for word in words if any(contest.outcome == word for contest in contests))
-    best = min((one for one in contests if one.outcome == word), key=lambda one: one.worst.gap or 0.0)
+    best = min((item for item in contests if item.outcome == word), key=lambda item: item.worst.gap or 0.0)
     record = best.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""

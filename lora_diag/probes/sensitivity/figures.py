@@ -54,13 +54,13 @@ def sensitivity(
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gains, one panel per set, the highest first."""
     panels, max_rows = [], 0
-    for name, called in sets_of(record for one in series for record in one.records).items():
+    for name, called in sets_of(record for item in series for record in item.records).items():
         rows = []
-        for number, one in enumerate(series):
-            rows += _rows(one.records, name, number)
+        for number, item in enumerate(series):
+            rows += _rows(item.records, name, number)
         max_rows = max(max_rows, len({row.name for row in rows}))
         panels.append((called, highest(rows, ROWS)))
-    ranks = sorted({_rank(one.records) for one in series})
+    ranks = sorted({_rank(item.records) for item in series})
     notes = [
         "Error bars: two standard errors, paired by sequence. Gains of parts adapted alone do not add up to that "
         "of all."
@@ -87,6 +87,6 @@ def _rank(records: Sequence[Sensitivity]) -> int:
 def _rows(records: Sequence[Sensitivity], name: str, number: int) -> list[Row]:
     seed = min((record.seed for record in records if record.unit), default=0)
     return [
-        Row(name_of(one.unit), one.gain, None if one.error is None else 2 * one.error, category(number))
-        for one in gains_of(records, name, _first(records), _rank(records), seed)
+        Row(name_of(gain.unit), gain.gain, None if gain.error is None else 2 * gain.error, category(number))
+        for gain in gains_of(records, name, _first(records), _rank(records), seed)
     ]

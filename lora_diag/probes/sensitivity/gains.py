@@ -25,7 +25,7 @@ ERRORS = 2
 
 def _with_error(group: Sequence[Gain | Marginal]) -> str | None:
     """Return the gain of one unit and its standard error; None where there is none."""
-    return next((f"{one.gain:+.4f}" + ("" if one.error is None else f" ±{one.error:.4f}") for one in group), None)
+    return next((f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}") for gain in group), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
         runs = [r for r in records if (r.unit, r.rank, r.lr, r.set) == (unit, rank, lr, name) and r.gain is not None]
         if base is None or lr is None or not runs:
             continue
-        nll = tuple(fmean(each) for each in zip(*(r.nll for r in runs), strict=True))
+        nll = tuple(fmean(values) for values in zip(*(r.nll for r in runs), strict=True))
         gain, error = paired(base.nll, nll, base.predictions)
         tried = {r.lr for r in records if (r.unit, r.rank) == (unit, rank) and r.lr is not None}
         seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
@@ -159,10 +159,10 @@ def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     found_layers = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
     if len(found_layers) == len(gain.layers):
-        scores["top"] = math.fsum(each.top for each in found_layers)
-        scores["fresh"] = math.fsum(each.fresh for each in found_layers)
-        scores["adam"] = math.fsum(each.adam for each in found_layers)
-        scores["fro²"] = math.fsum(each.gradient_fro**2 for each in found_layers)
+        scores["top"] = math.fsum(record.top for record in found_layers)
+        scores["fresh"] = math.fsum(record.fresh for record in found_layers)
+        scores["adam"] = math.fsum(record.adam for record in found_layers)
+        scores["fro²"] = math.fsum(record.gradient_fro**2 for record in found_layers)
     return scores
 
 
@@ -229,7 +229,7 @@ def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[SingularValue
         rank: The trained rank r.
         spectra: Spectra of the update to allocate ranks for.
     """
-    captured = {each.layer: math.fsum(s**2 for s in each.s[:rank]) for each in spectra}
+    captured = {spectrum.layer: math.fsum(s**2 for s in spectrum.s[:rank]) for spectrum in spectra}
     factors = dict.fromkeys(captured, 0.0)
     for gain in gains:
         energy = math.fsum(captured.get(layer, 0.0) for layer in gain.layers)
@@ -243,5 +243,5 @@ def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[SingularValue
         tuple(gain.unit for gain in gains if gain.gain <= 0),
         tuple(gain.unit for gain in gains if gain.gain > 0 and not gain.is_clear),
         tuple(layer for layer in captured if layer not in adapted),
-        tuple(each.layer for each in spectra if not each.complete and len(each.s) < rank),
+        tuple(spectrum.layer for spectrum in spectra if not spectrum.complete and len(spectrum.s) < rank),
     )

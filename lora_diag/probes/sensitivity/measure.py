@@ -108,8 +108,8 @@ def adapted_alone(
     alone = replace(training, kind=replace(training.kind, targets=unit.kind.targets))
     by_set, train_loss = losses_after(model, cell, alone, sets, after)
     return [
-        record_of(each, losses, unit, cell, bases[each.name], train_loss)
-        for each, losses in zip(sets, by_set, strict=True)
+        record_of(texts, losses, unit, cell, bases[texts.name], train_loss)
+        for texts, losses in zip(sets, by_set, strict=True)
     ]
 
 
@@ -170,7 +170,7 @@ def gradients(
             chosen = list(texts.sequences[first : first + size])
             logits = logits_of(model, chosen)
             pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-            torch.stack([nll(each, target) for each, target in pairs]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([nll(outputs, target) for outputs, target in pairs]).sum().backward()  # type: ignore[no-untyped-call]
             predictions += sum(len(target) for _, target in pairs)
             for name, weight in weights.items():
                 if weight.grad is not None:

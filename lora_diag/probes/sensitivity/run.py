@@ -164,14 +164,14 @@ class _Probe:
             return
         texts, walk = self._used_sequences(), self.walk
         scores = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
-        walk.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in scores.items()))
+        walk.kept.put(*(first_order(names[name], gradient, self.ranks[0], texts) for name, gradient in scores.items()))
 
     def measure_base(self) -> dict[str, Losses]:
         """Measure BASE; repeated after an interruption, because errors need its losses by sequence."""
         walk = self.walk
         after = partial(walk.watch.batch, "BASE")
-        bases = {each.name: measure(self.model, each, walk.training.batch, after) for each in walk.sets}
-        walk.kept.put(*(record_of(each, bases[each.name]) for each in walk.sets))
+        bases = {texts.name: measure(self.model, texts, walk.training.batch, after) for texts in walk.sets}
+        walk.kept.put(*(record_of(texts, bases[texts.name]) for texts in walk.sets))
         return bases
 
     def run(self, bases: Mapping[str, Losses]) -> None:

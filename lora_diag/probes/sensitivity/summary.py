@@ -154,14 +154,13 @@ def _on_set(name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], se
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    one, plural = _UNITS[settings["per"]]
+    singular, plural = _UNITS[settings["per"]]
     better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
     worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
     ordered = sorted(gains, key=lambda gain: -gain.gain)
     lines = [
-        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else one} lower it "
-        "by "
-        f"more than two standard errors{f', {worse} raise it by that' if worse else ''}",
+        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else singular} "
+        f"lower it by more than two standard errors{f', {worse} raise it by that' if worse else ''}",
         f"highest: {_named(ordered[:_NAMED])}",
     ]
     if len(ordered) > 2 * _NAMED:
@@ -176,9 +175,9 @@ def _named(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
 def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
     if not more:
         return []
-    clear = [each for each in more if each.error is not None and abs(each.gain) > 2 * each.error]
-    up = sum(each.gain > 0 for each in clear)
-    ordered = sorted(more, key=lambda each: -each.gain)
+    clear = [gain for gain in more if gain.error is not None and abs(gain.gain) > 2 * gain.error]
+    up = sum(gain.gain > 0 for gain in clear)
+    ordered = sorted(more, key=lambda gain: -gain.gain)
     rank = settings["rank"]
     text = (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
@@ -209,7 +208,7 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
         other = {gain.unit: gain.gain for gain in gains[name]}
         both = [(gain.gain, other[gain.unit]) for gain in gains[sets[0]] if gain.unit in other]
         if len(both) > 2:
-            rho = spearman([one for one, _ in both], [two for _, two in both])
+            rho = spearman([first for first, _ in both], [second for _, second in both])
             lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
     return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
 
@@ -218,21 +217,28 @@ def _cheaper(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
     """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
     if not proxies:
         return "not known; at least three units must be measured"
-    ordered = sorted(proxies, key=lambda each: -(each.rho or 0.0))
-    best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), proxies[-1]
+    ordered = sorted(proxies, key=lambda correlation: -(correlation.rho or 0.0))
+    best, size = (
+        next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1),
+        proxies[-1],
+    )
     clear = sum(gain.is_clear for gain in gains)
     lines = [_verdict(best, size)]
     if 2 * clear < len(gains):  # noise has no order to predict
         lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
-    inside = [each.within_p for each in proxies if each.within_p is not None]
+    inside = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
     if inside and min(inside) > _CHANCE:
         lines.append("within module types, no score is significantly better than chance")
     lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
-    for each in ordered:
-        ends = f" [{each.ends[0]:+.2f}, {each.ends[1]:+.2f}]" if each.ends else ""
-        p = "" if each.p is None else f" p {_p(each.p)}"
-        within = "" if each.within is None or each.within_p is None else f"; {each.within:+.2f} p {_p(each.within_p)}"
-        lines.append(f"{_rho(each.rho)}{ends}{p}{within}: {_SCORES[each.score]}")
+    for correlation in ordered:
+        ends = f" [{correlation.ends[0]:+.2f}, {correlation.ends[1]:+.2f}]" if correlation.ends else ""
+        p = "" if correlation.p is None else f" p {_p(correlation.p)}"
+        within = (
+            ""
+            if correlation.within is None or correlation.within_p is None
+            else f"; {correlation.within:+.2f} p {_p(correlation.within_p)}"
+        )
+        lines.append(f"{_rho(correlation.rho)}{ends}{p}{within}: {_SCORES[correlation.score]}")
     return "\n".join(lines)
 
 

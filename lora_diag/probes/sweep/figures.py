@@ -107,53 +107,53 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel per set; several sweeps differ by colour."""
-    sets = sets_of(record for one in series for record in one.records)
+    sets = sets_of(record for item in series for record in item.records)
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
-        curves = [sweep_curve(one.records, name, _tolerance(one)) for one in series]
+        curves = [sweep_curve(item.records, name, _tolerance(item)) for item in series]
         title = called if len(curves) > 1 else _finding(called, curves[0])
         panels.append((title, partial(_draw, curves=curves, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
     return page_of(panels, _texts(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
 
 
-def _tolerance(one: Series[Any]) -> float:
-    return float(one.run.settings.get("tolerance", TOLERANCE)) if one.run else TOLERANCE
+def _tolerance(item: Series[Any]) -> float:
+    return float(item.run.settings.get("tolerance", TOLERANCE)) if item.run else TOLERANCE
 
 
 def _draw(ax: Axes, curves: Sequence[SweepCurve], inches: float, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    losses = [loss for one in curves for loss in one.losses]
+    losses = [loss for curve in curves for loss in curve.losses]
     if not losses:
         return
-    for number, one in enumerate(curves):
-        if not one.rows:
+    for number, curve in enumerate(curves):
+        if not curve.rows:
             continue
         color = category(number)
-        means = [row.mean for row in one.rows]
-        if len(curves) == 1 and one.verdict is not None and one.verdict.tolerance > 0:
+        means = [row.mean for row in curve.rows]
+        if len(curves) == 1 and curve.verdict is not None and curve.verdict.tolerance > 0:
             grey: dict[str, Any] = {"color": FLOOR, "alpha": 0.35, "lw": 0, "zorder": 1}
-            ax.axhspan(min(means), min(means) + one.verdict.tolerance, label="_tolerance", **grey)
-        dots = [(rank, loss) for rank, row in one.points for loss in row.losses]
+            ax.axhspan(min(means), min(means) + curve.verdict.tolerance, label="_tolerance", **grey)
+        dots = [(rank, loss) for rank, row in curve.points for loss in row.losses]
         small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
         ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
-        ax.plot([rank for rank, _ in one.points], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
-        for rank, row in one.points:
-            if one.verdict is not None and rank == one.verdict.rank:
+        ax.plot([rank for rank, _ in curve.points], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
+        for rank, row in curve.points:
+            if curve.verdict is not None and rank == curve.verdict.rank:
                 ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
                 ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
     _levels(ax, curves, losses, style)
     rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
-    every = [rank for one in curves for rank, _ in one.points]
+    every = [rank for curve in curves for rank, _ in curve.points]
     measured_axis(ax, every, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     loss_axis(ax)
 
 
 def _levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
     """Draw BASE and other reference lines; name those too far away at the edge."""
-    named = {("BASE", one.base): INK for one in curves if one.base is not None}
-    for number, one in enumerate(curves):
-        for word, loss in one.lines.items():
+    named = {("BASE", curve.base): INK for curve in curves if curve.base is not None}
+    for number, curve in enumerate(curves):
+        for word, loss in curve.lines.items():
             named[word, loss] = category(number) if len(curves) > 1 else QUIET
     span = max(losses) - min(losses) or abs(max(losses)) * 0.05
     low, high = min(losses) - FAR * span, max(losses) + FAR * span
@@ -197,8 +197,8 @@ def _texts(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle
     width = style.line
     single = len(series) == 1
     keys = [
-        Key(Line2D([], [], color=category(number), lw=1.6 * width), one.label)
-        for number, one in enumerate(() if single else series)
+        Key(Line2D([], [], color=category(number), lw=1.6 * width), item.label)
+        for number, item in enumerate(() if single else series)
     ]
     color = category(0) if single else QUIET
     if single:
@@ -214,7 +214,7 @@ def _texts(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle
         about += f"{run.settings['steps']} steps, "
     about += "mean negative log-likelihood of held-out predictions"
     notes = [f"The learning rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}."]
-    diverged = sum(record.loss is None for one in series for record in one.records)
+    diverged = sum(record.loss is None for item in series for record in item.records)
     if diverged:
         notes.append(f"Not drawn: {diverged} losses of runs that diverged.")
     notes.append("With fewer steps than you will train, small ranks may look better than they are.")

@@ -228,5 +228,5 @@ class _Sweep:
         """Return the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
         if not any(arm.subject == "full" for arm in arms):
             return ""
-        size = sum(each.numel() * each.element_size() for each in self.model.module.parameters()) / 2**30
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.module.parameters()) / 2**30
         return f"; a full fine-tune takes {4 * size:.1f} GiB in addition to BASE" if 4 * size >= 0.1 else ""

@@ -215,7 +215,9 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
             lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
         elif first.rank is None or other.rank is None:
             both = " and ".join(
-                f"r={each.answer} on {short(where)}" for where, each in ((own[0], first), (name, other)) if each.answer
+                f"r={verdict.answer} on {short(where)}"
+                for where, verdict in ((own[0], first), (name, other))
+                if verdict.answer
             )
             answers_are = f"; the best answers are {both}" if first.answer and other.answer else ""
             lines.append(f"not known on {short(name)}: {(other if other.rank is None else first).outcome}{answers_are}")

@@ -140,19 +140,21 @@ class SweepVerdict:
     def chosen(self) -> RankStanding | None:
         """The rank to train at: the smallest shown to be sufficient, else the best answer."""
         rank = self.rank if self.rank is not None else self.answer
-        return next((one for one in self.standings if one.rank == rank), None)
+        return next((standing for standing in self.standings if standing.rank == rank), None)
 
     @property
     def open(self) -> tuple[RankStanding, ...]:
         """Ranks below ``rank``, or all without one, that the seeds do not decide."""
         return tuple(
-            one for one in self.standings if one.enough == "not known" and (self.rank is None or one.rank < self.rank)
+            standing
+            for standing in self.standings
+            if standing.enough == "not known" and (self.rank is None or standing.rank < self.rank)
         )
 
     @property
     def more_seeds(self) -> int | None:
         """Estimated number of seeds that decide an open rank; None without open ranks, or if too many are needed."""
-        return min((one.seeds for one in self.open if one.seeds is not None), default=None)
+        return min((standing.seeds for standing in self.open if standing.seeds is not None), default=None)
 
 
 def confident(confidence: float) -> str:
@@ -172,17 +174,17 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
         share: Tolerance as a fraction of the gain.
     """
     chosen, lines = verdict.chosen, []
-    for one in verdict.standings:
-        if chosen is None or one.rank > chosen.rank or one.confidence is None or one.enough == "yes":
+    for standing in verdict.standings:
+        if chosen is None or standing.rank > chosen.rank or standing.confidence is None or standing.enough == "yes":
             continue
+        rank, behind, half = standing.rank, standing.behind, standing.half or 0
         interval = (
-            f"r={one.rank} is {100 * one.share:.2g}% of the gain behind r={verdict.best} ({one.behind:+.4f} nats "
-            f"[{one.behind - (one.half or 0):.4f}, {one.behind + (one.half or 0):.4f}]; tolerance {100 * share:.3g}%, "
-            f"{verdict.tolerance:.4f})"
-            if one.rank != verdict.best
-            else f"r={one.rank} has the lowest mean loss, {confident(one.confidence)} confidence that it is enough"
+            f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} ({behind:+.4f} nats "
+            f"[{behind - half:.4f}, {behind + half:.4f}]; tolerance {100 * share:.3g}%, {verdict.tolerance:.4f})"
+            if rank != verdict.best
+            else f"r={rank} has the lowest mean loss, {confident(standing.confidence)} confidence that it is enough"
         )
-        lines.append(f"{interval}: {'not enough' if one.enough == 'no' else needs(one.seeds)}")
+        lines.append(f"{interval}: {'not enough' if standing.enough == 'no' else needs(standing.seeds)}")
     return lines
 
 
@@ -270,8 +272,8 @@ def compare_with_reference(
     if abs(gap) > half:
         return ReferenceComparison(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
     distance = max(abs(gap), -max(losses.value, gains.value))
-    one = math.sqrt(spread) if fixed else math.sqrt(spread + its)
-    needed = runs_needed(distance, one, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
+    single = math.sqrt(spread) if fixed else math.sqrt(spread + its)
+    needed = runs_needed(distance, single, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
     return ReferenceComparison(best, other, gap, half, share, "not known", fixed, needed)
 
 
@@ -376,8 +378,8 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     chosen = next(
         close, best.rank
     )  # with missing seeds, the best rank may not be the best on the seeds that two ranks share
-    answer = next(one for one in standings if one.rank == chosen)
-    shown = next((one for one in standings if one.enough == "yes"), None)
+    answer = next(standing for standing in standings if standing.rank == chosen)
+    shown = next((standing for standing in standings if standing.enough == "yes"), None)
     return SweepVerdict(
         _outcome(standings, shown, noise),
         None if shown is None else shown.rank,
@@ -405,14 +407,14 @@ class _Noise:
     def known(self) -> bool:
         return self.paired > 0 and self.plain > 0
 
-    def of(self, one: AtRank, other: AtRank) -> float:
+    def of(self, first: AtRank, second: AtRank) -> float:
         """Return the paired variance for two ranks: the pooled one, or their own if larger.
 
         Spreads differ between ranks. With the pooled variance alone, two noisy ranks among quiet ones were judged equal
         in 14% of simulated sweeps instead of 5% (spreads 5 times apart, 5 ranks); with the maximum it is 7 to 10%, and
         4% for equal spreads.
         """
-        return max(self.paired, blocks([one.runs, other.runs])[0])
+        return max(self.paired, blocks([first.runs, second.runs])[0])
 
     def theta(self, value: float, variance: float, share: float, n: int, m: int) -> Estimate:
         """Return θ of n and m runs. Common seeds cancel, except for the fraction δ from the margin, which is a gain."""
@@ -421,11 +423,11 @@ class _Noise:
         return Estimate(value, error, self.freedom)
 
 
-def _pair(one: AtRank, other: AtRank) -> tuple[float, float, int, int]:
+def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
     """Return the means of two ranks and their numbers of runs, on common seeds if there are any."""
-    shared: Collection[int] = one.runs.keys() & other.runs.keys()
-    ours = [loss for seed, loss in one.runs.items() if not shared or seed in shared]
-    theirs = [loss for seed, loss in other.runs.items() if not shared or seed in shared]
+    shared: Collection[int] = first.runs.keys() & second.runs.keys()
+    ours = [loss for seed, loss in first.runs.items() if not shared or seed in shared]
+    theirs = [loss for seed, loss in second.runs.items() if not shared or seed in shared]
     return fmean(ours), fmean(theirs), len(ours), len(theirs)
 
 
@@ -475,10 +477,10 @@ def _rank_standing(
 def _outcome(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Outcome:
     if not noise.known:
         return "no verdict"
-    lower = [one for position, one in enumerate(standings) if 2 * position < len(standings)]
+    lower = [standing for position, standing in enumerate(standings) if 2 * position < len(standings)]
     if shown is not None and shown in lower:
         return "fast saturation"
-    if shown is not None and all(one.enough == "no" for one in lower):
+    if shown is not None and all(standing.enough == "no" for standing in lower):
         return "gradual decline"
     return "not resolved"
 
@@ -487,7 +489,7 @@ def _confidence(answer: RankStanding, standings: Sequence[RankStanding]) -> floa
     """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is (Bonferroni)."""
     if answer.confidence is None:
         return None
-    smaller = (1 - (one.against or 0.0) for one in standings if one.rank < answer.rank)
+    smaller = (1 - (standing.against or 0.0) for standing in standings if standing.rank < answer.rank)
     return max(0.0, answer.confidence - math.fsum(smaller))
 
 

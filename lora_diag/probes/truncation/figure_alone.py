@@ -55,13 +55,13 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the layers or types with the largest cost at the smallest measured rank, one panel per set."""
-    records = [record for one in series for record in one.records]
+    records = [record for item in series for record in item.records]
     rank = options.rank if options.rank is not None else _smallest(records)
     panels = []
     for name, called in sets_of(records).items():
         rows = []
-        for number, one in enumerate(series):
-            rows += _rows([record for record in one.records if record.set == name], rank, number)
+        for number, item in enumerate(series):
+            rows += _rows([record for record in item.records if record.set == name], rank, number)
         if rows:
             panels.append((called, highest(rows, ROWS)))
     max_rows = len({_cell_name(record) for record in records if record.rank == rank and _cell_name(record)})

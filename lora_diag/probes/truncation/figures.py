@@ -68,7 +68,7 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
-    runs = [together(one.records) for one in series]
+    runs = [together(item.records) for item in series]
     single = len(runs) == 1
     panels: list[tuple[str, Draw]] = []
     for name, called in sets_of(record for records in runs for record in records).items():
@@ -175,13 +175,14 @@ def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
         ]
     else:
         keys = [
-            Key(Line2D([], [], color=category(number), lw=1.6 * width), one.label) for number, one in enumerate(series)
+            Key(Line2D([], [], color=category(number), lw=1.6 * width), item.label)
+            for number, item in enumerate(series)
         ]
         keys.append(Key(Line2D([], [], color=QUIET, **dots), "energy fraction C(r)"))
     keys.append(Key(Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2))), "BASE, TUNED"))
     about = subject_of(series)
     about += "mean negative log-likelihood of held-out predictions; nothing is trained"
-    rest = {one.run.settings.get("rest") for one in series if one.run is not None}
+    rest = {item.run.settings.get("rest") for item in series if item.run is not None}
     notes = ["Errors are of the difference from TUNED, paired by sequence."]
     if not single:
         notes.insert(0, "Fraction of the change: 0 at BASE, 1 at TUNED.")

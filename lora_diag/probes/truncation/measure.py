@@ -101,18 +101,18 @@ def truncation(
 
     def losses_of(cell: Cell, ranks: Mapping[str, int]) -> dict[str, Losses]:
         swapped.arrange(ranks)
-        return {each.name: measure(model, each, size, lambda: after_batch(cell.label)) for each in texts}
+        return {text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label)) for text_set in texts}
 
     ends: dict[str, dict[str, Losses]] = {}
     for cell, rank in ((BASE, 0), (TUNED, FULL)):
         ends[cell.subject] = losses_of(cell, dict.fromkeys(every, rank))
     for cell in (BASE, TUNED):
-        yield from (record_of(cell, each, ends[cell.subject], ends) for each in texts)
+        yield from (record_of(cell, text_set, ends[cell.subject], ends) for text_set in texts)
     for cell in cells:
         assert cell.rank is not None
         losses = losses_of(cell, {**untruncated, **dict.fromkeys(cell.layers, cell.rank)})
         energy = swapped.energy(cell.layers, cell.rank)
-        yield from (record_of(cell, each, losses, ends, energy) for each in texts)
+        yield from (record_of(cell, text_set, losses, ends, energy) for text_set in texts)
 
 
 def record_of(

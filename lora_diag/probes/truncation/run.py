@@ -65,7 +65,7 @@ def probe_truncation(
     model = run.open(base)
     texts = run.read_sets(evaluate, shifted)
     swapped = Swapped(model, deltas, requested[-1])
-    sets = [each.name for each in texts]
+    sets = [text_set.name for text_set in texts]
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [cell for cell in cells if not kept.has(sets, **cell.fields)]

@@ -53,7 +53,7 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     energies = tuple("-" if row.energy is None else fraction(row.energy) for row in rows)
     columns = [Column("C(r)", energies)] if set(energies) != {"-"} else []
     for name in sets:
-        shown = (replace(one, head=short(name)) if one.path == "loss" else one for one in Probe.shown)
+        shown = (replace(field, head=short(name)) if field.path == "loss" else field for field in Probe.shown)
         of_set = [(row.name, [row.by_set[name]] if name in row.by_set else []) for row in rows]
         columns += columns_of(shown, of_set)
     return [Grid("", "truncated to", tuple(row.name for row in rows), tuple(columns))]

@@ -33,8 +33,8 @@ def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     if of == "ΔW":
         return title
     if "ΔW" in title or "W_base" in title:
-        each = of.split(" and ")
-        return " and ".join(title.replace("ΔW", one).replace("W_base", one.replace("ΔW", "W_base")) for one in each)
+        norms = of.split(" and ")
+        return " and ".join(title.replace("ΔW", norm).replace("W_base", norm.replace("ΔW", "W_base")) for norm in norms)
     return f"{title} of {of}" if field.startswith(_OF_ENERGY) else title
 
 
@@ -53,7 +53,9 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
         return f"rank of the sum over ranks of the updates, at {_percent(rest)}"
     if head == "tail" and rest.endswith(".fro"):
         return f"tail of rank {rest.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
-    return next((one.axis or one.title for one in kind.shown if one.path == field), field)
+    return next(
+        (field_shown.axis or field_shown.title for field_shown in kind.shown if field_shown.path == field), field
+    )
 
 
 def _percent(share: str) -> str:

@@ -83,15 +83,15 @@ def levels(
     """
     low, high = ax.get_ylim()
     groups: list[list[tuple[str, float, str]]] = []
-    for one in sorted(named, key=lambda item: item[1]):
-        text, value, color = one
+    for level in sorted(named, key=lambda item: item[1]):
+        text, value, color = level
         ax.axhline(
             value, color=color, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)), zorder=1.5, label=f"_{text}"
         )
         if groups and value - groups[-1][-1][1] < TEXT * (high - low):
-            groups[-1].append(one)
+            groups[-1].append(level)
         else:
-            groups.append([one])
+            groups.append([level])
     for position, group in enumerate(groups):
         below = lowest_below and position == 0 and len(groups) > 1
         ax.annotate(

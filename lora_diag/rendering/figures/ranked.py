@@ -88,7 +88,7 @@ def run_keys(series: Sequence[Series[Any]], style: PageStyle) -> tuple[Key, ...]
     if len(series) == 1:
         return ()
     dot: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4 * style.line}
-    return tuple(Key(Line2D([], [], color=category(n), **dot), one.label) for n, one in enumerate(series))
+    return tuple(Key(Line2D([], [], color=category(n), **dot), item.label) for n, item in enumerate(series))
 
 
 def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: FigureText, style: PageStyle) -> Figure:

@@ -53,22 +53,22 @@ def series_of(
         labels: Label of each; default by its inputs.
         files: Path of each, the label of runs that are otherwise identical.
     """
-    runs = [one.run for one in results]
-    metrics = [metric_of(one) if any(r.record == "spectrum" for r in one) else "" for one in results]
+    runs = [item.run for item in results]
+    metrics = [metric_of(item) if any(r.record == "spectrum" for r in item) else "" for item in results]
     names = [name_of(label) for label in labels] or names_of(runs, metrics, files)
     if len({*metrics} - {""}) > 1:
         metric = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
         names = [f"{name}{more}" for name, more in zip(names, metric, strict=True)]
     return tuple(
-        Series(name, tuple(record for record in drawn(one) if kind_of(record) == kind), one.whole, one.run)
-        for name, one in zip(names, results, strict=True)
-        for kind in dict.fromkeys(map(kind_of, drawn(one))) or [None]
+        Series(name, tuple(record for record in drawn(item) if kind_of(record) == kind), item.whole, item.run)
+        for name, item in zip(names, results, strict=True)
+        for kind in dict.fromkeys(map(kind_of, drawn(item))) or [None]
     )
 
 
 def drawn(results: Results[Any]) -> tuple[Any, ...]:
     """Return the records with figures: those of layers, and those of probes."""
-    return (*results.layers, *(one for one in results.whole if one.record not in _NOT_DRAWN))
+    return (*results.layers, *(item for item in results.whole if item.record not in _NOT_DRAWN))
 
 
 def kind_of(record: LayerRecord | WholeRecord) -> str:
@@ -78,7 +78,7 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
 
 def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``residual`` by adapter, labelled with the full update if there are several."""
-    several = len({run_name(one.run) for one in series if one.run is not None}) > 1
+    several = len({run_name(item.run) for item in series if item.run is not None}) > 1
     return _split(series, lambda record: (record.adapter,), several)
 
 
@@ -90,11 +90,11 @@ def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
 def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``portability`` by the programs and their versions."""
     split_series = []
-    for one in series:
+    for item in series:
         parts: dict[str, list[Any]] = {}
-        for record in one.records:
-            parts.setdefault(f"{owner_of(one, series)}{record.consumer} {record.version}", []).append(record)
-        split_series += [replace(one, label=label, records=tuple(records)) for label, records in parts.items()]
+        for record in item.records:
+            parts.setdefault(f"{owner_of(item, series)}{record.consumer} {record.version}", []).append(record)
+        split_series += [replace(item, label=label, records=tuple(records)) for label, records in parts.items()]
     return tuple(split_series)
 
 
@@ -102,34 +102,34 @@ def _split(
     series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], named: bool
 ) -> tuple[Series[Any], ...]:
     """Split series by the inputs named in their records, which label the parts; ``named``: also by the run."""
-    short = short_names(path for one in series for record in one.records for path in paths_of(record))
+    short = short_names(path for item in series for record in item.records for path in paths_of(record))
     split_series = []
-    for one in series:
+    for item in series:
         parts: dict[tuple[str, ...], list[Any]] = {}
-        for record in one.records:
+        for record in item.records:
             parts.setdefault(paths_of(record), []).append(record)
         split_series += [
-            (one, replace(one, label=" × ".join(short[path] for path in paths), records=tuple(records)))
+            (item, replace(item, label=" × ".join(short[path] for path in paths), records=tuple(records)))
             for paths, records in parts.items()
         ]
     counts = Counter(part.label for _, part in split_series)
     return tuple(
-        replace(part, label=f"{one.label}: {part.label}") if named or counts[part.label] > 1 else part
-        for one, part in split_series
+        replace(part, label=f"{item.label}: {part.label}") if named or counts[part.label] > 1 else part
+        for item, part in split_series
     )
 
 
 def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any], ...]:
     """Split series of ``overlap`` by step, at one rank; with many steps, only the first, middle and last."""
     split_series = []
-    for one in series:
-        ranks = sorted({record.rank for record in one.records})
+    for item in series:
+        ranks = sorted({record.rank for record in item.records})
         chosen = rank if rank is not None else 8 if 8 in ranks else ranks[0]
-        steps = sorted({record.step for record in one.records})
+        steps = sorted({record.step for record in item.records})
         shown = steps if len(steps) <= 4 else [steps[0], steps[len(steps) // 2], steps[-1]]
         for step in shown:
-            records = tuple(record for record in one.records if record.step == step and record.rank == chosen)
-            prefix = f"{one.label}, " if len(series) > 1 else ""
+            records = tuple(record for record in item.records if record.step == step and record.rank == chosen)
+            prefix = f"{item.label}, " if len(series) > 1 else ""
             split_series.append(Series(f"{prefix}step {step}, r = {chosen}", records))
     return tuple(part for part in split_series if part.records)
 
@@ -138,13 +138,13 @@ def subject_of(series: Sequence[Series[Any]]) -> str:
     """Return the start of a subtitle: the label of the run, or the inputs of all runs."""
     if len(series) == 1:
         return f"{series[0].label}; " if series[0].label else ""
-    measured = {run_name(one.run) if one.run is not None else "" for one in series}
+    measured = {run_name(item.run) if item.run is not None else "" for item in series}
     return f"{measured.pop()}; " if len(measured) == 1 and measured != {""} else ""
 
 
-def owner_of(one: Series[Any], series: Sequence[Series[Any]]) -> str:
+def owner_of(item: Series[Any], series: Sequence[Series[Any]]) -> str:
     """Return the prefix of a name in one of several runs."""
-    return f"{one.label}: " if len(series) > 1 else ""
+    return f"{item.label}: " if len(series) > 1 else ""
 
 
 def rank_absent(known: Collection[int], options: Options) -> str | None:

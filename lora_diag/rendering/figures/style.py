@@ -250,7 +250,7 @@ def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, s
     for name in names:
         families.setdefault(name.split(".")[0], []).append(name)
     dots = {
-        name: next((n for n in range(4) if all(width_of(_from(one, n), size) <= inches for one in family)), 0)
+        name: next((n for n in range(4) if all(width_of(_from(member, n), size) <= inches for member in family)), 0)
         for family in families.values()
         for name in family
     }

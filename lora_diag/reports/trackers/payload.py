@@ -28,28 +28,28 @@ class Payload:
     @property
     def name(self) -> str:
         """Name of the run in a tracker, such as ``loradiag spectrum``."""
-        return "loradiag " + ", ".join(dict.fromkeys(one.run.command for one in self.results))
+        return "loradiag " + ", ".join(dict.fromkeys(item.run.command for item in self.results))
 
     @property
     def config(self) -> dict[str, Any]:
         """Inputs and settings of each run, by its command."""
         return {
             key: {
-                "version": one.run.version,
-                **{f"input.{side.role}": side.path for side in one.run.inputs},
-                **{f"settings.{name}": value for name, value in one.run.settings.items()},
+                "version": item.run.version,
+                **{f"input.{side.role}": side.path for side in item.run.inputs},
+                **{f"settings.{name}": value for name, value in item.run.settings.items()},
             }
-            for key, one in self._named()
+            for key, item in self._named()
         }
 
     @cached_property
     def scalars(self) -> dict[str, float]:
         """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as tables pool them."""
         values: dict[str, float] = {}
-        for key, one in self._named():
-            for kind in dict.fromkeys(type(record) for record in (*one.layers, *one.whole)):
-                records = [record for record in (*one.layers, *one.whole) if type(record) is kind]
-                columns = kind.shown_of(one.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
+        for key, item in self._named():
+            for kind in dict.fromkeys(type(record) for record in (*item.layers, *item.whole)):
+                records = [record for record in (*item.layers, *item.whole) if type(record) is kind]
+                columns = kind.shown_of(item.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
                 for column in columns:
                     value = pooled_value(column, records) if column.main else None
                     if isinstance(value, int | float):
@@ -59,7 +59,7 @@ class Payload:
     @cached_property
     def tables(self) -> dict[str, dict[str, list[Any]]]:
         """The records of each run as columns."""
-        return {key: one.columns() for key, one in self._named() if one.layers or one.whole}
+        return {key: item.columns() for key, item in self._named() if item.layers or item.whole}
 
     @cached_property
     def figures(self) -> dict[str, bytes]:
@@ -85,19 +85,19 @@ class Payload:
 
     def _named(self) -> list[tuple[str, Results[Any]]]:
         """Return each run with its command, numbered where a command has several."""
-        commands = [one.run.command for one in self.results]
+        commands = [item.run.command for item in self.results]
         counts: dict[str, int] = {}
         named = []
-        for one in self.results:
-            counts[one.run.command] = number = counts.get(one.run.command, 0) + 1
-            name = one.run.command.replace(" ", "_")
-            named.append((f"{name}_{number}" if commands.count(one.run.command) > 1 else name, one))
+        for item in self.results:
+            counts[item.run.command] = number = counts.get(item.run.command, 0) + 1
+            name = item.run.command.replace(" ", "_")
+            named.append((f"{name}_{number}" if commands.count(item.run.command) > 1 else name, item))
         return named
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
     """Return the payload of results or results files."""
-    return Payload(tuple(one if isinstance(one, Results) else read_results(one) for one in results))
+    return Payload(tuple(item if isinstance(item, Results) else read_results(item) for item in results))
 
 
 def pixels(png: bytes) -> Any:

@@ -61,8 +61,8 @@ _FEATURES = (
 @cache
 def features() -> tuple[Feature, ...]:
     """Return all features: loradiag's own, then those of installed packages. One that fails to load is skipped."""
-    own: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
-    names = {feature.name for feature in own}
+    built_in: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
+    names = {feature.name for feature in built_in}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
             loaded = entry.load()
@@ -76,8 +76,8 @@ def features() -> tuple[Feature, ...]:
             _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
             continue
         names.add(loaded.name)
-        own.append(loaded)
-    return tuple(own)
+        built_in.append(loaded)
+    return tuple(built_in)
 
 
 def feature_of(command: str) -> Feature | None:

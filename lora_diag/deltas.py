@@ -298,7 +298,7 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
         return name
     if not HEAD.search(name) or not _is_tied(checkpoint.config):
         return None
-    tables = [other for other in checkpoint if RESIZABLE.search(other)]
+    tables = [table for table in checkpoint if RESIZABLE.search(table)]
     return tables[0] if len(tables) == 1 else None
 
 
@@ -347,8 +347,8 @@ def why_left_out(info: TensorInfo) -> str | None:
 def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
     before, after = base.info, tuned.info
     if problem := _not_comparable(before, after):
-        other = after.shape if problem[0] == "shape_differs" else None
-        unpaired.append(Unpaired(name, before.shape, *problem, tuned_shape=other))
+        other_shape = after.shape if problem[0] == "shape_differs" else None
+        unpaired.append(Unpaired(name, before.shape, *problem, tuned_shape=other_shape))
         return
     if before.shape != after.shape:
         unpaired.append(added_rows(name, base, tuned))

@@ -103,12 +103,12 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         InputError: A path cannot be read, has no step number, or repeats a step.
     """
     steps: dict[int, Step] = {}
-    for path in (source for given in paths for source in _sources(locate(given))):
+    for path in (source for argument in paths for source in _sources(locate(argument))):
         checkpoint = open_checkpoint(path)
         number = _step_of(checkpoint, path)
-        other = steps.setdefault(number, Step(number, checkpoint))
-        if other.checkpoint is not checkpoint:
-            raise InputError(f"{path}: is of step {number}, and so is {other.checkpoint.path}; give one of them")
+        existing = steps.setdefault(number, Step(number, checkpoint))
+        if existing.checkpoint is not checkpoint:
+            raise InputError(f"{path}: is of step {number}, and so is {existing.checkpoint.path}; give one of them")
     return tuple(steps[number] for number in sorted(steps))
 
 
@@ -144,8 +144,8 @@ def _step_of(checkpoint: Checkpoint, path: Path) -> int:
         if not (word.isascii() and word.isdecimal() and len(word) < 16):
             raise InputError(f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up; correct it")
         return int(word)
-    own = path.name.removesuffix(INDEX).removesuffix(path.suffix) if path.is_file() else path.name
-    name = path.parent.name if path.name in WEIGHTS else own
+    stem = path.name.removesuffix(INDEX).removesuffix(path.suffix) if path.is_file() else path.name
+    name = path.parent.name if path.name in WEIGHTS else stem
     match = _NUMBER.search(name)
     if match is None:
         raise InputError(f"{path}: has no step; put it into the file's metadata or its name, such as grad_step000040")
@@ -172,18 +172,18 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
         located, rest = _located(step.checkpoint, base)
         unpaired = rest | unpaired
         for layer, shape, side in located:
-            taken = snapshots.setdefault(layer, [])
-            if taken and taken[-1].step == step.step:
+            of_layer = snapshots.setdefault(layer, [])
+            if of_layer and of_layer[-1].step == step.step:
                 raise InputError(
-                    f"{step.checkpoint.path}: {taken[-1].side.name} and {side.name} are both gradients of {layer}; "
+                    f"{step.checkpoint.path}: {of_layer[-1].side.name} and {side.name} are both gradients of {layer}; "
                     "remove one of them"
                 )
             if shapes.setdefault(layer, shape) != shape:
                 raise InputError(
                     f"{step.checkpoint.path}: {side.name} is {list(shape)}, and {list(shapes[layer])} in "
-                    f"{taken[-1].side.checkpoint.path}; use gradients of one model"
+                    f"{of_layer[-1].side.checkpoint.path}; use gradients of one model"
                 )
-            taken.append(Snapshot(step.step, side))
+            of_layer.append(Snapshot(step.step, side))
     ordered = sorted(snapshots, key=natural_order)
     followed = tuple(History(layer, shapes[layer], tuple(snapshots[layer])) for layer in ordered)
     return followed, tuple(unpaired[name] for name in sorted(unpaired, key=natural_order))

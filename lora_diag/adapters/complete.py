@@ -38,10 +38,10 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
         return None
     if any(config.values.get(key) for key in ("target_parameters", "layer_replication")):
         return None
-    own = names_in_memory(adapter, base)
+    in_memory = names_in_memory(adapter, base)
     layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
-    adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*own}
-    modules = _modules(base, adapted, Model(base, own), config)
+    adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
+    modules = _modules(base, adapted, Model(base, in_memory), config)
     names = module_targets(config, modules.values())
     excluded = config.values.get("exclude_modules")
     saved = config.names("modules_to_save")

@@ -66,9 +66,9 @@ def read_diffusers(source: Source) -> Reading:
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
 
 
-def _module_of(module: str, old: bool) -> str:
+def _module_of(module: str, old_style: bool) -> str:
     """Return the module of a key; ``attn1.processor.to_q_lora`` is ``attn1.to_q``, ``to_out`` its first part."""
-    if not old:
+    if not old_style:
         return module
     name = module.replace(".processor", "")
     return f"{name}.0" if name.endswith(".to_out") else name
@@ -106,8 +106,8 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
         raise InputError(f"{source.path}: {parts['alpha']} must be a single number; save the adapter again")
     scale = scale_in(source, parts.get("alpha", ""), down[0])
-    if not scale.alpha and (own := _component(module, settings)):
-        scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), own), module, down[0]))
+    if not scale.alpha and (component := _component(module, settings)):
+        scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), component), module, down[0]))
     load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)
     shape = (up[0], math.prod(down[1:]))
     key = parts["up"]

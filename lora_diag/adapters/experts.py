@@ -90,8 +90,8 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
         if _parameters(owner, targets) and not is_target(owner, by_module, config.path):
             nested.setdefault(owner, []).append(module)
     stacks = [stack for owner, keys in nested.items() for stack in _stacks(owner, keys, targets, modules, config)]
-    taken = {stack.module for stack in stacks}
-    return stacks, {module: parts for module, parts in modules.items() if module not in taken}
+    stacked = {stack.module for stack in stacks}
+    return stacks, {module: parts for module, parts in modules.items() if module not in stacked}
 
 
 def _parameters(owner: str, targets: list[str]) -> list[str]:

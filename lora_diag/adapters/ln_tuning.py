@@ -17,7 +17,7 @@ PART = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bi
 
 def read_ln_tuning(source: Source) -> Reading:
     """Read a PEFT LN_TUNING adapter."""
-    own = [key for key in source.checkpoint if PART.search(key)]
-    values = tuple(NewValue(PART.sub("", strip(key)), key) for key in own)
-    rest = [key for key in source.checkpoint if key not in set(own)]
-    return with_stored_values(Reading(f"PEFT LN tuning, {len(own)} tensors", (), values), source, rest)
+    norm_keys = [key for key in source.checkpoint if PART.search(key)]
+    values = tuple(NewValue(PART.sub("", strip(key)), key) for key in norm_keys)
+    rest = [key for key in source.checkpoint if key not in set(norm_keys)]
+    return with_stored_values(Reading(f"PEFT LN tuning, {len(norm_keys)} tensors", (), values), source, rest)

@@ -161,8 +161,12 @@ def is_same_part(first: str, second: str, alone: bool) -> bool:
     >>> is_same_part("fc.weight", "vision_model.fc.weight", alone=True)
     True
     """
-    ours, theirs = (DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second))
-    return ours == theirs or (alone and (ours <= theirs or theirs <= ours))
+    first_wrappers, second_wrappers = (
+        DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second)
+    )
+    return first_wrappers == second_wrappers or (
+        alone and (first_wrappers <= second_wrappers or second_wrappers <= first_wrappers)
+    )
 
 
 def flattened(name: str) -> str:
@@ -183,11 +187,11 @@ def dialects(name: str) -> Iterator[str]:
     """
     yield name
     for dialect in DIALECTS:
-        other = name
+        translated = name
         for ours, theirs in dialect:
-            other = other.replace(ours, theirs)
-        if other != name:
-            yield other
+            translated = translated.replace(ours, theirs)
+        if translated != name:
+            yield translated
 
 
 class _Index:

@@ -105,9 +105,9 @@ def place(
 
 def _unmatched(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
     shown = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
-    more = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return (
-        f"{source.path}: {len(missing)} of its weights are not in {base.path}: {shown}{more} (BASE has names like "
+        f"{source.path}: {len(missing)} of its weights are not in {base.path}: {shown}{suffix} (BASE has names like "
         f"{min(base)}); give the base it was trained on, or skip these weights with --allow-unmatched"
     )
 
@@ -160,8 +160,8 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
         plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
         deltas.append(_delta(layer, expected, plus))
     stored = [*values, *copies.values()]
-    more, left_out = _new_values(source, stored, base)
-    changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in more}
+    new_values, left_out = _new_values(source, stored, base)
+    changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in new_values}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     tied = sorted(
         {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
@@ -171,17 +171,17 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
         "to the one stored weight"
         for layer in tied
     ]
-    return [*deltas, *more], [*unpaired, *left_out], notes
+    return [*deltas, *new_values], [*unpaired, *left_out], notes
 
 
 def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
     """Refuse updates of different weights that share one weight in BASE."""
-    taken: dict[tuple[int, int] | None, str] = {}
+    owners: dict[tuple[int, int] | None, str] = {}
     for piece in pieces:
         key = piece.location.into
-        if taken.setdefault(key, piece.update.weight) != piece.update.weight or (None in taken and len(taken) > 1):
-            both = " and ".join(sorted({other.update.weight for other in pieces})[:2])
-            raise InputError(f"{source.path}: {both} are both {layer} in BASE; give the matching part of the model")
+        if owners.setdefault(key, piece.update.weight) != piece.update.weight or (None in owners and len(owners) > 1):
+            names = " and ".join(sorted({other.update.weight for other in pieces})[:2])
+            raise InputError(f"{source.path}: {names} are both {layer} in BASE; give the matching part of the model")
 
 
 def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:

@@ -56,12 +56,16 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
 
     actual, expected = ({d.layer: d for d in open_adapter(path).pair(base)[0].deltas} for path in (folder, written))
     for layer, delta in expected.items():
-        other = actual.get(layer)
-        if not isinstance(delta, FactoredDelta) or not isinstance(other, FactoredDelta) or other.shape != delta.shape:
+        actual_delta = actual.get(layer)
+        if (
+            not isinstance(delta, FactoredDelta)
+            or not isinstance(actual_delta, FactoredDelta)
+            or actual_delta.shape != delta.shape
+        ):
             raise InputError(
                 f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
             )
-        pairs = zip(_used(*other.load()), _used(*delta.load()), strict=True)
+        pairs = zip(_used(*actual_delta.load()), _used(*delta.load()), strict=True)
         if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
             raise InputError(
                 f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"

@@ -28,7 +28,7 @@ def shown(address: Path | str) -> str:
     return ANY.sub(lambda part: _without_secrets(*part[0].split("://", 1)), text)
 
 
-def _without_secrets(scheme: str, rest: str) -> str:
-    location = re.split(r"[?#]" if scheme in WEB else r"\?", rest, maxsplit=1)[0]
+def _without_secrets(scheme: str, remainder: str) -> str:
+    location = re.split(r"[?#]" if scheme in WEB else r"\?", remainder, maxsplit=1)[0]
     authority, slash, key = location.partition("/")
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{key}"

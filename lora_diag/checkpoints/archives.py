@@ -236,11 +236,11 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if at < 0:
-            raise ValueError(f"position {at} is before the start")
-        self._at = at
-        return at
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if position < 0:
+            raise ValueError(f"position {position} is before the start")
+        self._at = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._length - self._at))

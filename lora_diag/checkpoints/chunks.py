@@ -90,8 +90,8 @@ class Boxes:
     def _overlap(self) -> bool:
         """Return whether two boxes have an entry in common. Boxes are sorted by their first index."""
         pairs = 0
-        for at, box in enumerate(self.boxes):
-            for other in self.boxes[at + 1 :]:
+        for index, box in enumerate(self.boxes):
+            for other in self.boxes[index + 1 :]:
                 if box.sizes and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
                     break
                 pairs += 1
@@ -116,8 +116,8 @@ class Boxes:
         out: torch.Tensor | None = None
         for box in self.boxes:
             left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
-            for row, own, count in _runs(box, self.shape, self._cut, first, last):
-                part = box.source.read(own * across, (own + count) * across).view(count, across)
+            for row, index, count in _runs(box, self.shape, self._cut, first, last):
+                part = box.source.read(index * across, (index + count) * across).view(count, across)
                 if out is None:
                     out = torch.empty((last - first, width), dtype=part.dtype)
                 out[row - first : row - first + count, left : left + across] = part
@@ -147,10 +147,10 @@ class Boxes:
         for box in self.boxes:
             content = box.source.read_bytes()
             left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
-            for row, own, count in _runs(box, self.shape, self._cut, 0, len(out) // max(1, row_bytes)):
+            for row, index, count in _runs(box, self.shape, self._cut, 0, len(out) // max(1, row_bytes)):
                 for i in range(count):
-                    at = (row + i) * row_bytes + left
-                    out[at : at + across] = content[(own + i) * across : (own + i + 1) * across]
+                    position = (row + i) * row_bytes + left
+                    out[position : position + across] = content[(index + i) * across : (index + i + 1) * across]
         return bytes(out)
 
 
@@ -172,21 +172,21 @@ def _runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> 
     top, own_height = box.offsets[cut - 1], box.sizes[cut - 1]
     runs = []
     for slab in range(first // height, -(-last // height)):
-        own = _own_index(slab, slabs, box.offsets, own_slabs)
-        if own is None:
+        index = _own_index(slab, slabs, box.offsets, own_slabs)
+        if index is None:
             continue
         low, high = max(first, slab * height + top), min(last, slab * height + top + own_height)
         if low < high:
-            runs.append((low, own * own_height + low - slab * height - top, high - low))
+            runs.append((low, index * own_height + low - slab * height - top, high - low))
     return runs
 
 
 def _own_index(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
     """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
-    own, step = 0, 1
+    result, step = 0, 1
     for size, offset, inside in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
-        index, at = divmod(index, size)
-        if not offset <= at < offset + inside:
+        index, coordinate = divmod(index, size)
+        if not offset <= coordinate < offset + inside:
             return None
-        own, step = own + (at - offset) * step, step * inside
-    return own
+        result, step = result + (coordinate - offset) * step, step * inside
+    return result

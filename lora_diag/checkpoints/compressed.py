@@ -250,7 +250,7 @@ def _shape(source: Checkpoint, module: str) -> tuple[int, int]:
     require(source, name, (2,), INTEGERS, f"{module}.weight")
     width = 8 if source[name].dtype == "int64" else 4
     content = source.read_bytes(name)
-    out, columns = (int.from_bytes(content[at : at + width], "little", signed=True) for at in (0, width))
+    out, columns = (int.from_bytes(content[start : start + width], "little", signed=True) for start in (0, width))
     if not (0 < out < 2**31 and 0 < columns < 2**31):
         raise InputError(f"{source.file_of(name)}: {name} gives the shape [{out}, {columns}]; save the model again")
     return out, columns

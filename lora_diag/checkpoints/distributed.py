@@ -254,9 +254,9 @@ def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[
     others = {key for key, path in paths.items() if any(OTHERS.search(part) for part in path[:-1]) or _is_moment(key)}
     inside: dict[tuple[str, ...], list[str]] = {}
     for key, path in paths.items():
-        at = next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
-        if at is not None and key not in others:
-            inside.setdefault(path[: at + 1], []).append(key)
+        position = next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
+        if position is not None and key not in others:
+            inside.setdefault(path[: position + 1], []).append(key)
     if len(inside) > 1:
         names = ", ".join(sorted(".".join(prefix) for prefix in inside)[:3])
         raise InputError(f"{index.parent}: holds the weights of {len(inside)} models ({names}); save one of them alone")

@@ -150,9 +150,9 @@ def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """Return eight 6-bit scales and eight 6-bit minima of 12 bytes, ``(n, 8)`` each."""
     import torch
 
-    d, m, both = packed[:, :4].int(), packed[:, 4:8].int(), packed[:, 8:].int()
-    scales = torch.cat([d & 63, (both & 15) | ((d >> 2) & 48)], dim=1)
-    return scales.float(), torch.cat([m & 63, (both >> 4) | ((m >> 2) & 48)], dim=1).float()
+    d, m, shared = packed[:, :4].int(), packed[:, 4:8].int(), packed[:, 8:].int()
+    scales = torch.cat([d & 63, (shared & 15) | ((d >> 2) & 48)], dim=1)
+    return scales.float(), torch.cat([m & 63, (shared >> 4) | ((m >> 2) & 48)], dim=1).float()
 
 
 def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

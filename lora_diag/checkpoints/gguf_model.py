@@ -140,8 +140,8 @@ class GgufModel:
         if "{}" in name and len(info.shape) == 3:
             size = math.prod(info.shape[1:])
             for expert in range(info.shape[0]):
-                own = TensorInfo(name.format(expert), info.shape[1:], info.dtype, info.stored)
-                yield View(stored, own, expert * size)
+                expert_info = TensorInfo(name.format(expert), info.shape[1:], info.dtype, info.stored)
+                yield View(stored, expert_info, expert * size)
             return
         if "{}" in name:
             yield View(stored, info)

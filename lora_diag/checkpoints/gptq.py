@@ -208,7 +208,7 @@ def ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapp
             full = [
                 byte
                 for byte in range(256)
-                if any(byte >> at & (2**bits - 1) == 2**bits - 1 for at in range(0, 8, bits))
+                if any(byte >> shift & (2**bits - 1) == 2**bits - 1 for shift in range(0, 8, bits))
             ]
             zeros = f"{name.removesuffix('.weight')}.qzeros"
             if re.search(b"[" + b"".join(re.escape(bytes([byte])) for byte in full) + b"]", source.read_bytes(zeros)):

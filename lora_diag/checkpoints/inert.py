@@ -124,13 +124,13 @@ class _Machine:
 
     def pop_to_mark(self) -> list[Any]:
         """Remove the values above the topmost mark, and the mark."""
-        at = len(self.stack) - 1
-        while self.stack[at] is not _MARK:
-            at -= 1
-            if at < 0:
+        index = len(self.stack) - 1
+        while self.stack[index] is not _MARK:
+            index -= 1
+            if index < 0:
                 raise ValueError("a mark is missing")
-        values = self.stack[at + 1 :]
-        del self.stack[at:]
+        values = self.stack[index + 1 :]
+        del self.stack[index:]
         return values
 
     def top(self) -> Any:

@@ -94,8 +94,8 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
 
 def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
     weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
-    own = config.get(module)
-    settings = {**config, **own} if isinstance(own, dict) else config
+    module_config = config.get(module)
+    settings = {**config, **module_config} if isinstance(module_config, dict) else config
     mode, bits, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
     if mode != "affine" or bits not in BITS or group not in GROUPS or isinstance(bits, bool):
         raise InputError(

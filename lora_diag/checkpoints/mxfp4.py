@@ -77,9 +77,9 @@ def _expert(layout: Layout, expert: int, first: int, last: int, table: Any) -> t
     step = max(1, SLAB_BYTES // (groups * GROUP // 2))
     for row in range(0, layout.out, step):
         end = min(layout.out, row + step)
-        at = (expert * layout.out + row) * groups, (expert * layout.out + end) * groups
-        codes = layout.source.read(f"{layout.name}{BLOCKS}", at[0] * 16, at[1] * 16).view(end - row, groups, 16)
-        scales = layout.source.read(f"{layout.name}{SCALES}", *at).view(end - row, groups)[:, low:high]
+        span = (expert * layout.out + row) * groups, (expert * layout.out + end) * groups
+        codes = layout.source.read(f"{layout.name}{BLOCKS}", span[0] * 16, span[1] * 16).view(end - row, groups, 16)
+        scales = layout.source.read(f"{layout.name}{SCALES}", *span).view(end - row, groups)[:, low:high]
         values = table(unpack(codes[:, low:high].reshape(end - row, -1), 4, (high - low) * GROUP))
         values *= e8m0(scales).repeat_interleave(GROUP, dim=1)
         out[:, row:end] = values[:, first - low * GROUP : last - low * GROUP].T

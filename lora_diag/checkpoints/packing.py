@@ -132,8 +132,8 @@ def read_columns(source: Checkpoint, name: str, rows: tuple[int, int], columns: 
     width = source[name].shape[-1]
     step = max(1, SLAB_BYTES // (4 * max(1, width)))
     parts = [
-        read_rows(source, name, at, min(rows[1], at + step))[:, columns[0] : columns[1]].clone()
-        for at in range(rows[0], rows[1], step)
+        read_rows(source, name, first, min(rows[1], first + step))[:, columns[0] : columns[1]].clone()
+        for first in range(rows[0], rows[1], step)
     ]
     return torch.cat(parts)
 

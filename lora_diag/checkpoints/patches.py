@@ -45,9 +45,9 @@ class PatchedFile:
         for name in changed:
             self._check(name)
         self._changed = frozenset(changed)
-        other = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
-        if other:
-            raise InputError(f"{self._file}: {min(other)} is neither indices nor values of a patch; write it again")
+        unknown = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
+        if unknown:
+            raise InputError(f"{self._file}: {min(unknown)} is neither indices nor values of a patch; write it again")
         self.tensors: Mapping[str, TensorInfo] = {name: self._info(name) for name in base}
         self.notes: tuple[str, ...] = (
             f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",
@@ -61,8 +61,8 @@ class PatchedFile:
         if name not in self._changed:
             return values
         values = values.to(getattr(torch, self.tensors[name].dtype))
-        at, inside = self._locations(name, start, stop)
-        values[at[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(values.dtype)
+        positions, inside = self._locations(name, start, stop)
+        values[positions[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(values.dtype)
         return values
 
     def read_bytes(self, name: str) -> bytes:
@@ -85,18 +85,18 @@ class PatchedFile:
         Raises:
             InputError: A position is outside the tensor, or occurs twice.
         """
-        at = self._patch.read(f"{name}{INDICES}").long()
+        positions = self._patch.read(f"{name}{INDICES}").long()
         numel = self.tensors[name].numel
-        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < numel:
-            position = int(at.min()) if int(at.min()) < 0 else int(at.max())
+        if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < numel:
+            position = int(positions.min()) if int(positions.min()) < 0 else int(positions.max())
             raise InputError(
                 f"{self._file}: {name}{INDICES} names entry {position} of {numel:,}; write the patch again"
             )
-        ordered = at.sort().values
-        if (same := (ordered[1:] == ordered[:-1]).nonzero()).numel():
-            twice = int(ordered[int(same[0])])
+        ordered = positions.sort().values
+        if (repeated := (ordered[1:] == ordered[:-1]).nonzero()).numel():
+            twice = int(ordered[int(repeated[0])])
             raise InputError(f"{self._file}: {name}{INDICES} names entry {twice} twice; write the patch again")
-        return at, (at >= start) & (at < stop)
+        return positions, (positions >= start) & (positions < stop)
 
     def _check(self, name: str) -> None:
         values, indices = f"{name}{VALUES}", f"{name}{INDICES}"
@@ -124,8 +124,8 @@ class PatchedFile:
         if name not in self._changed:
             return info
         dtypes = {info.dtype, self._patch[f"{name}{VALUES}"].dtype}
-        wide = info.dtype if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
-        return TensorInfo(name, info.shape, wide)
+        dtype = info.dtype if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        return TensorInfo(name, info.shape, dtype)
 
 
 def is_patch(checkpoint: Checkpoint) -> bool:

@@ -90,7 +90,7 @@ class PiecesFolder:
 
 def _shape(boxes: Sequence[Box]) -> tuple[int, ...]:
     """Return the smallest shape that holds all pieces of a tensor."""
-    ends = [[at + size for at, size in zip(box.offsets, box.sizes, strict=True)] for box in boxes]
+    ends = [[start + size for start, size in zip(box.offsets, box.sizes, strict=True)] for box in boxes]
     return tuple(max(sizes) for sizes in zip(*ends, strict=True))
 
 

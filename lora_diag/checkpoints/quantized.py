@@ -68,8 +68,8 @@ class Dequantized:
 
     def __init__(self, file: TensorFile, weights: Mapping[str, QuantizedWeight], hidden: frozenset[str]) -> None:
         self._file = file
-        own = [(name, weights[name]) for name in file.tensors if name in weights]
-        self._weights = {weight.info.name: weight for _, weight in own}
+        in_file = [(name, weights[name]) for name in file.tensors if name in weights]
+        self._weights = {weight.info.name: weight for _, weight in in_file}
         self.path = file.path
         self.notes = file.notes
         self.metadata = file.metadata
@@ -118,8 +118,8 @@ def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Te
     if not weights:
         return source.files, ()
     hidden = frozenset(part for weight in weights.values() for part in weight.parts)
-    at = {(weight.place if isinstance(weight, RowWeight) else name): weight for name, weight in weights.items()}
-    for place, weight in at.items():
+    by_place = {(weight.place if isinstance(weight, RowWeight) else name): weight for name, weight in weights.items()}
+    for place, weight in by_place.items():
         name = weight.info.name
         if place != name and name in source:
             raise InputError(f"{source.file_of(place)}: {name} is stored twice, once as {place}; save the model again")
@@ -127,4 +127,4 @@ def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Te
     formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
     note = f"quantized weights are dequantized while they are read: {formats}"
     notes = (note, *gptq.ambiguous_zeros(source, weights, config))
-    return tuple(Dequantized(file, at, hidden) for file in source.files), notes
+    return tuple(Dequantized(file, by_place, hidden) for file in source.files), notes

@@ -66,8 +66,10 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, file_info:
         return
     starts = range(0, len(buffer), CHUNK_BYTES)
     parts = [
-        _pool("chunk").submit(_fill_chunk, store, address, offset + at, buffer[at : at + CHUNK_BYTES], file_info)
-        for at in starts
+        _pool("chunk").submit(
+            _fill_chunk, store, address, offset + start, buffer[start : start + CHUNK_BYTES], file_info
+        )
+        for start in starts
     ]
     try:
         for part in parts:
@@ -91,8 +93,8 @@ def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, fil
         done = len(buffer)
 
     while done < len(buffer):
-        before = done
-        retried(address, attempt, lambda before=before: done > before)  # type: ignore[misc]
+        done_before = done
+        retried(address, attempt, lambda done_before=done_before: done > done_before)  # type: ignore[misc]
 
 
 def retried(address: str, attempt: Callable[[], T], made_progress: Callable[[], bool] = lambda: False) -> T | None:

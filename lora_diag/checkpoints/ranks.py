@@ -221,12 +221,15 @@ def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: 
         stored = archive.tensor(mesh.get("mesh"), f"the mesh of {name}")
         if stored is not None and stored.numel <= MAX_RANKS and stored.dtype in {"int32", "int64"}:
             width, content = WIDTH[stored.dtype], stored.read_bytes()
-            ranks = [int.from_bytes(content[at : at + width], "little") for at in range(0, len(content), width)]
+            ranks = [
+                int.from_bytes(content[coordinate : coordinate + width], "little")
+                for coordinate in range(0, len(content), width)
+            ]
             coordinates = _unraveled(ranks.index(rank), stored.shape) if rank in ranks else None
     if (
         not isinstance(coordinates, tuple | list)
         or len(coordinates) != dimensions
-        or not all(type(at) is int and 0 <= at < MAX_RANKS for at in coordinates)
+        or not all(type(coordinate) is int and 0 <= coordinate < MAX_RANKS for coordinate in coordinates)
     ):
         raise InputError(
             f"{archive.file.path}: {name} does not give the position of rank {rank} in the device mesh; save it again"
@@ -237,8 +240,8 @@ def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: 
 def _unraveled(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     coordinates: list[int] = []
     for size in reversed(shape):
-        index, at = divmod(index, size)
-        coordinates.insert(0, at)
+        index, coordinate = divmod(index, size)
+        coordinates.insert(0, coordinate)
     return tuple(coordinates)
 
 
@@ -253,7 +256,11 @@ def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
         coordinate = shard.get("metadata") if isinstance(shard, Record) else None
         tensor = archive.tensor(shard.get("tensor"), name) if isinstance(shard, Record) else None
         offsets = coordinate.get("shard_offsets") if isinstance(coordinate, Record) else None
-        if tensor is None or not isinstance(offsets, list | tuple) or not all(type(at) is int for at in offsets):
+        if (
+            tensor is None
+            or not isinstance(offsets, list | tuple)
+            or not all(type(offset) is int for offset in offsets)
+        ):
             raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without offsets; save the model again")
         parts.append(_Part(tensor, shape, offsets=tuple(offsets)))
     return parts
@@ -297,12 +304,14 @@ def _box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: 
 def _assembled(folder: Path, name: str, parts: list[_Part]) -> Boxes:
     """Put the parts of a DTensor together: those of one place of every repeated dimension of the mesh."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
-    at = {part.coordinates: part for part in parts}
-    if any(part.sharded_dims != sharded_dims for part in parts) or len(at) != len(parts):
+    by_coordinates = {part.coordinates: part for part in parts}
+    if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(parts):
         raise InputError(f"{folder}: the ranks disagree about how {name} is cut; the folder holds two checkpoints")
-    counts = [max(coordinate[d] for coordinate in at) + 1 for d in range(len(sharded_dims))]
-    if math.prod(counts) != len(at):
-        raise InputError(f"{folder}: the device mesh of {name} has {counts} places for {len(at)} ranks; copy all files")
+    counts = [max(coordinate[d] for coordinate in by_coordinates) + 1 for d in range(len(sharded_dims))]
+    if math.prod(counts) != len(by_coordinates):
+        raise InputError(
+            f"{folder}: the device mesh of {name} has {counts} places for {len(by_coordinates)} ranks; copy all files"
+        )
     places = product(
         *(
             range(count) if sharded_dim is not None else (0,)
@@ -319,7 +328,7 @@ def _assembled(folder: Path, name: str, parts: list[_Part]) -> Boxes:
                 begin = min(sizes[sharded_dim], position * chunk)
                 offsets[sharded_dim] += begin
                 sizes[sharded_dim] = min(chunk, sizes[sharded_dim] - begin)
-        part = at[coordinate]
+        part = by_coordinates[coordinate]
         if part.tensor.shape != tuple(sizes):
             raise InputError(
                 f"{part.tensor.file.path}: the part of {name} has shape {list(part.tensor.shape)} instead of {sizes}; "

@@ -107,7 +107,7 @@ def refuse_unmerged(source: Checkpoint) -> None:
     """
     for name in source:
         match = WRAPPED.fullmatch(name)
-        if match and any(f"{match[1]}.{own}" in source for own in ("base_layer.weight", "weight")):
+        if match and any(f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")):
             raise InputError(
                 f"{source.file_of(name)}: is an unmerged PEFT state dict ({name} and its weight are both present) "
                 "without lora_alpha; save the adapter with save_pretrained(), or the model after merge_and_unload()"

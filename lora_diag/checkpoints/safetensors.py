@@ -117,8 +117,8 @@ class SafetensorsFile:
         info, size = self.tensors[names[0]], self._bytes[names[0]]
         total = size * len(names)
         content = np.empty(total, np.uint8) if is_native(info.dtype) else scratch("stored", total)
-        for at, name in enumerate(names):
-            self._content.fill(content[at * size : (at + 1) * size].data, self._start[name], name)
+        for index, name in enumerate(names):
+            self._content.fill(content[index * size : (index + 1) * size].data, self._start[name], name)
         return decode(content, info.dtype).reshape(len(names), *info.shape)
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes:

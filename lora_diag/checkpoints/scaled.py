@@ -115,14 +115,14 @@ class ScaledWeight:
 
         grid, height = self.grid, _matrix(self.info.shape)[0]
         row = torch.arange(first, last)
-        at = row % height // grid.block[0]
+        indices = row % height // grid.block[0]
         if grid.per_matrix:
-            at += row // height * grid.rows
-        lowest, highest = int(at.min()), int(at.max())
+            indices += row // height * grid.rows
+        lowest, highest = int(indices.min()), int(indices.max())
         scales = self.source.read(self.scale, lowest * grid.columns, (highest + 1) * grid.columns)
         if scales.dtype == torch.uint8:  # exponents of MXFP8
             scales = e8m0(scales)
-        return scales.float().view(-1, grid.columns)[at - lowest]
+        return scales.float().view(-1, grid.columns)[indices - lowest]
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,8 @@ class BucketStore(Store):
             content = self._call(address, self._read_s3, address, start, stop, file_info)
         else:
             content = self._call(address, self._fs.cat_file, _key(address), start=start, end=stop)
-            now = self._call(address, self._fs.info, _key(address))
-            if content is None or now is None or _file_info(now) != file_info:
+            current = self._call(address, self._fs.info, _key(address))
+            if content is None or current is None or _file_info(current) != file_info:
                 raise InputError(f"{address}: {CHANGED}")
         if len(content) > len(buffer):
             raise InputError(f"{address}: the store sent more bytes than requested; download the file")

@@ -66,7 +66,7 @@ class HubStore(HttpStore):
     def children(self, address: str) -> Iterable[str]:
         """Return the addresses of a folder's content."""
         rests = (file.removeprefix(f"{address}/") for file in self._files if file.startswith(f"{address}/"))
-        return sorted({f"{address}/{rest.partition('/')[0]}" for rest in rests})
+        return sorted({f"{address}/{relative.partition('/')[0]}" for relative in rests})
 
     def _find(self, address: str) -> FileInfo | None:
         return retried(address, lambda: self._run(self._ask, address)) if address in self._files else None
@@ -75,18 +75,18 @@ class HubStore(HttpStore):
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"
 
 
-def open_hub(rest: str, root: str) -> HubStore:
+def open_hub(location: str, root: str) -> HubStore:
     """Resolve the commit and list the files of a repository.
 
     Args:
-        rest: The part after ``hf://``.
+        location: The part after ``hf://``.
         root: The whole printable address.
 
     Raises:
         InputError: The address is invalid, ``huggingface_hub`` is not installed, or the repository does not exist.
     """
-    match = ADDRESS.fullmatch(rest)
-    if match is None or ".." in rest:
+    match = ADDRESS.fullmatch(location)
+    if match is None or ".." in location:
         raise InputError(f"{root}: invalid address; give hf://org/name[@revision], or a folder or file in it")
     try:
         from huggingface_hub import HfApi, constants

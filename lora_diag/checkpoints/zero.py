@@ -52,12 +52,12 @@ class Flat:
         """Return the entries ``start:stop``."""
         import torch
 
-        pieces, at = [], 0
+        pieces, position = [], 0
         for tensor, begin, count in self.parts:
-            low, high = max(start, at), min(stop, at + count)
+            low, high = max(start, position), min(stop, position + count)
             if low < high:
-                pieces.append(tensor.read(begin + low - at, begin + high - at))
-            at += count
+                pieces.append(tensor.read(begin + low - position, begin + high - position))
+            position += count
         return torch.cat(pieces) if pieces else self.parts[0][0].read(0, 0)
 
     def read_bytes(self) -> bytes:
@@ -165,33 +165,34 @@ class ZeroFolder:
             )
         for number, group in enumerate(groups):
             vector = [flat[number] for flat in flats]
-            at, align = 0, 2 * len(flats)
+            position, align = 0, 2 * len(flats)
             for name, shape in group.items():
                 count = math.prod(self._shape(name, shape))
-                yield str(name), (self._shape(name, shape), self._slice(vector, at, count, name))
-                at += count
+                yield str(name), (self._shape(name, shape), self._slice(vector, position, count, name))
+                position += count
             stored = sum(part.numel for part in vector)
-            if -(-at // align) != -(-stored // align):
+            if -(-position // align) != -(-stored // align):
                 raise InputError(
-                    f"{self.path}: group {number} has {at:,} entries, but {stored:,} are stored; {self._suggest_fix()}"
+                    f"{self.path}: group {number} has {position:,} entries, but {stored:,} are stored; "
+                    f"{self._suggest_fix()}"
                 )
 
     def _partitioned(
         self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
     ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Stage 3: every rank holds an equal part of each parameter, the last with padding."""
-        at = 0
+        position = 0
         for group in groups:
             for name, values in group.items():
                 shape = self._shape(name, values)
                 count = -(-math.prod(shape) // len(flats))
-                parts = [part for flat in flats for part in self._slice(flat, at, count, name).parts]
+                parts = [part for flat in flats for part in self._slice(flat, position, count, name).parts]
                 yield str(name), (shape, _shortened(parts, math.prod(shape)))
-                at += count
+                position += count
         stored = sum(part.numel for part in flats[0])
-        if at != stored:
+        if position != stored:
             raise InputError(
-                f"{self.path}: a rank has {at:,} parameters, but {stored:,} are stored; {self._suggest_fix()}"
+                f"{self.path}: a rank has {position:,} parameters, but {stored:,} are stored; {self._suggest_fix()}"
             )
 
     def _others(
@@ -241,17 +242,18 @@ class ZeroFolder:
         key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
         return archive, max(1, stage), world, state.get(key), state.get("param_alignment_paddings")
 
-    def _slice(self, vector: Sequence[StoredTensor], at: int, count: int, name: Any) -> Flat:
+    def _slice(self, vector: Sequence[StoredTensor], start: int, count: int, name: Any) -> Flat:
         """Return a range of the concatenated tensors of a vector."""
         parts, begin = [], 0
         for tensor in vector:
-            low, high = max(at, begin), min(at + count, begin + tensor.numel)
+            low, high = max(start, begin), min(start + count, begin + tensor.numel)
             if low < high:
                 parts.append((tensor, low - begin, high - low))
             begin += tensor.numel
-        if at + count > begin or not vector:
+        if start + count > begin or not vector:
             raise InputError(
-                f"{self.path}: {name!s:.200} lies up to entry {at + count:,}, but {begin:,} are stored; copy all files"
+                f"{self.path}: {name!s:.200} lies up to entry {start + count:,}, but {begin:,} are stored; "
+                "copy all files"
             )
         return Flat(tuple(parts) or ((vector[0], 0, 0),))
 

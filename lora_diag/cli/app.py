@@ -41,11 +41,11 @@ class _Command(TyperCommand):
         if not any(param.name == "gradients" and param.multiple for param in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
-        for at, arg in enumerate(args):
-            before = args[at - 1] if at else ""
-            if "://" in arg and (before in {"-o", "--output"} or arg.startswith("--output=")):
+        for index, arg in enumerate(args):
+            previous = args[index - 1] if index else ""
+            if "://" in arg and (previous in {"-o", "--output"} or arg.startswith("--output=")):
                 raise UsageError(f"{arg}: -o cannot write to an address; name a local path")
-            follows = spread[-2:-1] == ["--gradients"] and before != "--gradients" and not arg.startswith("-")
+            follows = spread[-2:-1] == ["--gradients"] and previous != "--gradients" and not arg.startswith("-")
             spread += ["--gradients", arg] if follows else [arg]
         return super().parse_args(ctx, spread)
 
@@ -147,8 +147,8 @@ def commands(only: str = "") -> Any:
 
 def _paths(feature: Feature) -> list[tuple[str, str, bool]]:
     """Return name and path of each command of a feature, and whether it shows its help if it is given nothing."""
-    own = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
-    return [*own, *((name, path, True) for name, path in feature.subcommands)]
+    own_path = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
+    return [*own_path, *((name, path, True) for name, path in feature.subcommands)]
 
 
 def _named(arguments: list[str]) -> str:
@@ -217,9 +217,9 @@ def _usage(problem: str, context: Any) -> str:
     >>> _usage("No such option: --rnak Did you mean --rank?", None)
     'No such option: --rnak Did you mean --rank?'
     """
-    where = getattr(context, "command_path", "")
+    command_path = getattr(context, "command_path", "")
     problem = problem.replace("Value error, ", "").strip().removesuffix(".")
-    return f"{problem}; see {where} --help" if where else problem
+    return f"{problem}; see {command_path} --help" if command_path else problem
 
 
 def _resumes(arguments: list[str]) -> bool:

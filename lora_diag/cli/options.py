@@ -211,7 +211,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     ]
     gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
     typed = [field.annotation for field in parameters.values() if is_typeddict(field.annotation)]
-    gathered.aliases = {old: new for group in typed for old, new in aliases(group).items()}  # type: ignore[attr-defined]
+    gathered.aliases = {former: new for group in typed for former, new in aliases(group).items()}  # type: ignore[attr-defined]
     return gathered
 
 

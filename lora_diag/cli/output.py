@@ -109,14 +109,14 @@ def check_outputs(
         UsageError: An output is refused.
         InputError: The folder does not exist or is not writable.
     """
-    taken = {os.path.realpath(path) for path in inputs if path is not None}
+    resolved = {os.path.realpath(path) for path in inputs if path is not None}
     for path, kind in outputs:
         if path is None:
             continue
-        if os.path.realpath(path) in taken:
+        if os.path.realpath(path) in resolved:
             raise UsageError(f"{path}: already read or written by this command; choose another name")
         check_output(path, kind, overwrite)
-        taken.add(os.path.realpath(path))
+        resolved.add(os.path.realpath(path))
 
 
 def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
@@ -126,10 +126,10 @@ def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
     return (lambda record: line(to_line(record))) if json else None
 
 
-def report_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
+def report_unmeasured(items: Sequence[LeftOut], hint: str) -> bool:
     """Report layers that could not be measured, and why; return whether there are any."""
     for item in items[:NAMED]:
-        message(f"Error: {item.layer}: {item.detail}; {then}")
+        message(f"Error: {item.layer}: {item.detail}; {hint}")
     if len(items) > NAMED:
         message(
             f"Error: {len(items) - NAMED} more layers could not be measured; the records list all (--json, or -o FILE)"
@@ -137,13 +137,13 @@ def report_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
     return bool(items)
 
 
-def exit_unmeasured(items: Sequence[LeftOut], then: str) -> None:
+def exit_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
     """Name what could not be measured, and exit if there is any.
 
     Raises:
         Exit: With the code of what could not be measured.
     """
-    if report_unmeasured(items, then):
+    if report_unmeasured(items, hint):
         raise Exit(UNREADABLE)
 
 
@@ -157,11 +157,11 @@ def report_reading() -> None:
         message(f"Read {byte_count(read)} from {count}, {read / size:.2f} times their size")
 
 
-def rerun_command(*more: str) -> str:
+def rerun_command(*extra: str) -> str:
     """Return the running command, quoted for a shell, with more options and without verbosity options."""
     arguments = [argument for argument in sys.argv[1:] if argument not in {"-v", "--verbose"}]
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    return shlex.join(["loradiag", *arguments[:end], *more, *arguments[end:]])
+    return shlex.join(["loradiag", *arguments[:end], *extra, *arguments[end:]])
 
 
 def forget_output() -> None:
@@ -216,9 +216,9 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
-def next_step(output: Path | str | None, then: str) -> str:
+def next_step(output: Path | str | None, hint: str) -> str:
     """Return the suggested next command; without a results file, first the command that writes one."""
-    return then if output is not None else f"{rerun_command('-o', 'probe.jsonl')}   (saves these results)"
+    return hint if output is not None else f"{rerun_command('-o', 'probe.jsonl')}   (saves these results)"
 
 
 def silence_matplotlib() -> None:

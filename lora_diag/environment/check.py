@@ -63,8 +63,8 @@ def checks(addresses: Sequence[str] = ()) -> list[Statement]:
 
 
 def _versions() -> Statement:
-    here = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
-    return make_statement("versions", "Versions", f"loradiag {__version__}, {here}", priority=0)
+    interpreter = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    return make_statement("versions", "Versions", f"loradiag {__version__}, {interpreter}", priority=0)
 
 
 def _requirements() -> dict[str, list[Requirement]]:
@@ -135,8 +135,8 @@ def _command() -> Statement:
         fix = f"add {_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
         return make_statement("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
     if Path(executable).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(executable):
-        other = f"loradiag on PATH is {_home(executable)}, in another environment than this one ({_home(sys.prefix)})"
-        return make_statement("command", "Command", other, level="warning")
+        problem = f"loradiag on PATH is {_home(executable)}, in another environment than this one ({_home(sys.prefix)})"
+        return make_statement("command", "Command", problem, level="warning")
     return make_statement("command", "Command", _home(executable), level="ok")
 
 
@@ -148,18 +148,20 @@ def _devices() -> Iterator[Statement]:
     import torch  # a second, and only needed here
 
     usable = machine.cores()
-    asked = ", ".join(
+    settings = ", ".join(
         f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
     )
     yield make_statement(
         "processor",
         "Processor",
         f"{machine.processor()}, {usable:g} usable core{'s' * (usable != 1)}",
-        f"{_blas()}, {torch.get_num_threads()} thread(s){f' ({asked})' if asked else ''}",
+        f"{_blas()}, {torch.get_num_threads()} thread(s){f' ({settings})' if settings else ''}",
     )
     if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        names = [f"cuda:{at} {device.name}, {byte_count(device.total_memory)}" for at, device in enumerate(devices)]
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = [
+            f"cuda:{index} {device.name}, {byte_count(device.total_memory)}" for index, device in enumerate(devices)
+        ]
         yield make_statement("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
     elif shutil.which("nvidia-smi"):
         lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"

@@ -123,8 +123,8 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     """
     allowance = allowance if keep and device.type == "cpu" else None  # the limit applies to memory of the host
     if isinstance(delta, StoredDelta):
-        wide = torch.float64 if "float64" in delta.dtypes else torch.float32
-        fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
+        dtype = torch.float64 if "float64" in delta.dtypes else torch.float32
+        fits = allowance is None or allowance.holds(delta.shape, dtype.itemsize)
         change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
         if change.non_finite is not None and device.type != "cpu":  # read again to locate the entry
             change = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
@@ -132,7 +132,9 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
             change.non_finite = COARSE
         matrix, change.matrix = change.matrix, None
         streamed = (
-            None if fits or change.non_finite else Streamed(partial(_subtracted_again, delta, wide), delta.shape, wide)
+            None
+            if fits or change.non_finite
+            else Streamed(partial(_subtracted_again, delta, dtype), delta.shape, dtype)
         )
         limit = allowance.limit if allowance else None
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
@@ -162,10 +164,10 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
-def _subtracted_again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:
+def _subtracted_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the rows of ΔW, subtracted again."""
     for base, tuned in delta.blocks():
-        yield tuned.to(wide) - base.to(wide)
+        yield tuned.to(dtype) - base.to(dtype)
 
 
 def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:

@@ -233,8 +233,8 @@ def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
         MemoryLimitError: ΔW is read in row blocks.
     """
     if change.streamed is not None:
-        what = "x".join(map(str, change.streamed.shape))
-        raise MemoryLimitError(f"{what}: the data metric needs the whole ΔW, which exceeds --memory; give more")
+        shape = "x".join(map(str, change.streamed.shape))
+        raise MemoryLimitError(f"{shape}: the data metric needs the whole ΔW, which exceeds --memory; give more")
     if change.factors is not None:
         b, a = (factor.to(torch.float64) for factor in change.factors)
         return replace(change, factors=(lower.T @ b, a) if on_rows else (b, a @ lower))
@@ -251,16 +251,16 @@ def read_root(moments: Moments, device: torch.device) -> Root:
         InputError: C is not finite, not symmetric, or not positive semidefinite.
     """
     side = moments.side
-    where = f"{side.checkpoint.file_of(side.name)}: {side.name}"
+    place = f"{side.checkpoint.file_of(side.name)}: {side.name}"
     c = move(side.read(0, moments.size**2).view(moments.size, moments.size), device).to(torch.float64)
-    if problem := first_non_finite(f"{where}: holds", c):
+    if problem := first_non_finite(f"{place}: holds", c):
         raise InputError(problem)
     size = norm([c])
     if norm([c - c.T]) > MOMENT_ERROR * size:
-        raise InputError(f"{where}: not symmetric, so not a second moment E[xxᵀ]; record it again")
+        raise InputError(f"{place}: not symmetric, so not a second moment E[xxᵀ]; record it again")
     lower, negative = root((c + c.T) / 2)
     if negative > MOMENT_ERROR:
-        raise InputError(f"{where}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it again")
+        raise InputError(f"{place}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it again")
     error = norm([lower @ lower.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * size
     spectral = float((lower**2).sum(0).max().sqrt()) if moments.size else 0.0
     return Root(lower, moments.on_rows, error, norm([lower]), spectral)

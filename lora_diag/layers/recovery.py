@@ -162,8 +162,8 @@ def refuse_cells(shape: tuple[int, int], memory: int | None) -> None:
         MemoryLimitError: It is.
     """
     if memory is not None and _least(shape) > memory:
-        what = "x".join(map(str, shape))
-        raise MemoryLimitError(f"{what}: its cells need {_least(shape) >> 20} MiB; give --memory more")
+        size = "x".join(map(str, shape))
+        raise MemoryLimitError(f"{size}: its cells need {_least(shape) >> 20} MiB; give --memory more")
 
 
 @dataclass(slots=True)
@@ -254,8 +254,8 @@ class _Read:
     @property
     def wide(self) -> torch.dtype:
         """Dtype of differences."""
-        own = {getattr(torch, side.own, None) for side in (self.base, self.tuned)}
-        return torch.float64 if torch.float64 in own else torch.float32
+        dtypes = {getattr(torch, side.own, None) for side in (self.base, self.tuned)}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def cells(self, first: int, w: Tensor, t: Tensor, rounded: bool) -> tuple[Cells, _Stats]:
         """Return the cells of rows from ``first`` on, in units, and their sums."""
@@ -502,7 +502,7 @@ def hidden_energy(delta: StoredDelta) -> float:
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
         for side in _sides(delta)
     ]
-    stored = [_Stored.of(side, torch.cat(some).flatten()) for side, some in zip(_sides(delta), blocks, strict=True)]
+    stored = [_Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(_sides(delta), blocks, strict=True)]
     square = sum(float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True))
     if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
         return 0.0
@@ -554,10 +554,10 @@ def _start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | N
     """
     if not every.rounded:
         return every, "stored", None
-    some: Cells | _Stream = every
+    cells: Cells | _Stream = every
     if every.count > 2 * SAMPLE:
-        some = every.at(torch.arange(0, every.count, every.count // SAMPLE | 1, device=every.device))
-    exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (some.exact_start(), some))
+        cells = every.at(torch.arange(0, every.count, every.count // SAMPLE | 1, device=every.device))
+    exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (cells.exact_start(), cells))
     gain = rounded.log_likelihood - exact.log_likelihood
     return (every, "rounded", gain) if gain > 0 else (every.exact_start(), "stored", gain)
 
@@ -606,11 +606,11 @@ def _moments(
 ) -> Iterator[Moments]:
     """Yield the moments of all entries in row blocks."""
     for first, last in cells.spans() if spans is None else spans:
-        some = cells.rows(first, last)
+        block = cells.rows(first, last)
         if low_rank is None:
-            yield shape.moments(some, deviation)
+            yield shape.moments(block, deviation)
         else:
-            yield moments(some, low_rank.rows(first, last), deviation)
+            yield moments(block, low_rank.rows(first, last), deviation)
 
 
 def _norm(cells: Source, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
@@ -654,21 +654,21 @@ def _curves(
         r_right = torch.linalg.qr(right.T.double())[1]
         x = torch.linalg.svdvals(r_left @ torch.diag(x.to(r_left)) @ r_right.T).cpu()
     count = min(shape)
-    rest = math.sqrt(max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape)))
+    remainder = math.sqrt(max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape)))
     unseen = tau * spread * math.prod(shape) ** 0.25
     low = (x - Z95 * tau * spread).clamp(min=0.0)
-    high = with_noise(x + Z95 * tau * spread, shape, rest * spread)
-    beyond = max(unseen, float(with_noise(torch.zeros(1), shape, rest * spread)[0]))
+    high = with_noise(x + Z95 * tau * spread, shape, remainder * spread)
+    beyond = max(unseen, float(with_noise(torch.zeros(1), shape, remainder * spread)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
     values = x.numpy() * min(recovered.stretch, max(1.0, whole / float(torch.linalg.vector_norm(x))))
     curve = np.minimum(1.0, np.cumsum((values / whole) ** 2))
     lower = np.minimum(1.0, np.cumsum((low.numpy() / (whole * math.exp(Z95 * error))) ** 2))
-    least = whole * math.exp(-Z95 * error)
-    upper = np.cumsum((high.numpy() / least) ** 2)
+    lowest = whole * math.exp(-Z95 * error)
+    upper = np.cumsum((high.numpy() / lowest) ** 2)
     if recovered.most is not None:
-        most = recovered.most.numpy()[: len(x)]
-        allowed = np.cumsum((x.numpy() / least) ** 2)[: len(most)] * most
-        upper[: len(most)] = np.maximum(upper[: len(most)], allowed)
+        highest = recovered.most.numpy()[: len(x)]
+        allowed = np.cumsum((x.numpy() / lowest) ** 2)[: len(highest)] * highest
+        upper[: len(highest)] = np.maximum(upper[: len(highest)], allowed)
     upper[: len(curve)] = np.maximum(upper[: len(curve)], curve)
     upper = np.maximum.accumulate(upper)
     upper = np.minimum(1.0, upper)

@@ -73,7 +73,7 @@ class Binades:
             known: 1 − Var[x]/s² given the cells.
         """
         exponent = torch.frexp(base.double())[1]
-        at = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
+        indices = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
         p = probability.double().clamp(0.0, 1.0).reshape(-1).cpu()
         second = square.double().reshape(-1).cpu()
         for sums, values in (
@@ -85,7 +85,7 @@ class Binades:
             (self.scatter, second**2),
             (self.known, known.double().reshape(-1).cpu()),
         ):
-            sums.index_add_(0, at, values)
+            sums.index_add_(0, indices, values)
 
     @property
     def chi(self) -> float | None:

@@ -131,9 +131,9 @@ class Source(ABC):
         """Return entries by row-major index, ascending, as one row."""
         columns, parts = self.shape[1], []
         for first, last in self.spans():
-            here = _between(entries, first * columns, last * columns)
-            if len(here):
-                parts.append(self.rows(first, last).at(here - first * columns))
+            inside = _between(entries, first * columns, last * columns)
+            if len(inside):
+                parts.append(self.rows(first, last).at(inside - first * columns))
         return joined(parts, 1)
 
     def opened(self, entries: Tensor) -> Opened:
@@ -251,7 +251,7 @@ class Opened(Derived):
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows."""
         known, columns = self.cells.rows(first, last), self.shape[1]
-        here = _between(self.entries, first * columns, last * columns) - first * columns
+        inside = _between(self.entries, first * columns, last * columns) - first * columns
         low, high = known.lo.clone(), known.hi.clone()
-        low.view(-1)[here], high.view(-1)[here] = -math.inf, math.inf
+        low.view(-1)[inside], high.view(-1)[inside] = -math.inf, math.inf
         return replace(known, lo=low, hi=high)

@@ -197,17 +197,17 @@ class _Roundings:
             self.tuned.add(tuned, steps[1], unchanged, row, sample=sample),
         )
         self.sample.add(block.reshape(-1)[sample], *spacing)
-        own = LAYOUT[block.dtype][2]
+        mantissa = LAYOUT[block.dtype][2]
         if isinstance(subtracted, Tensor):
             if LAYOUT[tuned.dtype][2] > LAYOUT[(*SHORTER[base.dtype], base.dtype)[0]][2]:  # perhaps finer
                 self.energies.add_on_gpu(block, base)
-            if own in (LAYOUT[base.dtype][2], LAYOUT[tuned.dtype][2]):
-                coarse = subtracted & ((self.base.mantissa == own) | (self.tuned.mantissa == own))
+            if mantissa in (LAYOUT[base.dtype][2], LAYOUT[tuned.dtype][2]):
+                coarse = subtracted & ((self.base.mantissa == mantissa) | (self.tuned.mantissa == mantissa))
                 self.subtracted.add(block, None, unchanged, row, weight=coarse)
             return
         if is_finer(self.base, self.tuned):
             self.energies.add(block, base, unchanged.entries if unchanged else None)
-        if subtracted and own in (self.base.mantissa, self.tuned.mantissa):
+        if subtracted and mantissa in (self.base.mantissa, self.tuned.mantissa):
             self.subtracted.add(block, None, unchanged, row)
 
     def fetch(self, others: list[Tensor]) -> list[float]:
@@ -262,10 +262,10 @@ def norm(blocks: Iterable[Tensor]) -> float:
 def _sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
     """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and the number of bit-identical entries, from one transfer."""
     norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base)]
-    norm, base_norm, same = torch.stack([*norms, _unchanged(base, tuned).to(torch.float64)]).tolist()
+    norm, base_norm, unchanged = torch.stack([*norms, _unchanged(base, tuned).to(torch.float64)]).tolist()
     if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow
         norm, base_norm = _norm(block), _norm(base)
-    return norm, base_norm, int(same)
+    return norm, base_norm, int(unchanged)
 
 
 def _sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
@@ -298,8 +298,8 @@ def _pieces(
     if device.type != "cpu":
         held: list[tuple[Tensor | None, ...]] = []
         entries = 0
-        for (base, tuned), both in pairs:
-            moved = (step if step is None else move(step.reshape(base.shape), device) for step in both)
+        for (base, tuned), spacings in pairs:
+            moved = (step if step is None else move(step.reshape(base.shape), device) for step in spacings)
             held.append((move(base, device), move(tuned, device), *moved))
             entries += base.numel()
             if entries >= GPU_PIECE:

@@ -31,11 +31,11 @@ def products(blocks: Iterable[tuple[Tensor, Tensor]]) -> Products:
         >>> products([(d, x)])
         Products(gap=1.4142135623730951, other=2.0, inner=2.0)
     """
-    gap = other = inner = 0.0
+    gap = other_norm = inner = 0.0
     for d, x in blocks:
         inner += float(torch.dot(d.reshape(-1), x.reshape(-1)))
-        gap, other = math.hypot(gap, norm([d - x])), math.hypot(other, norm([x]))
-    return Products(gap, other, inner)
+        gap, other_norm = math.hypot(gap, norm([d - x])), math.hypot(other_norm, norm([x]))
+    return Products(gap, other_norm, inner)
 
 
 def principal_cosines(u: Tensor, v: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ def eigenpairs(
         values, vectors = _lanczos(lambda x: largest * x.reshape(-1) - times(x), size, count, end, seed)
         values = largest - values
     first = vectors[:, 0]
-    rest = torch.from_numpy(times(first.numpy())).double() - values[0] * first.double()
-    return Eigenpairs(values, vectors.to(device), float(rest.norm()), calls)
+    residual = torch.from_numpy(times(first.numpy())).double() - values[0] * first.double()
+    return Eigenpairs(values, vectors.to(device), float(residual.norm()), calls)
 
 
 def _dense(times: Callable[[Any], Any], size: int, count: int, end: str) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def decompose_gram(
     fro: float,
     top: int | None = None,
     vectors: bool = False,
-    held: int = 1,
+    cached_blocks: int = 1,
     in_place: bool = False,
 ) -> Factors:
     """Compute the singular values of a matrix from its smaller Gram matrix.
@@ -52,7 +52,7 @@ def decompose_gram(
         fro: ‖A‖_F.
         top: Number of largest values to keep.
         vectors: Whether to compute singular vectors.
-        held: Number of row blocks in memory, if A is streamed and has fewer rows than columns.
+        cached_blocks: Number of row blocks in memory, if A is streamed and has fewer rows than columns.
         in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is slower.
 
     Returns:
@@ -62,20 +62,20 @@ def decompose_gram(
         of the r largest eigenvalues changes by at most the sum of the r largest singular values of the perturbation
         (Fan 1949), which is at most √r‖·‖_F: |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤ √r γ_k‖A‖_F² + r·n·ε·σ_1².
     """
-    wide = matrix.shape[0] < matrix.shape[1]
-    tall = matrix.T if wide else matrix
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if is_wide else matrix
     k, n = tall.shape
     u = v = None
     if vectors:
-        eigenvalues, eigenvectors = _eigenvectors(solvable(_gram(tall, held)), top)
+        eigenvalues, eigenvectors = _eigenvectors(solvable(_gram(tall, cached_blocks)), top)
         u, v = _left_vectors(tall, move(eigenvectors.flip(1), tall.device))
     else:
-        eigenvalues = _eigenvalues(solvable(_gram(tall, held)), in_place)
+        eigenvalues = _eigenvalues(solvable(_gram(tall, cached_blocks)), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
     error = _energy_error(k, squares, len(kept), fro)
     if u is not None and v is not None:
-        u, vh = fix_signs(v, u.T) if wide else fix_signs(u, v.T)
+        u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
         return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
     return Factors(kept, len(kept) == n, "gram", error, fro)
 
@@ -125,12 +125,12 @@ def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
     return math.sqrt(kept) * gamma + kept * len(squares) * epsilon * float(squares[0]) / fro**2
 
 
-def _gram(tall: Matrix, held: int) -> Tensor:
+def _gram(tall: Matrix, cached_blocks: int) -> Tensor:
     """Return the lower triangle of AᵀA, for A or its transpose in memory or in row blocks."""
     if not isinstance(tall, Streamed):
         return gram_matrix(tall)
     if tall.transposed:
-        return gram_of_rows(tall.T, held)
+        return gram_of_rows(tall.T, cached_blocks)
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for block in at_least(tall.read(), ROWS):
         gram_matrix(block, gram)

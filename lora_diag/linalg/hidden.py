@@ -216,8 +216,8 @@ class HeldOut:
         count = len(self.entries)
         if count <= FITTED:
             return self
-        some = torch.arange(0, count, count // FITTED + 1, device=self.entries.device)
-        return HeldOut(self.cells.at(some), self.entries[some])
+        sample = torch.arange(0, count, count // FITTED + 1, device=self.entries.device)
+        return HeldOut(self.cells.at(sample), self.entries[sample])
 
     def step(self, mean: Tensor, deviation: float, center: float) -> float:
         """Return a scoring step of log s for the likelihood of the cells, with a normal prior around log ``center``."""
@@ -275,8 +275,8 @@ def _stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[fl
     excess = float((lengths * eta).sum()) / square - 1
     factor = 1 + max(0.0, excess) * PRIOR_DEVIATION**2 / (PRIOR_DEVIATION**2 + error**2 / square)
     kept = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
-    most = (kept + NORMAL * error).square() / eta.square().cumsum(0)
-    return factor, most.clamp(min=1.0)
+    upper = (kept + NORMAL * error).square() / eta.square().cumsum(0)
+    return factor, upper.clamp(min=1.0)
 
 
 def fit_low_rank(
@@ -301,7 +301,7 @@ def fit_low_rank(
     """
     shape, total = cells.shape, size.deviation
     whole = total * math.sqrt(cells.count)
-    held = torch.empty(shape, device=cells.device) if keep else None
+    stored = torch.empty(shape, device=cells.device) if keep else None
     deviation = total if start is None else start.deviation
     part = None if held_out is None else held_out.part()
     current = start
@@ -309,7 +309,7 @@ def fit_low_rank(
     momentum, basis = 1.0, None if start is None else start.vh.T
     converged, iteration = False, 0
     for iteration in range(1, MOST_ITERATIONS + 1):
-        posterior = _Posterior(cells, mean, deviation, held)
+        posterior = _Posterior(cells, mean, deviation, stored)
         new = _shrunk_svd(posterior, basis, seed)
         basis = new.basis
         estimate = LowRank(new.u, new.vh, new.values, deviation, posterior.information, iteration, False)
@@ -430,10 +430,10 @@ def _inner(first: LowRank, second: LowRank) -> float:
 
 def _gap(first: LowRank, second: LowRank | None) -> float:
     """Return ‖L − L'‖_F."""
-    own = float((first.values.eta**2).sum())
+    square = float((first.values.eta**2).sum())
     if second is None:
-        return math.sqrt(own)
-    return math.sqrt(max(0.0, own + float((second.values.eta**2).sum()) - 2 * _inner(first, second)))
+        return math.sqrt(square)
+    return math.sqrt(max(0.0, square + float((second.values.eta**2).sum()) - 2 * _inner(first, second)))
 
 
 def _extrapolate(
@@ -444,8 +444,8 @@ def _extrapolate(
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
         return following, low_rank.rows
-    own, old = float((low_rank.values.eta**2).sum()), float((previous.values.eta**2).sum())
-    if _inner(low_rank, previous) > own or own < old:  # L shrinks: the last step overshot
+    square, old_square = float((low_rank.values.eta**2).sum()), float((previous.values.eta**2).sum())
+    if _inner(low_rank, previous) > square or square < old_square:  # L shrinks: the last step overshot
         return 1.0, low_rank.rows
     left = torch.cat(
         [
@@ -516,24 +516,24 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         return Recovered(z, None)
     first = low_rank
     others: tuple[Rule, ...] = ("held_out", "debiased")
-    for other in others:
+    for other_rule in others:
         if rule == "held_out" and deviation < first.deviation / 2:
             break  # almost nothing is outside L, where ``debiased`` is not better
-        fit = fit_low_rank(known, size, other, first, seed, hidden if other == "held_out" else None, keep)
+        fit = fit_low_rank(known, size, other_rule, first, seed, hidden if other_rule == "held_out" else None, keep)
         if not fit.rank:
             continue
         likeliest = hidden.deviation(fit)
-        more = hidden.log_likelihood(fit, likeliest) - flat
-        if _in_standard_errors(more - gains) > BETTER:
-            low_rank, rule, deviation, gains = fit, other, likeliest, more
+        other_gains = hidden.log_likelihood(fit, likeliest) - flat
+        if _in_standard_errors(other_gains - gains) > BETTER:
+            low_rank, rule, deviation, gains = fit, other_rule, likeliest, other_gains
     whole = fit_low_rank(cells, size, rule, low_rank, seed, keep=keep)
-    stretch, most = _stretch(hidden, low_rank, deviation)
+    stretch, upper = _stretch(hidden, low_rank, deviation)
     longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
     if stretch > 1:
         deviation = hidden.deviation(
             replace(low_rank, values=replace(low_rank.values, eta=low_rank.values.eta * stretch))
         )
-    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, most)
+    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper)
 
 
 def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:

@@ -57,19 +57,19 @@ def fit_density(cells: Source, deviation: float) -> Density:
         cells: Where the entries lie.
         deviation: s0, their deviation if they are normal.
     """
-    total, some, unit = cells.count, cells, deviation
+    total, sample, unit = cells.count, cells, deviation
     if total > 2 * SAMPLE:
-        some = cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device))
-        unit = fit_size(some, deviation).deviation
+        sample = cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device))
+        unit = fit_size(sample, deviation).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
-    likelihood = _likelihood(some, grid * unit, KERNEL * unit)
+    likelihood = _likelihood(sample, grid * unit, KERNEL * unit)
     weights, scores, features = _fit(likelihood, grid)
     square = grid**2 + KERNEL**2
     mean = float(weights @ square)
     slope = (weights * (square - mean)) @ features
     variance = float(slope @ torch.linalg.solve(scores.T @ scores + PRIOR * torch.eye(len(POWERS)).double(), slope))
     fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
-    sampling = variance / (2 * mean) ** 2 * some.count / total
+    sampling = variance / (2 * mean) ** 2 * sample.count / total
     return Density(deviation * math.sqrt(mean), math.sqrt(sampling + MISFIT**2), fourth / mean**2)
 
 
@@ -79,8 +79,8 @@ def _likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:
     for point in points.tolist():
         parts = []
         for first, last in cells.spans():
-            some = cells.rows(first, last)
-            right, left = (moments(some, mean, kernel, fast=True).log_mass for mean in (point, -point))
+            block = cells.rows(first, last)
+            right, left = (moments(block, mean, kernel, fast=True).log_mass for mean in (point, -point))
             parts.append(torch.logaddexp(right, left).flatten().cpu())
         columns.append(torch.cat(parts))
     logs = torch.stack(columns, 1).double()
@@ -103,22 +103,22 @@ def _fit(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         away = values - start
         return float((likelihood @ weights_at(values)).log().sum() - 0.5 * PRIOR * away @ away)
 
-    weights, now = weights_at(coefficients), objective(coefficients)
+    weights, current = weights_at(coefficients), objective(coefficients)
     for _ in range(STEPS):
         scores = (likelihood * weights / (likelihood @ weights)[:, None]) @ features - weights @ features
         gradient = scores.sum(0) - PRIOR * (coefficients - start)
         step = torch.linalg.solve(scores.T @ scores + pull, gradient)
-        before = now
+        previous = current
         for _ in range(12):
-            now = objective(coefficients + step)
-            if now >= before:
+            current = objective(coefficients + step)
+            if current >= previous:
                 break
             step = step / 2
         else:
-            now = before
+            current = previous
             break
         coefficients = coefficients + step
         weights = weights_at(coefficients)
-        if now - before < 1e-3:
+        if current - previous < 1e-3:
             break
     return weights, scores, features

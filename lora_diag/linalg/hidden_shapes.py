@@ -67,13 +67,13 @@ def _shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]
 
 def _flat(points: int, rho: float) -> Shape:
     """Return evenly spaced points of variance ρ, each spread by a variance of 1 − ρ."""
-    at = [2 * k + 1 - points for k in range(points)]
-    unit = math.sqrt(rho / (sum(place**2 for place in at) / points))
-    return Shape(tuple((1 / points, place * unit, math.sqrt(1 - rho)) for place in at))
+    offsets = [2 * k + 1 - points for k in range(points)]
+    unit = math.sqrt(rho / (sum(place**2 for place in offsets) / points))
+    return Shape(tuple((1 / points, place * unit, math.sqrt(1 - rho)) for place in offsets))
 
 
 def _heavy(sigma: float) -> Shape:
-    scales = [math.exp(sigma * at) for at in (-math.sqrt(3), 0.0, math.sqrt(3))]
+    scales = [math.exp(sigma * point) for point in (-math.sqrt(3), 0.0, math.sqrt(3))]
     weights = (1 / 6, 2 / 3, 1 / 6)
     unit = math.sqrt(sum(weight * scale**2 for weight, scale in zip(weights, scales, strict=True)))
     return Shape(tuple((weight, 0.0, scale / unit) for weight, scale in zip(weights, scales, strict=True)))
@@ -111,8 +111,8 @@ def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) ->
     """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, and of log-likelihoods."""
     sums = _Sums()
     for first, last in cells.spans():
-        some = cells.rows(first, last)
-        parts = [moments(some, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
+        block = cells.rows(first, last)
+        parts = [moments(block, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
         share, total = _shares([part[0] for part in shape.parts], parts)
         score = torch.zeros_like(total)
         for p, part_moments, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
@@ -162,10 +162,10 @@ def fit_shape(cells: Source, guess: float) -> Shaped:
         guess: A deviation to start from, such as that of the normal shape.
     """
     total = cells.count
-    some: Source = cells
+    sample: Source = cells
     if total > 2 * SHAPE_SAMPLE:
-        some = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
-    shape, deviation, sums = max(_fit_neighbours(some, guess), key=lambda fit: fit[2].log_likelihood)
-    if some is not cells:
+        sample = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
+    shape, deviation, sums = max(_fit_neighbours(sample, guess), key=lambda fit: fit[2].log_likelihood)
+    if sample is not cells:
         deviation, sums = _fit(cells, shape, deviation)
     return Shaped(shape, deviation, sums.log_likelihood)

@@ -140,14 +140,14 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
 
 
-def require(needed: int, limit: int, shape: tuple[int, int], what: str, way: str) -> None:
+def require(needed: int, limit: int, shape: tuple[int, int], description: str, way: str) -> None:
     """Refuse a computation that needs the whole matrix and does not fit.
 
     Args:
         needed: Required memory in bytes.
         limit: Available memory in bytes.
         shape: ``(m, n)``.
-        what: The computation, with its verb.
+        description: The computation, with its verb.
         way: An alternative to more memory.
 
     Raises:
@@ -158,7 +158,9 @@ def require(needed: int, limit: int, shape: tuple[int, int], what: str, way: str
     """
     if needed > limit:
         left = f"{shape[0]}x{shape[1]}: --memory leaves {_size(limit)} for a layer"
-        raise MemoryLimitError(f"{left}, and {what} {_size(needed)}; {_more(needed, Allowance(limit))}, or {way}")
+        raise MemoryLimitError(
+            f"{left}, and {description} {_size(needed)}; {_more(needed, Allowance(limit))}, or {way}"
+        )
 
 
 def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
@@ -172,20 +174,22 @@ def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
 def _memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     """Return a message with the required memory and a fix."""
     small = min(shape)
-    what = f"{shape[0]}x{shape[1]}: --memory leaves {_size(allowance.limit)} for a layer"
+    problem = f"{shape[0]}x{shape[1]}: --memory leaves {_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
-        return f"{what}, and exact takes {_size(whole_bytes(shape, allowance))}; --method gram reads it in row blocks"
+        return (
+            f"{problem}, and exact takes {_size(whole_bytes(shape, allowance))}; --method gram reads it in row blocks"
+        )
     needed = READING + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
     krylov = READING + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
     if allowance.top is None and krylov < needed:
         more = _more(needed, allowance)
-        return f"{what}, and all values take {_size(needed)}; {more}, or --top {top} ({_size(krylov)} if they decay)"
+        return f"{problem}, and all values take {_size(needed)}; {more}, or --top {top} ({_size(krylov)} if they decay)"
     if krylov <= allowance.limit:
         flat = "its spectrum is too flat for krylov within that"
-        return f"{what}, {flat}, and gram takes {_size(needed)}; {_more(needed, allowance)}"
+        return f"{problem}, {flat}, and gram takes {_size(needed)}; {_more(needed, allowance)}"
     least = min(krylov, needed)
-    return f"{what}, and it takes {_size(least)} at least; {_more(least, allowance)}, or fewer values with --top K"
+    return f"{problem}, and it takes {_size(least)} at least; {_more(least, allowance)}, or fewer values with --top K"
 
 
 def _more(needed: int, allowance: Allowance) -> str:

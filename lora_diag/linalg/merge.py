@@ -98,13 +98,15 @@ class Product:
             return 0.0
         by_b, by_a = self.b @ (self.a @ self.a.T), (self.b.T @ self.b) @ self.a  # ⟨E, ΔW⟩ for E = 1 in one entry
         relative = float((self.b * by_b).square().sum() + (self.a * by_a).square().sum())
-        least = (
+        absolute = (
             float(by_b.square().sum() * rounding.scale**2 + by_a.square().sum()) * smallest(rounding.dtype) ** 2 / 12
         )
         vectors = 0.0
         if rounding.diagonal:
             vectors = float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
-        return _VARIANCE * rounding.roundoff**2 * (_FACTOR_ROUNDINGS * relative + vectors) + _FACTOR_ROUNDINGS * least
+        return (
+            _VARIANCE * rounding.roundoff**2 * (_FACTOR_ROUNDINGS * relative + vectors) + _FACTOR_ROUNDINGS * absolute
+        )
 
     def bias(self) -> float:
         """Return the relative error of ΔW that truncating sums can have in all entries alike."""
@@ -370,11 +372,11 @@ def check_merge(
         if check.base_non_finite or check.non_finite:
             return check
         rows_at_once = max(1, _CHUNK // columns)
-        for at in range(0, len(stored_w), rows_at_once):
-            part = slice(at, at + rows_at_once)
+        for row in range(0, len(stored_w), rows_at_once):
+            part = slice(row, row + rows_at_once)
             w, m = stored_w[part].double(), stored_m[part].double()
             steps = step[part].double() if step is not None else None
-            span = first + at, first + at + len(w)
+            span = first + row, first + row + len(w)
             _add(check, w, m, steps, addend, rounding, span)
             if not whole and bool(check.beyond[0][span[0] : span[1]].any()):
                 return check
@@ -405,20 +407,20 @@ def _add(
     tolerance = error.mul_(_SECOND_ORDER).add_(half, alpha=1 + 1e-9)
     observed = m - w
     apart = observed - delta
-    off, off_base, same = apart.abs(), observed.abs(), observed == 0
+    off, off_base, unchanged = apart.abs(), observed.abs(), observed == 0
     _add_scale(check, w, m, delta, 2 * half, step is not None, rounding, span)
     for dtype in rounding.bases:
         shift = w.to(dtype).double() - w
         off = torch.fmin(off, (apart - shift).abs())  # not minimum: W may overflow in float16
         off_base = torch.fmin(off_base, (observed - shift).abs())
-        same |= observed == shift
+        unchanged |= observed == shift
     for counts, bad in ((check.beyond, off > tolerance), (check.beyond_base, off_base > tolerance)):
         counts[0][span[0] : span[1]] += bad.sum(1)
         counts[1].add_(bad.sum(0))
     spacing = ulp(torch.maximum(torch.maximum(w.abs(), m.abs()), summed), rounding.dtype)
     check.worst = max(check.worst, float((off / (spacing if step is None else torch.maximum(spacing, step))).max()))
     check.entries += m.numel()
-    check.unchanged += int(same.sum())
+    check.unchanged += int(unchanged.sum())
     check.inner += _inner(observed, delta)
     check.expected += _inner(delta, delta)
     check.observed += _inner(observed, observed)
@@ -449,9 +451,9 @@ def _add_scale(
         rounding: Possible rounding of a correct merge.
         span: First and last row.
     """
-    once, squares = rounding.once(w, delta), delta.square()
-    check.ideal += _inner(once - w, delta)
-    off, size = m - once, delta.abs()
+    rounded, squares = rounding.once(w, delta), delta.square()
+    check.ideal += _inner(rounded - w, delta)
+    off, size = m - rounded, delta.abs()
     check.apart += _inner(off.abs(), size)
     check.variance += _inner(off.square_(), squares)
     flow = size.mul_(grain)
@@ -464,9 +466,9 @@ def _add_scale(
         check.gridded |= rounding.dequantized
     if check.shared is not None:
         rows, columns = check.shared
-        for at, product in enumerate((w * delta, squares)):
-            rows[at, span[0] : span[1]] += product.sum(1)
-            columns[at] += product.sum(0)
+        for index, product in enumerate((w * delta, squares)):
+            rows[index, span[0] : span[1]] += product.sum(1)
+            columns[index] += product.sum(0)
 
 
 def _inner(left: Tensor, right: Tensor) -> float:

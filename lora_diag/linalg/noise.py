@@ -49,9 +49,9 @@ class Sample:
         """Return a mask of the sampled entries of the block that begins with this row."""
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
-    def add(self, *taken: Tensor) -> None:
+    def add(self, *matrices: Tensor) -> None:
         """Add the entries of a block: ΔW, and the spacing of both sides."""
-        self.parts.append(tuple(values.to(torch.float64).abs() for values in taken))
+        self.parts.append(tuple(values.to(torch.float64).abs() for values in matrices))
 
     def __call__(self) -> tuple[Tensor, ...]:
         """Return the samples of each matrix."""
@@ -121,8 +121,8 @@ class Moves:
         """
         trained = torch.maximum(self.entries * (1 - untouched), self.changed)
         share = self.changed / trained.clamp(min=1e-300)
-        few = torch.minimum(share * (1 - share) / sides, torch.full_like(share, 1 / 12))
-        variance = torch.where(share > 0.5, self.changed / 12, trained * few)
+        few_changed = torch.minimum(share * (1 - share) / sides, torch.full_like(share, 1 / 12))
+        variance = torch.where(share > 0.5, self.changed / 12, trained * few_changed)
         weight = (self.spacing / self.spacing.max()) ** 2 if len(share) else share
         changed = float((weight * self.changed).sum())
         return float((weight * variance).sum()) / changed if changed else 1 / 12
@@ -205,11 +205,11 @@ class Energies:
             inverse = torch.linalg.pinv(weighted.T @ (n[:, None] * weighted), hermitian=True, rtol=1e-13)
             solution = inverse @ (weighted.T @ (changes / fit))
             fitted = columns @ (solution / scale)
-            before, fit = fit, torch.maximum(fitted, 0.05 * fit)
-            if bool(((fit - before).abs() <= _CONVERGED * before).all()):
+            previous, fit = fit, torch.maximum(fitted, 0.05 * fit)
+            if bool(((fit - previous).abs() <= _CONVERGED * previous).all()):
                 break
-        rest = (fourth - 2 * fitted * changes + n * fitted**2) / before**2
-        variance = inverse @ (weighted.T @ (rest[:, None] * weighted)) @ inverse
+        residual = (fourth - 2 * fitted * changes + n * fitted**2) / previous**2
+        variance = inverse @ (weighted.T @ (residual[:, None] * weighted)) @ inverse
         factor = 1 / (float(scale[0]) * unit**2)
         return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor
 

@@ -179,9 +179,9 @@ class Spacing:
             self.mantissa = max(self.mantissa, mantissa)
         if weight is not None:
             spacing *= weight
-        taken = spacing.reshape(-1)[sample].to(torch.float64) * scale
+        sampled = spacing.reshape(-1)[sample].to(torch.float64) * scale
         self.total = self.total + self._add(spacing, scale, unchanged, row, column)
-        return taken
+        return sampled
 
     def _add(
         self, spacing: Tensor, scale: float | Tensor, unchanged: Unchanged | None, row: int, column: int
@@ -272,7 +272,7 @@ def spacings(values: Tensor, out: Tensor) -> int:
     integer, mask, _ = LAYOUT[out.dtype]
     out.view(integer).bitwise_and_(mask)  # 2^⌊log₂|w|⌋
     out.clamp_(min=torch.finfo(values.dtype).tiny)  # zero and subnormal numbers: like the smallest normal one
-    own = LAYOUT[values.dtype][2]
+    own_mantissa = LAYOUT[values.dtype][2]
     # Only candidates for a shorter dtype get the full comparison. The step is odd: with every 4096th entry, a block of
     # 4096 columns would be judged by its first column only.
     flat = values.reshape(-1)
@@ -281,9 +281,9 @@ def spacings(values: Tensor, out: Tensor) -> int:
         if _fits(sample, dtype).float().mean() > 0.5 and (fits := _fits(values, dtype)).float().mean() > 0.5:
             mantissa = LAYOUT[dtype][2]
             short = out.clamp(min=torch.finfo(dtype).tiny)
-            torch.where(fits, short, out * 2.0 ** (mantissa - own), out=out)
+            torch.where(fits, short, out * 2.0 ** (mantissa - own_mantissa), out=out)
             return mantissa
-    return own
+    return own_mantissa
 
 
 def spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
@@ -295,18 +295,18 @@ def spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
         (tensor(7), tensor([1.0000e+00, 5.0000e-01, 9.5367e-07]))
     """
     out.copy_(values)
-    integer, mask, own = LAYOUT[out.dtype][0], LAYOUT[out.dtype][1], LAYOUT[values.dtype][2]
+    integer, mask, own_mantissa = LAYOUT[out.dtype][0], LAYOUT[out.dtype][1], LAYOUT[values.dtype][2]
     out.view(integer).bitwise_and_(mask)
     out.clamp_(min=torch.finfo(values.dtype).tiny)
-    mantissa = torch.full((), own, device=values.device)
+    mantissa = torch.full((), own_mantissa, device=values.device)
     exact = out.clone() if SHORTER[values.dtype] else out
     for dtype in reversed(SHORTER[values.dtype]):
         fits = _fits(values, dtype)
-        most = torch.count_nonzero(fits) > fits.numel() / 2
+        mostly_fit = torch.count_nonzero(fits) > fits.numel() / 2
         shorter = LAYOUT[dtype][2]
-        mixed = torch.where(fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own))
-        out.copy_(torch.where(most, mixed, out))
-        mantissa = torch.where(most, shorter, mantissa)
+        mixed = torch.where(fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own_mantissa))
+        out.copy_(torch.where(mostly_fit, mixed, out))
+        mantissa = torch.where(mostly_fit, shorter, mantissa)
     return mantissa
 
 

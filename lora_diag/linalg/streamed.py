@@ -83,9 +83,9 @@ class Streamed:
         product = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype, device=self.device)
         back = torch.zeros_like(x)
         for row, block in numbered(self.read()):
-            wide = block.to(x.dtype)
-            part = product[row : row + len(block)] = wide @ x
-            back.addmm_(wide.T, part)
+            converted = block.to(x.dtype)
+            part = product[row : row + len(block)] = converted @ x
+            back.addmm_(converted.T, part)
         return product, back
 
 
@@ -129,9 +129,9 @@ def times_wide(a: Matrix, x: Tensor) -> Tensor:
     if a.device.type != "cpu" or not a.is_contiguous():
         return torch.cat([times(rows.to(torch.float64), x) for rows in torch.split(a, rows_at_once(a))])
     product = x.new_empty(len(a), x.shape[1])
-    wide = x.new_empty(min(ROWS, len(a)), a.shape[1])  # new pages for every block took a seventh of the time
+    buffer = x.new_empty(min(ROWS, len(a)), a.shape[1])  # new pages for every block took a seventh of the time
     for row in range(0, len(a), ROWS):
-        part = wide[: len(a) - row].copy_(a[row : row + ROWS])
+        part = buffer[: len(a) - row].copy_(a[row : row + ROWS])
         torch.mm(part, x, out=product[row : row + ROWS])
     return product
 
@@ -170,34 +170,34 @@ def at_least(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
         yield torch.cat(pending)
 
 
-def gram_of_rows(a: Streamed, held: int) -> Tensor:
+def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
     """Return the lower triangle of A·Aᵀ, with this many row blocks in memory.
 
-    Every pass keeps the next ``held`` blocks and multiplies all later blocks with them, so A is read blocks / held
-    times.
+    Every pass keeps the next ``cached_blocks`` blocks and multiplies all later blocks with them, so A is read
+    blocks / ``cached_blocks`` times.
 
     Args:
         a: A, ``(m, n)``, not transposed.
-        held: Number of blocks in memory, at least 1.
+        cached_blocks: Number of blocks in memory, at least 1.
 
     Returns:
         ``(m, m)`` float64; entries above the diagonal blocks are zero.
     """
     gram = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64, device=a.device)
-    first, more = 0, True
-    while more:
+    first, unread = 0, True
+    while unread:
         panel: list[tuple[int, Tensor]] = []
-        more = False
+        unread = False
         for index, (row, block) in enumerate(numbered(a.read())):
             if index < first:
                 continue
-            if len(panel) < held:
+            if len(panel) < cached_blocks:
                 panel.append((row, block))
             else:
-                more = True
-            for other_row, other in panel:
-                gram[row : row + len(block), other_row : other_row + len(other)] = _outer(block, other)
-        first += held
+                unread = True
+            for other_row, other_block in panel:
+                gram[row : row + len(block), other_row : other_row + len(other_block)] = _outer(block, other_block)
+        first += cached_blocks
     return gram
 
 

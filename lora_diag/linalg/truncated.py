@@ -37,8 +37,8 @@ class Moments(NamedTuple):
 @cache
 def _legendre(nodes: int) -> tuple[tuple[float, float], ...]:
     """Return nodes on [−1, 1] and their weights."""
-    at, weights = np.polynomial.legendre.leggauss(nodes)
-    return tuple(zip(at.tolist(), weights.tolist(), strict=True))
+    nodes_at, weights = np.polynomial.legendre.leggauss(nodes)
+    return tuple(zip(nodes_at.tolist(), weights.tolist(), strict=True))
 
 
 def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = False) -> Moments:
@@ -108,8 +108,8 @@ def _integrals(
     half = (stop - start) / 2
     middle = start + half
     mass, first_moment, second_moment = (torch.zeros_like(middle) for _ in range(3))
-    for at, weight in _legendre(nodes):
-        u = torch.add(middle, half, alpha=at)
+    for node, weight in _legendre(nodes):
+        u = torch.add(middle, half, alpha=node)
         density = torch.add(nearest, u, alpha=0.5).mul_(u).neg_().exp_()
         if ramp is not None:
             density *= ramp(u)

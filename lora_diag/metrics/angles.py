@@ -46,5 +46,5 @@ def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -
     shares = np.concatenate([[0.0], np.cumsum(steps)])
     # Correct the known total mass for rounding.
     shares *= (1 - max(0.0, (a + b - 1) / a)) / shares[-1]
-    at = np.arcsin(np.sqrt(np.clip((squares - low) / (high - low), 0.0, 1.0)))
-    return np.where(squares >= 1, 1.0, np.interp(at, phi, shares))
+    quantiles = np.arcsin(np.sqrt(np.clip((squares - low) / (high - low), 0.0, 1.0)))
+    return np.where(squares >= 1, 1.0, np.interp(quantiles, phi, shares))

@@ -129,8 +129,8 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
 
     def decides(n: int) -> bool:
         freedom = max(1, groups * (n - 1))
-        both = float(stdtrit(freedom, level)) + float(stdtrit(freedom, POWER))
-        return both * math.sqrt(error**2 / n + fixed**2) <= abs(distance)
+        quantiles = float(stdtrit(freedom, level)) + float(stdtrit(freedom, POWER))
+        return quantiles * math.sqrt(error**2 / n + fixed**2) <= abs(distance)
 
     if not decides(MAX_RUNS):
         return None

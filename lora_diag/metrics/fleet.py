@@ -135,7 +135,7 @@ def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
             "spiked": adapter.spike is not None and adapter.spike >= SPIKED and adapter.rank != 1,
             "norm": ratio is not None,
         }
-        names.append(tuple(word for word, so in kinds.items() if so))
+        names.append(tuple(kind for kind, holds in kinds.items() if holds))
     return names
 
 

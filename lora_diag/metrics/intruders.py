@@ -33,8 +33,8 @@ def kind(
     if similarity >= epsilon:
         return "kept"
     chance = projection_random**2
-    beyond = (projection**2 - chance) / (1 - chance) if chance < 1 else 0.0
-    return "rotated" if beyond >= epsilon**2 else "intruder"
+    excess = (projection**2 - chance) / (1 - chance) if chance < 1 else 0.0
+    return "rotated" if excess >= epsilon**2 else "intruder"
 
 
 def similarity_at_random(dimension: int, vectors: int) -> float:

@@ -118,19 +118,19 @@ def _argmin(convex: Callable[[float], float], low: float, high: float) -> float:
     return left if at_left <= at_right else right
 
 
-def _solve(b: Sums, target: float, most: float) -> float | None:
-    """Return Q with Q·B(Q) = target; None if it exceeds ``most``.
+def _solve(b: Sums, target: float, upper: float) -> float | None:
+    """Return Q with Q·B(Q) = target; None if it exceeds ``upper``.
 
     Q·B(Q) increases and is convex, so that Newton's method descends to the solution from any point above. One is where
     the largest term is the target, or the sum of all bᵢQ.
     """
     largest = float(b.max())
-    q = min(target / (largest * (1 + target)), target / float(b.sum()), most)
+    q = min(target / (largest * (1 + target)), target / float(b.sum()), upper)
     while True:
         left = 1 - b * q
         step = (q * float((b / left).sum()) - target) / float((b / left**2).sum())
         if not step > 1e-14 * q:
-            return None if q == most else q
+            return None if q == upper else q
         q -= step
 
 

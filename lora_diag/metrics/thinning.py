@@ -26,8 +26,8 @@ def thinned_ranks(values: int, points: int) -> list[int]:
     if values <= points:
         return list(range(1, values + 1))
     first = points // 2
-    rest = np.geomspace(first, values, points - first + 1)[1:]
-    return sorted({*range(1, first + 1), *(int(rank) for rank in np.rint(rest))})
+    spaced = np.geomspace(first, values, points - first + 1)[1:]
+    return sorted({*range(1, first + 1), *(int(rank) for rank in np.rint(spaced))})
 
 
 def curve_at(s: Sequence[float], fro: float, complete: bool, ranks: Sequence[int]) -> list[float]:

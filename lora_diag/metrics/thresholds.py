@@ -26,9 +26,9 @@ def knee(curve: NDArray[np.float64]) -> int:
         >>> knee(np.array([0.6, 0.9, 0.95, 1.0]))
         2
     """
-    over = np.concatenate([[0.0], curve])
+    curve_from_zero = np.concatenate([[0.0], curve])
     # Rounding of an all-equal spectrum must not be taken for a knee.
-    above = (over - np.linspace(0.0, over[-1], len(over))).round(12)
+    above = (curve_from_zero - np.linspace(0.0, curve_from_zero[-1], len(curve_from_zero))).round(12)
     return int(np.argmax(above))
 
 

@@ -123,12 +123,12 @@ class Listener:
 
     def _take(self, name: str, x: Tensor) -> None:
         if name not in self._leader:
-            same = next((first for first, tensor in self._input.items() if tensor is x), name)
-            self._leader[name] = same
-            if same == name:
+            first_name = next((first for first, tensor in self._input.items() if tensor is x), name)
+            self._leader[name] = first_name
+            if first_name == name:
                 size = x.shape[-1]
                 self.moments[name] = Moment([], torch.zeros(size, size, dtype=torch.float64, device=x.device))
-            self.moments[same].layers.append(name)
+            self.moments[first_name].layers.append(name)
         leader = self._leader[name]
         if leader != name:
             if self._input.get(leader) is not x:

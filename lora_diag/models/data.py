@@ -164,8 +164,8 @@ def _windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
         window = ids[start : start + room]
         whole = (*tokens.first, *window, *tokens.last)
         if model.kind == "masked":
-            before, behind = ([IGNORED] * len(around) for around in (tokens.first, tokens.last))
-            yield Sequence(whole, (*before, *window, *behind)), False
+            masked_first, masked_last = ([IGNORED] * len(special) for special in (tokens.first, tokens.last))
+            yield Sequence(whole, (*masked_first, *window, *masked_last)), False
         else:
             yield Sequence(whole, whole), False
 
@@ -186,8 +186,8 @@ def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence
         raise InputError(f"{where} has neither text nor prompt and completion; add them")
     ids, labels = [*prompt, *completion], [*([IGNORED] * len(prompt)), *completion]
     room = model.length - len(tokens.last)
-    behind = [IGNORED] * len(tokens.last)
-    return Sequence((*ids[:room], *tokens.last), (*labels[:room], *behind)), len(ids) > room
+    masked_last = [IGNORED] * len(tokens.last)
+    return Sequence((*ids[:room], *tokens.last), (*labels[:room], *masked_last)), len(ids) > room
 
 
 def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:

@@ -173,8 +173,8 @@ def in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
         yield model
     finally:
         with torch.no_grad():
-            for tensor, before in zip(changing, kept, strict=True):
-                tensor.copy_(before)
+            for tensor, original in zip(changing, kept, strict=True):
+                tensor.copy_(original)
         for parameter in trained:
             parameter.grad = None
         model.module.eval().requires_grad_(False)

@@ -294,16 +294,16 @@ def _tokens(
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     # The special tokens around a text are determined by experiment, because every family has its own rule.
-    around, inside = list(tokenizer("a")["input_ids"]), ids("a")
-    begin = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
-    last = () if kind == "causal" else tuple(around[begin + len(inside) :])
+    with_special, inside = list(tokenizer("a")["input_ids"]), ids("a")
+    begin = next((i for i in range(len(with_special)) if with_special[i : i + len(inside)] == inside), 0)
+    last = () if kind == "causal" else tuple(with_special[begin + len(inside) :])
     mask = tokenizer.mask_token_id
     if kind == "masked" and mask is None:
         raise InputError(
             f"{where}: the tokenizer has no mask token, which a masked language model needs; give another with "
             "--tokenizer"
         )
-    return Tokens(ids, tuple(around[:begin]), last, tokenizer.pad_token_id or 0, f"tokenizer of {where}", mask)
+    return Tokens(ids, tuple(with_special[:begin]), last, tokenizer.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
 def _bytes(reason: str) -> Tokens:
@@ -365,7 +365,7 @@ class Weights:
             InputError: A layer has another shape in the model, or two layers share one weight.
         """
         tensors: dict[str, Tensor] = {}
-        taken: dict[int, str] = {}
+        owners: dict[int, str] = {}
         for layer, shape in layers.items():
             if (tensor := self.find(layer)) is None:
                 continue
@@ -374,9 +374,9 @@ class Weights:
                     f"{layer}: shape {list(shape)} in BASE, {list(tensor.shape)} in transformers' model; check that "
                     "config.json belongs to these weights"
                 )
-            if (other := taken.setdefault(tensor.data_ptr(), layer)) != layer:
+            if (owner := owners.setdefault(tensor.data_ptr(), layer)) != layer:
                 raise InputError(
-                    f"{layer}: shares one weight with {other} in the model, but both are stored; exclude one with "
+                    f"{layer}: shares one weight with {owner} in the model, but both are stored; exclude one with "
                     "--exclude"
                 )
             tensors[layer] = tensor.view(shape)

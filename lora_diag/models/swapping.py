@@ -64,11 +64,11 @@ class Swapped:
 
     def arrange(self, ranks: Mapping[str, int]) -> None:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0 and for layers that are not named."""
-        for layer, before in self._state.items():
+        for layer, original in self._state.items():
             rank = ranks.get(layer, 0)
             if rank >= min(self._deltas[layer].shape):
                 rank = FULL
-            if rank != before:
+            if rank != original:
                 self._put(layer, rank)
                 self._state[layer] = rank
 
@@ -96,8 +96,8 @@ class Swapped:
             for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):
                 weight[first:last].copy_(block)
             return
-        before, update = row_blocks(_base(delta), delta.shape), self._update(layer, rank)
-        for (first, last), block, change in zip(row_spans(delta.shape), before, update, strict=True):
+        base_blocks, update = row_blocks(_base(delta), delta.shape), self._update(layer, rank)
+        for (first, last), block, change in zip(row_spans(delta.shape), base_blocks, update, strict=True):
             weight[first:last].copy_(block.double() + change)
 
     def _update(self, layer: str, rank: int) -> Iterator[Tensor]:

@@ -54,8 +54,8 @@ class Cell:
     @property
     def label(self) -> str:
         """Label of the run."""
-        what = self.subject if self.rank is None else f"r={self.rank}"
-        return f"{what} lr={self.lr:g} seed {self.seed}"
+        subject = self.subject if self.rank is None else f"r={self.rank}"
+        return f"{subject} lr={self.lr:g} seed {self.seed}"
 
 
 @dataclass(frozen=True)

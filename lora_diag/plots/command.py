@@ -41,7 +41,7 @@ def plot(
         result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)"))
 
 
-def _table(drawn: Sequence[Drawn], then: str) -> str:
+def _table(drawn: Sequence[Drawn], hint: str) -> str:
     """Return a table of the figures drawn, and of those not drawn with the reason."""
     from rich.console import Group
     from rich.table import Table
@@ -69,4 +69,4 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     if absent:
         lines.append(f"no records for {', '.join(absent)}; --figure NAME names the command that writes them")
     statements = [make_statement("not_drawn", "Not drawn", *lines)] if lines else []
-    return to_text(Group(made, "", summary_of(statements, then)), *terminal())
+    return to_text(Group(made, "", summary_of(statements, hint)), *terminal())

@@ -75,10 +75,10 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None
     layers = np.zeros((len(names), len(depths)), dtype=np.int64)
     row, column = {name: i for i, name in enumerate(names)}, {d: i for i, d in enumerate(depths)}
     for record in records:
-        where = types.of(record.layer), depth_of(record.layer)
-        layers[row[where[0]], column[where[1]]] += 1
+        cell = types.of(record.layer), depth_of(record.layer)
+        layers[row[cell[0]], column[cell[1]]] += 1
         if (value := value_of(record, field)) is not None:
-            by_cell.setdefault(where, []).append(value)
+            by_cell.setdefault(cell, []).append(value)
     values = np.full(layers.shape, np.nan)
     for (name, depth), numbers in by_cell.items():
         values[row[name], column[depth]] = np.median(numbers)
@@ -224,8 +224,8 @@ def draw_cells(
         missing = np.isnan(shown.values[:, number]) & (shown.layers[:, number] > 0)
         rows = np.arange(len(shown.types) + 1) - 0.5
         # Cells have white gaps, except thin cells, which the gaps would hide.
-        wide = len(columns) <= 40
-        between: dict[str, Any] = {"edgecolors": "white" if wide else "face", "lw": 0.5 if wide else 0.1}
+        show_all = len(columns) <= 40
+        between: dict[str, Any] = {"edgecolors": "white" if show_all else "face", "lw": 0.5 if show_all else 0.1}
         ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **between)
         for row in np.flatnonzero(missing):
             ax.add_patch(_unknown(left, row - 0.5, width))

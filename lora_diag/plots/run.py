@@ -201,10 +201,11 @@ def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
 
 def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
-    own = [f"{figure_kind.name}: {figure_kind.reason}" for figure_kind in made if figure_kind.missing != "records"]
+    reasons = [f"{figure_kind.name}: {figure_kind.reason}" for figure_kind in made if figure_kind.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return (
-        "; ".join(own) or f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"
+        "; ".join(reasons)
+        or f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"
     )
 
 

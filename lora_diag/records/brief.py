@@ -29,8 +29,8 @@ def _title(results: Results[Any]) -> str:
 
 def _properties(results: Results[Any]) -> list[tuple[str, str]]:
     inputs = [f"{safe(side.role)} {safe(side.path)}".strip() for side in results.run.inputs]
-    more = [f"and {len(inputs) - _INPUTS} more"] if len(inputs) > _INPUTS else []
-    facts = [("inputs", ", ".join([*inputs[:_INPUTS], *more]) or "none")]
+    suffix = [f"and {len(inputs) - _INPUTS} more"] if len(inputs) > _INPUTS else []
+    facts = [("inputs", ", ".join([*inputs[:_INPUTS], *suffix]) or "none")]
     records = Counter(record.record for record in (*results.layers, *results.whole))
     layers = len({record.layer for record in results.layers if _is_of_layer(type(record))})
     kinds = ", ".join(f"{count} {safe(kind)}" for kind, count in records.items())

@@ -133,13 +133,13 @@ def _cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, Any]]:
 def _values(
     record: Record, first: Mapping[str, Any], short: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
-    which = _WHICH | set(record.key) | {f"{name}_name" for name in record.key}
-    row = {**first, **{name: value for name, value in _row(record, short).items() if name in which}}
+    identifying = _WHICH | set(record.key) | {f"{name}_name" for name in record.key}
+    row = {**first, **{name: value for name, value in _row(record, short).items() if name in identifying}}
     for name, layer, entries in _lists(record):
-        own = {} if layer is None else {"layer": layer, **_place_of(layer)}
+        layer_values = {} if layer is None else {"layer": layer, **_place_of(layer)}
         index = [None] if layer is not None else list(range(1, len(entries) + 1))
         words = all(isinstance(entry, str) for entry in entries)
-        yield {**row, **own, "field": name}, {"index": index, "text" if words else "value": entries}
+        yield {**row, **layer_values, "field": name}, {"index": index, "text" if words else "value": entries}
 
 
 def _lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:

@@ -113,20 +113,20 @@ def lines(path: Path) -> Iterator[bytes]:
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
-            what = "is a folder" if path.is_dir() else "is not a regular file"
-            raise InputError(f"{path}: {what}; give a results file as written by -o FILE")
+            problem = "is a folder" if path.is_dir() else "is not a regular file"
+            raise InputError(f"{path}: {problem}; give a results file as written by -o FILE")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                before, _, zeros = line.partition(b"\0")
+                content, _, zeros = line.partition(b"\0")
                 if len(line) > MAX_LINE_BYTES and not zeros:
                     raise InputError(
                         f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes; give a file that loradiag "
                         "wrote with -o"
                     )
-                yield before
-                if not before.endswith(b"\n"):
+                yield content
+                if not content.endswith(b"\n"):
                     return
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; give a results file, written with -o") from error

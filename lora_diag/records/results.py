@@ -267,9 +267,9 @@ class Seal:
 
     def copy(self) -> Seal:
         """Return a copy in the same state."""
-        other = Seal()
-        other._hash = self._hash.copy()
-        return other
+        duplicate = Seal()
+        duplicate._hash = self._hash.copy()
+        return duplicate
 
     def add(self, line: bytes) -> None:
         """Add one line; line endings are ignored, so that a checkout with other line endings has the same hash."""

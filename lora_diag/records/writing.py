@@ -127,15 +127,22 @@ class ResultsWriter(Generic[L]):
 
     def _extended(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs; unfinished if they were extended."""
-        then, now = earlier.run.settings, self.run.settings
+        earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
             earlier = replace(earlier, left_out=(), end=None)
-        requested = {key for key in self._grows if key in then and now.get(key) is not None}
-        grown = {key: now[key] if then[key] is None else self._grows[key](then[key], now[key]) for key in requested}
-        self.run = self.run.model_copy(update={"settings": {**now, **grown}})
-        if all(then[key] == value for key, value in grown.items()):
+        requested = {key for key in self._grows if key in earlier_settings and settings.get(key) is not None}
+        grown = {
+            key: settings[key]
+            if earlier_settings[key] is None
+            else self._grows[key](earlier_settings[key], settings[key])
+            for key in requested
+        }
+        self.run = self.run.model_copy(update={"settings": {**settings, **grown}})
+        if all(earlier_settings[key] == value for key, value in grown.items()):
             return earlier
-        return replace(earlier, run=earlier.run.model_copy(update={"settings": {**then, **grown}}), end=None)
+        return replace(
+            earlier, run=earlier.run.model_copy(update={"settings": {**earlier_settings, **grown}}), end=None
+        )
 
     def _add_kept(self, path: Path | None) -> None:
         """Add the kept lines to the hash, as in the file; nothing follows a finished run."""
@@ -240,10 +247,10 @@ def _write(file: FileIO, content: bytes) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    begin, rest = file.tell(), memoryview(content)
+    begin, remaining = file.tell(), memoryview(content)
     try:
-        while rest:
-            rest = rest[file.write(rest) or 0 :]
+        while remaining:
+            remaining = remaining[file.write(remaining) or 0 :]
     except BaseException:
         with suppress(OSError):
             file.truncate(begin)
@@ -345,14 +352,17 @@ def _whole_layers(earlier: Results[Any]) -> Results[Any]:
 
 def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
     """Return the earlier records if they are from the same inputs and settings."""
-    for before, now in zip(earlier.run.inputs, run.inputs, strict=False):
-        if bool(before.sha256) != bool(now.sha256):
-            without = "without --verify" if now.sha256 else "with --verify"
-            raise UsageError(f"{path}: this run was started {without}; resume with the same command")
-        if before.path == now.path and (before.fingerprint, before.sha256) != (now.fingerprint, now.sha256):
+    for recorded, current_input in zip(earlier.run.inputs, run.inputs, strict=False):
+        if bool(recorded.sha256) != bool(current_input.sha256):
+            option = "without --verify" if current_input.sha256 else "with --verify"
+            raise UsageError(f"{path}: this run was started {option}; resume with the same command")
+        if recorded.path == current_input.path and (recorded.fingerprint, recorded.sha256) != (
+            current_input.fingerprint,
+            current_input.sha256,
+        ):
             raise UsageError(
-                f"{path}: the input {now.path} changed since this run began, and old and new layers must not be "
-                "mixed; delete the file and measure again, or write to another file"
+                f"{path}: the input {current_input.path} changed since this run began, and old and new layers must "
+                "not be mixed; delete the file and measure again, or write to another file"
             )
     earlier_run, current = (run_record.model_dump(exclude={"made"}) for run_record in (earlier.run, run))
     differing = [key for key in current if earlier_run[key] != current[key]]

@@ -83,11 +83,11 @@ class Grid:
         names, limit = self.names[: self.most], self.most
         columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
         table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if limit else None)
-        more = len(self.names) - len(names)
+        hidden = len(self.names) - len(names)
         return [
             *([Text(self.caption, style="bold")] if self.caption else []),
             table,
-            *([Text(f"and {more} more")] if more else []),
+            *([Text(f"and {hidden} more")] if hidden else []),
         ]
 
     def rows(self) -> list[tuple[str, list[str]]]:
@@ -160,16 +160,16 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     for name in dict.fromkeys(names):
         groups.setdefault(crop(name, width), []).append(name)
     shortened_names = {name: short_name for short_name, (name, *_) in groups.items()}
-    taken = {short_name for short_name, group in groups.items() if len(group) == 1}
+    used = {short_name for short_name, group in groups.items() if len(group) == 1}
     for group in groups.values():
         if len(group) > 1:
-            cuts = _disambiguated(group, width, taken)
+            cuts = _disambiguated(group, width, used)
             shortened_names |= dict(zip(group, cuts, strict=True))
-            taken |= set(cuts)
+            used |= set(cuts)
     return [shortened_names[name] for name in names]
 
 
-def _disambiguated(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
+def _disambiguated(names: Sequence[str], width: int, used: Set[str]) -> list[str]:
     """Shorten names with equal endings: keep the first parts in which they differ, and the end."""
     differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
     start = names[0].rfind(".", 0, differ) + 1
@@ -180,13 +180,13 @@ def _disambiguated(names: Sequence[str], width: int, taken: Set[str]) -> list[st
         return [f"{lead}{head}…{name[len(name) - room + len(head) :]}" for head, name in zip(heads, names, strict=True)]
 
     rests = [name[start:] for name in names]
-    parts = [[".".join([*rest.split(".")[:n], ""]) for rest in rests] for n in range(1, 4)]
-    pieces = [[rest[:n] for rest in rests] for n in range(1, room)]
+    parts = [[".".join([*tail.split(".")[:n], ""]) for tail in rests] for n in range(1, 4)]
+    pieces = [[tail[:n] for tail in rests] for n in range(1, room)]
     for heads in (*parts, *pieces):
-        if max(map(len, heads)) < room and len(set(result := cuts(heads))) == len(names) and not taken & set(result):
+        if max(map(len, heads)) < room and len(set(result := cuts(heads))) == len(names) and not used & set(result):
             return result
     # No room for the differing part: use a number.
-    return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(taken) + 1)]
+    return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(used) + 1)]
 
 
 def _room(columns: Sequence[Column], width: int) -> int:

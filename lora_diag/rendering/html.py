@@ -28,9 +28,9 @@ def grid_html(grid: Grid) -> str:
     head = "".join(f"<th>{_plain(title)}</th>" for title in (grid.title, *(column.title for column in grid.columns)))
     rows = zip(grid.names, *(column.cells for column in grid.columns), strict=True)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row, _ in zip(rows, range(_ROWS), strict=False))
-    more = f"<p>and {len(grid.names) - _ROWS} more rows</p>" if len(grid.names) > _ROWS else ""
+    note = f"<p>and {len(grid.names) - _ROWS} more rows</p>" if len(grid.names) > _ROWS else ""
     caption = f"<p><b>{_plain(grid.caption)}</b></p>" if grid.caption else ""
-    return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+    return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
 def _cell(cell: str | Text) -> str:

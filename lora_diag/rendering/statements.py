@@ -67,10 +67,10 @@ class Statement:
         ('yes: it is as good', ('On dev: loss 2.0',))
         """
         answer = self.answer or self.lead
-        rest = tuple(line for line in self.lines if line != answer)
+        remaining = tuple(line for line in self.lines if line != answer)
         if not self.scoped:
-            return answer, rest
-        return (f"{self.label}: {answer}", rest) if answer in self.lines else (answer, self.labelled)
+            return answer, remaining
+        return (f"{self.label}: {answer}", remaining) if answer in self.lines else (answer, self.labelled)
 
     @property
     def labelled(self) -> tuple[str, ...]:
@@ -107,9 +107,9 @@ def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
     return statement.lines if statement else ()
 
 
-def compared(results: Results[Any], *more: str) -> Statement:
+def compared(results: Results[Any], *extra: str) -> Statement:
     """Return the inputs with further remarks and notes."""
-    return make_statement("compared", "Compared", *inputs(results.run), *more, *notes(results.run), priority=2)
+    return make_statement("compared", "Compared", *inputs(results.run), *extra, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any]) -> Statement:
@@ -142,11 +142,11 @@ _MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 @contextmanager
 def at_most(lines: int | None) -> Iterator[None]:
     """Limit summaries created within the block to this number of lines; warnings and failures are always shown."""
-    before = _MAX_LINES.set(lines)
+    token = _MAX_LINES.set(lines)
     try:
         yield
     finally:
-        _MAX_LINES.reset(before)
+        _MAX_LINES.reset(token)
 
 
 def summary_of(statements: Sequence[Statement], next_command: str | None = None) -> RenderableType:
@@ -195,12 +195,12 @@ class _Summary:
             if lines:
                 grid.add_row(statement.label, Text("\n".join(lines), style=_STYLES[statement.level]))
         yield grid
-        rest = [
+        not_shown = [
             line
             for statement, lines in zip(self.statements, shown, strict=True)
             for line in statement.lines[len(lines) :]
         ]
-        if hidden := sum(map(height, rest)):
+        if hidden := sum(map(height, not_shown)):
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
@@ -208,18 +208,18 @@ def _fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> lis
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
     fitting = summary.statements
     shown = [statement.lines if statement.level in {"warning", "failure"} else () for statement in fitting]
-    free = [at for at in range(len(fitting)) if not shown[at]]
-    if sum(height(line) for at in free for line in fitting[at].lines) <= limit:
+    free = [index for index in range(len(fitting)) if not shown[index]]
+    if sum(height(line) for index in free for line in fitting[index].lines) <= limit:
         return [statement.lines for statement in fitting]
     left = limit - 1  # the last line gives the number of hidden lines
     for priority in sorted({statement.priority for statement in fitting}):
-        group = [at for at in free if fitting[at].priority == priority]
-        for at in group:
-            if (cost := height(fitting[at].lead)) <= left:
-                shown[at], left = (fitting[at].lead,), left - cost
-        for at in group:
-            for line in fitting[at].details if shown[at] else ():
+        group = [index for index in free if fitting[index].priority == priority]
+        for index in group:
+            if (cost := height(fitting[index].lead)) <= left:
+                shown[index], left = (fitting[index].lead,), left - cost
+        for index in group:
+            for line in fitting[index].details if shown[index] else ():
                 if (cost := height(line)) > left:
                     break
-                shown[at], left = (*shown[at], line), left - cost
+                shown[index], left = (*shown[index], line), left - cost
     return shown

@@ -48,7 +48,7 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def grid_of(
-    shown: Iterable[Shown], rows: Rows, per: str, caption: str = "", about: str = "", more: Sequence[Column] = ()
+    shown: Iterable[Shown], rows: Rows, per: str, caption: str = "", about: str = "", extra: Sequence[Column] = ()
 ) -> Grid:
     """Return the table of named rows: how many records each has where it is a module type, and the declared columns.
 
@@ -58,10 +58,10 @@ def grid_of(
         per: Content of a row: ``type``, ``layer``, or the title of the column of names.
         caption: Subject of the table; empty where that needs no words.
         about: What one reads from it.
-        more: Columns after the declared ones.
+        extra: Columns after the declared ones.
     """
     sizes = [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
-    columns = (*sizes, *columns_of(shown, rows), *more)
+    columns = (*sizes, *columns_of(shown, rows), *extra)
     return Grid(caption, title_of(per), tuple(name for name, _ in rows), columns, about)
 
 

@@ -168,9 +168,9 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     current, worst = ranks([item.rank for item in insufficient]), min(insufficient, key=lambda item: item.kept)
     affected = f"{len(insufficient)} of {len(capacities)} matrices"
     largest_adapters = _largest_adapters(evidence)
-    at = f"At rank {current}{f' ({_joined(largest_adapters)})' if largest_adapters else ''}"
+    state = f"At rank {current}{f' ({_joined(largest_adapters)})' if largest_adapters else ''}"
     reason = (
-        f"{at}, {affected} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
+        f"{state}, {affected} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
         f"{named([worst.layer])}."
     )
     rule = "raise rank in named layers" if is_local else "raise rank everywhere"
@@ -192,14 +192,14 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     chosen = {item.layer for item in (insufficient if is_local else capacities)}
     total = sum(sum(i.shape) * (max(target_rank, i.rank) if i.layer in chosen else i.rank) for i in capacities)
     params, reference_params, reference_text = total + saved_params(evidence), *reference(evidence)
-    where = f"r={target_rank} in {'these' if is_local else 'all of them'}"
+    change = f"r={target_rank} in {'these' if is_local else 'all of them'}"
     effect = (
         f"holds half of the energy in {'each of them' if is_local else 'the median matrix'}"
         if target
         else "holds less than half of the energy in some of them"
     )
     reason += (
-        f" The budget is that of {where}{', with the others unchanged' if is_local else ''}, which "
+        f" The budget is that of {change}{', with the others unchanged' if is_local else ''}, which "
         f"{effect}.{_energy_kept_by(evidence, params)}"
     )
     return Advice(

@@ -184,23 +184,25 @@ def prefer_fisher(evidence: Evidence) -> Advice | None:
     for source, records in _runs(evidence, Fisher):
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
-        at = next((at_rank for at_rank in correlations(records, ranks) if at_rank.rank == rank), None)
-        differing = _fisher_differs(source, records, rank) if at is None else _fisher_contradicted(evidence, source, at)
+        chosen = next((at_rank for at_rank in correlations(records, ranks) if at_rank.rank == rank), None)
+        differing = (
+            _fisher_differs(source, records, rank) if chosen is None else _fisher_contradicted(evidence, source, chosen)
+        )
         if differing is not None:
             return differing
     return None
 
 
-def _fisher_contradicted(evidence: Evidence, source: Source, at: Correlations) -> Advice | None:
+def _fisher_contradicted(evidence: Evidence, source: Source, chosen: Correlations) -> Advice | None:
     """Apply if the measured cost has the order of the Fisher information, and significantly not that of energy."""
-    fisher, energy = (_rho(at.kl[name][0], at.n) for name in ("Fisher", "weight energy"))
+    fisher, energy = (_rho(chosen.kl[name][0], chosen.n) for name in ("Fisher", "weight energy"))
     if fisher is None or energy is None or fisher[1] <= energy[2]:
         return None
     argv, params, budget_text = _allocate(evidence, source)
     return Advice(
         "rank by Fisher",
         f"{budget_text} by the Fisher information of the discarded part instead of energy",
-        f"Spearman's ρ with the measured cost of truncating each of {at.n} layers to r={at.rank} is "
+        f"Spearman's ρ with the measured cost of truncating each of {chosen.n} layers to r={chosen.rank} is "
         f"{_interval(fisher)} for the Fisher information of the discarded part and {_interval(energy)} "
         "for its energy Σσ².",
         "95% interval of ρ of the Fisher information above that of energy",
@@ -212,15 +214,15 @@ def _fisher_contradicted(evidence: Evidence, source: Source, at: Correlations) -
 
 def _fisher_differs(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
     """Without a measured cost, but with significantly different orders: recommend the measurement."""
-    both = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
-    rho = _rho(spearman([first for first, _ in both], [second for _, second in both]), len(both)) if both else None
+    pairs = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
+    rho = _rho(spearman([first for first, _ in pairs], [second for _, second in pairs]), len(pairs)) if pairs else None
     if rho is None or rho[2] >= DIFFERENT_ORDER:
         return None
     base, tuned, data = source.path_of("base"), source.path_of("tuned"), source.path_of("data", "TEXT")
     return Advice(
         "rank by Fisher",
         "Measure whether energy or Fisher information predicts the cost of truncation, before choosing ranks by energy",
-        f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_interval(rho)}.",
+        f"They order {len(pairs)} layers differently: Spearman's ρ of the two at r={rank} is {_interval(rho)}.",
         f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below "
         f"{DIFFERENT_ORDER}; no "
         "cost measured",

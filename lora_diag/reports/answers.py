@@ -47,7 +47,7 @@ def _answers(sections: Sequence[Section]) -> Iterator[Answer]:
         for key, question in section.feature.questions:
             if answers := [statement for statement in section.statements if statement.key == key]:
                 first, *others = answers
-                answer, more = first.answered
-                more += tuple(line for statement in others for line in statement.labelled)
+                answer, extra = first.answered
+                extra += tuple(line for statement in others for line in statement.labelled)
                 # With several such runs, each answer names its run.
-                yield Answer(question, answer, (*more, *([section.title] if times[section.feature.name] > 1 else ())))
+                yield Answer(question, answer, (*extra, *([section.title] if times[section.feature.name] > 1 else ())))

@@ -51,9 +51,9 @@ def report(
         if any(plain(value) != plain(defaults[name]) for name, value in arguments.items()):
             raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
         silence_matplotlib()
-        where = track(results, to, project)
+        location = track(results, to, project)
         if not quiet:
-            message(f"{to}: {where}")
+            message(f"{to}: {location}")
         return
     output, format = cast(Path | None, arguments["output"]), arguments["format"]
     if output is None and format == "parquet":

@@ -140,15 +140,17 @@ class Evidence:
         """Return the evidence for each full fine-tune, with the runs that belong to none, such as sweeps."""
         sides: list[set[str]] = []  # path and fingerprint of each fine-tune
         for source in self.sources:
-            if own := _tuned_ids(source):
-                matching = next((side for side in sides if side & own), None)
+            if tuned_ids := _tuned_ids(source):
+                matching = next((side for side in sides if side & tuned_ids), None)
                 if matching is None:
                     sides.append(matching := set())
-                matching |= own
+                matching |= tuned_ids
         if len(sides) < 2:
             return [self]
         return [
-            replace(self, sources=tuple(s for s in self.sources if not (own := _tuned_ids(s)) or own & side))
+            replace(
+                self, sources=tuple(s for s in self.sources if not (tuned_ids := _tuned_ids(s)) or tuned_ids & side)
+            )
             for side in sides
         ]
 

@@ -107,8 +107,8 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
     for position, source in enumerate(sources):
         shown = tracks(source.results)
         ranks = sorted({track.rank for track in shown})
-        at = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-        columns = tuple(replace(field, about=f"{field.about}; {at}") for field in Overlap.shown)
+        place = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        columns = tuple(replace(field, about=f"{field.about}; {place}") for field in Overlap.shown)
         records = {track.layer: track.last for track in shown}
         yield from _columns(f"o{position}", _group(sources, source), columns, records, layers)
 

@@ -101,7 +101,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
     outcome, verdicts = judged(evidence)
     subject, sections = subject_of(evidence), sections_of(evidence)
-    own = {name for section in sections for name in section.figures}
+    used = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
         subject=subject,
         sources=evidence.sources,
@@ -115,8 +115,8 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         plain=[column for column in columns if column.main],
         plain_rows=min(PLAIN_ROWS, len(layers)),
         sections=sections,
-        images=[picture for picture in images if picture.name not in own],
-        own_pictures=[picture for picture in images if picture.name in own],
+        images=[picture for picture in images if picture.name not in used],
+        own_pictures=[picture for picture in images if picture.name in used],
         most_inputs=INPUTS,
         made=made,
         thinning=[*other_metric_sentences(evidence), *_thinning(evidence, layers)],
@@ -202,13 +202,17 @@ def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[A
         ranks: dict[int, list[int]] = {}
         curves = []
         for record in source.results:
-            at = ranks.setdefault(len(record.s), thinned_ranks(len(record.s), points))
-            energy = curve_at(record.s, record.fro, record.complete, at) if record.fro > 0 else [None] * len(at)
+            shown_ranks = ranks.setdefault(len(record.s), thinned_ranks(len(record.s), points))
+            energy = (
+                curve_at(record.s, record.fro, record.complete, shown_ranks)
+                if record.fro > 0
+                else [None] * len(shown_ranks)
+            )
             curves.append(
                 {
                     "layer": position[record.layer],
                     "kept": len(record.s),
-                    "s": [value(record.s[rank - 1]) for rank in at],
+                    "s": [value(record.s[rank - 1]) for rank in shown_ranks],
                     "c": [_rounded(share) for share in energy],
                     "edge": value(record.resolution.edge),
                 }

@@ -70,10 +70,10 @@ def _table(evidence: Evidence) -> list[str]:
     for name, positions in list(groups.items())[:ROWS]:
         cells = [_text(plain(field.together(positions))) for field in columns]
         rows.append(f"| {code(name)} | {len(positions)} | " + " | ".join(cells) + " |")
-    more = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
+    note = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
     return [
         "## By module type",
-        "\n".join(rows) + more + _pooling_text(columns),
+        "\n".join(rows) + note + _pooling_text(columns),
         *map(_text, other_metric_sentences(evidence)),
     ]
 
@@ -101,9 +101,9 @@ def _sections(evidence: Evidence) -> list[str]:
                 f"|---|{marks}",
             ]
             lines += [f"| {code(name)} | {' | '.join(map(_text, cells))} |" for name, cells in rows[:ROWS]]
-            more = f"\n\n*and {len(rows) - ROWS} more*" if len(rows) > ROWS else ""
+            note = f"\n\n*and {len(rows) - ROWS} more*" if len(rows) > ROWS else ""
             about = f"\n\n{_text(grid.about)}" if grid.about else ""
-            parts.append((f"**{_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + more + about)
+            parts.append((f"**{_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + note + about)
     return parts
 
 
@@ -120,7 +120,9 @@ def _advice(subject: Subject) -> list[str]:
         parts.append("These records support no step.")
     if subject.silent:
         parts.append(f"*and {subject.silent} more adapters or updates: report on them separately*")
-    parts += [f"- not measured: {_text(what)}{f': {code(how, 1000)}' if how else ''}" for what, how in subject.missing]
+    parts += [
+        f"- not measured: {_text(quantity)}{f': {code(how, 1000)}' if how else ''}" for quantity, how in subject.missing
+    ]
     return parts
 
 
@@ -148,8 +150,8 @@ def _gate(evidence: Evidence) -> list[str]:
         for verdict in verdicts[:ROWS]
     ]
     head = ["| status | rule | layer | measured | allowed |", "|---|---|---|--:|---|"]
-    more = f"\n\n*and {len(verdicts) - ROWS} more*" if len(verdicts) > ROWS else ""
-    return ["## Gate", f"{_text(outcome)}.", *(["\n".join([*head, *rows]) + more] if rows else [])]
+    note = f"\n\n*and {len(verdicts) - ROWS} more*" if len(verdicts) > ROWS else ""
+    return ["## Gate", f"{_text(outcome)}.", *(["\n".join([*head, *rows]) + note] if rows else [])]
 
 
 def _measured(evidence: Evidence) -> str:

@@ -84,7 +84,7 @@ def subject_of(evidence: Evidence) -> Subject:
                 dict.fromkeys(finding for single in evidence.each()[:MAX_ADAPTERS] for finding in findings(single)),
             )
         ),
-        missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
+        missing=tuple((safe(quantity), safe(how)) for quantity, how in evidence.missing()),
         silent=max(0, len(evidence.each()) - MAX_ADAPTERS),
         update=weights or bool(probed),
         weights=measured and not (evidence.weighted and evidence.update is None and evidence.audit is None),
@@ -129,9 +129,9 @@ def _title(evidence: Evidence) -> str:
 
 
 def _unfinished(source: Source) -> str:
-    run, many = source.results.run, len(source.results) or len(source.results.whole)
+    run, count = source.results.run, len(source.results) or len(source.results.whole)
     return (
-        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements on its {many} "
+        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements on its {count} "
         "records do not apply to the rest, and no step is derived from it. Repeat the command with --resume."
     )
 
@@ -163,8 +163,8 @@ def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]
 
 def _answer(question: str, statements: Sequence[Statement], key: str, otherwise: str) -> Answer:
     """Return a statement as the answer to a question."""
-    first, *more = lines_of(statements, key) or (otherwise,)
-    return Answer(question, first, tuple(more))
+    first, *details = lines_of(statements, key) or (otherwise,)
+    return Answer(question, first, tuple(details))
 
 
 def _in_weights(evidence: Evidence) -> list[Source]:
@@ -175,10 +175,10 @@ def _weighed(evidence: Evidence) -> Iterator[Answer]:
     """Yield the statements of spectra in other metrics, which apply to outputs or the loss instead of weights."""
     for source in evidence.weighted[:MAX_ADAPTERS]:
         statements = summary_lines(source.results)
-        first, more = _rank_needed(statements)
-        more += tuple(f"The metric is {line}" for line in lines_of(statements, "metric"))
-        more += (safe(source.name),) if len(evidence.weighted) > 1 else ()
-        yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, more)
+        first, details = _rank_needed(statements)
+        details += tuple(f"The metric is {line}" for line in lines_of(statements, "metric"))
+        details += (safe(source.name),) if len(evidence.weighted) > 1 else ()
+        yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, details)
 
 
 def other_metric_sentences(evidence: Evidence) -> list[str]:
@@ -227,11 +227,11 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
             if isinstance(record, Certificate):
                 budget = f" of {number(record.budget)}" if record.budget is not None else ""
                 metric = source.results.run.settings.get("metric", "weights")
-                of = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
+                suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
                 others = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
                 text = (
                     f"uses {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
-                    f"{percent(record.kept)} of the energy{of}; under the same constraints the maximum is at most "
+                    f"{percent(record.kept)} of the energy{suffix}; under the same constraints the maximum is at most "
                     f"{percent(record.bound)}{f'. For comparison: {others}' if others else ''}."
                 )
                 texts.append((labels([source.name])[0], text))

@@ -93,9 +93,9 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of a checkpoint: from its config, the Hub, and its folder."""
     path = checkpoint.path
     stored = str(checkpoint.config.get("_name_or_path") or "")
-    where = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
-    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{where}/")
-    folder = os.path.dirname(where) if path.suffix in {".safetensors", ".bin", ".pt", ".json"} else where  # noqa: PTH120
+    real_path = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{real_path}/")
+    folder = os.path.dirname(real_path) if path.suffix in {".safetensors", ".bin", ".pt", ".json"} else real_path  # noqa: PTH120
     named = f"{cached[1]}/{cached[2]}" if cached else os.path.basename(folder)  # noqa: PTH119
     missing = () if os.path.exists(path) else (str(path),)  # noqa: PTH110  (a Hub id or an address)
     return tuple(dict.fromkeys(name for name in (stored, *missing, named) if name))

@@ -13,12 +13,12 @@ from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, finger
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
     """Return the inputs of gradients for the run record."""
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
     digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
     return RunInput(
         role="gradients",
-        path=f"{legible(paths[0])}{more}",
+        path=f"{legible(paths[0])}{suffix}",
         kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
         tensors=sum(len(step.checkpoint) for step in steps),
         notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),

@@ -77,22 +77,24 @@ def compare(
     ends_with_adapter = is_adapter(locate(last))
     if not ends_with_adapter and is_adapter(locate(base)):
         raise UsageError(f"{base}: is an adapter; give BASE first, then the adapter")
-    before = open_checkpoint(base) if tuned is not None else None
-    if before is None or ends_with_adapter:
+    base_checkpoint = open_checkpoint(base) if tuned is not None else None
+    if base_checkpoint is None or ends_with_adapter:
         adapter = open_adapter(locate(last), stated_alpha)
-        pairing, notes = adapter.pair(before, layers, exclude, allow_unmatched)
-        described = describe_adapter(adapter, last, before, pairing, notes, verify)
+        pairing, notes = adapter.pair(base_checkpoint, layers, exclude, allow_unmatched)
+        described = describe_adapter(adapter, last, base_checkpoint, pairing, notes, verify)
     else:
-        after = open_tuned(last, before)
-        for side in (before, after):
+        tuned_checkpoint = open_tuned(last, base_checkpoint)
+        for side in (base_checkpoint, tuned_checkpoint):
             if any(file.metadata.get("kind") == MOMENTS for file in side.files):
                 raise UsageError(f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations")
-        pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
-        refuse_empty(pairing, before, after)
-        described = describe("tuned", after, notes, verify)
+        pairing, notes = _pair_renamed(
+            pair(base_checkpoint, tuned_checkpoint, layers, exclude), base_checkpoint, tuned_checkpoint
+        )
+        refuse_empty(pairing, base_checkpoint, tuned_checkpoint)
+        described = describe("tuned", tuned_checkpoint, notes, verify)
     _refuse_duplicate_names(pairing.deltas)
     unpaired = tuple(replace(item, detail=legible(item.detail)) for item in pairing.unpaired)
-    inputs = (described,) if before is None else (describe("base", before, verify=verify), described)
+    inputs = (described,) if base_checkpoint is None else (describe("base", base_checkpoint, verify=verify), described)
     return Comparison(inputs, replace(pairing, unpaired=unpaired))
 
 
@@ -119,9 +121,9 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
     """
     first: dict[str, Delta] = {}
     for delta in deltas:
-        other = first.setdefault(delta.layer, delta)
-        if other is not delta:
-            names = " and ".join(item.base.name if item.base else item.layer for item in (other, delta))
+        earlier = first.setdefault(delta.layer, delta)
+        if earlier is not delta:
+            names = " and ".join(item.base.name if item.base else item.layer for item in (earlier, delta))
             raise InputError(f"{delta.layer}: two weights have this name, from {names}; exclude one with --exclude")
 
 
@@ -143,11 +145,11 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     }
     if not renamed:
         return pairing, ()
-    taken = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
+    used = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
     deltas = sorted(
         (*pairing.deltas, *(d for new in renamed.values() for d in new)), key=lambda d: natural_order(d.layer)
     )
-    rest = tuple(item for item in pairing.unpaired if item.layer not in taken)
+    rest = tuple(item for item in pairing.unpaired if item.layer not in used)
     name, first = min((name, deltas[0].layer) for name, deltas in renamed.items())
     note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {first}"
     return Pairing(tuple(deltas), rest), (note,)

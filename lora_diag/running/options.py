@@ -477,15 +477,15 @@ def show_options(function: F) -> F:
         >>> ", ".join(signature(count).parameters)
         'base, layers, exclude'
     """
-    own = signature(function)
-    *parameters, last = own.parameters.values()
+    own_signature = signature(function)
+    *parameters, last = own_signature.parameters.values()
     hint = last.annotation
     (group,) = get_args(eval(hint, function.__globals__) if isinstance(hint, str) else hint)
     options = declared(group)
     for name, (kind, option) in options.items():
         shown = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=shown))
-    function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__signature__ = own_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def lines(match: re.Match[str]) -> str:
         missing = {name: each for name, (_, each) in options.items() if f"\n{match[1]}{name}: " not in written}

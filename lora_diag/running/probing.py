@@ -107,13 +107,13 @@ class ProbeRun:
         """Return the number of batches of evaluation sets."""
         return sum(-(-len(text_set.sequences) // self.batch) for text_set in texts)
 
-    def estimate(self, texts: Texts, description: str, more: str = "", passes: int | None = None) -> None:
+    def estimate(self, texts: Texts, description: str, extra: str = "", passes: int | None = None) -> None:
         """Time one batch, and report an estimate of the run's duration.
 
         Args:
             texts: An evaluation set.
             description: Description of the work.
-            more: Text to append.
+            extra: Text to append.
             passes: Total number of forward passes; default the number of batches.
         """
         first, passes = texts.first(self.batch), self.watch.total if passes is None else passes
@@ -122,7 +122,7 @@ class ProbeRun:
         measure(self.model, first, self.batch)
         seconds = time.perf_counter() - start
         self.watch.note(
-            f"about {duration(seconds * passes)}: {description}, {passes} batches of {seconds:.2g} s each{more}"
+            f"about {duration(seconds * passes)}: {description}, {passes} batches of {seconds:.2g} s each{extra}"
         )
 
     def over(

@@ -24,10 +24,10 @@ def lowest(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, 
     {'r=4': 0.01}
     """
     best: dict[Key, tuple[float, float]] = {}
-    for what, loss, lr in runs:
+    for key, loss, lr in runs:
         if loss is not None and lr is not None:
-            best[what] = min(best.get(what, (math.inf, 0.0)), (loss, lr))
-    return {what: lr for what, (_, lr) in best.items()}
+            best[key] = min(best.get(key, (math.inf, 0.0)), (loss, lr))
+    return {key: lr for key, (_, lr) in best.items()}
 
 
 def edge(tried: Collection[float], best: float) -> int:

@@ -185,10 +185,10 @@ class RunPlan:
 
     def more(self, arms: Sequence[Arm]) -> str:
         """Describe how many runs the edges of the grids may add."""
-        most = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
+        limit = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
         return (
-            f"; up to {pluralized(most, 'run', 'runs')} more if the best rate is at the edge of the grid"
-            if most
+            f"; up to {pluralized(limit, 'run', 'runs')} more if the best rate is at the edge of the grid"
+            if limit
             else ""
         )
 
@@ -418,6 +418,6 @@ def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Text
         InputError: It cannot be read.
     """
     texts = read_texts(data, model)
-    if same := next((text_set for text_set in sets if text_set.hash == texts.hash), None):
-        raise UsageError(f"{same.path}: is the training text; give an evaluation set that is held out")
+    if existing := next((text_set for text_set in sets if text_set.hash == texts.hash), None):
+        raise UsageError(f"{existing.path}: is the training text; give an evaluation set that is held out")
     return texts

@@ -120,10 +120,10 @@ def thin_values(
     else:
         s = np.asarray(np.linalg.svd(core, compute_uv=False), np.float64)
     energy, count = _squares(s), s.shape[1]
-    some = np.where(energy > 0, energy, 1.0)
+    divisor = np.where(energy > 0, energy, 1.0)
     eta = left.relative + right.relative
     delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * np.sqrt(_squares(left.r) * _squares(right.r))
-    error = 2 * eta + eta**2 + (2 * delta * np.sqrt(count * energy) + count * delta**2) / some
+    error = 2 * eta + eta**2 + (2 * delta * np.sqrt(count * energy) + count * delta**2) / divisor
     mix = None
     if vh is not None:
         sizes = np.where(s > 0, s, 1.0) * left.scale[:, None]
@@ -208,10 +208,10 @@ def gram(stack: Numbers) -> Grams:
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(x), step):
             part = _in_float64(x[first : first + step])
-            blocks, at = len(part) // block, first // block
-            _products(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[at : at + blocks])
+            blocks, index = len(part) // block, first // block
+            _products(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[index : index + blocks])
             if len(part) > blocks * block:
-                _products(part[None, blocks * block :], products_of_blocks[at + blocks : at + blocks + 1])
+                _products(part[None, blocks * block :], products_of_blocks[index + blocks : index + blocks + 1])
         products = products_of_blocks.reshape(count, whole, rank, rank).sum(axis=1)
     return Grams(products, np.full(count, min(rows, block) + whole))
 
@@ -219,8 +219,8 @@ def gram(stack: Numbers) -> Grams:
 @cache
 def _block(rows: int, rank: int) -> int:
     """Return the number of rows of a block: a divisor of all if there is one that is not small."""
-    most = max(1, min(rows, BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
-    return next((block for block in range(most, most // 2, -1) if rows % block == 0), most)
+    largest = max(1, min(rows, BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
+    return next((block for block in range(largest, largest // 2, -1) if rows % block == 0), largest)
 
 
 def _in_float64(part: Numbers) -> NDArray[np.float64]:
@@ -228,9 +228,9 @@ def _in_float64(part: Numbers) -> NDArray[np.float64]:
     if part.dtype == np.float64:
         return part.astype(np.float64, copy=False)
     memory = scratch("float64", part.size, np.float64)
-    wide = memory.reshape(part.shape) if part.flags.c_contiguous else memory.reshape(part.shape[::-1]).T
-    np.copyto(wide, part)
-    return wide
+    converted = memory.reshape(part.shape) if part.flags.c_contiguous else memory.reshape(part.shape[::-1]).T
+    np.copyto(converted, part)
+    return converted
 
 
 def _products(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
@@ -260,14 +260,14 @@ def triangles(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     unit = np.where(usable[:, None, None], products, np.eye(rank)) / (norms[:, :, None] * norms[:, None, :])
     lower = _cholesky(unit)
     inverse = np.abs(np.linalg.inv(lower))
-    least = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _squares(inverse))
+    smallest = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _squares(inverse))
     result = Triangles(
         lower.transpose(0, 2, 1) * norms[:, None, :],
         np.ones(count),
-        rank * (terms + rank + 2) * EPS / least,
+        rank * (terms + rank + 2) * EPS / smallest,
         np.zeros(count),
     )
-    return result, usable & (least >= CONDITIONED)
+    return result, usable & (smallest >= CONDITIONED)
 
 
 def _cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -77,7 +77,7 @@ def test_empty_column_is_kept_only_if_main():
 
 def test_rows_of_dataclasses_and_mappings_share_columns():
     rows = [("BASE", [{"mean": 1.0}]), *((one.name, [one]) for one in (Seeds("a", (0.5, 0.25)), Seeds("b", (-1, 2))))]
-    grid = grid_of(Seeds.shown, rows, "run", more=[Column("said", ("x", "y", "z"))])
+    grid = grid_of(Seeds.shown, rows, "run", extra=[Column("said", ("x", "y", "z"))])
     assert (grid.title, grid.names) == ("run", ("BASE", "a", "b"))
     assert [(column.title, *map(str, column.cells)) for column in grid.columns] == [
         ("mean", "1.00", "0.38", "0.50"),

@@ -224,20 +224,22 @@ def _choose(
         gain = _energy(parts, ranks) - _energy(parts, steps.start)
         return BudgetedRanks(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
     left = budget.whole - reserved - fixed
-    of = f"the {_amount(budget, budget.whole - reserved)} that remain after the heads" if reserved else "the budget"
+    budget_text = (
+        f"the {_amount(budget, budget.whole - reserved)} that remain after the heads" if reserved else "the budget"
+    )
     if left < 0:
         raise UsageError(
             f"{budget.option}: the smallest ranks allowed by --min-rank take {_amount(budget, fixed)}, "
-            f"{_amount(budget, -left)} more than {of}; raise it, lower --min-rank or select fewer layers with "
+            f"{_amount(budget, -left)} more than {budget_text}; raise it, lower --min-rank or select fewer layers with "
             "--layers"
         )
     if not fixed and not len(steps.gain):
         raise UsageError(f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank")
-    if not fixed and left < (least := int(steps.cost.min())):
+    if not fixed and left < (minimum := int(steps.cost.min())):
         part = parts[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
             f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
-            f"{_amount(budget, least)}; give a budget of at least {_amount(budget, budget.whole - left + least)}"
+            f"{_amount(budget, minimum)}; give a budget of at least {_amount(budget, budget.whole - left + minimum)}"
         )
     return spend(steps, left), left
 
@@ -261,13 +263,13 @@ def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocati
             cap=part.cap,
             capped_by=part.capped_by,
             verdict=member.resolution.verdict,
-            uniform_rank=other,
-            uniform_kept=_kept(curve, other) if member.fro > 0 else None,
+            uniform_rank=uniform_rank,
+            uniform_kept=_kept(curve, uniform_rank) if member.fro > 0 else None,
             group=part.group,
             source=member.source,
             fisher=None if part.losses is None else _at(part.losses[position], rank),
         )
-        for part, rank, other in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
+        for part, rank, uniform_rank in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
         for position, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
     ]
 
@@ -326,8 +328,8 @@ def _baseline(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, f
     """Compare another rule with the ranks that keep the most at the same cost."""
     equal = spend(steps, rule.cost)
     gains = [
-        float(part.curve[rank] - part.curve[other])
-        for part, rank, other in zip(parts, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
+        float(part.curve[rank] - part.curve[rule_rank])
+        for part, rank, rule_rank in zip(parts, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
     ]
     first = int(np.argmax(gains))
     leads = len(parts) > 1 and 2 * gains[first] > math.fsum(gains) > 0

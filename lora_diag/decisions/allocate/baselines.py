@@ -58,9 +58,9 @@ def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> l
 
 def energy_ranks(units: Sequence[Unit], steps: Steps, share: float) -> Ints:
     """Return the smallest allowed rank of each unit that keeps ``share`` of its energy, else its cap."""
-    taken = _share_before(units, steps) < share
+    selected = _share_before(units, steps) < share
     ranks = steps.start.copy()
-    np.maximum.at(ranks, steps.unit[taken], steps.rank[taken])
+    np.maximum.at(ranks, steps.unit[selected], steps.rank[selected])
     return ranks
 
 
@@ -69,11 +69,11 @@ def _share_before(units: Sequence[Unit], steps: Steps) -> Floats:
 
     An error of 1e-9 in the sum of 9-digit values must not increase the rank by one: 0.9 is reached by 0.8999999995.
     """
-    before = np.empty(len(steps.gain))
+    share = np.empty(len(steps.gain))
     for unit, first, end in zip(units, steps.first[:-1], steps.first[1:], strict=True):
         stops = np.concatenate([[unit.start], unit.allowed[:-1]]).astype(np.int64)[: end - first]
-        before[first:end] = unit.curve[stops] / unit.energy if unit.energy > 0 else 1.0
-    return before + 1e-9
+        share[first:end] = unit.curve[stops] / unit.energy if unit.energy > 0 else 1.0
+    return share + 1e-9
 
 
 def _take(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, int]]:

@@ -109,10 +109,10 @@ class Unit:
             return float((values[last] - values[first]) / (stops[last] - stops[first]))
 
         kept = [0]
-        for at in range(1, len(stops)):
-            while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], at):
+        for index in range(1, len(stops)):
+            while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], index):
                 kept.pop()
-            kept.append(at)
+            kept.append(index)
         best = int(np.argmax(values[kept]))
         return stops[kept[1 : best + 1]]
 
@@ -241,11 +241,11 @@ def _allowed(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArr
 
     In a list of ranks, the last is the first that reaches ``soft``: a signal of rank 5 may get 8 of 8, 16, 32.
     """
-    least = min(constraints.min_rank, soft)
+    minimum = min(constraints.min_rank, soft)
     if constraints.ranks_from is None:
-        return least, np.arange(least + 1, soft + 1)
+        return minimum, np.arange(minimum + 1, soft + 1)
     possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard]
-    enough = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
-    possible = possible[: enough + 1] if soft else []
-    start = next((rank for rank in possible if rank >= least), possible[-1]) if possible and least else 0
+    first = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
+    possible = possible[: first + 1] if soft else []
+    start = next((rank for rank in possible if rank >= minimum), possible[-1]) if possible and minimum else 0
     return start, np.asarray([rank for rank in possible if rank > start], np.int64)

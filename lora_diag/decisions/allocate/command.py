@@ -85,8 +85,8 @@ def allocate(
     elif not shown.quiet:
         from lora_diag.decisions.allocate.summary import allocation_table
 
-        then = f"{_next(allocation, output, check)}{rate}"
-        result(allocation_table(allocation, *terminal(), per=shown.per, next_command=then))
+        hint = f"{_next(allocation, output, check)}{rate}"
+        result(allocation_table(allocation, *terminal(), per=shown.per, next_command=hint))
 
 
 @options.spread

@@ -85,15 +85,15 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
             f"--layer-weights {path}: no changed layer lowers the loss on {first} alone, so all weights are 0; use "
             "other weights"
         )
-    what = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
+    description = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
     notes = _notes(measured)
     if settings["delta"]:
-        more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
+        ranks = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
         notes.append(
-            f"gains from {more} are not used: ranks from them trained no better (docs, reference/probe-sensitivity)"
+            f"gains from {ranks} are not used: ranks from them trained no better (docs, reference/probe-sensitivity)"
         )
     described = RunInput(
-        role="weights", path=legible(path), kind=what, tensors=len(measured.factors), notes=tuple(notes)
+        role="weights", path=legible(path), kind=description, tensors=len(measured.factors), notes=tuple(notes)
     )
     return Measured(described, factors=measured.factors, scores=measured.scores)
 
@@ -106,13 +106,13 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
         InputError: They are of another update.
     """
     records = {record.layer: record for record in results.whole if isinstance(record, Fisher)}
-    both = [record for record in spectra if record.layer in records]
-    if not both:
+    in_both = [record for record in spectra if record.layer in records]
+    if not in_both:
         raise UsageError(
             f"--layer-weights {path}: has no measurement of a layer of these spectra; measure both on one BASE and "
             "TUNED"
         )
-    for record in both:
+    for record in in_both:
         fro = record.fro if record.weights_fro is None else record.weights_fro
         if abs(records[record.layer].fro - fro) > _SAME * fro:
             raise InputError(
@@ -121,10 +121,12 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
             )
     missing = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
     notes = [f"{len(missing)} layers were not measured and get no rank: {_listed(missing)}"] if missing else []
-    first = records[both[0].layer]
-    what = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
-    described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(both), notes=tuple(notes))
-    return Measured(described, losses={record.layer: records[record.layer].fisher for record in both})
+    first = records[in_both[0].layer]
+    description = (
+        f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
+    )
+    described = RunInput(role="weights", path=legible(path), kind=description, tensors=len(in_both), notes=tuple(notes))
+    return Measured(described, losses={record.layer: records[record.layer].fisher for record in in_both})
 
 
 def _notes(measured: Weights) -> list[str]:
@@ -136,7 +138,7 @@ def _notes(measured: Weights) -> list[str]:
         (measured.unclear, "gain less than two standard errors, and are used unchanged"),
         (measured.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
-    return [f"{len(names)} of them {what}: {_listed(names)}" for names, what in lines if names]
+    return [f"{len(names)} of them {problem}: {_listed(names)}" for names, problem in lines if names]
 
 
 def _listed(names: Sequence[str]) -> str:

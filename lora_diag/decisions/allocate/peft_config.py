@@ -268,8 +268,8 @@ def _patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
 
 def _short(path: str, every: Iterable[str]) -> str:
     """Return a path without its wrappers, if no other path has this ending."""
-    rest = _WRAPPERS.sub("", path)
-    return path if any(other != path and _ends_in(other, rest) for other in every) else rest
+    short = _WRAPPERS.sub("", path)
+    return path if any(other != path and _ends_in(other, short) for other in every) else short
 
 
 def _key(name: str) -> str:

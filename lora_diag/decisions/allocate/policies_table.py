@@ -52,10 +52,10 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
             spread[record.layer] = (known[high] / known[low], f"{low} {known[low]}, {high} {known[high]}")
     lines = []
     if spread:
-        far = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
+        differing = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
         worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
         sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
-        head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
+        head = f"by a factor of 2 or more in {len(differing)} of {len(records)} layers; most in"
         lines.append(make_statement("disagree", "Disagreement", head, *sentences))
     if noisy := [record for record in records if _exceeds_signal(record)]:
         needs = (

@@ -93,8 +93,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         raise UsageError("--strategy heuristic: needs a budget other than --energy; give --params or another budget")
     portable = arguments["portable"]
     if portable and (energy is not None or method == "heuristic"):
-        other = "--energy" if energy is not None else "--strategy heuristic"
-        raise UsageError(f"--portable: divides a budget over layers of one rank, and {other} gives each its own")
+        option = "--energy" if energy is not None else "--strategy heuristic"
+        raise UsageError(f"--portable: divides a budget over layers of one rank, and {option} gives each its own")
     training = Training(optimizer, dtype)
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
@@ -361,19 +361,19 @@ def _weights(arguments: Mapping[str, float] | Path | str | None, spectra: Result
         if isinstance(arguments, Mapping)
         else read_object(Path(arguments), "file of weights", MAX_CONFIG_BYTES)
     )
-    where = "--layer-weights" if isinstance(arguments, Mapping) else f"--layer-weights {arguments}"
+    option = "--layer-weights" if isinstance(arguments, Mapping) else f"--layer-weights {arguments}"
     for name, value in table.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UsageError(f"{where}: the weight of {name} must be a number from 0 up, not {value!r}")
+            raise UsageError(f"{option}: the weight of {name} must be a number from 0 up, not {value!r}")
     default = table.pop("default", None)
     short = {record.layer.removesuffix(".weight"): record.layer for record in spectra}
     full = {record.layer for record in spectra}
     if unknown := [name for name in table if name not in short and name not in full]:
-        raise UsageError(f"{where}: {unknown[0]} is not a layer of these results; use names as in the results file")
+        raise UsageError(f"{option}: {unknown[0]} is not a layer of these results; use names as in the results file")
     by_layer = {short.get(name, name): float(value) for name, value in table.items()}
     if default is None and (missing := [layer for layer in full if layer not in by_layer]):
         raise UsageError(
-            f"{where}: {len(missing)} layers have no weight, such as {min(missing)}; "
+            f"{option}: {len(missing)} layers have no weight, such as {min(missing)}; "
             'add them, or a weight for all others under "default"'
         )
     return {layer: by_layer.get(layer, default if default is not None else 0.0) for layer in full}

@@ -120,16 +120,16 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
     order = _by_yield(steps)
     total = np.cumsum(steps.cost[order])
     fitting = int(np.searchsorted(total, budget, side="right"))
-    taken = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
+    counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     if fitting == len(order):
         gain = math.fsum(steps.gain[order])
-        return BudgetedRanks(_ranks(steps, taken), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
+        return BudgetedRanks(_ranks(steps, counts), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
     left = budget - int(total[fitting - 1] if fitting else 0)
     next_step = order[fitting]
     price = float(steps.gain[next_step] / steps.cost[next_step])
     bound = math.fsum(steps.gain[order[:fitting]]) + left * price
-    _fill(steps, taken, left)
-    choice = _best_of(steps, taken, budget) if exact else taken
+    _fill(steps, counts, left)
+    choice = _best_of(steps, counts, budget) if exact else counts
     chosen = _chosen(steps, choice)
     gain = math.fsum(steps.gain[chosen])
     return BudgetedRanks(
@@ -152,20 +152,20 @@ def _by_yield(steps: Steps) -> Ints:
     return order[density[order] > 0]
 
 
-def _fill(steps: Steps, taken: Ints, left: int) -> None:
+def _fill(steps: Steps, counts: Ints, left: int) -> None:
     """Take the next step of the unit with the largest yield per cost while any fits."""
     first = steps.first
     while True:
-        upcoming = first[:-1] + taken
+        upcoming = first[:-1] + counts
         open_units = np.flatnonzero(upcoming < first[1:])
-        at = upcoming[open_units]
-        fits = (steps.cost[at] <= left) & (steps.gain[at] > 0)
+        steps_at = upcoming[open_units]
+        fits = (steps.cost[steps_at] <= left) & (steps.gain[steps_at] > 0)
         if not fits.any():
             return
-        at, open_units = at[fits], open_units[fits]
-        best = int(np.argmax(steps.gain[at] / steps.cost[at]))
-        taken[open_units[best]] += 1
-        left -= int(steps.cost[at[best]])
+        steps_at, open_units = steps_at[fits], open_units[fits]
+        best = int(np.argmax(steps.gain[steps_at] / steps.cost[steps_at]))
+        counts[open_units[best]] += 1
+        left -= int(steps.cost[steps_at[best]])
 
 
 def _table(steps: Steps, budget: int) -> tuple[int, int]:
@@ -179,30 +179,30 @@ def _table_fits(steps: Steps, budget: int) -> bool:
     return (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
 
 
-def _best_of(steps: Steps, taken: Ints, budget: int) -> Ints:
-    """Return the optimal number of steps of each unit by dynamic programming; ``taken`` if the table is too large.
+def _best_of(steps: Steps, counts: Ints, budget: int) -> Ints:
+    """Return the optimal number of steps of each unit by dynamic programming; ``counts`` if the table is too large.
 
     best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
     """
     if not _table_fits(steps, budget):
-        return taken
+        return counts
     coarse, cells = _table(steps, budget)
     first = steps.first
     best = np.zeros(cells + 1)
     choice = np.zeros((len(steps.start), cells + 1), np.uint16)
     for unit in range(len(steps.start)):
-        before = best.copy()
+        previous = best.copy()
         span = slice(first[unit], first[unit + 1])
         for k, (gain, cost) in enumerate(
             zip(np.cumsum(steps.gain[span]), np.cumsum(steps.cost[span]) // coarse, strict=True), 1
         ):
             if cost > cells:
                 break
-            candidate = before[: cells + 1 - cost] + gain
+            candidate = previous[: cells + 1 - cost] + gain
             better = candidate > best[cost:]
             best[cost:][better] = candidate[better]
             choice[unit, cost:][better] = k
-    exact = np.zeros_like(taken)
+    exact = np.zeros_like(counts)
     cell = cells
     for unit in reversed(range(len(steps.start))):
         exact[unit] = choice[unit, cell]
@@ -210,19 +210,19 @@ def _best_of(steps: Steps, taken: Ints, budget: int) -> Ints:
             span = slice(first[unit], first[unit] + exact[unit])
             cell -= int(steps.cost[span].sum()) // coarse
     # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
-    gains = [math.fsum(steps.gain[_chosen(steps, spent)]) for spent in (taken, exact)]
-    return exact if gains[1] > gains[0] else taken
+    gains = [math.fsum(steps.gain[_chosen(steps, spent)]) for spent in (counts, exact)]
+    return exact if gains[1] > gains[0] else counts
 
 
-def _chosen(steps: Steps, taken: Ints) -> NDArray[np.bool_]:
+def _chosen(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
     """Return a mask of steps from the number of steps per unit."""
     position = np.arange(len(steps.unit)) - steps.first[steps.unit]
-    return np.asarray(position < taken[steps.unit])
+    return np.asarray(position < counts[steps.unit])
 
 
-def _ranks(steps: Steps, taken: Ints) -> Ints:
+def _ranks(steps: Steps, counts: Ints) -> Ints:
     """Return the rank of each unit after a number of its steps."""
     ranks = steps.start.copy()
-    moved = np.flatnonzero(taken)
-    ranks[moved] = steps.rank[steps.first[moved] + taken[moved] - 1]
+    moved = np.flatnonzero(counts)
+    ranks[moved] = steps.rank[steps.first[moved] + counts[moved] - 1]
     return ranks

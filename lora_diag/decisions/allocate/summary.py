@@ -53,12 +53,12 @@ def allocation_table(
         Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
-    more = []
+    extra = []
     if per == "type":
         largest = max((record.rank for record in results), default=0) or 1
         strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
-        more.append(Column("by depth", strips, "left", drop=3))
-    return grids_table([grid_of(Allocation.shown, rows, per, more=more)], _lines(results), width, color, next_command)
+        extra.append(Column("by depth", strips, "left", drop=3))
+    return grids_table([grid_of(Allocation.shown, rows, per, extra=extra)], _lines(results), width, color, next_command)
 
 
 def _lines(results: Results[Allocation]) -> list[Statement]:
@@ -149,9 +149,9 @@ def _portable(results: Results[Allocation]) -> list[str]:
     ranked = {record.layer.removesuffix(".weight") for record in results if record.rank}
     for module in sorted(ranked):
         owner, _, leaf = module.rpartition(".")
-        other = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
-        if other is not None and f"{owner}.{other}" not in ranked:
-            lines.append(f"SGLang refuses {short(module)} without {other}: --min-rank gives both a rank")
+        sibling = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
+        if sibling is not None and f"{owner}.{sibling}" not in ranked:
+            lines.append(f"SGLang refuses {short(module)} without {sibling}: --min-rank gives both a rank")
             break
     if any(item.reason == "saved" for item in results.left_out):
         lines.append(

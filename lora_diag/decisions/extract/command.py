@@ -40,7 +40,7 @@ def extract(
     with shown.callbacks() as callbacks:
         results = write(base, tuned, output, **arguments, **callbacks)
     if shown.table:
-        then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
-        then += "   (this adapter compared with TUNED)"
-        result(extraction_table(results, *terminal(), per=shown.per, next_command=then, folder=str(output)))
+        hint = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
+        hint += "   (this adapter compared with TUNED)"
+        result(extraction_table(results, *terminal(), per=shown.per, next_command=hint, folder=str(output)))
     exit_unmeasured(results.unmeasured, "the layer is not in the adapter")

@@ -149,7 +149,7 @@ class OutputFolder:
         """
         if self.finished:
             return
-        old = self.final.with_name(f".{self.final.name}.{os.getpid()}")
+        backup = self.final.with_name(f".{self.final.name}.{os.getpid()}")
         try:
             write_whole(self.work / CARD, card)
             if complete:
@@ -159,13 +159,13 @@ class OutputFolder:
                 for left in self.work.glob(f".{name}.[0-9]*"):
                     left.unlink()  # half-written when an earlier process was killed (files.replacing)
             if self.final.exists():
-                self.final.rename(old)
+                self.final.rename(backup)
             self.work.rename(self.final)
             sync(self.final.parent)
         except OSError as error:
-            if old.exists() and not self.final.exists():
-                old.rename(self.final)
+            if backup.exists() and not self.final.exists():
+                backup.rename(self.final)
             raise InputError(
                 f"{self.final}: cannot be written: {error.strerror}; the adapter is in {self.work}"
             ) from error
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(backup, ignore_errors=True)

@@ -154,8 +154,8 @@ def plan(
     Raises:
         InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
-    own = names_in_memory(open_adapter(locate(tuned), stated_alpha), base) if is_adapter(locate(tuned)) else {}
-    model = Model(base, own)
+    names = names_in_memory(open_adapter(locate(tuned), stated_alpha), base) if is_adapter(locate(tuned)) else {}
+    model = Model(base, names)
     resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
     targets: dict[str, Target] = {}
     refused: dict[str, str] = {}
@@ -176,9 +176,9 @@ def plan(
 def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
     first: dict[tuple[str, tuple[int, int], tuple[int, int]], str] = {}
     for layer, target in targets.items():
-        other = first.setdefault((target.module, target.expert, target.half), layer)
-        if other != layer:
+        earlier = first.setdefault((target.module, target.expert, target.half), layer)
+        if earlier != layer:
             raise InputError(
-                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication does, and no adapter "
+                f"{tuned}: {earlier} and {layer} change one weight of BASE, as layer_replication does, and no adapter "
                 "of BASE holds both; use this adapter unchanged, or exclude one of them with --exclude"
             )

@@ -156,8 +156,8 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     if len(results):
         lines.append(make_statement("wrote", "Written", *_written_lines(results, folder)))
         lines += [make_statement("price", "Error", *_errors(results)), _resolved(results), *_estimated(results)]
-    if where := _energy_split(results):
-        lines.append(make_statement("where", "Distribution", where))
+    if split := _energy_split(results):
+        lines.append(make_statement("where", "Distribution", split))
     missing = _missing(results) or ["nothing: every changed tensor is in the adapter"]
     return [*lines, make_statement("not_in_it", "Not included", *missing), *final_statements(results)]
 
@@ -167,9 +167,9 @@ def _written_lines(results: Results[Extraction], folder: str | None) -> list[str
     dtype = results.layers[0].dtype
     to = f"{safe(folder)}: " if folder else ""
     tables = sum(record.kind == "embedding" for record in results)
-    more = f" ({tables} of them embeddings)" if tables else ""
+    suffix = f" ({tables} of them embeddings)" if tables else ""
     return [
-        f"{to}{len(results)} weights{more}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}",
+        f"{to}{len(results)} weights{suffix}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}",
         *_full_tensors(results),
     ]
 
@@ -245,7 +245,7 @@ def _upper_bound(value: float) -> str:
 def _resolved(results: Results[Extraction]) -> Statement:
     """State whether the files resolve the update: else the adapter holds rounding noise."""
     noisy = [record for record in results if record.resolution.verdict == "unresolved" and not record.estimated]
-    beyond = [
+    below_noise = [
         record
         for record in results
         if not record.estimated
@@ -255,17 +255,17 @@ def _resolved(results: Results[Extraction]) -> Statement:
     level: Level = "note"
     if all(record.method == "factored" for record in results):
         word = "yes: the factors define the update, without rounding of merged weights"
-    elif not beyond and not noisy and any(record.estimated for record in results):
+    elif not below_noise and not noisy and any(record.estimated for record in results):
         word = "yes: by the files, or by rounding cells where those do not resolve it"
-    elif not beyond and not noisy:
+    elif not below_noise and not noisy:
         word = "yes: every direction in the adapter is above the rounding of the files"
     else:
         level = "warning"
-        more = f"{len(beyond)} of {len(results)} weights have directions below the files' rounding noise"
-        word = f"partly: {more}; --signal writes only those above"
+        sentence = f"{len(below_noise)} of {len(results)} weights have directions below the files' rounding noise"
+        word = f"partly: {sentence}; --signal writes only those above"
         if all(record.resolution.signal_rank == 0 and not record.estimated for record in results):
             word = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
-        elif not beyond:
+        elif not below_noise:
             word = f"no: {len(noisy)} are rounding noise"
     return make_statement("resolved", "Resolution", word, level=level)
 
@@ -277,10 +277,13 @@ def _estimated(results: Results[Extraction]) -> list[Statement]:
     if not tried:
         return []
     lead = f"{len(made)} weights factor the estimated update before rounding, which ε is measured against"
-    rest = [record.layer for record in tried if not record.estimated]
+    not_estimated = [record.layer for record in tried if not record.estimated]
     return [
         make_statement(
-            "estimated", "Estimate", lead, *([f"from the files, without an estimate: {named(rest)}"] if rest else [])
+            "estimated",
+            "Estimate",
+            lead,
+            *([f"from the files, without an estimate: {named(not_estimated)}"] if not_estimated else []),
         )
     ]
 

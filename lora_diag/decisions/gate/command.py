@@ -187,10 +187,10 @@ def _write_reports(
         write_whole(card, model_card(results, read_card(card)), CARD, overwrite=True)
 
 
-def _show(results: Results[Any], github: bool, then: str) -> None:
+def _show(results: Results[Any], github: bool, hint: str) -> None:
     from lora_diag.decisions.gate.summary import verdict_table
 
-    text = verdict_table(results, *terminal(), next_command=then)
+    text = verdict_table(results, *terminal(), next_command=hint)
     if github:
         import secrets
 

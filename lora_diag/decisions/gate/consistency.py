@@ -148,10 +148,10 @@ def _resolution(record: Spectrum) -> Iterator[str]:
         yield f"resolution.signal_rank is {_shown(resolution.signal_rank)}, but {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
         # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
-        least = resolution.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
-        if not least * (1 - DIGITS) <= resolution.edge <= 3 * resolution.noise_fro * (1 + DIGITS):
-            most = 3 * resolution.noise_fro
-            yield f"resolution.edge is {resolution.edge:.9g}, but {least:.9g} to {most:.9g} by noise_fro"
+        lowest = resolution.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
+        if not lowest * (1 - DIGITS) <= resolution.edge <= 3 * resolution.noise_fro * (1 + DIGITS):
+            highest = 3 * resolution.noise_fro
+            yield f"resolution.edge is {resolution.edge:.9g}, but {lowest:.9g} to {highest:.9g} by noise_fro"
     noise = (resolution.noise_fro / record.fro) ** 2
     verdicts = [
         "unresolved" if resolution.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""

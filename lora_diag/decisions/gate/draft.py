@@ -91,7 +91,12 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
         InputError: No measured value gives a limit.
     """
     paths = " ".join(source.path for source in sources)
-    rules = [text for own, of in _by_metric(sources) for suggestion in own if (text := _rule(suggestion, of))]
+    rules = [
+        text
+        for suggestions, sources_of_metric in _by_metric(sources)
+        for suggestion in suggestions
+        if (text := _rule(suggestion, sources_of_metric))
+    ]
     if not rules:
         raise InputError(
             f"{paths}: no value for a limit, since no update is resolved by the files; give results of a checkpoint "
@@ -135,9 +140,9 @@ def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     sign, end = ("<=", "highest") if suggestion.worst == "max" else (">=", "lowest")
     middle = statistics.median(value for value, _ in values)
     where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
-    at = f" in {_comment(worst[1])}" if worst[1] else ""
+    place = f" in {_comment(worst[1])}" if worst[1] else ""
     return (
-        f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{at}; the limit is {MARGIN:.0%} beyond.\n"
+        f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{place}; the limit is {MARGIN:.0%} beyond.\n"
         f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
         f'severity = "error"\nmessage = "{suggestion.message}"\n{_coverage(field, matching)}'
     )
@@ -149,10 +154,10 @@ def _coverage(field: Field, matching: Sequence[Subject]) -> str:
     if not none or any(subject.fro is None for subject in matching):
         return ""
     energy = math.fsum((subject.fro or 0.0) ** 2 for subject in matching)
-    without = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
-    if not without:
+    missing = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
+    if not missing:
         return ""
-    share = math.floor(100 * (1 - without / energy)) / 100
+    share = math.floor(100 * (1 - missing / energy)) / 100
     return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(matching)} layers\n"
 
 

@@ -111,13 +111,13 @@ def checked(source: Source) -> Source:
     results = source.results
     if results.end is not None:
         expected, actual = results.end, totals(results.layers, results.left_out)
-        for name, n, of in (
+        for name, n, total in (
             ("layers", actual.layers, expected.layers),
             ("left_out", actual.left_out, expected.left_out),
         ):
-            if n != of:
+            if n != total:
                 raise InputError(
-                    f"{source.path}: has {n} {name}, but its last line states {of}, so it was truncated or edited; "
+                    f"{source.path}: has {n} {name}, but its last line states {total}, so it was truncated or edited; "
                     "measure again"
                 )
     if problem := next(contradictions(results), None):

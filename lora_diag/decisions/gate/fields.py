@@ -155,7 +155,7 @@ def _bare(hint: Any, share: bool) -> tuple[Any, bool]:
 def _properties(kind: type[Record]) -> dict[str, Any]:
     """Return the derived values of a kind of record, such as ``relative``, with their types."""
     members = {name: value for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, property)}
-    own = {
+    declared = {
         name: value for name, value in members.items() if value.fget and value.fget.__module__.startswith("lora_diag")
     }
-    return {name: get_type_hints(value.fget, include_extras=True).get("return") for name, value in own.items()}
+    return {name: get_type_hints(value.fget, include_extras=True).get("return") for name, value in declared.items()}

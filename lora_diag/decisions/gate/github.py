@@ -52,9 +52,9 @@ def _annotation(kind: str, verdicts: list[Verdict], policy: str | None) -> str:
     layers = [
         f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in verdicts[:WORST]
     ]
-    more = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
+    suffix = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
     description = shared_description(verdicts) if worst.message else ""
-    text = f"{'; '.join(layers)}{more}. Allowed: {worst.allowed}. {description}".rstrip()
+    text = f"{'; '.join(layers)}{suffix}. Allowed: {worst.allowed}. {description}".rstrip()
     return f"::{kind} {where}title={_property(f'loradiag gate: {worst.rule}')}::{_data(safe(text))}"
 
 

@@ -193,14 +193,14 @@ def problem_with(condition: Condition, field: Field) -> str | None:
 
 
 def _tokens(text: str) -> Tokens:
-    tokens, at, end = [], 0, len(text.rstrip())
-    while at < end:
-        match = _TOKEN.match(text, at)
+    tokens, position, end = [], 0, len(text.rstrip())
+    while position < end:
+        match = _TOKEN.match(text, position)
         if match is None:
-            raise ConditionError(f"'{text}': cannot be parsed from '{text[at:].strip()}' on")
+            raise ConditionError(f"'{text}': cannot be parsed from '{text[position:].strip()}' on")
         kind = match.lastgroup or ""
         tokens.append(("quoted" if kind in {"double", "single"} else kind, match[kind]))
-        at = match.end()
+        position = match.end()
     return tokens
 
 

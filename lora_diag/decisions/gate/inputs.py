@@ -40,10 +40,10 @@ def judge_inputs(
 
 
 def _is_current(source: Source, present: Present) -> Verdict:
-    now = f": its fingerprint is {present.now} and was {present.recorded}" if present.now else ""
+    text = f": its fingerprint is {present.now} and was {present.recorded}" if present.now else ""
     states: dict[str, tuple[Status, str | None, str]] = {
         "same": ("passed", "unchanged", f"fingerprint {present.recorded}"),
-        "changed": ("inconclusive", "changed", f"{present.why}{now}; measure it again, {source.path} is not of it"),
+        "changed": ("inconclusive", "changed", f"{present.why}{text}; measure it again, {source.path} is not of it"),
         "unknown": ("not judged", None, present.why),
     }
     status, measured, message = states[present.state]

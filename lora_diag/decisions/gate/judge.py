@@ -208,14 +208,14 @@ def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence
         UsageError: Its ``where`` matches no record.
     """
     holding = [source for source in sources if source.holds(field.kind)]
-    taken: list[Subject] = []
+    chosen: list[Subject] = []
     for source in holding:
         selected = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
-        taken += _where(policy, demand, field, selected)
-    if demand.where and not taken:
+        chosen += _where(policy, demand, field, selected)
+    if demand.where and not chosen:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record matches 'where'")
     of_layers = field.kind in LAYER_KINDS
-    return [s for s in taken if not of_layers or s.layer is None or demand.selects(s.layer)]
+    return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
 def _where(policy: Policy, demand: Criterion, field: Field, selected: list[Subject]) -> list[Subject]:
@@ -224,10 +224,10 @@ def _where(policy: Policy, demand: Criterion, field: Field, selected: list[Subje
         return selected
     tests: list[tuple[Field, object]] = []
     for name, value in demand.where.items():
-        own = [other for other in find(name) if other.kind == field.kind]
-        if not own:
+        conditions = [other for other in find(name) if other.kind == field.kind]
+        if not conditions:
             raise policy.error(demand.line, f"{demand.name}: where: a {field.kind} record has no {name}")
-        tests.append((own[0], value))
+        tests.append((conditions[0], value))
 
     def fits(subject: Subject) -> bool:
         record = subject.record
@@ -239,10 +239,10 @@ def _where(policy: Policy, demand: Criterion, field: Field, selected: list[Subje
 
 def _each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
     """Judge every record separately."""
-    enough, why = _covered(policy, demand, findings)
+    is_enough, why = _covered(policy, demand, findings)
     verdicts = []
     for finding in findings:
-        if finding.ok is None and (enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)):
+        if finding.ok is None and (is_enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)):
             status = "not judged"
         elif finding.ok is None:
             status = "inconclusive"
@@ -262,8 +262,8 @@ def _aggregate(
     if verdict.status in {"passed", "not judged"}:
         return verdict
     waived = {f.subject.layer: w for f in findings if (w := waivers.of(rule.name, f.subject.layer))}
-    rest = [finding for finding in findings if finding.subject.layer not in waived]
-    if waived and (not rest or _one_number(policy, rule, field, group, rest).status == "passed"):
+    not_waived = [finding for finding in findings if finding.subject.layer not in waived]
+    if waived and (not not_waived or _one_number(policy, rule, field, group, not_waived).status == "passed"):
         waiver = next(iter(waived.values()))
         waivers.used |= set(waived.values())
         return verdict.model_copy(update={"status": "waived", "message": waivers.reason(waiver)})
@@ -272,9 +272,9 @@ def _aggregate(
 
 def _one_number(policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding]) -> Verdict:
     judged = [finding for finding in findings if not finding.reason]
-    enough, why = _covered(policy, rule, findings)
+    is_enough, why = _covered(policy, rule, findings)
     subject = Subject(None, group, (), None)
-    if not judged or not enough:
+    if not judged or not is_enough:
         reasons = [finding.reason for finding in findings if finding.reason and finding.subject.fro != 0]
         why = f"{why}; {reasons[0]}" if reasons else why
         return _verdict(rule, Finding(subject, None, rule.require.text, None, why), "inconclusive")
@@ -287,17 +287,17 @@ def _one_number(policy: Policy, rule: Rule, field: Field, group: str, findings: 
 def _covered(policy: Policy, demand: Criterion, findings: list[Finding]) -> tuple[bool, str]:
     """Return whether enough of the selected subjects have a value, and a description."""
     judged = [finding for finding in findings if not finding.reason]
-    rest = [finding for finding in findings if finding.reason]
+    unjudged = [finding for finding in findings if finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
     if not judged:
         return False, f"none of the {len(findings)} selected could be judged"
-    if not rest:
+    if not unjudged:
         return True, ""
     count = f"{len(judged)} of {len(findings)} selected could be judged"
     if policy.coverage.by == "layers":
         return len(judged) >= minimum * len(findings), count
-    missing = [finding.subject.fro for finding in rest]
-    unknown = [finding.subject.layer for finding in rest if finding.subject.fro is None]
+    missing = [finding.subject.fro for finding in unjudged]
+    unknown = [finding.subject.layer for finding in unjudged if finding.subject.fro is None]
     if unknown:
         return False, f"{count}, and how far {unknown[0]} moved is not known"
     left = sum((fro or 0.0) ** 2 for fro in missing)

@@ -70,9 +70,9 @@ def _add(case: Element, verdicts: Sequence[Verdict]) -> None:
 
 def _message(verdicts: Sequence[Verdict]) -> str:
     first = verdicts[0]
-    more = f" and {len(verdicts) - 1} more" if len(verdicts) > 1 else ""
+    suffix = f" and {len(verdicts) - 1} more" if len(verdicts) > 1 else ""
     text = f": {safe(first.message)}" if first.message else ""
-    return f"{subject_name(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{text}"
+    return f"{subject_name(first)}{suffix}: {measured(first)}, allowed {safe(first.allowed)}{text}"
 
 
 def _details(verdicts: Sequence[Verdict]) -> str:

@@ -28,20 +28,20 @@ def line_of(text: str, path: Path) -> int:
     while path and not _holds(document, path):
         path = path[:-1]
     lines = text.split("\n")
-    # The value is in none of the pieces of up to ``without`` lines, and in all those of ``within`` and more.
-    without, within = 0, len(lines)
-    while within - without > 1:
-        middle = (without + within) // 2
-        number, piece = _readable(lines, middle, without)
-        if number == without:
+    # The value is in none of the pieces of up to ``last`` lines, and in all those of ``within`` and more.
+    last, within = 0, len(lines)
+    while within - last > 1:
+        middle = (last + within) // 2
+        number, piece = _readable(lines, middle, last)
+        if number == last:
             number, piece = _readable_from(lines, middle, within)
         if number == within:
             break
         if _holds(piece, path):
             within = number
         else:
-            without = number
-    return without + 1 if path else 1
+            last = number
+    return last + 1 if path else 1
 
 
 def _readable(lines: list[str], number: int, first: int) -> tuple[int, Any]:

@@ -42,10 +42,10 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     try:
         policy = Policy.model_validate(tomllib.loads(content))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        location = f"line {at[1]}" if at else f"line {content.count(chr(10)) + 1}"
+        position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        location = f"line {position[1]}" if position else f"line {content.count(chr(10)) + 1}"
         raise UsageError(
-            f"{path}: {location}: is not valid TOML: {str(error)[: at.start() if at else None]}"
+            f"{path}: {location}: is not valid TOML: {str(error)[: position.start() if position else None]}"
         ) from error
     except ValidationError as error:
         where, text = _describe_error(error)
@@ -77,7 +77,7 @@ def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]
         case "list_type":
             return location, f"{key} is a list of tables: write [[{key}]], not {value}"
         case "model_type":
-            what = f"a list of tables: write [[{key}]]" if isinstance(location[-1], int) else f"a table, [{key}]"
-            return location, f"{key} is {what}, not {value}"
+            expected = f"a list of tables: write [[{key}]]" if isinstance(location[-1], int) else f"a table, [{key}]"
+            return location, f"{key} is {expected}, not {value}"
     cause = details.get("error")
     return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(cause or first["msg"])

@@ -99,8 +99,8 @@ def shared_description(verdicts: Sequence[Verdict]) -> str:
     """Return the common description of verdicts of one rule: where, and what to do."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
     others = len(messages) - 1
-    more = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
-    return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + more
+    suffix = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
+    return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
 
 
 def reason(results: Results[Any]) -> str:
@@ -171,13 +171,13 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
     table.add_column("layer", no_wrap=True, width=room)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", overflow="fold", width=allowed)
-    before = ("", "")
+    previous = ("", "")
     for verdict, name in zip(shown, shortened(names, room), strict=True):
         status = Text(verdict.status, style=_STYLE[verdict.status])
         # The condition of a rule is shown once.
-        condition = Text("" if before == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
+        condition = Text("" if previous == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
         table.add_row(status, crop(safe(verdict.rule), rules), name, measured(verdict), condition)
-        before = (verdict.rule, verdict.allowed)
+        previous = (verdict.rule, verdict.allowed)
     return table
 
 
@@ -209,14 +209,14 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         if sentences:
             lines.append(make_statement(status, label, *sentences))
     if skipped := by_rule(results, "not judged"):
-        own = [
+        of_policy = [
             f"{_named(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in skipped if of_rule[0].line
         ]
         idle = [(rule, of_rule) for rule, of_rule in skipped if not of_rule[0].line]
         not_applied = (
             [f"built-in checks {', '.join(rule for rule, _ in idle)}: {shared_description(idle[0][1])}"] if idle else []
         )
-        lines.append(make_statement("not_judged", "Not judged", *own, *not_applied))
+        lines.append(make_statement("not_judged", "Not judged", *of_policy, *not_applied))
     return [
         *lines,
         make_statement("passed", "Passed", _passed(results)),
@@ -233,9 +233,9 @@ def _named(rule: str, of_rule: Sequence[Verdict]) -> str:
 def _passed(results: Results[Any]) -> str:
     bad = {rule for rule, _ in by_rule(results, "failed", "inconclusive", "warned")}
     passed = [(rule, of_rule) for rule, of_rule in by_rule(results, "passed") if rule not in bad]
-    own = [_named(rule, of_rule) for rule, of_rule in passed if of_rule[0].line]
+    of_policy = [_named(rule, of_rule) for rule, of_rule in passed if of_rule[0].line]
     built_in = [rule for rule, of_rule in passed if not of_rule[0].line]
-    parts = [*own, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
+    parts = [*of_policy, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
     return "; ".join(parts) or "nothing"
 
 

@@ -148,22 +148,22 @@ def _attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights
     heads = reader.size("num_attention_heads")
     pairs = reader.size("num_key_value_heads", default=heads)
     width = reader.size("head_dim", default=kind.head_dim or hidden // heads)
-    wide, narrow = heads * width, pairs * width
+    query_size, key_size = heads * width, pairs * width
     every = reader.flag("attention_bias", False)
     biased = every or reader.flag("qkv_bias", kind.qkv_bias)
     if kind.fused:
-        yield prefix + "qkv_proj.weight", (wide + 2 * narrow, hidden)
+        yield prefix + "qkv_proj.weight", (query_size + 2 * key_size, hidden)
     else:
-        for name, rows in (("q_proj", wide), ("k_proj", narrow), ("v_proj", narrow)):
+        for name, rows in (("q_proj", query_size), ("k_proj", key_size), ("v_proj", key_size)):
             yield f"{prefix}{name}.weight", (rows, hidden)
             if biased:
                 yield f"{prefix}{name}.bias", (rows,)
-    yield prefix + "o_proj.weight", (hidden, wide)
+    yield prefix + "o_proj.weight", (hidden, query_size)
     if every and not kind.fused:
         yield prefix + "o_proj.bias", (hidden,)
     if kind.qk_norm:
-        yield prefix + "q_norm.weight", (width if kind.qk_norm == "head" else wide,)
-        yield prefix + "k_norm.weight", (width if kind.qk_norm == "head" else narrow,)
+        yield prefix + "q_norm.weight", (width if kind.qk_norm == "head" else query_size,)
+        yield prefix + "k_norm.weight", (width if kind.qk_norm == "head" else key_size,)
 
 
 def _mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> Weights:
@@ -208,14 +208,14 @@ def _gpt2(reader: Reader) -> Weights:
         prefix = f"transformer.h.{index}."
         for norm in ("ln_1", "ln_2"):
             yield from ((f"{prefix}{norm}.{part}", (hidden,)) for part in ("weight", "bias"))
-        for name, before, after in (
+        for name, inputs, outputs in (
             ("attn.c_attn", hidden, 3 * hidden),
             ("attn.c_proj", hidden, hidden),
             ("mlp.c_fc", hidden, inner),
             ("mlp.c_proj", inner, hidden),
         ):
-            yield f"{prefix}{name}.weight", (before, after)
-            yield f"{prefix}{name}.bias", (after,)
+            yield f"{prefix}{name}.weight", (inputs, outputs)
+            yield f"{prefix}{name}.bias", (outputs,)
     yield from ((f"transformer.ln_f.{part}", (hidden,)) for part in ("weight", "bias"))
     if not reader.flag("tie_word_embeddings", True):
         yield "lm_head.weight", (vocabulary, hidden)
@@ -229,15 +229,15 @@ def _gpt_neox(reader: Reader) -> Weights:
         prefix = f"gpt_neox.layers.{index}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield from ((f"{prefix}{norm}.{part}", (hidden,)) for part in ("weight", "bias"))
-        for name, after, before in (
+        for name, outputs, inputs in (
             ("attention.query_key_value", 3 * hidden, hidden),
             ("attention.dense", hidden, hidden),
             ("mlp.dense_h_to_4h", inner, hidden),
             ("mlp.dense_4h_to_h", hidden, inner),
         ):
-            yield f"{prefix}{name}.weight", (after, before)
+            yield f"{prefix}{name}.weight", (outputs, inputs)
             if reader.flag("attention_bias", True) or name.startswith("mlp"):
-                yield f"{prefix}{name}.bias", (after,)
+                yield f"{prefix}{name}.bias", (outputs,)
     yield from ((f"gpt_neox.final_layer_norm.{part}", (hidden,)) for part in ("weight", "bias"))
     if not reader.flag("tie_word_embeddings", False):
         yield "lm_head.weight", (vocabulary, hidden)

@@ -45,6 +45,6 @@ def plan(
         if option[1]
         for word in option
     ]
-    then = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, chosen)])}"
+    hint = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, chosen)])}"
     if not shown.quiet:
-        result(plan_table(results, *terminal(), next_command=then))
+        result(plan_table(results, *terminal(), next_command=hint))

@@ -140,8 +140,8 @@ def fit(
     for matrix in chosen:
         depth = depth_of(matrix.name)
         blocks[depth] = blocks.get(depth, 0) + matrix.per_rank
-    rest = budget - listed * per_rank if listed is not None else None
-    doubled, left = 0, rest or 0
+    remaining = budget - listed * per_rank if listed is not None else None
+    doubled, left = 0, remaining or 0
     for cost in sorted(blocks.values()):
         if listed is None or (left := left - cost * listed) < 0:
             break
@@ -154,7 +154,7 @@ def fit(
         spent=rank * per_rank,
         left=budget - rank * per_rank,
         listed=listed,
-        listed_left=rest,
+        listed_left=remaining,
         doubled=doubled,
         blocks=len(blocks),
     )

@@ -49,13 +49,13 @@ def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
         eigen[order] = threads * _middle([values for _, values in times])
         product = threads * _middle([products for products, _ in times]) / order**3
     few_from = first_order(top)
-    few = {}
+    fitted = {}
     for order in (order for order in orders if order >= few_from):
         threads, seconds = _side_by_side(partial(time_leading, order, top), order, layout)
-        few[order] = threads * _middle(seconds) / order**2
+        fitted[order] = threads * _middle(seconds) / order**2
     threads, seconds = _side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
     entry = threads * _middle(seconds) / PASS_ORDER**2
-    return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=few, few_from=few_from)
+    return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=fitted, few_from=few_from)
 
 
 def _side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:

@@ -174,8 +174,8 @@ def _frozen(plan: Plan) -> str:
 
 def _fit(plan: Plan, fit: PlanFit) -> list[str]:
     if fit.rank == 0:
-        least = sum(row.per_rank for row in plan.types if row.targeted)
-        return [f"{safe(fit.asked)}: too small for r=1, which takes {least:,} parameters"]
+        minimum = sum(row.per_rank for row in plan.types if row.targeted)
+        return [f"{safe(fit.asked)}: too small for r=1, which takes {minimum:,} parameters"]
     if fit.rank == fit.full_rank:
         used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
         return [

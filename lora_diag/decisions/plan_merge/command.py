@@ -31,9 +31,9 @@ def plan_merge(
 
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, **arguments, **callbacks)
-    then = f"{rerun_command('--per', 'layer')}   (layer by layer)"
+    hint = f"{rerun_command('--per', 'layer')}   (layer by layer)"
     if arguments["output"] is not None:
         words = shlex.join(["loradiag", "inspect", str(arguments["output"]), "--per", "layer"])
-        then = f'{words}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'
-    shown.show(results, then)
+        hint = f'{words}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'
+    shown.show(results, hint)
     exit_unmeasured(results.unmeasured, "the layer was left out")

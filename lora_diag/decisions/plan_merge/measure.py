@@ -171,7 +171,10 @@ class _Layer:
                     changed += int((codes != base_codes).sum())
         inside = float(within.square().sum()) if isinstance(within, Tensor) else within
         known = bool(self.energy) and not base.overflow
-        own, sixteen = sums[target.name].effect(self.energy), [sums[name].effect(self.energy) for name in SIXTEEN_BIT]
+        effect, sixteen = (
+            sums[target.name].effect(self.energy),
+            [sums[name].effect(self.energy) for name in SIXTEEN_BIT],
+        )
         base_error = math.sqrt(base.squares / self.energy) if known else None
         quantized = delta.base.is_quantized and self.energy
         return PlannedMerge(
@@ -180,8 +183,8 @@ class _Layer:
             to=target.name,
             fro=math.sqrt(self.energy),
             base_fro=math.sqrt(self.base_energy),
-            arrived=own.arrived,
-            error=own.error,
+            arrived=effect.arrived,
+            error=effect.error,
             moved=changed / math.prod(delta.shape),
             overflow=sums[target.name].overflow,
             base_error=base_error,
@@ -189,15 +192,15 @@ class _Layer:
             base_noise=math.sqrt(self.step_energy / 12 / self.energy) if quantized else None,
             bf16=sixteen[0],
             fp16=sixteen[1],
-            conclusion=conclude(target.name, own, sixteen, base_error) if self.energy else None,
+            conclusion=conclude(target.name, effect, sixteen, base_error) if self.energy else None,
         )
 
     def _blocks(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
         """Yield spans of rows as they are stored, with W and ΔW there, float64."""
         base, (rows, columns) = self.task.delta.base, self.task.shape
         assert base is not None
-        least = _least(self.task, self.target)
-        step = max(1, BLOCK_ENTRIES // max(1, columns) // least) * least
+        smallest = _least(self.task, self.target)
+        step = max(1, BLOCK_ENTRIES // max(1, columns) // smallest) * smallest
         for first in range(0, rows, step):
             last = min(rows, first + step)
             w = base.read(first * columns, last * columns).double().view(last - first, columns)
@@ -230,6 +233,6 @@ def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Ten
 def _basis(a: Tensor) -> Tensor:
     """Return an orthonormal basis of the row space of A, ``(in, r)``."""
     _, s, vh = torch.linalg.svd(a, full_matrices=False)
-    least = max(a.shape) * torch.finfo(a.dtype).eps * (float(s[0]) if len(s) else 0.0)
-    basis: Tensor = vh[s > least].T
+    threshold = max(a.shape) * torch.finfo(a.dtype).eps * (float(s[0]) if len(s) else 0.0)
+    basis: Tensor = vh[s > threshold].T
     return basis

@@ -52,18 +52,18 @@ def recover(
         results = estimate(base, tuned, output, **arguments, **callbacks)
     any_measured = any(record.status != "refused" for record in results)
     if shown.table:
-        then = None
+        hint = None
         if not writes and any_measured and not any(record.status in ("recovered", "size_only") for record in results):
             words = ["loradiag", "extract", str(base), str(tuned), "--rank", "16", "-o", "adapter/"]
-            then = f"{shlex.join(words)}   (the best adapter of the files' difference)"
+            hint = f"{shlex.join(words)}   (the best adapter of the files' difference)"
         elif not writes and any_measured:
             words = ["loradiag", "recover", str(base), str(tuned), "--checkpoint", "-o", "recovered/"]
-            then = f"{shlex.join(words)}   (the better checkpoint; or --rank R for an adapter)"
+            hint = f"{shlex.join(words)}   (the better checkpoint; or --rank R for an adapter)"
         elif any_measured and not full:
             words = ["loradiag", "residual", str(base), str(tuned), str(output)]
-            then = f"{shlex.join(words)}   (distance to the files' difference, rounding included)"
+            hint = f"{shlex.join(words)}   (distance to the files' difference, rounding included)"
         folder = str(output) if writes else None
-        result(recovery_table(results, *terminal(), per=shown.per, next_command=then, folder=folder))
+        result(recovery_table(results, *terminal(), per=shown.per, next_command=hint, folder=folder))
     exit_unmeasured(results.unmeasured, "the layer was left out")
     if not any_measured:
         raise typer.Exit(INCONCLUSIVE)

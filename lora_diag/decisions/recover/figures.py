@@ -70,7 +70,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         ),
         keys=_keys(),
     )
-    panels = {name: (lambda ax, inches, own=records: _draw(ax, own)) for name, records in shown.items()}
+    panels = {name: (lambda ax, inches, subset=records: _draw(ax, subset)) for name, records in shown.items()}
     return multiples_of(panels, words, style, "rank r", "C(r)")
 
 

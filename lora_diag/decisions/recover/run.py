@@ -154,11 +154,11 @@ def recover(
 
     def finish(results: Results[Recovery]) -> None:
         assert folder is not None
-        late = any(item.reason == "time" for item in results.left_out)
+        out_of_time = any(item.reason == "time" for item in results.left_out)
         if not any(record.written != "nothing" and (full or record.rank) for record in results) or (
             full and not any(record.written == "posterior" for record in results)
         ):
-            if not late:
+            if not out_of_time:
                 folder.discard()
             raise _nothing_to_write_error(tuned, results, keep_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
@@ -175,7 +175,7 @@ def recover(
         flags += ["--keep-refused"] if keep_refused else []
         flags += ["--nearest"] if nearest else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
-        folder.finish(model_card(results, name, shlex.join(command), not nearest), complete=not late)
+        folder.finish(model_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)
 
     requested = {
         "rank": rank,

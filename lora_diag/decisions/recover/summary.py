@@ -158,10 +158,10 @@ def _late(results: Results[Recovery]) -> list[str]:
 
 
 def _reached(results: Results[Recovery]) -> list[Statement]:
-    late = _late(results)
-    if not late:
+    out_of_time = _late(results)
+    if not out_of_time:
         return []
-    words = f"{len(late)} of {_matrices(len(late) + len(results))} within --time; --resume measures them"
+    words = f"{len(out_of_time)} of {_matrices(len(out_of_time) + len(results))} within --time; --resume measures them"
     return [make_statement("not_reached", "Not reached", words, level="warning")]
 
 
@@ -185,8 +185,8 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
 
 def _missing(results: Results[Recovery]) -> list[str]:
     """Return the layers that an adapter does not hold; a checkpoint holds the numbers of TUNED instead."""
-    late = [] if results.run.settings.get("full") else _late(results)
-    return [record.layer for record in results if record.written == "nothing"] + late
+    out_of_time = [] if results.run.settings.get("full") else _late(results)
+    return [record.layer for record in results if record.written == "nothing"] + out_of_time
 
 
 def model_card(results: Results[Recovery], base_name: str, command: str, keep_length: bool = False) -> str:
@@ -202,7 +202,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     description = "LoRA adapter" if adapter else "Checkpoint"
     recovered = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    missing, late = _missing(results), _late(results)
+    missing, out_of_time = _missing(results), _late(results)
     known = [record for record in recovered if record.fro_estimate is not None]
     estimated = math.hypot(*(record.fro_estimate or 0.0 for record in known))
     observed = math.hypot(*(record.fro for record in known))
@@ -227,7 +227,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
         *([f"- not in it: {named(missing, 12)}"] if missing else []),
-        *([f"- not reached within the time limit: {named(late, 12)}"] if late else []),
+        *([f"- not reached within the time limit: {named(out_of_time, 12)}"] if out_of_time else []),
         "",
         f"Made by loradiag {results.run.version}; `recovery.jsonl` has the numbers of every weight:",
         "",

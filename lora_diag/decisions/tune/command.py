@@ -60,10 +60,10 @@ def tune(
             message(f"stopped before training; nothing was written to {output}")
         return
     if shown.table:
-        then = (
+        hint = (
             f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"
         )
-        result(tune_table(results, *terminal(), next_command=then))
+        result(tune_table(results, *terminal(), next_command=hint))
     if not outcome.significant:
         message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
         raise typer.Exit(INCONCLUSIVE)

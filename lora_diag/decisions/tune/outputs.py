@@ -106,8 +106,8 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     if (folder / "pilot.jsonl").is_file():
         pilot = next(iter(sorted((folder / "trials").glob("pilot-r*"))))
         lines.append(["loradiag", "spectrum", base, pilot, *_to_option("pilot.jsonl")])
-        least = least_rank(choice.rank)
-        spent = ["--params", choice.rank * plan.per_rank, "--min-rank", least, "--layers", "."]
+        minimum = least_rank(choice.rank)
+        spent = ["--params", choice.rank * plan.per_rank, "--min-rank", minimum, "--layers", "."]
         spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
         prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
         scales = [_scaling(folder / "trials" / name, options) for name in ("marginal", "prior")]
@@ -239,8 +239,8 @@ def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: M
 def _trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
     kinds = {".jsonl": "json", ".json": "json"}
     kind = kinds.get(Path(texts[0]).suffix.lower(), "text")
-    given = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}
-    arguments = "".join(f"        {key}={value!r},\n" for key, value in given.items())
+    values = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}
+    arguments = "".join(f"        {key}={value!r},\n" for key, value in values.items())
     return f'''"""Train the chosen adapter with TRL: pip install trl peft datasets."""
 
 from datasets import load_dataset

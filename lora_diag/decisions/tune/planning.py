@@ -85,8 +85,8 @@ class Target:
             InputError: No layer has a rank, or PEFT cannot express them.
         """
         config = {**peft_config(ranks, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
-        more = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
-        return {**config, **more, **({"use_dora": True} if self.kind.dora else {})}
+        alpha = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
+        return {**config, **alpha, **({"use_dora": True} if self.kind.dora else {})}
 
 
 def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora) -> Target:
@@ -103,8 +103,8 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     """
     layers = target_modules(model.module, names)
     if not layers:
-        which = f" named {', '.join(names)}" if names else ""
-        raise InputError(f"{stored.path}: has no linear layer to adapt{which}; check --target-modules")
+        named = f" named {', '.join(names)}" if names else ""
+        raise InputError(f"{stored.path}: has no linear layer to adapt{named}; check --target-modules")
     weights = Weights(model.module)
     in_model = {inner: name for name in stored if (inner := weights.name(name)) is not None}
     every = [path for path, _ in model.module.named_modules()]
@@ -149,10 +149,10 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     if target.magnitudes:
         largest = (budget_plan.fit.budget - target.magnitudes) // target.per_rank
     if largest < 1:
-        least = target.per_rank + target.magnitudes
+        minimum = target.per_rank + target.magnitudes
         raise UsageError(
-            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {least:,} parameters; give a budget of at least "
-            "that, or choose fewer layers with --target-modules"
+            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
+            "give a budget of at least that, or choose fewer layers with --target-modules"
         )
     ranks = tuple(checked_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
     if above := [rank for rank in ranks if rank > largest]:
@@ -195,9 +195,9 @@ def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePla
         UsageError: The limit is not above the earlier one.
     """
     if plan.limit is None or limit < plan.limit:
-        then = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
+        planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
         raise UsageError(
-            f"--time: allows {duration(limit)}, but the search to resume was planned {then}; give at least that, or "
+            f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; give at least that, or "
             "remove --time"
         )
     options = run.options

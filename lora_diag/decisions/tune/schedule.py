@@ -141,8 +141,8 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
     if search.halving:
         runs = len({search.ranks[0], search.ranks[-1]}) * len(search.rates)
         short = short_steps(search.steps) * costs.step + costs.evaluation
-        what = f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs"
-        planned.append(Stage("rates", runs, costs.seconds(runs, short, 1), what))
+        description = f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs"
+        planned.append(Stage("rates", runs, costs.seconds(runs, short, 1), description))
     runs = len(search.ranks) * (search.rates_each + later)
     seconds = costs.seconds(runs, run, searched)
     planned.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
@@ -239,9 +239,9 @@ def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search,
         if smaller != search and seconds_of(smaller, costs) < seconds_of(search, costs):
             search = smaller
             left_out.append(omission)
-    if limit is not None and (least := seconds_of(search, costs)) > limit:
+    if limit is not None and (minimum := seconds_of(search, costs)) > limit:
         raise UsageError(
-            f"--time: even the smallest search takes about {least:.0f} s, and {limit:.0f} s are allowed; give more "
+            f"--time: even the smallest search takes about {minimum:.0f} s, and {limit:.0f} s are allowed; give more "
             "time, fewer --steps or a smaller --eval set"
         )
     return search, _merged(left_out)
@@ -277,5 +277,5 @@ def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...
 
 
 def _order(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
-    at_rank = [(loss, rate) for (at, rate), loss in losses.items() if at == rank and loss is not None]
+    at_rank = [(loss, rate) for (tried_rank, rate), loss in losses.items() if tried_rank == rank and loss is not None]
     return [rate for _, rate in sorted(at_rank)]

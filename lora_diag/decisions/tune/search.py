@@ -213,9 +213,13 @@ class Tuner:
             results = self._sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
         except TimeIsUpError:
             results = read_results(self.folder / "rates.jsonl")
-        own = [record for record in results.whole_of(Probe) if record.set == self.own and record.subject == "lora"]
+        of_own_set = [
+            record for record in results.whole_of(Probe) if record.set == self.own and record.subject == "lora"
+        ]
         losses = {
-            (record.rank, record.lr): record.loss for record in own if record.rank is not None and record.lr is not None
+            (record.rank, record.lr): record.loss
+            for record in of_own_set
+            if record.rank is not None and record.lr is not None
         }
         rates = halved(losses) or plan.rates
         self.decide(
@@ -227,7 +231,7 @@ class Tuner:
         )
         return rates
 
-    def _sweep_ranks(self, rates: Sequence[float], **more: Any) -> Swept:
+    def _sweep_ranks(self, rates: Sequence[float], **options: Any) -> Swept:
         """Return the sweep over shared ranks.
 
         Raises:
@@ -241,7 +245,7 @@ class Tuner:
             "repeats": plan.repeats,
             "widen": plan.widen,
             **({"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}),
-            **more,
+            **options,
         }
         try:
             results = self._sweep("sweep.jsonl", **settings)
@@ -295,10 +299,10 @@ class Tuner:
         if why:
             self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
             return swept, choice, plan.repeats
-        more = self._sweep_ranks(swept.results.run.settings["rates"], repeats=needed)
-        repeated = choose_rank(more.verdict, self._best_rates(more))
-        self._record_rank(f"{needed} seeds", repeated, more)
-        return more, repeated, needed
+        swept_again = self._sweep_ranks(swept.results.run.settings["rates"], repeats=needed)
+        repeated = choose_rank(swept_again.verdict, self._best_rates(swept_again))
+        self._record_rank(f"{needed} seeds", repeated, swept_again)
+        return swept_again, repeated, needed
 
     def _swept_setting(self, setting: str) -> Any:
         """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
@@ -378,7 +382,7 @@ class Tuner:
         path = self.folder / "pilot.jsonl"
         spectrum(self.base, self._adapter(pilot), output=path, overwrite=True, device=self.run_.options["device"])
         weights = self._gradient_weights()
-        budget, least = choice.rank * self.plan.per_rank, least_rank(choice.rank)
+        budget, minimum = choice.rank * self.plan.per_rank, least_rank(choice.rank)
         strategies: dict[str, dict[str, Any]] = {
             "marginal": {},
             "prior": {"layer_weights": weights, "strategy": "heuristic"},
@@ -386,7 +390,7 @@ class Tuner:
         candidates = []
         for name, options in strategies.items():
             try:
-                allocated = self._allocated(budget, least, **options)
+                allocated = self._allocated(budget, minimum, **options)
                 config = self.target.allocated(allocated)
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
@@ -560,9 +564,9 @@ class Tuner:
         own_records = [
             trial for trial in self.trials.records if (trial.variant, trial.lr) == (incumbent.name, incumbent.lr)
         ]
-        own = [trial for trial in own_records if trial.set == self.own and trial.loss is not None]
-        losses = [trial.loss for trial in own if trial.loss is not None]
-        trains = [trial.train_loss for trial in own if trial.train_loss is not None]
+        on_own_set = [trial for trial in own_records if trial.set == self.own and trial.loss is not None]
+        losses = [trial.loss for trial in on_own_set if trial.loss is not None]
+        trains = [trial.train_loss for trial in on_own_set if trial.train_loss is not None]
         base_record = base[self.own]
         shifted_losses = [
             trial.loss
@@ -676,17 +680,17 @@ class Tuner:
     def _placed(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent on all linear layers too, where it is on some; else on the head, if it is untied."""
         layers = {name.removesuffix(".weight") for name in inner_layers(self.run_.model.module)}
-        more = sorted(layers - set(self.target.layers))
-        if not more:
+        missing = sorted(layers - set(self.target.layers))
+        if not missing:
             module = self.run_.model.module
             head = module.get_output_embeddings()
             tied = getattr(module.config, "tie_word_embeddings", False)
             paths = [path for path, submodule in module.named_modules() if submodule is head and head is not None]
-            more = paths if paths and not tied and type(head).__name__ == "Linear" else []
-        if not more:
+            missing = paths if paths and not tied and type(head).__name__ == "Linear" else []
+        if not missing:
             return None, ()
-        config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *more]}
-        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(more[:NAMED])
+        config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *missing]}
+        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(missing[:NAMED])
 
     def _record_full(self, swept: Swept, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""

@@ -92,8 +92,11 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
     outcome, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
     if outcome is None:
         last = decisions[-1] if decisions else None
-        at = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
-        return [make_statement("choice", "Choice", at, level="warning"), *final_statements(results, "records so far")]
+        state = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
+        return [
+            make_statement("choice", "Choice", state, level="warning"),
+            *final_statements(results, "records so far"),
+        ]
     return [
         make_statement(
             "choice", "Choice", _choice(outcome), level="ok" if outcome.significant else "warning", priority=0
@@ -116,18 +119,18 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
 
 def _choice(outcome: Tune) -> str:
     ranks = span(outcome.ranks.values()) if outcome.ranks else ""
-    what = f"ranks {ranks} by layer ({outcome.variant})" if ranks else f"r={outcome.rank} in every layer"
+    description = f"ranks {ranks} by layer ({outcome.variant})" if ranks else f"r={outcome.rank} in every layer"
     if outcome.significant:
-        return what
-    return f"{what}: NOT significant, chosen by the mean losses"
+        return description
+    return f"{description}: NOT significant, chosen by the mean losses"
 
 
 def _settings(outcome: Tune) -> str:
-    more = f", dropout {outcome.dropout:g}" if outcome.dropout else ""
-    more += f", weight decay {outcome.weight_decay:g}" if outcome.weight_decay else ""
+    extra = f", dropout {outcome.dropout:g}" if outcome.dropout else ""
+    extra += f", weight decay {outcome.weight_decay:g}" if outcome.weight_decay else ""
     alpha = f"{outcome.alpha_over_rank:g}r" if outcome.alpha is None else f"{outcome.alpha:g} (rsLoRA)"
     dora = "DoRA, " if outcome.dora else ""
-    return f"{dora}learning rate {outcome.lr:g}, {outcome.steps} steps, alpha = {alpha}{more}"
+    return f"{dora}learning rate {outcome.lr:g}, {outcome.steps} steps, alpha = {alpha}{extra}"
 
 
 def _gain(outcome: Tune) -> str:
@@ -142,8 +145,8 @@ def _gain(outcome: Tune) -> str:
 def _next(outcome: Tune) -> str:
     if outcome.next_rank is None or outcome.next_gain is None:
         return "none within the budget was tried"
-    more = "gains" if outcome.next_gain > 0 else "loses"
-    return f"r={outcome.next_rank} {more} {abs(outcome.next_gain):.4f} nats on average"
+    verb = "gains" if outcome.next_gain > 0 else "loses"
+    return f"r={outcome.next_rank} {verb} {abs(outcome.next_gain):.4f} nats on average"
 
 
 def _non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:

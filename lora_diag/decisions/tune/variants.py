@@ -57,7 +57,7 @@ def shortest(chosen: Sequence[str], every: Collection[str]) -> list[str]:
     names: set[str] = set()
     for path in chosen:
         leaf = path.rpartition(".")[2]
-        reached = {other for other in every if other == leaf or other.endswith(f".{leaf}")}
+        reached = {candidate for candidate in every if candidate == leaf or candidate.endswith(f".{leaf}")}
         names.add(leaf if reached <= set(chosen) else path)
     return sorted(names)
 

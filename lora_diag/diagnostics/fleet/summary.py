@@ -103,7 +103,7 @@ def _adapters(
 ) -> Grid:
     rows = [(names[i], [records[i]]) for i in shown]
     cells = tuple(", ".join(notes[i]) or "-" for i in shown)
-    return grid_of(Fleet.shown, rows, "adapter", caption, more=[Column("remark", cells, "left")])
+    return grid_of(Fleet.shown, rows, "adapter", caption, extra=[Column("remark", cells, "left")])
 
 
 _DUPLICATES_NOTE = (
@@ -115,7 +115,7 @@ _DUPLICATES_NOTE = (
 def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
     column = Column("is", tuple(_WORDS[pair.relation] for pair in pairs), "left")
-    return grid_of(_DUPLICATES_NOTE, rows, "pair", "near-duplicates", more=[column])
+    return grid_of(_DUPLICATES_NOTE, rows, "pair", "near-duplicates", extra=[column])
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list[Statement]:

@@ -48,8 +48,8 @@ def interference(
         results = measure(updates, base=base, **arguments, **callbacks)
     if spectrum is not None:
         union_spectra(results).write(spectrum, arguments["overwrite"])
-    then = _next(inputs, spectrum) if results.layers else None
-    shown.show(results, then)
+    hint = _next(inputs, spectrum) if results.layers else None
+    shown.show(results, hint)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 
 

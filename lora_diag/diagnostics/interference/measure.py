@@ -82,11 +82,11 @@ def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     """
     if settings.memory is None:
         return
-    needed, without = max_bytes(task, settings), max_bytes(task, replace(settings, density=0.0))
-    fix = "--density 0, which leaves out TIES and sign conflicts" if without <= settings.memory else "--exclude it"
+    needed, without_ties = max_bytes(task, settings), max_bytes(task, replace(settings, density=0.0))
+    fix = "--density 0, which leaves out TIES and sign conflicts" if without_ties <= settings.memory else "--exclude it"
     factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
-    what = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
-    require(needed, settings.memory, task.shape, f"{what} take", fix)
+    description = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
+    require(needed, settings.memory, task.shape, f"{description} take", fix)
 
 
 def interference(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
@@ -136,9 +136,9 @@ def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceS
     # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
     energy = {str(r): _energy(task, first, second, r) for r in ranks}
-    at = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
-    near = _near(first.u, second, at) and _near(second.u, first, at)
-    near = near and _near(first.v, second, at, rows=True) and _near(second.v, first, at, rows=True)
+    used_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
+    near = _near(first.u, second, used_rank) and _near(second.u, first, used_rank)
+    near = near and _near(first.v, second, used_rank, rows=True) and _near(second.v, first, used_rank, rows=True)
     noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
     return Interference(
         layer=task.layer,

@@ -72,13 +72,13 @@ def interference(
     base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
     compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
     tasks = _tasks(compared, settings.weights)
-    rest = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
+    unmeasured = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
     return run.over(
         tasks,
         measure,
         size,
         settings,
-        lambda layout, _, __: without_rank(rest, layout, run.where.here),
+        lambda layout, _, __: without_rank(unmeasured, layout, run.where.here),
         (*compared[0].inputs[:-1], *(side.inputs[-1] for side in compared)),
         {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )

@@ -67,7 +67,10 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         parts_fro=tuple(part.fro for part in changed),
         spectrum=spectrum,
         parts_rank_at=needed,
-        additive={share: _ratio(spectrum.rank_at[share], of) if several else None for share, of in needed.items()},
+        additive={
+            share: _ratio(spectrum.rank_at[share], ranks_sum) if several else None
+            for share, ranks_sum in needed.items()
+        },
         parts_effective_rank=effective,
         additive_effective=_ratio(spectrum.effective_rank, effective) if several else None,
         energy_ratio=factors.fro**2 / largest**2 if len(changed) > 1 else None,
@@ -85,8 +88,8 @@ def _columns(part: Part) -> int | None:
     return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
 
 
-def _ratio(value: float | None, of: float) -> float | None:
-    return value / of if value is not None and of else None
+def _ratio(value: float | None, total: float) -> float | None:
+    return value / total if value is not None and total else None
 
 
 def _resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
@@ -158,11 +161,11 @@ def _alignment_rank(factors: Factors) -> int:
     return rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
 
 
-def _singular_task_interference(changed: Sequence[Part], shape: tuple[int, int], most: int) -> dict[str, float]:
-    u = torch.cat([part.u[:, :most] for part in changed], dim=1)
-    v = torch.cat([part.v[:, :most] for part in changed], dim=1)
-    s = torch.cat([part.s[:most] for part in changed]).numpy()
-    owner = np.repeat(np.arange(len(changed)), [min(part.rank, most) for part in changed])
+def _singular_task_interference(changed: Sequence[Part], shape: tuple[int, int], limit: int) -> dict[str, float]:
+    u = torch.cat([part.u[:, :limit] for part in changed], dim=1)
+    v = torch.cat([part.v[:, :limit] for part in changed], dim=1)
+    s = torch.cat([part.s[:limit] for part in changed]).numpy()
+    owner = np.repeat(np.arange(len(changed)), [min(part.rank, limit) for part in changed])
     sti, relative = task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
     return {"sti": sti, "sti_relative": relative, "sti_random": task_interference_at_random(s, owner, shape)}
 

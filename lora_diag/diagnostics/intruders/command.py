@@ -27,8 +27,8 @@ def intruders(
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **arguments, **callbacks)
-    then = _next(base, tuned, arguments["output"]) if results.layers else None
-    shown.show(results, then)
+    hint = _next(base, tuned, arguments["output"]) if results.layers else None
+    shown.show(results, hint)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 
 

@@ -87,8 +87,8 @@ def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | Lef
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
     if settings.memory is not None and device.type == "cpu":  # the limit applies to the machine's memory
-        what = "both weights with all singular vectors of BASE take"
-        require(max_bytes(delta, settings), settings.memory, delta.shape, what, "--exclude it")
+        description = "both weights with all singular vectors of BASE take"
+        require(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change)
@@ -133,14 +133,14 @@ def _directions(base: Factors, top: Factors, settings: IntruderSettings) -> tupl
     for j, sigma in enumerate(top.s.tolist()):
         column = products[:, j]
         near = (base.s - sigma).abs() <= settings.window * sigma
-        similarity, at = column.max(0)
+        similarity, nearest = column.max(0)
         projection = min(1.0, float(column[near].square().sum().sqrt()))
         by_chance = (int(near.sum()) / len(top.u)) ** 0.5
         directions.append(
             Direction(
                 sigma=sigma,
                 similarity=min(1.0, float(similarity)),
-                nearest=int(at) + 1,
+                nearest=int(nearest) + 1,
                 window=int(near.sum()),
                 projection=projection,
                 projection_random=by_chance,

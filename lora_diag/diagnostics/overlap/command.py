@@ -48,8 +48,8 @@ def overlap(
     if shown.table:
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
             message(f"--show-rank {rank}: larger than all layers and adapters; another rank is shown")
-        then = _next(arguments["output"], shown.per) if results.layers else None
-        result(overlap_table(results, *terminal(), per=shown.per, rank=rank, next_command=then))
+        hint = _next(arguments["output"], shown.per) if results.layers else None
+        result(overlap_table(results, *terminal(), per=shown.per, rank=rank, next_command=hint))
     exit_unmeasured(results.unmeasured, "left out")
 
 

@@ -146,8 +146,17 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
                 ax.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.2, lw=0)
             elif not several:
                 for layer in layers:
-                    own = curve_over_steps([record for record in item.records if record.layer == layer], field, random)
-                    ax.plot(own.steps, own.middle, color=color, lw=0.5 * width, alpha=0.45, label=f"_{name} of {layer}")
+                    layer_curve = curve_over_steps(
+                        [record for record in item.records if record.layer == layer], field, random
+                    )
+                    ax.plot(
+                        layer_curve.steps,
+                        layer_curve.middle,
+                        color=color,
+                        lw=0.5 * width,
+                        alpha=0.45,
+                        label=f"_{name} of {layer}",
+                    )
             line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
             ax.plot(curve.steps, curve.middle, label=f"_{name}", **line, **marker)
             chance: dict[str, Any] = {"color": color, "lw": 0.9 * width, "ls": (0, (1, 1.5))}
@@ -182,8 +191,8 @@ def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, 
         keys.append(Key(line, f"{name}, median layer"))
     if not several:
         banded = per == "type" or max_layers > SINGLE
-        what, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
-        keys.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), what))
+        description, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
+        keys.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), description))
     keys.append(Key(Line2D([], [], color=QUIET, lw=1.2 * width, ls=(0, (1, 1.5))), "random subspaces"))
     return tuple(keys)
 

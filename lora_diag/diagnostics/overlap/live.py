@@ -39,8 +39,8 @@ class LiveSubspaces:
             return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
         assert factors.u is not None
         assert factors.vh is not None
-        own = len(factors.s)
-        ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own), own}))
+        own_rank = len(factors.s)
+        ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own_rank), own_rank}))
         u, v = orthonormal(factors.u), orthonormal(factors.vh.T)
         return Subspaces(weight.name, u, v, ranks, "factored", "resolved")
 

@@ -147,8 +147,8 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     assert factors.vh is not None
     directions = numerical_rank(factors)
     if directions < ranks[-1]:  # the vectors beyond it are arbitrary
-        own = {directions} if isinstance(delta, FactoredDelta) else set[int]()
-        ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own}))
+        own_ranks = {directions} if isinstance(delta, FactoredDelta) else set[int]()
+        ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own_ranks}))
         factors = replace(factors, u=factors.u[:, :directions], vh=factors.vh[:directions])
     if not ranks:
         return _too_few(delta, settings)
@@ -175,8 +175,8 @@ def _ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[in
     """Return the ranks that have subspaces, including an adapter's own."""
     if not isinstance(delta, FactoredDelta) or change.factors is None:
         return tuple(rank for rank in requested if rank <= min(delta.shape))
-    own = min(change.factors[0].shape[1], *delta.shape)
-    return tuple(sorted({*(rank for rank in requested if rank < own), own}))
+    own_rank = min(change.factors[0].shape[1], *delta.shape)
+    return tuple(sorted({*(rank for rank in requested if rank < own_rank), own_rank}))
 
 
 def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Overlap | LeftOut, ...]:
@@ -196,7 +196,7 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
         return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)
     none = parts.fro == 0.0
     records = []
-    for at, rank in enumerate(spaces.ranks):
+    for index, rank in enumerate(spaces.ranks):
         random = chance(spaces.shape, rank)
         records.append(
             Overlap(
@@ -204,13 +204,13 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
                 shape=spaces.shape,
                 step=step,
                 rank=rank,
-                kappa=None if none else parts.both[at],
+                kappa=None if none else parts.both[index],
                 kappa_random=random.kappa,
-                tangent=None if none else parts.tangent[at],
+                tangent=None if none else parts.tangent[index],
                 tangent_random=random.tangent,
-                left=None if none else parts.left[at],
+                left=None if none else parts.left[index],
                 left_random=random.left,
-                right=None if none else parts.right[at],
+                right=None if none else parts.right[index],
                 right_random=random.right,
                 gradient_fro=parts.fro,
                 method=spaces.method,

@@ -262,8 +262,8 @@ class GradientRecorder(TrainerCallback):
         scale = 1.0
         if scaler is not None and (isinstance(weight, Frozen) or not is_unscaled(scaler)):
             scale = float(scaler.get_scale())
-        taken = gradient.detach()
-        return lambda: taken if scale == 1.0 else taken.float() / scale
+        unscaled = gradient.detach()
+        return lambda: unscaled if scale == 1.0 else unscaled.float() / scale
 
     def _save(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
         """Write one snapshot, one gradient at a time."""
@@ -286,7 +286,7 @@ class GradientRecorder(TrainerCallback):
 
     def _measure(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
         """Compare every gradient with its subspaces; write and log the records."""
-        taken: list[Overlap] = []
+        measured: list[Overlap] = []
         for weight in self._weights:
             if weight.name not in gradients:
                 continue
@@ -299,14 +299,14 @@ class GradientRecorder(TrainerCallback):
             for layer, start in layers:
                 for record in overlaps(_near(layer, gradient), self._step, _blocks(gradient, layer.shape, start)):
                     if isinstance(record, Overlap):
-                        taken.append(record)
+                        measured.append(record)
                     else:
                         self._left_out.append(record)
-        if taken and self._writer is not None:
-            self._writer.append(*taken)
-        self.records += taken
-        if self.log is not None and taken:
-            self.log(summary_of(taken))
+        if measured and self._writer is not None:
+            self._writer.append(*measured)
+        self.records += measured
+        if self.log is not None and measured:
+            self.log(summary_of(measured))
 
 
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:

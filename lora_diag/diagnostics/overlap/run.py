@@ -200,9 +200,9 @@ def _follow(
             tasks.append(GradientTask(delta, history.snapshots))
             have = {snapshot.step for snapshot in history.snapshots}
             if missing := [str(step.step) for step in steps if step.step not in have]:
-                which = f"step{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
-                more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-                detail = f"no gradient of it at {which}{more}; the other steps are measured"
+                steps_text = f"step{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
+                suffix = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+                detail = f"no gradient of it at {steps_text}{suffix}; the other steps are measured"
                 absent.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
     return tasks, absent
 
@@ -249,6 +249,6 @@ def _why_nothing(compared: Comparison, followed: Sequence[History], unmatched: S
     changed = next((delta.layer for delta in compared.pairing.deltas if delta.is_matrix), None)
     if changed is None:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
-    like = followed[0].layer if followed else unmatched[0].layer if unmatched else None
-    names = f"gradients have names like {like}" if like else "the gradients hold no tensor"
+    example = followed[0].layer if followed else unmatched[0].layer if unmatched else None
+    names = f"gradients have names like {example}" if example else "the gradients hold no tensor"
     return f"no layer that changed has a gradient, so nothing was compared. Layers have names like {changed}; {names}"

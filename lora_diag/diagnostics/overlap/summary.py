@@ -68,9 +68,9 @@ def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
     )
     word = "no" if len(near_random) > len(relevant) / 2 else "partly" if near_random else "yes"
     kappa, random = middle([t.last.kappa for t in relevant]), middle([t.last.kappa_random for t in relevant])
-    where = " outside embeddings and head" if outside else ""
+    place = " outside embeddings and head" if outside else ""
     head = (
-        f"{word}: at the last step the median κ of {_matrices(len(relevant))}{where} is {number(kappa or 0)}, that of "
+        f"{word}: at the last step the median κ of {_matrices(len(relevant))}{place} is {number(kappa or 0)}, that of "
         f"random subspaces {number(random or 0)}"
     )
     if not near_random:
@@ -80,8 +80,8 @@ def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
     sentences += [
         f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_fallen_since(t, first)}" for t in near_random[:_NAMED]
     ]
-    more = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
-    return make_statement("inside", "Containment", *sentences, *more, level="warning")
+    suffix = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
+    return make_statement("inside", "Containment", *sentences, *suffix, level="warning")
 
 
 def _fallen_since(track: Track, first: int) -> str:
@@ -209,7 +209,7 @@ def _resolved(relevant: Sequence[Track]) -> list[Statement]:
 
 
 def _interpretation(results: Results[Overlap]) -> str:
-    own = (
+    own_rank = (
         "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
         "directions"
         if reference_is_adapter(results)
@@ -217,7 +217,7 @@ def _interpretation(results: Results[Overlap]) -> str:
     )
     return (
         "overlap measures direction, not quality, and increases with rank for any subspace: compare with random, not "
-        f"with 1{own}"
+        f"with 1{own_rank}"
     )
 
 

@@ -53,20 +53,22 @@ def overlap_table(
 
 def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     wide = width >= WIDE
-    most, some = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
-    own = _spread(steps, some if len(steps) > most else most)
+    max_steps, sampled = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
+    own_steps = _spread(steps, sampled if len(steps) > max_steps else max_steps)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
-            columns += [_at_step(rows, step, "step " * (step == own[0])) for step in own]
-            columns += [_over_steps(rows, steps, _WIDE_STRIP if wide else _STRIP)] if len(steps) > len(own) else []
+            columns += [_at_step(rows, step, "step " * (step == own_steps[0])) for step in own_steps]
+            columns += (
+                [_over_steps(rows, steps, _WIDE_STRIP if wide else _STRIP)] if len(steps) > len(own_steps) else []
+            )
             columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
-    return grid_of((), rows, per, f"{caption} ({NEAR} near random)", more=columns)
+    return grid_of((), rows, per, f"{caption} ({NEAR} near random)", extra=columns)
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:
@@ -104,9 +106,9 @@ def _ends(group: Sequence[Track]) -> tuple[float, float] | None:
 
 def _over_steps(rows: Rows, steps: Sequence[int], width: int) -> Column:
     """Draw the median κ over all steps, in bins; full height is the largest κ of the table."""
-    most = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
+    highest = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
     drawn = []
     for _, group in rows:
         kappas = [middle([record.kappa for record in _at(group, step)]) for step in steps]
-        drawn.append(strip([None if kappa is None or not most else kappa / most for kappa in kappas], width))
+        drawn.append(strip([None if kappa is None or not highest else kappa / highest for kappa in kappas], width))
     return Column("over steps", tuple(drawn), "left", drop=3)

@@ -41,12 +41,12 @@ class Track:
     @property
     def near_since(self) -> int | None:
         """First step from which κ stayed near its baseline to the end; None if it did not end there."""
-        since = None
+        first_step = None
         for record in reversed(self.known):
             if not near(record):
                 break
-            since = record.step
-        return since
+            first_step = record.step
+        return first_step
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -102,6 +102,6 @@ def _default_rank(results: Results[Overlap]) -> int:
     return USUAL if USUAL in ranks else ranks[len(ranks) // 2] if ranks else USUAL
 
 
-def steps_of(some: Sequence[Track]) -> list[int]:
+def steps_of(some_tracks: Sequence[Track]) -> list[int]:
     """Return all steps, ascending."""
-    return sorted({record.step for track in some for record in track.records})
+    return sorted({record.step for track in some_tracks for record in track.records})

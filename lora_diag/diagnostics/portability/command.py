@@ -69,12 +69,12 @@ def portability(
     else:
         with shown.callbacks() as callbacks:
             results = measure(adapter, base, **arguments, **callbacks)
-    then = (
+    hint = (
         None
         if fixing["fix"] or shown.per is options.Per.layer
         else f"{rerun_command('--per', 'layer')}   (layer by layer)"
     )
-    shown.show(results, then)
+    shown.show(results, hint)
     if failed(results):
         raise typer.Exit(GATE_FAILED)
     exit_unmeasured(results.unmeasured, "the layer was not judged")

@@ -22,9 +22,9 @@ def _pair(module: str, rank: int, scale: float, alpha: float | None = None, part
     return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
 
 
-def _peft(config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *more: Item) -> Contents:
+def _peft(config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *extra: Item) -> Contents:
     items = _pair(_Q, ranks[0], scales[0]), _pair(_V, ranks[1], scales[1])
-    return Contents("peft", (*items, *more), {**_CONFIG, **config})
+    return Contents("peft", (*items, *extra), {**_CONFIG, **config})
 
 
 def _kohya(*pairs: tuple[int, float, float | None]) -> Contents:

@@ -94,19 +94,19 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
     Raises:
         InputError: A written weight cannot be read back under its name.
     """
-    old = {item.layer: item for item in contents_of(before, base).items}
+    old_items = {item.layer: item for item in contents_of(before, base).items}
     by_layer = {}
     for item in contents_of(open_adapter(after), base).items:
-        other = old.get(item.layer)
-        if other is None:
+        counterpart = old_items.get(item.layer)
+        if counterpart is None:
             if base is None and after.exists() and open_adapter(after).form != before.form:
                 continue  # the two layouts name weights differently, and only BASE relates the names
             raise InputError(
                 f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, and report this"
             )
-        if other.load is None or item.load is None or other.part in NONLINEAR_PARTS:
+        if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
             continue
-        first, second = item.load(Site(item.shape)), other.load(Site(other.shape))
+        first, second = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
         assert isinstance(first, tuple)
         assert isinstance(second, tuple)
         norm = gap(second, (second[0] * 0, second[1]))

@@ -119,14 +119,14 @@ def _verdict(
         return "full", error, None, ""
     if outcome.does == "dropped":
         return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
-    own, intended = task.item.scale, task.intended
-    same = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
+    applied, intended = task.item.scale, task.intended
+    as_intended = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
     if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
         return "wrong", _distance(task, outcome, fro, whole), outcome.scale, _why_plain(task, outcome)
-    if same or outcome.scale is None or intended is None or (fro == 0.0 and own != 0):
+    if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and applied != 0):
         return "exact", error, outcome.scale, ""
-    wrong = abs(outcome.scale / intended - 1) if intended else None
-    return "wrong", wrong, outcome.scale, outcome.why
+    deviation = abs(outcome.scale / intended - 1) if intended else None
+    return "wrong", deviation, outcome.scale, outcome.why
 
 
 def _is_same(first: float, second: float) -> bool:

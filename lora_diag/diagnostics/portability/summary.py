@@ -137,8 +137,8 @@ def _answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Stat
     if not lost:
         return make_statement("portable", "Portable", f"yes: the same ΔW in {_titles(names, names)}", level="ok")
     supported = [name for name in names if name not in lost]
-    same = f"as intended in {_titles(supported, names)} and " if supported else ""
-    return make_statement("portable", "Portable", f"no: {same}not in {_titles(lost, names)}", level="warning")
+    prefix = f"as intended in {_titles(supported, names)} and " if supported else ""
+    return make_statement("portable", "Portable", f"no: {prefix}not in {_titles(lost, names)}", level="warning")
 
 
 def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
@@ -172,14 +172,14 @@ def _consumer_statement(name: Name, records: list[Portability], results: Results
 
 def _wrong(records: Sequence[Portability]) -> str:
     """State the error, its number of weights, and its largest value."""
-    wrong = [record for record in records if record.status == "wrong"]
-    where = f"in {len(wrong)} of {len(records)} weights"
-    known = [record for record in wrong if record.epsilon is not None]
+    altered = [record for record in records if record.status == "wrong"]
+    text = f"in {len(altered)} of {len(records)} weights"
+    known = [record for record in altered if record.epsilon is not None]
     if known:
         worst = max(known, key=lambda record: record.epsilon or 0.0)
-        where += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
-    scales = sorted({record.scale / record.intended for record in wrong if record.scale and record.intended})
-    if not scales or any(record.part in NONLINEAR_PARTS for record in wrong):
-        return f"another ΔW {where}"
+        text += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
+    scales = sorted({record.scale / record.intended for record in altered if record.scale and record.intended})
+    if not scales or any(record.part in NONLINEAR_PARTS for record in altered):
+        return f"another ΔW {text}"
     low, high = number(scales[0]), number(scales[-1])
-    return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {where}"
+    return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {text}"

@@ -146,16 +146,16 @@ def parts(records: Sequence[Residual]) -> dict[str, float]:
     """Return the fractions of ‖ΔW − X‖² over layers due to rank, direction, scale and missing adaptation."""
     shares = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
     for record in records:
-        own = levels([record])
-        if own is None:  # ΔW = 0: the best scale of X would be 0, without a distance
+        own_levels = levels([record])
+        if own_levels is None:  # ΔW = 0: the best scale of X would be 0, without a distance
             shares["scale"] += record.gap**2
         else:
-            steps = (own.floor, own.direction, own.epsilon) if own.adapted else ()
+            steps = (own_levels.floor, own_levels.direction, own_levels.epsilon) if own_levels.adapted else ()
             below = 0.0
             for name, step in zip(shares, steps, strict=False):
                 shares[name] += (step**2 - below**2) * record.fro**2
                 below = step
-            if not own.adapted:
+            if not own_levels.adapted:
                 shares["not adapted"] += record.gap**2
     total = sum(shares.values())
     return {name: part / total for name, part in shares.items()} if total else {}

@@ -220,10 +220,10 @@ def _with_error(distances: Distances, factors: Factors) -> dict[str, float | Non
 def _in_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
     """Return D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
-    where = layer.moments.on_rows
+    on_rows = layer.moments.on_rows
     lower = read_root(layer.moments, device).lower
-    weighted = times(full, lower, where)
-    return Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, lower, where)
+    weighted = times(full, lower, on_rows)
+    return Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, lower, on_rows)
 
 
 def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool = True) -> Factors:
@@ -251,13 +251,13 @@ def _agreements(
 ) -> tuple[Agreement, Agreement]:
     """Return the agreement of the column and of the row spaces."""
     dimension = min(rank or SUBSPACE, *weights.shape)
-    other, full = _decompose(change, dimension, settings), weights.factors
+    adapter, full = _decompose(change, dimension, settings), weights.factors
     assert full.u is not None
     assert full.vh is not None
-    assert other.u is not None
-    assert other.vh is not None
-    k, j = min(dimension, numerical_rank(full)), numerical_rank(other)
+    assert adapter.u is not None
+    assert adapter.vh is not None
+    k, j = min(dimension, numerical_rank(full)), numerical_rank(adapter)
     return (
-        agreement(full.u[:, :k], other.u[:, :j]),
-        agreement(full.vh[:k].T, other.vh[:j].T),
+        agreement(full.u[:, :k], adapter.u[:, :j]),
+        agreement(full.vh[:k].T, adapter.vh[:j].T),
     )

@@ -254,5 +254,5 @@ class Residual(Distance, LayerRecord):
     @property
     def floor(self) -> float:
         """Lower bound on ‖D − X‖_F for X's rank; 0 if X has no rank, ‖D‖_F if it is zero."""
-        least = self.least_epsilon
-        return (float(self.adapter_fro == 0.0) if least is None else least) * self.fro
+        smallest = self.least_epsilon
+        return (float(self.adapter_fro == 0.0) if smallest is None else smallest) * self.fro

@@ -54,17 +54,19 @@ def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Res
 
     The rest are tensors that are not adapted, and norms and biases, which have no rank.
     """
-    rest: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
+    without_epsilon: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
     reached = []
     for record in records:
         if not record.rank and record.adapter_fro == 0:
-            rest["not adapted"].append(record)
+            without_epsilon["not adapted"].append(record)
         elif len(record.shape) < 2:
-            rest["1-D tensors"].append(record)
+            without_epsilon["1-D tensors"].append(record)
         else:
             reached.append(record)
     rows = sorted(rows_of(reached, per), key=lambda row: (_LIMITS.index(_most(row[1])), -_gap(row[1])))
-    others = [(name if per == "type" else f"{name}: {len(group)}", group) for name, group in rest.items() if group]
+    others = [
+        (name if per == "type" else f"{name}: {len(group)}", group) for name, group in without_epsilon.items() if group
+    ]
     return [*rows, *others]
 
 
@@ -193,7 +195,7 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
                 f"its top directions overlap {_agreement(spaces[0])} in the column space and "
                 f"{_agreement(spaces[1])} in the row space (in brackets: random)"
             )
-            lines += [_judged(other, pooled(theirs), total) for other, theirs in groups if theirs[0].role == "adapter"]
+            lines += [_judged(other, pooled(others), total) for other, others in groups if others[0].role == "adapter"]
     if lines:
         return [*lines, "ε is the distance to one solution; the held-out loss shows which is better"]
     return [

@@ -56,21 +56,21 @@ def energy(
     with panel_axes(ax) as (axes, style):
         draw_series(axes, (Series("", records),), SHARE, ranks, per, style)
         _scale(axes)
-        of = changes_of(records)
-        axes.set(xlabel="rank r", ylabel=f"energy fraction C(r){'' if of == 'ΔW' else f' of {of}'}")
+        change = changes_of(records)
+        axes.set(xlabel="rank r", ylabel=f"energy fraction C(r){'' if change == 'ΔW' else f' of {change}'}")
     return axes
 
 
 def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
     """Return C(r) by module type, one panel each."""
-    of = changes_of(record for item in series for record in item.records)
-    total = "Σσ²" if " and " in of else f"‖{of}‖_F²"
+    change = changes_of(record for item in series for record in item.records)
+    total = "Σσ²" if " and " in change else f"‖{change}‖_F²"
     return small_multiples(
         series,
         SHARE,
         style,
         options.per,
-        title=f"Energy fraction C(r) of {of} that the best adapter of rank r keeps",
+        title=f"Energy fraction C(r) of {change} that the best adapter of rank r keeps",
         xlabel="rank r",
         ylabel="C(r)",
         formula=f"C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",

@@ -113,10 +113,12 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
 def _subtitle(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
     """Return the subtitle: description of the figure."""
     layers = len({record.layer for record in records})
-    what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
+    subject = (
+        "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
+    )
     prefix = series[0].label if len(series) == 1 else ""
-    many = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}"
-    return f"{f'{prefix}: ' if prefix else ''}{what} of {many}"
+    count = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}"
+    return f"{f'{prefix}: ' if prefix else ''}{subject} of {count}"
 
 
 def _keys(

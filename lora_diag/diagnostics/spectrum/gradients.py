@@ -85,14 +85,16 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
     file_resolution, dtypes = _resolution(result, history), (None, "/".join(history.dtypes))
     factors = replace(result.side, method=f"{result.side.method} of {len(history.snapshots)} gradients{fallback}")
     record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
-    other = None
+    other_record = None
     if result.other is not None:
-        other = record_of(history.layer, history.shape, dtypes, None, result.other, settings.ranks, file_resolution)
+        other_record = record_of(
+            history.layer, history.shape, dtypes, None, result.other, settings.ranks, file_resolution
+        )
     stack = Stack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
         side=side,
-        other_energy=other.energy if other else None,
-        other_rank_at=other.rank_at if other else None,
+        other_energy=other_record.energy if other_record else None,
+        other_rank_at=other_record.rank_at if other_record else None,
     )
     return record.model_copy(update={"source": "gradients", "stack": stack})
 
@@ -109,19 +111,19 @@ class _Found:
 def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Found:
     """Read the gradients once for each side: two concurrent Gram matrices would take twice the memory."""
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
-        what = "a gradient and its Gram matrix take"
-        require(max_bytes(history), settings.memory, history.shape, what, "--exclude it")
+        description = "a gradient and its Gram matrix take"
+        require(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
     spacing = Spacing.of(_stacked(history))
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_gradients(history, device, left, spacing), settings.top)
     if not math.isfinite(spacing.squares):
         raise _NotFiniteError(COARSE)
-    other = None
+    other_side = None
     if len(history.snapshots) == 1:
-        other = side
+        other_side = side
     elif max(history.shape) <= OTHER_GRAM_UP_TO:
-        other = decompose_stack(_gradients(history, device, not left, None), settings.top)
-    return _Found(side, other, spacing)
+        other_side = decompose_stack(_gradients(history, device, not left, None), settings.top)
+    return _Found(side, other_side, spacing)
 
 
 def _gradients(history: History, device: torch.device, transposed: bool, spacing: Spacing | None) -> Iterator[Tensor]:

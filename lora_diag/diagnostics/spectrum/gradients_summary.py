@@ -22,11 +22,12 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
     total = math.hypot(*(record.fro for record in records))
     text = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
     known = _ranks(records)
-    own, other = (median(rank) for rank in zip(*known, strict=True)) if known else (0, 0)
-    if own:
-        few = "" if len(known) == len(records) else f", in the {len(known)} layers small enough for both"
+    shown_rank, other_rank = (median(rank) for rank in zip(*known, strict=True)) if known else (0, 0)
+    if shown_rank:
+        suffix = "" if len(known) == len(records) else f", in the {len(known)} layers small enough for both"
         text += (
-            f"; r@90% on each layer's smaller side, which is shown, {own:g} at the median, on the other {other:g}{few}"
+            f"; r@90% on each layer's smaller side, which is shown, {shown_rank:g} at the median, "
+            f"on the other {other_rank:g}{suffix}"
         )
     return [
         make_statement("gradients", "Gradients", text),
@@ -46,4 +47,4 @@ def _ranks(records: Sequence[Spectrum]) -> list[tuple[int, int]]:
         for record in records
         if record.stack and record.stack.other_rank_at
     ]
-    return [(own, other) for own, other in pairs if own is not None and other is not None]
+    return [(rank, other_rank) for rank, other_rank in pairs if rank is not None and other_rank is not None]

@@ -31,8 +31,8 @@ def suggested_fix(changed: Sequence[Spectrum]) -> str:
     ]
     if not candidates:
         return ""
-    where = "" if len(candidates) == len(changed) else f" in {len(candidates)} of {len(changed)} matrices"
-    return f"; loradiag recover (or --recover here) can estimate the update before rounding{where}"
+    suffix = "" if len(candidates) == len(changed) else f" in {len(candidates)} of {len(changed)} matrices"
+    return f"; loradiag recover (or --recover here) can estimate the update before rounding{suffix}"
 
 
 def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 def size(layer: Layer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: ΔW, and the data metric."""
-    more = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    extra_bytes = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
     if settings.recover and isinstance(layer.delta, StoredDelta):
-        more += recovery_bytes(layer.shape)
-    return bytes_of(layer.delta, settings.allowance) + more
+        extra_bytes += recovery_bytes(layer.shape)
+    return bytes_of(layer.delta, settings.allowance) + extra_bytes
 
 
 def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None) -> Spectrum | LeftOut:

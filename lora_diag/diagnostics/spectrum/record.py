@@ -240,7 +240,7 @@ class Spectrum(LayerRecord):
             )
             for rank in ranks
         ]
-        own = [
+        columns = [
             replace(
                 field,
                 title=field.title.replace("‖ΔW‖", update).replace("‖W‖", weights),
@@ -252,8 +252,8 @@ class Spectrum(LayerRecord):
             for field in cls.shown
             if field.path != "relative" or not any(record.stack for record in records)
         ]
-        at = next(position for position, field in enumerate(own) if field.path == "rank_at.0.9")
-        return (*own[:at], *energies, *own[at:])
+        index = next(position for position, field in enumerate(columns) if field.path == "rank_at.0.9")
+        return (*columns[:index], *energies, *columns[index:])
 
     @property
     def relative(self) -> float | None:

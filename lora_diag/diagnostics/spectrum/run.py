@@ -73,8 +73,8 @@ def spectrum(
     if kfac and activations is None:
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
     if recover and (activations is not None or gradients):
-        other = "--activations" if activations is not None else "--gradients"
-        raise UsageError(f"--recover: estimates an update in the weights' metric; remove {other}")
+        option = "--activations" if activations is not None else "--gradients"
+        raise UsageError(f"--recover: estimates an update in the weights' metric; remove {option}")
     if gradients:
         if activations is not None:
             raise UsageError("--activations: applies to an update, not to --gradients; remove one of the two")
@@ -130,17 +130,17 @@ def _weighted_tasks(pairing: Pairing, moments: SecondMoments | None, kfac: bool)
     if moments is None:
         return pairing, [Layer(delta) for delta in matrices]
     layers = [Layer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
-    what = "second moment of its input" + (" and of its output's gradient" if kfac else "")
-    without = [
-        Unpaired(layer.layer, layer.shape, "no_activations", f"the file has no {what}")
+    needed = "second moment of its input" + (" and of its output's gradient" if kfac else "")
+    missing = [
+        Unpaired(layer.layer, layer.shape, "no_activations", f"the file has no {needed}")
         for layer in layers
         if layer.weighting is None
     ]
-    without_moment = {item.layer for item in without}
-    rest = Pairing(
-        tuple(delta for delta in pairing.deltas if delta.layer not in without_moment), (*pairing.unpaired, *without)
+    without_moment = {item.layer for item in missing}
+    remaining = Pairing(
+        tuple(delta for delta in pairing.deltas if delta.layer not in without_moment), (*pairing.unpaired, *missing)
     )
-    return rest, [layer for layer in layers if layer.weighting is not None]
+    return remaining, [layer for layer in layers if layer.weighting is not None]
 
 
 def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:

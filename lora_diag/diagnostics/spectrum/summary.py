@@ -105,14 +105,14 @@ def _nothing_changed(results: Results[Spectrum]) -> str:
     return f"nothing: ΔW is zero in every matrix.{hint}"
 
 
-def _relative_change(records: Sequence[Spectrum], over: str) -> list[str]:
+def _relative_change(records: Sequence[Spectrum], norm_name: str) -> list[str]:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     update, weights = NORMS[records[0].metric]
     if not ratios:
-        return [f"{update} = {number(total)} {over}"]
+        return [f"{update} = {number(total)} {norm_name}"]
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
-    lines = [f"{update}/{weights} = {number(total / base)} {over}"]
+    lines = [f"{update}/{weights} = {number(total / base)} {norm_name}"]
     if len(ratios) > 1:
         largest, smallest = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
         lines.append(f"most {number(ratios[largest])} in {short(largest)}")
@@ -130,14 +130,14 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
     kept_counts = sorted({len(record.s) for record in records})
-    of = str(kept_counts[0]) if len(kept_counts) == 1 else f"{kept_counts[0]} to {kept_counts[-1]}"
+    counts = str(kept_counts[0]) if len(kept_counts) == 1 else f"{kept_counts[0]} to {kept_counts[-1]}"
     middle = median_rank(ranks, kept_counts[-1])
-    used = f"90% of the energy is in {middle} of {of} directions at the median"
+    used = f"90% of the energy is in {middle} of {counts} directions at the median"
     if not all(record.complete for record in records):
-        beyond = (
+        not_reached = (
             f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {kept_counts[-1]} that --top kept"
         )
-        used = f"90% of the energy in {middle} directions at the median; {beyond}: measure without --top"
+        used = f"90% of the energy in {middle} directions at the median; {not_reached}: measure without --top"
     elif known:
         used += f", from {min(known)} to {max(known)}"
     return [
@@ -228,8 +228,8 @@ def _together(changed: Sequence[Spectrum]) -> str:
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):
         unknown = [record for record in changed if record.resolution.start == "unknown"]
         resolved_alone = sum(_verdict_of_start(record) == "resolved" for record in unknown)
-        then = f"then {resolved_alone} of the {len(unknown)} are resolved"
-        return f", though all layers together show the start ({estimate}); {then}"
+        consequence = f"then {resolved_alone} of the {len(unknown)} are resolved"
+        return f", though all layers together show the start ({estimate}); {consequence}"
     return f" (all layers together: {estimate})" if error < 0.2 and -0.5 < beta < 1.5 else ""
 
 
@@ -278,14 +278,14 @@ def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]
     if len(shares) < len(larger):
         return None, f"C({rank}) was not computed; use --top {rank} or more"
     kept, worst = median(shares.values()), min(shares, key=shares.__getitem__)
-    of = ""
+    suffix = ""
     if len(larger) < len(records):
-        of = (
+        suffix = (
             f" at the median of the {len(larger)} layers larger than r"
             if len(larger) > 1
             else " of the one layer larger"
         )
-    return kept, f"r={rank} keeps {percent(kept)}{of}, at worst {percent(shares[worst])} in {short(worst)}"
+    return kept, f"r={rank} keeps {percent(kept)}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
 
 
 def _rank_at_90(records: Sequence[Spectrum]) -> str:
@@ -293,16 +293,18 @@ def _rank_at_90(records: Sequence[Spectrum]) -> str:
         return "not shown, for the same reason"
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
-    kept, beyond = max(len(record.s) for record in records), len(ranks) - len(known)
+    kept, not_reached = max(len(record.s) for record in records), len(ranks) - len(known)
     if not known:
-        return f"beyond the {kept} values kept in each of {beyond} layers: measure without --top"
-    largest = f"> {kept}" if beyond else max(known)
+        return f"beyond the {kept} values kept in each of {not_reached} layers: measure without --top"
+    largest = f"> {kept}" if not_reached else max(known)
     full = sorted({min(record.shape) for record in records})
-    of = f"of {full[0]}" if len(full) == 1 else f"of {full[0]} to {full[-1]}"
-    more = (
-        f"; beyond the {kept} values kept in {beyond} of {len(ranks)} layers: measure without --top" if beyond else ""
+    possible = f"of {full[0]}" if len(full) == 1 else f"of {full[0]} to {full[-1]}"
+    suffix = (
+        f"; beyond the {kept} values kept in {not_reached} of {len(ranks)} layers: measure without --top"
+        if not_reached
+        else ""
     )
-    return f"median {median_rank(ranks, kept)}, from {min(known)} to {largest} {of} possible{more}"
+    return f"median {median_rank(ranks, kept)}, from {min(known)} to {largest} {possible} possible{suffix}"
 
 
 def _coverage(results: Results[Spectrum]) -> str:

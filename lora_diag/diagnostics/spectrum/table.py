@@ -28,11 +28,11 @@ def spectrum_table(
         Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
-    more = [Column("σ decay", tuple(_spark(group) for _, group in rows), "left", drop=4)]
+    extra = [Column("σ decay", tuple(_spark(group) for _, group in rows), "left", drop=4)]
     if per == "type":
-        more.append(_by_depth(rows, usual_ranks(results.run.settings["ranks"])[0], width))
+        extra.append(_by_depth(rows, usual_ranks(results.run.settings["ranks"])[0], width))
     shown = Spectrum.shown_of(results.run.settings, results.layers)
-    grids = [grid_of(shown, rows, per, more=more)] if rows else []
+    grids = [grid_of(shown, rows, per, extra=extra)] if rows else []
     return grids_table(grids, summary_lines(results), width, color, next_command)
 
 

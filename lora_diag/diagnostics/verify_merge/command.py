@@ -39,8 +39,8 @@ def verify_merge(
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, merged, **arguments, **callbacks)
     status = outcome(results)
-    then = _next(arguments["output"], shown.per, status == "correct")
-    shown.show(results, then)
+    hint = _next(arguments["output"], shown.per, status == "correct")
+    shown.show(results, hint)
     unread = report_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[status]
     if code != DONE:
@@ -53,5 +53,7 @@ def _next(output: Path | str | None, per: options.Per, correct: bool) -> str:
         words = ["loradiag", "inspect", str(output), "--per", "layer"]
         return f"{shlex.join(words)}   (layer by layer, without reading the weights again)"
     layers = per is options.Per.type and not correct
-    more, why = (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "saves these results")
-    return f"{rerun_command(*more)}   ({why})"
+    arguments, why = (
+        (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "saves these results")
+    )
+    return f"{rerun_command(*arguments)}   ({why})"

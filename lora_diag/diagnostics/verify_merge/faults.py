@@ -214,15 +214,15 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
             break
         # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a correct merge
         check = failed.recheck(failed.addend.times(factor), replace(failed.rounding, cast=True))
-        now = (check.inner - check.ideal) / (factor * expected)
-        slope = (off - now) / (factor - 1.0)
+        new_error = (check.inner - check.ideal) / (factor * expected)
+        slope = (off - new_error) / (factor - 1.0)
         if not slope > 0:
             break
         unit = abs(factor) / slope
         fit = Fit(factor, check.scale_error * unit, check.scale_limit * unit, check)
-        if abs(now) <= 0.01 * check.scale_error * abs(factor) + 1e-15:
+        if abs(new_error) <= 0.01 * check.scale_error * abs(factor) + 1e-15:
             break
-        factor += now / slope
+        factor += new_error / slope
     return fit
 
 
@@ -319,9 +319,9 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
         ]
     words: dict[float, str] = {}
     for factor, why in causes:
-        same = next((known for known in words if math.isclose(known, factor, rel_tol=1e-6)), None)
-        if same is not None:
-            words[same] += f", or {why}"
+        same_factor = next((known for known in words if math.isclose(known, factor, rel_tol=1e-6)), None)
+        if same_factor is not None:
+            words[same_factor] += f", or {why}"
         elif not math.isclose(factor, 1.0, rel_tol=1e-6):
             words[factor] = why
     return words
@@ -365,15 +365,17 @@ def _by_norms(failed: FailedLayer) -> Fault:
         return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(failed)}")
     c = check.inner / check.expected
     distance = check.observed - c * c * check.expected
-    far = abs(c - 1) > NEAR and distance <= min(_near(c * c * check.expected, check.allowed), check.observed / 2)
-    if far or (distance <= check.allowed and check.drifted):
+    wrong_scale = abs(c - 1) > NEAR and distance <= min(
+        _near(c * c * check.expected, check.allowed), check.observed / 2
+    )
+    if wrong_scale or (distance <= check.allowed and check.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is not a known fault")
-    rest = math.sqrt(check.residual)
+    residual = math.sqrt(check.residual)
     ambiguity = (
-        4 * rest / math.sqrt(check.expected * check.entries)
+        4 * residual / math.sqrt(check.expected * check.entries)
     )  # the standard error of c, if the rest is independent of ΔW
     if abs(c - 1) <= 0.05 + ambiguity < 0.5:
-        share = rest / math.sqrt(check.base) if check.base else math.inf
+        share = residual / math.sqrt(check.base) if check.base else math.inf
         return Fault(
             "other base",
             f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps another base, such as a "
@@ -405,5 +407,5 @@ def ranges(marked: Tensor) -> str:
     edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
     starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
     words = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
-    more = f" and {len(words) - SHOWN} more ranges" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more
+    suffix = f" and {len(words) - SHOWN} more ranges" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + suffix

@@ -288,8 +288,8 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
     if not is_lost and check.resolves(RESOLVED):
         return ""
     for factor in (1 + RESOLVED, 1 - RESOLVED):
-        other = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding, whole=False)
-        if other.count == 0 and not other.drifted:
+        alternative = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding, whole=False)
+        if alternative.count == 0 and not alternative.drifted:
             return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse for the scale"
     return ""
 

@@ -139,8 +139,8 @@ def _faults(results: Results[Merge]) -> list[Statement]:
             causes.setdefault(record.cause, []).append(record)
         first, *others = [f"{_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
         if len(causes) > SHOWN:
-            more = sum(len(layers) for layers in list(causes.values())[SHOWN:])
-            others.append(f"and {_layers(more)} more; --per layer and the records name each")
+            remaining = sum(len(layers) for layers in list(causes.values())[SHOWN:])
+            others.append(f"and {_layers(remaining)} more; --per layer and the records name each")
         key = status.replace(" ", "_")
         lines.append(make_statement(key, status.capitalize(), first, f"→ {REMEDIES[status]}", level="failure"))
         if others:
@@ -162,14 +162,14 @@ def _rounding(results: Results[Merge]) -> str:
     if not right:
         return "unknown: no adapted layer is correct"
     kept = {record.layer: record.retained for record in right if record.retained is not None}
-    least = min(kept, key=kept.__getitem__)
+    worst = min(kept, key=kept.__getitem__)
     noise = median(record.residual for record in right if record.residual is not None)
     still = median(record.unchanged for record in right if record.unchanged is not None)
     arrived = (
-        f"a median of {_kept(median(kept.values()))} of ΔW was kept, the least, {_kept(kept[least])}, in {short(least)}"
+        f"a median of {_kept(median(kept.values()))} of ΔW was kept, the least, {_kept(kept[worst])}, in {short(worst)}"
     )
-    if len(kept) == 1 or kept[least] > 0.995:
-        arrived = f"{_kept(kept[least])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
+    if len(kept) == 1 or kept[worst] > 0.995:
+        arrived = f"{_kept(kept[worst])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
     if any(record.failed for record in results if record.adapted):
         arrived = f"where the merge is correct, {arrived}"
     errors = [record.scale_error for record in right if record.scale_error is not None]

@@ -40,5 +40,5 @@ def activations(
         line(recorded.model_dump_json())
     elif not shown.quiet:
         kfac = " --kfac" if arguments["output_gradients"] else ""
-        then = f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(output))}{kfac}"
-        result(activations_table(recorded, *terminal(), per=shown.per, next_command=then))
+        hint = f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(output))}{kfac}"
+        result(activations_table(recorded, *terminal(), per=shown.per, next_command=hint))

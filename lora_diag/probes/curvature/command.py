@@ -30,10 +30,10 @@ def curvature(
     with shown.callbacks(notes=True) as callbacks:
         results = probe_curvature(base, tuned, **arguments, **callbacks)
     text = str(arguments["evaluate"][0])
-    then = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
+    hint = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
     why = "   (the gap at every rank, on more text)"
     if tuned is None:
-        then = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
+        hint = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
         why = "   (which rank training needs)"
     rows = "layer" if arguments["granularity"] == "layer" else "type"
-    shown.show(results, next_step(arguments["output"], then + why), rows)
+    shown.show(results, next_step(arguments["output"], hint + why), rows)

@@ -132,15 +132,15 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
     shown = []
     for number, records in enumerate(runs):
         ranks = [record.rank for record in records]
-        for (what, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
-            values = _values(records, what)
+        for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
+            values = _values(records, quantity)
             shown += values[np.isfinite(values)].tolist()
             lines: dict[str, Any] = {
                 "color": color if len(runs) == 1 else category(number),
                 "ms": 3 * width,
                 **line_style,
             }
-            if what == "gap":
+            if quantity == "gap":
                 error = np.array([2 * (record.gap_error or 0.0) for record in records])
                 # A bar that reaches zero has no end on a logarithmic axis: it stops at a tenth of the gap.
                 bars = [np.fmin(error, 0.9 * values), error]
@@ -149,7 +149,12 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
                 )
             else:
                 ax.plot(
-                    ranks, values, lw=1.3 * width, zorder=3 if what == "predicted" else 2, label=f"_{what}", **lines
+                    ranks,
+                    values,
+                    lw=1.3 * width,
+                    zorder=3 if quantity == "predicted" else 2,
+                    label=f"_{quantity}",
+                    **lines,
                 )
     low, high = min(shown, default=1.0), max(shown, default=1.0)
     ax.set_ylim(low / 2.5, high * 2.5)
@@ -220,9 +225,9 @@ def _texts(
     keys = [
         Key(
             Line2D([], [], color=color, lw=1.4 * width, ms=3 * width, **line_style),
-            name if bounded or what != "bound" else NO_BOUND,
+            name if bounded or quantity != "bound" else NO_BOUND,
         )
-        for (what, name, line_style), color in zip(STYLES, colors, strict=True)
+        for (quantity, name, line_style), color in zip(STYLES, colors, strict=True)
     ]
     if len(series) > 1:
         keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), item.label) for i, item in enumerate(series)]

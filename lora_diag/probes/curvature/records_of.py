@@ -85,16 +85,17 @@ def curvatures(
         largest, smallest = loss_function.ends(effort.top, effort.seed)
         records = [_record(point, losses, None, gradient, together, largest, smallest)]
         if per == "all":
-            held = _held(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
+            surrogates = _held(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
             records += [
-                _record(point, losses, layer, parts[layer], alone[layer], held=held.get(layer)) for layer in layers
+                _record(point, losses, layer, parts[layer], alone[layer], surrogate=surrogates.get(layer))
+                for layer in layers
             ]
         yield records
     for layer in layers if per == "layer" else ():
-        block, own = loss_function.only(layer), parts[layer].reshape(-1)
+        block, own_gradient = loss_function.only(layer), parts[layer].reshape(-1)
         largest, smallest = block.ends(effort.top, effort.seed)
-        held = _held(block, own, largest, joint=False) if point.at == "base" else {}
-        yield [_record(point, losses, layer, own, alone[layer], largest, smallest, held.get(layer))]
+        surrogates = _held(block, own_gradient, largest, joint=False) if point.at == "base" else {}
+        yield [_record(point, losses, layer, own_gradient, alone[layer], largest, smallest, surrogates.get(layer))]
 
 
 def _held(loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
@@ -115,7 +116,7 @@ def _record(
     trace: Trace,
     largest: Eigenpairs | None = None,
     smallest: Eigenpairs | None = None,
-    held: Surrogate | None = None,
+    surrogate: Surrogate | None = None,
 ) -> Curvature:
     return Curvature(
         set=point.texts.name,
@@ -133,5 +134,5 @@ def _record(
         trace=trace.mean,
         trace_error=trace.error,
         products=(largest.products if largest else 0) + (smallest.products if smallest else 0),
-        surrogate=held,
+        surrogate=surrogate,
     )

@@ -161,10 +161,10 @@ def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None
 
 def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftOut]:
     stored = open_checkpoint(base)
-    rest = {name: stored[name].shape for name in stored if name not in chosen}
+    shapes = {name: stored[name].shape for name in stored if name not in chosen}
     return [
         LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
-        for name, shape in rest.items()
+        for name, shape in shapes.items()
     ]
 
 
@@ -197,8 +197,8 @@ def _measure(
         kept.put(*records)
     joint = next(record for record in kept.records if isinstance(record, Curvature) and record.layer is None)
     if point.swapped is not None:
-        least = joint.smallest if joint.strongly_convex else None
-        tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], least)
+        smallest = joint.smallest if joint.strongly_convex else None
+        tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
         for rank in ranks:
             after = partial(watch.batch, f"r={rank}")
             kept.put(

@@ -61,17 +61,21 @@ def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], li
 
 def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
     groups: Rows = [("all layers", [joint]), *rows_of(layers, per)]
-    more = []
+    columns = []
     if joint.at == "base":
-        held = [[record.surrogate for record in group if record.surrogate is not None] for _, group in groups]
+        surrogates = [[record.surrogate for record in group if record.surrogate is not None] for _, group in groups]
         # Joint eigenpairs have one fraction of the whole gradient, which belongs in the row of all layers.
-        shares = [held[1][:1], *([] for _ in held[1:])] if held[1:] and any(s.joint for s in held[1]) else held
-        more = [
+        shares = (
+            [surrogates[1][:1], *([] for _ in surrogates[1:])]
+            if surrogates[1:] and any(s.joint for s in surrogates[1])
+            else surrogates
+        )
+        columns = [
             Column("held", tuple(shown(middle([s.share for s in group]), percent) for group in shares)),
             Column("pairs", tuple(_middle([s.pairs_at for s in group]) for group in shares)),
-            Column("rank 90%", tuple(_middle([s.rank_at["0.9"] for s in group]) for group in held)),
+            Column("rank 90%", tuple(_middle([s.rank_at["0.9"] for s in group]) for group in surrogates)),
         ]
-    more = [column for column in more if set(column.cells) != {"-"}]
+    columns = [column for column in columns if set(column.cells) != {"-"}]
     about = (
         "λ max is the largest curvature of the loss in any direction; the trace is the sum over all directions, "
         "with its standard error. A step of a given length costs most where λ is large."
@@ -81,7 +85,7 @@ def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
             " Held is the fraction of the gradient in the span of the top eigenpairs, rank 90% the rank of that part."
         )
     caption = f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})"
-    return grid_of(Curvature.shown, groups, title_of(per), caption, about, more)
+    return grid_of(Curvature.shown, groups, title_of(per), caption, about, columns)
 
 
 def _middle(ranks: Sequence[int | None]) -> str:
@@ -95,14 +99,14 @@ def _matrix(joint: Curvature) -> str:
 
 def _bounds(bounds: Sequence[LossBound]) -> Grid:
     whole = [record for record in bounds if record.along == 1]
-    early = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
+    smallest_step = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
     rows = [(f"r={record.rank}", [record]) for record in whole]
     columns = columns_of(LossBound.shown, rows)
-    if any(record.along < 1 for record in early.values()):
+    if any(record.along < 1 for record in smallest_step.values()):
         share = min(record.along for record in bounds)
-        nearer = [(name, [early[r.rank]] if r.rank in early else []) for name, (r,) in rows]
-        at = next(field for field in LossBound.shown if field.path == "predicted_ratio")
-        columns[-2:-2] = columns_of([replace(at, head=f"at {share:g}")], nearer)
+        nearer = [(name, [smallest_step[r.rank]] if r.rank in smallest_step else []) for name, (r,) in rows]
+        ratio_field = next(field for field in LossBound.shown if field.path == "predicted_ratio")
+        columns[-2:-2] = columns_of([replace(ratio_field, head=f"at {share:g}")], nearer)
     return Grid(
         "Loss gap of truncation to rank r, measured and modelled, E = ΔW_r − ΔW",
         "rank",
@@ -122,8 +126,8 @@ def _loss(joint: Curvature) -> str:
 
 def _curvature(joint: Curvature) -> str:
     first, *others = joint.eigenvalues
-    after = f" (then {', '.join(map(number, others[:4]))})" if others else ""
-    lines = [f"largest eigenvalue λ = {number(first)}{after}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
+    following = f" (then {', '.join(map(number, others[:4]))})" if others else ""
+    lines = [f"largest eigenvalue λ = {number(first)}{following}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
     if joint.smallest is not None:
         lines.append(f"smallest μ = {number(joint.smallest)}{_convex(joint)}")
     mean = joint.trace / joint.params
@@ -171,28 +175,28 @@ def _model(bounds: Sequence[LossBound]) -> str:
         ratios = [record.predicted / record.gap for record in at_fraction]
         if not ratios:
             continue
-        where = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
+        point = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
         right = [record.rank for record, ratio in zip(at_fraction, ratios, strict=True) if abs(ratio - 1) <= NEAR]
         named = (
             f"within {NEAR:.0%} at {', '.join(f'r={rank}' for rank in right)}"
             if right
             else f"not within {NEAR:.0%} at any rank"
         )
-        lines.append(f"{where} it is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, {named}")
+        lines.append(f"{point} it is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, {named}")
     return "\n".join(lines) or "no gap is large enough to compare"
 
 
 def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     broken = [record for record in bounds if not record.holds]
     top = joint.eigenvalues[0]
-    over = [record for record in bounds if record.curvature > top]
+    exceeding = [record for record in bounds if record.curvature > top]
     whole = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
     lines, answer = [], ""
     if broken:
         named = ", ".join(f"r={record.rank} (fraction {record.along:g})" for record in broken)
         why = (
             "the curvature between the points exceeds λ"
-            if over
+            if exceeding
             else "λ was measured at TUNED and does not hold between the points"
         )
         lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is exceeded at {named}: {why}")
@@ -204,7 +208,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
         lines.append(answer)
     largest = max(record.curvature for record in bounds)
-    comparison = "exceeds" if over else "does not exceed"
+    comparison = "exceeds" if exceeding else "does not exceed"
     lines.append(f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured")
     if whole and joint.trace > 2 * (joint.trace_error or 0.0):
         last = whole[-1]

@@ -27,5 +27,5 @@ def fisher(
     with shown.callbacks(notes=True) as callbacks:
         results = probe_fisher(base, tuned, **arguments, **callbacks)
     weights = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
-    then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks by the loss)"
-    shown.show(results, next_step(arguments["output"], then))
+    hint = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks by the loss)"
+    shown.show(results, next_step(arguments["output"], hint))

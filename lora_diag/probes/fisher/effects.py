@@ -34,14 +34,14 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
         InputError: Its logits take too much memory.
     """
     sums, counts, kept = list[float](), list[int](), list[Tensor]()
-    taken = 0
+    used_bytes = 0
     for logits, labels in predictions(model, texts, size):
         for outputs, target in zip(logits, labels, strict=True):
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))
             kept.append(outputs.float())
-            taken += outputs.numel() * 4
-        if taken > LOGIT_BYTES:
+            used_bytes += outputs.numel() * 4
+        if used_bytes > LOGIT_BYTES:
             raise InputError(
                 f"{texts.path}: the logits of its first {len(kept)} of {len(texts.sequences)} sequences need more "
                 f"than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"

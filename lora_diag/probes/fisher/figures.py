@@ -96,7 +96,7 @@ def _draw_correlations(
 ) -> None:
     width = style.line if style else 1.2
     ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
-    lowest = min(0.0, *(rho for at_rank in by_rank for both in at_rank.kl.values() for rho in both if rho is not None))
+    lowest = min(0.0, *(rho for at_rank in by_rank for pair in at_rank.kl.values() for rho in pair if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
         points = [(at_rank.rank, rho) for at_rank in by_rank if (rho := at_rank.kl[name][index]) is not None]
         if points:
@@ -120,14 +120,14 @@ def _mark(number: int, width: float) -> dict[str, Any]:
 
 def _finding(by_rank: Sequence[Correlations], index: int) -> str:
     """Return the best predictor at the middle rank, and its lead over the next."""
-    at = by_rank[len(by_rank) // 2]
-    known = sorted(((both[index], name) for name, both in at.kl.items() if both[index] is not None), reverse=True)
-    n = at.grouped if index else at.n
-    where = f"{'within module types' if index else 'over all layers'} (n\xa0=\xa0{n})"
+    chosen = by_rank[len(by_rank) // 2]
+    known = sorted(((pair[index], name) for name, pair in chosen.kl.items() if pair[index] is not None), reverse=True)
+    n = chosen.grouped if index else chosen.n
+    scope = f"{'within module types' if index else 'over all layers'} (n\xa0=\xa0{n})"
     if not known:
-        return where
-    then = f", then {known[1][1]} {known[1][0]:.2f}" if len(known) > 1 else ""
-    return f"{where}, r\xa0=\xa0{at.rank}: {known[0][1]} {known[0][0]:.2f}{then}"
+        return scope
+    second = f", then {known[1][1]} {known[1][0]:.2f}" if len(known) > 1 else ""
+    return f"{scope}, r\xa0=\xa0{chosen.rank}: {known[0][1]} {known[0][0]:.2f}{second}"
 
 
 def _types(records: Sequence[Fisher]) -> dict[str, str]:
@@ -155,12 +155,12 @@ def _draw_tails(
         curves[kind] = tail
         if color != QUIET:
             ax.plot(ranks, np.where(tail > 0, tail, np.nan), color=color, lw=1.4 * width, label=f"_{kind}")
-    rest = sum((curves[kind] for kind, color in types.items() if color == QUIET), start=np.zeros(longest))
-    if rest.any():
-        ax.plot(ranks, np.where(rest > 0, rest, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
+    remainder = sum((curves[kind] for kind, color in types.items() if color == QUIET), start=np.zeros(longest))
+    if remainder.any():
+        ax.plot(ranks, np.where(remainder > 0, remainder, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
     high = max(float(tail.max()) for tail in curves.values())
-    visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in (*curves.values(), rest)])
-    ax.set_ylim(float(visible.min()) / 2, max(high, float(rest.max())) * 2)
+    visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in (*curves.values(), remainder)])
+    ax.set_ylim(float(visible.min()) / 2, max(high, float(remainder.max())) * 2)
     ax.yaxis.set_major_formatter(log_label)
     end = (
         int(max((np.flatnonzero(tail > SMALLEST_SHOWN * high).max(initial=0) for tail in curves.values()), default=0))
@@ -185,17 +185,17 @@ def _texts(
         notes.append(
             "Layers of one model are not independent, and with few layers small differences of ρ are not significant."
         )
-        what = "Spearman's ρ of each predictor with the measured KL on held-out text"
+        subject = "Spearman's ρ of each predictor with the measured KL on held-out text"
     else:
         title = "Expected cost of truncating each module type: ½F(r)"
-        what = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
+        subject = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
         notes.append("Each layer is truncated alone, all others as in TUNED; the joint cost can differ from the sum.")
     keys += [
         Key(Line2D([], [], color=color, lw=1.4 * width), name_of(kind))
         for kind, color in types.items()
         if color != QUIET
     ]
-    if rest := [kind for kind, color in types.items() if color == QUIET]:
-        keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(rest)} other types"))
+    if other_types := [kind for kind, color in types.items() if color == QUIET]:
+        keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(other_types)} other types"))
     about = subject_of(series)
-    return FigureText(title, f"{about}{what}", (" ".join(notes),), tuple(keys))
+    return FigureText(title, f"{about}{subject}", (" ".join(notes),), tuple(keys))

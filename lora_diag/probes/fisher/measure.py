@@ -64,9 +64,9 @@ class Tail:
 
     def __post_init__(self) -> None:
         """Initialize the sums."""
-        k, like = len(self.s), self.outer
-        self.squares, self.total = like.new_zeros(k + 1), like.new_zeros(k + 1)
-        self.xx, self.gg = like.new_zeros(k, k), like.new_zeros(k, k)
+        k, outer = len(self.s), self.outer
+        self.squares, self.total = outer.new_zeros(k + 1), outer.new_zeros(k + 1)
+        self.xx, self.gg = outer.new_zeros(k, k), outer.new_zeros(k, k)
 
     def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
         """Add the inputs of a batch, and return Vᵀx of every token ``(sequences, tokens, k)``.
@@ -106,8 +106,8 @@ class Tail:
     def energies(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖T_r‖², ‖T_r·C^½‖² and ‖G^½·T_r·C^½‖² for r = 0, …, k."""
         c, g = self.xx / max(1, self.tokens), self.gg / max(1, self.tokens)
-        both = self.s[:, None] * self.s * c * g
-        corners = both.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
+        weighted = self.s[:, None] * self.s * c * g
+        corners = weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
         return _tails(self.s**2), _tails(self.s**2 * c.diagonal()), torch.cat([corners, corners.new_zeros(1)])
 
 
@@ -119,8 +119,8 @@ def tail_of(module: nn.Module, factors: Factors) -> Tail:
     """Return a layer with the singular vectors of its update, on their sides of the layer."""
     assert factors.u is not None
     assert factors.vh is not None
-    where = next(module.parameters()).device
-    left, right = factors.u.to(where, torch.float64), factors.vh.T.to(where, torch.float64)
+    device = next(module.parameters()).device
+    left, right = factors.u.to(device, torch.float64), factors.vh.T.to(device, torch.float64)
     outer, inner = (left, right) if isinstance(module, nn.Linear) else (right, left)  # Conv1D stores (in, out)
     return Tail(module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro)
 
@@ -138,13 +138,13 @@ def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) ->
     [2, 1]
     """
     group: list[str] = []
-    taken = 0
+    used_bytes = 0
     for layer, shape in layers.items():
-        if group and taken + bytes_of(shape) > limit:
+        if group and used_bytes + bytes_of(shape) > limit:
             yield group
-            group, taken = [], 0
+            group, used_bytes = [], 0
         group.append(layer)
-        taken += bytes_of(shape)
+        used_bytes += bytes_of(shape)
     if group:
         yield group
 

@@ -112,15 +112,15 @@ def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[
     """Return the linear layer of each matrix, and the matrices that belong to none."""
     weights, linear = Weights(model.module), linear_layers(model.module)
     modules: dict[str, Any] = {}
-    rest = []
+    unmeasured = []
     for layer, shape in chosen.items():
         name = weights.name(layer)
         if name is not None and name in linear:
             modules[layer] = linear[name]
         else:
             detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
-            rest.append(LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail))
-    return modules, rest
+            unmeasured.append(LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail))
+    return modules, unmeasured
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,12 @@ class _Probe:
         if self.held_out is not None:
             measured = (changes + 1) * self.of.batches([self.held_out])
         self.of.watch.total = batches + measured
-        what = f"{pluralized(len(todo), 'layer', 'layers')}, {pluralized(passes, 'pass', 'passes')} forward and back"
+        description = (
+            f"{pluralized(len(todo), 'layer', 'layers')}, {pluralized(passes, 'pass', 'passes')} forward and back"
+        )
         if self.held_out is not None:
-            what += f" and {changes} truncations measured"
-        self.of.estimate(self.texts, what, "; a backward pass counts as three", _BACKWARD * batches + measured)
+            description += f" and {changes} truncations measured"
+        self.of.estimate(self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measured)
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the records of all layers, in the order of BASE."""

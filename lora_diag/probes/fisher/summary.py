@@ -99,8 +99,8 @@ def _predictors(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> G
     return Grid(_caption(records, by_rank), "predictor", names, columns, about=about)
 
 
-def _pair(both: tuple[float | None, float | None]) -> str:
-    return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in both)
+def _pair(pair: tuple[float | None, float | None]) -> str:
+    return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in pair)
 
 
 def _gradients(records: Sequence[Fisher]) -> str:
@@ -133,30 +133,31 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
 def _predicts(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not by_rank:
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
-    at = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL), by_rank[0])
+    chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL), by_rank[0])
     lines = []
-    for index, what in ((0, "over all"), (1, "within module types")):
-        known = {name: both[index] for name, both in at.kl.items() if both[index] is not None}
+    for index, scope in ((0, "over all"), (1, "within module types")):
+        known = {name: pair[index] for name, pair in chosen.kl.items() if pair[index] is not None}
         if not known:
             continue
         best = max(known, key=lambda name: known[name] or 0.0)
-        rho, n = known[best] or 0.0, at.n if index == 0 else at.grouped
+        rho, n = known[best] or 0.0, chosen.n if index == 0 else chosen.grouped
         ends = interval(rho, n) if index == 0 else None
         within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
-        lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
-    sentences = [make_statement("best", f"Best at r={at.rank}", *lines)]
-    gaps = "; ".join(f"{name} {_pair(both)}" for name, both in at.gap.items())
+        lines.append(f"{scope} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
+    sentences = [make_statement("best", f"Best at r={chosen.rank}", *lines)]
+    gaps = "; ".join(f"{name} {_pair(pair)}" for name, pair in chosen.gap.items())
     sentences.append(
-        make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}")
+        make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={chosen.rank}, over all | within: {gaps}")
     )
-    if at.ratio is not None and at.ratios is not None:
+    if chosen.ratio is not None and chosen.ratios is not None:
         sentences.append(
             make_statement(
                 "calibrated",
                 "Calibration",
-                f"½F ÷ measured KL at r={at.rank}: median {number(at.ratio)}, from {number(at.ratios[0])} to "
-                f"{number(at.ratios[1])}; 1 is exact{_hint(records[0], at.ratio)}",
+                f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from "
+                f"{number(chosen.ratios[0])} to {number(chosen.ratios[1])}; "
+                f"1 is exact{_hint(records[0], chosen.ratio)}",
             )
         )
     return sentences

@@ -25,5 +25,5 @@ def intrinsic(
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_intrinsic(base, **arguments, **callbacks)
-    then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
-    shown.show(results, next_step(arguments["output"], then))
+    hint = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
+    shown.show(results, next_step(arguments["output"], hint))

@@ -66,7 +66,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     rows = {name: [_lines(item.records, name) for item in series] for name in every}
     sets = [name for name, runs in rows.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
-    without = [every[name] for name in every if name not in sets]
+    omitted = [every[name] for name in every if name not in sets]
     panels = [
         (
             _finding(every[name], rows[name], share),
@@ -74,7 +74,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         )
         for name in sets
     ]
-    words = _texts(series, share, without, style)
+    words = _texts(series, share, omitted, style)
     return page_of(panels, words, style, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
@@ -89,19 +89,19 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
     ax.set_xscale("log")
     shown = [0.0, 1.0]
     for number, rows in enumerate(runs):
-        for subject, own, mark in (("subspace", SUBSPACE, "o"), ("lora", LORA, "D")):
+        for subject, marker_color, mark in (("subspace", SUBSPACE, "o"), ("lora", LORA, "D")):
             of_subject = [line for line in rows if line.subject == subject]
             if not of_subject:
                 continue
-            color = own if len(runs) == 1 else category(number)
+            color = marker_color if len(runs) == 1 else category(number)
             dots = [(line.params, value) for line in of_subject for value in line.shares]
             shown += [value for _, value in dots]
             small: dict[str, Any] = {"ls": "", "marker": mark, "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
             ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
             line_style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
-            at = [line.params for line in of_subject]
+            sizes = [line.params for line in of_subject]
             ax.plot(
-                at,
+                sizes,
                 [line.share for line in of_subject],
                 color=color,
                 marker=mark,
@@ -165,7 +165,7 @@ def _size(line: Line) -> str:
     return f"{line.size or 0:,}".replace(",", "\u202f")
 
 
-def _texts(series: Sequence[Series[Any]], share: float, without: Sequence[str], style: PageStyle) -> FigureText:
+def _texts(series: Sequence[Series[Any]], share: float, omitted: Sequence[str], style: PageStyle) -> FigureText:
     width, single = style.line, len(series) == 1
     colors = (SUBSPACE, LORA) if single else (QUIET, QUIET)
     drawn: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
@@ -181,7 +181,7 @@ def _texts(series: Sequence[Series[Any]], share: float, without: Sequence[str], 
     if single and run is not None and "steps" in run.settings:
         about += f"{run.settings['steps']} steps, "
     notes = ["The dimension is for this task and number of steps; more steps can give another."]
-    notes += [f"Not drawn (full fine-tuning has no gain): {', '.join(without)}."] if without else []
+    notes += [f"Not drawn (full fine-tuning has no gain): {', '.join(omitted)}."] if omitted else []
     return FigureText(
         f"Trained parameters that reach {share:.0%} of full fine-tuning's gain",
         f"{about}(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)",

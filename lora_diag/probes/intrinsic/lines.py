@@ -161,5 +161,5 @@ def reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached
     if index is None:
         return Reached(None, rows[-1] if rows else None, False, ())
     line = rows[index]
-    missed = tuple(other.size for other in rows[index:] if other.share < share and other.size is not None)
+    missed = tuple(row.size for row in rows[index:] if row.share < share and row.size is not None)
     return Reached(line, rows[index - 1] if index else None, min(line.shares) >= share, missed)

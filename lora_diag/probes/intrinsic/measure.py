@@ -119,12 +119,13 @@ class Subspace(nn.Module):
         check_dim(dim, total, len(layers))
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
-        own = dim - len(layers)
+        own_dim = dim - len(layers)
         self._parts = {
-            name: Fastfood(parameter.numel(), own, total, generator, device) for name, parameter in parameters.items()
+            name: Fastfood(parameter.numel(), own_dim, total, generator, device)
+            for name, parameter in parameters.items()
         }
         self._scale_of = {name: layers.index(_layer_of(name)) for name in parameters} if layers else {}
-        self.z = nn.Parameter(torch.zeros(own, device=device))
+        self.z = nn.Parameter(torch.zeros(own_dim, device=device))
         self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
         self._fixed: dict[str, Tensor] | None = None

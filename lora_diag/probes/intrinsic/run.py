@@ -168,8 +168,8 @@ class _Cell:
     @property
     def label(self) -> str:
         """Label of the run."""
-        what = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
-        return f"{what} lr={self.lr:.3g} seed {self.seed}"
+        size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
+        return f"{size} lr={self.lr:.3g} seed {self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +196,8 @@ class _Probe:
             run = Run(cell.dim, cell.rate, cell.seed, cell.method)
             by_set, last = subspace_losses(self.model, run, training, sets, after)
         else:
-            other = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
-            by_set, last = losses_after(self.model, other, training, sets, after)
+            cell_of_model = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
+            by_set, last = losses_after(self.model, cell_of_model, training, sets, after)
         params = self._params(cell)
         return [_record(texts, losses, cell, params, last) for texts, losses in zip(sets, by_set, strict=True)]
 
@@ -213,8 +213,8 @@ class _Probe:
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
         lines = [
-            f"{pluralized(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s"
-            for what, (runs, step) in zip(arms, costs, strict=True)
+            f"{pluralized(runs, 'run', 'runs')} {subject} of {walk.training.steps} steps of {step:.2g} s"
+            for subject, (runs, step) in zip(arms, costs, strict=True)
         ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
         size = 16 * self.total / 2**30

@@ -28,5 +28,5 @@ def outputs(
     with shown.callbacks(notes=True) as callbacks:
         results = probe_outputs(base, tuned, adapters or (), **arguments, **callbacks)
     others = list(map(str, adapters or []))
-    then = shlex.join(["loradiag", "residual", str(base), str(tuned), *others]) + "   (where in the weights)"
-    shown.show(results, next_step(arguments["output"], then))
+    hint = shlex.join(["loradiag", "residual", str(base), str(tuned), *others]) + "   (where in the weights)"
+    shown.show(results, next_step(arguments["output"], hint))

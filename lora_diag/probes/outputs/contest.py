@@ -53,22 +53,26 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
     results = []
     for name in names:
-        own = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
-        if own:
+        own_records = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
+        if own_records:
             results.append(
-                Contest(name, own, _judged(own, {set_name: gains(bases.get(set_name)) for set_name in sets}))
+                Contest(
+                    name, own_records, _judged(own_records, {set_name: gains(bases.get(set_name)) for set_name in sets})
+                )
             )
     return results
 
 
-def _judged(own: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
-    if any(record.gap is None or record.gap_error is None for record in own):
+def _judged(
+    own_records: tuple[Probe, ...], gained: dict[str, float | None]
+) -> Literal["as good", "worse", "not known"]:
+    if any(record.gap is None or record.gap_error is None for record in own_records):
         return "not known"
     if all(
         (gain := gained[record.set]) is not None
         and (record.gap or 0.0) + ERRORS * (record.gap_error or 0.0) <= (1 - KEPT) * gain
-        for record in own
+        for record in own_records
     ):
         return "as good"
-    worse = any((record.gap or 0.0) > ERRORS * (record.gap_error or 0.0) for record in own)
+    worse = any((record.gap or 0.0) > ERRORS * (record.gap_error or 0.0) for record in own_records)
     return "worse" if worse else "not known"

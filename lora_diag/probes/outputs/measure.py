@@ -112,8 +112,8 @@ def outputs(
             answers = ends[i] if i < 2 else _answer(model, contender, chunk, size, after_batch)
             for answer, tuned in zip(answers, ends[1], strict=True):
                 sums[i].add(answer, tuned)
-    for contender, own in zip(contenders, sums, strict=True):
-        yield _record(contender, own, sums[0], sums[1], texts)
+    for contender, sums_of_one in zip(contenders, sums, strict=True):
+        yield _record(contender, sums_of_one, sums[0], sums[1], texts)
 
 
 def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
@@ -136,10 +136,10 @@ def _answer(
     answers = []
     for batch in in_batches(len(chunk.sequences), size):
         chosen = [chunk.sequences[i] for i in batch]
-        out = forward(model, chosen, hidden=True)
+        model_output = forward(model, chosen, hidden=True)
         for i, sequence in enumerate(chosen):
-            logits, labels = counted(model, sequence, out.logits[i])
-            hidden = tuple(states[i, : len(sequence.ids)].float() for states in out.hidden_states or ())
+            logits, labels = counted(model, sequence, model_output.logits[i])
+            hidden = tuple(states[i, : len(sequence.ids)].float() for states in model_output.hidden_states or ())
             answers.append(_Answer(logits.float(), labels, hidden))
         after_batch(contender.name or contender.subject)
     if contender.swapped is not None:
@@ -147,23 +147,24 @@ def _answer(
     return answers
 
 
-def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: Texts) -> Probe:
-    gap, error = own.losses.minus(tuned.losses)
+def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums, texts: Texts) -> Probe:
+    gap, error = own_sums.losses.minus(tuned.losses)
     change = base.losses.mean - tuned.losses.mean
-    predicted = own.losses.tokens
+    predicted = own_sums.losses.tokens
     return Probe(
         probe="outputs",
-        **own.losses.on(texts),
+        **own_sums.losses.on(texts),
         subject=contender.subject,
         name=contender.name,
-        loss=own.losses.mean,
+        loss=own_sums.losses.mean,
         gap=gap,
         gap_error=error,
-        kept=(base.losses.mean - own.losses.mean) / change + 0.0 if change else None,
-        distance=math.sqrt(own.squares / base.squares) if base.squares else None,
-        kl=own.kl / predicted,
-        agreement=own.same / predicted,
-        nll=tuple(round(value, 6) for value in own.nll),
-        predictions=tuple(own.counts) if contender.subject == "base" else (),
-        hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own.hidden, base.hidden, strict=True)) or None,
+        kept=(base.losses.mean - own_sums.losses.mean) / change + 0.0 if change else None,
+        distance=math.sqrt(own_sums.squares / base.squares) if base.squares else None,
+        kl=own_sums.kl / predicted,
+        agreement=own_sums.same / predicted,
+        nll=tuple(round(value, 6) for value in own_sums.nll),
+        predictions=tuple(own_sums.counts) if contender.subject == "base" else (),
+        hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own_sums.hidden, base.hidden, strict=True))
+        or None,
     )

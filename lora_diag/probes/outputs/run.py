@@ -65,11 +65,11 @@ def probe_outputs(
     texts = run.read_sets(evaluate, shifted)
     contenders = [Contender("base", "", None), Contender("tuned", "", Swapped(model, full.pairing.deltas, 0))]
     inputs = [*full.inputs]
-    for (_, role), other in zip(others, compared, strict=True):
+    for (_, role), comparison in zip(others, compared, strict=True):
         subject: Subject = "reference" if role == "reference" else "adapter"
-        described_as = other.inputs[-1].model_copy(update={"role": role})
+        described_as = comparison.inputs[-1].model_copy(update={"role": role})
         inputs.append(described_as)
-        contenders.append(Contender(subject, described_as.path, Swapped(model, other.pairing.deltas, 0)))
+        contenders.append(Contender(subject, described_as.path, Swapped(model, comparison.pairing.deltas, 0)))
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [

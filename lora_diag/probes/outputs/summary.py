@@ -39,7 +39,9 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     distances = {name: lines for name, of_set in by_set.items() if (lines := _distances(of_set, names))}
     if distances:
         several = len(by_set) > 1
-        all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
+        all_lines = [
+            f"{short(name)}: {line}" if several else line for name, own_lines in distances.items() for line in own_lines
+        ]
         statements.append(make_statement("distances", "Distances", *all_lines))
     if not any(record.subject == "reference" for record in records):
         statements.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
@@ -89,8 +91,8 @@ def _depths(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Gri
     shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
     columns = []
     for depth in shown:
-        at = [(record.hidden or ())[depth] for record in of_set]
-        cells = tuple("same" if value is None else f"{value:.2f}" for value in at)
+        values = [(record.hidden or ())[depth] for record in of_set]
+        cells = tuple("same" if value is None else f"{value:.2f}" for value in values)
         columns.append(Column(str(depth) if depth else "0 (input)", cells))
     return Grid(caption, "model", tuple(_name(record, names) for record in of_set), tuple(columns))
 
@@ -165,9 +167,9 @@ def _distances(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
     nearest = min(known, key=lambda record: record.distance or 0.0)
     best = min(known, key=lambda record: record.nats)
     if len(known) > 1:
-        same = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
+        conclusion = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
         lines.append(
-            f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {same}"
+            f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {conclusion}"
             + (" the best in loss" if nearest is best else " distance is not quality")
         )
     return lines

@@ -26,5 +26,5 @@ def sensitivity(
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sensitivity(base, **arguments, **callbacks)
     weights = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
-    then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks where the loss gains)"
-    shown.show(results, next_step(arguments["output"], then))
+    hint = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks where the loss gains)"
+    shown.show(results, next_step(arguments["output"], hint))

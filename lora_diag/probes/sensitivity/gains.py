@@ -140,13 +140,13 @@ def marginals_of(
 ) -> list[Marginal]:
     """Return the gain of the higher rank over the lower one, for units with both."""
     base = next((r for r in records if not r.unit and r.set == name), None)
-    more = {gain.unit: gain for gain in higher}
+    at_higher_rank = {gain.unit: gain for gain in higher}
     if base is None:
         return []
     return [
-        Marginal(gain.unit, *paired(gain.nll, more[gain.unit].nll, base.predictions))
+        Marginal(gain.unit, *paired(gain.nll, at_higher_rank[gain.unit].nll, base.predictions))
         for gain in lower
-        if gain.unit in more
+        if gain.unit in at_higher_rank
     ]
 
 

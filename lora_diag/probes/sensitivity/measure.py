@@ -122,14 +122,14 @@ def record_of(
     train_loss: float = math.nan,
 ) -> Sensitivity:
     """Return the record of a run on one set; without a run, of BASE."""
-    same = losses.on(texts)
+    own_losses = losses.on(texts)
     if unit is None or cell is None or base is None:
         counts = tuple(int(count) for count in losses.counts)
-        return Sensitivity(**same, seed=0, loss=losses.mean, nll=losses.rounded, predictions=counts)
+        return Sensitivity(**own_losses, seed=0, loss=losses.mean, nll=losses.rounded, predictions=counts)
     is_finite = losses.is_finite
     gap, error = losses.minus(base) if is_finite else (None, None)
     return Sensitivity(
-        **same,
+        **own_losses,
         unit=unit.name,
         layers=unit.layers,
         rank=cell.rank,
@@ -160,8 +160,8 @@ def gradients(
         InputError: A gradient is not finite.
     """
     weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
-    wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
-    sums = {name: torch.zeros_like(weight, dtype=wide) for name, weight in weights.items()}
+    dtype = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
+    sums = {name: torch.zeros_like(weight, dtype=dtype) for name, weight in weights.items()}
     predictions = 0
     for weight in weights.values():
         weight.requires_grad_(True)

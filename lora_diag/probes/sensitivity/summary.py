@@ -107,15 +107,15 @@ _READING = (
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return one row per unit, the most sensitive first; no table before a run is finished."""
     gains, scores, settings = _gains(results), _scores_of(results), results.run.settings
-    more = _marginals(results, gains)
+    marginals = _marginals(results, gains)
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []
     rank, delta = settings["rank"], settings["delta"]
     names = [short(row.unit.removesuffix(".weight")) for row in rows]
 
-    def named(of: Sequence[Gain] | Sequence[Marginal]) -> Rows:
-        by_unit = {each.unit: [each] for each in of}
+    def named(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
+        by_unit = {each.unit: [each] for each in items}
         return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
 
     gain, seeds, *others = Gain.shown
@@ -124,7 +124,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         if position:
             columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], named(gains[name]))
         elif delta:
-            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], named(more[name]))
+            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], named(marginals[name]))
     columns += columns_of(others, named(rows))
     first = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{_UNITS[settings['per']][0]} alone"
@@ -134,11 +134,11 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def _table_note(settings: dict[str, Any]) -> str:
     """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
-    more = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
+    suffix = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
     return (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
         f"{_UNITS[settings['per']][0]} alone, with its standard error over sequences; a gain below two standard "
-        f"errors is not significant{more}. Σσ² to r and first step are predictions from one gradient at BASE."
+        f"errors is not significant{suffix}. Σσ² to r and first step are predictions from one gradient at BASE."
     )
 
 
@@ -172,15 +172,15 @@ def _named(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
     return ", ".join(f"{short(gain.unit.removesuffix('.weight'))} {gain.gain:+.4f}" for gain in gains)
 
 
-def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
-    if not more:
+def _marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
+    if not marginals:
         return []
-    clear = [gain for gain in more if gain.error is not None and abs(gain.gain) > 2 * gain.error]
+    clear = [gain for gain in marginals if gain.error is not None and abs(gain.gain) > 2 * gain.error]
     up = sum(gain.gain > 0 for gain in clear)
-    ordered = sorted(more, key=lambda gain: -gain.gain)
+    ordered = sorted(marginals, key=lambda gain: -gain.gain)
     rank = settings["rank"]
     text = (
-        f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
+        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain more than two standard errors, "
         f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
     )
     return [make_statement("more_rank", "More rank", text)]
@@ -188,15 +188,15 @@ def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statem
 
 def _repeats(gains: Sequence[Gain]) -> list[Statement]:
     """State whether another seed gives the same order of units."""
-    both = [gain.seeds for gain in gains if len(gain.seeds) > 1]
-    if len(both) < 3:
+    repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
+    if len(repeated) < 3:
         return []
-    rho = spearman([seeds[0] for seeds in both], [seeds[1] for seeds in both])
+    rho = spearman([seeds[0] for seeds in repeated], [seeds[1] for seeds in repeated])
     return [
         make_statement(
             "repeats",
             "Seed agreement",
-            f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared",
+            f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(repeated)} compared",
         )
     ]
 
@@ -205,11 +205,11 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
     """State whether other sets give the same order of units."""
     lines = []
     for name in sets[1:]:
-        other = {gain.unit: gain.gain for gain in gains[name]}
-        both = [(gain.gain, other[gain.unit]) for gain in gains[sets[0]] if gain.unit in other]
-        if len(both) > 2:
-            rho = spearman([first for first, _ in both], [second for _, second in both])
-            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
+        other_gains = {gain.unit: gain.gain for gain in gains[name]}
+        pairs = [(gain.gain, other_gains[gain.unit]) for gain in gains[sets[0]] if gain.unit in other_gains]
+        if len(pairs) > 2:
+            rho = spearman([first for first, _ in pairs], [second for _, second in pairs])
+            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(pairs)} compared")
     return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
 
 

@@ -158,9 +158,9 @@ def _levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], sty
     span = max(losses) - min(losses) or abs(max(losses)) * 0.05
     low, high = min(losses) - FAR * span, max(losses) + FAR * span
     near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
-    under = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
-    ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if under else 0.08))
-    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], style, under)
+    below = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
+    ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if below else 0.08))
+    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], style, below)
     for up, arrow in ((True, "↑"), (False, "↓")):
         lines = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
         if lines:

@@ -91,6 +91,6 @@ def rounded(layers: Iterable[nn.Module], grid: str | None) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for (weight, _), before in zip(weights, kept, strict=True):
+            for (weight, _), original in zip(weights, kept, strict=True):
                 assert isinstance(weight, Tensor)
-                weight.copy_(before)
+                weight.copy_(original)

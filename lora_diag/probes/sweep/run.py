@@ -215,9 +215,9 @@ class _Sweep:
         seconds, costs = walk.cost([arm.runs for arm in arms], bases)
         lines = []
         for arm, (runs, step) in zip(arms, costs, strict=True):
-            what = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
+            description = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
             lines.append(
-                f"{pluralized(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most"
+                f"{pluralized(runs, 'run', 'runs')}{description} of {walk.training.steps} steps of {step:.2g} s at most"
             )
         walk.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "

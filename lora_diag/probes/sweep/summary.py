@@ -59,7 +59,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
     bases = {name: base for name, (_, base) in all_verdicts.items()}
     share = settings["tolerance"]
-    own = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
+    on_first_set = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
     return probe_summary(
         results,
         make_statement("trained", "Trained", _trained(settings)),
@@ -67,7 +67,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
         *_agreement(verdicts, bases),
         *_against(records, bases, rates, references, share),
         make_statement(
-            "rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings)
+            "rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], on_first_set, records, settings)
         ),
         reading=_reading(settings),
     )
@@ -85,18 +85,18 @@ _READING = (
 
 def _reading(settings: dict[str, Any]) -> str:
     """Return notes on the interpretation of the table."""
-    more = []
+    extra = []
     if settings.get("full_rates"):
-        more.append(
+        extra.append(
             "full trains every parameter, including embeddings and head, and only its dropout depends on the seed: "
             "without dropout all its seeds are one run, whose error is assumed to be that of a LoRA run"
         )
     if settings.get("quantized"):
-        more.append(
+        extra.append(
             f"BASE's linear layers are rounded to {settings['quantized']} and not packed, so values are those of a "
             "quantized base, memory and speed are not; reference lines are trained on the unrounded BASE"
         )
-    return "; ".join([_READING, *more])
+    return "; ".join([_READING, *extra])
 
 
 def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
@@ -130,9 +130,9 @@ def _against(
 
 def _compared(comparison: ReferenceComparison, line: str) -> str:
     """Compare the best rank with a line, with the interval of the difference."""
-    both = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
+    means = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
     if comparison.half is None:
-        return f"no verdict: {both} ({comparison.gap:+.4f}); one seed has no spread"
+        return f"no verdict: {means} ({comparison.gap:+.4f}); one seed has no spread"
     words = {
         "as good": f"LoRA is as good: each keeps {1 - comparison.tolerance:.0%} of the other's gain",
         "better": "LoRA is better",
@@ -141,7 +141,7 @@ def _compared(comparison: ReferenceComparison, line: str) -> str:
         + ("no number of seeds would decide" if comparison.seeds is None else needs(comparison.seeds)),
     }
     span = f"{comparison.gap:+.4f} [{comparison.gap - comparison.half:.4f}, {comparison.gap + comparison.half:.4f}]"
-    return f"{words[comparison.outcome]}; {both} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
+    return f"{words[comparison.outcome]}; {means} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
 
 
 def _table(
@@ -150,19 +150,19 @@ def _table(
     """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
     tried = sorted({record.lr for record in of_set if record.lr is not None})
     first = min((record.seed for record in of_set if record.lr is not None), default=0)
-    at = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
+    by_setting = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
     bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
     runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
     rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
     rates = [
         Column(
             f"lr {lr:g}",
-            (*["-"] * len(bases), *(_loss(at.get((row_subject, r.rank, lr))) for row_subject, r in runs)),
+            (*["-"] * len(bases), *(_loss(by_setting.get((row_subject, r.rank, lr))) for row_subject, r in runs)),
             drop=drop,
         )
         for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
     ]
-    return grid_of(AtRank.shown, rows, "rank", caption, more=rates)
+    return grid_of(AtRank.shown, rows, "rank", caption, extra=rates)
 
 
 def _loss(record: Probe | None) -> str:
@@ -189,42 +189,47 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
     chosen = verdict.chosen
     if verdict.outcome == "no verdict" or chosen is None or chosen.confidence is None:
         why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
-        more = "" if chosen is None else "; use more --repeats with --resume"
-        return [f"no verdict: {why}; lowest loss at r={verdict.best}{more}"]
-    at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
+        suffix = "" if chosen is None else "; use more --repeats with --resume"
+        return [f"no verdict: {why}; lowest loss at r={verdict.best}{suffix}"]
+    place = f"r={chosen.rank} at learning rate {chosen.lr:g}"
     target = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
     if verdict.rank is not None:
-        lead = f"{verdict.outcome}: {at} {target}, with {confident(chosen.confidence)} confidence"
+        lead = f"{verdict.outcome}: {place} {target}, with {confident(chosen.confidence)} confidence"
     else:
         confidence = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
-        lead = f"{verdict.outcome}: the best answer is {at}{confidence} that it {target} and no smaller rank does"
+        lead = f"{verdict.outcome}: the best answer is {place}{confidence} that it {target} and no smaller rank does"
     return [lead, *reasons(verdict, share)]
 
 
 def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
     """State whether shifted sets need another rank."""
     shifted = [name for name in verdicts if bases[name].shifted]
-    own = [name for name in verdicts if not bases[name].shifted]
-    if not shifted or not own:
+    own_sets = [name for name in verdicts if not bases[name].shifted]
+    if not shifted or not own_sets:
         return []
-    first = verdicts[own[0]]
+    first = verdicts[own_sets[0]]
     lines = []
     for name in shifted:
-        other = verdicts[name]
-        if other.outcome == "no gain":
-            lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
-        elif first.rank is None or other.rank is None:
-            both = " and ".join(
+        other_verdict = verdicts[name]
+        if other_verdict.outcome == "no gain":
+            lines.append(
+                f"no: training raises the loss on {short(name)} at every rank, least at r={other_verdict.best}"
+            )
+        elif first.rank is None or other_verdict.rank is None:
+            pair = " and ".join(
                 f"r={verdict.answer} on {short(where)}"
-                for where, verdict in ((own[0], first), (name, other))
+                for where, verdict in ((own_sets[0], first), (name, other_verdict))
                 if verdict.answer
             )
-            answers_are = f"; the best answers are {both}" if first.answer and other.answer else ""
-            lines.append(f"not known on {short(name)}: {(other if other.rank is None else first).outcome}{answers_are}")
-        elif other.rank == first.rank:
-            lines.append(f"yes: r={other.rank} is also enough on {short(name)}")
+            suffix = f"; the best answers are {pair}" if first.answer and other_verdict.answer else ""
+            undecided = other_verdict if other_verdict.rank is None else first
+            lines.append(f"not known on {short(name)}: {undecided.outcome}{suffix}")
+        elif other_verdict.rank == first.rank:
+            lines.append(f"yes: r={other_verdict.rank} is also enough on {short(name)}")
         else:
-            lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
+            lines.append(
+                f"no: r={first.rank} is enough on {short(own_sets[0])}, r={other_verdict.rank} on {short(name)}"
+            )
     return [make_statement("shifted", "Shifted sets", *lines)]
 
 
@@ -246,9 +251,9 @@ def _rates(
     text += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
     text = f"lowest loss of the first seed: {text}"
     tried = {record.lr for record in records if record.subject != "full"}
-    beyond = beyond_grid(tried, settings.get("rates"), "--lr")
-    beyond += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
-    text = "\n".join([text, *beyond])
+    hints = beyond_grid(tried, settings.get("rates"), "--lr")
+    hints += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
+    text = "\n".join([text, *hints])
     if edge := [row for row in rows if row.edge]:
         text += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in edge)}; extend --lr"
     for subject, row in lines:

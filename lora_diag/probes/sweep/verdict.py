@@ -190,8 +190,8 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
 
 def needs(seeds: int | None) -> str:
     """State that a rank is undecided, and how many seeds are needed."""
-    more = f"more than {MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
-    return f"undecided with these seeds, needs {more}"
+    count = f"more than {MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
+    return f"undecided with these seeds, needs {count}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +374,7 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         return SweepVerdict("no gain", None, None, None, best.rank, 0.0, spread, gain, (), seeds)
     noise = _Noise(*blocks([row.runs for _, row in ranked]), *within([row.losses for _, row in ranked]))
     standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
-    close = (rank for rank, row in ranked if max(_theta(row, other, base, share) for _, other in ranked) <= 0)
+    close = (rank for rank, row in ranked if max(_theta(row, rival, base, share) for _, rival in ranked) <= 0)
     chosen = next(
         close, best.rank
     )  # with missing seeds, the best rank may not be the best on the seeds that two ranks share
@@ -462,16 +462,16 @@ def _rank_standing(
             )
     below = [estimate.below(0.0) for estimate, _ in standings]
     confidence, against = min(below), max(0.0, 1 - (len(standings) - 1) * min(below))
-    enough: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
+    answer: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
     spread = Estimate(behind, math.sqrt(noise.of(row, best) * (1 / n + 1 / m)), noise.freedom)
     needed = None
-    if enough == "not known":
+    if answer == "not known":
         worst, of_one = standings[below.index(confidence)]
         level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(standings) - 1)
         needed = runs_needed(worst.value, of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
     half = 0.0 if row is best else spread.half()
-    return RankStanding(rank, row.lr, behind, behind / gain, half, enough, confidence, against, needed)
+    return RankStanding(rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed)
 
 
 def _outcome(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Outcome:
@@ -525,10 +525,10 @@ def swept_of(results: Results[Any]) -> Swept | None:
     records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
     share = results.run.settings.get("tolerance", TOLERANCE)
     verdicts_by_set = verdicts(records, results.run.settings.get("seed", 0), share)
-    own = next((name for name in main_sets(records) if name in verdicts_by_set), None)
-    if own is None:
+    own_set = next((name for name in main_sets(records) if name in verdicts_by_set), None)
+    if own_set is None:
         return None
-    verdict, base = verdicts_by_set[own]
-    shifted = {name: other for name, (other, its) in verdicts_by_set.items() if its.shifted and name != own}
+    verdict, base = verdicts_by_set[own_set]
+    shifted = {name: other for name, (other, its) in verdicts_by_set.items() if its.shifted and name != own_set}
     ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-    return Swept(results, own, verdict, base, shifted, tuple(ranks), share)
+    return Swept(results, own_set, verdict, base, shifted, tuple(ranks), share)

@@ -26,5 +26,5 @@ def truncation(
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_truncation(base, tuned, **arguments, **callbacks)
-    then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (C(r) layer by layer, no model run)"
-    shown.show(results, next_step(arguments["output"], then))
+    hint = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (C(r) layer by layer, no model run)"
+    shown.show(results, next_step(arguments["output"], hint))

@@ -68,7 +68,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     notes = ["All others are as in TUNED. Error bars: two standard errors, paired by sequence."]
     if max_rows > ROWS:
         notes.append(f"The {ROWS} with the highest cost, of {max_rows}.")
-    if others := [other for other in _ranks(records) if other != rank]:
+    if others := [other_rank for other_rank in _ranks(records) if other_rank != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
     about = subject_of(series)
     words = FigureText(

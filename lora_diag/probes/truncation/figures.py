@@ -126,15 +126,17 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, style
         base = _end(of_set, "base")
         if not truncated or base is None or not base.gap:
             continue
-        color, at = category(number), [record.rank or 0 for record in truncated]
+        color, shown_ranks = category(number), [record.rank or 0 for record in truncated]
         kept = [record.kept for record in truncated if record.kept is not None]
         errors = [2 * (record.gap_error or 0.0) / abs(base.gap) for record in truncated]
-        ax.errorbar(at, kept, yerr=errors, color=color, lw=1.6 * width, marker="o", ms=3 * width, label="_kept")
+        ax.errorbar(
+            shown_ranks, kept, yerr=errors, color=color, lw=1.6 * width, marker="o", ms=3 * width, label="_kept"
+        )
         energy = [(record.rank or 0, record.energy) for record in truncated if record.energy is not None]
         if energy:
             ax.plot(*zip(*energy, strict=True), color=color, lw=1.2 * width, ls=(0, (1, 1.5)), label="_energy")
         shares += kept
-        ranks += at
+        ranks += shown_ranks
     ax.set_ylim(limits(shares, below=0.16, above=0.16))
     levels(ax, [("BASE", 0.0, INK), ("TUNED", 1.0, INK)], style, lowest_below=True)
     measured_axis(ax, ranks or [1], inches, style)
@@ -182,13 +184,13 @@ def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
     keys.append(Key(Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2))), "BASE, TUNED"))
     about = subject_of(series)
     about += "mean negative log-likelihood of held-out predictions; nothing is trained"
-    rest = {item.run.settings.get("rest") for item in series if item.run is not None}
+    rest_settings = {item.run.settings.get("rest") for item in series if item.run is not None}
     notes = ["Errors are of the difference from TUNED, paired by sequence."]
     if not single:
         notes.insert(0, "Fraction of the change: 0 at BASE, 1 at TUNED.")
-    if rest == {"tuned"}:
+    if rest_settings == {"tuned"}:
         notes.append("Norms, biases, embeddings and head are as in TUNED at every rank.")
-    if rest == {"base"}:
+    if rest_settings == {"base"}:
         notes.append("Norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED.")
     notes.append("Results are for compression of this update, not for training at a rank.")
     return FigureText("Loss of the update truncated to rank r", about, (" ".join(notes),), tuple(keys))

@@ -35,11 +35,11 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
     ordered = [key for key in groups if key[2] == "base"]
     ordered += [key for key in groups if key[2] == "truncated"] + [key for key in groups if key[2] == "tuned"]
     rows = []
-    for what, rank, subject in ordered:
+    for part, rank, subject in ordered:
         name = subject.upper() if rank is None else f"r={rank}"
-        cell = groups[what, rank, subject]
+        cell = groups[part, rank, subject]
         rows.append(
-            _Row(f"{short(what)} {name}" if what else name, cell[0].energy, {record.set: record for record in cell})
+            _Row(f"{short(part)} {name}" if part else name, cell[0].energy, {record.set: record for record in cell})
         )
     return rows
 
@@ -75,9 +75,9 @@ def _on_set(name: str, records: Sequence[Probe]) -> Statement:
         return on_set(name, "not measured yet", shifted=shifted)
     base, tuned = ends["base"], ends["tuned"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
-    rest = _by_rank(ranks, tuned.nats < base.nats) if ranks else []
-    rest += [_costliest(alone)] if alone else []
-    return on_set(name, both_ends(base, tuned), *rest, shifted=shifted, answer=rest[0] if rest else "")
+    lines = _by_rank(ranks, tuned.nats < base.nats) if ranks else []
+    lines += [_costliest(alone)] if alone else []
+    return on_set(name, both_ends(base, tuned), *lines, shifted=shifted, answer=lines[0] if lines else "")
 
 
 def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
@@ -91,10 +91,10 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
         lines.append(
             f"no measured rank keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = {_energy(last)}"
         )
-    same = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)
+    equal = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)
     lines.append(
-        f"the gap to TUNED is first within two standard errors at r={same.rank}"
-        if same
+        f"the gap to TUNED is first within two standard errors at r={equal.rank}"
+        if equal
         else f"the gap to TUNED is more than two standard errors at every rank, up to r={ranks[-1].rank}"
     )
     if ranks[0].rank == 0:
@@ -115,11 +115,11 @@ def _costliest(alone: Sequence[Probe]) -> str:
 
 
 def _reading(run: Run) -> str:
-    rest = {
+    reading = {
         "tuned": "norms, biases, embeddings and head are as in TUNED",
         "base": "norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED",
     }[run.settings["rest"]]
     return (
-        f"{rest}; errors assume independent sequences, which those of one text are not quite; results are for "
+        f"{reading}; errors assume independent sequences, which those of one text are not quite; results are for "
         "compression of this update, not for training at a rank"
     )

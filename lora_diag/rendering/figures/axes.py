@@ -50,10 +50,10 @@ def label_ticks(
     size = style.ticks if style else 9.0
     shown: dict[int, tuple[float, float]] = {}
     for tick in ticks:
-        at = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * inches
+        position = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * inches
         half = width_of(label(tick), size) / 2 + 0.35 * size / 72
-        if all(abs(at - other) > half + theirs for other, theirs in shown.values()):
-            shown[tick] = (at, half)
+        if all(abs(position - other_position) > half + other_half for other_position, other_half in shown.values()):
+            shown[tick] = (position, half)
     ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
     ax.xaxis.set_major_formatter(lambda value, _: label(round(value)))
     ax.xaxis.set_minor_locator(NullLocator())

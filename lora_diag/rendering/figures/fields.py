@@ -29,13 +29,13 @@ def metric_suffix(records: Iterable[LayerRecord]) -> str:
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     """Return the axis title of a field, in the metric of the records."""
     records = tuple(records)
-    title, of = title_of(field, type(records[0]) if records else LayerRecord), changes_of(records)
-    if of == "ΔW":
+    title, norms_text = title_of(field, type(records[0]) if records else LayerRecord), changes_of(records)
+    if norms_text == "ΔW":
         return title
     if "ΔW" in title or "W_base" in title:
-        norms = of.split(" and ")
+        norms = norms_text.split(" and ")
         return " and ".join(title.replace("ΔW", norm).replace("W_base", norm.replace("ΔW", "W_base")) for norm in norms)
-    return f"{title} of {of}" if field.startswith(_OF_ENERGY) else title
+    return f"{title} of {norms_text}" if field.startswith(_OF_ENERGY) else title
 
 
 def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
@@ -44,15 +44,15 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
     >>> title_of("energy.8"), title_of("rank_at.0.9"), title_of("tail.8.fro"), title_of("other")
     ('energy fraction C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
     """
-    head, _, rest = field.partition(".")
-    if head == "energy" and rest.isdigit():
-        return f"energy fraction C({rest})"
-    if head == "rank_at" and rest:
-        return f"rank at {_percent(rest)} of the energy"
-    if head == "additive" and rest:
-        return f"rank of the sum over ranks of the updates, at {_percent(rest)}"
-    if head == "tail" and rest.endswith(".fro"):
-        return f"tail of rank {rest.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
+    head, _, path = field.partition(".")
+    if head == "energy" and path.isdigit():
+        return f"energy fraction C({path})"
+    if head == "rank_at" and path:
+        return f"rank at {_percent(path)} of the energy"
+    if head == "additive" and path:
+        return f"rank of the sum over ranks of the updates, at {_percent(path)}"
+    if head == "tail" and path.endswith(".fro"):
+        return f"tail of rank {path.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
     return next(
         (field_shown.axis or field_shown.title for field_shown in kind.shown if field_shown.path == field), field
     )

@@ -93,8 +93,8 @@ def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
         same_name = [position for position, other in enumerate(names) if other == name]
         if len(same_name) > 1:
             read = [files[position] for position in same_name] if files else []
-            for position, more in zip(same_name, _own([runs[position] for position in same_name], read), strict=True):
-                result[position] = f"{name}, {more}" if len(same_name) < len(runs) else more
+            for position, suffix in zip(same_name, _own([runs[position] for position in same_name], read), strict=True):
+                result[position] = f"{name}, {suffix}" if len(same_name) < len(runs) else suffix
     return result
 
 

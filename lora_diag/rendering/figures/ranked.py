@@ -95,15 +95,15 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: Fi
     """Return a page of such panels: side by side if there are few, and stacked on a column page."""
     columns = 1 if style.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    shown = {row.name for _, some in panels for row in some}
+    shown = {row.name for _, panel_rows in panels for row in panel_rows}
     short = cropped_all(sorted(shown), NAMES * style.width / columns, style.ticks)
     inches = style.width / columns * (1 - NAMES)
     # Rows shared by several runs need room for all bars.
-    max_rows = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
+    max_rows = max(max(len({row.name for row in panel_rows}), 0.6 * len(panel_rows)) for _, panel_rows in panels)
     panel = max(style.panel, (max_rows + 3.5) * 1.55 * style.ticks / 72)
     figure, axes = sheet(style, text, rows, columns, panel=panel, share=False, low=True)
-    for (title, some), ax in zip(panels, axes, strict=False):
-        draw_rows(ax, some, style, short)
+    for (title, panel_rows), ax in zip(panels, axes, strict=False):
+        draw_rows(ax, panel_rows, style, short)
         ax.set_title(wrapped(title, inches, style.text), parse_math=False)
         ax.set_xlabel(xlabel)
     for ax in axes[len(panels) :]:

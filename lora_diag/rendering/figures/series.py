@@ -58,7 +58,7 @@ def series_of(
     names = [name_of(label) for label in labels] or names_of(runs, metrics, files)
     if len({*metrics} - {""}) > 1:
         metric = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
-        names = [f"{name}{more}" for name, more in zip(names, metric, strict=True)]
+        names = [f"{name}{suffix}" for name, suffix in zip(names, metric, strict=True)]
     return tuple(
         Series(name, tuple(record for record in drawn(item) if kind_of(record) == kind), item.whole, item.run)
         for name, item in zip(names, results, strict=True)

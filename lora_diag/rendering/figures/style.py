@@ -287,8 +287,8 @@ def wrapped(text: str, inches: float, size: float) -> str:
                 lines.append(line)
                 longer = word
             while width_of(longer, size) > inches and len(longer) > 1:
-                wide = bisect.bisect(range(1, len(longer)), inches, key=lambda n: width_of(longer[:n], size))
-                position = max(1, wide)
+                fitting = bisect.bisect(range(1, len(longer)), inches, key=lambda n: width_of(longer[:n], size))
+                position = max(1, fitting)
                 lines.append(longer[:position])
                 longer = longer[position:]
             line = longer

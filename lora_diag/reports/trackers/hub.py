@@ -27,11 +27,11 @@ def send(payload: Payload, project: str | None) -> str:
 
     try:
         try:
-            before = read_card(Path(hf_hub_download(project, "README.md")))
+            old_card = read_card(Path(hf_hub_download(project, "README.md")))
         except EntryNotFoundError:
-            before = ""
+            old_card = ""
         done = HfApi().upload_file(
-            path_or_fileobj=with_section(before, "report", section).encode(),
+            path_or_fileobj=with_section(old_card, "report", section).encode(),
             path_in_repo="README.md",
             repo_id=project,
             commit_message="Update the loradiag report",

@@ -18,6 +18,6 @@ def send(payload: Payload, project: str | None) -> str:
     }
     figures = {f"figures/{name}": wandb.Image(pixels(png)) for name, png in payload.figures.items()}
     run.log({**payload.scalars, **tables, **figures, "report": wandb.Html(payload.page)})
-    where = run.url or run.dir
+    location = run.url or run.dir
     run.finish()
-    return str(where)
+    return str(location)

@@ -105,16 +105,21 @@ def connected(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             # Otherwise Ray leaves a file in the home folder.
             os.environ["RAY_AUTH_TOKEN"] = own_token = secrets.token_hex(32)
-        where = {"address": "local", "num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        options = {
+            "address": "local",
+            "num_cpus": cores,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+        }
     else:
-        where = {"address": address}
+        options = {"address": address}
         _check_answers(named, str(address))
     from ray._private import worker  # the only switch for what Ray prints to standard output when a worker dies
 
     worker._worker_logs_enabled = False
     try:
         with _suppress_stderr(), _interruptible():
-            ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
+            ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many types
         problem = named if address else "--engine ray: a local Ray could not be started"
         raise InputError(f"{problem}: {_reason(ray, error)}") from error
@@ -168,8 +173,8 @@ def _suppress_stderr() -> Iterator[None]:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Make Ctrl-C end the block reliably: an interrupt is lost while Ray's start calls Python from C."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
     signals: list[int] = []
@@ -182,7 +187,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
     if signals:
         raise KeyboardInterrupt
 

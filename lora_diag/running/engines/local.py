@@ -93,9 +93,9 @@ def layout_for(
         return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
     budget = memory - PROGRAM_BYTES
     if budget < MIN_BYTES * (workers or 1):
-        least = math.ceil((PROGRAM_BYTES + MIN_BYTES * (workers or 1)) / 1e6)
+        minimum = math.ceil((PROGRAM_BYTES + MIN_BYTES * (workers or 1)) / 1e6)
         program = f"the program itself takes {PROGRAM_BYTES / 1e6:.0f} MB"
-        raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {least}MB or more")
+        raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {minimum}MB or more")
     return Layout(cores, budget, workers, limited=True, torch=torch)
 
 
@@ -127,26 +127,30 @@ def run_local(
     Raises:
         LoradiagError: The error of the first failing task; later tasks are abandoned.
     """
-    most = layout.workers or layout.cores
+    max_threads = layout.workers or layout.cores
     if layout.apart:
         from lora_diag.running.engines.processes import Processes
 
-        count = min(most, len(tasks)) if isinstance(tasks, Sized) else most
+        count = min(max_threads, len(tasks)) if isinstance(tasks, Sized) else max_threads
         with Processes(measure, count) as elsewhere:
             yield from run_local(elsewhere, tasks, replace(layout, apart=False), footprint)
         return
-    if most == 1 and not layout.torch:  # no call takes so long that Ctrl-C must not wait for it
+    if max_threads == 1 and not layout.torch:  # no call takes so long that Ctrl-C must not wait for it
         yield from map(measure, tasks)
         return
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
-    before = _torch_threads() if layout.torch else 0
-    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a thread name that cli/app.py recognizes
+    threads_before = _torch_threads() if layout.torch else 0
+    pool = ThreadPoolExecutor(
+        max_workers=max_threads, thread_name_prefix="layer"
+    )  # a thread name that cli/app.py recognizes
     patient = True
     try:
         for task in tasks:
             threads = layout.threads(footprint(task))
-            while running and (len(running) >= most or sum(running.values()) + threads > max(layout.cores, most)):
+            while running and (
+                len(running) >= max_threads or sum(running.values()) + threads > max(layout.cores, max_threads)
+            ):
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[done]
                 while pending and pending[0].done():
@@ -161,7 +165,7 @@ def run_local(
         raise
     finally:
         pool.shutdown(wait=patient, cancel_futures=True)
-        _set_torch_threads(before)
+        _set_torch_threads(threads_before)
 
 
 def _on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:

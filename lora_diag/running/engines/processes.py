@@ -52,7 +52,9 @@ class Processes(Generic[Task, Record]):
     def __enter__(self) -> Processes[Task, Record]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for process in self._started:
             process.kill()
         for process in self._started:

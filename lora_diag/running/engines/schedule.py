@@ -66,7 +66,7 @@ class Batch:
 
     def singly(self) -> list[Batch]:
         """Return the tasks as batches of one."""
-        return [Batch(at, at + 1, self.threads, self.cost // len(self)) for at in range(self.start, self.stop)]
+        return [Batch(index, index + 1, self.threads, self.cost // len(self)) for index in range(self.start, self.stop)]
 
 
 def cost(shape: tuple[int, ...], footprint: int) -> int:
@@ -100,15 +100,15 @@ def batches(
     """
     sizes = [footprint(task) for task in tasks]
     costs = [cost(task.shape, size) for task, size in zip(tasks, sizes, strict=True)]
-    most = min(BATCH, sum(costs) // (4 * max(1, slots)))
+    max_layers = min(BATCH, sum(costs) // (4 * max(1, slots)))
     planned: list[Batch] = []
-    for at, own in enumerate(costs):
-        wanted = threads(sizes[at])
+    for index, layer_cost in enumerate(costs):
+        wanted = threads(sizes[index])
         last = planned[-1] if planned else None
-        if last is not None and last.threads == wanted and last.cost + own <= most:
-            planned[-1] = Batch(last.start, at + 1, wanted, last.cost + own)
+        if last is not None and last.threads == wanted and last.cost + layer_cost <= max_layers:
+            planned[-1] = Batch(last.start, index + 1, wanted, last.cost + layer_cost)
         else:
-            planned.append(Batch(at, at + 1, wanted, own))
+            planned.append(Batch(index, index + 1, wanted, layer_cost))
     return planned
 
 
@@ -126,7 +126,7 @@ class Waiting:
     def __init__(self, plan: Sequence[Batch], reach: int) -> None:
         self._plan = plan
         mean = sum(batch.cost for batch in plan) / max(1, len(plan)) or 1.0
-        opens = [(at - math.ceil(reach * max(1.0, batch.cost / mean)), at) for at, batch in enumerate(plan)]
+        opens = [(index - math.ceil(reach * max(1.0, batch.cost / mean)), index) for index, batch in enumerate(plan)]
         self._closed = deque(sorted(opens))
         self._heap: list[tuple[int, int]] = []
 
@@ -138,8 +138,8 @@ class Waiting:
             may: Returns whether there is room for a batch.
         """
         while self._closed and self._closed[0][0] < written:
-            at = self._closed.popleft()[1]
-            heapq.heappush(self._heap, (-self._plan[at].cost, at))
+            index = self._closed.popleft()[1]
+            heapq.heappush(self._heap, (-self._plan[index].cost, index))
         if not self._heap or not may(self._plan[self._heap[0][1]]):
             return None
         return self._plan[heapq.heappop(self._heap)[1]]
@@ -205,8 +205,8 @@ def in_order(
     written = threads = 0
     while written < len(plan):
         while True:
-            now = capacity()
-            may = partial(now.has, batches=len(under_way), threads=threads)
+            free = capacity()
+            may = partial(free.has, batches=len(under_way), threads=threads)
             batch = (retry.pop() if may(retry[-1]) else None) if retry else waiting.pop(written, may)
             if batch is None:
                 break
@@ -219,13 +219,13 @@ def in_order(
             if outcomes is None and len(batch) > 1:
                 retry += reversed(batch.singly())  # one task kills its worker; run the others separately
                 continue
-            for at, outcome in enumerate([lost_error(batch)] if outcomes is None else outcomes, batch.start):
-                arrived[at] = outcome
+            for index, outcome in enumerate([lost_error(batch)] if outcomes is None else outcomes, batch.start):
+                arrived[index] = outcome
                 if isinstance(outcome, LoradiagError):
-                    end = min(end, at)
+                    end = min(end, index)
         while written < len(plan) and _is_whole(plan[written], end, arrived):
-            for at in range(plan[written].start, plan[written].stop):
-                outcome = arrived.pop(at)
+            for index in range(plan[written].start, plan[written].stop):
+                outcome = arrived.pop(index)
                 if isinstance(outcome, LoradiagError):
                     raise outcome
                 yield outcome
@@ -234,4 +234,4 @@ def in_order(
 
 def _is_whole(batch: Batch, end: int, outcomes: Container[int]) -> bool:
     """Return whether the outcomes of a batch are complete, up to the first error."""
-    return all(at in outcomes for at in range(batch.start, min(batch.stop, end + 1)))
+    return all(index in outcomes for index in range(batch.start, min(batch.stop, end + 1)))

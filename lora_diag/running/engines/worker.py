@@ -77,11 +77,11 @@ def open_job(job: Job) -> Work:
     Raises:
         InputError: The worker has another version of loradiag or other files.
     """
-    where = f"the worker on {platform.node()}"
+    worker = f"the worker on {platform.node()}"
     if job.version != __version__:
         raise InputError(
-            f"{where} has loradiag {__version__}, but the run was started with {job.version}; install the same version "
-            "everywhere"
+            f"{worker} has loradiag {__version__}, but the run was started with {job.version}; "
+            "install the same version everywhere"
         )
     with suppress(OSError):  # if the folder does not exist here, absolute paths may still be valid
         os.chdir(job.folder)
@@ -90,12 +90,12 @@ def open_job(job: Job) -> Work:
             actual = Path(file).stat().st_size
         except OSError as error:
             raise InputError(
-                f"{file}: not visible to {where}: {error.strerror}; put inputs on storage that all nodes share, "
+                f"{file}: not visible to {worker}: {error.strerror}; put inputs on storage that all nodes share, "
                 "under the same path"
             ) from error
         if actual != size:
             raise InputError(
-                f"{file}: has {actual:,} bytes on {where} instead of {size:,}; put inputs on storage that all nodes "
+                f"{file}: has {actual:,} bytes on {worker} instead of {size:,}; put inputs on storage that all nodes "
                 "share, or copy the same file to every node"
             )
     from ray import cloudpickle

@@ -37,9 +37,9 @@ def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
     alpha, ranks_are_alphas = _alpha(contents.components[component_of(item.module)], mirrored)
     if ranks_are_alphas:
         return Outcome("applied", 1.0)
-    own = item.alpha if item.alpha is not None else alpha
+    own_alpha = item.alpha if item.alpha is not None else alpha
     why = "" if item.alpha is not None else f"gives no alpha, and gets {alpha:g}, that of other modules"
-    return Outcome("applied", own / item.rank, why)
+    return Outcome("applied", own_alpha / item.rank, why)
 
 
 def _alpha(items: Sequence[Item], mirrored: bool) -> tuple[float, bool]:

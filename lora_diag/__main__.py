@@ -23,7 +23,7 @@ def main() -> None:
     _collect_later()
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SHORTEST)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, _handle_interrupt)
     from lora_diag.cli import main as run
 
     run()
@@ -43,7 +43,7 @@ def _collect_later() -> None:
     gc.set_threshold(FIRST_COLLECTION, *usual[1:])
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     """Exit immediately while modules are imported; otherwise handle Ctrl-C as usual.
 
     An exception during an import may surface as a different one: in torch as a RecursionError of 900 lines. Files are

@@ -286,7 +286,7 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
         NothingComparedError: The sides have no name in common, or none is selected.
     """
     if not pairing.deltas:
-        raise NothingComparedError(_why_nothing(base, tuned, pairing.unpaired))
+        raise NothingComparedError(_explain_nothing_paired(base, tuned, pairing.unpaired))
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
@@ -346,7 +346,7 @@ def why_left_out(info: TensorInfo) -> str | None:
 
 def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
     before, after = base.info, tuned.info
-    if problem := _not_comparable(before, after):
+    if problem := _find_mismatch(before, after):
         other_shape = after.shape if problem[0] == "shape_differs" else None
         unpaired.append(Unpaired(name, before.shape, *problem, tuned_shape=other_shape))
         return
@@ -362,7 +362,7 @@ def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpair
         offset += math.prod(shape)
 
 
-def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str] | None:
+def _find_mismatch(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str] | None:
     """Return reason and detail if two tensors of one name cannot be subtracted; else None."""
     if not {before.dtype, after.dtype} <= FLOAT_DTYPES:
         dtypes = before.dtype if before.dtype == after.dtype else f"{before.dtype} against {after.dtype}"
@@ -392,7 +392,7 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     Raises:
         UsageError: A regular expression is invalid.
     """
-    included, excluded = _regex(layers, "--layers"), _regex(exclude, "--exclude")
+    included, excluded = _compile_pattern(layers, "--layers"), _compile_pattern(exclude, "--exclude")
 
     def selected(name: str) -> bool:
         return not (included and not included.search(name)) and not (excluded and excluded.search(name))
@@ -400,14 +400,14 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     return selected
 
 
-def _regex(pattern: str | None, option: str) -> re.Pattern[str] | None:
+def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
         raise UsageError(f"{option} {pattern}: not a valid regular expression ({error}); correct it") from error
 
 
-def _why_nothing(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:
+def _explain_nothing_paired(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:
     names = [name for name in base if name in tuned]
     if not names:
         return (

@@ -48,7 +48,7 @@ class Family:
     form: str = "peft"
 
 
-def _type(name: str) -> Callable[[Source], bool]:
+def _make_type_predicate(name: str) -> Callable[[Source], bool]:
     """Return a predicate for adapters with a PEFT type."""
     return lambda source: source.peft_type == name
 
@@ -56,16 +56,16 @@ def _type(name: str) -> Callable[[Source], bool]:
 # Tried in this order; PEFT's adapters name their type, the others are recognized by their keys.
 FAMILIES = (
     Family("GGUF", is_gguf, read_gguf, "gguf"),
-    Family("PEFT LoRA", _type("LORA"), read_lora),
-    Family("PEFT AdaLoRA", _type("ADALORA"), read_adalora),
-    Family("PEFT LoHa", _type("LOHA"), read_loha),
-    Family("PEFT LoKr", _type("LOKR"), read_lokr),
-    Family("PEFT VeRA", _type("VERA"), read_vera),
-    Family("PEFT IA3", _type("IA3"), read_ia3),
-    Family("PEFT OFT", _type("OFT"), read_oft),
-    Family("PEFT FourierFT", _type("FOURIERFT"), read_fourierft),
-    Family("PEFT LN tuning", _type("LN_TUNING"), read_ln_tuning),
-    Family("PEFT trainable tokens", _type("TRAINABLE_TOKENS"), read_trainable_tokens),
+    Family("PEFT LoRA", _make_type_predicate("LORA"), read_lora),
+    Family("PEFT AdaLoRA", _make_type_predicate("ADALORA"), read_adalora),
+    Family("PEFT LoHa", _make_type_predicate("LOHA"), read_loha),
+    Family("PEFT LoKr", _make_type_predicate("LOKR"), read_lokr),
+    Family("PEFT VeRA", _make_type_predicate("VERA"), read_vera),
+    Family("PEFT IA3", _make_type_predicate("IA3"), read_ia3),
+    Family("PEFT OFT", _make_type_predicate("OFT"), read_oft),
+    Family("PEFT FourierFT", _make_type_predicate("FOURIERFT"), read_fourierft),
+    Family("PEFT LN tuning", _make_type_predicate("LN_TUNING"), read_ln_tuning),
+    Family("PEFT trainable tokens", _make_type_predicate("TRAINABLE_TOKENS"), read_trainable_tokens),
     Family("kohya and LyCORIS", is_kohya, read_kohya, "kohya"),
     Family("diffusers", is_diffusers, read_diffusers, "diffusers"),
     Family("MLX", is_mlx, read_mlx, "mlx"),
@@ -176,12 +176,12 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _checked(source, family.read(source), note), family.form)
+            return Adapter(source, _check_reading(source, family.read(source), note), family.form)
     refuse_unsupported(source)
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
-def _checked(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
+def _check_reading(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
     """Refuse an adapter without changes by its keys; add notes on other tensors and on a given α."""
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")

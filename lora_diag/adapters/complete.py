@@ -41,7 +41,7 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
     in_memory = names_in_memory(adapter, base)
     layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
     adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
-    modules = _modules(base, adapted, Model(base, in_memory), config)
+    modules = _list_modules(base, adapted, Model(base, in_memory), config)
     names = module_targets(config, modules.values())
     excluded = config.values.get("exclude_modules")
     saved = config.names("modules_to_save")
@@ -59,7 +59,7 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
     return len(targets), tuple(sorted(missing, key=natural_order))
 
 
-def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
+def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
     """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE."""
     dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
     modules: dict[str, str] = {}

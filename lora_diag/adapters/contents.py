@@ -117,7 +117,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     """
     config = adapter.source.config
     values = config.values if config is not None and not adapter.source.is_completed else {}
-    items = [*_updates(adapter, base), *_values(adapter, base)]
+    items = [*_describe_updates(adapter, base), *_describe_values(adapter, base)]
     return Contents(
         adapter.form,
         tuple(sorted(items, key=lambda item: natural_order(item.layer))),
@@ -126,7 +126,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     )
 
 
-def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
+def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     updates = [in_rows_of(update, base) for update in adapter.reading.updates if not update.optional]
     expected = dict(update.expected for update in updates)
     matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
@@ -139,23 +139,23 @@ def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
         scale = update.scale
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
             scale = scale_of(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
-        part = _part(update, adapter)
+        part = _find_part(update, adapter)
         for layer in [update.layer] if update.keeps_name or not locations else locations:
             yield Item(
                 layer=layer,
                 module=update.weight.removesuffix(".weight"),
                 part=part,
-                key=_key(update, part, adapter),
+                key=_find_key(update, part, adapter),
                 rank=update.rank,
                 scale=scale,
                 alpha=alpha,
                 shape=tuple(size for size in update.shape if size is not None),
-                kernel=_kernel(update.zero_if, adapter.checkpoint) if part == "convolution" else (),
+                kernel=_find_kernel(update.zero_if, adapter.checkpoint) if part == "convolution" else (),
                 load=update.plain or (update.load if update.factored else None),
             )
 
 
-def _part(update: Update, adapter: Adapter) -> Part:
+def _find_part(update: Update, adapter: Adapter) -> Part:
     """Return the form of an update."""
     if update.needs_weight == "trainable tokens":
         return "rows"
@@ -175,7 +175,7 @@ def _part(update: Update, adapter: Adapter) -> Part:
     return "factors"
 
 
-def _kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return ``(in, kh, kw)`` of a convolution, given the factor on its output side."""
     down = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda match: _DOWN[match[0]], key)
     mid = key.replace("lora_up", "lora_mid")
@@ -184,7 +184,7 @@ def _kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     return checkpoint[down].shape[1:]
 
 
-def _key(update: Update, part: Part, adapter: Adapter) -> str:
+def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
     """Return a tensor of an update in the file that is not one of a plain pair of factors, if there is one."""
     if update.zero_if:
         return update.zero_if
@@ -196,7 +196,7 @@ def _key(update: Update, part: Part, adapter: Adapter) -> str:
     return next((name for name in names if ends and name.endswith(ends)), names[0] if names else "")
 
 
-def _values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
+def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     values = [value for value in adapter.reading.values if not value.is_copy]
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     matched = match_names(dict(expected), base)[0] if base is not None else {}
@@ -204,10 +204,10 @@ def _values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
         locations = [location.layer for location in matched.get(value.weight, ())] or [value.weight]
         for layer in locations:
             module = value.weight.removesuffix(".weight").removesuffix(".bias")
-            yield Item(layer, module, _kind_of(value, adapter), value.key, shape=expected[value.weight])
+            yield Item(layer, module, _infer_value_kind(value, adapter), value.key, shape=expected[value.weight])
 
 
-def _kind_of(value: NewValue, adapter: Adapter) -> Part:
+def _infer_value_kind(value: NewValue, adapter: Adapter) -> Part:
     if value.weight.endswith(".bias"):
         return "bias"
     return "norm" if "norm" in value.key and len(adapter.checkpoint[value.key].shape) == 1 else "value"

@@ -56,17 +56,19 @@ def read_diffusers(source: Source) -> Reading:
                 f"{source.path}: {name} is not a tensor of a diffusers LoRA; check that the file is a diffusers adapter"
             )
         part = "alpha" if match["part"] == "alpha" else "down" if match["part"] in DOWN else "up"
-        modules.setdefault(_module_of(match["module"], bool(match["old"])), {})[part] = name
-    settings = _settings(source)
+        modules.setdefault(_parse_module(match["module"], bool(match["old"])), {})[part] = name
+    settings = _read_settings(source)
     updates = [_update(source, module, parts, settings) for module, parts in modules.items()]
-    silent = [module for module, parts in modules.items() if "alpha" not in parts and not _component(module, settings)]
+    silent = [
+        module for module, parts in modules.items() if "alpha" not in parts and not _find_component(module, settings)
+    ]
     notes = source.silent(silent, "diffusers")
     ranks = sorted({update.rank or 0 for update in updates})
     kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
 
 
-def _module_of(module: str, old_style: bool) -> str:
+def _parse_module(module: str, old_style: bool) -> str:
     """Return the module of a key; ``attn1.processor.to_q_lora`` is ``attn1.to_q``, ``to_out`` its first part."""
     if not old_style:
         return module
@@ -74,7 +76,7 @@ def _module_of(module: str, old_style: bool) -> str:
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
-def _settings(source: Source) -> dict[str, Any]:
+def _read_settings(source: Source) -> dict[str, Any]:
     text = source.metadata.get(METADATA)
     if text is None:
         return {}
@@ -91,7 +93,7 @@ def _settings(source: Source) -> dict[str, Any]:
     return values
 
 
-def _component(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _find_component(module: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a module's component of the pipeline."""
     prefix = module.partition(".")[0] + "."
     return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
@@ -106,7 +108,7 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
         raise InputError(f"{source.path}: {parts['alpha']} must be a single number; save the adapter again")
     scale = scale_in(source, parts.get("alpha", ""), down[0])
-    if not scale.alpha and (component := _component(module, settings)):
+    if not scale.alpha and (component := _find_component(module, settings)):
         scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), component), module, down[0]))
     load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)
     shape = (up[0], math.prod(down[1:]))

@@ -87,33 +87,33 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
     for module in modules:
         owner = re.sub(r"(\.base_layer)+$", "", module)
         # PEFT refuses to adapt both a module and its parameter: a target module is not a target parameter.
-        if _parameters(owner, targets) and not is_target(owner, by_module, config.path):
+        if _find_parameters(owner, targets) and not is_target(owner, by_module, config.path):
             nested.setdefault(owner, []).append(module)
-    stacks = [stack for owner, keys in nested.items() for stack in _stacks(owner, keys, targets, modules, config)]
+    stacks = [stack for owner, keys in nested.items() for stack in _find_stacks(owner, keys, targets, modules, config)]
     stacked = {stack.module for stack in stacks}
     return stacks, {module: parts for module, parts in modules.items() if module not in stacked}
 
 
-def _parameters(owner: str, targets: list[str]) -> list[str]:
+def _find_parameters(owner: str, targets: list[str]) -> list[str]:
     """Return the parameters of a module that the config targets, by PEFT's rule: equal, or ending in ``.target``."""
     leaves = dict.fromkeys(target.rpartition(".")[2] for target in targets)
     return [leaf for leaf in leaves if any(is_named(f"{owner}.{leaf}", target) for target in targets)]
 
 
-def _leaves(owner: str, targets: list[str], count: int) -> list[str]:
+def _find_leaves(owner: str, targets: list[str], count: int) -> list[str]:
     """Return the parameters of a module for its pairs of factors.
 
     ``gate_up_proj`` alone may belong to any module, ``gate.weight`` is the router's, as written by PEFT 0.21 for
     ``all-linear`` or ``gate_proj`` on a mixture of experts.
     """
-    every = _parameters(owner, targets)
-    named = _parameters(owner, [target for target in targets if "." in target])
+    every = _find_parameters(owner, targets)
+    named = _find_parameters(owner, [target for target in targets if "." in target])
     ways = every, named, [leaf for leaf in every if leaf not in named]
     return next((leaves for leaves in ways if len(leaves) == count), every)
 
 
-def _stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
-    leaves = _leaves(owner, targets, len(keys))
+def _find_stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
+    leaves = _find_leaves(owner, targets, len(keys))
     outermost_first = sorted(keys, key=len)
     known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
     if len(leaves) != len(keys) or not known:

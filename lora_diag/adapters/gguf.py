@@ -58,18 +58,20 @@ def read_gguf(source: Source) -> Reading:
     if not is_number(alpha):
         raise InputError(f"{source.path}: {ALPHA} is {alpha!r}, not a finite number; convert the adapter again")
     names = ARCHITECTURES.get(str(fields.get("general.architecture")))
-    pairs, norms = _pairs(source)
-    updates = [update for name, parts in pairs.items() for update in _updates(source, name, parts, float(alpha), names)]
+    pairs, norms = _pair_factors(source)
+    updates = [
+        update for name, parts in pairs.items() for update in _read_updates(source, name, parts, float(alpha), names)
+    ]
     ranks = sorted({update.rank or 0 for update in updates})
     shown = "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
     kind = f"GGUF LoRA, r={shown}, alpha={alpha:g}, {len(pairs)} modules"
-    notes = _notes(fields, names, norms)
+    notes = _make_notes(fields, names, norms)
     if not alpha:
         notes += source.silent([*pairs], "llama.cpp")
     return Reading(kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor")
 
 
-def _pairs(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _pair_factors(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return the two factors of each tensor by its name, and the norms, which llama.cpp skips."""
     pairs: dict[str, dict[str, str]] = {}
     norms = []
@@ -87,7 +89,7 @@ def _pairs(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
     return pairs, norms
 
 
-def _notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -> list[str]:
+def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -> list[str]:
     notes = []
     if names is None:
         known = ", ".join(ARCHITECTURES)
@@ -104,7 +106,9 @@ def _notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -
     return notes
 
 
-def _updates(source: Source, name: str, parts: Mapping[str, str], alpha: float, names: Names | None) -> list[Update]:
+def _read_updates(
+    source: Source, name: str, parts: Mapping[str, str], alpha: float, names: Names | None
+) -> list[Update]:
     """Return the update of one tensor; of stacked experts, one for each."""
     for part in FACTORS:
         if part not in parts:

@@ -63,11 +63,11 @@ def read_kohya(source: Source) -> Reading:
                 "save the adapter again"
             )
         modules.setdefault(module, {})[part] = name
-    updates = [update for module, parts in modules.items() for update in _module(source, module, parts)]
+    updates = [update for module, parts in modules.items() for update in _read_module(source, module, parts)]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
     notes = source.silent(silent, "kohya")
     return Reading(
-        f"{_kind(source, modules)}, {len(modules)} modules",
+        f"{_name_kind(source, modules)}, {len(modules)} modules",
         tuple(updates),
         (),
         tuple(notes),
@@ -80,7 +80,7 @@ def _split(name: str) -> tuple[str, str]:
     return module, part
 
 
-def _kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
+def _name_kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
     parts = {part for module_names in modules.values() for part in module_names}
     words = {"LoRA": LORA[0], "LoHa": "hada_w1_a", "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": "diff"}
     names = [
@@ -91,7 +91,7 @@ def _kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
     return f"kohya {' + '.join(names) or 'file'}{settings}"
 
 
-def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one module: of its weight, and of its bias if there is one."""
     updates = []
     plain = PREFIX.sub("", module, count=1)
@@ -106,11 +106,11 @@ def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
             load = partial(stored, source.checkpoint, key)
             updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
-        updates.append(_factored(source, module, parts))
+        updates.append(_read_factored(source, module, parts))
     return [replace(update, base_weight=update.weight.replace(module, plain, 1)) for update in updates]
 
 
-def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
+def _read_factored(source: Source, module: str, parts: dict[str, str]) -> Update:
     if "hada_w1_a" in parts:
         rank = loha.rank_of(source, module, parts)
         update = loha.hadamard(source, f"{module}.weight", parts, scale_in(source, parts.get("alpha", ""), rank))
@@ -120,7 +120,7 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
         scale = Scale() if size is None else scale_in(source, parts.get("alpha", ""), size)
         update = lokr.kronecker(source, f"{module}.weight", parts, scale)
     else:
-        update = _lora(source, module, parts)
+        update = _read_lora(source, module, parts)
     if "dora_scale" not in parts:
         return update
     shape = source.checkpoint[parts["dora_scale"]].shape
@@ -132,7 +132,7 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
     return dora.with_lengths(update, source, parts["dora_scale"], by_column)
 
 
-def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
+def _read_lora(source: Source, module: str, parts: dict[str, str]) -> Update:
     for part in LORA[:2]:
         if part not in parts:
             raise InputError(

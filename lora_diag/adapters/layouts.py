@@ -107,7 +107,7 @@ class Layout:
     plan: Callable[[Sequence[Placed], Contents, Checkpoint | None, int], tuple[Plan, dict[str, Any]]]
 
 
-def _kernels(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _find_kernels(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B of a convolution, 0 for the rank; nothing for others."""
     if not item.kernel:
         return (), ()
@@ -116,11 +116,11 @@ def _kernels(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _pair(placed: Placed, a: str, b: str) -> Plan:
     """Return the two factors of a linear layer or a convolution under their names."""
-    of_a, of_b = _kernels(placed.item)
+    of_a, of_b = _find_kernels(placed.item)
     return {a: Slot(placed, "A", shape=of_a), b: Slot(placed, "B", shape=of_b)}
 
 
-def _path(item: Item, contents: Contents) -> str:
+def _make_path(item: Item, contents: Contents) -> str:
     """Return the dotted path of a module in its model.
 
     Raises:
@@ -133,7 +133,7 @@ def _path(item: Item, contents: Contents) -> str:
     return item.layer.removesuffix(".weight")
 
 
-def _component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
+def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
     """Return the part of a pipeline that a weight is in.
 
     Raises:
@@ -160,7 +160,7 @@ def _to_peft(
     plan: Plan = {}
     modules = []
     for part in placed:
-        path = _path(part.item, contents)
+        path = _make_path(part.item, contents)
         modules.append(path)
         if part.item.part == "embedding" or _is_table(part.item, contents):  # ΔW = (B·A)ᵀ of what PEFT stores
             plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(part, "B", turned=True)
@@ -178,7 +178,9 @@ def _to_peft(
         "peft_version": PEFT_VERSION,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": _targets(names, modules) if isinstance(names, list) and names else sorted(set(modules)),
+        "target_modules": _shorten_targets(names, modules)
+        if isinstance(names, list) and names
+        else sorted(set(modules)),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -189,7 +191,7 @@ def _to_peft(
     return plan, config
 
 
-def _targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+def _shorten_targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Return the names that still identify a module."""
     return [name for name in names if any(module == name or module.endswith(f".{name}") for module in modules)]
 
@@ -201,8 +203,10 @@ def _to_kohya(
     for part in placed:
         module = part.item.module
         if contents.form != "kohya":
-            component = _component(part.item, contents, base)
-            module = f"{_PREFIXES.get(component, f'lora_{component}')}_{_path(part.item, contents).replace('.', '_')}"
+            component = _find_component(part.item, contents, base)
+            module = (
+                f"{_PREFIXES.get(component, f'lora_{component}')}_{_make_path(part.item, contents).replace('.', '_')}"
+            )
         plan |= _pair(part, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
         plan[f"{module}.alpha"] = Slot(None, value=float(rank))
     return plan, {}
@@ -213,7 +217,7 @@ def _to_diffusers(
 ) -> tuple[Plan, dict[str, Any]]:
     plan: Plan = {}
     for part in placed:
-        module = f"{_component(part.item, contents, base)}.{_path(part.item, contents)}"
+        module = f"{_find_component(part.item, contents, base)}.{_make_path(part.item, contents)}"
         plan |= _pair(part, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
     return plan, {}
 
@@ -226,7 +230,7 @@ def _to_mlx(
     for part in placed:
         if part.item.part == "convolution":
             raise InputError(f"{part.item.module}: mlx-lm has no LoRA for a convolution; leave it out of the adapter")
-        path = _path(part.item, contents)
+        path = _make_path(part.item, contents)
         _, layers, inside = path.partition("layers.")
         keys.add(inside.partition(".")[2] if layers else path)
         plan[f"{path}.lora_a"] = Slot(part, "A", turned=True)
@@ -243,10 +247,10 @@ def _is_table(item: Item, contents: Contents) -> bool:
 def _to_gguf(
     placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
-    names = _gguf_names(contents, base)
+    names = _find_gguf_names(contents, base)
     plan: Plan = {}
     for part in placed:
-        name = _gguf_name(part.item, names, contents, base)
+        name = _convert_to_gguf_name(part.item, names, contents, base)
         if name == TABLE:
             plan[f"{name}.lora_a"] = Slot(part, "B")
             plan[f"{name}.lora_b"] = Slot(part, "A", turned=True)
@@ -266,7 +270,7 @@ def _to_gguf(
     return plan, fields
 
 
-def _gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
+def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
     """Return the names of the model's architecture; None for a GGUF adapter with unknown names, which are kept.
 
     Raises:
@@ -286,7 +290,7 @@ def _gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
     return names
 
 
-def _gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkpoint | None) -> str:
+def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkpoint | None) -> str:
     """Return the name of a weight in a GGUF file.
 
     Raises:

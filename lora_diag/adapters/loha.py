@@ -88,11 +88,11 @@ def hadamard(source: Source, weight: str, parts: dict[str, str], scale: Scale) -
 
 def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
     """Return s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
-    product = _side(checkpoint, parts, "1") * _side(checkpoint, parts, "2")
+    product = _read_side(checkpoint, parts, "1") * _read_side(checkpoint, parts, "2")
     return product.reshape(site.shape) * scale_of(checkpoint, scale)
 
 
-def _side(checkpoint: Checkpoint, parts: dict[str, str], side: str) -> torch.Tensor:
+def _read_side(checkpoint: Checkpoint, parts: dict[str, str], side: str) -> torch.Tensor:
     import torch
 
     a, b = (read(checkpoint, parts[f"hada_w{side}_{part}"]) for part in "ab")

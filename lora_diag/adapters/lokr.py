@@ -65,7 +65,7 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale, 
     Raises:
         InputError: A side is incomplete.
     """
-    left, right = (_side_shape(source, weight, parts, side) for side in ("lokr_w1", "lokr_w2"))
+    left, right = (_read_side_shape(source, weight, parts, side) for side in ("lokr_w1", "lokr_w2"))
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
     key = parts.get("lokr_w1") or parts["lokr_w1_a"]
     load = partial(delta, source.checkpoint, dict(parts), scale, as_peft)
@@ -74,7 +74,7 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale, 
     )
 
 
-def _side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
+def _read_side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
     if side in parts:
         shape = source.checkpoint[parts[side]].shape
         if len(shape) < 2 or 0 in shape or (side == "lokr_w1" and len(shape) != 2):
@@ -102,7 +102,7 @@ def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: 
     """Return s·(w1 ⊗ w2) in the layout of W."""
     import torch
 
-    w1, w2 = _side(checkpoint, parts, "lokr_w1"), _side(checkpoint, parts, "lokr_w2")
+    w1, w2 = _read_side(checkpoint, parts, "lokr_w1"), _read_side(checkpoint, parts, "lokr_w2")
     # PEFT 0.21.2 aligns the sides of a Conv1d at their ends, so w1's columns multiply the kernel. Its model is
     # trained with this and its merge agrees, so it is the behaviour of the adapter.
     if not (as_peft and w2.ndim == 3):
@@ -110,7 +110,7 @@ def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: 
     return torch.kron(w1, w2.contiguous()).reshape(site.shape) * scale_of(checkpoint, scale)
 
 
-def _side(checkpoint: Checkpoint, parts: dict[str, str], side: str) -> torch.Tensor:
+def _read_side(checkpoint: Checkpoint, parts: dict[str, str], side: str) -> torch.Tensor:
     import torch
 
     if side in parts:

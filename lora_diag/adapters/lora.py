@@ -56,7 +56,7 @@ class Owner:
     times: float = 1.0
 
 
-def _owner(module: str, attentions: set[str]) -> Owner:
+def _find_owner(module: str, attentions: set[str]) -> Owner:
     """Return the target of a module's factors; ``attentions`` are the nn.MultiheadAttentions of the adapter."""
     if module.endswith(OUT_PROJ):
         attention = module.removesuffix(OUT_PROJ)
@@ -85,26 +85,26 @@ def read_lora(source: Source) -> Reading:
     updates = [
         update
         for module, parts in plain.items()
-        for update in _module(source, scaling, _owner(module, attentions), parts)
+        for update in _read_module(source, scaling, _find_owner(module, attentions), parts)
     ]
     updates += [
         update for stack in stacks for update in experts.updates(source, stack, scaling.rank, scaling.of_module)
     ]
-    notes = [*scaling.notes(paths), *_attention_notes(plain)]
+    notes = [*scaling.notes(paths), *_describe_attentions(plain)]
     updates, replication = replicated(updates, config)
-    kind = f"PEFT {_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
+    kind = f"PEFT {_name_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), (), (*notes, *replication), sampler, scaling.words())
     return with_stored_values(reading, source, rest)
 
 
-def _variant(config: Config) -> str:
+def _name_variant(config: Config) -> str:
     words = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
     name = next((word for key, word in words.items() if config.flag(key)), "LoRA")
     name = residual.name_of(config) or name
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
 
 
-def _attention_notes(modules: Modules) -> list[str]:
+def _describe_attentions(modules: Modules) -> list[str]:
     doubled = [module for module in modules if module.endswith(OUT_PROJ)]
     if not doubled:
         return []
@@ -114,21 +114,21 @@ def _attention_notes(modules: Modules) -> list[str]:
     ]
 
 
-def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
+def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained one."""
     rank, scale = scaling.rank(owner.scaled_as), scaling.of_module(owner.scaled_as) * owner.times
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    shape, load, keys = (_embedding if embedding else _linear)(source, owner.module, parts, rank, scale)
+    shape, load, keys = (_read_embedding if embedding else _read_linear)(source, owner.module, parts, rank, scale)
     update = Update(
         weight=owner.weight,
         shape=shape,
         load=load,
         factored=True,
         dtype=source.checkpoint[keys[1]].dtype,
-        zero_if=_zero_factor(scaling.config, *keys),
+        zero_if=_find_zero_factor(scaling.config, *keys),
         rank=rank,
         scale=scale,
-        thin=_thin(source, owner.module, parts, keys, scale),
+        thin=_read_thin_factors(source, owner.module, parts, keys, scale),
     )
     update = residual.from_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
@@ -140,11 +140,11 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
 
 
-def _thin(
+def _read_thin_factors(
     source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
 ) -> StoredFactors | None:
     """Return the factors to be read with NumPy; None if the update depends on more than B, A and s."""
-    if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _blocks(source.settings, module):
+    if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
         return None
     a, b = keys
     known = Scale(scale)
@@ -157,17 +157,17 @@ def _thin(
 Found = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
 
 
-def _embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
+def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
     a_key, b_key = pair_of(source, module, parts, "lora_embedding_")
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     check_rank(source, module, a[0], rank, b[1])
     return (a[1], b[0]), partial(embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
 
 
-def _linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
+def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
     a_key, b_key = pair_of(source, module, parts)
-    if blocks := _blocks(source.settings, module):
-        shape, of_a = _blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
+    if blocks := _count_blocks(source.settings, module):
+        shape, of_a = _read_blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
         check_rank(source, module, of_a, rank, of_a)
         return shape, partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks), (a_key, b_key)
     a, b = flat(source.checkpoint[a_key].shape), flat(source.checkpoint[b_key].shape)
@@ -178,7 +178,7 @@ def _linear(source: Source, module: str, parts: dict[str, str], rank: int, scale
     return (b[0], a[1]), partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
 
 
-def _zero_factor(config: Config, a_key: str, b_key: str) -> str:
+def _find_zero_factor(config: Config, a_key: str, b_key: str) -> str:
     """Return the factor that is initialized to zero: B, or A for MiCA, which trains only A."""
     return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
 
@@ -203,7 +203,7 @@ def scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.
     return read(checkpoint, key) * scale
 
 
-def _blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:
+def _count_blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:
     """Return the number of blocks of a BD-LoRA module, and whether A and B are stored as blocks.
 
     Reference: Wang et al. 2025, https://arxiv.org/abs/2510.23346; ``peft.tuners.lora.variants.BdLoraLinearVariant``.
@@ -219,7 +219,7 @@ def _blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:
     return (count, in_a, in_b) if in_a or in_b else None
 
 
-def _blocked_shape(
+def _read_blocked_shape(
     source: Source, module: str, a: tuple[int, ...], b: tuple[int, ...], blocks: tuple[int, bool, bool]
 ) -> tuple[tuple[int, int], int]:
     """Return ``(out, in)`` and the rank of a BD-LoRA module."""

@@ -226,45 +226,55 @@ def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool)
     """Return the locations of one requested weight, or the reason why there are none."""
     problem = "BASE has no weight of this name"
     for names in index.lookups(name):
-        fitting = [stored for stored in names if _fits(stored, shape, index.base[stored].shape, transposed)]
+        fitting = [
+            stored for stored in names if _is_possible_match(stored, shape, index.base[stored].shape, transposed)
+        ]
         if len(fitting) == 1:
-            return _locations(fitting[0], shape, index.base[fitting[0]].shape)
+            return _find_locations(fitting[0], shape, index.base[fitting[0]].shape)
         if fitting:
             return f"several weights of BASE could be meant: {', '.join(sorted(fitting)[:3])}"
         if names:
-            problem = f"its shape {_texts(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
+            problem = (
+                f"its shape {_describe_shape(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
+            )
         if names == [name]:
             return problem
-    if locations := _expert_locations(name, shape, index) or (_part_of_stack(name, shape, index) if parts else ()):
+    if locations := _find_expert_locations(name, shape, index) or (
+        _find_part_of_stack(name, shape, index) if parts else ()
+    ):
         return locations
     if HEAD.search(name) and not any(HEAD.search(stored) for stored in index.base):
         tables = [stored for stored in index.base if EMBEDDINGS.search(stored)]
-        fitting = [stored for stored in tables if _fits(stored, shape, index.base[stored].shape, False)]
+        fitting = [stored for stored in tables if _is_possible_match(stored, shape, index.base[stored].shape, False)]
         if len(fitting) == 1:
-            return _locations(fitting[0], shape, index.base[fitting[0]].shape, layer=name)
+            return _find_locations(fitting[0], shape, index.base[fitting[0]].shape, layer=name)
     return problem
 
 
-def _texts(shape: Shape) -> str:
+def _describe_shape(shape: Shape) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
-def _equal(expected: Shape, stored: tuple[int, ...]) -> bool:
+def _have_equal_shapes(expected: Shape, stored: tuple[int, ...]) -> bool:
     return len(expected) == len(stored) and all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 
-def _fits(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
+def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
     """Return whether a stored weight may be the requested one."""
-    if _equal(expected, stored):
+    if _have_equal_shapes(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
-        return _equal(expected, flat(stored))
-    if transposed and len(expected) == len(stored) > 1 and _equal((*expected[:-2], expected[-1], expected[-2]), stored):
+        return _have_equal_shapes(expected, flat(stored))
+    if (
+        transposed
+        and len(expected) == len(stored) > 1
+        and _have_equal_shapes((*expected[:-2], expected[-1], expected[-2]), stored)
+    ):
         return True
     return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
 
 
-def _locations(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Location, ...]:
+def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Location, ...]:
     if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
@@ -280,7 +290,7 @@ def _locations(name: str, expected: Shape, stored: tuple[int, ...], layer: str =
     return (Location(layer or name, name, shape, rows=rows, whole=stored),)
 
 
-def _expert_locations(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
+def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
     """Return the locations of a fused parameter in a BASE that stores experts separately."""
     owner, _, leaf = name.rpartition(".")
     if len(expected) != 3 or leaf not in FUSED:
@@ -288,13 +298,13 @@ def _expert_locations(name: str, expected: Shape, index: _Index) -> tuple[Locati
     for candidate in dialects(f"{owner}."):
         leaves = index.experts.get(bare(candidate.rstrip(".")), {})
         for pieces in FUSED[leaf]:
-            locations = _pieces(pieces, leaves, expected, index.base)
+            locations = _find_pieces(pieces, leaves, expected, index.base)
             if locations:
                 return locations
     return ()
 
 
-def _pieces(
+def _find_pieces(
     pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], expected: Shape, base: Checkpoint
 ) -> tuple[Location, ...]:
     count, out, columns = expected
@@ -316,7 +326,7 @@ def _pieces(
     return tuple(locations)
 
 
-def _part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
+def _find_part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
     """Return the location of one expert's matrix in a BASE that stores all experts as one tensor."""
     match = EXPERT.fullmatch(name)
     if match is None or len(expected) != 2 or expected[0] is None:

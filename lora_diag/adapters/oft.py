@@ -78,7 +78,7 @@ def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, 
     rows, columns = torch.triu_indices(size, size, 1)
     q[:, rows, columns] = upper
     q = q - q.transpose(1, 2)
-    change = _cayley(q, terms) - torch.eye(size, dtype=torch.float64)
+    change = _cayley_transform(q, terms) - torch.eye(size, dtype=torch.float64)
     if table:
         change = change.transpose(1, 2)
     w = site.weight()
@@ -92,7 +92,7 @@ def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, 
     return rotated.reshape(w.shape)
 
 
-def _cayley(q: torch.Tensor, terms: int) -> torch.Tensor:
+def _cayley_transform(q: torch.Tensor, terms: int) -> torch.Tensor:
     """Return R of every block, ``(blocks, b, b)``; ``terms`` of the Neumann series, or 0 for the exact transform."""
     import torch
 

@@ -31,9 +31,9 @@ class Orientation:
             if (
                 len(stored) == 2
                 and stored[0] != stored[1]
-                and (vote := _nonsquare_in_out(base, name, shapes)) is not None
+                and (vote := _infer_nonsquare_in_out(base, name, shapes)) is not None
             ):
-                for group in _groups(name):
+                for group in _list_groups(name):
                     counts = self._votes.setdefault(group, {True: 0, False: 0})
                     counts[vote] += 1
 
@@ -41,32 +41,36 @@ class Orientation:
         """Return whether a weight is stored as ``(in, out)``."""
         if len(expected) != 2 or len(stored) != 2:
             return False
-        plain = _agrees(expected, stored)
-        if plain != _agrees(expected[::-1], stored):
+        plain = _shapes_agree(expected, stored)
+        if plain != _shapes_agree(expected[::-1], stored):
             return not plain
-        for group in _groups(name):
+        for group in _list_groups(name):
             votes = self._votes.get(group)
             if votes is not None and votes[True] != votes[False]:
                 return votes[True] > votes[False]
         return self._flag
 
 
-def _agrees(expected: Shape, stored: tuple[int, ...]) -> bool:
+def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
     return all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 
-def _groups(name: str) -> tuple[str, str]:
+def _list_groups(name: str) -> tuple[str, str]:
     """Return the groups of a weight: its name elsewhere, and its block."""
     parts = name.split(".")
     return f"leaf {'.'.join(parts[-2:])}", f"block {depth_of(name)}"
 
 
-def _nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
+def _infer_nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
     """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
     expected = shapes.get(name)
-    if expected is not None and len(expected) == 2 and _agrees(expected, stored) != _agrees(expected[::-1], stored):
-        return not _agrees(expected, stored)
+    if (
+        expected is not None
+        and len(expected) == 2
+        and _shapes_agree(expected, stored) != _shapes_agree(expected[::-1], stored)
+    ):
+        return not _shapes_agree(expected, stored)
     bias = name.removesuffix("weight") + "bias"
     if not name.endswith(".weight") or bias not in base or len(base[bias].shape) != 1:
         return None

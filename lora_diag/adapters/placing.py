@@ -87,10 +87,12 @@ def place(
         UsageError: A regular expression is not valid.
     """
     selected = selector(layers, exclude)
-    deltas, unpaired, notes = _alone(source, reading) if base is None else _on_base(source, reading, base)
+    deltas, unpaired, notes = (
+        _place_without_base(source, reading) if base is None else _place_on_base(source, reading, base)
+    )
     missing = [item for item in unpaired if item.reason == "not_in_base"]
     if missing and not allow_unmatched:
-        raise InputError(_unmatched(source, cast(Checkpoint, base), missing))
+        raise InputError(_make_unmatched_error(source, cast(Checkpoint, base), missing))
     chosen = [delta for delta in deltas if selected(delta.layer)]
     unpaired += [
         Unpaired(delta.layer, delta.shape, "not_selected", "left out by --layers or --exclude")
@@ -98,12 +100,12 @@ def place(
         if not selected(delta.layer)
     ]
     if not chosen:
-        raise _no_match_error(source, unpaired)
+        raise _make_no_match_error(source, unpaired)
     by_name = sorted(chosen, key=lambda delta: natural_order(delta.layer))
     return Pairing(tuple(by_name), tuple(unpaired)), notes
 
 
-def _unmatched(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
+def _make_unmatched_error(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
     shown = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return (
@@ -112,7 +114,7 @@ def _unmatched(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str
     )
 
 
-def _no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
+def _make_no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
     needs = next((item for item in unpaired if item.reason == "needs_base"), None)
     if needs is not None and all(item.reason == "needs_base" for item in unpaired):
         return InputError(f"{source.path}: {needs.layer}: {needs.detail}; run loradiag spectrum BASE {source.path}")
@@ -120,7 +122,7 @@ def _no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError | No
     return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({reasons})")
 
 
-def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
+def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter without a BASE."""
     deltas: list[Delta] = []
     unpaired: list[Unpaired] = []
@@ -131,7 +133,7 @@ def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired
             why = f"{update.needs_weight or reading.kind.partition(',')[0]} changes it in terms of the base weight"
             unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
         elif not update.optional:
-            deltas.append(_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))
+            deltas.append(_make_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))
     for value in reading.values:
         if not value.is_copy:
             shape = source.checkpoint[value.key].shape
@@ -141,10 +143,10 @@ def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired
     return deltas, unpaired, [LLAMA_ROWS] if ordered else []
 
 
-def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
+def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter relative to its BASE, the skipped updates, and notes."""
     copies, values = _sort_values(source, reading, base)
-    pieces, missing = _pieces(source, reading, base)
+    pieces, missing = _match_pieces(source, reading, base)
     unpaired = [
         Unpaired(name, tuple(size for size in shape if size is not None), "not_in_base", why)
         for name, (shape, why) in missing.items()
@@ -152,15 +154,15 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     layers: dict[str, list[Piece]] = {}
     for piece in pieces:
         layers.setdefault(piece.location.layer, []).append(piece)
-        unpaired += _added_rows(piece)
+        unpaired += _note_added_rows(piece)
     deltas: list[Delta] = []
     for layer, expected in layers.items():
         _refuse_overlap(source, layer, expected)
         copy = copies.pop(expected[0].location.name, None)
         plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
-        deltas.append(_delta(layer, expected, plus))
+        deltas.append(_make_delta(layer, expected, plus))
     stored = [*values, *copies.values()]
-    new_values, left_out = _new_values(source, stored, base)
+    new_values, left_out = _pair_new_values(source, stored, base)
     changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in new_values}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     tied = sorted(
@@ -184,7 +186,9 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
             raise InputError(f"{source.path}: {names} are both {layer} in BASE; give the matching part of the model")
 
 
-def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
+def _match_pieces(
+    source: Source, reading: Reading, base: Checkpoint
+) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
     """Match every update with BASE and determine its orientation."""
     expected = dict(update.expected for update in reading.updates)
     matched, missing = match_names(expected, base, transposed=True, parts=True)
@@ -195,20 +199,20 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     }
     flag = source.config is not None and source.config.flag("fan_in_fan_out")
     orientation = Orientation(base, shapes, flag)
-    model_type = _model_type(base, source)
+    model_type = _read_model_type(base, source)
     pieces = []
     for update in (in_rows_of(update, base) for update in reading.updates):
         index = 0 if update.expert is None else update.expert[0]
         for location in matched.get(update.expected[0], ()):
             if location.index == index:
-                in_out = _in_out(update, location, orientation, model_type)
+                in_out = _is_in_out(update, location, orientation, model_type)
                 location = replace(location, layer=update.weight) if update.keeps_name else location
-                pieces.append(_piece(update, location, base, in_out))
+                pieces.append(_make_piece(update, location, base, in_out))
     optional = {update.expected[0] for update in reading.updates if update.optional}
     return pieces, {name: (expected[name], why) for name, why in missing.items() if name not in optional}
 
 
-def _in_out(update: Update, location: Location, orientation: Orientation, model_type: str) -> bool:
+def _is_in_out(update: Update, location: Location, orientation: Orientation, model_type: str) -> bool:
     if update.in_out is None:
         return orientation.in_out(location.name, update.shape, location.whole)
     if location.rows is not None or len(location.whole) != 3:
@@ -217,7 +221,7 @@ def _in_out(update: Update, location: Location, orientation: Orientation, model_
     return update.in_out(model_type) if out == columns else location.shape != (out, columns)
 
 
-def _piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
+def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
     layer = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
     side = layer
     if layer is not None and location.into is not None:
@@ -237,7 +241,7 @@ def _piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -
     return Piece(update, location, Site(shape, side, in_out), layer)
 
 
-def _model_type(base: Checkpoint, source: Source) -> str:
+def _read_model_type(base: Checkpoint, source: Source) -> str:
     """Return transformers' model type from BASE's config or from the adapter's; empty if unknown."""
     if isinstance(name := base.config.get("model_type"), str):
         return name
@@ -245,7 +249,7 @@ def _model_type(base: Checkpoint, source: Source) -> str:
     return str(mapping.get("parent_library", "")).rpartition(".modeling_")[2]
 
 
-def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
+def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
     """Return the ΔW of one layer from its updates."""
     first = pieces[0]
     shape = first.location.shape if len(first.location.shape) == 2 else (1, first.location.shape[0])
@@ -274,22 +278,22 @@ def load_factors(pieces: list[Piece]) -> Factors:
     """Return B and A of a layer in its stored orientation; several updates are concatenated."""
     import torch
 
-    factors = [_factors(piece) for piece in pieces]
+    factors = [_read_factors(piece) for piece in pieces]
     if len(factors) == 1:
         return factors[0]
     return torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
 
 
-def _factors(piece: Piece) -> Factors:
+def _read_factors(piece: Piece) -> Factors:
     b, a = cast("Factors", piece.update.load(piece.site))
     if piece.location.rows is not None:
         b = b[slice(*piece.location.rows)]
     if piece.site.transposed:
         b, a = a.T, b.T
-    return _into_layer(b, piece.location), a
+    return _embed_in_layer(b, piece.location), a
 
 
-def _into_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
+def _embed_in_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
     """Return a part of a layer's rows as a full matrix with zeros elsewhere."""
     if location.into is None:
         return part
@@ -303,11 +307,11 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
     total = None
     for piece in pieces:
         if piece.update.factored:
-            b, a = _factors(piece)
+            b, a = _read_factors(piece)
             change = b @ a
         else:
             change = cast("torch.Tensor", piece.update.load(piece.site))
-            change = _into_layer(change.T if piece.site.transposed else change, piece.location)
+            change = _embed_in_layer(change.T if piece.site.transposed else change, piece.location)
         total = change if total is None else total + change
     assert total is not None
     if plus is not None:
@@ -315,7 +319,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
     return total.float().reshape(total.shape if total.ndim == 2 else (1, -1))
 
 
-def _added_rows(piece: Piece) -> Iterator[Unpaired]:
+def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
     """Return a note on vocabulary rows that only the adapter or only BASE has."""
     expected, location = piece.update.shape[0], piece.location
     if piece.update.expert is not None or location.rows is None or expected is None:
@@ -334,12 +338,12 @@ def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[di
         if value.is_copy:
             matched, _ = match_names({value.weight: source.checkpoint[value.key].shape}, base)
             name = matched[value.weight][0].name if value.weight in matched else value.weight
-            if name not in base or not _same(source, value.key, base, name):
+            if name not in base or not _equals_base(source, value.key, base, name):
                 copies[name] = value
     return copies, [value for value in reading.values if not value.is_copy]
 
 
-def _same(source: Source, key: str, base: Checkpoint, name: str) -> bool:
+def _equals_base(source: Source, key: str, base: Checkpoint, name: str) -> bool:
     """Return whether a tensor of the adapter equals BASE's."""
     import torch
 
@@ -357,7 +361,9 @@ def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor
     return as_float64(checkpoint.read(key, 0, count)).view(site.shape) - site.weight()
 
 
-def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tuple[list[StoredDelta], list[Unpaired]]:
+def _pair_new_values(
+    source: Source, values: list[NewValue], base: Checkpoint
+) -> tuple[list[StoredDelta], list[Unpaired]]:
     """Pair the weights stored in full in the adapter with BASE."""
     expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
     matched, missing = match_names(expected, base)

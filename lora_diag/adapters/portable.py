@@ -162,13 +162,15 @@ def convert(
     }
     unsupported = {layer: reason for layer, reason in reasons.items() if reason}
     if unsupported and not leave_out:
-        raise InputError(f"{adapter.path}: {_named(unsupported)}; --leave-out writes the adapter without")
+        raise InputError(f"{adapter.path}: {_list_by_reason(unsupported)}; --leave-out writes the adapter without")
     kept = [item for item in contents.items if item.layer not in unsupported]
     if not kept:
-        raise InputError(f"{adapter.path}: no part of it can be written as a portable adapter: {_named(unsupported)}")
+        raise InputError(
+            f"{adapter.path}: no part of it can be written as a portable adapter: {_list_by_reason(unsupported)}"
+        )
     stored = {update.dtype for update in adapter.reading.updates}
     dtype = stored.pop() if len(stored) == 1 else "float32"
-    parts = {item.layer: _part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
+    parts = {item.layer: _make_part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
     rank = max(part.placed.rank for part in parts.values())
     plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
@@ -196,18 +198,18 @@ def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
         )
 
 
-def _part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
+def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
     """Return the factors of one item: how to read them, their shapes, and whether a dtype holds them."""
     import torch
 
-    load: Callable[[], Factors] = partial(_plain, item)
+    load: Callable[[], Factors] = partial(_make_plain_part, item)
     epsilon = 0.0
     if item.part in {"dora", "residual"}:
         assert delta is not None
         if isinstance(delta, FactoredDelta):
-            load = partial(_of_delta, item, delta)
+            load = partial(_make_part_of_delta, item, delta)
         else:
-            b, a, epsilon = _nearest(item, delta)
+            b, a, epsilon = _approximate_delta(item, delta)
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
             load = partial(_load_cached, file)
@@ -217,14 +219,14 @@ def _part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: st
     return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, is_exact)
 
 
-def _plain(item: Item) -> Factors:
+def _make_plain_part(item: Item) -> Factors:
     assert item.load is not None
     loaded = item.load(Site(item.shape))
     assert isinstance(loaded, tuple)
     return loaded
 
 
-def _of_delta(item: Item, delta: FactoredDelta) -> Factors:
+def _make_part_of_delta(item: Item, delta: FactoredDelta) -> Factors:
     b, a = delta.load()
     return (a.T, b.T) if _is_turned(item, delta) else (b, a)
 
@@ -240,7 +242,7 @@ def _is_turned(item: Item, delta: Delta) -> bool:
     return delta.shape != item.shape and delta.shape == item.shape[::-1]
 
 
-def _nearest(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Form ΔW; return its best approximation of the item's rank, and the error ε (Eckart and Young 1936)."""
     import torch
 
@@ -257,7 +259,7 @@ def _nearest(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, floa
     return u[:, :rank] * s[:rank], vh[:rank], epsilon
 
 
-def _named(unsupported: Mapping[str, str]) -> str:
+def _list_by_reason(unsupported: Mapping[str, str]) -> str:
     """List unsupported weights by reason."""
     reasons: dict[str, list[str]] = {}
     for layer, reason in unsupported.items():

@@ -35,7 +35,8 @@ def replicated(updates: list[Update], config: Config) -> tuple[list[Update], lis
         "model, and each is compared with the layer of BASE that it repeats"
     )
     assigned = [
-        replace(update, base_weight=_in_base(update.weight, order, config), keeps_name=True) for update in updates
+        replace(update, base_weight=_rename_in_base(update.weight, order, config), keeps_name=True)
+        for update in updates
     ]
     return assigned, [note]
 
@@ -56,7 +57,7 @@ def _order(config: Config) -> list[int]:
     return order
 
 
-def _in_base(weight: str, order: list[int], config: Config) -> str:
+def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
     def source(match: re.Match[str]) -> str:
         if int(match[0]) >= len(order):
             raise InputError(

@@ -50,11 +50,11 @@ def less_part(factors: Callable[[Site], Factors], name: str, scale: float, rank:
     import torch
 
     b, a = factors(site)
-    left, right = _part(site.weight(), name, scale, rank)
+    left, right = _read_part(site.weight(), name, scale, rank)
     return torch.cat([b, -left], dim=1), torch.cat([a, right])
 
 
-def _part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
+def _read_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
     import torch
 
     if name == "OLoRA":

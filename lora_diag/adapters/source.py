@@ -201,7 +201,7 @@ def is_adapter(path: Path | str) -> bool:
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
             return True
-        single = _single_file(path)
+        single = _find_single_file(path)
         return single is not None and is_adapter(single)
     if path.is_file() and path.suffix == GGUF:
         return _is_gguf_adapter(path)
@@ -228,7 +228,7 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
     path = as_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; check the path")
-    file = _weights_in(path) if path.is_dir() else path
+    file = _find_weights(path) if path.is_dir() else path
     if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
         return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, stated_alpha)
@@ -261,7 +261,7 @@ def _is_gguf_adapter(path: Path) -> bool:
         return False  # errors are reported when it is opened
 
 
-def _single_file(folder: Path) -> Path | None:
+def _find_single_file(folder: Path) -> Path | None:
     """Return the only safetensors or GGUF file of a folder that holds no full checkpoint."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
@@ -269,11 +269,11 @@ def _single_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _weights_in(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
     for name in ADAPTER_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    single = _single_file(folder)
+    single = _find_single_file(folder)
     if single is None:
         raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
     return single

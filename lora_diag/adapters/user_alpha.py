@@ -44,7 +44,9 @@ def with_config(source: Source) -> Source:
         return source
     config = source.config
     if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
-        return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _settings(source)), is_completed=True)
+        return replace(
+            source, config=Config(Path(f"{source.path} (--alpha)"), _complete_settings(source)), is_completed=True
+        )
     if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
         added: dict[str, Any] = {"lora_alpha": source.stated_alpha}
         if source.stated_alpha == "rank":
@@ -53,7 +55,7 @@ def with_config(source: Source) -> Source:
     return source
 
 
-def _settings(source: Source) -> dict[str, Any]:
+def _complete_settings(source: Source) -> dict[str, Any]:
     modules, _ = by_module(source.checkpoint, _FACTORS, source.path)
     ranks = {
         module: source.checkpoint[parts[key]].shape[0]

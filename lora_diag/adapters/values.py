@@ -66,7 +66,7 @@ def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
     Raises:
         InputError: The number of indices differs from the number of rows.
     """
-    rows = _rows(source.settings, module, indices)
+    rows = _read_row_indices(source.settings, module, indices)
     shape = source.checkpoint[key].shape
     if len(shape) != 2 or not rows or len(rows) != shape[0] or len(set(rows)) != len(rows):
         raise InputError(
@@ -77,7 +77,7 @@ def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
     return Update(f"{module}.weight", (None, shape[1]), load, True, source.checkpoint[key].dtype, "trainable tokens")
 
 
-def _rows(config: Config, module: str, indices: Any) -> list[int]:
+def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:
     """Return the indices of one table, from a list for the only one or from a mapping by module."""
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if is_named(module, name)), None)

@@ -112,12 +112,12 @@ def write_adapter(
     groups: dict[str, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.target.module, []).append(part)
-    prefixes = _prefixes([group[0].target for group in groups.values()])
+    prefixes = _make_prefixes([group[0].target for group in groups.values()])
     tensors: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     width = max(map(module_rank, groups.values()), default=1) if portable else None
     for module, group in groups.items():
-        for key, shape, read in _tensors(prefixes[module], group, width):
+        for key, shape, read in _list_tensors(prefixes[module], group, width):
             readers[key] = read
             tensors[key] = TensorInfo(key, shape, open_checkpoint(group[0].file)["B"].dtype)
     for value in values:
@@ -158,7 +158,7 @@ def module_rank(group: Sequence[Part]) -> int:
     return max(ranks.values())
 
 
-def _prefixes(targets: Sequence[Target]) -> dict[str, str]:
+def _make_prefixes(targets: Sequence[Target]) -> dict[str, str]:
     """Return the prefixes of the keys of every module; parameters of one owner are nested, the last one outermost."""
     prefixes = {target.module: PREFIX + target.module for target in targets if target.kind != "parameter"}
     owners: dict[str, list[str]] = {}
@@ -176,11 +176,11 @@ def _prefixes(targets: Sequence[Target]) -> dict[str, str]:
 Stored = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
-def _tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> list[Stored]:
+def _list_tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> list[Stored]:
     """Return name, shape and reader of the factors of one module, at its rank or padded to another."""
     target, rank = group[0].target, width or group[0].rank
     out, columns = target.peft_shape
-    a, b = partial(_filled, group[0], "A", rank), partial(_filled, group[0], "B", rank)
+    a, b = partial(_pad_factor, group[0], "A", rank), partial(_pad_factor, group[0], "B", rank)
     if target.kind == "embedding":
         return [(f"{prefix}.lora_embedding_A", (rank, columns), a), (f"{prefix}.lora_embedding_B", (out, rank), b)]
     if target.kind == "convolution":
@@ -193,13 +193,13 @@ def _tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> li
         rank, count = module_rank(group), target.expert[1]
         rows = out * target.half[1]
         return [
-            (f"{prefix}.lora_A.weight", (rank * count, columns), partial(_stacked_a, group, rank)),
-            (f"{prefix}.lora_B.weight", (rows, rank * count), partial(_stacked_b, group, rank)),
+            (f"{prefix}.lora_A.weight", (rank * count, columns), partial(_stack_a, group, rank)),
+            (f"{prefix}.lora_B.weight", (rows, rank * count), partial(_stack_b, group, rank)),
         ]
     return [(f"{prefix}.lora_A.weight", (rank, columns), a), (f"{prefix}.lora_B.weight", (out, rank), b)]
 
 
-def _filled(part: Part, name: str, rank: int) -> torch.Tensor:
+def _pad_factor(part: Part, name: str, rank: int) -> torch.Tensor:
     """Return ``A`` or ``B`` padded with zeros to a rank."""
     factor = part.read(name)
     if rank == part.rank:
@@ -210,27 +210,27 @@ def _filled(part: Part, name: str, rank: int) -> torch.Tensor:
     return whole
 
 
-def _stacked_a(group: Sequence[Part], rank: int) -> torch.Tensor:
+def _stack_a(group: Sequence[Part], rank: int) -> torch.Tensor:
     """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A. Experts of lower rank are padded with zero rows."""
     target = group[0].target
     whole = group[0].read("A").new_zeros(target.expert[1], rank, target.peft_shape[1])
-    for part, first in _columns(group):
+    for part, first in _enumerate_columns(group):
         whole[part.target.expert[0], first : first + part.rank] = part.read("A")
     return whole.reshape(-1, whole.shape[2])
 
 
-def _stacked_b(group: Sequence[Part], rank: int) -> torch.Tensor:
+def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
     """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; block-diagonal for halves."""
     target = group[0].target
     rows = target.peft_shape[0]
     whole = group[0].read("B").new_zeros(rows * target.half[1], rank, target.expert[1])
-    for part, first in _columns(group):
+    for part, first in _enumerate_columns(group):
         row = part.target.half[0] * rows
         whole[row : row + rows, first : first + part.rank, part.target.expert[0]] = part.read("B")
     return whole.reshape(len(whole), -1)
 
 
-def _columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
+def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
     """Yield every part with its first column among those of its expert: halves are adjacent."""
     used: Counter[int] = Counter()
     for part in sorted(group, key=lambda part: (part.target.expert[0], part.target.half[0])):
@@ -257,7 +257,7 @@ def adapter_config(
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": target_modules(adapted, described.modules) if adapted else None if parameters else [],
-        "target_parameters": _shortest(parameters, described.parameters, 2) if parameters else None,
+        "target_parameters": _find_shortest_names(parameters, described.parameters, 2) if parameters else None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": "conv1d" in kinds.values(),
         "bias": "all" if any(not value.module for value in values) else "none",
@@ -304,12 +304,12 @@ def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str
     'h\\.1\\.up'
     """
     known = {*modules, *adapted}
-    names = _shortest(adapted, known)
+    names = _find_shortest_names(adapted, known)
     matched = {module for module in known if any(is_named(module, name) for name in names)}
     return names if matched == set(adapted) else "|".join(re.escape(module) for module in sorted(adapted))
 
 
-def _shortest(adapted: Collection[str], known: Collection[str], parts: int = 1) -> list[str]:
+def _find_shortest_names(adapted: Collection[str], known: Collection[str], parts: int = 1) -> list[str]:
     """Return the last ``parts`` parts of the names if all modules with these endings are adapted, else whole names."""
     expected = set(adapted)
 

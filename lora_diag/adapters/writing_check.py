@@ -34,7 +34,7 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
     deltas = {delta.layer: delta for delta in pairing.deltas}
     for part in parts:
         index, count = part.target.expert
-        if index in {0, count - 1} and not _same(deltas.get(part.target.layer), part):
+        if index in {0, count - 1} and not _are_equal(deltas.get(part.target.layer), part):
             raise InputError(
                 f"{folder}: the factors of {part.target.layer} differ when read back, since names and shapes of "
                 "BASE do not determine its layout; exclude it with --exclude and report this"
@@ -65,14 +65,14 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
             raise InputError(
                 f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
             )
-        pairs = zip(_used(*actual_delta.load()), _used(*delta.load()), strict=True)
+        pairs = zip(_select_used(*actual_delta.load()), _select_used(*delta.load()), strict=True)
         if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
             raise InputError(
                 f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
             )
 
 
-def _same(delta: Delta | None, part: Part) -> bool:
+def _are_equal(delta: Delta | None, part: Part) -> bool:
     import torch
 
     if not isinstance(delta, FactoredDelta) or delta.shape != part.target.shape:
@@ -80,11 +80,11 @@ def _same(delta: Delta | None, part: Part) -> bool:
     written = as_float64(part.read("B")), as_float64(part.read("A"))
     if part.target.transposed:
         written = written[1].T, written[0].T
-    pairs = zip(_used(*delta.load()), _used(*written), strict=True)
+    pairs = zip(_select_used(*delta.load()), _select_used(*written), strict=True)
     return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
-def _used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _select_used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the columns of B and rows of A that are not padding."""
     used = (b != 0).any(0) & (a != 0).any(1)
     return b[:, used], a[used]

@@ -162,7 +162,7 @@ class Model:
         self._base = base
         self._own = own_names or {}
         self.type = str(base.config.get("model_type", ""))
-        self._renames = _renames(base, self.type)
+        self._load_renames = _load_renames(base, self.type)
         self._orientation = Orientation(base, {}, self.type in CONV1D_MODELS)
         self._experts = _count_experts(base) if self.type in FUSED_MODELS else {}
         self._mixtures = {match["owner"] for name in base if (match := SIBLING_OF_EXPERTS.match(self.parameter(name)))}
@@ -176,7 +176,7 @@ class Model:
         """Return the name that a weight has in memory."""
         if name in self._own:
             return self._own[name]
-        for pattern, replacement in self._renames:
+        for pattern, replacement in self._load_renames:
             name = re.sub(pattern, replacement, name)
         return name
 
@@ -184,17 +184,17 @@ class Model:
         """Return the parameter in memory for a tensor of BASE, or for the parameter it is part of."""
         match = EXPERT.fullmatch(name)
         if match and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
-            leaf, _ = self._fused(match["leaf"])
+            leaf, _ = self._find_fused(match["leaf"])
             return self.in_memory(f"{match['owner']}.{leaf}")
         return self.in_memory(name)
 
-    def _fused(self, leaf: str) -> tuple[str, int]:
+    def _find_fused(self, leaf: str) -> tuple[str, int]:
         """Return the fused parameter of one expert's matrix, and its half."""
         if self.type in UNGATED_MODELS and leaf == "up_proj":
             return leaf, 0
         return FUSED_LEAVES[leaf]
 
-    def _flipped(self, leaf: str, stored: tuple[int, ...]) -> bool:
+    def _is_transposed(self, leaf: str, stored: tuple[int, ...]) -> bool:
         """Return whether experts are stored transposed with respect to memory.
 
         transformers transposes them on loading if their shape differs from the parameter: the Hub and models saved by
@@ -221,16 +221,16 @@ class Model:
             return "PEFT refuses to adapt it in a Mamba model"
         if len(stored) == 3 and EXPERTS.search(memory):
             index = int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
-            in_out = (self.type in TRANSPOSED_MODELS) != self._flipped(leaf, stored)
+            in_out = (self.type in TRANSPOSED_MODELS) != self._is_transposed(leaf, stored)
             return Target(delta.layer, delta.shape, memory, "parameter", in_out, expert=(index, stored[0]))
         if (match := EXPERT.fullmatch(name)) and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
-            half = self._fused(match["leaf"])[1], HALVES[leaf]
+            half = self._find_fused(match["leaf"])[1], HALVES[leaf]
             expert = int(match["index"]), self._experts[match["owner"]]
             return Target(delta.layer, delta.shape, memory, "parameter", expert=expert, half=half)
         if not memory.endswith(".weight"):
             return "a bare parameter, not the weight of a layer"
         if len(stored) > 2:
-            return _convolution(delta, module, stored, name)
+            return _make_convolution(delta, module, stored, name)
         router = ROUTER.match(memory)
         if (router and router["owner"] in self._mixtures) or (self.type in FUSED_MODELS and leaf in EXPERT_LIKE_NAMES):
             return Target(delta.layer, delta.shape, memory, "parameter")
@@ -241,7 +241,7 @@ class Model:
         return Target(delta.layer, delta.shape, module, "linear")
 
 
-def _convolution(delta: Delta, module: str, stored: tuple[int, ...], name: str) -> Target | str:
+def _make_convolution(delta: Delta, module: str, stored: tuple[int, ...], name: str) -> Target | str:
     if len(stored) == 3 and not CONVOLUTION.search(name):
         return "a bare parameter of three dimensions, not the weight of a layer"
     if stored[1] == 1 and stored[0] > 1:
@@ -258,7 +258,7 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
     return counts
 
 
-def _renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
+def _load_renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
     """Return the regular expressions that convert names on disk to names in memory, in order."""
     names = list(base)
     if model_type in NESTED_IN_MEMORY:

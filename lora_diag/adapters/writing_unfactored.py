@@ -60,12 +60,12 @@ def full_values(
         module = model.in_memory(name).rpartition(".")[0]
         if disk_module not in whole:
             key = f"{module}.base_layer.bias" if module in adapted else f"{module}.bias"
-            values[key] = _value(key, name, deltas.get(name), base)
+            values[key] = _read_value(key, name, deltas.get(name), base)
             continue
         for sibling in base:
             if sibling.rpartition(".")[0] == disk_module:
                 key = model.in_memory(sibling)
-                values[key] = _value(key, sibling, deltas.get(sibling), base, module)
+                values[key] = _read_value(key, sibling, deltas.get(sibling), base, module)
     return list(values.values())
 
 
@@ -75,24 +75,24 @@ def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
     return name.endswith(".bias") and weight in base and len(base[weight].shape) > 1
 
 
-def _value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
+def _read_value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
     info = base[name]
     if isinstance(delta, StoredDelta):
         info = delta.tuned.info
-        read = partial(_whole, delta.tuned)
+        read = partial(_read_whole, delta.tuned)
     elif delta is None:
-        read = partial(_whole, Side(base, name))
+        read = partial(_read_whole, Side(base, name))
     else:
         info = TensorInfo(key, info.shape, "float32")
-        read = partial(_changed, delta, base, name)
+        read = partial(_compute_changed_value, delta, base, name)
     return Value(key, TensorInfo(key, info.shape, info.dtype), read, module)
 
 
-def _whole(side: Side) -> torch.Tensor:
+def _read_whole(side: Side) -> torch.Tensor:
     return side.checkpoint.read(side.name).view(side.info.shape)
 
 
-def _changed(delta: Delta, base: Checkpoint, name: str) -> torch.Tensor:
+def _compute_changed_value(delta: Delta, base: Checkpoint, name: str) -> torch.Tensor:
     """Return the new value of a tensor that an adapter changes, float32."""
     assert not isinstance(delta, StoredDelta)
     if isinstance(delta, FactoredDelta):

@@ -167,36 +167,36 @@ class Archive:
         storage, offset, shape, strides = value.args[:4]
         dtype = value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
         if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset,)) and len(shape) == len(strides)):
-            raise self._error(name, "has an invalid shape")
-        kind, begin, size = self._storage(storage, name)
+            raise self._make_error(name, "has an invalid shape")
+        kind, begin, size = self._locate_storage(storage, name)
         if isinstance(dtype, Record):
             kind = dtype.name
         if kind not in WIDTH:
-            raise self._error(name, f"has the unsupported dtype {kind}")
+            raise self._make_error(name, f"has the unsupported dtype {kind}")
         count, width = math.prod(shape), WIDTH[kind]
         if count and not _is_row_major(shape, strides):
-            raise self._error(name, f"is not stored in row-major order (strides {list(strides)})")
+            raise self._make_error(name, f"is not stored in row-major order (strides {list(strides)})")
         if (offset + count) * width > size:
-            raise self._error(name, f"needs {(offset + count) * width:,} bytes, but its storage has {size:,}")
+            raise self._make_error(name, f"needs {(offset + count) * width:,} bytes, but its storage has {size:,}")
         return StoredTensor(self.file, name, kind, tuple(shape), begin + offset * width)
 
-    def _storage(self, storage: Any, name: str) -> tuple[str, int, int]:
+    def _locate_storage(self, storage: Any, name: str) -> tuple[str, int, int]:
         """Return dtype, position and bytes of a storage."""
         id_ = storage.id if isinstance(storage, Persistent) else None
         if not isinstance(id_, tuple) or len(id_) < 3 or id_[0] != "storage" or not isinstance(id_[1], Record):
-            raise self._error(name, "has no storage in the file")
+            raise self._make_error(name, "has no storage in the file")
         info = self._entries.get(f"data/{id_[2]}") if isinstance(id_[2], str) else None
         if info is None:
-            raise self._error(name, f"has its storage in data/{id_[2]!s:.40}, which is missing")
+            raise self._make_error(name, f"has its storage in data/{id_[2]!s:.40}, which is missing")
         # The entry's data follows its own header: 30 bytes, its name, and padding.
         header = bytearray(30)
         self.file.fill(memoryview(header), self._offset + info.header_offset, name)
         if header[:4] != b"PK\3\4":
-            raise self._error(name, "has its storage at a wrong position")
+            raise self._make_error(name, "has its storage at a wrong position")
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return STORAGES.get(id_[1].name, id_[1].name), self._offset + info.header_offset + 30 + lengths, info.file_size
 
-    def _error(self, name: str, problem: str) -> InputError:
+    def _make_error(self, name: str, problem: str) -> InputError:
         return InputError(f"{self.file.path}: {name} {problem}; save it again")
 
 

@@ -65,8 +65,8 @@ class FourBitWeight:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of W, float32."""
-        values = self._whole("quant_map")[self._codes(start, stop)]
-        return values.mul_(spread(self._absmax(*self._blocks(start, stop)), self.block, start, stop))
+        values = self._read_whole("quant_map")[self._read_codes(start, stop)]
+        return values.mul_(spread(self._read_absmax(*self._decode_blocks(start, stop)), self.block, start, stop))
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
         """Return steps whose half bounds the error of the entries ``start:stop``, float32.
@@ -75,20 +75,20 @@ class FourBitWeight:
         from t to its farther neighbour in the table. If a itself is stored as â = a ± δ, the error of t·â is at most
         â·gap/2 + (|t| + gap/2)·δ.
         """
-        codes, (first, last) = self._codes(start, stop), self._blocks(start, stop)
-        table = self._whole("quant_map")
+        codes, (first, last) = self._read_codes(start, stop), self._decode_blocks(start, stop)
+        table = self._read_whole("quant_map")
         gap = gaps(table)[codes]
-        steps = gap * spread(self._absmax(first, last).abs(), self.block, start, stop)
+        steps = gap * spread(self._read_absmax(first, last).abs(), self.block, start, stop)
         if self.nested:
-            error = gaps(self._whole("nested_quant_map"))[self._nested_codes(first, last)]
-            error *= self._nested_absmax(first, last).abs()
+            error = gaps(self._read_whole("nested_quant_map"))[self._read_nested_codes(first, last)]
+            error *= self._read_nested_absmax(first, last).abs()
             steps += (table[codes].abs() + gap / 2) * spread(error, self.block, start, stop)
         return steps
 
-    def _blocks(self, start: int, stop: int) -> tuple[int, int]:
+    def _decode_blocks(self, start: int, stop: int) -> tuple[int, int]:
         return start // self.block, -(-stop // self.block)
 
-    def _codes(self, start: int, stop: int) -> torch.Tensor:
+    def _read_codes(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
         name = self.info.name
@@ -98,24 +98,24 @@ class FourBitWeight:
         codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
         return codes[start - first * 2 * width :][: stop - start].int()
 
-    def _absmax(self, first: int, last: int) -> torch.Tensor:
+    def _read_absmax(self, first: int, last: int) -> torch.Tensor:
         """Return the absolute maxima of the blocks ``first:last``."""
         if self.nested is None:
             return self.source.read(f"{self.info.name}.absmax", first, last).float()
-        values = self._whole("nested_quant_map")[self._nested_codes(first, last)]
-        return values.mul_(self._nested_absmax(first, last)).add_(self.nested.offset)
+        values = self._read_whole("nested_quant_map")[self._read_nested_codes(first, last)]
+        return values.mul_(self._read_nested_absmax(first, last)).add_(self.nested.offset)
 
-    def _nested_codes(self, first: int, last: int) -> torch.Tensor:
+    def _read_nested_codes(self, first: int, last: int) -> torch.Tensor:
         return self.source.read(f"{self.info.name}.absmax", first, last).int()
 
-    def _nested_absmax(self, first: int, last: int) -> torch.Tensor:
+    def _read_nested_absmax(self, first: int, last: int) -> torch.Tensor:
         """Return the multipliers of the nested values of the blocks ``first:last``."""
         assert self.nested is not None
         block = self.nested.block
         values = self.source.read(f"{self.info.name}.nested_absmax", first // block, -(-last // block))
         return spread(values.float(), block, first, last)
 
-    def _whole(self, part: str) -> torch.Tensor:
+    def _read_whole(self, part: str) -> torch.Tensor:
         return self.source.read(f"{self.info.name}.{part}").float()
 
 
@@ -160,7 +160,7 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
                 f"{source.file_of(name)}: {name} has no settings ({weight}{STATE}nf4 is missing); save the model again"
             )
     for name, kind in states.items():
-        yield _four_bit(source, name, kind)
+        yield _describe_four_bit(source, name, kind)
 
 
 def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
@@ -170,7 +170,7 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
         if module == name:
             continue
         weight, layout = f"{module}.weight", f"{module}.weight_format"
-        if not _scales_rows(source, name, weight):
+        if not _has_row_scales(source, name, weight):
             raise InputError(
                 f"{source.file_of(name)}: {name} has no int8 matrix {weight} to scale; save the model again"
             )
@@ -189,13 +189,13 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
         )
 
 
-def _scales_rows(source: Checkpoint, scale: str, weight: str) -> bool:
+def _has_row_scales(source: Checkpoint, scale: str, weight: str) -> bool:
     if weight not in source or source[weight].dtype != "int8" or len(source[weight].shape) != 2:
         return False
     return source[scale].shape == source[weight].shape[:1]
 
 
-def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
+def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
     """Return a 4-bit weight after checking its settings against the sizes of its stored tensors."""
     state_name = f"{name}{STATE}{kind}"
     state = _state(source, state_name)
@@ -204,8 +204,8 @@ def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
             f"{source.file_of(state_name)}: {name} has the unsupported format {state.get('quant_type', kind)!r}; "
             "supported are nf4 and fp4"
         )
-    shape = _shape(source, state_name, state)
-    block = _block_size(source, state_name, state, "blocksize")
+    shape = _read_shape(source, state_name, state)
+    block = _read_block_size(source, state_name, state, "blocksize")
     count = math.prod(shape)
     nested = None
     sizes = {"quant_map": 16, "absmax": -(-count // block)}
@@ -216,7 +216,7 @@ def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
                 f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a finite number; "
                 "save it again"
             )
-        nested = Nested(_block_size(source, state_name, state, "nested_blocksize"), float(offset))
+        nested = Nested(_read_block_size(source, state_name, state, "nested_blocksize"), float(offset))
         sizes |= {"nested_quant_map": 256, "nested_absmax": -(-sizes["absmax"] // nested.block)}
     for part, size in sizes.items():
         integers = part == "absmax" and nested is not None
@@ -255,7 +255,7 @@ def _state(source: Checkpoint, name: str) -> dict[str, Any]:
     return state
 
 
-def _shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, ...]:
+def _read_shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, ...]:
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
         raise InputError(
@@ -265,7 +265,7 @@ def _shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, .
     return tuple(shape)
 
 
-def _block_size(source: Checkpoint, name: str, state: dict[str, Any], key: str) -> int:
+def _read_block_size(source: Checkpoint, name: str, state: dict[str, Any], key: str) -> int:
     value = state.get(key)
     if type(value) is not int or not 0 < value <= MAX_BLOCK:
         raise InputError(

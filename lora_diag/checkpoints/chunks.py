@@ -80,14 +80,14 @@ class Boxes:
                     f"shape {list(self.shape)}; save the checkpoint again"
                 )
             covered += math.prod(box.sizes)
-        if not self.boxes or covered != math.prod(self.shape) or self._overlap():
+        if not self.boxes or covered != math.prod(self.shape) or self._has_overlap():
             raise InputError(
                 f"{path}: the parts of {name} hold {covered:,} entries of {math.prod(self.shape):,}"
                 f"{' and overlap' if covered == math.prod(self.shape) else ''}; a file is missing, or the folder holds "
                 "files of two checkpoints"
             )
 
-    def _overlap(self) -> bool:
+    def _has_overlap(self) -> bool:
         """Return whether two boxes have an entry in common. Boxes are sorted by their first index."""
         pairs = 0
         for index, box in enumerate(self.boxes):
@@ -95,7 +95,7 @@ class Boxes:
                 if box.sizes and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
                     break
                 pairs += 1
-                if pairs > MAX_PAIRS or _boxes_overlap(box, other):
+                if pairs > MAX_PAIRS or _do_boxes_overlap(box, other):
                     return True
         return False
 
@@ -116,7 +116,7 @@ class Boxes:
         out: torch.Tensor | None = None
         for box in self.boxes:
             left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
-            for row, index, count in _runs(box, self.shape, self._cut, first, last):
+            for row, index, count in _find_runs(box, self.shape, self._cut, first, last):
                 part = box.source.read(index * across, (index + count) * across).view(count, across)
                 if out is None:
                     out = torch.empty((last - first, width), dtype=part.dtype)
@@ -147,19 +147,19 @@ class Boxes:
         for box in self.boxes:
             content = box.source.read_bytes()
             left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
-            for row, index, count in _runs(box, self.shape, self._cut, 0, len(out) // max(1, row_bytes)):
+            for row, index, count in _find_runs(box, self.shape, self._cut, 0, len(out) // max(1, row_bytes)):
                 for i in range(count):
                     position = (row + i) * row_bytes + left
                     out[position : position + across] = content[(index + i) * across : (index + i + 1) * across]
         return bytes(out)
 
 
-def _boxes_overlap(first: Box, second: Box) -> bool:
+def _do_boxes_overlap(first: Box, second: Box) -> bool:
     edges = zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in edges)
 
 
-def _runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> Sequence[tuple[int, int, int]]:
+def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> Sequence[tuple[int, int, int]]:
     """Return the rows of a box among the rows ``first:last`` of the tensor, as runs of neighbours.
 
     A row is an index of the dimensions before ``cut``.
@@ -172,7 +172,7 @@ def _runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> 
     top, own_height = box.offsets[cut - 1], box.sizes[cut - 1]
     runs = []
     for slab in range(first // height, -(-last // height)):
-        index = _own_index(slab, slabs, box.offsets, own_slabs)
+        index = _index_in_box(slab, slabs, box.offsets, own_slabs)
         if index is None:
             continue
         low, high = max(first, slab * height + top), min(last, slab * height + top + own_height)
@@ -181,7 +181,7 @@ def _runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> 
     return runs
 
 
-def _own_index(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
+def _index_in_box(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
     """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
     result, step = 0, 1
     for size, offset, inside in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):

@@ -72,25 +72,25 @@ def packed_values(layout: Packed, first: int, last: int) -> torch.Tensor:
     """Return rows of a weight of packed integers."""
     source, module, bits = layout.source, layout.module, layout.bits
     codes = unpack(read_rows(source, f"{module}{PACKED}", first, last), bits, layout.shape[1])
-    group = _groups(layout)
+    group = _read_groups(layout)
     if layout.has_zeros:
-        zeros = _zeros(layout, first, last)
+        zeros = _read_zeros(layout, first, last)
         codes -= zeros[:, group]
     else:
         codes -= 2 ** (bits - 1)
-    return codes.float() * _scales(layout, first, last)[:, group]
+    return codes.float() * _read_scales(layout, first, last)[:, group]
 
 
 def packed_steps(layout: Packed, first: int, last: int) -> torch.Tensor:
     """Return the distance between neighbouring values in rows of a weight of packed integers."""
-    return _scales(layout, first, last).abs()[:, _groups(layout)]
+    return _read_scales(layout, first, last).abs()[:, _read_groups(layout)]
 
 
-def _scales(layout: Packed, first: int, last: int) -> torch.Tensor:
+def _read_scales(layout: Packed, first: int, last: int) -> torch.Tensor:
     return read_rows(layout.source, f"{layout.module}.weight_scale", first, last).float()
 
 
-def _zeros(layout: Packed, first: int, last: int) -> torch.Tensor:
+def _read_zeros(layout: Packed, first: int, last: int) -> torch.Tensor:
     """Return the zero points of rows, ``(rows, groups)``, with 2^(bits − 1) added like the codes.
 
     They are a stream along the rows, so one that begins at any row begins in the middle of a word.
@@ -105,7 +105,7 @@ def _zeros(layout: Packed, first: int, last: int) -> torch.Tensor:
     return unpack(words, bits, last)[:, first:].T
 
 
-def _groups(layout: Packed) -> torch.Tensor:
+def _read_groups(layout: Packed) -> torch.Tensor:
     """Return the group of every column."""
     import torch
 
@@ -164,20 +164,20 @@ class Float4:
 
 def float4_values(layout: Float4, first: int, last: int) -> torch.Tensor:
     """Return rows of a weight of 4-bit floats."""
-    return fp4_values(_float4_codes(layout, first, last)) * _float4_scales(layout, first, last)
+    return fp4_values(_read_float4_codes(layout, first, last)) * _read_float4_scales(layout, first, last)
 
 
 def float4_steps(layout: Float4, first: int, last: int) -> torch.Tensor:
     """Return the distance to the farther neighbour in rows of a weight of 4-bit floats."""
     steps = mxfp4_steps if layout.kind == "mxfp4" else fp4_steps
-    return steps(_float4_codes(layout, first, last)) * _float4_scales(layout, first, last).abs()
+    return steps(_read_float4_codes(layout, first, last)) * _read_float4_scales(layout, first, last).abs()
 
 
-def _float4_codes(layout: Float4, first: int, last: int) -> torch.Tensor:
+def _read_float4_codes(layout: Float4, first: int, last: int) -> torch.Tensor:
     return unpack(read_rows(layout.source, layout.codes, first, last), 4, layout.columns)
 
 
-def _float4_scales(layout: Float4, first: int, last: int) -> torch.Tensor:
+def _read_float4_scales(layout: Float4, first: int, last: int) -> torch.Tensor:
     import torch
 
     stored = read_rows(layout.source, layout.scale, first, last)
@@ -203,19 +203,19 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
         if name.endswith(PACKED):
             module = name.removesuffix(PACKED)
             if source[name].dtype == "uint8":
-                yield _float4(source, module)
+                yield _describe_float4(source, module)
             else:
-                yield _packed(source, module, config)
+                yield _describe_packed(source, module, config)
         elif name.endswith(SECOND):
-            yield _modelopt(source, name.removesuffix(SECOND))
+            yield _describe_modelopt(source, name.removesuffix(SECOND))
 
 
-def _packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+def _describe_packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
     name, weight = f"{module}{PACKED}", f"{module}.weight"
-    out, columns = _shape(source, module)
+    out, columns = _read_shape(source, module)
     if source[name].dtype != "int32" or len(source[name].shape) != 2:
         raise InputError(f"{source.file_of(name)}: {name} is not an int32 matrix; save the model again")
-    bits = _bits(source, name, columns, config)
+    bits = _infer_bits(source, name, columns, config)
     words = frozenset({"int32"})
     require(source, name, (out, -(-columns * bits // 32)), words, weight)
     scale, zero, order = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "g_idx"))
@@ -235,17 +235,17 @@ def _packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     layout = Packed(source, module, (out, columns), bits, groups, columns // groups, ordered, zero in source)
     parts = [scale, f"{module}.weight_shape", *(part for part in (zero, order) if part in source)]
     info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
-    parts += _unused(source, module)
+    parts += _list_unused(source, module)
     return RowWeight(info, name, tuple(parts), partial(packed_values, layout), partial(packed_steps, layout))
 
 
-def _unused(source: Checkpoint, module: str) -> tuple[str, ...]:
+def _list_unused(source: Checkpoint, module: str) -> tuple[str, ...]:
     """Return scales of activations, which do not affect the weight."""
     names = ("input_scale", "output_scale", "input_global_scale", "input_zero_point", "output_zero_point")
     return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in source)
 
 
-def _shape(source: Checkpoint, module: str) -> tuple[int, int]:
+def _read_shape(source: Checkpoint, module: str) -> tuple[int, int]:
     name = f"{module}.weight_shape"
     require(source, name, (2,), INTEGERS, f"{module}.weight")
     width = 8 if source[name].dtype == "int64" else 4
@@ -256,7 +256,7 @@ def _shape(source: Checkpoint, module: str) -> tuple[int, int]:
     return out, columns
 
 
-def _bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
+def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
     """Return the bits of a code: those of the configuration that fit the packed columns; without one, that fit."""
     groups = config.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
@@ -274,22 +274,22 @@ def _bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]
     return chosen[0]
 
 
-def _float4(source: Checkpoint, module: str) -> RowWeight:
+def _describe_float4(source: Checkpoint, module: str) -> RowWeight:
     codes, scale = f"{module}{PACKED}", f"{module}.weight_scale"
     whole = f"{module}.weight_global_scale"
     kind: Kind = "nvfp4" if whole in source else "mxfp4"
     extra = (whole,) if whole in source else ()
-    layout = _layout(source, module, codes, scale, kind, divisor=whole if extra else "")
-    return _float4_weight(source, module, layout, (scale, *extra))
+    layout = _make_layout(source, module, codes, scale, kind, divisor=whole if extra else "")
+    return _make_float4_weight(source, module, layout, (scale, *extra))
 
 
-def _modelopt(source: Checkpoint, module: str) -> RowWeight:
+def _describe_modelopt(source: Checkpoint, module: str) -> RowWeight:
     codes, scale, factor = f"{module}.weight", f"{module}.weight_scale", f"{module}{SECOND}"
-    layout = _layout(source, module, codes, scale, "nvfp4", factor=factor)
-    return _float4_weight(source, module, layout, (scale, factor))
+    layout = _make_layout(source, module, codes, scale, "nvfp4", factor=factor)
+    return _make_float4_weight(source, module, layout, (scale, factor))
 
 
-def _layout(
+def _make_layout(
     source: Checkpoint, module: str, codes: str, scale: str, kind: Kind, divisor: str = "", factor: str = ""
 ) -> Float4:
     weight = f"{module}.weight"
@@ -312,8 +312,8 @@ def _layout(
     return layout
 
 
-def _float4_weight(source: Checkpoint, module: str, layout: Float4, parts: tuple[str, ...]) -> RowWeight:
+def _make_float4_weight(source: Checkpoint, module: str, layout: Float4, parts: tuple[str, ...]) -> RowWeight:
     shape = (*source[layout.codes].shape[:-1], layout.columns)
     info = TensorInfo(f"{module}.weight", shape, "float32", stored=layout.kind)
-    parts = (*parts, *_unused(source, module))
+    parts = (*parts, *_list_unused(source, module))
     return RowWeight(info, layout.codes, parts, partial(float4_values, layout), partial(float4_steps, layout))

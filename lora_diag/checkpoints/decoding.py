@@ -44,7 +44,7 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
         [1.0, -10.0]
     """
     if dtype in _EIGHT_BITS:
-        return _table(dtype)[content.astype(np.intp)]
+        return _make_table(dtype)[content.astype(np.intp)]
     if dtype == "bfloat16":  # the upper half of a float32
         stored = content.view("<u2")
         bits = np.empty(len(stored), np.uint32)
@@ -57,7 +57,7 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
 
 
 @cache
-def _table(dtype: str) -> NDArray[np.float32]:
+def _make_table(dtype: str) -> NDArray[np.float32]:
     """Return the numbers of all 256 codes of an 8-bit format."""
     mantissa_bits, bias, kind = _EIGHT_BITS[dtype]
     codes = np.arange(256)

@@ -59,15 +59,15 @@ class DistributedFolder:
         index = folder / INDEX
         state = _state(index)
         tensors = {str(key): item for key, item in state["state_dict_metadata"].items() if _is_tensor(item)}
-        chosen, prefix = _weights(index, tensors, state.get("planner_data"))
-        locations = _locations(index, state["storage_data"])
+        chosen, prefix = _choose_weights(index, tensors, state.get("planner_data"))
+        locations = _read_locations(index, state["storage_data"])
         files: dict[str, tuple[FileBytes, int]] = {}
         described: dict[str, TensorInfo] = {}
         self.tensors: Mapping[str, TensorInfo] = described
         self._boxes: dict[str, Boxes] = {}
         for key, name in chosen.items():
-            info, boxes = _described(index, key, name, tensors[key])
-            chunks = [_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
+            info, boxes = _read_description(index, key, name, tensors[key])
+            chunks = [_make_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
             self._boxes[name] = Boxes(name, info.shape, chunks, index)
             described[name] = info
         self.notes: tuple[str, ...] = (f"assembled from the parts in {len(files)} files",)
@@ -157,17 +157,17 @@ def _is_tensor(item: Any) -> bool:
     return isinstance(item, Record) and item.name == "TensorStorageMetadata"
 
 
-def _sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
+def _read_sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
         raise InputError(f"{index}: the shape of {key:.200} in the index is invalid; save the checkpoint again")
     return tuple(value)
 
 
-def _described(
+def _read_description(
     index: Path, key: str, name: str, item: Record
 ) -> tuple[TensorInfo, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
     """Return the entry of a tensor in the index: its description, and the offsets and sizes of its boxes."""
-    shape = _sizes(index, key, item.get("size"))
+    shape = _read_sizes(index, key, item.get("size"))
     properties = item.get("properties")
     first = properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
     if first is None and isinstance(properties, Record):
@@ -179,7 +179,7 @@ def _described(
     for chunk in item.get("chunks") or ():
         if not isinstance(chunk, Record):
             raise InputError(f"{index}: a part of {key:.200} is not described; save the checkpoint again")
-        offsets, sizes = (_sizes(index, key, chunk.get(field)) for field in ("offsets", "sizes"))
+        offsets, sizes = (_read_sizes(index, key, chunk.get(field)) for field in ("offsets", "sizes"))
         if not len(offsets) == len(sizes) == len(shape):
             raise InputError(
                 f"{index}: a part of {key:.200} has {len(sizes)} dimensions instead of {len(shape)}; save it again"
@@ -188,7 +188,7 @@ def _described(
     return TensorInfo(name, shape, dtype), boxes
 
 
-def _locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
+def _read_locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
     """Return the locations of the boxes, by the key of their tensor and their offsets."""
     locations = {}
     for key, location in stored.items():
@@ -198,7 +198,7 @@ def _locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[
     return locations
 
 
-def _box(
+def _make_box(
     folder: Path,
     key: str,
     name: str,
@@ -236,7 +236,7 @@ def _box(
     return Box(offsets, sizes, _Stored(file, (offset, length), name, dtype, sizes))
 
 
-def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[dict[str, str], str]:
+def _choose_weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[dict[str, str], str]:
     """Choose the weights among the tensors.
 
     Args:
@@ -250,7 +250,7 @@ def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[
     Raises:
         InputError: The checkpoint holds no weights, or those of several models.
     """
-    paths = {key: _path(key, planned) for key in tensors}
+    paths = {key: _read_path(key, planned) for key in tensors}
     others = {key for key, path in paths.items() if any(OTHERS.search(part) for part in path[:-1]) or _is_moment(key)}
     inside: dict[tuple[str, ...], list[str]] = {}
     for key, path in paths.items():
@@ -279,7 +279,7 @@ def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[
     return named, start
 
 
-def _path(key: str, planned: Any) -> tuple[str, ...]:
+def _read_path(key: str, planned: Any) -> tuple[str, ...]:
     """Return the keys of the nested dictionaries that lead to a tensor."""
     path = planned.get(key) if isinstance(planned, dict) else None
     if isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path):

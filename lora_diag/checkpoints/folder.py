@@ -68,11 +68,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     local = locate(path)
     path = local if isinstance(local, RemotePath) else Path(path)
-    source = _weights_in(local) if local.is_dir() else local
+    source = _find_weights(local) if local.is_dir() else local
     files, kind, notes = _open(source)
     files, renamed = without_wrappers(files)
     models = [file for file in files if isinstance(file, GgufModel)]
-    config = config_of(models) if models else _config_of(source)
+    config = config_of(models) if models else _read_config(source)
     stored = Checkpoint(path, kind, files, config=config)
     if len(stored) == 0:
         raise InputError(f"{source}: holds no tensors; save the model again")
@@ -110,7 +110,7 @@ def locate(path: Path | str) -> Path:
     return hub.fetch(hub_id, WEIGHTS)
 
 
-def _config_of(source: Path) -> dict[str, Any]:
+def _read_config(source: Path) -> dict[str, Any]:
     """Return the ``config.json`` of these weights; empty if it belongs to another model, such as an adapter's base."""
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
@@ -147,7 +147,7 @@ def _open_folder(folder: Path) -> OpenFolder:
         raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
-def _weights_in(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -164,11 +164,15 @@ def _weights_in(folder: Path) -> Path:
         return model
     if count > 1 and not single:
         raise InputError(f"{folder}: holds {count} GGUF models; name one of them")
-    hint = f"; it holds {len(single)} other .safetensors files: name one of them" if single else _inside(folder)
+    hint = (
+        f"; it holds {len(single)} other .safetensors files: name one of them"
+        if single
+        else _suggest_subfolders(folder)
+    )
     raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{hint}")
 
 
-def _inside(folder: Path) -> str:
+def _suggest_subfolders(folder: Path) -> str:
     """Return a hint that names subfolders with weights or an adapter, such as the checkpoints of a training run."""
     if isinstance(folder, RemotePath):
         return ""

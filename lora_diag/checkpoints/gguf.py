@@ -155,7 +155,7 @@ class GgufFile:
 
         kind = self.type_of(name)
         if kind.dtype is None:
-            return self._decoded(name, start, stop, self._codec(name).decode)
+            return self._decode_range(name, start, stop, self._find_codec(name).decode)
         out = torch.empty(stop - start, dtype=getattr(torch, kind.dtype))
         buffer = memoryview(out.view(torch.uint8).numpy().data)
         self._content.fill(buffer, self._spans[name].begin + start * kind.size, name)
@@ -172,15 +172,15 @@ class GgufFile:
         """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
         if self.type_of(name).dtype is not None:
             return None
-        return self._decoded(name, start, stop, self._codec(name).steps)
+        return self._decode_range(name, start, stop, self._find_codec(name).steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
-        if self.type_of(name).dtype is not None or (scales := self._codec(name).scales) is None:
+        if self.type_of(name).dtype is not None or (scales := self._find_codec(name).scales) is None:
             return None
-        return self._decoded(name, start, stop, scales)
+        return self._decode_range(name, start, stop, scales)
 
-    def _codec(self, name: str) -> Codec:
+    def _find_codec(self, name: str) -> Codec:
         kind = self.type_of(name)
         if kind.name not in CODECS:
             readable = ", ".join(["F32, F16, BF16", *CODECS])
@@ -189,7 +189,7 @@ class GgufFile:
             )
         return CODECS[kind.name]
 
-    def _decoded(
+    def _decode_range(
         self, name: str, start: int, stop: int, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Return the entries ``start:stop`` of a function of the blocks that hold them."""
@@ -271,35 +271,35 @@ def _read_header(path: Path) -> _Header:
                     "the model again with a current llama.cpp"
                 )
             count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
-            fields = _fields(cursor, keys)
-            rows = _rows(cursor, count)
+            fields = _read_fields(cursor, keys)
+            rows = _read_rows(cursor, count)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     alignment = fields.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise InputError(f"{path}: general.alignment is {alignment!r}, not a power of two; convert the model again")
-    return _located(fields, rows, path, _padded(cursor.at, alignment), size, alignment)
+    return _locate_tensors(fields, rows, path, _pad_size(cursor.at, alignment), size, alignment)
 
 
-def _padded(size: int, alignment: int) -> int:
+def _pad_size(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _fields(cursor: _Cursor, count: int) -> dict[str, Value]:
+def _read_fields(cursor: _Cursor, count: int) -> dict[str, Value]:
     fields: dict[str, Value] = {}
     for position in range(count):  # each takes at least 12 bytes of the file, so a false count raises an error
         key = cursor.text(f"the key of field {position}")
         if key in fields:
             raise InputError(f"{cursor.path}: the field {key!r} appears twice; convert the model again")
-        fields[key] = _value(cursor, cursor.number("I", key), key)
+        fields[key] = _read_value(cursor, cursor.number("I", key), key)
     return fields
 
 
-def _value(cursor: _Cursor, kind: int, key: str) -> Value:
+def _read_value(cursor: _Cursor, kind: int, key: str) -> Value:
     if kind == STRING:
         return cursor.text(key)
     if kind == ARRAY:
-        return _array(cursor, key)
+        return _read_array(cursor, key)
     if kind not in SCALARS:
         raise InputError(f"{cursor.path}: the field {key!r} has the unknown type {kind}; convert the model again")
     code = SCALARS[kind]
@@ -307,10 +307,10 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Value:
     return value
 
 
-def _array(cursor: _Cursor, key: str) -> Value:
+def _read_array(cursor: _Cursor, key: str) -> Value:
     kind, count = cursor.number("I", key), cursor.number("Q", key)
     if kind == STRING:
-        return _strings(cursor, count, key)
+        return _read_strings(cursor, count, key)
     if kind not in SCALARS:  # arrays of arrays are in no file of llama.cpp, which refuses them
         raise InputError(f"{cursor.path}: the array {key!r} has the unknown type {kind}; convert the model again")
     code = SCALARS[kind]
@@ -321,7 +321,7 @@ def _array(cursor: _Cursor, key: str) -> Value:
     return list(struct.unpack(f"<{count}{code}", cursor.take(size, key)))
 
 
-def _strings(cursor: _Cursor, count: int, key: str) -> Value:
+def _read_strings(cursor: _Cursor, count: int, key: str) -> Value:
     if count <= MAX_ARRAY:
         return [cursor.text(key) for _ in range(count)]
     for _ in range(count):  # each takes at least 8 bytes of the file
@@ -329,7 +329,7 @@ def _strings(cursor: _Cursor, count: int, key: str) -> Value:
     return None
 
 
-def _rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, int]]:
     """Return name, shape, code of the type and offset of every tensor."""
     rows: list[tuple[str, tuple[int, ...], int, int]] = []
     for position in range(count):  # each takes at least 24 bytes of the file
@@ -342,7 +342,7 @@ def _rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, 
     return rows
 
 
-def _located(
+def _locate_tensors(
     fields: dict[str, Value],
     rows: list[tuple[str, tuple[int, ...], int, int]],
     path: Path,
@@ -365,7 +365,7 @@ def _located(
                 f"{path}: {name} is {kind.name} {list(shape)}, whose rows are not whole blocks of {kind.block}; "
                 "convert the model again"
             )
-        begin, end = _padded(end, alignment), offset + math.prod(shape) // kind.block * kind.size
+        begin, end = _pad_size(end, alignment), offset + math.prod(shape) // kind.block * kind.size
         if offset != begin:
             raise InputError(
                 f"{path}: {name} starts at byte {offset:,} of the data, but the tensor before it ends at {begin:,}; "

@@ -56,7 +56,7 @@ def _decode(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
     return (values if m is None else values - m).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _steps(parts: Parts, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
+def _compute_steps(parts: Parts, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
     """Return steps whose half bounds the error: |d|, and more in two cases.
 
     The types without m map the number of largest absolute value to −2^(bits − 1), whose negative is not a code: it is
@@ -79,13 +79,13 @@ def _steps(parts: Parts, largest: int | None, rounded: bool, blocks: torch.Tenso
     return steps.reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _scales(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+def _compute_scales(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
     """Return |d|, by which codes are multiplied."""
     codes, d, _ = parts(blocks)
     return d.abs().expand(codes.shape).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _shifted(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Tensor:
+def _unpack_fields(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Tensor:
     """Return the fields of ``bits`` bits of bytes ``(n, size)``, ``(n, size / width, count, width)``, int32.
 
     Of every ``width`` bytes, the lowest fields come first.
@@ -96,7 +96,7 @@ def _shifted(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Ten
     return ((data.reshape(len(data), -1, 1, width) >> shifts) & ((1 << bits) - 1)).int()
 
 
-def _high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
+def _unpack_high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
     """Return the bits of four bytes of every block, ``(n, 32)``."""
     import torch
 
@@ -105,15 +105,15 @@ def _high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
 
 def _q4(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Q4_0: d, 16 bytes, q − 8. Q4_1: d, m, 16 bytes, d · q + m. Low halves first."""
-    codes = _shifted(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
+    codes = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
     d = half(blocks, 0)[:, None]
     return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 8, d, None)
 
 
 def _q5(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
-    low = _shifted(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
-    codes = (low | _high_bits(blocks, 4 if offset else 2) << 4)[:, None]
+    low = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
+    codes = (low | _unpack_high_bits(blocks, 4 if offset else 2) << 4)[:, None]
     d = half(blocks, 0)[:, None]
     return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 16, d, None)
 
@@ -128,7 +128,7 @@ def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
 def _q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 bytes of 2-bit codes, d and dmin."""
     scales, d, dmin = blocks[:, :16], half(blocks, 80), half(blocks, 82)
-    codes = _shifted(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
+    codes = _unpack_fields(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
     return codes, (d * (scales & 15).float())[:, :, None], (dmin * (scales >> 4).float())[:, :, None]
 
 
@@ -136,8 +136,8 @@ def _q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """32 bytes of inverted third bits, 64 of the two low bits, 12 of 6-bit scales less 32 per group of 16, d."""
     import torch
 
-    low = _shifted(blocks[:, 32:96], 2, 4, 32).reshape(-1, 16, 16)
-    high = _shifted(blocks[:, :32], 1, 8, 32).reshape(-1, 16, 16) ^ 1
+    low = _unpack_fields(blocks[:, 32:96], 2, 4, 32).reshape(-1, 16, 16)
+    high = _unpack_fields(blocks[:, :32], 1, 8, 32).reshape(-1, 16, 16) ^ 1
     packed = blocks[:, 96:108]
     shifts = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
     scales = ((packed[:, None, :8] >> shifts) & 15).reshape(-1, 16).int()
@@ -146,7 +146,7 @@ def _q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     return low - (high << 2), (half(blocks, 108) * (scales - 32).float())[:, :, None], None
 
 
-def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpack_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return eight 6-bit scales and eight 6-bit minima of 12 bytes, ``(n, 8)`` each."""
     import torch
 
@@ -157,16 +157,16 @@ def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """D, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    codes = _shifted(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
+    scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
+    codes = _unpack_fields(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
     return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
 
 
 def _q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As Q4_K, with 32 bytes of fifth bits before the low ones."""
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    high = _shifted(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
-    codes = _shifted(blocks[:, 48:], 4, 2, 32).reshape(-1, 8, 32) | high << 4
+    scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
+    high = _unpack_fields(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
+    codes = _unpack_fields(blocks[:, 48:], 4, 2, 32).reshape(-1, 8, 32) | high << 4
     return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
 
 
@@ -174,8 +174,8 @@ def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """128 bytes of four low bits, 64 of two high ones, 16 signed scales per group of 16, d; q − 32."""
     import torch
 
-    low = _shifted(blocks[:, :128], 4, 2, 64).reshape(-1, 8, 32)
-    high = _shifted(blocks[:, 128:192], 2, 4, 32).reshape(-1, 8, 32)
+    low = _unpack_fields(blocks[:, :128], 4, 2, 64).reshape(-1, 8, 32)
+    high = _unpack_fields(blocks[:, 128:192], 2, 4, 32).reshape(-1, 8, 32)
     scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
     codes = ((low | high << 4) - 32).reshape(-1, 16, 16)
     return codes, (half(blocks, 208) * scales)[:, :, None], None
@@ -183,18 +183,18 @@ def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
 
 def _iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """D and 16 bytes of codes in a table, low halves first: codes, and d of the block."""
-    return _shifted(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), half(blocks, 0)[:, None]
+    return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), half(blocks, 0)[:, None]
 
 
 def _iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As IQ4_NL, with 6-bit scales less 32 per group of 32: two high bits each in 2 bytes, four low ones in 4."""
-    high = _shifted(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
-    low = _shifted(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
-    codes = _shifted(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)
+    high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
+    low = _unpack_fields(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
+    codes = _unpack_fields(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)
     return codes, (half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
 
 
-def _in_table(
+def _make_table_lookup(
     parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     of_table: Callable[[torch.Tensor], torch.Tensor],
     blocks: torch.Tensor,
@@ -207,38 +207,38 @@ def _in_table(
     return (d.abs() if of_table is gaps else d).mul(values).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _table_codec(parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
-    return Codec(partial(_in_table, parts, _same), partial(_in_table, parts, gaps))
+def _make_table_codec(parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
+    return Codec(partial(_make_table_lookup, parts, _return_table), partial(_make_table_lookup, parts, gaps))
 
 
-def _same(table: torch.Tensor) -> torch.Tensor:
+def _return_table(table: torch.Tensor) -> torch.Tensor:
     return table
 
 
 def _mxfp4(table: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
     """An exponent and 16 bytes of 4-bit floats, low halves first."""
-    codes = _shifted(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
+    codes = _unpack_fields(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
     return table(codes) * e8m0(blocks[:, :1])
 
 
-def _codec(parts: Parts, largest: int | None = None, rounded: bool = False, with_scales: bool = False) -> Codec:
-    scales = partial(_scales, parts) if with_scales else None
-    return Codec(partial(_decode, parts), partial(_steps, parts, largest, rounded), scales)
+def _make_codec(parts: Parts, largest: int | None = None, rounded: bool = False, with_scales: bool = False) -> Codec:
+    scales = partial(_compute_scales, parts) if with_scales else None
+    return Codec(partial(_decode, parts), partial(_compute_steps, parts, largest, rounded), scales)
 
 
 # Name of a type -> its codec; a type without one is listed, and refused when it is read.
 CODECS: dict[str, Codec] = {
-    "Q4_0": _codec(partial(_q4, offset=False), largest=7, rounded=True),
-    "Q4_1": _codec(partial(_q4, offset=True), rounded=True),
-    "Q5_0": _codec(partial(_q5, offset=False), largest=15, rounded=True),
-    "Q5_1": _codec(partial(_q5, offset=True), rounded=True),
-    "Q8_0": _codec(_q8_0, rounded=True, with_scales=True),
-    "Q2_K": _codec(_q2_k),
-    "Q3_K": _codec(_q3_k, largest=3),
-    "Q4_K": _codec(_q4_k),
-    "Q5_K": _codec(_q5_k),
-    "Q6_K": _codec(_q6_k, largest=31),
-    "IQ4_NL": _table_codec(_iq4_nl),
-    "IQ4_XS": _table_codec(_iq4_xs),
+    "Q4_0": _make_codec(partial(_q4, offset=False), largest=7, rounded=True),
+    "Q4_1": _make_codec(partial(_q4, offset=True), rounded=True),
+    "Q5_0": _make_codec(partial(_q5, offset=False), largest=15, rounded=True),
+    "Q5_1": _make_codec(partial(_q5, offset=True), rounded=True),
+    "Q8_0": _make_codec(_q8_0, rounded=True, with_scales=True),
+    "Q2_K": _make_codec(_q2_k),
+    "Q3_K": _make_codec(_q3_k, largest=3),
+    "Q4_K": _make_codec(_q4_k),
+    "Q5_K": _make_codec(_q5_k),
+    "Q6_K": _make_codec(_q6_k, largest=31),
+    "IQ4_NL": _make_table_codec(_iq4_nl),
+    "IQ4_XS": _make_table_codec(_iq4_xs),
     "MXFP4": Codec(partial(_mxfp4, fp4_values), partial(_mxfp4, mxfp4_steps)),
 }

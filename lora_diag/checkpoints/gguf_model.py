@@ -73,7 +73,7 @@ class GgufModel:
             raise InputError(f"{path}: is a GGUF adapter, not a model; give it after BASE")
         architecture = str(self.fields.get("general.architecture"))
         names = ARCHITECTURES.get(architecture)
-        self._views = {view.info.name: view for view in self._in_hf_layout(names, architecture)}
+        self._views = {view.info.name: view for view in self._make_views(names, architecture)}
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
         self.notes: tuple[str, ...] = self._file.notes
         if names is None:
@@ -89,7 +89,7 @@ class GgufModel:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded."""
-        values = self._range(name, start, stop, self._file.read)
+        values = self._read_range(name, start, stop, self._file.read)
         assert values is not None
         return values.float() - 1 if self._views[name].shifted else values
 
@@ -99,13 +99,13 @@ class GgufModel:
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
-        return self._range(name, start, stop, self._file.read_steps)
+        return self._read_range(name, start, stop, self._file.read_steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
-        return self._range(name, start, stop, self._file.read_scales)
+        return self._read_range(name, start, stop, self._file.read_scales)
 
-    def _range(
+    def _read_range(
         self, name: str, start: int, stop: int, read: Callable[[str, int, int], torch.Tensor | None]
     ) -> torch.Tensor | None:
         """Return a range of a function of the file, evaluated at the entries of a tensor in the presented order."""
@@ -121,10 +121,10 @@ class GgufModel:
         ordered = to_halves(values.view((last - first) * rows, -1), last - first)
         return ordered.reshape(-1)[start - first * size : stop - first * size].clone()
 
-    def _in_hf_layout(self, names: Names | None, architecture: str) -> Iterator[View]:
+    def _make_views(self, names: Names | None, architecture: str) -> Iterator[View]:
         seen: set[str] = set()
         for stored, info in self._file.tensors.items():
-            for view in self._views_of(stored, info, names, architecture):
+            for view in self._make_tensor_views(stored, info, names, architecture):
                 if view.info.name in seen:
                     raise InputError(
                         f"{self.path}: two tensors have the name {view.info.name}, one is {stored}; convert again"
@@ -132,7 +132,9 @@ class GgufModel:
                 seen.add(view.info.name)
                 yield view
 
-    def _views_of(self, stored: str, info: TensorInfo, names: Names | None, architecture: str) -> Iterator[View]:
+    def _make_tensor_views(
+        self, stored: str, info: TensorInfo, names: Names | None, architecture: str
+    ) -> Iterator[View]:
         name = names.in_transformers(stored) if names is not None else None
         if names is None or name is None:
             yield View(stored, info)
@@ -148,11 +150,11 @@ class GgufModel:
             return
         shifted = architecture in SHIFTED and stored.endswith("norm.weight") and info.stored is None
         key = names.heads_key(stored)
-        heads = self._heads(architecture, key, stored, info) if key else 0
+        heads = self._count_heads(architecture, key, stored, info) if key else 0
         dtype = "float32" if shifted else info.dtype
         yield View(stored, TensorInfo(name, info.shape, dtype, info.stored), 0, heads, shifted)
 
-    def _heads(self, architecture: str, key: str, stored: str, info: TensorInfo) -> int:
+    def _count_heads(self, architecture: str, key: str, stored: str, info: TensorInfo) -> int:
         """Return the number of heads whose rows are reordered."""
         block = int(stored.split(".")[1])
         whole = f"{architecture}.attention.{HEADS['num_attention_heads']}"

@@ -45,7 +45,7 @@ def write_gguf(
         InputError: The file cannot be written.
     """
     with replacing(path) as file:
-        header = _header(fields, tensors)
+        header = _make_header(fields, tensors)
         file.write(header + bytes(-len(header) % ALIGNMENT))
         for name, info in tensors.items():
             data = content(name, info, read(name))
@@ -53,24 +53,24 @@ def write_gguf(
             file.write(bytes(-len(data) % ALIGNMENT))
 
 
-def _header(fields: Mapping[str, str | int | float], tensors: Mapping[str, TensorInfo]) -> bytes:
+def _make_header(fields: Mapping[str, str | int | float], tensors: Mapping[str, TensorInfo]) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     for key, value in fields.items():
         if isinstance(value, str):
-            parts += [_text(key), struct.pack("<I", STRING), _text(value)]
+            parts += [_encode_text(key), struct.pack("<I", STRING), _encode_text(value)]
         else:
             kind, form = _FIELDS[type(value)]
-            parts += [_text(key), struct.pack("<I", kind), struct.pack(form, value)]
+            parts += [_encode_text(key), struct.pack("<I", kind), struct.pack(form, value)]
     begin = 0
     for name, info in tensors.items():
         code = CODES[info.dtype]
         dimensions = info.shape[::-1]
-        parts += [_text(name), struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, code, begin)]
+        parts += [_encode_text(name), struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, code, begin)]
         size = info.numel * TYPES[code].size
         begin += size + -size % ALIGNMENT
     return b"".join(parts)
 
 
-def _text(value: str) -> bytes:
+def _encode_text(value: str) -> bytes:
     content = value.encode()
     return struct.pack("<Q", len(content)) + content

@@ -69,11 +69,13 @@ def values(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return rows (outputs) of the weight."""
     import torch
 
-    group = _groups(layout)
-    scales = _scales(layout, first, last)[group]
-    zeros = ((_along_outputs(layout, "qzeros", layout.groups, first, last) + layout.added) % (1 << layout.bits))[group]
+    group = _read_groups(layout)
+    scales = _read_scales(layout, first, last)[group]
+    zeros = ((_unpack_along_outputs(layout, "qzeros", layout.groups, first, last) + layout.added) % (1 << layout.bits))[
+        group
+    ]
     if layout.awq:
-        codes = _along_outputs(layout, "qweight", layout.shape[1], first, last)
+        codes = _unpack_along_outputs(layout, "qweight", layout.shape[1], first, last)
     else:
         rows = layout.source[f"{layout.module}{CODES}"].shape[0]
         words = read_columns(layout.source, f"{layout.module}{CODES}", (0, rows), (first, last))
@@ -84,14 +86,14 @@ def values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return the distance between neighbouring values in rows of the weight."""
-    return _scales(layout, first, last).abs()[_groups(layout)].T
+    return _read_scales(layout, first, last).abs()[_read_groups(layout)].T
 
 
-def _scales(layout: Layout, first: int, last: int) -> torch.Tensor:
+def _read_scales(layout: Layout, first: int, last: int) -> torch.Tensor:
     return read_columns(layout.source, f"{layout.module}.scales", (0, layout.groups), (first, last)).float()
 
 
-def _groups(layout: Layout) -> torch.Tensor:
+def _read_groups(layout: Layout) -> torch.Tensor:
     """Return the group of every input."""
     import torch
 
@@ -100,7 +102,7 @@ def _groups(layout: Layout) -> torch.Tensor:
     return checked_groups(layout.source, f"{layout.module}.g_idx", layout.groups)
 
 
-def _along_outputs(layout: Layout, part: str, rows: int, first: int, last: int) -> torch.Tensor:
+def _unpack_along_outputs(layout: Layout, part: str, rows: int, first: int, last: int) -> torch.Tensor:
     """Return the codes of the outputs ``first:last`` of a tensor that is packed along them, ``(rows, outputs)``."""
     per_word = 32 // layout.bits
     low, high = first // per_word, -(-last // per_word)
@@ -155,7 +157,9 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     if ordered:
         require(source, order, (columns,), INTEGERS, weight)
     group = _group_size(source, scales, columns, groups, ordered, config)
-    layout = Layout(source, module, (out, columns), bits, groups, group, ordered, _added(source, awq, config), awq)
+    layout = Layout(
+        source, module, (out, columns), bits, groups, group, ordered, _zero_point_offset(source, awq, config), awq
+    )
     info = TensorInfo(weight, (out, columns), "float32", stored=f"{'awq' if awq else 'gptq'}-int{bits}")
     parts = (scales, zeros, *((order,) if ordered else ()))
     return RowWeight(info, codes, parts, partial(values, layout), partial(steps, layout))
@@ -174,7 +178,7 @@ def _group_size(
     return size
 
 
-def _added(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
+def _zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
     """Return the offset to add to stored zero points."""
     if awq:
         version = str(config.get("version", "gemm")).lower()

@@ -88,7 +88,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         raise InputError(
             f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: pip install 'loradiag[hub]'"
         ) from error
-    folder = _complete(_cached(hub_id), weights)
+    folder = _complete(_find_cached(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
         return folder
     if constants.HF_HUB_OFFLINE:
@@ -96,7 +96,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
             f"{hub_id}: no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}; "
             "unset HF_HUB_OFFLINE to download it from the Hub"
         )
-    if folder := _complete(_downloaded(hub_id), weights):
+    if folder := _complete(_download(hub_id), weights):
         return folder
     raise InputError(
         f"{hub_id}: the Hub repository has no complete set of weights; looked for {', '.join((*weights, *ADAPTER))}"
@@ -111,31 +111,31 @@ def _complete(get: Get, weights: Sequence[str]) -> Path | None:
     for name in weights:
         if path := get(name):
             get("config.json")
-            parts = list(_shards(path)) if name.endswith(".index.json") else []
+            parts = list(_list_shards(path)) if name.endswith(".index.json") else []
             return path.parent if all(get(part) for part in parts) else None
     if get("adapter_config.json"):
         return next((path.parent for name in ADAPTER if (path := get(name))), None)
     return None
 
 
-def _shards(index: Path) -> Iterator[str]:
+def _list_shards(index: Path) -> Iterator[str]:
     """Yield the plain file names in an index; others are refused when the folder is opened."""
     weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     yield from sorted(name for name in names if isinstance(name, str) and re.fullmatch(PART, name))
 
 
-def _cached(hub_id: HubId) -> Get:
+def _find_cached(hub_id: HubId) -> Get:
     from huggingface_hub import try_to_load_from_cache
 
     def get(name: str) -> Path | None:
-        path = try_to_load_from_cache(hub_id.repo, _inside(hub_id, name), revision=hub_id.revision)
+        path = try_to_load_from_cache(hub_id.repo, _join_inside(hub_id, name), revision=hub_id.revision)
         return Path(path) if isinstance(path, str) else None
 
     return get
 
 
-def _downloaded(hub_id: HubId) -> Get:
+def _download(hub_id: HubId) -> Get:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -145,18 +145,18 @@ def _downloaded(hub_id: HubId) -> Get:
     files = {sibling.rfilename for sibling in info.siblings or ()}
 
     def get(name: str) -> Path | None:
-        if _inside(hub_id, name) not in files:
+        if _join_inside(hub_id, name) not in files:
             return None
         try:
             # At the listed commit, so that all files belong together.
-            return Path(hf_hub_download(hub_id.repo, _inside(hub_id, name), revision=info.sha or hub_id.revision))
+            return Path(hf_hub_download(hub_id.repo, _join_inside(hub_id, name), revision=info.sha or hub_id.revision))
         except Exception as error:
             raise unreachable(hub_id, error) from error
 
     return get
 
 
-def _inside(hub_id: HubId, name: str) -> str:
+def _join_inside(hub_id: HubId, name: str) -> str:
     return f"{hub_id.subfolder}/{name}" if hub_id.subfolder else name
 
 

@@ -20,13 +20,13 @@ from typing import Any
 from lora_diag.errors import InputError
 
 
-def _ordered(pairs: Any = ()) -> dict[Any, Any]:
-    return {_key(key): value for key, value in pairs}
+def _make_dict(pairs: Any = ()) -> dict[Any, Any]:
+    return {_make_key(key): value for key, value in pairs}
 
 
 # The classes that are read as Python values: module and name -> how they are built from their arguments.
 PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered,
+    ("collections", "OrderedDict"): _make_dict,
     ("torch", "Size"): tuple,
     ("builtins", "set"): tuple,
     ("builtins", "frozenset"): tuple,
@@ -156,7 +156,7 @@ class _Machine:
 
     def store(self, values: list[Any]) -> None:
         target = self.top()
-        pairs = [(_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
+        pairs = [(_make_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Record):
@@ -190,14 +190,14 @@ class _Machine:
         self.call(target, (*args, keywords) if keywords else args)
 
 
-def _key(key: Any) -> Any:
+def _make_key(key: Any) -> Any:
     """Return a key of a dictionary; nested tuples, which Python hashes by recursion in C, are refused."""
     if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
         raise ValueError("a key is a tuple of tuples")
     return key
 
 
-def _sequence(machine: _Machine, values: list[Any]) -> None:
+def _make_sequence(machine: _Machine, values: list[Any]) -> None:
     machine.stack.append(tuple(values))
 
 
@@ -205,7 +205,7 @@ def _pop_mark(machine: _Machine, _: Any) -> None:
     machine.pop_to_mark()
 
 
-def _tuple_of(count: int) -> Callable[[_Machine, Any], None]:
+def _make_tuple(count: int) -> Callable[[_Machine, Any], None]:
     def run(machine: _Machine, _: Any) -> None:
         values = [machine.pop() for _ in range(count)]
         machine.stack.append(tuple(reversed(values)))
@@ -234,7 +234,7 @@ def _dict(machine: _Machine, _: Any) -> None:
     machine.store(values)
 
 
-def _no_op(machine: _Machine, _: Any) -> None:
+def _do_nothing(machine: _Machine, _: Any) -> None:
     """Do nothing: protocol, frames, and the end."""
 
 
@@ -257,17 +257,17 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 
 _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": _no_op,
-    "FRAME": _no_op,
-    "STOP": _no_op,
+    "PROTO": _do_nothing,
+    "FRAME": _do_nothing,
+    "STOP": _do_nothing,
     "POP": _Machine.drop,
     "POP_MARK": _pop_mark,
     "DUP": lambda machine, _: machine.stack.append(machine.top()),
-    "TUPLE": lambda machine, _: _sequence(machine, machine.pop_to_mark()),
-    "FROZENSET": lambda machine, _: _sequence(machine, machine.pop_to_mark()),
-    "TUPLE1": _tuple_of(1),
-    "TUPLE2": _tuple_of(2),
-    "TUPLE3": _tuple_of(3),
+    "TUPLE": lambda machine, _: _make_sequence(machine, machine.pop_to_mark()),
+    "FROZENSET": lambda machine, _: _make_sequence(machine, machine.pop_to_mark()),
+    "TUPLE1": _make_tuple(1),
+    "TUPLE2": _make_tuple(2),
+    "TUPLE3": _make_tuple(3),
     "LIST": lambda machine, _: machine.stack.append(machine.pop_to_mark()),
     "DICT": _dict,
     "APPEND": lambda machine, _: machine.append([machine.pop()]),

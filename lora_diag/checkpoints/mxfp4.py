@@ -63,11 +63,11 @@ def decode(layout: Layout, first: int, last: int, table: Any) -> torch.Tensor:
     parts = []
     for expert in range(first // layout.inputs, -(-last // layout.inputs)):
         low, high = max(0, first - expert * layout.inputs), min(layout.inputs, last - expert * layout.inputs)
-        parts.append(_expert(layout, expert, low, high, table))
+        parts.append(_decode_expert(layout, expert, low, high, table))
     return torch.cat(parts)
 
 
-def _expert(layout: Layout, expert: int, first: int, last: int, table: Any) -> torch.Tensor:
+def _decode_expert(layout: Layout, expert: int, first: int, last: int, table: Any) -> torch.Tensor:
     """Return the inputs ``first:last`` of one expert, ``(last − first, out)``."""
     import torch
 

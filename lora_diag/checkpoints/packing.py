@@ -44,13 +44,13 @@ class RowWeight:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of W, float32."""
-        return self._range(self.values, start, stop)
+        return self._read_range(self.values, start, stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
         """Return steps whose half bounds the error of the entries ``start:stop``, float32."""
-        return self._range(self.steps, start, stop)
+        return self._read_range(self.steps, start, stop)
 
-    def _range(self, rows: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def _read_range(self, rows: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
         import torch
 
         if start >= stop:

@@ -48,7 +48,7 @@ class PatchedFile:
         unknown = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
         if unknown:
             raise InputError(f"{self._file}: {min(unknown)} is neither indices nor values of a patch; write it again")
-        self.tensors: Mapping[str, TensorInfo] = {name: self._info(name) for name in base}
+        self.tensors: Mapping[str, TensorInfo] = {name: self._describe_tensor(name) for name in base}
         self.notes: tuple[str, ...] = (
             f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",
         )
@@ -61,7 +61,7 @@ class PatchedFile:
         if name not in self._changed:
             return values
         values = values.to(getattr(torch, self.tensors[name].dtype))
-        positions, inside = self._locations(name, start, stop)
+        positions, inside = self._locate_changes(name, start, stop)
         values[positions[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(values.dtype)
         return values
 
@@ -79,7 +79,7 @@ class PatchedFile:
         """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
         return self._base.read_scales(name, start, stop)
 
-    def _locations(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _locate_changes(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the changed positions of a tensor, and which of them are in a range.
 
         Raises:
@@ -118,7 +118,7 @@ class PatchedFile:
                 "read over plain floating-point weights"
             )
 
-    def _info(self, name: str) -> TensorInfo:
+    def _describe_tensor(self, name: str) -> TensorInfo:
         """Return a tensor as presented: in the dtype of BASE, or wider where the new values are."""
         info = self._base[name]
         if name not in self._changed:
@@ -157,7 +157,7 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         if not is_patch(opened[0]):
             return opened[0]
     checkpoint = base
-    for patch in sorted(opened, key=_version):
+    for patch in sorted(opened, key=_sort_key):
         file: TensorFile = PatchedFile(checkpoint, patch, path if len(opened) > 1 else patch.files[0].path)
         checkpoint = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
     if len(opened) == 1:
@@ -166,7 +166,7 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
     return Checkpoint(path, "sparse patches", checkpoint.files, notes, base.config)
 
 
-def _version(patch: Checkpoint) -> tuple[int, str]:
+def _sort_key(patch: Checkpoint) -> tuple[int, str]:
     """Return a sort key: the version of a patch, then its name."""
     version = patch.files[0].metadata.get("model_version", "")
     known = version.isascii() and version.isdecimal() and len(version) < 20

@@ -65,7 +65,7 @@ class TorchFile:
         view = tensor.view(-1)[start:stop]
         out = view.clone()
         if self._mapped:
-            _forget(view)
+            _release_pages(view)
         return out
 
     def read_bytes(self, name: str) -> bytes:
@@ -168,7 +168,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     raise InputError(f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()")
 
 
-def _forget(view: torch.Tensor) -> None:
+def _release_pages(view: torch.Tensor) -> None:
     """Release the memory-mapped pages under ``view``; they can be read again."""
     if sys.platform == "win32":
         return

@@ -64,12 +64,12 @@ class PiecesFolder:
         pieces: dict[str, list[Box]] = {}
         dtypes: dict[str, str] = {}
         for file in files:
-            for name, offsets in _offsets(file):
+            for name, offsets in _read_offsets(file):
                 info = file.tensors[name]
                 pieces.setdefault(name, []).append(Box(offsets, info.shape, Piece(file, name)))
                 if dtypes.setdefault(name, info.dtype) != info.dtype or len(pieces[name][0].sizes) != len(info.shape):
                     raise InputError(f"{file.path}: {name} is another tensor than in the files before; copy them again")
-        self._boxes = {name: Boxes(name, _shape(boxes), boxes, folder) for name, boxes in pieces.items()}
+        self._boxes = {name: Boxes(name, _infer_shape(boxes), boxes, folder) for name, boxes in pieces.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, boxes.shape, dtypes[name]) for name, boxes in self._boxes.items()
         }
@@ -88,13 +88,13 @@ class PiecesFolder:
         return self._boxes[name].read_bytes(WIDTH[self.tensors[name].dtype])
 
 
-def _shape(boxes: Sequence[Box]) -> tuple[int, ...]:
+def _infer_shape(boxes: Sequence[Box]) -> tuple[int, ...]:
     """Return the smallest shape that holds all pieces of a tensor."""
     ends = [[start + size for start, size in zip(box.offsets, box.sizes, strict=True)] for box in boxes]
     return tuple(max(sizes) for sizes in zip(*ends, strict=True))
 
 
-def _offsets(file: SafetensorsFile) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _read_offsets(file: SafetensorsFile) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name and the first index of each piece in a file."""
     try:
         info: Any = json.loads(file.metadata[INFO])

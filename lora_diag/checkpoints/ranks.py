@@ -74,14 +74,16 @@ class RanksFolder:
         self.path = folder
         self.metadata: Mapping[str, str] = {}
         parts: dict[str, list[_Part]] = {}
-        files = _files(folder)
+        files = _find_files(folder)
         for rank, path in enumerate(files):
-            for name, pieces in _parts(path, rank).items():
+            for name, pieces in _read_parts(path, rank).items():
                 parts.setdefault(name, []).extend(pieces)
         if not parts:
             raise InputError(f"{folder}: the files {PATTERN} hold no tensors; save the model again")
-        distributed = any(part.sharded_dims is not None or part.offsets is not None for part in _all(parts))
-        self._boxes = {name: _whole(folder, name, pieces, len(files), distributed) for name, pieces in parts.items()}
+        distributed = any(part.sharded_dims is not None or part.offsets is not None for part in _flatten_parts(parts))
+        self._boxes = {
+            name: _join_parts(folder, name, pieces, len(files), distributed) for name, pieces in parts.items()
+        }
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, boxes.shape, parts[name][0].tensor.dtype) for name, boxes in self._boxes.items()
         }
@@ -103,11 +105,11 @@ class RanksFolder:
         return self._boxes[name].read_bytes(WIDTH[self.tensors[name].dtype])
 
 
-def _all(parts: Mapping[str, list[_Part]]) -> Sequence[_Part]:
+def _flatten_parts(parts: Mapping[str, list[_Part]]) -> Sequence[_Part]:
     return [part for of_rank in parts.values() for part in of_rank]
 
 
-def _files(folder: Path) -> list[Path]:
+def _find_files(folder: Path) -> list[Path]:
     """Return the file of every rank, in their order."""
     files_of_rank: dict[int, dict[int, Path]] = {}
     for path in folder.glob(PATTERN):
@@ -126,7 +128,7 @@ def _files(folder: Path) -> list[Path]:
     return [by_rank[rank] for rank in range(world)]
 
 
-def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
+def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     """Return the contents of the file of a rank."""
     file = FileBytes(path)
     archive = Archive(file, (0, path.stat().st_size), path.name)
@@ -141,28 +143,30 @@ def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
         "".join(name for name in state if isinstance(name, str)).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
         raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
-    values = {name: _values(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)}
+    values = {
+        name: _read_value_parts(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)
+    }
     return {name: parts for name, parts in values.items() if parts}
 
 
-def _values(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
+def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
     """Return the parts of a value of a state dict; none if it is no tensor."""
     value = unwrapped(value)
-    local, spec = _dtensor(value)
+    local, spec = _read_dtensor(value)
     if local is not None and isinstance(spec, Record):
         tensor = archive.tensor(local, name)
         if tensor is not None:
-            return [_distributed(archive, name, tensor, spec, rank)]
-    state = _rebuilt(value, "ShardedTensor")
+            return [_make_dtensor_part(archive, name, tensor, spec, rank)]
+    state = _rebuild_state(value, "ShardedTensor")
     if state is not None:
-        return _sharded(archive, name, state)
+        return _read_sharded(archive, name, state)
     tensor = archive.tensor(value, name)
     if tensor is None and isinstance(value, Record) and value.name == "_rebuild_from_type_v2":
         raise InputError(f"{archive.file.path}: {name} is a tensor of an unsupported class; save the model again")
     return [] if tensor is None else [_Part(tensor)]
 
 
-def _rebuilt(value: Any, name: str) -> Any:
+def _rebuild_state(value: Any, name: str) -> Any:
     """Return the state of an object of a subclass of Tensor; None if it is another."""
     if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
         kind = value.args[1]
@@ -170,12 +174,12 @@ def _rebuilt(value: Any, name: str) -> Any:
     return None
 
 
-def _dtensor(value: Any) -> tuple[Any, Any]:
+def _read_dtensor(value: Any) -> tuple[Any, Any]:
     """Return the local tensor and the specification of a DTensor.
 
     ``_rebuild_from_type_v2(function, type, args, state)``, and the state is that of the object.
     """
-    state = _rebuilt(value, "DTensor")
+    state = _rebuild_state(value, "DTensor")
     if state is not None:
         for item in state if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
             if isinstance(item, dict) and "_local_tensor" in item:
@@ -183,7 +187,7 @@ def _dtensor(value: Any) -> tuple[Any, Any]:
     return None, None
 
 
-def _distributed(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
+def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
     """Return the part of a DTensor."""
     path = archive.file.path
     meta = spec.get("tensor_meta")
@@ -192,12 +196,14 @@ def _distributed(archive: Archive, name: str, tensor: StoredTensor, spec: Record
         shape = meta.get("shape")
     if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise InputError(f"{path}: {name} does not give the shape of the whole tensor; save the model again")
-    sharded_dims = tuple(_sharded_dim(path, name, placement, len(shape)) for placement in spec.get("placements") or ())
-    coordinates = _coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
+    sharded_dims = tuple(
+        _read_sharded_dim(path, name, placement, len(shape)) for placement in spec.get("placements") or ()
+    )
+    coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
     return _Part(tensor, shape, sharded_dims, coordinates)
 
 
-def _sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
+def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
     kind = placement.name if isinstance(placement, Record) else ""
     if kind == "Replicate":
         return None
@@ -212,7 +218,7 @@ def _sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int 
     return dim
 
 
-def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
+def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
     """Return the place of this rank in the device mesh."""
     coordinates = mesh.get("_coordinate_on_dim") if isinstance(mesh, Record) else None
     if coordinates is None and dimensions == 1:
@@ -225,7 +231,7 @@ def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: 
                 int.from_bytes(content[coordinate : coordinate + width], "little")
                 for coordinate in range(0, len(content), width)
             ]
-            coordinates = _unraveled(ranks.index(rank), stored.shape) if rank in ranks else None
+            coordinates = _unravel_index(ranks.index(rank), stored.shape) if rank in ranks else None
     if (
         not isinstance(coordinates, tuple | list)
         or len(coordinates) != dimensions
@@ -237,7 +243,7 @@ def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: 
     return tuple(coordinates)
 
 
-def _unraveled(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _unravel_index(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     coordinates: list[int] = []
     for size in reversed(shape):
         index, coordinate = divmod(index, size)
@@ -245,7 +251,7 @@ def _unraveled(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(coordinates)
 
 
-def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
+def _read_sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
     """Return the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
     shards, meta = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
     shape = meta.get("size") if isinstance(meta, Record) else None
@@ -266,19 +272,19 @@ def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
     return parts
 
 
-def _whole(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
+def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
     """Put the parts of a tensor together."""
     first = parts[0]
     if len({(part.tensor.dtype, part.shape, part.sharded_dims is None) for part in parts}) > 1:
         raise InputError(f"{folder}: the ranks disagree about {name}; the folder holds files of two checkpoints")
     if first.offsets is not None:
         shape = first.shape or ()
-        boxes = [_box(folder, name, part, part.offsets or (), shape) for part in parts]
+        boxes = [_make_box(folder, name, part, part.offsets or (), shape) for part in parts]
         return Boxes(name, shape, boxes, folder)
     if len(parts) != world:
         raise InputError(f"{folder}: {len(parts)} of {world} ranks hold {name}; copy the files of all ranks")
     if first.sharded_dims is not None:
-        return _assembled(folder, name, parts)
+        return _assemble_parts(folder, name, parts)
     shapes = {part.tensor.shape for part in parts}
     if distributed or world == 1 or first.tensor.shape == ():
         if len(shapes) > 1:
@@ -289,19 +295,19 @@ def _whole(folder: Path, name: str, parts: list[_Part], world: int, distributed:
         raise InputError(f"{folder}: the rows of {name} have different shapes on the ranks; save the model again")
     boxes, row = [], 0
     for part in parts:
-        boxes.append(_box(folder, name, part, (row, *(0 for _ in part.tensor.shape[1:])), None))
+        boxes.append(_make_box(folder, name, part, (row, *(0 for _ in part.tensor.shape[1:])), None))
         row += part.tensor.shape[0]
     return Boxes(name, (row, *first.tensor.shape[1:]), boxes, folder)
 
 
-def _box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: tuple[int, ...] | None) -> Box:
+def _make_box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: tuple[int, ...] | None) -> Box:
     sizes = part.tensor.shape
     if len(offsets) != len(sizes) or (shape is not None and len(shape) != len(sizes)) or min(offsets, default=0) < 0:
         raise InputError(f"{folder}: the part of {name} at {list(offsets)} does not lie in the tensor; save it again")
     return Box(offsets, sizes, part.tensor)
 
 
-def _assembled(folder: Path, name: str, parts: list[_Part]) -> Boxes:
+def _assemble_parts(folder: Path, name: str, parts: list[_Part]) -> Boxes:
     """Put the parts of a DTensor together: those of one place of every repeated dimension of the mesh."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     by_coordinates = {part.coordinates: part for part in parts}

@@ -72,9 +72,9 @@ class SafetensorsFile:
         self.path = path
         self.notes: tuple[str, ...] = ()
         header, data_start, data_bytes = _read_header(path)
-        self.metadata: Mapping[str, str] = _metadata(header.pop("__metadata__", {}), path)
+        self.metadata: Mapping[str, str] = _check_metadata(header.pop("__metadata__", {}), path)
         self.tensors: Mapping[str, TensorInfo]
-        self.tensors, spans = _tensors(header, data_bytes, path)
+        self.tensors, spans = _check_tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._content = FileBytes(path)
@@ -144,7 +144,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        header = loads(raw, _unique)
+        header = loads(raw, _refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is invalid: {error}; copy or download it again") from error
     if not isinstance(header, dict):
@@ -154,7 +154,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size - 8 - length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -163,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _metadata(value: Any, path: Path) -> dict[str, str]:
+def _check_metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise InputError(
             f"{path}: __metadata__ in the safetensors header must map strings to strings; save the file again"
@@ -171,14 +171,14 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
     return value
 
 
-def _tensors(
+def _check_tensors(
     header: dict[str, Any], data_bytes: int, path: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     """Return all entries of the header, after checking that together they cover the data exactly once."""
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
-        tensors[name], spans[name] = _tensor(name, entry, path)
+        tensors[name], spans[name] = _check_tensor(name, entry, path)
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != end:
@@ -194,7 +194,7 @@ def _tensors(
     return tensors, spans
 
 
-def _tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
     def is_size(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 

@@ -77,7 +77,7 @@ class ScaledWeight:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of W, float32."""
         codes = self.source.read(self.info.name, start, stop)
-        return self._scaled(codes.float(), start, stop)
+        return self._apply_scales(codes.float(), start, stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
         """Return the distance to the next storable number at the entries ``start:stop``, float32."""
@@ -91,29 +91,29 @@ class ScaledWeight:
             steps = torch.ldexp(torch.ones_like(codes), exponent - mantissa)
         else:
             steps = torch.ones_like(codes)
-        return self._scaled(steps, start, stop)
+        return self._apply_scales(steps, start, stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor:
         """Return the scales that multiply the codes of the entries ``start:stop``, float32."""
         import torch
 
-        return self._scaled(torch.ones(stop - start), start, stop)
+        return self._apply_scales(torch.ones(stop - start), start, stop)
 
-    def _scaled(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def _apply_scales(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Multiply the entries ``start:stop`` by their scales, in place."""
         if start >= stop:
             return values
-        columns = _matrix(self.info.shape)[1]
+        columns = _matrix_shape(self.info.shape)[1]
         first, last = start // columns, -(-stop // columns)
-        scales = self._rows_of_scales(first, last).repeat_interleave(self.grid.block[1], dim=1)[:, :columns]
+        scales = self._read_scale_rows(first, last).repeat_interleave(self.grid.block[1], dim=1)[:, :columns]
         values *= scales.reshape(-1)[start - first * columns :][: stop - start]
         return values if self.divisor == 1 else values.div_(self.divisor)
 
-    def _rows_of_scales(self, first: int, last: int) -> torch.Tensor:
+    def _read_scale_rows(self, first: int, last: int) -> torch.Tensor:
         """Return the scales of the rows ``first:last`` of all matrices stacked vertically, float32."""
         import torch
 
-        grid, height = self.grid, _matrix(self.info.shape)[0]
+        grid, height = self.grid, _matrix_shape(self.info.shape)[0]
         row = torch.arange(first, last)
         indices = row % height // grid.block[0]
         if grid.per_matrix:
@@ -143,7 +143,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
     Raises:
         InputError: The scales of a weight are missing or have the wrong shape.
     """
-    blocks = _configured_blocks(source, config)
+    blocks = _read_configured_blocks(source, config)
     bare = []
     scaled = False
     for name in source:
@@ -194,7 +194,7 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
             f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, but scales must be floats; "
             "save the model again"
         )
-    rows, columns = _matrix(weight.shape)
+    rows, columns = _matrix_shape(weight.shape)
     if scales.numel == 1:
         return Grid(1, 1, (rows, columns), per_matrix=False)
     # Missing trailing dimensions have one scale for all entries: (out) is (out, 1).
@@ -202,7 +202,7 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
     *stack, down, across = shape if len(shape) > 1 else (*shape, 1)
     if stack == list(weight.shape[:-2]) and down in {1, rows} and across == 1:
         return Grid(down, 1, (rows // down, columns))
-    block = blocks or (_block(rows, down), _block(columns, across))
+    block = blocks or (_infer_block_size(rows, down), _infer_block_size(columns, across))
     if (
         stack != list(weight.shape[:-2])
         or min(block) < 1
@@ -216,7 +216,7 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
     return Grid(down, across, block)
 
 
-def _block(size: int, count: int) -> int:
+def _infer_block_size(size: int, count: int) -> int:
     """Infer the block size if ``count`` blocks, the last perhaps cropped, cover ``size``; 0 if no size is plausible.
 
     The possible sizes are in [size / count, size / (count − 1)), which contains at most one power of two. Formats use
@@ -231,17 +231,17 @@ def _block(size: int, count: int) -> int:
     return smallest if smallest * count == size else 0
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return rows and columns of one matrix of a stack; a vector is a column, so it can have a scale per entry.
 
-    >>> _matrix((8, 32, 64)), _matrix((32,))
+    >>> _matrix_shape((8, 32, 64)), _matrix_shape((32,))
     ((32, 64), (32, 1))
     """
     rows, columns = (*shape, 1, 1)[:2] if len(shape) < 2 else shape[-2:]
     return rows, columns
 
 
-def _configured_blocks(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
+def _read_configured_blocks(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
     value = config.get("weight_block_size")
     if value is None:
         return None

@@ -30,11 +30,11 @@ class BucketStore(Store):
 
     def is_folder(self, address: str) -> bool:
         """Return whether there is any file under an address."""
-        return bool(self._entries(address))
+        return bool(self._list_entries(address))
 
     def children(self, address: str) -> Iterable[str]:
         """Return the addresses of a folder's content."""
-        return list(self._entries(address))
+        return list(self._list_entries(address))
 
     def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         """Fill a buffer by one request, and check the version of the file.
@@ -45,9 +45,9 @@ class BucketStore(Store):
         if self._scheme == "s3":
             content = self._call(address, self._read_s3, address, start, stop, file_info)
         else:
-            content = self._call(address, self._fs.cat_file, _key(address), start=start, end=stop)
-            current = self._call(address, self._fs.info, _key(address))
-            if content is None or current is None or _file_info(current) != file_info:
+            content = self._call(address, self._fs.cat_file, _make_key(address), start=start, end=stop)
+            current = self._call(address, self._fs.info, _make_key(address))
+            if content is None or current is None or _make_file_info(current) != file_info:
                 raise InputError(f"{address}: {CHANGED}")
         if len(content) > len(buffer):
             raise InputError(f"{address}: the store sent more bytes than requested; download the file")
@@ -61,14 +61,16 @@ class BucketStore(Store):
             entry = listed.get(address)
         else:  # not listed: the folder of a single requested file may be very large
             self._open()
-            entry = retried(address, lambda: self._call(address, self._fs.info, _key(address)))
-        return _file_info(entry) if entry is not None and entry.get("type") == "file" else None
+            entry = retried(address, lambda: self._call(address, self._fs.info, _make_key(address)))
+        return _make_file_info(entry) if entry is not None and entry.get("type") == "file" else None
 
-    def _entries(self, folder: str) -> dict[str, Any]:
+    def _list_entries(self, folder: str) -> dict[str, Any]:
         """Return the entries of a folder by address, with one request."""
         if folder not in self._listed:
             self._open()
-            listing = retried(folder, lambda: self._call(folder, self._fs.ls, _key(folder), detail=True, refresh=True))
+            listing = retried(
+                folder, lambda: self._call(folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
+            )
             named = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}
             self._listed[folder] = {name: entry for name, entry in named.items() if name.startswith(f"{folder}/")}
         return self._listed[folder]
@@ -91,7 +93,9 @@ class BucketStore(Store):
         except (InputError, TransientError):
             raise
         except PermissionError as error:
-            raise InputError(f"{address}: access is denied: {first_line_of(error)}{self._needs()}") from error
+            raise InputError(
+                f"{address}: access is denied: {first_line_of(error)}{self._describe_requirements()}"
+            ) from error
         except Exception as error:  # from fsspec, aiohttp and two cloud libraries
             if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
                 public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
@@ -100,7 +104,7 @@ class BucketStore(Store):
                 raise TransientError(first_line_of(error)) from error
             raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
 
-    def _needs(self) -> str:
+    def _describe_requirements(self) -> str:
         return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
 
     def _read_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
@@ -112,7 +116,7 @@ class BucketStore(Store):
         from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
         await self._fs.set_session()
-        bucket, key, _ = self._fs.split_path(_key(address))
+        bucket, key, _ = self._fs.split_path(_make_key(address))
         client = await self._fs.get_s3(bucket)
         match = {"IfMatch": file_info.version} if file_info.version else {}
         try:
@@ -124,7 +128,9 @@ class BucketStore(Store):
             if status in {404, 412, 416}:
                 raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
             if status in {401, 403}:
-                raise InputError(f"{address}: access is denied: {first_line_of(error)}{self._needs()}") from error
+                raise InputError(
+                    f"{address}: access is denied: {first_line_of(error)}{self._describe_requirements()}"
+                ) from error
             if status in TRANSIENT:
                 raise TransientError(f"the store answers {status}") from error
             raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
@@ -142,10 +148,10 @@ class BucketStore(Store):
             return bytes(await body.read())
 
 
-def _key(address: str) -> str:
+def _make_key(address: str) -> str:
     return address.partition("://")[2]
 
 
-def _file_info(entry: Any) -> FileInfo:
+def _make_file_info(entry: Any) -> FileInfo:
     named = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
     return FileInfo(int(entry["size"]), next((str(entry[name]) for name in named if entry.get(name)), ""))

@@ -71,7 +71,7 @@ class HubStore(HttpStore):
     def _find(self, address: str) -> FileInfo | None:
         return retried(address, lambda: self._run(self._ask, address)) if address in self._files else None
 
-    def _access_hint(self) -> str:
+    def _suggest_access(self) -> str:
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"
 
 

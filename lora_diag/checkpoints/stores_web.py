@@ -99,7 +99,7 @@ class HttpStore(Store):
 
     def _open(self) -> None:
         if self._fs is None:
-            self._fs = filesystem("http", get_client=_client)
+            self._fs = filesystem("http", get_client=_make_client)
 
     def _get(self, session: Any, address: str, start: int, stop: int) -> Any:
         import yarl
@@ -119,14 +119,14 @@ class HttpStore(Store):
             if response.status == 416:
                 return FileInfo(0, self.version(response.headers))
             if response.status == 200:
-                return await self._all(address, response)
+                return await self._read_whole(address, response)
             self._check_status(address, response)
-            _, stop, size = _content_range(address, response.headers)
+            _, stop, size = _parse_content_range(address, response.headers)
             if stop != min(size, HEAD_BYTES):
                 raise InputError(f"{address}: the server sent bytes up to {stop:,} instead of {HEAD_BYTES:,}")
-            return FileInfo(size, self.version(response.headers), await _body(address, response, stop))
+            return FileInfo(size, self.version(response.headers), await _read_body(address, response, stop))
 
-    async def _all(self, address: str, response: Any) -> FileInfo:
+    async def _read_whole(self, address: str, response: Any) -> FileInfo:
         """Read a small file whole from a server that ignores ranges."""
         size = response.content_length
         if size is None or size > MAX_WHOLE_BYTES:
@@ -136,7 +136,7 @@ class HttpStore(Store):
                 + "for every tensor; download it and give the local path"
             )
         self._check_encoding(address, response)
-        return FileInfo(size, self.version(response.headers), await _body(address, response, size), ranged=False)
+        return FileInfo(size, self.version(response.headers), await _read_body(address, response, size), ranged=False)
 
     async def _read(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         import aiohttp
@@ -146,7 +146,7 @@ class HttpStore(Store):
             self._check_status(address, response)
             if response.status == 200:
                 raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
-            content_range = _content_range(address, response.headers)
+            content_range = _parse_content_range(address, response.headers)
             if content_range[2] != file_info.size or self.version(response.headers) != file_info.version:
                 raise InputError(f"{address}: {CHANGED}")
             if content_range[:2] != (start, stop):
@@ -170,7 +170,7 @@ class HttpStore(Store):
         if status in TRANSIENT:
             raise TransientError(f"the server answers {status}")
         if status in {401, 403}:
-            raise InputError(f"{address}: the server answers {status}: {self._access_hint()}")
+            raise InputError(f"{address}: the server answers {status}: {self._suggest_access()}")
         if 300 <= status < 400:
             to = shown(urljoin(address, response.headers.get("Location", "")))
             raise InputError(f"{address}: the server redirects to {to}; give that address")
@@ -187,13 +187,13 @@ class HttpStore(Store):
                 f"{address}: the server sends the file encoded as {encoding}, which has no ranges; download the file"
             )
 
-    def _access_hint(self) -> str:
+    def _suggest_access(self) -> str:
         if self._query or self._user:
             return "the credentials in the address are refused; a signature may be expired, or valid for another file"
         return "the file is not public or does not exist; for a private bucket give s3://, gs:// or a presigned URL"
 
 
-async def _body(address: str, response: Any, size: int) -> bytes:
+async def _read_body(address: str, response: Any, size: int) -> bytes:
     """Return the content of an answer, which must have exactly ``size`` bytes; never read more."""
     content = bytearray()
     async for piece in response.content.iter_chunked(2**16):
@@ -205,7 +205,7 @@ async def _body(address: str, response: Any, size: int) -> bytes:
     return bytes(content)
 
 
-async def _client(**options: Any) -> Any:
+async def _make_client(**options: Any) -> Any:
     """Return a session that does not decompress content, and uses the proxies of the environment."""
     import aiohttp
 
@@ -213,7 +213,7 @@ async def _client(**options: Any) -> Any:
     return aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=True, **options)
 
 
-def _content_range(address: str, headers: Any) -> tuple[int, int, int]:
+def _parse_content_range(address: str, headers: Any) -> tuple[int, int, int]:
     """Parse a ``Content-Range`` header: first byte, one past the last byte, and the size of the whole file."""
     text = str(headers.get("Content-Range", ""))
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)

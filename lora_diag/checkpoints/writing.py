@@ -52,12 +52,12 @@ def write_safetensors(
     """
     order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
     with replacing(path, kind, overwrite) as file:
-        file.write(_header([(name, tensors[name]) for name in order], metadata))
+        file.write(_make_header([(name, tensors[name]) for name in order], metadata))
         for name in order:
             file.write(content(name, tensors[name], read(name)))
 
 
-def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
+def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
     """Return the header: length and JSON, padded with spaces to the alignment of the data."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0

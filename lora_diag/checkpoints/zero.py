@@ -83,10 +83,10 @@ class ZeroFolder:
     config_folder = ""
 
     def __init__(self, folder: Path) -> None:
-        self._root, self.path = folder, _step(folder)
+        self._root, self.path = folder, _find_step_folder(folder)
         self.metadata: Mapping[str, str] = {}
-        files = _by_rank(self.path)
-        tensors = dict(self._whole() if not files else self._masters(files))
+        files = _find_rank_files(self.path)
+        tensors = dict(self._read_model_weights() if not files else self._read_master_weights(files))
         if not tensors:
             raise InputError(f"{self.path}: holds no weights; {self._suggest_fix()}")
         try:
@@ -118,44 +118,46 @@ class ZeroFolder:
         tool, folder = (shlex.quote(str(path)) for path in (root / "zero_to_fp32.py", root))
         return f"convert it: python {tool} {folder} out --safe_serialization"
 
-    def _whole(self) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
+    def _read_model_weights(self) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Yield the 16-bit weights of the model file."""
-        archive = _archive(self.path / WHOLE)
+        archive = _open_archive(self.path / WHOLE)
         module = archive.value.get("module") if isinstance(archive.value, dict) else None
         for name, value in module.items() if isinstance(module, dict) else ():
             tensor = archive.tensor(value, str(name))
             if tensor is not None:
                 yield str(name), (tensor.shape, Flat(((tensor, 0, tensor.numel),)))
 
-    def _masters(self, files: Sequence[Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
+    def _read_master_weights(self, files: Sequence[Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Yield the float32 weights of the optimizer files, then frozen ones, buffers and shared ones."""
-        states = [self._optimizer(path) for path in files]
+        states = [self._open_optimizer_file(path) for path in files]
         stage, ranks = states[0][1], len(files)
         counts = {(rank, world) for _, rank, world, _, _ in states}
         if counts != {(stage, ranks)}:
             sizes = max(world for _, world in counts)
             raise InputError(f"{self.path}: there are optimizer files of {ranks} ranks of {sizes}; copy all of one run")
-        archive = _archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
+        archive = _open_archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
         state = archive.value if isinstance(archive.value, dict) else {}
         groups = state.get("param_shapes")
         if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
             raise InputError(f"{archive.file.path}: gives no param_shapes; {self._suggest_fix()}")
-        flats = [_tensors(part, values, path.name) for (part, _, _, values, _), path in zip(states, files, strict=True)]
+        flats = [
+            _find_tensors(part, values, path.name) for (part, _, _, values, _), path in zip(states, files, strict=True)
+        ]
         if stage < 3:
-            if any(any(_numbers(padding)) for *_, padding in states):
+            if any(any(_list_numbers(padding)) for *_, padding in states):
                 raise InputError(
                     f"{self.path}: aligns parameters one by one, which is not supported; {self._suggest_fix()}"
                 )
-            tensors = dict(self._consecutive(groups, flats))
+            tensors = dict(self._read_consecutive(groups, flats))
         else:
-            tensors = dict(self._partitioned(groups, flats))
-        tensors |= self._others(archive, state, stage, ranks)
-        for alias, name in _pairs(state.get("shared_params")):
+            tensors = dict(self._read_partitioned(groups, flats))
+        tensors |= self._read_frozen_and_buffers(archive, state, stage, ranks)
+        for alias, name in _list_aliases(state.get("shared_params")):
             if name in tensors:
                 tensors[alias] = tensors[name]
         yield from tensors.items()
 
-    def _consecutive(
+    def _read_consecutive(
         self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
     ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Stages 1 and 2: the parameters of a group follow each other in the parts of all ranks."""
@@ -167,8 +169,8 @@ class ZeroFolder:
             vector = [flat[number] for flat in flats]
             position, align = 0, 2 * len(flats)
             for name, shape in group.items():
-                count = math.prod(self._shape(name, shape))
-                yield str(name), (self._shape(name, shape), self._slice(vector, position, count, name))
+                count = math.prod(self._check_shape(name, shape))
+                yield str(name), (self._check_shape(name, shape), self._slice(vector, position, count, name))
                 position += count
             stored = sum(part.numel for part in vector)
             if -(-position // align) != -(-stored // align):
@@ -177,17 +179,17 @@ class ZeroFolder:
                     f"{self._suggest_fix()}"
                 )
 
-    def _partitioned(
+    def _read_partitioned(
         self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
     ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Stage 3: every rank holds an equal part of each parameter, the last with padding."""
         position = 0
         for group in groups:
             for name, values in group.items():
-                shape = self._shape(name, values)
+                shape = self._check_shape(name, values)
                 count = -(-math.prod(shape) // len(flats))
                 parts = [part for flat in flats for part in self._slice(flat, position, count, name).parts]
-                yield str(name), (shape, _shortened(parts, math.prod(shape)))
+                yield str(name), (shape, _drop_padding(parts, math.prod(shape)))
                 position += count
         stored = sum(part.numel for part in flats[0])
         if position != stored:
@@ -195,7 +197,7 @@ class ZeroFolder:
                 f"{self.path}: a rank has {position:,} parameters, but {stored:,} are stored; {self._suggest_fix()}"
             )
 
-    def _others(
+    def _read_frozen_and_buffers(
         self, archive: Archive, state: Mapping[Any, Any], stage: int, ranks: int
     ) -> dict[str, tuple[tuple[int, ...], Flat]]:
         """Return frozen parameters and buffers."""
@@ -211,9 +213,9 @@ class ZeroFolder:
             return tensors
         archives = [archive]
         if stage == 3:
-            archives += [_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
+            archives += [_open_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
         for name, values in frozen.items():
-            shape = self._shape(name, values)
+            shape = self._check_shape(name, values)
             parts = []
             for source in archives:
                 fragments = source.value.get("frozen_param_fragments") if isinstance(source.value, dict) else None
@@ -225,18 +227,18 @@ class ZeroFolder:
                 parts.append((tensor, 0, tensor.numel))
             if sum(count for *_, count in parts) < math.prod(shape):
                 raise InputError(f"{self.path}: the parts of {name!s:.200} hold fewer entries than {list(shape)}")
-            tensors[str(name)] = shape, _shortened(parts, math.prod(shape))
+            tensors[str(name)] = shape, _drop_padding(parts, math.prod(shape))
         return tensors
 
-    def _optimizer(self, path: Path) -> tuple[Archive, int, int, Any, Any]:
+    def _open_optimizer_file(self, path: Path) -> tuple[Archive, int, int, Any, Any]:
         """Return the file of a rank: archive, stage, number of ranks, its flat tensors, and paddings of parameters."""
-        archive = _archive(path)
+        archive = _open_archive(path)
         stored = archive.value.get("optimizer_state_dict") if isinstance(archive.value, dict) else None
         state: dict[Any, Any] = stored if isinstance(stored, dict) else {}
         stage = state.get("zero_stage")
         if isinstance(stage, Record) and stage.args:
             stage = stage.args[0]
-        world = max(_numbers(state.get("partition_count")), default=0)
+        world = max(_list_numbers(state.get("partition_count")), default=0)
         if type(stage) is not int or not 0 <= stage <= 3 or world < 1:
             raise InputError(f"{path}: is not an optimizer file of ZeRO; {self._suggest_fix()}")
         key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
@@ -257,13 +259,13 @@ class ZeroFolder:
             )
         return Flat(tuple(parts) or ((vector[0], 0, 0),))
 
-    def _shape(self, name: Any, shape: Any) -> tuple[int, ...]:
+    def _check_shape(self, name: Any, shape: Any) -> tuple[int, ...]:
         if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
             raise InputError(f"{self.path}: param_shapes gives {name!s:.200} an invalid shape; {self._suggest_fix()}")
         return shape
 
 
-def _step(folder: Path) -> Path:
+def _find_step_folder(folder: Path) -> Path:
     """Return the folder of a step: the given one, or the latest in it."""
     if any(folder.glob(STATES)) or (folder / WHOLE).is_file():
         return folder
@@ -279,7 +281,7 @@ def _step(folder: Path) -> Path:
     return steps[0]
 
 
-def _by_rank(folder: Path) -> list[Path]:
+def _find_rank_files(folder: Path) -> list[Path]:
     """Return the optimizer file of every rank."""
     by_rank = {}
     for path in folder.glob(STATES):
@@ -296,13 +298,13 @@ def _by_rank(folder: Path) -> list[Path]:
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
-def _archive(path: Path) -> Archive:
+def _open_archive(path: Path) -> Archive:
     if not path.is_file():
         raise InputError(f"{path.parent}: {path.name} is missing; copy the files of all ranks")
     return Archive(FileBytes(path), (0, path.stat().st_size), path.name)
 
 
-def _tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor]:
+def _find_tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor]:
     """Return flat tensors."""
     tensors = [archive.tensor(value, name) for value in values] if isinstance(values, list | tuple) else []
     flat = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 1]
@@ -311,7 +313,7 @@ def _tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor]:
     return flat
 
 
-def _shortened(parts: Sequence[tuple[StoredTensor, int, int]], count: int) -> Flat:
+def _drop_padding(parts: Sequence[tuple[StoredTensor, int, int]], count: int) -> Flat:
     """Return the first entries of some parts, without the padding at their end."""
     kept, left = [], count
     for tensor, begin, size in parts:
@@ -321,14 +323,14 @@ def _shortened(parts: Sequence[tuple[StoredTensor, int, int]], count: int) -> Fl
     return Flat(tuple(kept) or ((parts[0][0], 0, 0),))
 
 
-def _numbers(value: Any, depth: int = 2) -> list[int]:
+def _list_numbers(value: Any, depth: int = 2) -> list[int]:
     """Return the whole numbers of a value or of nested lists."""
     if isinstance(value, list | tuple):
-        return [number for item in value for number in _numbers(item, depth - 1)] if depth else []
+        return [number for item in value for number in _list_numbers(item, depth - 1)] if depth else []
     return [value] if type(value) is int else []
 
 
-def _pairs(value: Any) -> list[tuple[str, str]]:
+def _list_aliases(value: Any) -> list[tuple[str, str]]:
     """Return the aliases of shared parameters."""
     items = value.items() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [(str(item[0]), str(item[1])) for item in items if isinstance(item, tuple | list) and len(item) == 2]

@@ -37,7 +37,7 @@ class _Command(TyperCommand):
         """Replace old option names; let ``--gradients`` take all arguments up to the next option, as in ``grads/*``."""
         renamed = getattr(self.callback, "aliases", {})
         end = args.index("--") if "--" in args else len(args)
-        args = [*(_current_name(arg, renamed) for arg in args[:end]), *args[end:]]
+        args = [*(_replace_former_name(arg, renamed) for arg in args[:end]), *args[end:]]
         if not any(param.name == "gradients" and param.multiple for param in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
@@ -55,7 +55,7 @@ class _Command(TyperCommand):
             if (row := param.get_help_record(ctx)) is not None:
                 is_argument = param.param_type_name == "argument"
                 panel = INPUTS if is_argument else getattr(param, "rich_help_panel", None) or EXECUTION
-                name = re.sub(r" <(?:(.+\|.+)|.*)>$", _choices, row[0])
+                name = re.sub(r" <(?:(.+\|.+)|.*)>$", _format_choices, row[0])
                 rows[panel].append((re.sub("[{}]", "", name) if is_argument else name, row[1]))
         for panel, lines in rows.items():
             if lines:
@@ -70,10 +70,10 @@ class _Command(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
-def _current_name(arg: str, renamed: Mapping[str, str]) -> str:
+def _replace_former_name(arg: str, renamed: Mapping[str, str]) -> str:
     """Return a command-line word with a former option name replaced by the current one.
 
-    >>> _current_name("--tol=0.1", {"--tol": "--tolerance"}), _current_name("base", {})
+    >>> _replace_former_name("--tol=0.1", {"--tol": "--tolerance"}), _replace_former_name("base", {})
     ('--tolerance=0.1', 'base')
     """
     name, equals, value = arg.partition("=")
@@ -88,20 +88,20 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, [arguments, *args[2:]] if arguments in self.commands else args)
 
 
-def _choices(kind: re.Match[str]) -> str:
+def _format_choices(kind: re.Match[str]) -> str:
     """Return the choices of an option in the form of our metavars, without Python types."""
     return f" {kind[1]}" if kind[1] else ""
 
 
-def _version(requested: bool) -> None:
+def _print_version(requested: bool) -> None:
     if requested:
         typer.echo(f"loradiag {__version__}")
         raise typer.Exit
 
 
-def _main(
+def _configure(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
@@ -126,10 +126,10 @@ def application(only: str = "") -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_main)
+    app.callback()(_configure)
     probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
     for feature in features():
-        for full, path, needs_input in _paths(feature):
+        for full, path, needs_input in _list_paths(feature):
             if full == only or not only:
                 group, name = ("probe", full.removeprefix("probe ")) if full.startswith("probe ") else ("", full)
                 command = (probe if group else app).command(name, cls=_Command, no_args_is_help=needs_input)
@@ -145,19 +145,19 @@ def commands(only: str = "") -> Any:
     return typer.main.get_command(application(only))
 
 
-def _paths(feature: Feature) -> list[tuple[str, str, bool]]:
+def _list_paths(feature: Feature) -> list[tuple[str, str, bool]]:
     """Return name and path of each command of a feature, and whether it shows its help if it is given nothing."""
     own_path = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
     return [*own_path, *((name, path, True) for name, path in feature.subcommands)]
 
 
-def _named(arguments: list[str]) -> str:
+def _find_command(arguments: list[str]) -> str:
     """Return the command that the first words name in full; empty if they name none.
 
-    >>> _named(["probe", "sweep", "base"]), _named(["gate", "init"]), _named(["gate", "r.jsonl"]), _named(["spektrum"])
-    ('probe sweep', 'gate init', 'gate', '')
+    >>> [_find_command(words.split()) for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")]
+    ['probe sweep', 'gate init', 'gate', '']
     """
-    known = {name for feature in features() for name, _, _ in _paths(feature)}
+    known = {name for feature in features() for name, _, _ in _list_paths(feature)}
     return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in known), "")
 
 
@@ -177,7 +177,7 @@ def main() -> None:
 def _run() -> int:
     try:
         # Not in typer's standalone mode, which prints no message on Ctrl-C.
-        code = commands(_named(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
+        code = commands(_find_command(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
     except LoradiagError as error:
         message(f"Error: {error}")
         return error.exit_code
@@ -205,16 +205,16 @@ def _run() -> int:
         if "\n" in tell():  # the help of a command without arguments
             error.show()  # type: ignore[attr-defined]
         else:
-            message(f"Error: {_usage(tell(), getattr(error, 'ctx', None))}")
+            message(f"Error: {_format_usage_error(tell(), getattr(error, 'ctx', None))}")
     if code == INTERRUPTED:
-        message("interrupted; a run with -o continues with --resume" if _resumes(sys.argv[1:3]) else "interrupted")
+        message("interrupted; a run with -o continues with --resume" if _can_resume(sys.argv[1:3]) else "interrupted")
     return code if isinstance(code, int) else DONE
 
 
-def _usage(problem: str, context: Any) -> str:
+def _format_usage_error(problem: str, context: Any) -> str:
     """Return typer's usage error in our style: the problem and the fix.
 
-    >>> _usage("No such option: --rnak Did you mean --rank?", None)
+    >>> _format_usage_error("No such option: --rnak Did you mean --rank?", None)
     'No such option: --rnak Did you mean --rank?'
     """
     command_path = getattr(context, "command_path", "")
@@ -222,7 +222,7 @@ def _usage(problem: str, context: Any) -> str:
     return f"{problem}; see {command_path} --help" if command_path else problem
 
 
-def _resumes(arguments: list[str]) -> bool:
+def _can_resume(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
     named = (
         feature

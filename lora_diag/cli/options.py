@@ -194,13 +194,13 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     base/ {'layers': 'q_proj', 'exclude': None}
     """
     parameters = signature(command, eval_str=True).parameters
-    groups = {name: options for name, field in parameters.items() if (options := list(_options(field.annotation)))}
+    groups = {name: options for name, field in parameters.items() if (options := list(_list_options(field.annotation)))}
 
     @wraps(command)
     def gathered(**values: Any) -> None:
         for name, options in groups.items():
             group_values = {field.name: values.pop(field.name) for field in options}
-            values[name] = _gathered(parameters[name].annotation, group_values)
+            values[name] = _gather_group(parameters[name].annotation, group_values)
         with _limit_lines(not any(getattr(values[name], "verbose", False) for name in groups)):
             command(**values)
 
@@ -224,7 +224,7 @@ def _limit_lines(brief: bool) -> Iterator[None]:
         yield
 
 
-def _options(group: Any) -> Iterator[Parameter]:
+def _list_options(group: Any) -> Iterator[Parameter]:
     """Yield the options of a group; nothing for other types."""
     if is_dataclass(group):
         kinds = get_type_hints(group, include_extras=True)
@@ -233,16 +233,16 @@ def _options(group: Any) -> Iterator[Parameter]:
     elif is_typeddict(group):
         for name, (kind, option) in declared(group).items():
             if name == "engine":
-                yield from _options(Cluster)
+                yield from _list_options(Cluster)
             elif option.cli:
-                typed: Any = Annotated[_typed(kind, option), typer_option(name, option)]
-                yield Parameter(name, Parameter.KEYWORD_ONLY, default=_default(option), annotation=typed)
+                typed: Any = Annotated[_typed_value(kind, option), typer_option(name, option)]
+                yield Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=typed)
 
 
-def _default(option: Option) -> Any:
+def _format_default(option: Option) -> Any:
     """Return a default in its command-line form: comma-separated numbers, and None for no files.
 
-    >>> _default(Option((1e-4, 0.1, 1000), "Numbers.", "X,X,...")), _default(Option((), "Files.", "FILE"))
+    >>> _format_default(Option((1e-4, 0.1, 1000), "Numbers.", "X,X,...")), _format_default(Option((), "Files.", "FILE"))
     ('1e-4,0.1,1000', None)
     """
     if not isinstance(option.default, tuple):
@@ -258,33 +258,33 @@ def _format_number(number: float) -> str:
     return min(f"{number:g}", f"{float(mantissa):g}e{int(exponent)}", key=len)
 
 
-def _kind(kind: Any) -> Any:
+def _first_type(kind: Any) -> Any:
     """Return the first type of a union."""
     return get_args(kind)[0] if isinstance(kind, UnionType) else kind
 
 
-def _typed(kind: Any, option: Option) -> Any:
+def _typed_value(kind: Any, option: Option) -> Any:
     """Return the type of an option's command-line value: the first type that the function accepts, or None.
 
-    >>> _typed(str | int | None, Option(None, "Memory limit.", "SIZE"))
+    >>> _typed_value(str | int | None, Option(None, "Memory limit.", "SIZE"))
     str | None
-    >>> _typed(Sequence[int], Option((4, 8), "Ranks.", "R,R,..."))
+    >>> _typed_value(Sequence[int], Option((4, 8), "Ranks.", "R,R,..."))
     <class 'str'>
-    >>> _typed(Sequence[Path | str], Option((), "", "FILE")) == list[Path] | None
+    >>> _typed_value(Sequence[Path | str], Option((), "", "FILE")) == list[Path] | None
     True
     """
-    first = _kind(kind)
+    first = _first_type(kind)
     if get_origin(first) is Literal:
         first = str
     if get_origin(first) is Sequence:
-        first = str if "," in option.metavar else list[_kind(get_args(first)[0])]  # type: ignore[misc]
-    optional = _default(option) is None
+        first = str if "," in option.metavar else list[_first_type(get_args(first)[0])]  # type: ignore[misc]
+    optional = _format_default(option) is None
     return first | None if optional else first
 
 
 def _read(kind: Any, option: Option, name: str, text: Any) -> Any:
     """Return the value of an option; a comma-separated word is split, and no files give an empty value."""
-    first = _kind(kind)
+    first = _first_type(kind)
     if get_origin(first) is not Sequence:
         return text
     if "," not in option.metavar or not isinstance(text, str):
@@ -294,11 +294,11 @@ def _read(kind: Any, option: Option, name: str, text: Any) -> Any:
     (entry,) = get_args(first)
     if entry is str:
         return [part.strip() for part in text.split(",")]
-    example = _default(option) or "1,0.5"
+    example = _format_default(option) or "1,0.5"
     return parse_ranks(text, option.flag(name)) if entry is int else parse_numbers(text, option.flag(name), example)
 
 
-def _gathered(group: Any, values: dict[str, Any]) -> Any:
+def _gather_group(group: Any, values: dict[str, Any]) -> Any:
     """Return a group built from the given values.
 
     Raises:

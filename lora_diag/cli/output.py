@@ -45,14 +45,17 @@ def message(text: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             shown_text = safe(public(text))
-            print(_wrapped(shown_text, _columns(sys.stderr)) if sys.stderr.isatty() else shown_text, file=sys.stderr)
+            print(
+                _wrap_lines(shown_text, _terminal_columns(sys.stderr)) if sys.stderr.isatty() else shown_text,
+                file=sys.stderr,
+            )
 
 
-def _wrapped(line: str, width: int) -> str:
+def _wrap_lines(line: str, width: int) -> str:
     return fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _columns(stream: TextIO) -> int:
+def _terminal_columns(stream: TextIO) -> int:
     """Return the width of a stream's own terminal; the other stream may be redirected."""
     try:
         return max(MINIMUM, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))

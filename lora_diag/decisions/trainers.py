@@ -20,15 +20,17 @@ def axolotl(config: Mapping[str, Any]) -> Settings:
     return {
         "adapter": "lora",
         "lora_r": config["r"],
-        "lora_alpha": _whole(config["lora_alpha"], "axolotl"),
+        "lora_alpha": _round_alpha(config["lora_alpha"], "axolotl"),
         "lora_dropout": config["lora_dropout"],
         "lora_target_modules": list(config["target_modules"]),
-        **_given("lora_target_parameters", config.get("target_parameters")),
-        **_given("lora_rank_pattern", config["rank_pattern"]),
-        **_given("lora_alpha_pattern", {key: _whole(a, "axolotl") for key, a in config["alpha_pattern"].items()}),
-        **_given("lora_modules_to_save", config.get("modules_to_save")),
-        **_given("peft_use_rslora", config["use_rslora"]),
-        **_given("peft_use_dora", config.get("use_dora")),
+        **_make_argument("lora_target_parameters", config.get("target_parameters")),
+        **_make_argument("lora_rank_pattern", config["rank_pattern"]),
+        **_make_argument(
+            "lora_alpha_pattern", {key: _round_alpha(a, "axolotl") for key, a in config["alpha_pattern"].items()}
+        ),
+        **_make_argument("lora_modules_to_save", config.get("modules_to_save")),
+        **_make_argument("peft_use_rslora", config["use_rslora"]),
+        **_make_argument("peft_use_dora", config.get("use_dora")),
     }
 
 
@@ -38,12 +40,12 @@ def llamafactory(config: Mapping[str, Any]) -> Settings:
     return {
         "finetuning_type": "lora",
         "lora_rank": config["r"],
-        "lora_alpha": _whole(config["lora_alpha"], "llamafactory"),
+        "lora_alpha": _round_alpha(config["lora_alpha"], "llamafactory"),
         "lora_dropout": config["lora_dropout"],
         "lora_target": ",".join(config["target_modules"]),
-        **_given("additional_target", ",".join(config.get("modules_to_save") or ())),
-        **_given("use_rslora", config["use_rslora"]),
-        **_given("use_dora", config.get("use_dora")),
+        **_make_argument("additional_target", ",".join(config.get("modules_to_save") or ())),
+        **_make_argument("use_rslora", config["use_rslora"]),
+        **_make_argument("use_dora", config.get("use_dora")),
     }
 
 
@@ -53,14 +55,14 @@ def trl(config: Mapping[str, Any]) -> Settings:
     return {
         "use_peft": True,
         "lora_r": config["r"],
-        "lora_alpha": _whole(config["lora_alpha"], "trl"),
+        "lora_alpha": _round_alpha(config["lora_alpha"], "trl"),
         "lora_dropout": config["lora_dropout"],
         "lora_target_modules": list(config["target_modules"]),
-        **_given("lora_target_parameters", config.get("target_parameters")),
-        **_given("lora_modules_to_save", config.get("modules_to_save")),
-        **_given("lora_task_type", config["task_type"]),
-        **_given("use_rslora", config["use_rslora"]),
-        **_given("use_dora", config.get("use_dora")),
+        **_make_argument("lora_target_parameters", config.get("target_parameters")),
+        **_make_argument("lora_modules_to_save", config.get("modules_to_save")),
+        **_make_argument("lora_task_type", config["task_type"]),
+        **_make_argument("use_rslora", config["use_rslora"]),
+        **_make_argument("use_dora", config.get("use_dora")),
     }
 
 
@@ -71,11 +73,11 @@ def unsloth(config: Mapping[str, Any]) -> Settings:
         "lora_alpha": config["lora_alpha"],
         "lora_dropout": config["lora_dropout"],
         "target_modules": list(config["target_modules"]),
-        **_given("target_parameters", config.get("target_parameters")),
-        **_given("rank_pattern", config["rank_pattern"]),
-        **_given("alpha_pattern", config["alpha_pattern"]),
-        **_given("modules_to_save", config.get("modules_to_save")),
-        **_given("use_rslora", config["use_rslora"]),
+        **_make_argument("target_parameters", config.get("target_parameters")),
+        **_make_argument("rank_pattern", config["rank_pattern"]),
+        **_make_argument("alpha_pattern", config["alpha_pattern"]),
+        **_make_argument("modules_to_save", config.get("modules_to_save")),
+        **_make_argument("use_rslora", config["use_rslora"]),
     }
 
 
@@ -115,11 +117,11 @@ def yaml_of(values: Mapping[str, Any]) -> str:
     return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
 
 
-def _given(key: str, value: Any) -> Settings:
+def _make_argument(key: str, value: Any) -> Settings:
     return {key: value} if value else {}
 
 
-def _whole(alpha: float, trainer: str) -> int:
+def _round_alpha(alpha: float, trainer: str) -> int:
     if alpha != int(alpha):
         raise InputError(f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another --scaling")
     return int(alpha)

@@ -136,7 +136,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     panel = (sum(rows) + 2.6 * line) / len(series)
     # The panels have different rows, so the y axis is not shared: shared tick labels would be those of the last panel.
     page, axes = sheet(
-        style, _texts(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
+        style, _make_text(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
     )
     norm = norm_of(shown)
     for drawn, title, ax in zip(shown, titles, axes, strict=True):
@@ -151,7 +151,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page
 
 
-def _texts(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> FigureText:
     """Return title, subtitle and notes."""
     records = [record for item in series for record in item.records]
     title = title_in(field, records)

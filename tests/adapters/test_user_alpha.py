@@ -7,7 +7,7 @@ import pytest
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.user_alpha import alpha_option
-from lora_diag.decisions.allocate.run import _params_of
+from lora_diag.decisions.allocate.run import _count_params
 from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import InputError, UsageError
@@ -172,4 +172,4 @@ def test_gate_recognises_adapter_of_stated_alpha(tmp_path, loradiag):
 def test_allocate_matches_an_adapter_without_alpha(tmp_path):
     folder = adapter(tmp_path, {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B})
     (folder / "adapter_config.json").unlink()
-    assert _params_of(folder) == 2 * (5 + 6)
+    assert _count_params(folder) == 2 * (5 + 6)

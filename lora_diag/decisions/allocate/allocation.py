@@ -122,13 +122,13 @@ def allocate(
     saved = heads_to_save(records, left_out, included, excluded) if save_heads else []
     names = {item.layer for item in saved}
     candidates, not_chosen = split([record for record in records if record.layer not in names], included, excluded)
-    factors = {record.layer: _factor(record, weights, relative) for record in candidates}
+    factors = {record.layer: _compute_factor(record, weights, relative) for record in candidates}
     parts = units(candidates, factors, constraints, losses)
     _refuse_nothing(parts)
-    every = _steps(parts, budget, [part.allowed for part in parts])
-    steps = every if losses is None else _steps(parts, budget, [part.corners for part in parts])
+    every = _make_steps(parts, budget, [part.allowed for part in parts])
+    steps = every if losses is None else _make_steps(parts, budget, [part.corners for part in parts])
     fixed = sum(budget.cost_of(part) * part.start for part in parts)
-    reserved = _cost_of_heads(saved, budget)
+    reserved = _compute_cost_of_heads(saved, budget)
     chosen, left = _choose(parts, steps, every, budget, fixed, reserved)
     if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
@@ -137,16 +137,16 @@ def allocate(
         rule_results.pop()  # the allocation itself
     if method == "heuristic":
         chosen = _allocate_by(rule_results[PRIOR], parts, steps, budget, chosen)
-    layers = _records(parts, chosen.ranks, rule_results[0].ranks)
+    layers = _make_records(parts, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
+        certificate=_make_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
         left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in names)),
     )
 
 
-def _cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
+def _compute_cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
     """Return the cost of the heads in the unit of ``Budget.cost_of``.
 
     Raises:
@@ -159,8 +159,8 @@ def _cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
         heads = sorted({head_of(item.layer) or "" for item in saved})
         raise UsageError(
             f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
-            f"{_amount(budget, size)}, {_amount(budget, size - budget.whole)} more than the budget; raise it, or "
-            f"exclude a head with --exclude {heads[0]}"
+            f"{_format_amount(budget, size)}, {_format_amount(budget, size - budget.whole)} more than the budget; "
+            f"raise it, or exclude a head with --exclude {heads[0]}"
         )
     return size
 
@@ -173,11 +173,11 @@ def _allocate_by(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget
     """
     if not rule.ranks.any():
         raise UsageError(f"{budget.option}: too small for the first rank of the {rule.name}; raise it")
-    gain = _energy(parts, rule.ranks) - _energy(parts, steps.start)
+    gain = _kept_energy(parts, rule.ranks) - _kept_energy(parts, steps.start)
     return BudgetedRanks(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
 
 
-def _steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
+def _make_steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
     curves, starts = [part.curve for part in parts], [part.start for part in parts]
     return make_steps(curves, [budget.cost_of(part) for part in parts], starts, allowed)
 
@@ -200,7 +200,7 @@ def _refuse_nothing(parts: Sequence[Unit]) -> None:
     raise UsageError("every layer is smaller than the smallest allowed rank")
 
 
-def _factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
+def _compute_factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
     weight = 1.0 if weights is None else weights[record.layer]
     return weight / record.fro**2 if relative and record.fro > 0 else weight
 
@@ -221,17 +221,19 @@ def _choose(
         ranks = energy_ranks(parts, every, budget.amount)
         left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
         best = spend(steps, left)
-        gain = _energy(parts, ranks) - _energy(parts, steps.start)
+        gain = _kept_energy(parts, ranks) - _kept_energy(parts, steps.start)
         return BudgetedRanks(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
     left = budget.whole - reserved - fixed
     budget_text = (
-        f"the {_amount(budget, budget.whole - reserved)} that remain after the heads" if reserved else "the budget"
+        f"the {_format_amount(budget, budget.whole - reserved)} that remain after the heads"
+        if reserved
+        else "the budget"
     )
     if left < 0:
         raise UsageError(
-            f"{budget.option}: the smallest ranks allowed by --min-rank take {_amount(budget, fixed)}, "
-            f"{_amount(budget, -left)} more than {budget_text}; raise it, lower --min-rank or select fewer layers with "
-            "--layers"
+            f"{budget.option}: the smallest ranks allowed by --min-rank take {_format_amount(budget, fixed)}, "
+            f"{_format_amount(budget, -left)} more than {budget_text}; raise it, lower --min-rank "
+            "or select fewer layers with --layers"
         )
     if not fixed and not len(steps.gain):
         raise UsageError(f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank")
@@ -239,24 +241,25 @@ def _choose(
         part = parts[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
             f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
-            f"{_amount(budget, minimum)}; give a budget of at least {_amount(budget, budget.whole - left + minimum)}"
+            f"{_format_amount(budget, minimum)}; "
+            f"give a budget of at least {_format_amount(budget, budget.whole - left + minimum)}"
         )
     return spend(steps, left), left
 
 
-def _amount(budget: Budget, cost: int) -> str:
+def _format_amount(budget: Budget, cost: int) -> str:
     words = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
     return f"{budget.in_unit(cost):,.0f} {words[budget.unit]}"
 
 
-def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
+def _make_records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
     return [
         Allocation(
             layer=member.layer,
             shape=member.shape,
             rank=rank,
             params=rank * sum(member.shape),
-            kept=_kept(curve, rank) if member.fro > 0 else None,
+            kept=_kept_at(curve, rank) if member.fro > 0 else None,
             fro=member.fro,
             base_fro=member.base_fro,
             weight=weight,
@@ -264,27 +267,27 @@ def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocati
             capped_by=part.capped_by,
             verdict=member.resolution.verdict,
             uniform_rank=uniform_rank,
-            uniform_kept=_kept(curve, uniform_rank) if member.fro > 0 else None,
+            uniform_kept=_kept_at(curve, uniform_rank) if member.fro > 0 else None,
             group=part.group,
             source=member.source,
-            fisher=None if part.losses is None else _at(part.losses[position], rank),
+            fisher=None if part.losses is None else _loss_at(part.losses[position], rank),
         )
         for part, rank, uniform_rank in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
         for position, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
     ]
 
 
-def _at(loss: Floats, rank: int) -> float:
+def _loss_at(loss: Floats, rank: int) -> float:
     """Return F(r), 0 beyond its last value."""
     return float(loss[rank]) if rank < len(loss) else 0.0
 
 
-def _kept(curve: Floats, rank: int) -> float:
+def _kept_at(curve: Floats, rank: int) -> float:
     """Return C(rank) of a layer from its measured values."""
     return float(curve[min(rank, len(curve) - 1)])
 
 
-def _certificate(
+def _make_certificate(
     parts: Sequence[Unit],
     steps: Steps,
     budget: Budget,
@@ -295,7 +298,7 @@ def _certificate(
     """Return the certificate of ranks; ``ranges``: cost of starting ranks and heads, parameters of the heads."""
     fixed, saved = ranges
     total = math.fsum(part.energy for part in parts)
-    at_start = _energy(parts, steps.start)
+    at_start = _kept_energy(parts, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.
     kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
     error = math.fsum(
@@ -320,11 +323,13 @@ def _certificate(
         epsilon_min=_epsilon_min(parts, chosen.ranks),
         price=price,
         slack=bound - kept + price * unused_budget,
-        baselines=tuple(_baseline(rule, parts, steps, budget, fixed, total) for rule in rule_results),
+        baselines=tuple(_compare_baseline(rule, parts, steps, budget, fixed, total) for rule in rule_results),
     )
 
 
-def _baseline(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float) -> Baseline:
+def _compare_baseline(
+    rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
+) -> Baseline:
     """Compare another rule with the ranks that keep the most at the same cost."""
     equal = spend(steps, rule.cost)
     gains = [
@@ -336,15 +341,15 @@ def _baseline(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, f
     return Baseline(
         name=rule.name,
         spent=budget.in_unit(fixed + rule.cost),
-        kept=min(1.0, max(0.0, _energy(parts, rule.ranks)) / total),
-        equal=min(1.0, max(0.0, _energy(parts, equal.ranks)) / total),
+        kept=min(1.0, max(0.0, _kept_energy(parts, rule.ranks)) / total),
+        equal=min(1.0, max(0.0, _kept_energy(parts, equal.ranks)) / total),
         epsilon_min=_epsilon_min(parts, rule.ranks),
         lead=(parts[first].group or parts[first].members[0].layer) if leads else None,
         lead_gain=gains[first] / total if leads else None,
     )
 
 
-def _energy(parts: Sequence[Unit], ranks: Ints) -> float:
+def _kept_energy(parts: Sequence[Unit], ranks: Ints) -> float:
     """Return the weighted energy that ranks keep."""
     return math.fsum(float(part.curve[rank]) for part, rank in zip(parts, ranks.tolist(), strict=True))
 
@@ -353,17 +358,17 @@ def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
     """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
     total = math.fsum(member.fro**2 for part in parts for member in part.members)
     energy = math.fsum(
-        _lost_energy_bound(member, curve, rank)
+        _bound_lost_energy(member, curve, rank)
         for part, rank in zip(parts, ranks.tolist(), strict=True)
         for member, curve in zip(part.members, part.curves, strict=True)
     )
     return math.sqrt(energy / total)
 
 
-def _lost_energy_bound(member: Spectrum, curve: Floats, rank: int) -> float:
+def _bound_lost_energy(member: Spectrum, curve: Floats, rank: int) -> float:
     """Return a lower bound on Σ_{i>rank}σ_i²; missing values are at most the last kept value."""
     error = member.fro**2 * member.energy_error
-    energy = member.fro**2 * (1.0 - _kept(curve, rank)) - error
+    energy = member.fro**2 * (1.0 - _kept_at(curve, rank)) - error
     if rank > len(member.s) and not member.complete:
         energy -= (rank - len(member.s)) * (member.s[-1] ** 2 + 2 * error)
     return max(0.0, energy)

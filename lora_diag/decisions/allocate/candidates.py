@@ -119,7 +119,7 @@ class Unit:
     @cached_property
     def curves(self) -> tuple[NDArray[np.float64], ...]:
         """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
-        return tuple(np.concatenate([[0.0], _energy(member)]) for member in self.members)
+        return tuple(np.concatenate([[0.0], _update_energy(member)]) for member in self.members)
 
     @cached_property
     def curve(self) -> NDArray[np.float64]:
@@ -137,7 +137,7 @@ class Unit:
         return total
 
 
-def _energy(record: Spectrum) -> NDArray[np.float64]:
+def _update_energy(record: Spectrum) -> NDArray[np.float64]:
     values = np.asarray(record.s)
     return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
 
@@ -156,7 +156,7 @@ def split(
     candidates, left_out = [], []
     for record in records:
         if why := why_no_target(record.layer, target, exclude):
-            left_out.append(_left_out(record, why))
+            left_out.append(_record_left_out(record, why))
         else:
             candidates.append(record)
     if not candidates:
@@ -165,7 +165,7 @@ def split(
     return candidates, left_out
 
 
-def _left_out(record: Spectrum, reason: str) -> LeftOut:
+def _record_left_out(record: Spectrum, reason: str) -> LeftOut:
     return LeftOut(
         layer=record.layer,
         shape=record.shape,
@@ -187,21 +187,23 @@ def units(
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
-    joined = [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    joined = [_make_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
     if losses is None:
         return joined
     known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
     return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in joined]
 
 
-def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:
-    soft, reason = max((_cap(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
+def _make_unit(
+    members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints
+) -> Unit:
+    soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
     largest = break_even(members[0].shape)
     hard = min(constraints.max_rank or largest, largest)
     if soft:
         raised = max(soft, min(constraints.min_rank, hard))
         soft, reason = raised, reason if raised == soft else "break_even" if raised == largest else reason
-    start, allowed = _allowed(soft, hard, constraints)
+    start, allowed = _allowed_ranks(soft, hard, constraints)
     last = int(allowed[-1]) if len(allowed) else start
     return Unit(
         members=members,
@@ -222,7 +224,7 @@ def break_even(shape: tuple[int, int]) -> int:
     return math.prod(shape) // sum(shape)
 
 
-def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
+def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
     """Return the largest rank with a measured gain, and the reason for this limit."""
     caps: list[tuple[int, CappedBy]] = [(break_even(record.shape), "break_even")]
     if record.complete:
@@ -236,7 +238,7 @@ def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
     return min(caps, key=lambda cap: cap[0])
 
 
-def _allowed(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
+def _allowed_ranks(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
     """Return the minimum rank of a unit, and the allowed ranks above it.
 
     In a list of ranks, the last is the first that reaches ``soft``: a signal of rank 5 may get 8 of 8, 16, 32.

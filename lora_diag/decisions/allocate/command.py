@@ -85,7 +85,7 @@ def allocate(
     elif not shown.quiet:
         from lora_diag.decisions.allocate.summary import allocation_table
 
-        hint = f"{_next(allocation, output, check)}{rate}"
+        hint = f"{_suggest_next(allocation, output, check)}{rate}"
         result(allocation_table(allocation, *terminal(), per=shown.per, next_command=hint))
 
 
@@ -110,7 +110,7 @@ def rank_rules(
         result(policies_table(table, *terminal(), per=shown.per))
 
 
-def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:
+def _suggest_next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:
     """Return the suggested next command, quoted for a shell."""
     if output is None:
         return f"{rerun_command('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"

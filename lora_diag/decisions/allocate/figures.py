@@ -47,7 +47,7 @@ def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: st
     records = tuple(records)
     with panel_axes(ax) as (axes, style):
         drawn = slots(records, per)
-        _ranks(axes, [drawn], style)
+        _draw_ranks(axes, [drawn], style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank r")
         axes.legend([Patch(facecolor=BARS), Line2D([], [], color=UNIFORM)], ["allocated", "uniform"], fontsize="small")
@@ -65,8 +65,8 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
         The Axes drawn on.
     """
     with panel_axes(ax) as (axes, style):
-        _kept(axes, certificates, style, float(axes.get_window_extent().width) / axes.figure.dpi)
-        keys = _budget_keys(certificates, style)
+        _draw_kept(axes, certificates, style, float(axes.get_window_extent().width) / axes.figure.dpi)
+        keys = _make_budget_keys(certificates, style)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -78,7 +78,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
     drawn = [slots(results.records, options.per, types) for results in series]
-    words = _texts(series, drawn, alike, len(certificates) - len(alike), style)
+    words = _make_text(series, drawn, alike, len(certificates) - len(alike), style)
     inches = style.width - 6 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
     heights = [1.3 * style.panel + label_height(all_records, inches, style.ticks)]
@@ -87,15 +87,15 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         heights.append((1.3 * style.panel if len(alike) > 1 else bars) + 3.5 * style.text / 72)
     panel = sum(heights) / len(heights)
     figure, axes = sheet(style, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
-    _ranks(axes[0], drawn, style)
+    _draw_ranks(axes[0], drawn, style)
     slot_axis(axes[0], all_records, inches, style.ticks)
     axes[0].set_ylabel("rank r")
     if alike:
-        _kept(axes[1], alike, style, inches)
+        _draw_kept(axes[1], alike, style, inches)
     return figure
 
 
-def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], style: PageStyle | None) -> None:
+def _draw_ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], style: PageStyle | None) -> None:
     width = style.line if style else 1.2
     for number, part in enumerate(drawn):
         for slot in part:
@@ -110,17 +110,17 @@ def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], style: PageSty
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _kept(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None, inches: float) -> None:
+def _draw_kept(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None, inches: float) -> None:
     """Draw the energy kept: of one allocation rule by rule, of several over their cost."""
     if len(certificates) == 1:
-        _rules(ax, certificates[0], style, inches)
+        _draw_rules(ax, certificates[0], style, inches)
     else:
-        _over_cost(ax, certificates, style)
+        _draw_over_cost(ax, certificates, style)
 
 
-def _rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) -> None:
+def _draw_rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) -> None:
     """Draw one bar per rule with its energy and cost, and the upper bound."""
-    rules = [("this allocation", item.kept, _spent(item), BARS)]
+    rules = [("this allocation", item.kept, _spent_share(item), BARS)]
     rules += [(name_of(base.name), base.kept, base.spent, UNIFORM) for base in item.baselines]
     size = style.ticks if style else 8
     max_width = 0.62 * inches
@@ -151,15 +151,17 @@ def _rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) 
     ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
 
 
-def _over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None) -> None:
+def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    ordered = sorted(certificates, key=_spent)
-    limits = [item.budget if item.budget is not None and item.unit != "energy" else _spent(item) for item in ordered]
+    ordered = sorted(certificates, key=_spent_share)
+    limits = [
+        item.budget if item.budget is not None and item.unit != "energy" else _spent_share(item) for item in ordered
+    ]
     uniform = [(base.spent, base.kept) for item in ordered if (base := item.uniform) is not None]
     ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=(0, (4, 2)), label="_bound")
     for points, color, marker, name in (
         (uniform, OTHERS, "s", "_uniform"),
-        ([(_spent(item), item.kept) for item in ordered], INK, "o", "_kept"),
+        ([(_spent_share(item), item.kept) for item in ordered], INK, "o", "_kept"),
     ):
         if points:
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
@@ -172,7 +174,7 @@ def _over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle |
     ax.xaxis.set_major_formatter(lambda value, _: _count(value))
 
 
-def _spent(item: Certificate) -> float:
+def _spent_share(item: Certificate) -> float:
     return float(item.params) if item.unit == "energy" else item.spent
 
 
@@ -188,7 +190,7 @@ def _count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _budget_keys(certificates: Sequence[Certificate], style: PageStyle | None) -> tuple[Key, ...]:
+def _make_budget_keys(certificates: Sequence[Certificate], style: PageStyle | None) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: maximum energy within the budget")
     if len(certificates) == 1:
@@ -198,7 +200,7 @@ def _budget_keys(certificates: Sequence[Certificate], style: PageStyle | None) -
     return Key(kept, "kept by the allocation"), Key(uniform, "kept by the uniform rule"), bound
 
 
-def _texts(
+def _make_text(
     series: Sequence[Series[Any]],
     drawn: Sequence[Sequence[Slot[Allocation]]],
     certificates: Sequence[Certificate],
@@ -238,5 +240,5 @@ def _texts(
         "Allocation: rank r by layer, and the energy kept",
         about,
         (" ".join(notes),),
-        (*keys, *(_budget_keys(certificates, style) if certificates else ())),
+        (*keys, *(_make_budget_keys(certificates, style) if certificates else ())),
     )

@@ -72,7 +72,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
             f"loradiag {results.run.command} ... --resume, or accept it with --allow-unfinished"
         )
     if results.run.command == "probe fisher":
-        return _tails(path, results, spectra)
+        return _read_tails(path, results, spectra)
     records = [record for record in results.whole if isinstance(record, Sensitivity)]
     settings = results.run.settings
     first = records[0].set if records else ""
@@ -86,7 +86,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
             "other weights"
         )
     description = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
-    notes = _notes(measured)
+    notes = _make_notes(measured)
     if settings["delta"]:
         ranks = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
         notes.append(
@@ -98,7 +98,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     return Measured(described, factors=measured.factors, scores=measured.scores)
 
 
-def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Measured:
+def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Measured:
     """Return the tails of ``probe fisher``.
 
     Raises:
@@ -120,7 +120,7 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
                 "in the spectra; measure both on the same update"
             )
     missing = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
-    notes = [f"{len(missing)} layers were not measured and get no rank: {_listed(missing)}"] if missing else []
+    notes = [f"{len(missing)} layers were not measured and get no rank: {_list_names(missing)}"] if missing else []
     first = records[in_both[0].layer]
     description = (
         f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
@@ -129,7 +129,7 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
     return Measured(described, losses={record.layer: records[record.layer].fisher for record in in_both})
 
 
-def _notes(measured: Weights) -> list[str]:
+def _make_notes(measured: Weights) -> list[str]:
     """State which layers get weight 0, and which gains are within noise."""
     missing = [layer for layer in measured.not_adapted if part_of(layer) == "matrices"]
     lines = [
@@ -138,9 +138,9 @@ def _notes(measured: Weights) -> list[str]:
         (measured.unclear, "gain less than two standard errors, and are used unchanged"),
         (measured.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
-    return [f"{len(names)} of them {problem}: {_listed(names)}" for names, problem in lines if names]
+    return [f"{len(names)} of them {problem}: {_list_names(names)}" for names, problem in lines if names]
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     shown = ", ".join(legible(name) for name in names[:_NAMED])
     return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown

@@ -73,24 +73,24 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
     Raises:
         InputError: No layer has a rank, or a name cannot be expressed unambiguously for PEFT.
     """
-    modules, parameters = _targets(results)
+    modules, parameters = _ranks_by_target(results)
     ranks = modules | parameters
     if not ranks:
         raise InputError("every layer has rank 0, so there is no adapter to configure")
-    default_rank = _most_common(ranks.values())
-    others = _patterns(ranks, default_rank)
+    default_rank = _most_common_rank(ranks.values())
+    others = _make_patterns(ranks, default_rank)
     alphas = {key: scaling.alpha(rank, default_rank) for key, rank in others.items()}
-    every = _universe(results)
+    every = _list_modules(results)
     heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type_of(results, heads),
         "base_model_name_or_path": None,
         "r": default_rank,
-        "lora_alpha": _plain(scaling.alpha(default_rank, default_rank)),
+        "lora_alpha": _to_plain_number(scaling.alpha(default_rank, default_rank)),
         "rank_pattern": others,
-        "alpha_pattern": {} if scaling.rslora else {key: _plain(alpha) for key, alpha in alphas.items()},
-        "target_modules": _suffixes(modules, every, _is_complete(results)),
+        "alpha_pattern": {} if scaling.rslora else {key: _to_plain_number(alpha) for key, alpha in alphas.items()},
+        "target_modules": _find_suffixes(modules, every, _is_complete(results)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(_WIDENING.search(layer.layer) and layer.shape[0] < layer.shape[1] for layer in results),
@@ -99,9 +99,9 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "inference_mode": False,
     }
     if heads:
-        config["modules_to_save"] = _shortest_suffixes(heads, every)
+        config["modules_to_save"] = _find_shortest_suffixes(heads, every)
     if parameters:
-        config["target_parameters"] = _suffixes(parameters, every, _is_complete(results))
+        config["target_parameters"] = _find_suffixes(parameters, every, _is_complete(results))
     check(config, modules, parameters, every)
     return config
 
@@ -129,7 +129,7 @@ def check(
         if differing := reached ^ set(names):
             raise InputError(f"adapter_config.json: {option} cannot tell {min(differing)} from other layers")
     targets = {**modules, **parameters}
-    matches = _matches(config["rank_pattern"], targets)
+    matches = _find_matching_keys(config["rank_pattern"], targets)
     if empty := set(config["rank_pattern"]) - {key for keys in matches.values() for key in keys}:
         raise InputError(f"adapter_config.json: rank_pattern {min(empty)!r} matches no layer")
     for path, rank in targets.items():
@@ -149,9 +149,9 @@ def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, fl
     Raises:
         InputError: A layer has another rank or scaling, is missing, or is adapted unexpectedly.
     """
-    modules, parameters = _targets(results)
+    modules, parameters = _ranks_by_target(results)
     expected = modules | parameters
-    default_rank = _most_common(expected.values())
+    default_rank = _most_common_rank(expected.values())
     remaining = dict(configured)
     for path, rank in expected.items():
         module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
@@ -186,7 +186,7 @@ def module_of(layer: str) -> str:
     return path.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
 
 
-def _targets(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
+def _ranks_by_target(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
     """Return ranks by module, and by parameter other than ``weight``: stacks of experts, ``in_proj_weight``."""
     chosen = [record for record in results if record.rank]
     if apart := [record.layer for record in chosen if _EXPERT.search(record.layer)]:
@@ -202,13 +202,13 @@ def _targets(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, in
     return modules, parameters
 
 
-def _universe(results: Results[Allocation]) -> set[str]:
+def _list_modules(results: Results[Allocation]) -> set[str]:
     """Return every module and parameter with its parents: a target ``0`` also matches ``blocks.0``."""
-    paths = {module_of(layer) for layer in _names(results)}
+    paths = {module_of(layer) for layer in _list_names(results)}
     return paths | {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
 
 
-def _names(results: Results[Allocation]) -> list[str]:
+def _list_names(results: Results[Allocation]) -> list[str]:
     return [record.layer for record in results.layers] + [item.layer for item in results.left_out]
 
 
@@ -218,37 +218,37 @@ def _is_complete(results: Results[Allocation]) -> bool:
     Results of an adapter do not: layers without an update have no record.
     """
     base = [side.tensors for side in results.run.inputs if side.role == "base"]
-    stored = {re.sub(r"\[\d+\]$", "", layer) for layer in _names(results)}
+    stored = {re.sub(r"\[\d+\]$", "", layer) for layer in _list_names(results)}
     return bool(base) and len(stored) >= base[0]
 
 
-def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> list[str]:
+def _find_suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> list[str]:
     """Return the shortest suffixes that match these modules and no other."""
     names = []
-    for leaf in sorted({_leaf(path) for path in targets}):
+    for leaf in sorted({_last_part(path) for path in targets}):
         reached = {path for path in every if _ends_in(path, leaf)}
         if complete and reached <= set(targets):
             names.append(leaf)
         else:
-            names += [_short(path, every) for path in targets if _leaf(path) == leaf]
+            names += [_drop_wrappers(path, every) for path in targets if _last_part(path) == leaf]
     return names
 
 
-def _shortest_suffixes(heads: set[str], every: set[str]) -> list[str]:
+def _find_shortest_suffixes(heads: set[str], every: set[str]) -> list[str]:
     """Return the shortest path endings, not necessarily at a dot, that match these modules and no other."""
     names = set()
     for head in heads:
-        leaf = _leaf(head)
+        leaf = _last_part(head)
         names.add(leaf if all(path in heads for path in every if path.endswith(leaf)) else head)
     return sorted(names)
 
 
-def _leaf(path: str) -> str:
+def _last_part(path: str) -> str:
     """Return the last part of a path, or the last two for a parameter named ``weight``."""
     return ".".join(path.split(".")[-2 if path.endswith(".weight") else -1 :])
 
 
-def _patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
+def _make_patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
     """Return pattern keys for modules with another rank than the usual: one per kind if all agree, else one each."""
     patterns: dict[str, int] = {}
     kinds: dict[str, dict[str, int]] = {}
@@ -260,19 +260,23 @@ def _patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
         if agreed == {default_rank}:
             continue
         if len(agreed) == 1 and len(reached) == len(members) > 1:
-            patterns[_key(leaf)] = agreed.pop()
+            patterns[_escape_name(leaf)] = agreed.pop()
         else:
-            patterns |= {_key(_short(path, set(ranks))): rank for path, rank in members.items() if rank != default_rank}
+            patterns |= {
+                _escape_name(_drop_wrappers(path, set(ranks))): rank
+                for path, rank in members.items()
+                if rank != default_rank
+            }
     return patterns
 
 
-def _short(path: str, every: Iterable[str]) -> str:
+def _drop_wrappers(path: str, every: Iterable[str]) -> str:
     """Return a path without its wrappers, if no other path has this ending."""
     short = _WRAPPERS.sub("", path)
     return path if any(other != path and _ends_in(other, short) for other in every) else short
 
 
-def _key(name: str) -> str:
+def _escape_name(name: str) -> str:
     """Return a name as a regular expression; dots are not escaped, by convention, and ``check`` verifies the match."""
     return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
 
@@ -282,7 +286,7 @@ def _ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _matches(keys: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+def _find_matching_keys(keys: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
     """Return the keys that match each path; only a key whose last part ends the path can match, so few are tried."""
     by_leaf: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for key in keys:
@@ -299,11 +303,11 @@ def _matches(keys: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
     }
 
 
-def _most_common(ranks: Iterable[int]) -> int:
+def _most_common_rank(ranks: Iterable[int]) -> int:
     """Return the most common rank; the smallest of several."""
     counts = Counter(ranks)
     return min(counts, key=lambda rank: (-counts[rank], rank))
 
 
-def _plain(value: float) -> float | int:
+def _to_plain_number(value: float) -> float | int:
     return int(value) if value == int(value) else value

@@ -27,12 +27,15 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
     """
     shown = [
         Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
-        *(Shown(f"ranks.{rule}", rule, "rank", main=True, form=".0f", pool=_median(rule)) for rule in records[0].ranks),
+        *(
+            Shown(f"ranks.{rule}", rule, "rank", main=True, form=".0f", pool=_make_median(rule))
+            for rule in records[0].ranks
+        ),
     ]
-    return grids_table([grid_of(shown, rows_of(records, per), per)], _disagreements(records), width, color)
+    return grids_table([grid_of(shown, rows_of(records, per), per)], _describe_disagreements(records), width, color)
 
 
-def _median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
+def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
     """Return the function that gives the median rank by a rule; None where it cannot be applied to all records."""
 
     def median_of(group: Sequence[Policies]) -> float | None:
@@ -42,7 +45,7 @@ def _median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
     return median_of
 
 
-def _disagreements(records: Sequence[Policies]) -> list[Statement]:
+def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
     """State in how many layers the rules differ, where most, and which cannot be applied."""
     spread = {}
     for record in records:

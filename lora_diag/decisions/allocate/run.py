@@ -96,10 +96,10 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         option = "--energy" if energy is not None else "--strategy heuristic"
         raise UsageError(f"--portable: divides a budget over layers of one rank, and {option} gives each its own")
     training = Training(optimizer, dtype)
-    budget = _budget(params, total_rank, memory, energy, match, training)
+    budget = _make_budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
-    spectra, described = _spectra(results, allow_unfinished)
-    factors = _factors(weights, spectra, allow_unfinished)
+    spectra, described = _read_spectra(results, allow_unfinished)
+    factors = _read_factors(weights, spectra, allow_unfinished)
     if factors.losses is not None and relative:
         raise UsageError(
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
@@ -166,7 +166,7 @@ def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool =
         policies as rank_policies,  # deferred: imports SciPy's integration
     )
 
-    spectra, _ = _spectra(results, allow_unfinished)
+    spectra, _ = _read_spectra(results, allow_unfinished)
     return tuple(rank_policies(record) for record in spectra)
 
 
@@ -231,7 +231,7 @@ def kind_of_allocation(path: Path, check: Path | str | None = None, format: str 
     return CONFIG if path.suffix == ".json" else RESULTS
 
 
-def _budget(
+def _make_budget(
     params: int | str | None,
     total_rank: int | None,
     memory: int | str | None,
@@ -268,10 +268,10 @@ def _budget(
     if energy is not None:
         return Budget("energy", read_share(energy, "--energy"), option)
     assert match is not None
-    return Budget("params", _params_of(match), option)
+    return Budget("params", _count_params(match), option)
 
 
-def _params_of(path: Path | str) -> int:
+def _count_params(path: Path | str) -> int:
     """Return the number of parameters of an adapter's factors.
 
     Raises:
@@ -310,7 +310,9 @@ def _read(path: Path | str) -> Results[Spectrum]:
         ) from None
 
 
-def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) -> tuple[Results[Spectrum], RunInput]:
+def _read_spectra(
+    results: Results[Spectrum] | Path | str, allow_unfinished: bool
+) -> tuple[Results[Spectrum], RunInput]:
     spectra = results if isinstance(results, Results) else _read(results)
     path = "" if isinstance(results, Results) else legible(results)
     if spectra.end is None and not allow_unfinished:
@@ -333,21 +335,23 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
     )
 
 
-def _factors(
+def _read_factors(
     arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
 ) -> Measured:
     """Return the factor of every layer, or losses that replace energies, and their results file.
 
     Raises:
-        UsageError: See ``_weights``.
+        UsageError: See ``_read_weights``.
         InputError: The file cannot be read, or is unfinished.
     """
     if arguments is None or isinstance(arguments, Mapping) or not is_results_file(arguments):
-        return Measured(factors=_weights(arguments, spectra))
+        return Measured(factors=_read_weights(arguments, spectra))
     return measured_weights(Path(arguments), spectra, allow_unfinished)
 
 
-def _weights(arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:
+def _read_weights(
+    arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]
+) -> dict[str, float] | None:
     """Return the factor of every layer; names may omit ``.weight``.
 
     Raises:

@@ -117,32 +117,34 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
         >>> spent.ranks.tolist(), spent.gain, spent.bound
         ([1, 1], 7.0, 7.0)
     """
-    order = _by_yield(steps)
+    order = _order_by_yield(steps)
     total = np.cumsum(steps.cost[order])
     fitting = int(np.searchsorted(total, budget, side="right"))
     counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     if fitting == len(order):
         gain = math.fsum(steps.gain[order])
-        return BudgetedRanks(_ranks(steps, counts), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
+        return BudgetedRanks(
+            _reached_ranks(steps, counts), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True
+        )
     left = budget - int(total[fitting - 1] if fitting else 0)
     next_step = order[fitting]
     price = float(steps.gain[next_step] / steps.cost[next_step])
     bound = math.fsum(steps.gain[order[:fitting]]) + left * price
     _fill(steps, counts, left)
-    choice = _best_of(steps, counts, budget) if exact else counts
-    chosen = _chosen(steps, choice)
+    choice = _find_best_steps(steps, counts, budget) if exact else counts
+    chosen = _make_mask(steps, choice)
     gain = math.fsum(steps.gain[chosen])
     return BudgetedRanks(
-        ranks=_ranks(steps, choice),
+        ranks=_reached_ranks(steps, choice),
         gain=gain,
         cost=int(steps.cost[chosen].sum()),
         bound=max(bound, gain),  # equal if the prefix fills the budget, up to rounding of sums
         price=price,
-        optimal=exact and (_table_fits(steps, budget) or left == 0),
+        optimal=exact and (_is_table_small(steps, budget) or left == 0),
     )
 
 
-def _by_yield(steps: Steps) -> Ints:
+def _order_by_yield(steps: Steps) -> Ints:
     """Return the steps with a positive gain by decreasing gain per cost, those of one unit in order."""
     density = steps.gain / steps.cost
     for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
@@ -168,25 +170,25 @@ def _fill(steps: Steps, counts: Ints, left: int) -> None:
         left -= int(steps.cost[steps_at[best]])
 
 
-def _table(steps: Steps, budget: int) -> tuple[int, int]:
+def _size_table(steps: Steps, budget: int) -> tuple[int, int]:
     """Return the unit in which costs are exact integers, and the budget in this unit."""
     coarse = int(np.gcd.reduce(steps.cost))
     return coarse, budget // coarse
 
 
-def _table_fits(steps: Steps, budget: int) -> bool:
-    _, cells = _table(steps, budget)
+def _is_table_small(steps: Steps, budget: int) -> bool:
+    _, cells = _size_table(steps, budget)
     return (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
 
 
-def _best_of(steps: Steps, counts: Ints, budget: int) -> Ints:
+def _find_best_steps(steps: Steps, counts: Ints, budget: int) -> Ints:
     """Return the optimal number of steps of each unit by dynamic programming; ``counts`` if the table is too large.
 
     best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
     """
-    if not _table_fits(steps, budget):
+    if not _is_table_small(steps, budget):
         return counts
-    coarse, cells = _table(steps, budget)
+    coarse, cells = _size_table(steps, budget)
     first = steps.first
     best = np.zeros(cells + 1)
     choice = np.zeros((len(steps.start), cells + 1), np.uint16)
@@ -210,17 +212,17 @@ def _best_of(steps: Steps, counts: Ints, budget: int) -> Ints:
             span = slice(first[unit], first[unit] + exact[unit])
             cell -= int(steps.cost[span].sum()) // coarse
     # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
-    gains = [math.fsum(steps.gain[_chosen(steps, spent)]) for spent in (counts, exact)]
+    gains = [math.fsum(steps.gain[_make_mask(steps, spent)]) for spent in (counts, exact)]
     return exact if gains[1] > gains[0] else counts
 
 
-def _chosen(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
+def _make_mask(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
     """Return a mask of steps from the number of steps per unit."""
     position = np.arange(len(steps.unit)) - steps.first[steps.unit]
     return np.asarray(position < counts[steps.unit])
 
 
-def _ranks(steps: Steps, counts: Ints) -> Ints:
+def _reached_ranks(steps: Steps, counts: Ints) -> Ints:
     """Return the rank of each unit after a number of its steps."""
     ranks = steps.start.copy()
     moved = np.flatnonzero(counts)

@@ -58,21 +58,23 @@ def allocation_table(
         largest = max((record.rank for record in results), default=0) or 1
         strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
         extra.append(Column("by depth", strips, "left", drop=3))
-    return grids_table([grid_of(Allocation.shown, rows, per, extra=extra)], _lines(results), width, color, next_command)
+    return grids_table(
+        [grid_of(Allocation.shown, rows, per, extra=extra)], _make_statements(results), width, color, next_command
+    )
 
 
-def _lines(results: Results[Allocation]) -> list[Statement]:
+def _make_statements(results: Results[Allocation]) -> list[Statement]:
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
         cut = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
         return [make_statement("unfinished", "Warning", cut, level="failure")]
     lines = [
-        make_statement("allocated", "Allocated", *_allocated(results)),
-        make_statement("budget", "Budget", _budget(results, certificate)),
-        *([make_statement("heads", "Heads", *_heads(results, certificate))] if certificate.saved else []),
-        make_statement("keeps", "Energy kept", *_keeps(results, certificate)),
+        make_statement("allocated", "Allocated", *_describe_allocation(results)),
+        make_statement("budget", "Budget", _describe_budget(results, certificate)),
+        *([make_statement("heads", "Heads", *_describe_heads(results, certificate))] if certificate.saved else []),
+        make_statement("keeps", "Energy kept", *_describe_kept_energy(results, certificate)),
         *(
-            [make_statement("portable", "Portable", *_portable(results))]
+            [make_statement("portable", "Portable", *_describe_portability(results))]
             if results.run.settings.get("portable")
             else []
         ),
@@ -82,21 +84,23 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
     if certificate.price:
         lines.append(
             make_statement(
-                "against", "Baselines", *(_against(baseline, allocated) for baseline in certificate.baselines)
+                "against",
+                "Baselines",
+                *(_compare_with_baseline(baseline, allocated) for baseline in certificate.baselines),
             )
         )
-        lines += [] if heuristic else [make_statement("more", "Marginal gain", _marginal_gain(certificate))]
-    if (limits := _limits(results)) and not results.run.settings.get("portable"):
+        lines += [] if heuristic else [make_statement("more", "Marginal gain", _describe_marginal_gain(certificate))]
+    if (limits := _describe_limits(results)) and not results.run.settings.get("portable"):
         lines.append(make_statement("limits", "Limits", *limits))
     return [
         *lines,
-        make_statement("note", "Note", _note(results)),
-        make_statement("left_out", "Left out", *_left_out(results)),
-        *(make_statement("warning", "Warning", warning, level="failure") for warning in _warnings(results)),
+        make_statement("note", "Note", _describe_limits_of_energy(results)),
+        make_statement("left_out", "Left out", *_describe_left_out(results)),
+        *(make_statement("warning", "Warning", warning, level="failure") for warning in _make_warnings(results)),
     ]
 
 
-def _note(results: Results[Allocation]) -> str:
+def _describe_limits_of_energy(results: Results[Allocation]) -> str:
     """State the limits of energy as a criterion."""
     text = {
         "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from "
@@ -105,7 +109,7 @@ def _note(results: Results[Allocation]) -> str:
         "held-out loss",
         "kfac": "energy is the K-FAC estimate of the change of the loss: compare the held-out loss",
     }.get(
-        _counted(results),
+        _name_criterion(results),
         "energy is the size of the weight change, not the importance for the loss: compare the held-out loss",
     )
     if any(record.cap and not record.rank for record in results):
@@ -113,7 +117,7 @@ def _note(results: Results[Allocation]) -> str:
     return text
 
 
-def _allocated(results: Results[Allocation]) -> list[str]:
+def _describe_allocation(results: Results[Allocation]) -> list[str]:
     ranked = [record for record in results if record.rank]
     how = []
     if results.run.settings.get("method") == "heuristic":
@@ -132,7 +136,7 @@ def _allocated(results: Results[Allocation]) -> list[str]:
     return [*how, *lines, *notes(results.run)]
 
 
-def _budget(results: Results[Allocation], certificate: Certificate) -> str:
+def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
     requested, unit = safe(str(results.run.settings.get("budget", ""))), _UNITS[certificate.unit]
     if certificate.budget is None:
         return f"{requested}: takes {certificate.params:,} parameters"
@@ -143,7 +147,7 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
     return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
 
 
-def _portable(results: Results[Allocation]) -> list[str]:
+def _describe_portability(results: Results[Allocation]) -> list[str]:
     """State the property of a portable allocation, and what programs still refuse or drop."""
     lines = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
     ranked = {record.layer.removesuffix(".weight") for record in results if record.rank}
@@ -160,7 +164,7 @@ def _portable(results: Results[Allocation]) -> list[str]:
     return lines
 
 
-def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
+def _describe_heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
     """Name the heads that are trained in full, with their cost."""
     names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
     payment = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
@@ -173,18 +177,17 @@ def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
     ]
 
 
-def _keeps(results: Results[Allocation], certificate: Certificate) -> list[str]:
-    kept = f"{_points(certificate.kept)} of {_energy_of(results)}; "
+def _describe_kept_energy(results: Results[Allocation], certificate: Certificate) -> list[str]:
+    kept = f"{_format_points(certificate.kept)} of {_name_energy(results)}; "
     if certificate.unit == "energy":
-        best = f"an unconstrained choice with as many parameters could keep at most {_points(certificate.bound)}"
+        best = f"an unconstrained choice with as many parameters could keep at most {_format_points(certificate.bound)}"
     elif certificate.optimal:
         best = "optimal within budget and caps"
     else:
-        best = (
-            f"the maximum within budget and caps is at most {_points(certificate.bound)}: gap {_gap(certificate.gap)}"
-        )
+        bound, gap = _format_points(certificate.bound), _format_gap(certificate.gap)
+        best = f"the maximum within budget and caps is at most {bound}: gap {gap}"
     lines = [kept + best]
-    if _counted(results) == "fisher":
+    if _name_criterion(results) == "fisher":
         left = math.fsum(record.fisher or 0.0 for record in results)
         lines.append(f"Σ½F = {number(left / 2)} nats per prediction remain beyond these ranks")
     lines.append(
@@ -196,9 +199,9 @@ def _keeps(results: Results[Allocation], certificate: Certificate) -> list[str]:
     return lines
 
 
-def _energy_of(results: Results[Allocation]) -> str:
+def _name_energy(results: Results[Allocation]) -> str:
     """Describe the energy that fractions refer to."""
-    counted = _counted(results)
+    counted = _name_criterion(results)
     if counted == "fisher":
         return "ΣF(0), the Fisher information of discarding the whole update"
     weights = "weighted " if results.run.settings.get("weights") is not None else ""
@@ -208,14 +211,14 @@ def _energy_of(results: Results[Allocation]) -> str:
     return f"these layers' {weights}energy (Σσ²{metric})"
 
 
-def _counted(results: Results[Allocation]) -> str:
+def _name_criterion(results: Results[Allocation]) -> str:
     """Return the criterion of the ranks: ``fisher``, or the metric of the energies."""
     if any(record.fisher is not None for record in results):
         return "fisher"
     return str(results.run.settings.get("metric", "weights"))
 
 
-def _against(baseline: Baseline, allocated: str) -> str:
+def _compare_with_baseline(baseline: Baseline, allocated: str) -> str:
     """Compare another rule with the optimal ranks at the same cost."""
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
@@ -230,25 +233,25 @@ def _against(baseline: Baseline, allocated: str) -> str:
         else ""
     )
     text = (
-        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} at the "
-        f"same cost, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
+        f"{baseline.name} keeps {_format_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} "
+        f"at the same cost, {baseline.spent:,.0f}, keep {_format_points(baseline.equal)}: "
+        f"{gain * 100:+.2f} points{size}"
     )
     if baseline.lead is not None and baseline.lead_gain is not None:
         text += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
     return text
 
 
-def _marginal_gain(certificate: Certificate) -> str:
+def _describe_marginal_gain(certificate: Certificate) -> str:
     """Bound the gain of a further part of the budget: one rank, or a power of ten small against the cost."""
     if certificate.unit == "total_rank":
-        return f"one more rank keeps at most another {_points_up(certificate.more_at_most(1))}"
+        return f"one more rank keeps at most another {_format_points_up(certificate.more_at_most(1))}"
     part = 10 ** math.floor(math.log10(max(certificate.spent, 100) / 10))
-    return (
-        f"{part:,.0f} more {_UNITS[certificate.unit]} keep at most another {_points_up(certificate.more_at_most(part))}"
-    )
+    gain = _format_points_up(certificate.more_at_most(part))
+    return f"{part:,.0f} more {_UNITS[certificate.unit]} keep at most another {gain}"
 
 
-def _limits(results: Results[Allocation]) -> list[str]:
+def _describe_limits(results: Results[Allocation]) -> list[str]:
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
     lines = [f"{number_of} layers end at a cap set {_CAPS[reason]}" for reason, number_of in counts.most_common()]
     share = results.run.settings.get("energy")
@@ -261,7 +264,7 @@ def _limits(results: Results[Allocation]) -> list[str]:
     return lines
 
 
-def _left_out(results: Results[Allocation]) -> list[str]:
+def _describe_left_out(results: Results[Allocation]) -> list[str]:
     """Count layers without a rank, and state the fraction of the change that an adapter cannot reach.
 
     This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
@@ -281,7 +284,7 @@ def _left_out(results: Results[Allocation]) -> list[str]:
     return lines
 
 
-def _warnings(results: Results[Allocation]) -> list[str]:
+def _make_warnings(results: Results[Allocation]) -> list[str]:
     lines = []
     if any(record.source == "gradients" for record in results):
         lines.append("these are spectra of gradients: ranks for a first-order step, not for an update")
@@ -295,23 +298,23 @@ def _warnings(results: Results[Allocation]) -> list[str]:
     return lines
 
 
-def _points(share: float) -> str:
+def _format_points(share: float) -> str:
     """Return a fraction as a percentage with two decimals, in which allocations differ.
 
-    >>> _points(0.353812), _points(1.0)
+    >>> _format_points(0.353812), _format_points(1.0)
     ('35.38%', '100.00%')
     """
     return f"{share * 100:.2f}%"
 
 
-def _points_up(share: float) -> str:
+def _format_points_up(share: float) -> str:
     """Return an upper bound as a percentage, rounded up to remain a bound.
 
-    >>> _points_up(0.001201), _points_up(0.0012)
+    >>> _format_points_up(0.001201), _format_points_up(0.0012)
     ('0.13%', '0.12%')
     """
     return f"{math.ceil(share * 1e4 - 1e-9) / 100:.2f}%"
 
 
-def _gap(gap: float) -> str:
+def _format_gap(gap: float) -> str:
     return "below 0.01%" if gap < 1e-4 else f"{gap * 100:.2f}%"

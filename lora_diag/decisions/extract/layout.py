@@ -54,24 +54,24 @@ class Plan:
             "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
             "adapter"
         )
-        return ((note,) if is_untested else ()) + self._tied()
+        return ((note,) if is_untested else ()) + self._list_tied()
 
-    def _tied(self) -> tuple[str, ...]:
+    def _list_tied(self) -> tuple[str, ...]:
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
-        if target is None or target.kind != "embedding" or not CAUSAL.search(self._architecture()):
+        if target is None or target.kind != "embedding" or not CAUSAL.search(self._read_architecture()):
             return ()
         return (f"{table} is tied to the head: its update reaches the head only after merging",)
 
     def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
         """Yield the records of tensors without factors, with the norm of their change if it has one."""
         for record in without_rank(self.pairing, layout, device):
-            yield self._saved(record)
+            yield self._mark_saved(record)
         for delta in self.pairing.deltas:
             if delta.layer in self.refused:
-                yield self._saved(left_out_matrix(delta, self.refused[delta.layer], device))
+                yield self._mark_saved(left_out_matrix(delta, self.refused[delta.layer], device))
 
-    def _saved(self, record: LeftOut) -> LeftOut:
+    def _mark_saved(self, record: LeftOut) -> LeftOut:
         """Return a record unchanged, or as that of a tensor stored in full."""
         if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
             return record
@@ -98,34 +98,34 @@ class Plan:
         parts = [
             Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results if record.rank
         ]
-        write_adapter(folder, parts, self._values(results, parts), self._described(base_name), self.portable)
+        write_adapter(folder, parts, self._write_values(results, parts), self._describe_base(base_name), self.portable)
         check_written(folder, self.base, parts)
 
-    def _values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
+    def _write_values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
         names = {self._name(record.layer) for record in results.left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
         return full_values(sorted(names), deltas, self.base, self.model, adapted)
 
-    def _architecture(self) -> str:
+    def _read_architecture(self) -> str:
         classes = self.base.config.get("architectures")
         first = classes[0] if isinstance(classes, list) and classes else ""
         return first if isinstance(first, str) else ""
 
-    def _described(self, base_name: str) -> Described:
+    def _describe_base(self, base_name: str) -> Described:
         modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base}
         return Described(
             base_name=base_name,
-            architecture=self._architecture(),
-            modules=frozenset(owner for module in modules for owner in _with_owners(module)),
+            architecture=self._read_architecture(),
+            modules=frozenset(owner for module in modules for owner in _iterate_owners(module)),
             parameters=frozenset(self.model.parameter(name) for name in self.base),
         )
 
 
-def _with_owners(module: str) -> Iterator[str]:
+def _iterate_owners(module: str) -> Iterator[str]:
     """Yield a module and its parents: a target ``0`` also matches ``blocks.0``.
 
-    >>> list(_with_owners("visual.blocks.0"))
+    >>> list(_iterate_owners("visual.blocks.0"))
     ['visual.blocks.0', 'visual.blocks', 'visual']
     """
     while module:

@@ -97,18 +97,20 @@ def size(layer: Layer, settings: ExtractionSettings) -> int:
     cells = (
         recovery_bytes(layer.shape, settings.memory) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
     )
-    return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer) + cells
+    return bytes_of(layer.delta, _make_allowance(layer, settings)) + _weighting_bytes(layer) + cells
 
 
-def _weighing(layer: Layer) -> int:
+def _weighting_bytes(layer: Layer) -> int:
     return extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
 
 
-def _allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
+def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
     """Return the memory available for ΔW; if the rank depends on all values, with as many vectors."""
     if settings.memory is None:
         return None
-    return Allowance(settings.memory - _weighing(layer), settings.method, layer.rank.at_most or None, vectors=True)
+    return Allowance(
+        settings.memory - _weighting_bytes(layer), settings.method, layer.rank.at_most or None, vectors=True
+    )
 
 
 def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
@@ -135,7 +137,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
 
 def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
-    change = load_change(layer.delta, device, allowance=_allowance(layer, settings))
+    change = load_change(layer.delta, device, allowance=_make_allowance(layer, settings))
     if change.non_finite is not None:
         return not_finite(layer.delta, change)
     weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
@@ -147,14 +149,14 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
-        return _without_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
+        return _explain_missing_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
     plain = factors = best
     if change is not files:
         spectrum = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     if weighted is not None:
-        factors = _projected(change, best, rank, weighted)
+        factors = _project(change, best, rank, weighted)
         plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
-    curve = _curve(plain, rank)
+    curve = _compute_curve(plain, rank)
     b, a = store(
         *(
             part.to(dtype=getattr(torch, settings.dtype)).cpu()
@@ -175,7 +177,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         params=rank * sum(layer.shape),
         kept=float(curve[-1]),
         energy_error=plain.energy_error,
-        epsilon=_gap(change, b.to(device), a.to(device), layer.shape) / plain.fro,
+        epsilon=_compute_gap(change, b.to(device), a.to(device), layer.shape) / plain.fro,
         epsilon_min=math.sqrt(1 - float(curve[-1])),
         fro=plain.fro,
         base_fro=change.base_fro,
@@ -184,7 +186,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         blocks=change.row_blocks,
         resolution=resolution(files.rounding, spectrum),
         hidden=hidden,
-        data=None if weighted is None else _on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
+        data=None if weighted is None else _error_on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
     )
 
 
@@ -207,11 +209,11 @@ def _before_rounding(
     return new, estimate.hidden
 
 
-def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
+def _compute_curve(factors: Factors, rank: int) -> NDArray[np.float64]:
     return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
 
 
-def _projected(change: Change, best: Factors, rank: int, weighted: Weighted) -> Factors:
+def _project(change: Change, best: Factors, rank: int, weighted: Weighted) -> Factors:
     """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ if C belongs to the rows.
 
     With K·Kᵀ = G on the other side, of K^{-T}U_rU_rᵀKᵀΔW, or of ΔW·K·V_rV_rᵀK^{-1}.
@@ -235,9 +237,11 @@ def _projected(change: Change, best: Factors, rank: int, weighted: Weighted) -> 
     return decompose_factored(outside, outer if right is None else outer @ right, vectors=True)
 
 
-def _on_data(weighted: Weighted, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
+def _error_on_data(
+    weighted: Weighted, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer
+) -> OnData:
     """Return the error of the stored factors in the data metric."""
-    kept = float(_curve(best, rank)[-1])
+    kept = float(_compute_curve(best, rank)[-1])
     written = Change(None, None, factors=factors)
     for root in weighted.roots:
         written = times(written, root.lower, root.on_rows)
@@ -248,7 +252,7 @@ def _on_data(weighted: Weighted, best: Factors, rank: int, factors: tuple[Tensor
         fro=best.fro,
         kept=kept,
         energy_error=min(1.0, best.energy_error + weighted.error),
-        epsilon=_gap(weighted.change, *stored, layer.shape) / best.fro,
+        epsilon=_compute_gap(weighted.change, *stored, layer.shape) / best.fro,
         epsilon_min=math.sqrt(1 - kept),
     )
 
@@ -259,7 +263,7 @@ def _decompose(
     """Return the kept singular values and vectors, and all values that determine their number."""
     limit = min(layer.shape)
     if layer.rank.at_most is not None:
-        factors = _vectors(change, min(layer.rank.at_most, limit), settings)
+        factors = _compute_vectors(change, min(layer.rank.at_most, limit), settings)
         return factors, factors
     every = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
     rank = 0
@@ -273,10 +277,10 @@ def _decompose(
         gains = weighted.gains if weighted is not None else None
         signal = resolution(change.rounding, every, gains).signal_rank
         rank = len(every.s) if signal is None else signal
-    return _vectors(change, rank, settings, every), every
+    return _compute_vectors(change, rank, settings, every), every
 
 
-def _vectors(change: Change, rank: int, settings: ExtractionSettings, known: Factors | None = None) -> Factors:
+def _compute_vectors(change: Change, rank: int, settings: ExtractionSettings, known: Factors | None = None) -> Factors:
     """Return the ``rank`` largest singular values with their vectors; none for rank 0."""
     if rank == 0:
         empty = torch.zeros(0, dtype=torch.float64)
@@ -298,7 +302,7 @@ def split_factors(factors: Factors, rank: int, transposed: bool, split: str) -> 
     return left * s.sqrt(), s.sqrt()[:, None] * right
 
 
-def _gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
+def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
     """Return ‖ΔW − B·A‖_F."""
     if change.factors is not None:
         return gap(change.factors, (b, a))
@@ -325,7 +329,7 @@ def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
     )
 
 
-def _without_factors(layer: Layer, change: Change, fro: float, measured: float) -> LeftOut:
+def _explain_missing_factors(layer: Layer, change: Change, fro: float, measured: float) -> LeftOut:
     """Return why a layer has no factors, given ‖ΔW‖_F and its norm in the data metric."""
     if fro == 0.0:
         detail = "its update is zero"

@@ -38,7 +38,7 @@ class OnData(Record):
         return least_epsilon(self.epsilon_min, self.energy_error)
 
 
-def _signal(records: Sequence[Extraction]) -> int | str | None:
+def _median_signal_rank(records: Sequence[Extraction]) -> int | str | None:
     """Return the median signal rank, with ``≥`` if all kept values are above the noise."""
     merged = [record for record in records if record.method != "factored"]
     known = [record.resolution.signal_rank for record in merged if record.resolution.signal_rank is not None]
@@ -130,7 +130,7 @@ class Extraction(LayerRecord):
             "signal_rank",
             "signal",
             "singular values above the rounding noise of the files",
-            pool=_signal,
+            pool=_median_signal_rank,
             drop=6,
             terminal=True,
             mark=_mark,

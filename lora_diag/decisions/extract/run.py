@@ -128,7 +128,7 @@ def extract(
     if recover and not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.stated_alpha)
-    check_layout(form, [_placed(target) for target in planned.targets.values()], planned.base)
+    check_layout(form, [_place_target(target) for target in planned.targets.values()], planned.base)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
@@ -151,7 +151,7 @@ def extract(
         raise UsageError(f"{error}; the spectra are kept in {folder.work}: use --resume with another budget") from error
     tasks = [
         Layer(
-            _without_base(delta),
+            _drop_base(delta),
             target.module,
             target.kind,
             target.transposed,
@@ -168,12 +168,12 @@ def extract(
     def finish(results: Results[Extraction]) -> None:
         if not results.layers:
             folder.discard()
-            raise _no_factors_error(tuned, results)
+            raise _make_no_factors_error(tuned, results)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
             _write(planned, folder, results, files, name, form)
         named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*named, *requested.words().split(" ", 1), *_options(results.run)]
+        command = [*named, *requested.words().split(" ", 1), *_list_options(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
@@ -182,7 +182,7 @@ def extract(
     *other_inputs, tuned_input = compared.inputs
     return run.over(
         tasks,
-        partial(_one_layer, files=files),
+        partial(_measure_layer, files=files),
         size,
         run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover),
         lambda layout, _, __: planned.left_out(layout, run.where.here),
@@ -206,7 +206,7 @@ def extract(
     )
 
 
-def _placed(target: Target) -> Placed:
+def _place_target(target: Target) -> Placed:
     """Return a layer of BASE in the form used by the layouts of adapters."""
     part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
     shape = target.shape if target.kind == "embedding" else target.peft_shape
@@ -227,7 +227,7 @@ def _write(
     check_converted(folder.work / LAYOUTS[form].file, scratch, planned.base)
 
 
-def _options(run: Run) -> list[str]:
+def _list_options(run: Run) -> list[str]:
     """Return the settings other than the defaults, as typed."""
     arguments = {
         **typed(ExtractOptions, run.settings),
@@ -248,16 +248,16 @@ def _flag(name: str) -> str:
     return declared(ExtractOptions)[name][1].flag(name)
 
 
-def _without_base(delta: Delta) -> Delta:
+def _drop_base(delta: Delta) -> Delta:
     """Return an update given by factors without its base weight: reading W_base would take minutes."""
     return replace(delta, base=None) if isinstance(delta, FactoredDelta) else delta
 
 
-def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
+def _measure_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
     return (factor(task, settings, partial(store_factors, files[task.layer])),)
 
 
-def _no_factors_error(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
+def _make_no_factors_error(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
     """Return the error for an extraction without factors."""
     if results.non_finite:
         bad = results.non_finite[0]

@@ -71,7 +71,7 @@ def extraction_table(
     """
     rows = rows_of(results, per)
     grids = [grid_of(Extraction.shown, rows, per)] if rows else []
-    return grids_table(grids, _lines(results, folder), width, color, next_command)
+    return grids_table(grids, _make_statements(results, folder), width, color, next_command)
 
 
 def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
@@ -93,33 +93,33 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
         f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
         for name, group in rows_of(results, "type")
     ]
-    missing = [f"- {line}" for line in _missing(results, hint="")]
-    in_full = [f"- {line}" for line in _full_tensors(results)]
+    missing = [f"- {line}" for line in _describe_missing(results, hint="")]
+    in_full = [f"- {line}" for line in _describe_full_tensors(results)]
     made = any(record.estimated for record in results)
     library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
     return "\n".join(
         [
             "---",
-            f"base_model: {_quoted(base_name)}",
+            f"base_model: {_quote_yaml(base_name)}",
             *([f"library_name: {library}"] if library else []),
             "tags:",
             "- lora",
             "- loradiag",
             "---",
             "",
-            f"# LoRA adapter extracted from {_code(subject(results.run))}",
+            f"# LoRA adapter extracted from {_make_code_span(subject(results.run))}",
             "",
-            f"The {_compared_text(results)} of ΔW = W_tuned − W_base, {len(results)} weights of {_code(base_name)}, "
-            f"rank {span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
-            f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of ε = "
-            f"{number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
+            f"The {_describe_inputs(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
+            f"{_make_code_span(base_name)}, rank {span(ranks)}, {count(_count_params(results))} parameters, scaling 1. "
+            f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
+            f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
             f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
             "",
-            *(["**Part of it is an estimate.** " + _estimated(results)[0].lead + ".", ""] if made else []),
-            *([*_errors_on_data(results), ""] if any(record.data for record in results) else []),
+            *(["**Part of it is an estimate.** " + _describe_estimates(results)[0].lead + ".", ""] if made else []),
+            *([*_describe_errors_on_data(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
-            *([f"Learning rate for further training: {_code(rate)}.", ""] if rate is not None else []),
+            *([f"Learning rate for further training: {_make_code_span(rate)}.", ""] if rate is not None else []),
             *(["In addition to the factors:", "", *in_full, ""] if in_full else []),
             *(["Not included:", "", *missing, ""] if missing else []),
             *usage,
@@ -132,49 +132,53 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     )
 
 
-def _compared_text(results: Results[Extraction]) -> str:
+def _describe_inputs(results: Results[Extraction]) -> str:
     weighted = any(record.data for record in results)
     return "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
 
 
-def _quoted(text: str) -> str:
+def _quote_yaml(text: str) -> str:
     """Return text quoted for YAML."""
     return "'" + safe(text).replace("'", "''") + "'"
 
 
-def _code(text: str) -> str:
+def _make_code_span(text: str) -> str:
     return f"`{safe(text).replace('`', chr(39))}`"
 
 
-def _params(results: Results[Extraction]) -> int:
+def _count_params(results: Results[Extraction]) -> int:
     return sum(record.params for record in results)
 
 
-def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
+def _make_statements(results: Results[Extraction], folder: str | None) -> list[Statement]:
     """Return the statements of the summary."""
     lines = [compared(results)]
     if len(results):
-        lines.append(make_statement("wrote", "Written", *_written_lines(results, folder)))
-        lines += [make_statement("price", "Error", *_errors(results)), _resolved(results), *_estimated(results)]
-    if split := _energy_split(results):
+        lines.append(make_statement("wrote", "Written", *_describe_written(results, folder)))
+        lines += [
+            make_statement("price", "Error", *_describe_errors(results)),
+            _describe_resolution(results),
+            *_describe_estimates(results),
+        ]
+    if split := _describe_energy_split(results):
         lines.append(make_statement("where", "Distribution", split))
-    missing = _missing(results) or ["nothing: every changed tensor is in the adapter"]
+    missing = _describe_missing(results) or ["nothing: every changed tensor is in the adapter"]
     return [*lines, make_statement("not_in_it", "Not included", *missing), *final_statements(results)]
 
 
-def _written_lines(results: Results[Extraction], folder: str | None) -> list[str]:
+def _describe_written(results: Results[Extraction], folder: str | None) -> list[str]:
     ranks = sorted(record.rank for record in results)
     dtype = results.layers[0].dtype
     to = f"{safe(folder)}: " if folder else ""
     tables = sum(record.kind == "embedding" for record in results)
-    suffix = f" ({tables} of them embeddings)" if tables else ""
+    suffix, params = f" ({tables} of them embeddings)" if tables else "", count(_count_params(results))
     return [
-        f"{to}{len(results)} weights{suffix}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}",
-        *_full_tensors(results),
+        f"{to}{len(results)} weights{suffix}, rank {span(ranks)}, {params} parameters in {dtype}",
+        *_describe_full_tensors(results),
     ]
 
 
-def _full_tensors(results: Results[Extraction]) -> list[str]:
+def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
     """State what is stored in full, and how to prepare the base model before loading."""
     rows: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
     resized = set()
@@ -192,16 +196,16 @@ def _full_tensors(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _errors(results: Results[Extraction]) -> list[str]:
+def _describe_errors(results: Results[Extraction]) -> list[str]:
     """State the error of truncation, and that of the dtype."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
     truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
     lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
     if any(record.data for record in results):
-        lines += _errors_on_data(results)
+        lines += _describe_errors_on_data(results)
     else:
         lines.append(
-            f"within {_upper_bound(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)"
+            f"within {_round_up(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)"
         )
         if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
             lines.append(f"rounding to {results.layers[0].dtype} adds {number(epsilon - truncated)} of that")
@@ -213,7 +217,7 @@ def _errors(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _errors_on_data(results: Results[Extraction]) -> list[str]:
+def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
     """State the error in the metric for which the factors are optimal, and layers without it."""
     weighted = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
@@ -231,10 +235,10 @@ def _errors_on_data(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _upper_bound(value: float) -> str:
+def _round_up(value: float) -> str:
     """Return an upper bound with one digit, rounded up, from 1e-6 on.
 
-    >>> _upper_bound(1.23e-5), _upper_bound(2e-3), _upper_bound(-1e-17)
+    >>> _round_up(1.23e-5), _round_up(2e-3), _round_up(-1e-17)
     ('2e-05', '0.002', '1e-06')
     """
     value = max(value, 1e-6)
@@ -242,7 +246,7 @@ def _upper_bound(value: float) -> str:
     return f"{math.ceil(value / digit - 1e-9) * digit:.1g}"
 
 
-def _resolved(results: Results[Extraction]) -> Statement:
+def _describe_resolution(results: Results[Extraction]) -> Statement:
     """State whether the files resolve the update: else the adapter holds rounding noise."""
     noisy = [record for record in results if record.resolution.verdict == "unresolved" and not record.estimated]
     below_noise = [
@@ -270,7 +274,7 @@ def _resolved(results: Results[Extraction]) -> Statement:
     return make_statement("resolved", "Resolution", word, level=level)
 
 
-def _estimated(results: Results[Extraction]) -> list[Statement]:
+def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
     """State the number of weights whose update is an estimate."""
     made = [record for record in results if record.estimated]
     tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
@@ -288,7 +292,7 @@ def _estimated(results: Results[Extraction]) -> list[Statement]:
     ]
 
 
-def _energy_split(results: Results[Extraction]) -> str:
+def _describe_energy_split(results: Results[Extraction]) -> str:
     """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the rest."""
     parts = {
         "in the adapter": [math.sqrt(max(0.0, 1 - record.epsilon**2)) * record.fro for record in results],
@@ -304,7 +308,7 @@ def _energy_split(results: Results[Extraction]) -> str:
     return f"of the whole change ‖Δ‖²{within(results.left_out)}, {shares}"
 
 
-def _missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
+def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
     """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖²."""
     listed = results.run.settings.get("rest") == "list"
     total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0
@@ -318,16 +322,16 @@ def _missing(results: Results[Extraction], hint: str = "; --unfactored save stor
         norm = math.hypot(*(item.fro or 0.0 for item in items))
         share = f", {percent((norm / total) ** 2)} of ‖Δ‖²" if norm else ""
         if why == ZERO:
-            lines.append(f"{len(items)} unchanged: {_names(items)}")
+            lines.append(f"{len(items)} unchanged: {_list_names(items)}")
             continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
             line += (hint if listed else "") if norm else "  unchanged"
         elif reason != "not_selected":
-            line += f": {_names(items)}"
+            line += f": {_list_names(items)}"
         lines.append(f"{line} ({why})" if why else line)
     return lines
 
 
-def _names(items: Sequence[LeftOut]) -> str:
+def _list_names(items: Sequence[LeftOut]) -> str:
     return named([item.layer for item in items])

@@ -38,7 +38,7 @@ class Stored:
         stored = self.of_kind(field.kind).get((subject.layer, *subject.key))
         if stored is None:
             return None, "not in the baseline: measure the baseline anew to compare it from now on"
-        now, before = _metric(subject), _metric(stored)
+        now, before = _get_metric(subject), _get_metric(stored)
         if stored.record is not None and now != before:
             return None, f"the baseline is in {METRIC_NAMES[before]} and this in {METRIC_NAMES[now]}: no comparison"
         value, reason = value_of(field, stored, floor)
@@ -75,24 +75,24 @@ def tightened(regressions: Sequence[Regression], stored: Stored, sources: Sequen
                 old is not None
                 and old.record is not None
                 and subject.record is not None
-                and _better(subject, old, fields)
+                and _is_better(subject, old, fields)
             ):
                 better[id(old.record)] = subject.record
     if not better:
         return None
     results = stored.source.results
     layers = tuple(
-        _renamed(better[id(record)], record) if id(record) in better else record for record in results.layers
+        _rename_record(better[id(record)], record) if id(record) in better else record for record in results.layers
     )
     return replace(results, layers=layers, end=totals(layers, results.left_out))
 
 
-def _metric(subject: Subject) -> str:
+def _get_metric(subject: Subject) -> str:
     return getattr(subject.record, "metric", "weights")
 
 
-def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field]]) -> bool:
-    if _metric(new) != _metric(old):
+def _is_better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field]]) -> bool:
+    if _get_metric(new) != _get_metric(old):
         return False
     gains = []
     for demand, field in fields:
@@ -105,6 +105,6 @@ def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field
     return bool(gains) and min(gains) >= 0 and max(gains) > 0
 
 
-def _renamed(record: Any, old: Any) -> Any:
+def _rename_record(record: Any, old: Any) -> Any:
     """Return a record under the key of the one it replaces, such as the path of its adapter."""
     return record.model_copy(update={name: getattr(old, name) for name in KINDS[record.record].key})

@@ -84,11 +84,11 @@ def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to check"
-    if name == "complete" and all(run_input.targets is None for run_input in _adapters(sources)):
+    if name == "complete" and all(run_input.targets is None for run_input in _list_adapters(sources)):
         return "no results of an adapter on its BASE whose config names its modules"
-    if name == "base" and not any(_names(source) for source in sources):
+    if name == "base" and not any(_list_names(source) for source in sources):
         return "no results of an adapter on a BASE that both have a name"
-    metrics = dict.fromkeys(record.metric for record in _layers(sources, Spectrum))
+    metrics = dict.fromkeys(record.metric for record in _list_layers(sources, Spectrum))
     if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
         return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
     return ""
@@ -99,26 +99,26 @@ def has_updates(sources: Sequence[Source]) -> bool:
     return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
-def _finished(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_finished(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
             yield Alarm(None, None, f"{source.path}: the run did not finish; continue with --resume, or measure again")
 
 
-def _non_finite(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for item in _left_out(sources):
+def _check_finite(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for item in _list_left_out(sources):
         if item.reason == "non_finite":
             yield Alarm(item.layer, None, f"{item.detail}; do not ship it")
 
 
-def _mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for item in _left_out([source for source in sources if _of_adapter(source)]):
+def _check_mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for item in _list_left_out([source for source in sources if _is_of_adapter(source)]):
         if item.reason in _NOT_OF_THIS_BASE:
             yield Alarm(item.layer, None, f"the adapter does not fit BASE here: {item.detail}")
 
 
 def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for run_input in _adapters(sources):
+    for run_input in _list_adapters(sources):
         for layer in run_input.lacking:
             text = (
                 f"the config of {run_input.path} targets it and the file holds nothing for it "
@@ -127,11 +127,11 @@ def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None
             yield Alarm(layer, None, text)
 
 
-def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     """Yield adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", run_input.fingerprint) in policy.inputs.pins for run_input in source.results.run.inputs)
-        for adapter, wanted, names in _names(source):
+        for adapter, wanted, names in _list_names(source):
             if not pinned and not any(is_same_name(wanted, name) for name in names):
                 text = (
                     f"the config of {adapter} names the base {wanted}, and it was measured on {' or '.join(names)}: "
@@ -140,7 +140,7 @@ def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
                 yield Alarm(None, names[0], text, f"base {wanted}")
 
 
-def _names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
+def _list_names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return the adapters of results, the names of the base in their configs, and the names of BASE."""
     inputs = source.results.run.inputs
     names = next((run_input.names for run_input in inputs if run_input.role == "base" and run_input.names), ())
@@ -151,7 +151,7 @@ def _names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     ]
 
 
-def _adapters(sources: Sequence[Source]) -> list[RunInput]:
+def _list_adapters(sources: Sequence[Source]) -> list[RunInput]:
     return [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == "adapter"]
 
 
@@ -167,18 +167,18 @@ def is_same_name(first: str, second: str) -> bool:
     return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 
 
-def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     """Yield adapted layers whose update is zero; for a pair of checkpoints only whether anything changed."""
     for source in sources:
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
-        if _of_adapter(source):
+        if _is_of_adapter(source):
             for record in spectra:
                 if _is_zero(record):
                     yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
         elif spectra and all(map(_is_zero, spectra)):
             yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
     has_update: dict[str, bool] = {}
-    for item in _layers(sources, Residual):
+    for item in _list_layers(sources, Residual):
         if item.role == "adapter":
             has_update[item.adapter] = has_update.get(item.adapter, False) or item.adapter_fro > 0
             if item.rank and item.adapter_fro == 0:
@@ -188,8 +188,8 @@ def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
             yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
 
 
-def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for record in _in_weights(sources):
+def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for record in _select_in_weights(sources):
         if record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
             if used < len(record.s):
@@ -197,9 +197,9 @@ def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | N
                 yield Alarm(record.layer, float(used), text)
 
 
-def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     limit = policy.checks.spike_above
-    for record in _in_weights(sources):
+    for record in _select_in_weights(sources):
         if record.spike is None or len(record.s) < 2:
             continue
         if record.spike > limit:
@@ -210,8 +210,8 @@ def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -
             yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
 
 
-def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    records: list[Spectrum | Residual] = [*_layers(sources, Spectrum), *_layers(sources, Residual)]
+def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    records: list[Spectrum | Residual] = [*_list_layers(sources, Spectrum), *_list_layers(sources, Residual)]
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
@@ -222,20 +222,20 @@ def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | No
         yield Alarm(record.layer, "unresolved", text)
 
 
-def _missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     there = {record.layer for source in sources for record in source.results.layers}
     for layer in baseline.layers() if baseline is not None else ():
         if layer not in there:
             yield Alarm(layer, None, "the baseline has this layer and the results do not")
 
 
-def _layers(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
+def _list_layers(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
     for source in sources:
         yield from (record for record in source.results.layers if isinstance(record, kind))
 
 
-def _in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
-    return (record for record in _layers(sources, Spectrum) if record.metric == "weights")
+def _select_in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
+    return (record for record in _list_layers(sources, Spectrum) if record.metric == "weights")
 
 
 def _is_zero(record: Spectrum) -> bool:
@@ -243,25 +243,25 @@ def _is_zero(record: Spectrum) -> bool:
     return (record.fro if record.weights_fro is None else record.weights_fro) == 0
 
 
-def _left_out(sources: Sequence[Source]) -> Iterator[LeftOut]:
+def _list_left_out(sources: Sequence[Source]) -> Iterator[LeftOut]:
     for source in sources:
         yield from source.results.left_out
 
 
-def _of_adapter(source: Source) -> bool:
+def _is_of_adapter(source: Source) -> bool:
     return any(run_input.role == "adapter" for run_input in source.results.run.inputs)
 
 
 _CHECKS: dict[str, tuple[str, Check]] = {
-    "finished": ("every run finished", _finished),
-    "non_finite": ("no NaN or Inf", _non_finite),
-    "mismatch": ("the adapter fits BASE", _mismatch),
+    "finished": ("every run finished", _check_finished),
+    "non_finite": ("no NaN or Inf", _check_finite),
+    "mismatch": ("the adapter fits BASE", _check_mismatch),
     "complete": ("factors for every target", _complete),
-    "base": ("the base that the adapter names", _base),
-    "dead": ("the update is not zero", _dead),
-    "missing": ("every layer of the baseline", _missing),
-    "unused_rank": ("every direction of the rank is used", _unused_rank),
-    "spike": ("no direction dominates", _spike),
-    "unresolved": ("the files can show the update", _unresolved),
+    "base": ("the base that the adapter names", _check_base),
+    "dead": ("the update is not zero", _check_dead_layers),
+    "missing": ("every layer of the baseline", _check_missing),
+    "unused_rank": ("every direction of the rank is used", _check_unused_rank),
+    "spike": ("no direction dominates", _check_spikes),
+    "unresolved": ("the files can show the update", _check_resolution),
 }
 assert ["inputs", *_CHECKS] == Checks.names()

@@ -96,7 +96,7 @@ def gate(
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     rules = ready_policy(policy) if policy is not None else Path(files.pop(0))
-    measured_now = _measured(reports["base"], reports["tuned"], list(reports["adapter"]), files)
+    measured_now = _measure_inputs(reports["base"], reports["tuned"], list(reports["adapter"]), files)
     results = judge(rules, *files, *measured_now, **arguments)
     if output is not None:
         results.write(output, overwrite)
@@ -111,7 +111,7 @@ def gate(
 
         message(reason(results))
     if shown.table:
-        _show(results, github, _next(results, files, output))
+        _show(results, github, _suggest_next(results, files, output))
     if github:
         _annotate_github(results)
     raise typer.Exit(EXIT[outcome(results.whole)])
@@ -154,7 +154,7 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
         result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
 
 
-def _measured(base: str | None, tuned: str | None, adapters: list[str], results: list[str]) -> list[Results[Any]]:
+def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], results: list[str]) -> list[Results[Any]]:
     """Measure first, if requested."""
     if base is None:
         if tuned is not None or adapters:
@@ -213,7 +213,7 @@ def _annotate_github(results: Results[Any]) -> None:
             raise InputError(f"{summary}: the step summary cannot be written: {error.strerror}") from error
 
 
-def _next(results: Results[Any], files: list[str], output: Path | None) -> str:
+def _suggest_next(results: Results[Any], files: list[str], output: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     from lora_diag.decisions.gate.record import outcome
 

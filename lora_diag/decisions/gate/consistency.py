@@ -31,35 +31,35 @@ def contradictions(results: Results[Any]) -> Iterator[str]:
     """Yield contradictions in the records of a run, as ``layer: problem``."""
     bases: dict[str, float] = {}
     for record in results.layers:
-        for problem in _of_record(record):
+        for problem in _check_record(record):
             yield f"{record.layer}: {problem}"
         base_fro = getattr(record, "base_fro", None)
         if base_fro is not None and not _close(bases.setdefault(record.layer, base_fro), base_fro):
             yield f"{record.layer}: base_fro is {bases[record.layer]:.9g} in one record and {base_fro:.9g} in another"
-    yield from _between_adapters(results)
-    yield from _totals(results)
+    yield from _check_between_adapters(results)
+    yield from _check_totals(results)
 
 
-def _of_record(record: object) -> Iterator[str]:
+def _check_record(record: object) -> Iterator[str]:
     if isinstance(record, Spectrum):
-        yield from _spectrum(record)
+        yield from _check_spectrum(record)
     elif isinstance(inner := getattr(record, "spectrum", None), Spectrum):
-        yield from _spectrum(inner)
+        yield from _check_spectrum(inner)
     if isinstance(record, Residual):
-        yield from _residual(record)
+        yield from _check_residual(record)
 
 
-def _totals(results: Results[Any]) -> Iterator[str]:
+def _check_totals(results: Results[Any]) -> Iterator[str]:
     if results.end is None or not results.layers:
         return
     expected, actual = results.end, totals(results.layers, results.left_out)
     for name in ("fro", "base_fro"):
         before, now = getattr(expected, name), getattr(actual, name)
         if (before is None) != (now is None) or (before is not None and not _close(before, now)):
-            yield f"end: {name} is {_shown(before)}, but {_shown(now)} by the records of the layers"
+            yield f"end: {name} is {_show(before)}, but {_show(now)} by the records of the layers"
 
 
-def _between_adapters(results: Results[Any]) -> Iterator[str]:
+def _check_between_adapters(results: Results[Any]) -> Iterator[str]:
     """Yield contradictions of ‖D‖ between records of one layer."""
     norms: dict[str, float] = {}
     for record in results.layers:
@@ -67,7 +67,7 @@ def _between_adapters(results: Results[Any]) -> Iterator[str]:
             yield f"{record.layer}: fro is {norms[record.layer]:.9g} in one record and {record.fro:.9g} in another"
 
 
-def _spectrum(record: Spectrum) -> Iterator[str]:
+def _check_spectrum(record: Spectrum) -> Iterator[str]:
     s, fro = record.s, record.fro
     if len(s) > min(record.shape):
         yield f"{len(s)} singular values of a {record.shape[0]} × {record.shape[1]} matrix"
@@ -85,35 +85,35 @@ def _spectrum(record: Spectrum) -> Iterator[str]:
         yield f"Σσ² is {curve[-1]:.9g} of fro², a difference above energy_error = {record.energy_error:.2g}"
     if record.complete:
         curve[-1] = 1.0
-    yield from _curve(record, curve)
-    yield from _tails(record, tails)
+    yield from _check_curve(record, curve)
+    yield from _check_tails(record, tails)
     if record.stable_rank is None or not _close(record.stable_rank, max(1.0, (fro / s[0]) ** 2)):
-        yield f"stable_rank is {_shown(record.stable_rank)}, but fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
-    effective = _effective_rank(s) if record.complete else None
+        yield f"stable_rank is {_show(record.stable_rank)}, but fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
+    effective = _compute_effective_rank(s) if record.complete else None
     if (record.effective_rank is None) != (effective is None) or (
         effective is not None and not _close(record.effective_rank or 0.0, effective)
     ):
-        yield f"effective_rank is {_shown(record.effective_rank)}, but {_shown(effective)} by the singular values"
-    yield from _resolution(record)
+        yield f"effective_rank is {_show(record.effective_rank)}, but {_show(effective)} by the singular values"
+    yield from _check_resolution(record)
 
 
-def _curve(record: Spectrum, curve: Sequence[float]) -> Iterator[str]:
+def _check_curve(record: Spectrum, curve: Sequence[float]) -> Iterator[str]:
     for rank, value in record.energy.items():
         r = int(rank) if rank.isdecimal() else 0
         expected = curve[r - 1] if 0 < r <= len(curve) else 1.0 if record.complete else None
         if (value is None) != (expected is None) or (
             value is not None and expected is not None and abs(value - min(expected, 1.0)) > ROUNDING
         ):
-            yield f"energy.{rank} is {_shown(value)}, but {_shown(expected)} by the singular values"
+            yield f"energy.{rank} is {_show(value)}, but {_show(expected)} by the singular values"
     for share, rank_at in record.rank_at.items():
         threshold = float(share)
         reached = rank_at is not None and 0 < rank_at <= len(curve) and curve[rank_at - 1] >= threshold - ROUNDING
         first = rank_at is None or rank_at <= 1 or (reached and curve[rank_at - 2] < threshold + ROUNDING)
         if not (first and (reached or (rank_at is None and curve[-1] < threshold + ROUNDING))):
-            yield f"rank_at.{share} is {_shown(rank_at)}, which the singular values contradict"
+            yield f"rank_at.{share} is {_show(rank_at)}, which the singular values contradict"
 
 
-def _tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
+def _check_tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
     """Yield truncation errors that contradict the singular values; ``tails`` has Σ_{i>r}σ² of a complete spectrum."""
     s, fro = record.s, record.fro
     for rank, tail in record.tail.items():
@@ -128,16 +128,16 @@ def _tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
             square = max(0.0, 1 - math.fsum((value / fro) ** 2 for value in s[:r]))
         spectral = s[r] if r < len(s) else 0.0 if record.complete else None
         if abs((tail.fro / fro) ** 2 - square) > ROUNDING or tail.spectral != spectral:
-            yield f"tail.{rank} is {tail.fro:.9g} and {_shown(tail.spectral)}, which the singular values contradict"
+            yield f"tail.{rank} is {tail.fro:.9g} and {_show(tail.spectral)}, which the singular values contradict"
 
 
-def _effective_rank(s: Sequence[float]) -> float:
+def _compute_effective_rank(s: Sequence[float]) -> float:
     energies = [(value / s[0]) ** 2 for value in s]
     total = math.fsum(energies)
     return math.exp(-math.fsum(e / total * math.log(e / total) for e in energies if e))
 
 
-def _resolution(record: Spectrum) -> Iterator[str]:
+def _check_resolution(record: Spectrum) -> Iterator[str]:
     resolution, s = record.resolution, record.s
     above = [sum(value > resolution.edge * factor for value in s) for factor in (1 + DIGITS, 1 - DIGITS)]
     if resolution.signal_rank is None:
@@ -145,7 +145,7 @@ def _resolution(record: Spectrum) -> Iterator[str]:
     else:
         agrees = above[0] <= resolution.signal_rank <= above[1]
     if not agrees:
-        yield f"resolution.signal_rank is {_shown(resolution.signal_rank)}, but {above[0]} singular values exceed edge"
+        yield f"resolution.signal_rank is {_show(resolution.signal_rank)}, but {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
         # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
         lowest = resolution.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
@@ -162,33 +162,33 @@ def _resolution(record: Spectrum) -> Iterator[str]:
         yield f"resolution.verdict is {resolution.verdict}, but noise_fro is {relative:.3g} of fro"
 
 
-def _residual(record: Residual) -> Iterator[str]:
+def _check_residual(record: Residual) -> Iterator[str]:
     if record.epsilon is None:
         return  # which is never a pass
     if record.fro == 0:
         yield f"fro is 0 and epsilon is {record.epsilon:.9g}"
         return
     if record.norm_ratio is None or not _close(record.norm_ratio, record.adapter_fro / record.fro):
-        yield f"norm_ratio is {_shown(record.norm_ratio)}, but {record.adapter_fro / record.fro:.9g} by the norms"
-    yield from _distance(record, "")
+        yield f"norm_ratio is {_show(record.norm_ratio)}, but {record.adapter_fro / record.fro:.9g} by the norms"
+    yield from _check_distance(record, "")
     if record.data is not None:
-        yield from _distance(record.data, "data.")
+        yield from _check_distance(record.data, "data.")
 
 
-def _distance(distance: Distance, prefix: str) -> Iterator[str]:
+def _check_distance(distance: Distance, prefix: str) -> Iterator[str]:
     """Yield contradictions to ε² = 1 + ρ² − 2ρ·cos and its consequences."""
     epsilon, ratio, cosine = distance.epsilon, distance.norm_ratio, distance.cosine
     if epsilon is None or ratio is None:
         return
     square = 1.0 if cosine is None else 1 + ratio**2 - 2 * ratio * cosine
     if (cosine is None) != (ratio == 0) or (cosine is not None and abs(cosine) > 1):
-        yield f"{prefix}cosine is {_shown(cosine)} with a norm_ratio of {ratio:.9g}"
+        yield f"{prefix}cosine is {_show(cosine)} with a norm_ratio of {ratio:.9g}"
     elif abs(epsilon**2 - square) > FLOAT32 * (1 + ratio**2):
         yield f"{prefix}epsilon is {epsilon:.9g}, but {math.sqrt(max(0.0, square)):.9g} by norm_ratio and cosine"
     if cosine is not None:
         scale, best = distance.best_scale, distance.epsilon_best_scale
         if scale is None or best is None or abs(scale * ratio - cosine) > ROUNDING:
-            yield f"{prefix}best_scale is {_shown(scale)}, but {cosine / ratio:.9g} by cosine and norm_ratio"
+            yield f"{prefix}best_scale is {_show(scale)}, but {cosine / ratio:.9g} by cosine and norm_ratio"
         elif abs(best**2 - max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2)) > ROUNDING * (1 + epsilon**2):
             yield f"{prefix}epsilon_best_scale is {best:.9g}, which epsilon and best_scale contradict"
     excess = None if distance.epsilon_min is None else epsilon**2 - distance.epsilon_min**2
@@ -197,12 +197,12 @@ def _distance(distance: Distance, prefix: str) -> Iterator[str]:
         and distance.excess is not None
         and abs(excess - distance.excess) > ROUNDING * (1 + epsilon**2)
     ):
-        yield f"{prefix}excess is {_shown(distance.excess)}, but {_shown(excess)} by epsilon and epsilon_min"
+        yield f"{prefix}excess is {_show(distance.excess)}, but {_show(excess)} by epsilon and epsilon_min"
 
 
 def _close(first: float, second: float) -> bool:
     return abs(first - second) <= ROUNDING * max(abs(first), abs(second))
 
 
-def _shown(value: float | None) -> str:
+def _show(value: float | None) -> str:
     return "null" if value is None else f"{value:.9g}"

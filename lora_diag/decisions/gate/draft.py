@@ -93,9 +93,9 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
     paths = " ".join(source.path for source in sources)
     rules = [
         text
-        for suggestions, sources_of_metric in _by_metric(sources)
+        for suggestions, sources_of_metric in _pair_by_metric(sources)
         for suggestion in suggestions
-        if (text := _rule(suggestion, sources_of_metric))
+        if (text := _draft_rule(suggestion, sources_of_metric))
     ]
     if not rules:
         raise InputError(
@@ -103,10 +103,10 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
             "that changed"
         )
     unrecorded = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
-    return "\n".join([_head(paths, name, unrecorded), *rules, _tail(sources)])
+    return "\n".join([_draft_head(paths, name, unrecorded), *rules, _draft_tail(sources)])
 
 
-def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
+def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
     """Pair suggestions with their values; those on spectra once per metric, which the rule names."""
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources if source.holds("spectrum"))
     if not {*metrics} - {"weights"}:
@@ -124,9 +124,9 @@ def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion]
     yield [suggestion for suggestion in _SUGGESTIONS if not suggestion.field.startswith("spectrum.")], sources
 
 
-def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
+def _draft_rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     (field,) = find(suggestion.field)
-    matching = list(_subjects(suggestion, field, sources))
+    matching = list(_select_subjects(suggestion, field, sources))
     values = [
         (float(value), s.layer or "") for s in matching if isinstance(value := value_of(field, s)[0], float | int)
     ]
@@ -140,15 +140,15 @@ def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     sign, end = ("<=", "highest") if suggestion.worst == "max" else (">=", "lowest")
     middle = statistics.median(value for value, _ in values)
     where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
-    place = f" in {_comment(worst[1])}" if worst[1] else ""
+    place = f" in {_escape_comment(worst[1])}" if worst[1] else ""
     return (
         f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{place}; the limit is {MARGIN:.0%} beyond.\n"
         f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
-        f'severity = "error"\nmessage = "{suggestion.message}"\n{_coverage(field, matching)}'
+        f'severity = "error"\nmessage = "{suggestion.message}"\n{_draft_coverage(field, matching)}'
     )
 
 
-def _coverage(field: Field, matching: Sequence[Subject]) -> str:
+def _draft_coverage(field: Field, matching: Sequence[Subject]) -> str:
     """Return the coverage of a field that is null in some records, such as the cosine of a zero update."""
     none = [subject for subject in matching if subject.record is not None and field.of(subject.record) is None]
     if not none or any(subject.fro is None for subject in matching):
@@ -161,7 +161,7 @@ def _coverage(field: Field, matching: Sequence[Subject]) -> str:
     return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(matching)} layers\n"
 
 
-def _subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
+def _select_subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
     for source in sources:
         if source.holds(field.kind):
             matching = subjects(field.kind, source)
@@ -182,17 +182,17 @@ def _limit(worst: float, field: Field, end: str) -> float | None:
     return limit
 
 
-def _head(paths: str, name: str, unrecorded: bool) -> str:
+def _draft_head(paths: str, name: str, unrecorded: bool) -> str:
     left_out = (
         'left_out = ["no_activations"] # embeddings and other layers without recorded activations'
         if unrecorded
         else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record'
     )
     return f"""\
-# Requirements for shipping a checkpoint. Limits are from {_comment(paths)}
+# Requirements for shipping a checkpoint. Limits are from {_escape_comment(paths)}
 # with a margin of {MARGIN:.0%}; review each of them.
 #
-#     loradiag gate {_comment(name)} RESULTS...
+#     loradiag gate {_escape_comment(name)} RESULTS...
 #
 # A rule is a condition on selected layers. docs/reference/gate.md has the grammar and every field.
 #     require   field, operator, value: "relative <= 0.3"; max, min, mean, median, sum or p95 in front judges one
@@ -217,7 +217,7 @@ unresolved = "warning"  # the update is below the files' rounding
 """
 
 
-def _tail(sources: Sequence[Source]) -> str:
+def _draft_tail(sources: Sequence[Source]) -> str:
     field = "energy.16" if any(source.holds("spectrum") for source in sources) else "epsilon"
     worse = "lower" if field == "energy.16" else "higher"
     return f"""\
@@ -236,6 +236,6 @@ def _tail(sources: Sequence[Source]) -> str:
 """
 
 
-def _comment(text: str) -> str:
+def _escape_comment(text: str) -> str:
     """Return text that cannot end its comment."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -148,13 +148,13 @@ def subjects(
             Subject(None, ", ".join(prefix), (0,), None, f"the file has no {kind} record")
         ]
     records: list[Any] = [record for record in results.layers if isinstance(record, cls)]
-    by_group: dict[tuple[Any, ...], list[Any]] = {values: [] for values in _expected(cls, source)}
+    by_group: dict[tuple[Any, ...], list[Any]] = {values: [] for values in _list_expected(cls, source)}
     for record in records:
         by_group.setdefault(tuple(getattr(record, name) for name in _group_fields(type(record))), []).append(record)
     layers = dict.fromkeys(record.layer for record in records)
     norms = {record.layer: getattr(record, "fro", None) for record in records}
     matching: list[Subject] = []
-    for values, key in _stable(list(by_group) or [()]):
+    for values, key in _pair_with_stable_keys(list(by_group) or [()]):
         names = [f"{name} {value}" for name, value in zip(_group_fields(cls), values, strict=True)]
         group = ", ".join((*prefix, *names))
         of_group = by_group.get(values, [])
@@ -177,14 +177,14 @@ def _group_fields(cls: type[Record]) -> tuple[str, ...]:
     return tuple(name for name in cls.key if name != "layer")
 
 
-def _expected(cls: type[Record], source: Source) -> Iterator[tuple[Any, ...]]:
+def _list_expected(cls: type[Record], source: Source) -> Iterator[tuple[Any, ...]]:
     """Yield the groups that the run was to measure: one per adapter."""
     if _group_fields(cls) == ("adapter",):
         roles = ("adapter", "reference")
         yield from ((run_input.path,) for run_input in source.results.run.inputs if run_input.role in roles)
 
 
-def _stable(groups: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+def _pair_with_stable_keys(groups: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     """Pair each group with a key in which text, such as paths, is replaced by its order in the file."""
     texts = list(dict.fromkeys(value for group in groups for value in group if isinstance(value, str)))
     for group in groups:
@@ -204,7 +204,7 @@ def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tup
         return None, subject.why
     value = field.of(record)
     if value is None:
-        return None, _why_null(field, subject)
+        return None, _explain_null(field, subject)
     if value == "inconclusive":
         return None, f"{field.name} is inconclusive in the record itself"
     verdict = floor_of(record)
@@ -225,7 +225,7 @@ def command_for(kind: str) -> str:
     return f"loradiag {_COMMANDS.get(kind, kind)}"
 
 
-def _why_null(field: Field, subject: Subject) -> str:
+def _explain_null(field: Field, subject: Subject) -> str:
     if subject.fro == 0:
         return f"the update is zero, so {field.name} does not exist"
     table = getattr(subject.record, field.path[0], None)

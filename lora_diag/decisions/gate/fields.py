@@ -91,23 +91,23 @@ def similar(name: str) -> str | None:
     ('epsilon', 'energy.16')
     """
     first, dot, rest = name.partition(".")
-    if close := difflib.get_close_matches(first, _first_names(), n=1):
+    if close := difflib.get_close_matches(first, _list_first_names(), n=1):
         guess = f"{close[0]}{dot}{rest}"
         if find(guess):
             return guess
-    close = difflib.get_close_matches(name, _first_names(), n=1)
+    close = difflib.get_close_matches(name, _list_first_names(), n=1)
     return close[0] if close and find(close[0]) else None
 
 
 @cache
-def _first_names() -> tuple[str, ...]:
-    names = (name for kind in KINDS.values() for name in (*kind.model_fields, *_properties(kind)))
+def _list_first_names() -> tuple[str, ...]:
+    names = (name for kind in KINDS.values() for name in (*kind.model_fields, *_list_properties(kind)))
     return tuple(dict.fromkeys((*KINDS, *names)))
 
 
 def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...], share: bool) -> Field | None:
     """Follow a path through the types of the records."""
-    hint, share = _bare(hint, share)
+    hint, share = _strip_annotation(hint, share)
     if isinstance(hint, type) and issubclass(hint, Record):
         if not rest or rest[0] == "record":
             return None
@@ -115,8 +115,8 @@ def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...],
         if step in hint.model_fields:
             info = hint.model_fields[step]
             inner, marked = info.annotation, share or "share" in info.metadata
-        elif step in _properties(hint):
-            inner, marked = _properties(hint)[step], share
+        elif step in _list_properties(hint):
+            inner, marked = _list_properties(hint)[step], share
         else:
             return None
         return _resolve(kind, inner, (*done, step), tuple(further), marked)
@@ -127,10 +127,10 @@ def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...],
             for n in range(1, len(rest) + 1)
         )
         return next((field for field in splits if field is not None), None)
-    return None if rest else _leaf(kind, hint, done, share)
+    return None if rest else _make_leaf(kind, hint, done, share)
 
 
-def _leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> Field | None:
+def _make_leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> Field | None:
     if get_origin(hint) is Literal:
         return Field(kind, path, "word", tuple(map(str, get_args(hint))))
     if hint is bool:
@@ -140,19 +140,19 @@ def _leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> Field | N
     return Field(kind, path, "word") if hint is str else None
 
 
-def _bare(hint: Any, share: bool) -> tuple[Any, bool]:
+def _strip_annotation(hint: Any, share: bool) -> tuple[Any, bool]:
     """Return a type without ``| None`` and its annotations, and whether it is annotated as a fraction."""
     if get_origin(hint) in {Union, types.UnionType}:
         kept = [part for part in get_args(hint) if part is not type(None)]
-        return _bare(kept[0], share) if len(kept) == 1 else (None, share)
+        return _strip_annotation(kept[0], share) if len(kept) == 1 else (None, share)
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
-        return _bare(inner, share or "share" in marks)
+        return _strip_annotation(inner, share or "share" in marks)
     return hint, share
 
 
 @cache
-def _properties(kind: type[Record]) -> dict[str, Any]:
+def _list_properties(kind: type[Record]) -> dict[str, Any]:
     """Return the derived values of a kind of record, such as ``relative``, with their types."""
     members = {name: value for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, property)}
     declared = {

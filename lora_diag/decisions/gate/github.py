@@ -39,41 +39,41 @@ def workflow_commands(results: Results[Any]) -> list[str]:
         rules: dict[str, list[Verdict]] = {}
         for verdict in verdicts:
             rules.setdefault(verdict.rule, []).append(verdict)
-        lines += [_annotation(kind, of_rule, policy) for of_rule in list(rules.values())[:ANNOTATIONS]]
+        lines += [_make_annotation(kind, of_rule, policy) for of_rule in list(rules.values())[:ANNOTATIONS]]
         if len(rules) > ANNOTATIONS:
             lines.append(f"::{kind} title=loradiag gate::{len(rules) - ANNOTATIONS} more rules, see the step summary")
     return lines
 
 
-def _annotation(kind: str, verdicts: list[Verdict], policy: str | None) -> str:
+def _make_annotation(kind: str, verdicts: list[Verdict], policy: str | None) -> str:
     """Return the annotation of one rule: its worst layers, the number of others, and the fix."""
     worst = verdicts[0]
-    where = f"file={_property(policy)},line={worst.line}," if worst.line and policy else ""
+    where = f"file={_escape_property(policy)},line={worst.line}," if worst.line and policy else ""
     layers = [
         f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in verdicts[:WORST]
     ]
     suffix = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
     description = shared_description(verdicts) if worst.message else ""
     text = f"{'; '.join(layers)}{suffix}. Allowed: {worst.allowed}. {description}".rstrip()
-    return f"::{kind} {where}title={_property(f'loradiag gate: {worst.rule}')}::{_data(safe(text))}"
+    return f"::{kind} {where}title={_escape_property(f'loradiag gate: {worst.rule}')}::{_escape_data(safe(text))}"
 
 
-def _data(text: str) -> str:
+def _escape_data(text: str) -> str:
     r"""Escape the text of a workflow command (actions/toolkit, core/src/command.ts).
 
-    >>> _data("50%\n::error::x")
+    >>> _escape_data("50%\n::error::x")
     '50%25%0A::error::x'
     """
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
+def _escape_property(text: str) -> str:
     """Escape a property of a workflow command.
 
-    >>> _property("a:b,c")
+    >>> _escape_property("a:b,c")
     'a%3Ab%2Cc'
     """
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
+    return _escape_data(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
@@ -85,7 +85,7 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
         for rule, verdicts in by_rule(results, status)
     ]
     table = "\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n"
-    rows = [_row(verdict) for verdict in verdicts_of(results)]
+    rows = [_make_row(verdict) for verdict in verdicts_of(results)]
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
     left = room - len((head + table + end).encode()) - 20
     kept = []
@@ -98,7 +98,7 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     return head + "".join(kept) + (end.format(cut) if cut else "")
 
 
-def _row(verdict: Verdict) -> str:
+def _make_row(verdict: Verdict) -> str:
     cells = (verdict.status, verdict.rule, subject_name(verdict), measured(verdict), verdict.allowed)
     return f"| {' | '.join(map(cell, cells))} |\n"
 

@@ -74,7 +74,7 @@ class Comparison:
         return OPERATORS[self.operator](measured, self.value)
 
     def __str__(self) -> str:
-        shown = ", ".join(map(_shown, self.words))
+        shown = ", ".join(map(_format_value, self.words))
         return f"{self.operator} ({shown})" if self.operator == "in" else f"{self.operator} {shown}"
 
     @property
@@ -137,7 +137,7 @@ def parse(text: str) -> Condition:
         >>> parse("max rank_at.0.9 <= 64").aggregate, str(parse("epsilon <= 0.35").test)
         ('max', '<= 0.35')
     """
-    tokens = _tokens(text)
+    tokens = _tokenize(text)
     share = [word for _, word in tokens[:4]] == ["share", "of", "layers", "with"]
     rest = tokens[4:] if share else tokens
     aggregate = ""
@@ -150,14 +150,14 @@ def parse(text: str) -> Condition:
             raise ConditionError(
                 f"'{text}': write a comparison such as 'is >= 0.95' after 'share of layers with {name} {test}'"
             )
-        total, rest = _comparison(rest[1:], text)
+        total, rest = _parse_comparison(rest[1:], text)
         _check_share(total, "the share of layers", text)
     if rest:
         raise ConditionError(f"'{text}': unexpected '{rest[0][1]}' after '{name} {test}'; remove it")
     condition = Condition(text, name, test, aggregate, total)
     candidates = find(name)
     if not candidates:
-        raise ConditionError(_unknown(name))
+        raise ConditionError(_describe_unknown(name))
     problems = [problem for field in candidates if (problem := problem_with(condition, field))]
     if len(problems) == len(candidates):
         raise ConditionError(problems[0])
@@ -169,7 +169,7 @@ def problem_with(condition: Condition, field: Field) -> str | None:
     test, text = condition.test, condition.text
     if field.leaf == "number":
         if not _is_number(test.value):
-            return f"'{text}': {field.name} is a number and cannot be compared with '{_shown(test.words[0])}'"
+            return f"'{text}': {field.name} is a number and cannot be compared with '{_format_value(test.words[0])}'"
         try:
             if field.share and condition.aggregate != "sum":
                 _check_share(test, field.name, text)
@@ -184,7 +184,7 @@ def problem_with(condition: Condition, field: Field) -> str | None:
         return None if isinstance(test.value, bool) else f"'{text}': {field.name} is true or false"
     for word in test.words:
         if not isinstance(word, str):
-            return f"'{text}': {field.name} is a word and cannot be compared with {_shown(word)}"
+            return f"'{text}': {field.name} is a word and cannot be compared with {_format_value(word)}"
         if field.options and word not in field.options:
             return f"'{text}': {field.name} is never '{word}'; it is one of {', '.join(field.options)}"
     if field.options and set(field.options) <= set(test.words):
@@ -192,7 +192,7 @@ def problem_with(condition: Condition, field: Field) -> str | None:
     return None
 
 
-def _tokens(text: str) -> Tokens:
+def _tokenize(text: str) -> Tokens:
     tokens, position, end = [], 0, len(text.rstrip())
     while position < end:
         match = _TOKEN.match(text, position)
@@ -207,22 +207,22 @@ def _tokens(text: str) -> Tokens:
 def _test(tokens: Tokens, text: str) -> tuple[str, Comparison, Tokens]:
     if not tokens or tokens[0][0] != "word":
         raise ConditionError(f"'{text}': write a field, an operator and a value, such as 'epsilon <= 0.35'")
-    test, rest = _comparison(tokens[1:], text)
+    test, rest = _parse_comparison(tokens[1:], text)
     return tokens[0][1], test, rest
 
 
-def _comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
+def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
     if [word for _, word in tokens[:2]] == ["in", "("]:
-        return _membership(tokens[2:], text)
+        return _parse_membership(tokens[2:], text)
     if len(tokens) < 2 or tokens[0][0] != "operator" or tokens[1][0] in {"operator", "mark"}:
         raise ConditionError(f"'{text}': an operator ({', '.join(OPERATORS)}) and a value are missing")
-    return Comparison(tokens[0][1], _value(tokens[1], text)), tokens[2:]
+    return Comparison(tokens[0][1], _parse_value(tokens[1], text)), tokens[2:]
 
 
-def _membership(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
+def _parse_membership(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
     values: list[Value] = []
     while len(tokens) >= 2 and tokens[0][0] not in {"mark", "operator"}:
-        values.append(_value(tokens[0], text))
+        values.append(_parse_value(tokens[0], text))
         mark, tokens = tokens[1], tokens[2:]
         if mark == ("mark", ")"):
             return Comparison("in", tuple(values)), tokens
@@ -231,7 +231,7 @@ def _membership(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
     raise ConditionError(f"'{text}': write the words after 'in' as (ok, coarse)")
 
 
-def _value(token: tuple[str, str], text: str) -> Value:
+def _parse_value(token: tuple[str, str], text: str) -> Value:
     kind, word = token
     if kind != "number":
         return {"true": True, "false": False}.get(word, word) if kind == "word" else word
@@ -241,7 +241,7 @@ def _value(token: tuple[str, str], text: str) -> Value:
     return number
 
 
-def _shown(value: Value) -> str:
+def _format_value(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else value
@@ -263,7 +263,7 @@ def _check_share(test: Comparison, description: str, text: str) -> None:
     """
     if not _is_number(test.value):
         raise ConditionError(
-            f"'{text}': {description} is a number and cannot be compared with '{_shown(test.words[0])}'"
+            f"'{text}': {description} is a number and cannot be compared with '{_format_value(test.words[0])}'"
         )
     if not 0 <= test.value <= 1:
         raise ConditionError(f"'{text}': {description} lies between 0 and 1; {test.value:g} cannot be its limit")
@@ -273,7 +273,7 @@ def _check_share(test: Comparison, description: str, text: str) -> None:
         raise ConditionError(f"'{text}': {description} lies between 0 and 1, so this is {verb} true and has no effect")
 
 
-def _unknown(name: str) -> str:
+def _describe_unknown(name: str) -> str:
     first = name.partition(".")[0]
     if guess := similar(name):
         if guess != name:

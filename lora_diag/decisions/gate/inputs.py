@@ -32,11 +32,11 @@ def judge_inputs(
             yield _is_recent(source, most_age, now)
     for present in unmatched:
         text = f"no results are of it: its fingerprint is {present.now}; measure it"
-        yield _verdict(f"--for {present.path}", "none", "results of it", "inconclusive", text)
+        yield _make_verdict(f"--for {present.path}", "none", "results of it", "inconclusive", text)
     for role, fingerprint in pins:
         yield from _is_pinned(sources, role, fingerprint)
     if not (any(source.present for source in sources) or pins or most_age is not None or unmatched):
-        yield _verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
+        yield _make_verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
 
 
 def _is_current(source: Source, present: Present) -> Verdict:
@@ -47,22 +47,22 @@ def _is_current(source: Source, present: Present) -> Verdict:
         "unknown": ("not judged", None, present.why),
     }
     status, measured, message = states[present.state]
-    return _verdict(f"{present.role} {present.path}", measured, "unchanged since measured", status, message)
+    return _make_verdict(f"{present.role} {present.path}", measured, "unchanged since measured", status, message)
 
 
 def _is_recent(source: Source, max_age: timedelta, now: datetime) -> Verdict:
     made, allowed = source.results.run.made, f"made within {shown(max_age)}"
     if not made:
         text = "does not state its time: measure again"
-        return _verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
+        return _make_verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
     age = now - datetime.fromisoformat(made).astimezone(UTC)
     if age > max_age:
         text = f"is {shown(age)} old: measure again"
     elif age < -CLOCKS:
         text = "was made in the future by this machine's clock: correct the clock, or measure again"
     else:
-        return _verdict(source.path, made, allowed, "passed", "")
-    return _verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
+        return _make_verdict(source.path, made, allowed, "passed", "")
+    return _make_verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
 
 
 def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
@@ -70,20 +70,20 @@ def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterat
     of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
     allowed = "as [inputs] pins it"
     if not of_role:
-        yield _verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
+        yield _make_verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
     for run_input in of_role:
         name = f"{role} {run_input.path}"
         if run_input.fingerprint == fingerprint:
-            yield _verdict(name, "pinned", allowed, "passed", f"fingerprint {fingerprint}")
+            yield _make_verdict(name, "pinned", allowed, "passed", f"fingerprint {fingerprint}")
         elif len(run_input.fingerprint) != len(fingerprint):
             text = "the results have no fingerprint of it, or that of an older loradiag: measure again"
-            yield _verdict(name, None, allowed, "inconclusive", text)
+            yield _make_verdict(name, None, allowed, "inconclusive", text)
         else:
             text = f"the results are of {run_input.fingerprint}, and the policy pins {fingerprint}"
-            yield _verdict(name, "another", allowed, "failed", text)
+            yield _make_verdict(name, "another", allowed, "failed", text)
 
 
-def _verdict(group: str, measured: str | None, allowed: str, status: Status, message: str) -> Verdict:
+def _make_verdict(group: str, measured: str | None, allowed: str, status: Status, message: str) -> Verdict:
     return Verdict(
         rule="inputs",
         layer=None,

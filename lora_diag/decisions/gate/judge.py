@@ -88,13 +88,13 @@ def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
     ]
     if empty:
         raise NothingComparedError(f"{empty[0]}: has no records to judge")
-    if not policy.rules and not policy.regressions and not empty and not _checks_apply(sources):
+    if not policy.rules and not policy.regressions and not empty and not _do_checks_apply(sources):
         raise NothingComparedError(
             f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
         )
 
 
-def _checks_apply(sources: Sequence[Source]) -> bool:
+def _do_checks_apply(sources: Sequence[Source]) -> bool:
     """Return whether built-in checks alone apply to the results."""
     non_finite = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
     return non_finite or has_updates(sources) or any(source.results.end is None for source in sources)
@@ -133,7 +133,7 @@ def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdic
 
 
 def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: Waivers) -> list[Verdict]:
-    field, missing = _field(policy, rule, sources, rule.require.text)
+    field, missing = _find_field(policy, rule, sources, rule.require.text)
     if field is None:
         return missing
     if problem := problem_with(rule.require, field):
@@ -146,13 +146,13 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
         compared = value == "true" if field.leaf == "flag" else value
         return Finding(subject, value, rule.require.text, rule.require.test.holds(compared))
 
-    values = [find_value(subject) for subject in _selected(policy, rule, field, sources)]
+    values = [find_value(subject) for subject in _select_subjects(policy, rule, field, sources)]
     if not values:
-        return [_empty_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
+        return [_make_empty_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
     if rule.require.per_layer:
-        return _each(policy, rule, values, waivers)
+        return _judge_each(policy, rule, values, waivers)
     groups = groupby(values, key=lambda finding: finding.subject.group)
-    return [_aggregate(policy, rule, field, group, list(members), waivers) for group, members in groups]
+    return [_judge_aggregate(policy, rule, field, group, list(members), waivers) for group, members in groups]
 
 
 def _judge_regression(
@@ -160,8 +160,8 @@ def _judge_regression(
 ) -> list[Verdict]:
     allowed = f"{demand.field} not {demand.worse} than in the baseline"
     if stored is None:
-        return [_empty_verdict(demand, allowed, "no baseline was given: --baseline FILE")]
-    field, missing = _field(policy, demand, sources, allowed)
+        return [_make_empty_verdict(demand, allowed, "no baseline was given: --baseline FILE")]
+    field, missing = _find_field(policy, demand, sources, allowed)
     if field is None:
         return missing
 
@@ -175,13 +175,13 @@ def _judge_regression(
         limit, text = stored.limit(demand, before)
         return Finding(subject, value, text, value <= limit if demand.worse == "higher" else value >= limit)
 
-    values = [find_value(subject) for subject in _selected(policy, demand, field, sources)]
+    values = [find_value(subject) for subject in _select_subjects(policy, demand, field, sources)]
     if not values:
-        return [_empty_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
-    return _each(policy, demand, values, waivers)
+        return [_make_empty_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
+    return _judge_each(policy, demand, values, waivers)
 
 
-def _field(
+def _find_field(
     policy: Policy, demand: Criterion, sources: Sequence[Source], allowed: str
 ) -> tuple[Field | None, list[Verdict]]:
     """Return the field of a rule, given the kinds of records present; or what is missing.
@@ -198,10 +198,10 @@ def _field(
         return there[0], []
     kinds = " or ".join(field.kind for field in candidates)
     commands = " or ".join(dict.fromkeys(command_for(field.kind) for field in candidates))
-    return None, [_empty_verdict(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
+    return None, [_make_empty_verdict(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
 
 
-def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence[Source]) -> list[Subject]:
+def _select_subjects(policy: Policy, demand: Criterion, field: Field, sources: Sequence[Source]) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
@@ -211,14 +211,14 @@ def _selected(policy: Policy, demand: Criterion, field: Field, sources: Sequence
     chosen: list[Subject] = []
     for source in holding:
         selected = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
-        chosen += _where(policy, demand, field, selected)
+        chosen += _filter_subjects(policy, demand, field, selected)
     if demand.where and not chosen:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record matches 'where'")
     of_layers = field.kind in LAYER_KINDS
     return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
-def _where(policy: Policy, demand: Criterion, field: Field, selected: list[Subject]) -> list[Subject]:
+def _filter_subjects(policy: Policy, demand: Criterion, field: Field, selected: list[Subject]) -> list[Subject]:
     """Keep the records that match ``where``, and missing ones next to such records."""
     if not demand.where:
         return selected
@@ -237,9 +237,9 @@ def _where(policy: Policy, demand: Criterion, field: Field, selected: list[Subje
     return [s for s in selected if fits(s) or (s.record is None and s.group not in others)]
 
 
-def _each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
+def _judge_each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
     """Judge every record separately."""
-    is_enough, why = _covered(policy, demand, findings)
+    is_enough, why = _check_coverage(policy, demand, findings)
     verdicts = []
     for finding in findings:
         if finding.ok is None and (is_enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)):
@@ -248,43 +248,43 @@ def _each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: W
             status = "inconclusive"
         else:
             status = "passed" if finding.ok else "failed"
-        verdicts.append(waivers.apply(_verdict(demand, finding, status)))
+        verdicts.append(waivers.apply(_make_verdict(demand, finding, status)))
     if not any(finding.ok is not None for finding in findings) and not any(v.status == "waived" for v in verdicts):
-        verdicts.append(_empty_verdict(demand, findings[0].allowed, why))
+        verdicts.append(_make_empty_verdict(demand, findings[0].allowed, why))
     return verdicts
 
 
-def _aggregate(
+def _judge_aggregate(
     policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding], waivers: Waivers
 ) -> Verdict:
     """Judge one aggregate of all records; if it fails, waived layers are excluded."""
-    verdict = _one_number(policy, rule, field, group, findings)
+    verdict = _judge_number(policy, rule, field, group, findings)
     if verdict.status in {"passed", "not judged"}:
         return verdict
     waived = {f.subject.layer: w for f in findings if (w := waivers.of(rule.name, f.subject.layer))}
     not_waived = [finding for finding in findings if finding.subject.layer not in waived]
-    if waived and (not not_waived or _one_number(policy, rule, field, group, not_waived).status == "passed"):
+    if waived and (not not_waived or _judge_number(policy, rule, field, group, not_waived).status == "passed"):
         waiver = next(iter(waived.values()))
         waivers.used |= set(waived.values())
         return verdict.model_copy(update={"status": "waived", "message": waivers.reason(waiver)})
     return verdict
 
 
-def _one_number(policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding]) -> Verdict:
+def _judge_number(policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding]) -> Verdict:
     judged = [finding for finding in findings if not finding.reason]
-    is_enough, why = _covered(policy, rule, findings)
+    is_enough, why = _check_coverage(policy, rule, findings)
     subject = Subject(None, group, (), None)
     if not judged or not is_enough:
         reasons = [finding.reason for finding in findings if finding.reason and finding.subject.fro != 0]
         why = f"{why}; {reasons[0]}" if reasons else why
-        return _verdict(rule, Finding(subject, None, rule.require.text, None, why), "inconclusive")
+        return _make_verdict(rule, Finding(subject, None, rule.require.text, None, why), "inconclusive")
     values = [f.value == "true" if field.leaf == "flag" else f.value for f in judged if f.value is not None]
     measured = rule.require.measure(values)
     ok = rule.require.holds(measured)
-    return _verdict(rule, Finding(subject, measured, rule.require.text, ok), "passed" if ok else "failed")
+    return _make_verdict(rule, Finding(subject, measured, rule.require.text, ok), "passed" if ok else "failed")
 
 
-def _covered(policy: Policy, demand: Criterion, findings: list[Finding]) -> tuple[bool, str]:
+def _check_coverage(policy: Policy, demand: Criterion, findings: list[Finding]) -> tuple[bool, str]:
     """Return whether enough of the selected subjects have a value, and a description."""
     judged = [finding for finding in findings if not finding.reason]
     unjudged = [finding for finding in findings if finding.reason]
@@ -309,7 +309,7 @@ def _covered(policy: Policy, demand: Criterion, findings: list[Finding]) -> tupl
     return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
 
 
-def _verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
+def _make_verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
     message = {"failed": demand.message, "passed": ""}.get(status, finding.reason)
     if status == "failed" and demand.severity == "warning":
         status = "warned"
@@ -328,5 +328,5 @@ def _verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
     )
 
 
-def _empty_verdict(demand: Criterion, allowed: str, reason: str) -> Verdict:
-    return _verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, reason), "inconclusive")
+def _make_empty_verdict(demand: Criterion, allowed: str, reason: str) -> Verdict:
+    return _make_verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, reason), "inconclusive")

@@ -24,7 +24,7 @@ def junit(results: Results[Any]) -> str:
     suites: dict[str, dict[str, list[Verdict]]] = {}
     for record in results.whole:
         if isinstance(record, Verdict):
-            suites.setdefault(record.rule, {}).setdefault(_case(record), []).append(record)
+            suites.setdefault(record.rule, {}).setdefault(_name_case(record), []).append(record)
     metric = results.run.settings.get("metric")
     root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
     if weights := weights_of(results):
@@ -43,7 +43,7 @@ def junit(results: Results[Any]) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _case(verdict: Verdict) -> str:
+def _name_case(verdict: Verdict) -> str:
     kind = module_type_of(verdict.layer) if verdict.layer is not None else "all layers"
     return f"{kind} ({verdict.group})" if verdict.group else kind
 
@@ -53,7 +53,7 @@ def _add(case: Element, verdicts: Sequence[Verdict]) -> None:
     for status, tag in (("failed", "failure"), ("inconclusive", "error")):
         bad = [verdict for verdict in verdicts if verdict.status == status and verdict.blocks]
         if bad:
-            SubElement(case, tag, type=status, message=_message(bad)).text = _details(bad)
+            SubElement(case, tag, type=status, message=_make_message(bad)).text = _make_details(bad)
             return
     waived = [verdict for verdict in verdicts if verdict.status == "waived"]
     if waived and not any(verdict.status == "passed" for verdict in verdicts):
@@ -65,17 +65,17 @@ def _add(case: Element, verdicts: Sequence[Verdict]) -> None:
         return
     lines = [verdict for verdict in verdicts if verdict.status != "passed"]
     if lines:
-        SubElement(case, "system-out").text = _details(lines)
+        SubElement(case, "system-out").text = _make_details(lines)
 
 
-def _message(verdicts: Sequence[Verdict]) -> str:
+def _make_message(verdicts: Sequence[Verdict]) -> str:
     first = verdicts[0]
     suffix = f" and {len(verdicts) - 1} more" if len(verdicts) > 1 else ""
     text = f": {safe(first.message)}" if first.message else ""
     return f"{subject_name(first)}{suffix}: {measured(first)}, allowed {safe(first.allowed)}{text}"
 
 
-def _details(verdicts: Sequence[Verdict]) -> str:
+def _make_details(verdicts: Sequence[Verdict]) -> str:
     lines = [
         f"{subject_name(v)}: {v.status}, measured {measured(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
         for v in verdicts[:NAMED]

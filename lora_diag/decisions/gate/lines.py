@@ -25,26 +25,26 @@ def line_of(text: str, path: Path) -> int:
         4
     """
     document = tomllib.loads(text)
-    while path and not _holds(document, path):
+    while path and not _has_path(document, path):
         path = path[:-1]
     lines = text.split("\n")
     # The value is in none of the pieces of up to ``last`` lines, and in all those of ``within`` and more.
     last, within = 0, len(lines)
     while within - last > 1:
         middle = (last + within) // 2
-        number, piece = _readable(lines, middle, last)
+        number, piece = _parse_longest(lines, middle, last)
         if number == last:
-            number, piece = _readable_from(lines, middle, within)
+            number, piece = _parse_shortest(lines, middle, within)
         if number == within:
             break
-        if _holds(piece, path):
+        if _has_path(piece, path):
             within = number
         else:
             last = number
     return last + 1 if path else 1
 
 
-def _readable(lines: list[str], number: int, first: int) -> tuple[int, Any]:
+def _parse_longest(lines: list[str], number: int, first: int) -> tuple[int, Any]:
     """Return the longest valid piece of at most ``number`` lines, and its contents."""
     while number > first:
         with contextlib.suppress(tomllib.TOMLDecodeError):
@@ -53,7 +53,7 @@ def _readable(lines: list[str], number: int, first: int) -> tuple[int, Any]:
     return first, {}
 
 
-def _readable_from(lines: list[str], number: int, last: int) -> tuple[int, Any]:
+def _parse_shortest(lines: list[str], number: int, last: int) -> tuple[int, Any]:
     """Return the shortest valid piece of at least ``number`` lines, and its contents."""
     while number < last:
         with contextlib.suppress(tomllib.TOMLDecodeError):
@@ -62,7 +62,7 @@ def _readable_from(lines: list[str], number: int, last: int) -> tuple[int, Any]:
     return last, {}
 
 
-def _holds(document: Any, path: Path) -> bool:
+def _has_path(document: Any, path: Path) -> bool:
     for step in path:
         if isinstance(step, int):
             if not isinstance(document, list) or step >= len(document):

@@ -19,17 +19,17 @@ def model_card(results: Results[Any], card: str = "") -> str:
         results: A run of ``gate``.
         card: The existing card; the block replaces an earlier one, or is appended. Line endings are kept.
     """
-    return with_section(card, "gate", _block(results))
+    return with_section(card, "gate", _make_block(results))
 
 
-def _block(results: Results[Any]) -> str:
+def _make_block(results: Results[Any]) -> str:
     policy = results.run.inputs[0]
     lines = [
         "## Checks before release",
         "",
         f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {cell(headline(results))}",
         f"(policy {cell(policy.path)}: {cell(policy.kind)}).",
-        *map(_weights, weights_of(results)),
+        *map(_describe_weights, weights_of(results)),
         "",
         "| rule | allowed | outcome |",
         "| --- | --- | --- |",
@@ -42,6 +42,6 @@ def _block(results: Results[Any]) -> str:
     return "\n".join(lines)
 
 
-def _weights(run_input: RunInput) -> str:
+def _describe_weights(run_input: RunInput) -> str:
     text = cell(", ".join(run_input.notes))
     return f"Measured: {run_input.role} {cell(run_input.path)}, fingerprint `{run_input.fingerprint}`, {text}."

@@ -29,7 +29,7 @@ def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> 
     Raises:
         InputError: A file of ``shipped`` cannot be read.
     """
-    run_input = {str(path): _known(path) for path in shipped}
+    run_input = {str(path): _get_fingerprint(path) for path in shipped}
     compared = [replace(source, present=tuple(_present(source, run_input))) for source in sources]
     recorded = {entry.fingerprint for source in sources for entry in source.results.run.inputs}
     missing = [
@@ -40,7 +40,7 @@ def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> 
     return compared, missing
 
 
-def _known(path: Path | str) -> tuple[str, bool]:
+def _get_fingerprint(path: Path | str) -> tuple[str, bool]:
     """Return the fingerprint of weights, and whether they are an adapter.
 
     Raises:
@@ -92,17 +92,17 @@ def _state_at_path(run_input: RunInput) -> Present:
     if len(run_input.fingerprint) != DIGITS:
         return _state(run_input, "", "unknown", "has no fingerprint that can be compared: measure it again")
     try:
-        now, _ = _known(run_input.path)
+        now, _ = _get_fingerprint(run_input.path)
         if now != run_input.fingerprint:
             return _state(run_input, now, "changed", f"{run_input.path} changed since it was measured")
-        if run_input.sha256 and _content(run_input.path) != run_input.sha256:
+        if run_input.sha256 and _read_content(run_input.path) != run_input.sha256:
             return _state(run_input, now, "changed", f"{run_input.path} has another SHA-256 than it had")
     except InputError as error:
         return _state(run_input, "", "changed", f"cannot be compared: {error}")
     return _state(run_input, now, "same", "")
 
 
-def _content(path: str) -> str:
+def _read_content(path: str) -> str:
     from lora_diag.adapters import is_adapter
     from lora_diag.adapters.source import open_source
     from lora_diag.checkpoints import locate, open_checkpoint

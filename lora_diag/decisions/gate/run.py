@@ -78,9 +78,9 @@ def gate(
             "--baseline"
         )
     if max_age is not None:
-        rules = _with_max_age(rules, max_age)
-    stored = _baseline(baseline) if baseline is not None else None
-    sources, unmatched = compare_inputs([_source(item, i) for i, item in enumerate(results, 1)], shipped)
+        rules = _set_max_age(rules, max_age)
+    stored = _read_baseline(baseline) if baseline is not None else None
+    sources, unmatched = compare_inputs([_read_source(item, i) for i, item in enumerate(results, 1)], shipped)
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
@@ -88,10 +88,10 @@ def gate(
         better = tightened(rules.regressions, Stored(stored), sources)
         if better is not None:
             better.write(stored.path)
-    return _results(rules, sources, stored, verdicts, day)
+    return _make_results(rules, sources, stored, verdicts, day)
 
 
-def _with_max_age(policy: Policy, max_age: str) -> Policy:
+def _set_max_age(policy: Policy, max_age: str) -> Policy:
     try:
         limit = read_age(max_age)
     except ValueError as error:
@@ -111,7 +111,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     Raises:
         InputError: A file cannot be read, did not finish, or has no value for a limit.
     """
-    sources = [_source(arguments, i) for i, arguments in enumerate(results, 1)]
+    sources = [_read_source(arguments, i) for i, arguments in enumerate(results, 1)]
     for source in sources:
         if source.results.end is None:
             raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
@@ -142,14 +142,14 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     return [*results, residual(base, tuned, list(adapters))] if tuned is not None and adapters else results
 
 
-def _source(arguments: Path | str | Results[Any], number: int) -> Source:
+def _read_source(arguments: Path | str | Results[Any], number: int) -> Source:
     if isinstance(arguments, Results):
         shipped = arguments.run.inputs[-1].path if arguments.run.inputs else str(number)
         return checked(Source(f"{arguments.run.command} of {shipped}", arguments))
     return read_source(arguments)
 
 
-def _baseline(path: Path | str) -> Source:
+def _read_baseline(path: Path | str) -> Source:
     """Read a baseline, which must be a finished run.
 
     Raises:
@@ -161,7 +161,7 @@ def _baseline(path: Path | str) -> Source:
     return source
 
 
-def _results(
+def _make_results(
     policy: Policy, sources: Sequence[Source], stored: Source | None, verdicts: tuple[Verdict, ...], day: date
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
@@ -181,7 +181,7 @@ def _results(
         digest, made = end.sha256 if end is not None else "", source.results.run.made
         notes = (*([f"made {made}"] if made else []), *([] if digest else ["no hash"]))
         inputs.append(RunInput(role=role, path=source.path, kind=kind, tensors=layers, notes=notes, sha256=digest))
-    inputs += _measured(sources)
+    inputs += _list_inputs(sources)
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
     text = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
     settings = {"today": day.isoformat(), **({"metric": text} if text else {})}
@@ -190,7 +190,7 @@ def _results(
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
 
 
-def _measured(sources: Sequence[Source]) -> list[RunInput]:
+def _list_inputs(sources: Sequence[Source]) -> list[RunInput]:
     """Return the distinct inputs of the results, with their state."""
     words = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
     inputs: dict[tuple[str, str, str], RunInput] = {}

@@ -23,12 +23,14 @@ def sarif(results: Results[Any]) -> str:
     driver = {
         "name": "loradiag",
         "version": __version__,
-        "rules": [{"id": safe(rule), "shortDescription": {"text": safe(_allowed(verdicts, rule))}} for rule in rules],
+        "rules": [
+            {"id": safe(rule), "shortDescription": {"text": safe(_find_allowed(verdicts, rule))}} for rule in rules
+        ],
     }
     lines = [verdict for verdict in verdicts if verdict.status not in {"passed", "not judged"}]
     run: dict[str, Any] = {
         "tool": {"driver": driver},
-        "results": [_result(verdict, rules.index(verdict.rule), policy) for verdict in lines],
+        "results": [_make_result(verdict, rules.index(verdict.rule), policy) for verdict in lines],
     }
     if weights := weights_of(results):
         run["artifacts"] = [
@@ -42,11 +44,11 @@ def sarif(results: Results[Any]) -> str:
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _allowed(verdicts: list[Verdict], rule: str) -> str:
+def _find_allowed(verdicts: list[Verdict], rule: str) -> str:
     return next(verdict.allowed for verdict in verdicts if verdict.rule == rule)
 
 
-def _result(verdict: Verdict, index: int, policy: str | None) -> dict[str, Any]:
+def _make_result(verdict: Verdict, index: int, policy: str | None) -> dict[str, Any]:
     sentence = f" {verdict.message}" if verdict.message else ""
     text = (
         f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{sentence}"

@@ -31,11 +31,12 @@ def verdicts_of(results: Results[Any]) -> list[Verdict]:
     verdicts = [record for record in results.whole if isinstance(record, Verdict)]
     rules = list(dict.fromkeys(verdict.rule for verdict in verdicts))
     return sorted(
-        verdicts, key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance(v))
+        verdicts,
+        key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance_from_limit(v)),
     )
 
 
-def _distance(verdict: Verdict) -> float:
+def _distance_from_limit(verdict: Verdict) -> float:
     """Return a sort key of the verdicts of one rule: the largest value first for an upper limit."""
     if not isinstance(verdict.measured, float):
         return 0.0
@@ -54,10 +55,14 @@ def measured(verdict: Verdict) -> str:
     if isinstance(verdict.measured, str):
         return safe(verdict.measured)
     brief, value, limit = number(verdict.measured), verdict.measured, verdict.limit
-    return brief if limit is None or _side(float(brief), limit) == _side(value, limit) else f"{value:.9g}"
+    return (
+        brief
+        if limit is None or _side_of_limit(float(brief), limit) == _side_of_limit(value, limit)
+        else f"{value:.9g}"
+    )
 
 
-def _side(value: float, limit: float) -> int:
+def _side_of_limit(value: float, limit: float) -> int:
     return (value > limit) - (value < limit)
 
 
@@ -72,23 +77,25 @@ def subject_name(verdict: Verdict) -> str:
 def headline(results: Results[Any]) -> str:
     """Return the outcome and its basis in one sentence, with the metric if it is not that of the weights."""
     metric = results.run.settings.get("metric")
-    return _headline(results) + (f" (spectra in {safe(str(metric))})" if metric else "")
+    return _make_headline(results) + (f" (spectra in {safe(str(metric))})" if metric else "")
 
 
-def _headline(results: Results[Any]) -> str:
+def _make_headline(results: Results[Any]) -> str:
     verdicts = verdicts_of(results)
     result = outcome(verdicts)
     if result == "failed":
         failed = [verdict for verdict in verdicts if verdict.status == "failed"]
-        return f"FAILED: {_how_many(failed)}"
+        return f"FAILED: {_count_by_rule(failed)}"
     if result == "inconclusive":
         unknown = [verdict for verdict in verdicts if verdict.status == "inconclusive" and verdict.blocks]
-        return f"INCONCLUSIVE (not a pass): {_how_many(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
+        return (
+            f"INCONCLUSIVE (not a pass): {_count_by_rule(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
+        )
     warned = [verdict for verdict in verdicts if verdict.status == "warned"]
-    return f"PASSED{f', with warnings: {_how_many(warned)}' if warned else ''}"
+    return f"PASSED{f', with warnings: {_count_by_rule(warned)}' if warned else ''}"
 
 
-def _how_many(verdicts: Sequence[Verdict]) -> str:
+def _count_by_rule(verdicts: Sequence[Verdict]) -> str:
     rules = {verdict.rule for verdict in verdicts}
     layers = {verdict.layer for verdict in verdicts if verdict.layer is not None}
     on = f" on {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else ""
@@ -139,12 +146,12 @@ def verdict_table(
         next_command: The suggested next command, printed last.
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
-    shown = _shown(bad)
-    summary = summary_of(_lines(results, shown, bad), next_command)
-    return to_text(Group(_table(shown, width), summary) if shown else summary, width, color)
+    shown = _choose_rows(bad)
+    summary = summary_of(_make_statements(results, shown, bad), next_command)
+    return to_text(Group(_make_table(shown, width), summary) if shown else summary, width, color)
 
 
-def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
+def _choose_rows(bad: Sequence[Verdict]) -> list[Verdict]:
     """Choose the rows: the worst of each rule, so that one rule with many failures does not hide others."""
     several = len({verdict.rule for verdict in bad}) > 1
     max_rows = ROWS_OF_A_RULE if several else ROWS
@@ -157,9 +164,9 @@ def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
     return chosen[:ROWS]
 
 
-def _table(shown: Sequence[Verdict], width: int) -> Table:
+def _make_table(shown: Sequence[Verdict], width: int) -> Table:
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
-    names = [_layer(verdict, len(groups) > 1) for verdict in shown]
+    names = [_name_layer(verdict, len(groups) > 1) for verdict in shown]
     rules = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
     values = max(len("measured"), *(len(measured(verdict)) for verdict in shown))
     allowed = min(max(len(verdict.allowed) for verdict in shown), width // 4)
@@ -181,14 +188,14 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
     return table
 
 
-def _layer(verdict: Verdict, name_file: bool) -> str:
+def _name_layer(verdict: Verdict, name_file: bool) -> str:
     """Return a row's layer, and its group if that varies between rows; the end of a name is kept."""
     if verdict.layer is None:
         return subject_name(verdict)
     return f"{safe(verdict.group)}: {short(verdict.layer)}" if name_file and verdict.group else short(verdict.layer)
 
 
-def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:
+def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:
     lines = []
     if len(shown) < len(bad):
         lines.append(make_statement("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
@@ -204,13 +211,15 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         ("Waived", "waived"),
     ):
         sentences = [
-            f"{_named(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in by_rule(results, status)
+            f"{_name_rule(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in by_rule(results, status)
         ]
         if sentences:
             lines.append(make_statement(status, label, *sentences))
     if skipped := by_rule(results, "not judged"):
         of_policy = [
-            f"{_named(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in skipped if of_rule[0].line
+            f"{_name_rule(rule, of_rule)}: {shared_description(of_rule)}"
+            for rule, of_rule in skipped
+            if of_rule[0].line
         ]
         idle = [(rule, of_rule) for rule, of_rule in skipped if not of_rule[0].line]
         not_applied = (
@@ -219,35 +228,35 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         lines.append(make_statement("not_judged", "Not judged", *of_policy, *not_applied))
     return [
         *lines,
-        make_statement("passed", "Passed", _passed(results)),
-        make_statement("judged", "Inputs", *_inputs(results)),
+        make_statement("passed", "Passed", _describe_passed(results)),
+        make_statement("judged", "Inputs", *_describe_inputs(results)),
     ]
 
 
-def _named(rule: str, of_rule: Sequence[Verdict]) -> str:
+def _name_rule(rule: str, of_rule: Sequence[Verdict]) -> str:
     layers = {verdict.layer for verdict in of_rule if verdict.layer is not None}
     line = f" (line {of_rule[0].line})" if of_rule[0].line else ""
     return f"{safe(rule)}{line}" + (f", {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else "")
 
 
-def _passed(results: Results[Any]) -> str:
+def _describe_passed(results: Results[Any]) -> str:
     bad = {rule for rule, _ in by_rule(results, "failed", "inconclusive", "warned")}
     passed = [(rule, of_rule) for rule, of_rule in by_rule(results, "passed") if rule not in bad]
-    of_policy = [_named(rule, of_rule) for rule, of_rule in passed if of_rule[0].line]
+    of_policy = [_name_rule(rule, of_rule) for rule, of_rule in passed if of_rule[0].line]
     built_in = [rule for rule, of_rule in passed if not of_rule[0].line]
     parts = [*of_policy, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
     return "; ".join(parts) or "nothing"
 
 
-def _inputs(results: Results[Any]) -> list[str]:
+def _describe_inputs(results: Results[Any]) -> list[str]:
     longest = max(len(run_input.role) for run_input in results.run.inputs)
     return [
-        f"{run_input.role:<{longest}} {safe(run_input.path)} ({_input_description(run_input)})"
+        f"{run_input.role:<{longest}} {safe(run_input.path)} ({_describe_input(run_input)})"
         for run_input in results.run.inputs
     ]
 
 
-def _input_description(run_input: RunInput) -> str:
+def _describe_input(run_input: RunInput) -> str:
     """Return the description of one input of a gate: layers of results, or the fingerprint of weights."""
     of_results = run_input.role in {"results", "baseline"}
     layers = [f"{run_input.tensors} layers"] if of_results and run_input.tensors else []

@@ -66,7 +66,7 @@ def quoted(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def _text(value: Any, info: ValidationInfo) -> str:
+def _check_text(value: Any, info: ValidationInfo) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{info.field_name} is text in quotes, not {value}")
     return value
@@ -82,7 +82,7 @@ def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
 
 
 # Applied before the validator that reads the text, as in ``Pattern``.
-QUOTED = BeforeValidator(_text)
+QUOTED = BeforeValidator(_check_text)
 Text = Annotated[str, QUOTED]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), is_a("a number from 0 to 1")]
 Pattern = Annotated[re.Pattern[str], BeforeValidator(_compile), QUOTED]

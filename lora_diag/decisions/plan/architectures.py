@@ -130,21 +130,21 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     return list(build(reader))
 
 
-def _llama(reader: Reader) -> Weights:
+def _list_llama(reader: Reader) -> Weights:
     kind = LLAMAS[reader.values["model_type"]]
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
         prefix = f"model.layers.{index}."
-        yield from _attention(reader, kind, hidden, prefix + "self_attn.")
-        yield from _mlp(reader, kind, hidden, prefix + "mlp.", index)
+        yield from _list_attention(reader, kind, hidden, prefix + "self_attn.")
+        yield from _list_mlp(reader, kind, hidden, prefix + "mlp.", index)
         yield from ((f"{prefix}{norm}.weight", (hidden,)) for norm in kind.norms)
     yield "model.norm.weight", (hidden,)
     if not reader.flag("tie_word_embeddings", kind.tied):
         yield "lm_head.weight", (vocabulary, hidden)
 
 
-def _attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights:
+def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights:
     heads = reader.size("num_attention_heads")
     pairs = reader.size("num_key_value_heads", default=heads)
     width = reader.size("head_dim", default=kind.head_dim or hidden // heads)
@@ -166,10 +166,10 @@ def _attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights
         yield prefix + "k_norm.weight", (width if kind.qk_norm == "head" else key_size,)
 
 
-def _mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> Weights:
+def _list_mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> Weights:
     model = reader.values["model_type"]
     if model not in {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"} or _is_dense(reader, index):
-        yield from _dense(reader, kind, hidden, prefix, reader.size("intermediate_size"))
+        yield from _list_dense(reader, kind, hidden, prefix, reader.size("intermediate_size"))
         return
     experts = reader.size("num_local_experts", "num_experts")
     inner = reader.size("moe_intermediate_size", "intermediate_size")
@@ -178,7 +178,7 @@ def _mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> W
     yield prefix + "experts.down_proj", (experts, hidden, inner)
     if model == "qwen2_moe":
         shared = reader.size("shared_expert_intermediate_size")
-        yield from _dense(reader, kind, hidden, prefix + "shared_expert.", shared)
+        yield from _list_dense(reader, kind, hidden, prefix + "shared_expert.", shared)
         yield prefix + "shared_expert_gate.weight", (1, hidden)
 
 
@@ -188,7 +188,7 @@ def _is_dense(reader: Reader, index: int) -> bool:
     return index in (reader.values.get("mlp_only_layers") or []) or (index + 1) % step > 0
 
 
-def _dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: int) -> Weights:
+def _list_dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: int) -> Weights:
     biased = reader.flag("mlp_bias", False)
     parts = [("gate_up_proj", (2 * inner, hidden))] if kind.fused else [("gate_proj", (inner, hidden))]
     parts += [] if kind.fused else [("up_proj", (inner, hidden))]
@@ -198,7 +198,7 @@ def _dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: int) ->
             yield f"{prefix}{name}.bias", shape[:1]
 
 
-def _gpt2(reader: Reader) -> Weights:
+def _list_gpt2(reader: Reader) -> Weights:
     """GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding."""
     hidden, vocabulary = reader.size("n_embd", "hidden_size"), reader.size("vocab_size")
     inner = reader.size("n_inner", default=4 * hidden)
@@ -221,7 +221,7 @@ def _gpt2(reader: Reader) -> Weights:
         yield "lm_head.weight", (vocabulary, hidden)
 
 
-def _gpt_neox(reader: Reader) -> Weights:
+def _list_gpt_neox(reader: Reader) -> Weights:
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     inner = reader.size("intermediate_size")
     yield "gpt_neox.embed_in.weight", (vocabulary, hidden)
@@ -243,29 +243,29 @@ def _gpt_neox(reader: Reader) -> Weights:
         yield "lm_head.weight", (vocabulary, hidden)
 
 
-def _deepseek(reader: Reader) -> Weights:
+def _list_deepseek(reader: Reader) -> Weights:
     """DeepSeek V3: low-rank queries, keys and values (MLA), and a mixture of experts after the first blocks."""
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
         prefix = f"model.layers.{index}."
-        yield from _latent_attention(reader, hidden, prefix + "self_attn.")
+        yield from _list_latent_attention(reader, hidden, prefix + "self_attn.")
         if index < reader.size("first_k_dense_replace"):
-            yield from _dense(reader, Llama(), hidden, prefix + "mlp.", reader.size("intermediate_size"))
+            yield from _list_dense(reader, Llama(), hidden, prefix + "mlp.", reader.size("intermediate_size"))
         else:
             experts, inner = reader.size("n_routed_experts"), reader.size("moe_intermediate_size")
             yield prefix + "mlp.gate.weight", (experts, hidden)
             yield prefix + "mlp.experts.gate_up_proj", (experts, 2 * inner, hidden)
             yield prefix + "mlp.experts.down_proj", (experts, hidden, inner)
             shared = inner * reader.size("n_shared_experts")
-            yield from _dense(reader, Llama(), hidden, prefix + "mlp.shared_experts.", shared)
+            yield from _list_dense(reader, Llama(), hidden, prefix + "mlp.shared_experts.", shared)
         yield from ((f"{prefix}{norm}.weight", (hidden,)) for norm in Llama().norms)
     yield "model.norm.weight", (hidden,)
     if not reader.flag("tie_word_embeddings", False):
         yield "lm_head.weight", (vocabulary, hidden)
 
 
-def _latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
+def _list_latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
     heads, values = reader.size("num_attention_heads"), reader.size("v_head_dim")
     turned, plain = reader.size("qk_rope_head_dim"), reader.size("qk_nope_head_dim")
     narrow, biased = reader.size("kv_lora_rank"), reader.flag("attention_bias", False)
@@ -289,8 +289,8 @@ def _latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
 
 
 BUILDERS: dict[str, Callable[[Reader], Weights]] = {
-    **dict.fromkeys(LLAMAS, _llama),
-    "deepseek_v3": _deepseek,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
+    **dict.fromkeys(LLAMAS, _list_llama),
+    "deepseek_v3": _list_deepseek,
+    "gpt2": _list_gpt2,
+    "gpt_neox": _list_gpt_neox,
 }

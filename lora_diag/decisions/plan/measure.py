@@ -85,7 +85,7 @@ def rank_costs(
     trained = rank * sum(matrix.per_rank for matrix in chosen)
     used = {matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices}
     extra = rank * math.fsum(matrix.per_rank * used[matrix.name] for matrix in chosen)
-    base = math.fsum(matrix.entries * used[matrix.name] for matrix in _multiplied(matrices))
+    base = math.fsum(matrix.entries * used[matrix.name] for matrix in _select_multiplied(matrices))
     return PlanRank(
         rank=rank,
         params=trained,
@@ -96,7 +96,7 @@ def rank_costs(
     )
 
 
-def _multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
+def _select_multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
     """Return the matrices that multiply a token: no embeddings, unless one is also the head."""
     inside = [matrix for matrix in matrices if part_of(matrix.name) == "matrices"]
     tables = [matrix for matrix in matrices if part_of(matrix.name) == "vocabulary"]

@@ -94,16 +94,16 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
     asked_ranks = sorted(set(ranks))
     included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
-    model = _model(base)
-    matrices = [_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
+    model = _open_model(base)
+    matrices = [_list_matrices(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
     targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, included, excluded))
     if not targeted:
         requested = f"--layers {target}" if target is not None else "the model"
         raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")
     total = sum(math.prod(shape) for shape in model.shapes.values())
-    active, notes = _active(model.config, matrices)
-    capacity = _capacity(base, arguments, [matrix for matrix in matrices if matrix.name in targeted])
-    rates, estimates = _costs(model, matrices, top) if cost else (None, ())
+    active, notes = _active_share(model.config, matrices)
+    capacity = _estimate_capacity(base, arguments, [matrix for matrix in matrices if matrix.name in targeted])
+    rates, estimates = _estimate_costs(model, matrices, top) if cost else (None, ())
     return Plan(
         path=legible(base),
         kind=legible(model.kind),
@@ -122,7 +122,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     )
 
 
-def _capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
+def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
     """Count the tokens of the data and apply the rules of thumb; None without data or tokens.
 
     Raises:
@@ -152,7 +152,7 @@ def _capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[M
     )
 
 
-def _costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
     """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them."""
     # deferred: imports torch
     from lora_diag.decisions.plan.speed import costs
@@ -190,7 +190,7 @@ def _fit(
     return None
 
 
-def _model(base: Path | str) -> _Model:
+def _open_model(base: Path | str) -> _Model:
     """Return names and shapes, from headers if there are weights, else from the config.
 
     Raises:
@@ -206,7 +206,7 @@ def _model(base: Path | str) -> _Model:
         shapes = dict(weights_of(config, str(path)))
         note = "only the language model, from its text_config" if isinstance(config.get("text_config"), Mapping) else ""
         return _Model(
-            "config.json, shapes derived", shapes, _size(shapes, config), config, (note,) if note else (), True
+            "config.json, shapes derived", shapes, _estimate_size(shapes, config), config, (note,) if note else (), True
         )
     if is_adapter(path):
         raise UsageError(f"{base}: is an adapter; give its base model")
@@ -215,7 +215,7 @@ def _model(base: Path | str) -> _Model:
     return _Model(
         kind=checkpoint.kind,
         shapes={name: checkpoint[name].shape for name in names},
-        size=_stored(checkpoint),
+        size=_stored_size(checkpoint),
         config=checkpoint.config,
         notes=tuple(checkpoint.notes),
     )
@@ -227,21 +227,21 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
 
 
-def _matrix(name: str, shape: tuple[int, ...]) -> Matrix:
+def _list_matrices(name: str, shape: tuple[int, ...]) -> Matrix:
     """Return a tensor's matrices: a 3-D tensor is a stack of experts, unless it is a convolution, as in ``deltas``."""
     if len(shape) == 3 and (EXPERTS.search(name) or not CONVOLUTION.search(name)):
         return Matrix(name, (shape[1], shape[2]), shape[0])
     return Matrix(name, (shape[0], math.prod(shape[1:])))
 
 
-def _size(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int | None:
+def _estimate_size(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int | None:
     """Return the size of a model in the dtype of its config in bytes; None if the config has none."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     size = BYTES.get(dtype) if isinstance(dtype, str) else None
     return None if size is None else size * sum(math.prod(shape) for shape in shapes.values())
 
 
-def _stored(checkpoint: Checkpoint) -> int | None:
+def _stored_size(checkpoint: Checkpoint) -> int | None:
     """Return the stored size of the weights in bytes; None if quantized or of an uncommon dtype."""
     infos = [checkpoint[name] for name in checkpoint]
     if any(info.stored is not None or info.dtype not in BYTES for info in infos):
@@ -249,7 +249,7 @@ def _stored(checkpoint: Checkpoint) -> int | None:
     return sum(BYTES[info.dtype] * info.numel for info in infos)
 
 
-def _active(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
+def _active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
     """Return the fraction of a mixture's experts that are active for a token, and a note."""
     if not any(EXPERTS.search(matrix.name) for matrix in matrices):
         return 1.0, ()

@@ -33,32 +33,32 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
         size: Stored bytes of one side; None if unknown.
         top: K of the second estimate.
     """
-    speed = Speed(_rates(matrices, top))
+    speed = Speed(_time_rates(matrices, top))
     requested = (None, top) if speed.rates.few else (None,)
     return speed.rates, tuple(cost_of(matrices, size, speed, count) for count in requested)
 
 
-def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
+def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
     """Time every kernel as in a run: with the cores of its size, and with the other cores busy."""
     layout = layout_for(max(matrix.entries // matrix.count for matrix in matrices))
     largest = max(min(matrix.shape) for matrix in matrices)
     orders = [order for order in ORDERS if order <= largest] or [ORDERS[0]]
     eigen, product = dict[int, float](), 0.0
     for order in orders:
-        threads, times = _side_by_side(partial(time_full, order), order, layout)
-        eigen[order] = threads * _middle([values for _, values in times])
-        product = threads * _middle([products for products, _ in times]) / order**3
+        threads, times = _time_side_by_side(partial(time_full, order), order, layout)
+        eigen[order] = threads * _median_time([values for _, values in times])
+        product = threads * _median_time([products for products, _ in times]) / order**3
     few_from = first_order(top)
     fitted = {}
     for order in (order for order in orders if order >= few_from):
-        threads, seconds = _side_by_side(partial(time_leading, order, top), order, layout)
-        fitted[order] = threads * _middle(seconds) / order**2
-    threads, seconds = _side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
-    entry = threads * _middle(seconds) / PASS_ORDER**2
+        threads, seconds = _time_side_by_side(partial(time_leading, order, top), order, layout)
+        fitted[order] = threads * _median_time(seconds) / order**2
+    threads, seconds = _time_side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
+    entry = threads * _median_time(seconds) / PASS_ORDER**2
     return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=fitted, few_from=few_from)
 
 
-def _side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
+def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
     """Return the number of cores per matrix, and the times of as many concurrent runs as fit."""
     footprint = 4 * order**2 + 16 * order**2
     threads = layout.threads(footprint)
@@ -66,5 +66,5 @@ def _side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[in
     return threads, list(run_local(lambda _: work(), copies, layout, lambda _: footprint))
 
 
-def _middle(times: Sequence[float]) -> float:
+def _median_time(times: Sequence[float]) -> float:
     return sorted(times)[len(times) // 2]

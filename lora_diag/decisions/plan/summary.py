@@ -35,11 +35,11 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: s
     Returns:
         Lines of text, without a trailing newline.
     """
-    grids = [_types(plan), _ranks(plan), *([_costs(plan)] if plan.costs else [])]
-    return grids_table(grids, _lines(plan), width, color, next_command)
+    grids = [_make_types_grid(plan), _make_ranks_grid(plan), *([_make_costs_grid(plan)] if plan.costs else [])]
+    return grids_table(grids, _make_statements(plan), width, color, next_command)
 
 
-def _types(plan: Plan) -> Grid:
+def _make_types_grid(plan: Plan) -> Grid:
     first = plan.ranks[0].rank
     ranks = (
         Shown(
@@ -48,34 +48,34 @@ def _types(plan: Plan) -> Grid:
             "what LoRA trains",
             main=True,
             form="count",
-            pool=partial(_lora, rank=at_rank.rank),
+            pool=partial(_count_lora_params, rank=at_rank.rank),
             drop=6 - position if position else 0,
         )
         for position, at_rank in enumerate(plan.ranks[:6])
     )
-    pool = partial(_rho, rank=first)
+    pool = partial(_compute_rho, rank=first)
     share = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)
     rows = [(short(row.name), [row]) for row in sorted(plan.types, key=lambda row: not row.targeted)]
     return grid_of([*PlanType.shown, *ranks, share], rows, "module type")
 
 
-def _lora(rows: Sequence[PlanType], rank: int) -> int | None:
+def _count_lora_params(rows: Sequence[PlanType], rank: int) -> int | None:
     """Return the parameters of a LoRA of a rank on a type; None if the type has no LoRA."""
     return rank * rows[0].per_rank if rows[0].targeted else None
 
 
-def _rho(rows: Sequence[PlanType], rank: int) -> float | None:
+def _compute_rho(rows: Sequence[PlanType], rank: int) -> float | None:
     """Return ρ = r(d_in + d_out)/(d_in·d_out); None where LoRA is not put on the type."""
     return rank * rows[0].per_rank / rows[0].params if rows[0].targeted else None
 
 
-def _ranks(plan: Plan) -> Grid:
+def _make_ranks_grid(plan: Plan) -> Grid:
     full = {"params": plan.params, "of_model": 1.0, "bytes": plan.full_bytes}
     rows: Rows = [("full fine-tune", [full]), *((f"LoRA r={row.rank}", [row]) for row in plan.ranks)]
     return grid_of(PlanRank.shown, rows, "")
 
 
-def _costs(plan: Plan) -> Grid:
+def _make_costs_grid(plan: Plan) -> Grid:
     machines = (
         Shown(
             "core_seconds",
@@ -83,7 +83,7 @@ def _costs(plan: Plan) -> Grid:
             "time",
             main=True,
             form="time",
-            pool=partial(_seconds, machines=n),
+            pool=partial(_format_seconds, machines=n),
         )
         for n in plan.costs[0].seconds
     )
@@ -92,11 +92,11 @@ def _costs(plan: Plan) -> Grid:
     return grid_of([core, *machines, speed], rows, "loradiag spectrum")
 
 
-def _seconds(rows: Sequence[PlanCost], machines: int) -> float:
+def _format_seconds(rows: Sequence[PlanCost], machines: int) -> float:
     return rows[0].seconds[machines]
 
 
-def _lines(plan: Plan) -> list[Statement]:
+def _make_statements(plan: Plan) -> list[Statement]:
     targeted = [row for row in plan.types if row.targeted]
     matrices = sum(row.matrices for row in targeted)
     lines = [
@@ -109,12 +109,12 @@ def _lines(plan: Plan) -> list[Statement]:
             f"{matrices} matrices with {plan.targeted:,} entries; each rank trains "
             f"{sum(row.per_rank for row in targeted):,} parameters",
         ),
-        *_capacity(plan.capacity),
+        *_describe_capacity(plan.capacity),
         make_statement(
             "memory",
             "Memory",
             f"right columns: trainable weights and gradients in {plan.dtype}, and the optimizer's state; LoRA also "
-            f"needs the frozen model{_frozen(plan)}; activations are not included",
+            f"needs the frozen model{_describe_frozen(plan)}; activations are not included",
         ),
         make_statement(
             "flops",
@@ -150,11 +150,11 @@ def _time(plan: Plan, rates: PlanRates) -> list[str]:
     return lines
 
 
-def _capacity(capacity: PlanCapacity | None) -> list[Statement]:
+def _describe_capacity(capacity: PlanCapacity | None) -> list[Statement]:
     """Return the size of the data and the rules of thumb, each with its source; empty if none was requested."""
     if capacity is None:
         return []
-    requested = [f"{_wanted(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
+    requested = [f"{_format_rank(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
     lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(requested)}"
     lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
     rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
@@ -164,11 +164,11 @@ def _capacity(capacity: PlanCapacity | None) -> list[Statement]:
     ]
 
 
-def _wanted(rule: PlanRule) -> str:
+def _format_rank(rule: PlanRule) -> str:
     return "more than full rank" if rule.rank is None else f"r ≥ {rule.rank}"
 
 
-def _frozen(plan: Plan) -> str:
+def _describe_frozen(plan: Plan) -> str:
     return "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
 
 

@@ -68,8 +68,8 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
         return codes, codes
     if target.name == "fp8":
         assert peaks is not None
-        scale = _nonzero(peaks / E4M3)
-        codes = _e4m3(x / scale)
+        scale = _replace_zeros(peaks / E4M3)
+        codes = _round_e4m3(x / scale)
         return codes, codes * scale.double()
     padding = -x.shape[1] % target.group
     groups = torch.nn.functional.pad(x, (0, padding)).view(len(x), -1, target.group)
@@ -77,14 +77,14 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     if target.name == "mxfp4":
         exponent = (torch.frexp(top).exponent - 1 - E2M1_EXPONENT).clamp(-E8M0, E8M0)
         whole = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent)
-        codes = _e2m1(groups.double() / whole)
+        codes = _round_e2m1(groups.double() / whole)
     elif target.name == "nvfp4":
         assert peaks is not None
-        over_all = _nonzero(peaks / (E2M1 * E4M3))[:, :, None]
-        whole = _e4m3(top / (E2M1 * over_all)) * over_all.double()
-        codes = torch.where(whole == 0, 0.0, _e2m1(groups.double() / _nonzero(whole)))
+        over_all = _replace_zeros(peaks / (E2M1 * E4M3))[:, :, None]
+        whole = _round_e4m3(top / (E2M1 * over_all)) * over_all.double()
+        codes = torch.where(whole == 0, 0.0, _round_e2m1(groups.double() / _replace_zeros(whole)))
     else:
-        whole = _nonzero(top / INT4).double()
+        whole = _replace_zeros(top / INT4).double()
         codes = (groups.double() / whole).round().clamp(-INT4, INT4)
     return _cut(codes, x), _cut(codes * whole, x)
 
@@ -93,16 +93,16 @@ def _cut(groups: Tensor, x: Tensor) -> Tensor:
     return groups.reshape(len(x), -1)[:, : x.shape[1]]
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def _replace_zeros(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _e4m3(x: Tensor) -> Tensor:
+def _round_e4m3(x: Tensor) -> Tensor:
     """Round float32 numbers to e4m3, saturating, float64."""
     return x.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn).double()
 
 
-def _e2m1(x: Tensor) -> Tensor:
+def _round_e2m1(x: Tensor) -> Tensor:
     """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign, saturating: spacing 1/2 below 2, 1 below 4, 2 above."""
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))

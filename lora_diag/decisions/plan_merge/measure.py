@@ -52,7 +52,7 @@ class PlanSettings:
 def size(task: MergeTask, settings: PlanSettings) -> int:
     """Return the approximate memory of measuring a layer in bytes."""
     rows, columns = task.shape
-    needed = BLOCK * min(max(BLOCK_ENTRIES, _least(task, settings.target) * columns), rows * columns)
+    needed = BLOCK * min(max(BLOCK_ENTRIES, _rows_per_group(task, settings.target) * columns), rows * columns)
     needed += COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0
     return needed if settings.memory is None else min(needed, settings.memory)
 
@@ -79,7 +79,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     return (layer.measured(),)
 
 
-def _least(task: MergeTask, target: Target) -> int:
+def _rows_per_group(task: MergeTask, target: Target) -> int:
     """Return the number of rows of which a block is a multiple: complete groups if they are along the columns."""
     return target.group or 1 if task.in_out else 1
 
@@ -120,7 +120,7 @@ class _Layer:
             return problem
         outputs = self.task.shape[1 if self.task.in_out else 0]
         whole, before = torch.zeros(outputs, 1), torch.zeros(outputs, 1)
-        for (first, last), w, u in self._blocks():
+        for (first, last), w, u in self._read_blocks():
             problem = first_non_finite("BASE holds", w, first) or first_non_finite("the update holds", u, first)
             if problem:
                 return problem
@@ -149,7 +149,7 @@ class _Layer:
         formats = {name: target if name == target.name else Target(name) for name in sums}
         changed, base = 0, _Sum()
         within: float | Tensor = 0.0
-        for (first, last), w, u in self._blocks():
+        for (first, last), w, u in self._read_blocks():
             w, u = self._to_out_in(w), self._to_out_in(u)
             rows = slice(None) if self.task.in_out else slice(first, last)
             x, whole, before = (w + u).float(), self.peaks[0][rows], self.peaks[1][rows]
@@ -195,11 +195,11 @@ class _Layer:
             conclusion=conclude(target.name, effect, sixteen, base_error) if self.energy else None,
         )
 
-    def _blocks(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+    def _read_blocks(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
         """Yield spans of rows as they are stored, with W and ΔW there, float64."""
         base, (rows, columns) = self.task.delta.base, self.task.shape
         assert base is not None
-        smallest = _least(self.task, self.target)
+        smallest = _rows_per_group(self.task, self.target)
         step = max(1, BLOCK_ENTRIES // max(1, columns) // smallest) * smallest
         for first in range(0, rows, step):
             last = min(rows, first + step)
@@ -216,7 +216,7 @@ def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Ten
     if isinstance(delta, FactoredDelta):
         b, a = (factor.double() for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
-        basis = None if problem else _basis(b.T if in_out else a)
+        basis = None if problem else _row_space_basis(b.T if in_out else a)
         return lambda first, last: b[first:last] @ a, basis, problem
     if isinstance(delta, DenseDelta):
         matrix = delta.load()
@@ -230,7 +230,7 @@ def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Ten
     return rows, None, None
 
 
-def _basis(a: Tensor) -> Tensor:
+def _row_space_basis(a: Tensor) -> Tensor:
     """Return an orthonormal basis of the row space of A, ``(in, r)``."""
     _, s, vh = torch.linalg.svd(a, full_matrices=False)
     threshold = max(a.shape) * torch.finfo(a.dtype).eps * (float(s[0]) if len(s) else 0.0)

@@ -111,7 +111,7 @@ class PlannedMerge(LayerRecord):
             form="percent",
             drop=2,
             terminal=True,
-            pool=lambda records: _moved(records),
+            pool=lambda records: _has_moved(records),
         ),
         Shown(
             "base_error",
@@ -178,7 +178,7 @@ def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | No
     return math.hypot(*((value or 0.0) * fro for value, fro in pairs)) / math.hypot(*(fro for _, fro in pairs))
 
 
-def _moved(records: Sequence[PlannedMerge]) -> float:
+def _has_moved(records: Sequence[PlannedMerge]) -> float:
     entries = [math.prod(record.shape) for record in records]
     return sum(record.moved * size for record, size in zip(records, entries, strict=True)) / sum(entries)
 

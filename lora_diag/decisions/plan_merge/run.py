@@ -66,7 +66,7 @@ def plan_merge(
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     orientation = next((Orientation(d.base.checkpoint, {}, flag=False) for d in matrices if d.base is not None), None)
     return run.over(
-        [MergeTask(delta, orientation is not None and _in_out(delta, orientation)) for delta in matrices],
+        [MergeTask(delta, orientation is not None and _is_in_out(delta, orientation)) for delta in matrices],
         measure,
         size,
         PlanSettings(target),
@@ -92,7 +92,7 @@ def _target(to: str, group_size: int | None, scale: str | None) -> Target:
     return Target(to, group_size or GROUPS.get(to, 0), scale == "tensor")
 
 
-def _in_out(delta: Delta, orientation: Orientation) -> bool:
+def _is_in_out(delta: Delta, orientation: Orientation) -> bool:
     """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models."""
     if delta.base is None:
         return False

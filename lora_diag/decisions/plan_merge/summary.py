@@ -31,7 +31,12 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     lines = [compared(results)]
     records = list(results)
     if records:
-        lines += [_conclusion(records), _kept_update(records), *_overflow(records), *_base(records)]
+        lines += [
+            _describe_conclusion(records),
+            _describe_kept_update(records),
+            *_describe_overflow(records),
+            *_describe_base(records),
+        ]
         lines.append(
             make_statement(
                 "rules",
@@ -43,7 +48,7 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     return [*lines, left_out(results), *final_statements(results)]
 
 
-def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
+def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
     outcome, to = conclusion(records), records[0].to
     if outcome is None:
         return make_statement(
@@ -63,24 +68,24 @@ def _conclusion(records: Sequence[PlannedMerge]) -> Statement:
     return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
-def _texts(effect: FormatEffect) -> str:
+def _describe_effect(effect: FormatEffect) -> str:
     if effect.arrived is None or effect.error is None:
         return "overflows"
     return f"c = {factor(effect.arrived)}, error {number(effect.error)}"
 
 
-def _kept_update(records: Sequence[PlannedMerge]) -> Statement:
+def _describe_kept_update(records: Sequence[PlannedMerge]) -> Statement:
     to = records[0].to
-    lines = [f"in {to}: {_texts(total(records))} over all layers"]
+    lines = [f"in {to}: {_describe_effect(total(records))} over all layers"]
     sixteen = {
         "bf16": total(records, lambda record: record.bf16),
         "fp16": total(records, lambda record: record.fp16),
     }
-    lines.append("; ".join(f"in {name}: {_texts(effect)}" for name, effect in sixteen.items() if name != to))
+    lines.append("; ".join(f"in {name}: {_describe_effect(effect)}" for name, effect in sixteen.items() if name != to))
     return make_statement("arrived", "Kept", *lines)
 
 
-def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
+def _describe_overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
     hit = [record for record in records if record.overflow]
     if not hit:
         return []
@@ -89,7 +94,7 @@ def _overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
     return [make_statement("overflow", "Overflow", line, level="warning")]
 
 
-def _base(records: Sequence[PlannedMerge]) -> list[Statement]:
+def _describe_base(records: Sequence[PlannedMerge]) -> list[Statement]:
     """State the error of the format on BASE alone, and of BASE's own format."""
     lines = []
     error = rms(records, lambda record: record.base_error)

@@ -42,7 +42,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
     with panel_axes(ax) as (axes, _):
         _draw(axes, [record for record in records if record.energy_estimate is not None])
         axes.set(xlabel="rank r", ylabel="energy fraction C(r)")
-        axes.legend([key.handle for key in _keys()], [key.label for key in _keys()], fontsize="small")
+        axes.legend([key.handle for key in _make_keys()], [key.label for key in _make_keys()], fontsize="small")
     return axes
 
 
@@ -68,7 +68,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
             "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model).",
             *([f"Not drawn: {', '.join(missing)}."] if missing else []),
         ),
-        keys=_keys(),
+        keys=_make_keys(),
     )
     panels = {name: (lambda ax, inches, subset=records: _draw(ax, subset)) for name, records in shown.items()}
     return multiples_of(panels, words, style, "rank r", "C(r)")
@@ -93,7 +93,7 @@ def _draw(ax: Axes, records: Sequence[Recovery]) -> None:
     ax.set_ylim(0, 1.03)
 
 
-def _keys() -> tuple[Key, ...]:
+def _make_keys() -> tuple[Key, ...]:
     return (
         Key(Line2D([], [], color=ESTIMATE), "before rounding, estimated"),
         Key(Patch(facecolor=ESTIMATE, alpha=0.2), "its interval"),

@@ -82,7 +82,7 @@ def size(layer: RecoveryTask, settings: LayerSettings) -> int:
     return needed if settings.memory is None else min(needed, settings.memory)
 
 
-def _exceeds_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
+def _does_exceed_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
     """Return whether the layer exceeds the memory limit, and is read in row blocks."""
     needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
     return settings.memory is not None and needed > settings.memory
@@ -129,7 +129,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
     delta, request = layer.delta, layer.request
-    limit = settings.memory if _exceeds_memory(layer, settings) else None
+    limit = settings.memory if _does_exceed_memory(layer, settings) else None
     allowance = None if limit is None else Allowance(limit, settings.method)
     change = load_change(delta, device, allowance=allowance)
     if change.non_finite is not None:
@@ -177,7 +177,7 @@ def _write(
     if request.full:
         if estimate.cells is None:
             return "file", 0  # TUNED's own weights
-        _store_weight(delta, estimate, _length_factor(estimate) if request.keep_length else 1.0, store)
+        _store_weight(delta, estimate, _estimate_length_factor(estimate) if request.keep_length else 1.0, store)
         return "posterior", 0
     if not request.factors or not change.fro:
         return "nothing", 0
@@ -185,7 +185,7 @@ def _write(
         return "nothing", 0
     rank = min(request.rank or _rank_of(request, delta.shape, estimate, curve), min(delta.shape))
     if status == "recovered":
-        change = estimate.change(settings.memory, _length_factor(estimate) if request.keep_length else 1.0)
+        change = estimate.change(settings.memory, _estimate_length_factor(estimate) if request.keep_length else 1.0)
     elif settings.memory is not None:
         allowance = Allowance(settings.memory, settings.method, rank, vectors=True)
         change = load_change(delta, torch.device("cpu"), allowance=allowance)
@@ -206,7 +206,7 @@ def _rank_of(request: OutputRequest, shape: tuple[int, int], estimate: Estimate,
     return rank_at(np.array(estimate.curve), request.energy) or len(estimate.curve)
 
 
-def _length_factor(estimate: Estimate) -> float:
+def _estimate_length_factor(estimate: Estimate) -> float:
     """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
     length = math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean()))
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0

@@ -21,7 +21,7 @@ STATUS = {
 }
 
 
-def _ratio(field: str) -> Callable[[Sequence[Any]], Value]:
+def _make_ratio(field: str) -> Callable[[Sequence[Any]], Value]:
     """Return ‖·‖/‖W‖ of several layers together, those with a value."""
 
     def pooled(records: Sequence[Any]) -> Value:
@@ -33,7 +33,7 @@ def _ratio(field: str) -> Callable[[Sequence[Any]], Value]:
     return pooled
 
 
-def _verdicts(records: Sequence[Any]) -> str:
+def _count_verdicts(records: Sequence[Any]) -> str:
     """Return the common verdict, or the best with its number of layers."""
     counts: Counter[str] = Counter(record.status for record in records)
     best = next(status for status in STATUS if counts[status])
@@ -85,7 +85,7 @@ class Recovery(Hidden, LayerRecord):
             "verdict",
             "whether rounding hides an update, and whether it could be estimated",
             main=True,
-            pool=_verdicts,
+            pool=_count_verdicts,
         ),
         Shown("unchanged", "unchanged", "fraction of unchanged entries", share=True, main=True, form="percent"),
         Shown(
@@ -93,7 +93,7 @@ class Recovery(Hidden, LayerRecord):
             "‖D‖/‖W‖",
             "norm of the difference of the files over that of the base",
             main=True,
-            pool=_ratio("fro"),
+            pool=_make_ratio("fro"),
             drop=1,
         ),
         Shown(
@@ -101,7 +101,7 @@ class Recovery(Hidden, LayerRecord):
             "‖X‖/‖W‖",
             "norm of the update before rounding, estimated, over that of the base",
             main=True,
-            pool=_ratio("fro_estimate"),
+            pool=_make_ratio("fro_estimate"),
         ),
         Shown("kept", "‖D‖/‖X‖", "norm of the files' difference over the estimated norm of the update"),
         Shown(

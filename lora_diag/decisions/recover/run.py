@@ -123,7 +123,7 @@ def recover(
         RecoveryTask(
             delta,
             OutputRequest(
-                rank, energy, full, params is not None, keep_refused, _transposed(delta, planned), not nearest
+                rank, energy, full, params is not None, keep_refused, _is_transposed(delta, planned), not nearest
             ),
         )
         for delta in compared.pairing.deltas
@@ -160,7 +160,7 @@ def recover(
         ):
             if not out_of_time:
                 folder.discard()
-            raise _nothing_to_write_error(tuned, results, keep_refused)
+            raise _make_nothing_to_write_error(tuned, results, keep_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, files, name)
@@ -188,7 +188,7 @@ def recover(
     }
     return run.over(
         tasks,
-        partial(_one_layer, files=files, deadline=deadline),
+        partial(_measure_layer, files=files, deadline=deadline),
         size,
         settings,
         left_out_of,
@@ -216,7 +216,7 @@ def _spend_budget(
     kept = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
     records = LayerRun("recover", kept).over(
         tasks,
-        partial(_one_layer, files=files),
+        partial(_measure_layer, files=files),
         size,
         settings,
         lambda *_: (),
@@ -257,7 +257,7 @@ def _check(
         raise UsageError("--keep-refused: rounding noise would take the budget of --params; give --rank or --energy")
 
 
-def _transposed(delta: StoredDelta, planned: Plan | None) -> bool:
+def _is_transposed(delta: StoredDelta, planned: Plan | None) -> bool:
     """Return whether PEFT's B·A is the transpose of the update."""
     target = planned.targets.get(delta.layer) if planned is not None else None
     return target is not None and target.transposed
@@ -284,7 +284,7 @@ class Deadline:
         return LeftOut(layer=task.layer, shape=task.shape, reason="time", detail=detail)
 
 
-def _one_layer(
+def _measure_layer(
     task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings, deadline: Deadline | None = None
 ) -> tuple[Recovery | LeftOut]:
     if deadline is not None and time.time() > deadline.end:
@@ -293,7 +293,7 @@ def _one_layer(
     return (measure(task, settings, partial(store, file), partial(load, file)),)
 
 
-def _nothing_to_write_error(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
+def _make_nothing_to_write_error(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
     """Return the error of a run that has nothing to write."""
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]

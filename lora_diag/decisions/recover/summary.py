@@ -34,7 +34,9 @@ def recovery_table(
         folder: Where the adapter or the checkpoint is; None if none was written.
     """
     grids = record_grids(results, per)
-    return grids_table(grids, [*recovery_lines(results), *_written(results, folder)], width, color, next_command)
+    return grids_table(
+        grids, [*recovery_lines(results), *_describe_written(results, folder)], width, color, next_command
+    )
 
 
 def recovery_lines(results: Results[Recovery]) -> list[Statement]:
@@ -42,7 +44,13 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
     lines = [compared(results)]
     records = list(results)
     if records:
-        lines += [_hidden(records), *_size(records), *_directions(records), *_start(records), *_refused(records)]
+        lines += [
+            _select_hidden(records),
+            *_describe_size(records),
+            *_describe_directions(records),
+            *_start(records),
+            *_describe_refused(records),
+        ]
         lines.append(
             make_statement(
                 "assumption",
@@ -51,14 +59,14 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
                 "intervals are of about 95% under the model (X = low rank + noise) and do not cover another one",
             )
         )
-    return [*lines, *_reached(results), left_out(results), *final_statements(results)]
+    return [*lines, *_describe_reached(results), left_out(results), *final_statements(results)]
 
 
-def _of(records: Sequence[Recovery], *statuses: str) -> list[Recovery]:
+def _select_status(records: Sequence[Recovery], *statuses: str) -> list[Recovery]:
     return [record for record in records if record.status in statuses]
 
 
-def _hidden(records: Sequence[Recovery]) -> Statement:
+def _select_hidden(records: Sequence[Recovery]) -> Statement:
     counts: Counter[str] = Counter(record.status for record in records)
     parts = ", ".join(f"{counts[status]} {words}" for status, words in STATUS.items() if counts[status])
     unchanged = percent(median(record.unchanged for record in records))
@@ -82,7 +90,7 @@ def _hidden(records: Sequence[Recovery]) -> Statement:
     )
 
 
-def _size(records: Sequence[Recovery]) -> list[Statement]:
+def _describe_size(records: Sequence[Recovery]) -> list[Statement]:
     known = [record for record in records if record.fro_estimate is not None and record.status != "not_hidden"]
     if not known:
         return []
@@ -104,8 +112,8 @@ def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _directions(records: Sequence[Recovery]) -> list[Statement]:
-    recovered = _of(records, "recovered")
+def _describe_directions(records: Sequence[Recovery]) -> list[Statement]:
+    recovered = _select_status(records, "recovered")
     if not recovered:
         return []
     energies = [record.energy_estimate[str(16)] for record in recovered if record.energy_estimate is not None]
@@ -143,8 +151,8 @@ def _start(records: Sequence[Recovery]) -> list[Statement]:
     return [make_statement("start", "Start", line)]
 
 
-def _refused(records: Sequence[Recovery]) -> list[Statement]:
-    refused = _of(records, "refused")
+def _describe_refused(records: Sequence[Recovery]) -> list[Statement]:
+    refused = _select_status(records, "refused")
     if not refused:
         return []
     first = refused[0]
@@ -152,25 +160,25 @@ def _refused(records: Sequence[Recovery]) -> list[Statement]:
     return [make_statement("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
 
 
-def _late(results: Results[Recovery]) -> list[str]:
+def _list_out_of_time(results: Results[Recovery]) -> list[str]:
     """Return the layers that a time limit left out."""
     return [item.layer for item in results.left_out if item.reason == "time"]
 
 
-def _reached(results: Results[Recovery]) -> list[Statement]:
-    out_of_time = _late(results)
+def _describe_reached(results: Results[Recovery]) -> list[Statement]:
+    out_of_time = _list_out_of_time(results)
     if not out_of_time:
         return []
     words = f"{len(out_of_time)} of {_matrices(len(out_of_time) + len(results))} within --time; --resume measures them"
     return [make_statement("not_reached", "Not reached", words, level="warning")]
 
 
-def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
+def _describe_written(results: Results[Recovery], folder: str | None) -> list[Statement]:
     if folder is None:
         return []
     posterior = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    missing = _missing(results)
+    missing = _list_missing(results)
     lines = [f"{safe(folder)}: {_matrices(len(posterior))} from the estimate"]
     if file:
         lines[0] += f", {len(file)} from the files"
@@ -183,9 +191,9 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
     return [make_statement("written", "Written", *lines)]
 
 
-def _missing(results: Results[Recovery]) -> list[str]:
+def _list_missing(results: Results[Recovery]) -> list[str]:
     """Return the layers that an adapter does not hold; a checkpoint holds the numbers of TUNED instead."""
-    out_of_time = [] if results.run.settings.get("full") else _late(results)
+    out_of_time = [] if results.run.settings.get("full") else _list_out_of_time(results)
     return [record.layer for record in results if record.written == "nothing"] + out_of_time
 
 
@@ -202,7 +210,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     description = "LoRA adapter" if adapter else "Checkpoint"
     recovered = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
-    missing, out_of_time = _missing(results), _late(results)
+    missing, out_of_time = _list_missing(results), _list_out_of_time(results)
     known = [record for record in recovered if record.fro_estimate is not None]
     estimated = math.hypot(*(record.fro_estimate or 0.0 for record in known))
     observed = math.hypot(*(record.fro for record in known))
@@ -215,12 +223,12 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         "- loradiag",
         "---",
         "",
-        f"# {description} recovered from the rounding of {_code(subject(results.run))}",
+        f"# {description} recovered from the rounding of {_make_code_span(subject(results.run))}",
         "",
-        f"**This is an estimate.** {_code(subject(results.run))} was stored with few mantissa bits, and rounding undid "
-        f"most of a small update of {_code(base_name)}. From the rounding cell of each stored weight loradiag "
-        "estimates the update before rounding. It assumes that training kept float32 master weights, started at the "
-        "base model, and was rounded once. Evaluate it before you use it.",
+        f"**This is an estimate.** {_make_code_span(subject(results.run))} was stored with few mantissa bits, and "
+        f"rounding undid most of a small update of {_make_code_span(base_name)}. From the rounding cell of each "
+        "stored weight loradiag estimates the update before rounding. It assumes that training kept float32 "
+        "master weights, started at the base model, and was rounded once. Evaluate it before you use it.",
         "",
         f"- {_matrices(len(recovered))} from the estimate: ‖X‖ = {number(estimated)}, and the files show ‖D‖ = "
         f"{number(observed)}"
@@ -237,5 +245,5 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
     return "\n".join(lines)
 
 
-def _code(text: str) -> str:
+def _make_code_span(text: str) -> str:
     return f"`{safe(text).replace('`', chr(39))}`"

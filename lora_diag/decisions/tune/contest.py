@@ -98,13 +98,13 @@ def gap_of(
     if len(seeds) < 2:
         return Gap(gaps[0], None, 1)
     errors = [stdev(gaps) / math.sqrt(len(gaps))]
-    challenger_nll, incumbent_nll = (_mean_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
+    challenger_nll, incumbent_nll = (_average_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
     if len(challenger_nll) == len(incumbent_nll) == len(predictions) > 1:
         errors.append(paired(challenger_nll, incumbent_nll, predictions)[1] or 0.0)
     return Gap(fmean(gaps), max(errors), len(seeds))
 
 
-def _mean_nll(runs: Sequence[Measured]) -> list[float]:
+def _average_nll(runs: Sequence[Measured]) -> list[float]:
     if len({len(run.nll) for run in runs}) > 1:
         return []
     return [fmean(values) for values in zip(*(run.nll for run in runs), strict=True)]
@@ -128,7 +128,7 @@ def contest(
         for name in shifted
         if (gap := gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))) is not None
     ]
-    shifted_gap = _pooled(others)
+    shifted_gap = _pool_gaps(others)
     if own_gap is None or own_gap.error is None:
         return Contest("not known", False, own_gap, shifted_gap)
     is_better, is_worse = own_gap.value < -ERRORS * own_gap.error, own_gap.value > ERRORS * own_gap.error
@@ -136,7 +136,7 @@ def contest(
     return Contest(outcome, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)
 
 
-def _pooled(gaps: Sequence[Gap]) -> Gap | None:
+def _pool_gaps(gaps: Sequence[Gap]) -> Gap | None:
     """Return the mean over sets; their errors are treated as independent."""
     if not gaps:
         return None

@@ -111,7 +111,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     rows, columns = panels_of(len(sets), style)
     inches = panel_width(style, columns)
     with styled(style):
-        page, axes = sheet(style, _texts(series, style), rows, columns, panel=1.9 * style.panel, share=False)
+        page, axes = sheet(style, _make_text(series, style), rows, columns, panel=1.9 * style.panel, share=False)
         for (name, title), ax in zip(sets.items(), axes, strict=False):
             _draw(ax, trials, name, choice, style)
             ax.set_title(wrapped(title, inches, style.text), parse_math=False)
@@ -170,7 +170,7 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
     width = style.line
     keys = (
         Key(Line2D([], [], color=RUN, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one run"),

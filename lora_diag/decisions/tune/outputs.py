@@ -61,7 +61,7 @@ def write_outputs(
         gate = gate_init(folder / "spectrum.jsonl", name="gate.toml")
     except InputError as error:  # an update of zero gives no limits
         gate = f"# No limits: {error}\n"
-    write_whole(folder / "gate.toml", f"{_significance(choice)}{gate}")
+    write_whole(folder / "gate.toml", f"{_describe_significance(choice)}{gate}")
     write_whole(folder / "commands.sh", commands(base, folder, run.options, plan, choice))
     data = (str(run.options["data"]), str(run.options["evaluate"][0]))
     settings = {"batch": run.batch, "length": run.model.length}
@@ -69,7 +69,7 @@ def write_outputs(
         write_whole(folder / name, text)
 
 
-def _significance(choice: Tune) -> str:
+def _describe_significance(choice: Tune) -> str:
     if choice.significant:
         return ""
     return "# The choice was not significant: these limits are of a candidate that is not shown to be sufficient.\n"
@@ -86,21 +86,21 @@ def write_report(folder: Path) -> None:
 def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: TunePlan, choice: Tune) -> str:
     """Return a shell script that repeats each step, to be run from the directory of the search."""
     swept = read_results(folder / "sweep.jsonl").run.settings
-    budget = _given(options, "params", "memory_budget")
+    budget = _list_given(options, "params", "memory_budget")
     texts: list[Any] = ["--data", options["data"]]
     for name, flag in (("evaluate", "--eval"), ("shifted", "--shifted")):
         texts += [word for path in options[name] for word in (flag, path)]
-    how = _given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
+    how = _list_given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
     switches = ("dora", "rslora", "gradient_checkpointing")
     how += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
     how += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
     train = ["loradiag", "probe", "sweep", base, *texts, *how]
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
     if plan.halving:
-        ends: list[Any] = ["--ranks", _listed({plan.ranks[0], plan.ranks[-1]}), "--lr", _listed(plan.rates)]
+        ends: list[Any] = ["--ranks", _list_values({plan.ranks[0], plan.ranks[-1]}), "--lr", _list_values(plan.rates)]
         lines.append([*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_to_option("rates.jsonl")])
-    grid: list[Any] = ["--ranks", _listed(swept["ranks"]), "--lr", _listed(swept["rates"])]
-    grid += ["--full", "--full-lr", _listed(swept["full_rates"])] if swept["full_rates"] else []
+    grid: list[Any] = ["--ranks", _list_values(swept["ranks"]), "--lr", _list_values(swept["rates"])]
+    grid += ["--full", "--full-lr", _list_values(swept["full_rates"])] if swept["full_rates"] else []
     grid += ["--steps", plan.steps, "--repeats", plan.repeats, "--widen", plan.widen]
     lines.append([*train, *grid, *_to_option("sweep.jsonl")])
     if (folder / "pilot.jsonl").is_file():
@@ -110,7 +110,7 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
         spent = ["--params", choice.rank * plan.per_rank, "--min-rank", minimum, "--layers", "."]
         spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
         prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
-        scales = [_scaling(folder / "trials" / name, options) for name in ("marginal", "prior")]
+        scales = [_scaling_arguments(folder / "trials" / name, options) for name in ("marginal", "prior")]
         lines += [
             [*spend, *scales[0], *_to_option("marginal.json")],
             [*spend, *prior, *scales[1], *_to_option("prior.json")],
@@ -138,7 +138,7 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     )
 
 
-def _scaling(adapter: Path, options: Mapping[str, Any]) -> list[Any]:
+def _scaling_arguments(adapter: Path, options: Mapping[str, Any]) -> list[Any]:
     """Return the arguments by which ``allocate`` gives a candidate the alpha of rsLoRA that it was trained with."""
     if not options["rslora"]:
         return []
@@ -147,7 +147,7 @@ def _scaling(adapter: Path, options: Mapping[str, Any]) -> list[Any]:
     return ["--rslora", *(["--scaling", RSLORA_ALPHA / math.sqrt(rank)] if rank else [])]
 
 
-def _given(options: Mapping[str, Any], *names: str) -> list[Any]:
+def _list_given(options: Mapping[str, Any], *names: str) -> list[Any]:
     """Return the given options as arguments."""
     return [
         word for name in names if options[name] is not None for word in (f"--{name.replace('_', '-')}", options[name])
@@ -163,7 +163,7 @@ def _quote(word: object) -> str:
     return f'"{text}"' if text.startswith("$OUT/") else shlex.quote(text)
 
 
-def _listed(values: Iterable[float]) -> str:
+def _list_values(values: Iterable[float]) -> str:
     return ",".join(f"{value:g}" for value in sorted(values))
 
 
@@ -187,14 +187,14 @@ def configs(
         )
         single = {**uniform, "lora_dropout": single["lora_dropout"]}
     return {
-        "config.axolotl.yaml": yaml_of(_axolotl(base, texts, variant, settings)),
+        "config.axolotl.yaml": yaml_of(_make_axolotl(base, texts, variant, settings)),
         "config.llamafactory.yaml": note
-        + yaml_of(_llamafactory(base, texts, replace(variant, config=single), settings)),
-        "config.trl.py": _trl(base, texts, variant, settings),
+        + yaml_of(_make_llamafactory(base, texts, replace(variant, config=single), settings)),
+        "config.trl.py": _make_trl(base, texts, variant, settings),
     }
 
 
-def _axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+def _make_axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
     return {
         "base_model": base,
         "datasets": [{"path": texts[0], "type": "completion"}],
@@ -214,7 +214,9 @@ def _axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mappin
     }
 
 
-def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+def _make_llamafactory(
+    base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]
+) -> dict[str, Any]:
     return {
         "model_name_or_path": base,
         "stage": "sft",
@@ -236,7 +238,7 @@ def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: M
     }
 
 
-def _trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
+def _make_trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
     kinds = {".jsonl": "json", ".json": "json"}
     kind = kinds.get(Path(texts[0]).suffix.lower(), "text")
     values = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}

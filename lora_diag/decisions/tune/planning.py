@@ -111,7 +111,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     return Target(
         layers,
         {path: in_model.get(f"{path}.weight", f"{path}.weight") for path in layers},
-        {path: _shape(layer) for path, layer in layers.items()},
+        {path: _layer_shape(layer) for path, layer in layers.items()},
         tuple(names) or tuple(shortest(list(layers), every)),
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
@@ -120,7 +120,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     )
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _layer_shape(layer: nn.Module) -> tuple[int, int]:
     weight, inputs = layer.get_parameter("weight"), inputs_of(layer)
     return weight.numel() // inputs, inputs
 
@@ -176,7 +176,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         step_seconds=step,
         full_step_seconds=full_step,
         evaluation_seconds=costs.evaluation,
-        **_within(search, costs, limit, never),
+        **_plan_within(search, costs, limit, never),
     )
 
 
@@ -211,10 +211,10 @@ def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePla
     )
     costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds, slots)
     kept = tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS})
-    return plan.model_copy(update=_within(search, costs, limit, kept))
+    return plan.model_copy(update=_plan_within(search, costs, limit, kept))
 
 
-def _within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:
+def _plan_within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:
     """Return the fields of a plan that follow from its limit.
 
     Args:

@@ -86,7 +86,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     if (arguments["params"] is None) == (arguments["memory_budget"] is None):
         raise UsageError("give one budget: --params or --memory-budget")
     check_files(arguments["evaluate"], *arguments["shifted"], arguments["data"])
-    earlier, kind = _earlier(folder, arguments), Lora(dora=arguments["dora"], rslora=arguments["rslora"])
+    earlier, kind = _read_earlier_plan(folder, arguments), Lora(dora=arguments["dora"], rslora=arguments["rslora"])
     with kept_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(arguments["data"], arguments["evaluate"], arguments["shifted"], arguments["steps"], kind)
@@ -98,7 +98,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         elif limit is not None and limit != earlier.limit:
             plan = extended(earlier, run, limit, slots)
         assert plan is not None
-        record = Run(command="tune", version="", inputs=(), settings=_settings(run, target))
+        record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
         if arguments["dry_run"] or (
             plan is not earlier and arguments["on_plan"] is not None and not arguments["on_plan"](plan)
         ):
@@ -120,7 +120,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     return results
 
 
-def _settings(run: TrainRun, target: Target) -> dict[str, Any]:
+def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
     arguments = run.options
     return {
         **{name: legible(str(arguments[name])) for name in ("params", "memory_budget") if arguments[name] is not None},
@@ -158,21 +158,21 @@ def _check_place(folder: Path, arguments: Mapping[str, Any]) -> None:
         raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
 
 
-def _latest(folder: Path) -> Path:
+def _latest_file(folder: Path) -> Path:
     """Return the records of a run; those of a search that was extended grow in another file until it ends."""
     part = folder / f"{RECORDS}.part"
     return part if part.is_file() else folder / RECORDS
 
 
-def _earlier(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
+def _read_earlier_plan(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
     """Return the plan of the run that is to be resumed; None for a new run.
 
     Raises:
         InputError: The folder's records cannot be read.
     """
-    if not arguments["resume"] or not _latest(folder).is_file():
+    if not arguments["resume"] or not _latest_file(folder).is_file():
         return None
-    plans = [record for record in read_results(_latest(folder)).whole if isinstance(record, TunePlan)]
+    plans = [record for record in read_results(_latest_file(folder)).whole if isinstance(record, TunePlan)]
     return plans[0] if plans else None
 
 
@@ -187,6 +187,6 @@ def _remove_output(folder: Path) -> None:
 
 def _extend(folder: Path, plan: TunePlan) -> None:
     """Write an unfinished run with another plan and all runs of the earlier one; decisions are made again."""
-    results = read_results(_latest(folder))
+    results = read_results(_latest_file(folder))
     records: tuple[AnyRecord, ...] = (results.run, plan, *results.whole_of(TuneTrial))
     write_whole(folder / f"{RECORDS}.part", "".join(f"{to_line(record)}\n" for record in records))

@@ -174,7 +174,7 @@ def seconds_of(search: Search, costs: Costs) -> float:
     return MARGIN * sum(stage.seconds for stage in stages(search, costs))
 
 
-def _every_second(ranks: Sequence[int]) -> tuple[int, ...]:
+def _select_every_second(ranks: Sequence[int]) -> tuple[int, ...]:
     """Return every second rank, the largest and the smallest among them."""
     return tuple(sorted({ranks[0], *ranks[::-2]})) if len(ranks) > 2 else tuple(ranks)
 
@@ -212,7 +212,7 @@ _REDUCTIONS: tuple[tuple[Omission, Callable[[Search], Search]], ...] = (
     (Omission.WIDER_RATES, lambda s: replace(s, widen=0)),
     (Omission.TRIALS, lambda s: replace(s, trials=0)),
     (Omission.FULL, lambda s: replace(s, full=False)),
-    (Omission.RANKS, lambda s: replace(s, ranks=_every_second(s.ranks))),
+    (Omission.RANKS, lambda s: replace(s, ranks=_select_every_second(s.ranks))),
     (Omission.INTERMEDIATE_RANK, lambda s: replace(s, finer=False)),
     (Omission.SEEDS, lambda s: replace(s, repeats=min(s.repeats, 2))),
     (Omission.REDISTRIBUTION, lambda s: replace(s, redistribute=False)),
@@ -244,10 +244,10 @@ def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search,
             f"--time: even the smallest search takes about {minimum:.0f} s, and {limit:.0f} s are allowed; give more "
             "time, fewer --steps or a smaller --eval set"
         )
-    return search, _merged(left_out)
+    return search, _merge_omissions(left_out)
 
 
-def _merged(left_out: Sequence[str]) -> tuple[str, ...]:
+def _merge_omissions(left_out: Sequence[str]) -> tuple[str, ...]:
     """Return the omissions; of those of steps only the last one, which includes the others."""
     steps = [omission for omission in left_out if omission in STEP_OMISSIONS]
     return tuple(omission for omission in left_out if omission not in steps[:-1])

@@ -103,7 +103,7 @@ class Tuner:
         self.own = next((texts.name for texts in sets if not texts.shifted), sets[0].name)
         self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]
         grid = self.run_.options["quantized"]
-        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._progress_after, self.workers)
+        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._report_after, self.workers)
         watch = self.kept.watch
         watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
@@ -131,7 +131,7 @@ class Tuner:
         return math.ceil(runs / self.slots) * self.one_run <= self.left
 
     @contextmanager
-    def _limited(self) -> Iterator[None]:
+    def _limit_time(self) -> Iterator[None]:
         """Stop training in the block at the time limit; the chosen adapter is trained in any case."""
         self._ends = True
         try:
@@ -139,15 +139,15 @@ class Tuner:
         finally:
             self._ends = False
 
-    def _progress_after(self, label: str, count: int = 1) -> None:
+    def _report_after(self, label: str, count: int = 1) -> None:
         self.kept.watch.batch(label, count)
         if self._ends and self.left < 0:
             raise TimeIsUpError
 
-    def _progress(self, event: Progress) -> None:
+    def _report_progress(self, event: Progress) -> None:
         """Pass on the progress of a sweep, whose events may be of several steps or of none."""
         count, self._seen = event.done - self._seen, event.done
-        self._progress_after(event.label, count)
+        self._report_after(event.label, count)
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -186,20 +186,24 @@ class Tuner:
         swept = self._sweep_ranks(self._choose_rates())
         swept, choice = self._choose_rank(swept)
         self.tolerance = swept.verdict.tolerance
-        incumbent = self._incumbent(choice)
+        incumbent = self._make_incumbent(choice)
         incumbent = self._redistribute(incumbent, choice, swept)
         incumbent = self._stabilize(incumbent, swept)
         self._escalate(incumbent, choice, swept)
         self._finish(incumbent, choice, swept)
 
-    def _sweep(self, file: str, **options: Any) -> Results[Any]:
+    def _run_sweep(self, file: str, **options: Any) -> Results[Any]:
         """Run ``probe sweep``, or resume an interrupted one."""
         run_options, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
         shared = {name: run_options[name] for name in (*names, *OF_RUNS)}
-        shared |= {"engine": self.run_.on, "concurrent": run_options["concurrent"], "on_progress": self._progress}
+        shared |= {
+            "engine": self.run_.on,
+            "concurrent": run_options["concurrent"],
+            "on_progress": self._report_progress,
+        }
         self._seen = 0
-        with self._limited():
+        with self._limit_time():
             return probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
 
     def _choose_rates(self) -> tuple[float, ...]:
@@ -210,7 +214,7 @@ class Tuner:
         steps = short_steps(plan.steps)
         ends = sorted({plan.ranks[0], plan.ranks[-1]})
         try:
-            results = self._sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
+            results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
         except TimeIsUpError:
             results = read_results(self.folder / "rates.jsonl")
         of_own_set = [
@@ -248,7 +252,7 @@ class Tuner:
             **options,
         }
         try:
-            results = self._sweep("sweep.jsonl", **settings)
+            results = self._run_sweep("sweep.jsonl", **settings)
         except TimeIsUpError:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
             results = read_results(self.folder / "sweep.jsonl")
@@ -269,24 +273,26 @@ class Tuner:
 
     def _choose_rank(self, swept: Swept) -> tuple[Swept, RankChoice]:
         """Return the shared rank, with more seeds and an intermediate rank where these may decide more."""
-        choice = choose_rank(swept.verdict, self._best_rates(swept))
+        choice = choose_rank(swept.verdict, self._find_best_rates(swept))
         self._record_rank("coarse", choice, swept)
-        swept, choice, repeats = self._with_seeds(swept, choice)
+        swept, choice, repeats = self._add_seeds(swept, choice)
         middle = between(choice.rank, swept.ranks) if self.plan.finer else None
         if middle is None:
             return swept, choice
         rates = swept.results.run.settings["rates"]
-        if middle not in self._swept_setting("ranks") and not self.allows(len(rates) + self.plan.widen + repeats - 1):
+        if middle not in self._read_swept_setting("ranks") and not self.allows(
+            len(rates) + self.plan.widen + repeats - 1
+        ):
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
             return swept, choice
         finer = self._sweep_ranks(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
-        suggested = choose_rank(finer.verdict, self._best_rates(finer))
+        suggested = choose_rank(finer.verdict, self._find_best_rates(finer))
         if choice.significant and not suggested.significant:
             suggested = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
         self._record_rank("fine", suggested, finer)
         return finer, suggested
 
-    def _with_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
+    def _add_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
         """Return the sweep with more seeds, where it is not significant and these would decide; and their number."""
         needed, plan = swept.verdict.more_seeds, self.plan
         if choice.significant or not plan.more_seeds or needed is None:
@@ -294,21 +300,21 @@ class Tuner:
         why = ""
         if needed > 2 * plan.repeats:
             why = f"about {needed} seeds would decide, more than twice those of the plan"
-        elif self._swept_setting("seeds") < needed and not self.allows(len(swept.ranks) * (needed - plan.repeats)):
+        elif self._read_swept_setting("seeds") < needed and not self.allows(len(swept.ranks) * (needed - plan.repeats)):
             why = f"no time was left; about {needed} would decide"
         if why:
             self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
             return swept, choice, plan.repeats
         swept_again = self._sweep_ranks(swept.results.run.settings["rates"], repeats=needed)
-        repeated = choose_rank(swept_again.verdict, self._best_rates(swept_again))
+        repeated = choose_rank(swept_again.verdict, self._find_best_rates(swept_again))
         self._record_rank(f"{needed} seeds", repeated, swept_again)
         return swept_again, repeated, needed
 
-    def _swept_setting(self, setting: str) -> Any:
+    def _read_swept_setting(self, setting: str) -> Any:
         """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
 
-    def _best_rates(self, swept: Swept) -> dict[int, float]:
+    def _find_best_rates(self, swept: Swept) -> dict[int, float]:
         rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first)
         return {rank: rate for rank, rate in rates.items() if rank is not None}
 
@@ -329,17 +335,17 @@ class Tuner:
             files=("sweep.jsonl",),
         )
 
-    def _incumbent(self, choice: RankChoice) -> Variant:
+    def _make_incumbent(self, choice: RankChoice) -> Variant:
         """Return the chosen shared rank as a configuration, and keep its adapter."""
         variant = Variant(uniform_name(choice.rank), self.target.config(choice.rank), choice.lr, self.plan.steps)
-        self.trials.train(self._with_adapter(variant))
+        self.trials.train(self._train_with_adapter(variant))
         return variant
 
-    def _with_adapter(self, variant: Variant) -> TrialRun:
+    def _train_with_adapter(self, variant: Variant) -> TrialRun:
         """Return the run with the first seed, whose adapter is kept."""
-        return TrialRun(variant, self.first, self._adapter(variant))
+        return TrialRun(variant, self.first, self._adapter_folder(variant))
 
-    def _adapter(self, variant: Variant) -> Path:
+    def _adapter_folder(self, variant: Variant) -> Path:
         folder = self.folder / "trials"
         folder.mkdir(exist_ok=True)
         return folder / variant.name
@@ -351,7 +357,7 @@ class Tuner:
         plan, stage = self.plan, "redistribution"
         if not plan.redistribute:
             return incumbent
-        reason = self._no_redistribution(incumbent, swept)
+        reason = self._explain_no_redistribution(incumbent, swept)
         if reason:
             self.decide(stage, "non-uniform ranks", "not needed", reason)
             return incumbent
@@ -359,14 +365,14 @@ class Tuner:
             self.decide(stage, "non-uniform ranks", "not tried", "no time was left")
             return incumbent
         try:
-            with self._limited():
-                candidates = self._candidates(incumbent, choice)
-                return self._best_of(stage, incumbent, candidates, "non-uniform ranks")
+            with self._limit_time():
+                candidates = self._make_candidates(incumbent, choice)
+                return self._choose_best(stage, incumbent, candidates, "non-uniform ranks")
         except TimeIsUpError:
             self.decide(stage, "non-uniform ranks", "not tried", "--time was reached during the comparison")
             return incumbent
 
-    def _no_redistribution(self, incumbent: Variant, swept: Swept) -> str:
+    def _explain_no_redistribution(self, incumbent: Variant, swept: Swept) -> str:
         """Return why non-uniform ranks are not compared; empty where they are."""
         if len(self.target.shapes) < 2:
             return "one matrix gets an adapter"
@@ -374,14 +380,16 @@ class Tuner:
             return f"no rank lowers the loss of BASE, {incumbent.name} neither"
         return ""
 
-    def _candidates(self, incumbent: Variant, choice: RankChoice) -> list[Variant]:
+    def _make_candidates(self, incumbent: Variant, choice: RankChoice) -> list[Variant]:
         """Return non-uniform ranks of the same budget: by marginal gains of a pilot, and by its gradients."""
         rank = min(2 * choice.rank, max(min(shape) for shape in self.target.shapes.values()))
         pilot = Variant(f"pilot-r{rank}", self.target.config(rank), choice.lr, self.plan.steps)
-        self.trials.train(self._with_adapter(pilot))
+        self.trials.train(self._train_with_adapter(pilot))
         path = self.folder / "pilot.jsonl"
-        spectrum(self.base, self._adapter(pilot), output=path, overwrite=True, device=self.run_.options["device"])
-        weights = self._gradient_weights()
+        spectrum(
+            self.base, self._adapter_folder(pilot), output=path, overwrite=True, device=self.run_.options["device"]
+        )
+        weights = self._measure_gradient_weights()
         budget, minimum = choice.rank * self.plan.per_rank, least_rank(choice.rank)
         strategies: dict[str, dict[str, Any]] = {
             "marginal": {},
@@ -390,7 +398,7 @@ class Tuner:
         candidates = []
         for name, options in strategies.items():
             try:
-                allocated = self._allocated(budget, minimum, **options)
+                allocated = self._allocate_from_pilot(budget, minimum, **options)
                 config = self.target.allocated(allocated)
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
@@ -402,11 +410,11 @@ class Tuner:
             candidates.append(Variant(name, config, incumbent.lr, self.plan.steps))
         return candidates
 
-    def _allocated(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
+    def _allocate_from_pilot(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
         """Return ranks from the pilot's spectrum."""
         return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ADAPTED, **options)
 
-    def _gradient_weights(self) -> Path:
+    def _measure_gradient_weights(self) -> Path:
         """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
         path = self.folder / "weights.json"
         if not path.is_file():
@@ -416,7 +424,7 @@ class Tuner:
             texts = replace(self.training.texts, sequences=sequences)
             layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
             measured = gradients(
-                self.run_.model, layers, texts, self.training.batch, lambda: self._progress_after("gradient")
+                self.run_.model, layers, texts, self.training.batch, lambda: self._report_after("gradient")
             )
             weights = {}
             for name, gradient in measured.items():
@@ -428,7 +436,7 @@ class Tuner:
 
     # -- contests ----------------------------------------------------------------------------------------------------
 
-    def _best_of(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], comparison: str) -> Variant:
+    def _choose_best(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], comparison: str) -> Variant:
         """Return the incumbent, or the candidate that beats it.
 
         The candidate with the lowest loss of the first seed is trained with the other seeds. If it was chosen among
@@ -439,7 +447,7 @@ class Tuner:
                 self.decide(stage, comparison, "not tried", "no other ranks to try")
             return incumbent
         losses: dict[str, float] = {}
-        self.trials.train(*map(self._with_adapter, candidates))
+        self.trials.train(*map(self._train_with_adapter, candidates))
         for candidate in candidates:
             runs = self.trials.runs(candidate.name, candidate.lr).get(self.own, {})
             if self.first in runs:
@@ -452,17 +460,17 @@ class Tuner:
                 self._record_gap(stage, candidate, "rejected", f"{best.name} has a lower loss at the first seed", gap)
         gap = losses.get(best.name, math.inf) - uniform_loss
         if gap >= -self.tolerance:
-            why = f"{self._reason_to_stop()} of {incumbent.name} at the first seed"
+            why = f"{self._find_reason_to_stop()} of {incumbent.name} at the first seed"
             self._record_gap(stage, best, "rejected", why, gap)
-            why = f"{incumbent.name} is as good at the same budget{self._cost_of(candidates)}"
+            why = f"{incumbent.name} is as good at the same budget{self._describe_cost(candidates)}"
             self.decide(stage, comparison, "rejected", why)
             return incumbent
         kept = self._confirm(stage, incumbent, best, fresh=len(candidates) > 1)
         word = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
-        self.decide(stage, comparison, "kept" if kept else "rejected", f"{word}{self._cost_of(candidates)}")
+        self.decide(stage, comparison, "kept" if kept else "rejected", f"{word}{self._describe_cost(candidates)}")
         return best if kept else incumbent
 
-    def _cost_of(self, candidates: Sequence[Variant]) -> str:
+    def _describe_cost(self, candidates: Sequence[Variant]) -> str:
         """Return the share of the runs so far that the comparison took: those of the pilot and of the candidates."""
         names = {variant.name for variant in candidates}
         runs = {
@@ -471,14 +479,14 @@ class Tuner:
         spent = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
         return f", found with {len(spent)} of {len(runs)} runs"
 
-    def _reason_to_stop(self) -> str:
+    def _find_reason_to_stop(self) -> str:
         """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""
         return f"not ahead by the tolerance of {self.tolerance:.4f} nats" if self.tolerance else "not ahead"
 
     def _record_gap(self, stage: str, variant: Variant, outcome: str, reason: str, gap: float) -> None:
         known = gap if math.isfinite(gap) else None
         self.decide(
-            stage, variant.name, outcome, reason, lr=variant.lr, params=self._params(variant), gap=known, seeds=1
+            stage, variant.name, outcome, reason, lr=variant.lr, params=self._count_params(variant), gap=known, seeds=1
         )
 
     def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
@@ -508,12 +516,12 @@ class Tuner:
             "kept" if outcome.kept else "rejected",
             reason,
             lr=challenger.lr,
-            params=self._params(challenger),
-            **_gaps(outcome.own, outcome.shifted),
+            params=self._count_params(challenger),
+            **_make_gap_fields(outcome.own, outcome.shifted),
         )
         return outcome.kept
 
-    def _params(self, variant: Variant) -> int:
+    def _count_params(self, variant: Variant) -> int:
         counts = (trial.params for trial in self.trials.records if trial.variant == variant.name)
         return next(counts, 0)
 
@@ -521,7 +529,7 @@ class Tuner:
 
     def _stabilize(self, incumbent: Variant, swept: Swept) -> Variant:
         """Return the configuration after the trials that the curves justify."""
-        reasons = stability_trials(self._curves(incumbent, swept))
+        reasons = stability_trials(self._collect_curves(incumbent, swept))
         if not reasons:
             self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
             return incumbent
@@ -536,8 +544,8 @@ class Tuner:
                 )
                 continue
             try:
-                with self._limited():
-                    incumbent = self._result_of_trial(incumbent, trial, reasons[name])
+                with self._limit_time():
+                    incumbent = self._judge_trial(incumbent, trial, reasons[name])
             except TimeIsUpError:
                 self.decide("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached")
         return incumbent
@@ -546,20 +554,20 @@ class Tuner:
         """Return whether the plan and the time allow another trial, in addition to the seeds of confirmed ones."""
         return self._trained < self.plan.trials and self.allows(runs)
 
-    def _result_of_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
+    def _judge_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
         self._trained += 1
-        self.trials.train(self._with_adapter(trial))
+        self.trials.train(self._train_with_adapter(trial))
         trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
         incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
         gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
         if gap >= -self.tolerance:
             self._record_gap(
-                "stability", trial, "rejected", f"{reason}; {self._reason_to_stop()} at the first seed", gap
+                "stability", trial, "rejected", f"{reason}; {self._find_reason_to_stop()} at the first seed", gap
             )
             return incumbent
         return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
 
-    def _curves(self, incumbent: Variant, swept: Swept) -> Curves:
+    def _collect_curves(self, incumbent: Variant, swept: Swept) -> Curves:
         base = {trial.set: trial for trial in self.trials.records if trial.variant == "base"}
         own_records = [
             trial for trial in self.trials.records if (trial.variant, trial.lr) == (incumbent.name, incumbent.lr)
@@ -591,7 +599,7 @@ class Tuner:
 
     def _escalate(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
         """Estimate the gain of more parameters than the budget, by training where there is time."""
-        gain, of_full = self._gains(swept, incumbent)
+        gain, of_full = self._compute_gains(swept, incumbent)
         share = gain / of_full if of_full else None
         why = escalation_reason(choice.rank, swept.ranks, share)
         if not why:
@@ -599,7 +607,7 @@ class Tuner:
             why = "a rank below the largest is enough" if gains else "no rank lowers the loss of BASE"
             self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
-        for name, build in self._escalations(incumbent, choice).items():
+        for name, build in self._list_escalations(incumbent, choice).items():
             if self.decided("escalation", name) is not None:
                 continue
             variant, layers = build()
@@ -610,13 +618,13 @@ class Tuner:
             elif not self._has_time(1):
                 self.decide("escalation", name, "proposed", why, seconds=self.one_run, layers=layers)
             else:
-                self._escalated(name, variant, incumbent, layers)
+                self._test_escalation(name, variant, incumbent, layers)
         self._record_full(swept, incumbent, why)
 
-    def _escalated(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
+    def _test_escalation(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
         self._trained += 1
         try:
-            with self._limited():
+            with self._limit_time():
                 self.trials.train(TrialRun(variant, self.first))
         except TimeIsUpError:
             self.decide("escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers)
@@ -625,8 +633,8 @@ class Tuner:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
             return
         runs = [self.trials.runs(candidate.name, candidate.lr, [self.first]) for candidate in (incumbent, variant)]
-        gap = self._gap_of_one(runs[0], runs[1], self.own)
-        shifted_gap = self._gap_of_one(runs[0], runs[1], self.shifted[0]) if self.shifted else None
+        gap = self._compute_gap(runs[0], runs[1], self.own)
+        shifted_gap = self._compute_gap(runs[0], runs[1], self.shifted[0]) if self.shifted else None
         better = gap is not None and gap.error is not None and gap.value < -2 * gap.error
         reason = "lowers the loss" if better else "does not lower the loss by two standard errors"
         self.decide(
@@ -635,12 +643,12 @@ class Tuner:
             "proposed" if better else "rejected",
             f"trained with one seed: {reason}; outside the budget",
             lr=variant.lr,
-            params=self._params(variant),
+            params=self._count_params(variant),
             layers=layers,
-            **_gaps(gap, shifted_gap),
+            **_make_gap_fields(gap, shifted_gap),
         )
 
-    def _gap_of_one(self, first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> Gap | None:
+    def _compute_gap(self, first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> Gap | None:
         """Return the gap of one seed, with its error over paired sequences."""
         counts = self.trials.predictions.get(name, ())
         incumbent, challenger = first.get(name, {}).get(self.first), second.get(name, {}).get(self.first)
@@ -651,23 +659,23 @@ class Tuner:
         gap = gap_of(twice[0], twice[1], counts)
         return None if gap is None else Gap(gap.value, gap.error or None, 1)
 
-    def _escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
+    def _list_escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
         """Return the steps beyond the budget in order, each with a function of its configuration and layers."""
         return {
-            "higher ranks in named layers": lambda: self._raised(incumbent, choice),
-            "more placements": lambda: self._placed(incumbent),
+            "higher ranks in named layers": lambda: self._raise_rank(incumbent, choice),
+            "more placements": lambda: self._extend_placement(incumbent),
             "biases and norms": lambda: (
                 replace(incumbent, name=f"{incumbent.name}+biases-norms", vectors=True),
                 (),
             ),
         }
 
-    def _raised(self, incumbent: Variant, choice: RankChoice) -> tuple[Variant | None, tuple[str, ...]]:
+    def _raise_rank(self, incumbent: Variant, choice: RankChoice) -> tuple[Variant | None, tuple[str, ...]]:
         path = self.folder / "pilot.jsonl"
         if not path.is_file():
             return None, ()
         try:
-            allocated = self._allocated(round(RAISED * choice.rank * self.plan.per_rank), choice.rank)
+            allocated = self._allocate_from_pilot(round(RAISED * choice.rank * self.plan.per_rank), choice.rank)
             config = self.target.allocated(allocated)
         except LoradiagError:
             return None, ()
@@ -677,7 +685,7 @@ class Tuner:
         variant = Variant("higher-ranks", config, incumbent.lr, incumbent.steps, incumbent.decay)
         return variant, tuple(record.layer for record in grown[:NAMED])
 
-    def _placed(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
+    def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent on all linear layers too, where it is on some; else on the head, if it is untied."""
         layers = {name.removesuffix(".weight") for name in inner_layers(self.run_.model.module)}
         missing = sorted(layers - set(self.target.layers))
@@ -694,7 +702,7 @@ class Tuner:
 
     def _record_full(self, swept: Swept, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""
-        row = self._full(swept)
+        row = self._find_full(swept)
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
             total = self.target.total
@@ -716,25 +724,25 @@ class Tuner:
             lr=row.lr,
             params=self.target.total,
             files=("sweep.jsonl",),
-            **_gaps(outcome.own, outcome.shifted),
+            **_make_gap_fields(outcome.own, outcome.shifted),
         )
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def _full(self, swept: Swept) -> Any:
+    def _find_full(self, swept: Swept) -> Any:
         records = swept.results.whole_of(Probe)
         rates = best_rates(records, self.run_.sets[0].name, self.first, "full")
         return next(iter(by_rank(records, self.own, rates, "full")), None)
 
-    def _gains(self, swept: Swept, variant: Variant) -> tuple[float, float | None]:
+    def _compute_gains(self, swept: Swept, variant: Variant) -> tuple[float, float | None]:
         """Return the gain of a configuration, and that of full fine-tuning if it gains."""
-        base = self._base_loss(self.own)
+        base = self._get_base_loss(self.own)
         losses = [run.loss for run in self.trials.runs(variant.name, variant.lr).get(self.own, {}).values()]
-        row = self._full(swept)
+        row = self._find_full(swept)
         full = None if row is None or row.mean >= base else base - row.mean
         return base - fmean(losses), full
 
-    def _base_loss(self, name: str) -> float:
+    def _get_base_loss(self, name: str) -> float:
         loss = next(trial.loss for trial in self.trials.records if trial.variant == "base" and trial.set == name)
         return math.nan if loss is None else loss
 
@@ -742,14 +750,14 @@ class Tuner:
         """Record the choice, and write the outputs."""
         runs = self.trials.runs(incumbent.name, incumbent.lr)
         losses = [run.loss for run in runs[self.own].values()]
-        gain, of_full = self._gains(swept, incumbent)
+        gain, of_full = self._compute_gains(swept, incumbent)
         error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
-        rates: dict[int | None, float] = dict(self._best_rates(swept).items())
+        rates: dict[int | None, float] = dict(self._find_best_rates(swept).items())
         rows = by_rank(swept.results.whole_of(Probe), self.own, rates)
         above = min((row for row in rows if (row.rank or 0) > choice.rank), key=lambda row: row.rank or 0, default=None)
         shifted_gains, set_shifted = [], self.shifted[0] if self.shifted else ""
         if set_shifted:
-            shifted_gains = [self._base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
+            shifted_gains = [self._get_base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
         redistributed = self.decided("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
         record = Tune(
@@ -765,9 +773,9 @@ class Tuner:
             dora=self.target.kind.dora,
             dropout=incumbent.dropout,
             weight_decay=incumbent.decay,
-            params=self._params(incumbent),
+            params=self._count_params(incumbent),
             budget=self.plan.budget,
-            base_loss=self._base_loss(self.own),
+            base_loss=self._get_base_loss(self.own),
             loss=fmean(losses),
             gain=gain,
             gain_error=error,
@@ -782,14 +790,14 @@ class Tuner:
             seeds=len(losses),
         )
         self.kept.put(record)
-        adapter = self._adapter(incumbent)
+        adapter = self._adapter_folder(incumbent)
         if not (adapter / ADAPTER).is_file():
             self.trials.train(TrialRun(incumbent, self.first, adapter))
         uniform = self.target.config(choice.rank)
         write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, record, adapter)
 
 
-def _gaps(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:
+def _make_gap_fields(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:
     """Return the fields of a decision for the comparison of two configurations."""
     return {
         "gap": None if own is None else own.value,

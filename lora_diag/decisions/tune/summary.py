@@ -45,21 +45,21 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
         make_statement(
             "tries",
             "Tries",
-            f"r={_listed(plan.ranks)} at learning rates {_listed(plan.rates)}, {plan.steps} steps each",
+            f"r={_list_values(plan.ranks)} at learning rates {_list_values(plan.rates)}, {plan.steps} steps each",
         ),
-        *_kind(plan),
+        *_describe_kind(plan),
         make_statement(
             "time",
             "Time",
             f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
-            f"{_slots(plan)}{_limit(plan)}",
+            f"{_describe_slots(plan)}{_limit(plan)}",
         ),
         *([make_statement("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
     ]
     return grids_table([grid], lines, width, color)
 
 
-def _kind(plan: TunePlan) -> list[Statement]:
+def _describe_kind(plan: TunePlan) -> list[Statement]:
     """Return the kind of adapter where it is not plain LoRA, with what differs in comparisons."""
     notes = []
     if "DoRA" in plan.kind:
@@ -75,7 +75,7 @@ def _kind(plan: TunePlan) -> list[Statement]:
     return [make_statement("kind", "Adapter", plan.kind, *notes)] if notes else []
 
 
-def _slots(plan: TunePlan) -> str:
+def _describe_slots(plan: TunePlan) -> str:
     return "" if plan.slots == 1 else f" and {plan.slots} concurrent runs"
 
 
@@ -83,7 +83,7 @@ def _limit(plan: TunePlan) -> str:
     return "" if plan.limit is None else f"; limit {duration(plan.limit)}"
 
 
-def _listed(values: Sequence[float]) -> str:
+def _list_values(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
@@ -99,25 +99,29 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         ]
     return [
         make_statement(
-            "choice", "Choice", _choice(outcome), level="ok" if outcome.significant else "warning", priority=0
+            "choice", "Choice", _describe_choice(outcome), level="ok" if outcome.significant else "warning", priority=0
         ),
-        make_statement("settings", "Training", _settings(outcome)),
+        make_statement("settings", "Training", _describe_settings(outcome)),
         make_statement(
             "budget",
             "Budget",
             f"{outcome.params:,} of {outcome.budget:,} parameters, {percent(outcome.params / outcome.budget)}",
         ),
-        make_statement("gain", "Gain", _gain(outcome), priority=0),
-        make_statement("next", "Next rank up", _next(outcome)),
-        make_statement("non_uniform", "Non-uniform", _non_uniform(outcome, decisions)),
-        *([make_statement("shifted", "Shifted", _shifted(outcome))] if outcome.gain_shifted is not None else []),
-        *_trials(decisions),
-        *_left_out(decisions),
+        make_statement("gain", "Gain", _describe_gain(outcome), priority=0),
+        make_statement("next", "Next rank up", _describe_next_rank(outcome)),
+        make_statement("non_uniform", "Non-uniform", _describe_non_uniform(outcome, decisions)),
+        *(
+            [make_statement("shifted", "Shifted", _describe_shifted(outcome))]
+            if outcome.gain_shifted is not None
+            else []
+        ),
+        *_describe_trials(decisions),
+        *_describe_left_out(decisions),
         *final_statements(results, "records so far"),
     ]
 
 
-def _choice(outcome: Tune) -> str:
+def _describe_choice(outcome: Tune) -> str:
     ranks = span(outcome.ranks.values()) if outcome.ranks else ""
     description = f"ranks {ranks} by layer ({outcome.variant})" if ranks else f"r={outcome.rank} in every layer"
     if outcome.significant:
@@ -125,7 +129,7 @@ def _choice(outcome: Tune) -> str:
     return f"{description}: NOT significant, chosen by the mean losses"
 
 
-def _settings(outcome: Tune) -> str:
+def _describe_settings(outcome: Tune) -> str:
     extra = f", dropout {outcome.dropout:g}" if outcome.dropout else ""
     extra += f", weight decay {outcome.weight_decay:g}" if outcome.weight_decay else ""
     alpha = f"{outcome.alpha_over_rank:g}r" if outcome.alpha is None else f"{outcome.alpha:g} (rsLoRA)"
@@ -133,7 +137,7 @@ def _settings(outcome: Tune) -> str:
     return f"{dora}learning rate {outcome.lr:g}, {outcome.steps} steps, alpha = {alpha}{extra}"
 
 
-def _gain(outcome: Tune) -> str:
+def _describe_gain(outcome: Tune) -> str:
     error = "" if outcome.gain_error is None else plus_minus(outcome.gain_error)
     losses = f"{outcome.base_loss:.4f} to {outcome.loss:.4f}, {outcome.seeds} seeds"
     line = f"{outcome.gain:.4f}{error} nats on {short(outcome.set)} ({losses})"
@@ -142,14 +146,14 @@ def _gain(outcome: Tune) -> str:
     return f"{line}; {percent(min(1.0, max(0.0, outcome.share_of_full)))} of full fine-tuning's"
 
 
-def _next(outcome: Tune) -> str:
+def _describe_next_rank(outcome: Tune) -> str:
     if outcome.next_rank is None or outcome.next_gain is None:
         return "none within the budget was tried"
     verb = "gains" if outcome.next_gain > 0 else "loses"
     return f"r={outcome.next_rank} {verb} {abs(outcome.next_gain):.4f} nats on average"
 
 
-def _non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:
+def _describe_non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:
     of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
     why = next((decision.why for decision in of_stage if decision.name == "non-uniform ranks"), "not in the plan")
     measured = [decision for decision in of_stage if decision.gap is not None and decision.seeds > 1]
@@ -161,13 +165,13 @@ def _non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:
     return f"{outcome.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
 
 
-def _shifted(outcome: Tune) -> str:
+def _describe_shifted(outcome: Tune) -> str:
     error = "" if outcome.gain_shifted_error is None else plus_minus(outcome.gain_shifted_error)
     gain = outcome.gain_shifted or 0.0
     return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(outcome.set_shifted)}"
 
 
-def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
+def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
     """Return the trials for stability, and the gain of more parameters."""
     statements = []
     for stage, label in (("stability", "Stability"), ("escalation", "More")):
@@ -175,7 +179,7 @@ def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
         if not of_stage:
             continue
         outcomes = dict.fromkeys(decision.outcome for decision in of_stage if decision.outcome != "not needed")
-        lead = "; ".join(f"{outcome}: {_listed_trials(of_stage, outcome)}" for outcome in outcomes)
+        lead = "; ".join(f"{outcome}: {_list_trials(of_stage, outcome)}" for outcome in outcomes)
         lead = lead or "the curves give no reason for a trial"
         statements.append(
             make_statement(
@@ -185,19 +189,19 @@ def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
     return statements
 
 
-def _listed_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
+def _list_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
     """Return the trials of one outcome, by what they change in the incumbent, and their gaps."""
     of_outcome = [decision for decision in decisions if decision.outcome == outcome]
-    return ", ".join(f"{safe(decision.name.rpartition('+')[2])}{_of(decision)}" for decision in of_outcome)
+    return ", ".join(f"{safe(decision.name.rpartition('+')[2])}{_format_gaps(decision)}" for decision in of_outcome)
 
 
-def _of(decision: TuneDecision) -> str:
+def _format_gaps(decision: TuneDecision) -> str:
     if decision.gap is not None:
         return f" ({decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)})"
     return "" if decision.seconds is None else f" (about {duration(decision.seconds)})"
 
 
-def _left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
+def _describe_left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
     omitted = [decision for decision in decisions if decision.outcome == "not tried"]
     lines = [f"{safe(decision.name)}: {safe(decision.why)}" for decision in omitted]
     if len(omitted) < 2:
@@ -223,10 +227,10 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         ),
         "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences.",
     )
-    return [history, *_losses(results.whole_of(TuneTrial))]
+    return [history, *_make_losses_grids(results.whole_of(TuneTrial))]
 
 
-def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:
+def _make_losses_grids(trials: Sequence[TuneTrial]) -> list[Grid]:
     grids = []
     for name in dict.fromkeys(trial.set for trial in trials):
         groups: dict[tuple[str, float | None], list[TuneTrial]] = {}

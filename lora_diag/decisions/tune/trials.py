@@ -99,7 +99,7 @@ class Trials:
             InputError: An adapter that a worker wrote is not visible here.
         """
         left = [run for run in runs if not (self.has(run.variant, run.seed) and run.is_written)]
-        for run, records in zip(left, self._results(left), strict=True):
+        for run, records in zip(left, self._collect_results(left), strict=True):
             if not run.is_written:
                 raise InputError(
                     f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on storage that all "
@@ -107,7 +107,7 @@ class Trials:
                 )
             self.kept.put(*records)
 
-    def _results(self, runs: Sequence[TrialRun]) -> Iterator[Sequence[TuneTrial]]:
+    def _collect_results(self, runs: Sequence[TrialRun]) -> Iterator[Sequence[TuneTrial]]:
         """Yield the records of every run."""
         if self.workers is None:
             for run in runs:

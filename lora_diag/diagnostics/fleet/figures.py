@@ -73,7 +73,7 @@ def _inches(ax: Axes) -> tuple[float, float]:
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the scatter plot of all adapters, with a colour per run."""
     points = _points(series)
-    figure, (ax,) = sheet(style, _texts(series, points, style), 1, 1)
+    figure, (ax,) = sheet(style, _make_text(series, points, style), 1, 1)
     # The panel's height depends on the text around it; names have the remaining space.
     _draw(ax, (), style, 1.0, 1.0)
     figure.draw_without_rendering()
@@ -181,7 +181,7 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
-def _texts(series: Sequence[Series[Any]], points: Sequence[_Point], style: PageStyle) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], points: Sequence[_Point], style: PageStyle) -> FigureText:
     marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * style.line}
     several = len(series) > 1
     keys = [

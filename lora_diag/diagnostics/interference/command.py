@@ -48,12 +48,12 @@ def interference(
         results = measure(updates, base=base, **arguments, **callbacks)
     if spectrum is not None:
         union_spectra(results).write(spectrum, arguments["overwrite"])
-    hint = _next(inputs, spectrum) if results.layers else None
+    hint = _suggest_next(inputs, spectrum) if results.layers else None
     shown.show(results, hint)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 
 
-def _next(inputs: list[str], spectrum: Path | None) -> str:
+def _suggest_next(inputs: list[str], spectrum: Path | None) -> str:
     if spectrum is not None:
         words = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
         return f"{words}   (the rank that the sum needs in each layer)"

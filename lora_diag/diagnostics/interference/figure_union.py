@@ -46,7 +46,7 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
         _ranks(axes, drawn, style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank at 90% of the energy")
-        keys = _keys(style, shares=False)
+        keys = _make_keys(style, shares=False)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -68,7 +68,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     heights = [1.25 * style.panel + below, 0.85 * style.panel + below] * len(shown)
     figure, axes = sheet(
         style,
-        _texts(series, shown, drawn, style),
+        _make_text(series, shown, drawn, style),
         len(heights),
         1,
         panel=sum(heights) / len(heights),
@@ -79,7 +79,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     for position, ((item, records), part) in enumerate(zip(shown, drawn, strict=True)):
         ranks, shares = axes[2 * position : 2 * position + 2]
         _ranks(ranks, part, style)
-        ranks.set_title(wrapped(_finding(item, records), inches, style.text), parse_math=False)
+        ranks.set_title(wrapped(_describe_run(item, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")
         _shares(shares, part, max(len(record.updates) for record in records), style)
         shares.set_ylabel("fraction")
@@ -123,7 +123,7 @@ def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArr
     return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in by_bar])
 
 
-def _finding(item: Series[Any], records: Sequence[Union]) -> str:
+def _describe_run(item: Series[Any], records: Sequence[Union]) -> str:
     """Return the label of a run with the total rank of its layers."""
     known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
     together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
@@ -132,7 +132,7 @@ def _finding(item: Series[Any], records: Sequence[Union]) -> str:
     return f"{item.label}: {text}" if item.label else text
 
 
-def _keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:
+def _make_keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     line = Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2)))
     return (
@@ -143,7 +143,7 @@ def _keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:
     )
 
 
-def _texts(
+def _make_text(
     series: Sequence[Series[Any]],
     shown: Sequence[tuple[Series[Any], tuple[Union, ...]]],
     drawn: Sequence[Sequence[Slot[Union]]],
@@ -163,7 +163,7 @@ def _texts(
         f"{layers} {'matrix' if layers == 1 else 'matrices'}; ranks at 90% of the energy Σσ²; below, the additive "
         "fraction: rank of the sum / sum of the ranks",
         (" ".join(notes),),
-        _keys(style),
+        _make_keys(style),
     )
 
 

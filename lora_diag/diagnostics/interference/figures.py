@@ -48,7 +48,7 @@ def angles(
     with panel_axes(ax) as (axes, style):
         _draw(axes, series, side, chosen, style)
         axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {chosen}")
-        keys = _keys(series, style)
+        keys = _make_keys(series, style)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -71,7 +71,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     rank = chosen_rank(all_records, options.rank)
     measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
     shown = sorted(measured, key=lambda item: -_overlap(item.records, rank))[: len(CATEGORIES)]
-    figure, axes = sheet(style, _texts(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
+    figure, axes = sheet(style, _make_text(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
     for (side, title), ax in zip(SIDES, axes, strict=True):
         _draw(ax, shown, side, rank, style)
         ax.set_title(title)
@@ -122,7 +122,7 @@ def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]
     return mixed
 
 
-def _keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tuple[Key, ...]:
+def _make_keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     return (
         *(Key(Line2D([], [], color=category(n), lw=2 * width), item.label) for n, item in enumerate(series)),
@@ -130,7 +130,7 @@ def _keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tu
     )
 
 
-def _texts(
+def _make_text(
     pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, style: PageStyle
 ) -> FigureText:
     records = [record for item in shown for record in item.records]
@@ -147,7 +147,7 @@ def _texts(
         f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; fraction of the principal angles with at most "
         "this cosine (1: common direction, 0: orthogonal)",
         (" ".join(notes),),
-        _keys(shown, style),
+        _make_keys(shown, style),
     )
 
 

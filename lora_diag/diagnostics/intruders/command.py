@@ -27,12 +27,12 @@ def intruders(
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **arguments, **callbacks)
-    hint = _next(base, tuned, arguments["output"]) if results.layers else None
+    hint = _suggest_next(base, tuned, arguments["output"]) if results.layers else None
     shown.show(results, hint)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 
 
-def _next(base: str, tuned: str, output: Path | str | None) -> str:
+def _suggest_next(base: str, tuned: str, output: Path | str | None) -> str:
     if output is None:
         words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
         return f"{words}   (each layer; -o FILE keeps the records for loradiag gate)"

@@ -48,12 +48,12 @@ def overlap(
     if shown.table:
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
             message(f"--show-rank {rank}: larger than all layers and adapters; another rank is shown")
-        hint = _next(arguments["output"], shown.per) if results.layers else None
+        hint = _suggest_next(arguments["output"], shown.per) if results.layers else None
         result(overlap_table(results, *terminal(), per=shown.per, rank=rank, next_command=hint))
     exit_unmeasured(results.unmeasured, "left out")
 
 
-def _next(output: Path | str | None, per: str) -> str:
+def _suggest_next(output: Path | str | None, per: str) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if per == "type":
         return f"{rerun_command('--per', 'layer')}   (layer by layer)"

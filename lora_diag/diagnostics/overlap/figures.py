@@ -94,7 +94,7 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
         steps = sorted({record.step for record in shown})
         _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, style)
         axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
-        keys = _keys((Series("", shown),), per, style, len({record.layer for record in shown}))
+        keys = _make_keys((Series("", shown),), per, style, len({record.layer for record in shown}))
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -115,7 +115,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     names = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
     layers_per_panel = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    words = _texts(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, style)
+    words = _make_text(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, style)
 
     def draw(ax: Axes, inches: float, name: str) -> None:
         parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
@@ -179,7 +179,9 @@ def _step_axis(ax: Axes, steps: Sequence[int], inches: float, style: PageStyle |
     label_ticks(ax, (low, high, *steps), inches, style)
 
 
-def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, max_layers: int) -> tuple[Key, ...]:
+def _make_keys(
+    series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, max_layers: int
+) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     several = len(series) > 1
     keys = []
@@ -197,7 +199,7 @@ def _keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, 
     return tuple(keys)
 
 
-def _texts(
+def _make_text(
     series: Sequence[Series[Overlap]],
     all_records: Sequence[Overlap],
     rank: int,
@@ -221,7 +223,7 @@ def _texts(
         f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
         "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
         (" ".join(notes),) if notes else (),
-        _keys(series, per, style, max_layers),
+        _make_keys(series, per, style, max_layers),
     )
 
 

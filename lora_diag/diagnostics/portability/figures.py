@@ -136,7 +136,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     if not _fits(shown, inches, style.ticks):
         labels = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
     panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
-    page, (ax,) = sheet(style, _texts(series, shown), 1, 1, panel=panel, low=True)
+    page, (ax,) = sheet(style, _make_text(series, shown), 1, 1, panel=panel, low=True)
     _draw(ax, shown, norm, style.ticks, _NAMES * style.width, inches)
     if norm is not None:
         bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
@@ -185,7 +185,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
         ax.set_xlabel(wrapped(text, inches, size / 0.88))
 
 
-def _texts(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     statuses = {record.status for record in shown.records.values()}
     unknown = any(r.status == "wrong" and not r.epsilon for r in shown.records.values())
     keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if statuses & set(AS_INTENDED) else []

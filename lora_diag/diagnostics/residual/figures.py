@@ -82,7 +82,9 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
         _draw(axes, drawn, style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F²")
-        axes.legend([key.handle for key in _keys(style)], [key.label for key in _keys(style)], fontsize="small")
+        axes.legend(
+            [key.handle for key in _make_keys(style)], [key.label for key in _make_keys(style)], fontsize="small"
+        )
     return axes
 
 
@@ -96,10 +98,10 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
     below = label_height(all_records, inches, style.ticks) / len(shown)
     panel = 1.25 * style.panel + below
-    page, axes = sheet(style, _texts(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
+    page, axes = sheet(style, _make_text(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
     for item, part, ax in zip(shown, drawn, axes, strict=True):
         _draw(ax, part, style)
-        ax.set_title(wrapped(_finding(item), inches, style.text), parse_math=False)
+        ax.set_title(wrapped(_describe_run(item), inches, style.text), parse_math=False)
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
@@ -131,7 +133,7 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) ->
     ax.set_ylim(bottom=0)
 
 
-def _finding(item: Series[Any]) -> str:
+def _describe_run(item: Series[Any]) -> str:
     """Return the label of an adapter with its pooled ε and the parts of ε²."""
     records = _matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
@@ -169,7 +171,7 @@ def _is_misaligned(records: Sequence[Residual]) -> bool:
     return misaligned.epsilon**2 - misaligned.direction**2 > misaligned.direction**2 - misaligned.floor**2
 
 
-def _keys(style: PageStyle | None) -> tuple[Key, ...]:
+def _make_keys(style: PageStyle | None) -> tuple[Key, ...]:
     line = Line2D([], [], color=INK, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)))
     return (
         Key(Patch(facecolor=RANK), "rank: ε_min²"),
@@ -180,7 +182,7 @@ def _keys(style: PageStyle | None) -> tuple[Key, ...]:
     )
 
 
-def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], style: PageStyle) -> FigureText:
+def _make_text(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], style: PageStyle) -> FigureText:
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     vectors = len({r.layer for item in shown for r in item.records if len(r.shape) == 1})
     zero = len({r.layer for item in shown for r in item.records if r.fro == 0})
@@ -204,7 +206,7 @@ def _texts(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
         "blocks run from left to right in each module type",
         (" ".join(notes),),
-        _keys(style),
+        _make_keys(style),
     )
 
 

@@ -90,11 +90,11 @@ def _measure(base: str | None, tuned: str | None, arguments: Mapping[str, Any], 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **arguments, **callbacks)
     # without spectra, the suggested fix is printed last
-    shown.show(results, _next(arguments["output"]) if results.layers else None)
+    shown.show(results, _suggest_next(arguments["output"]) if results.layers else None)
     exit_unmeasured(results.unmeasured, "the layer was left out")
 
 
-def _next(output: Path | str | None) -> str:
+def _suggest_next(output: Path | str | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
         return f"{rerun_command('-o', 'results.jsonl')}   (saves these results)"

@@ -69,7 +69,7 @@ def small_multiples(
         title,
         f"{_subtitle(series, records)}{f'; {formula}' if formula else ''}",
         _notes(shown, records, bands),
-        (*_keys(series, records, largest, bands, style), *keys),
+        (*_make_keys(series, records, largest, bands, style), *keys),
     )
 
     def draw(ax: Axes, inches: float, of: Sequence[Series[Spectrum]]) -> None:
@@ -121,7 +121,7 @@ def _subtitle(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -
     return f"{f'{prefix}: ' if prefix else ''}{subject} of {count}"
 
 
-def _keys(
+def _make_keys(
     series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], largest: int, bands: bool, style: PageStyle
 ) -> tuple[Key, ...]:
     """Return the legend."""

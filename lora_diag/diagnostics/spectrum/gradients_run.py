@@ -48,7 +48,7 @@ def gradient_spectrum(
     verify = run.options["verify"]
     return run.over(
         tasks,
-        _one_layer,
+        _measure_layer,
         size,
         settings,
         lambda layout, _, __: not_paired(Pairing((), tuple(unpaired)), layout, run.where.here),
@@ -61,5 +61,5 @@ def gradient_spectrum(
     )
 
 
-def _one_layer(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+def _measure_layer(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
     return (covariance(history, settings),)

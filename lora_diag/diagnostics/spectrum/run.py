@@ -109,7 +109,7 @@ def spectrum(
         import lora_diag.diagnostics.spectrum.measure  # noqa: F401
     return run.over(
         matrices,
-        _one_layer,
+        _measure_layer,
         _size,
         settings,
         lambda layout, _, __: without_rank(pairing, layout, run.where.here),
@@ -143,7 +143,7 @@ def _weighted_tasks(pairing: Pairing, moments: SecondMoments | None, kfac: bool)
     return remaining, [layer for layer in layers if layer.weighting is not None]
 
 
-def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
     record = thin_spectrum(layer, settings) if is_thin(layer, settings) else None
     if record is not None:
         return (record,)

@@ -39,7 +39,7 @@ def verify_merge(
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, merged, **arguments, **callbacks)
     status = outcome(results)
-    hint = _next(arguments["output"], shown.per, status == "correct")
+    hint = _suggest_next(arguments["output"], shown.per, status == "correct")
     shown.show(results, hint)
     unread = report_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[status]
@@ -47,7 +47,7 @@ def verify_merge(
         raise typer.Exit(code)
 
 
-def _next(output: Path | str | None, per: options.Per, correct: bool) -> str:
+def _suggest_next(output: Path | str | None, per: options.Per, correct: bool) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is not None:
         words = ["loradiag", "inspect", str(output), "--per", "layer"]

@@ -93,7 +93,7 @@ def verify_merge(
     tasks, unpaired = _tasks(adapter_pairing.pairing, done.pairing, merged, selected)
     return run.over(
         tasks,
-        _one_layer,
+        _measure_layer,
         _size,
         MergeSettings(),
         lambda layout, _, __: not_paired(Pairing((), unpaired), layout, run.where.here),
@@ -106,7 +106,7 @@ def verify_merge(
     )
 
 
-def _one_layer(task: MergedLayer, settings: MergeSettings) -> Sequence[Merge | LeftOut]:
+def _measure_layer(task: MergedLayer, settings: MergeSettings) -> Sequence[Merge | LeftOut]:
     return (verify(task, settings.memory),)
 
 

@@ -63,7 +63,7 @@ def curvature(
             _draw_gaps(axes, [_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, style)
             axes.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
             axes.set_title(
-                _finding(chosen, [_bounds(records, chosen)], _is_bound(records)), parse_math=False, loc="left"
+                _describe_run(chosen, [_bounds(records, chosen)], _is_bound(records)), parse_math=False, loc="left"
             )
         else:
             rows, title, label = _rows([("", records)])
@@ -87,12 +87,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         inches *= 1 - NAMES
     short = cropped_all(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
     panel = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
-    words = _texts(series, all_records, bool(sets), style)
+    words = _make_text(series, all_records, bool(sets), style)
     figure, axes = sheet(style, words, -(-number // columns), columns, panel=panel, share=False)
     for name, ax in zip(sets, axes, strict=False):
         bounds = [_bounds(records, name) for _, records in runs]
         _draw_gaps(ax, bounds, inches, style)
-        ax.set_title(wrapped(_finding(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
+        ax.set_title(wrapped(_describe_run(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
     if rows:
         ax = axes[len(sets)]
@@ -162,7 +162,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
     measured_axis(ax, [record.rank for records in runs for record in records], inches, style)
 
 
-def _finding(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
+def _describe_run(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
     """Return the label of a set with the ratios of model and bound to the measured gap."""
     called = name_of(name)
     positive = [record for records in runs for record in records if record.gap > 0]
@@ -207,7 +207,7 @@ def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[
     return highest(rows, ROWS), f"{title}{limit}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
 
 
-def _texts(
+def _make_text(
     series: Sequence[Series[Any]], records: Sequence[Curvature | LossBound], truncated: bool, style: PageStyle
 ) -> FigureText:
     first = next(record for record in records if isinstance(record, Curvature))

@@ -61,7 +61,7 @@ def fisher(
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         if by_rank:
             _draw_correlations(axes, by_rank, int(within), inches, style)
-            axes.set_title(_finding(by_rank, int(within)), parse_math=False, loc="left")
+            axes.set_title(_describe_run(by_rank, int(within)), parse_math=False, loc="left")
         else:
             _draw_tails(axes, records, _types(records), inches, style)
     return axes
@@ -81,9 +81,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
             continue
         within = any(rho[1] is not None for at_rank in known for rho in at_rank.kl.values())
         for index in (0, 1) if within else (0,):
-            title = f"{owner}{_finding(known, index)}"
+            title = f"{owner}{_describe_run(known, index)}"
             panels.append((title, partial(_draw_correlations, by_rank=known, index=index, style=style)))
-    return page_of(panels, _texts(series, by_rank, types, style), style)
+    return page_of(panels, _make_text(series, by_rank, types, style), style)
 
 
 def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
@@ -118,7 +118,7 @@ def _mark(number: int, width: float) -> dict[str, Any]:
     }
 
 
-def _finding(by_rank: Sequence[Correlations], index: int) -> str:
+def _describe_run(by_rank: Sequence[Correlations], index: int) -> str:
     """Return the best predictor at the middle rank, and its lead over the next."""
     chosen = by_rank[len(by_rank) // 2]
     known = sorted(((pair[index], name) for name, pair in chosen.kl.items() if pair[index] is not None), reverse=True)
@@ -170,7 +170,7 @@ def _draw_tails(
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="½F(r) (nats)")
 
 
-def _texts(
+def _make_text(
     series: Sequence[Series[Any]],
     by_rank: Sequence[Sequence[Correlations]],
     types: dict[str, str],

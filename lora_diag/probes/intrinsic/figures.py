@@ -56,7 +56,7 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     with panel_axes(ax) as (axes, style):
         _draw(axes, [rows], share, style)
         axes.set(xlabel="trained parameters", ylabel="fraction of the full gain")
-        axes.set_title(_finding(sets[chosen], [rows], share), parse_math=False, loc="left")
+        axes.set_title(_describe_run(sets[chosen], [rows], share), parse_math=False, loc="left")
     return axes
 
 
@@ -69,12 +69,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     omitted = [every[name] for name in every if name not in sets]
     panels = [
         (
-            _finding(every[name], rows[name], share),
+            _describe_run(every[name], rows[name], share),
             lambda ax, inches, runs=rows[name]: _draw(ax, runs, share, style),
         )
         for name in sets
     ]
-    words = _texts(series, share, omitted, style)
+    words = _make_text(series, share, omitted, style)
     return page_of(panels, words, style, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
@@ -142,7 +142,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _finding(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
+def _describe_run(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
     """Return the label of a set with the smallest sufficient subspace and LoRA."""
     if len(runs) > 1:
         return label
@@ -165,7 +165,7 @@ def _size(line: Line) -> str:
     return f"{line.size or 0:,}".replace(",", "\u202f")
 
 
-def _texts(series: Sequence[Series[Any]], share: float, omitted: Sequence[str], style: PageStyle) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], share: float, omitted: Sequence[str], style: PageStyle) -> FigureText:
     width, single = style.line, len(series) == 1
     colors = (SUBSPACE, LORA) if single else (QUIET, QUIET)
     drawn: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}

@@ -73,7 +73,7 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     with panel_axes(ax) as (axes, style):
         _draw_depth(axes, lines, style)
         axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
-        axes.legend(*zip(*[(key.handle, key.label) for key in _keys(lines, style)], strict=True), fontsize="small")
+        axes.legend(*zip(*[(key.handle, key.label) for key in _make_keys(lines, style)], strict=True), fontsize="small")
     return axes
 
 
@@ -125,7 +125,7 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
             "Distance measures similarity, not quality; compare models by their loss."
             + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
         ),
-        _keys([(name, ()) for name in names[: len(CATEGORIES)]], style),
+        _make_keys([(name, ()) for name in names[: len(CATEGORIES)]], style),
     )
     shown = names[: len(CATEGORIES)]
     panels: list[tuple[str, Draw]] = []
@@ -196,7 +196,7 @@ def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], s
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
 
 
-def _keys(lines: Sequence[tuple[str, Any]], style: PageStyle | None) -> tuple[Key, ...]:
+def _make_keys(lines: Sequence[tuple[str, Any]], style: PageStyle | None) -> tuple[Key, ...]:
     width = style.line if style else 1.2
     return tuple(
         Key(Line2D([], [], color=category(number), lw=1.5 * width, marker="o", ms=2.6 * width), name)

@@ -29,10 +29,10 @@ def sweep(
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sweep(base, **arguments, **callbacks)
-    shown.show(results, next_step(arguments["output"], _next(results, base)))
+    shown.show(results, next_step(arguments["output"], _suggest_next(results, base)))
 
 
-def _next(results: Results[Any], base: str) -> str:
+def _suggest_next(results: Results[Any], base: str) -> str:
     """Return the command that a user would run next: more seeds where they would decide, else the cost of the rank."""
     from lora_diag.probes.sweep.summary import main_verdict
 

@@ -101,7 +101,7 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw(axes, [curve], inches, style)
         axes.set(xlabel="rank r, with its learning rate", ylabel="loss (nats)")
-        axes.set_title(_finding(sets[chosen], curve), parse_math=False, loc="left")
+        axes.set_title(_describe_run(sets[chosen], curve), parse_math=False, loc="left")
     return axes
 
 
@@ -111,10 +111,10 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
         curves = [sweep_curve(item.records, name, _tolerance(item)) for item in series]
-        title = called if len(curves) > 1 else _finding(called, curves[0])
+        title = called if len(curves) > 1 else _describe_run(called, curves[0])
         panels.append((title, partial(_draw, curves=curves, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
-    return page_of(panels, _texts(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
+    return page_of(panels, _make_text(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
 
 
 def _tolerance(item: Series[Any]) -> float:
@@ -177,7 +177,7 @@ def _levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], sty
             )
 
 
-def _finding(label: str, curve: SweepCurve) -> str:
+def _describe_run(label: str, curve: SweepCurve) -> str:
     """Return the label of a set with the verdict of the sweep."""
     verdict = curve.verdict
     if verdict is None:
@@ -193,7 +193,7 @@ def _finding(label: str, curve: SweepCurve) -> str:
     return f"{label}: {lines.get(verdict.outcome, verdict.outcome)}"
 
 
-def _texts(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:
     width = style.line
     single = len(series) == 1
     keys = [

@@ -62,7 +62,7 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw_gaps(axes, of_set, inches, style)
         axes.set(xlabel="rank r of the update", ylabel="loss minus TUNED's (nats)")
-        axes.set_title(_finding(called, of_set), parse_math=False, loc="left")
+        axes.set_title(_describe_run(called, of_set), parse_math=False, loc="left")
     return axes
 
 
@@ -74,11 +74,11 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     for name, called in sets_of(record for records in runs for record in records).items():
         of_set = [[record for record in records if record.set == name] for records in runs]
         if single:
-            panels.append((_finding(called, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
+            panels.append((_describe_run(called, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
         else:
             panels.append((called, partial(_draw_shares, runs=of_set, style=style)))
     ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
-    return page_of(panels, _texts(series, style), style, xlabel="rank r of the update", ylabel=ylabel)
+    return page_of(panels, _make_text(series, style), style, xlabel="rank r of the update", ylabel=ylabel)
 
 
 def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, style: PageStyle | None) -> None:
@@ -151,7 +151,7 @@ def _end(records: Sequence[Probe], subject: str) -> Probe | None:
     return next((record for record in records if record.subject == subject), None)
 
 
-def _finding(label: str, of_set: Sequence[Probe]) -> str:
+def _describe_run(label: str, of_set: Sequence[Probe]) -> str:
     """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
     truncated = _truncated(of_set)
     sufficient = next((record for record in truncated if record.kept is not None and record.kept >= ENOUGH), None)
@@ -163,7 +163,7 @@ def _finding(label: str, of_set: Sequence[Probe]) -> str:
     return label
 
 
-def _texts(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
+def _make_text(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
     width = style.line
     single = len(series) == 1
     dots: dict[str, Any] = {"lw": 1.3 * width, "ls": (0, (1, 1.5))}

@@ -346,7 +346,7 @@ def test_allocate_ranks_pooler_like_other_layers(tmp_path):
     lora = peft.LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False)
     peft.get_peft_model(model, lora).save_pretrained(tmp_path / "pilot")
     lora_diag.spectrum(base, tmp_path / "pilot", output=tmp_path / "pilot.jsonl")
-    found = Tuner._allocated(SimpleNamespace(folder=tmp_path), 200, 1)
+    found = Tuner._allocate_from_pilot(SimpleNamespace(folder=tmp_path), 200, 1)
     assert {record.rank > 0 for record in found if "pooler" in record.layer} == {True}
 
 
@@ -358,14 +358,14 @@ def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
         trials=SimpleNamespace(
             train=lambda *_: None, runs=lambda name, lr, *_: {"dev": {0: Measured(losses[name])}}
         ),
-        tolerance=0.005, first=0, own="dev", _with_adapter=lambda one: None, _params=lambda one: 1,
-        _reason_to_stop=lambda: "", _cost_of=lambda candidates: "",
+        tolerance=0.005, first=0, own="dev", _train_with_adapter=lambda one: None, _count_params=lambda one: 1,
+        _find_reason_to_stop=lambda: "", _describe_cost=lambda candidates: "",
         _record_gap=lambda stage, one, outcome, why, gap: outcomes.update({one.name: outcome}),
         decide=lambda stage, name, outcome, why: outcomes.update({name: outcome}),
         _confirm=lambda stage, incumbent, one, fresh: bool(confirmed.append(one.name)) or True,
     )  # fmt: skip
     one, *others = (Variant(name, uniform(["q"], 4, False, None), 1e-3, 9) for name in losses)
-    best = Tuner._best_of(tuner, "redistribution", one, others, "non-uniform ranks")
+    best = Tuner._choose_best(tuner, "redistribution", one, others, "non-uniform ranks")
     assert confirmed == (["prior"] if goes_on else [])
     assert best.name == ("prior" if goes_on else "uniform")
     assert outcomes["non-uniform ranks"] == ("kept" if goes_on else "rejected")
@@ -378,7 +378,7 @@ def test_ranks_are_not_redistributed_where_none_gains():
     def reason(matrices, word):
         tuner = SimpleNamespace(target=SimpleNamespace(shapes=dict.fromkeys(range(matrices))))
         swept = SimpleNamespace(verdict=SimpleNamespace(outcome=word))
-        return Tuner._no_redistribution(tuner, SimpleNamespace(name="uniform-r2"), swept)
+        return Tuner._explain_no_redistribution(tuner, SimpleNamespace(name="uniform-r2"), swept)
 
     assert_names(reason(2, "no gain"), "no rank", "loss")
     assert reason(2, "fast saturation") == ""
@@ -386,7 +386,7 @@ def test_ranks_are_not_redistributed_where_none_gains():
 
     def escalation(word):
         found = []
-        tuner = SimpleNamespace(_gains=lambda *_: (0.1, None), decide=lambda *words: found.append(words[-1]))
+        tuner = SimpleNamespace(_compute_gains=lambda *_: (0.1, None), decide=lambda *words: found.append(words[-1]))
         swept = SimpleNamespace(verdict=SimpleNamespace(outcome=word), ranks=[1, 4])
         Tuner._escalate(tuner, None, SimpleNamespace(rank=1), swept)
         return found

@@ -73,11 +73,11 @@ def never_ends(marker, name, site, training, grid, task):
     return tries(site, training, grid, task)
 
 
-real, trains, tries = spectrum._one_layer, sweep.train_on_worker, trials.train_on_worker
+real, trains, tries = spectrum._measure_layer, sweep.train_on_worker, trials.train_on_worker
 
 if __name__ == "__main__":  # the command line with such a fault
     folder, deadly, endless, *sys.argv[1:] = sys.argv[1:]
     from tests.running.engines import faulty  # as the workers import it
 
-    spectrum._one_layer = partial(faulty.kills_its_worker_then_waits, Path(folder), deadly, endless)
+    spectrum._measure_layer = partial(faulty.kills_its_worker_then_waits, Path(folder), deadly, endless)
     main()

@@ -161,7 +161,7 @@ def test_killed_node_does_not_change_results(cluster, pair, tmp_path, monkeypatc
 
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     head, marker = ray.get_runtime_context().get_node_id(), tmp_path / "on the second node"
-    monkeypatch.setattr(api, "_one_layer", partial(faulty.waits_on_the_second_node, marker, head))
+    monkeypatch.setattr(api, "_measure_layer", partial(faulty.waits_on_the_second_node, marker, head))
 
     def cut_the_power():
         until(marker)
@@ -178,7 +178,7 @@ def test_killed_node_does_not_change_results(cluster, pair, tmp_path, monkeypatc
 def test_layer_that_kills_workers_is_named(cluster, pair, tmp_path, monkeypatch):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     monkeypatch.setattr(engine, "RETRIES", 0)
-    monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 99, LAST))
+    monkeypatch.setattr(api, "_measure_layer", partial(faulty.kills_its_worker, tmp_path, 99, LAST))
     with pytest.raises(InputError, match=rf"^{LAST}: a worker died while it measured it"):
         lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
     whole, left = ((tmp_path / name).read_bytes() for name in ("local", "cluster"))
@@ -284,7 +284,7 @@ def test_cluster_reports_unmeasurable_layer_like_local(cluster, pair, tmp_path, 
     local, there = both(tmp_path, "spectrum", base, tuned)
     assert local == there
     assert b'"non_finite"' in local
-    monkeypatch.setattr(api, "_one_layer", partial(faulty.cannot_read, LAST))
+    monkeypatch.setattr(api, "_measure_layer", partial(faulty.cannot_read, LAST))
     told = []
     for name, on in (("local2", None), ("cluster2", Ray())):
         with pytest.raises(InputError) as error:

@@ -75,9 +75,9 @@ class Kind:
         if not self.comment:
             return content
         content = content if content.endswith(b"\n") else content + b"\n"
-        return content + self._signature(content)
+        return content + self._make_signature(content)
 
-    def _signature(self, content: bytes) -> bytes:
+    def _make_signature(self, content: bytes) -> bytes:
         digest = hashlib.sha256(self.name.encode() + b"\0" + content).hexdigest()
         return f"{self.comment.format('loradiag ' + digest)}\n".encode()
 
@@ -91,13 +91,13 @@ class Kind:
             if self.comment:
                 content = file.read()
                 body = content[: content.rstrip(b"\n").rfind(b"\n") + 1]
-                return content == body + self._signature(body)
+                return content == body + self._make_signature(body)
             if self.head is not None:
                 return re.match(self.head, file.read(_HEAD), re.DOTALL) is not None
-            return self.tail is not None and re.search(self.tail, _tail(file, _TAIL), re.DOTALL) is not None
+            return self.tail is not None and re.search(self.tail, _read_tail(file, _TAIL), re.DOTALL) is not None
 
 
-def _tail(file: BinaryIO, size: int) -> bytes:
+def _read_tail(file: BinaryIO, size: int) -> bytes:
     file.seek(max(0, os.fstat(file.fileno()).st_size - size))
     return file.read()
 
@@ -154,7 +154,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINKS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
     check_folder_of(path, in_place=appending)
-    if path.name.lower() == _CONFIG and (weights := _weights_in_folder_of(path)):
+    if path.name.lower() == _CONFIG and (weights := _find_weights_near(path)):
         raise UsageError(f"{path}: would change how the weights in {weights} are read; choose another folder")
     try:
         status = path.lstat()
@@ -176,7 +176,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         raise InputError(f"{path}: cannot be read: {error.strerror}; choose another name") from error
 
 
-def _weights_in_folder_of(path: Path) -> Path | None:
+def _find_weights_near(path: Path) -> Path | None:
     names = (file for file in path.parent.iterdir() if _WEIGHTS.fullmatch(file.name))
     return min(names, default=None)
 
@@ -190,7 +190,7 @@ def is_unfinished(path: Path) -> bool:
     if not RESULTS.is_at(path):
         return False
     with path.open("rb") as file:
-        last = _tail(file, _LAST_LINE).rstrip().rpartition(b"\n")[2]
+        last = _read_tail(file, _LAST_LINE).rstrip().rpartition(b"\n")[2]
     return re.match(rb'\{ *"record" *: *"end"', last) is None
 
 
@@ -330,7 +330,7 @@ def lock(path: Path, tries: int = 5) -> int:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
-        _flock(descriptor, path)
+        _lock_file(descriptor, path)
         # A file that was replaced between the two calls is the old one: the lock would protect nothing.
         if tries <= 1 or _is_at(descriptor, path):
             return descriptor
@@ -349,7 +349,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _flock(descriptor: int, path: Path) -> None:
+def _lock_file(descriptor: int, path: Path) -> None:
     try:
         import fcntl  # not available on every system
 

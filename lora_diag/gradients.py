@@ -103,16 +103,16 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         InputError: A path cannot be read, has no step number, or repeats a step.
     """
     steps: dict[int, Step] = {}
-    for path in (source for argument in paths for source in _sources(locate(argument))):
+    for path in (source for argument in paths for source in _find_sources(locate(argument))):
         checkpoint = open_checkpoint(path)
-        number = _step_of(checkpoint, path)
+        number = _parse_step(checkpoint, path)
         existing = steps.setdefault(number, Step(number, checkpoint))
         if existing.checkpoint is not checkpoint:
             raise InputError(f"{path}: is of step {number}, and so is {existing.checkpoint.path}; give one of them")
     return tuple(steps[number] for number in sorted(steps))
 
 
-def _sources(path: Path) -> list[Path]:
+def _find_sources(path: Path) -> list[Path]:
     """Return the sources in a path, one per step."""
     if not path.is_dir() or any((path / name).is_file() for name in WEIGHTS):
         return [path]
@@ -130,7 +130,7 @@ def _sources(path: Path) -> list[Path]:
     return sources
 
 
-def _step_of(checkpoint: Checkpoint, path: Path) -> int:
+def _parse_step(checkpoint: Checkpoint, path: Path) -> int:
     """Return the step number of a snapshot.
 
     Raises:
@@ -169,7 +169,7 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
     shapes: dict[str, tuple[int, int]] = {}
     unpaired: dict[str, Unpaired] = {}
     for step in steps:
-        located, rest = _located(step.checkpoint, base)
+        located, rest = _locate_matrices(step.checkpoint, base)
         unpaired = rest | unpaired
         for layer, shape, side in located:
             of_layer = snapshots.setdefault(layer, [])
@@ -189,7 +189,7 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
     return followed, tuple(unpaired[name] for name in sorted(unpaired, key=natural_order))
 
 
-def _located(
+def _locate_matrices(
     stored: Checkpoint, base: Checkpoint | None
 ) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
     """Return layer, shape and location of every matrix in one snapshot, and the tensors that are not matrices."""
@@ -206,19 +206,19 @@ def _located(
         else:
             shapes[name] = info.shape
     if base is None:
-        return [item for name in shapes for item in _whole(stored, name)], unpaired
+        return [item for name in shapes for item in _locate_whole(stored, name)], unpaired
     locations, missing = match_names(shapes, base)
     for name, why in missing.items():
         unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
-    return [_placed(stored, name, location) for name in locations for location in locations[name]], unpaired
+    return [_place_rows(stored, name, location) for name in locations for location in locations[name]], unpaired
 
 
-def _whole(stored: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
+def _locate_whole(stored: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
     parts = matrices(name, stored[name].shape)
     return [(layer, shape, Side(stored, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
 
 
-def _placed(stored: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
+def _place_rows(stored: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
     """Return the rows of a stored gradient that belong to one weight of BASE."""
     shape = stored[name].shape
     columns = location.shape[-1]

@@ -49,25 +49,25 @@ def checks(addresses: Sequence[str] = ()) -> list[Statement]:
         addresses: Checkpoints or adapters, local or remote, to open; only their headers are read.
     """
     return [
-        _versions(),
-        _packages(),
-        *_extras(),
-        _command(),
-        *_devices(),
-        _memory(),
-        *_disk(),
+        _check_versions(),
+        _check_packages(),
+        *_check_extras(),
+        _check_command(),
+        *_check_devices(),
+        _check_memory(),
+        *_check_disk(),
         _cache(),
-        *_ray(),
-        *map(_address, addresses),
+        *_check_ray(),
+        *map(_check_address, addresses),
     ]
 
 
-def _versions() -> Statement:
+def _check_versions() -> Statement:
     interpreter = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
     return make_statement("versions", "Versions", f"loradiag {__version__}, {interpreter}", priority=0)
 
 
-def _requirements() -> dict[str, list[Requirement]]:
+def _read_requirements() -> dict[str, list[Requirement]]:
     """Return the installed package's requirements by extra; those that are always needed under ``""``."""
     by_extra: dict[str, list[Requirement]] = {"": []}
     for line in requires("loradiag") or ():
@@ -79,7 +79,7 @@ def _requirements() -> dict[str, list[Requirement]]:
     return by_extra
 
 
-def _gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
+def _find_gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
     """Return the installed packages with their versions, and for each missing or too old one what is wrong."""
     present, gaps = [], []
     for requirement in requirements:
@@ -94,15 +94,15 @@ def _gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
     return present, gaps
 
 
-def _packages() -> Statement:
+def _check_packages() -> Statement:
     try:
-        needed = _requirements()[""]
+        needed = _read_requirements()[""]
     except PackageNotFoundError:
         fix = "pip install ."
         return make_statement(
             "packages", "Packages", f"loradiag is not installed, only imported; {fix}", level="warning"
         )
-    present, gaps = _gaps(needed)
+    present, gaps = _find_gaps(needed)
     if gaps:
         return make_statement(
             "packages", "Packages", *gaps, "pip install --upgrade loradiag", level="failure", priority=0
@@ -110,13 +110,13 @@ def _packages() -> Statement:
     return make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
 
 
-def _extras() -> Iterator[Statement]:
+def _check_extras() -> Iterator[Statement]:
     try:
-        requirements = _requirements()
+        requirements = _read_requirements()
     except PackageNotFoundError:
         return
     for extra, adds in ADDS.items():
-        present, gaps = _gaps(
+        present, gaps = _find_gaps(
             requirement for requirement in requirements.get(extra, ()) if requirement.name != "loradiag"
         )
         label = f"[{extra}]"
@@ -129,22 +129,27 @@ def _extras() -> Iterator[Statement]:
             yield make_statement(f"extra_{extra}", label, f"{adds}: {', '.join(present)}", level="ok", scoped=True)
 
 
-def _command() -> Statement:
+def _check_command() -> Statement:
     executable = shutil.which("loradiag")
     if executable is None:
-        fix = f"add {_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
+        fix = f"add {_shorten_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
         return make_statement("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
-    if Path(executable).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(executable):
-        problem = f"loradiag on PATH is {_home(executable)}, in another environment than this one ({_home(sys.prefix)})"
+    if Path(executable).resolve().parent != Path(sys.executable).resolve().parent and not _is_same_environment(
+        executable
+    ):
+        problem = (
+            f"loradiag on PATH is {_shorten_home(executable)}, in another environment than this one "
+            f"({_shorten_home(sys.prefix)})"
+        )
         return make_statement("command", "Command", problem, level="warning")
-    return make_statement("command", "Command", _home(executable), level="ok")
+    return make_statement("command", "Command", _shorten_home(executable), level="ok")
 
 
-def _same_environment(command: str) -> bool:
+def _is_same_environment(command: str) -> bool:
     return Path(command).parent.parent.resolve() == Path(sys.prefix).resolve()
 
 
-def _devices() -> Iterator[Statement]:
+def _check_devices() -> Iterator[Statement]:
     import torch  # a second, and only needed here
 
     usable = machine.cores()
@@ -155,7 +160,7 @@ def _devices() -> Iterator[Statement]:
         "processor",
         "Processor",
         f"{machine.processor()}, {usable:g} usable core{'s' * (usable != 1)}",
-        f"{_blas()}, {torch.get_num_threads()} thread(s){f' ({settings})' if settings else ''}",
+        f"{_find_blas()}, {torch.get_num_threads()} thread(s){f' ({settings})' if settings else ''}",
     )
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -173,7 +178,7 @@ def _devices() -> Iterator[Statement]:
         yield make_statement("gpu", "GPU", "none: --device auto computes on the CPU")
 
 
-def _blas() -> str:
+def _find_blas() -> str:
     """Return the library of matrix products and eigenvalues that torch was built with."""
     import torch
 
@@ -181,7 +186,7 @@ def _blas() -> str:
     return f"torch with {match[1].upper()}" if match else "torch with an unknown BLAS"
 
 
-def _memory() -> Statement:
+def _check_memory() -> Statement:
     available, total = machine.memory()
     if total is None:
         return make_statement("memory", "Memory", "unknown on this system")
@@ -189,18 +194,18 @@ def _memory() -> Statement:
     return make_statement("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
 
 
-def _disk() -> Iterator[Statement]:
+def _check_disk() -> Iterator[Statement]:
     for key, label, folder in (
         ("folder", "This folder", Path.cwd()),
         ("temporary", "Temporary", Path(tempfile.gettempdir())),
     ):
         free = shutil.disk_usage(folder).free
         if not os.access(folder, os.W_OK):
-            yield make_statement(key, label, f"{_home(str(folder))} is not writable", level="warning")
+            yield make_statement(key, label, f"{_shorten_home(str(folder))} is not writable", level="warning")
         elif free < LITTLE_SPACE:
             fix = "make room" if key == "folder" else "free some space, or set TMPDIR to a larger disk"
             yield make_statement(
-                key, label, f"only {byte_count(free)} free in {_home(str(folder))}; {fix}", level="warning"
+                key, label, f"only {byte_count(free)} free in {_shorten_home(str(folder))}; {fix}", level="warning"
             )
         else:
             yield make_statement(key, label, f"{byte_count(free)} free", level="ok")
@@ -215,13 +220,18 @@ def _cache() -> Statement:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(there, os.W_OK):
         fix = "export HF_HOME=FOLDER with a folder of yours"
-        return make_statement("cache", "Hub cache", f"{_home(str(folder))} is not writable; {fix}", level="warning")
+        return make_statement(
+            "cache", "Hub cache", f"{_shorten_home(str(folder))} is not writable; {fix}", level="warning"
+        )
     return make_statement(
-        "cache", "Hub cache", f"{_home(str(folder))}, {byte_count(shutil.disk_usage(there).free)} free", level="ok"
+        "cache",
+        "Hub cache",
+        f"{_shorten_home(str(folder))}, {byte_count(shutil.disk_usage(there).free)} free",
+        level="ok",
     )
 
 
-def _ray() -> Iterator[Statement]:
+def _check_ray() -> Iterator[Statement]:
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         return
@@ -240,7 +250,7 @@ def _ray() -> Iterator[Statement]:
         yield make_statement("ray", "Ray cluster", f"RAY_ADDRESS={address} answers", level="ok")
 
 
-def _address(address: str) -> Statement:
+def _check_address(address: str) -> Statement:
     """Open a checkpoint or an adapter by its headers."""
     from lora_diag.inspection.run import inspect
     from lora_diag.running.fingerprint import legible
@@ -253,7 +263,7 @@ def _address(address: str) -> Statement:
     return make_statement("address", "Input", f"{label}: {inventory.kind}", level="ok", priority=0)
 
 
-def _home(path: str) -> str:
+def _shorten_home(path: str) -> str:
     """Return a path with the home folder as ``~``, so that the output can be pasted into an issue."""
     home = str(Path.home())
     return "~" + path[len(home) :] if home != "/" and (path == home or path.startswith(home + os.sep)) else path

@@ -44,7 +44,7 @@ def memory(
         kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
         available, total = int(kib["MemAvailable"]) << 10, int(kib["MemTotal"]) << 10
     except (OSError, KeyError):
-        return None, _physical()
+        return None, _read_physical_memory()
     try:
         limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no control group, or ``max``
@@ -52,7 +52,7 @@ def memory(
     return min(available, max(0, limit - used)), min(total, limit)
 
 
-def _physical() -> int | None:
+def _read_physical_memory() -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf

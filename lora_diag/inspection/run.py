@@ -47,20 +47,20 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
             path=legible(checkpoint.path),
             kind=legible(checkpoint.kind),
             notes=tuple(map(legible, (*checkpoint.notes, *notes))),
-            tensors=_tensors(checkpoint),
+            tensors=_list_tensors(checkpoint),
         )
     adapter = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     return Inventory(
         path=legible(adapter.path),
         kind=legible(adapter.kind),
         notes=tuple(map(legible, (*adapter.notes, *adapter.warnings()))),
-        tensors=_tensors(adapter.checkpoint),
+        tensors=_list_tensors(adapter.checkpoint),
         adapts=adapter.weights(),
         scaling=legible(adapter.reading.scaling),
     )
 
 
-def _tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
+def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
     return tuple(
         StoredTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
         for name in sorted(checkpoint, key=natural_order)

@@ -30,14 +30,14 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
         Lines of text, without a trailing newline.
     """
     grid = (
-        _grid(AdaptedWeight.shown, inventory.adapts)
+        _make_grid(AdaptedWeight.shown, inventory.adapts)
         if inventory.adapts
-        else _grid(StoredTensor.shown, inventory.tensors)
+        else _make_grid(StoredTensor.shown, inventory.tensors)
     )
-    return to_text(Group(Text(_headline(inventory)), *grid.shown(width)), width, color)
+    return to_text(Group(Text(_make_headline(inventory)), *grid.shown(width)), width, color)
 
 
-def _grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
+def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
     """Return one row for each module type and all that its records differ in."""
     groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
     for record in records:
@@ -46,7 +46,7 @@ def _grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight
     return grid_of(shown, [(safe(name), group) for (name, *_), group in groups.items()], "type")
 
 
-def _headline(inventory: Inventory) -> str:
+def _make_headline(inventory: Inventory) -> str:
     entries: Counter[str] = Counter()
     for tensor in inventory.tensors:
         entries[tensor.dtype] += math.prod(tensor.shape)

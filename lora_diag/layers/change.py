@@ -132,9 +132,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
             change.non_finite = COARSE
         matrix, change.matrix = change.matrix, None
         streamed = (
-            None
-            if fits or change.non_finite
-            else Streamed(partial(_subtracted_again, delta, dtype), delta.shape, dtype)
+            None if fits or change.non_finite else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
         )
         limit = allowance.limit if allowance else None
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
@@ -145,7 +143,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     if delta.base is not None:
         base_fro = norm(row_blocks(delta.base, delta.shape))  # read on the CPU in the time of a copy to the device
         if not math.isfinite(base_fro):
-            return Change(None, None, non_finite=_in_base(delta.base, delta.shape))
+            return Change(None, None, non_finite=_find_in_base(delta.base, delta.shape))
     if isinstance(delta, FactoredDelta):
         b, a = (move(factor, device) for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
@@ -164,7 +162,7 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
-def _subtracted_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
+def _subtract_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the rows of ΔW, subtracted again."""
     for base, tuned in delta.blocks():
         yield tuned.to(dtype) - base.to(dtype)
@@ -222,7 +220,7 @@ def _report_failed_allocations() -> Iterator[None]:
         raise
 
 
-def _in_base(side: Side, shape: tuple[int, int]) -> str:
+def _find_in_base(side: Side, shape: tuple[int, int]) -> str:
     """Return the position of the first entry of W_base that is not finite."""
     for (first, _), block in zip(row_spans(shape), row_blocks(side, shape), strict=True):
         if problem := first_non_finite("BASE holds", block, first):

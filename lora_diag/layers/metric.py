@@ -141,9 +141,9 @@ class Metric:
             gap, norm, inner = products(pairs)
         if why_not_comparable(norm):
             return Distances(), norm
-        return distances(fro, norm, gap, inner, self._floor(rank)), norm
+        return distances(fro, norm, gap, inner, self._lower_bound(rank)), norm
 
-    def _floor(self, rank: int | None) -> float | None:
+    def _lower_bound(self, rank: int | None) -> float | None:
         """Return √(1 − C(r))."""
         if rank is None or self.factors.fro == 0.0:
             return None
@@ -194,10 +194,10 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         c, g = (weighting_root.error for weighting_root in roots)
         moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
-    return Weighted(weighted, min(1.0, error), plain, _gains(change, delta.shape, roots), tuple(roots))
+    return Weighted(weighted, min(1.0, error), plain, _measure_gains(change, delta.shape, roots), tuple(roots))
 
 
-def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
+def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
     """Return the effect of the metric on rounding errors with variances that are products of row and column factors."""
     rounding = change.rounding.rounding if change.rounding else None
     gains, base, bound = [], 1.0, 1.0

@@ -99,7 +99,7 @@ class Estimate:
         """
         assert self.cells is not None
         row = 0
-        for posterior in _moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
+        for posterior in _posterior_moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
             block = posterior.mean
             if self.scales is not None:
                 block = block * self.scales.times(row, row + len(block))
@@ -109,7 +109,7 @@ class Estimate:
     def norm(self) -> float:
         """Return √E[‖X‖² | cells], of the L found."""
         assert self.cells is not None
-        return _norm(self.cells, self.deviation, self.shape, self.scales, self.low_rank) * self.unit
+        return _posterior_norm(self.cells, self.deviation, self.shape, self.scales, self.low_rank) * self.unit
 
     def matrix(self) -> Tensor:
         """Return E[X | cells] whole."""
@@ -145,10 +145,10 @@ def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
     whole = BLOCKS + 4 * 7 * math.prod(shape)
     if memory is None or whole <= memory:
         return whole
-    return min(memory, _least(shape) + 4 * math.prod(shape))
+    return min(memory, _min_bytes(shape) + 4 * math.prod(shape))
 
 
-def _least(shape: tuple[int, int]) -> int:
+def _min_bytes(shape: tuple[int, int]) -> int:
     """Return the memory of recovery in row blocks: held-out cells with their indices, and thin factors."""
     held_out = min(MOST_HELD_OUT, int(HELD_OUT * math.prod(shape)))
     small = 4 * math.prod(shape) if min(shape) <= WHOLE_UP_TO else 0
@@ -161,9 +161,9 @@ def refuse_cells(shape: tuple[int, int], memory: int | None) -> None:
     Raises:
         MemoryLimitError: It is.
     """
-    if memory is not None and _least(shape) > memory:
+    if memory is not None and _min_bytes(shape) > memory:
         size = "x".join(map(str, shape))
-        raise MemoryLimitError(f"{size}: its cells need {_least(shape) >> 20} MiB; give --memory more")
+        raise MemoryLimitError(f"{size}: its cells need {_min_bytes(shape) >> 20} MiB; give --memory more")
 
 
 @dataclass(slots=True)
@@ -313,19 +313,19 @@ class _Stream(Source):
 
     def rows(self, first: int, last: int) -> Cells:
         wanted = range(first // self._step, (last - 1) // self._step + 1)
-        self._known = {block: self._block(block) for block in wanted}
+        self._known = {block: self._read_block(block) for block in wanted}
         parts = []
         for block, cells in self._known.items():
             start = block * self._step
             parts.append(cells.rows(max(0, first - start), min(last - start, self._step)))
         return parts[0] if len(parts) == 1 else joined(parts)
 
-    def _block(self, block: int) -> Cells:
+    def _read_block(self, block: int) -> Cells:
         if block in self._known:
             return self._known[block]
         (rows, columns), first = self.shape, block * self._step
         last = min(rows, first + self._step)
-        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides(self._read.delta))
+        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _make_sides(self._read.delta))
         return self._read.cells(first, w, t, self._rounded)[0]
 
 
@@ -352,17 +352,19 @@ def recover_layer(
         MemoryLimitError: The limit is too small for row blocks.
     """
     refuse_cells(delta.shape, memory)
-    sample = [next(iter(side.checkpoint.read_each(side.name, [_head(side, delta.shape)]))) for side in _sides(delta)]
-    stored = [_Stored.of(side, part) for side, part in zip(_sides(delta), sample, strict=True)]
+    sample = [
+        next(iter(side.checkpoint.read_each(side.name, [_read_head(side, delta.shape)]))) for side in _make_sides(delta)
+    ]
+    stored = [_Stored.of(side, part) for side, part in zip(_make_sides(delta), sample, strict=True)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
-        return _refused(math.nan, f"the rounding cells of {side.info.stored} are unknown")
+        return _make_refusal(math.nan, f"the rounding cells of {side.info.stored} are unknown")
     if fro == 0.0:
-        return _refused(1.0, "no entry changed, so the size of the update has no lower bound")
+        return _make_refusal(1.0, "no entry changed, so the size of the update has no lower bound")
     unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
     read = _Read(stored[0], stored[1], delta, unit, device)
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
-    keep = memory is None or _least(delta.shape) + 4 * read.entries <= memory
+    keep = memory is None or _min_bytes(delta.shape) + 4 * read.entries <= memory
     every, stats = _read(read, whole_fits)
     unchanged = stats.unchanged / read.entries
     changed = read.entries - stats.unchanged
@@ -371,13 +373,13 @@ def recover_layer(
         reason = f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the entries are equal"
         return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
     if changed < MIN_COUNT:
-        return _refused(
+        return _make_refusal(
             unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
         )
     rms = math.sqrt(stats.square / read.entries)
     cells, start, start_gain = _start(every, rms)
     size = fit_size(cells, rms)
-    model = _model(read, cells, size, start, seed, keep)
+    model = _fit_model(read, cells, size, start, seed, keep)
     shaped = model.shaped
     fit, size, scales = model.fit, model.size, model.scales
     common: dict[str, Any] = {
@@ -405,10 +407,10 @@ def recover_layer(
         whole, error = density.deviation * math.sqrt(model.cells.count), density.error
         common["kurtosis"] = density.kurtosis
     elif scales is not None:
-        whole = _norm(model.cells, size.deviation, NORMAL, scales, None)
+        whole = _posterior_norm(model.cells, size.deviation, NORMAL, scales, None)
     # A single variance does not fit, so there is no single size.
     if model.recovered is not None and recovered.low_rank is not None:
-        whole = _norm(model.cells, recovered.deviation, NORMAL, scales, recovered.low_rank)
+        whole = _posterior_norm(model.cells, recovered.deviation, NORMAL, scales, recovered.low_rank)
     error *= math.sqrt(max(1.0, fit.chi or 1.0))
     common |= {
         "fro_estimate": whole * read.unit,
@@ -420,7 +422,7 @@ def recover_layer(
         if shaped is None:
             return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
         return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
-    curve, curves = _curves(recovered, size, scales, whole, error, ranks, read.unit)
+    curve, curves = _energy_curves(recovered, size, scales, whole, error, ranks, read.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",
@@ -457,18 +459,18 @@ class _Model:
     shaped: Shaped | None = None
 
 
-def _model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
+def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
     """Return the first that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
 
     An update of rank 1 or 2 has entries of very different sizes, and L is what explains them.
     """
     shaped = fit_shape(cells, size.deviation)
-    expected = _binades(read, cells, shaped.deviation, shaped.shape, None, start)
+    expected = _compare_binades(read, cells, shaped.deviation, shaped.shape, None, start)
     plain = _Model(cells, size, None, expected, shaped=shaped)
     tried = [plain]
     if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, parts, fitted = scaled
-        fit = _binades(read, parts, fitted.deviation, NORMAL, scales, start)
+        fit = _compare_binades(read, parts, fitted.deviation, NORMAL, scales, start)
         tried.append(_Model(parts, fitted, scales, fit))
     for model in tried:
         if not model.fit.is_rejected(start):
@@ -476,13 +478,15 @@ def _model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep
     for model in tried:
         recovered = recover(model.cells, model.size, seed, keep)
         if recovered.low_rank is not None:
-            fit = _binades(read, model.cells, recovered.deviation, NORMAL, model.scales, start, recovered.low_rank)
+            fit = _compare_binades(
+                read, model.cells, recovered.deviation, NORMAL, model.scales, start, recovered.low_rank
+            )
             if not fit.is_rejected(start):
                 return replace(model, fit=fit, recovered=recovered, shaped=None)
     return plain
 
 
-def _refused(unchanged: float, reason: str) -> Estimate:
+def _make_refusal(unchanged: float, reason: str) -> Estimate:
     return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged if unchanged == unchanged else 0.0))
 
 
@@ -500,9 +504,11 @@ def hidden_energy(delta: StoredDelta) -> float:
     spans = [(first, min(rows, first + each)) for first in places]
     blocks = [
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
-        for side in _sides(delta)
+        for side in _make_sides(delta)
     ]
-    stored = [_Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(_sides(delta), blocks, strict=True)]
+    stored = [
+        _Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(_make_sides(delta), blocks, strict=True)
+    ]
     square = sum(float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True))
     if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
         return 0.0
@@ -518,11 +524,11 @@ def hidden_energy(delta: StoredDelta) -> float:
     return missing * read.unit**2 * math.prod(delta.shape) / count
 
 
-def _sides(delta: StoredDelta) -> tuple[Side, Side]:
+def _make_sides(delta: StoredDelta) -> tuple[Side, Side]:
     return delta.base, delta.tuned
 
 
-def _head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
+def _read_head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
     """Return the entries that determine the format of most values."""
     return side.offset, side.offset + min(math.prod(shape), 2**16)
 
@@ -562,7 +568,7 @@ def _start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | N
     return (every, "rounded", gain) if gain > 0 else (every.exact_start(), "stored", gain)
 
 
-def _binades(
+def _compare_binades(
     read: _Read,
     stored: Source,
     deviation: float,
@@ -597,7 +603,7 @@ def _binades(
     return counts
 
 
-def _moments(
+def _posterior_moments(
     cells: Source,
     deviation: float,
     shape: Shape,
@@ -613,10 +619,12 @@ def _moments(
             yield moments(block, low_rank.rows(first, last), deviation)
 
 
-def _norm(cells: Source, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
+def _posterior_norm(
+    cells: Source, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None
+) -> float:
     """Return √ΣE[x² | cells] before division by the scales."""
     total, row = 0.0, 0
-    for posterior in _moments(cells, deviation, shape, low_rank):
+    for posterior in _posterior_moments(cells, deviation, shape, low_rank):
         square = posterior.mean.square() + posterior.variance
         if scales is not None:
             square = square * scales.times(row, row + len(square)) ** 2
@@ -625,7 +633,7 @@ def _norm(cells: Source, deviation: float, shape: Shape, scales: Scales | None, 
     return math.sqrt(total)
 
 
-def _curves(
+def _energy_curves(
     recovered: Recovered,
     size: Size,
     scales: Scales | None,

@@ -34,7 +34,7 @@ _LOWEST, _BINADES = -1100, 2200
 MIN_COUNT, LEAST_KNOWN = 50, 0.01
 
 
-def _zeros() -> Tensor:
+def _make_zeros() -> Tensor:
     return torch.zeros(_BINADES, dtype=torch.float64)
 
 
@@ -53,13 +53,13 @@ class Binades:
         most_uneven: Largest ``uneven`` of an accepted fit.
     """
 
-    entries: Tensor = field(default_factory=_zeros)
-    changed: Tensor = field(default_factory=_zeros)
-    expected: Tensor = field(default_factory=_zeros)
-    variance: Tensor = field(default_factory=_zeros)
-    square: Tensor = field(default_factory=_zeros)
-    scatter: Tensor = field(default_factory=_zeros)
-    known: Tensor = field(default_factory=_zeros)
+    entries: Tensor = field(default_factory=_make_zeros)
+    changed: Tensor = field(default_factory=_make_zeros)
+    expected: Tensor = field(default_factory=_make_zeros)
+    variance: Tensor = field(default_factory=_make_zeros)
+    square: Tensor = field(default_factory=_make_zeros)
+    scatter: Tensor = field(default_factory=_make_zeros)
+    known: Tensor = field(default_factory=_make_zeros)
     most_uneven: float = MOST_UNEVEN
 
     def add(self, base: Tensor, changed: Tensor, probability: Tensor, square: Tensor, known: Tensor) -> None:

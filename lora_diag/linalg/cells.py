@@ -131,7 +131,7 @@ class Source(ABC):
         """Return entries by row-major index, ascending, as one row."""
         columns, parts = self.shape[1], []
         for first, last in self.spans():
-            inside = _between(entries, first * columns, last * columns)
+            inside = _select_between(entries, first * columns, last * columns)
             if len(inside):
                 parts.append(self.rows(first, last).at(inside - first * columns))
         return joined(parts, 1)
@@ -145,7 +145,7 @@ class Source(ABC):
         return Opened(self, entries)
 
 
-def _between(entries: Tensor, first: int, last: int) -> Tensor:
+def _select_between(entries: Tensor, first: int, last: int) -> Tensor:
     """Return the ascending indices in a range."""
     ends = torch.tensor([first, last], device=entries.device)
     start, stop = torch.searchsorted(entries, ends).tolist()
@@ -251,7 +251,7 @@ class Opened(Derived):
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows."""
         known, columns = self.cells.rows(first, last), self.shape[1]
-        inside = _between(self.entries, first * columns, last * columns) - first * columns
+        inside = _select_between(self.entries, first * columns, last * columns) - first * columns
         low, high = known.lo.clone(), known.hi.clone()
         low.view(-1)[inside], high.view(-1)[inside] = -math.inf, math.inf
         return replace(known, lo=low, hi=high)

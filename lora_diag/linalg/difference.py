@@ -127,20 +127,20 @@ def difference(
     same = row = 0
     unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
-    for base, tuned, block_steps in _pieces(blocks, spacings, device):
+    for base, tuned, block_steps in _move_blocks(blocks, spacings, device):
         dtype = torch.promote_types(wide(base.dtype), wide(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm: float | Tensor
         base_norm: float | Tensor
         unchanged: int | Tensor
         if device.type == "cpu":
-            norm, base_norm, unchanged = _sizes(block, base, tuned)
+            norm, base_norm, unchanged = _measure_sizes(block, base, tuned)
             if not math.isfinite(norm + base_norm):
-                return _not_finite(_why_not_finite(base, tuned, block, row))
+                return _make_not_finite(_explain_not_finite(base, tuned, block, row))
             fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
             same += unchanged
         else:
-            norm, base_norm, unchanged = sizes = _sizes_on_gpu(block, base, tuned)
+            norm, base_norm, unchanged = sizes = _measure_sizes_on_gpu(block, base, tuned)
             unread += sizes
         read.add(
             base,
@@ -153,14 +153,14 @@ def difference(
         )
         if keep:
             if matrix is None:
-                matrix = _empty(shape, dtype, device)
+                matrix = _allocate(shape, dtype, device)
             matrix[row : row + len(block)] = block
         row += len(block)
     if fetched := read.fetch(unread):
         fro, base_fro = math.hypot(*fetched[::3]), math.hypot(*fetched[1::3])
         same = int(sum(fetched[2::3]))
         if not math.isfinite(fro + base_fro):
-            return _not_finite("an entry is not finite")
+            return _make_not_finite("an entry is not finite")
     return Difference(
         matrix=matrix,
         fro=fro,
@@ -259,17 +259,17 @@ def norm(blocks: Iterable[Tensor]) -> float:
     return math.hypot(*(_norm(block) for block in blocks))
 
 
-def _sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
+def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
     """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and the number of bit-identical entries, from one transfer."""
     norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base)]
-    norm, base_norm, unchanged = torch.stack([*norms, _unchanged(base, tuned).to(torch.float64)]).tolist()
+    norm, base_norm, unchanged = torch.stack([*norms, _count_unchanged(base, tuned).to(torch.float64)]).tolist()
     if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow
         norm, base_norm = _norm(block), _norm(base)
     return norm, base_norm, int(unchanged)
 
 
-def _sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
-    """As ``_sizes``, without reading them."""
+def _measure_sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
+    """As ``_measure_sizes``, without reading them."""
     norms = []
     for matrix in (block, base):
         if matrix.dtype == torch.float64:  # the squares may underflow or overflow
@@ -277,7 +277,7 @@ def _sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
             norms.append(torch.linalg.vector_norm(matrix / largest) * largest)
         else:
             norms.append(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-    return [*norms, _unchanged(base, tuned)]
+    return [*norms, _count_unchanged(base, tuned)]
 
 
 def _norm(block: Tensor) -> float:
@@ -288,7 +288,7 @@ def _norm(block: Tensor) -> float:
     return plain if largest in {0.0, math.inf} or math.isnan(largest) else largest * _norm(block / largest)
 
 
-def _pieces(
+def _move_blocks(
     blocks: Iterable[tuple[Tensor, Tensor]],
     steps: Iterable[tuple[Tensor | None, Tensor | None]],
     device: torch.device,
@@ -303,10 +303,10 @@ def _pieces(
             held.append((move(base, device), move(tuned, device), *moved))
             entries += base.numel()
             if entries >= GPU_PIECE:
-                yield _joined(held)
+                yield _join_blocks(held)
                 held, entries = [], 0
         if held:
-            yield _joined(held)
+            yield _join_blocks(held)
         return
     for (base, tuned), (base_step, tuned_step) in pairs:
         rows = max(1, PIECE // max(1, base.shape[1]))
@@ -319,7 +319,7 @@ def _pieces(
         )
 
 
-def _joined(
+def _join_blocks(
     held: list[tuple[Tensor | None, ...]],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Return blocks and their spacings as one block."""
@@ -332,7 +332,7 @@ def _joined(
     return base, tuned, (steps[0], steps[1])
 
 
-def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _allocate(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory for ΔW in the layout in which the rows of its taller side are contiguous.
 
     ``linalg.streamed.normal`` then reads it once for two products. At 2048×8192 writing takes 17 ms longer, and ten
@@ -343,7 +343,7 @@ def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _unchanged(base: Tensor, tuned: Tensor) -> Tensor:
+def _count_unchanged(base: Tensor, tuned: Tensor) -> Tensor:
     """Count bit-identical entries; across dtypes, equal entries."""
     if base.dtype != tuned.dtype:
         return torch.count_nonzero(base == tuned)
@@ -372,11 +372,11 @@ def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | No
     return f"{words} {float(values[row, column])} at [{first_row + row}, {column}]"
 
 
-def _not_finite(why: str) -> Difference:
+def _make_not_finite(why: str) -> Difference:
     return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
 
 
-def _why_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:
+def _explain_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:
     return (
         first_non_finite("BASE holds", base, row)
         or first_non_finite("TUNED holds", tuned, row)

@@ -99,18 +99,18 @@ def eigenpairs(
         return y.cpu().numpy()
 
     if size <= max(DENSE, count + 1):
-        values, vectors = _dense(times, size, count, end)
+        values, vectors = _solve_dense(times, size, count, end)
     elif end == "largest":
-        values, vectors = _lanczos(times, size, count, end, seed)
+        values, vectors = _run_lanczos(times, size, count, end, seed)
     else:
-        values, vectors = _lanczos(lambda x: largest * x.reshape(-1) - times(x), size, count, end, seed)
+        values, vectors = _run_lanczos(lambda x: largest * x.reshape(-1) - times(x), size, count, end, seed)
         values = largest - values
     first = vectors[:, 0]
     residual = torch.from_numpy(times(first.numpy())).double() - values[0] * first.double()
     return Eigenpairs(values, vectors.to(device), float(residual.norm()), calls)
 
 
-def _dense(times: Callable[[Any], Any], size: int, count: int, end: str) -> tuple[Tensor, Tensor]:
+def _solve_dense(times: Callable[[Any], Any], size: int, count: int, end: str) -> tuple[Tensor, Tensor]:
     columns = torch.stack([torch.from_numpy(times(unit.numpy())) for unit in torch.eye(size)], 1).double()
     values, vectors = torch.linalg.eigh((columns + columns.T) / 2)
     if end == "largest":
@@ -118,7 +118,7 @@ def _dense(times: Callable[[Any], Any], size: int, count: int, end: str) -> tupl
     return values[:count], vectors[:, :count].float()
 
 
-def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed: int) -> tuple[Tensor, Tensor]:
+def _run_lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, generator=generator)
     operator = LinearOperator((size, size), matvec=times, dtype="float32")

@@ -67,13 +67,13 @@ def decompose_gram(
     k, n = tall.shape
     u = v = None
     if vectors:
-        eigenvalues, eigenvectors = _eigenvectors(solvable(_gram(tall, cached_blocks)), top)
-        u, v = _left_vectors(tall, move(eigenvectors.flip(1), tall.device))
+        eigenvalues, eigenvectors = _compute_eigenvectors(solvable(_compute_gram(tall, cached_blocks)), top)
+        u, v = _compute_left_vectors(tall, move(eigenvectors.flip(1), tall.device))
     else:
-        eigenvalues = _eigenvalues(solvable(_gram(tall, cached_blocks)), in_place)
+        eigenvalues = _compute_eigenvalues(solvable(_compute_gram(tall, cached_blocks)), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
-    error = _energy_error(k, squares, len(kept), fro)
+    error = _bound_energy_error(k, squares, len(kept), fro)
     if u is not None and v is not None:
         u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
         return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
@@ -112,11 +112,11 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     squares = torch.linalg.eigvalsh(solvable(gram), UPLO="L").clamp_(min=0).flip(0).cpu()
     possible = min(len(gram), rows)
     kept = squares[:possible][:top].sqrt()
-    error = _energy_error(rows, squares, len(kept), fro / scale)
+    error = _bound_energy_error(rows, squares, len(kept), fro / scale)
     return Factors(kept * scale, len(kept) == possible, "gram", error, fro)
 
 
-def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
+def _bound_energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
     """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², with k terms per sum."""
     if not fro:
         return 0.0
@@ -125,7 +125,7 @@ def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
     return math.sqrt(kept) * gamma + kept * len(squares) * epsilon * float(squares[0]) / fro**2
 
 
-def _gram(tall: Matrix, cached_blocks: int) -> Tensor:
+def _compute_gram(tall: Matrix, cached_blocks: int) -> Tensor:
     """Return the lower triangle of AᵀA, for A or its transpose in memory or in row blocks."""
     if not isinstance(tall, Streamed):
         return gram_matrix(tall)
@@ -159,7 +159,7 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
     return gram
 
 
-def _eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
+def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
     """Return the eigenvalues of a symmetric matrix given by its lower triangle, which may be overwritten."""
     values: Tensor
     if gram.is_cuda or not (in_place or len(gram) >= IN_PLACE_FROM):
@@ -175,19 +175,19 @@ def _eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
     return values
 
 
-def _eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
+def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, the ``top`` largest or all, and the eigenvectors of the ``top`` largest."""
     n = len(gram)
     alone = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
     if top is not None and alone and n >= SUBSET_FROM and top <= SUBSET_SHARE * n:
-        largest = _largest(gram, top)
+        largest = _compute_largest(gram, top)
         if largest is not None:
             return largest
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     return values, vectors if top is None else vectors[:, -top:]
 
 
-def _largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
+def _compute_largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     """Return the largest eigenvalues, ascending, and their vectors, by bisection and inverse iteration.
 
     None if inverse iteration does not converge, or if bisection cannot separate the ``top``-th value from the next ones
@@ -206,7 +206,7 @@ def _largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     return (torch.from_numpy(values), torch.from_numpy(vectors)) if len(values) == top else None
 
 
-def _left_vectors(matrix: Matrix, v: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_left_vectors(matrix: Matrix, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return U and V with A·V = U·Σ. A·V has orthogonal columns; QR makes them orthonormal, also for σ = 0."""
     u, r = torch.linalg.qr(times_wide(matrix, v))
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)

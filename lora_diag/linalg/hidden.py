@@ -120,23 +120,23 @@ def fit_size(cells: Source, guess: float) -> Size:
     if total > 2 * SAMPLE:
         # An odd step, so that entries are not from a few columns only.
         deviation = _iterate(cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device)), deviation)
-        return _last_steps(cells, deviation)
-    return _last_steps(cells, _iterate(cells, deviation))
+        return _refine(cells, deviation)
+    return _refine(cells, _iterate(cells, deviation))
 
 
 def _iterate(cells: Source, deviation: float) -> float:
     for _ in range(60):
-        step = _step(_flat(cells, deviation, fast=True))
+        step = _scoring_step(_sum_moments(cells, deviation, fast=True))
         deviation *= math.exp(step)
         if abs(step) < 1e-4:
             break
     return deviation
 
 
-def _last_steps(cells: Source, deviation: float) -> Size:
+def _refine(cells: Source, deviation: float) -> Size:
     for _ in range(8):
-        sums = _flat(cells, deviation)
-        step = _step(sums)
+        sums = _sum_moments(cells, deviation)
+        step = _scoring_step(sums)
         if abs(step) < 1e-4:
             break
         deviation *= math.exp(step)
@@ -170,7 +170,7 @@ class _Sums:
         return 1 / math.sqrt(self.scores) if self.scores > 0 else math.inf
 
 
-def _flat(cells: Source, deviation: float, fast: bool = False) -> _Sums:
+def _sum_moments(cells: Source, deviation: float, fast: bool = False) -> _Sums:
     sums = _Sums()
     for first, last in cells.spans():
         given = moments(cells.rows(first, last), 0.0, deviation, fast)
@@ -183,7 +183,7 @@ def _flat(cells: Source, deviation: float, fast: bool = False) -> _Sums:
     return sums
 
 
-def _step(sums: _Sums) -> float:
+def _scoring_step(sums: _Sums) -> float:
     """Return a step of log s, of at most a factor of 3."""
     return max(-1.1, min(1.1, 0.5 * math.log(sums.square / sums.entries) / sums.information))
 
@@ -239,7 +239,7 @@ class HeldOut:
         return deviation
 
 
-def _lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[Tensor, float]:
+def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[Tensor, float]:
     """Return the likeliest length of X in each direction of L by cells that L does not know, and its standard error."""
     part = held_out.part()
     rows, columns = part.entries // low_rank.vh.shape[1], part.entries % low_rank.vh.shape[1]
@@ -258,7 +258,7 @@ def _lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[Te
     return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
 
 
-def _stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[float, Tensor]:
+def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[float, Tensor]:
     """Compare the lengths of L with those that held-out cells show.
 
     Shrinkage takes x to η, its length in the direction that was found. Where few entries changed both are too small,
@@ -269,7 +269,7 @@ def _stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[fl
         A factor γ ≥ 1 of all values, with a normal prior around 1; and the largest Σ_{i≤r}x_i² that held-out cells
         allow over the estimated one, for every r, at least 1.
     """
-    lengths, error = _lengths(held_out, low_rank, deviation)
+    lengths, error = _estimate_lengths(held_out, low_rank, deviation)
     eta = low_rank.values.eta.double().cpu()
     square = float(eta.square().sum())
     excess = float((lengths * eta).sum()) / square - 1
@@ -310,7 +310,7 @@ def fit_low_rank(
     converged, iteration = False, 0
     for iteration in range(1, MOST_ITERATIONS + 1):
         posterior = _Posterior(cells, mean, deviation, stored)
-        new = _shrunk_svd(posterior, basis, seed)
+        new = _compute_shrunk_svd(posterior, basis, seed)
         basis = new.basis
         estimate = LowRank(new.u, new.vh, new.values, deviation, posterior.information, iteration, False)
         if rule == "held_out":
@@ -321,7 +321,7 @@ def fit_low_rank(
             step = math.log(total * math.sqrt(left) / deviation)
             step = max(-LARGEST_STEP, min(LARGEST_STEP, step))
         deviation *= math.exp(step)
-        moved = _gap(estimate, current)
+        moved = _distance(estimate, current)
         scale = max(float((estimate.values.eta**2).sum()) ** 0.5, 0.01 * whole)
         if estimate.rank == 0 and current is None:
             converged = True
@@ -385,7 +385,7 @@ class _Decomposed:
     basis: Tensor | None
 
 
-def _shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Decomposed:
+def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Decomposed:
     """Return the shrunk singular values above the noise edge, with vectors and an initial basis for the next call."""
     shape = posterior.cells.shape
     smaller = min(shape)
@@ -400,7 +400,7 @@ def _shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Deco
     while True:
         width = min(width, smaller)
         passes = 3 if basis is None else 1
-        basis = _widened(basis, shape[1], width, posterior.cells.device, seed)
+        basis = _widen_basis(basis, shape[1], width, posterior.cells.device, seed)
         for _ in range(passes):
             left = torch.linalg.qr(streamed.times(basis))[0]
             projected = streamed.T.times(left).T
@@ -414,7 +414,7 @@ def _shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Deco
         basis, width = vh.T.float(), 2 * width
 
 
-def _widened(basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int) -> Tensor:
+def _widen_basis(basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int) -> Tensor:
     known = 0 if basis is None else basis.shape[1]
     fresh = torch.randn(columns, width - known, generator=torch.Generator().manual_seed(seed)).to(device)
     return fresh if basis is None else torch.cat([basis, fresh / math.sqrt(columns)], 1)
@@ -428,7 +428,7 @@ def _inner(first: LowRank, second: LowRank) -> float:
     return float(first.values.eta.to(inside) @ inside @ second.values.eta.to(inside))
 
 
-def _gap(first: LowRank, second: LowRank | None) -> float:
+def _distance(first: LowRank, second: LowRank | None) -> float:
     """Return ‖L − L'‖_F."""
     square = float((first.values.eta**2).sum())
     if second is None:
@@ -501,7 +501,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         seed: Seed of the held-out cells.
         keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed twice.
     """
-    entries = _held_out(cells.shape, seed, cells.device)
+    entries = _draw_held_out(cells.shape, seed, cells.device)
     hidden = HeldOut(cells.at(entries), entries)
     known = cells.opened(entries)
     flat = moments(hidden.cells, 0.0, size.deviation).log_mass
@@ -527,7 +527,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         if _in_standard_errors(other_gains - gains) > BETTER:
             low_rank, rule, deviation, gains = fit, other_rule, likeliest, other_gains
     whole = fit_low_rank(cells, size, rule, low_rank, seed, keep=keep)
-    stretch, upper = _stretch(hidden, low_rank, deviation)
+    stretch, upper = _estimate_stretch(hidden, low_rank, deviation)
     longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
     if stretch > 1:
         deviation = hidden.deviation(
@@ -536,7 +536,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper)
 
 
-def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
+def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """Return the held-out entries as row-major indices, ascending; at least one."""
     total = math.prod(shape)
     share, random, parts = min(HELD_OUT, MOST_HELD_OUT / total), torch.Generator().manual_seed(seed), []

@@ -62,7 +62,7 @@ def fit_density(cells: Source, deviation: float) -> Density:
         sample = cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device))
         unit = fit_size(sample, deviation).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
-    likelihood = _likelihood(sample, grid * unit, KERNEL * unit)
+    likelihood = _compute_likelihood(sample, grid * unit, KERNEL * unit)
     weights, scores, features = _fit(likelihood, grid)
     square = grid**2 + KERNEL**2
     mean = float(weights @ square)
@@ -73,7 +73,7 @@ def fit_density(cells: Source, deviation: float) -> Density:
     return Density(deviation * math.sqrt(mean), math.sqrt(sampling + MISFIT**2), fourth / mean**2)
 
 
-def _likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:
+def _compute_likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:
     """Return the likelihood of every cell at every |x|, up to a factor per cell."""
     columns = []
     for point in points.tolist():

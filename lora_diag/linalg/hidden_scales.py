@@ -75,19 +75,19 @@ def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
         The scales, the cells divided by them, and the size of their contents; None if one variance explains the cells
         equally well, by the score test or the Bayesian information criterion.
     """
-    scores = _sums(cells, size.deviation)
-    if max(_excess(scores, dim) for dim in (0, 1)) < DIFFERENT:
+    scores = _sum_moments(cells, size.deviation)
+    if max(_excess_variation(scores, dim) for dim in (0, 1)) < DIFFERENT:
         return None
     log_rows, log_columns = (torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     deviation, parts = size.deviation, cells
     for turn in range(2 * ROUNDS):
         dim = turn % 2
         logs = log_columns if dim else log_rows
-        logs += _newton(scores, dim, logs)
+        logs += _newton_step(scores, dim, logs)
         logs -= logs.mean()
         scales = Scales(*((part / 2).exp().float().to(cells.device) for part in (log_rows, log_columns)))
         parts = scales.divide(cells)
-        scores = _sums(parts, deviation)
+        scores = _sum_moments(parts, deviation)
         deviation *= math.exp(max(-0.5, min(0.5, 0.5 * scores.level)))
     fitted = fit_size(parts, deviation)
     # Cells divided by √(a_i·b_j) have the same probabilities, so that the likelihoods are comparable.
@@ -107,7 +107,7 @@ class _Scores:
     level: float
 
 
-def _sums(cells: Source, deviation: float) -> _Scores:
+def _sum_moments(cells: Source, deviation: float) -> _Scores:
     score = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     squares = 0.0
@@ -123,14 +123,14 @@ def _sums(cells: Source, deviation: float) -> _Scores:
     return _Scores((score[0], score[1]), (known[0], known[1]), squares / 4 / total, float(score[0].sum()) / total)
 
 
-def _excess(scores: _Scores, dim: int) -> float:
+def _excess_variation(scores: _Scores, dim: int) -> float:
     """Return the excess variation of the scores of rows (0) or columns (1) over chance, in standard deviations."""
     information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
     chi = float(((scores.score[dim] / 2) ** 2 / information).sum())
     return (chi - len(information)) / math.sqrt(2 * len(information))
 
 
-def _newton(scores: _Scores, dim: int, logs: Tensor) -> Tensor:
+def _newton_step(scores: _Scores, dim: int, logs: Tensor) -> Tensor:
     """Return a step of log a (dim 0) or log b, with the variance of its prior fitted by expectation maximization."""
     information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
     gradient = scores.score[dim] / 2

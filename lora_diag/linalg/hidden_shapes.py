@@ -45,7 +45,7 @@ class Shape:
         if len(self.parts) == 1:
             return moments(cells, 0.0, deviation, fast)
         parts = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
-        share, total = _shares([part[0] for part in self.parts], parts)
+        share, total = _posterior_shares([part[0] for part in self.parts], parts)
         center = sum(p * part_moments.mean for p, part_moments in zip(share, parts, strict=True))
         assert isinstance(center, Tensor)
         variance = sum(
@@ -56,7 +56,7 @@ class Shape:
         return Moments(center, variance, total)
 
 
-def _shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]:
+def _posterior_shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]:
     """Return the posterior probability of each part, and the logarithm of the likelihood."""
     logs = torch.stack(
         [part_moments.log_mass + math.log(weight) for weight, part_moments in zip(weights, parts, strict=True)]
@@ -65,14 +65,14 @@ def _shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]
     return (logs - total).exp(), total
 
 
-def _flat(points: int, rho: float) -> Shape:
+def _make_flat(points: int, rho: float) -> Shape:
     """Return evenly spaced points of variance ρ, each spread by a variance of 1 − ρ."""
     offsets = [2 * k + 1 - points for k in range(points)]
     unit = math.sqrt(rho / (sum(place**2 for place in offsets) / points))
     return Shape(tuple((1 / points, place * unit, math.sqrt(1 - rho)) for place in offsets))
 
 
-def _heavy(sigma: float) -> Shape:
+def _make_heavy(sigma: float) -> Shape:
     scales = [math.exp(sigma * point) for point in (-math.sqrt(3), 0.0, math.sqrt(3))]
     weights = (1 / 6, 2 / 3, 1 / 6)
     unit = math.sqrt(sum(weight * scale**2 for weight, scale in zip(weights, scales, strict=True)))
@@ -80,8 +80,8 @@ def _heavy(sigma: float) -> Shape:
 
 
 NORMAL = Shape(((1.0, 0.0, 1.0),))
-FLATTER = (_flat(2, 0.4), _flat(4, 0.8), _flat(4, 0.92), _flat(2, 0.88))
-HEAVIER = tuple(map(_heavy, (0.2, 0.35, 0.5)))
+FLATTER = (_make_flat(2, 0.4), _make_flat(4, 0.8), _make_flat(4, 0.92), _make_flat(2, 0.88))
+HEAVIER = tuple(map(_make_heavy, (0.2, 0.35, 0.5)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +107,13 @@ class _Sums:
     entries: int = 0
 
 
-def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
+def _sum_scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
     """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, and of log-likelihoods."""
     sums = _Sums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
         parts = [moments(block, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
-        share, total = _shares([part[0] for part in shape.parts], parts)
+        share, total = _posterior_shares([part[0] for part in shape.parts], parts)
         score = torch.zeros_like(total)
         for p, part_moments, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
             square = part_moments.variance + part_moments.mean**2
@@ -127,13 +127,13 @@ def _scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) ->
 
 def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
     """Return the scale of the largest likelihood, by steps of the score over its own variance."""
-    sums = _scores(cells, shape, deviation)
+    sums = _sum_scores(cells, shape, deviation)
     for _ in range(STEPS):
         step = max(-0.3, min(0.3, sums.score / max(sums.squares, 1e-9)))
         if abs(step) < 2e-3:
             break
         deviation *= math.exp(step)
-        sums = _scores(cells, shape, deviation)
+        sums = _sum_scores(cells, shape, deviation)
     return deviation, sums
 
 

@@ -128,13 +128,13 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     needed = gram_bytes(matrix.shape, allowance, in_place)
     tried = tries_krylov(matrix.shape, allowance.method, allowance.top, allowance.vectors)
     if allowance.top and (tried or (allowance.method == "auto" and needed > left)):
-        largest = _largest_basis(matrix.shape, allowance.top, left)
+        largest = _find_largest_basis(matrix.shape, allowance.top, left)
         budget = math.inf if needed > left else budget_of(allowance.method)
         factors = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget)
         if factors is not None:
             return factors
     if allowance.method == "exact" or needed > left:
-        raise MemoryLimitError(_memory_message(matrix.shape, allowance))
+        raise MemoryLimitError(_make_memory_message(matrix.shape, allowance))
     # The remaining memory holds rows of a wide matrix, so that it is read fewer times.
     block = F4 * max(matrix.shape[1], 2**20)
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
@@ -157,13 +157,13 @@ def require(needed: int, limit: int, shape: tuple[int, int], description: str, w
         >>> require(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
     """
     if needed > limit:
-        left = f"{shape[0]}x{shape[1]}: --memory leaves {_size(limit)} for a layer"
+        left = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(limit)} for a layer"
         raise MemoryLimitError(
-            f"{left}, and {description} {_size(needed)}; {_more(needed, Allowance(limit))}, or {way}"
+            f"{left}, and {description} {_format_size(needed)}; {_suggest_memory(needed, Allowance(limit))}, or {way}"
         )
 
 
-def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
+def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
     """Return the largest number of basis columns that fits."""
     basis = int(LARGEST_BASIS * min(shape))
     while basis > 0 and krylov_bytes(shape, top, basis) > left:
@@ -171,31 +171,38 @@ def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
     return basis
 
 
-def _memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
+def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     """Return a message with the required memory and a fix."""
     small = min(shape)
-    problem = f"{shape[0]}x{shape[1]}: --memory leaves {_size(allowance.limit)} for a layer"
+    problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
         return (
-            f"{problem}, and exact takes {_size(whole_bytes(shape, allowance))}; --method gram reads it in row blocks"
+            f"{problem}, and exact takes {_format_size(whole_bytes(shape, allowance))}; --method gram reads it in "
+            "row blocks"
         )
     needed = READING + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
     krylov = READING + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
     if allowance.top is None and krylov < needed:
-        more = _more(needed, allowance)
-        return f"{problem}, and all values take {_size(needed)}; {more}, or --top {top} ({_size(krylov)} if they decay)"
+        more = _suggest_memory(needed, allowance)
+        return (
+            f"{problem}, and all values take {_format_size(needed)}; {more}, or --top {top} "
+            f"({_format_size(krylov)} if they decay)"
+        )
     if krylov <= allowance.limit:
         flat = "its spectrum is too flat for krylov within that"
-        return f"{problem}, {flat}, and gram takes {_size(needed)}; {_more(needed, allowance)}"
+        return f"{problem}, {flat}, and gram takes {_format_size(needed)}; {_suggest_memory(needed, allowance)}"
     least = min(krylov, needed)
-    return f"{problem}, and it takes {_size(least)} at least; {_more(least, allowance)}, or fewer values with --top K"
+    return (
+        f"{problem}, and it takes {_format_size(least)} at least; {_suggest_memory(least, allowance)}, or fewer "
+        "values with --top K"
+    )
 
 
-def _more(needed: int, allowance: Allowance) -> str:
+def _suggest_memory(needed: int, allowance: Allowance) -> str:
     """Return the missing memory; with ``--workers N``, N times as much is needed, since a layer gets one Nth."""
-    return f"give {_size(needed - allowance.limit + 10**6)} more (times --workers)"
+    return f"give {_format_size(needed - allowance.limit + 10**6)} more (times --workers)"
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

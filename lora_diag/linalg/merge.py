@@ -358,7 +358,7 @@ def check_merge(
         (0, 1)
     """
     rows, columns = shape
-    check = Check(_counts(rows, columns), _counts(rows, columns))
+    check = Check(_make_counts(rows, columns), _make_counts(rows, columns))
     check.bias, check.variance = addend.bias(), addend.shared_noise(rounding)
     if isinstance(addend, Product) or not addend.exact:
         check.roundoff, check.least = rounding.roundoff, smallest(rounding.dtype) / 2
@@ -387,7 +387,7 @@ def check_merge(
     return check
 
 
-def _counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _make_counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64)
 
 

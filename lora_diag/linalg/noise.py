@@ -147,7 +147,7 @@ class Energies:
             base: Block of W_base.
             unchanged: True where ΔW is 0; None if nowhere.
         """
-        bins = _bins(base)
+        bins = _compute_bins(base)
         parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
         for part, changes in parts:  # stays in the cache
             squares = changes.to(torch.float64).square()
@@ -160,7 +160,7 @@ class Energies:
 
     def add_on_gpu(self, block: Tensor, base: Tensor) -> None:
         """As ``add``, in integers, whose sums are the same in any order: relative to 2⁻³⁶ of the largest of a bin."""
-        bins, squares = _bins(base).to(torch.int64), block.reshape(-1).to(torch.float64).square()
+        bins, squares = _compute_bins(base).to(torch.int64), block.reshape(-1).to(torch.float64).square()
         largest = torch.zeros_like(self.sums[0]).scatter_reduce_(0, bins, squares, "amax").clamp_(min=1e-300)
         shares = squares / largest[bins]
         units = (torch.ones_like(largest), largest, largest.square())
@@ -214,6 +214,6 @@ class Energies:
         return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor
 
 
-def _bins(base: Tensor) -> Tensor:
+def _compute_bins(base: Tensor) -> Tensor:
     """Return the first 7 bits of |w| and its exponent, for every entry."""
     return (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)

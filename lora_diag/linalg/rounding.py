@@ -287,7 +287,10 @@ def spacings(values: Tensor, out: Tensor) -> int:
     flat = values.reshape(-1)
     sample = flat[:: len(flat) // 256 | 1]
     for dtype in SHORTER[values.dtype]:
-        if _fits(sample, dtype).float().mean() > 0.5 and (fits := _fits(values, dtype)).float().mean() > 0.5:
+        if (
+            _fits_dtype(sample, dtype).float().mean() > 0.5
+            and (fits := _fits_dtype(values, dtype)).float().mean() > 0.5
+        ):
             mantissa = LAYOUT[dtype][2]
             short = out.clamp(min=torch.finfo(dtype).tiny)
             torch.where(fits, short, out * 2.0 ** (mantissa - own_mantissa), out=out)
@@ -310,7 +313,7 @@ def spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
     mantissa = torch.full((), own_mantissa, device=values.device)
     exact = out.clone() if SHORTER[values.dtype] else out
     for dtype in reversed(SHORTER[values.dtype]):
-        fits = _fits(values, dtype)
+        fits = _fits_dtype(values, dtype)
         mostly_fit = torch.count_nonzero(fits) > fits.numel() / 2
         shorter = LAYOUT[dtype][2]
         mixed = torch.where(fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own_mantissa))
@@ -319,7 +322,7 @@ def spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
     return mantissa
 
 
-def _fits(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _fits_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype) == values
 
 

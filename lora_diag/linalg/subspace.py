@@ -89,11 +89,11 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
         return Shares(0.0, nothing, nothing, nothing, nothing)
     both = (from_left @ v).square().cumsum(0).cumsum(1).diagonal().tolist()
     left, right_of = from_left.square().sum(1).cumsum(0).tolist(), right.cumsum(0).tolist()
-    by_rank = [_shares(both[r - 1], left[r - 1], right_of[r - 1], fro) for r in ranks]
+    by_rank = [_compute_shares(both[r - 1], left[r - 1], right_of[r - 1], fro) for r in ranks]
     return Shares(fro, *(tuple(part) for part in zip(*by_rank, strict=True)))
 
 
-def _shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:
+def _compute_shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:
     """Return both, left, right and tangent from squares, with their order enforced against rounding."""
     inside, columns, rows = (min(1.0, math.sqrt(square) / fro) for square in (both, left, right))
     inside = min(inside, columns, rows)

@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 
 @cache
-def _legendre(nodes: int) -> tuple[tuple[float, float], ...]:
+def _gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
     """Return nodes on [−1, 1] and their weights."""
     nodes_at, weights = np.polynomial.legendre.leggauss(nodes)
     return tuple(zip(nodes_at.tolist(), weights.tolist(), strict=True))
@@ -70,7 +70,7 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
     right = torch.where(first > 0, width, last.clamp(min=0.0))
     start, stop = torch.maximum(left, -beyond), torch.minimum(right, beyond)
     if cells.below is None or cells.above is None:
-        mass, first_moment, second_moment = _integrals(start, stop, nearest, nodes, None)
+        mass, first_moment, second_moment = _integrate(start, stop, nearest, nodes, None)
         log_height: Tensor | float = 0.0
     else:
         width = (cells.below + cells.above) / deviation
@@ -78,7 +78,7 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
         ramp = _Ramp(left, right, flat)
         inside = (left + flat, right - flat)
         edges = [start, *(torch.minimum(torch.maximum(edge, start), stop) for edge in inside), stop]
-        parts = [_integrals(a, b, nearest, nodes, ramp) for a, b in pairwise(edges)]
+        parts = [_integrate(a, b, nearest, nodes, ramp) for a, b in pairwise(edges)]
         mass, first_moment, second_moment = (sum(part[k] for part in parts[1:]) + parts[0][k] for k in range(3))
         log_height = -torch.log(width)
     center = first_moment / mass
@@ -101,14 +101,14 @@ class _Ramp(NamedTuple):
         return torch.minimum(torch.minimum(u - self.first, self.last - u), self.flat).clamp_(min=0.0)
 
 
-def _integrals(
+def _integrate(
     start: Tensor, stop: Tensor, nearest: Tensor, nodes: int, ramp: _Ramp | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ∫ e^{−u(u/2 + t₀)}·w du, and the same with u and with u² under the integral."""
     half = (stop - start) / 2
     middle = start + half
     mass, first_moment, second_moment = (torch.zeros_like(middle) for _ in range(3))
-    for node, weight in _legendre(nodes):
+    for node, weight in _gauss_legendre(nodes):
         u = torch.add(middle, half, alpha=node)
         density = torch.add(nearest, u, alpha=0.5).mul_(u).neg_().exp_()
         if ramp is not None:

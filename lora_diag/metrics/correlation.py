@@ -30,7 +30,7 @@ def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] 
         >>> round(spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]), 6)
         0.8
     """
-    return _correlation(_ranks(x, groups), _ranks(y, groups))
+    return _correlate(_rank_within_groups(x, groups), _rank_within_groups(y, groups))
 
 
 def p_value(
@@ -52,8 +52,8 @@ def p_value(
         >>> p_value([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) > 0.3
         True
     """
-    first, second = _ranks(x, groups), _ranks(y, groups)
-    correlation = _correlation(first, second)
+    first, second = _rank_within_groups(x, groups), _rank_within_groups(y, groups)
+    correlation = _correlate(first, second)
     if correlation is None:
         return None
     random = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def interval(rho: float, n: int) -> tuple[float, float] | None:
     return math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)
 
 
-def _ranks(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
+def _rank_within_groups(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
     """Return ranks within groups, minus their mean."""
     array = np.asarray(values, dtype=np.float64)
     labels = [0] * len(values) if groups is None else list(groups)
@@ -104,6 +104,6 @@ def _ranks(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
     return ranks
 
 
-def _correlation(x: Array, y: Array) -> float | None:
+def _correlate(x: Array, y: Array) -> float | None:
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None

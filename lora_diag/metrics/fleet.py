@@ -87,7 +87,7 @@ def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequenc
     """
     if len(updates) < 2:
         return []
-    cosines, overlaps = (_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces))
+    cosines, overlaps = (_compute_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces))
     similar = (np.abs(cosines) >= NEAR) | (overlaps >= SAME_SPACE)
     pairs = []
     for i, j in zip(*np.nonzero(np.triu(similar, 1)), strict=True):
@@ -97,7 +97,7 @@ def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequenc
     return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
 
 
-def _cosines(
+def _compute_cosines(
     rows: np.ndarray[tuple[int, int], np.dtype[np.float64]],
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     norms = np.linalg.norm(rows, axis=1)

@@ -63,17 +63,19 @@ class Noise:
         a, b = self.rows[rows] / total, self.columns[columns] / total
         names = len(self.rows) + len(self.columns)
         poles = (
-            float((a * _excess(self.rows[rows], self.rows_fourth[rows], self.terms, names)).max()),
-            float((b * _excess(self.columns[columns], self.columns_fourth[columns], self.terms, names)).max()),
+            float((a * _bound_excess(self.rows[rows], self.rows_fourth[rows], self.terms, names)).max()),
+            float((b * _bound_excess(self.columns[columns], self.columns_fourth[columns], self.terms, names)).max()),
         )
         bulk, scale = _bulk_edge(a, b)
-        outlier, _ = _minimum(a, b, *poles)
+        outlier, _ = _minimize_edge(a, b, *poles)
         square, fourth = self.rows.sum(keepdims=True), self.rows_fourth.sum(keepdims=True)
-        norm = float((square * _excess(square, fourth, self.terms, names))[0])  # little above a single large entry
+        norm = float(
+            (square * _bound_excess(square, fourth, self.terms, names))[0]
+        )  # little above a single large entry
         return self.unit * math.sqrt(min(max(bulk + TRACY_WIDOM * scale, outlier), norm))
 
 
-def _excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
+def _bound_excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
     """Return the factor by which Σe² of a row may exceed its expectation Σσ², over all rows and columns.
 
     e² of a sum of k equal uniform errors has the variance (2 − 1.2/k)σ⁴ and is 3kσ² at most.
@@ -82,7 +84,7 @@ def _excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
     return np.minimum(3 * terms, 1 + z * np.sqrt((2 - 1.2 / terms) * fourth) / sums)
 
 
-def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
+def _minimize_edge(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
     """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its P.
 
     A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free counterpart of a
@@ -98,10 +100,10 @@ def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[flo
         return target / p / most_q if q is None else target / p / q
 
     top = math.log(most_p)
-    return min((squared(log_p), log_p) for log_p in (_argmin(squared, top - 14, top), top))
+    return min((squared(log_p), log_p) for log_p in (_minimize(squared, top - 14, top), top))
 
 
-def _argmin(convex: Callable[[float], float], low: float, high: float) -> float:
+def _minimize(convex: Callable[[float], float], low: float, high: float) -> float:
     """Return the minimizer of a convex function within 1e-6, by golden-section search."""
     golden = (math.sqrt(5) - 1) / 2
     left, right = high - golden * (high - low), low + golden * (high - low)
@@ -137,10 +139,10 @@ def _solve(b: Sums, target: float, upper: float) -> float | None:
 def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
     """Return λ² at the edge of the squared singular values, and the scale of its Tracy–Widom fluctuation.
 
-    With M the trace of the resolvent and Q as in ``_minimum``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)² near the edge, so the
+    With M the trace of the resolvent and Q as in ``_minimize_edge``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)² near the edge, so the
     density there is (1/π)·M'(Q)·√(2t/λ²''), and the scale (λ²''/2M'²)^⅓.
     """
-    squared, log_p = _minimum(a, b, float(a.max()), float(b.max()))
+    squared, log_p = _minimize_edge(a, b, float(a.max()), float(b.max()))
     p = math.exp(log_p)
     largest = (1 - 1e-12) / float(b.max())
     q = _solve(b, p * float((a / (1 - a * p)).sum()), largest) or largest

@@ -85,11 +85,11 @@ class Listener:
         self._leader: dict[str, str] = {}
         self._input: dict[str, Any] = {}
         self._hooks = [
-            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
+            layer.register_forward_pre_hook(self._make_hook(name), with_kwargs=True) for name, layer in layers.items()
         ]
 
         if gradients:
-            self._hooks += [layer.register_forward_hook(self._output_hook(name)) for name, layer in layers.items()]
+            self._hooks += [layer.register_forward_hook(self._make_output_hook(name)) for name, layer in layers.items()]
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -100,13 +100,13 @@ class Listener:
         """Discard the inputs of the last batch."""
         self._input = {}
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _make_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._take(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    def _output_hook(self, name: str) -> Callable[..., None]:
+    def _make_output_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:
                 output.register_hook(lambda gradient: self._take_gradient(name, gradient))  # type: ignore[no-untyped-call]

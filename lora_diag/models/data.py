@@ -82,16 +82,18 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
     if model.kind == "classifier" and source.text is not None:
         raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of these")
     if source.text is not None:
-        texts = list(_windows(source.text, model))
+        texts = list(_split_into_windows(source.text, model))
     else:
-        texts = [_of_row(item, where, model) for where, item in source.rows]
+        texts = [_tokenize_row(item, where, model) for where, item in source.rows]
     if model.kind == "masked":
-        texts = [(_masked(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(texts)]
+        texts = [
+            (_mask_sequence(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(texts)
+        ]
     notes = []
     truncated = sum(is_truncated for _, is_truncated in texts)
     if source.text is None and truncated:
         notes.append(f"{truncated} of {len(texts)} {source.unit} were cut to {model.length} tokens")
-    sequences = [sequence for sequence, _ in texts if _predicts(sequence, model)]
+    sequences = [sequence for sequence, _ in texts if _has_predictions(sequence, model)]
     if len(sequences) < len(texts):
         none = len(texts) - len(sequences)
         notes.append(f"{none} of {len(texts)} {source.unit} have nothing to predict and are left out")
@@ -130,14 +132,14 @@ def predicted(texts: Texts, model: Model) -> int:
     return sum(label != IGNORED for sequence in texts.sequences for label in sequence.labels[first:])
 
 
-def _predicts(sequence: Sequence, model: Model) -> bool:
+def _has_predictions(sequence: Sequence, model: Model) -> bool:
     if model.kind == "classifier":
         return bool(sequence.ids)
     first = 0 if model.kind == "masked" else 1
     return any(label != IGNORED for label in sequence.labels[first:])
 
 
-def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
+def _mask_sequence(sequence: Sequence, number: int, model: Model) -> Sequence:
     """Mask some of the predictable tokens; the choice depends only on the position of the sequence in the file.
 
     All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10 rule (Devlin et al.
@@ -155,7 +157,7 @@ def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
     )
 
 
-def _windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
+def _split_into_windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
     """Yield consecutive windows of a text, each with the tokenizer's special tokens."""
     tokens = model.tokens
     ids = tokens.ids(text)
@@ -170,11 +172,15 @@ def _windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
             yield Sequence(whole, whole), False
 
 
-def _of_row(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    return _classified(item, where, model) if model.kind == "classifier" else _continued(item, where, model)
+def _tokenize_row(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    return (
+        _tokenize_classification(item, where, model)
+        if model.kind == "classifier"
+        else _tokenize_continuation(item, where, model)
+    )
 
 
-def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+def _tokenize_continuation(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
     """Return the sequence of ``text``, or of ``prompt`` and ``completion``."""
     tokens = model.tokens
     if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
@@ -190,7 +196,7 @@ def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence
     return Sequence((*ids[:room], *tokens.last), (*labels[:room], *masked_last)), len(ids) > room
 
 
-def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+def _tokenize_classification(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
     """Return the sequence of ``text`` with its ``label``, the name of a class or an index.
 
     A data set's class name takes precedence over its number if the model has a class of that name.

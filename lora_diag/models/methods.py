@@ -74,7 +74,7 @@ def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         raise UsageError(
             f"probe: training needs {error.name}; install it with pip install 'loradiag[train]'"
         ) from error
-    options = _options(model, rank, kind) if kind.config is None else _known(kind.config)
+    options = _make_options(model, rank, kind) if kind.config is None else _drop_other_options(kind.config)
     with in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
         with warnings.catch_warnings():
@@ -92,7 +92,7 @@ def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
             model.module.eval().requires_grad_(False)
 
 
-def _options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
+def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
     """Return the arguments of PEFT's config for one rank everywhere."""
     targets = kind.targets
     if targets is None:
@@ -113,7 +113,7 @@ def is_transposed(module: nn.Module) -> bool:
     return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_other_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of PEFT's config, except those on how the model is wrapped or saved."""
     return {
         key: value

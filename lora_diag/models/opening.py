@@ -96,7 +96,7 @@ def open_model(
     kept, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
     if kept is not None and key in kept:
         return kept[key]
-    model = _opened(base, device, dtype, length, tokenizer)
+    model = _load_model(base, device, dtype, length, tokenizer)
     if kept is not None:
         kept[key] = model
     return model
@@ -112,14 +112,14 @@ def kept_open() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def _opened(base: Path | str, device: torch.device, dtype: str, length: int | None, tokenizer: str) -> Model:
-    transformers = _transformers()
+def _load_model(base: Path | str, device: torch.device, dtype: str, length: int | None, tokenizer: str) -> Model:
+    transformers = _import_transformers()
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
-    where, options = _where(base)
-    with _quietly(transformers):
-        config = _config(transformers, base, where, options)
-        kind = _kind(base, config)
+    where, options = _locate_base(base)
+    with _suppress_messages(transformers):
+        config = _read_config(transformers, base, where, options)
+        kind = _infer_kind(base, config)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
                 f"{base}: is quantized, and probes need weights that can be changed; give the unquantized BASE, whose "
@@ -135,18 +135,18 @@ def _opened(base: Path | str, device: torch.device, dtype: str, length: int | No
                 where, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
+            raise InputError(f"{base}: transformers cannot open this model: {_first_line_of_error(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise InputError(
                 f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, which "
                 "would be random; give the complete model"
             )
-        tokens = _tokens(transformers, base, where, options, config, tokenizer, kind)
-    length = _length(config, length)
+        tokens = _open_tokenizer(transformers, base, where, options, config, tokenizer, kind)
+    length = _choose_length(config, length)
     module.eval().requires_grad_(False).to(device)
     if kind == "classifier" and config.pad_token_id is None:
         module.config.pad_token_id = tokens.pad  # by which models find the last token
-    return Model(module, kind, tokens, length, device, _labels(config))
+    return Model(module, kind, tokens, length, device, _read_labels(config))
 
 
 def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "auto") -> Model:
@@ -164,16 +164,16 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
         UsageError: An option is invalid, or transformers is not installed.
         InputError: transformers cannot open the config or the tokenizer.
     """
-    transformers = _transformers()
-    where, options = _where(base)
-    with _quietly(transformers):
-        config = _config(transformers, base, where, options)
-        kind = _kind(base, config)
-        tokens = _tokens(transformers, base, where, options, config, tokenizer, kind)
-    return Model(None, kind, tokens, _length(config, length), torch.device("cpu"), _labels(config))
+    transformers = _import_transformers()
+    where, options = _locate_base(base)
+    with _suppress_messages(transformers):
+        config = _read_config(transformers, base, where, options)
+        kind = _infer_kind(base, config)
+        tokens = _open_tokenizer(transformers, base, where, options, config, tokenizer, kind)
+    return Model(None, kind, tokens, _choose_length(config, length), torch.device("cpu"), _read_labels(config))
 
 
-def _config(transformers: Any, base: Path | str, where: str, options: dict[str, Any]) -> Any:
+def _read_config(transformers: Any, base: Path | str, where: str, options: dict[str, Any]) -> Any:
     """Return the model's config.
 
     Raises:
@@ -185,10 +185,10 @@ def _config(transformers: Any, base: Path | str, where: str, options: dict[str, 
     except (OSError, ValueError, KeyError) as error:
         if is_adapter(locate(base)):
             raise UsageError(f"{base}: is an adapter; give its base model") from error
-        raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
+        raise InputError(f"{base}: transformers cannot open this model: {_first_line_of_error(error)}") from error
 
 
-def _length(config: Any, length: int | None) -> int:
+def _choose_length(config: Any, length: int | None) -> int:
     """Return the tokens of a sequence.
 
     Raises:
@@ -200,11 +200,11 @@ def _length(config: Any, length: int | None) -> int:
     return length or min(LENGTH, positions)
 
 
-def _labels(config: Any) -> dict[str, int]:
+def _read_labels(config: Any) -> dict[str, int]:
     return {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
 
 
-def _transformers() -> Any:
+def _import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -215,7 +215,7 @@ def _transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quietly(transformers: Any) -> Any:
+def _suppress_messages(transformers: Any) -> Any:
     """Suppress transformers' messages; relevant ones are reported in one message."""
     verbosity = transformers.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -231,7 +231,7 @@ def _quietly(transformers: Any) -> Any:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _where(base: Path | str) -> tuple[str, dict[str, Any]]:
+def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
     """Return the argument of transformers for a path or a Hub id."""
     local = locate(base)
     if isinstance(local, RemotePath):
@@ -245,7 +245,7 @@ def _where(base: Path | str) -> tuple[str, dict[str, Any]]:
     return hub_id.repo, {"revision": hub_id.revision or "main", "subfolder": hub_id.subfolder}
 
 
-def _kind(base: Path | str, config: Any) -> Kind:
+def _infer_kind(base: Path | str, config: Any) -> Kind:
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith("ForSequenceClassification"):
         return "classifier"
@@ -259,7 +259,7 @@ def _kind(base: Path | str, config: Any) -> Kind:
     )
 
 
-def _tokens(
+def _open_tokenizer(
     transformers: Any, base: Path | str, where: str, options: dict[str, Any], config: Any, requested: str, kind: Kind
 ) -> Tokens:
     vocabulary = getattr(config, "vocab_size", 0)
@@ -273,7 +273,7 @@ def _tokens(
                 f"--tokenizer bytes: needs a vocabulary of at least 256, but this model has {vocabulary}; give a "
                 "tokenizer folder"
             )
-        return _bytes("--tokenizer bytes")
+        return _make_byte_tokens("--tokenizer bytes")
     if requested != "auto":
         where, options = requested, {"local_files_only": True}
     try:
@@ -283,11 +283,11 @@ def _tokens(
             raise ValueError("it has no vocabulary")
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last case: transformers 4, no files
         if requested == "auto" and vocabulary == 256 and kind != "masked":
-            return _bytes("no tokenizer in BASE and a vocabulary of 256")
+            return _make_byte_tokens("no tokenizer in BASE and a vocabulary of 256")
         named = base if requested == "auto" else requested
         raise InputError(
-            f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; give another folder with "
-            f"--tokenizer DIR{_byte_alternative(vocabulary, kind)}"
+            f"{named}: transformers cannot open a tokenizer: {_first_line_of_error(error)}; give another folder with "
+            f"--tokenizer DIR{_suggest_bytes(vocabulary, kind)}"
         ) from error
 
     def ids(text: str) -> list[int]:
@@ -306,11 +306,11 @@ def _tokens(
     return Tokens(ids, tuple(with_special[:begin]), last, tokenizer.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
-def _bytes(reason: str) -> Tokens:
+def _make_byte_tokens(reason: str) -> Tokens:
     return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({reason})")
 
 
-def _byte_alternative(vocabulary: int, kind: Kind) -> str:
+def _suggest_bytes(vocabulary: int, kind: Kind) -> str:
     """Return whether bytes are an alternative for a model without a tokenizer, as text."""
     if kind == "masked":
         return ""
@@ -319,7 +319,7 @@ def _byte_alternative(vocabulary: int, kind: Kind) -> str:
     return ", or use UTF-8 bytes as token ids with --tokenizer bytes"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of_error(error: Exception) -> str:
     """Return the first line of transformers' message; the other arguments apply to other models.
 
     If it is the heading of a list of ways to get a tokenizer, there are no tokenizer files.

@@ -51,20 +51,22 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
             options = {key: deepcopy(value) for key, value in config.items() if key != "peft_type"}
             wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{base}: PEFT does not accept these ranks for this model: {_short(error)}") from error
+            raise InputError(
+                f"{base}: PEFT does not accept these ranks for this model: {_shorten_error(error)}"
+            ) from error
     return {
-        _path(name, module): (module.r["default"], module.scaling["default"])
+        _module_path(name, module): (module.r["default"], module.scaling["default"])
         for name, module in wrapped.named_modules()
         if hasattr(module, "lora_A") and "default" in module.r
     }
 
 
-def _short(error: Exception) -> str:
+def _shorten_error(error: Exception) -> str:
     """Return PEFT's reason without its dump of the module."""
     return re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).strip()
 
 
-def _path(name: str, module: Any) -> str:
+def _module_path(name: str, module: Any) -> str:
     path = name.removeprefix("base_model.model.").replace(".base_layer", "")
     parameter = getattr(module, "parameter_name", None)
     return path if parameter in {None, "weight"} else f"{path}.{parameter}"

@@ -53,7 +53,7 @@ def check_texts(path: Path | str) -> None:
         return
     folder = Path(path)
     if (folder / _SPLITS).is_file():
-        splits = _json(folder / _SPLITS).get("splits")
+        splits = _read_json(folder / _SPLITS).get("splits")
         known = [str(split) for split in splits] if isinstance(splits, list) else []
         raise InputError(
             f"{path}: holds the splits {', '.join(known)}; give one, such as {folder / (known or ['train'])[0]}"
@@ -73,10 +73,10 @@ def read_source(path: Path | str) -> Source:
     """
     check_texts(path)
     path = Path(path)
-    return _data_set(path) if path.is_dir() else _file(path)
+    return _read_data_set(path) if path.is_dir() else _read_file(path)
 
 
-def _file(path: Path) -> Source:
+def _read_file(path: Path) -> Source:
     try:
         content = path.read_bytes()
         text = content.decode("utf-8")
@@ -86,11 +86,11 @@ def _file(path: Path) -> Source:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it") from error
     digest = hashlib.sha256(content).hexdigest()[:16]
     if path.suffix in {".jsonl", ".json"}:
-        return Source(path.stem, digest, rows=tuple(_lines(path, text)))
+        return Source(path.stem, digest, rows=tuple(_read_lines(path, text)))
     return Source(path.stem, digest, text)
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # Not splitlines(): JSON strings may contain U+2028 and U+0085 literally, as in web texts.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -105,7 +105,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, item
 
 
-def _data_set(path: Path) -> Source:
+def _read_data_set(path: Path) -> Source:
     """Read the columns in use; a class label is read as its name and its number."""
     try:
         import datasets
@@ -143,7 +143,7 @@ def _refuse_outside_paths(path: Path) -> None:
     Raises:
         InputError: A file is outside the folder.
     """
-    files = _json(path / _STATE).get("_data_files")
+    files = _read_json(path / _STATE).get("_data_files")
     for file in files if isinstance(files, list) else []:
         name = file.get("filename") if isinstance(file, dict) else None
         if not isinstance(name, str) or PurePath(name).name != name:
@@ -152,7 +152,7 @@ def _refuse_outside_paths(path: Path) -> None:
             )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

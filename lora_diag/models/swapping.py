@@ -79,13 +79,13 @@ class Swapped:
 
     def factors(self, layer: str) -> Factors:
         """Return all singular values and vectors of one layer's ΔW."""
-        return _finite(self._deltas[layer]).decompose(vectors=True)
+        return _is_finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
         """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers; None if none of them changed."""
         kept = total = 0.0
         for layer in layers:
-            leading = self._leading_of(layer)
+            leading = self._decompose_layer(layer)
             kept += float(leading.squares[:rank].sum())
             total += leading.energy
         return min(1.0, kept / total) if total else None
@@ -96,7 +96,7 @@ class Swapped:
             for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):
                 weight[first:last].copy_(block)
             return
-        base_blocks, update = row_blocks(_base(delta), delta.shape), self._update(layer, rank)
+        base_blocks, update = row_blocks(_side_of_base(delta), delta.shape), self._update(layer, rank)
         for (first, last), block, change in zip(row_spans(delta.shape), base_blocks, update, strict=True):
             weight[first:last].copy_(block.double() + change)
 
@@ -104,16 +104,16 @@ class Swapped:
         """Yield ΔW_r in row blocks, float64."""
         delta = self._deltas[layer]
         if rank == FULL:
-            yield from _finite(delta).blocks(delta.shape)
+            yield from _is_finite(delta).blocks(delta.shape)
             return
-        leading = self._leading_of(layer) if rank else None
+        leading = self._decompose_layer(layer) if rank else None
         for first, last in row_spans(delta.shape):
             if leading is None:
                 yield torch.zeros((), dtype=torch.float64)
             else:
                 yield leading.us[first:last, :rank].double() @ leading.vh[:rank].double()
 
-    def _leading_of(self, layer: str) -> _Leading:
+    def _decompose_layer(self, layer: str) -> _Leading:
         if layer not in self._leading:
             factors = self.factors(layer)
             assert factors.u is not None
@@ -124,7 +124,9 @@ class Swapped:
 
     def _check(self, layer: str) -> None:
         delta, weight = self._deltas[layer], self._tensors[layer]
-        for (first, last), block in zip(row_spans(delta.shape), row_blocks(_base(delta), delta.shape), strict=True):
+        for (first, last), block in zip(
+            row_spans(delta.shape), row_blocks(_side_of_base(delta), delta.shape), strict=True
+        ):
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
                     f"{layer}: the model that transformers builds from BASE has other values than BASE's file, so "
@@ -132,12 +134,12 @@ class Swapped:
                 )
 
 
-def _base(delta: Delta) -> Side:
+def _side_of_base(delta: Delta) -> Side:
     assert delta.base is not None
     return delta.base
 
 
-def _finite(delta: Delta) -> Change:
+def _is_finite(delta: Delta) -> Change:
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
         raise InputError(f"{delta.layer}: {change.non_finite}; exclude it with --exclude")

@@ -83,14 +83,14 @@ class Training:
     @property
     def order_hash(self) -> str:
         """16 hex digits of the SHA-256 of the order: positions in the file of every step's sequences."""
-        return hashlib.sha256(repr(list(self._locations())).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(list(self._locate_batches())).encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[list[Tokens]]:
         """Yield the batch of every step, the same in every call."""
-        for places in self._locations():
+        for places in self._locate_batches():
             yield [self.texts.sequences[place] for place in places]
 
-    def _locations(self) -> Iterator[list[int]]:
+    def _locate_batches(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.order)
         pool: list[int] = []
         for _ in range(self.steps):
@@ -147,7 +147,7 @@ def losses_after(
         keep: Called with the trained model.
     """
     torch.manual_seed(cell.seed)
-    with _trainable(model, cell, training.kind) as tuned:
+    with _make_trainable(model, cell, training.kind) as tuned:
         with checkpointed(model.module) if training.checkpointing else nullcontext():
             path = train(tuned, cell, training, after)
         tuned.module.eval()
@@ -157,7 +157,7 @@ def losses_after(
     return losses, sum(last) / len(last)
 
 
-def _trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
+def _make_trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
     if cell.rank is None:
         return in_place(model, only_vectors=cell.subject == "bitfit")
     return with_lora(model, cell.rank, kind)

@@ -126,21 +126,21 @@ def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[We
     """
     weights: list[Weight] = []
     unread: dict[str, str] = {}
-    for name, module, parameter in _named(model):
+    for name, module, parameter in _iterate_named(model):
         if not chosen(name):
             continue
         if parameter is not None:
             _refuse_sharded(name, parameter)
             if parameter.ndim >= 2 and parameter.requires_grad:
                 weights.append(Trained(name, parameter))
-        elif (why := _why_not(module)) is None:
+        elif (why := _explain_unavailable(module)) is None:
             weights.append(Frozen(name, module))
         else:
             unread[name] = why
     return sorted(weights, key=lambda weight: weight.name), unread
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
+def _iterate_named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
     """Yield every weight by its plain name: with its parameter, or with the adapter's layer if it is frozen in one."""
     inside: tuple[str, ...] = ()
     rows: list[tuple[str, Any, nn.Parameter | None]] = []
@@ -159,7 +159,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
         yield _PEFT.sub("", name), module, parameter
 
 
-def _why_not(module: Any) -> str | None:
+def _explain_unavailable(module: Any) -> str | None:
     """Return why the exact gradient of a frozen weight is not available; None if it is."""
     base = module.get_base_layer()
     if not isinstance(module, LoraLayer):

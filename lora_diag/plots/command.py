@@ -38,10 +38,12 @@ def plot(
     silence_matplotlib()
     drawn = draw(*results, output=output, **arguments)
     if shown.table:
-        result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)"))
+        result(
+            _make_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)")
+        )
 
 
-def _table(drawn: Sequence[Drawn], hint: str) -> str:
+def _make_table(drawn: Sequence[Drawn], hint: str) -> str:
     """Return a table of the figures drawn, and of those not drawn with the reason."""
     from rich.console import Group
     from rich.table import Table

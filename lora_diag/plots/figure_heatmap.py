@@ -70,7 +70,7 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None
     types = types or Types(record.layer for record in records)
     present = {types.of(record.layer) for record in records}
     names = tuple(name for name in types.names if name in present)
-    depths = _ascending(depth_of(record.layer) for record in records)
+    depths = _sort_depths(depth_of(record.layer) for record in records)
     by_cell: dict[tuple[str, int | None], list[float]] = {}
     layers = np.zeros((len(names), len(depths)), dtype=np.int64)
     row, column = {name: i for i, name in enumerate(names)}, {d: i for i, d in enumerate(depths)}
@@ -85,7 +85,7 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None
     return Cells(names, depths, values, layers)
 
 
-def _ascending(depths: Iterable[int | None]) -> tuple[int | None, ...]:
+def _sort_depths(depths: Iterable[int | None]) -> tuple[int | None, ...]:
     return tuple(sorted(set(depths), key=lambda depth: -1 if depth is None else depth))
 
 
@@ -115,7 +115,7 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
         bar = axes.figure.colorbar(ScalarMappable(norm, SHARES), ax=axes)
         bar.set_label(title_in(field, records), parse_math=False)
         _finish_bar(bar, norm)
-        axes.set_xlabel(_xlabel(shown.depths))
+        axes.set_xlabel(_make_xlabel(shown.depths))
     return axes
 
 
@@ -124,7 +124,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     field = options.field or default_field(series[0].records)
     types = Types(record.layer for item in series for record in item.records)
     shown = [cells(item.records, field, types) for item in series]
-    depths = _ascending(depth for item in shown for depth in item.depths)
+    depths = _sort_depths(depth for item in shown for depth in item.depths)
     line = style.text / 72
     names = cropped_all(types.names, NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
@@ -143,7 +143,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         draw_cells(ax, drawn, norm, style, inches=inches, depths=depths)
         ax.set_title(title, parse_math=False)
         ax.tick_params(labelbottom=ax is axes[-1])
-    axes[-1].set_xlabel(_xlabel(depths))
+    axes[-1].set_xlabel(_make_xlabel(depths))
     bar = page.colorbar(
         ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * style.width), pad=0.015
     )
@@ -163,7 +163,7 @@ def _make_text(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
         f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}",
         (f"A cell is the median over the matrices of its type in the block (up to {count}).",) if count > 1 else (),
-        (Key(_unknown(0, 0, 1), "not computed, or ΔW = 0"),) if unknown else (),
+        (Key(_make_hatch(0, 0, 1), "not computed, or ΔW = 0"),) if unknown else (),
     )
 
 
@@ -217,7 +217,7 @@ def draw_cells(
         depths: Depths of all panels, if ``shown`` has a subset.
     """
     size = style.ticks if style else 8
-    columns = _columns(shown.depths if depths is None else depths)
+    columns = _place_columns(shown.depths if depths is None else depths)
     for number, depth in enumerate(shown.depths):
         left, width = columns[depth]
         column = np.ma.masked_invalid(shown.values[:, number : number + 1])
@@ -228,7 +228,7 @@ def draw_cells(
         between: dict[str, Any] = {"edgecolors": "white" if show_all else "face", "lw": 0.5 if show_all else 0.1}
         ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **between)
         for row in np.flatnonzero(missing):
-            ax.add_patch(_unknown(left, row - 0.5, width))
+            ax.add_patch(_make_hatch(left, row - 0.5, width))
     _scale(ax, shown, columns, style, size)
     room = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
     texts = {(r, c): written(v) for (r, c), v in np.ndenumerate(shown.values) if np.isfinite(v)}
@@ -247,7 +247,7 @@ def draw_cells(
             )
 
 
-def _columns(depths: Sequence[int | None]) -> dict[int | None, tuple[float, float]]:
+def _place_columns(depths: Sequence[int | None]) -> dict[int | None, tuple[float, float]]:
     """Return start and width of the column of each depth; layers outside the blocks are drawn separately."""
     blocks = [depth for depth in depths if depth is not None]
     if not blocks:
@@ -256,7 +256,7 @@ def _columns(depths: Sequence[int | None]) -> dict[int | None, tuple[float, floa
     return {d: (min(blocks) - 0.55 - 1.05 * gap, gap) if d is None else (d - 0.5, 1.0) for d in depths}
 
 
-def _unknown(left: float, bottom: float, width: float) -> Patch:
+def _make_hatch(left: float, bottom: float, width: float) -> Patch:
     return Rectangle((left, bottom), width, 1, facecolor=UNKNOWN, edgecolor=QUIET, hatch="////", lw=0)
 
 
@@ -280,7 +280,7 @@ def _scale(
         spine.set_visible(False)
 
 
-def _xlabel(depths: Sequence[int | None]) -> str:
+def _make_xlabel(depths: Sequence[int | None]) -> str:
     if None not in depths:
         return "depth (block)"
     return "depth (block); –: outside the blocks" if len(depths) > 1 else "outside the blocks"

@@ -128,11 +128,11 @@ def figure(
         UsageError: The figure, width or field does not exist, or the results do not have the records it needs.
     """
     kind, style = figure_named(name), replace(page_style_of(width), plain=plain)
-    series, options = _series_and_options(results, labels, per, field, rank, files)
-    if problem := _obstacle(kind, series, options):
+    series, options = _make_series_and_options(results, labels, per, field, rank, files)
+    if problem := _find_obstacle(kind, series, options):
         raise UsageError(f"{name}: {problem.reason}")
     with styled(style):
-        return freeze_layout(kind.draw(_usable(kind, series, options), style, options))
+        return freeze_layout(kind.draw(_select_usable(kind, series, options), style, options))
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
@@ -190,10 +190,10 @@ def obstacle(
         UsageError: The figure or width does not exist.
     """
     page_style_of(width)
-    return _obstacle(figure_named(name), *_series_and_options(results, labels, per, field, rank))
+    return _find_obstacle(figure_named(name), *_make_series_and_options(results, labels, per, field, rank))
 
 
-def _series_and_options(
+def _make_series_and_options(
     results: Results[Any] | Sequence[Results[Any]],
     labels: Sequence[str],
     per: str,
@@ -211,7 +211,7 @@ def _series_and_options(
     return series_of(runs, labels, files), Options(per, field, rank)
 
 
-def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
+def _select_usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Return the series whose records a figure can draw; for a heat map, those of the first kind that has its field."""
     filled = [item for item in series if item.records]
     if kind.spec.needs:
@@ -220,7 +220,7 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
     filled = [item for item in filled if isinstance(item.records[0], LayerRecord) and item.records[0].record != "fleet"]
     kinds = dict.fromkeys(type(item.records[0]) for item in filled)
     field = options.field
-    having = [k for k in kinds if field is None or _has(field, [o for o in filled if type(o.records[0]) is k])]
+    having = [k for k in kinds if field is None or _has_field(field, [o for o in filled if type(o.records[0]) is k])]
     chosen = tuple(item for item in filled if having and type(item.records[0]) is having[0])
     if chosen and chosen[0].records[0].record == "residual":
         return by_adapter(chosen)
@@ -231,15 +231,15 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
     return by_step(chosen, options.rank) if chosen and chosen[0].records[0].record == "overlap" else chosen
 
 
-def _has(field: str, series: Sequence[Series[Any]]) -> bool:
+def _has_field(field: str, series: Sequence[Series[Any]]) -> bool:
     return any(value_of(record, field) is not None for item in series for record in item.records)
 
 
-def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> Obstacle | None:
-    fitting = _usable(kind, series, options)
+def _find_obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> Obstacle | None:
+    fitting = _select_usable(kind, series, options)
     if not fitting:
         if options.field and not kind.spec.needs and any(item.records for item in series):
-            return Obstacle(f"no record has a numeric field {options.field}; use one of {_fields(series)}")
+            return Obstacle(f"no record has a numeric field {options.field}; use one of {_list_fields(series)}")
         return Obstacle(f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records", "records")
     max_runs = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
     if len(fitting) > max_runs:
@@ -249,5 +249,5 @@ def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options)
     return Obstacle(reason, "values") if reason else None
 
 
-def _fields(series: Sequence[Series[Any]]) -> str:
+def _list_fields(series: Sequence[Series[Any]]) -> str:
     return ", ".join(dict.fromkeys(name for item in series for name in numbers_of(item.records[:20])))

@@ -100,11 +100,11 @@ def plot(
         figure = "heatmap"
     _check_options(figure, field, rank)
     runs = [
-        _selected(figure_kind if isinstance(figure_kind, Results) else read_results(figure_kind), layers)
+        _select_layers(figure_kind if isinstance(figure_kind, Results) else read_results(figure_kind), layers)
         for figure_kind in results
     ]
     if not any(map(plots.drawn, runs)):
-        raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
+        raise NothingComparedError(f"no layer left to draw: {_explain_no_layer(runs, layers)}")
     files = () if any(isinstance(figure_kind, Results) for figure_kind in results) else tuple(map(str, results))
     drawn_as: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     requested = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
@@ -136,7 +136,7 @@ def plot(
             content = plots.encoded(plots.figure(drawn.name, runs, files=files, plain=plain, **drawn_as), kind, width)
             _write(drawn.path, content, kind, overwrite)
     if not any(drawn.path for drawn in made):
-        raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")
+        raise NothingComparedError(f"no figure can be drawn: {_explain_no_figure(runs, made)}")
     return tuple(made)
 
 
@@ -192,14 +192,14 @@ def _check_options(figure: str | None, field: str | None, rank: int | None) -> N
         raise UsageError(f"--show-rank {rank}: not used by {figure}; use it with overlap, angles or alone")
 
 
-def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
+def _explain_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
     if layers is not None:
         return f"no name matches {layers}"
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return f"results of loradiag {commands} have no records of layers; show them with loradiag inspect"
 
 
-def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
+def _explain_no_figure(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
     reasons = [f"{figure_kind.name}: {figure_kind.reason}" for figure_kind in made if figure_kind.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
@@ -209,7 +209,7 @@ def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     )
 
 
-def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
+def _select_layers(results: Results[Any], layers: str | None) -> Results[Any]:
     if layers is None:
         return results
     try:

@@ -19,15 +19,15 @@ _INPUTS = 4
 
 def text_of(results: Results[Any]) -> str:
     """Return a description of results in at most five lines."""
-    return "\n".join([_title(results), *(f"  {label:<9} {words}" for label, words in _properties(results))])
+    return "\n".join([_make_title(results), *(f"  {label:<9} {words}" for label, words in _list_properties(results))])
 
 
-def _title(results: Results[Any]) -> str:
+def _make_title(results: Results[Any]) -> str:
     finished = "finished" if results.end is not None else "unfinished"
     return f"Results of loradiag {safe(results.run.command)}, {finished}"
 
 
-def _properties(results: Results[Any]) -> list[tuple[str, str]]:
+def _list_properties(results: Results[Any]) -> list[tuple[str, str]]:
     inputs = [f"{safe(side.role)} {safe(side.path)}".strip() for side in results.run.inputs]
     suffix = [f"and {len(inputs) - _INPUTS} more"] if len(inputs) > _INPUTS else []
     facts = [("inputs", ", ".join([*inputs[:_INPUTS], *suffix]) or "none")]
@@ -39,11 +39,11 @@ def _properties(results: Results[Any]) -> list[tuple[str, str]]:
     if reasons:
         words = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items())
         facts.append(("left out", words))
-    key = next((_range(shown[0], records) for _, records, shown in _kinds(results)), None)
+    key = next((_describe_range(shown[0], records) for _, records, shown in _list_kinds(results)), None)
     return [*facts, ("measured", key)] if key else facts
 
 
-def _kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown]]]:
+def _list_kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown]]]:
     """Return each kind of record with a presentation, with its records and main columns."""
     kinds = []
     for kind in dict.fromkeys(type(record) for record in (*results.layers, *results.whole)):
@@ -59,7 +59,7 @@ def _is_of_layer(kind: type[Any]) -> bool:
     return "layer" in kind.model_fields
 
 
-def _range(shown: Shown, records: Sequence[Any]) -> str | None:
+def _describe_range(shown: Shown, records: Sequence[Any]) -> str | None:
     """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7 over 30 records``."""
     values = [value for record in records if (value := shown.value(record)) is not None]
     whole = pooled_value(shown, records)
@@ -68,7 +68,7 @@ def _range(shown: Shown, records: Sequence[Any]) -> str | None:
     if any(isinstance(value, str) for value in values):
         counts = Counter(map(str, values)).most_common(4)
         return f"{shown.title} " + ", ".join(f"{safe(word)} {count}" for word, count in counts)
-    low, high, middle = (_cell(shown, value) for value in (min(values), max(values), whole))
+    low, high, middle = (_format_cell(shown, value) for value in (min(values), max(values), whole))
     how = "median" if shown.pool is None else "pooled"
     return f"{shown.title} {low} to {high}, {how} {middle}, {len(values)} records"
 
@@ -79,7 +79,7 @@ def _format_value(value: Any) -> str:
     return "" if value is None else safe(str(value)).removesuffix(".weight")
 
 
-def _cell(shown: Shown, value: Value) -> str:
+def _format_cell(shown: Shown, value: Value) -> str:
     """Return a value in four digits; a fraction below 1 is not rounded up to 1."""
     if isinstance(value, float) and shown.share and value < 1:
         return _format_value(min(value, 0.9999))

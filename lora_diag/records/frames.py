@@ -39,7 +39,7 @@ def record_columns(
         records: Records, each with leading cells.
         short: Labels of the paths of inputs.
     """
-    return _joined(({**first, **_row(record, short or {})}, {}) for record, first in records)
+    return _join_blocks(({**first, **_make_row(record, short or {})}, {}) for record, first in records)
 
 
 def value_columns(
@@ -51,7 +51,7 @@ def value_columns(
         records: Records, each with leading cells.
         short: Labels of the paths of inputs.
     """
-    return _joined(block for record, first in records for block in _values(record, first, short or {}))
+    return _join_blocks(block for record, first in records for block in _make_value_rows(record, first, short or {}))
 
 
 def one_type_each(columns: Columns) -> Columns:
@@ -68,7 +68,7 @@ def one_type_each(columns: Columns) -> Columns:
     }
 
 
-def _joined(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]]) -> Columns:
+def _join_blocks(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]]) -> Columns:
     """Return the columns of blocks of rows; a block has cells common to its rows, and lists with a cell per row."""
     columns: Columns = {}
     rows = 0
@@ -84,9 +84,9 @@ def _joined(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]])
     return columns
 
 
-def _row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
+def _make_row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    for name, value in _cells(record):
+    for name, value in _iterate_cells(record):
         if value is None and name in row:  # a probe of one layer has no separate module type
             continue
         paths = value if isinstance(value, tuple) else (value,)
@@ -108,21 +108,21 @@ def _place_of(layer: str | None) -> dict[str, Any]:
     return {"module_type": module_type_of(layer), "block": depth_of(layer)}
 
 
-def _cells(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_cells(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the cells of a record; several words as a tuple."""
-    for name, form in _forms(type(record)).items():
+    for name, form in _classify_fields(type(record)).items():
         if name not in record.long and not (prefix and name in _FIRST):
-            yield from _cells_of(f"{prefix}{name}", getattr(record, name), form)
+            yield from _iterate_cells_of(f"{prefix}{name}", getattr(record, name), form)
 
 
-def _cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, Any]]:
+def _iterate_cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Record):
-        yield from _cells(value, f"{name}.")
+        yield from _iterate_cells(value, f"{name}.")
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _cells_of(f"{name}.{key}", entry, form)
+            yield from _iterate_cells_of(f"{name}.{key}", entry, form)
     elif isinstance(value, tuple | list):
-        if _numbered(name, form):
+        if _has_numbered_entries(name, form):
             yield from ((f"{name}.{place}", entry) for place, entry in enumerate(value))
         elif value and all(isinstance(entry, str) for entry in value):
             yield name, tuple(value)
@@ -130,66 +130,66 @@ def _cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _values(
+def _make_value_rows(
     record: Record, first: Mapping[str, Any], short: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
     identifying = _WHICH | set(record.key) | {f"{name}_name" for name in record.key}
-    row = {**first, **{name: value for name, value in _row(record, short).items() if name in identifying}}
-    for name, layer, entries in _lists(record):
+    row = {**first, **{name: value for name, value in _make_row(record, short).items() if name in identifying}}
+    for name, layer, entries in _iterate_lists(record):
         layer_values = {} if layer is None else {"layer": layer, **_place_of(layer)}
         index = [None] if layer is not None else list(range(1, len(entries) + 1))
         words = all(isinstance(entry, str) for entry in entries)
         yield {**row, **layer_values, "field": name}, {"index": index, "text" if words else "value": entries}
 
 
-def _lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:
+def _iterate_lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:
     """Yield each list of a record: its name, the layer of a nested record, and its entries."""
-    for name, form in _forms(type(record)).items():
+    for name, form in _classify_fields(type(record)).items():
         value = getattr(record, name)
         if name in record.long:
             for layer, entry in value.items():
-                yield from ((f"{prefix}{name}.{field}", layer, [cell]) for field, cell in _cells(entry))
+                yield from ((f"{prefix}{name}.{field}", layer, [cell]) for field, cell in _iterate_cells(entry))
         else:
-            yield from _lists_of(f"{prefix}{name}", value, form)
+            yield from _iterate_lists_of(f"{prefix}{name}", value, form)
 
 
-def _lists_of(name: str, value: Any, form: str) -> Iterator[tuple[str, str | None, list[Any]]]:
+def _iterate_lists_of(name: str, value: Any, form: str) -> Iterator[tuple[str, str | None, list[Any]]]:
     if isinstance(value, Record):
-        yield from _lists(value, f"{name}.")
+        yield from _iterate_lists(value, f"{name}.")
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _lists_of(f"{name}.{key}", entry, form)
-    elif isinstance(value, tuple | list) and value and not _numbered(name, form):
+            yield from _iterate_lists_of(f"{name}.{key}", entry, form)
+    elif isinstance(value, tuple | list) and value and not _has_numbered_entries(name, form):
         if all(isinstance(entry, Record) for entry in value):
-            columns = _joined((dict(_cells(entry)), {}) for entry in value)
+            columns = _join_blocks((dict(_iterate_cells(entry)), {}) for entry in value)
             yield from ((f"{name}.{field}", None, entries) for field, entries in columns.items())
         elif all(entry is None or isinstance(entry, float | int) for entry in value):
             yield name, None, list(value)
 
 
-def _numbered(name: str, form: str) -> bool:
+def _has_numbered_entries(name: str, form: str) -> bool:
     """Return whether the entries of a list are columns: their number is fixed, or it is a shape."""
     return form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}
 
 
 @cache
-def _forms(kind: type[Record]) -> dict[str, str]:
+def _classify_fields(kind: type[Record]) -> dict[str, str]:
     """Return the layout of each field of a kind of record; for a table, that of its entries."""
     fields = kind.model_fields
     order = [*(name for name in _FIRST if name in fields), *(name for name in fields if name not in _FIRST)]
-    return {name: _form(fields[name].annotation) for name in order}
+    return {name: _classify(fields[name].annotation) for name in order}
 
 
-def _form(annotation: Any) -> str:
+def _classify(annotation: Any) -> str:
     """Return ``scalar``, ``record``, ``fixed`` for a fixed number of entries, or ``list`` for any number.
 
-    >>> _form(float | None), _form(tuple[int, int] | None), _form(tuple[float, ...]), _form(dict[str, float | None])
-    ('scalar', 'fixed', 'list', 'scalar')
+    >>> [_classify(kind) for kind in (float | None, tuple[int, int] | None, tuple[float, ...], dict[str, float | None])]
+    ['scalar', 'fixed', 'list', 'scalar']
     """
-    for option in _options(annotation):
+    for option in _list_types(annotation):
         origin, inner = get_origin(option), get_args(option)
         if origin is dict:
-            return _form(inner[1])
+            return _classify(inner[1])
         if origin is tuple:
             return "list" if Ellipsis in inner else "fixed"
         if origin is list:
@@ -199,12 +199,12 @@ def _form(annotation: Any) -> str:
     return "scalar"
 
 
-def _options(annotation: Any) -> Iterator[Any]:
+def _list_types(annotation: Any) -> Iterator[Any]:
     """Yield the types of a value, except None."""
     if get_origin(annotation) is Annotated:
-        yield from _options(get_args(annotation)[0])
+        yield from _list_types(get_args(annotation)[0])
     elif get_origin(annotation) in {Union, UnionType}:
         for option in get_args(annotation):
-            yield from _options(option)
+            yield from _list_types(option)
     elif annotation is not NoneType:
         yield annotation

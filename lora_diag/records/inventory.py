@@ -10,12 +10,12 @@ from lora_diag.records.base import Record
 from lora_diag.records.shown import Shown
 
 
-def _sizes(rows: Sequence[Any]) -> str:
+def _common_shape(rows: Sequence[Any]) -> str:
     """Return the shape that all records have."""
     return "×".join("?" if size is None else str(size) for size in rows[0].shape) or "scalar"
 
 
-def _entries(record: StoredTensor) -> int:
+def _count_entries(record: StoredTensor) -> int:
     return math.prod(record.shape)
 
 
@@ -30,9 +30,9 @@ class StoredTensor(Record):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("shape", "shape", "of each", main=True, pool=_sizes),
+        Shown("shape", "shape", "of each", main=True, pool=_common_shape),
         Shown("dtype", "dtype", "as it is stored", main=True),
-        Shown("shape", "entries", "of all", main=True, form="count", pool=lambda rows: sum(map(_entries, rows))),
+        Shown("shape", "entries", "of all", main=True, form="count", pool=lambda rows: sum(map(_count_entries, rows))),
         Shown("spectrum", "spectrum", "whether it would be measured", main=True),
     )
     layer: str
@@ -60,7 +60,7 @@ class AdaptedWeight(Record):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("shape", "shape", "of ΔW", main=True, pool=_sizes),
+        Shown("shape", "shape", "of ΔW", main=True, pool=_common_shape),
         Shown("rank", "rank", "r of its factors", main=True),
         Shown("scaling", "scaling", "s", main=True, form=".4g"),
         Shown("about", "form", "how it is stored, and what it needs", main=True),

@@ -104,21 +104,21 @@ class Results(Generic[L]):
             (True, 2)
         """
         if isinstance(item, slice):
-            return self._only(self.layers[item], self.left_out)
+            return self._keep_only(self.layers[item], self.left_out)
         if not isinstance(item, str):
             return self.layers[item]
         for name in (item, f"{item}.weight"):
             for record in self.layers:
                 if record.layer == name:
                     return record
-        raise KeyError(self._unknown(item))
+        raise KeyError(self._make_unknown_error(item))
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, str):
             return any(record.layer in {item, f"{item}.weight"} for record in self.layers)
         return item in self.layers
 
-    def _unknown(self, name: str) -> str:
+    def _make_unknown_error(self, name: str) -> str:
         names = list(dict.fromkeys(record.layer for record in self.layers))
         known = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
         stem = name.removesuffix(".weight")
@@ -148,9 +148,9 @@ class Results(Generic[L]):
         pattern = re.compile(layers)
         kept = tuple(record for record in self.layers if pattern.search(record.layer))
         left_out = tuple(record for record in self.left_out if pattern.search(record.layer))
-        return self._only(kept, left_out)
+        return self._keep_only(kept, left_out)
 
-    def _only(self, layers: tuple[L, ...], left_out: tuple[LeftOut, ...]) -> Results[L]:
+    def _keep_only(self, layers: tuple[L, ...], left_out: tuple[LeftOut, ...]) -> Results[L]:
         end = totals(layers, left_out) if self.end is not None else None
         return replace(self, layers=layers, left_out=left_out, end=end)
 
@@ -246,10 +246,10 @@ def totals(layers: Sequence[LayerRecord], left_out: Sequence[LeftOut]) -> End:
     by_name = {record.layer: record for record in layers}
     fro = [getattr(record, "fro", None) for record in by_name.values()]
     base_fro = [getattr(record, "base_fro", None) for record in by_name.values()]
-    return End(layers=len(by_name), left_out=len(left_out), fro=_norm(fro), base_fro=_norm(base_fro))
+    return End(layers=len(by_name), left_out=len(left_out), fro=_pool_norm(fro), base_fro=_pool_norm(base_fro))
 
 
-def _norm(parts: Sequence[float | None]) -> float | None:
+def _pool_norm(parts: Sequence[float | None]) -> float | None:
     known = [part for part in parts if part is not None]
     return math.hypot(*known) if len(known) == len(parts) else None
 

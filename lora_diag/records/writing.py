@@ -106,7 +106,7 @@ class ResultsWriter(Generic[L]):
 
     def _begin(self, resume: bool) -> None:
         """Inspect the existing files, and decide where records go."""
-        part = _part(self._final)
+        part = _part_path(self._final)
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
             _refuse_inputs(self._final, self.run)
@@ -114,8 +114,8 @@ class ResultsWriter(Generic[L]):
         self.path = part if behind_part else self._final
         if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
             earlier: Results[L] = read_results(self.path)
-            extended = self._extended(earlier)
-            self.earlier = _whole_layers(_same_run(extended, self.run, self.path))
+            extended = self._extend_settings(earlier)
+            self.earlier = _drop_partial_layer(_check_same_run(extended, self.run, self.path))
             self.run = self.earlier.run
             if extended.run != earlier.run or len(extended.left_out) < len(earlier.left_out):
                 self.path, behind_part = part, True
@@ -125,7 +125,7 @@ class ResultsWriter(Generic[L]):
         if self.earlier.end is not None and behind_part:
             self._replace()
 
-    def _extended(self, earlier: Results[L]) -> Results[L]:
+    def _extend_settings(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs; unfinished if they were extended."""
         earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
@@ -203,8 +203,8 @@ class ResultsWriter(Generic[L]):
     def _open(self, path: Path) -> FileIO:
         """Open the file after the kept records."""
         if not self._kept:
-            return FileIO(path, "w", opener=_without_links)
-        file = FileIO(path, "r+", opener=_without_links)
+            return FileIO(path, "w", opener=_open_without_links)
+        file = FileIO(path, "r+", opener=_open_without_links)
         file.truncate(bytes_of(path, self._kept))
         file.seek(0, os.SEEK_END)
         _write(file, b"\n")
@@ -265,11 +265,11 @@ def _lock(path: Path) -> int:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _without_links(path: str, flags: int) -> int:
+def _open_without_links(path: str, flags: int) -> int:
     return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
-def _part(path: Path) -> Path:
+def _part_path(path: Path) -> Path:
     """Return the path of a run in progress while a finished one exists."""
     return path.with_name(f"{path.name}.part")
 
@@ -294,7 +294,7 @@ def check_results_file(
     """
     path = output_path(path)
     check_output(path, RESULTS, overwrite, appending=True)
-    part = _part(path)
+    part = _part_path(path)
     if os.path.lexists(part):
         check_output(part, RESULTS, appending=True)
     state, part_state = _state(path, overwrite), _state(part)
@@ -341,7 +341,7 @@ def _state(path: Path, overwrite: bool = False) -> State:
         raise UsageError(f"{error}; the file is unchanged; delete it, or choose another name") from error
 
 
-def _whole_layers(earlier: Results[Any]) -> Results[Any]:
+def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
     """Drop the last layer's records if a crash may have interrupted them."""
     one_a_layer = all(record.key == ("layer",) for record in earlier.layers[-1:])
     if one_a_layer or earlier.left_out or earlier.end is not None:
@@ -350,7 +350,7 @@ def _whole_layers(earlier: Results[Any]) -> Results[Any]:
     return replace(earlier, layers=tuple(record for record in earlier.layers if record.layer != last))
 
 
-def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
+def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
     """Return the earlier records if they are from the same inputs and settings."""
     for recorded, current_input in zip(earlier.run.inputs, run.inputs, strict=False):
         if bool(recorded.sha256) != bool(current_input.sha256):

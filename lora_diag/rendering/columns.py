@@ -128,8 +128,8 @@ def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width:
     """
     longest = max(len(title), *map(len, names), 0)
     at_most = [column for column in columns if width >= WIDE or not column.wide]
-    fitting = _fitting(at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME)))
-    room = min(longest, _room(fitting, width))
+    fitting = _drop_columns(at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME)))
+    room = min(longest, _room_for_names(fitting, width))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left")
     if hidden := [column.title for column in columns if column not in fitting]:
         table.caption = f"not shown at {width} columns: {', '.join(hidden)}\n"
@@ -189,15 +189,15 @@ def _disambiguated(names: Sequence[str], width: int, used: Set[str]) -> list[str
     return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(used) + 1)]
 
 
-def _room(columns: Sequence[Column], width: int) -> int:
+def _room_for_names(columns: Sequence[Column], width: int) -> int:
     """Return the width left for names: each column takes a blank, and both edges one."""
     return max(1, width - sum(column.width + 1 for column in columns) - 2)
 
 
-def _fitting(columns: Sequence[Column], width: int, name: int) -> list[Column]:
+def _drop_columns(columns: Sequence[Column], width: int, name: int) -> list[Column]:
     """Drop as many columns as needed for names to keep ``name`` characters."""
     fitting = list(columns)
     for position in sorted(range(len(columns)), key=lambda position: (-columns[position].drop, -position)):
-        if columns[position].drop and _room(fitting, width) < name:
+        if columns[position].drop and _room_for_names(fitting, width) < name:
             fitting = [column for column in fitting if column is not columns[position]]
     return fitting

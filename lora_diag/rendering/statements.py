@@ -186,7 +186,7 @@ class _Summary:
         shown = (
             [statement.lines for statement in self.statements]
             if self.most is None
-            else _fitting(self, self.most, height)
+            else _select_fitting(self, self.most, height)
         )
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
@@ -204,7 +204,7 @@ class _Summary:
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
-def _fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
+def _select_fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
     fitting = summary.statements
     shown = [statement.lines if statement.level in {"warning", "failure"} else () for statement in fitting]

@@ -26,7 +26,7 @@ def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
         rows: Rows with name and records.
     """
     groups = [group for _, group in rows]
-    columns = ((field.main, _column(field, groups)) for field in shown if field.in_terminal)
+    columns = ((field.main, _make_column(field, groups)) for field in shown if field.in_terminal)
     return [column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)]
 
 
@@ -85,13 +85,13 @@ def grids_table(
     return to_text(Group(*captioned_once(tables), summary_of(statements, next_command)), width, color)
 
 
-def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
+def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
     words = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
-    cells = tuple(_cell(shown, group) for group in groups)
+    cells = tuple(_make_cell(shown, group) for group in groups)
     return Column(shown.head or shown.title, cells, "left" if words else "right", shown.drop, shown.wide)
 
 
-def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
+def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     """Return the cell of several records, with error, random baseline and mark."""
     if shown.pool == "ends":
         return ends([item for record in group for item in value_at(record, shown.path) or ()], shown.form)
@@ -100,14 +100,14 @@ def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
         return "-"
     text = safe(value) if isinstance(value, str) else written(value, shown.form, shown.share)
     known = [record for record in group if shown.value(record) is not None]
-    if shown.error and (error := _median(known, shown.error)) is not None:
+    if shown.error and (error := _median_value(known, shown.error)) is not None:
         text += plus_minus(error)
-    if shown.chance and (chance := _median(known, shown.chance)) is not None:
+    if shown.chance and (chance := _median_value(known, shown.chance)) is not None:
         text += f" ({written(chance, shown.form, shown.share)})"
     text += shown.mark(group) if shown.mark else ""
     return Text(text, style=shown.style(value)) if shown.style else text
 
 
-def _median(records: Sequence[Any], path: str) -> float | None:
+def _median_value(records: Sequence[Any], path: str) -> float | None:
     values = [value for record in records if (value := value_at(record, path)) is not None]
     return median(values) if values else None

@@ -66,13 +66,13 @@ def encodable(text: str, encoding: str) -> str:
     return text.encode(encoding, "ascii signs").decode(encoding)
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+def _replace_with_ascii(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     signs = error.object[error.start : error.end].translate(_ASCII)
     return signs.encode("ascii", "replace").decode(), error.end
 
 
-codecs.register_error("ascii signs", _in_ascii)
+codecs.register_error("ascii signs", _replace_with_ascii)
 
 
 def short(layer: str) -> str:

@@ -61,14 +61,14 @@ def advice(evidence: Evidence) -> list[Advice]:
     by_command: dict[tuple[str, ...], Advice] = {}
     for group in groups:
         about = (group.path_of("tuned"),) if len(groups) > 1 else ()
-        for step in _of_one(group):
+        for step in _advise_one(group):
             known = by_command.get(step.argv, step)
             by_command[step.argv] = replace(known, about=(*known.about, *about))
     # A step that applies to all applies to the page.
     return [replace(step, about=()) if len(step.about) == len(groups) else step for step in by_command.values()]
 
 
-def _of_one(evidence: Evidence) -> list[Advice]:
+def _advise_one(evidence: Evidence) -> list[Advice]:
     """Return the steps for one full fine-tune and its adapters.
 
     If the held-out loss shows that an adapter is as good as the full fine-tune, only steps on shifted text remain; if
@@ -167,8 +167,8 @@ def raise_rank(evidence: Evidence) -> Advice | None:
         return None  # no common rank suffices for these layers: handled by ``train_fully``
     current, worst = ranks([item.rank for item in insufficient]), min(insufficient, key=lambda item: item.kept)
     affected = f"{len(insufficient)} of {len(capacities)} matrices"
-    largest_adapters = _largest_adapters(evidence)
-    state = f"At rank {current}{f' ({_joined(largest_adapters)})' if largest_adapters else ''}"
+    largest_adapters = _find_largest_adapters(evidence)
+    state = f"At rank {current}{f' ({_join_paths(largest_adapters)})' if largest_adapters else ''}"
     reason = (
         f"{state}, {affected} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
         f"{named([worst.layer])}."
@@ -184,10 +184,10 @@ def raise_rank(evidence: Evidence) -> Advice | None:
         f"{ARTICLE}, rank selection step 5.1; Eckart & Young 1936",
         tuple(item.layer for item in insufficient),
     )
-    reason += _limits(evidence, largest_adapters)
+    reason += _describe_limits(evidence, largest_adapters)
     if not is_measured:
         action = f"Measure which rank above {current} the update needs"
-        return Advice(rule, action, reason, condition, source, _spectrum(evidence), layers=layers)
+        return Advice(rule, action, reason, condition, source, _find_spectrum(evidence), layers=layers)
     target_rank = target or COMMON_RANKS[-1]
     chosen = {item.layer for item in (insufficient if is_local else capacities)}
     total = sum(sum(i.shape) * (max(target_rank, i.rank) if i.layer in chosen else i.rank) for i in capacities)
@@ -200,7 +200,7 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     )
     reason += (
         f" The budget is that of {change}{', with the others unchanged' if is_local else ''}, which "
-        f"{effect}.{_energy_kept_by(evidence, params)}"
+        f"{effect}.{_describe_energy_kept(evidence, params)}"
     )
     return Advice(
         rule,
@@ -209,7 +209,7 @@ def raise_rank(evidence: Evidence) -> Advice | None:
         reason,
         condition,
         source,
-        command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json"),
+        command("allocate", _find_spectrum_file(evidence), params=params, o="adapter_config.json"),
         params=params,
         layers=layers,
     )
@@ -238,13 +238,13 @@ def widen_placement(evidence: Evidence) -> Advice | None:
         f"Allocate {params:,} trainable parameters, {reference_text}, to all matrices: {missing_types} have none"
         if measured
         else f"Measure the spectrum, to adapt {missing_types} too",
-        f"{percent(math.fsum(fractions.values()))} of ‖ΔW‖² is in matrices that {_joined(list(evidence.adapted))} "
+        f"{percent(math.fsum(fractions.values()))} of ‖ΔW‖² is in matrices that {_join_paths(list(evidence.adapted))} "
         f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_fractions_text(fractions)}.",
         f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
         f"{ARTICLE}, rank selection step 5.2",
-        command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json")
+        command("allocate", _find_spectrum_file(evidence), params=params, o="adapter_config.json")
         if measured
-        else _spectrum(evidence),
+        else _find_spectrum(evidence),
         params=params if measured else None,
         layers=tuple(unreached),
     )
@@ -397,7 +397,7 @@ def _target(
     return None
 
 
-def _largest_adapters(evidence: Evidence) -> list[str]:
+def _find_largest_adapters(evidence: Evidence) -> list[str]:
     """Return the adapters with the largest rank in some layer."""
     largest = {item.layer: item.rank for item in evidence.largest}
     return [
@@ -407,7 +407,7 @@ def _largest_adapters(evidence: Evidence) -> list[str]:
     ]
 
 
-def _limits(evidence: Evidence, paths: Sequence[str]) -> str:
+def _describe_limits(evidence: Evidence, paths: Sequence[str]) -> str:
     """State where adapters are limited by factors other than rank."""
     limited = [record.limited_by for path in paths for record in evidence.adapted[path] if record.rank]
     by_rank = limited.count("rank")
@@ -415,12 +415,12 @@ def _limits(evidence: Evidence, paths: Sequence[str]) -> str:
         return ""
     return (
         f" But rank is the larger part of ε in {f'only {by_rank}' if by_rank else 'none'} of the {len(limited)} "
-        f"matrices that {_joined(paths)} {'adapts' if len(paths) == 1 else 'adapt'}: the adapter found another "
+        f"matrices that {_join_paths(paths)} {'adapts' if len(paths) == 1 else 'adapt'}: the adapter found another "
         "solution, which may be as good."
     )
 
 
-def _energy_kept_by(evidence: Evidence, params: int) -> str:
+def _describe_energy_kept(evidence: Evidence, params: int) -> str:
     """State the energy that the command will keep, by running it on these records."""
     assert evidence.update is not None
     results = evidence.update.results
@@ -439,14 +439,14 @@ def _repeat_allocation(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
     results_file = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
     return command(
         "allocate",
-        results_file or _spectrum_file(evidence),
+        results_file or _find_spectrum_file(evidence),
         **budget_of(settings),
         **{name: value for name, value in typed(AllocateOptions, settings).items() if name != "energy"},
         o="adapter_config.json",
     )
 
 
-def _joined(paths: Sequence[str]) -> str:
+def _join_paths(paths: Sequence[str]) -> str:
     return " and ".join([", ".join(paths[:-1]), paths[-1]]) if len(paths) > 1 else "".join(paths)
 
 
@@ -456,9 +456,9 @@ def _fractions_text(fractions: Mapping[str, float]) -> str:
     )
 
 
-def _spectrum_file(evidence: Evidence) -> str:
+def _find_spectrum_file(evidence: Evidence) -> str:
     return evidence.update.name if evidence.update else "spectrum.jsonl"
 
 
-def _spectrum(evidence: Evidence) -> tuple[str, ...]:
+def _find_spectrum(evidence: Evidence) -> tuple[str, ...]:
     return command("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), o="spectrum.jsonl")

@@ -69,7 +69,7 @@ class Gains:
 
 def place_by_gain(evidence: Evidence) -> Advice | None:
     """Distribute rank by the gain of each unit alone, if some gains are small or they differ."""
-    for gains in _significant_gains(evidence):
+    for gains in _find_significant_gains(evidence):
         if not gains.idle and not gains.uneven:
             continue
         best, lowest = gains.known[0], (gains.idle or gains.known)[-1]
@@ -80,9 +80,10 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
             "place by gain",
             f"{budget_text} by what each gains alone: most in {largest}{smallest}",
             f"Adapted alone at r={gains.source.results.run.settings['rank']}, {best.unit.removesuffix('.weight')} "
-            f"lowers the loss on {gains.name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
-            f"{_gain(lowest)}; {len(gains.clear)} of {len(gains.known)} gains are significant, {len(gains.idle)} "
-            "are at most a tenth of the best. The gain of a unit alone is not its contribution to the joint gain.",
+            f"lowers the loss on {gains.name} by {_format_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
+            f"{_format_gain(lowest)}; {len(gains.clear)} of {len(gains.known)} gains are significant, "
+            f"{len(gains.idle)} are at most a tenth of the best. The gain of a unit alone is not its contribution "
+            "to the joint gain.",
             f"some gain ≤ {NEGLIGIBLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
             f"{gains.errors:.1f} paired standard errors (95% over {len(gains.known)} units); {MIN_COUNT} units or more",
             f"{ARTICLE}, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
@@ -95,16 +96,16 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
 
 def negligible_layers(evidence: Evidence) -> set[str]:
     """Return the layers with a negligible gain alone, which no step adapts."""
-    return {layer for gains in _significant_gains(evidence) for gain in gains.idle for layer in gain.layers}
+    return {layer for gains in _find_significant_gains(evidence) for gain in gains.idle for layer in gain.layers}
 
 
-def _significant_gains(evidence: Evidence) -> Iterator[Gains]:
+def _find_significant_gains(evidence: Evidence) -> Iterator[Gains]:
     """Yield the gains of runs over all layers, unless not even the best unit has a significant gain."""
-    for source, records in _runs(evidence, Sensitivity):
+    for source, records in _find_runs(evidence, Sensitivity):
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):
             continue  # a selection of layers would leave the others without a rank
-        name, gains = _gains(source, records)
+        name, gains = _compute_gains(source, records)
         known = sorted((gain for gain in gains if gain.error is not None), key=lambda gain: -gain.gain)
         if len(known) < MIN_COUNT:
             continue
@@ -114,7 +115,7 @@ def _significant_gains(evidence: Evidence) -> Iterator[Gains]:
             continue
         clear = tuple(gain for gain in known if gain.gain > errors * (gain.error or 0.0))
         idle = tuple(gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= NEGLIGIBLE * floor)
-        uneven = _uneven(records, name, known, errors)
+        uneven = _is_uneven(records, name, known, errors)
         yield Gains(source, name, tuple(known), clear, idle, uneven, errors)
 
 
@@ -123,7 +124,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
     chosen = sorted({record.rank for records in evidence.adapted.values() for record in records if record.rank})
     if not chosen:
         return None
-    for source, records in _runs(evidence, Intrinsic):
+    for source, records in _find_runs(evidence, Intrinsic):
         settings = source.results.run.settings
         name, threshold = main_sets(records)[0], settings["share"]
         all_rows = lines(records, name, records[0].set, settings["seed"])
@@ -133,7 +134,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
             continue
         answer = reached(all_rows, "lora", threshold)
         insufficient = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < threshold]
-        dimension = _dimension(all_rows, threshold)
+        dimension = _describe_dimension(all_rows, threshold)
         line = answer.line
         if (
             line is not None
@@ -142,15 +143,17 @@ def fit_rank(evidence: Evidence) -> Advice | None:
             and not answer.missed
             and (line.size or 0) < chosen[0]
         ):
-            action = f"Try r={line.size} instead of r={_span(chosen)}"
-            reason = f"On {name}, r={line.size} reached {_shares(line)} of full fine-tuning's gain with every seed"
+            action = f"Try r={line.size} instead of r={_format_range(chosen)}"
+            reason = (
+                f"On {name}, r={line.size} reached {_format_shares(line)} of full fine-tuning's gain with every seed"
+            )
             candidates = [line.size or 0, chosen[0]]
         elif insufficient and not any(size.edge for size in insufficient) and line is None:
             higher = [2 * (insufficient[-1].size or 0), 4 * (insufficient[-1].size or 0)]
-            action = f"Expect r={_span(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
+            action = f"Expect r={_format_range(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
             reason = (
-                f"On {name}, even r={insufficient[-1].size} reached {_shares(insufficient[-1])} of full fine-tuning's "
-                "gain"
+                f"On {name}, even r={insufficient[-1].size} reached {_format_shares(insufficient[-1])} of full "
+                "fine-tuning's gain"
             )
             candidates = [chosen[-1], *higher]
         else:
@@ -162,7 +165,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
         return Advice(
             "fit the rank",
             action,
-            f"{reason}; the adapters here have r={_span(chosen)}.{dimension} More steps may need more.",
+            f"{reason}; the adapters here have r={_format_range(chosen)}.{dimension} More steps may need more.",
             f"the smallest LoRA with ≥ {percent(threshold)} of full fine-tuning's gain at every seed has a lower rank "
             "than the adapter; or no LoRA of its rank or more reaches that at any seed, at a rate inside the grid",
             "Aghajanyan et al. 2020 (arXiv 2012.13255), d for 90% of full fine-tuning, carried over to ranks",
@@ -181,21 +184,23 @@ def fit_rank(evidence: Evidence) -> Advice | None:
 
 def prefer_fisher(evidence: Evidence) -> Advice | None:
     """Avoid truncation by energy if its order of layers differs from the measured cost."""
-    for source, records in _runs(evidence, Fisher):
+    for source, records in _find_runs(evidence, Fisher):
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
         chosen = next((at_rank for at_rank in correlations(records, ranks) if at_rank.rank == rank), None)
         differing = (
-            _fisher_differs(source, records, rank) if chosen is None else _fisher_contradicted(evidence, source, chosen)
+            _advise_measurement(source, records, rank)
+            if chosen is None
+            else _advise_against_fisher(evidence, source, chosen)
         )
         if differing is not None:
             return differing
     return None
 
 
-def _fisher_contradicted(evidence: Evidence, source: Source, chosen: Correlations) -> Advice | None:
+def _advise_against_fisher(evidence: Evidence, source: Source, chosen: Correlations) -> Advice | None:
     """Apply if the measured cost has the order of the Fisher information, and significantly not that of energy."""
-    fisher, energy = (_rho(chosen.kl[name][0], chosen.n) for name in ("Fisher", "weight energy"))
+    fisher, energy = (_correlate(chosen.kl[name][0], chosen.n) for name in ("Fisher", "weight energy"))
     if fisher is None or energy is None or fisher[1] <= energy[2]:
         return None
     argv, params, budget_text = _allocate(evidence, source)
@@ -203,7 +208,7 @@ def _fisher_contradicted(evidence: Evidence, source: Source, chosen: Correlation
         "rank by Fisher",
         f"{budget_text} by the Fisher information of the discarded part instead of energy",
         f"Spearman's ρ with the measured cost of truncating each of {chosen.n} layers to r={chosen.rank} is "
-        f"{_interval(fisher)} for the Fisher information of the discarded part and {_interval(energy)} "
+        f"{_format_interval(fisher)} for the Fisher information of the discarded part and {_format_interval(energy)} "
         "for its energy Σσ².",
         "95% interval of ρ of the Fisher information above that of energy",
         "SVD-LLM (arXiv 2403.07378) and Fisher-weighted SVD (arXiv 2207.00112); measured, Spearman 1904",
@@ -212,17 +217,21 @@ def _fisher_contradicted(evidence: Evidence, source: Source, chosen: Correlation
     )
 
 
-def _fisher_differs(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
+def _advise_measurement(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
     """Without a measured cost, but with significantly different orders: recommend the measurement."""
     pairs = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
-    rho = _rho(spearman([first for first, _ in pairs], [second for _, second in pairs]), len(pairs)) if pairs else None
+    rho = (
+        _correlate(spearman([first for first, _ in pairs], [second for _, second in pairs]), len(pairs))
+        if pairs
+        else None
+    )
     if rho is None or rho[2] >= DIFFERENT_ORDER:
         return None
     base, tuned, data = source.path_of("base"), source.path_of("tuned"), source.path_of("data", "TEXT")
     return Advice(
         "rank by Fisher",
         "Measure whether energy or Fisher information predicts the cost of truncation, before choosing ranks by energy",
-        f"They order {len(pairs)} layers differently: Spearman's ρ of the two at r={rank} is {_interval(rho)}.",
+        f"They order {len(pairs)} layers differently: Spearman's ρ of the two at r={rank} is {_format_interval(rho)}.",
         f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below "
         f"{DIFFERENT_ORDER}; no "
         "cost measured",
@@ -236,7 +245,7 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
     """Advise against ranks from a loose bound, unless the loss of truncations is measured."""
     if any(of(evidence, "truncation")):
         return None
-    for source, records in _runs(evidence, LossBound):
+    for source, records in _find_runs(evidence, LossBound):
         whole = [r for r in records if r.along == 1 and r.gap_error is not None and r.gap > ERRORS * r.gap_error]
         ratios = [record.upper / record.gap for record in whole]
         if len(ratios) < 2 or min(ratios) < LOOSE:
@@ -261,19 +270,19 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
 PROBE_RULES = (place_by_gain, fit_rank, prefer_fisher, flag_loose_bound)
 
 
-def _runs(evidence: Evidence, kind: type[Any]) -> Iterator[tuple[Source, list[Any]]]:
+def _find_runs(evidence: Evidence, kind: type[Any]) -> Iterator[tuple[Source, list[Any]]]:
     for source in evidence.sources:
         records = [record for record in source.results.whole if isinstance(record, kind)]
         if records:
             yield source, records
 
 
-def _gains(source: Source, records: Sequence[Sensitivity]) -> tuple[str, list[Gain]]:
+def _compute_gains(source: Source, records: Sequence[Sensitivity]) -> tuple[str, list[Gain]]:
     settings, name = source.results.run.settings, main_sets(records)[0]
     return name, gains_of(records, name, records[0].set, settings["rank"], settings["seed"])
 
 
-def _uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], errors: float) -> bool:
+def _is_uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], errors: float) -> bool:
     """Return whether the highest gain exceeds the lowest significantly and by a relevant factor, by sequence."""
     best, worst = known[0], known[-1]
     base = next(record for record in records if not record.unit and record.set == name)
@@ -281,24 +290,24 @@ def _uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], er
     return error is not None and gap > errors * error and best.gain >= UNEVEN * worst.gain
 
 
-def _gain(gain: Gain) -> str:
+def _format_gain(gain: Gain) -> str:
     return f"{gain.gain:+.4f} ± {gain.error or 0.0:.2g}"
 
 
-def _dimension(all_rows: Sequence[Line], share: float) -> str:
+def _describe_dimension(all_rows: Sequence[Line], share: float) -> str:
     line = reached(all_rows, "subspace", share).line
     return "" if line is None else f" {line.size} random directions reached the same."
 
 
-def _shares(line: Line) -> str:
+def _format_shares(line: Line) -> str:
     return f"{percent(min(line.shares))} to {percent(max(line.shares))}"
 
 
-def _span(values: Sequence[int]) -> str:
+def _format_range(values: Sequence[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _rho(rho: float | None, n: int) -> tuple[float, float, float] | None:
+def _correlate(rho: float | None, n: int) -> tuple[float, float, float] | None:
     """Return ρ and its interval; None if unknown.
 
     For ρ = 1 the interval is that of a ρ reduced by half a swap of neighbours, since few layers in order are not
@@ -310,7 +319,7 @@ def _rho(rho: float | None, n: int) -> tuple[float, float, float] | None:
     return None if ends is None else (rho, *ends)
 
 
-def _interval(rho: tuple[float, float, float]) -> str:
+def _format_interval(rho: tuple[float, float, float]) -> str:
     return f"{rho[0]:.2f} [{rho[1]:.2f}, {rho[2]:.2f}]"
 
 

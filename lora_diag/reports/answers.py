@@ -32,15 +32,15 @@ class Answer:
 
 def losses(evidence: Evidence) -> Iterator[Answer]:
     """Yield the answers of probes: losses first with their paired standard errors; weights are only indications."""
-    return _answers([section for section in sections_of(evidence) if is_of_losses(section.source)])
+    return _answer_questions([section for section in sections_of(evidence) if is_of_losses(section.source)])
 
 
 def other_answers(evidence: Evidence) -> Iterator[Answer]:
     """Yield the answers to the questions declared by other features."""
-    return _answers([section for section in sections_of(evidence) if not is_of_losses(section.source)])
+    return _answer_questions([section for section in sections_of(evidence) if not is_of_losses(section.source)])
 
 
-def _answers(sections: Sequence[Section]) -> Iterator[Answer]:
+def _answer_questions(sections: Sequence[Section]) -> Iterator[Answer]:
     """Yield the answers to the questions declared by features, from their statements."""
     times = Counter(section.feature.name for section in sections)
     for section in sections:

@@ -67,9 +67,9 @@ def report(
         result(made.rstrip("\n"))
     elif output is not None and not quiet:
         how = ", opens in any browser without a network connection" if format_of(output, format) == "html" else ""
-        message(f"{shlex.quote(str(output))}: {_size(output)}{how}")
+        message(f"{shlex.quote(str(output))}: {_file_size(output)}{how}")
 
 
-def _size(path: Path) -> str:
+def _file_size(path: Path) -> str:
     size = path.stat().st_size
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -108,17 +108,17 @@ class Evidence:
     def audit(self) -> Source | None:
         """The first run of ``residual`` among those with the adapter in question."""
         runs = self.of(Residual)
-        return next((run for run in runs if self.about is None or self.about in _adapters(run)), None)
+        return next((run for run in runs if self.about is None or self.about in _list_adapters(run)), None)
 
     @cached_property
     def adapter(self) -> str | None:
         """The path of the adapter in question, or of the first of ``audit``."""
-        return self.about or next(iter(_adapters(self.audit) if self.audit else ()), None)
+        return self.about or next(iter(_list_adapters(self.audit) if self.audit else ()), None)
 
     @cached_property
     def adapted(self) -> dict[str, tuple[Residual, ...]]:
         """``residuals`` of every adapter, by its path."""
-        named = dict.fromkeys(path for run in self.of(Residual) for path in _adapters(run))
+        named = dict.fromkeys(path for run in self.of(Residual) for path in _list_adapters(run))
         return {path: replace(self, about=path).residuals for path in named}
 
     @cached_property
@@ -140,7 +140,7 @@ class Evidence:
         """Return the evidence for each full fine-tune, with the runs that belong to none, such as sweeps."""
         sides: list[set[str]] = []  # path and fingerprint of each fine-tune
         for source in self.sources:
-            if tuned_ids := _tuned_ids(source):
+            if tuned_ids := _identify_tuned(source):
                 matching = next((side for side in sides if side & tuned_ids), None)
                 if matching is None:
                     sides.append(matching := set())
@@ -149,7 +149,8 @@ class Evidence:
             return [self]
         return [
             replace(
-                self, sources=tuple(s for s in self.sources if not (tuned_ids := _tuned_ids(s)) or tuned_ids & side)
+                self,
+                sources=tuple(s for s in self.sources if not (tuned_ids := _identify_tuned(s)) or tuned_ids & side),
             )
             for side in sides
         ]
@@ -161,7 +162,7 @@ class Evidence:
 
     def each(self) -> list[Evidence]:
         """Return the evidence for each adapter, and for each full update except the first; the first of all first."""
-        named = list(dict.fromkeys(path for run in self.of(Residual) for path in _adapters(run)))
+        named = list(dict.fromkeys(path for run in self.of(Residual) for path in _list_adapters(run)))
         updates = [run for run in self.of(Spectrum) if _is_full_update(run.results.layers)]
         adapters = [replace(self, about=path) for path in named[1:]]
         return [self, *adapters, *(Evidence((run,)) for run in updates[1:])]
@@ -243,7 +244,7 @@ class Evidence:
             reasons.append(
                 (
                     "no held-out loss",
-                    f"loradiag probe outputs {self._sides()} --eval HELD_OUT_TEXT -o outputs.jsonl",
+                    f"loradiag probe outputs {self._quote_sides()} --eval HELD_OUT_TEXT -o outputs.jsonl",
                 ),
             )
         if self.update is None and self.audit is None:
@@ -255,7 +256,7 @@ class Evidence:
                     f"no spectrum of a full fine-tune{f' in the weights: {metrics_text}' if metrics_text else ''}",
                     measure_weights(self.weighted[0])
                     if metrics_text
-                    else f"loradiag spectrum {self._sides(0)} -o spectrum.jsonl",
+                    else f"loradiag spectrum {self._quote_sides(0)} -o spectrum.jsonl",
                 )
             )
         elif self.update is not None and self.spectra and not self.readable:
@@ -273,15 +274,15 @@ class Evidence:
             )
         if self.audit is None:
             reasons.append(
-                ("no adapter was compared", f"loradiag residual {self._sides()} -o residual.jsonl"),
+                ("no adapter was compared", f"loradiag residual {self._quote_sides()} -o residual.jsonl"),
             )
         if not any(self.of(Overlap)):
             reasons.append(
-                ("no gradients", f"loradiag overlap {self._sides(0)} GRADIENTS -o overlap.jsonl"),
+                ("no gradients", f"loradiag overlap {self._quote_sides(0)} GRADIENTS -o overlap.jsonl"),
             )
         return reasons
 
-    def _sides(self, adapters: int = MAX_ADAPTERS) -> str:
+    def _quote_sides(self, adapters: int = MAX_ADAPTERS) -> str:
         """Return base, full fine-tune and adapters quoted for a shell; placeholders in capitals without a run."""
         named = list(dict.fromkeys(path for source in self.sources for path in source.paths("adapter"))) or ["ADAPTER"]
         return shlex.join([self.path_of("base"), self.path_of("tuned", "FULL_FT"), *named[:adapters]])
@@ -294,13 +295,13 @@ class Evidence:
         )
 
 
-def _adapters(run: Source) -> list[str]:
+def _list_adapters(run: Source) -> list[str]:
     """Return the adapters of a run of ``residual``, by their paths."""
     records = (record for record in run.results if isinstance(record, Residual) and record.role == "adapter")
     return list(dict.fromkeys(record.adapter for record in records))
 
 
-def _tuned_ids(source: Source) -> set[str]:
+def _identify_tuned(source: Source) -> set[str]:
     """Return path and fingerprint of the fine-tune of a run; None without one or with several."""
     sides = [side for side in source.results.run.inputs if side.role == "tuned"]
     return {word for side in sides for word in (side.path, side.fingerprint) if word} if len(sides) == 1 else set()

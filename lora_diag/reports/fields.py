@@ -72,16 +72,16 @@ def layers_of(evidence: Evidence) -> tuple[str, ...]:
 def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
     """Return all nonempty columns of the runs."""
     fields = [
-        *_spectrum_fields(evidence, layers),
-        *_residual_fields(evidence, layers),
-        *_overlap_fields(evidence, layers),
-        *_other_fields(evidence, layers),
-        *_gate_fields(evidence, layers),
+        *_list_spectrum_fields(evidence, layers),
+        *_list_residual_fields(evidence, layers),
+        *_list_overlap_fields(evidence, layers),
+        *_list_other_fields(evidence, layers),
+        *_list_gate_fields(evidence, layers),
     ]
     return [field for field in fields if any(value is not None for value in field.values)]
 
 
-def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+def _list_spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     sources = list(evidence.of(Spectrum))
     for position, source in enumerate(sources):
         records = {record.layer: record for record in source.results if isinstance(record, Spectrum)}
@@ -89,19 +89,19 @@ def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
         if evidence.update is not None and source is not evidence.update:
             shown = tuple(replace(field, main=False) for field in shown)
         group = filter(None, (_group(sources, source), _METRIC.get(metric_of(source.results))))
-        yield from _columns(f"s{position}", ", ".join(group), shown, records, layers)
+        yield from _make_columns(f"s{position}", ", ".join(group), shown, records, layers)
 
 
-def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+def _list_residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     adapters: dict[str, dict[str, Residual]] = {}
     for source in evidence.of(Residual):
         for record in source.results:
             adapters.setdefault(record.adapter, {}).setdefault(record.layer, record)
     for position, (label, records) in enumerate(zip(labels(list(adapters)), adapters.values(), strict=True)):
-        yield from _columns(f"a{position}", label, Residual.shown, records, layers)
+        yield from _make_columns(f"a{position}", label, Residual.shown, records, layers)
 
 
-def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+def _list_overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     """Yield the columns of overlap at the last step; the page's curves show all steps."""
     sources = list(evidence.of(Overlap))
     for position, source in enumerate(sources):
@@ -110,10 +110,10 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
         place = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         columns = tuple(replace(field, about=f"{field.about}; {place}") for field in Overlap.shown)
         records = {track.layer: track.last for track in shown}
-        yield from _columns(f"o{position}", _group(sources, source), columns, records, layers)
+        yield from _make_columns(f"o{position}", _group(sources, source), columns, records, layers)
 
 
-def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+def _list_other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     """Yield the declared columns of every kind of record with one record per layer."""
     special = (Spectrum, Residual, Overlap)
     kinds = [
@@ -127,10 +127,10 @@ def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
             records = {record.layer: record for record in source.results if isinstance(record, kind)}
             shown = kind.shown_of(source.results.run.settings, source.results.layers)
             prefix = f"{kind.model_fields['record'].default}{position}"
-            yield from _columns(prefix, _group(sources, source), shown, records, layers)
+            yield from _make_columns(prefix, _group(sources, source), shown, records, layers)
 
 
-def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+def _list_gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     worst: dict[str, Status] = {}
     for verdict in evidence.verdicts:
         if verdict.layer is not None:
@@ -145,17 +145,17 @@ def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     yield Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True, pooled=True)
 
 
-def _columns(
+def _make_columns(
     prefix: str, group: str, shown: Iterable[Shown], records: Mapping[str, Any], layers: Sequence[str]
 ) -> Iterable[Field]:
     for field in shown:
         values = tuple(field.value(records[layer]) if layer in records else None for layer in layers)
-        together = partial(_together, field, records, layers)
+        together = partial(_pool_together, field, records, layers)
         identity, pooled = f"{prefix}.{field.path}", field.pool is not None
         yield Field(identity, field.title, field.about, group, values, together, field.share, field.main, pooled)
 
 
-def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
+def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
     group = [records[layers[position]] for position in positions if layers[position] in records]
     return pooled_value(shown, group) if group else None
 

@@ -122,7 +122,7 @@ def flat_projections(evidence: Evidence) -> Finding | None:
     """Find projections with a spectrum as flat as that of a random matrix."""
     flatness: dict[str, list[tuple[str, float]]] = {}
     for record in evidence.readable:
-        name, share = module_type_of(record.layer), _flatness(record)
+        name, share = module_type_of(record.layer), _compute_flatness(record)
         if _PROJECTION.search(name) and share is not None and min(record.shape) >= SIZEABLE:
             flatness.setdefault(name, []).append((record.layer, share))
     flat = {name: rows for name, rows in flatness.items() if median(share for _, share in rows) >= FLAT}
@@ -159,7 +159,7 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
         "Scale mismatch",
         f"{evidence.adapter} is nearest to the full fine-tune at {factor:.3g} times its scale (median of {len(off)} "
         f"of {len(adapted)} adapted matrices; cosine "
-        f"{median(r.cosine or 0.0 for r in off):.2f}).{_confused(factor, off)}",
+        f"{median(r.cosine or 0.0 for r in off):.2f}).{_hint_at_confusion(factor, off)}",
         "The direction is right but the scale is not: check lora_alpha, the learning rate, and whether the scaling "
         "was applied exactly once.",
         f"best scale outside [{1 / SCALE:.2g}, {SCALE}], cosine ≥ {ALIGNED} in at least half of the adapted matrices",
@@ -262,13 +262,13 @@ def ranks(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
 
-def _flatness(record: Spectrum) -> float | None:
+def _compute_flatness(record: Spectrum) -> float | None:
     """Return the rank at 90% energy as a fraction of the maximum; None with too few kept values."""
     rank = record.rank_at["0.9"]
     return None if rank is None else rank / min(record.shape)
 
 
-def _confused(factor: float, records: Sequence[Residual]) -> str:
+def _hint_at_confusion(factor: float, records: Sequence[Residual]) -> str:
     """Return a hint if the factor is the ratio of LoRA's scaling α/r and rsLoRA's α/√r."""
     roots = [math.sqrt(record.rank) for record in records if record.rank]
     for word, sign in (("α/r where rsLoRA's α/√r was meant", 1.0), ("rsLoRA's α/√r where α/r was meant", -1.0)):

@@ -105,7 +105,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     return templates.get_template("report.html").render(
         subject=subject,
         sources=evidence.sources,
-        shown=list(map(_shown, evidence.sources)),
+        shown=list(map(_render_run, evidence.sources)),
         certificates=certificates(evidence),
         outcome=outcome,
         verdicts=verdicts[:VERDICTS],
@@ -119,17 +119,17 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         own_pictures=[picture for picture in images if picture.name in used],
         most_inputs=INPUTS,
         made=made,
-        thinning=[*other_metric_sentences(evidence), *_thinning(evidence, layers)],
-        metrics=_metrics(evidence),
-        parts=_parts(subject, outcome, evidence, sections, layers),
+        thinning=[*other_metric_sentences(evidence), *_describe_thinning(evidence, layers)],
+        metrics=_list_metrics(evidence),
+        parts=_list_parts(subject, outcome, evidence, sections, layers),
         epsilon=EPSILON,
         energy=ENERGY,
-        data=_data(evidence, layers, columns),
-        plotly=_packed(get_plotlyjs) if layers else "",
+        data=_make_data(evidence, layers, columns),
+        plotly=_pack_script(get_plotlyjs) if layers else "",
     )
 
 
-def _parts(
+def _list_parts(
     subject: Subject, outcome: str, evidence: Evidence, sections: Sequence[Section], layers: Sequence[str]
 ) -> list[tuple[str, str]]:
     """Return the ids and titles of the parts of the page; several runs of a command have whole titles."""
@@ -148,12 +148,12 @@ def _parts(
 
 
 @cache
-def _packed(read: Callable[[], str]) -> str:
+def _pack_script(read: Callable[[], str]) -> str:
     """Return a compressed script; cached, since plotly.js takes half a second to compress."""
     return base64.b64encode(gzip.compress(read().encode(), 9, mtime=0)).decode()
 
 
-def _shown(source: Source) -> str:
+def _render_run(source: Source) -> str:
     """Return the table and summary of a run as in a terminal; empty for a command without one."""
     try:
         return table(source.results, TERMINAL)
@@ -161,14 +161,14 @@ def _shown(source: Source) -> str:
         return ""
 
 
-def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
+def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
     """Return the data of the page's script (``templates/page.js``); layers are numbered."""
     from lora_diag.rendering.figures.groups import Types
 
     types = Types(layers)
     row = {name: position for position, name in enumerate(types.names)}
     position = {layer: i for i, layer in enumerate(layers)}
-    value: Callable[[Any], Any] = _rounded if len(layers) >= LARGE else lambda entry: entry
+    value: Callable[[Any], Any] = _round_value if len(layers) >= LARGE else lambda entry: entry
     return {
         "layers": [safe(layer) for layer in layers],
         "types": [safe(name) for name in types.names],
@@ -187,15 +187,15 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
             }
             for column in columns
         ],
-        "metrics": _metrics(evidence),
-        "spectra": _spectra(evidence, position, value),
-        "overlaps": _overlaps(evidence, position, value),
+        "metrics": _list_metrics(evidence),
+        "spectra": _make_spectra(evidence, position, value),
+        "overlaps": _make_overlaps(evidence, position, value),
     }
 
 
-def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def _make_spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
-    points = _points(evidence)
+    points = _count_points(evidence)
     charts = []
     sources = list(evidence.of(Spectrum))
     for source, label in zip(sources, labels([source.name for source in sources]), strict=True):
@@ -213,7 +213,7 @@ def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[A
                     "layer": position[record.layer],
                     "kept": len(record.s),
                     "s": [value(record.s[rank - 1]) for rank in shown_ranks],
-                    "c": [_rounded(share) for share in energy],
+                    "c": [_round_value(share) for share in energy],
                     "edge": value(record.resolution.edge),
                 }
             )
@@ -221,13 +221,15 @@ def _spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[A
     return charts
 
 
-def _metrics(evidence: Evidence) -> list[dict[str, str]]:
+def _list_metrics(evidence: Evidence) -> list[dict[str, str]]:
     """Return the metrics of the spectra, that of the weights first; curves of different metrics are never combined."""
     metrics = {metric_of(source.results) for source in evidence.of(Spectrum)}
     return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in metrics]
 
 
-def _overlaps(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def _make_overlaps(
+    evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]
+) -> list[dict[str, Any]]:
     """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
     charts = []
     for source in evidence.of(Overlap):
@@ -237,7 +239,7 @@ def _overlaps(evidence: Evidence, position: Mapping[str, int], value: Callable[[
                 "rank": track.rank,
                 "rows": [
                     [value(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
-                    for r in _evenly_spaced(track.records, STEPS)
+                    for r in _select_evenly(track.records, STEPS)
                 ],
             }
             for track in tracks(source.results)
@@ -246,16 +248,16 @@ def _overlaps(evidence: Evidence, position: Mapping[str, int], value: Callable[[
     return charts
 
 
-def _points(evidence: Evidence) -> int:
+def _count_points(evidence: Evidence) -> int:
     """Return the number of points of a spectrum."""
     spectra = sum(len(source.results) for source in evidence.of(Spectrum))
     return max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, spectra)))
 
 
-def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
+def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     """State the contents of the records that the page omits."""
     notes = []
-    points = _points(evidence)
+    points = _count_points(evidence)
     longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
     if longest > points:
         notes.append(
@@ -270,10 +272,10 @@ def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     return notes
 
 
-def _evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+def _select_evenly(items: Sequence[T], count: int) -> list[T]:
     """Return evenly spaced items including the first and the last.
 
-    >>> _evenly_spaced([0, 1, 2, 3, 4], 3)
+    >>> _select_evenly([0, 1, 2, 3, 4], 3)
     [0, 2, 4]
     """
     if len(items) <= count:
@@ -281,5 +283,5 @@ def _evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _rounded(value: Any) -> Any:
+def _round_value(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

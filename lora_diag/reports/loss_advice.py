@@ -29,15 +29,15 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
     if not equivalent:
         return None
     best = min(equivalent, key=lambda contest: contest.worst.gap or 0.0)
-    others = ", ".join(_outcome(contest) for contest in equivalent if contest is not best)
+    others = ", ".join(_describe_outcome(contest) for contest in equivalent if contest is not best)
     source, records = next(of(evidence, "outputs"))
     on_main = choices([record for record in records if record.set in main_sets(records)])
-    choices_text = "".join(f" {_choice(choice)}." for choice in on_main)
+    choices_text = "".join(f" {_describe_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
         f"No change: {best.name} does as well as the full fine-tune on held-out text",
-        f"{_outcome(best)}.{f' The same holds for {others}.' if others else ''}{choices_text} Distances in weights do "
-        "not "
+        f"{_describe_outcome(best)}.{f' The same holds for {others}.' if others else ''}{choices_text} Distances "
+        "in weights do not "
         "contradict this.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
@@ -58,7 +58,8 @@ def flag_worse_finetune(evidence: Evidence) -> Advice | None:
     return Advice(
         "fine-tune worse than BASE",
         f"Do not imitate {source.path_of('tuned')}: measure it on other held-out text first",
-        f"On {worst.set}, BASE is {_gap(worst)} nats from the full fine-tune: training made the model worse there.",
+        f"On {worst.set}, BASE is {_format_gap(worst)} nats from the full fine-tune: training made the model worse "
+        "there.",
         f"the full fine-tune worse than BASE by more than {ERRORS:.0f} standard errors on every set that is not "
         "shifted",
         f"{ARTICLE}, diagnostic 3 (validation loss); {_PAIRED}",
@@ -86,10 +87,10 @@ def close_gap(evidence: Evidence) -> Advice | None:
     argv = sweep_of(evidence, candidates)
     return Advice(
         "close the gap",
-        f"Close a gap of {_gap(best.worst)} nats to the full fine-tune: "
+        f"Close a gap of {_format_gap(best.worst)} nats to the full fine-tune: "
         f"{f'train at {listed(candidates)}' if candidates else 'sweep learning rates'}",
-        f"{_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps based on weights "
-        "suggest its cause; train and measure the loss again.",
+        f"{_describe_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps "
+        "based on weights suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
         f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
         f"{ARTICLE}, rank selection step 5 (escalation); {_PAIRED}",
@@ -108,7 +109,7 @@ def measure_more(evidence: Evidence) -> Advice | None:
     return Advice(
         "measure more",
         f"Measure the loss of {', '.join(contest.name for contest in unknown)} on more held-out text",
-        f"{'; '.join(map(_outcome, unknown))}: not enough text to decide whether "
+        f"{'; '.join(map(_describe_outcome, unknown))}: not enough text to decide whether "
         f"{'it does' if len(unknown) == 1 else 'they do'} as well as the full fine-tune.",
         f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
         _PAIRED,
@@ -270,7 +271,7 @@ def compress(evidence: Evidence) -> Advice | None:
     return Advice(
         "compress",
         f"To ship the full fine-tune as an adapter, truncate it to r={truncation.rank}, without training",
-        f"It keeps {worst.kept:.0%} of the gain on {worst.set} (loss {_gap(worst)} to the full "
+        f"It keeps {worst.kept:.0%} of the gain on {worst.set} (loss {_format_gap(worst)} to the full "
         f"fine-tune){energy}.{saved_text}",
         f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
         "than two of its standard errors",
@@ -290,7 +291,7 @@ def compress(evidence: Evidence) -> Advice | None:
 LOSS_RULES = (keep_adapter, flag_worse_finetune, close_gap, measure_more, train_at_rank, flag_shifted_loss, compress)
 
 
-def _choice(choice: Choice) -> str:
+def _describe_choice(choice: Choice) -> str:
     """State which adapter is significantly better than all others on a set, or which are not distinguishable."""
     equal = ", ".join(rival.name for rival in choice.equals)
     if not equal:
@@ -298,14 +299,14 @@ def _choice(choice: Choice) -> str:
     return f"On {choice.set}, {choice.best} is not distinguishable from {equal}: use the cheapest"
 
 
-def _outcome(contest: Contest) -> str:
+def _describe_outcome(contest: Contest) -> str:
     """State the result of an adapter on its worst set."""
     record = contest.worst
     kept_text = "" if record.kept is None else f", {record.kept:.0%} of its gain"
-    return f"{contest.name} is {_gap(record)} nats from the full fine-tune on {record.set}{kept_text}"
+    return f"{contest.name} is {_format_gap(record)} nats from the full fine-tune on {record.set}{kept_text}"
 
 
-def _gap(record: Probe) -> str:
+def _format_gap(record: Probe) -> str:
     error = "" if record.gap_error is None else f" ± {record.gap_error:.2g}"
     return f"{record.gap or 0.0:+.4f}{error}"
 

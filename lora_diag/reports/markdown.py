@@ -25,21 +25,27 @@ def markdown_report(evidence: Evidence) -> str:
     """Return the report: answers, next steps, failure modes, tables, inputs."""
     subject = subject_of(evidence)
     parts = [
-        f"# {_text(crop(subject.title, 200))}",
-        *(f"> **Unfinished:** {_text(line)}" for line in subject.unfinished),
-        *(f"**{answer.question}** {_text(answer.says)}" + _more(answer.more) for answer in subject.answers),
-        *(_advice(subject) if subject.update else ()),
-        *_findings(subject),
-        *_sections(evidence),
-        *_table(evidence),
-        *_gate(evidence),
-        *(f"**Allocation** {_text(label)} {_text(statements)}" for label, statements in certificates(evidence)),
-        _measured(evidence),
+        f"# {_escape_text(crop(subject.title, 200))}",
+        *(f"> **Unfinished:** {_escape_text(line)}" for line in subject.unfinished),
+        *(
+            f"**{answer.question}** {_escape_text(answer.says)}" + _count_more(answer.more)
+            for answer in subject.answers
+        ),
+        *(_make_advice(subject) if subject.update else ()),
+        *_make_findings(subject),
+        *_make_sections(evidence),
+        *_make_table(evidence),
+        *_make_gate(evidence),
+        *(
+            f"**Allocation** {_escape_text(label)} {_escape_text(statements)}"
+            for label, statements in certificates(evidence)
+        ),
+        _describe_measured(evidence),
     ]
-    return _fitting([part for part in parts if part])
+    return _join_fitting([part for part in parts if part])
 
 
-def _fitting(parts: Sequence[str]) -> str:
+def _join_fitting(parts: Sequence[str]) -> str:
     """Join the parts that fit, and state that some do not."""
     kept: list[str] = []
     room = MAX_BYTES - 200
@@ -52,11 +58,11 @@ def _fitting(parts: Sequence[str]) -> str:
     return "\n\n".join(kept) + "\n"
 
 
-def _more(lines: Sequence[str]) -> str:
-    return "".join(f"\n- {_text(line)}" for line in lines)
+def _count_more(lines: Sequence[str]) -> str:
+    return "".join(f"\n- {_escape_text(line)}" for line in lines)
 
 
-def _table(evidence: Evidence) -> list[str]:
+def _make_table(evidence: Evidence) -> list[str]:
     """Return the main columns by module type: pooled ε and cosine, else medians."""
     layers = sorted(layers_of(evidence), key=place_of)
     groups: dict[str, list[int]] = {}
@@ -65,111 +71,115 @@ def _table(evidence: Evidence) -> list[str]:
     columns = [field for field in fields_of(evidence, layers) if field.main]
     if not columns:
         return []
-    heads = [_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
+    heads = [_escape_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
     rows = ["| module type | n | " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
     for name, positions in list(groups.items())[:ROWS]:
-        cells = [_text(plain(field.together(positions))) for field in columns]
+        cells = [_escape_text(plain(field.together(positions))) for field in columns]
         rows.append(f"| {code(name)} | {len(positions)} | " + " | ".join(cells) + " |")
     note = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
     return [
         "## By module type",
-        "\n".join(rows) + note + _pooling_text(columns),
-        *map(_text, other_metric_sentences(evidence)),
+        "\n".join(rows) + note + _describe_pooling(columns),
+        *map(_escape_text, other_metric_sentences(evidence)),
     ]
 
 
-def _pooling_text(columns: Sequence[Field]) -> str:
+def _describe_pooling(columns: Sequence[Field]) -> str:
     """State how a row's values are pooled."""
     pooled = [field.title for field in columns if field.pooled and field.is_number]
     together = f"{', '.join(dict.fromkeys(pooled))}: pooled over the layers of the type. " if pooled else ""
     return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; words: the most frequent."
 
 
-def _sections(evidence: Evidence) -> list[str]:
+def _make_sections(evidence: Evidence) -> list[str]:
     """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
         statements = "\n".join(
-            f"- **{_text(statement.label)}** {_text('; '.join(statement.lines))}" for statement in section.statements
+            f"- **{_escape_text(statement.label)}** {_escape_text('; '.join(statement.lines))}"
+            for statement in section.statements
         )
-        parts += [f"## {_text(crop(section.title, 200))}", *([statements] if statements else [])]
+        parts += [f"## {_escape_text(crop(section.title, 200))}", *([statements] if statements else [])]
         for grid in section.grids:
             rows = grid.rows()
             marks = "".join("--:|" if column.justify == "right" else "---|" for column in grid.columns)
             lines = [
-                f"| {grid.title} | {' | '.join(_text(column.title) for column in grid.columns)} |",
+                f"| {grid.title} | {' | '.join(_escape_text(column.title) for column in grid.columns)} |",
                 f"|---|{marks}",
             ]
-            lines += [f"| {code(name)} | {' | '.join(map(_text, cells))} |" for name, cells in rows[:ROWS]]
+            lines += [f"| {code(name)} | {' | '.join(map(_escape_text, cells))} |" for name, cells in rows[:ROWS]]
             note = f"\n\n*and {len(rows) - ROWS} more*" if len(rows) > ROWS else ""
-            about = f"\n\n{_text(grid.about)}" if grid.about else ""
-            parts.append((f"**{_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + note + about)
+            about = f"\n\n{_escape_text(grid.about)}" if grid.about else ""
+            parts.append(
+                (f"**{_escape_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + note + about
+            )
     return parts
 
 
-def _advice(subject: Subject) -> list[str]:
+def _make_advice(subject: Subject) -> list[str]:
     parts = ["## Next steps"]
-    parts += [_text(ENERGY)] if subject.weights else []
+    parts += [_escape_text(ENERGY)] if subject.weights else []
     for position, step in enumerate(subject.advice, 1):
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
         parts.append(
-            f"{position}. **{_text(step.do)}.** {_text(step.because)}{about}\n   {code(step.command, 1000)}\n   "
-            f"Rule: {_text(step.condition)} ({_text(step.source)})."
+            f"{position}. **{_escape_text(step.do)}.** {_escape_text(step.because)}{about}\n   "
+            f"{code(step.command, 1000)}\n   Rule: {_escape_text(step.condition)} ({_escape_text(step.source)})."
         )
     if not subject.advice:
         parts.append("These records support no step.")
     if subject.silent:
         parts.append(f"*and {subject.silent} more adapters or updates: report on them separately*")
     parts += [
-        f"- not measured: {_text(quantity)}{f': {code(how, 1000)}' if how else ''}" for quantity, how in subject.missing
+        f"- not measured: {_escape_text(quantity)}{f': {code(how, 1000)}' if how else ''}"
+        for quantity, how in subject.missing
     ]
     return parts
 
 
-def _findings(subject: Subject) -> list[str]:
+def _make_findings(subject: Subject) -> list[str]:
     if not subject.findings:
         return []
     return [
         "## Failure modes",
         *(
-            f"- **{finding.name}.** {_text(finding.seen)} {_text(finding.means)} "
-            f"Rule: {_text(finding.condition)} ({_text(finding.source)})."
-            + (f" Layers: {_named(finding.layers)}." if finding.layers else "")
+            f"- **{finding.name}.** {_escape_text(finding.seen)} {_escape_text(finding.means)} "
+            f"Rule: {_escape_text(finding.condition)} ({_escape_text(finding.source)})."
+            + (f" Layers: {_list_layers(finding.layers)}." if finding.layers else "")
             for finding in subject.findings
         ),
     ]
 
 
-def _gate(evidence: Evidence) -> list[str]:
+def _make_gate(evidence: Evidence) -> list[str]:
     outcome, verdicts = judged(evidence)
     if not outcome:
         return []
     rows = [
         f"| {verdict.status} | {code(verdict.rule)} | {code(short(verdict.layer)) if verdict.layer else 'all'} "
-        f"| {_text(plain(verdict.measured))} | {_text(verdict.allowed)} |"
+        f"| {_escape_text(plain(verdict.measured))} | {_escape_text(verdict.allowed)} |"
         for verdict in verdicts[:ROWS]
     ]
     head = ["| status | rule | layer | measured | allowed |", "|---|---|---|--:|---|"]
     note = f"\n\n*and {len(verdicts) - ROWS} more*" if len(verdicts) > ROWS else ""
-    return ["## Gate", f"{_text(outcome)}.", *(["\n".join([*head, *rows]) + note] if rows else [])]
+    return ["## Gate", f"{_escape_text(outcome)}.", *(["\n".join([*head, *rows]) + note] if rows else [])]
 
 
-def _measured(evidence: Evidence) -> str:
+def _describe_measured(evidence: Evidence) -> str:
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run
-        sides = ", ".join(f"{_text(side.role)} {code(side.path)}" for side in run.inputs[:NAMED])
+        sides = ", ".join(f"{_escape_text(side.role)} {code(side.path)}" for side in run.inputs[:NAMED])
         sides += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
         state = "" if source.results.end is not None else "; the run did not finish"
         written = f"; written {source.written}" if source.written else ""
         lines.append(
-            f"- {code(source.name)}: loradiag {_text(run.command)} {_text(run.version)}: {sides}; "
+            f"- {code(source.name)}: loradiag {_escape_text(run.command)} {_escape_text(run.version)}: {sides}; "
             f"{len(source.results) or len(source.results.whole)} records{written}{state}"
         )
     return "\n".join(lines)
 
 
-def _named(layers: Sequence[str]) -> str:
+def _list_layers(layers: Sequence[str]) -> str:
     shown = ", ".join(code(short(layer)) for layer in layers[:NAMED])
     return f"{shown} and {len(layers) - NAMED} more" if len(layers) > NAMED else shown
 
@@ -186,12 +196,12 @@ def code(text: str, limit: int = NAME) -> str:
     return f"{fence}{pad}{shown}{pad}{fence}"
 
 
-def _text(text: str) -> str:
+def _escape_text(text: str) -> str:
     """Return text without markup, mentions, issues or links.
 
-    >>> _text("<b>|@me #1 https://x *y*")
+    >>> _escape_text("<b>|@me #1 https://x *y*")
     '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'
-    >>> _text("self_attn.q_proj _x_")
+    >>> _escape_text("self_attn.q_proj _x_")
     'self_attn.q_proj &#95;x&#95;'
     """
     neutral = re.sub(

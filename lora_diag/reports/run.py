@@ -61,7 +61,7 @@ def report(
     if output is not None:
         _refuse_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
         check_output(Path(output), kind, overwrite)
-    evidence = Evidence(tuple(map(_source, results)))
+    evidence = Evidence(tuple(map(_make_source, results)))
     made = render(evidence, values) if output_format in _TABLES else render(evidence)
     if output is not None:
         content = made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace")
@@ -69,36 +69,36 @@ def report(
     return made
 
 
-def _html(evidence: Evidence) -> str:
+def _write_html(evidence: Evidence) -> str:
     from lora_diag.reports.html import html_report
     from lora_diag.reports.static import images_of
 
-    return html_report(evidence, images_of(evidence), _minute(datetime.now(UTC)))
+    return html_report(evidence, images_of(evidence), _format_minute(datetime.now(UTC)))
 
 
-def _markdown(evidence: Evidence) -> str:
+def _write_markdown(evidence: Evidence) -> str:
     from lora_diag.reports.markdown import markdown_report
 
     return markdown_report(evidence)
 
 
-def _csv(evidence: Evidence, values: bool) -> str:
+def _write_csv(evidence: Evidence, values: bool) -> str:
     from lora_diag.reports.tabular import to_csv
 
     return to_csv(evidence, values)
 
 
-def _parquet(evidence: Evidence, values: bool) -> bytes:
+def _write_parquet(evidence: Evidence, values: bool) -> bytes:
     from lora_diag.reports.tabular import to_parquet
 
     return to_parquet(evidence, values)
 
 
 _RENDERERS: dict[str, tuple[Callable[..., str | bytes], Kind]] = {
-    "html": (_html, PAGE),
-    "md": (_markdown, MARKDOWN),
-    "csv": (_csv, CSV),
-    "parquet": (_parquet, PARQUET),
+    "html": (_write_html, PAGE),
+    "md": (_write_markdown, MARKDOWN),
+    "csv": (_write_csv, CSV),
+    "parquet": (_write_parquet, PARQUET),
 }
 FORMATS = tuple(_RENDERERS)
 _TABLES = ("csv", "parquet")
@@ -119,19 +119,19 @@ def format_of(output: Path | str | None, format: str | None) -> str:
     return chosen
 
 
-def _source(item: Path | str | Results[Any]) -> Source:
+def _make_source(item: Path | str | Results[Any]) -> Source:
     if isinstance(item, Results):
         return Source(f"{item.run.command}.jsonl", item)
     path = Path(item)
     results: Results[Any] = read_results(path)
     try:
-        changed = _minute(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+        changed = _format_minute(datetime.fromtimestamp(path.stat().st_mtime, UTC))
     except (OverflowError, ValueError, OSError):
         changed = ""  # the time is outside the range of calendars
     return Source(str(path), results, changed)
 
 
-def _minute(time: datetime) -> str:
+def _format_minute(time: datetime) -> str:
     return f"{time:%Y-%m-%d %H:%M} UTC"
 
 

@@ -68,7 +68,7 @@ def command(*words: str | Sequence[str], **options: object) -> tuple[str, ...]:
         if value is None or value is False or (isinstance(value, list | tuple) and not value):
             continue
         option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
-        arguments += [option] if value is True else [option, _quote(value)]
+        arguments += [option] if value is True else [option, _quote_value(value)]
     return tuple(arguments)
 
 
@@ -82,7 +82,7 @@ def listed(ranks: Sequence[int]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def _quote(value: object) -> str:
+def _quote_value(value: object) -> str:
     if isinstance(value, list | tuple):
-        return ",".join(map(_quote, value))
+        return ",".join(map(_quote_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -70,17 +70,24 @@ class Subject:
 def subject_of(evidence: Evidence) -> Subject:
     """Return the statements of a report on several runs."""
     others, probed = tuple(other_answers(evidence)), tuple(losses(evidence))
-    usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
+    usual = (
+        _answer_low_rank(evidence),
+        *_answer_in_metrics(evidence),
+        _answer_resolved(evidence),
+        _describe_limits(evidence),
+    )
     measured = any(answer.measured for answer in usual)
     weights = measured or not (others or probed)
     return Subject(
-        title=_title(evidence),
+        title=_make_title(evidence),
         answers=(*probed, *(usual if weights else ()), *others),
-        unfinished=tuple(map(_unfinished, filter(lambda source: source.results.end is None, evidence.sources))),
-        advice=tuple(map(_safe, advice(evidence))),
+        unfinished=tuple(
+            map(_describe_unfinished, filter(lambda source: source.results.end is None, evidence.sources))
+        ),
+        advice=tuple(map(_make_safe, advice(evidence))),
         findings=tuple(
             map(
-                _safe,
+                _make_safe,
                 dict.fromkeys(finding for single in evidence.each()[:MAX_ADAPTERS] for finding in findings(single)),
             )
         ),
@@ -106,7 +113,7 @@ def labels(paths: Sequence[str]) -> list[str]:
     return [safe(label) or "run" for label in names] if parts else []
 
 
-def _safe(item: T) -> T:
+def _make_safe(item: T) -> T:
     """Return advice or a finding with text that is safe to show; its ``layers`` are unchanged."""
     texts: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
     changes: dict[str, Any] = {name: safe(value) for name, value in texts.items() if isinstance(value, str)}
@@ -114,7 +121,7 @@ def _safe(item: T) -> T:
     return replace(item, **changes)
 
 
-def _title(evidence: Evidence) -> str:
+def _make_title(evidence: Evidence) -> str:
     source = evidence.update or evidence.audit or next(iter(evidence.sources), None)
     inputs = source.results.run.inputs if source else ()
     if source is not None and section_kind(source) is not None and not is_of_losses(source):
@@ -128,7 +135,7 @@ def _title(evidence: Evidence) -> str:
     return tuned or (labels([source.name])[0] if source else "nothing")
 
 
-def _unfinished(source: Source) -> str:
+def _describe_unfinished(source: Source) -> str:
     run, count = source.results.run, len(source.results) or len(source.results.whole)
     return (
         f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements on its {count} "
@@ -136,15 +143,17 @@ def _unfinished(source: Source) -> str:
     )
 
 
-def _low_rank(evidence: Evidence) -> Answer:
+def _answer_low_rank(evidence: Evidence) -> Answer:
     question = "Is the update low-rank?"
     if evidence.update is not None:
         return Answer(question, *_rank_needed(summary_lines(evidence.update.results)))
-    for source in _in_weights(evidence):
+    for source in _answer_in_weights(evidence):
         if used := find(summary_lines(source.results), "rank_used"):
             return Answer(question, used.lead, ("An adapter's rank is a setting: this is the part of it in use.",))
     if evidence.audit is not None:
-        return _answer(question, residual_lines(evidence.audit.results), "low_rank", "no adapter was compared with it")
+        return _make_answer(
+            question, residual_lines(evidence.audit.results), "low_rank", "no adapter was compared with it"
+        )
     if evidence.weighted:
         how = safe(measure_weights(evidence.weighted[0]))
         return Answer(question, f"not measured in the weights; run {how}", measured=False)
@@ -161,17 +170,17 @@ def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]
     return (*lines_of(statements, "moved"), "")[0], ()
 
 
-def _answer(question: str, statements: Sequence[Statement], key: str, otherwise: str) -> Answer:
+def _make_answer(question: str, statements: Sequence[Statement], key: str, otherwise: str) -> Answer:
     """Return a statement as the answer to a question."""
     first, *details = lines_of(statements, key) or (otherwise,)
     return Answer(question, first, tuple(details))
 
 
-def _in_weights(evidence: Evidence) -> list[Source]:
+def _answer_in_weights(evidence: Evidence) -> list[Source]:
     return [source for source in evidence.of(Spectrum) if source not in evidence.weighted]
 
 
-def _weighed(evidence: Evidence) -> Iterator[Answer]:
+def _answer_in_metrics(evidence: Evidence) -> Iterator[Answer]:
     """Yield the statements of spectra in other metrics, which apply to outputs or the loss instead of weights."""
     for source in evidence.weighted[:MAX_ADAPTERS]:
         statements = summary_lines(source.results)
@@ -187,24 +196,26 @@ def other_metric_sentences(evidence: Evidence) -> list[str]:
     return [f"The metric is {METRICS[metric]}." for metric in metrics]
 
 
-def _resolved(evidence: Evidence) -> Answer:
+def _answer_resolved(evidence: Evidence) -> Answer:
     question = "Do the files resolve the update?"
-    source = evidence.update or next(iter(_in_weights(evidence)), None)
+    source = evidence.update or next(iter(_answer_in_weights(evidence)), None)
     if source is None and evidence.audit is None:
         source = next(iter(evidence.weighted), None)
     if source is not None:
-        return _answer(question, summary_lines(source.results), "resolved", "no matrix changed")
+        return _make_answer(question, summary_lines(source.results), "resolved", "no matrix changed")
     if evidence.audit is not None:
-        return _answer(question, residual_lines(evidence.audit.results), "resolved", "no verdict")
+        return _make_answer(question, residual_lines(evidence.audit.results), "resolved", "no verdict")
     return Answer(question, "not measured; run loradiag spectrum BASE FULL_FT", measured=False)
 
 
-def _limits(evidence: Evidence) -> Answer:
+def _describe_limits(evidence: Evidence) -> Answer:
     question = "What limits the adapter?"
     if evidence.adapter is not None and evidence.audit is not None:
         statements = residual_lines(evidence.audit.results)
         first, *others = lines_of(statements, "limited_by")
-        return Answer(question, first, (*others, *lines_of(statements, "distance"), EPSILON, *_pointer(evidence)))
+        return Answer(
+            question, first, (*others, *lines_of(statements, "distance"), EPSILON, *_describe_role_of_epsilon(evidence))
+        )
     for source in evidence.of(Overlap):
         statements = overlap_lines(source.results, tracks(source.results))
         first, *others = lines_of(statements, "inside")
@@ -214,7 +225,7 @@ def _limits(evidence: Evidence) -> Answer:
     return Answer(question, "not measured; run loradiag residual BASE FULL_FT ADAPTER", measured=False)
 
 
-def _pointer(evidence: Evidence) -> list[str]:
+def _describe_role_of_epsilon(evidence: Evidence) -> list[str]:
     """State the role of ε if the loss is known."""
     return ["Only an indication: the held-out loss, above, takes precedence."] if any(of(evidence, "outputs")) else []
 

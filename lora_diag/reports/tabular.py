@@ -27,11 +27,11 @@ def to_csv(evidence: Evidence, values: bool = False) -> str:
         evidence: The runs.
         values: Return the entries of the records' lists, such as singular values, instead of the records.
     """
-    columns = _columns(evidence, values)
+    columns = _make_columns(evidence, values)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
+    writer.writerows([_make_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
     return buffer.getvalue()
 
 
@@ -47,13 +47,13 @@ def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
     except ImportError as error:
         raise InputError("--format parquet: needs pyarrow; install it with pip install pyarrow, or use csv") from error
     buffer = io.BytesIO()
-    table = pa.table(one_type_each(_columns(evidence, values)))
+    table = pa.table(one_type_each(_make_columns(evidence, values)))
     # The key by which lora_diag.files recognizes the table.
     pq.write_table(table.replace_schema_metadata({b"loradiag": b"report"}), buffer)
     return buffer.getvalue()
 
 
-def _columns(evidence: Evidence, values: bool) -> Columns:
+def _make_columns(evidence: Evidence, values: bool) -> Columns:
     records = [
         (record, {"results": source.name})
         for source in evidence.sources
@@ -64,5 +64,5 @@ def _columns(evidence: Evidence, values: bool) -> Columns:
     return make(records, short_names(paths)) or {"results": []}
 
 
-def _cell(value: Any) -> Any:
+def _make_cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

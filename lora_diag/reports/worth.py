@@ -99,14 +99,14 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
     return RejectedOptions(
         trained=max(trained, default=0),
         truncated_rank=max(
-            [*(uniform[path] for path in worse & truncated_adapters), *_insufficient_ranks(evidence)], default=0
+            [*(uniform[path] for path in worse & truncated_adapters), *_find_insufficient_ranks(evidence)], default=0
         ),
         more_rank=any(
             uniform[high] > uniform[low]
             for low, high in pairs
             if {low, high} <= uniform.keys() and not {low, high} & truncated_adapters
         ),
-        tuned=_tuned_is_worse(evidence),
+        tuned=_is_tuned_worse(evidence),
         has_better_adapter=any(
             all(r.gap is not None and r.gap_error and r.gap < -ERRORS * r.gap_error for r in contest.records)
             for contest in outcomes
@@ -120,17 +120,17 @@ def _is_truncation(records: Sequence[Residual]) -> bool:
     return bool(excess) and max(excess) < TRUNCATION_MARGIN
 
 
-def _insufficient_ranks(evidence: Evidence) -> list[int]:
+def _find_insufficient_ranks(evidence: Evidence) -> list[int]:
     """Return the ranks at which truncating all layers keeps too little of a significant gain."""
     ranks = []
-    for _, sets, bases, truncated in _truncations(evidence):
+    for _, sets, bases, truncated in _find_truncations(evidence):
         for record in truncated:
             if record.rank and record.set in sets and gains(bases.get(record.set)) is not None:
                 ranks += [record.rank] if record.kept is not None and record.kept < KEPT else []
     return ranks
 
 
-def _tuned_is_worse(evidence: Evidence) -> bool:
+def _is_tuned_worse(evidence: Evidence) -> bool:
     records = [record for probe in ("outputs", "truncation") for _, of_run in of(evidence, probe) for record in of_run]
     bases = [r for r in records if r.subject == "base" and r.layer is None and r.set in main_sets(records)]
     return bool(bases) and all(
@@ -142,7 +142,7 @@ def without_matrices(evidence: Evidence) -> float | None:
     """Return the largest fraction of the gain over sets due to norms, biases, embeddings and head."""
     fractions = [
         record.kept
-        for source, sets, bases, truncated in _truncations(evidence)
+        for source, sets, bases, truncated in _find_truncations(evidence)
         for record in truncated
         if source.results.run.settings.get("rest") == "tuned" and record.rank == 0 and record.kept is not None
         if record.set in sets and gains(bases.get(record.set)) is not None
@@ -165,7 +165,7 @@ def swept(evidence: Evidence) -> SweptRun | None:
 
 def compressed(evidence: Evidence) -> Compressed | None:
     """Return the smallest rank at which truncating all layers keeps most of TUNED's gain on every set; None if none."""
-    for source, sets, bases, every in _truncations(evidence):
+    for source, sets, bases, every in _find_truncations(evidence):
         if any(gains(bases.get(name)) is None for name in sets):
             continue
         truncated = [record for record in every if record.set in sets]
@@ -177,7 +177,7 @@ def compressed(evidence: Evidence) -> Compressed | None:
     return None
 
 
-def _truncations(evidence: Evidence) -> Iterator[tuple[Source, list[str], dict[str, Probe], list[Probe]]]:
+def _find_truncations(evidence: Evidence) -> Iterator[tuple[Source, list[str], dict[str, Probe], list[Probe]]]:
     """Yield the runs that truncate all layers together: deciding sets, BASE's records by set, the truncated ones."""
     for source, records in of(evidence, "truncation"):
         settings = source.results.run.settings

@@ -82,7 +82,7 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = Non
         digest.update(json.dumps([name, info.shape, info.dtype, info.stored]).encode())
     for file in files_of(checkpoint):
         try:
-            digest.update(_digest(file, whole))
+            digest.update(_digest_file(file, whole))
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     digest.update(json.dumps(dict(settings or {}), sort_keys=True, default=str).encode())
@@ -104,10 +104,10 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """Return the files that hold a checkpoint's tensors; of parts of tensors, those of the folder."""
     sources = {checkpoint.file_of(name) for name in checkpoint}
-    return sorted({file for home in sources for file in (_parts_in(home) if home.is_dir() else [home])})
+    return sorted({file for home in sources for file in (_find_parts(home) if home.is_dir() else [home])})
 
 
-def _parts_in(folder: Path) -> list[Path]:
+def _find_parts(folder: Path) -> list[Path]:
     """Return the files of a folder that hold parts of tensors; of a web server, which lists none, the index."""
     files = [file for pattern in PARTS for file in folder.glob(pattern)]
     return files or [file for file in [folder / INDEX] if file.is_file()]
@@ -121,25 +121,25 @@ def content_hash(files: Sequence[Path]) -> str:
     Raises:
         InputError: A file cannot be read.
     """
-    hashes = [(file.name, _file_hash(file)) for file in files]
+    hashes = [(file.name, _hash_file_once(file)) for file in files]
     if len(hashes) == 1:
         return hashes[0][1]
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes).encode()).hexdigest()
 
 
-def _file_hash(file: Path) -> str:
+def _hash_file_once(file: Path) -> str:
     """Hash a file once per process while it stays unchanged, since BASE may occur many times."""
     try:
         if isinstance(file, RemotePath):
-            return _hashed(file, file.file_info().size, file.file_info().version)
+            return _hash_file(file, file.file_info().size, file.file_info().version)
         status = file.stat()
-        return _hashed(file, status.st_size, status.st_mtime_ns)
+        return _hash_file(file, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 @cache
-def _hashed(file: Path, *_: object) -> str:
+def _hash_file(file: Path, *_: object) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(HASHED_BYTES):
@@ -147,7 +147,7 @@ def _hashed(file: Path, *_: object) -> str:
     return digest.hexdigest()
 
 
-def _digest(file: Path, whole: bool) -> bytes:
+def _digest_file(file: Path, whole: bool) -> bytes:
     """Return the fingerprint of one file: the hash of its bytes, or of its size and sampled pages.
 
     For a remote file, its ETag replaces the pages, each of which would be a request.
@@ -156,15 +156,15 @@ def _digest(file: Path, whole: bool) -> bytes:
         size = file.file_info().size
         if file.file_info().version:
             return f"{size};{file.file_info().version}".encode()
-        return _sampled(file, size, max(1, size // (REMOTE_SAMPLES - 1)))
+        return _digest_sample(file, size, max(1, size // (REMOTE_SAMPLES - 1)))
     status = file.stat()
     if whole or status.st_size <= WHOLE_BYTES:
-        return _hashed(file, status.st_size, status.st_mtime_ns).encode()
-    return _sampled(file, status.st_size, STRIDE, status.st_mtime_ns)
+        return _hash_file(file, status.st_size, status.st_mtime_ns).encode()
+    return _digest_sample(file, status.st_size, STRIDE, status.st_mtime_ns)
 
 
 @cache
-def _sampled(file: Path, size: int, stride: int, *_: object) -> bytes:
+def _digest_sample(file: Path, size: int, stride: int, *_: object) -> bytes:
     """Return the hash of a file's size and one page per stride, including the last page."""
     digest = hashlib.sha256(f"{size};".encode())
     last = max(0, size - SAMPLE_BYTES)

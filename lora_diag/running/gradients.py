@@ -21,13 +21,13 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
         path=f"{legible(paths[0])}{suffix}",
         kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
         tensors=sum(len(step.checkpoint) for step in steps),
-        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
+        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _make_notes(step))),
         fingerprint=digest.hexdigest()[:DIGITS],
         sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
     )
 
 
-def _notes(step: Step) -> tuple[str, ...]:
+def _make_notes(step: Step) -> tuple[str, ...]:
     if not step.checkpoint.config:
         return step.checkpoint.notes
     return (

@@ -133,13 +133,13 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     Two sides without a common name may be one model, saved with and without its head or inside a wrapper. They are
     paired if half of either side has a matching name, unless their configs name different models.
     """
-    locations = _other_names(base, tuned)
+    locations = _match_other_names(base, tuned)
     if not locations or not (pairing.deltas or _is_one_model(base, tuned, locations)):
         return pairing, ()
     free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
     only_in_tuned = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
     renamed = {
-        name: [_placed(base, location, tuned, name) for location in locations[name]]
+        name: [_make_delta(base, location, tuned, name) for location in locations[name]]
         for name in locations
         if name in only_in_tuned and all(location.name in free for location in locations[name])
     }
@@ -155,7 +155,7 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     return Pairing(tuple(deltas), rest), (note,)
 
 
-def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Location, ...]]:
+def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Location, ...]]:
     """Find names in BASE for tensors that only TUNED has by name, independent of the selection.
 
     Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
@@ -167,7 +167,7 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Locatio
         name: locations
         for name, locations in matched.items()
         if all(location.name not in tuned and location.into is None for location in locations)
-        and all(location.shape == _own_shape(base, location) for location in locations)
+        and all(location.shape == _matrix_shape(base, location) for location in locations)
         and {tuned[name].dtype, *(base[location.name].dtype for location in locations)} <= FLOAT_DTYPES
         and all(is_same_part(name, p.name, counts[bare(p.name), base[p.name].shape] == 1) for p in locations)
     }
@@ -187,13 +187,13 @@ def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Seq
     return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(names) >= len(base))
 
 
-def _own_shape(base: Checkpoint, location: Location) -> tuple[int, ...]:
+def _matrix_shape(base: Checkpoint, location: Location) -> tuple[int, ...]:
     """Return the shape of the whole stored weight as a matrix; only whole weights are paired under another name."""
     shape = base[location.name].shape
     return shape if len(shape) < 3 else location.shape
 
 
-def _placed(base: Checkpoint, location: Location, tuned: Checkpoint, name: str) -> StoredDelta:
+def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: str) -> StoredDelta:
     """Return the difference between one weight of BASE and the rows of TUNED that correspond to it."""
     shape = location.shape if len(location.shape) == 2 else (1, math.prod(location.shape))
     stored = tuned[name].shape

@@ -137,13 +137,13 @@ def measure_layers(
     todo = [task for task in tasks if task.layer not in measured]
     left_out = list[LeftOut]()
     run = partial(run_ray, engine=engine) if engine is not None else run_local
-    for records in _with_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
+    for records in _report_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
         left_out += [record for record in records if isinstance(record, LeftOut)]
         kept.put(*(record for record in records if not isinstance(record, LeftOut)))
     return kept.end(sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason)))
 
 
-def _with_progress(
+def _report_progress(
     measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: ProgressReporter
 ) -> Iterator[Sequence[L | LeftOut]]:
     sizes = [math.prod(task.shape) for task in todo]

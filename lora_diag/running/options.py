@@ -372,17 +372,17 @@ def declared(group: type) -> dict[str, tuple[Any, Option]]:
     >>> kind, option.default, option.metavar
     (str | None, None, 'REGEX')
     """
-    options = _declared(group)
+    options = _list_declared(group)
     return {name: options[name] for name in (*own_options(group), *options)}
 
 
 def own_options(group: type) -> list[str]:
     """Return the names of a group's options that no group of this module has: the command's own options."""
-    common = _common()
-    return [name for name, (_, option) in _declared(group).items() if common.get(name) != option]
+    common = _list_common()
+    return [name for name, (_, option) in _list_declared(group).items() if common.get(name) != option]
 
 
-def _declared(group: type) -> dict[str, tuple[Any, Option]]:
+def _list_declared(group: type) -> dict[str, tuple[Any, Option]]:
     options = {}
     for name, hint in group.__annotations__.items():
         if isinstance(hint, ForwardRef):  # from a module that does not evaluate its annotations
@@ -394,9 +394,9 @@ def _declared(group: type) -> dict[str, tuple[Any, Option]]:
 
 
 @cache
-def _common() -> dict[str, Option]:
+def _list_common() -> dict[str, Option]:
     groups = [value for value in list(globals().values()) if is_typeddict(value)]
-    return {name: option for group in groups for name, (_, option) in _declared(group).items()}
+    return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
 
 def aliases(group: type) -> dict[str, str]:

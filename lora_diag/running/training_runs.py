@@ -156,7 +156,7 @@ class RunPlan:
         In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and so on, the seeds.
         """
         first = self.training.order
-        rates = {size: self._rates(arm, size) for size in arm.sizes}
+        rates = {size: self._iterate_rates(arm, size) for size in arm.sizes}
         tried = {size: list(islice(queue, len(arm.rates))) for size, queue in rates.items()}
         self._finish(
             arm, [arm.trial(size, rate, first) for size, rates_of_size in tried.items() for rate in rates_of_size]
@@ -167,7 +167,9 @@ class RunPlan:
             self._finish(arm, trials)
             for size, rate in further:
                 tried[size].append(rate)
-        best = {size: self._best(arm, size, [*rates_of_size, *arm.earlier]) for size, rates_of_size in tried.items()}
+        best = {
+            size: self._best_rate(arm, size, [*rates_of_size, *arm.earlier]) for size, rates_of_size in tried.items()
+        }
         chosen = [(size, rate) for size, rate in best.items() if rate is not None]
         seeds = range(first + 1, first + self.seeds)
         self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
@@ -176,7 +178,7 @@ class RunPlan:
         """Count the unfinished runs, except those beyond the grid, which are unknown in advance."""
         first, left = self.training.order, 0
         for size in arm.sizes:
-            best = self._best(arm, size, [*self._rates(arm, size), *arm.earlier])
+            best = self._best_rate(arm, size, [*self._iterate_rates(arm, size), *arm.earlier])
             runs = [arm.trial(size, rate, first) for rate in arm.rates]
             others = range(first + 1, first + self.seeds)
             runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in others]
@@ -219,12 +221,12 @@ class RunPlan:
     def _has(self, trial: Trial) -> bool:
         return self.has(**trial.fields)
 
-    def _rates(self, arm: Arm, size: int | None) -> Iterator[float]:
+    def _iterate_rates(self, arm: Arm, size: int | None) -> Iterator[float]:
         """Yield the rates to try: the grid, then beyond its edge, each to be finished before the next is requested."""
         tried = list(arm.rates)
         yield from tried
         for _ in range(self.widen):
-            best = self._best(arm, size, tried)
+            best = self._best_rate(arm, size, tried)
             # A method that always diverged needs smaller steps.
             further = beyond(tried, min(tried) if best is None else best)
             if further is None:
@@ -232,12 +234,12 @@ class RunPlan:
             yield further
             tried.append(further)
 
-    def _best(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
+    def _best_rate(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
         """Return the rate of a size with the lowest loss of the first seed on the first set, so far."""
-        runs = ((size, self._loss(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
+        runs = ((size, self._loss_of(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
         return lowest(runs).get(size)
 
-    def _loss(self, trial: Trial) -> float | None:
+    def _loss_of(self, trial: Trial) -> float | None:
         """Return the loss of a run on the first set; None if it diverged or is not finished."""
         fields = {**trial.fields, "set": self.sets[0].name}
         matching = (

@@ -119,10 +119,12 @@ def thin_values(
         _, s, vh = np.linalg.svd(core, full_matrices=False)
     else:
         s = np.asarray(np.linalg.svd(core, compute_uv=False), np.float64)
-    energy, count = _squares(s), s.shape[1]
+    energy, count = _sum_squares(s), s.shape[1]
     divisor = np.where(energy > 0, energy, 1.0)
     eta = left.relative + right.relative
-    delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * np.sqrt(_squares(left.r) * _squares(right.r))
+    delta = (left.backward + right.backward + (rank**2 + rank) * EPS) * np.sqrt(
+        _sum_squares(left.r) * _sum_squares(right.r)
+    )
     error = 2 * eta + eta**2 + (2 * delta * np.sqrt(count * energy) + count * delta**2) / divisor
     mix = None
     if vh is not None:
@@ -157,7 +159,7 @@ def thin_energies(left: Grams, right: Grams, factor: NDArray[np.float64]) -> Thi
     b, a = (np.where(usable[:, None, None], side.products, np.eye(rank)) for side in (left, right))
     size = np.sqrt(np.where(usable[:, None], squares[0], 1.0))
     outer = size[:, :, None] * size[:, None, :]
-    lower = _cholesky(a * outer)
+    lower = _factor_cholesky(a * outer)
     energies, vectors = np.linalg.eigh(lower.transpose(0, 2, 1) @ (b / outer) @ lower)
     energies, vectors = np.maximum(energies[:, ::-1], 0.0), vectors[:, :, ::-1]
     total, s = energies.sum(axis=1), np.sqrt(energies)
@@ -170,7 +172,7 @@ def thin_energies(left: Grams, right: Grams, factor: NDArray[np.float64]) -> Thi
         return ThinValues(s * scale[:, None], error, np.sqrt(total) * scale, mix)
 
 
-def _squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sum_squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the sum of squares of each of a stack."""
     return np.asarray(np.square(x).reshape(len(x), -1).sum(axis=1), np.float64)
 
@@ -182,9 +184,9 @@ def triangle(x: Numbers) -> Triangles | None:
     if not np.isfinite(squares).all() and not np.isfinite(x).all():
         return None
     if not _in_range(squares):
-        return _by_reflections(x, _scale_of(x))
+        return _reduce_by_reflections(x, _scale_of(x))
     triangle, conditioned = triangles(grams)
-    return triangle if conditioned.all() else _by_reflections(x)
+    return triangle if conditioned.all() else _reduce_by_reflections(x)
 
 
 def _in_range(squares: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -198,7 +200,7 @@ def gram(stack: Numbers) -> Grams:
     A few blocks at a time are converted to float64, so that they are in the cache when they are multiplied.
     """
     count, rows, rank = stack.shape
-    block = _block(rows, rank)
+    block = _choose_block_rows(rows, rank)
     if count > 1 and rows % block:
         grams = [gram(x[None]) for x in stack]
         return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
@@ -207,23 +209,23 @@ def gram(stack: Numbers) -> Grams:
     products_of_blocks = np.empty((count * whole, rank, rank))
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(x), step):
-            part = _in_float64(x[first : first + step])
+            part = _to_float64(x[first : first + step])
             blocks, index = len(part) // block, first // block
-            _products(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[index : index + blocks])
+            _multiply(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[index : index + blocks])
             if len(part) > blocks * block:
-                _products(part[None, blocks * block :], products_of_blocks[index + blocks : index + blocks + 1])
+                _multiply(part[None, blocks * block :], products_of_blocks[index + blocks : index + blocks + 1])
         products = products_of_blocks.reshape(count, whole, rank, rank).sum(axis=1)
     return Grams(products, np.full(count, min(rows, block) + whole))
 
 
 @cache
-def _block(rows: int, rank: int) -> int:
+def _choose_block_rows(rows: int, rank: int) -> int:
     """Return the number of rows of a block: a divisor of all if there is one that is not small."""
     largest = max(1, min(rows, BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
     return next((block for block in range(largest, largest // 2, -1) if rows % block == 0), largest)
 
 
-def _in_float64(part: Numbers) -> NDArray[np.float64]:
+def _to_float64(part: Numbers) -> NDArray[np.float64]:
     """Return rows of a factor in float64, in their order in memory."""
     if part.dtype == np.float64:
         return part.astype(np.float64, copy=False)
@@ -233,7 +235,7 @@ def _in_float64(part: Numbers) -> NDArray[np.float64]:
     return converted
 
 
-def _products(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+def _multiply(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     """Compute XᵀX of each X of a stack, as two halves.
 
     For the whole, NumPy would call syrk, which first copies X into an arrangement for larger matrices: 0.9 ns an entry
@@ -258,9 +260,9 @@ def triangles(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     usable = _in_range(squares)
     norms = np.sqrt(np.where(usable[:, None], squares, 1.0))
     unit = np.where(usable[:, None, None], products, np.eye(rank)) / (norms[:, :, None] * norms[:, None, :])
-    lower = _cholesky(unit)
+    lower = _factor_cholesky(unit)
     inverse = np.abs(np.linalg.inv(lower))
-    smallest = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _squares(inverse))
+    smallest = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _sum_squares(inverse))
     result = Triangles(
         lower.transpose(0, 2, 1) * norms[:, None, :],
         np.ones(count),
@@ -270,14 +272,14 @@ def triangles(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     return result, usable & (smallest >= CONDITIONED)
 
 
-def _cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:
+def _factor_cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return Cholesky factors; of a matrix that is not positive definite ε·I, which counts as badly conditioned."""
     try:
         return np.asarray(np.linalg.cholesky(stack), np.float64)
     except np.linalg.LinAlgError:
         if len(stack) == 1:
             return EPS * np.eye(stack.shape[1])[None]
-        return np.concatenate([_cholesky(matrix[None]) for matrix in stack])
+        return np.concatenate([_factor_cholesky(matrix[None]) for matrix in stack])
 
 
 def _scale_of(x: Numbers) -> float:
@@ -286,7 +288,7 @@ def _scale_of(x: Numbers) -> float:
     return 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
 
 
-def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
+def _reduce_by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
     """Return R of X/scale by Householder QR of blocks of rows, and of their triangles, until one is left.
 
     Each QR of p rows has a backward error of p·r·ε (Higham 2002, theorem 19.4), and they add up along the path from a
@@ -303,13 +305,13 @@ def _by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
         rows = -(-len(part) // count)
         if count * rows > len(part):
             part = np.concatenate([part, np.zeros((count * rows - len(part), rank))])
-        part = _qr(part.reshape(count, rows, rank)).reshape(-1, rank)
+        part = _triangularize(part.reshape(count, rows, rank)).reshape(-1, rank)
         path += rows
     path += len(part)
-    return Triangles(_qr(part)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
+    return Triangles(_triangularize(part)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
 
 
-def _qr(stack: NDArray[np.float64]) -> NDArray[np.float64]:
+def _triangularize(stack: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return R of each matrix of a stack."""
     triangle: Any = np.linalg.qr(stack, mode="r")  # NumPy 2.4 declares another type
     return np.asarray(triangle, np.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_diag.plots.run import Drawn, _why_none
+from lora_diag.plots.run import Drawn, _explain_no_figure
 from lora_diag.records import End, Results, Run
 from tests.messages import assert_names
 from tests.plots import making
@@ -39,10 +39,10 @@ def test_undrawable_results_list_their_records():
     runs = [making.results(making.model(1))]
     missing = [Drawn(name, "", None, "absent", missing="records") for name in ("fleet", "heatmap")]
     assert (
-        _why_none(runs, missing)
+        _explain_no_figure(runs, missing)
         == "no figure draws results of spectrum; show them with loradiag inspect or loradiag report"
     )
-    assert _why_none(runs, [*missing, Drawn("energy", "", None, "ΔW = 0")]) == "energy: ΔW = 0"
+    assert _explain_no_figure(runs, [*missing, Drawn("energy", "", None, "ΔW = 0")]) == "energy: ΔW = 0"
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

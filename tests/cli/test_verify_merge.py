@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.deltas import Unpaired
-from lora_diag.diagnostics.verify_merge.run import _missing
+from lora_diag.diagnostics.verify_merge.run import _make_missing_task
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, normal, write
 from tests.benchmarks.merge_scale import ORDERS, factors
@@ -218,6 +218,6 @@ def test_missing_expert_reason_is_at_its_stack(reason, told):
     stack = SimpleNamespace(name="mlp.experts.up_proj")
     expert = SimpleNamespace(layer="mlp.experts.up_proj[1]", base=stack, shape=(8, 4), is_matrix=True)
     why = Unpaired(stack.name, (2, 8, 4), reason, "4×4")
-    assert told in _missing(expert, {stack.name: why}, "merged").missing
+    assert told in _make_missing_task(expert, {stack.name: why}, "merged").missing
     with pytest.raises(InputError, match=r"^merged: mlp\.experts\.up_proj\[1\]: packed; merge into a dtype"):
-        _missing(expert, {stack.name: replace(why, reason="not_float", detail="packed")}, "merged")
+        _make_missing_task(expert, {stack.name: replace(why, reason="not_float", detail="packed")}, "merged")

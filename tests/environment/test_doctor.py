@@ -34,7 +34,7 @@ def test_memory_is_smaller_of_machine_and_container(tmp_path):
 
 def test_gaps_name_missing_and_old_packages():
     wanted = [Requirement(line) for line in ("numpy>=1.26", "numpy>=999", "no-such-package-at-all>=1")]
-    present, gaps = check._gaps(wanted)
+    present, gaps = check._find_gaps(wanted)
     assert [each.split()[0] for each in present] == ["numpy", "numpy"]
     assert len(gaps) == 2
     assert ">=999" in gaps[0]
@@ -42,7 +42,7 @@ def test_gaps_name_missing_and_old_packages():
 
 
 def test_checked_extras_equal_package_extras():
-    assert set(check.ADDS) <= set(check._requirements())
+    assert set(check.ADDS) <= set(check._read_requirements())
 
 
 def rows(ran):

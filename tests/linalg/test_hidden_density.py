@@ -48,7 +48,7 @@ def test_likelihood_equals_definition_and_fit_maximizes_it():
     cells, _, _ = hidden("uniform", 1e-5, 60)
     unit = fit_size(cells, 1.0).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
-    found = hidden_density._likelihood(cells, grid * unit, KERNEL * unit)
+    found = hidden_density._compute_likelihood(cells, grid * unit, KERNEL * unit)
     lo, hi = (side.double().numpy().reshape(-1, 1) for side in (cells.lo, cells.hi))
     z, s = grid.numpy() * unit, KERNEL * unit
     mass = sum(ndtr((hi - sign * z) / s) - ndtr((lo - sign * z) / s) for sign in (1, -1))

@@ -305,7 +305,7 @@ def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
 def test_all_vectors_are_computed_with_concurrent_work(monkeypatch):
     monkeypatch.setattr(gram, "SUBSET_FROM", 1)
     monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads() + 1)
-    monkeypatch.setattr(gram, "_largest", lambda *args: pytest.fail("takes every core"))
+    monkeypatch.setattr(gram, "_compute_largest", lambda *args: pytest.fail("takes every core"))
     matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
     check_vectors(decompose(torch.from_numpy(matrix), "gram", 5, vectors=True), matrix)
 

@@ -10,7 +10,7 @@ from scipy import optimize
 from lora_diag.layers.resolution import noise_of, resolution
 from lora_diag.linalg import decompose, difference
 from lora_diag.metrics import Noise, signal_rank
-from lora_diag.metrics.resolution import _minimum
+from lora_diag.metrics.resolution import _minimize_edge
 from tests.benchmarks import starts
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_noise_edge_equals_minimum_of_scipy(spread, pole):
 
     top = math.log(most_p)
     found = optimize.minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-8})
-    edge, at = _minimum(a, b, pole * a.max(), pole * b.max())
+    edge, at = _minimize_edge(a, b, pole * a.max(), pole * b.max())
     assert edge == pytest.approx(min(found.fun, squared(top)), rel=1e-6)
     assert at == pytest.approx(found.x if found.fun < squared(top) else top, abs=1e-3)
 

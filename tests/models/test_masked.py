@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.data import Sequence, _predicts, read_texts
+from lora_diag.models.data import Sequence, _has_predictions, read_texts
 from lora_diag.models.opening import open_model
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import EVAL, best, moved, tensors
@@ -108,8 +108,8 @@ def test_mask_is_fixed_by_seed_and_line(case, tmp_path):
 
 def test_text_with_only_first_token_masked_is_kept():
     sequence = Sequence((MASK,), (7,))
-    assert _predicts(sequence, SimpleNamespace(kind="masked"))
-    assert not _predicts(sequence, SimpleNamespace(kind="causal"))
+    assert _has_predictions(sequence, SimpleNamespace(kind="masked"))
+    assert not _has_predictions(sequence, SimpleNamespace(kind="causal"))
 
 
 def test_only_completions_are_masked(case, tmp_path):

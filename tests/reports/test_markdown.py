@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.markdown import MAX_BYTES, _text, code, markdown_report
+from lora_diag.reports.markdown import MAX_BYTES, _escape_text, code, markdown_report
 from lora_diag.reports.subject import subject_of
 from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector
 from tests.reports.test_html import HOSTILE, evidence, small
@@ -93,7 +93,7 @@ def test_hostile_names_stay_text(name):
 
 @given(st.text(st.sampled_from("`|\\<>*_@#[]()!&a \n:/"), max_size=40))
 def test_text_renders_as_itself(text):
-    page = rendered(f"x{_text(text)}x")
+    page = rendered(f"x{_escape_text(text)}x")
     plain = re.sub(r"<[^>]+>", "", page)
     assert "<" not in re.sub(r"</?p>", "", page)
     import html

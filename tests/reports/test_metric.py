@@ -8,7 +8,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.reports.advice import advice
 from lora_diag.reports.findings import findings
 from lora_diag.reports.html import html_report
-from lora_diag.reports.markdown import _text, markdown_report
+from lora_diag.reports.markdown import _escape_text, markdown_report
 from lora_diag.reports.subject import subject_of
 from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector
 from tests.reports.test_html import embedded, evidence
@@ -63,7 +63,7 @@ def test_gate_accepts_adapter_that_was_measured():
 @pytest.mark.parametrize(("metric", "norms"), [("data", "‖ΔW·C^½‖/‖W·C^½‖"), ("kfac", "‖G^½·ΔW·C^½‖/‖G^½·W·C^½‖")])
 def test_headings_captions_and_curves_name_metric(metric, norms):
     told = markdown_report(evidence(weighted(metric)))
-    assert f"| {_text(norms)} " in told
+    assert f"| {_escape_text(norms)} " in told
     assert "‖ΔW‖/‖W‖" not in told
     assert "whole change" not in told
     page = html_report(evidence(weighted(metric)))

@@ -136,13 +136,13 @@ def _no_sync(number: int) -> None:
 
 def _slow(endless: str) -> None:
     """Every layer takes 30 ms, and the one of this name for ever."""
-    measure = lora_diag.running.engines.local._on_threads
+    measure = lora_diag.running.engines.local._run_on_threads
 
     def slowly(threads: int, one: Any, task: Any) -> Any:
         time.sleep(1e6 if task.layer == endless else 0.03)
         return measure(threads, one, task)
 
-    lora_diag.running.engines.local._on_threads = slowly
+    lora_diag.running.engines.local._run_on_threads = slowly
 
 
 def _backwards(step: float) -> None:

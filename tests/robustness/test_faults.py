@@ -166,9 +166,9 @@ def test_read_only_disk_is_reported(command: Commands, model: Path, tmp_path: Pa
 def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     """Start a run and return when its first two layers are in the file and it is at the third, until its input ends."""
     words = [*words_of("spectrum", model), "-o", "out", "-q", "--json", *more]
-    server = "import sys, lora_diag.running.engines.local as e; m = e._on_threads\n"
+    server = "import sys, lora_diag.running.engines.local as e; m = e._run_on_threads\n"
     server += "def third(): print('third', flush=True); sys.stdin.read()\n"
-    server += "e._on_threads = lambda *a: (m(*a), third() if 's.2.' in a[2].layer else '')[0]\n"
+    server += "e._run_on_threads = lambda *a: (m(*a), third() if 's.2.' in a[2].layer else '')[0]\n"
     server += f"sys.argv = ['loradiag', *{words!r}, '--workers', '1']\nfrom lora_diag.cli import main\nmain()"
     process = subprocess.Popen(
         [sys.executable, "-c", server],

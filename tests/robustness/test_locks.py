@@ -23,7 +23,7 @@ def test_lock_is_released_between_processes(tmp_path: Path) -> None:
 def test_replaced_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, replaced = tmp_path / "a", []
     path.touch()
-    flock = files._flock
+    flock = files._lock_file
 
     def replacing(descriptor: int, place: Path) -> None:
         flock(descriptor, place)
@@ -32,7 +32,7 @@ def test_replaced_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.Monke
             (tmp_path / "b").replace(path)
             replaced.append(path)
 
-    monkeypatch.setattr(files, "_flock", replacing)
+    monkeypatch.setattr(files, "_lock_file", replacing)
     held = lock(path)
     assert os.path.samestat(os.fstat(held), path.stat())
     os.close(held)

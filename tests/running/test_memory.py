@@ -123,7 +123,7 @@ def test_memory_is_of_this_machine():
 @pytest.mark.parametrize(("footprint", "limit", "size"), [(100, None, 100), (100, 60, 60), (100, 200, 100)])
 def test_merge_layer_counts_its_memory_up_to_limit(footprint, limit, size):
     """Counted as more, layers that fit beside each other would wait; counted as less, too many would run at once."""
-    assert verify_merge._size(SimpleNamespace(footprint=footprint), SimpleNamespace(memory=limit)) == size
+    assert verify_merge._estimate_bytes(SimpleNamespace(footprint=footprint), SimpleNamespace(memory=limit)) == size
 
 
 def test_fleet_uses_requested_workers(monkeypatch):

@@ -64,7 +64,7 @@ def test_both_ways_to_triangle_agree_within_bounds():
     x = np.random.default_rng(0).standard_normal((3000, 16)) @ np.diag(2.0 ** -np.arange(16))
     one, conditioned = by_cholesky(x)
     assert conditioned
-    other = values._by_reflections(x)
+    other = values._reduce_by_reflections(x)
     due = np.linalg.svd(x, compute_uv=False)
     for found in (one, other):
         s = np.linalg.svd(found.r[0], compute_uv=False) * found.scale

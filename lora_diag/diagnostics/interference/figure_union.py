@@ -43,7 +43,7 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
     """
     with panel_axes(ax) as (axes, style):
         drawn = slots(shared(records), per)
-        _ranks(axes, drawn, style)
+        _draw_ranks(axes, drawn, style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank at 90% of the energy")
         keys = _make_keys(style, shares=False)
@@ -78,10 +78,10 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     )
     for position, ((item, records), part) in enumerate(zip(shown, drawn, strict=True)):
         ranks, shares = axes[2 * position : 2 * position + 2]
-        _ranks(ranks, part, style)
+        _draw_ranks(ranks, part, style)
         ranks.set_title(wrapped(_describe_run(item, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")
-        _shares(shares, part, max(len(record.updates) for record in records), style)
+        _draw_shares(shares, part, max(len(record.updates) for record in records), style)
         shares.set_ylabel("fraction")
         for ax in (ranks, shares):
             slot_axis(ax, part, inches, style.ticks, labels=False)
@@ -90,34 +90,34 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure
 
 
-def _ranks(ax: Axes, drawn: Sequence[Slot[Union]], style: PageStyle | None) -> None:
+def _draw_ranks(ax: Axes, drawn: Sequence[Slot[Union]], style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    _stairs(ax, drawn, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
-    _stairs(ax, drawn, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
-    _stairs(ax, drawn, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
+    _draw_stairs(ax, drawn, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
+    _draw_stairs(ax, drawn, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
+    _draw_stairs(ax, drawn, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, style: PageStyle | None) -> None:
+def _draw_shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    _stairs(ax, drawn, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
+    _draw_stairs(ax, drawn, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
     for share in (1.0, 1 / updates):
         ax.axhline(share, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=3)
     ax.set_ylim(0, max(1.08, 1.05 * ax.get_ylim()[1]))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
 
 
-def _stairs(
+def _draw_stairs(
     ax: Axes, drawn: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **line_style: Any
 ) -> None:
     for slot in drawn:
-        heights = _medians(slot, value)
+        heights = _compute_medians(slot, value)
         if np.isfinite(heights).any():
             ax.stairs(heights, slot.edges, label=label, **line_style)
 
 
-def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
+def _compute_medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
     """Return the median of each bar's layers; NaN if a layer has no value."""
     by_bar = [[value(record) for record in bar] for bar in slot.bars]
     return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in by_bar])

@@ -70,7 +70,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     all_records = [record for item in pairs for record in item.records]
     rank = chosen_rank(all_records, options.rank)
     measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
-    shown = sorted(measured, key=lambda item: -_overlap(item.records, rank))[: len(CATEGORIES)]
+    shown = sorted(measured, key=lambda item: -_has_overlap(item.records, rank))[: len(CATEGORIES)]
     figure, axes = sheet(style, _make_text(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
     for (side, title), ax in zip(SIDES, axes, strict=True):
         _draw(ax, shown, side, rank, style)
@@ -80,7 +80,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure
 
 
-def _overlap(records: Sequence[Interference], rank: int) -> float:
+def _has_overlap(records: Sequence[Interference], rank: int) -> float:
     return float(np.mean([record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]))
 
 

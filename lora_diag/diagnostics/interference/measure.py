@@ -56,9 +56,9 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     vectors = 8 * small * sum(task.shape)
     dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
     stored = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
-    stored += sum(entries * _entry(delta) + vectors for delta in dense)
+    stored += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
-    loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry(delta) for delta in dense)
+    loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
     steps = [whole_bytes(task.shape, requested, loaded) for loaded in loading]
     kept = 0
     if dense:
@@ -70,7 +70,7 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     return stored + max(steps, default=0)
 
 
-def _entry(delta: Delta) -> int:
+def _entry_bytes(delta: Delta) -> int:
     return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
 
 
@@ -135,10 +135,14 @@ def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceS
     by_chance = 1 / math.sqrt(math.prod(task.shape))
     # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
-    energy = {str(r): _energy(task, first, second, r) for r in ranks}
+    energy = {str(r): _energy_within(task, first, second, r) for r in ranks}
     used_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
-    near = _near(first.u, second, used_rank) and _near(second.u, first, used_rank)
-    near = near and _near(first.v, second, used_rank, rows=True) and _near(second.v, first, used_rank, rows=True)
+    near = _is_near_chance(first.u, second, used_rank) and _is_near_chance(second.u, first, used_rank)
+    near = (
+        near
+        and _is_near_chance(first.v, second, used_rank, rows=True)
+        and _is_near_chance(second.v, first, used_rank, rows=True)
+    )
     noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
     return Interference(
         layer=task.layer,
@@ -156,7 +160,7 @@ def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceS
     )
 
 
-def _energy(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyOverlap:
+def _energy_within(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyOverlap:
     u, w = first.u[:, :rank], second.u[:, :rank]
     return EnergyOverlap(
         second_in_first=within(u, second),
@@ -166,6 +170,6 @@ def _energy(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyO
     )
 
 
-def _near(vectors: Tensor, part: Part, rank: int, rows: bool = False) -> bool:
+def _is_near_chance(vectors: Tensor, part: Part, rank: int, rows: bool = False) -> bool:
     space = vectors[:, :rank]
     return near_chance(within(space, part, rows), space.shape[1], len(space), part.effective)

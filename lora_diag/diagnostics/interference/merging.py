@@ -74,7 +74,7 @@ def factor_merges(
     roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
     if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
         b, a = [pair.b for pair in pairs], [pair.a for pair in pairs]
-        merges["linear"] = loss(total, fro, (_weighted(b, roots), _weighted(a, roots)))
+        merges["linear"] = loss(total, fro, (_scale_factors(b, roots), _scale_factors(a, roots)))
         merges["ties"] = loss(total, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
     return merges
 
@@ -95,7 +95,7 @@ def ties_merge(
     return as_loss(fro, norm, apart, along), before, after
 
 
-def _weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _scale_factors(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return sum(
         (weight * factor.double() for factor, weight in zip(factors, weights, strict=True)),
         start=factors[0].double() * 0,

@@ -18,7 +18,7 @@ Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
 _SHOWN_RANK = 8
 
 
-def _middle_rank(path: str) -> Callable[[Sequence[Any]], float | None]:
+def _pool_ranks(path: str) -> Callable[[Sequence[Any]], float | None]:
     """Return a pooled rank in which null counts as larger than any rank."""
 
     def pool(records: Sequence[Any]) -> float | None:
@@ -135,7 +135,7 @@ class Interference(LayerRecord):
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
         """Return how a run's records are shown; headings include the rank at which spaces are compared."""
         spaces = {"column_space.overlap", "row_space.overlap"}
-        rank = _nearest({key for record in records for key in record.columns})
+        rank = _choose_shown_rank({key for record in records for key in record.columns})
         return tuple(
             replace(field, title=f"{field.title} {rank}") if field.path in spaces else field for field in cls.shown
         )
@@ -143,20 +143,20 @@ class Interference(LayerRecord):
     @property
     def column_space(self) -> Agreement:
         """``columns`` at the measured rank that is nearest to 8."""
-        return self.columns[_nearest(self.columns)]
+        return self.columns[_choose_shown_rank(self.columns)]
 
     @property
     def row_space(self) -> Agreement:
         """``rows`` at the measured rank that is nearest to 8."""
-        return self.rows[_nearest(self.rows)]
+        return self.rows[_choose_shown_rank(self.rows)]
 
     @property
     def energy_overlap(self) -> EnergyOverlap:
         """``energy`` at the measured rank that is nearest to 8."""
-        return self.energy[_nearest(self.energy)]
+        return self.energy[_choose_shown_rank(self.energy)]
 
 
-def _nearest(ranks: Iterable[str]) -> str:
+def _choose_shown_rank(ranks: Iterable[str]) -> str:
     """Return the rank whose overlaps are shown."""
     return min(ranks, key=lambda rank: (abs(int(rank) - _SHOWN_RANK), int(rank)))
 
@@ -234,7 +234,7 @@ class Union(LayerRecord):
             "parts_rank_at.0.9",
             "apart",
             "sum of the ranks at which each update has 90% of its energy",
-            pool=_middle_rank("parts_rank_at.0.9"),
+            pool=_pool_ranks("parts_rank_at.0.9"),
             terminal=True,
         ),
         Shown(
@@ -242,7 +242,7 @@ class Union(LayerRecord):
             "sum r@90%",
             "rank at which the sum of the updates has 90% of its energy",
             main=True,
-            pool=_middle_rank("spectrum.rank_at.0.9"),
+            pool=_pool_ranks("spectrum.rank_at.0.9"),
             head="sum 90%",
         ),
         Shown(
@@ -256,7 +256,7 @@ class Union(LayerRecord):
             "rank_for_all.0.9",
             "every r@90%",
             "smallest rank at which the truncated sum keeps 90% of every update; empty if none does",
-            pool=_middle_rank("rank_for_all.0.9"),
+            pool=_pool_ranks("rank_for_all.0.9"),
             head="all 90%",
             terminal=True,
         ),
@@ -264,7 +264,7 @@ class Union(LayerRecord):
             "rank_for_all.0.99",
             "every r@99%",
             "the same for 99% of every update",
-            pool=_middle_rank("rank_for_all.0.99"),
+            pool=_pool_ranks("rank_for_all.0.99"),
             drop=2,
             head="all 99%",
             terminal=True,

@@ -63,7 +63,7 @@ def interference(
     run = LayerRun("interference", options, InterferenceOptions)
     weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
     settings = run.settings(
-        InterferenceSettings, ranks=checked_ranks(ranks), weights=_weights(weights, len(updates)), density=density
+        InterferenceSettings, ranks=checked_ranks(ranks), weights=_check_weights(weights, len(updates)), density=density
     )
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
@@ -71,8 +71,10 @@ def interference(
     _check_names(updates)
     base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
     compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
-    tasks = _tasks(compared, settings.weights)
-    unmeasured = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
+    tasks = _align_layers(compared, settings.weights)
+    unmeasured = Pairing(
+        tuple(_skip_vectors(compared)), tuple(_skip_unpaired(compared, {task.layer for task in tasks}))
+    )
     return run.over(
         tasks,
         measure,
@@ -110,7 +112,7 @@ def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
     return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
 
 
-def _weights(requested: Sequence[float] | None, number: int) -> tuple[float, ...]:
+def _check_weights(requested: Sequence[float] | None, number: int) -> tuple[float, ...]:
     weights = tuple(requested) if requested is not None else (1.0,) * number
     if len(weights) != number:
         raise UsageError(f"--weights: {len(weights)} weights for {number} updates; give one for each, in their order")
@@ -131,7 +133,7 @@ def _check_names(updates: Sequence[Path | str]) -> None:
         seen.add(real)
 
 
-def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
+def _align_layers(compared: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
     """Align the updates by the names of the layers.
 
     Raises:
@@ -143,9 +145,9 @@ def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Lay
         for delta in side.pairing.deltas:
             if delta.is_matrix:
                 alone = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
-                by_layer.setdefault(delta.layer, []).append(Update(_path(side), weight, alone))
+                by_layer.setdefault(delta.layer, []).append(Update(_path_of_side(side), weight, alone))
     if not any(len(layers) > 1 for layers in by_layer.values()):
-        examples = "; ".join(f"{_path(side)} has {_first_layer(side)}" for side in compared)
+        examples = "; ".join(f"{_path_of_side(side)} has {_first_layer(side)}" for side in compared)
         raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
     for layer, layers in by_layer.items():
         for other in layers[1:]:
@@ -158,7 +160,7 @@ def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Lay
     return [LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
 
 
-def _path(side: Comparison) -> str:
+def _path_of_side(side: Comparison) -> str:
     return side.inputs[-1].path
 
 
@@ -166,7 +168,7 @@ def _first_layer(side: Comparison) -> str:
     return min((delta.layer for delta in side.pairing.deltas), default="no layer")
 
 
-def _vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
+def _skip_vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
     """Yield a skipped record for each 1-D tensor, once."""
     seen: set[str] = set()
     for delta in (delta for side in compared for delta in side.pairing.deltas if not delta.is_matrix):
@@ -175,11 +177,11 @@ def _vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
             yield delta
 
 
-def _unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
+def _skip_unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
     """Yield skipped records for tensors that could not be compared, once per tensor."""
     names = set(known)
     for side in compared:
         for item in side.pairing.unpaired:
             if item.layer not in names:
                 names.add(item.layer)
-                yield replace(item, detail=f"{_path(side)}: {item.detail}")
+                yield replace(item, detail=f"{_path_of_side(side)}: {item.detail}")

@@ -37,7 +37,7 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
     if unions := shared(results):
         rows = rows_of(unions, per)
         grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
-        grids.append(grid_of(_losses(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"))
+        grids.append(grid_of(_make_loss_columns(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"))
     return grids
 
 
@@ -71,7 +71,7 @@ def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) 
     return grids
 
 
-def _losses(unions: Sequence[Union]) -> Iterator[Shown]:
+def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
     """Yield a column for each way to merge, and for each rank to which the sum is cut, that loses something."""
     for key, title in MERGES.items():
         yield Shown(f"merges.{key}", title, "‖S − M‖/‖S‖", pool=partial(merge_residual, merge=key), terminal=True)
@@ -108,13 +108,17 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     lines = [compared(results)]
     pairs, unions = pairs_of(results), shared(results)
     if pairs:
-        lines.append(make_statement("interfere", "Interference", *(_interfere(*pair) for pair in _strongest(pairs))))
+        lines.append(
+            make_statement(
+                "interfere", "Interference", *(_describe_interference(*pair) for pair in _describe_strongest(pairs))
+            )
+        )
     if unions:
         lines += [
             make_statement("rank_needed", "Rank needed", _rank_needed(unions)),
             make_statement("merge", "Merge", *_merge(unions)),
         ]
-        lines.append(_resolved(unions))
+        lines.append(_describe_resolution(unions))
     else:
         why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
         lines.append(make_statement("interfere", "Interference", why))
@@ -128,11 +132,13 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     return [*lines, left_out(results), *final_statements(results)]
 
 
-def _strongest(pairs: Sequence[tuple[str, str, list[Interference]]]) -> list[tuple[str, str, list[Interference]]]:
+def _describe_strongest(
+    pairs: Sequence[tuple[str, str, list[Interference]]],
+) -> list[tuple[str, str, list[Interference]]]:
     return sorted(pairs, key=lambda pair: -abs(pooled_cosine(pair[2])))[:_NAMED]
 
 
-def _interfere(first: str, second: str, records: list[Interference]) -> str:
+def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
     """State what two updates have in common, and in which layers most."""
     counts = Counter(record.relation for record in records)
     words: dict[Relation, str] = {
@@ -200,7 +206,7 @@ def _merge(unions: Sequence[Union]) -> list[str]:
     return lines
 
 
-def _resolved(unions: Sequence[Union]) -> Statement:
+def _describe_resolution(unions: Sequence[Union]) -> Statement:
     verdicts = Counter(record.resolution.verdict for record in unions if record.fro > 0)
     if set(verdicts) <= {"resolved"}:
         return make_statement("resolved", "Resolution", "yes: rounding plays no part in the sums")

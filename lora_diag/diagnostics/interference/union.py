@@ -51,18 +51,18 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         None,
         factors,
         settings.ranks,
-        _resolution(parts, factors),
+        _bound_resolution(parts, factors),
     )
     needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
     effective = sum(part.effective for part in changed)
     several = len(changed) > 1 and factors.fro > 0
-    fields = _together(changed, factors, spectrum.rank_at, task.shape, settings) if several else _alone()
-    merges, conflicts = _merges(parts, summed, factors, weights, settings) if several else ({}, {})
+    fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings) if several else _make_null_fields()
+    merges, conflicts = _measure_merges(parts, summed, factors, weights, settings) if several else ({}, {})
     return Union(
         layer=task.layer,
         shape=task.shape,
         updates=tuple(part.update.name for part in changed),
-        ranks=tuple(_columns(part) for part in changed),
+        ranks=tuple(_count_columns(part) for part in changed),
         fro=factors.fro,
         parts_fro=tuple(part.fro for part in changed),
         spectrum=spectrum,
@@ -75,7 +75,9 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         additive_effective=_ratio(spectrum.effective_rank, effective) if several else None,
         energy_ratio=factors.fro**2 / largest**2 if len(changed) > 1 else None,
         merges=merges,
-        recompressed={str(r): _left(factors, r) for r in _recompressed(changed, settings)} if several else {},
+        recompressed={str(r): _reduce_left(factors, r) for r in _measure_recompression(changed, settings)}
+        if several
+        else {},
         **fields,
         **{name: conflicts.get(name) for name in _CONFLICTS},
     )
@@ -84,7 +86,7 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
 _CONFLICTS = ("sign_conflicts", "sign_conflicts_random", "trimmed_conflicts", "trimmed_conflicts_random")
 
 
-def _columns(part: Part) -> int | None:
+def _count_columns(part: Part) -> int | None:
     return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
 
 
@@ -92,7 +94,7 @@ def _ratio(value: float | None, total: float) -> float | None:
     return value / total if value is not None and total else None
 
 
-def _resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
+def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
     """Bound the rounding of the sum by the sum of the roundings, since those of one BASE are equal in all parts."""
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
@@ -110,7 +112,7 @@ def _resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
     )
 
 
-def _alone() -> dict[str, object]:
+def _make_null_fields() -> dict[str, object]:
     """Return null fields for a layer with fewer than two updates."""
     return {
         "rank_for_all": {},
@@ -125,7 +127,7 @@ def _alone() -> dict[str, object]:
     }
 
 
-def _together(
+def _measure_sum(
     changed: Sequence[Part],
     factors: Factors,
     ranks: dict[str, int | None],
@@ -142,12 +144,12 @@ def _together(
         kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
-    aligned = _alignment_rank(factors)
+    aligned = _find_alignment_rank(factors)
     alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in changed]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
         "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in ranks.items()},
-        **_singular_task_interference(changed, shape, max(settings.ranks)),
+        **_measure_task_interference(changed, shape, max(settings.ranks)),
         "alignment": sum(alignments) / len(alignments),
         "alignments": tuple(alignments),
         "alignment_rank": aligned,
@@ -155,13 +157,13 @@ def _together(
     }
 
 
-def _alignment_rank(factors: Factors) -> int:
+def _find_alignment_rank(factors: Factors) -> int:
     """Return the smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959)."""
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
     return rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
 
 
-def _singular_task_interference(changed: Sequence[Part], shape: tuple[int, int], limit: int) -> dict[str, float]:
+def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], limit: int) -> dict[str, float]:
     u = torch.cat([part.u[:, :limit] for part in changed], dim=1)
     v = torch.cat([part.v[:, :limit] for part in changed], dim=1)
     s = torch.cat([part.s[:limit] for part in changed]).numpy()
@@ -170,13 +172,13 @@ def _singular_task_interference(changed: Sequence[Part], shape: tuple[int, int],
     return {"sti": sti, "sti_relative": relative, "sti_random": task_interference_at_random(s, owner, shape)}
 
 
-def _merges(
+def _measure_merges(
     parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
 ) -> tuple[dict[str, MergeLoss | None], dict[str, float | None]]:
     """Return the losses of merges, and the sign conflicts."""
     # A zero adapter is not an update, but its A enters PEFT's merges.
     density = settings.density or 0.2
-    merges = factor_merges(summed, factors.fro, _pairs(parts), weights, density)
+    merges = factor_merges(summed, factors.fro, _factor_pairs(parts), weights, density)
     if settings.density == 0:
         return {**merges, "ties": None, "ties_dense": None}, {}
     dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
@@ -184,7 +186,7 @@ def _merges(
     return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, shares, strict=True))
 
 
-def _pairs(parts: Sequence[Part]) -> list[Pair] | None:
+def _factor_pairs(parts: Sequence[Part]) -> list[Pair] | None:
     """Return the stored factors; None if an update has none or its scale is unknown."""
     pairs = []
     for part in parts:
@@ -196,11 +198,11 @@ def _pairs(parts: Sequence[Part]) -> list[Pair] | None:
     return pairs
 
 
-def _recompressed(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
+def _measure_recompression(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
     """Return the recompression ranks: the requested ones, and PEFT's default, the largest of the adapters'."""
-    columns = [_columns(part) for part in changed]
+    columns = [_count_columns(part) for part in changed]
     return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
 
 
-def _left(factors: Factors, rank: int) -> float:
+def _reduce_left(factors: Factors, rank: int) -> float:
     return math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro

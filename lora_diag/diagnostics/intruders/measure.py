@@ -94,7 +94,7 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
         return not_finite(delta, change)
     assert delta.base is not None
     before = _weight(row_blocks(delta.base, delta.shape), device)
-    after = _tuned(delta, change, before, device)
+    after = _form_tuned(delta, change, before, device)
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
     if not (after.isfinite().all() and torch.isfinite(torch.tensor(fro))):
         return not_finite(delta, replace(change, non_finite="W_base + ΔW is not finite"))
@@ -103,7 +103,7 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
         return _record(delta, settings, k, 0.0, norm([before]), (), "none: ΔW is zero")
     base = decompose(before, vectors=True)
     top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
-    directions = _directions(base, top, settings)
+    directions = _classify_directions(base, top, settings)
     return _record(delta, settings, k, fro, base.fro, directions, f"{base.method}, {top.method}")
 
 
@@ -114,7 +114,7 @@ def _weight(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.cat([part.to(dtype) for part in parts])
 
 
-def _tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
+def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
     """Return W_tuned, either stored or W_base + ΔW."""
     if isinstance(delta, StoredDelta):
         return _weight(row_blocks(delta.tuned, delta.shape), device)
@@ -125,7 +125,7 @@ def _tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -
     return after
 
 
-def _directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
+def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
     assert base.u is not None
     assert top.u is not None
     products = (base.u.T @ top.u).abs().cpu()

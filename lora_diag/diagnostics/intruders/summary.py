@@ -31,11 +31,11 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
             make_statement(
                 "intruders",
                 "Intruders",
-                _intruders(records),
+                _describe_intruders(records),
                 level="warning" if any(r.intruders for r in records) else "note",
             ),
-            make_statement("rotated", "Rotated", _rotated(records)),
-            make_statement("chance", "Random baseline", _chance(records)),
+            make_statement("rotated", "Rotated", _describe_rotated(records)),
+            make_statement("chance", "Random baseline", _describe_chance(records)),
         ]
     lines.append(
         make_statement(
@@ -48,7 +48,7 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     return [*lines, left_out(results), *final_statements(results)]
 
 
-def _intruders(records: Sequence[Intruders]) -> str:
+def _describe_intruders(records: Sequence[Intruders]) -> str:
     looked = sum(record.k for record in records)
     total = sum(record.intruders for record in records)
     first = records[0]
@@ -62,7 +62,7 @@ def _intruders(records: Sequence[Intruders]) -> str:
     return f"{total} of {looked} directions, in {len(hit)} of {len(records)} layers ({requested}){unchanged}: {named}"
 
 
-def _rotated(records: Sequence[Intruders]) -> str:
+def _describe_rotated(records: Sequence[Intruders]) -> str:
     """State how many directions the published count adds."""
     rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
     near = number(records[0].window * 100)
@@ -74,7 +74,7 @@ def _rotated(records: Sequence[Intruders]) -> str:
     )
 
 
-def _chance(records: Sequence[Intruders]) -> str:
+def _describe_chance(records: Sequence[Intruders]) -> str:
     similarity = median(record.similarity_random for record in records)
     count, looked = sum(record.count_random for record in records), sum(record.k for record in records)
     return (

@@ -92,8 +92,8 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
     with panel_axes(ax) as (axes, style):
         _draw(axes, (Series("", shown),), per, style)
         steps = sorted({record.step for record in shown})
-        _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, style)
-        axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
+        _set_step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, style)
+        axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {chosen}", ylim=(0, _choose_top(shown)))
         keys = _make_keys((Series("", shown),), per, style, len({record.layer for record in shown}))
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
@@ -120,12 +120,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     def draw(ax: Axes, inches: float, name: str) -> None:
         parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
         _draw(ax, parts, options.per, style)
-        _step_axis(ax, steps, inches, style)
+        _set_step_axis(ax, steps, inches, style)
 
     panels = {name: partial(draw, name=name) for name in names}
     ylabel = "fraction of ‖G‖_F" if len(names) <= style.columns else "fraction"
     page = multiples_of(panels, words, style, "training step", ylabel)
-    page.axes[0].set_ylim(0, _top(records))
+    page.axes[0].set_ylim(0, _choose_top(records))
     page.axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     return page
 
@@ -166,12 +166,12 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
                 ax.plot(curve.steps, curve.random, label=f"_random {name}", **chance)
 
 
-def _top(records: Sequence[Overlap]) -> float:
+def _choose_top(records: Sequence[Overlap]) -> float:
     values = [value for record in records for value in (record.kappa, record.tangent) if value is not None]
     return min(1.02, 1.08 * max([*values, *(record.tangent_random for record in records)], default=1.0) or 1.0)
 
 
-def _step_axis(ax: Axes, steps: Sequence[int], inches: float, style: PageStyle | None) -> None:
+def _set_step_axis(ax: Axes, steps: Sequence[int], inches: float, style: PageStyle | None) -> None:
     """Set up the step axis, with labels at measured steps as far as they fit."""
     low, high = steps[0], steps[-1]
     margin = 0.06 * (high - low) or 1

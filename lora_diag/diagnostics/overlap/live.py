@@ -28,7 +28,7 @@ class LiveSubspaces:
     def subspaces(self, weight: Frozen, step: int) -> Subspaces | LeftOut:
         """Return the subspaces spanned by the LoRA's factors, or a skipped record while B is zero."""
         shape = (weight.shape[0], weight.shape[1])
-        b, a = _factors(weight.module)
+        b, a = _read_factors(weight.module)
         if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed
             b, a = a.T, b.T
         factors = decompose_factored(b, a, vectors=True)
@@ -45,21 +45,21 @@ class LiveSubspaces:
         return Subspaces(weight.name, u, v, ranks, "factored", "resolved")
 
 
-def _factors(module: Any) -> tuple[Tensor, Tensor]:
+def _read_factors(module: Any) -> tuple[Tensor, Tensor]:
     """Return B and A of all active adapters of a layer, concatenated, with their scaling."""
     down, up = [], []
     for name in module.active_adapters:
         if name in module.lora_A:
-            weight = _matrix(module.lora_A[name])
+            weight = _read_matrix(module.lora_A[name])
             down.append(weight * module.lora_E[name].detach() if hasattr(module, "lora_E") else weight)  # AdaLoRA
-            up.append(_matrix(module.lora_B[name]) * module.scaling[name])
+            up.append(_read_matrix(module.lora_B[name]) * module.scaling[name])
         elif name in module.lora_embedding_A:
             down.append(module.lora_embedding_A[name].detach())
             up.append(module.lora_embedding_B[name].detach() * module.scaling[name])
     return torch.cat(up, 1).double(), torch.cat(down, 0).double()
 
 
-def _matrix(layer: Any) -> Tensor:
+def _read_matrix(layer: Any) -> Tensor:
     weight = layer.weight if isinstance(layer, nn.Module) else layer
     assert isinstance(weight, Tensor)
     return weight.detach()

@@ -80,10 +80,10 @@ class Subspaces:
 
 def size(followed: GradientTask, settings: OverlapSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in blocks."""
-    return bytes_of(followed.delta, _allowance(followed.delta, settings))
+    return bytes_of(followed.delta, _make_allowance(followed.delta, settings))
 
 
-def _allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
+def _make_allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
     """Return the memory available for ΔW next to the vectors of the largest requested rank."""
     top = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
     return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
@@ -103,11 +103,13 @@ def overlap(followed: GradientTask, settings: OverlapSettings) -> tuple[Overlap 
     Raises:
         InputError: A file could not be read.
     """
-    records, fallback = on_device(partial(_overlap, followed, settings), resolve_device(settings.device))
+    records, fallback = on_device(partial(_measure_overlap, followed, settings), resolve_device(settings.device))
     return tuple(noted(record, fallback) for record in records)
 
 
-def _overlap(followed: GradientTask, settings: OverlapSettings, device: torch.device) -> tuple[Overlap | LeftOut, ...]:
+def _measure_overlap(
+    followed: GradientTask, settings: OverlapSettings, device: torch.device
+) -> tuple[Overlap | LeftOut, ...]:
     spaces = subspaces(followed.delta, settings, device)
     if isinstance(spaces, LeftOut):
         return (spaces,)
@@ -131,12 +133,12 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     """
     if not isinstance(delta, StoredDelta):
         delta = replace(delta, base=None)  # the update is known without W_base, which would be read for its norm alone
-    change = load_change(delta, device, allowance=_allowance(delta, settings))
+    change = load_change(delta, device, allowance=_make_allowance(delta, settings))
     if change.non_finite is not None:
         return not_finite(delta, change)
-    ranks = _ranks(delta, change, settings.ranks)
+    ranks = _choose_ranks(delta, change, settings.ranks)
     if not ranks:
-        return _too_few(delta, settings)
+        return _has_too_few_directions(delta, settings)
     factors = change.decompose(settings.method, ranks[-1], True, TOL, settings.seed)
     if not math.isfinite(factors.fro):
         return not_finite(delta, replace(change, non_finite=OVERFLOW))
@@ -151,7 +153,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own_ranks}))
         factors = replace(factors, u=factors.u[:, :directions], vh=factors.vh[:directions])
     if not ranks:
-        return _too_few(delta, settings)
+        return _has_too_few_directions(delta, settings)
     assert factors.u is not None
     assert factors.vh is not None
     file_resolution = resolution(change.rounding, factors)
@@ -166,12 +168,12 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     )
 
 
-def _too_few(delta: Delta, settings: OverlapSettings) -> LeftOut:
+def _has_too_few_directions(delta: Delta, settings: OverlapSettings) -> LeftOut:
     detail = f"has fewer directions than {min(settings.ranks)}, the smallest of the ranks asked for"
     return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
 
 
-def _ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
+def _choose_ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
     """Return the ranks that have subspaces, including an adapter's own."""
     if not isinstance(delta, FactoredDelta) or change.factors is None:
         return tuple(rank for rank in requested if rank <= min(delta.shape))

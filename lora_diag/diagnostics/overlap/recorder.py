@@ -238,7 +238,7 @@ class GradientRecorder(TrainerCallback):
     def _record(self, scaler: Any) -> None:
         if not self._due:
             return
-        gradients = {weight.name: self._unscaled(weight, scaler) for weight in self._weights}
+        gradients = {weight.name: self._make_gradient_reader(weight, scaler) for weight in self._weights}
         known = {name: gradient for name, gradient in gradients.items() if gradient is not None}
         if not known:
             raise UsageError(
@@ -252,7 +252,7 @@ class GradientRecorder(TrainerCallback):
         else:
             self._measure(known)
 
-    def _unscaled(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
+    def _make_gradient_reader(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
         """Return a function for the gradient, averaged over processes and without the loss scale; None without one."""
         gradient = weight.gradient()
         if isinstance(weight, Frozen):
@@ -297,7 +297,9 @@ class GradientRecorder(TrainerCallback):
                 self._left_out += [spaces] if isinstance(spaces, LeftOut) else []
                 layers = [] if isinstance(spaces, LeftOut) else [(spaces, 0)]
             for layer, start in layers:
-                for record in overlaps(_near(layer, gradient), self._step, _blocks(gradient, layer.shape, start)):
+                for record in overlaps(
+                    _subspaces_on_device(layer, gradient), self._step, _read_blocks(gradient, layer.shape, start)
+                ):
                     if isinstance(record, Overlap):
                         measured.append(record)
                     else:
@@ -324,13 +326,13 @@ def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
     return values
 
 
-def _near(layer: Subspaces, gradient: Tensor) -> Subspaces:
+def _subspaces_on_device(layer: Subspaces, gradient: Tensor) -> Subspaces:
     """Return the subspaces on the gradient's device, if that supports float64."""
     if gradient.device == layer.u.device or gradient.device.type == "mps":
         return layer
     return replace(layer, u=layer.u.to(gradient.device), v=layer.v.to(gradient.device))
 
 
-def _blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
+def _read_blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
     rows = gradient.reshape(math.prod(gradient.shape) // shape[1], shape[1])[start : start + shape[0]]
     return [rows[first:last] for first, last in row_spans(shape)]

@@ -81,19 +81,19 @@ def overlap(
     _refuse_gradient(compared.pairing, tuned)
     steps = open_steps(gradients)
     # Layers of a compared BASE have the names of its files, and gradients are matched to these.
-    stored = _base_of(compared.pairing) or open_checkpoint(base)
+    stored = _find_base(compared.pairing) or open_checkpoint(base)
     followed, unmatched = histories(steps, stored)
     tasks, missing = _follow(compared.pairing, followed, unmatched, steps)
     if not tasks:
-        raise NothingComparedError(_why_nothing(compared, followed, unmatched))
+        raise NothingComparedError(_explain_no_overlap(compared, followed, unmatched))
     chosen = selector(run.options["layers"], run.options["exclude"])
-    rest = [*missing, *_left_over(compared.pairing, followed, unmatched, chosen)]
+    rest = [*missing, *_skip_left_over(compared.pairing, followed, unmatched, chosen)]
     return run.over(
         tasks,
         measure,
         size,
         settings,
-        lambda layout, earlier, limited: _without_overlap(
+        lambda layout, earlier, limited: _skip_unmeasured(
             compared.pairing, rest, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),
@@ -156,7 +156,7 @@ def subspaces(
     layout = layout_of(matrices, arguments["workers"], on.type)
     results = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
     return Reference(
-        base=_base_of(compared.pairing) or open_checkpoint(base),
+        base=_find_base(compared.pairing) or open_checkpoint(base),
         layers={item.layer: item for item in results if not isinstance(item, LeftOut)},
         inputs=compared.inputs,
         settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
@@ -175,7 +175,7 @@ def _refuse_gradient(pairing: Pairing, tuned: Path | str) -> None:
         raise UsageError(f"{tuned}: contains gradients; give BASE, then TUNED or an adapter, then the gradients")
 
 
-def _base_of(pairing: Pairing) -> Checkpoint | None:
+def _find_base(pairing: Pairing) -> Checkpoint | None:
     return next((delta.base.checkpoint for delta in pairing.deltas if delta.base is not None), None)
 
 
@@ -193,7 +193,7 @@ def _follow(
             every = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
             detail = why.get(delta.layer, f"no gradient of it {every}")
             absent.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
-        elif not _covers(history, delta):
+        elif not _covers_all_rows(history, delta):
             detail = f"its gradients are {list(history.shape)}, its update is {list(delta.shape)}"
             absent.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
         else:
@@ -207,12 +207,12 @@ def _follow(
     return tasks, absent
 
 
-def _covers(history: History, delta: Delta) -> bool:
+def _covers_all_rows(history: History, delta: Delta) -> bool:
     """Return whether gradients cover all rows of an update; an extended vocabulary has rows that were not compared."""
     return history.shape[1] == delta.shape[1] and history.shape[0] >= delta.shape[0]
 
 
-def _left_over(
+def _skip_left_over(
     pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], chosen: Callable[[str], bool]
 ) -> Iterator[Unpaired]:
     """Yield the gradients that belong to no update."""
@@ -224,7 +224,7 @@ def _left_over(
     yield from (item for item in unmatched if item.layer not in known and chosen(item.layer))
 
 
-def _without_overlap(
+def _skip_unmeasured(
     pairing: Pairing,
     rest: Sequence[Unpaired],
     layout: Layout,
@@ -245,7 +245,7 @@ def _without_overlap(
             yield from (record for record in unmeasured if isinstance(record, LeftOut))
 
 
-def _why_nothing(compared: Comparison, followed: Sequence[History], unmatched: Sequence[Unpaired]) -> str:
+def _explain_no_overlap(compared: Comparison, followed: Sequence[History], unmatched: Sequence[Unpaired]) -> str:
     changed = next((delta.layer for delta in compared.pairing.deltas if delta.is_matrix), None)
     if changed is None:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"

@@ -30,38 +30,38 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
         results: The results.
         shown: Its layers at the rank of the table.
     """
-    sentences = [compared(results, *_measured(results))]
-    relevant = [track for track in _relevant(shown) if track.known]
+    sentences = [compared(results, *_describe_measured(results))]
+    relevant = [track for track in _select_relevant(shown) if track.known]
     if relevant:
         sentences += [
-            _containment(relevant, len(relevant) < len(shown)),
-            make_statement("reach", "Reach", _reach(relevant)),
-            make_statement("trend", "Trend", _trend(relevant)),
-            make_statement("by_rank", "By rank", _by_rank(results, relevant)),
-            make_statement("suggests", "Suggestion", _suggestion(results, relevant)),
-            *_resolved(relevant),
-            make_statement("interpretation", "Interpretation", _interpretation(results)),
+            _describe_containment(relevant, len(relevant) < len(shown)),
+            make_statement("reach", "Reach", _describe_reach(relevant)),
+            make_statement("trend", "Trend", _describe_trend(relevant)),
+            make_statement("by_rank", "By rank", _describe_ranks(results, relevant)),
+            make_statement("suggests", "Suggestion", _suggest_fix(results, relevant)),
+            *_describe_resolution(relevant),
+            make_statement("interpretation", "Interpretation", _interpret(results)),
         ]
     elif shown:
         sentences.append(make_statement("inside", "Containment", "not known: every gradient is zero", level="warning"))
     sentences.append(left_out(results))
-    if skipped := _skipped(results):
+    if skipped := _describe_skipped_ranks(results):
         sentences.append(make_statement("ranks", "Ranks", skipped))
     return [*sentences, *final_statements(results, "records so far")]
 
 
-def _measured(results: Results[Overlap]) -> list[str]:
+def _describe_measured(results: Results[Overlap]) -> list[str]:
     layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
     times = f"{steps} step{'s' if steps > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
     return [f"{_matrices(layers)}, {times}"] if layers else []
 
 
-def _relevant(shown: Sequence[Track]) -> list[Track]:
+def _select_relevant(shown: Sequence[Track]) -> list[Track]:
     """Return the layers that adapters usually target, or else the others."""
     return [track for track in shown if part_of(track.layer) == "matrices"] or list(shown)
 
 
-def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
+def _describe_containment(relevant: Sequence[Track], outside: bool) -> Statement:
     """State how many layers end near the baseline, which, and since when."""
     near_random = sorted(
         (t for t in relevant if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
@@ -78,17 +78,17 @@ def _containment(relevant: Sequence[Track], outside: bool) -> Statement:
     sentences = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
     first = min(track.records[0].step for track in relevant)
     sentences += [
-        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_fallen_since(t, first)}" for t in near_random[:_NAMED]
+        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_describe_fall(t, first)}" for t in near_random[:_NAMED]
     ]
     suffix = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
     return make_statement("inside", "Containment", *sentences, *suffix, level="warning")
 
 
-def _fallen_since(track: Track, first: int) -> str:
+def _describe_fall(track: Track, first: int) -> str:
     return "at every step" if track.near_since == first else f"since step {track.near_since}"
 
 
-def _layers_text(near_random: Sequence[Track]) -> str:
+def _list_layers(near_random: Sequence[Track]) -> str:
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
@@ -96,7 +96,7 @@ def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _reach(relevant: Sequence[Track]) -> str:
+def _describe_reach(relevant: Sequence[Track]) -> str:
     """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
 
     def change(name: str) -> str:
@@ -111,7 +111,7 @@ def _reach(relevant: Sequence[Track]) -> str:
     )
 
 
-def _trend(relevant: Sequence[Track]) -> str:
+def _describe_trend(relevant: Sequence[Track]) -> str:
     """Count the layers whose κ falls, rises or stays, and name the layer where it falls most."""
     ends_of = {track.layer: ends for track in relevant if (ends := track.ends) is not None}
     if not ends_of:
@@ -129,7 +129,7 @@ def _trend(relevant: Sequence[Track]) -> str:
     return sentence
 
 
-def _by_rank(results: Results[Overlap], relevant: Sequence[Track]) -> str:
+def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     """Show κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
     last = {track.layer: track.last.step for track in relevant}
     parts = []
@@ -141,22 +141,22 @@ def _by_rank(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     return f"κ (random): {', '.join(parts)}"
 
 
-def _exceeds_random(record: Overlap) -> bool:
+def _is_above_random(record: Overlap) -> bool:
     """Return whether κ is well above its baseline; never for full subspaces, where both are 1."""
     return record.kappa_random < 1 and not near(record)
 
 
-def _suggestion(results: Results[Overlap], relevant: Sequence[Track]) -> str:
+def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     """Suggest what to do about the layers near their baseline."""
     near_random = [track for track in relevant if track.near_since is not None]
     if not near_random:
         return "nothing to change: in every layer these subspaces contain more of the gradient than random ones"
-    tangent_only = [track for track in near_random if _reaches(track.last)]
+    tangent_only = [track for track in near_random if _has_reach(track.last)]
     largest = {
         track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in near_random
     }
     at_higher_rank = [
-        track for track in near_random if track not in tangent_only and _exceeds_random(largest[track.layer])
+        track for track in near_random if track not in tangent_only and _is_above_random(largest[track.layer])
     ]
     outside = [track for track in near_random if track not in tangent_only and track not in at_higher_rank]
     sentences = []
@@ -165,25 +165,25 @@ def _suggestion(results: Results[Overlap], relevant: Sequence[Track]) -> str:
             middle([getattr(t.last, name) for t in tangent_only]) for name in ("tangent", "tangent_random")
         )
         sentences.append(
-            f"{_layers_text(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} "
+            f"{_list_layers(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} "
             f"of ‖G‖ (random {number(random or 0)}); keep it"
         )
     if at_higher_rank:
         ranks = max(largest[track.layer].rank for track in at_higher_rank)
-        sentences.append(f"{_layers_text(at_higher_rank)} κ exceeds the baseline at r={ranks}: use a higher rank there")
+        sentences.append(f"{_list_layers(at_higher_rank)} κ exceeds the baseline at r={ranks}: use a higher rank there")
     if outside:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         # At full rank the subspaces are the whole space, which contains every gradient.
         full = any(largest[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
-            f"{_layers_text(outside)} the gradients are outside {cause} at every rank "
+            f"{_list_layers(outside)} the gradients are outside {cause} at every rank "
             f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
             "move its parameters to layers that contain theirs"
         )
     return "\n".join(sentences)
 
 
-def _reaches(record: Overlap) -> bool:
+def _has_reach(record: Overlap) -> bool:
     """Return whether an adapter reaches clearly more of ‖G‖² than its baseline, for any κ."""
     return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= REACHES
 
@@ -192,7 +192,7 @@ def _rank_then_step(record: Overlap) -> tuple[int, int]:
     return record.rank, record.step
 
 
-def _resolved(relevant: Sequence[Track]) -> list[Statement]:
+def _describe_resolution(relevant: Sequence[Track]) -> list[Statement]:
     counts = Counter(track.last.verdict for track in relevant)
     if counts["resolved"] == len(relevant):
         return []
@@ -208,7 +208,7 @@ def _resolved(relevant: Sequence[Track]) -> list[Statement]:
     ]
 
 
-def _interpretation(results: Results[Overlap]) -> str:
+def _interpret(results: Results[Overlap]) -> str:
     own_rank = (
         "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
         "directions"
@@ -221,7 +221,7 @@ def _interpretation(results: Results[Overlap]) -> str:
     )
 
 
-def _skipped(results: Results[Overlap]) -> str:
+def _describe_skipped_ranks(results: Results[Overlap]) -> str:
     """State which requested ranks exceed some layers."""
     ranks_of: dict[str, set[int]] = {}
     for record in results:

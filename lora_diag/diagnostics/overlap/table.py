@@ -47,11 +47,11 @@ def overlap_table(
         Lines of text, without a trailing newline.
     """
     tracked = tracks(results, rank)
-    grids = [_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
+    grids = [_make_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
     return grids_table(grids, lines(results, tracked), width, color, next_command)
 
 
-def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
+def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     wide = width >= WIDE
     max_steps, sampled = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
     own_steps = _spread(steps, sampled if len(steps) > max_steps else max_steps)
@@ -60,9 +60,11 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
-            columns += [_at_step(rows, step, "step " * (step == own_steps[0])) for step in own_steps]
+            columns += [_make_step_column(rows, step, "step " * (step == own_steps[0])) for step in own_steps]
             columns += (
-                [_over_steps(rows, steps, _WIDE_STRIP if wide else _STRIP)] if len(steps) > len(own_steps) else []
+                [_make_strip_column(rows, steps, _WIDE_STRIP if wide else _STRIP)]
+                if len(steps) > len(own_steps)
+                else []
             )
             columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
         elif field.path != "rank" or len(ranks) > 1:
@@ -78,11 +80,11 @@ def _spread(steps: Sequence[int], count: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
-def _at_step(rows: Rows, step: int, before: str) -> Column:
+def _make_step_column(rows: Rows, step: int, before: str) -> Column:
     """Return the median κ of a step, shaded by its distance from random to 1, and marked if it is near random."""
     cells: list[str | Text] = []
     for _, group in rows:
-        known = [record for record in _at(group, step) if record.kappa is not None]
+        known = [record for record in _cell_at_step(group, step) if record.kappa is not None]
         if not known:
             cells.append("-")
             continue
@@ -94,7 +96,7 @@ def _at_step(rows: Rows, step: int, before: str) -> Column:
     return Column(f"{before}{step}", tuple(cells))
 
 
-def _at(group: Sequence[Track], step: int) -> list[Overlap]:
+def _cell_at_step(group: Sequence[Track], step: int) -> list[Overlap]:
     return [record for track in group for record in track.records if record.step == step]
 
 
@@ -104,11 +106,11 @@ def _ends(group: Sequence[Track]) -> tuple[float, float] | None:
     return None if first is None or last is None else (first, last)
 
 
-def _over_steps(rows: Rows, steps: Sequence[int], width: int) -> Column:
+def _make_strip_column(rows: Rows, steps: Sequence[int], width: int) -> Column:
     """Draw the median κ over all steps, in bins; full height is the largest κ of the table."""
     highest = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
     drawn = []
     for _, group in rows:
-        kappas = [middle([record.kappa for record in _at(group, step)]) for step in steps]
+        kappas = [middle([record.kappa for record in _cell_at_step(group, step)]) for step in steps]
         drawn.append(strip([None if kappa is None or not highest else kappa / highest for kappa in kappas], width))
     return Column("over steps", tuple(drawn), "left", drop=3)

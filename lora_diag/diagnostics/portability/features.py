@@ -22,35 +22,37 @@ def _pair(module: str, rank: int, scale: float, alpha: float | None = None, part
     return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
 
 
-def _peft(config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *extra: Item) -> Contents:
+def _make_peft_contents(
+    config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *extra: Item
+) -> Contents:
     items = _pair(_Q, ranks[0], scales[0]), _pair(_V, ranks[1], scales[1])
     return Contents("peft", (*items, *extra), {**_CONFIG, **config})
 
 
-def _kohya(*pairs: tuple[int, float, float | None]) -> Contents:
+def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
     items = (_pair(f"lora_unet_block_{n}", *pair) for n, pair in enumerate(pairs))
     return Contents("kohya", tuple(items))
 
 
 # Feature -> an adapter of two layers with only this feature, and the intended scales.
 FEATURES: dict[str, Contents] = {
-    "one rank, one alpha": _peft({}, (8, 8), (2.0, 2.0)),
-    "rsLoRA": _peft({"use_rslora": True}, (8, 8), (16 / 8**0.5, 16 / 8**0.5)),
-    "rank_pattern": _peft({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, (4, 8), (4.0, 2.0)),
-    "alpha_pattern": _peft({"alpha_pattern": {"layers.0.self_attn.q_proj": 32}}, (8, 8), (4.0, 2.0)),
-    "both, alpha = rank": _peft(
+    "one rank, one alpha": _make_peft_contents({}, (8, 8), (2.0, 2.0)),
+    "rsLoRA": _make_peft_contents({"use_rslora": True}, (8, 8), (16 / 8**0.5, 16 / 8**0.5)),
+    "rank_pattern": _make_peft_contents({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, (4, 8), (4.0, 2.0)),
+    "alpha_pattern": _make_peft_contents({"alpha_pattern": {"layers.0.self_attn.q_proj": 32}}, (8, 8), (4.0, 2.0)),
+    "both, alpha = rank": _make_peft_contents(
         {"lora_alpha": 8, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}}, (4, 8), (1.0, 1.0)
     ),
-    "anchored pattern (^)": _peft({"alpha_pattern": {f"^{_Q}": 32}}, (8, 8), (4.0, 2.0)),
-    "target_modules is a regex": _peft({"target_modules": ".*(q|v)_proj"}, (8, 8), (2.0, 2.0)),
+    "anchored pattern (^)": _make_peft_contents({"alpha_pattern": {f"^{_Q}": 32}}, (8, 8), (4.0, 2.0)),
+    "target_modules is a regex": _make_peft_contents({"target_modules": ".*(q|v)_proj"}, (8, 8), (2.0, 2.0)),
     "q_proj without v_proj": Contents("peft", (_pair(_Q, 8, 2.0),), _CONFIG),
-    "embeddings": _peft(
+    "embeddings": _make_peft_contents(
         {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
         (8, 8),
         (2.0, 2.0),
         _pair("model.embed_tokens", 8, 2.0, part="embedding"),
     ),
-    "target_parameters (experts)": _peft(
+    "target_parameters (experts)": _make_peft_contents(
         {}, (8, 8), (2.0, 2.0), _pair("model.layers.0.mlp.experts.down_proj", 8, 2.0, part="experts")
     ),
     "DoRA": Contents(
@@ -58,8 +60,10 @@ FEATURES: dict[str, Contents] = {
         tuple(_pair(module, 8, 2.0, part="dora") for module in (_Q, _V)),
         {**_CONFIG, "use_dora": True},
     ),
-    "lora_bias": _peft({"lora_bias": True}, (8, 8), (2.0, 2.0), Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias")),
-    "modules_to_save": _peft(
+    "lora_bias": _make_peft_contents(
+        {"lora_bias": True}, (8, 8), (2.0, 2.0), Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias")
+    ),
+    "modules_to_save": _make_peft_contents(
         {"modules_to_save": ["lm_head"]},
         (8, 8),
         (2.0, 2.0),
@@ -70,9 +74,9 @@ FEATURES: dict[str, Contents] = {
         tuple(_pair(module, 8, 2.0, part="residual") for module in (_Q, _V)),
         {**_CONFIG, "init_lora_weights": "pissa"},
     ),
-    "no alpha, unequal ranks": _kohya((16, 1.0, None), (4, 1.0, None)),
-    "one alpha, unequal ranks": _kohya((16, 0.25, 4.0), (4, 1.0, 4.0)),
-    "alpha in some modules": _kohya((16, 0.25, 4.0), (16, 1.0, None)),
+    "no alpha, unequal ranks": _make_kohya_contents((16, 1.0, None), (4, 1.0, None)),
+    "one alpha, unequal ranks": _make_kohya_contents((16, 0.25, 4.0), (4, 1.0, 4.0)),
+    "alpha in some modules": _make_kohya_contents((16, 0.25, 4.0), (16, 1.0, None)),
 }
 
 
@@ -106,14 +110,14 @@ def rules_grids() -> list[Grid]:
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
         features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
         readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
-        newest = [_column(consumer, consumer.rules[0], features) for consumer in readers]
-        older = [_column(consumer, rule, features) for consumer in readers for rule in consumer.rules[1:]]
+        newest = [_make_column(consumer, consumer.rules[0], features) for consumer in readers]
+        older = [_make_column(consumer, rule, features) for consumer in readers for rule in consumer.rules[1:]]
         grids.append(Grid(f"Files of {form}", "feature", tuple(features), tuple(newest)))
         grids.append(Grid(f"Files of {form}, older versions", "feature", tuple(features), tuple(older)))
     return grids
 
 
-def _column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) -> Column:
+def _make_column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) -> Column:
     cells = tuple(words(outcome(contents, consumer, rule)) for contents in features.values())
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), cells, "left")
 

@@ -82,7 +82,7 @@ def _severity_order(record: Portability) -> tuple[int, float]:
     return -ORDER.index(record.status), record.epsilon or 0.0
 
 
-def _norm(shown: Cells) -> Normalize | None:
+def _make_norm(shown: Cells) -> Normalize | None:
     """Return the colour scale of ε; None if no wrong weight has a known ε."""
     wrong = [r.epsilon for r in shown.records.values() if r.status == "wrong" and r.epsilon]
     if not wrong:
@@ -91,7 +91,7 @@ def _norm(shown: Cells) -> Normalize | None:
     return LogNorm(low, high) if high / low > 10 else Normalize(0.0, high)
 
 
-def _colors(shown: Cells, program: str, norm: Normalize | None) -> NDArray[np.float64]:
+def _color_cells(shown: Cells, program: str, norm: Normalize | None) -> NDArray[np.float64]:
     """Return the colour of each cell of a program, ``(types, depths, 3)``; white if the layer does not exist."""
     image = np.ones((len(shown.types), len(shown.depths), 3))
     for row, name in enumerate(shown.types):
@@ -118,7 +118,7 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
     """
     with panel_axes(ax) as (axes, style):
         shown = cells((Series("", tuple(records)),))
-        norm = _norm(shown)
+        norm = _make_norm(shown)
         _draw(axes, shown, norm, style.ticks if style else 8.0, 2.0, 3.0)
         if norm is not None:
             axes.figure.colorbar(ScalarMappable(norm, EPSILON), ax=axes).set_label("ε of a wrong weight")
@@ -128,12 +128,12 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the page: one block of columns for each program, of one or several runs."""
     shown = cells(series)
-    norm = _norm(shown)
+    norm = _make_norm(shown)
     line = style.text / 72
     names = cropped_all(shown.types, _NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
     labels = 1.2 * line
-    if not _fits(shown, inches, style.ticks):
+    if not _do_names_fit(shown, inches, style.ticks):
         labels = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
     panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
     page, (ax,) = sheet(style, _make_text(series, shown), 1, 1, panel=panel, low=True)
@@ -148,7 +148,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page
 
 
-def _fits(shown: Cells, inches: float, size: float) -> bool:
+def _do_names_fit(shown: Cells, inches: float, size: float) -> bool:
     """Return whether the programs' names fit side by side."""
     return max(width_of(name, size) for name in shown.programs) < 0.92 * inches / len(shown.programs)
 
@@ -158,7 +158,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
     for number, program in enumerate(shown.programs):
         left = number * step - 0.5
         ax.imshow(
-            _colors(shown, program, norm),
+            _color_cells(shown, program, norm),
             extent=(left, left + len(shown.depths), len(shown.types) - 0.5, -0.5),
             aspect="auto",
             interpolation="nearest",
@@ -170,7 +170,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
     )
     middles = [number * step - 0.5 + len(shown.depths) / 2 for number in range(len(shown.programs))]
     ax.set_xticks(middles, list(shown.programs), parse_math=False, size=size)
-    ax.tick_params(axis="x", rotation=0 if _fits(shown, inches, size) else 90)
+    ax.tick_params(axis="x", rotation=0 if _do_names_fit(shown, inches, size) else 90)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(length=0)
     ax.grid(False)

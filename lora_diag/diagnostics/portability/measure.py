@@ -92,7 +92,7 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
 
 
 def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None, whole: Matrix | None) -> Portability:
-    status, epsilon, scale, why = _verdict(task, outcome, fro, whole)
+    status, epsilon, scale, why = _judge(task, outcome, fro, whole)
     return Portability(
         layer=task.layer,
         consumer=name[0],
@@ -108,7 +108,7 @@ def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None,
     )
 
 
-def _verdict(
+def _judge(
     task: Judged, outcome: Outcome | str, fro: float | None, whole: Matrix | None
 ) -> tuple[Status, float | None, float | None, str]:
     """Return status, ε, s' and the reason."""
@@ -122,7 +122,7 @@ def _verdict(
     applied, intended = task.item.scale, task.intended
     as_intended = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
     if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        return "wrong", _distance(task, outcome, fro, whole), outcome.scale, _why_plain(task, outcome)
+        return "wrong", _measure_distance(task, outcome, fro, whole), outcome.scale, _explain_plain(task, outcome)
     if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and applied != 0):
         return "exact", error, outcome.scale, ""
     deviation = abs(outcome.scale / intended - 1) if intended else None
@@ -133,12 +133,12 @@ def _is_same(first: float, second: float) -> bool:
     return math.isclose(first, second, rel_tol=SAME)
 
 
-def _why_plain(task: Judged, outcome: Outcome) -> str:
+def _explain_plain(task: Judged, outcome: Outcome) -> str:
     plain = "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
     return f"B·A alone is added, without {plain}" + (f"; {outcome.why}" if outcome.why else "")
 
 
-def _distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix | None) -> float | None:
+def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix | None) -> float | None:
     """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None if that needs a BASE and none is given."""
     item, delta = task.item, task.delta
     if delta is None or not fro or whole is None or item.load is None or outcome.scale is None or not item.scale:

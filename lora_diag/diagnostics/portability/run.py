@@ -93,7 +93,7 @@ def portability(
             "require": [f"{name}=={version}" for name, version in choose(require, contents.form)] if require else [],
             "intended": intended,
             "max_lora_rank": max_lora_rank,
-            "ranks_to_set": _ranks_to_set(chosen, contents, max_lora_rank),
+            "ranks_to_set": _find_required_options(chosen, contents, max_lora_rank),
             "newer": [f"{name}=={version}" for name, version in chosen if chosen[name, version][0].is_newer(version)],
         },
         recorded=("layers", "exclude"),
@@ -165,7 +165,7 @@ def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: i
     return rule.refuses(contents)
 
 
-def _ranks_to_set(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:
+def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:
     """Return the option with which a server must be started for this adapter, by consumer."""
     if max_lora_rank is not None:
         return {}

@@ -25,9 +25,9 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
     rows = rows_of(results, per)
     names = list(by_consumer(results))
     columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows), drop=1)]
-    columns += [Column("rank", tuple(_ranks(group) for _, group in rows), drop=2)]
+    columns += [Column("rank", tuple(_describe_ranks(group) for _, group in rows), drop=2)]
     for name in names:
-        cells = tuple(_cell([record for record in group if _name(record) == name]) for _, group in rows)
+        cells = tuple(_make_cell([record for record in group if _name(record) == name]) for _, group in rows)
         columns.append(Column(title_of(name, names), cells))
     kept = tuple(column for column in columns if per == "type" or column.title != "n")
     return [Grid("", row_title(per), tuple(row for row, _ in rows), kept)]
@@ -52,16 +52,16 @@ def title_of(name: Name, names: Sequence[Name]) -> str:
     return title if alone else f"{title} {name[1]}"
 
 
-def _ranks(group: Sequence[Portability]) -> str:
+def _describe_ranks(group: Sequence[Portability]) -> str:
     ranks = {record.rank for record in group if record.rank is not None}
     return span(ranks) if ranks else "-"
 
 
-def _cell(group: Sequence[Portability]) -> str:
+def _make_cell(group: Sequence[Portability]) -> str:
     """Return the worst treatment of some weights by a consumer, with the largest error."""
     if not group:
         return "-"
-    status = _worst(group)
+    status = _worst_status(group)
     if status != "wrong":
         return status
     scales = sorted({record.scale / record.intended for record in group if record.scale and record.intended})
@@ -71,7 +71,7 @@ def _cell(group: Sequence[Portability]) -> str:
     return f"×{low}" if low == high else f"×{low} to ×{high}"
 
 
-def _worst(group: Sequence[Portability]) -> Status:
+def _worst_status(group: Sequence[Portability]) -> Status:
     statuses = {record.status for record in group}
     return next(status for status in ORDER if status in statuses)
 
@@ -102,10 +102,10 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     unsupported = [
         name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)
     ]
-    lines += _fixed(results.run.settings.get("fixed"))
+    lines += _describe_fix(results.run.settings.get("fixed"))
     if groups:
-        lines.append(_answer(groups, unsupported))
-    lines += [_consumer_statement(name, records, results) for name, records in groups.items()]
+        lines.append(_describe_answer(groups, unsupported))
+    lines += [_describe_consumer(name, records, results) for name, records in groups.items()]
     if required := failed(results):
         titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
         lines.append(make_statement("require", "Required", f"not as intended: {titles}", level="failure"))
@@ -113,7 +113,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     return [*lines, *final_statements(results)]
 
 
-def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
+def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
     """State the written files and their errors."""
     if fixed is None:
         return []
@@ -132,20 +132,20 @@ def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
     return [make_statement("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
 
 
-def _answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Statement:
+def _describe_answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Statement:
     names = [*groups]
     if not lost:
-        return make_statement("portable", "Portable", f"yes: the same ΔW in {_titles(names, names)}", level="ok")
+        return make_statement("portable", "Portable", f"yes: the same ΔW in {_list_titles(names, names)}", level="ok")
     supported = [name for name in names if name not in lost]
-    prefix = f"as intended in {_titles(supported, names)} and " if supported else ""
-    return make_statement("portable", "Portable", f"no: {prefix}not in {_titles(lost, names)}", level="warning")
+    prefix = f"as intended in {_list_titles(supported, names)} and " if supported else ""
+    return make_statement("portable", "Portable", f"no: {prefix}not in {_list_titles(lost, names)}", level="warning")
 
 
-def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
+def _list_titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
     return ", ".join(title_of(name, names) for name in chosen)
 
 
-def _consumer_statement(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
+def _describe_consumer(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
     """State the treatment by one consumer."""
     counts = Counter(record.status for record in records)
     details = []
@@ -154,7 +154,7 @@ def _consumer_statement(name: Name, records: list[Portability], results: Results
     elif not set(counts) - set(AS_INTENDED):
         lead, level = f"exact in all {len(records)} weights", "ok"
     else:
-        parts = [_wrong(records)] if counts["wrong"] else []
+        parts = [_describe_wrong(records)] if counts["wrong"] else []
         if counts["dropped"]:
             lost = [record for record in records if record.status == "dropped"]
             parts.append(f"drops {len(lost)} of {len(records)} weights: {named([record.layer for record in lost])}")
@@ -170,7 +170,7 @@ def _consumer_statement(name: Name, records: list[Portability], results: Results
     return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
 
 
-def _wrong(records: Sequence[Portability]) -> str:
+def _describe_wrong(records: Sequence[Portability]) -> str:
     """State the error, its number of weights, and its largest value."""
     altered = [record for record in records if record.status == "wrong"]
     text = f"in {len(altered)} of {len(records)} weights"

@@ -71,7 +71,7 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
     Raises:
         UsageError: The records are of several adapters.
     """
-    records = _matrices(records)
+    records = _select_matrices(records)
     adapters = list(dict.fromkeys(record.adapter for record in records))
     if len(adapters) > 1:
         raise UsageError(
@@ -91,7 +91,7 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return one panel per adapter, each with its own scale of ε²: a distant adapter would flatten the others."""
     shown = by_adapter(series)
-    matrices = [_matrices(item.records) for item in shown]
+    matrices = [_select_matrices(item.records) for item in shown]
     types = Types(record.layer for records in matrices for record in records)
     drawn = [slots(records, options.per, types) for records in matrices]
     inches = style.width - 5 * style.text / 72
@@ -109,7 +109,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page
 
 
-def _matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
+def _select_matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
     return tuple(record for record in records if len(record.shape) > 1)
 
 
@@ -135,7 +135,7 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) ->
 
 def _describe_run(item: Series[Any]) -> str:
     """Return the label of an adapter with its pooled ε and the parts of ε²."""
-    records = _matrices(item.records)
+    records = _select_matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
     together = levels(item.records)
@@ -190,7 +190,7 @@ def _make_text(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Resid
         "ε² = rank + direction + scale: up to ε_min², up to ε² at the best scale of X, up to ε². "
         "ε is the distance to this fine-tune, not a measure of quality."
     ]
-    if any(_is_misaligned(_matrices(item.records)) for item in shown):
+    if any(_is_misaligned(_select_matrices(item.records)) for item in shown):
         notes.append(
             "Layers whose largest part is scale are limited by direction: X is long and not aligned with ΔW, so "
             "scaling does not help."

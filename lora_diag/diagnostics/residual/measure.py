@@ -66,24 +66,24 @@ def size(layer: Layer, settings: LayerSettings) -> int:
     if settings.memory is not None:
         return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
     dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
-    return footprint(layer.tuned) + dense + _weighing(layer) + _cells(layer)
+    return footprint(layer.tuned) + dense + _weighting_bytes(layer) + _estimate_cell_bytes(layer)
 
 
-def _cells(layer: Layer) -> int:
+def _estimate_cell_bytes(layer: Layer) -> int:
     return recovery_bytes(layer.shape) if layer.recover and isinstance(layer.tuned, StoredDelta) else 0
 
 
-def _weighing(layer: Layer) -> int:
+def _weighting_bytes(layer: Layer) -> int:
     order = layer.moments.size if layer.moments else 0
     return 8 * order * (3 * order + 2 * max(layer.shape))
 
 
-def _allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
+def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
     """Return the memory available for D; a dense X, in memory with it, takes as much."""
     if settings.memory is None:
         return None
     two_dense = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
-    limit = (settings.memory - _weighing(layer)) // (2 if two_dense else 1)
+    limit = (settings.memory - _weighting_bytes(layer)) // (2 if two_dense else 1)
     return Allowance(limit, settings.method, top, vectors=True)
 
 
@@ -101,22 +101,22 @@ def residual(layer: Layer, settings: LayerSettings) -> tuple[Residual | LeftOut,
     Raises:
         InputError: A file could not be read, or a second moment is invalid.
     """
-    records, fallback = on_device(partial(_residual, layer, settings), resolve_device(settings.device))
+    records, fallback = on_device(partial(_measure_residual, layer, settings), resolve_device(settings.device))
     return tuple(noted(record, fallback) for record in records)
 
 
-def _residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
+def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
     # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
     thin = {o.name: load_change(o.delta, device) for o in layer.others if isinstance(o.delta, FactoredDelta)}
-    top = min(max([SUBSPACE, *map(_columns, thin.values())]), *layer.shape)
-    allowance = _allowance(layer, top, settings)
+    top = min(max([SUBSPACE, *map(_count_columns, thin.values())]), *layer.shape)
+    allowance = _make_allowance(layer, top, settings)
     full = load_change(layer.tuned, device, allowance=allowance)
     if full.non_finite is not None:
         return (not_finite(layer.tuned, full),)
     weights = Metric(full, _decompose(full, top, settings), layer.shape)
     if problem := why_not_comparable(weights.factors.fro):
         return (not_finite(layer.tuned, replace(full, non_finite=problem)),)
-    data = _in_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
+    data = _apply_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
     before = _before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
     for other in layer.others:
@@ -151,8 +151,8 @@ def _record(
         return problem
     columns, rows = None, None
     if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
-        columns, rows = _agreements(weights, change, rank, settings)
-    file_resolution = _resolution(weights) if layer.tuned.is_matrix else None
+        columns, rows = _measure_agreements(weights, change, rank, settings)
+    file_resolution = _measure_resolution(weights) if layer.tuned.is_matrix else None
     unresolved = (
         file_resolution is not None and file_resolution.verdict == "unresolved" and distances.epsilon is not None
     )
@@ -169,11 +169,11 @@ def _record(
         blocks=weights.change.row_blocks,
         column_space=columns,
         row_space=rows,
-        data=None if data is None else Distance(**_with_error(data.distances(change, rank)[0], data.factors)),
+        data=None if data is None else Distance(**_add_energy_error(data.distances(change, rank)[0], data.factors)),
         before_rounding=None if before is None else before.distance(change, layer.shape),
         limited_by="noise" if unresolved else limit(distances),
         resolution=file_resolution,
-        **_with_error(distances, weights.factors),
+        **_add_energy_error(distances, weights.factors),
     )
 
 
@@ -213,11 +213,11 @@ def _before_rounding(
     return None if recovered.cells is None else BeforeRounding(recovered.change(settings.memory), recovered.norm())
 
 
-def _with_error(distances: Distances, factors: Factors) -> dict[str, float | None]:
+def _add_energy_error(distances: Distances, factors: Factors) -> dict[str, float | None]:
     return asdict(distances) | {"energy_error": None if distances.epsilon_min is None else factors.energy_error}
 
 
-def _in_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
+def _apply_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
     """Return D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
     on_rows = layer.moments.on_rows
@@ -230,7 +230,7 @@ def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool 
     return change.decompose(settings.method, top, vectors, settings.tol, settings.seed)
 
 
-def _columns(change: Change) -> int:
+def _count_columns(change: Change) -> int:
     return change.factors[0].shape[1] if change.factors is not None else 0
 
 
@@ -238,15 +238,15 @@ def _rank(delta: Delta | None, change: Change | None) -> int | None:
     """Return the number of columns of X's factors: 0 for X = 0, None without factors."""
     if delta is None or change is None:
         return 0
-    return _columns(change) if isinstance(delta, FactoredDelta) else None
+    return _count_columns(change) if isinstance(delta, FactoredDelta) else None
 
 
-def _resolution(weights: Metric) -> Resolution:
+def _measure_resolution(weights: Metric) -> Resolution:
     factors = weights.factors
     return resolution(weights.change.rounding, factors)
 
 
-def _agreements(
+def _measure_agreements(
     weights: Metric, change: Change, rank: int | None, settings: LayerSettings
 ) -> tuple[Agreement, Agreement]:
     """Return the agreement of the column and of the row spaces."""

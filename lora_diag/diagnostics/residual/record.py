@@ -61,7 +61,7 @@ def limits_of(records: Sequence[Residual]) -> str:
     return counted(record.limited_by or "-" for record in records)
 
 
-def _pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
+def _make_pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
     def pool(records: Sequence[Residual]) -> float | None:
         from lora_diag.metrics import pooled  # imports NumPy
 
@@ -71,9 +71,9 @@ def _pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
     return pool
 
 
-def _pooled_floor(records: Sequence[Residual]) -> float | None:
+def _pool_floor(records: Sequence[Residual]) -> float | None:
     """Return the pooled lower bound; None if no rank is known."""
-    return _pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
+    return _make_pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
 
 
 class Expected(Distance):
@@ -86,7 +86,7 @@ class Expected(Distance):
     fro: Norm
 
 
-def _pooled_before(records: Sequence[Residual]) -> float | None:
+def _pool_before_rounding(records: Sequence[Residual]) -> float | None:
     """Return the expected ε before rounding of several layers together, those with an estimate."""
     known = [record.before_rounding for record in records if record.before_rounding is not None]
     total = math.hypot(*(estimate.fro for estimate in known))
@@ -136,14 +136,14 @@ class Residual(Distance, LayerRecord):
             f"‖ΔW − X‖/‖ΔW‖. {EPSILON}",
             axis="ε = ‖ΔW − X‖_F / ‖ΔW‖_F",
             main=True,
-            pool=_pooled("epsilon"),
+            pool=_make_pooled("epsilon"),
         ),
         Shown(
             "least_epsilon",
             "ε floor",
             "√(1 − C(r)) minus its error: no update of this rank has a smaller ε",
             main=True,
-            pool=_pooled_floor,
+            pool=_pool_floor,
             head="floor",
         ),
         Shown("epsilon_min", "ε_min", "√(1 − C(r)), as computed", axis="ε_min = √(1 − C(r)), least ε at this rank"),
@@ -154,14 +154,14 @@ class Residual(Distance, LayerRecord):
             "of the angle between the adapter's update and the full one",
             axis="cosine of the two updates (Frobenius)",
             main=True,
-            pool=_pooled("cosine"),
+            pool=_make_pooled("cosine"),
         ),
         Shown(
             "norm_ratio",
             "‖X‖/‖ΔW‖",
             "norm of the adapter's update over that of the full one",
             axis="‖X‖_F / ‖ΔW‖_F",
-            pool=_pooled("norm_ratio"),
+            pool=_make_pooled("norm_ratio"),
             terminal=True,
         ),
         Shown(
@@ -189,7 +189,7 @@ class Residual(Distance, LayerRecord):
             "best_scale",
             "best scale",
             "factor that minimizes ε",
-            pool=_pooled("best_scale"),
+            pool=_make_pooled("best_scale"),
             drop=6,
             terminal=True,
         ),
@@ -197,7 +197,7 @@ class Residual(Distance, LayerRecord):
             "epsilon_best_scale",
             "ε at best",
             "ε at the best scale",
-            pool=_pooled("epsilon_best_scale"),
+            pool=_make_pooled("epsilon_best_scale"),
             drop=7,
             terminal=True,
         ),
@@ -216,7 +216,7 @@ class Residual(Distance, LayerRecord):
             "before_rounding.epsilon",
             "ε before rounding",
             "expected distance to the update before rounding, over its estimated norm",
-            pool=_pooled_before,
+            pool=_pool_before_rounding,
             head="ε hidden",
             drop=1,
             terminal=True,

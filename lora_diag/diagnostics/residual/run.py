@@ -70,18 +70,18 @@ def residual(
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # opened once, so that its headers are not read again
     full = run.compare(base, tuned)
-    others = [_named(run.compare(base, path), "adapter") for path in adapters]
+    others = [_set_role(run.compare(base, path), "adapter") for path in adapters]
     if reference is not None:
-        others.append(_named(run.compare(base, reference), "reference"))
+        others.append(_set_role(run.compare(base, reference), "reference"))
     verify = run.options["verify"]
     moments = second_moments(activations, base, full.pairing, verify) if activations is not None else None
     inputs = (*full.inputs, *(other.inputs[-1] for other in others), *((moments.described,) if moments else ()))
-    by_layer = [{delta.layer: _alone(delta) for delta in other.pairing.deltas} for other in others]
+    by_layer = [{delta.layer: _drop_base(delta) for delta in other.pairing.deltas} for other in others]
     tasks = [
         Layer(
             delta,
             tuple(
-                ComparedUpdate(other.inputs[-1].path, _role(other), known.get(delta.layer))
+                ComparedUpdate(other.inputs[-1].path, _get_role(other), known.get(delta.layer))
                 for other, known in zip(others, by_layer, strict=True)
             ),
             moments.of.get(delta.layer) if moments else None,
@@ -89,13 +89,13 @@ def residual(
         )
         for delta in full.pairing.deltas
     ]
-    left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
+    left_out = Pairing((), (*full.pairing.unpaired, *_skip_unmatched(full.pairing, others)))
     return run.over(
         tasks,
         measure,
         size,
         run.settings(LayerSettings),
-        lambda layout, earlier, limited: _other_left_out(
+        lambda layout, earlier, limited: _skip_unmeasured(
             left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         inputs,
@@ -103,7 +103,7 @@ def residual(
     )
 
 
-def _other_left_out(
+def _skip_unmeasured(
     left_out: Pairing,
     layout: Layout,
     tasks: Sequence[Layer],
@@ -136,23 +136,23 @@ def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
         seen[os.path.realpath(path)] = "given twice; give each path once"
 
 
-def _named(comparison: Comparison, role: str) -> Comparison:
+def _set_role(comparison: Comparison, role: str) -> Comparison:
     """Return a comparison whose second input has its role in this command."""
     return replace(
         comparison, inputs=(*comparison.inputs[:-1], comparison.inputs[-1].model_copy(update={"role": role}))
     )
 
 
-def _role(comparison: Comparison) -> Literal["adapter", "reference"]:
+def _get_role(comparison: Comparison) -> Literal["adapter", "reference"]:
     return "reference" if comparison.inputs[-1].role == "reference" else "adapter"
 
 
-def _alone(delta: Delta) -> Delta:
+def _drop_base(delta: Delta) -> Delta:
     """Return a ΔW without its base: the norm of the base is already known."""
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
-def _more_left_out(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
+def _skip_unmatched(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
     """Yield tensors of adapters that the fine-tune cannot be compared with."""
     known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
     for other in others:

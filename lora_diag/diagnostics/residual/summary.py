@@ -23,10 +23,10 @@ _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
 
 def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
     """Return the tables, one for each adapter."""
-    return [_grid(name, records, per) for name, records in _by_adapter(results)]
+    return [_make_grid(name, records, per) for name, records in _group_by_adapter(results)]
 
 
-def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
+def _group_by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
     """Return the records of each adapter and reference by its shortest name, in the given order."""
     groups: dict[str, list[Residual]] = {}
     for record in results:
@@ -34,22 +34,22 @@ def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
     return list(zip(called([*groups]), groups.values(), strict=True))
 
 
-def _grid(name: str, records: Sequence[Residual], per: str) -> Grid:
-    rows = _rows(records, per)
-    total = _gap(records) or 1.0
+def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
+    rows = _make_rows(records, per)
+    total = _pool_gap(records) or 1.0
     share = Shown(
         "epsilon",
         "of ε²",
         "fraction of the total ‖ΔW_full − ΔW_adapter‖²",
         main=True,
         form="percent",
-        pool=lambda group: (_gap(group) / total) ** 2,
+        pool=lambda group: (_pool_gap(group) / total) ** 2,
     )
     *first, last = Residual.shown
     return grid_of([*first, share, last], rows, per, f"{name}, {records[0].role}, compared with TUNED")
 
 
-def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
+def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
     """Return rows of the adapted matrices, sorted by their limiting factor, and one row for the rest.
 
     The rest are tensors that are not adapted, and norms and biases, which have no rank.
@@ -63,18 +63,20 @@ def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Res
             without_epsilon["1-D tensors"].append(record)
         else:
             reached.append(record)
-    rows = sorted(rows_of(reached, per), key=lambda row: (_LIMITS.index(_most(row[1])), -_gap(row[1])))
+    rows = sorted(
+        rows_of(reached, per), key=lambda row: (_LIMITS.index(_describe_main_limit(row[1])), -_pool_gap(row[1]))
+    )
     others = [
         (name if per == "type" else f"{name}: {len(group)}", group) for name, group in without_epsilon.items() if group
     ]
     return [*rows, *others]
 
 
-def _gap(records: Sequence[Residual]) -> float:
+def _pool_gap(records: Sequence[Residual]) -> float:
     return math.hypot(*(record.gap for record in records))
 
 
-def _most(records: Sequence[Residual]) -> str | None:
+def _describe_main_limit(records: Sequence[Residual]) -> str | None:
     """Return what limits the layers that hold most of ‖D − X‖²."""
     shares: Counter[str | None] = Counter()
     for record in records:
@@ -82,7 +84,7 @@ def _most(records: Sequence[Residual]) -> str | None:
     return shares.most_common(1)[0][0]
 
 
-def _agreement(spaces: Sequence[Agreement | None]) -> str:
+def _describe_agreement(spaces: Sequence[Agreement | None]) -> str:
     """Return the median overlap, with the random baseline in brackets."""
     known = [space for space in spaces if space is not None]
     if not known:
@@ -100,22 +102,29 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
                 "note", "Note", f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
             )
         )
-    groups = _by_adapter(results)
+    groups = _group_by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
     if adapters:
         lines += [
-            make_statement("distance", "Distance", *(f"{name}: {_distance(records)}" for name, records in adapters)),
             make_statement(
-                "limited_by", "Limiting factor", *(f"{name}: {_limited(records)}" for name, records in adapters)
+                "distance", "Distance", *(f"{name}: {_describe_distance(records)}" for name, records in adapters)
             ),
-            make_statement("low_rank", "Low rank", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
+            make_statement(
+                "limited_by", "Limiting factor", *(f"{name}: {_describe_limits(records)}" for name, records in adapters)
+            ),
+            make_statement(
+                "low_rank", "Low rank", *(f"{name}: {_describe_rank_limit(records)}" for name, records in adapters)
+            ),
         ]
     if groups:
-        lines += [_resolved(groups[0][1]), make_statement("interpretation", "Interpretation", *_reading(groups))]
+        lines += [
+            _describe_resolution(groups[0][1]),
+            make_statement("interpretation", "Interpretation", *_interpret(groups)),
+        ]
     return [*lines, left_out(results), *final_statements(results)]
 
 
-def _distance(records: Sequence[Residual]) -> str:
+def _describe_distance(records: Sequence[Residual]) -> str:
     """State the distance from the whole update, and from the part that the adapter changes."""
     whole, acting = pooled(records), [record for record in records if record.adapter_fro > 0]
     if whole.epsilon is None:
@@ -132,7 +141,7 @@ def _distance(records: Sequence[Residual]) -> str:
     return "; ".join(parts)
 
 
-def _limited(records: Sequence[Residual]) -> str:
+def _describe_limits(records: Sequence[Residual]) -> str:
     """State in how many layers each factor limits the adapter, and which layers it does not change."""
     total = math.hypot(*(record.fro for record in records)) or 1.0
     acting = [record for record in records if record.adapter_fro > 0]
@@ -149,7 +158,7 @@ def _tensors(number_of: int) -> str:
     return f"{number_of} {'tensor' if number_of == 1 else 'tensors'}"
 
 
-def _low_rank(records: Sequence[Residual]) -> str:
+def _describe_rank_limit(records: Sequence[Residual]) -> str:
     """State where the rank is the limit, and its cost."""
     total = math.hypot(*(record.fro for record in records)) or 1.0
     ranked = [record for record in records if record.rank and record.epsilon_min is not None]
@@ -164,7 +173,7 @@ def _low_rank(records: Sequence[Residual]) -> str:
     return f"is the limit in {len(bound)} of {len(ranked)} layers, at a cost of {cost} of ‖ΔW‖²: {worst}"
 
 
-def _resolved(records: Sequence[Residual]) -> Statement:
+def _describe_resolution(records: Sequence[Residual]) -> Statement:
     """State whether the files resolve TUNED's update."""
     resolutions = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
     if not resolutions:
@@ -183,7 +192,7 @@ def _resolved(records: Sequence[Residual]) -> Statement:
     )
 
 
-def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
+def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
     """Interpret ε: against another full fine-tune if there is one, else in general."""
     lines = []
     for name, records in groups:
@@ -192,10 +201,14 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
             spaces = [record.column_space for record in records], [record.row_space for record in records]
             lines.append(
                 f"another full fine-tune, {name}, has ε = {shown(total.epsilon)} and cosine {shown(total.cosine)}; "
-                f"its top directions overlap {_agreement(spaces[0])} in the column space and "
-                f"{_agreement(spaces[1])} in the row space (in brackets: random)"
+                f"its top directions overlap {_describe_agreement(spaces[0])} in the column space and "
+                f"{_describe_agreement(spaces[1])} in the row space (in brackets: random)"
             )
-            lines += [_judged(other, pooled(others), total) for other, others in groups if others[0].role == "adapter"]
+            lines += [
+                _compare_with_reference(other, pooled(others), total)
+                for other, others in groups
+                if others[0].role == "adapter"
+            ]
     if lines:
         return [*lines, "ε is the distance to one solution; the held-out loss shows which is better"]
     return [
@@ -204,7 +217,7 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
     ]
 
 
-def _judged(name: str, adapter: Distances, reference: Distances) -> str:
+def _compare_with_reference(name: str, adapter: Distances, reference: Distances) -> str:
     if adapter.epsilon is None or reference.epsilon is None or adapter.cosine is None or reference.cosine is None:
         return f"{name} has no known distance"
     nearer = "no farther than the reference" if adapter.epsilon <= reference.epsilon else "farther than the reference"

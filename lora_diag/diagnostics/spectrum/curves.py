@@ -71,10 +71,10 @@ def ranks_drawn(largest: int, marked: Sequence[int] = MARKED) -> NDArray[np.int6
 def curves(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> list[Curve]:
     """Return one curve per block: of its one layer, or the median of its layers; zero updates have none."""
     changed = [record for record in records if record.fro > 0]
-    return [_curve(depth, group, quantity, grid) for depth, group in by_depth(changed).items()]
+    return [_make_curve(depth, group, quantity, grid) for depth, group in by_depth(changed).items()]
 
 
-def _curve(depth: int | None, group: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> Curve:
+def _make_curve(depth: int | None, group: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> Curve:
     last = max(len(record.s) for record in group)
     ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
     stacked = np.array([quantity.at(record, ranks) for record in group])

@@ -20,11 +20,11 @@ from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.style import PageStyle
 
 
-def _shares(record: Spectrum) -> NDArray[np.float64]:
+def _energy_shares(record: Spectrum) -> NDArray[np.float64]:
     return energy_curve(np.array(record.s), record.fro, record.complete)
 
 
-SHARE = Quantity(_shares, beyond=1.0)
+SHARE = Quantity(_energy_shares, beyond=1.0)
 
 
 def energy(

@@ -61,14 +61,14 @@ def small_multiples(
         formula: Formula of the quantity.
     """
     records = [record for item in series for record in item.records]
-    shown = _panels(series)
+    shown = _make_panels(series)
     bands = per == "type" or len(series) > 1
     depths, largest = deepest(record.layer for record in records), largest_rank(records)
     by_color = not bands and depths > 0
     words = FigureText(
         title,
-        f"{_subtitle(series, records)}{f'; {formula}' if formula else ''}",
-        _notes(shown, records, bands),
+        f"{_make_subtitle(series, records)}{f'; {formula}' if formula else ''}",
+        _make_notes(shown, records, bands),
         (*_make_keys(series, records, largest, bands, style), *keys),
     )
 
@@ -85,7 +85,7 @@ def small_multiples(
     return figure
 
 
-def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
+def _make_panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
     """Return one panel per module type with an update; if there are too many, those of least ‖ΔW‖ share the last."""
     types = Types(record.layer for item in series for record in item.records)
     energy: dict[str, float] = defaultdict(float)
@@ -110,7 +110,7 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
     )
 
 
-def _subtitle(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
+def _make_subtitle(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
     """Return the subtitle: description of the figure."""
     layers = len({record.layer for record in records})
     subject = (
@@ -141,7 +141,7 @@ def _make_keys(
     return tuple(keys)
 
 
-def _notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
+def _make_notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
     """Return notes on joined layers and on layers without a curve."""
     notes = []
     joined = max((len(g) for panel in shown for g in by_depth(panel.series[0].records).values()), default=1)

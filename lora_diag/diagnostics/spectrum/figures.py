@@ -26,11 +26,11 @@ from lora_diag.rendering.figures.style import INK, PageStyle, log_label
 DECADES = 7
 
 
-def _values(record: Spectrum) -> NDArray[np.float64]:
+def _singular_values(record: Spectrum) -> NDArray[np.float64]:
     return np.array(record.s)
 
 
-SIGMA = Quantity(_values, beyond=0.0)
+SIGMA = Quantity(_singular_values, beyond=0.0)
 
 
 def spectrum(
@@ -54,7 +54,7 @@ def spectrum(
     with panel_axes(ax) as (axes, style):
         draw_series(axes, (Series("", records),), SIGMA, ranks, per, style)
         _scale(axes, records)
-        _edge(axes, records, style)
+        _draw_edge(axes, records, style)
         axes.set(xlabel="index i", ylabel=f"singular value σᵢ of {changes_of(records)}")
     return axes
 
@@ -71,8 +71,8 @@ def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Option
         xlabel="index i",
         ylabel="σᵢ",
         scale=lambda ax: _scale(ax, all_records),
-        also=lambda ax, records: _edge(ax, records, style),
-        keys=_edge_key(all_records, style),
+        also=lambda ax, records: _draw_edge(ax, records, style),
+        keys=_make_edge_key(all_records, style),
     )
 
 
@@ -80,39 +80,39 @@ def _scale(ax: Axes, records: Sequence[Spectrum]) -> None:
     ax.set_yscale("log", nonpositive="mask")
     ax.yaxis.set_major_formatter(log_label)
     ax.yaxis.set_minor_formatter("")
-    low, high = _limits(records)
+    low, high = _compute_limits(records)
     ax.set_ylim(low, high)
 
 
-def _limits(records: Sequence[Spectrum]) -> tuple[float, float]:
+def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
     """Return the range of the y axis: all resolved values, and the noise edge if it is near."""
     resolved = [value for record in records for value in record.s[: resolved_to(record)] if value > 0]
     values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
     low, high = min(values), max(values)
-    near = [edge for edge in _edges(records) if edge > low / 3]
+    near = [edge for edge in _list_edges(records) if edge > low / 3]
     low = min(low, float(np.median(near)) / 2 if near else low)
     return max(low / 2, high * 10.0**-DECADES), high * 1.6
 
 
-def _edges(records: Sequence[Spectrum]) -> list[float]:
+def _list_edges(records: Sequence[Spectrum]) -> list[float]:
     return [record.resolution.edge for record in records if record.fro > 0 and record.resolution.edge > 0]
 
 
-def _edge(ax: Axes, records: Sequence[Spectrum], style: PageStyle | None) -> None:
+def _draw_edge(ax: Axes, records: Sequence[Spectrum], style: PageStyle | None) -> None:
     """Mark the edge of the files' rounding noise for the median layer."""
-    if edges := _edges(records):
-        ax.axhline(float(np.median(edges)), zorder=1.8, label="_edge", **_line(style))
+    if edges := _list_edges(records):
+        ax.axhline(float(np.median(edges)), zorder=1.8, label="_edge", **_make_edge_line(style))
 
 
-def _edge_key(records: Sequence[Spectrum], style: PageStyle) -> tuple[Key, ...]:
-    edges = _edges(records)
+def _make_edge_key(records: Sequence[Spectrum], style: PageStyle) -> tuple[Key, ...]:
+    edges = _list_edges(records)
     if not edges:
         return ()
-    below = " (all below the axis)" if max(edges) < _limits(records)[0] else ""
-    return (Key(Line2D([], [], **_line(style)), f"noise edge of the files' rounding{below}"),)
+    below = " (all below the axis)" if max(edges) < _compute_limits(records)[0] else ""
+    return (Key(Line2D([], [], **_make_edge_line(style)), f"noise edge of the files' rounding{below}"),)
 
 
-def _line(style: PageStyle | None) -> dict[str, Any]:
+def _make_edge_line(style: PageStyle | None) -> dict[str, Any]:
     return {"color": INK, "lw": 0.8 * (style.line if style else 1.2), "ls": (0, (5, 2))}
 
 

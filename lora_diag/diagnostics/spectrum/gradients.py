@@ -41,7 +41,7 @@ def size(history: History, settings: SpectrumSettings) -> int:
     if settings.memory is not None:
         return min(settings.memory, max_bytes(history))
     rows, columns = history.shape
-    return 4 * rows * columns + 16 * _largest_order(history.shape) ** 2
+    return 4 * rows * columns + 16 * _find_largest_order(history.shape) ** 2
 
 
 def max_bytes(history: History) -> int:
@@ -51,12 +51,12 @@ def max_bytes(history: History) -> int:
         >>> round(max_bytes(History("w", (4096, 4096), ())) / 2**20)
         384
     """
-    order = _largest_order(history.shape)
+    order = _find_largest_order(history.shape)
     entry = 8 if "float64" in history.dtypes else 4
     return READING + entry * math.prod(history.shape) + 16 * order * (order + ROWS)
 
 
-def _largest_order(shape: tuple[int, int]) -> int:
+def _find_largest_order(shape: tuple[int, int]) -> int:
     return max(shape) if max(shape) <= OTHER_GRAM_UP_TO else min(shape)
 
 
@@ -82,7 +82,7 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
     except _NotFiniteError as error:
         return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
     side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
-    file_resolution, dtypes = _resolution(result, history), (None, "/".join(history.dtypes))
+    file_resolution, dtypes = _measure_resolution(result, history), (None, "/".join(history.dtypes))
     factors = replace(result.side, method=f"{result.side.method} of {len(history.snapshots)} gradients{fallback}")
     record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
     other_record = None
@@ -113,20 +113,22 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
         require(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
-    spacing = Spacing.of(_stacked(history))
+    spacing = Spacing.of(_stacked_shape(history))
     left = history.shape[0] < history.shape[1]
-    side = decompose_stack(_gradients(history, device, left, spacing), settings.top)
+    side = decompose_stack(_read_gradients(history, device, left, spacing), settings.top)
     if not math.isfinite(spacing.squares):
         raise _NotFiniteError(COARSE)
     other_side = None
     if len(history.snapshots) == 1:
         other_side = side
     elif max(history.shape) <= OTHER_GRAM_UP_TO:
-        other_side = decompose_stack(_gradients(history, device, not left, None), settings.top)
+        other_side = decompose_stack(_read_gradients(history, device, not left, None), settings.top)
     return _Found(side, other_side, spacing)
 
 
-def _gradients(history: History, device: torch.device, transposed: bool, spacing: Spacing | None) -> Iterator[Tensor]:
+def _read_gradients(
+    history: History, device: torch.device, transposed: bool, spacing: Spacing | None
+) -> Iterator[Tensor]:
     """Yield G_t, or its transpose, step by step; accumulate the spacing of the stored values.
 
     Raises:
@@ -153,15 +155,15 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
         yield gradient.T if transposed else gradient
 
 
-def _stacked(history: History) -> tuple[int, int]:
+def _stacked_shape(history: History) -> tuple[int, int]:
     """Return the shape of the gradients concatenated vertically, or horizontally if they are wider than tall."""
     (rows, columns), steps = history.shape, len(history.snapshots)
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
-def _resolution(result: _Found, history: History) -> Resolution:
+def _measure_resolution(result: _Found, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
-    noise = noise_of(mixture([(1 / 12, result.spacing.profile)], _stacked(history)), 1)
+    noise = noise_of(mixture([(1 / 12, result.spacing.profile)], _stacked_shape(history)), 1)
     edge = max(noise.edge, grain(result.side))
     signal = signal_rank(result.side.s.numpy(), edge, result.side.complete)
     return Resolution(

@@ -21,7 +21,7 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
     span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
     total = math.hypot(*(record.fro for record in records))
     text = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
-    known = _ranks(records)
+    known = _pair_ranks(records)
     shown_rank, other_rank = (median(rank) for rank in zip(*known, strict=True)) if known else (0, 0)
     if shown_rank:
         suffix = "" if len(known) == len(records) else f", in the {len(known)} layers small enough for both"
@@ -40,7 +40,7 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
     ]
 
 
-def _ranks(records: Sequence[Spectrum]) -> list[tuple[int, int]]:
+def _pair_ranks(records: Sequence[Spectrum]) -> list[tuple[int, int]]:
     """Return the ranks at 90% on both sides, for layers with both."""
     pairs = [
         (record.rank_at["0.9"], record.stack.other_rank_at["0.9"])

@@ -56,14 +56,14 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
     recovered = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
     if recovered:
         middle, lowest, highest = (
-            _middle(ranks) for ranks in zip(*(_ranks(hidden) for _, hidden in recovered), strict=True)
+            _median_text(ranks) for ranks in zip(*(_list_ranks(hidden) for _, hidden in recovered), strict=True)
         )
-        read = _middle([record.rank_at["0.9"] for record, _ in recovered])
+        read = _median_text([record.rank_at["0.9"] for record, _ in recovered])
         lines.append(
             f"rank at 90% {middle} (interval {lowest} to {highest}) at the median, where the files read {read}"
         )
-        signal = _middle([record.resolution.signal_rank for record, _ in recovered])
-        directions = _middle([hidden.directions for _, hidden in recovered])
+        signal = _median_text([record.resolution.signal_rank for record, _ in recovered])
+        directions = _median_text([hidden.directions for _, hidden in recovered])
         lines.append(f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge")
     refused = [(record, hidden) for record, hidden in tried if hidden.status == "refused"]
     if refused:
@@ -71,13 +71,13 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
     return [make_statement("before_rounding", "Before rounding", *lines)]
 
 
-def _ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:
+def _list_ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:
     """Return the rank at 90% and the ends of its interval."""
     lowest, highest = (hidden.rank_at_interval or {}).get("0.9", (None, None))
     return (hidden.rank_at_estimate or {}).get("0.9"), lowest, highest
 
 
-def _middle(ranks: Sequence[int | None]) -> str:
+def _median_text(ranks: Sequence[int | None]) -> str:
     """Return the median; of ranks that most layers do not reach, that it is not known."""
     known = [rank for rank in ranks if rank is not None]
     return str(int(median(known))) if 2 * len(known) > len(ranks) else "unknown"

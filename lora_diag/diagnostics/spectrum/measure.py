@@ -55,7 +55,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
     )
     if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
-        hidden, elsewhere = _hidden(delta, record.fro, settings)
+        hidden, elsewhere = _estimate_hidden(delta, record.fro, settings)
         record = noted(record.model_copy(update={"hidden": hidden}), "" if fallback else elsewhere)
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})
@@ -65,7 +65,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     return record.model_copy(update={"metric": metric, "weights_fro": weighted.plain_fro})
 
 
-def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple[Hidden, str]:
+def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple[Hidden, str]:
     """Return the estimate of the update before rounding from the rounding cells, and the note of ``on_device``."""
     try:
         refuse_cells(delta.shape, settings.memory)

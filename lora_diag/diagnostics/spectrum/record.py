@@ -17,7 +17,7 @@ def usual_ranks(ranks: Sequence[int]) -> list[int]:
     return [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
 
-def _middle_rank(path: str) -> Callable[[Sequence[Spectrum]], str]:
+def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str]:
     """Return a pooled rank in which null, beyond the kept values, counts as larger than any rank."""
     return lambda records: median_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
@@ -88,7 +88,7 @@ class Spectrum(LayerRecord):
             "smallest rank that keeps 90% of the energy; empty beyond the values kept",
             axis="rank at 90% of the energy",
             main=True,
-            pool=_middle_rank("rank_at.0.9"),
+            pool=_pool_ranks("rank_at.0.9"),
         ),
         Shown(
             "resolution.signal_rank",
@@ -96,7 +96,7 @@ class Spectrum(LayerRecord):
             "singular values above the rounding noise of the files",
             axis="signal rank: σᵢ above the rounding noise",
             main=True,
-            pool=_middle_rank("resolution.signal_rank"),
+            pool=_pool_ranks("resolution.signal_rank"),
             drop=3,
             mark=lambda records: noise_mark(record.resolution.verdict for record in records if record.fro > 0),
         ),
@@ -126,7 +126,7 @@ class Spectrum(LayerRecord):
             "r@95%",
             "smallest rank that keeps 95% of the energy",
             axis="rank at 95% of the energy",
-            pool=_middle_rank("rank_at.0.95"),
+            pool=_pool_ranks("rank_at.0.95"),
             drop=8,
             terminal=True,
             wide=True,
@@ -136,7 +136,7 @@ class Spectrum(LayerRecord):
             "r@99%",
             "smallest rank that keeps 99% of the energy; the first to count rounding noise",
             axis="rank at 99% of the energy",
-            pool=_middle_rank("rank_at.0.99"),
+            pool=_pool_ranks("rank_at.0.99"),
             drop=7,
             terminal=True,
             wide=True,

@@ -97,7 +97,7 @@ def spectrum(
         moments = second_moments(activations, base, pairing, run.options["verify"])
         if kfac and not moments.gradients:
             raise UsageError(f"--kfac: {activations} has no output gradients; record it with --output-gradients")
-    pairing, matrices = _weighted_tasks(pairing, moments, kfac)
+    pairing, matrices = _split_by_moments(pairing, moments, kfac)
     run.torch = not (
         all(is_thin(layer, settings) for layer in matrices)
         and len(matrices) == len(pairing.deltas)
@@ -110,7 +110,7 @@ def spectrum(
     return run.over(
         matrices,
         _measure_layer,
-        _size,
+        _estimate_bytes,
         settings,
         lambda layout, _, __: without_rank(pairing, layout, run.where.here),
         (*compared.inputs, *((moments.described,) if moments else ())),
@@ -124,7 +124,7 @@ def spectrum(
     )
 
 
-def _weighted_tasks(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
+def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
     """Split the layers into those without second moments, and those with their weighting."""
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
     if moments is None:
@@ -152,7 +152,7 @@ def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum |
     return (measure(layer.delta, settings, layer.weighting),)
 
 
-def _size(layer: Layer, settings: SpectrumSettings) -> int:
+def _estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     if is_thin(layer, settings):
         return footprint(layer.delta)

@@ -39,8 +39,8 @@ METRICS = {
 
 def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     """Return the statements of the summary."""
-    changed, ranks = _changed_ranks(results), results.run.settings["ranks"]
-    lines = [compared(results, *([_measured(results)] if len(results) else []))]
+    changed, ranks = _select_changed(results), results.run.settings["ranks"]
+    lines = [compared(results, *([_describe_measured(results)] if len(results) else []))]
     if metric := METRICS.get(next((record.metric for record in results), "weights")):
         lines.append(make_statement("metric", "Metric", metric))
     if stacked := [record for record in changed if record.stack is not None]:
@@ -48,25 +48,25 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
         # Gradients are not differences of rounded weights, so they are always resolved.
         lines += [
             statement
-            for statement in _ranks_needed(changed, ranks)
+            for statement in _describe_ranks_needed(changed, ranks)
             if statement.key != "resolved" or statement.level != "note"
         ]
     else:
-        lines.append(make_statement("moved", "Change", *_changes(results, changed)))
+        lines.append(make_statement("moved", "Change", *_describe_changes(results, changed)))
         if changed:
-            lines += _ranks_used(changed) if _is_factored(changed) else _ranks_needed(changed, ranks)
-    if not metric and (coverage := _coverage(results)):
+            lines += _describe_ranks_used(changed) if _is_factored(changed) else _describe_ranks_needed(changed, ranks)
+    if not metric and (coverage := _describe_coverage(results)):
         lines.append(make_statement("where", "Distribution", coverage))
     return [*lines, left_out(results), *final_statements(results)]
 
 
-def _changed_ranks(results: Results[Spectrum]) -> list[Spectrum]:
+def _select_changed(results: Results[Spectrum]) -> list[Spectrum]:
     """Return the changed matrices: those that adapters usually target, or else the others."""
     changed = [record for record in results if record.fro > 0]
     return [record for record in changed if part_of(record.layer) == "matrices"] or changed
 
 
-def _measured(results: Results[Spectrum]) -> str:
+def _describe_measured(results: Results[Spectrum]) -> str:
     entries = sum(math.prod(record.shape) for record in results)
     vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
     tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
@@ -78,7 +78,7 @@ def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[str]:
+def _describe_changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[str]:
     """State how far the weights changed, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
     if not len(results):
@@ -86,26 +86,26 @@ def _changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[st
         why = ", ".join(f"{number_of} {REASONS[reason]}" for reason, number_of in reasons.items())
         return [f"no matrix could be measured{f': {why}' if why else ''}"]
     if not changed:
-        return [_nothing_changed(results)]
+        return [_describe_no_change(results)]
     if part_of(changed[0].layer) == "vocabulary":
         still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
         return [
             f"only embeddings and head{still}",
-            *_relative_change(changed, f"over the {_matrices(len(changed))} that changed"),
+            *_describe_relative_change(changed, f"over the {_matrices(len(changed))} that changed"),
         ]
     outside = " outside embeddings and head" if len(inside) < len(results) else ""
     every = "the" if outside or len(inside) == 1 else "all"
-    return _relative_change(inside, f"over {every} {_matrices(len(inside))}{outside}")
+    return _describe_relative_change(inside, f"over {every} {_matrices(len(inside))}{outside}")
 
 
-def _nothing_changed(results: Results[Spectrum]) -> str:
+def _describe_no_change(results: Results[Spectrum]) -> str:
     if any(item.reason == "vector" and item.fro for item in results.left_out):
         return "only norms and biases: ΔW is zero in every matrix"
     hint = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
     return f"nothing: ΔW is zero in every matrix.{hint}"
 
 
-def _relative_change(records: Sequence[Spectrum], norm_name: str) -> list[str]:
+def _describe_relative_change(records: Sequence[Spectrum], norm_name: str) -> list[str]:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     update, weights = NORMS[records[0].metric]
@@ -125,7 +125,7 @@ def _is_factored(records: Sequence[Spectrum]) -> bool:
     return all(record.method == "factored" for record in records)
 
 
-def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
+def _describe_ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     """State how much of an adapter's rank is used."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
@@ -148,18 +148,18 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     ]
 
 
-def _ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
+def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
     """State which rank the update needs, as far as the files resolve it."""
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
     return [
-        _files(changed),
+        _describe_resolution(changed),
         *before_rounding(changed),
-        make_statement("low_rank", "Low rank", *_low_rank(readable, ranks)),
+        make_statement("low_rank", "Low rank", *_describe_low_rank(readable, ranks)),
         make_statement("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
     ]
 
 
-def _files(changed: Sequence[Spectrum]) -> Statement:
+def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     """State whether the files resolve the update, before any rank is printed."""
     counts: Counter[str] = Counter(record.resolution.verdict for record in changed)
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]
@@ -173,7 +173,7 @@ def _files(changed: Sequence[Spectrum]) -> Statement:
     return make_statement(
         "resolved",
         "Resolution",
-        f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
+        f"{word}: {_count_unresolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{still}; "
         f"ranks beyond the signal rank count noise{_start(changed)}. "
         f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
@@ -200,7 +200,7 @@ def _start(changed: Sequence[Spectrum]) -> str:
         counted = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in unknown)
         text += (
             f"; in {len(unknown)} of {len(changed)} matrices BASE may be a rounded copy of the start of training: its "
-            f"rounding, up to {percent(min(1.0, counted))}, is counted{_together(changed)}"
+            f"rounding, up to {percent(min(1.0, counted))}, is counted{_combine_evidence(changed)}"
         )
     sparse = [
         resolution.untouched
@@ -215,7 +215,7 @@ def _start(changed: Sequence[Spectrum]) -> str:
     return text
 
 
-def _together(changed: Sequence[Spectrum]) -> str:
+def _combine_evidence(changed: Sequence[Spectrum]) -> str:
     """State the evidence of all layers together on the start of training, and its consequence for unknown layers."""
     known = [pair for record in changed if (pair := record.resolution.base_rounding) is not None and pair[1] > 0]
     if len(known) < 2:
@@ -227,20 +227,20 @@ def _together(changed: Sequence[Spectrum]) -> str:
     estimate = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
     if -0.5 < beta < min(0.5, 1 - ERRORS * error):
         unknown = [record for record in changed if record.resolution.start == "unknown"]
-        resolved_alone = sum(_verdict_of_start(record) == "resolved" for record in unknown)
+        resolved_alone = sum(_judge_start(record) == "resolved" for record in unknown)
         consequence = f"then {resolved_alone} of the {len(unknown)} are resolved"
         return f", though all layers together show the start ({estimate}); {consequence}"
     return f" (all layers together: {estimate})" if error < 0.2 and -0.5 < beta < 1.5 else ""
 
 
-def _verdict_of_start(record: Spectrum) -> str:
+def _judge_start(record: Spectrum) -> str:
     """Return the verdict without the rounding of BASE; the signal rank can only be larger."""
     resolution = record.resolution
     noise = math.sqrt(max(0.0, resolution.noise_fro**2 - (resolution.base_noise_fro or 0.0) ** 2))
     return verdict(noise, record.fro, resolution.signal_rank or None)
 
 
-def _not_resolved(counts: Counter[str]) -> str:
+def _count_unresolved(counts: Counter[str]) -> str:
     """State how many matrices are not resolved, by verdict and its mark in the table."""
     words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
     parts = [f"{counts[verdict]} {shown}" for verdict, shown in words.items() if counts[verdict]]
@@ -251,12 +251,12 @@ def _not_resolved(counts: Counter[str]) -> str:
     return f"{every} {words[verdict]}"
 
 
-def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
+def _describe_low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
     """State what each common rank keeps at the median and in the worst layer, with a verdict."""
     if not records:
         return ["not known: these files resolve no matrix"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
-    kept_at_rank = {rank: _kept_at(rank, records) for rank in shown}
+    kept_at_rank = {rank: _describe_rank(rank, records) for rank in shown}
     kept = {rank: share for rank, (share, _) in kept_at_rank.items() if share is not None}
     lines = [line for _, line in kept_at_rank.values()]
     if not kept:
@@ -266,7 +266,7 @@ def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
     return [f"{word}, judged at r={judged} by the median layer's energy (Σσ²)", *lines]
 
 
-def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:
+def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:
     """Return what a rank keeps of the median layer, or None, and the line that states it.
 
     A layer that is not larger than the rank keeps everything for any update and is not counted.
@@ -307,7 +307,7 @@ def _rank_at_90(records: Sequence[Spectrum]) -> str:
     return f"median {median_rank(ranks, kept)}, from {min(known)} to {largest} {possible} possible{suffix}"
 
 
-def _coverage(results: Results[Spectrum]) -> str:
+def _describe_coverage(results: Results[Spectrum]) -> str:
     """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases."""
     norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
     for record in results:

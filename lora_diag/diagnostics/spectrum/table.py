@@ -28,21 +28,21 @@ def spectrum_table(
         Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
-    extra = [Column("σ decay", tuple(_spark(group) for _, group in rows), "left", drop=4)]
+    extra = [Column("σ decay", tuple(_draw_spark(group) for _, group in rows), "left", drop=4)]
     if per == "type":
-        extra.append(_by_depth(rows, usual_ranks(results.run.settings["ranks"])[0], width))
+        extra.append(_make_depth_column(rows, usual_ranks(results.run.settings["ranks"])[0], width))
     shown = Spectrum.shown_of(results.run.settings, results.layers)
     grids = [grid_of(shown, rows, per, extra=extra)] if rows else []
     return grids_table(grids, summary_lines(results), width, color, next_command)
 
 
-def _spark(records: Sequence[Spectrum]) -> str:
+def _draw_spark(records: Sequence[Spectrum]) -> str:
     """Show the spectrum of the layer with the median stable rank, over all its values."""
     record = sorted(records, key=lambda record: record.stable_rank or 0)[len(records) // 2]
     return spark(record.s, len(record.s) if record.complete else min(record.shape), 7)
 
 
-def _by_depth(rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int, width: int) -> Column:
+def _make_depth_column(rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int, width: int) -> Column:
     """Show C(r) from the first to the last layer of each row."""
     title, bins = (f"C({rank}) by depth", 24) if width >= WIDE else ("by depth", 8)
     cells = tuple(strip([record.energy[str(rank)] for record in group], bins) for _, group in rows)

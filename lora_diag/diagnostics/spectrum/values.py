@@ -68,7 +68,7 @@ def record_of(
     """
     fro = factors.fro
     exact: NDArray[np.float64] = np.asarray(factors.s)
-    s = _nine_digits(exact)
+    s = _round_to_nine_digits(exact)
     zero = fro == 0.0
     rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
     error = min(1.0, factors.energy_error + rounding)
@@ -83,27 +83,27 @@ def record_of(
         complete=factors.complete,
         method=factors.method,
         energy_error=error,
-        energy={str(r): None if zero else _at(curve, r, factors.complete) for r in ranks},
+        energy={str(r): None if zero else _curve_at_rank(curve, r, factors.complete) for r in ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
-        tail={str(r): _tail(s, fro, r, factors.complete, error) for r in ranks},
+        tail={str(r): _compute_tail(s, fro, r, factors.complete, error) for r in ranks},
         stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
         resolution=resolution,
     )
 
 
-def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
+def _round_to_nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round to 9 significant digits: half the file size at an error of 1e-9 of the energy."""
     return np.array([float(f"{value:.9g}") for value in s.tolist()])
 
 
-def _at(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
+def _curve_at_rank(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
     if rank <= len(curve):
         return float(curve[rank - 1])
     return 1.0 if complete else None
 
 
-def _tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float) -> Tail | None:
+def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float) -> Tail | None:
     errors = truncation_error(s, fro, rank, complete)
     if errors is None:
         return None

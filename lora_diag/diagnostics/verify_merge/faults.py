@@ -113,16 +113,16 @@ def find_fault(failed: FailedLayer) -> Fault:
     check = failed.check
     if check.moved == 0:
         return Fault("dropped", UNCHANGED)
-    fault = _scaled(failed) or scaled_precisely(failed) or _coarse(failed)
+    fault = _find_scale(failed) or scaled_precisely(failed) or _find_coarse_arithmetic(failed)
     if fault is None and check.count:
-        fault = _partial(failed)
-    fault = fault or _best_hypothesis(failed)
+        fault = _find_partial(failed)
+    fault = fault or _choose_hypothesis(failed)
     if fault is None and check.count:
-        fault = _few_entries(failed) or _rounded_base(failed) or _by_norms(failed)
-    return fault or _drifted(failed)
+        fault = _find_few_entries(failed) or _find_rounded_base(failed) or _describe_norms(failed)
+    return fault or _find_drift(failed)
 
 
-def _scaled(failed: FailedLayer) -> Fault | None:
+def _find_scale(failed: FailedLayer) -> Fault | None:
     """Test a scale other than 1 that leaves only rounding: no other cause is needed."""
     fit = fit_scale(failed)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
@@ -226,7 +226,7 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
     return fit
 
 
-def _coarse(failed: FailedLayer) -> Fault | None:
+def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
     """Test a float32 merge whose ΔW was computed less precisely (bfloat16, TF32): correct, but not exact."""
     if failed.rounding.roundoff >= COARSE:
         return None
@@ -251,7 +251,7 @@ def _coarse(failed: FailedLayer) -> Fault | None:
     return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
 
 
-def _partial(failed: FailedLayer) -> Fault | None:
+def _find_partial(failed: FailedLayer) -> Fault | None:
     """Test rows (or columns) with the update next to others without."""
     for axis, word in enumerate(("rows", "columns")):
         missing, still = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] == 0
@@ -260,10 +260,10 @@ def _partial(failed: FailedLayer) -> Fault | None:
     return None
 
 
-def _best_hypothesis(failed: FailedLayer) -> Fault | None:
+def _choose_hypothesis(failed: FailedLayer) -> Fault | None:
     """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
-    for fault, check in _hypotheses(failed):
+    for fault, check in _list_hypotheses(failed):
         near = check.residual <= min(_near(check.expected, check.allowed), failed.check.residual / 2)
         if near or check.count <= min(UNEXPLAINED * check.entries, failed.check.count / 2):
             fitting.append((check.count, check.residual, fault))
@@ -278,7 +278,7 @@ def _near(squares: float, allowed: float) -> float:
     return NEAR**2 * squares + allowed * 2 / 3
 
 
-def _hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
+def _list_hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
     how = failed.rounding
     yield Fault("wrong scale", f"ΔW was added times 2: {TWICE}, one after the other"), failed.recheck_on_top()
     for factor, why in scales(failed.scale, failed.rank).items():
@@ -289,7 +289,7 @@ def _hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
     if has_halves(failed.layer, failed.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
         yield Fault("wrong order", why), failed.recheck(failed.addend.halves_swapped(), how)
-    if name := _nearest_other(failed):
+    if name := _find_nearest_layer(failed):
         yield Fault("wrong order", f"the ΔW of {name} was added here"), failed.recheck(failed.load_other(name), how)
 
 
@@ -327,7 +327,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
     return words
 
 
-def _nearest_other(failed: FailedLayer) -> str | None:
+def _find_nearest_layer(failed: FailedLayer) -> str | None:
     """Return the layer whose ΔW is clearly nearest in direction to this layer's change, by the first rows."""
     observed = failed.observed()
     best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
@@ -339,14 +339,14 @@ def _nearest_other(failed: FailedLayer) -> str | None:
     return nearest
 
 
-def _few_entries(failed: FailedLayer) -> Fault | None:
+def _find_few_entries(failed: FailedLayer) -> Fault | None:
     check = failed.check
     if check.count >= FEW * check.entries:
         return None
-    return Fault("other", f"{check.count} entries differ {_where(failed)}, the others are right")
+    return Fault("other", f"{check.count} entries differ {_describe_place(failed)}, the others are right")
 
 
-def _rounded_base(failed: FailedLayer) -> Fault | None:
+def _find_rounded_base(failed: FailedLayer) -> Fault | None:
     """Test a merge into a base that was loaded in a shorter dtype than MERGED's."""
     for dtype in (torch.bfloat16, torch.float16):
         if LAYOUT[dtype][2] >= LAYOUT[failed.rounding.dtype][2]:
@@ -358,11 +358,13 @@ def _rounded_base(failed: FailedLayer) -> Fault | None:
     return None
 
 
-def _by_norms(failed: FailedLayer) -> Fault:
+def _describe_norms(failed: FailedLayer) -> Fault:
     """Describe the norms if no common fault explains every entry."""
     check = failed.check
     if not check.expected:
-        return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(failed)}")
+        return Fault(
+            "other", f"the adapter's update is zero here, but MERGED differs from BASE {_describe_place(failed)}"
+        )
     c = check.inner / check.expected
     distance = check.observed - c * c * check.expected
     wrong_scale = abs(c - 1) > NEAR and distance <= min(
@@ -382,10 +384,12 @@ def _by_norms(failed: FailedLayer) -> Fault:
             "quantized one, or further training",
         )
     cosine = check.inner / math.sqrt(check.expected * check.observed)
-    return Fault("other", f"MERGED − BASE is another update {_where(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
+    return Fault(
+        "other", f"MERGED − BASE is another update {_describe_place(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}"
+    )
 
 
-def _drifted(failed: FailedLayer) -> Fault:
+def _find_drift(failed: FailedLayer) -> Fault:
     """Report the scale if rounding explains every single entry but not all of them together."""
     c, error = failed.check.inner / failed.check.expected, failed.check.scale_error
     return Fault(
@@ -393,7 +397,7 @@ def _drifted(failed: FailedLayer) -> Fault:
     )
 
 
-def _where(failed: FailedLayer) -> str:
+def _describe_place(failed: FailedLayer) -> str:
     rows = failed.check.beyond[0] > 0
     return f"in rows {ranges(rows)} of {len(rows)}" if failed.is_matrix and not rows.all() else "in all rows"
 

@@ -177,25 +177,25 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
 def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     addend, problem = load_addend(task.deltas, task.shape)
     if problem is not None:
-        return _left_out(task, problem)
-    rounding, ambiguous = _rounding(task)
+        return _record_left_out(task, problem)
+    rounding, ambiguous = _infer_rounding(task)
     check = check_merge(task.blocks(), task.shape, addend, rounding)
     if check.base_non_finite is not None:
-        return _left_out(task, check.base_non_finite)
+        return _record_left_out(task, check.base_non_finite)
     if check.non_finite is not None:
-        return _record(task, None, rounding, "other", _as_vector(task, check.non_finite))
+        return _record(task, None, rounding, "other", _describe_vector(task, check.non_finite))
     if not math.isfinite(check.expected + abs(check.inner)):
-        return _left_out(task, "the squares of its entries overflow float64")
-    right = _right(task, addend, rounding, check)
+        return _record_left_out(task, "the squares of its entries overflow float64")
+    right = _find_correct_merge(task, addend, rounding, check)
     if right is None:
-        fault = _fault(task, addend, rounding, check)
+        fault = _find_fault_of(task, addend, rounding, check)
         return _record(task, check, rounding, fault.status, fault.cause)
     if decided := _decide_by_entries(task, addend, rounding, check, right):
         return _record(task, check, rounding, decided.status, decided.cause)
     ambiguous = ambiguous or merged.is_quantized or isinstance(addend, Whole)
     if ambiguous and check.moved <= UNEXPLAINED * check.entries and check.expected > 0:
         return _record(task, check, rounding, *_distinguish_from_zero(task, addend, rounding))
-    if cause := _unclear(task, addend, right):
+    if cause := _explain_ambiguity(task, addend, right):
         return _record(task, check, rounding, "inconclusive", cause)
     return _record(task, check, rounding, "ok", "")
 
@@ -215,7 +215,7 @@ def _decide_by_entries(
     if not (coherent or unresolved):
         return None
     how = precise(rounding)
-    exactly = _right(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
+    exactly = _find_correct_merge(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
     if exactly is None:
         return scaled_precisely(_look(task, addend, rounding, check))
     return Fault("ok", "") if unresolved and exactly.check.moved and _is_clear(task, exactly) else None
@@ -238,7 +238,7 @@ class _Right:
     check: Check
 
 
-def _right(task: MergedLayer, addend: Addend, rounding: Rounding, first_check: Check) -> _Right | None:
+def _find_correct_merge(task: MergedLayer, addend: Addend, rounding: Rounding, first_check: Check) -> _Right | None:
     """Return the correct merge that explains every entry and the scale of a layer; None without one.
 
     Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
@@ -277,7 +277,7 @@ def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
     return [factor for factor in sorted(factors - {1.0}) if 0 < factor < math.inf]
 
 
-def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
+def _explain_ambiguity(task: MergedLayer, addend: Addend, right: _Right) -> str:
     """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can."""
     assert task.merged is not None
     check = right.check
@@ -304,7 +304,7 @@ def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding
     return "inconclusive", "M is a rounding of W + ΔW and of W alone: this file is too coarse to distinguish them"
 
 
-def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> Fault:
+def _find_fault_of(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> Fault:
     if not task.adapted:
         return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
     if not task.deltas:
@@ -321,7 +321,7 @@ def _look(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -
         return check_merge(task.blocks(), task.shape, other, how)
 
     def recheck_on_top() -> Check:
-        return check_merge(_on_top(task, addend, rounding), task.shape, addend, rounding)
+        return check_merge(_merge_twice(task, addend, rounding), task.shape, addend, rounding)
 
     others = {d.layer: d for d in task.others if d.layer != task.layer and d.shape == task.shape}
     return FailedLayer(
@@ -342,7 +342,7 @@ def _look(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -
     )
 
 
-def _on_top(task: MergedLayer, addend: Addend, rounding: Rounding) -> Iterator[Block]:
+def _merge_twice(task: MergedLayer, addend: Addend, rounding: Rounding) -> Iterator[Block]:
     """Yield the blocks of a merge whose W already includes ΔW, rounded."""
     for span, (w, m, step) in zip(row_spans(task.shape), task.blocks(), strict=True):
         yield (w.double() + addend.rows(*span)).to(rounding.dtype), m, step
@@ -358,12 +358,12 @@ def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
     """
     parts = [_load(delta) for delta in deltas]
     for part in parts:
-        problem = _not_finite(part)
+        problem = _is_not_finite(part)
         if problem is not None:
             return part, problem
     products = [part for part in parts if isinstance(part, Product)]
     if len(products) == len(parts):
-        b = torch.cat([_fitted(part.b, shape[0]) for part in products] or [torch.zeros(shape[0], 0).double()], dim=1)
+        b = torch.cat([_fit_rows(part.b, shape[0]) for part in products] or [torch.zeros(shape[0], 0).double()], dim=1)
         a = torch.cat([part.a for part in products] or [torch.zeros(0, shape[1]).double()])
         return Product(b, a), None
     if len(parts) == 1 and isinstance(parts[0], Whole) and parts[0].shape == shape:
@@ -397,7 +397,7 @@ class _Rows:
         return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
 
 
-def _not_finite(part: Addend) -> str | None:
+def _is_not_finite(part: Addend) -> str | None:
     if isinstance(part, Product):
         return first_non_finite("lora_B holds", part.b) or first_non_finite("lora_A holds", part.a)
     for span in row_spans(part.shape):
@@ -406,12 +406,12 @@ def _not_finite(part: Addend) -> str | None:
     return None
 
 
-def _fitted(b: Tensor, rows: int) -> Tensor:
+def _fit_rows(b: Tensor, rows: int) -> Tensor:
     """Return B with as many rows as the layer; new rows are zero."""
     return torch.cat([b[:rows], b.new_zeros(max(0, rows - len(b)), b.shape[1])])
 
 
-def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
+def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
     """Return the possible rounding of the merge, and whether it is assumed because nothing changed."""
     assert task.merged is not None
     dtype, ambiguous = _find_dtype(task)
@@ -456,12 +456,12 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
     return shortest, shortest != stored
 
 
-def _left_out(task: MergedLayer, problem: str) -> LeftOut:
+def _record_left_out(task: MergedLayer, problem: str) -> LeftOut:
     shape = task.shape if task.is_matrix else task.shape[1:]
-    return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_as_vector(task, problem))
+    return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_describe_vector(task, problem))
 
 
-def _as_vector(task: MergedLayer, problem: str) -> str:
+def _describe_vector(task: MergedLayer, problem: str) -> str:
     return problem if task.is_matrix else problem.replace("[0, ", "[")  # a vector was read as one row
 
 

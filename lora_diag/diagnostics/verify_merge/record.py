@@ -37,11 +37,11 @@ ORDER: tuple[MergeStatus, ...] = (
 )  # fmt: skip
 
 
-def _style(status: MergeStatus) -> str:
+def _style_status(status: MergeStatus) -> str:
     return "" if status == "ok" else "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
 
 
-def _differing(records: Sequence[Merge]) -> float | None:
+def _differing_share(records: Sequence[Merge]) -> float | None:
     """Return the fraction of entries that no rounding explains, over all layers."""
     known = [(record.differing, math.prod(record.shape)) for record in records if record.differing is not None]
     total = sum(entries for _, entries in known)
@@ -92,7 +92,7 @@ class Merge(LayerRecord):
             main=True,
             pool=lambda records: min((record.status for record in records), key=ORDER.index),
             head="status",
-            style=_style,
+            style=_style_status,
         ),
         SHAPE,
         Shown(
@@ -111,7 +111,7 @@ class Merge(LayerRecord):
             "fraction of the entries that no rounding of W + ΔW explains",
             share=True,
             main=True,
-            pool=_differing,
+            pool=_differing_share,
             form="percent",
         ),
         Shown(

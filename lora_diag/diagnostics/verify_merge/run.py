@@ -90,11 +90,11 @@ def verify_merge(
     )
     done = compare(base, merged, verify=verify)
     selected = selector(run.options["layers"], run.options["exclude"])
-    tasks, unpaired = _tasks(adapter_pairing.pairing, done.pairing, merged, selected)
+    tasks, unpaired = _align_layers(adapter_pairing.pairing, done.pairing, merged, selected)
     return run.over(
         tasks,
         _measure_layer,
-        _size,
+        _estimate_bytes,
         MergeSettings(),
         lambda layout, _, __: not_paired(Pairing((), unpaired), layout, run.where.here),
         (
@@ -110,11 +110,11 @@ def _measure_layer(task: MergedLayer, settings: MergeSettings) -> Sequence[Merge
     return (verify(task, settings.memory),)
 
 
-def _size(task: MergedLayer, settings: MergeSettings) -> int:
+def _estimate_bytes(task: MergedLayer, settings: MergeSettings) -> int:
     return task.footprint if settings.memory is None else min(settings.memory, task.footprint)
 
 
-def _tasks(
+def _align_layers(
     adapter_pairing: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
 ) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
@@ -122,13 +122,13 @@ def _tasks(
     Returns:
         One task a layer, in natural order of their names; and tensors that neither side allows to check.
     """
-    updates, rest = _by_target(adapter_pairing, done)
-    siblings = _siblings(adapter_pairing)
+    updates, rest = _group_by_target(adapter_pairing, done)
+    siblings = _group_siblings(adapter_pairing)
     stored = [delta for delta in done.deltas if isinstance(delta, StoredDelta)]
-    tasks = [_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
+    tasks = [_make_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
     missing = {item.layer: item for item in done.unpaired if item.reason in _MISSING_REASONS}
-    tasks += [_missing(delta, missing, merged) for delta in rest if selected(delta.layer)]
-    added, unpaired = _added_rows(adapter_pairing, done)
+    tasks += [_make_missing_task(delta, missing, merged) for delta in rest if selected(delta.layer)]
+    added, unpaired = _compare_added_rows(adapter_pairing, done)
     tasks += added
     unavailable = {task.layer for task in tasks if task.missing}
     unpaired = [item for item in unpaired if item.layer not in unavailable]
@@ -143,7 +143,7 @@ def _tasks(
     return chosen, (*(item for item in unpaired if selected(item.layer)), *dropped)
 
 
-def _by_target(adapter_pairing: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
+def _group_by_target(adapter_pairing: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
     """Return the updates of every layer of MERGED, and those without a layer.
 
     Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
@@ -162,7 +162,7 @@ def _by_target(adapter_pairing: Pairing, done: Pairing) -> tuple[dict[str, tuple
     return updates, rest
 
 
-def _task(
+def _make_task(
     delta: StoredDelta, updates: tuple[Delta, ...], siblings: dict[str, tuple[FactoredDelta, ...]]
 ) -> MergedLayer:
     return MergedLayer(
@@ -173,11 +173,11 @@ def _task(
         deltas=updates,
         is_matrix=delta.is_matrix,
         adapted=bool(updates),
-        others=siblings.get(_kind(delta.layer), ()) if updates else (),
+        others=siblings.get(_drop_number(delta.layer), ()) if updates else (),
     )
 
 
-def _missing(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
+def _make_missing_task(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
     """Return the task of a layer that the adapter changes and MERGED lacks, with the reason."""
     why = absent.get(delta.layer) or (absent.get(delta.base.name) if delta.base is not None else None)
     if delta.base is None or (why is not None and why.reason == "not_float"):
@@ -191,25 +191,25 @@ def _missing(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -
     return MergedLayer(delta.layer, delta.shape, delta.base, None, (delta,), delta.is_matrix, missing=detail)
 
 
-def _siblings(adapter_pairing: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
+def _group_siblings(adapter_pairing: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
     """Group factored updates that could be confused: experts of a block, or the same layer of other blocks."""
     groups: dict[str, list[FactoredDelta]] = {}
     for delta in adapter_pairing.deltas:
         if isinstance(delta, FactoredDelta):
-            groups.setdefault(_kind(delta.layer), []).append(delta)
+            groups.setdefault(_drop_number(delta.layer), []).append(delta)
     return {kind: tuple(group) for kind, group in groups.items()}
 
 
-def _kind(layer: str) -> str:
+def _drop_number(layer: str) -> str:
     """Return a name without the number of its expert, or else of its block.
 
-    >>> _kind("model.layers.3.mlp.experts.down_proj[5]"), _kind("model.layers.3.mlp.up_proj.weight")
+    >>> _drop_number("model.layers.3.mlp.experts.down_proj[5]"), _drop_number("model.layers.3.mlp.up_proj.weight")
     ('model.layers.3.mlp.experts.down_proj*', 'model.layers.*.mlp.up_proj.weight')
     """
     return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
 
 
-def _added_rows(adapter_pairing: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
+def _compare_added_rows(adapter_pairing: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
     """Compare vocabulary rows that MERGED adds with those in the adapter; also return the rest."""
     added = {
         item.layer: item for item in adapter_pairing.unpaired if item.reason == "added_rows" and item.rows is not None

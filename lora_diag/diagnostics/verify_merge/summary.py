@@ -39,11 +39,11 @@ SHOWN = 3
 
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
     """Return the table, the worst status first; empty without layers."""
-    rows = _rows(results, per)
+    rows = _group_rows(results, per)
     return [grid_of(Merge.shown, rows, per)] if rows else []
 
 
-def _rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
+def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
     """Group the layers by name and status; unchanged layers without an adapter are one row."""
     groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
     for record in results:
@@ -64,20 +64,20 @@ _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results, *_measured(results))]
+    lines = [compared(results, *_describe_measured(results))]
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
-        lines += [make_statement("correct", "Correctness", _correct(results), level=level), *_faults(results)]
-        lines.append(make_statement("rounding", "Rounding", _rounding(results)))
-        if weak := _weakened(results):
+        lines += [make_statement("correct", "Correctness", _correct(results), level=level), *_describe_faults(results)]
+        lines.append(make_statement("rounding", "Rounding", _describe_rounding(results)))
+        if weak := _describe_weakened(results):
             lines.append(make_statement("lost", "Lost update", weak, level="warning"))
         if untouched := [record for record in results if not record.adapted]:
-            lines.append(make_statement("not_adapted", "Not adapted", _untouched(untouched)))
+            lines.append(make_statement("not_adapted", "Not adapted", _describe_untouched(untouched)))
     lines.append(make_statement("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
     return [*lines, *final_statements(results, "layers checked so far")]
 
 
-def _measured(results: Results[Merge]) -> list[str]:
+def _describe_measured(results: Results[Merge]) -> list[str]:
     if not len(results):
         return []
     entries = sum(math.prod(record.shape) for record in results)
@@ -91,7 +91,7 @@ def _layers(number_of: int) -> str:
     return f"{number_of} {'layer' if number_of == 1 else 'layers'}"
 
 
-def _adapted(number_of: int) -> str:
+def _list_adapted(number_of: int) -> str:
     return f"{number_of} adapted {'layer' if number_of == 1 else 'layers'}"
 
 
@@ -101,25 +101,25 @@ def _correct(results: Results[Merge]) -> str:
     changed = sum(record.failed for record in results if not record.adapted)
     status = outcome(results)
     if status == "failed":
-        parts = [f"{len(bad)} of {_adapted(len(adapted))} are not W + ΔW"] if bad else []
+        parts = [f"{len(bad)} of {_list_adapted(len(adapted))} are not W + ΔW"] if bad else []
         parts += [f"{_layers(changed)} without an update changed"] if changed else []
         return f"no: {' and '.join(parts)}"
     if status == "inconclusive":
-        return f"inconclusive: {_why_inconclusive(adapted)}"
+        return f"inconclusive: {_explain_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
     suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
-    return f"yes: all {_adapted(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
+    return f"yes: all {_list_adapted(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
 
 
-def _why_inconclusive(adapted: Sequence[Merge]) -> str:
+def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
     if all(not record.expected_fro for record in adapted):
         return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
     still = all(record.unchanged == 1 for record in adapted if record.expected_fro)
     unclear = [record for record in adapted if record.status == "inconclusive"]
     if unclear and not still:
         return (
-            f"in {len(unclear)} of {_adapted(len(adapted))} MERGED's values are too coarse to distinguish "
-            f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_names(unclear)}; merge into a finer dtype"
+            f"in {len(unclear)} of {_list_adapted(len(adapted))} MERGED's values are too coarse to distinguish "
+            f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_list_names(unclear)}; merge into a finer dtype"
         )
     return (
         "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
@@ -127,7 +127,7 @@ def _why_inconclusive(adapted: Sequence[Merge]) -> str:
     )
 
 
-def _faults(results: Results[Merge]) -> list[Statement]:
+def _describe_faults(results: Results[Merge]) -> list[Statement]:
     """Return the layers, cause and fix of every failing status; further causes follow in a separate statement."""
     lines = []
     for status in ORDER:
@@ -137,7 +137,7 @@ def _faults(results: Results[Merge]) -> list[Statement]:
         causes: dict[str, list[Merge]] = {}
         for record in records:
             causes.setdefault(record.cause, []).append(record)
-        first, *others = [f"{_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
+        first, *others = [f"{_list_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
         if len(causes) > SHOWN:
             remaining = sum(len(layers) for layers in list(causes.values())[SHOWN:])
             others.append(f"and {_layers(remaining)} more; --per layer and the records name each")
@@ -148,17 +148,17 @@ def _faults(results: Results[Merge]) -> list[Statement]:
     return lines
 
 
-def _names(records: Sequence[Merge]) -> str:
+def _list_names(records: Sequence[Merge]) -> str:
     return named([record.layer for record in records])
 
 
-def _right(results: Results[Merge]) -> list[Merge]:
+def _select_right(results: Results[Merge]) -> list[Merge]:
     return [record for record in results if record.adapted and record.retained is not None]
 
 
-def _rounding(results: Results[Merge]) -> str:
+def _describe_rounding(results: Results[Merge]) -> str:
     """State how much of the update the dtype of MERGED kept where the merge is correct."""
-    right = _right(results)
+    right = _select_right(results)
     if not right:
         return "unknown: no adapted layer is correct"
     kept = {record.layer: record.retained for record in right if record.retained is not None}
@@ -166,10 +166,11 @@ def _rounding(results: Results[Merge]) -> str:
     noise = median(record.residual for record in right if record.residual is not None)
     still = median(record.unchanged for record in right if record.unchanged is not None)
     arrived = (
-        f"a median of {_kept(median(kept.values()))} of ΔW was kept, the least, {_kept(kept[worst])}, in {short(worst)}"
+        f"a median of {_format_kept(median(kept.values()))} of ΔW was kept, the least, "
+        f"{_format_kept(kept[worst])}, in {short(worst)}"
     )
     if len(kept) == 1 or kept[worst] > 0.995:
-        arrived = f"{_kept(kept[worst])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
+        arrived = f"{_format_kept(kept[worst])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
     if any(record.failed for record in results if record.adapted):
         arrived = f"where the merge is correct, {arrived}"
     errors = [record.scale_error for record in right if record.scale_error is not None]
@@ -178,28 +179,30 @@ def _rounding(results: Results[Merge]) -> str:
     return f"{arrived}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries unchanged"
 
 
-def _kept(share: float) -> str:
+def _format_kept(share: float) -> str:
     return f"{share:.2%}" if 0.99 < share < 1.01 else percent(share)
 
 
-def _weakened(results: Results[Merge]) -> str:
-    right = [record for record in _right(results) if record.retained is not None and record.residual is not None]
+def _describe_weakened(results: Results[Merge]) -> str:
+    right = [record for record in _select_right(results) if record.retained is not None and record.residual is not None]
     weak = [record for record in right if (record.retained or 0.0) < WEAK_RETENTION or (record.residual or 0.0) > 1]
     if not weak:
         return ""
     weak.sort(key=lambda record: record.retained or 0.0)
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
-        f"{_layers(len(weak))}: {_names(weak)}. The merge is correct, but its dtype is too coarse for this adapter: "
-        "serve the adapter unmerged, or merge into float32"
+        f"{_layers(len(weak))}: {_list_names(weak)}. The merge is correct, but its dtype is too coarse for this "
+        "adapter: serve the adapter unmerged, or merge into float32"
     )
 
 
-def _untouched(records: Sequence[Merge]) -> str:
+def _describe_untouched(records: Sequence[Merge]) -> str:
     changed = [record for record in records if record.failed]
     if not changed:
         return f"all {len(records)} equal BASE"
     entries = sum(math.prod(record.shape) for record in records)
     share = sum(record.differing or 0 for record in changed) / max(1, entries)
     by_change = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
-    return f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_names(by_change)}"
+    return (
+        f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_list_names(by_change)}"
+    )

@@ -76,7 +76,7 @@ def probe_activations(
     stored = open_checkpoint(base)
     model = run.open(base)
     texts = run.read(data)
-    names, left_out = _chosen(model, stored, selected)
+    names, left_out = _choose_layers(model, stored, selected)
     run.watch.total = sum(1 for _ in equal_batches(texts, run.batch))
     linear = linear_layers(model.module)
     requested = {name: linear[name] for name in names}
@@ -91,7 +91,7 @@ def probe_activations(
     left_out |= {names[layer]: "not used on this text" for layer in requested if names[layer] not in moments}
     moments |= {GRADIENTS + names[layer]: moment for layer, moment in listener.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
-    metadata = _metadata(stored, model, texts, tokens)
+    metadata = _make_metadata(stored, model, texts, tokens)
     _write(
         output, moments, {**metadata, "gradients": f"of labels of the {labels}"} if gradients else metadata, overwrite
     )
@@ -103,14 +103,16 @@ def probe_activations(
         notes=texts.notes,
         tokens=tokens,
         gradients=labels if gradients else None,
-        layers=tuple(_layer_inputs(listener, names)),
+        layers=tuple(_list_layer_inputs(listener, names)),
         left_out={
             legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
         },
     )
 
 
-def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], dict[str, str]]:
+def _choose_layers(
+    model: Model, stored: Checkpoint, selected: Callable[[str], bool]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return the selected linear layers by their names in the model, with those in BASE; and the skipped ones."""
     weights, linear = Weights(model.module), linear_layers(model.module)
     known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
@@ -126,7 +128,7 @@ def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -
     return names, left_out
 
 
-def _metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> dict[str, str]:
+def _make_metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> dict[str, str]:
     return {
         "kind": MOMENTS,
         "tokens": str(tokens),
@@ -146,7 +148,7 @@ def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], o
     write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
 
 
-def _layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]:
+def _list_layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]:
     inputs: list[LayerInput] = []
     for moment in listener.moments.values():
         c, first = moment.mean, moment.layers[0]

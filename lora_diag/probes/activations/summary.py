@@ -40,7 +40,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         )
         statements.append(make_statement("gradients", "Gradients", gradients))
     if underdetermined:
-        statements.append(make_statement("few_inputs", "Warning", _too_few(underdetermined), level="warning"))
+        statements.append(make_statement("few_inputs", "Warning", _describe_too_few(underdetermined), level="warning"))
     reading = (
         "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
         "dimension has most of ‖x‖²"
@@ -53,7 +53,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     return [*statements, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 
-def _too_few(layers: Sequence[LayerInput]) -> str:
+def _describe_too_few(layers: Sequence[LayerInput]) -> str:
     worst = min(layers, key=lambda item: item.rows / item.size)
     return (
         f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "

@@ -56,17 +56,21 @@ def curvature(
         The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers.
     """
     records = list(results.whole if isinstance(results, Results) else results)
-    sets = _sets(records)
+    sets = _list_sets(records)
     with panel_axes(ax) as (axes, style):
         if sets:
             chosen = name if name is not None else sets[0]
-            _draw_gaps(axes, [_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, style)
+            _draw_gaps(
+                axes, [_select_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, style
+            )
             axes.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
             axes.set_title(
-                _describe_run(chosen, [_bounds(records, chosen)], _is_bound(records)), parse_math=False, loc="left"
+                _describe_run(chosen, [_select_bounds(records, chosen)], _is_bound(records)),
+                parse_math=False,
+                loc="left",
             )
         else:
-            rows, title, label = _rows([("", records)])
+            rows, title, label = _make_rows([("", records)])
             draw_rows(axes, rows, style)
             axes.set_xlabel(label)
             axes.set_title(title, parse_math=False, loc="left")
@@ -77,9 +81,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     """Return the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
     runs = [(item.label, [r for r in item.whole if isinstance(r, Curvature | LossBound)]) for item in series]
     all_records = [record for _, records in runs for record in records]
-    sets = _sets(all_records)
+    sets = _list_sets(all_records)
     eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in all_records)
-    rows, title, label = _rows(runs) if eigen or not sets else ([], "", "")
+    rows, title, label = _make_rows(runs) if eigen or not sets else ([], "", "")
     number = len(sets) + bool(rows)
     columns = 1 if style.columns < 3 else min(number, 2)
     inches = panel_width(style, columns)
@@ -90,7 +94,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     words = _make_text(series, all_records, bool(sets), style)
     figure, axes = sheet(style, words, -(-number // columns), columns, panel=panel, share=False)
     for name, ax in zip(sets, axes, strict=False):
-        bounds = [_bounds(records, name) for _, records in runs]
+        bounds = [_select_bounds(records, name) for _, records in runs]
         _draw_gaps(ax, bounds, inches, style)
         ax.set_title(wrapped(_describe_run(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
@@ -106,7 +110,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure
 
 
-def _sets(records: Iterable[Curvature | LossBound]) -> list[str]:
+def _list_sets(records: Iterable[Curvature | LossBound]) -> list[str]:
     return list(dict.fromkeys(record.set for record in records if isinstance(record, LossBound)))
 
 
@@ -114,14 +118,14 @@ def _is_bound(records: Iterable[Curvature | LossBound]) -> bool:
     return not any(isinstance(record, Curvature) and record.matrix == "ggn" for record in records)
 
 
-def _bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBound]:
+def _select_bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBound]:
     """Return the truncations of a set at the farthest measured point, by rank."""
     of_set = [record for record in records if isinstance(record, LossBound) and record.set == name]
     along = max((record.along for record in of_set), default=1.0)
     return sorted((record for record in of_set if record.along == along), key=lambda record: record.rank)
 
 
-def _values(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _quantity_values(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     values = [r.linear + r.upper if quantity == "bound" else float(getattr(r, quantity)) for r in records]
     return np.array([value if value > 0 else np.nan for value in values])
 
@@ -133,7 +137,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
     for number, records in enumerate(runs):
         ranks = [record.rank for record in records]
         for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
-            values = _values(records, quantity)
+            values = _quantity_values(records, quantity)
             shown += values[np.isfinite(values)].tolist()
             lines: dict[str, Any] = {
                 "color": color if len(runs) == 1 else category(number),
@@ -170,21 +174,24 @@ def _describe_run(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool)
         return called
     model = [record.predicted / record.gap for record in positive]
     bound = [(record.linear + record.upper) / record.gap for record in positive]
-    return f"{called}: model {_span(model)}, {'bound' if bounded else 'λ term'} {_span(bound)} times the measured gap"
+    return (
+        f"{called}: model {_format_range(model)}, {'bound' if bounded else 'λ term'} {_format_range(bound)} times "
+        "the measured gap"
+    )
 
 
-def _span(ratios: Sequence[float]) -> str:
+def _format_range(ratios: Sequence[float]) -> str:
     """Return a range to two digits."""
-    low, high = (_short(ratio) for ratio in (min(ratios), max(ratios)))
+    low, high = (_format_ratio(ratio) for ratio in (min(ratios), max(ratios)))
     return low if low == high else f"{low} to {high}"
 
 
-def _short(ratio: float) -> str:
+def _format_ratio(ratio: float) -> str:
     rounded = float(f"{ratio:.2g}")
     return f"{rounded:,.0f}".replace(",", "\u202f") if abs(rounded) >= 10 else f"{rounded:g}"
 
 
-def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
+def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
     """Return the largest eigenvalues of the layers, else their traces, and the title of the panel."""
     named = [
         (category(number), record)
@@ -239,7 +246,7 @@ def _make_text(
         "Error bars: two standard errors for other text of this kind; a bar that would reach zero ends at a tenth "
         "of the gap.",
     ]
-    truncations = [record for name in _sets(records) for record in _bounds(records, name)]
+    truncations = [record for name in _list_sets(records) for record in _select_bounds(records, name)]
     if hidden := sum(record.gap <= 0 or record.predicted <= 0 for record in truncations):
         notes.append(f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks.")
     return FigureText(

@@ -69,9 +69,9 @@ class LossFunction:
     ) -> None:
         self._model, self._texts, self._size, self._matrix, self._after = model, texts, size, matrix, after
         self.layers = dict(layers)
-        self._locations = _locations(model.module, self.layers)
+        self._locate_layers = _locate_layers(model.module, self.layers)
         self._parameters = list(
-            {id(location.parameter): location.parameter for location in self._locations.values()}.values()
+            {id(location.parameter): location.parameter for location in self._locate_layers.values()}.values()
         )
 
     @property
@@ -101,12 +101,14 @@ class LossFunction:
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
-        return self.flat({layer: location.of(location.parameter.data) for layer, location in self._locations.items()})
+        return self.flat(
+            {layer: location.of(location.parameter.data) for layer, location in self._locate_layers.items()}
+        )
 
     def put(self, weights: Tensor) -> None:
         """Write the layers' weights."""
         for layer, part in self.split(weights).items():
-            location = self._locations[layer]
+            location = self._locate_layers[layer]
             target = location.of(location.parameter.data)
             target.copy_(part.view(target.shape))
 
@@ -116,7 +118,7 @@ class LossFunction:
 
     def product(self, vector: Tensor) -> Tensor:
         """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss with respect to the logits; ``(n,)``."""
-        step = _hessian_product if self._matrix == "hessian" else _ggn_product
+        step = _multiply_hessian if self._matrix == "hessian" else _multiply_ggn
         vectors = self._spread(vector)
         return self._sum(lambda loss, logits: step(loss, logits, self._parameters, vectors))
 
@@ -134,7 +136,7 @@ class LossFunction:
         """Sum the results of a step over batches, divided by the number of predictions."""
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
         predictions = 0
-        with _differentiable(self._parameters):
+        with _enable_gradients(self._parameters):
             for batch in in_batches(len(self._texts.sequences), self._size):
                 chosen = [self._texts.sequences[i] for i in batch]
                 outputs = logits_of(self._model, chosen)
@@ -148,7 +150,7 @@ class LossFunction:
                 self._after()
         by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, total, strict=True)}
         parts = {
-            layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locations.items()
+            layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locate_layers.items()
         }
         return self.flat(parts) / predictions
 
@@ -156,13 +158,13 @@ class LossFunction:
         """Return a vector as tensors of the parameters' shapes, zero for other parameters."""
         vectors = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
         for layer, part in self.split(vector).items():
-            location = self._locations[layer]
+            location = self._locate_layers[layer]
             target = location.of(vectors[id(location.parameter)])
             target.copy_(part.view(target.shape))
         return [vectors[id(parameter)] for parameter in self._parameters]
 
 
-def _locations(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Location]:
+def _locate_layers(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Location]:
     names, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
     locations = {}
     for layer in layers:
@@ -177,7 +179,7 @@ def _locations(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict
 
 
 @contextmanager
-def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Enable gradients of these parameters only, with attention that can be differentiated twice."""
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -190,7 +192,7 @@ def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _hessian_product(
+def _multiply_hessian(
     loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     """Return ∇⟨∇L, x⟩ (Pearlmutter 1994)."""
@@ -201,7 +203,7 @@ def _hessian_product(
     return torch.autograd.grad(inner, parameters, materialize_grads=True)
 
 
-def _ggn_product(
+def _multiply_ggn(
     loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     """Return JᵀBJ·x, B = diag(p) − ppᵀ at each prediction (Schraudolph 2002).
@@ -254,10 +256,10 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
     together = [sum(item) for item in zip(*by_layer.values(), strict=True)]
-    return _mean(together), {layer: _mean(samples) for layer, samples in by_layer.items()}
+    return _mean_with_error(together), {layer: _mean_with_error(samples) for layer, samples in by_layer.items()}
 
 
-def _mean(samples: Sequence[float]) -> Trace:
+def _mean_with_error(samples: Sequence[float]) -> Trace:
     n = len(samples)
     mean = sum(samples) / n
     if n < 2:

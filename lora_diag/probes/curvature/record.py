@@ -38,11 +38,11 @@ class Surrogate(Record):
     rank: int
 
 
-def _norm(records: Sequence[Curvature]) -> float:
+def _pool_norm(records: Sequence[Curvature]) -> float:
     return math.hypot(*(record.gradient for record in records))
 
 
-def _trace_error(records: Sequence[Curvature]) -> float | None:
+def _pool_trace_error(records: Sequence[Curvature]) -> float | None:
     known = [record.trace_error for record in records if record.trace_error is not None]
     return math.hypot(*known) if len(known) == len(records) else None
 
@@ -75,11 +75,11 @@ class Curvature(WholeRecord):
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("params", "params", "number of parameters", pool="sum", form="count", terminal=True),
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", main=True, terminal=False),
-        Shown("gradient", "‖∇L‖", "norm of the gradient of the loss", main=True, pool=_norm),
+        Shown("gradient", "‖∇L‖", "norm of the gradient of the loss", main=True, pool=_pool_norm),
         Shown("largest", "λ max", "largest eigenvalue", pool="max", terminal=True),
         Shown("smallest", "λ min", "smallest eigenvalue", pool="min", terminal=True),
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", pool="sum", terminal=True),
-        Shown("trace_error", "±", "standard error of the trace", pool=_trace_error, drop=1, terminal=True),
+        Shown("trace_error", "±", "standard error of the trace", pool=_pool_trace_error, drop=1, terminal=True),
     )
     record: Literal["curvature"] = "curvature"
     set: str

@@ -85,7 +85,7 @@ def curvatures(
         largest, smallest = loss_function.ends(effort.top, effort.seed)
         records = [_record(point, losses, None, gradient, together, largest, smallest)]
         if per == "all":
-            surrogates = _held(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
+            surrogates = _make_surrogates(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
             records += [
                 _record(point, losses, layer, parts[layer], alone[layer], surrogate=surrogates.get(layer))
                 for layer in layers
@@ -94,11 +94,13 @@ def curvatures(
     for layer in layers if per == "layer" else ():
         block, own_gradient = loss_function.only(layer), parts[layer].reshape(-1)
         largest, smallest = block.ends(effort.top, effort.seed)
-        surrogates = _held(block, own_gradient, largest, joint=False) if point.at == "base" else {}
+        surrogates = _make_surrogates(block, own_gradient, largest, joint=False) if point.at == "base" else {}
         yield [_record(point, losses, layer, own_gradient, alone[layer], largest, smallest, surrogates.get(layer))]
 
 
-def _held(loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
+def _make_surrogates(
+    loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool
+) -> dict[str, Surrogate]:
     """Return the part of the gradient that eigenpairs hold, layer by layer."""
     coefficients, whole = projected(gradient, largest.vectors)
     squared = inner(gradient, gradient)

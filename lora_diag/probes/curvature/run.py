@@ -94,7 +94,7 @@ def probe_curvature(
     (texts,) = run.read_sets(evaluate)
     swapped = Swapped(model, deltas, requested[-1]) if compared is not None else None
     if compared is None:
-        chosen = _matrices(base, model, run.selection)
+        chosen = _select_matrices(base, model, run.selection)
     matrix: Matrix = "ggn" if ggn else "hessian"
     settings = {
         "ranks": requested if swapped else [],
@@ -114,8 +114,8 @@ def probe_curvature(
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
-        _measure(point, effort, per, _todo(kept, requested, chosen), fractions, kept, run.batches([texts]))
-        return left_out(compared.pairing, swapped.absent) if compared and swapped else _skipped(base, chosen)
+        _measure(point, effort, per, _list_todo(kept, requested, chosen), fractions, kept, run.batches([texts]))
+        return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
     return run.over([*inputs, described(texts)], settings, measured)
@@ -137,7 +137,7 @@ def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[flo
     return sorted({*map(float, along), 1.0})
 
 
-def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
+def _select_matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
     """Return the selected matrices of BASE outside embeddings and head that the model uses.
 
     Raises:
@@ -159,7 +159,7 @@ def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None
     return matrices
 
 
-def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftOut]:
+def _list_skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftOut]:
     stored = open_checkpoint(base)
     shapes = {name: stored[name].shape for name in stored if name not in chosen}
     return [
@@ -168,7 +168,7 @@ def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftO
     ]
 
 
-def _todo(kept: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
+def _list_todo(kept: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
     """Return the ranks that truncate a layer and are not measured yet."""
     done = {record.rank for record in kept.records if isinstance(record, LossBound)}
     largest = max(min(shape) for shape in chosen.values())
@@ -188,7 +188,7 @@ def _measure(
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
     loss_function, watch = point.loss_function, kept.watch
     missing = [layer for layer in loss_function.layers if layer not in done]
-    products, note = _cost(point, effort, None in done, missing if per == "layer" else [], ranks, fractions)
+    products, note = _estimate_cost(point, effort, None in done, missing if per == "layer" else [], ranks, fractions)
     watch.total = watch.done + products * batches
     watch.note(note)
     gradient = loss_function.gradient()
@@ -208,15 +208,15 @@ def _measure(
             )
 
 
-def _cost(
+def _estimate_cost(
     point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], fractions: list[float]
 ) -> tuple[int, str]:
     """Time one product; return the estimated number of products, and a note on the duration."""
     start = time.perf_counter()
     point.loss_function.product(point.loss_function.weights())
     seconds = time.perf_counter() - start
-    lanczos = 0 if joint_done else _products(effort.top) + _products(1)
-    products = lanczos + effort.probes + len(layers) * (_products(effort.top) + _products(1))
+    lanczos = 0 if joint_done else _estimate_products(effort.top) + _estimate_products(1)
+    products = lanczos + effort.probes + len(layers) * (_estimate_products(effort.top) + _estimate_products(1))
     products += len(ranks) * (1 + len(fractions)) if point.swapped else 0
     memory = 4 * point.loss_function.params * basis_size(point.loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
@@ -227,6 +227,6 @@ def _cost(
     )
 
 
-def _products(count: int) -> int:
+def _estimate_products(count: int) -> int:
     """Estimate the number of products that Lanczos needs for a number of eigenpairs."""
     return 25 + 5 * count

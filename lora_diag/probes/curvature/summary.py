@@ -22,36 +22,38 @@ LOOSE = 100.0
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: curvature of the loss, and quality of the model and the bound of a truncation."""
-    joint, layers, bounds = _parts(results)
+    joint, layers, bounds = _split_records(results)
     statements = []
     if joint is not None:
         statements += [
-            make_statement("loss", "Loss", _loss(joint)),
-            make_statement("curvature", "Curvature", _curvature(joint)),
-            make_statement("gradient", "Gradient", _gradient(joint, bounds)),
+            make_statement("loss", "Loss", _describe_loss(joint)),
+            make_statement("curvature", "Curvature", _describe_curvature(joint)),
+            make_statement("gradient", "Gradient", _describe_gradient(joint, bounds)),
         ]
         statements += (
-            [make_statement("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+            [make_statement("surrogate", "Surrogate", _describe_surrogate(layers))]
+            if joint.at == "base" and layers
+            else []
         )
         if bounds:
             statements += [
-                make_statement("model", "Model", _model(bounds)),
+                make_statement("model", "Model", _describe_model(bounds)),
                 _bound(bounds, joint),
-                make_statement("lower", "Lower bound", _lower(joint)),
+                make_statement("lower", "Lower bound", _describe_smallest(joint)),
             ]
-    return probe_summary(results, *statements, reading=_reading(joint) if joint is not None else "")
+    return probe_summary(results, *statements, reading=_interpret(joint) if joint is not None else "")
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table of curvatures, one row per module ``type`` or ``layer``, and that of bounds by rank."""
-    joint, layers, bounds = _parts(results)
+    joint, layers, bounds = _split_records(results)
     return [
-        *([_curvatures(joint, layers, per)] if joint is not None else []),
-        *([_bounds(bounds)] if bounds else []),
+        *([_make_curvatures_grid(joint, layers, per)] if joint is not None else []),
+        *([_make_bounds_grid(bounds)] if bounds else []),
     ]
 
 
-def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
+def _split_records(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
     """Return the record of all layers, those of single layers, and those of truncations."""
     records = results.whole_of(Curvature)
     joint = next((record for record in records if record.layer is None), None)
@@ -59,7 +61,7 @@ def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], li
     return joint, layers, results.whole_of(LossBound)
 
 
-def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
+def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
     groups: Rows = [("all layers", [joint]), *rows_of(layers, per)]
     columns = []
     if joint.at == "base":
@@ -72,8 +74,8 @@ def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
         )
         columns = [
             Column("held", tuple(shown(middle([s.share for s in group]), percent) for group in shares)),
-            Column("pairs", tuple(_middle([s.pairs_at for s in group]) for group in shares)),
-            Column("rank 90%", tuple(_middle([s.rank_at["0.9"] for s in group]) for group in surrogates)),
+            Column("pairs", tuple(_median_rank_text([s.pairs_at for s in group]) for group in shares)),
+            Column("rank 90%", tuple(_median_rank_text([s.rank_at["0.9"] for s in group]) for group in surrogates)),
         ]
     columns = [column for column in columns if set(column.cells) != {"-"}]
     about = (
@@ -84,20 +86,20 @@ def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
         about += (
             " Held is the fraction of the gradient in the span of the top eigenpairs, rank 90% the rank of that part."
         )
-    caption = f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})"
+    caption = f"Curvature of the loss at {joint.at.upper()} ({_name_matrix(joint)})"
     return grid_of(Curvature.shown, groups, title_of(per), caption, about, columns)
 
 
-def _middle(ranks: Sequence[int | None]) -> str:
+def _median_rank_text(ranks: Sequence[int | None]) -> str:
     known = [rank for rank in ranks if rank is not None]
     return median_rank(known, max(known)) if known else "-"
 
 
-def _matrix(joint: Curvature) -> str:
+def _name_matrix(joint: Curvature) -> str:
     return "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
 
 
-def _bounds(bounds: Sequence[LossBound]) -> Grid:
+def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
     whole = [record for record in bounds if record.along == 1]
     smallest_step = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
     rows = [(f"r={record.rank}", [record]) for record in whole]
@@ -117,19 +119,19 @@ def _bounds(bounds: Sequence[LossBound]) -> Grid:
     )
 
 
-def _loss(joint: Curvature) -> str:
+def _describe_loss(joint: Curvature) -> str:
     return (
         f"{joint.loss:.4f}, the mean negative log-likelihood of {count(joint.tokens)} predictions of "
         f"{short(joint.set)}, without dropout; derivatives are of this loss"
     )
 
 
-def _curvature(joint: Curvature) -> str:
+def _describe_curvature(joint: Curvature) -> str:
     first, *others = joint.eigenvalues
     following = f" (then {', '.join(map(number, others[:4]))})" if others else ""
     lines = [f"largest eigenvalue λ = {number(first)}{following}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
     if joint.smallest is not None:
-        lines.append(f"smallest μ = {number(joint.smallest)}{_convex(joint)}")
+        lines.append(f"smallest μ = {number(joint.smallest)}{_describe_convexity(joint)}")
     mean = joint.trace / joint.params
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
     text = f"trace {number(joint.trace)}{error}"
@@ -140,7 +142,7 @@ def _curvature(joint: Curvature) -> str:
     return "\n".join([*lines, text])
 
 
-def _convex(joint: Curvature) -> str:
+def _describe_convexity(joint: Curvature) -> str:
     if joint.matrix == "ggn":
         return ": non-negative by definition, up to rounding"
     if joint.strongly_convex:
@@ -152,7 +154,7 @@ def _convex(joint: Curvature) -> str:
     )
 
 
-def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
+def _describe_gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
     text = f"‖∇L‖ = {number(joint.gradient)}"
     whole = [record for record in bounds if record.along == 1 and abs(record.gap) > 1e-6]
     if not whole:
@@ -167,7 +169,7 @@ def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
     return f"{text}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
 
 
-def _model(bounds: Sequence[LossBound]) -> str:
+def _describe_model(bounds: Sequence[LossBound]) -> str:
     """State from which rank on, and how near to TUNED, the second-order model predicts the gap."""
     lines = []
     for along in sorted({record.along for record in bounds}, reverse=True):
@@ -220,14 +222,14 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     return make_statement("bound", "Bound", *lines, answer=answer)
 
 
-def _lower(joint: Curvature) -> str:
+def _describe_smallest(joint: Curvature) -> str:
     if not joint.strongly_convex:
         rounding = " is zero up to rounding" if (joint.smallest or 0) > 0 else ""
         return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}{rounding}"
     return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the curvature between the points is nowhere below μ"
 
 
-def _surrogate(layers: Sequence[Curvature]) -> str:
+def _describe_surrogate(layers: Sequence[Curvature]) -> str:
     """State the fraction of the gradient in the top eigenpairs, and the rank that it suggests."""
     pairs = [(record, record.surrogate) for record in layers if record.surrogate is not None]
     if not pairs:
@@ -249,7 +251,7 @@ def _surrogate(layers: Sequence[Curvature]) -> str:
     return "\n".join(lines)
 
 
-def _reading(joint: Curvature) -> str:
+def _interpret(joint: Curvature) -> str:
     text = (
         "λ is the largest eigenvalue at this point, but a bound needs it for the whole path, so the bound is an "
         "estimate"

@@ -56,21 +56,21 @@ def fisher(
         The Axes drawn on.
     """
     records = [r for r in (results.whole if isinstance(results, Results) else results) if isinstance(r, Fisher)]
-    by_rank = _correlations(records) if per == "layer" else []
+    by_rank = _correlate(records) if per == "layer" else []
     with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         if by_rank:
             _draw_correlations(axes, by_rank, int(within), inches, style)
             axes.set_title(_describe_run(by_rank, int(within)), parse_math=False, loc="left")
         else:
-            _draw_tails(axes, records, _types(records), inches, style)
+            _draw_tails(axes, records, _choose_types(records), inches, style)
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
-    by_rank = [_correlations(item.records) if options.per == "layer" else [] for item in series]
-    types = _types([r for item, known in zip(series, by_rank, strict=True) if not known for r in item.records])
+    by_rank = [_correlate(item.records) if options.per == "layer" else [] for item in series]
+    types = _choose_types([r for item, known in zip(series, by_rank, strict=True) if not known for r in item.records])
     panels: list[tuple[str, Draw]] = []
     for item, known in zip(series, by_rank, strict=True):
         owner = owner_of(item, series)
@@ -86,7 +86,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page_of(panels, _make_text(series, by_rank, types, style), style)
 
 
-def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
+def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
     ranks = sorted({int(rank) for record in records for rank in record.effect or {}})
     return correlations(records, ranks)
 
@@ -130,7 +130,7 @@ def _describe_run(by_rank: Sequence[Correlations], index: int) -> str:
     return f"{scope}, r\xa0=\xa0{chosen.rank}: {known[0][1]} {known[0][0]:.2f}{second}"
 
 
-def _types(records: Sequence[Fisher]) -> dict[str, str]:
+def _choose_types(records: Sequence[Fisher]) -> dict[str, str]:
     """Return the module types with the largest updates and their colours; the others share the last."""
     sums: dict[str, float] = {}
     for record in records:

@@ -108,10 +108,10 @@ class Tail:
         c, g = self.xx / max(1, self.tokens), self.gg / max(1, self.tokens)
         weighted = self.s[:, None] * self.s * c * g
         corners = weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
-        return _tails(self.s**2), _tails(self.s**2 * c.diagonal()), torch.cat([corners, corners.new_zeros(1)])
+        return _tail_sums(self.s**2), _tail_sums(self.s**2 * c.diagonal()), torch.cat([corners, corners.new_zeros(1)])
 
 
-def _tails(values: Tensor) -> Tensor:
+def _tail_sums(values: Tensor) -> Tensor:
     return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 

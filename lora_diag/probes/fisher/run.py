@@ -84,7 +84,7 @@ def probe_fisher(
     texts = run.read(data)
     held_out = run.read(evaluate[0]) if evaluate else texts if measure else None
     swapped = Swapped(model, deltas, max(requested))
-    modules, rest = _modules(model, chosen)
+    modules, rest = _find_modules(model, chosen)
     if not modules:
         raise NothingComparedError(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
@@ -108,7 +108,7 @@ def probe_fisher(
     return run.over([*compared.inputs, *sets], settings, measured)
 
 
-def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
+def _find_modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
     """Return the linear layer of each matrix, and the matrices that belong to none."""
     weights, linear = Weights(model.module), linear_layers(model.module)
     modules: dict[str, Any] = {}
@@ -152,7 +152,7 @@ class _Probe:
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the records of all layers, in the order of BASE."""
-        self._as_tuned()
+        self._restore_tuned()
         before: BaseOutputs | None = None
         if self.held_out is not None and todo:
             before = read_before(self.of.model, self.held_out, self.of.batch, partial(self.of.watch.batch, "TUNED"))
@@ -195,21 +195,23 @@ class _Probe:
             data=at(data),
             kfac=at(kfac, scale),
             on=self.held_out.name if self.held_out is not None else None,
-            effect=self._effects(layer, shape, before),
+            effect=self._measure_effects(layer, shape, before),
         )
 
-    def _effects(self, layer: str, shape: tuple[int, int], before: BaseOutputs | None) -> dict[str, Effect] | None:
+    def _measure_effects(
+        self, layer: str, shape: tuple[int, int], before: BaseOutputs | None
+    ) -> dict[str, Effect] | None:
         """Return the effect of truncating one layer alone, at every rank below its own."""
         if before is None or self.held_out is None:
             return None
         effects = {}
         for rank in self.ranks:
             if rank < min(shape):
-                self._as_tuned({layer: rank})
+                self._restore_tuned({layer: rank})
                 after = partial(self.of.watch.batch, f"{layer} r={rank}")
                 effects[str(rank)] = effect(self.of.model, self.held_out, before, self.of.batch, after)
-        self._as_tuned()
+        self._restore_tuned()
         return effects
 
-    def _as_tuned(self, except_layers: Mapping[str, int] | None = None) -> None:
+    def _restore_tuned(self, except_layers: Mapping[str, int] | None = None) -> None:
         self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(except_layers or {})})

@@ -29,11 +29,11 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
     statements = []
     if records:
         statements += [
-            make_statement("gradients", "Gradients", _gradients(records)),
-            make_statement("at_rank", f"At r={rank}", _where(records, rank), scoped=True),
+            make_statement("gradients", "Gradients", _describe_gradients(records)),
+            make_statement("at_rank", f"At r={rank}", _describe_place(records, rank), scoped=True),
         ]
-        statements += _predicts(correlations(records, results.run.settings["ranks"]), records)
-    return probe_summary(results, *statements, reading=_reading(records))
+        statements += _describe_predictors(correlations(records, results.run.settings["ranks"]), records)
+    return probe_summary(results, *statements, reading=_interpret(records))
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -41,8 +41,8 @@ def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     records = results.whole_of(Fisher)
     by_rank = correlations(records, results.run.settings["ranks"])
     return [
-        *([_layers(records, _rank(results), per)] if records else []),
-        *([_predictors(records, by_rank)] if by_rank else []),
+        *([_make_layers_grid(records, _rank(results), per)] if records else []),
+        *([_make_predictors_grid(records, by_rank)] if by_rank else []),
     ]
 
 
@@ -51,7 +51,7 @@ def _rank(results: Results[Any]) -> int:
     return USUAL if USUAL in ranks else ranks[0]
 
 
-def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
+def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     """Return the fraction of each module type or layer in all tails, and the effect of its truncation."""
     shown = [
         _share(records, title, PREDICTORS[index][1], rank, drop)
@@ -81,13 +81,13 @@ def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: in
     return Shown("fro", title, "fraction of all layers' tails", main=True, form="percent", pool=share, drop=drop)
 
 
-def _caption(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> str:
+def _make_caption(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> str:
     sizes = sorted({at_rank.n for at_rank in by_rank})
     n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
 
 
-def _predictors(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> Grid:
+def _make_predictors_grid(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
     columns = tuple(
         Column(f"r={at_rank.rank}", tuple(_pair(at_rank.kl[name]) for name in names)) for at_rank in by_rank
@@ -96,14 +96,14 @@ def _predictors(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> G
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
         "module types distinguishes types, not layers."
     )
-    return Grid(_caption(records, by_rank), "predictor", names, columns, about=about)
+    return Grid(_make_caption(records, by_rank), "predictor", names, columns, about=about)
 
 
 def _pair(pair: tuple[float | None, float | None]) -> str:
     return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in pair)
 
 
-def _gradients(records: Sequence[Fisher]) -> str:
+def _describe_gradients(records: Sequence[Fisher]) -> str:
     first = records[0]
     labels = {"data": "the text's own labels (empirical Fisher)", "model": "labels drawn from TUNED (Fisher)"}
     return (
@@ -112,7 +112,7 @@ def _gradients(records: Sequence[Fisher]) -> str:
     )
 
 
-def _where(records: Sequence[Fisher], rank: int) -> str:
+def _describe_place(records: Sequence[Fisher], rank: int) -> str:
     total = sum(record.at(rank) for record in records)
     energy = sum(record.weight[str(rank)] for record in records)
     if not total or not energy:
@@ -130,7 +130,7 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
     return f"{text}\nmost: {named}"
 
 
-def _predicts(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
+def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not by_rank:
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
     chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL), by_rank[0])
@@ -157,13 +157,13 @@ def _predicts(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> lis
                 "Calibration",
                 f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from "
                 f"{number(chosen.ratios[0])} to {number(chosen.ratios[1])}; "
-                f"1 is exact{_hint(records[0], chosen.ratio)}",
+                f"1 is exact{_suggest_reduction(records[0], chosen.ratio)}",
             )
         )
     return sentences
 
 
-def _hint(record: Fisher, ratio: float) -> str:
+def _suggest_reduction(record: Fisher, ratio: float) -> str:
     """Return a hint on reducing F to the KL if the predictions of a sequence add up."""
     if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH:
         return (
@@ -173,7 +173,7 @@ def _hint(record: Fisher, ratio: float) -> str:
     return ""
 
 
-def _reading(records: Sequence[Fisher]) -> str:
+def _interpret(records: Sequence[Fisher]) -> str:
     text = "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum"
     if any(record.effect for record in records):
         text += "; layers of one model are not independent, so intervals of ρ are too narrow"

@@ -27,7 +27,7 @@ SHARE = 0.9
 
 def find_obstacle(records: Sequence[Intrinsic], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    if any(line.subject != "full" for name in sets_of(records) for line in _lines(records, name)):
+    if any(line.subject != "full" for name in sets_of(records) for line in _select_lines(records, name)):
         return None
     return "no set has a gain of full fine-tuning and a finished subspace or LoRA"
 
@@ -50,9 +50,9 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     chosen = (
         name
         if name is not None
-        else next((set_name for set_name in sets if _lines(records, set_name)), next(iter(sets)))
+        else next((set_name for set_name in sets if _select_lines(records, set_name)), next(iter(sets)))
     )
-    rows = _lines(records, chosen)
+    rows = _select_lines(records, chosen)
     with panel_axes(ax) as (axes, style):
         _draw(axes, [rows], share, style)
         axes.set(xlabel="trained parameters", ylabel="fraction of the full gain")
@@ -63,7 +63,7 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
     every = sets_of(record for item in series for record in item.records)
-    rows = {name: [_lines(item.records, name) for item in series] for name in every}
+    rows = {name: [_select_lines(item.records, name) for item in series] for name in every}
     sets = [name for name, runs in rows.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
     omitted = [every[name] for name in every if name not in sets]
@@ -78,7 +78,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page_of(panels, words, style, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
-def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
+def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
     """Return the runs of every size with a gain, at the rate chosen by the first set."""
     seed = min((record.seed for record in records if record.subject != "base"), default=0)
     return [line for line in lines(records, name, records[0].set, seed) if line.shares] if records else []
@@ -150,18 +150,20 @@ def _describe_run(label: str, runs: Sequence[Sequence[Line]], share: float) -> s
     for subject, word in (("subspace", "d"), ("lora", "LoRA r")):
         answer = reached(runs[0], subject, share)  # type: ignore[arg-type]
         if answer.line is not None:
-            lines.append(f"{word}\xa0=\xa0{_size(answer.line)} reaches {share:.0%}")
+            lines.append(f"{word}\xa0=\xa0{_format_size(answer.line)} reaches {share:.0%}")
         elif answer.below is not None:
-            lines.append(f"{word}\xa0=\xa0{_size(answer.below)} reaches {_below(answer.below.share, share)}")
+            lines.append(
+                f"{word}\xa0=\xa0{_format_size(answer.below)} reaches {_format_below(answer.below.share, share)}"
+            )
     return f"{label}: {', '.join(lines)}" if lines else label
 
 
-def _below(fraction: float, wanted: float) -> str:
+def _format_below(fraction: float, wanted: float) -> str:
     """Return a fraction in percent, with one more digit if it would round to the missed threshold."""
     return f"{fraction:.0%}" if f"{fraction:.0%}" != f"{wanted:.0%}" else f"{fraction:.1%}"
 
 
-def _size(line: Line) -> str:
+def _format_size(line: Line) -> str:
     return f"{line.size or 0:,}".replace(",", "\u202f")
 
 

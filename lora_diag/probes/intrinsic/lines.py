@@ -17,7 +17,7 @@ from lora_diag.running.rates import edge, lowest
 Subject = Literal["full", "subspace", "lora"]
 
 
-def _mean_share(group: Sequence[Any]) -> float | None:
+def _average_share(group: Sequence[Any]) -> float | None:
     """Return the mean share of the runs of one size; None where there is none."""
     shares = value_at(group[0], "shares")
     return fmean(shares) if shares else None
@@ -44,7 +44,9 @@ class Line:
         Shown("pace", "pace", "equivalent learning rate of full fine-tuning", main=True, form=".2g", drop=2),
         Shown("seeds", "seeds", "runs at that rate", main=True, drop=1),
         Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f"),
-        Shown("shares", "gain", "fraction of full fine-tuning's gain, mean", main=True, form=".0%", pool=_mean_share),
+        Shown(
+            "shares", "gain", "fraction of full fine-tuning's gain, mean", main=True, form=".0%", pool=_average_share
+        ),
         Shown("shares", "min to max", "over seeds", main=True, form=".0%", pool="ends"),
     )
     subject: Subject
@@ -118,21 +120,21 @@ def lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int) -> li
     """
     base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
     all_rows = [
-        line for subject in ("full", "subspace", "lora") for line in _lines(records, name, choose, seed, subject)
+        line for subject in ("full", "subspace", "lora") for line in _select_lines(records, name, choose, seed, subject)
     ]
     full = next((line for line in all_rows if line.subject == "full"), None)
     gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
     if base is None or gain <= 0:
         return all_rows
-    return [_with_shares(line, base, gain) for line in all_rows]
+    return [_add_shares(line, base, gain) for line in all_rows]
 
 
-def _with_shares(line: Line, base: float, gain: float) -> Line:
+def _add_shares(line: Line, base: float, gain: float) -> Line:
     shares = tuple((base - loss) / gain for loss in line.losses)
     return Line(line.subject, line.size, line.params, line.lr, line.pace, line.losses, line.edge, shares)
 
 
-def _lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subject: Subject) -> list[Line]:
+def _select_lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subject: Subject) -> list[Line]:
     of_subject = [r for r in records if r.subject == subject and r.set == name]
     rows = []
     for size, lr in sorted(best_rates(records, choose, seed, subject).items(), key=lambda item: item[0] or 0):

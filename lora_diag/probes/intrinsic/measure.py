@@ -48,13 +48,13 @@ def hadamard(x: Tensor) -> Tensor:
     done = 1
     while done < size:
         width = min(FACTOR, size // done)
-        small = _sylvester(width).to(x)
+        small = _make_sylvester(width).to(x)
         x = x.reshape(-1, width) @ small if done == 1 else torch.matmul(small, x.reshape(-1, width, done))
         done *= width
     return x.reshape(rows, size)
 
 
-def _sylvester(size: int) -> Tensor:
+def _make_sylvester(size: int) -> Tensor:
     """Return the Hadamard matrix of a power of two: H_1 = [1], H_2k = [[H_k, H_k], [H_k, −H_k]]."""
     h = torch.ones(1, 1)
     while len(h) < size:
@@ -115,7 +115,7 @@ class Subspace(nn.Module):
         self.inner = inner
         parameters = dict(inner.named_parameters())
         total = sum(parameter.numel() for parameter in parameters.values())
-        layers = list(dict.fromkeys(map(_layer_of, parameters))) if method == "said" else []
+        layers = list(dict.fromkeys(map(_find_layer, parameters))) if method == "said" else []
         check_dim(dim, total, len(layers))
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ class Subspace(nn.Module):
             name: Fastfood(parameter.numel(), own_dim, total, generator, device)
             for name, parameter in parameters.items()
         }
-        self._scale_of = {name: layers.index(_layer_of(name)) for name in parameters} if layers else {}
+        self._scale_of = {name: layers.index(_find_layer(name)) for name in parameters} if layers else {}
         self.z = nn.Parameter(torch.zeros(own_dim, device=device))
         self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
@@ -164,10 +164,10 @@ def check_dim(dim: int, total: int, layers: int) -> None:
 
 def scales_of(module: nn.Module) -> int:
     """Return the number of scales of SAID: one per block, and one for every weight outside the blocks."""
-    return len({_layer_of(name) for name, _ in module.named_parameters()})
+    return len({_find_layer(name) for name, _ in module.named_parameters()})
 
 
-def _layer_of(name: str) -> tuple[object, ...]:
+def _find_layer(name: str) -> tuple[object, ...]:
     depth = depth_of(name)
     return (*tower_of(name), depth) if depth is not None else (name,)
 

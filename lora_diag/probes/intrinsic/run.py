@@ -183,13 +183,13 @@ class _Probe:
 
     def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
         """Return a trained method with its grid of sizes and rates."""
-        return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._trial, subject))
+        return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._make_trial, subject))
 
-    def _trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
+    def _make_trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
         cell = _Cell(subject, size, rate, seed, self.method, self.total)
-        return Trial(cell.fields, cell.label, partial(self._trained, cell))
+        return Trial(cell.fields, cell.label, partial(self._train_cell, cell))
 
-    def _trained(
+    def _train_cell(
         self, cell: _Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
     ) -> list[Intrinsic]:
         if cell.dim is not None:
@@ -198,10 +198,10 @@ class _Probe:
         else:
             cell_of_model = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
             by_set, last = losses_after(self.model, cell_of_model, training, sets, after)
-        params = self._params(cell)
+        params = self._count_params(cell)
         return [_record(texts, losses, cell, params, last) for texts, losses in zip(sets, by_set, strict=True)]
 
-    def _params(self, cell: _Cell) -> int:
+    def _count_params(self, cell: _Cell) -> int:
         """Count the trained parameters of a run."""
         if cell.rank is not None:
             with with_lora(self.model, cell.rank, self.walk.training.kind) as tuned:

@@ -20,13 +20,13 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, the smallest subspace and LoRA with nearly the full gain."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
-    statements = [make_statement("trained", "Trained", _trained(settings))]
+    statements = [make_statement("trained", "Trained", _describe_training(settings))]
     for name in sets:
         rows = lines(records, name, sets[0], settings["seed"])
-        statements.append(_on_set(name, _base(records, name), rows, settings))
+        statements.append(_describe_set(name, _find_base(records, name), rows, settings))
     if sets:
         rows = lines(records, sets[0], sets[0], settings["seed"])
-        statements.append(make_statement("rates", "Rates", _rates(rows, records, settings)))
+        statements.append(make_statement("rates", "Rates", _describe_rates(rows, records, settings)))
     return probe_summary(results, *statements, reading=_READING)
 
 
@@ -38,11 +38,11 @@ def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     for name in sets:
         shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
         rows = lines(records, name, sets[0], settings["seed"])
-        grids.append(_grid(f"On {short(name)}{shifted}", _base(records, name), rows, settings["share"]))
+        grids.append(_make_grid(f"On {short(name)}{shifted}", _find_base(records, name), rows, settings["share"]))
     return grids
 
 
-def _base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
+def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
     return next((r for r in records if r.subject == "base" and r.set == name), None)
 
 
@@ -57,7 +57,7 @@ def _name(line: Line) -> str:
     return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
 
 
-def _grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float) -> Grid:
+def _make_grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float) -> Grid:
     about = (
         "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. The intrinsic "
         f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the smallest such r. "
@@ -67,7 +67,7 @@ def _grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share:
     return grid_of(Line.shown, rows, "trained", caption, about)
 
 
-def _trained(settings: dict[str, Any]) -> str:
+def _describe_training(settings: dict[str, Any]) -> str:
     scales = f", one scale per layer, {settings['scale_step']:.0%} per step" if settings["method"] == "said" else ""
     return (
         f"all {count(settings['params'])} parameters, or z in random subspaces of them (Fastfood, {settings['method']}"
@@ -76,7 +76,7 @@ def _trained(settings: dict[str, Any]) -> str:
     )
 
 
-def _on_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]) -> Statement:
+def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]) -> Statement:
     full = next((line for line in all_rows if line.subject == "full"), None)
     if base is None or base.loss is None:
         return on_set(name, "not measured yet")
@@ -92,24 +92,27 @@ def _on_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], setting
         lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
     if any(line.shares and line.share > 1 for line in all_rows if line.subject != "full"):
         lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
-    lines.append(answer := _answer(reached(all_rows, "subspace", share), "d", settings))
+    lines.append(answer := _describe_answer(reached(all_rows, "subspace", share), "d", settings))
     if settings["ranks"]:
-        lines.append(_answer(reached(all_rows, "lora", share), "LoRA r", settings))
+        lines.append(_describe_answer(reached(all_rows, "lora", share), "LoRA r", settings))
     return on_set(name, *lines, answer=answer)
 
 
-def _answer(answer: Reached, subject: str, settings: dict[str, Any]) -> str:
+def _describe_answer(answer: Reached, subject: str, settings: dict[str, Any]) -> str:
     line, below = answer.line, answer.below
     if line is None:
         if below is None:
             return f"{subject}: no run is finished with a finite loss"
         requested = settings["dims"] if subject == "d" else settings["ranks"]
-        return f"{subject}: not reached up to {subject.split()[-1]}={max(requested)}, whose gain is {_shares(below)}"
-    text = f"{subject}={line.size} is the smallest that reaches it, with {_shares(line)}"
+        return (
+            f"{subject}: not reached up to {subject.split()[-1]}={max(requested)}, whose gain is "
+            f"{_format_shares(below)}"
+        )
+    text = f"{subject}={line.size} is the smallest that reaches it, with {_format_shares(line)}"
     if subject != "d":
         text += f" and {count(line.params)} parameters"
     if below is not None:
-        text += f"; {subject}={below.size} gains {_shares(below)}"
+        text += f"; {subject}={below.size} gains {_format_shares(below)}"
     if len(line.shares) > 1 and not answer.certain:
         text += "; not with every seed, so the next larger size is safer"
     if answer.missed:
@@ -118,7 +121,7 @@ def _answer(answer: Reached, subject: str, settings: dict[str, Any]) -> str:
     return text
 
 
-def _shares(line: Line) -> str:
+def _format_shares(line: Line) -> str:
     spread = f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)" if len(line.shares) > 1 else ""
     return f"{line.share:.0%}{spread}"
 
@@ -127,7 +130,7 @@ def _shares(line: Line) -> str:
 _GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
 
 
-def _rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
+def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
     lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
     for subject, grid, option in _GRIDS:
         tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}

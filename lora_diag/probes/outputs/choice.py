@@ -65,11 +65,13 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
         if len(adapters) > 1 and counts:
             best, *others = adapters
             level = 1 - 0.05 / 2 / len(others)
-            results.append(Choice(name, best.name, tuple(_rival(other, best, counts, level) for other in others)))
+            results.append(
+                Choice(name, best.name, tuple(_compare_rival(other, best, counts, level) for other in others))
+            )
     return results
 
 
-def _rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
+def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
     gap, error = paired(other.nll, best.nll, counts)
     if error is None:
         return Rival(other.name, gap, None, None)

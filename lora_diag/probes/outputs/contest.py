@@ -57,15 +57,13 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
         if own_records:
             results.append(
                 Contest(
-                    name, own_records, _judged(own_records, {set_name: gains(bases.get(set_name)) for set_name in sets})
+                    name, own_records, _judge(own_records, {set_name: gains(bases.get(set_name)) for set_name in sets})
                 )
             )
     return results
 
 
-def _judged(
-    own_records: tuple[Probe, ...], gained: dict[str, float | None]
-) -> Literal["as good", "worse", "not known"]:
+def _judge(own_records: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
     if any(record.gap is None or record.gap_error is None for record in own_records):
         return "not known"
     if all(

@@ -27,12 +27,12 @@ _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
 def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why gaps cannot be drawn; None if they can."""
-    return None if any(_others(records)) else "no model besides TUNED is finished"
+    return None if any(_select_others(records)) else "no model besides TUNED is finished"
 
 
 def find_depth_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why depths cannot be drawn; None if they can."""
-    if any(value is not None for record in _others(records) for value in record.hidden or ()):
+    if any(value is not None for record in _select_others(records) for value in record.hidden or ()):
         return None
     return "no hidden states were compared"
 
@@ -49,7 +49,7 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
         The Axes drawn on.
     """
     records, called = one_set(results, "outputs", name)
-    rows = highest(_rows(records, _called(records)), ROWS)
+    rows = highest(_make_rows(records, _label_models(records)), ROWS)
     with panel_axes(ax) as (axes, style):
         draw_rows(axes, rows, style)
         axes.set_xlabel("loss minus TUNED's (nats)")
@@ -69,7 +69,7 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
         The Axes drawn on.
     """
     records, _ = one_set(results, "outputs", name)
-    lines = _lines(records, _called(records))
+    lines = _make_lines(records, _label_models(records))
     with panel_axes(ax) as (axes, style):
         _draw_depth(axes, lines, style)
         axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
@@ -81,14 +81,16 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     """Return the gaps, one panel per set."""
     panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for item in series for record in item.records)
-    models = _called(record for item in series for record in item.records)
+    models = _label_models(record for item in series for record in item.records)
     for name, called in sets.items():
         rows: list[Row] = []
         for number, item in enumerate(series):
             color = category(number) if len(series) > 1 else None
-            rows += _rows([r for r in item.records if r.set == name], models, color)
+            rows += _make_rows([r for r in item.records if r.set == name], models, color)
         panels.append((called, highest(rows, ROWS, panels[0][1] if panels else ())))
-    max_rows = max(sum(record.set == name for item in series for record in _others(item.records)) for name in sets)
+    max_rows = max(
+        sum(record.set == name for item in series for record in _select_others(item.records)) for name in sets
+    )
     notes = [
         "Error bars: two standard errors, paired by sequence. A bar that crosses zero: no significant difference from "
         "TUNED."
@@ -107,12 +109,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the distances by depth, one panel per set."""
     sets = sets_of(record for item in series for record in item.records if not find_depth_obstacle([record], options))
-    models = _called(record for item in series for record in item.records)
+    models = _label_models(record for item in series for record in item.records)
     by_set = {
         name: [
             line
             for item in series
-            for line in _lines([r for r in item.records if r.set == name], models, owner_of(item, series))
+            for line in _make_lines([r for r in item.records if r.set == name], models, owner_of(item, series))
         ]
         for name in sets
     }
@@ -135,14 +137,14 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
     return page_of(panels, words, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
-def _others(records: Iterable[Probe]) -> list[Probe]:
+def _select_others(records: Iterable[Probe]) -> list[Probe]:
     return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
 
 
-def _rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
+def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
     compared = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
     # A distant BASE would compress the axis of all others; its gap is in the table.
-    others = _others(compared)
+    others = _select_others(compared)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
     return [
         Row(
@@ -156,7 +158,7 @@ def _rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color:
     ]
 
 
-def _called(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
+def _label_models(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
     """Return the labels of models by subject and path."""
     known = dict.fromkeys((record.subject, record.name) for record in records)
     short = short_names(path for _, path in known if path)
@@ -168,11 +170,13 @@ def _called(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
     }
 
 
-def _lines(
+def _make_lines(
     of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], prefix: str = ""
 ) -> list[tuple[str, Sequence[float | None]]]:
     return [
-        (f"{prefix}{labels[record.subject, record.name]}", record.hidden) for record in _others(of_set) if record.hidden
+        (f"{prefix}{labels[record.subject, record.name]}", record.hidden)
+        for record in _select_others(of_set)
+        if record.hidden
     ]
 
 

@@ -75,16 +75,16 @@ class _Sums:
         """Add one sequence, compared with TUNED."""
         self.nll.append(float(nll(answer.logits, answer.labels)))
         self.counts.append(len(answer.labels))
-        self.squares += _squares(tuned.logits, answer.logits)
+        self.squares += _sum_squares(tuned.logits, answer.logits)
         log_p, log_q = tuned.logits.double().log_softmax(-1), answer.logits.double().log_softmax(-1)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
         self.same += int((tuned.logits.argmax(-1) == answer.logits.argmax(-1)).sum())
         self.hidden = self.hidden or [0.0] * len(answer.hidden)
         for depth, (h, h_tuned) in enumerate(zip(answer.hidden, tuned.hidden, strict=True)):
-            self.hidden[depth] += _squares(h_tuned, h)
+            self.hidden[depth] += _sum_squares(h_tuned, h)
 
 
-def _squares(first: Tensor, second: Tensor) -> float:
+def _sum_squares(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square().sum())
 
 
@@ -107,9 +107,9 @@ def outputs(
     """
     sums = [_Sums() for _ in contenders]
     for chunk in chunks(model, texts, size):
-        ends = [_answer(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
+        ends = [_compute_answer(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
-            answers = ends[i] if i < 2 else _answer(model, contender, chunk, size, after_batch)
+            answers = ends[i] if i < 2 else _compute_answer(model, contender, chunk, size, after_batch)
             for answer, tuned in zip(answers, ends[1], strict=True):
                 sums[i].add(answer, tuned)
     for contender, sums_of_one in zip(contenders, sums, strict=True):
@@ -127,7 +127,7 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
         yield replace(texts, sequences=texts.sequences[first : first + step])
 
 
-def _answer(
+def _compute_answer(
     model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
 ) -> list[_Answer]:
     """Return the outputs of a model for every sequence, with the contender's weights in place."""

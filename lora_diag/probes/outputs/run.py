@@ -58,7 +58,7 @@ def probe_outputs(
     run = ProbeRun("probe outputs", options, OutputsOptions)
     reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))
     others = [*((path, "adapter") for path in adapters), *([(reference, "reference")] if reference else [])]
-    _distinct(tuned, [path for path, _ in others])
+    _refuse_repeated(tuned, [path for path, _ in others])
     check_files(evaluate, *shifted)
     full, compared = run.compare(base, tuned), [run.compare(base, path) for path, _ in others]
     model = run.open(base)
@@ -84,12 +84,12 @@ def probe_outputs(
         for text_set in todo:
             for record in outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 kept.put(record)
-        return _left_out([full, *compared], contenders[1:])
+        return _list_left_out([full, *compared], contenders[1:])
 
     return run.over([*inputs, *map(described, texts)], {}, measured)
 
 
-def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
+def _refuse_repeated(tuned: Path | str, others: Sequence[Path | str]) -> None:
     """Refuse to compare nothing, or an input twice.
 
     Raises:
@@ -107,7 +107,7 @@ def _distinct(tuned: Path | str, others: Sequence[Path | str]) -> None:
         paths.add(os.path.realpath(path))
 
 
-def _left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
+def _list_left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
     """Return tensors that could not be put into the model, each once."""
     reasons: dict[tuple[str, str], LeftOut] = {}
     for comparison, contender in zip(compared, contenders, strict=True):

@@ -30,13 +30,13 @@ DEPTHS = 7
 def outputs_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, the better model, then the distances."""
     records = results.whole_of(Probe)
-    names, judged = _names(records), _as_good(contests_of(records))
+    names, judged = _label_models(records), _describe_best(contests_of(records))
     by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
     statements = []
     for name, of_set in by_set.items():
-        lines = _losses_of(of_set, names)
+        lines = _describe_losses(of_set, names)
         statements.append(on_set(name, *lines, answer=judged or (lines[1] if len(lines) > 1 else "")))
-    distances = {name: lines for name, of_set in by_set.items() if (lines := _distances(of_set, names))}
+    distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, names))}
     if distances:
         several = len(by_set) > 1
         all_lines = [
@@ -51,13 +51,15 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
     records = results.whole_of(Probe)
-    names = _names(records)
+    names = _label_models(records)
     grids = []
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
-        grids += [_losses(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
+        grids += [_make_losses_grid(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
         if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
-            grids.append(_depths(f"On {short(name)}: distance of the hidden states after block", others, names))
+            grids.append(
+                _make_depths_grid(f"On {short(name)}: distance of the hidden states after block", others, names)
+            )
     return grids
 
 
@@ -68,7 +70,7 @@ _READING = (
 )
 
 
-def _names(records: Sequence[Probe]) -> dict[str, str]:
+def _label_models(records: Sequence[Probe]) -> dict[str, str]:
     """Return the label of each adapter and reference."""
     paths = list(dict.fromkeys(record.name for record in records if record.name))
     return dict(zip(paths, called(paths), strict=True))
@@ -80,12 +82,12 @@ def _name(record: Probe, names: dict[str, str]) -> str:
     return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
 
 
-def _losses(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
+def _make_losses_grid(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
     rows = [(_name(record, names), [record]) for record in of_set]
     return grid_of(Probe.shown, rows, "model", caption)
 
 
-def _depths(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
+def _make_depths_grid(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
     """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
     last = max(len(record.hidden or ()) for record in of_set) - 1
     shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
@@ -97,19 +99,19 @@ def _depths(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Gri
     return Grid(caption, "model", tuple(_name(record, names) for record in of_set), tuple(columns))
 
 
-def _losses_of(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+def _describe_losses(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     if len(ends) < 2:
         return ["not measured yet"]
     adapters = [record for record in of_set if record.subject == "adapter"]
     return [
         both_ends(ends["base"], ends["tuned"]),
-        *(f"{_name(record, names)}: {_against(record)}" for record in adapters),
-        *(_choice(choice, names) for choice in choices(of_set)),
+        *(f"{_name(record, names)}: {_compare_with_tuned(record)}" for record in adapters),
+        *(_describe_choice(choice, names) for choice in choices(of_set)),
     ]
 
 
-def _as_good(contests: Sequence[Contest]) -> str:
+def _describe_best(contests: Sequence[Contest]) -> str:
     """State whether the best adapter does as well as the full fine-tune."""
     if not contests:
         return ""
@@ -123,17 +125,17 @@ def _as_good(contests: Sequence[Contest]) -> str:
     return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
 
 
-def _choice(choice: Choice, names: dict[str, str]) -> str:
+def _describe_choice(choice: Choice, names: dict[str, str]) -> str:
     """State which adapter to use: the significantly best one, or that some are not distinguishable."""
     best = names[choice.best]
-    text = "; ".join(f"{names[rival.name]} {_gap_text(rival)}" for rival in choice.rivals)
+    text = "; ".join(f"{names[rival.name]} {_format_gap(rival)}" for rival in choice.rivals)
     if not choice.equals:
         return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {text}"
     equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
     return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {text}"
 
 
-def _gap_text(rival: Rival) -> str:
+def _format_gap(rival: Rival) -> str:
     if rival.half is None:
         return f"{rival.behind:+.4f} (one sequence has no error)"
     span = f"{rival.behind:+.4f} [{rival.behind - rival.half:.4f}, {rival.behind + rival.half:.4f}]"
@@ -143,7 +145,7 @@ def _gap_text(rival: Rival) -> str:
     return f"{span}, {needed} sequences would decide"
 
 
-def _against(record: Probe) -> str:
+def _compare_with_tuned(record: Probe) -> str:
     """State whether a model is better or worse than TUNED, or not distinguishable."""
     if record.gap is None or record.gap_error is None:
         return "one sequence has no error"
@@ -153,7 +155,7 @@ def _against(record: Probe) -> str:
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
 
 
-def _distances(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+def _describe_distances(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
     known = [record for record in of_set if record.subject == "adapter" and record.distance is not None]
     if not known or not {"base", "tuned"} <= {record.subject for record in of_set}:
         return []

@@ -24,7 +24,7 @@ ROWS = 24
 
 def find_obstacle(records: Sequence[Sensitivity], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    return None if _rows(records, _first(records), 0) else "no unit is finished with a gain"
+    return None if _make_rows(records, _first_seed(records), 0) else "no unit is finished with a gain"
 
 
 def sensitivity(
@@ -42,8 +42,8 @@ def sensitivity(
     """
     every = results.whole if isinstance(results, Results) else results
     records = [record for record in every if isinstance(record, Sensitivity)]
-    chosen = name if name is not None else _first(records)
-    rows = highest(_rows(records, chosen, 0), ROWS)
+    chosen = name if name is not None else _first_seed(records)
+    rows = highest(_make_rows(records, chosen, 0), ROWS)
     with panel_axes(ax) as (axes, style):
         draw_rows(axes, rows, style)
         axes.set_xlabel("loss of BASE minus loss (nats)")
@@ -57,7 +57,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     for name, called in sets_of(record for item in series for record in item.records).items():
         rows = []
         for number, item in enumerate(series):
-            rows += _rows(item.records, name, number)
+            rows += _make_rows(item.records, name, number)
         max_rows = max(max_rows, len({row.name for row in rows}))
         panels.append((called, highest(rows, ROWS)))
     ranks = sorted({_rank(item.records) for item in series})
@@ -76,7 +76,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure_of(panels, "loss of BASE minus loss (nats)", words, style)
 
 
-def _first(records: Sequence[Sensitivity]) -> str:
+def _first_seed(records: Sequence[Sensitivity]) -> str:
     return records[0].set
 
 
@@ -84,9 +84,9 @@ def _rank(records: Sequence[Sensitivity]) -> int:
     return min((record.rank for record in records if record.rank is not None), default=0)
 
 
-def _rows(records: Sequence[Sensitivity], name: str, number: int) -> list[Row]:
+def _make_rows(records: Sequence[Sensitivity], name: str, number: int) -> list[Row]:
     seed = min((record.seed for record in records if record.unit), default=0)
     return [
         Row(name_of(gain.unit), gain.gain, None if gain.error is None else 2 * gain.error, category(number))
-        for gain in gains_of(records, name, _first(records), _rank(records), seed)
+        for gain in gains_of(records, name, _first_seed(records), _rank(records), seed)
     ]

@@ -23,7 +23,7 @@ from lora_diag.running.rates import edge, lowest
 ERRORS = 2
 
 
-def _with_error(group: Sequence[Gain | Marginal]) -> str | None:
+def _describe_gain(group: Sequence[Gain | Marginal]) -> str | None:
     """Return the gain of one unit and its standard error; None where there is none."""
     return next((f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}") for gain in group), None)
 
@@ -45,7 +45,7 @@ class Gain:
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gain", "gain", "loss of BASE minus loss after training", main=True, pool=_with_error),
+        Shown("gain", "gain", "loss of BASE minus loss after training", main=True, pool=_describe_gain),
         Shown("seeds", "seeds", "smallest and largest gain", form=".4f", pool="ends", drop=1, terminal=True),
         Shown("lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g", drop=3),
         Shown("params", "params", "of its factors", main=True, form="count", drop=6),

@@ -84,7 +84,7 @@ def probe_sensitivity(
     stored = open_checkpoint(base)
     model = run.open(base)
     run.read_all(data, evaluate, shifted, steps)
-    names, left_out = _chosen(model, stored, selected)
+    names, left_out = _choose_layers(model, stored, selected)
     linear = {name: layer for name, layer in linear_layers(model.module).items() if name in names}
     settings = {
         "per": per,
@@ -109,7 +109,9 @@ def probe_sensitivity(
     return run.over(run.inputs(stored), settings, measured)
 
 
-def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], list[LeftOut]]:
+def _choose_layers(
+    model: Model, stored: Checkpoint, selected: Callable[[str], bool]
+) -> tuple[dict[str, str], list[LeftOut]]:
     """Return the linear layers to adapt by their names in the model, with those in BASE; and the skipped ones.
 
     Raises:
@@ -147,9 +149,9 @@ class _Probe:
 
     def arm(self, unit: Unit, rank: int, bases: Mapping[str, Losses]) -> Arm:
         """Return one unit at one rank, at every rate; its gains are over the losses of BASE, by set."""
-        return Arm((rank,), self.rates, partial(self._trial, unit, bases))
+        return Arm((rank,), self.rates, partial(self._make_trial, unit, bases))
 
-    def _trial(self, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
+    def _make_trial(self, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed)
         fields = {"record": "sensitivity", "unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
 
@@ -160,9 +162,9 @@ class _Probe:
 
     def score(self, layers: Mapping[str, Any], names: Mapping[str, str]) -> None:
         """Compute the gradient of every layer at BASE, and its first-order records."""
-        if self._scored():
+        if self._has_scores():
             return
-        texts, walk = self._used_sequences(), self.walk
+        texts, walk = self._list_used_sequences(), self.walk
         scores = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
         walk.kept.put(*(first_order(names[name], gradient, self.ranks[0], texts) for name, gradient in scores.items()))
 
@@ -180,10 +182,10 @@ class _Probe:
             for rank in self.ranks:
                 self.walk.run(self.arm(unit, rank, bases))
 
-    def _scored(self) -> bool:
+    def _has_scores(self) -> bool:
         return any(isinstance(record, FirstOrder) for record in self.walk.kept.records)
 
-    def _used_sequences(self) -> Texts:
+    def _list_used_sequences(self) -> Texts:
         """Return the distinct sequences that a run trains on, in order."""
         training = self.walk.training
         sequences = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
@@ -197,7 +199,7 @@ class _Probe:
         step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
         runs = sum(map(walk.left, arms))
-        passes = 0 if self._scored() else -(-len(self._used_sequences().sequences) // walk.training.batch)
+        passes = 0 if self._has_scores() else -(-len(self._list_used_sequences().sequences) // walk.training.batch)
         walk.watch.total = walk.batches + passes
         walk.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation

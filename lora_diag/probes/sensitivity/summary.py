@@ -60,31 +60,33 @@ _CHANCE = 0.05
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, gains by unit, gains by rank, and quality of first-order predictions."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
-    gains = _gains(results)
-    statements = [make_statement("trained", "Trained", _trained(settings))]
-    statements += [_on_set(name, records, gains[name], settings) for name in gains]
+    gains = _read_gains(results)
+    statements = [make_statement("trained", "Trained", _describe_training(settings))]
+    statements += [_describe_set(name, records, gains[name], settings) for name in gains]
     first = next(iter(gains.values()), [])
     if first:
-        statements += _marginal(next(iter(_marginals(results, gains).values())), settings)
-        statements += _repeats(first)
-        statements += _others(gains, list(gains))
-        statements += [make_statement("cheaper", "Proxies", _cheaper(correlations(first, _scores_of(results)), first))]
-        statements += [make_statement("rates", "Rates", _rates(first, records, settings))]
+        statements += _describe_marginal(next(iter(_read_marginals(results, gains).values())), settings)
+        statements += _describe_repeats(first)
+        statements += _describe_other_sets(gains, list(gains))
+        statements += [
+            make_statement("cheaper", "Proxies", _describe_proxies(correlations(first, _read_scores(results)), first))
+        ]
+        statements += [make_statement("rates", "Rates", _describe_rates(first, records, settings))]
     return probe_summary(results, *statements, reading=_READING)
 
 
-def _scores_of(results: Results[Any]) -> dict[str, FirstOrder]:
+def _read_scores(results: Results[Any]) -> dict[str, FirstOrder]:
     return {record.layer: record for record in results.whole_of(FirstOrder)}
 
 
-def _gains(results: Results[Any]) -> dict[str, list[Gain]]:
+def _read_gains(results: Results[Any]) -> dict[str, list[Gain]]:
     """Return the gains by set, the deciding set first."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     sets = set_names(records)
     return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
 
 
-def _marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
+def _read_marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
     """Return the gains of the higher rank by set; empty if only one rank was trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     rank = settings["rank"] + (settings["delta"] or 0)
@@ -106,8 +108,8 @@ _READING = (
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return one row per unit, the most sensitive first; no table before a run is finished."""
-    gains, scores, settings = _gains(results), _scores_of(results), results.run.settings
-    marginals = _marginals(results, gains)
+    gains, scores, settings = _read_gains(results), _read_scores(results), results.run.settings
+    marginals = _read_marginals(results, gains)
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []
@@ -128,10 +130,12 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     columns += columns_of(others, named(rows))
     first = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{_UNITS[settings['per']][0]} alone"
-    return [Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _table_note(settings), MAX_ROWS)]
+    return [
+        Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _make_table_note(settings), MAX_ROWS)
+    ]
 
 
-def _table_note(settings: dict[str, Any]) -> str:
+def _make_table_note(settings: dict[str, Any]) -> str:
     """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
     suffix = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
@@ -142,7 +146,7 @@ def _table_note(settings: dict[str, Any]) -> str:
     )
 
 
-def _trained(settings: dict[str, Any]) -> str:
+def _describe_training(settings: dict[str, Any]) -> str:
     ranks = f"r={settings['rank']}" + (f" and {settings['rank'] + settings['delta']}" if settings["delta"] else "")
     return (
         f"{settings['kind']}, {ranks} on one {_UNITS[settings['per']][0]} at a time, {settings['steps']} steps of "
@@ -150,7 +154,9 @@ def _trained(settings: dict[str, Any]) -> str:
     )
 
 
-def _on_set(name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], settings: dict[str, Any]) -> Statement:
+def _describe_set(
+    name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], settings: dict[str, Any]
+) -> Statement:
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
@@ -161,18 +167,18 @@ def _on_set(name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], se
     lines = [
         f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else singular} "
         f"lower it by more than two standard errors{f', {worse} raise it by that' if worse else ''}",
-        f"highest: {_named(ordered[:_NAMED])}",
+        f"highest: {_list_gains(ordered[:_NAMED])}",
     ]
     if len(ordered) > 2 * _NAMED:
-        lines.append(f"lowest: {_named(ordered[-_NAMED:])}")
+        lines.append(f"lowest: {_list_gains(ordered[-_NAMED:])}")
     return on_set(name, *lines, shifted=base.shifted, answer=lines[1])
 
 
-def _named(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
+def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
     return ", ".join(f"{short(gain.unit.removesuffix('.weight'))} {gain.gain:+.4f}" for gain in gains)
 
 
-def _marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
+def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
     if not marginals:
         return []
     clear = [gain for gain in marginals if gain.error is not None and abs(gain.gain) > 2 * gain.error]
@@ -181,12 +187,12 @@ def _marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[S
     rank = settings["rank"]
     text = (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain more than two standard errors, "
-        f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
+        f"{len(clear) - up} lose as much; highest: {_list_gains(ordered[:_NAMED])}"
     )
     return [make_statement("more_rank", "More rank", text)]
 
 
-def _repeats(gains: Sequence[Gain]) -> list[Statement]:
+def _describe_repeats(gains: Sequence[Gain]) -> list[Statement]:
     """State whether another seed gives the same order of units."""
     repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
     if len(repeated) < 3:
@@ -196,12 +202,12 @@ def _repeats(gains: Sequence[Gain]) -> list[Statement]:
         make_statement(
             "repeats",
             "Seed agreement",
-            f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(repeated)} compared",
+            f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared",
         )
     ]
 
 
-def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
+def _describe_other_sets(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
     """State whether other sets give the same order of units."""
     lines = []
     for name in sets[1:]:
@@ -209,11 +215,11 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
         pairs = [(gain.gain, other_gains[gain.unit]) for gain in gains[sets[0]] if gain.unit in other_gains]
         if len(pairs) > 2:
             rho = spearman([first for first, _ in pairs], [second for _, second in pairs])
-            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(pairs)} compared")
+            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_format_rho(rho)}, {len(pairs)} compared")
     return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
 
 
-def _cheaper(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
+def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
     """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
     if not proxies:
         return "not known; at least three units must be measured"
@@ -223,7 +229,7 @@ def _cheaper(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
         proxies[-1],
     )
     clear = sum(gain.is_clear for gain in gains)
-    lines = [_verdict(best, size)]
+    lines = [_judge_proxy(best, size)]
     if 2 * clear < len(gains):  # noise has no order to predict
         lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
     inside = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
@@ -232,17 +238,17 @@ def _cheaper(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
     lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
     for correlation in ordered:
         ends = f" [{correlation.ends[0]:+.2f}, {correlation.ends[1]:+.2f}]" if correlation.ends else ""
-        p = "" if correlation.p is None else f" p {_p(correlation.p)}"
+        p = "" if correlation.p is None else f" p {_format_p(correlation.p)}"
         within = (
             ""
             if correlation.within is None or correlation.within_p is None
-            else f"; {correlation.within:+.2f} p {_p(correlation.within_p)}"
+            else f"; {correlation.within:+.2f} p {_format_p(correlation.within_p)}"
         )
-        lines.append(f"{_rho(correlation.rho)}{ends}{p}{within}: {_SCORES[correlation.score]}")
+        lines.append(f"{_format_rho(correlation.rho)}{ends}{p}{within}: {_SCORES[correlation.score]}")
     return "\n".join(lines)
 
 
-def _verdict(best: Correlation, size: Correlation) -> str:
+def _judge_proxy(best: Correlation, size: Correlation) -> str:
     """State whether the best score of the gradient is useful."""
     name = _SCORES[best.score]
     if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
@@ -250,18 +256,21 @@ def _verdict(best: Correlation, size: Correlation) -> str:
     if size.rho is not None and size.rho >= best.rho:
         return f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {name}"
     word = "yes" if best.rho >= STRONG_CORRELATION else "in part"
-    return f"{word}: {name} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters with {_rho(size.rho)}"
+    return (
+        f"{word}: {name} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters with "
+        f"{_format_rho(size.rho)}"
+    )
 
 
-def _p(value: float) -> str:
+def _format_p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def _rho(rho: float | None) -> str:
+def _format_rho(rho: float | None) -> str:
     return "-" if rho is None else f"{rho:+.2f}"
 
 
-def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
+def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
     counts = Counter(gain.lr for gain in gains)
     text = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
     text = "\n".join([text, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])

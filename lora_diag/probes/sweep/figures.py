@@ -110,14 +110,14 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     sets = sets_of(record for item in series for record in item.records)
     panels: list[tuple[str, Draw]] = []
     for name, called in sets.items():
-        curves = [sweep_curve(item.records, name, _tolerance(item)) for item in series]
+        curves = [sweep_curve(item.records, name, _get_tolerance(item)) for item in series]
         title = called if len(curves) > 1 else _describe_run(called, curves[0])
         panels.append((title, partial(_draw, curves=curves, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
     return page_of(panels, _make_text(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
 
 
-def _tolerance(item: Series[Any]) -> float:
+def _get_tolerance(item: Series[Any]) -> float:
     return float(item.run.settings.get("tolerance", TOLERANCE)) if item.run else TOLERANCE
 
 
@@ -142,14 +142,14 @@ def _draw(ax: Axes, curves: Sequence[SweepCurve], inches: float, style: PageStyl
             if curve.verdict is not None and rank == curve.verdict.rank:
                 ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
                 ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
-    _levels(ax, curves, losses, style)
+    _draw_levels(ax, curves, losses, style)
     rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
     every = [rank for curve in curves for rank, _ in curve.points]
     measured_axis(ax, every, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     loss_axis(ax)
 
 
-def _levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
+def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
     """Draw BASE and other reference lines; name those too far away at the edge."""
     named = {("BASE", curve.base): INK for curve in curves if curve.base is not None}
     for number, curve in enumerate(curves):

@@ -98,10 +98,10 @@ def probe_sweep(
     check_files(evaluate, *shifted, data)
     kind = Lora(tuple(targets) or None, dora, rslora)
     with run.joined():
-        return _swept(run, base, kind, requested)
+        return _run_sweep(run, base, kind, requested)
 
 
-def _swept(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
+def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, and train."""
     arguments = run.options
     names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
@@ -179,19 +179,19 @@ class _Sweep:
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
         """Return a method with its grid of ranks and rates."""
         tried = {r.lr for r in self.walk.kept.records if r.subject == subject and r.lr is not None}
-        runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._trial, subject), tuple(sorted(tried)))
+        runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._make_trial, subject), tuple(sorted(tried)))
         if self.workers is not None:
-            runs = replace(runs, remote=partial(self._remote, self.workers, grid), slots=self.workers.slots)
+            runs = replace(runs, remote=partial(self._run_remotely, self.workers, grid), slots=self.workers.slots)
         return _Arm(subject, runs, grid)
 
-    def _remote(
+    def _run_remotely(
         self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
     ) -> Iterator[Sequence[WholeRecord]]:
         training = replace(self.walk.training, texts=bare(self.walk.training.texts))
         trained = partial(train_on_worker, workers.site, training, grid)
         return workers.run(trained, [(trial.label, trial.work) for trial in trials], poll)
 
-    def _trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
+    def _make_trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)
         return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell), cell)
 
@@ -221,10 +221,11 @@ class _Sweep:
             )
         walk.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
-            f"{pluralized(len(walk.sets), 'set', 'sets')}{walk.more([arm.runs for arm in arms])}{self._copies(arms)}"
+            f"{pluralized(len(walk.sets), 'set', 'sets')}"
+            f"{walk.more([arm.runs for arm in arms])}{self._estimate_copies(arms)}"
         )
 
-    def _copies(self, arms: Sequence[_Arm]) -> str:
+    def _estimate_copies(self, arms: Sequence[_Arm]) -> str:
         """Return the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
         if not any(arm.subject == "full" for arm in arms):
             return ""

@@ -39,13 +39,13 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     records, seed = results.whole_of(Probe), results.run.settings["seed"]
     sets = set_names(records)
     rates = best_rates(records, sets[0], seed) if sets else {}
-    references = _references(records, sets, seed)
+    references = _list_references(records, sets, seed)
     grids = []
     for name in sets:
         own_records = [record for record in records if record.set == name]
         lines = [(subject, row) for subject, of_set, row in references if of_set == name]
         caption = f"On {short(name)}{' (shifted)' if own_records[0].shifted else ''}"
-        grids.append(_table(caption, own_records, by_rank(records, name, rates), lines))
+        grids.append(_make_table(caption, own_records, by_rank(records, name, rates), lines))
     return grids
 
 
@@ -54,7 +54,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     records, settings = results.whole_of(Probe), results.run.settings
     sets = set_names(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
-    references = _references(records, sets, settings["seed"])
+    references = _list_references(records, sets, settings["seed"])
     all_verdicts = verdicts_of(records, settings["seed"], settings["tolerance"])
     verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
     bases = {name: base for name, (_, base) in all_verdicts.items()}
@@ -62,14 +62,16 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     on_first_set = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
     return probe_summary(
         results,
-        make_statement("trained", "Trained", _trained(settings)),
+        make_statement("trained", "Trained", _describe_training(settings)),
         *(on_set(name, *_state_verdict(verdict, bases[name], share)) for name, verdict in verdicts.items()),
-        *_agreement(verdicts, bases),
-        *_against(records, bases, rates, references, share),
+        *_describe_agreement(verdicts, bases),
+        *_compare_references(records, bases, rates, references, share),
         make_statement(
-            "rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], on_first_set, records, settings)
+            "rates",
+            "Rates",
+            _describe_rates(by_rank(records, sets[0], rates) if sets else [], on_first_set, records, settings),
         ),
-        reading=_reading(settings),
+        reading=_interpret(settings),
     )
 
 
@@ -83,7 +85,7 @@ _READING = (
 )
 
 
-def _reading(settings: dict[str, Any]) -> str:
+def _interpret(settings: dict[str, Any]) -> str:
     """Return notes on the interpretation of the table."""
     extra = []
     if settings.get("full_rates"):
@@ -99,7 +101,7 @@ def _reading(settings: dict[str, Any]) -> str:
     return "; ".join([_READING, *extra])
 
 
-def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
+def _list_references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
     """Return the runs of each reference line at its best rate, on every set."""
     rows = []
     for subject in _LINES:
@@ -108,7 +110,7 @@ def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> lis
     return rows
 
 
-def _against(
+def _compare_references(
     records: Sequence[Probe],
     bases: dict[str, Probe],
     rates: dict[int | None, float],
@@ -124,11 +126,11 @@ def _against(
         )
         if comparison is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
-            sentences.setdefault(subject, []).append(f"{where}{_compared(comparison, _LINES[subject])}")
+            sentences.setdefault(subject, []).append(f"{where}{_describe_comparison(comparison, _LINES[subject])}")
     return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
 
 
-def _compared(comparison: ReferenceComparison, line: str) -> str:
+def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
     """Compare the best rank with a line, with the interval of the difference."""
     means = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
     if comparison.half is None:
@@ -144,7 +146,7 @@ def _compared(comparison: ReferenceComparison, line: str) -> str:
     return f"{words[comparison.outcome]}; {means} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
 
 
-def _table(
+def _make_table(
     caption: str, of_set: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
 ) -> Grid:
     """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
@@ -157,7 +159,10 @@ def _table(
     rates = [
         Column(
             f"lr {lr:g}",
-            (*["-"] * len(bases), *(_loss(by_setting.get((row_subject, r.rank, lr))) for row_subject, r in runs)),
+            (
+                *["-"] * len(bases),
+                *(_format_loss(by_setting.get((row_subject, r.rank, lr))) for row_subject, r in runs),
+            ),
             drop=drop,
         )
         for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
@@ -165,13 +170,13 @@ def _table(
     return grid_of(AtRank.shown, rows, "rank", caption, extra=rates)
 
 
-def _loss(record: Probe | None) -> str:
+def _format_loss(record: Probe | None) -> str:
     if record is None:
         return "-"
     return "diverged" if record.loss is None else f"{record.loss:.4f}"
 
 
-def _trained(settings: dict[str, Any]) -> str:
+def _describe_training(settings: dict[str, Any]) -> str:
     targets = settings["targets"] if isinstance(settings["targets"], str) else ", ".join(settings["targets"])
     grid = settings.get("quantized")
     kind, on = settings.get("kind", "LoRA, alpha = 2r"), f"{targets}{f' rounded to {grid}' if grid else ''}"
@@ -201,7 +206,7 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
     return [lead, *reasons(verdict, share)]
 
 
-def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
+def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
     """State whether shifted sets need another rank."""
     shifted = [name for name in verdicts if bases[name].shifted]
     own_sets = [name for name in verdicts if not bases[name].shifted]
@@ -233,7 +238,7 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
     return [make_statement("shifted", "Shifted sets", *lines)]
 
 
-def _rates(
+def _describe_rates(
     rows: Sequence[AtRank],
     lines: Sequence[tuple[Subject, AtRank]],
     records: Sequence[Probe],

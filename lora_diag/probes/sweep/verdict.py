@@ -374,17 +374,17 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         return SweepVerdict("no gain", None, None, None, best.rank, 0.0, spread, gain, (), seeds)
     noise = _Noise(*blocks([row.runs for _, row in ranked]), *within([row.losses for _, row in ranked]))
     standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
-    close = (rank for rank, row in ranked if max(_theta(row, rival, base, share) for _, rival in ranked) <= 0)
+    close = (rank for rank, row in ranked if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0)
     chosen = next(
         close, best.rank
     )  # with missing seeds, the best rank may not be the best on the seeds that two ranks share
     answer = next(standing for standing in standings if standing.rank == chosen)
     shown = next((standing for standing in standings if standing.enough == "yes"), None)
     return SweepVerdict(
-        _outcome(standings, shown, noise),
+        _choose_outcome(standings, shown, noise),
         None if shown is None else shown.rank,
         answer.rank,
-        _confidence(answer, standings),
+        _bound_confidence(answer, standings),
         best.rank,
         share * gain,
         spread,
@@ -431,7 +431,7 @@ def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
     return fmean(ours), fmean(theirs), len(ours), len(theirs)
 
 
-def _theta(row: AtRank, other: AtRank, base: float, share: float) -> float:
+def _compute_theta(row: AtRank, other: AtRank, base: float, share: float) -> float:
     ours, theirs, _, _ = _pair(row, other)
     return ours - (1 - share) * theirs - share * base
 
@@ -452,7 +452,7 @@ def _rank_standing(
         return RankStanding(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
     standings = []
     for _, other in ranked:
-        theta, (_, _, a, b), variance = _theta(row, other, base, share), _pair(row, other), noise.of(row, other)
+        theta, (_, _, a, b), variance = _compute_theta(row, other, base, share), _pair(row, other), noise.of(row, other)
         if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
             estimate = Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
             standings.append((estimate, share * math.sqrt(noise.plain)))
@@ -474,7 +474,7 @@ def _rank_standing(
     return RankStanding(rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed)
 
 
-def _outcome(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Outcome:
+def _choose_outcome(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Outcome:
     if not noise.known:
         return "no verdict"
     lower = [standing for position, standing in enumerate(standings) if 2 * position < len(standings)]
@@ -485,7 +485,7 @@ def _outcome(standings: Sequence[RankStanding], shown: RankStanding | None, nois
     return "not resolved"
 
 
-def _confidence(answer: RankStanding, standings: Sequence[RankStanding]) -> float | None:
+def _bound_confidence(answer: RankStanding, standings: Sequence[RankStanding]) -> float | None:
     """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is (Bonferroni)."""
     if answer.confidence is None:
         return None

@@ -22,7 +22,7 @@ ROWS = 24
 
 def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    known = _ranks(records)
+    known = _list_ranks(records)
     if not known:
         return "no layer or module type was truncated alone (--granularity layer or type)"
     if options.rank in {None, *known}:
@@ -44,8 +44,8 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     records = probes(results, "truncation")
     sets = sets_of(records)
     chosen = name if name is not None else next(iter(sets))
-    rank = _smallest(records)
-    rows = highest(_rows([record for record in records if record.set == chosen], rank, 0), ROWS)
+    rank = _smallest_rank(records)
+    rows = highest(_make_rows([record for record in records if record.set == chosen], rank, 0), ROWS)
     with panel_axes(ax) as (axes, style):
         draw_rows(axes, rows, style)
         axes.set_xlabel("loss minus TUNED's (nats)")
@@ -56,19 +56,19 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the layers or types with the largest cost at the smallest measured rank, one panel per set."""
     records = [record for item in series for record in item.records]
-    rank = options.rank if options.rank is not None else _smallest(records)
+    rank = options.rank if options.rank is not None else _smallest_rank(records)
     panels = []
     for name, called in sets_of(records).items():
         rows = []
         for number, item in enumerate(series):
-            rows += _rows([record for record in item.records if record.set == name], rank, number)
+            rows += _make_rows([record for record in item.records if record.set == name], rank, number)
         if rows:
             panels.append((called, highest(rows, ROWS)))
     max_rows = len({_cell_name(record) for record in records if record.rank == rank and _cell_name(record)})
     notes = ["All others are as in TUNED. Error bars: two standard errors, paired by sequence."]
     if max_rows > ROWS:
         notes.append(f"The {ROWS} with the highest cost, of {max_rows}.")
-    if others := [other_rank for other_rank in _ranks(records) if other_rank != rank]:
+    if others := [other_rank for other_rank in _list_ranks(records) if other_rank != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
     about = subject_of(series)
     words = FigureText(
@@ -84,15 +84,15 @@ def _cell_name(record: Probe) -> str:
     return record.layer or record.module_type or ""
 
 
-def _ranks(records: Iterable[Probe]) -> list[int]:
+def _list_ranks(records: Iterable[Probe]) -> list[int]:
     return sorted({record.rank for record in records if _cell_name(record) and record.rank is not None})
 
 
-def _smallest(records: Iterable[Probe]) -> int:
-    return _ranks(records)[0]
+def _smallest_rank(records: Iterable[Probe]) -> int:
+    return _list_ranks(records)[0]
 
 
-def _rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
+def _make_rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
     return [
         Row(
             name_of(_cell_name(record)),

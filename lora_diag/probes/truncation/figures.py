@@ -84,8 +84,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, style: PageStyle | None) -> None:
     """Draw the loss minus TUNED's with error bars, and its value if it were proportional to energy."""
     width = style.line if style else 1.2
-    truncated = [record for record in _truncated(of_set) if record.gap is not None]
-    base, tuned = _end(of_set, "base"), _end(of_set, "tuned")
+    truncated = [record for record in _select_truncated(of_set) if record.gap is not None]
+    base, tuned = _find_end(of_set, "base"), _find_end(of_set, "tuned")
     ranks, gaps = [record.rank or 0 for record in truncated], [record.gap or 0.0 for record in truncated]
     errors = [2 * (record.gap_error or 0.0) for record in truncated]
     if truncated:
@@ -122,8 +122,8 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, style
     width = style.line if style else 1.2
     shares, ranks = [0.0, 1.0], []
     for number, of_set in enumerate(runs):
-        truncated = [record for record in _truncated(of_set) if record.kept is not None]
-        base = _end(of_set, "base")
+        truncated = [record for record in _select_truncated(of_set) if record.kept is not None]
+        base = _find_end(of_set, "base")
         if not truncated or base is None or not base.gap:
             continue
         color, shown_ranks = category(number), [record.rank or 0 for record in truncated]
@@ -143,17 +143,17 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, style
     loss_axis(ax)
 
 
-def _truncated(records: Sequence[Probe]) -> list[Probe]:
+def _select_truncated(records: Sequence[Probe]) -> list[Probe]:
     return sorted((record for record in records if record.rank is not None), key=lambda record: record.rank or 0)
 
 
-def _end(records: Sequence[Probe], subject: str) -> Probe | None:
+def _find_end(records: Sequence[Probe], subject: str) -> Probe | None:
     return next((record for record in records if record.subject == subject), None)
 
 
 def _describe_run(label: str, of_set: Sequence[Probe]) -> str:
     """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
-    truncated = _truncated(of_set)
+    truncated = _select_truncated(of_set)
     sufficient = next((record for record in truncated if record.kept is not None and record.kept >= ENOUGH), None)
     if sufficient is not None and sufficient.kept is not None:
         energy = "" if sufficient.energy is None else f", C({sufficient.rank})\xa0=\xa0{sufficient.energy:.2f}"

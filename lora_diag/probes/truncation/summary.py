@@ -27,7 +27,7 @@ class _Row:
     by_set: dict[str, Probe]
 
 
-def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
+def _make_rows(records: Sequence[Probe]) -> list[_Row]:
     groups: dict[tuple[str | None, int | None, Subject], list[Probe]] = {}
     for record in records:
         key = (record.layer or record.module_type, record.rank, record.subject)
@@ -47,7 +47,7 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
 def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table: for every set the loss, its gap to TUNED with the standard error, and the fraction kept."""
     records = results.whole_of(Probe)
-    sets, rows = set_names(records), _truncation_rows(records)
+    sets, rows = set_names(records), _make_rows(records)
     if not rows:
         return []
     energies = tuple("-" if row.energy is None else fraction(row.energy) for row in rows)
@@ -62,11 +62,13 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def truncation_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, the fraction of TUNED's change that each rank keeps."""
     records = results.whole_of(Probe)
-    statements = [_on_set(name, [record for record in records if record.set == name]) for name in set_names(records)]
-    return probe_summary(results, *statements, reading=_reading(results.run))
+    statements = [
+        _describe_set(name, [record for record in records if record.set == name]) for name in set_names(records)
+    ]
+    return probe_summary(results, *statements, reading=_interpret(results.run))
 
 
-def _on_set(name: str, records: Sequence[Probe]) -> Statement:
+def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     together = [record for record in records if record.layer is None and record.module_type is None]
     alone = [record for record in records if record not in together]
     ends = {record.subject: record for record in together if record.subject in {"base", "tuned"}}
@@ -75,21 +77,24 @@ def _on_set(name: str, records: Sequence[Probe]) -> Statement:
         return on_set(name, "not measured yet", shifted=shifted)
     base, tuned = ends["base"], ends["tuned"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
-    lines = _by_rank(ranks, tuned.nats < base.nats) if ranks else []
-    lines += [_costliest(alone)] if alone else []
+    lines = _describe_ranks(ranks, tuned.nats < base.nats) if ranks else []
+    lines += [_describe_costliest(alone)] if alone else []
     return on_set(name, both_ends(base, tuned), *lines, shifted=shifted, answer=lines[0] if lines else "")
 
 
-def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
+def _describe_ranks(ranks: Sequence[Probe], gains: bool) -> list[str]:
     """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
     word = "gain" if gains else "rise of the loss"
     lines = []
     if record := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
-        lines.append(f"r={record.rank} keeps {share(record)} of the {word}, and C({record.rank}) = {_energy(record)}")
+        lines.append(
+            f"r={record.rank} keeps {share(record)} of the {word}, and C({record.rank}) = {_format_energy(record)}"
+        )
     else:
         last = ranks[-1]
         lines.append(
-            f"no measured rank keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = {_energy(last)}"
+            f"no measured rank keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = "
+            f"{_format_energy(last)}"
         )
     equal = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)
     lines.append(
@@ -102,11 +107,11 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
     return lines
 
 
-def _energy(record: Probe) -> str:
+def _format_energy(record: Probe) -> str:
     return "-" if record.energy is None else fraction(record.energy)
 
 
-def _costliest(alone: Sequence[Probe]) -> str:
+def _describe_costliest(alone: Sequence[Probe]) -> str:
     """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
     costliest = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
@@ -114,7 +119,7 @@ def _costliest(alone: Sequence[Probe]) -> str:
     return f"truncated alone to r={smallest}, the loss rises most for {named}"
 
 
-def _reading(run: Run) -> str:
+def _interpret(run: Run) -> str:
     reading = {
         "tuned": "norms, biases, embeddings and head are as in TUNED",
         "base": "norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED",

@@ -48,9 +48,9 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
     if head == "energy" and path.isdigit():
         return f"energy fraction C({path})"
     if head == "rank_at" and path:
-        return f"rank at {_percent(path)} of the energy"
+        return f"rank at {_format_percent(path)} of the energy"
     if head == "additive" and path:
-        return f"rank of the sum over ranks of the updates, at {_percent(path)}"
+        return f"rank of the sum over ranks of the updates, at {_format_percent(path)}"
     if head == "tail" and path.endswith(".fro"):
         return f"tail of rank {path.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
     return next(
@@ -58,7 +58,7 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
     )
 
 
-def _percent(share: str) -> str:
+def _format_percent(share: str) -> str:
     try:
         return f"{float(share):.0%}"
     except ValueError:
@@ -84,19 +84,19 @@ def numbers_of(records: Iterable[Record]) -> list[str]:
     names: dict[str, None] = {}
     for record in records:
         content = {key: getattr(record, key) for key in type(record).model_fields}
-        names.update(dict.fromkeys(_numbers(content, "")))
+        names.update(dict.fromkeys(_iterate_numbers(content, "")))
         if isinstance(record, LayerRecord):
             properties = [key for key, member in vars(type(record)).items() if isinstance(member, property)]
             names.update((key, None) for key in properties if value_of(record, key) is not None)
     return list(names)
 
 
-def _numbers(content: Any, prefix: str) -> Iterable[str]:
+def _iterate_numbers(content: Any, prefix: str) -> Iterable[str]:
     if isinstance(content, Record):
         content = {key: getattr(content, key) for key in type(content).model_fields}
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _iterate_numbers(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(content, int | float) and not isinstance(content, bool):
         yield prefix
 

@@ -36,23 +36,25 @@ class Types:
             if tower := tower_of(layer):
                 towers.setdefault(module_type_of(layer), set()).add(tower)
                 first_layer.setdefault(tower, len(first_layer))
-        self._towers = _distinguishing_parts({tower for names in towers.values() if len(names) > 1 for tower in names})
+        self._towers = _find_distinguishing_parts(
+            {tower for names in towers.values() if len(names) > 1 for tower in names}
+        )
         ordered = sorted(
             layers, key=lambda layer: (first_layer.get(tower_of(layer), len(first_layer)), place_of(layer))
         )
-        self._name = {layer: self._drawn(layer) for layer in ordered}
+        self._name = {layer: self._find_drawn_type(layer) for layer in ordered}
         self.names = tuple(dict.fromkeys(self._name.values()))
 
     def of(self, layer: str) -> str:
         """Return the module type of a layer as drawn."""
         return self._name[layer]
 
-    def _drawn(self, layer: str) -> str:
+    def _find_drawn_type(self, layer: str) -> str:
         tower = self._towers.get(tower_of(layer))
         return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
 
 
-def _distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Return the first part of each tower's name that differs; the whole name if one is a prefix of another."""
     shared = 0
     while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):

@@ -33,11 +33,11 @@ def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:
         run: The run.
         short: Returns the label of a path; default its last part.
     """
-    base, subject = _sides(run, short or (lambda path: short_names([path])[path]))
+    base, subject = _label_sides(run, short or (lambda path: short_names([path])[path]))
     return " → ".join(filter(None, (base, subject))) or name_of(run.command)
 
 
-def _sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
+def _label_sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
     """Return the labels of BASE, empty if it was the measured input, and of the measured inputs."""
     roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
     paths = [side.path for side in run.inputs if side.role in roles]
@@ -79,9 +79,9 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
 def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     short = short_names(side.path for run in runs for side in run.inputs)
     ways: list[list[str]] = [
-        [_sides(run, lambda path: short_names([path])[path])[1] or run_name(run) for run in runs],
+        [_label_sides(run, lambda path: short_names([path])[path])[1] or run_name(run) for run in runs],
         [run_name(run) for run in runs],
-        [_sides(run, short.__getitem__)[1] or run_name(run) for run in runs],
+        [_label_sides(run, short.__getitem__)[1] or run_name(run) for run in runs],
         [run_name(run, short.__getitem__) for run in runs],
     ]
     for names in ways:
@@ -93,12 +93,14 @@ def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
         same_name = [position for position, other in enumerate(names) if other == name]
         if len(same_name) > 1:
             read = [files[position] for position in same_name] if files else []
-            for position, suffix in zip(same_name, _own([runs[position] for position in same_name], read), strict=True):
+            for position, suffix in zip(
+                same_name, _distinguish([runs[position] for position in same_name], read), strict=True
+            ):
                 result[position] = f"{name}, {suffix}" if len(same_name) < len(runs) else suffix
     return result
 
 
-def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+def _distinguish(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     """Return labels that distinguish runs of the same inputs."""
     keys = [
         key
@@ -106,7 +108,8 @@ def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
         if len({str(run.settings.get(key)) for run in runs}) > 1
     ]
     settings = [
-        ", ".join(_setting(key, run.settings[key]) for key in keys if run.settings.get(key) is not None) for run in runs
+        ", ".join(_format_setting(key, run.settings[key]) for key in keys if run.settings.get(key) is not None)
+        for run in runs
     ]
     settings = [text or "default settings" for text in settings]
     if len(set(settings)) == len(runs) and max(map(len, settings)) <= _SETTINGS:
@@ -117,10 +120,10 @@ def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     return [f"{run_name(run)} ({number})" for number, run in enumerate(runs, 1)]
 
 
-def _setting(key: str, value: Any) -> str:
+def _format_setting(key: str, value: Any) -> str:
     """Return a setting as text; an option of the command line as given.
 
-    >>> _setting("budget", "--params 40k"), _setting("top", 8), _setting("ranks", [4, 8])
+    >>> _format_setting("budget", "--params 40k"), _format_setting("top", 8), _format_setting("ranks", [4, 8])
     ('--params 40k', 'top 8', 'ranks 4, 8')
     """
     if isinstance(value, list | tuple):

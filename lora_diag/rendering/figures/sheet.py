@@ -87,35 +87,35 @@ def sheet(
     """
     if style.plain:
         text = replace(text, title="", about="", notes=())
-    above = _Block(style, style.width - 2 * _margin(style))
+    above = _Block(style, style.width - 2 * _compute_margin(style))
     above.add(text.title, style.title, INK, "bold")
     above.add(text.about, style.ticks, QUIET)
-    key_rows = _key_rows(text.keys, above.width, style)
+    key_rows = _break_legend(text.keys, above.width, style)
     below = _Block(style, above.width)
     for note in text.notes:
         below.add(note, style.ticks, QUIET)
-    keys_height = sum(map(_lines, key_rows)) * LEADING * style.ticks / 72 * 1.15 + (
+    keys_height = sum(map(_count_lines, key_rows)) * LEADING * style.ticks / 72 * 1.15 + (
         GAP * style.ticks / 72 if key_rows else 0
     )
-    text_height = above.height + keys_height + below.height + 2 * _margin(style)
+    text_height = above.height + keys_height + below.height + 2 * _compute_margin(style)
     height = max(0.0 if low else style.height, text_height + rows * (panel or style.panel))
     figure = Figure(figsize=(style.width, height), dpi=style.dpi, facecolor="white")
     figure.set_layout_engine(
         "constrained",
         rect=(
-            _margin(style) / style.width / 2,
-            (below.height + _margin(style) / 2) / height,
-            1 - _margin(style) / style.width,
-            1 - (text_height - _margin(style)) / height,
+            _compute_margin(style) / style.width / 2,
+            (below.height + _compute_margin(style) / 2) / height,
+            1 - _compute_margin(style) / style.width,
+            1 - (text_height - _compute_margin(style)) / height,
         ),
         w_pad=0.04 * style.text / 10,
         h_pad=0.06 * style.text / 10,
         wspace=0.02,
         hspace=0.02,
     )
-    above.write(figure, height - _margin(style))
-    _write_keys(figure, key_rows, height - _margin(style) - above.height, style)
-    below.write(figure, below.height + _margin(style) / 2)
+    above.write(figure, height - _compute_margin(style))
+    _write_keys(figure, key_rows, height - _compute_margin(style) - above.height, style)
+    below.write(figure, below.height + _compute_margin(style) / 2)
     axes = figure.subplots(
         rows,
         columns,
@@ -127,7 +127,7 @@ def sheet(
     return figure, [axis for row in np.asarray(axes) for axis in row]
 
 
-def _margin(style: PageStyle) -> float:
+def _compute_margin(style: PageStyle) -> float:
     return 0.6 * style.text / 72
 
 
@@ -146,7 +146,7 @@ class _Block:
             self.height += ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
 
     def write(self, figure: Figure, top: float) -> None:
-        left, height = _margin(self.style) / self.style.width, figure.get_figheight()
+        left, height = _compute_margin(self.style) / self.style.width, figure.get_figheight()
         for lines, size, color, weight in self._parts:
             figure.text(
                 left,
@@ -163,7 +163,7 @@ class _Block:
             top -= ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
 
 
-def _key_rows(keys: Sequence[Key], width: float, style: PageStyle) -> list[list[Key]]:
+def _break_legend(keys: Sequence[Key], width: float, style: PageStyle) -> list[list[Key]]:
     """Break the legend into rows that fit; a name longer than a row is wrapped."""
     rows: list[list[Key]] = []
     left = 0.0
@@ -178,7 +178,7 @@ def _key_rows(keys: Sequence[Key], width: float, style: PageStyle) -> list[list[
     return rows
 
 
-def _lines(row: Sequence[Key]) -> int:
+def _count_lines(row: Sequence[Key]) -> int:
     return max(key.label.count("\n") + 1 for key in row)
 
 
@@ -189,7 +189,7 @@ def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, style
             [key.handle for key in row],
             [key.label for key in row],
             loc="upper left",
-            bbox_to_anchor=Bbox.from_bounds(_margin(style) / style.width, top / height, 0, 0),
+            bbox_to_anchor=Bbox.from_bounds(_compute_margin(style) / style.width, top / height, 0, 0),
             ncols=len(row),
             borderpad=0,
             borderaxespad=0,
@@ -200,7 +200,7 @@ def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, style
         for text in legend.get_texts():
             text.set_parse_math(False)
         legend.set_in_layout(False)
-        top -= _lines(row) * 1.15 * LEADING * style.ticks / 72
+        top -= _count_lines(row) * 1.15 * LEADING * style.ticks / 72
 
 
 def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylabel: str) -> None:

@@ -61,10 +61,12 @@ def slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[S
     groups: dict[str, list[R]] = {name: [] for name in shown.values()}
     for record in records:
         groups[shown[types.of(record.layer)]].append(record)
-    return tuple(_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group)
+    return tuple(
+        _make_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group
+    )
 
 
-def _slot(position: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
+def _make_slot(position: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
     bars = (tuple(group),) if per == "type" else tuple(by_depth(group).values())
     half = min(_FILLED, _WIDEST * len(bars)) / 2
     return Slot(name, position + np.linspace(-half, half, len(bars) + 1), bars)
@@ -86,7 +88,7 @@ def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, la
     ax.tick_params(axis="x", length=0, labelbottom=labels)
     if not labels:
         return
-    names, angle = _written(drawn, inches, size)
+    names, angle = _fit_labels(drawn, inches, size)
     ax.set_xticklabels(
         names,
         parse_math=False,
@@ -99,12 +101,12 @@ def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, la
 
 def label_height(drawn: Sequence[Slot[R]], inches: float, size: float) -> float:
     """Return the height of the names below the axis in inches."""
-    names, angle = _written(drawn, inches, size)
+    names, angle = _fit_labels(drawn, inches, size)
     widest = max(width_of(name, size) for name in names)
     return widest * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4 * size / 72
 
 
-def _written(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list[str], int]:
+def _fit_labels(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list[str], int]:
     """Return the shortened names, and their rotation in degrees."""
     positions = [round(float(slot.edges.mean())) for slot in drawn]
     room = inches / (max(positions) - min(positions) + 1)

@@ -97,11 +97,11 @@ def page_style_of(name: str) -> PageStyle:
 @contextmanager
 def styled(style: PageStyle | None) -> Iterator[None]:
     """Set fonts, sizes and widths inside the block; None keeps the sizes of a notebook's own axes."""
-    with mpl.rc_context(_PLAIN if style is None else _settings(style)):
+    with mpl.rc_context(_PLAIN if style is None else _make_settings(style)):
         yield
 
 
-def _settings(style: PageStyle) -> dict[Any, Any]:
+def _make_settings(style: PageStyle) -> dict[Any, Any]:
     return {
         # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
         **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _OF_THE_PROCESS},
@@ -125,7 +125,7 @@ def _settings(style: PageStyle) -> dict[Any, Any]:
         "lines.linewidth": style.line,
         "lines.markersize": 4 * style.line,
         "hatch.linewidth": 0.5 * style.line,
-        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _tick(style).items()},
+        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _format_tick(style).items()},
         "svg.fonttype": "none",
         "svg.hashsalt": "loradiag",
         "pdf.fonttype": 42,
@@ -135,7 +135,7 @@ def _settings(style: PageStyle) -> dict[Any, Any]:
 _OF_THE_PROCESS = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.port"}
 
 
-def _tick(style: PageStyle) -> dict[str, Any]:
+def _format_tick(style: PageStyle) -> dict[str, Any]:
     return {
         "labelsize": style.ticks,
         "labelcolor": INK,
@@ -174,7 +174,7 @@ def name_of(layer: str) -> str:
     >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
     ('model.layers.0.mlp.up_proj', 'a$b$\\n')
     """
-    known = _characters()
+    known = _list_characters()
     return "".join(
         char if char.isprintable() and ord(char) in known else char.encode("unicode_escape", "surrogatepass").decode()
         for char in layer.removesuffix(".weight")
@@ -182,12 +182,12 @@ def name_of(layer: str) -> str:
 
 
 @cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(_font()).get_charmap())
+def _list_characters() -> frozenset[int]:
+    return frozenset(get_font(_load_font()).get_charmap())
 
 
 @cache
-def _font() -> str:
+def _load_font() -> str:
     return findfont(FontProperties(family=_FAMILY))
 
 
@@ -212,13 +212,13 @@ def category(number: int) -> str:
 
 def width_of(text: str, size: float) -> float:
     """Return the width of a line of text in inches."""
-    return max((_width(line) for line in text.split("\n")), default=0.0) * size / 72
+    return max((_measure_line(line) for line in text.split("\n")), default=0.0) * size / 72
 
 
 @lru_cache(4096)
-def _width(line: str) -> float:
+def _measure_line(line: str) -> float:
     """Return the width of a line at one point."""
-    font = get_font(_font())
+    font = get_font(_load_font())
     font.set_size(100, 72)
     font.set_text(line, 0.0)
     return float(font.get_width_height()[0]) / 64 / 100
@@ -226,15 +226,15 @@ def _width(line: str) -> float:
 
 def cropped(text: str, inches: float, size: float) -> str:
     """Truncate a name at its beginning until it fits; its end is more specific."""
-    return _longest([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
+    return _first_fitting([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
 
 
 def cut(text: str, inches: float, size: float) -> str:
     """Truncate a sentence at its end until it fits."""
-    return _longest([text, *(text[:end] + "…" for end in range(len(text) - 2, 3, -1))], inches, size)
+    return _first_fitting([text, *(text[:end] + "…" for end in range(len(text) - 2, 3, -1))], inches, size)
 
 
-def _longest(texts: Sequence[str], inches: float, size: float) -> str:
+def _first_fitting(texts: Sequence[str], inches: float, size: float) -> str:
     """Return the first text that fits, of several in order of decreasing length; else the shortest."""
     index = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
     return texts[min(index, len(texts) - 1)]
@@ -250,12 +250,14 @@ def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, s
     for name in names:
         families.setdefault(name.split(".")[0], []).append(name)
     dots = {
-        name: next((n for n in range(4) if all(width_of(_from(member, n), size) <= inches for member in family)), 0)
+        name: next(
+            (n for n in range(4) if all(width_of(_drop_to_dot(member, n), size) <= inches for member in family)), 0
+        )
         for family in families.values()
         for name in family
     }
     ways: list[Callable[[str], str]] = [
-        lambda name: cropped(_from(name, dots[name]), inches, size),
+        lambda name: cropped(_drop_to_dot(name, dots[name]), inches, size),
         lambda name: cropped(name, inches, size),
         lambda name: cut(name, inches, size),
     ]
@@ -270,7 +272,7 @@ def _is_unambiguous(short: Mapping[str, str]) -> bool:
     return unambiguous and len(set(short.values())) == len(short)
 
 
-def _from(name: str, dot: int) -> str:
+def _drop_to_dot(name: str, dot: int) -> str:
     parts = name.split(".")
     dot = min(dot, len(parts) - 1)
     return f"…{'.'.join(parts[dot:])}" if dot else name

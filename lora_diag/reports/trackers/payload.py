@@ -39,14 +39,14 @@ class Payload:
                 **{f"input.{side.role}": side.path for side in item.run.inputs},
                 **{f"settings.{name}": value for name, value in item.run.settings.items()},
             }
-            for key, item in self._named()
+            for key, item in self._number_runs()
         }
 
     @cached_property
     def scalars(self) -> dict[str, float]:
         """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as tables pool them."""
         values: dict[str, float] = {}
-        for key, item in self._named():
+        for key, item in self._number_runs():
             for kind in dict.fromkeys(type(record) for record in (*item.layers, *item.whole)):
                 records = [record for record in (*item.layers, *item.whole) if type(record) is kind]
                 columns = kind.shown_of(item.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
@@ -59,7 +59,7 @@ class Payload:
     @cached_property
     def tables(self) -> dict[str, dict[str, list[Any]]]:
         """The records of each run as columns."""
-        return {key: item.columns() for key, item in self._named() if item.layers or item.whole}
+        return {key: item.columns() for key, item in self._number_runs() if item.layers or item.whole}
 
     @cached_property
     def figures(self) -> dict[str, bytes]:
@@ -83,7 +83,7 @@ class Payload:
         """The report as HTML; needs the extra ``report``."""
         return str(report(*self.results, format="html"))
 
-    def _named(self) -> list[tuple[str, Results[Any]]]:
+    def _number_runs(self) -> list[tuple[str, Results[Any]]]:
         """Return each run with its command, numbered where a command has several."""
         commands = [item.run.command for item in self.results]
         counts: dict[str, int] = {}

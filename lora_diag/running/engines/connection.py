@@ -118,11 +118,11 @@ def connected(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
 
     worker._worker_logs_enabled = False
     try:
-        with _suppress_stderr(), _interruptible():
+        with _suppress_stderr(), _allow_interrupts():
             ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many types
         problem = named if address else "--engine ray: a local Ray could not be started"
-        raise InputError(f"{problem}: {_reason(ray, error)}") from error
+        raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
     try:
         yield
     finally:
@@ -171,7 +171,7 @@ def _suppress_stderr() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _allow_interrupts() -> Iterator[None]:
     """Make Ctrl-C end the block reliably: an interrupt is lost while Ray's start calls Python from C."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -192,7 +192,7 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _reason(ray: Any, error: BaseException) -> str:
+def _explain_failure(ray: Any, error: BaseException) -> str:
     """Return why Ray could not be reached, in one line."""
     deepest: BaseException | None = error
     while deepest is not None:

@@ -87,7 +87,7 @@ def layout_for(
     Raises:
         UsageError: The memory limit is too small for the program itself.
     """
-    cores = _torch_threads() if torch else own_cores()
+    cores = _count_torch_threads() if torch else own_cores()
     workers = workers or (2 if device == "cuda" else None)
     if memory is None:
         return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
@@ -107,7 +107,7 @@ def own_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _torch_threads() -> int:
+def _count_torch_threads() -> int:
     import torch
 
     return torch.get_num_threads()
@@ -140,7 +140,7 @@ def run_local(
         return
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
-    threads_before = _torch_threads() if layout.torch else 0
+    threads_before = _count_torch_threads() if layout.torch else 0
     pool = ThreadPoolExecutor(
         max_workers=max_threads, thread_name_prefix="layer"
     )  # a thread name that cli/app.py recognizes
@@ -155,7 +155,7 @@ def run_local(
                     del running[done]
                 while pending and pending[0].done():
                     yield pending.popleft().result()
-            future = pool.submit(_on_threads, threads if layout.torch else 0, measure, task)
+            future = pool.submit(_run_on_threads, threads if layout.torch else 0, measure, task)
             pending.append(future)
             running[future] = threads
         while pending:
@@ -168,7 +168,7 @@ def run_local(
         _set_torch_threads(threads_before)
 
 
-def _on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:
+def _run_on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:
     _set_torch_threads(threads)
     return measure(task)
 

@@ -64,7 +64,7 @@ def run_ray(
     with connected(ray, engine, layout.cores):
         cluster = _Cluster(ray, engine.gpus_per_task)
         plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
-        run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed, poll, advice)
+        run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, listed)), listed, poll, advice)
         try:
             yield from in_order(
                 plan,
@@ -103,13 +103,13 @@ class _Cluster:
     def __init__(self, ray: Any, gpus: float) -> None:
         self._ray, self.gpus = ray, gpus
         self._looked = self._last_seen = time.monotonic()
-        self._nodes = self._fitting(1)
+        self._nodes = self._find_fitting_nodes(1)
         while not self._nodes:
             self._wait_for_a_node(1)
         # A matrix may request a whole node. Requests are independent of nodes that join or leave, and so are the bytes.
         self.largest = int(max(node["CPU"] for node in self._nodes))
 
-    def _fitting(self, cores: int) -> list[dict[str, float]]:
+    def _find_fitting_nodes(self, cores: int) -> list[dict[str, float]]:
         """Return the resources of living nodes that have enough for a layer."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
@@ -122,7 +122,7 @@ class _Cluster:
                 "run with -o continues with --resume"
             )
         time.sleep(LOOK)
-        self._nodes = self._fitting(cores)
+        self._nodes = self._find_fitting_nodes(cores)
 
     @property
     def slots(self) -> int:
@@ -157,9 +157,9 @@ class _Cluster:
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
-        if nodes := self._fitting(1):
+        if nodes := self._find_fitting_nodes(1):
             self._nodes = nodes
-        if self._fitting(cores):
+        if self._find_fitting_nodes(cores):
             self._last_seen = self._looked
         else:
             self._wait_for_a_node(cores)
@@ -195,11 +195,11 @@ class _Run:
             done, _ = self._ray.wait(tickets, num_returns=len(tickets), timeout=0)
         for ticket in done:
             del self._under_way[ticket]
-            yield ticket, self._outcomes(ticket)
+            yield ticket, self._fetch_outcomes(ticket)
         self._look()
         self._cluster.poll(max((batch.threads for batch in self._under_way.values()), default=1))
 
-    def _outcomes(self, ticket: Any) -> Sequence[Any] | None:
+    def _fetch_outcomes(self, ticket: Any) -> Sequence[Any] | None:
         try:
             outcomes: Sequence[Any] = self._ray.get(ticket)
         except self._ray.exceptions.RayTaskError as error:
@@ -229,7 +229,7 @@ class _Run:
                 self._ray.cancel(ticket, force=True)
 
 
-def _job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
+def _pack_job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
     """Pack what every worker needs into one object; with all tasks, so that shared checkpoints are stored once."""
     files: dict[str, int] = {}
 

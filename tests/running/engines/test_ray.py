@@ -478,9 +478,9 @@ def test_cluster_token_message_states_fix(monkeypatch):
     fake = SimpleNamespace(exceptions=SimpleNamespace(AuthenticationError=AuthenticationError))
     error = ConnectionError("Failed to connect")
     error.__context__ = AuthenticationError("no")
-    assert "export RAY_AUTH_MODE=token" in connection._reason(fake, error)
-    assert connection._reason(fake, ConnectionError("Failed\nto connect")) == "Failed"
-    assert connection._reason(fake, TimeoutError()) == "TimeoutError"
+    assert "export RAY_AUTH_MODE=token" in connection._explain_failure(fake, error)
+    assert connection._explain_failure(fake, ConnectionError("Failed\nto connect")) == "Failed"
+    assert connection._explain_failure(fake, TimeoutError()) == "TimeoutError"
 
 
 def test_ray_is_only_imported_inside_of_functions():
@@ -502,10 +502,10 @@ def test_worker_without_loradiag_is_reported():
     run = object.__new__(engine._Run)
     run._ray = ray
     with raises_naming(InputError, "cannot import", "ModuleNotFoundError"):
-        run._outcomes(0)
+        run._fetch_outcomes(0)
     RayTaskError.cause = ZeroDivisionError("division by zero")
     with pytest.raises(ZeroDivisionError):
-        run._outcomes(0)
+        run._fetch_outcomes(0)
 
 
 class FakeRay:

@@ -34,7 +34,7 @@ def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
         return Outcome("full")
     if item.part == "dora" or (contents.has_metadata and item.alpha is None):
         return Outcome("intended", item.scale)
-    alpha, ranks_are_alphas = _alpha(contents.components[component_of(item.module)], mirrored)
+    alpha, ranks_are_alphas = _choose_alpha(contents.components[component_of(item.module)], mirrored)
     if ranks_are_alphas:
         return Outcome("applied", 1.0)
     own_alpha = item.alpha if item.alpha is not None else alpha
@@ -42,7 +42,7 @@ def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
     return Outcome("applied", own_alpha / item.rank, why)
 
 
-def _alpha(items: Sequence[Item], mirrored: bool) -> tuple[float, bool]:
+def _choose_alpha(items: Sequence[Item], mirrored: bool) -> tuple[float, bool]:
     """Return the α of modules without one, and whether it is each module's own rank."""
     alphas = [item.alpha for item in items if item.alpha is not None]
     if alphas:

@@ -33,20 +33,20 @@ def _applies(contents: Contents, item: Item) -> Outcome:
     return Outcome("intended", item.scale) if item.part in {*PAIRS, "other"} else Outcome("full")
 
 
-def _key(keys: Iterable[str], module: str) -> str:
+def _find_pattern_key(keys: Iterable[str], module: str) -> str:
     """Return the key of a pattern that PEFT before 0.15 uses for a module."""
     return next((key for key in keys if re.match(rf".*\.{key}$", module)), module)
 
 
-def _settings(contents: Contents, item: Item, together: bool) -> tuple[int, float]:
+def _read_settings(contents: Contents, item: Item, together: bool) -> tuple[int, float]:
     """Return r and α of a module by the rule of old versions."""
     config = contents.config
     ranks, alphas = (dict[str, Any](config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     if together:
-        key = _key([*ranks, *alphas], item.module)
+        key = _find_pattern_key([*ranks, *alphas], item.module)
         keys = key, key
     else:
-        keys = _key(ranks, item.module), _key(alphas, item.module)
+        keys = _find_pattern_key(ranks, item.module), _find_pattern_key(alphas, item.module)
     return ranks.get(keys[0], config["r"]), alphas.get(keys[1], config["lora_alpha"])
 
 
@@ -54,7 +54,7 @@ def _refuses_old(contents: Contents, together: bool) -> str:
     if contents.config.get("peft_type") != "LORA":
         return ""
     for item in contents.pairs:
-        rank, _ = _settings(contents, item, together)
+        rank, _ = _read_settings(contents, item, together)
         if item.part != "experts" and rank != item.rank:
             return f"{item.module} has rank {item.rank}, and its patterns give it {rank}: size mismatch"
     return ""
@@ -65,7 +65,7 @@ def _applies_old(contents: Contents, item: Item, together: bool) -> Outcome:
         return Outcome("dropped", why="lora_bias is not known to it")
     if item.part not in {"factors", "embedding", "convolution"}:
         return _applies(contents, item)
-    rank, alpha = _settings(contents, item, together)
+    rank, alpha = _read_settings(contents, item, together)
     scale = alpha / (math.sqrt(rank) if contents.config.get("use_rslora") else rank)
     return Outcome("applied", scale, "a pattern's key is matched otherwise than today")
 

@@ -46,11 +46,11 @@ def _refuses(contents: Contents) -> str:
         else "",
         f"{odd.key}: no target module of the server has such a name" if odd is not None else "",
         f"{unequal.module} has rank {unequal.rank}, and r is {rank}: an assertion fails" if unequal is not None else "",
-        next(_incomplete(contents), ""),
+        next(_find_incomplete(contents), ""),
     )
 
 
-def _incomplete(contents: Contents) -> Iterator[str]:
+def _find_incomplete(contents: Contents) -> Iterator[str]:
     """Yield layers without all of the factors that are joined into one."""
     owners: dict[str, set[str]] = {}
     for item in contents.pairs:

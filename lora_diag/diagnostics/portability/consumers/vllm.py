@@ -35,7 +35,7 @@ _UNREAD = {
 }
 
 
-def _saved(contents: Contents, allowed: set[str]) -> str:
+def _find_saved(contents: Contents, allowed: set[str]) -> str:
     saved = [name for name in contents.config.get("modules_to_save") or () if name not in allowed]
     return f"modules_to_save {', '.join(map(str, saved))}" if saved else ""
 
@@ -49,7 +49,7 @@ def _refuses(contents: Contents, since: str) -> str:
     value = contents.first("value", "norm")
     plain_value = value is not None and value.module.rpartition(".")[2] in {"classifier", "score"}
     return unless(
-        _saved(contents, {"classifier", "score"} if since != "0.10" else set()),
+        _find_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
         "DoRA" if config.get("use_dora") or contents.first("dora") else "",
         f"bias={config['bias']!r}" if config.get("bias") not in (None, "none") else "",
         ", ".join(unread) if since == "0.32" else "",

@@ -255,20 +255,20 @@ def _describe_shape(shape: Shape) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
-def _have_equal_shapes(expected: Shape, stored: tuple[int, ...]) -> bool:
+def _equal_shapes(expected: Shape, stored: tuple[int, ...]) -> bool:
     return len(expected) == len(stored) and all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 
 def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
     """Return whether a stored weight may be the requested one."""
-    if _have_equal_shapes(expected, stored):
+    if _equal_shapes(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
-        return _have_equal_shapes(expected, flat(stored))
+        return _equal_shapes(expected, flat(stored))
     if (
         transposed
         and len(expected) == len(stored) > 1
-        and _have_equal_shapes((*expected[:-2], expected[-1], expected[-2]), stored)
+        and _equal_shapes((*expected[:-2], expected[-1], expected[-2]), stored)
     ):
         return True
     return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))

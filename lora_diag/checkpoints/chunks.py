@@ -95,7 +95,7 @@ class Boxes:
                 if box.sizes and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
                     break
                 pairs += 1
-                if pairs > MAX_PAIRS or _do_boxes_overlap(box, other):
+                if pairs > MAX_PAIRS or _are_overlapping(box, other):
                     return True
         return False
 
@@ -154,7 +154,7 @@ class Boxes:
         return bytes(out)
 
 
-def _do_boxes_overlap(first: Box, second: Box) -> bool:
+def _are_overlapping(first: Box, second: Box) -> bool:
     edges = zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in edges)
 

@@ -163,13 +163,13 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     used = {short_name for short_name, group in groups.items() if len(group) == 1}
     for group in groups.values():
         if len(group) > 1:
-            cuts = _disambiguated(group, width, used)
+            cuts = _disambiguate(group, width, used)
             shortened_names |= dict(zip(group, cuts, strict=True))
             used |= set(cuts)
     return [shortened_names[name] for name in names]
 
 
-def _disambiguated(names: Sequence[str], width: int, used: Set[str]) -> list[str]:
+def _disambiguate(names: Sequence[str], width: int, used: Set[str]) -> list[str]:
     """Shorten names with equal endings: keep the first parts in which they differ, and the end."""
     differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
     start = names[0].rfind(".", 0, differ) + 1

@@ -88,13 +88,13 @@ def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
     ]
     if empty:
         raise NothingComparedError(f"{empty[0]}: has no records to judge")
-    if not policy.rules and not policy.regressions and not empty and not _do_checks_apply(sources):
+    if not policy.rules and not policy.regressions and not empty and not _checks_apply(sources):
         raise NothingComparedError(
             f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
         )
 
 
-def _do_checks_apply(sources: Sequence[Source]) -> bool:
+def _checks_apply(sources: Sequence[Source]) -> bool:
     """Return whether built-in checks alone apply to the results."""
     non_finite = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
     return non_finite or has_updates(sources) or any(source.results.end is None for source in sources)

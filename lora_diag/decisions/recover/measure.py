@@ -82,7 +82,7 @@ def size(layer: RecoveryTask, settings: LayerSettings) -> int:
     return needed if settings.memory is None else min(needed, settings.memory)
 
 
-def _does_exceed_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
+def _exceeds_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
     """Return whether the layer exceeds the memory limit, and is read in row blocks."""
     needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
     return settings.memory is not None and needed > settings.memory
@@ -129,7 +129,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
     delta, request = layer.delta, layer.request
-    limit = settings.memory if _does_exceed_memory(layer, settings) else None
+    limit = settings.memory if _exceeds_memory(layer, settings) else None
     allowance = None if limit is None else Allowance(limit, settings.method)
     change = load_change(delta, device, allowance=allowance)
     if change.non_finite is not None:

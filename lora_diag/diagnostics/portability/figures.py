@@ -133,7 +133,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     names = cropped_all(shown.types, _NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
     labels = 1.2 * line
-    if not _do_names_fit(shown, inches, style.ticks):
+    if not _names_fit(shown, inches, style.ticks):
         labels = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
     panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
     page, (ax,) = sheet(style, _make_text(series, shown), 1, 1, panel=panel, low=True)
@@ -148,7 +148,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page
 
 
-def _do_names_fit(shown: Cells, inches: float, size: float) -> bool:
+def _names_fit(shown: Cells, inches: float, size: float) -> bool:
     """Return whether the programs' names fit side by side."""
     return max(width_of(name, size) for name in shown.programs) < 0.92 * inches / len(shown.programs)
 
@@ -170,7 +170,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
     )
     middles = [number * step - 0.5 + len(shown.depths) / 2 for number in range(len(shown.programs))]
     ax.set_xticks(middles, list(shown.programs), parse_math=False, size=size)
-    ax.tick_params(axis="x", rotation=0 if _do_names_fit(shown, inches, size) else 90)
+    ax.tick_params(axis="x", rotation=0 if _names_fit(shown, inches, size) else 90)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(length=0)
     ax.grid(False)

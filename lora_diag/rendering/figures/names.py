@@ -69,14 +69,14 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
         names.update(
             zip(
                 positions,
-                [run_name(inputs_of_run[0])] if len(inputs_of_run) == 1 else _disambiguated(inputs_of_run, read),
+                [run_name(inputs_of_run[0])] if len(inputs_of_run) == 1 else _disambiguate(inputs_of_run, read),
                 strict=True,
             )
         )
     return [names[position] for position in range(len(runs))]
 
 
-def _disambiguated(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+def _disambiguate(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     short = short_names(side.path for run in runs for side in run.inputs)
     ways: list[list[str]] = [
         [_label_sides(run, lambda path: short_names([path])[path])[1] or run_name(run) for run in runs],

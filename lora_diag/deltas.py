@@ -411,8 +411,13 @@ def _explain_nothing_paired(base: Checkpoint, tuned: Checkpoint, unpaired: tuple
     names = [name for name in base if name in tuned]
     if not names:
         return (
-            f"no weight name of {base.path} is in {tuned.path}, so nothing was compared. "
-            f"BASE has names like {min(base)}; TUNED has names like {min(tuned)}. Are they one model, saved alike?"
+            f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared (BASE has names like "
+            f"{min(base)}, TUNED like {min(tuned)}); give two checkpoints of one model"
         )
     reasons = sorted({item.reason for item in unpaired if item.layer in names})
-    return f"nothing was compared: all {len(names)} names that both sides have are left out ({', '.join(reasons)})"
+    if reasons == ["not_selected"]:
+        return f"{tuned.path}: --layers or --exclude leaves out all {len(names)} weights; correct the expression"
+    fix = "give two checkpoints of one model" if "shape_differs" in reasons else "nothing was compared"
+    return (
+        f"{tuned.path}: all {len(names)} weights in common with {base.path} are left out ({', '.join(reasons)}); {fix}"
+    )

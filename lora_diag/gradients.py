@@ -108,7 +108,7 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         number = _parse_step(checkpoint, path)
         existing = steps.setdefault(number, Step(number, checkpoint))
         if existing.checkpoint is not checkpoint:
-            raise InputError(f"{path}: is of step {number}, and so is {existing.checkpoint.path}; give one of them")
+            raise InputError(f"{path}: step {number} is also in {existing.checkpoint.path}; give each step once")
     return tuple(steps[number] for number in sorted(steps))
 
 
@@ -148,7 +148,9 @@ def _parse_step(checkpoint: Checkpoint, path: Path) -> int:
     name = path.parent.name if path.name in WEIGHTS else stem
     match = _NUMBER.search(name)
     if match is None:
-        raise InputError(f"{path}: has no step; put it into the file's metadata or its name, such as grad_step000040")
+        raise InputError(
+            f"{path}: no training step is known; put it into the file's metadata or its name, such as grad_step000040"
+        )
     return int(match[1])
 
 

@@ -125,7 +125,7 @@ def test_layer_selection(tmp_path):
     assert [(item.layer, item.reason) for item in found.unpaired] == [(names[0], "not_selected")]
     with pytest.raises(UsageError, match="--layers"):
         pairing(tmp_path, tensors, tensors, layers="(")
-    with pytest.raises(NothingComparedError, match="not_selected"):
+    with pytest.raises(NothingComparedError, match="--exclude"):
         pairing(tmp_path, tensors, tensors, layers="nope")
 
 

@@ -56,7 +56,7 @@ def test_two_files_of_one_step_are_refused_by_both_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "step", "message"),
     [
-        ("gradients.safetensors", None, "has no step"),
+        ("gradients.safetensors", None, "no training step is known"),
         ("g1.safetensors", "soon", "the step in its metadata is 'soon'"),
         ("g1.safetensors", "-4", "the step in its metadata is '-4'"),
         ("g1.safetensors", "1e3", "the step in its metadata is '1e3'"),

@@ -109,7 +109,7 @@ def _make_unmatched_error(source: Source, base: Checkpoint, missing: list[Unpair
     shown = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return (
-        f"{source.path}: {len(missing)} of its weights are not in {base.path}: {shown}{suffix} (BASE has names like "
+        f"{source.path}: {len(missing)} of its weights match none of {base.path}: {shown}{suffix} (BASE has names like "
         f"{min(base)}); give the base it was trained on, or skip these weights with --allow-unmatched"
     )
 
@@ -117,7 +117,8 @@ def _make_unmatched_error(source: Source, base: Checkpoint, missing: list[Unpair
 def _make_no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
     needs = next((item for item in unpaired if item.reason == "needs_base"), None)
     if needs is not None and all(item.reason == "needs_base" for item in unpaired):
-        return InputError(f"{source.path}: {needs.layer}: {needs.detail}; run loradiag spectrum BASE {source.path}")
+        fix = f"run loradiag spectrum BASE {source.path}, or loradiag fleet {source.path} --base BASE"
+        return InputError(f"{source.path}: {needs.layer}: {needs.detail}; {fix}")
     reasons = ", ".join(sorted({item.reason for item in unpaired})) or "it holds none"
     return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({reasons})")
 
@@ -130,7 +131,7 @@ def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], 
         layer = update.layer
         shape = tuple(size for size in update.shape if size is not None)
         if update.needs_weight or len(shape) < len(update.shape):
-            why = f"{update.needs_weight or reading.kind.partition(',')[0]} changes it in terms of the base weight"
+            why = f"{update.needs_weight or reading.kind.partition(',')[0]} computes its ΔW from the base weight"
             unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
         elif not update.optional:
             deltas.append(_make_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))

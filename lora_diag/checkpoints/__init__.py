@@ -6,8 +6,18 @@ range. A format is one file in this package and one line in ``FORMATS``.
 """
 
 from lora_diag.checkpoints.addresses import shown
-from lora_diag.checkpoints.folder import FORMATS, locate, open_checkpoint
+from lora_diag.checkpoints.folder import FORMATS, check_exists, locate, open_checkpoint
 from lora_diag.checkpoints.remote import as_path
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
 
-__all__ = ["FORMATS", "Checkpoint", "TensorFile", "TensorInfo", "as_path", "locate", "open_checkpoint", "shown"]
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "TensorFile",
+    "TensorInfo",
+    "as_path",
+    "check_exists",
+    "locate",
+    "open_checkpoint",
+    "shown",
+]

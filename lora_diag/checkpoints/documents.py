@@ -49,11 +49,13 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
             raise InputError(f"{path}: is larger than {limit:,} bytes, too large for a {kind}")
         content = loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        missing = isinstance(error, FileNotFoundError)
+        problem = "no such file; check the path" if missing else f"cannot be read: {error.strerror}"
+        raise InputError(f"{path}: {problem}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a readable {kind}: not UTF-8 text") from error
+        raise InputError(f"{path}: is not a readable {kind}: it is not UTF-8 text; write it again") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not a readable {kind}: {error}") from error
+        raise InputError(f"{path}: is not a readable {kind} ({error}); write it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a {kind}: it holds a {type(content).__name__}, not an object; correct it")
     return content

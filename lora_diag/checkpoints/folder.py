@@ -102,12 +102,27 @@ def locate(path: Path | str) -> Path:
         if not (path.is_file() or path.is_dir()):
             raise InputError(f"{path}: is not a file or folder; a pipe or device cannot be read by ranges")
         return path
+    check_exists(path)
     from lora_diag.checkpoints import hub  # imported only if the path is not local
 
     hub_id = hub.parse(path.as_posix())
-    if hub_id is None:
-        raise InputError(f"{path}: no such file or folder; check the path")
+    assert hub_id is not None
     return hub.fetch(hub_id, WEIGHTS)
+
+
+def check_exists(path: Path | str) -> None:
+    """Refuse a local path that does not exist, before anything is opened. Addresses and Hub ids are not looked up.
+
+    Raises:
+        InputError: The path does not exist, and is neither an address nor a Hub id.
+    """
+    path = as_path(path)
+    if isinstance(path, RemotePath) or os.path.exists(path):  # noqa: PTH110  (as above)
+        return
+    from lora_diag.checkpoints import hub
+
+    if hub.parse(path.as_posix()) is None:
+        raise InputError(f"{path}: no such file or folder; check the path")
 
 
 def _read_config(source: Path) -> dict[str, Any]:

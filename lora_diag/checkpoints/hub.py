@@ -174,6 +174,6 @@ def unreachable(hub_id: HubId, error: Exception, address: str = "") -> InputErro
         case _:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             cached = "" if address else "it is not in the Hugging Face cache, and "
-            reason = f"{cached}the Hub cannot be reached: {why}"
+            reason = f"{cached}the Hub cannot be reached ({why}); check the path, or the network"
     text = f"{address}: {reason}" if address else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
     return InputError(text)

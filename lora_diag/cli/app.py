@@ -216,10 +216,16 @@ def _format_usage_error(problem: str, context: Any) -> str:
 
     >>> _format_usage_error("No such option: --rnak Did you mean --rank?", None)
     'No such option: --rnak Did you mean --rank?'
+    >>> from types import SimpleNamespace
+    >>> _usage("No such command 'plt'. Did you mean 'plot'?", SimpleNamespace(command_path="loradiag"))
+    "No such command 'plt'. Did you mean 'plot'? See loradiag --help"
     """
     command_path = getattr(context, "command_path", "")
     problem = problem.replace("Value error, ", "").strip().removesuffix(".")
-    return f"{problem}; see {command_path} --help" if command_path else problem
+    if not command_path:
+        return problem
+    see = " See" if problem.endswith("?") else "; see"
+    return f"{problem}{see} {command_path} --help"
 
 
 def _can_resume(arguments: list[str]) -> bool:

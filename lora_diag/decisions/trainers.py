@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_diag.errors import InputError
+from lora_diag.errors import UsageError
 from lora_diag.files import Kind
 
 Settings = dict[str, Any]
@@ -97,7 +97,7 @@ def written_for(trainer: str, config: Mapping[str, Any]) -> str:
         config: Content of ``adapter_config.json``.
 
     Raises:
-        InputError: The trainer cannot express it.
+        UsageError: The trainer cannot express it.
     """
     settings = TRAINERS[trainer](config)
     if trainer != "unsloth":
@@ -123,7 +123,7 @@ def _make_argument(key: str, value: Any) -> Settings:
 
 def _round_alpha(alpha: float, trainer: str) -> int:
     if alpha != int(alpha):
-        raise InputError(f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another --scaling")
+        raise UsageError(f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another --scaling")
     return int(alpha)
 
 
@@ -131,9 +131,9 @@ def _refuse_patterns(config: Mapping[str, Any], trainer: str) -> None:
     """Refuse settings that a trainer would ignore without a message.
 
     Raises:
-        InputError: Ranks differ by layer, or experts are adapted as parameters.
+        UsageError: Ranks differ by layer, or experts are adapted as parameters.
     """
     if config["rank_pattern"]:
-        raise InputError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")
+        raise UsageError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")
     if trainer == "llamafactory" and config.get("target_parameters"):
-        raise InputError(f"--format {trainer}: has no target_parameters (fused experts); use --format peft")
+        raise UsageError(f"--format {trainer}: has no target_parameters (fused experts); use --format peft")

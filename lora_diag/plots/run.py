@@ -87,7 +87,7 @@ def plot(
         raise UsageError("no results: give at least one results file")
     if labels and len(labels) != len(results):
         raise UsageError(
-            f"{len(labels)} labels for {len(results)} results: give one --label per results file, in their order"
+            f"--label: {len(labels)} labels for {len(results)} results files; give one for each, in their order"
         )
     path = Path(output)
     there = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
@@ -113,11 +113,11 @@ def plot(
         obstacle = plots.obstacle(figure_kind.name, runs, **drawn_as)
         if obstacle and figure not in {None, "all"}:
             suggestion = (
-                f"; {figure_kind.made_by} measures them"
+                f"; measure them with {figure_kind.made_by}"
                 if figure_kind.made_by and obstacle.missing == "records"
                 else ""
             )
-            raise UsageError(f"{figure_kind.name}: {obstacle.reason}{suggestion}")
+            raise UsageError(f"--figure {figure_kind.name}: {obstacle.reason}{suggestion}")
         if obstacle:
             made.append(
                 Drawn(figure_kind.name, figure_kind.shows, None, obstacle.reason, figure_kind.made_by, obstacle.missing)
@@ -155,7 +155,7 @@ def _format(path: Path, single: bool, requested: str | None, formats: Sequence[s
         return suffix
     # A folder's name may contain a dot, but the suffix of another image format is a mistake.
     if suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"} and not path.is_dir():
-        raise UsageError(f"{path}: unsupported format; use {', '.join(formats)}")
+        raise UsageError(f"{path}: unsupported format; use .{', .'.join(formats)}")
     return requested or "png"
 
 

@@ -129,7 +129,8 @@ def lines(path: Path) -> Iterator[bytes]:
                 if not content.endswith(b"\n"):
                     return
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; give a results file, written with -o") from error
+        problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise InputError(f"{path}: {problem}; give a results file, written with -o") from error
 
 
 def bytes_of(path: Path, records: int) -> int:
@@ -177,4 +178,6 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: line {number} is not a record: {where}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {number} is not JSON: {error}") from error
+        raise InputError(
+            f"{path}: line {number} is not JSON ({error}); give a results file, written with -o"
+        ) from error

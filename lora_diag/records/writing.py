@@ -377,8 +377,10 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
             "the original command, or write to another file"
         )
     if differing:
+        keys = ", ".join(key.removeprefix("settings.") for key in differing if key.startswith("settings."))
+        others = [key for key in differing if not key.startswith("settings")] + ([f"settings ({keys})"] if keys else [])
         raise UsageError(
-            f"{path}: this run was started with another {', '.join(k for k in differing if k != 'settings')}; "
+            f"{path}: this run was started with other {' and '.join(others)}; "
             "resume with the same command, or write to another file"
         )
     return earlier

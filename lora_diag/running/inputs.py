@@ -71,11 +71,12 @@ def compare(
         UsageError: The only side is not an adapter, or the adapter comes first.
     """
     base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
-    if tuned is None and not is_adapter(locate(base)):
+    first = locate(base)  # before TUNED, so that an error names the first argument first
+    if tuned is None and not is_adapter(first):
         raise UsageError(f"{base}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED")
     last = base if tuned is None else tuned
     ends_with_adapter = is_adapter(locate(last))
-    if not ends_with_adapter and is_adapter(locate(base)):
+    if not ends_with_adapter and is_adapter(first):
         raise UsageError(f"{base}: is an adapter; give BASE first, then the adapter")
     base_checkpoint = open_checkpoint(base) if tuned is not None else None
     if base_checkpoint is None or ends_with_adapter:

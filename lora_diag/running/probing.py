@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters.user_alpha import alpha_option
-from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
@@ -165,15 +165,17 @@ class ProbeRun:
             return kept.end(measured(kept)) if kept.finished is None else kept.finished
 
 
-def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
-    """Check that text files exist before a model is opened.
+def check_files(models: Sequence[Path | str], evaluate: Sequence[Path | str], *others: Path | str) -> None:
+    """Check that models and texts exist before one is opened, in the order of the command line.
 
     Raises:
         UsageError: No evaluation set is given.
-        InputError: A file does not exist, or a folder holds no data set.
+        InputError: A path does not exist, or a folder holds no data set.
     """
     if not evaluate:
         raise UsageError("--eval: missing; give at least one file of held-out text")
+    for path in models:
+        check_exists(path)
     for path in (*evaluate, *others):
         check_texts(path)
 

@@ -212,8 +212,8 @@ def test_hub_failures_give_one_message(cache, monkeypatch):
         (errors.GatedRepoError, "403", "gated"),
         (errors.RepositoryNotFoundError, "404", "no such model"),
         (errors.RevisionNotFoundError, "404", "no revision v9"),
-        (ConnectionError, "name resolution\nfailed", "cannot be reached: name resolution"),
-        (TimeoutError, "", "cannot be reached: TimeoutError"),
+        (ConnectionError, "name resolution\nfailed", r"cannot be reached \(name resolution\)"),
+        (TimeoutError, "", r"cannot be reached \(TimeoutError\)"),
     ):
         monkeypatch.setattr(hub.HfApi, "model_info", failing(kind, words))
         with pytest.raises(InputError, match=expected) as caught:

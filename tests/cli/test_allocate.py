@@ -120,8 +120,8 @@ def test_policies_are_shown_side_by_side(loradiag, measured):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give exactly one budget"),
-        (["--params", "1M", "--total-rank", "3"], "give exactly one budget"),
+        ([], "give exactly one of"),
+        (["--params", "1M", "--total-rank", "3"], "give exactly one of"),
         (["--params", "ten"], "--params ten"),
         (["--params", "100"], "at least 192 parameters"),
         (["--params", "50k", "--min-rank", "6"], "8,368 parameters more than the budget"),

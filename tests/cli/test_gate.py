@@ -56,7 +56,7 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
     (tmp_path / "lacking.jsonl").write_text("".join(lacking[:2] + lacking[3:]))
     name = policy()
     for code, words, said in (
-        (2, ["absent.toml", "r.jsonl"], "absent.toml: cannot be read as a policy"),
+        (2, ["absent.toml", "r.jsonl"], "absent.toml: no such file"),
         (2, [name], "give results files"),
         (2, ["--policy", "nope", "r.jsonl"], "adapter-basic"),
         (2, [name, "r.jsonl", "--base", "x"], "remove the results file"),

@@ -85,8 +85,8 @@ def test_non_finite_gradient_exits_3_after_others(loradiag, inputs, tmp_path):
     [
         (["--rank", "0"], 2, "--rank"),
         (["--resume"], 2, "--resume"),
-        (["--layers", "nowhere"], 4, "compared"),
-        (["g/10.safetensors"], 3, "is of step 10"),
+        (["--layers", "nowhere"], 4, "--exclude leaves out"),
+        (["g/10.safetensors"], 3, "step 10 is also in"),
     ],
 )
 def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, words, code, said):

@@ -72,10 +72,10 @@ def test_two_runs_are_overlaid_under_their_labels(loradiag, spectra, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--figure", "overlap"], 2, "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl measures them"),
-        (["--figure", "sweep"], 2, "loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl measures them"),
+        (["--figure", "overlap"], 2, "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl"),
+        (["--figure", "sweep"], 2, "loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl"),
         (["--figure", "heatmap", "--field", "nope"], 2, "use one of fro, base_fro"),
-        (["-o", "x.gif"], 2, "png, svg, pdf"),
+        (["-o", "x.gif"], 2, ".png, .svg, .pdf"),
         (["--label", "a", "--label", "b"], 2, "2 labels for 1 results"),
         (["--layers", "nothing at all"], 4, "no layer left to draw: no name matches nothing at all"),
     ],

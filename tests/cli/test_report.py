@@ -64,7 +64,7 @@ def test_real_samples_and_advice_runs(loradiag, tmp_path):
         (["spectrum.jsonl", "--format", "parquet"], 2, "give one with -o"),
         (["spectrum.jsonl", "--format", "md", "-o", "spectrum.jsonl"], 2, "is one of the results files"),
         (["spectrum.jsonl", "--format", "md", "-o", "link.md"], 2, "is one of the results files"),
-        (["nothing.jsonl"], 3, "nothing.jsonl: cannot be read"),
+        (["nothing.jsonl"], 3, "nothing.jsonl: no such file"),
         (["broken.jsonl"], 3, "broken.jsonl: line 1 is not JSON"),
         (["spectrum.jsonl", "-o", "no/such/folder/r.html"], 3, "cannot be written"),
         ([], 2, "RESULTS"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lora_diag.decisions.trainers import TRAINERS, written_for
-from lora_diag.errors import InputError
+from lora_diag.errors import UsageError
 from tests.messages import raises_naming
 from tests.served import ROOT
 
@@ -71,13 +71,13 @@ def test_trl_schema_accepts_its_settings():
 
 @pytest.mark.parametrize("trainer", ["trl", "llamafactory"])
 def test_trainer_of_one_rank_refuses_several(trainer):
-    with pytest.raises(InputError, match="--portable"):
+    with pytest.raises(UsageError, match="--portable"):
         written_for(trainer, CONFIG)
 
 
 @pytest.mark.parametrize("trainer", sorted(set(TRAINERS) - {"unsloth"}))
 def test_trainer_of_whole_alphas_refuses_others(trainer):
-    with raises_naming(InputError, "lora_alpha", "integer"):
+    with raises_naming(UsageError, "lora_alpha", "integer"):
         written_for(trainer, {**UNIFORM, "lora_alpha": 12.5})
 
 
@@ -94,5 +94,5 @@ def test_allocate_writes_axolotl_settings(loradiag, tmp_path):
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 2
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.json").code == 2
     assert loradiag(*words, "--format", "axolotl").code == 2
-    assert loradiag(*words, "--format", "trl", "-o", "trl.yaml").code == 3
+    assert loradiag(*words, "--format", "trl", "-o", "trl.yaml").code == 2
     assert not (tmp_path / "trl.yaml").exists()

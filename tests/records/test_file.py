@@ -120,7 +120,7 @@ def test_resume_of_finished_or_absent_run(written, pair_of_models, tmp_path):
 def test_resume_refuses_other_settings_and_inputs(written, pair_of_models):
     _, path = written
     base, tuned, *_ = pair_of_models
-    with pytest.raises(UsageError, match=r"settings\.top"):
+    with pytest.raises(UsageError, match=r"settings \(top\)"):
         lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
     with pytest.raises(UsageError, match="inputs"):
         lora_diag.spectrum(base, base, output=path, resume=True)
@@ -149,7 +149,7 @@ def test_resume_names_older_version(written, pair_of_models):
     path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
     with raises_naming(UsageError, "settings.seed"):
         lora_diag.spectrum(base, tuned, output=path, resume=True)
-    with pytest.raises(UsageError, match=r"with another settings\.top, settings\.seed; "):
+    with pytest.raises(UsageError, match=r"with other settings \(top, seed\); "):
         lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
 
 
@@ -157,7 +157,7 @@ def test_resume_names_older_version(written, pair_of_models):
     ("change", "told"),
     [
         (lambda settings: settings.pop("top"), r"settings\.top, so it is from an older loradiag or other options"),
-        (lambda settings: settings.update(later=1), r"with another settings\.later; "),
+        (lambda settings: settings.update(later=1), r"with other settings \(later\); "),
     ],
 )
 def test_setting_of_one_run_is_named(written, pair_of_models, change, told):
@@ -328,7 +328,7 @@ def test_interrupted_rerun_keeps_finished_run(written, pair_of_models, tmp_path)
     for words in ({}, {"top": 2}):
         with raises_naming(UsageError, "r.jsonl.part", "unfinished"):
             lora_diag.spectrum(base, tuned, output=path, **words)
-    with pytest.raises(UsageError, match=r"settings\.top"):
+    with pytest.raises(UsageError, match=r"settings \(top\)"):
         lora_diag.spectrum(base, tuned, output=path, resume=True)
     results = lora_diag.spectrum(base, tuned, output=path, resume=True, top=2)
     assert read_results(path) == results

@@ -82,7 +82,7 @@ def test_names_without_anything_in_common_are_not_paired(tmp_path):
     sides = {"bert": weights(1), "roberta": {f"roberta.{name}": value for name, value in weights(2).items()}}
     for kind, tensors in sides.items():
         (save_model(tmp_path / kind, tensors) / "config.json").write_text(f'{{"model_type": "{kind}"}}')
-    with raises_naming(NothingComparedError, "saved alike"):
+    with raises_naming(NothingComparedError, "no weight name in common"):
         lora_diag.spectrum(tmp_path / "bert", tmp_path / "roberta")
     with pytest.raises(NothingComparedError, match=r"a\.weight.*b\.weight"):
         lora_diag.spectrum(
@@ -114,7 +114,7 @@ def towers(seed: int, *names: str) -> dict[str, torch.Tensor]:
 )
 def test_towers_and_models_are_not_confused(tmp_path, of_base, of_tuned):
     base, tuned = save_model(tmp_path / "base", towers(1, *of_base)), save_model(tmp_path / "t", towers(2, *of_tuned))
-    with raises_naming(NothingComparedError, "saved alike"):
+    with raises_naming(NothingComparedError, "no weight name in common"):
         lora_diag.spectrum(base, tuned)
 
 

@@ -80,9 +80,9 @@ class OutputFolder:
         if not self.final.is_dir():
             raise UsageError(f"{self.final}: is a file; give -o a folder for the adapter")
         if any(self.final.iterdir()) and not (self.finished or self._reopened):
+            self._check_ours(self.final)
             if not self._overwrite:
                 raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
-            self._check_ours(self.final)
 
     def _check_ours(self, folder: Path) -> None:
         """Refuse to replace a folder that this command did not write, or that has other files in it.

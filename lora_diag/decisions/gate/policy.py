@@ -52,7 +52,7 @@ def read_age(text: object) -> timedelta:
     """
     match = re.fullmatch(r"([0-9]{1,5})([hdw])", str(text))
     if match is None:
-        raise ValueError(f"'{text}': an age is a number of hours, days or weeks, such as 12h, 7d or 2w")
+        raise ValueError(f"'{text}' is not an age; give hours, days or weeks, such as 12h, 7d or 2w")
     return int(match[1]) * _UNITS[match[2]]
 
 

@@ -29,13 +29,14 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         try:
             content = Path(path).read_bytes().decode("utf-8")
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "is not UTF-8 text"
+            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as a policy: {why}"
             fix = (
                 f"for the built-in policy use --policy {path}"
                 if str(path) in READY
                 else "the order is: loradiag gate POLICY RESULTS..."
             )
-            raise UsageError(f"{path}: cannot be read as a policy: {why}; {fix}") from error
+            raise UsageError(f"{path}: {problem}; {fix}") from error
     if content.startswith('{"record"'):
         raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")

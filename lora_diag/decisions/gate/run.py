@@ -168,7 +168,7 @@ def _make_results(
     named = [("results", source) for source in sources] + ([("baseline", stored)] if stored else [])
     inputs = [
         RunInput(
-            role="ready policy" if policy.ready else "policy",
+            role="built-in policy" if policy.ready else "policy",
             path=policy.path,
             kind=policy.title or "a policy",
             tensors=0,

@@ -8,7 +8,7 @@ from typing import Unpack
 from lora_diag.adapters import is_adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.orientation import Orientation
-from lora_diag.checkpoints import as_path, locate
+from lora_diag.checkpoints import as_path, check_exists, locate
 from lora_diag.decisions.plan_merge.formats import GROUPS, Target
 from lora_diag.decisions.plan_merge.measure import MergeTask, PlanSettings, measure, size
 from lora_diag.decisions.plan_merge.options import PlanMergeOptions
@@ -60,6 +60,7 @@ def plan_merge(
     run = LayerRun("plan-merge", options, PlanMergeOptions)
     target = _target(*(run.options[name] for name in ("to", "group_size", "scale")))
     base, adapter = as_path(base), as_path(adapter)
+    check_exists(base)
     if not is_adapter(locate(adapter)):
         raise UsageError(f"{adapter}: not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
     compared = run.compare(base, adapter)

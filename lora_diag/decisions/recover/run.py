@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path, locate, open_checkpoint
+from lora_diag.checkpoints import as_path, check_exists, locate, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
@@ -99,6 +99,7 @@ def recover(
     nearest = resolved["nearest"]
     _check(rank, energy, params, full, keep_refused, output)
     base, tuned = as_path(base), as_path(tuned)
+    check_exists(base)
     if is_adapter(locate(tuned)):
         raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
     factors = rank is not None or energy is not None or params is not None

@@ -84,8 +84,8 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     if not 0 < arguments["gain_tolerance"] < 1:
         raise UsageError(f"--gain-tolerance {arguments['gain_tolerance']}: must lie between 0 and 1")
     if (arguments["params"] is None) == (arguments["memory_budget"] is None):
-        raise UsageError("give one budget: --params or --memory-budget")
-    check_files(arguments["evaluate"], *arguments["shifted"], arguments["data"])
+        raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
+    check_files([base], arguments["evaluate"], *arguments["shifted"], arguments["data"])
     earlier, kind = _read_earlier_plan(folder, arguments), Lora(dora=arguments["dora"], rslora=arguments["rslora"])
     with kept_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)

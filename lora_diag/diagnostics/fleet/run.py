@@ -182,7 +182,7 @@ def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | Left
         elif base is None:
             inside = path.is_dir() and any(map(is_adapter, path.iterdir()))
             pattern = f"quote the pattern '{path}/**' for the adapters in it"
-            fix = pattern if inside else "give --base to compare a checkpoint with"
+            fix = pattern if inside else "give its base with --base if it is a checkpoint"
             raise InputError(f"{path}: is not an adapter; {fix}")
         else:
             side = compare(base, path, settings.layers, settings.exclude, stated_alpha=settings.stated_alpha)
@@ -212,7 +212,9 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     folders = {path for path in found if path.is_dir()}
     paths = [path for path in found if path.parent not in folders]
     if not paths:
-        raise NothingComparedError(f"no adapter found at {', '.join(words) or 'the end of an empty list'}")
+        raise NothingComparedError(
+            f"{', '.join(words) or 'standard input'}: no adapter found; give folders of adapters, or a quoted pattern"
+        )
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Unpack
 
 from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path, locate
+from lora_diag.checkpoints import as_path, check_exists, locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
 from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
 from lora_diag.diagnostics.verify_merge.record import Merge
@@ -78,6 +78,7 @@ def verify_merge(
         raise UsageError("--gpus-per-task: verify-merge runs on CPUs only; remove the option")
     run = LayerRun("verify-merge", options, RunOptions)
     base, adapter, merged = map(as_path, (base, adapter, merged))
+    check_exists(base)
     if not is_adapter(locate(adapter)):
         raise UsageError(f"{adapter}: not an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     if is_adapter(locate(merged)):

@@ -84,7 +84,7 @@ def probe_curvature(
             f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large for Lanczos; use "
             "float32"
         )
-    check_files(evaluate)
+    check_files([base, *([tuned] if tuned is not None else [])], evaluate)
     if len(evaluate) > 1:
         raise UsageError("--eval: curvature is computed for one evaluation set; give one file")
     compared = run.compare(base, tuned) if tuned is not None else None

@@ -76,7 +76,7 @@ def probe_fisher(
     requested = checked_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
-    check_files([data, *evaluate])
+    check_files([base, tuned], [data, *evaluate])
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)

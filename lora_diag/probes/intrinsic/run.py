@@ -89,7 +89,7 @@ def probe_intrinsic(
             f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the measurement; use "
             "float32"
         )
-    check_files(evaluate, *shifted, data)
+    check_files([base], evaluate, *shifted, data)
     model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:

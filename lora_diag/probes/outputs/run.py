@@ -59,7 +59,7 @@ def probe_outputs(
     reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))
     others = [*((path, "adapter") for path in adapters), *([(reference, "reference")] if reference else [])]
     _refuse_repeated(tuned, [path for path, _ in others])
-    check_files(evaluate, *shifted)
+    check_files([base, tuned, *(path for path, _ in others)], evaluate, *shifted)
     full, compared = run.compare(base, tuned), [run.compare(base, path) for path, _ in others]
     model = run.open(base)
     texts = run.read_sets(evaluate, shifted)

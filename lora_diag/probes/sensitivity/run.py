@@ -79,7 +79,7 @@ def probe_sensitivity(
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
     rank, delta, per = (run.options[name] for name in ("rank", "delta", "granularity"))
     rates, steps, seeds = (run.options[name] for name in ("rates", "steps", "repeats"))
-    check_files(evaluate, *shifted, data)
+    check_files([base], evaluate, *shifted, data)
     selected = selector(**run.selection)
     stored = open_checkpoint(base)
     model = run.open(base)

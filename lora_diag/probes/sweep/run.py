@@ -95,7 +95,7 @@ def probe_sweep(
             f"--dtype {dtype}: rounds away most steps of {'--full' if full else '--bitfit'}, while LoRA's factors "
             "stay float32; use --dtype float32"
         )
-    check_files(evaluate, *shifted, data)
+    check_files([base], evaluate, *shifted, data)
     kind = Lora(tuple(targets) or None, dora, rslora)
     with run.joined():
         return _run_sweep(run, base, kind, requested)

@@ -57,7 +57,7 @@ def probe_truncation(
     run = ProbeRun("probe truncation", options, TruncationOptions)
     evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "granularity", "untruncated"))
     requested = list(checked_ranks(run.options["ranks"], 0))
-    check_files(evaluate, *shifted)
+    check_files([base, tuned], evaluate, *shifted)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)

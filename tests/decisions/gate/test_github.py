@@ -73,7 +73,7 @@ def test_text_stays_quoted_in_commands(text, path):
 
 
 def test_policy_of_package_has_no_line_to_annotate():
-    (line,) = workflow_commands(results(verdict(), role="ready policy", path="merge"))
+    (line,) = workflow_commands(results(verdict(), role="built-in policy", path="merge"))
     assert set(parsed(line)[1]) == {"title"}
 
 

@@ -36,5 +36,5 @@ def test_sarif_has_every_verdict_except_passed():
 def test_hostile_names_and_paths():
     (result,) = run(verdict(layer=HOSTILE, message=HOSTILE), path="a b/%.toml")["results"]
     assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a%20b/%25.toml"
-    (result,) = run(verdict(), role="ready policy", path="merge")["results"]
+    (result,) = run(verdict(), role="built-in policy", path="merge")["results"]
     assert "physicalLocation" not in result["locations"][0]

@@ -270,7 +270,7 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
         (["--layers", "lm_head"], 5, ""),
         (["--layers", "lm_head", "--rank", "2", "-o", "out"], 5, "no entry changed"),
         (["--layers", "lm_head", "--full", "-o", "out"], 5, "nothing was written"),
-        (["--layers", "nowhere"], 4, "nothing was compared"),
+        (["--layers", "nowhere"], 4, "--exclude leaves out"),
     ],
 )
 def test_exit_codes_and_messages(loradiag, models, tmp_path, words, code, message):

@@ -140,7 +140,7 @@ def test_newer_versions_are_flagged(patterned, loradiag):
         (("--layers", "q"), 2, "no adapter is given"),
         (("adapter", "--intended", "kohya"), 2, "refuses this adapter"),
         (("adapter", "--layers", "nothing"), 4, "no weight"),
-        (("adapter", "base", "--layers", "q_proj"), 3, "not in"),
+        (("adapter", "base", "--layers", "q_proj"), 3, "match none of"),
     ],
 )
 def test_portability_refuses_bad_input(patterned, tmp_path, loradiag, words, code, message):

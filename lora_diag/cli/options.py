@@ -97,7 +97,7 @@ class Cluster:
     ] = Engine.local
     ray_address: Annotated[
         str | None,
-        typer_option("ray_address", Option("", "Ray cluster; default RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
+        typer_option("ray_address", Option("", "Ray cluster; default: RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
     ] = None
     gpus_per_task: Annotated[
         float, typer_option("gpus_per_task", Option("", "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION))

@@ -28,7 +28,7 @@ class PlotOptions(TypedDict, total=False):
     ]
     field: Annotated[
         str | None,
-        Option(None, "Field of the heat map, e.g. energy.16; default by the records.", "FIELD", panel=OUTPUT),
+        Option(None, "Field of the heat map, e.g. energy.16; default: by the records.", "FIELD", panel=OUTPUT),
     ]
     show_rank: Annotated[int | None, SHOW_RANK]
     per: Annotated[str, PER.by("layer")]
@@ -37,7 +37,7 @@ class PlotOptions(TypedDict, total=False):
     ]
     format: Annotated[
         str | None,
-        Option(None, "Format; default by the output's suffix, png in a folder.", "png|svg|pdf", panel=OUTPUT),
+        Option(None, "Format; default: by the output's suffix, png in a folder.", "png|svg|pdf", panel=OUTPUT),
     ]
     plain: Annotated[bool, Option(False, "Omit title and notes, for a paper with its own caption.", panel=OUTPUT)]
     layers: Annotated[str | None, LAYERS]

@@ -115,7 +115,7 @@ RANKS = Option((4, 8, 16, 32, 64), "Ranks r to measure.", "R,R,...")
 RANK = Option(None, "Rank of the adapter in every layer.", "R")
 GRANULARITY = Option(
     "all",
-    "Measure all layers together, or each layer, block or type alone.",
+    "Truncate all layers together, or each layer or module type alone.",
     "all|layer|type",
     aliases=("--per",),
     setting="per",
@@ -125,9 +125,9 @@ FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", (
 STEPS = Option(100, "Training steps of a run.", "N", aliases=("--max-steps",))
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
 REPEATS = Option(2, "Training runs at the best learning rate.", "N", aliases=("--seeds",), setting="seeds")
-TOP = Option(None, "Number of largest singular values to compute; default all (plan: 64).", "K")
+TOP = Option(None, "Compute only the K largest singular values; default: all (plan: all, and 64).", "K")
 SHOW_RANK = Option(
-    None, "Measured rank to show; default depends on the records.", "R", panel=OUTPUT, aliases=("--rank",)
+    None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT, aliases=("--rank",)
 )
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
@@ -142,7 +142,7 @@ DORA = Option(False, "Train DoRA instead of LoRA.")
 CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
 SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
-BASE = Option(None, "Base checkpoint; default none.", "BASE", panel=INPUTS)
+BASE = Option(None, "Base checkpoint of what is measured; default: none.", "BASE", panel=INPUTS)
 ACTIVATIONS = Option(
     None, "Second moments of layer inputs, from probe activations, as the metric.", "FILE", panel=INPUTS
 )
@@ -215,7 +215,7 @@ class Workers(TypedDict, total=False):
     """Concurrency on this machine."""
 
     workers: Annotated[
-        int | None, Option(None, "Number of concurrent layers; default by cores and memory.", "N", panel=EXECUTION)
+        int | None, Option(None, "Number of concurrent layers; default: by cores and memory.", "N", panel=EXECUTION)
     ]
 
 
@@ -308,10 +308,10 @@ class Shifted(HeldOut, total=False):
 class ModelOptions(Device, total=False):
     """Options of running a model on texts."""
 
-    length: Annotated[int | None, Option(None, "Sequence length in tokens; default 512 or the model's limit.", "N")]
+    length: Annotated[int | None, Option(None, "Sequence length in tokens; default: 512 or the model's limit.", "N")]
     batch: Annotated[int, Option(8, "Sequences per batch.", "N", panel=EXECUTION)]
     max_sequences: Annotated[
-        int | None, Option(None, "Use the first N sequences of each file; default all.", "N", panel=INPUTS)
+        int | None, Option(None, "Use the first N sequences of each file; default: all.", "N", panel=INPUTS)
     ]
     tokenizer: Annotated[
         str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR", panel=INPUTS)
@@ -351,7 +351,7 @@ class TrainingRuns(Engine, total=False):
 
     concurrent: Annotated[
         int | None,
-        Option(None, "With --engine ray: concurrent runs per node; default 1, or 1 per GPU.", "N", panel=EXECUTION),
+        Option(None, "With --engine ray: concurrent runs per node; default: 1, or 1 per GPU.", "N", panel=EXECUTION),
     ]
 
 

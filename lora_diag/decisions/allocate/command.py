@@ -31,7 +31,7 @@ class ConfigOptions(TypedDict, total=False):
     scaling: Annotated[float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)]
     rslora: Annotated[bool, RSLORA]
     check: Annotated[
-        Path | None, Option(None, "PEFT config: compare its ranks with this model; default off.", "BASE", panel=INPUTS)
+        Path | None, Option(None, "PEFT config: compare its ranks with this model; default: off.", "BASE", panel=INPUTS)
     ]
     sweep: Annotated[Path | None, SWEEP]
 

@@ -33,7 +33,7 @@ class AllocateOptions(TypedDict, total=False):
         Sequence[int] | None,
         Option(
             None,
-            "Allowed ranks, e.g. 8,16,32; default any.",
+            "Allowed ranks, e.g. 8,16,32; default: any.",
             "R,R,...",
             aliases=("--ranks-from",),
             setting="ranks_from",
@@ -45,7 +45,7 @@ class AllocateOptions(TypedDict, total=False):
         Path | str | Mapping[str, float] | None,
         Option(
             None,
-            "JSON of layer and factor, or results of probe sensitivity or fisher.",
+            "JSON object of factors by layer, or results of probe sensitivity or fisher.",
             "FILE",
             panel=INPUTS,
             aliases=("--weights",),

@@ -55,7 +55,7 @@ class ExtractOptions(FolderOptions, total=False):
         Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
     ]
     base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and model card; default its path.", "NAME", panel=OUTPUT)
+        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
     ]
     sweep: Annotated[Path | str | None, SWEEP]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

@@ -26,7 +26,7 @@ EXIT = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
 _POLICY = Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
 
 FigureText = Annotated[
-    list[str] | None, typer.Argument(metavar="POLICY RESULTS...", help="Policy file, then results files.")
+    list[str] | None, typer.Argument(metavar="POLICY RESULTS", help="Policy file, then results files.")
 ]
 
 
@@ -34,7 +34,7 @@ class ReportOptions(TypedDict, total=False):
     """Options for the policy, measurements and outputs."""
 
     policy: Annotated[
-        str | None, Option(None, "Policy of the package, instead of POLICY; default none.", "NAME", panel=INPUTS)
+        str | None, Option(None, "Built-in policy, instead of POLICY; default: none.", "NAME", panel=INPUTS)
     ]
     base: Annotated[str | None, BASE]
     tuned: Annotated[str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)]
@@ -57,7 +57,7 @@ def gate(
 ) -> None:
     """Judge results by a policy before a release.
 
-    Exit codes: 0 passed, 1 failed, 2 policy or request not valid, 3 a file cannot be read, 4 nothing to judge,
+    Exit codes: 0 passed, 1 failed, 2 invalid policy or usage error, 3 a file cannot be read, 4 nothing to judge,
     5 inconclusive.
 
     Example: loradiag gate policy.toml results.jsonl --junit gate.xml

@@ -11,11 +11,11 @@ class GateOptions(TypedDict, total=False):
     """Options of ``gate``."""
 
     baseline: Annotated[
-        Path | str | None, Option(None, "Results to compare with, layer by layer; default none.", "FILE", panel=INPUTS)
+        Path | str | None, Option(None, "Results to compare with, layer by layer; default: none.", "FILE", panel=INPUTS)
     ]
     ratchet: Annotated[bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)]
     shipped: Annotated[
         Sequence[str | Path],
-        Option((), "Checkpoint or adapter that results must be of; repeatable.", "PATH", ("--for",), INPUTS),
+        Option((), "Input that every results file must refer to; repeatable.", "PATH", ("--for",), INPUTS),
     ]
-    max_age: Annotated[str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default any.", "AGE")]
+    max_age: Annotated[str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default: any.", "AGE")]

@@ -34,7 +34,7 @@ class PlanOptions(TypedDict, total=False):
     top: Annotated[int, TOP.by(64)]
     data: Annotated[Path | str | None, DATA.by(None)]
     tokens: Annotated[
-        str | int | None, Option(None, "Predicted tokens of the training data, default those in --data.", "N")
+        str | int | None, Option(None, "Predicted tokens of the training data; default: those in --data.", "N")
     ]
     tokenizer: Annotated[str, declared(ModelOptions)["tokenizer"][1]]
     length: Annotated[int | None, declared(ModelOptions)["length"][1]]

@@ -26,7 +26,7 @@ _OUTPUT = Option(
 @options.spread
 def recover(
     base: options.Base,
-    tuned: options.Tuned,
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint.")],
     *,
     output: Annotated[Path | None, options.typer_option("output", _OUTPUT)] = None,
     arguments: RecoverOptions,

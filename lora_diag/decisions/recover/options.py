@@ -30,9 +30,9 @@ class RecoverOptions(FolderOptions, total=False):
     ]
     nearest: Annotated[
         bool,
-        Option(False, "Write E[X | cells], nearest to X but too short; default: with the norm of X.", panel=OUTPUT),
+        Option(False, "Write the estimate nearest to the update; default: scaled to its norm.", panel=OUTPUT),
     ]
     base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and model card; default its path.", "NAME", panel=OUTPUT)
+        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

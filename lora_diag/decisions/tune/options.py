@@ -51,7 +51,7 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
         Sequence[str],
         Option(
             (),
-            "Modules to adapt, as PEFT names them; default all linear layers except the head.",
+            "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
             "NAME,NAME",
             panel=INPUTS,
             setting="targets",

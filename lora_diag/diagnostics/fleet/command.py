@@ -25,6 +25,8 @@ def fleet(
 ) -> None:
     """Ranks, outliers and near-duplicates of many adapters.
 
+    Rows are the adapters with a remark; with --per layer, all adapters. DoRA, PiSSA and IA³ need --base.
+
     Example: loradiag fleet 'adapters/**' -o fleet.jsonl
     """
     show_fleet(adapters, arguments, shown)

@@ -11,7 +11,7 @@ class InterferenceOptions(LayerOptions, total=False):
 
     weights: Annotated[
         Sequence[float] | None,
-        Option(None, "Weight of each update in the sum; default all 1.", "W,W,...", panel=INPUTS),
+        Option(None, "Weight of each update in the sum; default: all 1.", "W,W,...", panel=INPUTS),
     ]
     ranks: Annotated[Sequence[int], RANKS]
     density: Annotated[float, Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D")]

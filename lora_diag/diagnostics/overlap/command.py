@@ -25,7 +25,8 @@ def overlap(
     base: options.Base,
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after a pilot run, or an adapter.")],
     gradients: Annotated[
-        list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
+        list[str],
+        typer.Argument(metavar="GRADIENTS", help="Gradient snapshots: a folder of them, or one file per step."),
     ],
     *,
     arguments: OverlapOptions,

@@ -22,12 +22,12 @@ class FixOptions(TypedDict, total=False):
     fix: Annotated[bool, Option(False, "Write to -o an adapter that all programs scale alike.", panel=OUTPUT)]
     format: Annotated[
         str | None,
-        Option(None, "With --fix: format; default that of ADAPTER.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
+        Option(None, "With --fix: format; default: that of ADAPTER.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
     ]
     dora_to_lora: Annotated[
         bool, Option(False, "With --fix: replace DoRA by the nearest LoRA of its rank; needs BASE.", panel=OUTPUT)
     ]
-    leave_out: Annotated[bool, Option(False, "With --fix: leave out biases and weights in full.", panel=OUTPUT)]
+    leave_out: Annotated[bool, Option(False, "With --fix: leave out biases and weights stored in full.", panel=OUTPUT)]
     rules: Annotated[bool, Option(False, "Print what each program does with each feature, and stop.", panel=OUTPUT)]
 
 

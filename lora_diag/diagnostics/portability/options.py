@@ -13,16 +13,16 @@ class PortabilityOptions(RunOptions, total=False):
         Sequence[str],
         Option(
             (),
-            "Programs, e.g. vllm or vllm==0.31; default those for the format.",
+            "Programs, e.g. vllm or vllm==0.31; default: those for the format.",
             "NAME,...",
             panel=INPUTS,
             aliases=("--for",),
         ),
     ]
     require: Annotated[
-        Sequence[str], Option((), "Exit with 1 unless these programs apply the intended ΔW; default none.", "NAME,...")
+        Sequence[str], Option((), "Exit with 1 unless these programs apply the intended ΔW; default: none.", "NAME,...")
     ]
     intended: Annotated[
-        str | None, Option(None, "Program whose ΔW is intended; default PEFT or the format's rule.", "NAME")
+        str | None, Option(None, "Program whose ΔW is intended; default: PEFT or the format's rule.", "NAME")
     ]
-    max_lora_rank: Annotated[int | None, Option(None, "Largest rank that servers accept; default any.", "R")]
+    max_lora_rank: Annotated[int | None, Option(None, "Largest rank that servers accept; default: any.", "R")]

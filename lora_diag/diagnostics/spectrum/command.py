@@ -69,7 +69,8 @@ def spectrum(
 @options.spread
 def gradient_spectrum(
     gradients: Annotated[
-        list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
+        list[str],
+        typer.Argument(metavar="GRADIENTS", help="Gradient snapshots: a folder of them, or one file per step."),
     ],
     *,
     base: Annotated[str | None, options.typer_option("base", BASE)] = None,
@@ -77,6 +78,8 @@ def gradient_spectrum(
     shown: options.Rows,
 ) -> None:
     """Spectrum of all gradients, before any update.
+
+    --base only provides the names of the weights.
 
     Example: loradiag gradient-spectrum gradients/ --base base/ -o results.jsonl
     """

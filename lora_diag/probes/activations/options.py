@@ -9,7 +9,7 @@ class ActivationsOptions(RecordModelOptions, total=False):
     """Options of ``probe activations``."""
 
     output_gradients: Annotated[
-        bool, Option(False, "Also record E[gg^T] of output gradients, for --kfac.", aliases=("--gradients",))
+        bool, Option(False, "Also record E[ggᵀ] of output gradients, for --kfac.", aliases=("--gradients",))
     ]
     labels: Annotated[str, LABELS]
     seed: Annotated[int, SEED]

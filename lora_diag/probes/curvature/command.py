@@ -22,7 +22,7 @@ def curvature(
 ) -> None:
     """Curvature of the loss (Hessian, GGN), and a loss bound.
 
-    Example: loradiag probe curvature base/ full_ft/ --eval held_out.txt --max-sequences 16 --length 128
+    Example: loradiag probe curvature base/ full_ft/ --max-sequences 16 --eval held_out.txt
     """
     # deferred: imports torch
     from lora_diag.probes.curvature.run import probe_curvature

@@ -16,5 +16,8 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
         int, Option(10, "Random vectors of the trace estimate.", "N", aliases=("--probes",), setting="probes")
     ]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
-    granularity: Annotated[str, GRANULARITY.by("all", metavar="all|layer")]
+    granularity: Annotated[
+        str,
+        GRANULARITY.by("all", metavar="all|layer", help="Eigenvalues of all layers together, or also of each alone."),
+    ]
     seed: Annotated[int, SEED]

@@ -17,7 +17,7 @@ def fisher(
     arguments: FisherOptions,
     shown: options.Rows,
 ) -> None:
-    """Loss change from truncating each layer, by its Fisher.
+    """Loss change from truncation, by Fisher information.
 
     Example: loradiag probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o fisher.jsonl
     """

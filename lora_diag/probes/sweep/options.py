@@ -52,7 +52,7 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
         Sequence[str],
         Option(
             (),
-            "Modules to adapt, as PEFT names them; default all linear layers except the head.",
+            "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
             "NAME,NAME",
             panel=INPUTS,
             aliases=("--target", "--targets"),

@@ -89,13 +89,13 @@ def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = Fa
 def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
     """Return the memory of ``krylov`` besides the matrix in bytes, with a basis of this many columns.
 
-    Q, Y and Z in float32, one of them while it grows; Q and Y or Q, Z and the residuals in float64; or, once the values
+    Q, Y and Z in float32, one of them while it grows; Q, Z and what is formed of them in float64; or, once the values
     are taken, Q in float64, A·V, its QR factors and its left vectors.
     """
     small, large = sorted(shape)
     basis_bytes = F4 * basis * (2 * small + large)
     growing = F4 * basis * large
-    projected = F8 * basis * max(small + large, 4 * small) + 4 * F8 * basis**2
+    projected = F8 * basis * 4 * small + 4 * F8 * basis**2
     values = F8 * basis * small + 4 * F8 * large * top
     return basis_bytes + max(growing, projected, values)
 

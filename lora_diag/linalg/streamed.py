@@ -15,10 +15,11 @@ ROWS = 256
 # Entries converted at a time on a GPU, where every product is a kernel that the CPU has to start: 128 MB in float64.
 GPU_ENTRIES = 2**24
 
-# Rows that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X with 32 columns took 23
-# ms of one core instead of 27 at 8192×2048 and 24 instead of 30 at 4096². With 64 rows they took 19 and 27, but on two
-# cores 14 and 15, where two passes took 11 and 12, and 1024 rows 13 and 12.
-PASS_ROWS = 1024
+# Rows that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X with 16 and with 32
+# columns took one core 17.0 and 23.2 ms at 8192×2048 with 1024 rows, 14.0 and 19.2 with 64, 11.6 and 16.8 with 32; at
+# 2048² 2.6 and 3.7, 1.8 and 3.1, 2.0 and 3.3. Two cores were slower with 64 rows than with 1024 (14 instead of 12 ms).
+PASS_ROWS, SMALL_ROWS, LARGE_ROWS = 1024, 64, 32
+LARGE = 2**23
 
 # Columns multiplied at a time in float64 for two row blocks: 128 rows of both then fit in the cache.
 COLUMNS = 1024
@@ -115,9 +116,10 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return A·X and AᵀA·X; the rows that gave a part of A·X are multiplied by it while they are in the cache."""
     product = x.new_empty(len(a), x.shape[1])
     back = x.new_zeros(x.shape[1], a.shape[1])
-    for row in range(0, len(a), PASS_ROWS):
-        part = a[row : row + PASS_ROWS]
-        own = torch.mm(part, x, out=product[row : row + PASS_ROWS])
+    rows = PASS_ROWS if torch.get_num_threads() > 1 else LARGE_ROWS if a.numel() >= LARGE else SMALL_ROWS
+    for row in range(0, len(a), rows):
+        part = a[row : row + rows]
+        own = torch.mm(part, x, out=product[row : row + rows])
         back.addmm_(own.T, part)  # a thin matrix on the left, see ``times``
     return product, back.T
 

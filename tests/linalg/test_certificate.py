@@ -83,10 +83,11 @@ def test_bound_covers_unconverged_values():
 def test_energies_of_hard_spectra_are_within_bound(name, dtype):
     matrix = oracles.with_spectrum(HARD[name], N, N + 50, 4).astype(dtype)
     s = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    rounding = 1e-12 if dtype == np.float64 else 2e-7
     for tol in (1e-2, 5e-4):
         found = decompose(torch.from_numpy(matrix), "krylov", top=24, tol=tol)
         error = np.cumsum(s[:24] ** 2 - found.s.numpy() ** 2) / (s**2).sum()
-        assert -1e-12 <= error.min() <= error.max() <= found.energy_error <= tol
+        assert -rounding <= error.min() <= error.max() <= found.energy_error <= tol
 
 
 def test_probability_of_small_probe_is_exact():

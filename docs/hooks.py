@@ -30,6 +30,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
 NUMBERS = re.compile(r"(?:[-−+\d.,%±×÷~<>≤≥/|\\ ]|\b(?:m?s|min|h|[kMG]i?B)\b)+")
 
+# Characters of a word in inline code that is kept on one line; longer ones would be wider than a phone.
+MAX_UNBROKEN = 36
+
 # Pages of the site that stand elsewhere in the repository; and where links to the README lead.
 MOVED = {
     "CHANGELOG.md": "changelog.md",
@@ -329,7 +332,7 @@ def completed(here: str, markdown: str) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Append what is generated to a page, and lead links out of the docs to where the site has these pages."""
     here = page.file.src_uri
-    markdown = unbroken_numbers(completed(here, markdown))
+    markdown = linked_figures(unbroken_numbers(completed(here, markdown)))
     return markdown if here in MOVED.values() else moved_links(markdown, f"docs/{here}", here)
 
 
@@ -349,6 +352,37 @@ def unbroken_numbers(markdown: str) -> str:
         return f' <span class="number">{text}</span> ' if " " in text and NUMBERS.fullmatch(text) else part
 
     return re.sub(r"^\|.*\|$", row, markdown, flags=re.MULTILINE)
+
+
+def linked_figures(markdown: str) -> str:
+    """Return a page whose figures lead to the file, to be read at full size on a small screen.
+
+    >>> linked_figures("![A figure](figures/a.svg)")
+    '[![A figure](figures/a.svg)](figures/a.svg)'
+    """
+    return re.sub(r"^!\[([^\]]*)\]\((\S+)\)", r"[![\1](\2)](\2)", markdown, flags=re.MULTILINE)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep options and names in inline code on one line."""
+    return unbroken_code(html)
+
+
+def unbroken_code(html: str) -> str:
+    """Return a page whose inline code does not break after the hyphens of a word.
+
+    >>> unbroken_code("<code>allocate --max-rank R</code> and <pre><span></span><code>a --b</code></pre>")
+    '<code>allocate <span class="number">--max-rank</span> R</code> and <pre><span></span><code>a --b</code></pre>'
+    """
+
+    def word(found: re.Match[str]) -> str:
+        return f'<span class="number">{found[0]}</span>' if len(found[0]) < MAX_UNBROKEN else found[0]
+
+    def code(found: re.Match[str]) -> str:
+        words = re.sub(r"[^\s<]*[-…][^\s<]*", word, found[1])
+        return f"<code>{words}</code>"
+
+    return re.sub(r"(?<!<span></span>)<code>([^<]*)</code>", code, html)
 
 
 def moved_links(text: str, source: str, page: str) -> str:

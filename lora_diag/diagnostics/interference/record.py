@@ -232,7 +232,7 @@ class Union(LayerRecord):
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
             "parts_rank_at.0.9",
-            "apart",
+            "separate",
             "sum of the ranks at which each update has 90% of its energy",
             pool=_pool_ranks("parts_rank_at.0.9"),
             terminal=True,

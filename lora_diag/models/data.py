@@ -71,7 +71,7 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
         path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
             saved with ``save_to_disk``.
         model: Gives tokenizer, length and kind.
-        max_sequences: Maximum number of sequences to keep.
+        max_sequences: Maximum number of sequences to keep, evenly spaced in the file: neighbours are alike.
         shifted: Whether the user declared it as shifted.
 
     Raises:
@@ -100,8 +100,8 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
     if not sequences:
         raise InputError(f"{path}: has no token to predict; give longer text")
     if max_sequences is not None and max_sequences < len(sequences):
-        notes.append(f"the first {max_sequences} of {len(sequences)} sequences, by --max-sequences")
-        sequences = sequences[:max_sequences]
+        notes.append(f"{max_sequences} of {len(sequences)} sequences, evenly spaced, by --max-sequences")
+        sequences = [sequences[i * len(sequences) // max_sequences] for i in range(max_sequences)]
     form = source.unit if source.text is None else f"windows of {len(sequences[0].ids)} tokens"
     about = f"{len(sequences)} {form}"
     if model.kind == "masked":

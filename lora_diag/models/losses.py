@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_diag.errors import InputError
+from lora_diag.metrics.equivalence import paired
 from lora_diag.models.data import IGNORED, Sequence, Texts
 from lora_diag.models.opening import Model, in_batches, padded
 
@@ -59,12 +59,7 @@ class Losses:
         return {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": self.tokens}
 
     def minus(self, other: Losses) -> tuple[float, float | None]:
-        r"""Return the difference of two losses on the same sequences, and its standard error.
-
-        With d_i the difference of sequence i, n_i its predictions and N sequences, the gap is g = Σd_i/Σn_i and its
-        error √(N/(N−1)·Σ(d_i − g·n_i)²)/Σn_i (ratio estimator); sequences are assumed independent. None for N = 1.
-
-        Reference: Cochran 1977, Sampling Techniques, section 2.11.
+        """Return the difference of two losses on the same sequences, and its standard error; see ``paired``.
 
         Example:
             >>> one = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
@@ -72,13 +67,7 @@ class Losses:
             >>> one.minus(two)
             (1.0, 0.5)
         """
-        difference, total = self.sums - other.sums, float(self.counts.sum())
-        gap = float(difference.sum()) / total
-        n = len(difference)
-        if n < 2:
-            return gap, None
-        spread = float(((difference - gap * self.counts) ** 2).sum())
-        return gap, math.sqrt(n / (n - 1) * spread) / total
+        return paired(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
 
 def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -32,7 +32,7 @@ class Probe(WholeRecord):
         data: Hash of the evaluation file.
         loss: Loss in nats; null if a sweep's run diverged.
         gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if unknown.
-        gap_error: Standard error of ``gap``, from paired differences of sequences, assumed independent.
+        gap_error: Standard error of ``gap``, from paired differences of blocks of sequences.
         kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the loss; not clamped;
             null if TUNED's loss equals that of BASE.
         energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null otherwise.

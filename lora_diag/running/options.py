@@ -311,7 +311,7 @@ class ModelOptions(Device, total=False):
     length: Annotated[int | None, Option(None, "Sequence length in tokens; default: 512 or the model's limit.", "N")]
     batch: Annotated[int, Option(8, "Sequences per batch.", "N", panel=EXECUTION)]
     max_sequences: Annotated[
-        int | None, Option(None, "Use the first N sequences of each file; default: all.", "N", panel=INPUTS)
+        int | None, Option(None, "Use N sequences of each file, evenly spaced; default: all.", "N", panel=INPUTS)
     ]
     tokenizer: Annotated[
         str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR", panel=INPUTS)

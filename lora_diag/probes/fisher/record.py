@@ -14,8 +14,7 @@ class Effect(Record):
     Args:
         loss: Loss in nats per prediction.
         gap: Loss minus that of TUNED, on the same predictions.
-        gap_error: Standard error of ``gap``, from paired differences of sequences, assumed independent; null for one
-            sequence.
+        gap_error: Standard error of ``gap``, from paired differences of blocks of sequences; null for one sequence.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
     """
 

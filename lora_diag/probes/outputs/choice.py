@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_diag.metrics.equivalence import Estimate, paired, runs_needed
+from lora_diag.metrics.equivalence import Estimate, freedom, paired, runs_needed
 from lora_diag.records import Probe
 
 
@@ -16,8 +16,8 @@ class Rival:
     Args:
         name: Its path.
         behind: Its loss minus that of the best.
-        half: Half the interval of ``behind``: paired by sequence, t with N − 1 degrees of freedom, 95% for all
-            rivals together (Bonferroni); None for one sequence.
+        half: Half the interval of ``behind``: paired by sequence, Student's t, 95% for all rivals together (Bonferroni);
+            None for one sequence.
         sequences: Estimated number of sequences that would separate them; None if already separated, or above 1000.
     """
 
@@ -75,6 +75,6 @@ def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: floa
     gap, error = paired(other.nll, best.nll, counts)
     if error is None:
         return Rival(other.name, gap, None, None)
-    half = Estimate(gap, error, len(counts) - 1).half(level)
+    half = Estimate(gap, error, freedom(len(counts))).half(level)
     needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
     return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))

@@ -125,6 +125,6 @@ def _interpret(run: Run) -> str:
         "base": "norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED",
     }[run.settings["rest"]]
     return (
-        f"{reading}; errors assume independent sequences, which those of one text are not quite; results are for "
-        "compression of this update, not for training at a rank"
+        f"{reading}; errors allow for dependence of nearby sequences only; results are for compression of this "
+        "update, not for training at a rank"
     )

@@ -1,5 +1,7 @@
 """Slow float64 references, written from the definitions; they share no code with the package."""
 
+import math
+
 import numpy as np
 
 
@@ -87,3 +89,15 @@ def square_root(c: np.ndarray) -> np.ndarray:
     """The symmetric square root C^½, by its eigenvectors."""
     eigenvalues, vectors = np.linalg.eigh(c)
     return (vectors * np.sqrt(np.clip(eigenvalues, 0, None))) @ vectors.T
+
+
+def error_of_mean(values) -> float:
+    """Standard error of the mean of consecutive values, by the means of overlapping batches of ⌊√N⌋ of them.
+
+    Meketon and Schmeiser 1984: Σ(batch mean − mean)² over N − b + 1 batches, times b/((N − b + 1)(N − b)).
+    """
+    n = len(values)
+    b = math.floor(math.sqrt(n))
+    means = [math.fsum(values[start : start + b]) / b for start in range(n - b + 1)]
+    squares = math.fsum((mean - math.fsum(values) / n) ** 2 for mean in means)
+    return math.sqrt(b / ((n - b + 1) * (n - b)) * squares)

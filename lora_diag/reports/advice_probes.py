@@ -2,7 +2,8 @@
 
 They come after rules on losses of the whole model and before those on weights. A rule does not apply without its
 probe's records, or if the effect is within the noise of the measurement: standard errors paired by sequence, 95%
-intervals of ρ, every seed. Significance over many units is corrected by Bonferroni: 3.0 standard errors for 20 units.
+intervals of ρ, every seed. Significance over many units is corrected by Bonferroni: 3.7 standard errors for 20 units
+and 100 sequences.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.special import ndtri
-
 from lora_diag.metrics.correlation import interval, spearman
-from lora_diag.metrics.equivalence import paired
+from lora_diag.metrics.equivalence import Estimate, freedom, paired
 from lora_diag.probes.curvature.record import LossBound
 from lora_diag.probes.curvature.summary import LOOSE
 from lora_diag.probes.fisher.correlations import Correlations, correlations
@@ -109,7 +108,8 @@ def _find_significant_gains(evidence: Evidence) -> Iterator[Gains]:
         known = sorted((gain for gain in gains if gain.error is not None), key=lambda gain: -gain.gain)
         if len(known) < MIN_COUNT:
             continue
-        errors = float(ndtri(1 - LEVEL / 2 / len(known)))
+        sequences = len(_find_base(records, name).predictions)
+        errors = Estimate(0.0, 1.0, freedom(sequences)).half(1 - LEVEL / 2 / len(known))
         floor = known[0].gain - errors * (known[0].error or 0.0)
         if floor <= 0:
             continue
@@ -282,11 +282,14 @@ def _compute_gains(source: Source, records: Sequence[Sensitivity]) -> tuple[str,
     return name, gains_of(records, name, records[0].set, settings["rank"], settings["seed"])
 
 
+def _find_base(records: Sequence[Sensitivity], name: str) -> Sensitivity:
+    return next(record for record in records if not record.unit and record.set == name)
+
+
 def _is_uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], errors: float) -> bool:
     """Return whether the highest gain exceeds the lowest significantly and by a relevant factor, by sequence."""
     best, worst = known[0], known[-1]
-    base = next(record for record in records if not record.unit and record.set == name)
-    gap, error = paired(worst.nll, best.nll, base.predictions)
+    gap, error = paired(worst.nll, best.nll, _find_base(records, name).predictions)
     return error is not None and gap > errors * error and best.gain >= UNEVEN * worst.gain
 
 

@@ -49,6 +49,16 @@ def test_prompt_is_not_predicted_and_long_line_is_cut(tmp_path):
     assert texts.notes == ("1 of 2 lines were cut to 5 tokens",)
 
 
+def test_max_sequences_are_spread_over_file(tmp_path):
+    file, words = tmp_path / "x.txt", [WORDS[i % 7 // 3] for i in range(21)]
+    file.write_text(" ".join(words))
+    model = open_model(with_tokenizer(gpt2(tmp_path / "base"), "$A"), torch.device("cpu"), length=3)
+    whole = read_texts(file, model).sequences
+    part = read_texts(file, model, max_sequences=3)
+    assert (len(whole), part.sequences) == (7, (whole[0], whole[2], whole[4]))
+    assert part.notes == ("3 of 7 sequences, evenly spaced, by --max-sequences",)
+
+
 def test_classifier_keeps_both_ends_of_long_line(tmp_path):
     folder = with_tokenizer(bert(tmp_path / "base"), "<s> $A </s>")
     texts = read(folder, tmp_path / "x.jsonl", '{"text": "the cat sat on a mat", "label": "other"}\n', 5)

@@ -74,7 +74,7 @@ def test_gaining_units_are_named_and_losing_units_omitted():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])))
     assert step.rule == "place by gain"
     assert_names(step.do, *(f"model.layers.{i}.mlp.up_proj" for i in range(3)), "little in")
-    assert_names(step.because, "own", "+0.5000 ± 0.0072 nats")
+    assert_names(step.because, "own", "+0.5000 ± 0.0055 nats")
     assert_names(step.because, 3, "10 gains", 7)
     assert step.layers == tuple(UNITS[:3])
     assert step.command == "loradiag spectrum 'my base' full_ft -o spectrum.jsonl"

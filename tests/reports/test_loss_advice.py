@@ -12,6 +12,7 @@ from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
 from lora_diag.reports.advice import advice
 from lora_diag.reports.worth import contests
+from tests import oracles
 from tests.messages import assert_names
 from tests.reports.making import flat_to
 from tests.reports.test_advice import evidence, model, told
@@ -130,9 +131,9 @@ def test_adapters_are_compared_with_each_other_on_same_sequences():
         # Ratio estimator by its definition; two rivals, so 95% for both together is 97.5% for each.
         difference = nll[rival.name] - nll[best]
         gap = difference.sum() / counts.sum()
-        error = math.sqrt(20 / 19 * ((difference - gap * counts) ** 2).sum()) / counts.sum()
+        error = oracles.error_of_mean(difference - gap * counts) * 20 / counts.sum()
         assert rival.behind == pytest.approx(gap)
-        assert rival.half == pytest.approx(stats.t(19).ppf(1 - 0.05 / 4) * error)
+        assert rival.half == pytest.approx(stats.t(1.5 * (20 / 4 - 1)).ppf(1 - 0.05 / 4) * error)
     assert choice.rivals[0].sequences is None or choice.rivals[0].sequences > 20
     assert choice.rivals[1].sequences is None
     assert choices([r for r in records if r.name not in {"a", "b"}]) == []

@@ -16,8 +16,8 @@ class Rival:
     Args:
         name: Its path.
         behind: Its loss minus that of the best.
-        half: Half the interval of ``behind``: paired by sequence, Student's t, 95% for all rivals together (Bonferroni);
-            None for one sequence.
+        half: Half the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
+            (Bonferroni); None for one sequence.
         sequences: Estimated number of sequences that would separate them; None if already separated, or above 1000.
     """
 

@@ -16,6 +16,7 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.data import Sequence, Texts
+from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
 
@@ -87,7 +88,7 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
         assert record.agreement == pytest.approx((own.argmax(1) == tuned_z.argmax(1)).mean())
         each = (losses[record.subject] - losses["tuned"]).reshape(windows, -1).mean(1)
         assert record.gap == pytest.approx(each.mean(), abs=1e-5)
-        assert record.gap_error == pytest.approx(each.std(ddof=1) / np.sqrt(windows), abs=1e-5)
+        assert record.gap_error == pytest.approx(oracles.error_of_mean(each), abs=1e-5)
         mean = {name: each.mean() for name, each in losses.items()}
         share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
         assert record.kept == pytest.approx(share, abs=1e-4)

@@ -21,6 +21,7 @@ from lora_diag.models.opening import open_model
 from lora_diag.models.training import Cell
 from lora_diag.probes.sensitivity import measure as sensitivity
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from tests import oracles
 from tests.messages import assert_names, mentions, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, moved, some_text, tensors, trained
 
@@ -89,7 +90,7 @@ def test_layer_runs_equal_plain_loop(case, measured):
         assert record.loss == pytest.approx(truth, abs=1e-4)
         assert record.gain == pytest.approx(before[record.set].sum() / (31 * len(before[record.set])) - truth, abs=1e-4)
         difference = before[record.set] - np.array(record.nll)
-        error = np.std(difference, ddof=1) / math.sqrt(len(difference)) / 31
+        error = oracles.error_of_mean(difference) / 31
         assert record.gain_error == pytest.approx(error, rel=1e-3, abs=1e-6)
         assert record.params == record.rank * {"attn": 32, "mlp": 80}[record.unit.split(".")[-3]]
 
@@ -185,7 +186,7 @@ def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
     assert said[0].startswith("about ")
     assert "8 runs of 4 steps" in said[0]
     assert labels[-1][1] == labels[-1][2] == len(labels)
-    with raises_naming(UsageError, "settings.delta"):
+    with raises_naming(UsageError, "other settings", "delta"):
         lora_diag.probe_sensitivity(base, output=cut, resume=True, **(options | {"delta": None}))
 
 

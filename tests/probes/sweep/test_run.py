@@ -132,7 +132,7 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
         base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda event: labels.append(event.label), **options
     )
     assert (labels, repeated) == ([], grown)
-    with pytest.raises(UsageError, match=r"another settings\.steps"):
+    with pytest.raises(UsageError, match=r"other settings \(.*steps"):
         lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
 
 

@@ -11,6 +11,7 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.opening import Weights
+from tests import oracles
 from tests.messages import mentions, raises_naming
 from tests.probes.making import EVAL, SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
 
@@ -63,7 +64,7 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
         assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
         difference = truth - ends["tuned"]
         assert record.gap == pytest.approx(difference.mean(), abs=1e-4)
-        assert record.gap_error == pytest.approx(difference.std(ddof=1) / np.sqrt(len(difference)), abs=1e-4)
+        assert record.gap_error == pytest.approx(oracles.error_of_mean(difference), abs=1e-4)
         assert record.tokens == len(truth) * (length - 1)
         share = (ends["base"].mean() - truth.mean()) / (ends["base"].mean() - ends["tuned"].mean())
         assert record.kept == pytest.approx(share, abs=3e-3)

@@ -32,7 +32,7 @@ GROUND = {
     "adapters": {"checkpoints", "deltas", "records"},
     "gradients": {"adapters", "checkpoints", "deltas"},
     "layers": {"deltas", "linalg", "metrics", "records"},
-    "models": {"adapters", "checkpoints", "deltas", "layers", "linalg", "records"},
+    "models": {"adapters", "checkpoints", "deltas", "layers", "linalg", "metrics", "records"},
     "rendering": {"metrics", "records"},
     "running": {
         "adapters",

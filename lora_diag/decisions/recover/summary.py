@@ -120,7 +120,7 @@ def _describe_directions(records: Sequence[Recovery]) -> list[Statement]:
     file_energies = [energy for record in recovered if (energy := record.energy[str(16)]) is not None]
     directions = [record.directions or 0 for record in recovered]
     line = (
-        f"{span(directions)} directions a matrix in {len(recovered)}; r=16 carries at least "
+        f"{span(directions)} directions per matrix in {len(recovered)}; r=16 carries at least "
         f"{percent(median(energies))} of ‖X‖² at the median ({percent(median(file_energies))} of ‖D‖²)"
     )
     ranks = [record.rank_at_estimate["0.9"] for record in recovered if record.rank_at_estimate is not None]

@@ -189,8 +189,8 @@ def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     statuses = {record.status for record in shown.records.values()}
     unknown = any(r.status == "wrong" and not r.epsilon for r in shown.records.values())
     keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if statuses & set(AS_INTENDED) else []
-    keys += [Key(Patch(color=EPSILON(0.5)), "another ΔW")] if "wrong" in statuses else []
-    keys += [Key(Patch(color=COLORS["wrong"]), "another ΔW, ε not known without BASE")] if unknown else []
+    keys += [Key(Patch(color=EPSILON(0.5)), "different ΔW")] if "wrong" in statuses else []
+    keys += [Key(Patch(color=COLORS["wrong"]), "different ΔW, ε not known without BASE")] if unknown else []
     keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in statuses else []
     keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
     layers = len({record.layer for item in series for record in item.records})

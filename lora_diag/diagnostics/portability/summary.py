@@ -180,6 +180,6 @@ def _describe_wrong(records: Sequence[Portability]) -> str:
         text += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
     scales = sorted({record.scale / record.intended for record in altered if record.scale and record.intended})
     if not scales or any(record.part in NONLINEAR_PARTS for record in altered):
-        return f"another ΔW {text}"
+        return f"a different ΔW {text}"
     low, high = number(scales[0]), number(scales[-1])
     return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {text}"

@@ -380,12 +380,13 @@ def _describe_norms(failed: FailedLayer) -> Fault:
         share = residual / math.sqrt(check.base) if check.base else math.inf
         return Fault(
             "other base",
-            f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps another base, such as a "
+            f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps a different base, such as a "
             "quantized one, or further training",
         )
     cosine = check.inner / math.sqrt(check.expected * check.observed)
     return Fault(
-        "other", f"MERGED − BASE is another update {_describe_place(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}"
+        "other",
+        f"MERGED − BASE is a different update {_describe_place(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}",
     )
 
 

@@ -247,10 +247,19 @@ def small_fraction(share: float) -> str:
 def plus_minus(error: float) -> str:
     """Return a standard error as written after a value.
 
-    >>> plus_minus(0.01234), plus_minus(2e-6)
-    (' ±0.012', ' ±<1e-4')
+    >>> plus_minus(0.01234), plus_minus(0.00998), plus_minus(2e-6)
+    (' ±0.012', ' ±0.010', ' ±<1e-4')
     """
-    return f" ±{error:.2g}" if error >= 1e-4 else " ±<1e-4"
+    return f" ±{two_digits(error)}" if error >= 1e-4 else " ±<1e-4"
+
+
+def two_digits(error: float) -> str:
+    """Return an error with two significant digits, zeros included.
+
+    >>> two_digits(0.00998), two_digits(12.3), two_digits(0.0)
+    ('0.010', '12', '0')
+    """
+    return f"{error:#.2g}".rstrip(".") if error else "0"
 
 
 def factor(value: float) -> str:

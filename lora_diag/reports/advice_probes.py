@@ -25,6 +25,7 @@ from lora_diag.probes.outputs.contest import ERRORS
 from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records.probe import main_sets
+from lora_diag.rendering.text import two_digits
 from lora_diag.reports.budget import reference
 from lora_diag.reports.evidence import ARTICLE, DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
@@ -294,7 +295,7 @@ def _is_uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain],
 
 
 def _format_gain(gain: Gain) -> str:
-    return f"{gain.gain:+.4f} ± {gain.error or 0.0:.2g}"
+    return f"{gain.gain:+.4f} ± {two_digits(gain.error or 0.0)}"
 
 
 def _describe_dimension(all_rows: Sequence[Line], share: float) -> str:

@@ -14,6 +14,7 @@ from lora_diag.probes.outputs.contest import ERRORS, KEPT, Contest
 from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
+from lora_diag.rendering.text import two_digits
 from lora_diag.reports.evidence import ARTICLE, Evidence
 from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import SweptRun, compressed, contests, of, rejected_options, swept
@@ -307,7 +308,7 @@ def _describe_outcome(contest: Contest) -> str:
 
 
 def _format_gap(record: Probe) -> str:
-    error = "" if record.gap_error is None else f" ± {record.gap_error:.2g}"
+    error = "" if record.gap_error is None else f" ± {two_digits(record.gap_error)}"
     return f"{record.gap or 0.0:+.4f}{error}"
 
 

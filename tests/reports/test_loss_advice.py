@@ -101,7 +101,7 @@ def test_equal_adapter_ends_advice():
     (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
     assert step.rule == "keep the adapter"
     assert_names(step.do, "runs/b")
-    assert_names(step.because, "-0.0200 ± 0.01 nats", "own", "102%")
+    assert_names(step.because, "-0.0200 ± 0.010 nats", "own", "102%")
     assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
 
 
@@ -154,7 +154,7 @@ def test_equal_adapters_false_positive_rate_below_5_percent():
 def test_gap_is_stated_before_weights():
     steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
     assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
-    assert_names(steps[0].do, "+0.2000 ± 0.01 nats", "r=4", "r=8", "r=16")
+    assert_names(steps[0].do, "+0.2000 ± 0.010 nats", "r=4", "r=8", "r=16")
     assert_names(steps[0].because, "best of 2")
     command = "loradiag probe sweep base --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl"
     assert steps[0].command == command
@@ -216,7 +216,7 @@ def test_truncation_names_lossless_rank():
     (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
     assert step.rule == "compress"
     assert_names(step.do, "r=16")
-    assert_names(step.because, "93%", "own", "+0.0700 ± 0.01", "C(16) = 0.47")
+    assert_names(step.because, "93%", "own", "+0.0700 ± 0.010", "C(16) = 0.47")
     assert step.command == "loradiag extract 'my base' full_ft --rank 16 --unfactored save -o adapter/"
     (bare,) = advice(evidence(truncation({4: 0.95}, rest="base")))
     assert "--rest" not in bare.command

@@ -312,7 +312,7 @@ def test_docs_show_what_is_printed(loradiag, tmp_path):
     page = (ROOT / "docs" / "reference" / "extract.md").read_text(encoding="utf-8")
     words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
-    printed = loradiag(*words.split()).out.strip("\n")
+    printed = loradiag(*words.split(), env={"COLUMNS": "80"}, brief=True).out.strip("\n")
     assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"
 
 

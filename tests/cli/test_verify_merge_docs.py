@@ -15,7 +15,7 @@ COMMAND = "verify-merge sample_checkpoints/base sample_checkpoints/lora_r16"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``merged`` in bf16 from sample_checkpoints, and ``spoilt`` with three faults."""
+    """``merged`` in bf16 from sample_checkpoints, and ``spoilt`` with four faults."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
     base = {}

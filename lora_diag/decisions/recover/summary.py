@@ -56,7 +56,7 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
                 "assumption",
                 "Assumption",
                 "training kept float32 master weights, started at BASE, and was rounded once when TUNED was stored; "
-                "intervals are of about 95% under the model (X = low rank + noise) and do not cover another one",
+                "intervals are of about 95% under the model (X = low rank + noise) and do not hold under others",
             )
         )
     return [*lines, *_describe_reached(results), left_out(results), *final_statements(results)]

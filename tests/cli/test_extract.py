@@ -307,12 +307,13 @@ def test_extract_recovers_shared_cases(loradiag, case, tmp_path):
             assert record["fro"] == pytest.approx(truth[record["layer"]]["fro"], rel=1e-4)
 
 
-def test_docs_show_what_is_printed(loradiag, tmp_path):
+def test_docs_show_what_is_printed(loradiag, tmp_path, monkeypatch):
     """docs/refresh.py runs commands in the repository; this one writes, so it runs here."""
     page = (ROOT / "docs" / "reference" / "extract.md").read_text(encoding="utf-8")
     words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
-    printed = loradiag(*words.split(), env={"COLUMNS": "80"}, brief=True).out.strip("\n")
+    monkeypatch.setattr("lora_diag.cli.options.LINES", 12)  # the default, which `whole_summaries` disables
+    printed = loradiag(*words.split()).out.strip("\n")
     assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import by_module, check_rank, pair_of
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -33,7 +33,7 @@ def read_adalora(source: Source) -> Reading:
     kind = f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, alpha={config.values.get('lora_alpha')}"
     scaling = f"lora_alpha / (r + 1e-5), from {config.path.name}"
     reading = Reading(f"{kind}, {len(modules)} modules", tuple(updates), scaling=scaling)
-    return with_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, rest)
 
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:

@@ -23,7 +23,7 @@ from lora_diag.adapters.refused import refuse_unsupported
 from lora_diag.adapters.source import Source, StatedAlpha, open_source, refuse_integers
 from lora_diag.adapters.tokens import read_trainable_tokens
 from lora_diag.adapters.updates import Reading
-from lora_diag.adapters.user_alpha import with_config
+from lora_diag.adapters.user_alpha import add_config
 from lora_diag.adapters.vera import read_vera
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order
@@ -171,7 +171,7 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     """
     source = open_source(path, stated_alpha)
     note = "its files give alpha or a scale; the one that is stated is not used"
-    if not is_kohya(source) and not is_diffusers(source) and (completed := with_config(source)) is not source:
+    if not is_kohya(source) and not is_diffusers(source) and (completed := add_config(source)) is not source:
         source, note = completed, f"its files give no lora_alpha; alpha = {stated_alpha} was given"
     for family in FAMILIES:
         if family.claims(source):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusers import METADATA
-from lora_diag.adapters.gguf import fields_of, in_rows_of
+from lora_diag.adapters.gguf import fields_of, reorder_rows
 from lora_diag.adapters.keys import strip
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.scales import Scale, scale_of
@@ -127,7 +127,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 
 
 def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
-    updates = [in_rows_of(update, base) for update in adapter.reading.updates if not update.optional]
+    updates = [reorder_rows(update, base) for update in adapter.reading.updates if not update.optional]
     expected = dict(update.expected for update in updates)
     matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
     for update in updates:

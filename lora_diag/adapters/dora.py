@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
 
-def with_lengths(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
+def add_magnitude(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
     """Return the DoRA update for an update with a magnitude vector.
 
     Args:

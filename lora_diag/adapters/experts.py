@@ -150,7 +150,7 @@ def updates(
         )
     count = a[0] // rank
     dtype = source.checkpoint[b_key].dtype
-    in_out = partial(stored_in_out, source.settings.text("peft_version"))
+    in_out = partial(is_stored_in_out, source.settings.text("peft_version"))
     return [
         Update(
             weight=stack.parameter,
@@ -180,13 +180,13 @@ def factors(
     return as_float64(b_e) * scale, as_float64(a_e)
 
 
-def stored_in_out(peft_version: str, model_type: str) -> bool:
+def is_stored_in_out(peft_version: str, model_type: str) -> bool:
     """Return whether square experts are stored as ``(in, out)`` in BASE; for others the shapes decide.
 
     PEFT up to 0.18.1 (which wrote no version) treated every 3-D parameter as ``(E, in, out)``; 0.19.0 had the condition
     inverted; since 0.19.1 it follows the model (huggingface/peft#3165).
 
-    >>> stored_in_out("0.21.2", "mixtral"), stored_in_out("0.21.2", "gpt_oss"), stored_in_out("", "mixtral")
+    >>> is_stored_in_out("0.21.2", "mixtral"), is_stored_in_out("0.21.2", "gpt_oss"), is_stored_in_out("", "mixtral")
     (False, True, True)
     """
     transposed = model_type in TRANSPOSED_MODELS

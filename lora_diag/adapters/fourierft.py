@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -40,7 +40,7 @@ def read_fourierft(source: Source) -> Reading:
     ]
     kind = f"PEFT FourierFT, scaling={scaling:g}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), scaling=f"scaling, from {config.path.name}")
-    return with_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, rest)
 
 
 def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:

@@ -167,7 +167,7 @@ def table_factors(
     return a * scale, b.T
 
 
-def in_rows_of(update: Update, base: Checkpoint | None) -> Update:
+def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
     """Return an update with its rows in the order of BASE.
 
     Raises:
@@ -183,10 +183,10 @@ def in_rows_of(update: Update, base: Checkpoint | None) -> Update:
             f"{base.path}: its config.json {problem}, so the row order of {update.weight} is not known; give the "
             "folder of the model that the adapter was trained on"
         )
-    return replace(update, load=partial(reordered, update.load, count), heads="")  # type: ignore[arg-type]
+    return replace(update, load=partial(read_reordered, update.load, count), heads="")  # type: ignore[arg-type]
 
 
-def reordered(load: partial[Factors], count: int, site: Site) -> Factors:
+def read_reordered(load: partial[Factors], count: int, site: Site) -> Factors:
     """Return the factors with the rows of B in transformers' order."""
     b, a = load(site)
     return to_halves(b, count), a

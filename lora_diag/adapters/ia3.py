@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import by_module, is_named
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -29,11 +29,13 @@ def read_ia3(source: Source) -> Reading:
         InputError: A tensor is not a vector.
     """
     modules, rest = by_module(source.checkpoint, ("ia3_l",), source.path)
-    updates = tuple(update for module, parts in modules.items() for update in scaled(source, module, parts["ia3_l"]))
-    return with_stored_values(Reading(f"PEFT IA3, {len(modules)} modules", updates), source, rest)
+    updates = tuple(
+        update for module, parts in modules.items() for update in scale_updates(source, module, parts["ia3_l"])
+    )
+    return add_stored_values(Reading(f"PEFT IA3, {len(modules)} modules", updates), source, rest)
 
 
-def scaled(source: Source, module: str, key: str) -> list[Update]:
+def scale_updates(source: Source, module: str, key: str) -> list[Update]:
     """Return the updates of a module's weight and of its bias, if there is one.
 
     Raises:

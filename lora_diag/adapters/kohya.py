@@ -103,7 +103,7 @@ def _read_module(source: Source, module: str, parts: dict[str, str]) -> list[Upd
                 raise InputError(f"{source.path}: {key} has the invalid shape {list(shape)}; save the adapter again")
             name = "bias" if part.startswith("b_") or part.endswith("_b") else "weight"
             expected = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
-            load = partial(stored, source.checkpoint, key)
+            load = partial(read_stored, source.checkpoint, key)
             updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_factored(source, module, parts))
@@ -129,7 +129,7 @@ def _read_factored(source: Source, module: str, parts: dict[str, str]) -> Update
             f"{source.path}: {parts['dora_scale']} is a single number instead of a vector; save the adapter again"
         )
     by_column = shape[0] == 1 and len(shape) > 1 and math.prod(shape) == shape[1] != 1
-    return dora.with_lengths(update, source, parts["dora_scale"], by_column)
+    return dora.add_magnitude(update, source, parts["dora_scale"], by_column)
 
 
 def _read_lora(source: Source, module: str, parts: dict[str, str]) -> Update:
@@ -192,6 +192,6 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Sc
     return up * scale_of(checkpoint, scale), down.reshape(down.shape[0], -1)
 
 
-def stored(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+def read_stored(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
     """Return a difference that is stored in full."""
     return read(checkpoint, key).reshape(site.shape)

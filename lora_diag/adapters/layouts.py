@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lora_diag.adapters.contents import Contents, Item, component_of
 from lora_diag.adapters.gguf import ALPHA, TABLE
 from lora_diag.adapters.keys import PREFIX
-from lora_diag.adapters.names import canonical
+from lora_diag.adapters.names import drop_leading_wrappers
 from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, of_config
@@ -304,7 +304,7 @@ def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents, b
         return item.key.removesuffix(".lora_b").removesuffix(".lora_a")
     weight = f"{item.module}.weight"
     converted = None
-    for candidate in (weight, f"model.{canonical(weight)}", canonical(weight)):
+    for candidate in (weight, f"model.{drop_leading_wrappers(weight)}", drop_leading_wrappers(weight)):
         converted = converted or (names.in_gguf(candidate) if names is not None else None)
     if converted is None:
         raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")

@@ -10,7 +10,7 @@ import re
 from lora_diag.adapters.keys import strip
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import NewValue, Reading
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 
 PART = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bias)$)")
 
@@ -20,4 +20,4 @@ def read_ln_tuning(source: Source) -> Reading:
     norm_keys = [key for key in source.checkpoint if PART.search(key)]
     values = tuple(NewValue(PART.sub("", strip(key)), key) for key in norm_keys)
     rest = [key for key in source.checkpoint if key not in set(norm_keys)]
-    return with_stored_values(Reading(f"PEFT LN tuning, {len(norm_keys)} tensors", (), values), source, rest)
+    return add_stored_values(Reading(f"PEFT LN tuning, {len(norm_keys)} tensors", (), values), source, rest)

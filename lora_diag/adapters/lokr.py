@@ -13,7 +13,7 @@ from lora_diag.adapters.keys import by_module, check_rank
 from lora_diag.adapters.scales import Scale, Scaling, scale_of, scaling_words
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -41,7 +41,7 @@ def read_lokr(source: Source) -> Reading:
     kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
     notes = tuple(scaling.notes(list(modules)))
     reading = Reading(kind, tuple(updates), notes=notes, scaling=scaling.words("alpha"))
-    return with_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, rest)
 
 
 def rank_of(source: Source, parts: dict[str, str]) -> int | None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters import dora, experts, residual
 from lora_diag.adapters.keys import Modules, by_module, check_rank, pair_of
 from lora_diag.adapters.refused import refuse_lora_variants
-from lora_diag.adapters.replication import replicated
+from lora_diag.adapters.replication import replicate_updates
 from lora_diag.adapters.scales import Scale, Scaling, scaling_words
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.thin import StoredFactors, thin_factors
 from lora_diag.adapters.updates import Reading, Site, Update, flat, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -91,10 +91,10 @@ def read_lora(source: Source) -> Reading:
         update for stack in stacks for update in experts.updates(source, stack, scaling.rank, scaling.of_module)
     ]
     notes = [*scaling.notes(paths), *_describe_attentions(plain)]
-    updates, replication = replicated(updates, config)
+    updates, replication = replicate_updates(updates, config)
     kind = f"PEFT {_name_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), (), (*notes, *replication), sampler, scaling.words())
-    return with_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, rest)
 
 
 def _name_variant(config: Config) -> str:
@@ -130,13 +130,13 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
         scale=scale,
         thin=_read_thin_factors(source, owner.module, parts, keys, scale),
     )
-    update = residual.from_base(update, scaling.config, scale, rank)
+    update = residual.make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
-        update = dora.with_lengths(update, source, parts["lora_magnitude_vector"], embedding)
+        update = dora.add_magnitude(update, source, parts["lora_magnitude_vector"], embedding)
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]
-    bias = partial(scaled, source.checkpoint, key, scale)
+    bias = partial(read_scaled, source.checkpoint, key, scale)
     return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
 
 
@@ -198,7 +198,7 @@ def embedding_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: flo
     return read(checkpoint, a_key).T * scale, read(checkpoint, b_key).T
 
 
-def scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
+def read_scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
     """Return s times a stored vector."""
     return read(checkpoint, key) * scale
 

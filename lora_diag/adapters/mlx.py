@@ -83,7 +83,7 @@ def _update(source: Source, module: str, parts: dict[str, str], stated: float | 
         return update
     # An embedding is (vocab, dim), and m holds the lengths of its rows.
     of_table = source.checkpoint[parts["m"]].numel == a[0] != b[1]
-    return dora.with_lengths(update, source, parts["m"], by_column=of_table)
+    return dora.add_magnitude(update, source, parts["m"], by_column=of_table)
 
 
 def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:

@@ -127,10 +127,10 @@ def match_names(
     return matched, missing
 
 
-def canonical(name: str) -> str:
+def drop_leading_wrappers(name: str) -> str:
     """Return a name without its leading wrappers.
 
-    >>> canonical("model.language_model.layers.0.mlp.up_proj.weight")
+    >>> drop_leading_wrappers("model.language_model.layers.0.mlp.up_proj.weight")
     'layers.0.mlp.up_proj.weight'
     """
     parts = name.split(".")
@@ -139,10 +139,10 @@ def canonical(name: str) -> str:
     return ".".join(parts)
 
 
-def bare(name: str) -> str:
+def drop_all_wrappers(name: str) -> str:
     """Return a name without any wrapper.
 
-    >>> bare("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight")
+    >>> drop_all_wrappers("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight")
     'vision_tower.encoder.layers.0.mlp.fc1.weight'
     """
     return ".".join(part for part in name.split(".") if part not in INNER_WRAPPERS)
@@ -169,10 +169,10 @@ def is_same_part(first: str, second: str, alone: bool) -> bool:
     )
 
 
-def flattened(name: str) -> str:
+def flatten_name(name: str) -> str:
     """Return a name in kohya's form, with ``_`` for every dot within the module.
 
-    >>> flattened("down_blocks.0.resnets.0.conv1.weight")
+    >>> flatten_name("down_blocks.0.resnets.0.conv1.weight")
     'down_blocks_0_resnets_0_conv1.weight'
     """
     module, dot, leaf = name.rpartition(".")
@@ -204,22 +204,22 @@ class _Index:
         self.flattened: dict[str, list[str]] = {}
         self.experts: dict[str, dict[str, dict[int, str]]] = {}
         for name in base:
-            self.canonical.setdefault(canonical(name), []).append(name)
-            self.bare.setdefault(bare(name), []).append(name)
-            for way in dict.fromkeys((name, canonical(name))):
-                self.flattened.setdefault(flattened(way), []).append(name)
+            self.canonical.setdefault(drop_leading_wrappers(name), []).append(name)
+            self.bare.setdefault(drop_all_wrappers(name), []).append(name)
+            for way in dict.fromkeys((name, drop_leading_wrappers(name))):
+                self.flattened.setdefault(flatten_name(way), []).append(name)
             if match := EXPERT.fullmatch(name):
-                leaves = self.experts.setdefault(bare(match["owner"]), {})
+                leaves = self.experts.setdefault(drop_all_wrappers(match["owner"]), {})
                 leaves.setdefault(match["leaf"], {})[int(match["index"])] = name
 
     def lookups(self, name: str) -> Iterator[list[str]]:
         """Yield the stored names that may match a name, the most certain first."""
         for candidate in dialects(name):
             yield [candidate] if candidate in self.base else []
-            yield self.canonical.get(canonical(candidate), [])
-            yield self.bare.get(bare(candidate), [])
+            yield self.canonical.get(drop_leading_wrappers(candidate), [])
+            yield self.bare.get(drop_all_wrappers(candidate), [])
         if "." not in name.rpartition(".")[0]:
-            yield self.flattened.get(flattened(name), [])
+            yield self.flattened.get(flatten_name(name), [])
 
 
 def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Location, ...] | str:
@@ -296,7 +296,7 @@ def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[L
     if len(expected) != 3 or leaf not in FUSED:
         return ()
     for candidate in dialects(f"{owner}."):
-        leaves = index.experts.get(bare(candidate.rstrip(".")), {})
+        leaves = index.experts.get(drop_all_wrappers(candidate.rstrip(".")), {})
         for pieces in FUSED[leaf]:
             locations = _find_pieces(pieces, leaves, expected, index.base)
             if locations:

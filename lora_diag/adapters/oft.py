@@ -16,7 +16,7 @@ from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.refused import MERGE
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -47,7 +47,7 @@ def read_oft(source: Source) -> Reading:
             f"{config.path}: num_cayley_neumann_terms {terms} is above the limit of {MAX_TERMS}; check the config"
         )
     updates = tuple(_update(source, module, parts, terms) for module, parts in modules.items())
-    return with_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, rest)
+    return add_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, rest)
 
 
 def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> Update:

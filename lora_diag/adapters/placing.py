@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from lora_diag.adapters.gguf import in_rows_of
+from lora_diag.adapters.gguf import reorder_rows
 from lora_diag.adapters.names import Location, match_names
 from lora_diag.adapters.orientation import Orientation
 from lora_diag.adapters.source import Source
@@ -202,7 +202,7 @@ def _match_pieces(
     orientation = Orientation(base, shapes, flag)
     model_type = _read_model_type(base, source)
     pieces = []
-    for update in (in_rows_of(update, base) for update in reading.updates):
+    for update in (reorder_rows(update, base) for update in reading.updates):
         index = 0 if update.expert is None else update.expert[0]
         for location in matched.get(update.expected[0], ()):
             if location.index == index:

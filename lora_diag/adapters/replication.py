@@ -21,7 +21,7 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 MAX_LAYERS = 100_000
 
 
-def replicated(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
+def replicate_updates(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
     """Assign every update to the layer of BASE that it acts on.
 
     Raises:

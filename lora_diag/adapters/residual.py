@@ -35,17 +35,17 @@ def name_of(config: Config) -> str:
     return NAMES.get(config.text("init_lora_weights").lower(), "")
 
 
-def from_base(update: Update, config: Config, scale: float, rank: int) -> Update:
+def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
     """Return the update relative to the original base."""
     name = name_of(config)
     if not name:
         return update
     factors = cast("Callable[[Site], Factors]", update.load)
-    load = partial(less_part, factors, name, scale, rank)
+    load = partial(subtract_part, factors, name, scale, rank)
     return replace(update, load=load, needs_weight=name, zero_if="", plain=factors, thin=None)
 
 
-def less_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:
+def subtract_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:
     """Return factors of s·B·A − P: ``[sB, −P_left]`` and ``[A; P_right]``."""
     import torch
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading
-from lora_diag.adapters.values import ROWS, rows_update, with_stored_values
+from lora_diag.adapters.values import ROWS, add_stored_values, rows_update
 
 
 def read_trainable_tokens(source: Source) -> Reading:
@@ -20,4 +20,4 @@ def read_trainable_tokens(source: Source) -> Reading:
     modules, rest = by_module(source.checkpoint, (ROWS,), source.path)
     indices = source.settings.values.get("token_indices")
     updates = tuple(rows_update(source, module, parts[ROWS], indices) for module, parts in modules.items())
-    return with_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, rest)
+    return add_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, rest)

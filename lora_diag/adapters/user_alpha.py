@@ -34,7 +34,7 @@ def alpha_option(options: Mapping[str, Any]) -> StatedAlpha:
     return "rank" if is_rank else alpha
 
 
-def with_config(source: Source) -> Source:
+def add_config(source: Source) -> Source:
     """Return a source with the settings that a PEFT file lacks, from the ranks of its factors and the given α.
 
     Raises:

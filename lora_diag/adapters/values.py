@@ -31,7 +31,7 @@ SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 ORIGINAL = re.compile(r"\.original_module\.")
 
 
-def with_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:
+def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:
     """Add tensors that no family claimed: weights stored in full, updates of rows, and tensors without effect.
 
     Args:

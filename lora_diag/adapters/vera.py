@@ -12,7 +12,7 @@ from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.refused import MERGE
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import with_stored_values
+from lora_diag.adapters.values import add_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -39,7 +39,7 @@ def read_vera(source: Source) -> Reading:
     modules, rest = by_module(names, PARTS, source.path)
     updates = [_update(source, module, parts) for module, parts in modules.items()]
     kind = f"PEFT VeRA, r={source.shape(a_key, 2)[0]}, {len(modules)} modules"
-    return with_stored_values(Reading(kind, tuple(updates)), source, rest)
+    return add_stored_values(Reading(kind, tuple(updates)), source, rest)
 
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:

@@ -5,7 +5,7 @@ contains. Opening a checkpoint reads headers only and does not import torch; num
 range. A format is one file in this package and one line in ``FORMATS``.
 """
 
-from lora_diag.checkpoints.addresses import shown
+from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.checkpoints.folder import FORMATS, check_exists, locate, open_checkpoint
 from lora_diag.checkpoints.remote import as_path
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
@@ -17,7 +17,7 @@ __all__ = [
     "TensorInfo",
     "as_path",
     "check_exists",
+    "hide_secrets",
     "locate",
     "open_checkpoint",
-    "shown",
 ]

@@ -12,12 +12,12 @@ ANY = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+", re.ASCII)
 WEB = ("http", "https")
 
 
-def shown(address: Path | str) -> str:
+def hide_secrets(address: Path | str) -> str:
     """Return an address, or a text that contains addresses, without passwords and queries.
 
-    >>> shown("https://user:secret@host/model.safetensors?X-Amz-Signature=0123")
+    >>> hide_secrets("https://user:secret@host/model.safetensors?X-Amz-Signature=0123")
     'https://host/model.safetensors'
-    >>> shown("cannot reach https://host/x?sig=1: timeout")
+    >>> hide_secrets("cannot reach https://host/x?sig=1: timeout")
     'cannot reach https://host/x timeout'
     """
     text = str(address)

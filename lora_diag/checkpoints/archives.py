@@ -161,7 +161,7 @@ class Archive:
         Raises:
             InputError: The tensor is not inside its storage, or is not in row-major order.
         """
-        value = unwrapped(value)
+        value = unwrap_parameter(value)
         if not isinstance(value, Record) or value.name not in REBUILD or not value.args or len(value.args) < 4:
             return None
         storage, offset, shape, strides = value.args[:4]
@@ -200,7 +200,7 @@ class Archive:
         return InputError(f"{self.file.path}: {name} {problem}; save it again")
 
 
-def unwrapped(value: Any) -> Any:
+def unwrap_parameter(value: Any) -> Any:
     """Return the tensor inside a parameter."""
     for _ in range(4):
         if not isinstance(value, Record) or value.name not in WRAPPED or not value.args:

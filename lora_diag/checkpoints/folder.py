@@ -11,11 +11,11 @@ from lora_diag.checkpoints.distributed import DistributedFolder, folder_within
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
 from lora_diag.checkpoints.foreign import refuse_foreign
 from lora_diag.checkpoints.gguf_model import GgufModel, config_of, notes_of, open_model, single_model
-from lora_diag.checkpoints.names import without_wrappers
+from lora_diag.checkpoints.names import drop_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
 from lora_diag.checkpoints.pieces import PiecesFolder
-from lora_diag.checkpoints.quantized import dequantized
+from lora_diag.checkpoints.quantized import dequantize
 from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder
 from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
@@ -70,7 +70,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = local if isinstance(local, RemotePath) else Path(path)
     source = _find_weights(local) if local.is_dir() else local
     files, kind, notes = _open(source)
-    files, renamed = without_wrappers(files)
+    files, renamed = drop_wrappers(files)
     models = [file for file in files if isinstance(file, GgufModel)]
     config = config_of(models) if models else _read_config(source)
     stored = Checkpoint(path, kind, files, config=config)
@@ -78,7 +78,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise InputError(f"{source}: holds no tensors; save the model again")
     refuse_unmerged(stored)
     refuse_packed(stored, quantization(config))
-    files, dequantizing = dequantized(stored, quantization(config))
+    files, dequantizing = dequantize(stored, quantization(config))
     fetched = (f"read from the Hugging Face cache: {local}",) if local != path else ()
     if isinstance(local, RemotePath) and local.store.note:
         fetched = (local.store.note,)

@@ -54,7 +54,7 @@ class Renamed:
         return self._file.read_bytes(self._stored[name])
 
 
-def without_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
+def drop_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
     """Present the tensors of a checkpoint without the attributes of wrappers.
 
     Args:

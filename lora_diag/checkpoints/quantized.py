@@ -100,7 +100,7 @@ class Dequantized:
         return weight.read_scales(start, stop) if isinstance(weight, scaled.ScaledWeight) else None
 
 
-def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
+def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
     """Present the quantized weights of a checkpoint as floats.
 
     Args:

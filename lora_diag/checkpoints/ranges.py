@@ -94,10 +94,12 @@ def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, fil
 
     while done < len(buffer):
         done_before = done
-        retried(address, attempt, lambda done_before=done_before: done > done_before)  # type: ignore[misc]
+        call_with_retries(address, attempt, lambda done_before=done_before: done > done_before)  # type: ignore[misc]
 
 
-def retried(address: str, attempt: Callable[[], T], made_progress: Callable[[], bool] = lambda: False) -> T | None:
+def call_with_retries(
+    address: str, attempt: Callable[[], T], made_progress: Callable[[], bool] = lambda: False
+) -> T | None:
     """Call a function until it succeeds, at most ``TRIES`` times in a row without progress.
 
     Args:

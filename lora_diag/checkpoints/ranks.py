@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor, unwrapped
+from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor, unwrap_parameter
 from lora_diag.checkpoints.chunks import Box, Boxes
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.inert import Record
@@ -151,7 +151,7 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
 
 def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
     """Return the parts of a value of a state dict; none if it is no tensor."""
-    value = unwrapped(value)
+    value = unwrap_parameter(value)
     local, spec = _read_dtensor(value)
     if local is not None and isinstance(spec, Record):
         tensor = archive.tensor(local, name)

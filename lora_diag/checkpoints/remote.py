@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
-from lora_diag.checkpoints.addresses import ADDRESS, SCHEME, WEB, shown
+from lora_diag.checkpoints.addresses import ADDRESS, SCHEME, WEB, hide_secrets
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
@@ -207,9 +207,11 @@ def as_path(address: Path | str) -> Path:
     match = ADDRESS.fullmatch(str(address))
     if match is None:
         if SCHEME.match(str(address)) and not Path(address).exists():
-            raise InputError(f"{shown(address)}: unsupported scheme; give s3://, gs://, hf://, https:// or http://")
+            raise InputError(
+                f"{hide_secrets(address)}: unsupported scheme; give s3://, gs://, hf://, https:// or http://"
+            )
         return Path(address)
-    root = shown(address).rstrip("/")
+    root = hide_secrets(address).rstrip("/")
     return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2], root)))
 
 

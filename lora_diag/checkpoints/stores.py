@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_diag.checkpoints.addresses import shown
+from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.errors import InputError
 
 # File systems by scheme, process and the credential variables of the environment, which a notebook may change.
@@ -116,4 +116,4 @@ def filesystem(scheme: str, **options: Any) -> Any:
 def first_line_of(error: BaseException) -> str:
     """Return the first line of a library's error, without the secret parts of addresses."""
     lines = str(error).splitlines()
-    return shown(lines[0])[:300] if lines else type(error).__name__
+    return hide_secrets(lines[0])[:300] if lines else type(error).__name__

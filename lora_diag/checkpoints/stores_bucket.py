@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lora_diag.checkpoints.ranges import TransientError, retried
+from lora_diag.checkpoints.ranges import TransientError, call_with_retries
 from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 
@@ -61,14 +61,14 @@ class BucketStore(Store):
             entry = listed.get(address)
         else:  # not listed: the folder of a single requested file may be very large
             self._open()
-            entry = retried(address, lambda: self._call(address, self._fs.info, _make_key(address)))
+            entry = call_with_retries(address, lambda: self._call(address, self._fs.info, _make_key(address)))
         return _make_file_info(entry) if entry is not None and entry.get("type") == "file" else None
 
     def _list_entries(self, folder: str) -> dict[str, Any]:
         """Return the entries of a folder by address, with one request."""
         if folder not in self._listed:
             self._open()
-            listing = retried(
+            listing = call_with_retries(
                 folder, lambda: self._call(folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
             )
             named = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lora_diag.checkpoints.hub import PART, HubId, unreachable
-from lora_diag.checkpoints.ranges import retried
+from lora_diag.checkpoints.ranges import call_with_retries
 from lora_diag.checkpoints.stores import FileInfo, Store
 from lora_diag.checkpoints.stores_web import HttpStore
 from lora_diag.errors import InputError
@@ -69,7 +69,7 @@ class HubStore(HttpStore):
         return sorted({f"{address}/{relative.partition('/')[0]}" for relative in rests})
 
     def _find(self, address: str) -> FileInfo | None:
-        return retried(address, lambda: self._run(self._ask, address)) if address in self._files else None
+        return call_with_retries(address, lambda: self._run(self._ask, address)) if address in self._files else None
 
     def _suggest_access(self) -> str:
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote, urljoin
 
-from lora_diag.checkpoints.addresses import shown
-from lora_diag.checkpoints.ranges import TransientError, retried
+from lora_diag.checkpoints.addresses import hide_secrets
+from lora_diag.checkpoints.ranges import TransientError, call_with_retries
 from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 
@@ -83,7 +83,7 @@ class HttpStore(Store):
     def _find(self, address: str) -> FileInfo | None:
         if self.is_folder(address) or (self._alone and address != self._alone):
             return None
-        return retried(address, lambda: self._run(self._ask, address))
+        return call_with_retries(address, lambda: self._run(self._ask, address))
 
     def _run(self, coroutine: Callable[..., Any], *args: Any) -> Any:
         self._open()
@@ -172,7 +172,7 @@ class HttpStore(Store):
         if status in {401, 403}:
             raise InputError(f"{address}: the server answers {status}: {self._suggest_access()}")
         if 300 <= status < 400:
-            to = shown(urljoin(address, response.headers.get("Location", "")))
+            to = hide_secrets(urljoin(address, response.headers.get("Location", "")))
             raise InputError(f"{address}: the server redirects to {to}; give that address")
         if status in {404, 410, 412, 416}:
             raise InputError(f"{address}: {CHANGED} (the server answers {status})")

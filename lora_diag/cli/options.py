@@ -27,7 +27,7 @@ import typer
 
 from lora_diag.cli.output import message, progress_bar, record_printer, report_reading, result, terminal
 from lora_diag.errors import UsageError
-from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, declared
+from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, list_options
 
 if TYPE_CHECKING:
     from lora_diag.records import Results
@@ -85,7 +85,7 @@ Quiet = Annotated[bool, flag("quiet", "Suppress progress, messages and tables.",
 Verbose = Annotated[
     bool, flag("verbose", "Print every line of the summary, and how much was read.", OUTPUT, "--verbose", "-v")
 ]
-Overwrite = Annotated[bool, typer_option("overwrite", declared(Output)["overwrite"][1])]
+Overwrite = Annotated[bool, typer_option("overwrite", list_options(Output)["overwrite"][1])]
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def _limit_lines(brief: bool) -> Iterator[None]:
     """Limit summaries to a few lines."""
-    from lora_diag.rendering.statements import at_most  # deferred: imports rich
+    from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
-    with at_most(LINES if brief else None):
+    with limit_lines(LINES if brief else None):
         yield
 
 
@@ -231,7 +231,7 @@ def _list_options(group: Any) -> Iterator[Parameter]:
         for field in fields(group):
             yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
     elif is_typeddict(group):
-        for name, (kind, option) in declared(group).items():
+        for name, (kind, option) in list_options(group).items():
             if name == "engine":
                 yield from _list_options(Cluster)
             elif option.cli:
@@ -309,7 +309,7 @@ def _gather_group(group: Any, values: dict[str, Any]) -> Any:
         return group(**values)  # type: ignore[operator]
     if "engine" in values:
         values["engine"] = Cluster(**{field.name: values.pop(field.name) for field in fields(Cluster)}).value()
-    for name, (kind, option) in declared(group).items():
+    for name, (kind, option) in list_options(group).items():
         if name in values:
             values[name] = _read(kind, option, name, option.checked(name, values[name]))
     if {"output", "resume"} <= set(values):  # checked here because reading a model may take minutes

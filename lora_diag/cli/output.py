@@ -19,7 +19,7 @@ from typer import Exit
 
 from lora_diag.errors import UNREADABLE, InputError, UsageError
 from lora_diag.files import Kind, check_output
-from lora_diag.rendering.text import byte_count, encodable, safe
+from lora_diag.rendering.text import byte_count, replace_unencodable, safe
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord, LeftOut
@@ -81,7 +81,7 @@ def result(text: str) -> None:
     """
     if sys.stdout is None or sys.stdout.closed:
         raise InputError("standard output: cannot be written: it is closed")
-    text = encodable(public(text), sys.stdout.encoding or "utf-8")
+    text = replace_unencodable(public(text), sys.stdout.encoding or "utf-8")
     # Not an OSError: typer turns a closed pipe into exit code 1, which means that a gate failed.
     try:
         print(text, flush=True)

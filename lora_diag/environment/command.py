@@ -26,7 +26,7 @@ def doctor(
     Example: loradiag doctor s3://models/base
     """
     from lora_diag.environment.check import checks
-    from lora_diag.rendering.statements import at_most, summary_of
+    from lora_diag.rendering.statements import limit_lines, summary_of
     from lora_diag.rendering.text import to_text
 
     results = checks(inputs or ())
@@ -34,6 +34,6 @@ def doctor(
         for check in results:
             line(dumps({"key": check.key, "level": check.level, "lines": check.lines}, ensure_ascii=False))
     else:
-        with at_most(None):
+        with limit_lines(None):
             result(to_text(summary_of(results), *terminal()))
     raise typer.Exit(UNREADABLE if any(check.level == "failure" for check in results) else DONE)

@@ -25,7 +25,7 @@ from lora_diag.linalg import (
     difference,
     first_non_finite,
     norm,
-    own_stream,
+    use_own_stream,
     whole_bytes,
 )
 from lora_diag.linalg.devices import move
@@ -168,13 +168,13 @@ def _subtract_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
         yield tuned.to(dtype) - base.to(dtype)
 
 
-def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
+def compute_on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
     """Compute on a device, or on the CPU if the device is out of memory; return the result and a note for the record.
 
     Raises:
         MemoryLimitError: This machine is out of memory.
     """
-    with _report_failed_allocations(), own_stream(device):
+    with _report_failed_allocations(), use_own_stream(device):
         try:
             return compute(device), ""
         except RuntimeError as error:
@@ -200,8 +200,8 @@ def why_not_comparable(fro: float) -> str | None:
     return f"its norm is {fro:.2g}: float64 does not hold the squares of its quotients with others"
 
 
-def noted(record: T, text: str) -> T:
-    """Append a note of ``on_device`` to the method of a record; records without a method are unchanged."""
+def append_note(record: T, text: str) -> T:
+    """Append a note of ``compute_on_device`` to the method of a record; records without a method are unchanged."""
     result: Any = record
     if not text or not hasattr(record, "method"):
         return record

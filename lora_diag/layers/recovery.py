@@ -19,7 +19,7 @@ from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change
 from lora_diag.linalg import Streamed, norm
 from lora_diag.linalg.binades import MOST_UNEVEN, Binades
-from lora_diag.linalg.cells import GRIDS, Cells, Source, halves, joined, nearest
+from lora_diag.linalg.cells import GRIDS, Cells, Source, cell_halves, join_cells, round_to_nearest
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.hidden import (
     HELD_OUT,
@@ -33,10 +33,10 @@ from lora_diag.linalg.hidden import (
     recover,
 )
 from lora_diag.linalg.hidden_density import fit_density
-from lora_diag.linalg.hidden_scales import Scales, divided, fit_scales
+from lora_diag.linalg.hidden_scales import Scales, divide_cells, fit_scales
 from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape
 from lora_diag.linalg.rounding import SHORTER
-from lora_diag.linalg.shrinkage import with_noise
+from lora_diag.linalg.shrinkage import add_noise
 from lora_diag.linalg.truncated import Moments, moments
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
@@ -203,20 +203,24 @@ class _Stored:
     def halves(self, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the extent of the cells of values below and above them."""
         if scale is not None:
-            codes = nearest(values / scale, self.format)
-            below, above = halves(codes, GRIDS[self.format])
+            codes = round_to_nearest(values / scale, self.format)
+            below, above = cell_halves(codes, GRIDS[self.format])
             # A negative scale mirrors the cell; scales are positive in every known format.
             return below * scale.abs(), above * scale.abs()
-        below, above = halves(values, GRIDS[self.format])
+        below, above = cell_halves(values, GRIDS[self.format])
         if self.own != self.format:
             fits = values.to(getattr(torch, self.format)).to(values.dtype) == values
-            finer = halves(values, GRIDS[self.own])
+            finer = cell_halves(values, GRIDS[self.own])
             below, above = torch.where(fits, below, finer[0]), torch.where(fits, above, finer[1])
         return below, above
 
     def round(self, values: Tensor, scale: Tensor | None) -> Tensor:
         """Return the stored value of a number."""
-        return nearest(values, self.format) if scale is None else nearest(values / scale, self.format) * scale
+        return (
+            round_to_nearest(values, self.format)
+            if scale is None
+            else round_to_nearest(values / scale, self.format) * scale
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +322,7 @@ class _Stream(Source):
         for block, cells in self._known.items():
             start = block * self._step
             parts.append(cells.rows(max(0, first - start), min(last - start, self._step)))
-        return parts[0] if len(parts) == 1 else joined(parts)
+        return parts[0] if len(parts) == 1 else join_cells(parts)
 
     def _read_block(self, block: int) -> Cells:
         if block in self._known:
@@ -516,7 +520,7 @@ def hidden_energy(delta: StoredDelta) -> float:
     rms = math.sqrt(square / count)
     read = _Read(stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu"))
     cells_of_blocks = [read.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
-    cells = joined([part for part, _ in cells_of_blocks])
+    cells = join_cells([part for part, _ in cells_of_blocks])
     deviation = fit_size(cells, rms / read.unit).deviation
     each_x = moments(cells, 0.0, deviation, fast=True)
     d = torch.cat([(t.double() - w.double()) / read.unit for w, t in zip(*blocks, strict=True)])
@@ -589,7 +593,7 @@ def _compare_binades(
         home = read.tuned.round(w, read.tuned.scales(first, last, shape, t))
         cells = read.cells(first, w, home, start == "rounded")[0]
         if scales is not None:
-            cells = divided(cells, scales.times(first, last))
+            cells = divide_cells(cells, scales.times(first, last))
         if low_rank is None:
             mean: Tensor | float = 0.0
             still = form.moments(cells, deviation, fast=True)
@@ -665,8 +669,8 @@ def _energy_curves(
     remainder = math.sqrt(max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape)))
     unseen = tau * spread * math.prod(shape) ** 0.25
     low = (x - Z95 * tau * spread).clamp(min=0.0)
-    high = with_noise(x + Z95 * tau * spread, shape, remainder * spread)
-    beyond = max(unseen, float(with_noise(torch.zeros(1), shape, remainder * spread)[0]))
+    high = add_noise(x + Z95 * tau * spread, shape, remainder * spread)
+    beyond = max(unseen, float(add_noise(torch.zeros(1), shape, remainder * spread)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
     values = x.numpy() * min(recovered.stretch, max(1.0, whole / float(torch.linalg.vector_norm(x))))
     curve = np.minimum(1.0, np.cumsum((values / whole) ** 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diag.metrics import Gain, Noise, signal_rank, verdict, weighed_edge
+from lora_diag.metrics import Gain, Noise, signal_rank, verdict, weighted_edge
 from lora_diag.records import Resolution
 
 if TYPE_CHECKING:
@@ -53,17 +53,17 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
         factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
         gains: Effect of the data metric on the errors.
     """
-    from lora_diag.linalg import grain
+    from lora_diag.linalg import rounding_threshold
 
     s, fro, complete = factors.s.numpy(), factors.fro, factors.complete
     rounding = difference.rounding if difference else None
     if difference is None or rounding is None:
-        return unrounded(s, fro, complete)
+        return make_unrounded(s, fro, complete)
     noise = noise_of(rounding.noise, rounding.sides)
     noise_fro, edge = noise.fro, noise.edge if gains is None else 0.0
     if gains is not None:
-        noise_fro, edge = gains.left[0] * gains.right[0], weighed_edge(gains.left, gains.right)
-    edge = max(edge, grain(factors))
+        noise_fro, edge = gains.left[0] * gains.right[0], weighted_edge(gains.left, gains.right)
+    edge = max(edge, rounding_threshold(factors))
     signal = signal_rank(s, edge, complete)
     return Resolution(
         unchanged=difference.unchanged,
@@ -80,7 +80,7 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
     )
 
 
-def unrounded(s: NDArray[np.float64], fro: float, complete: bool) -> Resolution:
+def make_unrounded(s: NDArray[np.float64], fro: float, complete: bool) -> Resolution:
     """Return the resolution of an update that no file rounds: the factors of an adapter are the update.
 
     Args:

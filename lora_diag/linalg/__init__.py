@@ -5,12 +5,12 @@ line in ``METHODS``.
 """
 
 from lora_diag.linalg.decompose import METHODS, check_request, decompose
-from lora_diag.linalg.devices import own_stream, resolve_device
+from lora_diag.linalg.devices import resolve_device, use_own_stream
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
-from lora_diag.linalg.factors import Factors, grain, numerical_rank
-from lora_diag.linalg.limited import Allowance, decompose_streamed, require, whole_bytes
+from lora_diag.linalg.factors import Factors, numerical_rank, rounding_threshold
+from lora_diag.linalg.limited import Allowance, decompose_streamed, require_memory, whole_bytes
 from lora_diag.linalg.streamed import Streamed
 
 __all__ = [
@@ -26,14 +26,14 @@ __all__ = [
     "decompose_streamed",
     "difference",
     "first_non_finite",
-    "grain",
     "norm",
     "numerical_rank",
-    "own_stream",
     "principal_cosines",
     "products",
-    "require",
+    "require_memory",
     "resolve_device",
     "root",
+    "rounding_threshold",
+    "use_own_stream",
     "whole_bytes",
 ]

@@ -50,7 +50,7 @@ GRIDS = {
 }
 
 
-def halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the extent of the cell of each value below and above it.
 
     Args:
@@ -61,7 +61,7 @@ def halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         Two tensors like ``values``, not negative.
 
     Example:
-        >>> below, above = halves(torch.tensor([1.0, -1.5, 448.0]), GRIDS["float8_e4m3fn"])
+        >>> below, above = cell_halves(torch.tensor([1.0, -1.5, 448.0]), GRIDS["float8_e4m3fn"])
         >>> below.tolist(), above.tolist()
         ([0.03125, 0.0625, 16.0], [0.0625, 0.0625, inf])
     """
@@ -76,7 +76,7 @@ def halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return torch.where(negative, outer, inner), torch.where(negative, inner, outer)
 
 
-def nearest(values: Tensor, dtype: str) -> Tensor:
+def round_to_nearest(values: Tensor, dtype: str) -> Tensor:
     """Round to a format, ties to even; numbers beyond the range of a saturating format become its largest value.
 
     Args:
@@ -134,7 +134,7 @@ class Source(ABC):
             inside = _select_between(entries, first * columns, last * columns)
             if len(inside):
                 parts.append(self.rows(first, last).at(inside - first * columns))
-        return joined(parts, 1)
+        return join_cells(parts, 1)
 
     def opened(self, entries: Tensor) -> Opened:
         """Return the same cells with some entries unknown.
@@ -205,7 +205,7 @@ class Cells(Source):
         return replace(self, below=None, above=None)
 
 
-def joined(blocks: list[Cells], dim: int = 0) -> Cells:
+def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
     """Return the cells of all blocks."""
     sides = [[getattr(block, name) for block in blocks] for name in ("lo", "hi", "below", "above")]
     return Cells(*(None if side[0] is None else torch.cat(side, dim) for side in sides))  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ _streams = threading.local()
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def use_own_stream(device: torch.device) -> Iterator[None]:
     """Compute on a stream of this thread: on a GPU the transfers of one layer then overlap with kernels of another.
 
     On other devices this does nothing. Results are complete when the block ends, and may be used by other threads.
@@ -104,7 +104,7 @@ def move(block: Tensor, device: torch.device) -> Tensor:
     return block.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def solvable(matrix: Tensor) -> Tensor:
+def move_if_small(matrix: Tensor) -> Tensor:
     """Return a matrix on the CPU if it is small, else where it is."""
     return matrix.cpu() if min(matrix.shape) <= SMALL else matrix
 

@@ -21,9 +21,9 @@ from lora_diag.linalg.rounding import (
     Unchanged,
     fetch_sums,
     is_finer,
-    mixture,
+    mix_profiles,
     rounding_bound,
-    wide,
+    working_dtype,
 )
 
 # β of ``Energies.base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0) if it is
@@ -128,7 +128,7 @@ def difference(
     unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
     for base, tuned, block_steps in _move_blocks(blocks, spacings, device):
-        dtype = torch.promote_types(wide(base.dtype), wide(tuned.dtype))
+        dtype = torch.promote_types(working_dtype(base.dtype), working_dtype(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm: float | Tensor
         base_norm: float | Tensor
@@ -233,7 +233,7 @@ class _Roundings:
         parts.append((1 / 12, self.subtracted.profile))
         return Rounding(
             bound=rounding_bound(sides),
-            noise=mixture(parts, self.shape),
+            noise=mix_profiles(parts, self.shape),
             sides=len(sides) + (self.subtracted.profile.unit > 0),
             start=start,
             base_fro=self.base.profile.unit * math.sqrt(float(self.base.profile.rows.sum()) / 12),

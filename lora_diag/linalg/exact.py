@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.errors import InputError
-from lora_diag.linalg.devices import move, solvable
+from lora_diag.linalg.devices import move, move_if_small
 from lora_diag.linalg.factors import Factors, fix_signs
 
 # The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have failed to converge in
@@ -75,7 +75,7 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
         InputError: No driver converged.
     """
     device = matrix.device
-    matrix = solvable(matrix)
+    matrix = move_if_small(matrix)
     for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
         try:
             u, s, vh = _run(matrix, driver, vectors)

@@ -38,14 +38,14 @@ class Factors:
 ZERO_FACTORED, ZERO_DENSE = 1e-10, 1e-7
 
 
-def grain(factors: Factors) -> float:
+def rounding_threshold(factors: Factors) -> float:
     """Return the size below which singular values are rounding of the method, or of the entries of A.
 
     Args:
         factors: Result of a decomposition.
 
     Example:
-        >>> grain(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
+        >>> rounding_threshold(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
         2e-07
     """
     zero = ZERO_FACTORED if factors.method == "factored" else ZERO_DENSE
@@ -62,7 +62,7 @@ def numerical_rank(factors: Factors) -> int:
         >>> numerical_rank(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
         2
     """
-    return int((factors.s > grain(factors)).sum())
+    return int((factors.s > rounding_threshold(factors)).sum())
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.devices import move, solvable
+from lora_diag.linalg.devices import move, move_if_small
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.factors import Factors, fix_signs, scale_of
-from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, rows_at_once, times_wide
+from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, gram_of_rows, merge_small_blocks, rows_at_once, times_wide
 
 # Column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of a full product).
 # At 11008×4096: 1.83 s, against 2.04 s with 1024 rows and 8 panels; at 2048² no difference.
@@ -67,10 +67,10 @@ def decompose_gram(
     k, n = tall.shape
     u = v = None
     if vectors:
-        eigenvalues, eigenvectors = _compute_eigenvectors(solvable(_compute_gram(tall, cached_blocks)), top)
+        eigenvalues, eigenvectors = _compute_eigenvectors(move_if_small(_compute_gram(tall, cached_blocks)), top)
         u, v = _compute_left_vectors(tall, move(eigenvectors.flip(1), tall.device))
     else:
-        eigenvalues = _compute_eigenvalues(solvable(_compute_gram(tall, cached_blocks)), in_place)
+        eigenvalues = _compute_eigenvalues(move_if_small(_compute_gram(tall, cached_blocks)), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
     error = _bound_energy_error(k, squares, len(kept), fro)
@@ -109,7 +109,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     if gram is None:
         raise ValueError("a stack of at least one matrix is needed")
     scale = scale or 1.0
-    squares = torch.linalg.eigvalsh(solvable(gram), UPLO="L").clamp_(min=0).flip(0).cpu()
+    squares = torch.linalg.eigvalsh(move_if_small(gram), UPLO="L").clamp_(min=0).flip(0).cpu()
     possible = min(len(gram), rows)
     kept = squares[:possible][:top].sqrt()
     error = _bound_energy_error(rows, squares, len(kept), fro / scale)
@@ -132,7 +132,7 @@ def _compute_gram(tall: Matrix, cached_blocks: int) -> Tensor:
     if tall.transposed:
         return gram_of_rows(tall.T, cached_blocks)
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for block in at_least(tall.read(), ROWS):
+    for block in merge_small_blocks(tall.read(), ROWS):
         gram_matrix(block, gram)
     return gram
 

@@ -55,10 +55,10 @@ class Divided(Derived):
 
     def rows(self, first: int, last: int) -> Cells:
         """Return some of the rows."""
-        return divided(self.cells.rows(first, last), self.scales.times(first, last))
+        return divide_cells(self.cells.rows(first, last), self.scales.times(first, last))
 
 
-def divided(cells: Cells, scale: Tensor) -> Cells:
+def divide_cells(cells: Cells, scale: Tensor) -> Cells:
     """Return cells divided by positive numbers."""
     parts = (None if part is None else part / scale for part in (cells.lo, cells.hi, cells.below, cells.above))
     return Cells(*parts)  # type: ignore[arg-type]

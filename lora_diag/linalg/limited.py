@@ -140,7 +140,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
 
 
-def require(needed: int, limit: int, shape: tuple[int, int], description: str, way: str) -> None:
+def require_memory(needed: int, limit: int, shape: tuple[int, int], description: str, way: str) -> None:
     """Refuse a computation that needs the whole matrix and does not fit.
 
     Args:
@@ -154,7 +154,7 @@ def require(needed: int, limit: int, shape: tuple[int, int], description: str, w
         MemoryLimitError: It does not fit.
 
     Example:
-        >>> require(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
+        >>> require_memory(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
     """
     if needed > limit:
         left = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(limit)} for a layer"

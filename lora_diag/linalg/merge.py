@@ -86,7 +86,7 @@ class Product:
         magnitude = self.b[first:last].abs() @ self.a.abs()
         u = rounding.roundoff
         casts = 4 * u if rounding.cast else 0.0
-        small = smallest(rounding.dtype)  # below the normal numbers, rounding has an absolute error
+        small = smallest_subnormal(rounding.dtype)  # below the normal numbers, rounding has an absolute error
         bound = 2 * u * size + (casts + (self.b.shape[1] + 8) * _U32) * magnitude + (2 + rounding.scale) * small
         if rounding.cast:
             bound += small * (self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0))
@@ -99,7 +99,9 @@ class Product:
         by_b, by_a = self.b @ (self.a @ self.a.T), (self.b.T @ self.b) @ self.a  # ⟨E, ΔW⟩ for E = 1 in one entry
         relative = float((self.b * by_b).square().sum() + (self.a * by_a).square().sum())
         absolute = (
-            float(by_b.square().sum() * rounding.scale**2 + by_a.square().sum()) * smallest(rounding.dtype) ** 2 / 12
+            float(by_b.square().sum() * rounding.scale**2 + by_a.square().sum())
+            * smallest_subnormal(rounding.dtype) ** 2
+            / 12
         )
         vectors = 0.0
         if rounding.diagonal:
@@ -361,7 +363,7 @@ def check_merge(
     check = Check(_make_counts(rows, columns), _make_counts(rows, columns))
     check.bias, check.variance = addend.bias(), addend.shared_noise(rounding)
     if isinstance(addend, Product) or not addend.exact:
-        check.roundoff, check.least = rounding.roundoff, smallest(rounding.dtype) / 2
+        check.roundoff, check.least = rounding.roundoff, smallest_subnormal(rounding.dtype) / 2
     if isinstance(addend, Whole) and not addend.exact:
         check.shared = torch.zeros(2, rows).double(), torch.zeros(2, columns).double()
     first = 0
@@ -488,10 +490,10 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     integer, mask, _ = LAYOUT[torch.float64]
     powers = (values.contiguous().view(integer) & mask).view(torch.float64)
-    return (powers * 2.0 ** -LAYOUT[dtype][2]).clamp_min(smallest(dtype))
+    return (powers * 2.0 ** -LAYOUT[dtype][2]).clamp_min(smallest_subnormal(dtype))
 
 
-def smallest(dtype: torch.dtype) -> float:
+def smallest_subnormal(dtype: torch.dtype) -> float:
     """Return the smallest positive number of a dtype."""
     return float(torch.finfo(dtype).tiny * 2.0 ** -LAYOUT[dtype][2])
 

@@ -91,7 +91,7 @@ class Profile:
         self.unit = unit
 
 
-def mixture(parts: Iterable[tuple[float, Profile]], shape: tuple[int, int]) -> Profile:
+def mix_profiles(parts: Iterable[tuple[float, Profile]], shape: tuple[int, int]) -> Profile:
     """Return the profile of Σ wᵢ·uᵢ² as variances, given (wᵢ, profile of uᵢ): Σ of variances and of their squares.
 
     The sums of squares are upper bounds (Minkowski), exact where the parts have one shape.
@@ -167,17 +167,19 @@ class Spacing:
         """
         scratch = self._scratch
         if scratch is None or scratch.shape[1] != block.shape[1] or len(scratch) < len(block):
-            scratch = self._scratch = torch.empty_like(block, dtype=wide((block if step is None else step).dtype))
+            scratch = self._scratch = torch.empty_like(
+                block, dtype=working_dtype((block if step is None else step).dtype)
+            )
         spacing: Tensor = scratch[: len(block)]
         scale: float | Tensor = 1.0
         if step is not None:
             spacing.copy_(step.reshape(block.shape))
         elif isinstance(self.profile.unit, Tensor):
-            used = spacings_on_gpu(block, spacing)
+            used = write_spacings_on_gpu(block, spacing)
             scale = torch.exp2(-used.to(self.total))
             self.mantissa = torch.clamp(used, min=self.mantissa)
         else:
-            mantissa = spacings(block, spacing)
+            mantissa = write_spacings(block, spacing)
             scale = 2.0**-mantissa
             self.mantissa = max(self.mantissa, mantissa)
         if weight is not None:
@@ -248,7 +250,7 @@ class Unchanged:
         return cls(block, number < FEW * entries, math.sqrt(12 / entries) * fro)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -262,7 +264,7 @@ SHORTER = {
 }
 
 
-def spacings(values: Tensor, out: Tensor) -> int:
+def write_spacings(values: Tensor, out: Tensor) -> int:
     """Write the spacing of every entry in units of 2^-p, and return p, the mantissa bits used by most entries.
 
     A float32 number that was not rounded to bfloat16 fits it with probability 2⁻¹⁶, a float16 number bfloat16 with 1/8;
@@ -274,7 +276,7 @@ def spacings(values: Tensor, out: Tensor) -> int:
 
     Example:
         >>> out = torch.empty(3)
-        >>> spacings(torch.tensor([1.0, 0.5, 0.1]), out), out  # the last one is no bfloat16 number
+        >>> write_spacings(torch.tensor([1.0, 0.5, 0.1]), out), out  # the last one is no bfloat16 number
         (7, tensor([1.0000e+00, 5.0000e-01, 9.5367e-07]))
     """
     out.copy_(values)
@@ -298,12 +300,12 @@ def spacings(values: Tensor, out: Tensor) -> int:
     return own_mantissa
 
 
-def spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
-    """As ``spacings``; p is a scalar on the GPU.
+def write_spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
+    """As ``write_spacings``; p is a scalar on the GPU.
 
     Example:
         >>> out = torch.empty(3)
-        >>> spacings_on_gpu(torch.tensor([1.0, 0.5, 0.1]), out), out
+        >>> write_spacings_on_gpu(torch.tensor([1.0, 0.5, 0.1]), out), out
         (tensor(7), tensor([1.0000e+00, 5.0000e-01, 9.5367e-07]))
     """
     out.copy_(values)

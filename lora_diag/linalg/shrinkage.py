@@ -35,7 +35,7 @@ class Shrunk:
     noise: float
 
 
-def edge(shape: tuple[int, int], deviation: float) -> float:
+def noise_edge(shape: tuple[int, int], deviation: float) -> float:
     """Return deviation·(√m + √n), the edge of the singular values of pure noise."""
     return deviation * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
@@ -57,8 +57,8 @@ def shrink(s: Tensor, shape: tuple[int, int], deviation: float, information: flo
     m, n = shape
     noise = deviation / math.sqrt(information)
     s = s.double().cpu()
-    s = s[s > edge(shape, deviation * math.sqrt(information))]
-    low, high = torch.full_like(s, edge(shape, noise)), s / information
+    s = s[s > noise_edge(shape, deviation * math.sqrt(information))]
+    low, high = torch.full_like(s, noise_edge(shape, noise)), s / information
     for _ in range(60):
         middle = (low + high) / 2
         above = (1 - information) * _eta(middle, m, n, noise) + information * middle > s
@@ -75,7 +75,7 @@ def _eta(y: Tensor, m: int, n: int, noise: float) -> Tensor:
     return square.clamp(min=0.0).sqrt() / y
 
 
-def with_noise(x: Tensor, shape: tuple[int, int], deviation: float) -> Tensor:
+def add_noise(x: Tensor, shape: tuple[int, int], deviation: float) -> Tensor:
     """Return the singular values of L plus dense noise: √((x + mτ²/x)(x + nτ²/x)), or the edge below the transition."""
     (m, n), square = shape, deviation**2
     x = x.clamp(min=max(1e-300, deviation * (m * n) ** 0.25))

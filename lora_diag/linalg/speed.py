@@ -40,7 +40,7 @@ def time_leading(order: int, top: int) -> float:
         order: n.
         top: K.
     """
-    matrix = decaying(order)
+    matrix = make_decaying(order)
     start = time.perf_counter()
     decompose(matrix, top=top)
     return time.perf_counter() - start
@@ -52,7 +52,7 @@ def time_pass(order: int) -> float:
     Args:
         order: n.
     """
-    update = decaying(order)
+    update = make_decaying(order)
     base = torch.full((order, order), 0.02, dtype=torch.bfloat16)
     tuned = (base + update).to(torch.bfloat16)
     rows = max(1, BLOCK_ENTRIES // order)
@@ -63,7 +63,7 @@ def time_pass(order: int) -> float:
     return time.perf_counter() - start
 
 
-def decaying(order: int) -> Tensor:
+def make_decaying(order: int) -> Tensor:
     """Return an ``(n, n)`` float32 matrix with singular values near i^-0.7."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(order, order, generator=generator) for _ in range(2))

@@ -17,11 +17,12 @@ Matrix = Tensor | tuple[Tensor, Tensor]
 BLOCK_ENTRIES = 2**20
 
 
-def stacked(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def stack_products(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return Σ w_k B_kA_k in factored form: [w_1B_1 w_2B_2 …] and [A_1; A_2; …], float64.
 
     Example:
-        >>> b, a = stacked([(torch.ones(2, 1), torch.ones(1, 3)), (torch.ones(2, 1), torch.ones(1, 3))], [1.0, 2.0])
+        >>> pair = torch.ones(2, 1), torch.ones(1, 3)
+        >>> b, a = stack_products([pair, pair], [1.0, 2.0])
         >>> b.tolist(), a.shape, (b @ a)[0, 0].item()
         ([[1.0, 2.0], [1.0, 2.0]], torch.Size([2, 3]), 3.0)
     """
@@ -38,7 +39,7 @@ def total(parts: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
     """
     pairs = [part for part in parts if isinstance(part, tuple)]
     if len(pairs) == len(parts):
-        return stacked(pairs, weights)
+        return stack_products(pairs, weights)
     m, n = shape_of(parts[0])
     summed = torch.zeros(m, n, dtype=torch.float64, device=device_of(parts[0]))
     for part, weight in zip(parts, weights, strict=True):
@@ -95,5 +96,5 @@ def gap(x: Matrix, y: Matrix) -> float:
         (2.44949, 0.0)
     """
     if isinstance(x, tuple) and isinstance(y, tuple):
-        return decompose_factored(*stacked([x, y], [1.0, -1.0])).fro
+        return decompose_factored(*stack_products([x, y], [1.0, -1.0])).fro
     return norm(left - right for left, right in zip(rows_of(x), rows_of(y), strict=True))

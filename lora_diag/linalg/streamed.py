@@ -68,7 +68,7 @@ class Streamed:
             ``(m, k)``.
         """
         product = torch.zeros(self.shape[0], x.shape[1], dtype=x.dtype, device=self.device)
-        for row, block in numbered(self.read()):
+        for row, block in number_blocks(self.read()):
             rows = slice(row, row + len(block))
             if self.transposed:
                 product.addmm_(block.to(x.dtype).T, x[rows])
@@ -83,7 +83,7 @@ class Streamed:
             return product, self.T.times(product)
         product = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype, device=self.device)
         back = torch.zeros_like(x)
-        for row, block in numbered(self.read()):
+        for row, block in number_blocks(self.read()):
             converted = block.to(x.dtype)
             part = product[row : row + len(block)] = converted @ x
             back.addmm_(converted.T, part)
@@ -147,7 +147,7 @@ def rows_at_once(a: Tensor) -> int:
     return ROWS if a.device.type == "cpu" else max(ROWS, GPU_ENTRIES // a.shape[1])
 
 
-def numbered(blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def number_blocks(blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield every block with the number of its first row."""
     row = 0
     for block in blocks:
@@ -155,11 +155,11 @@ def numbered(blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
         row += len(block)
 
 
-def at_least(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+def merge_small_blocks(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
     """Yield the same rows in blocks of ``rows`` or more, except for the last.
 
     Example:
-        >>> [len(block) for block in at_least(torch.zeros(5, 1).split(1), 2)]
+        >>> [len(block) for block in merge_small_blocks(torch.zeros(5, 1).split(1), 2)]
         [2, 2, 1]
     """
     pending: list[Tensor] = []
@@ -190,7 +190,7 @@ def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
     while unread:
         panel: list[tuple[int, Tensor]] = []
         unread = False
-        for index, (row, block) in enumerate(numbered(a.read())):
+        for index, (row, block) in enumerate(number_blocks(a.read())):
             if index < first:
                 continue
             if len(panel) < cached_blocks:

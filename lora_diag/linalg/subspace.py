@@ -43,7 +43,7 @@ class Shares:
     tangent: tuple[float, ...]
 
 
-def orthonormal(vectors: Tensor) -> Tensor:
+def orthonormalize(vectors: Tensor) -> Tensor:
     """Return float64 columns, orthonormal up to rounding, whose first k columns span the first k given ones.
 
     Args:

@@ -50,7 +50,7 @@ class Conflicts:
         return self.by_chance / self.shared if self.shared else None
 
 
-def threshold(matrix: Matrix, density: float) -> float:
+def magnitude_threshold(matrix: Matrix, density: float) -> float:
     """Return the smallest magnitude among the ⌊density·mn⌋ largest; infinite if there are none.
 
     Args:
@@ -58,7 +58,7 @@ def threshold(matrix: Matrix, density: float) -> float:
         density: Fraction of the entries to keep.
 
     Example:
-        >>> threshold(torch.tensor([[3.0, -1.0], [2.0, 0.5]]), 0.5)
+        >>> magnitude_threshold(torch.tensor([[3.0, -1.0], [2.0, 0.5]]), 0.5)
         2.0
     """
     m, n = shape_of(matrix)
@@ -100,7 +100,7 @@ def ties_blocks(
         before: Counts all entries.
         after: Counts the kept ones.
     """
-    limits = [threshold(part, density) if density < 1 else 0.0 for part in parts]
+    limits = [magnitude_threshold(part, density) if density < 1 else 0.0 for part in parts]
     for blocks in zip(*map(rows_of, parts), strict=True):
         entries = torch.stack(blocks)
         scale = torch.tensor(weights, dtype=torch.float64, device=entries.device)

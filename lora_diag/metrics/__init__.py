@@ -6,7 +6,7 @@ Functions take singular values and norms and return numbers or arrays; independe
 from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, energy_curve, rank_at, ranks_at
-from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighed_edge
+from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighted_edge
 from lora_diag.metrics.truncation import spectral_error, truncation_error
 
 __all__ = [
@@ -27,5 +27,5 @@ __all__ = [
     "stable_rank",
     "truncation_error",
     "verdict",
-    "weighed_edge",
+    "weighted_edge",
 ]

@@ -55,7 +55,7 @@ class Estimate:
         return float(stdtr(self.freedom, (limit - self.value) / self.error))
 
 
-def blocks(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
+def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
     """Return the residual variance of runs paired by seed, pooled over groups, and its degrees of freedom.
 
     The model is loss = group + seed + error with one variance of the errors (randomised blocks); effects of a seed
@@ -66,9 +66,9 @@ def blocks(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
         cells: One mapping of seed to loss for each group; seeds may be missing.
 
     Example:
-        >>> blocks([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[1]
+        >>> blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[1]
         1
-        >>> round(blocks([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4)  # variance of 0.5 and 0.7, halved
+        >>> round(blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4)  # variance of 0.5 and 0.7, halved
         0.01
     """
     seeds = {seed: position for position, seed in enumerate(sorted({seed for cell in cells for seed in cell}))}
@@ -83,11 +83,11 @@ def blocks(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
     return (spread / freedom if freedom else 0.0), freedom
 
 
-def within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1).
 
     Example:
-        >>> within([(1.0, 2.0), (3.0,), (5.0, 5.0, 5.0)])
+        >>> variance_within([(1.0, 2.0), (3.0,), (5.0, 5.0, 5.0)])
         (0.16666666666666666, 3)
     """
     freedom = sum(len(group) - 1 for group in groups)
@@ -141,7 +141,9 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
     return high
 
 
-def paired(first: Sequence[float], second: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], counts: Sequence[int]
+) -> tuple[float, float | None]:
     """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
 
     Sequences that are close in a text are not independent, so the error is that of overlapping blocks of ⌊√N⌋
@@ -161,7 +163,7 @@ def paired(first: Sequence[float], second: Sequence[float], counts: Sequence[int
     something for nothing?"; Flegal and Jones 2010, "Batch means and spectral variance estimators" (blocks of √N).
 
     Example:
-        >>> paired([3.0, 5.0], [2.0, 2.0], [2, 2])
+        >>> paired_difference([3.0, 5.0], [2.0, 2.0], [2, 2])
         (1.0, 0.5)
     """
     difference, n = np.subtract(first, second), np.asarray(counts, dtype=np.float64)

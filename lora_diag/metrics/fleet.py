@@ -73,7 +73,7 @@ class NearDuplicate:
     relation: str
 
 
-def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
+def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicates, the most similar first.
 
     Args:
@@ -81,7 +81,7 @@ def near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequenc
         spaces: Sketches of the column spaces.
 
     Example:
-        >>> pairs = near_duplicates([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])
+        >>> pairs = find_near_duplicates([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])
         >>> [(pair.first, pair.second, pair.relation) for pair in pairs]
         [(0, 1, 'same')]
     """
@@ -105,11 +105,11 @@ def _compute_cosines(
     return np.clip(unit @ unit.T, -1.0, 1.0)
 
 
-def norm_outliers(norms: Sequence[float]) -> list[float | None]:
+def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
     """Return the ratio to the median for each outlying norm, else None; zero norms are ignored.
 
     Example:
-        >>> norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])
+        >>> find_norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])
         [None, None, None, None, 30.0, None]
     """
     logs = [math.log(norm) for norm in norms if norm > 0]
@@ -124,9 +124,9 @@ def norm_outliers(norms: Sequence[float]) -> list[float | None]:
     ]
 
 
-def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
+def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     """Return the properties by which each adapter is an outlier."""
-    ratios = norm_outliers([adapter.fro for adapter in adapters])
+    ratios = find_norm_outliers([adapter.fro for adapter in adapters])
     names = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
         kinds: dict[OutlierKind, bool] = {
@@ -139,11 +139,11 @@ def outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     return names
 
 
-def rarest_first(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
+def order_by_rarity(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
     """Return the indices of outliers, those with the rarest properties first.
 
     Example:
-        >>> rarest_first([("spiked",), (), ("spiked", "over-ranked"), ("spiked",), ("dead",)])
+        >>> order_by_rarity([("spiked",), (), ("spiked", "over-ranked"), ("spiked",), ("dead",)])
         [2, 4, 0, 3]
     """
     times = Counter(word for words in kinds_of for word in words)

@@ -15,7 +15,7 @@ SMALL = 0.1
 SIGMAS = 3.0
 
 
-def near_chance(share: float, columns: int, dimension: int, effective_rank: float) -> bool:
+def is_near_chance(share: float, columns: int, dimension: int, effective_rank: float) -> bool:
     """Return whether the fraction of an update's energy in a k-dimensional space is near that in a random space.
 
     For a random space it is on average k/m. An update of effective rank e is like e independent directions, each with a
@@ -29,7 +29,7 @@ def near_chance(share: float, columns: int, dimension: int, effective_rank: floa
         effective_rank: e of ΔW.
 
     Example:
-        >>> near_chance(0.05, 8, 256, 4.0), near_chance(0.2, 8, 256, 4.0)
+        >>> is_near_chance(0.05, 8, 256, 4.0), is_near_chance(0.2, 8, 256, 4.0)
         (True, False)
     """
     mean = columns / dimension
@@ -37,7 +37,9 @@ def near_chance(share: float, columns: int, dimension: int, effective_rank: floa
     return share < min(mean + max(mean, spread), (1 + mean) / 2)
 
 
-def relation(near: bool, cosine: float, cosine_random: float) -> Literal["apart", "share", "reinforce", "cancel"]:
+def classify_relation(
+    near: bool, cosine: float, cosine_random: float
+) -> Literal["apart", "share", "reinforce", "cancel"]:
     """Return the relation of two updates.
 
     Args:
@@ -46,8 +48,8 @@ def relation(near: bool, cosine: float, cosine_random: float) -> Literal["apart"
         cosine_random: Its root mean square for random directions.
 
     Example:
-        >>> relation(True, 0.0, 0.01), relation(False, 0.02, 0.01), relation(False, -0.4, 0.01)
-        ('apart', 'share', 'cancel')
+        >>> [classify_relation(near, cosine, 0.01) for near, cosine in ((True, 0.0), (False, 0.02), (False, -0.4))]
+        ['apart', 'share', 'cancel']
     """
     if abs(cosine) >= max(SMALL, SIGMAS * cosine_random):
         return "reinforce" if cosine > 0 else "cancel"

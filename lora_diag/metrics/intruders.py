@@ -8,7 +8,7 @@ from typing import Literal
 from scipy.special import log_ndtr, ndtri
 
 
-def kind(
+def classify_direction(
     similarity: float, projection: float, projection_random: float, epsilon: float
 ) -> Literal["kept", "rotated", "intruder"]:
     """Return the kind of a direction.
@@ -27,8 +27,9 @@ def kind(
     the similarity; the projection is an addition.
 
     Example:
-        >>> kind(0.9, 0.9, 0.1, 0.5), kind(0.3, 0.95, 0.2, 0.5), kind(0.3, 0.4, 0.4, 0.5)
-        ('kept', 'rotated', 'intruder')
+        >>> cases = (0.9, 0.9, 0.1), (0.3, 0.95, 0.2), (0.3, 0.4, 0.4)
+        >>> [classify_direction(*case, epsilon=0.5) for case in cases]
+        ['kept', 'rotated', 'intruder']
     """
     if similarity >= epsilon:
         return "kept"

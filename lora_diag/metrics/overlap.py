@@ -23,7 +23,7 @@ class Chance(NamedTuple):
     right: float
 
 
-def chance(shape: tuple[int, int], rank: int) -> Chance:
+def overlap_by_chance(shape: tuple[int, int], rank: int) -> Chance:
     """Return the overlaps of random subspaces of rank r with any G.
 
     E‖UᵀG‖² = (r/m)‖G‖², E‖GV‖² = (r/n)‖G‖² and, U and V being independent, E‖UᵀGV‖² = (r²/mn)‖G‖².
@@ -36,7 +36,7 @@ def chance(shape: tuple[int, int], rank: int) -> Chance:
         κ r/√(mn), tangent √(r/m + r/n − r²/(mn)), left √(r/m) and right √(r/n).
 
     Example:
-        >>> [round(value, 3) for value in chance((512, 512), 16)]
+        >>> [round(value, 3) for value in overlap_by_chance((512, 512), 16)]
         [0.031, 0.248, 0.177, 0.177]
     """
     left, right = rank / shape[0], rank / shape[1]

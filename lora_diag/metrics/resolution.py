@@ -159,14 +159,14 @@ def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
     return squared, scale
 
 
-def weighed_edge(left: Gain, right: Gain) -> float:
+def weighted_edge(left: Gain, right: Gain) -> float:
     """Return the same limit for S·E·T, given ‖·‖_F and ‖·‖_2 of S·diag(√a) and of diag(√b)·T.
 
     E = diag(√a)·Z·diag(√b) with Z of variance 1; expected to end below ‖S'‖_2‖T'‖_F + ‖S'‖_F‖T'‖_2 (Chevet 1978), and
     above that by t with probability exp(−t²/(2‖S'‖_2²‖T'‖_2²)) at most, where Z is normal.
 
     Example:
-        >>> round(weighed_edge((3.0, 1.0), (4.0, 1.0)), 3)  # ‖·‖ of 1: √9 + √16, and 3.035
+        >>> round(weighted_edge((3.0, 1.0), (4.0, 1.0)), 3)  # ‖·‖ of 1: √9 + √16, and 3.035
         10.035
     """
     (s_fro, s_top), (t_fro, t_top) = left, right

@@ -53,14 +53,14 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def inputs_of(layer: nn.Module) -> int:
+def input_dimension(layer: nn.Module) -> int:
     """Return the input dimension of a linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
 
 
-def outputs_of(layer: nn.Module) -> int:
+def output_dimension(layer: nn.Module) -> int:
     """Return the output dimension of a linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -160,7 +160,7 @@ def record(
     """
     listener = Listener(layers, draw is not None)
     try:
-        for chosen in equal_batches(texts, size):
+        for chosen in iterate_equal_batches(texts, size):
             listener.next_batch()
             if draw is None:
                 with torch.no_grad():
@@ -174,7 +174,7 @@ def record(
     return listener
 
 
-def equal_batches(texts: Texts, size: int) -> Iterator[list[Sequence]]:
+def iterate_equal_batches(texts: Texts, size: int) -> Iterator[list[Sequence]]:
     """Yield batches of sequences of one length, in the order of the set."""
     for _, group in groupby(texts.sequences, key=lambda sequence: len(sequence.ids)):
         alike = list(group)

@@ -121,7 +121,7 @@ def check_names(texts: list[Texts]) -> None:
             raise UsageError(f"--eval: two evaluation sets have the name {name}; rename one of the files")
 
 
-def predicted(texts: Texts, model: Model) -> int:
+def count_predictions(texts: Texts, model: Model) -> int:
     """Return how many predictions a loss on a text is the mean of: completion tokens, hidden tokens or labels.
 
     Args:

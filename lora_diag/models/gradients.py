@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lora_diag.errors import InputError
 from lora_diag.models.data import Sequence
-from lora_diag.models.losses import counted, logits_of
+from lora_diag.models.losses import logits_of, select_predictions
 from lora_diag.models.opening import Model
 
 Labels = Literal["data", "model"]
@@ -67,7 +67,7 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
     try:
         with torch.enable_grad():
             logits = logits_of(model, chosen)
-            kept = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
+            kept = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
             losses = [functional.cross_entropy(z.float(), draw(z, labels), reduction="sum") for z, labels in kept]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):

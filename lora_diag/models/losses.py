@@ -13,7 +13,7 @@ from torch.nn import functional
 from lora_diag.errors import InputError
 from lora_diag.metrics.equivalence import paired
 from lora_diag.models.data import IGNORED, Sequence, Texts
-from lora_diag.models.opening import Model, in_batches, padded
+from lora_diag.models.opening import Model, iterate_batches, pad_sequences
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Losses:
         return paired(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
 
-def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def iterate_predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield, batch by batch, the logits of predictions ``(n_i, classes)`` of every sequence, and their targets."""
-    for batch in in_batches(len(texts.sequences), size):
+    for batch in iterate_batches(len(texts.sequences), size):
         chosen = [texts.sequences[i] for i in batch]
         logits = logits_of(model, chosen)
-        kept = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
+        kept = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
         yield [outputs for outputs, _ in kept], [label for _, label in kept]
 
 
@@ -88,15 +88,15 @@ def logits_of(model: Model, chosen: list[Sequence]) -> Tensor:
 
 def forward(model: Model, chosen: list[Sequence], hidden: bool = False) -> Any:
     """Return the output of transformers for sequences, padded at the end; optionally with ``hidden_states``."""
-    ids = padded([sequence.ids for sequence in chosen], model.tokens.pad).to(model.device)
-    mask = padded([[1] * len(sequence.ids) for sequence in chosen], 0).to(model.device)
+    ids = pad_sequences([sequence.ids for sequence in chosen], model.tokens.pad).to(model.device)
+    mask = pad_sequences([[1] * len(sequence.ids) for sequence in chosen], 0).to(model.device)
     extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal" else {}
     if hidden:
         extra["output_hidden_states"] = True
     return model.module(input_ids=ids, attention_mask=mask, **extra)
 
 
-def counted(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, Tensor]:
+def select_predictions(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits of predictions ``(n, classes)`` and their targets ``(n,)``."""
     labels = torch.tensor(sequence.labels, device=logits.device)
     if model.kind == "classifier":
@@ -119,7 +119,7 @@ def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = l
         after: Called after every batch.
     """
     sums, counts = list[float](), list[int]()
-    for logits, labels in predictions(model, texts, size):
+    for logits, labels in iterate_predictions(model, texts, size):
         for outputs, target in zip(logits, labels, strict=True):
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))

@@ -50,7 +50,7 @@ class Lora:
         return f"{name[self.dora, self.rslora]}, alpha = {alpha}"
 
 
-def inner_layers(module: Any) -> dict[str, nn.Module]:
+def layers_without_head(module: Any) -> dict[str, nn.Module]:
     """Return the linear layers except those of the head, by the names of their weights.
 
     The head is the part outside the inner model: ``lm_head``, ``classifier``, ``score``.
@@ -61,7 +61,7 @@ def inner_layers(module: Any) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
+def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
     """Add fresh factors to BASE within the block, and remove them afterwards.
 
     Raises:
@@ -75,7 +75,7 @@ def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
             f"probe: training needs {error.name}; install it with pip install 'loradiag[train]'"
         ) from error
     options = _make_options(model, rank, kind) if kind.config is None else _drop_other_options(kind.config)
-    with in_place(model, only_vectors=True) if kind.vectors else nullcontext():
+    with train_in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -96,7 +96,7 @@ def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
     """Return the arguments of PEFT's config for one rank everywhere."""
     targets = kind.targets
     if targets is None:
-        targets = tuple(name.removesuffix(".weight") for name in inner_layers(model.module))
+        targets = tuple(name.removesuffix(".weight") for name in layers_without_head(model.module))
     return {
         "r": rank,
         "lora_alpha": RSLORA_ALPHA if kind.rslora else ALPHA_OVER_RANK * rank,
@@ -135,7 +135,7 @@ def check_checkpointing(module: Any) -> None:
 
 
 @contextmanager
-def checkpointed(module: Any) -> Iterator[None]:
+def checkpoint_activations(module: Any) -> Iterator[None]:
     """Recompute the activations of every block in the backward pass of training, instead of keeping them.
 
     Args:
@@ -152,7 +152,7 @@ def checkpointed(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
+def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     """Train BASE itself within the block, and restore its weights bit for bit from a copy in main memory.
 
     Args:

@@ -31,7 +31,7 @@ _SAMPLE = "The year 1936."
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Models that are open, inside ``kept_open``.
+# Models that are open, inside ``keep_open``.
 _KEPT: ContextVar[dict[tuple[Any, ...], Model] | None] = ContextVar("_KEPT", default=None)
 
 
@@ -103,7 +103,7 @@ def open_model(
 
 
 @contextlib.contextmanager
-def kept_open() -> Iterator[None]:
+def keep_open() -> Iterator[None]:
     """Let several probes of one process share a model: inside, each is opened once. Probes leave BASE as it was."""
     token = _KEPT.set({})
     try:
@@ -383,12 +383,12 @@ class Weights:
         return tensors
 
 
-def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+def pad_sequences(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return sequences as one tensor ``(n, longest)``, padded at the end."""
     longest = max(map(len, sequences))
     return torch.tensor([[*ids, *([value] * (longest - len(ids)))] for ids in sequences])
 
 
-def in_batches(count: int, size: int) -> Iterable[range]:
+def iterate_batches(count: int, size: int) -> Iterable[range]:
     """Yield the indices of each batch."""
     return (range(first, min(count, first + size)) for first in range(0, count, size))

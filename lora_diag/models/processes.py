@@ -22,7 +22,7 @@ def is_main() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def averaged(weight: Frozen) -> Tensor | None:
+def average_over_processes(weight: Frozen) -> Tensor | None:
     """Average the sums of all processes, each over its part of the batch; all processes must call this."""
     distributed, gradient = torch.distributed, weight.gradient()
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lora_diag.models.data import Sequence as Tokens
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, counted, logits_of, measure, nll
-from lora_diag.models.methods import Lora, checkpointed, in_place, with_lora
+from lora_diag.models.losses import Losses, logits_of, measure, nll, select_predictions
+from lora_diag.models.methods import Lora, add_lora, checkpoint_activations, train_in_place
 from lora_diag.models.opening import Model
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
@@ -148,7 +148,7 @@ def losses_after(
     """
     torch.manual_seed(cell.seed)
     with _make_trainable(model, cell, training.kind) as tuned:
-        with checkpointed(model.module) if training.checkpointing else nullcontext():
+        with checkpoint_activations(model.module) if training.checkpointing else nullcontext():
             path = train(tuned, cell, training, after)
         tuned.module.eval()
         losses = [measure(tuned, texts, training.batch, after) for texts in sets]
@@ -159,8 +159,8 @@ def losses_after(
 
 def _make_trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
     if cell.rank is None:
-        return in_place(model, only_vectors=cell.subject == "bitfit")
-    return with_lora(model, cell.rank, kind)
+        return train_in_place(model, only_vectors=cell.subject == "bitfit")
+    return add_lora(model, cell.rank, kind)
 
 
 def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> list[float]:
@@ -186,7 +186,7 @@ def train(model: Model, cell: Cell, training: Training, after: Callable[[], None
 def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
     """Return the mean negative log-likelihood over the predictions of a batch."""
     logits = logits_of(model, batch)
-    pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
+    pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
     total = torch.stack([nll(outputs, target) for outputs, target in pairs]).sum()
     return total / sum(len(target) for _, target in pairs)
 

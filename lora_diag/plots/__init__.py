@@ -37,7 +37,7 @@ _PANEL_FUNCTIONS = {
     "FORMATS": "lora_diag.rendering.figures.style:FORMATS",
     "FigureKind": ".figures:FigureKind",
     "drawn": "lora_diag.rendering.figures.series:drawn",
-    "encoded": "lora_diag.rendering.figures.style:encoded",
+    "encoded": "lora_diag.rendering.figures.style:encode_figure",
     "figure": ".figures:figure",
     "figure_named": ".figures:figure_named",
     "obstacle": ".figures:obstacle",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lora_diag.records import LayerRecord
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.fields import metric_suffix, numbers_of, title_in, value_of, written
+from lora_diag.rendering.figures.fields import format_cell, metric_suffix, numbers_of, title_in, value_of
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
@@ -30,10 +30,10 @@ from lora_diag.rendering.figures.style import (
     SHARES,
     UNKNOWN,
     PageStyle,
-    cropped_all,
+    crop_names,
     log_label,
     width_of,
-    wrapped,
+    wrap_text,
 )
 
 # Ratio of the largest to the smallest value from which the colour scale is logarithmic.
@@ -126,9 +126,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     shown = [cells(item.records, field, types) for item in series]
     depths = _sort_depths(depth for item in shown for depth in item.depths)
     line = style.text / 72
-    names = cropped_all(types.names, NAMES * style.width, style.ticks)
+    names = crop_names(types.names, NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
-    titles = [wrapped(item.label, inches, style.text) if len(series) > 1 else "" for item in series]
+    titles = [wrap_text(item.label, inches, style.text) if len(series) > 1 else "" for item in series]
     rows = [
         (1.75 * max(len(item.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line
         for item, title in zip(shown, titles, strict=True)
@@ -231,7 +231,7 @@ def draw_cells(
             ax.add_patch(_make_hatch(left, row - 0.5, width))
     _scale(ax, shown, columns, style, size)
     room = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
-    texts = {(r, c): written(v) for (r, c), v in np.ndenumerate(shown.values) if np.isfinite(v)}
+    texts = {(r, c): format_cell(v) for (r, c), v in np.ndenumerate(shown.values) if np.isfinite(v)}
     if texts and max(width_of(text, 0.9 * size) for text in texts.values()) < 0.86 * room:
         for (row, number), text in texts.items():
             color = SHARES(norm(shown.values[row, number]))
@@ -265,7 +265,7 @@ def _scale(
 ) -> None:
     max_width = NAMES * style.width if style else 2
     ax.set_yticks(
-        range(len(shown.types)), list(cropped_all(shown.types, max_width, size).values()), parse_math=False, size=size
+        range(len(shown.types)), list(crop_names(shown.types, max_width, size).values()), parse_math=False, size=size
     )
     ax.set_ylim(len(shown.types) - 0.5, -0.5)
     ax.set_xlim(min(left for left, _ in columns.values()), max(left + width for left, width in columns.values()))

@@ -26,7 +26,7 @@ from lora_diag.rendering.figures.series import (
     series_of,
 )
 from lora_diag.rendering.figures.sheet import MAX_PANELS, freeze_layout
-from lora_diag.rendering.figures.style import CATEGORIES, PageStyle, encoded, page_style_of, styled
+from lora_diag.rendering.figures.style import CATEGORIES, PageStyle, apply_style, encode_figure, page_style_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def figure(
     series, options = _make_series_and_options(results, labels, per, field, rank, files)
     if problem := _find_obstacle(kind, series, options):
         raise UsageError(f"{name}: {problem.reason}")
-    with styled(style):
+    with apply_style(style):
         return freeze_layout(kind.draw(_select_usable(kind, series, options), style, options))
 
 
@@ -151,7 +151,7 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
     if chosen is None:
         raise UsageError(f"results of loradiag {results.run.command}: no figure shows them")
     page = figure(chosen, results, **options)
-    setattr(page, "_repr_png_", partial(encoded, page, "png"))  # noqa: B010  (Figure does not declare it)
+    setattr(page, "_repr_png_", partial(encode_figure, page, "png"))  # noqa: B010  (Figure does not declare it)
     return page
 
 

@@ -14,7 +14,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.plots.options import PlotOptions
 from lora_diag.records import Results
-from lora_diag.running.options import filled, show_options
+from lora_diag.running.options import fill_options, show_options
 
 KINDS = {"png": PNG, "svg": SVG, "pdf": PDF}
 
@@ -78,7 +78,7 @@ def plot(
     """
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    arguments = filled(PlotOptions, options)
+    arguments = fill_options(PlotOptions, options)
     figure, labels, field, rank, per = (arguments[name] for name in ("figure", "labels", "field", "show_rank", "per"))
     width, format, layers, plain, overwrite = (
         arguments[name] for name in ("width", "format", "layers", "plain", "overwrite")

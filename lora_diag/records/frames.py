@@ -54,10 +54,10 @@ def value_columns(
     return _join_blocks(block for record, first in records for block in _make_value_rows(record, first, short or {}))
 
 
-def one_type_each(columns: Columns) -> Columns:
+def unify_types(columns: Columns) -> Columns:
     """Return columns of one type each, as required by Arrow: strings if numbers and words are mixed.
 
-    >>> one_type_each({"measured": [0.5, None, "unresolved"], "rank": [8, 16]})
+    >>> unify_types({"measured": [0.5, None, "unresolved"], "rank": [8, 16]})
     {'measured': ['0.5', None, 'unresolved'], 'rank': [8, 16]}
     """
     return {

@@ -60,7 +60,7 @@ def read_results(path: Path | str) -> Results[Any]:
     """
     path = Path(path)
     seal = Seal()
-    records = list(each_line(path, seal=seal))
+    records = list(iterate_records(path, seal=seal))
     if not records or not isinstance(records[0], Run):
         why = "its first line must be a run record" if path.stat().st_size else "it is empty"
         raise InputError(f"{path}: not a results file: {why}; give a file that loradiag wrote with -o")
@@ -78,7 +78,7 @@ def read_results(path: Path | str) -> Results[Any]:
     )
 
 
-def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iterator[AnyRecord]:
+def iterate_records(path: Path, strict: bool = True, seal: Seal | None = None) -> Iterator[AnyRecord]:
     """Yield the complete records of a file, checked for consistency; incomplete data after a crash are ignored.
 
     Args:
@@ -91,7 +91,7 @@ def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iter
     """
     first: AnyRecord | None = None
     last: AnyRecord | None = None
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(iterate_lines(path), 1):
         try:
             record = _parse(line.removesuffix(b"\n"), number, path, strict)
             _check_place(record, first, last, f"{path}: line {number}")
@@ -105,7 +105,7 @@ def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iter
         yield record
 
 
-def lines(path: Path) -> Iterator[bytes]:
+def iterate_lines(path: Path) -> Iterator[bytes]:
     """Yield lines with their newlines, which the last may lack; the whole text is never in memory.
 
     JSON has no zero bytes: they mark data lost in a power failure, and nothing after them is reliable. Neither is text
@@ -135,7 +135,7 @@ def lines(path: Path) -> Iterator[bytes]:
 
 def bytes_of(path: Path, records: int) -> int:
     """Return the number of bytes of the first records of a file, without the newline of the last."""
-    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(lines(path), records)) - 1
+    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(iterate_lines(path), records)) - 1
 
 
 def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:

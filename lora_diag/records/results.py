@@ -16,7 +16,7 @@ from lora_diag.feature import load
 from lora_diag.files import RESULTS, write_whole
 from lora_diag.records.base import LayerRecord, Record, WholeRecord
 from lora_diag.records.brief import text_of
-from lora_diag.records.frames import one_type_each, record_columns, value_columns
+from lora_diag.records.frames import record_columns, unify_types, value_columns
 from lora_diag.records.names import short_names
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
@@ -228,7 +228,7 @@ class Results(Generic[L]):
         """
         import pyarrow as pa
 
-        return pa.table(one_type_each(self.columns(values, kind)))
+        return pa.table(unify_types(self.columns(values, kind)))
 
     def to_polars(self, values: bool = False, kind: str | None = None) -> Any:
         """Return ``columns`` as a ``polars.DataFrame``.

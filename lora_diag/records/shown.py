@@ -97,10 +97,10 @@ def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
     return middle
 
 
-def counted(texts: Iterable[str]) -> str:
+def count_texts(texts: Iterable[str]) -> str:
     """Return the common word, or each word with its number of occurrences.
 
-    >>> counted(["rank", "rank"]), counted(["rank", "scale", "rank"])
+    >>> count_texts(["rank", "rank"]), count_texts(["rank", "scale", "rank"])
     ('rank', 'rank 2, scale 1')
     """
     counts = Counter(texts)

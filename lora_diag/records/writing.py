@@ -33,7 +33,7 @@ from lora_diag.files import (
     sync_descriptor,
     write_whole,
 )
-from lora_diag.records.reading import MAX_LINE_BYTES, bytes_of, each_line, lines, read_results
+from lora_diag.records.reading import MAX_LINE_BYTES, bytes_of, iterate_lines, iterate_records, read_results
 from lora_diag.records.results import L, Results, Seal, to_line
 from lora_diag.records.run import AnyRecord, End, Run, timestamp
 
@@ -148,7 +148,7 @@ class ResultsWriter(Generic[L]):
         """Add the kept lines to the hash, as in the file; nothing follows a finished run."""
         if path is None or self.earlier.end is not None:
             return
-        for line in islice(lines(path), self._kept):
+        for line in islice(iterate_lines(path), self._kept):
             self._seal.add(line)
         self._begun = self._kept > 0
 
@@ -333,7 +333,7 @@ def _state(path: Path, overwrite: bool = False) -> State:
     if overwrite and path.stat().st_size and not RESULTS.is_at(path):
         return "foreign"
     try:
-        last = deque(each_line(path, strict=False), maxlen=1)
+        last = deque(iterate_records(path, strict=False), maxlen=1)
         return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
     except InputError as error:
         if overwrite and not is_unfinished(path):

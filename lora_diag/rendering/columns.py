@@ -136,12 +136,12 @@ def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width:
     table.add_column(title, no_wrap=True, width=room)
     for column in fitting:
         table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
-    for name, *cells in zip(shortened(names, room), *(column.cells for column in fitting), strict=True):
+    for name, *cells in zip(shorten_names(names, room), *(column.cells for column in fitting), strict=True):
         table.add_row(name, *cells)
     return table
 
 
-def captioned_once(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
+def drop_repeated_captions(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
     """Return tables and the separators between them; of tables with one caption, only the last keeps it."""
     last = {part.caption: part for part in parts if isinstance(part, Table)}
     for part in parts:
@@ -150,10 +150,10 @@ def captioned_once(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
     return parts
 
 
-def shortened(names: Sequence[str], width: int) -> list[str]:
+def shorten_names(names: Sequence[str], width: int) -> list[str]:
     """Shorten names to a width: at the beginning, and also after the differing part if two would be equal.
 
-    >>> shortened(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
+    >>> shorten_names(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
     ['…0.…output.dense', '…1.…output.dense', 'pooler.dense']
     """
     groups: dict[str, list[str]] = {}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_diag.records import LeftOut, Run
-from lora_diag.rendering.text import named, safe, short
+from lora_diag.rendering.text import list_names, safe, short
 
 # Maximum number of unmeasured layers that are named.
 NAMED = 5
@@ -53,7 +53,7 @@ def subject(run: Run) -> str:
 def notes(run: Run) -> list[str]:
     """Return one line per note about an input, labelled by its role, or by its name if several have that role."""
     roles = Counter(side.role for side in run.inputs)
-    names = called([side.path for side in run.inputs])
+    names = short_paths([side.path for side in run.inputs])
     return [
         f"{side.role if roles[side.role] == 1 else name}: {safe(note)}"
         for side, name in zip(run.inputs, names, strict=True)
@@ -61,10 +61,10 @@ def notes(run: Run) -> list[str]:
     ]
 
 
-def called(paths: Sequence[str]) -> list[str]:
+def short_paths(paths: Sequence[str]) -> list[str]:
     """Return the last part of each path, or the whole paths if these are equal.
 
-    >>> called(["runs/a/lora_r4", "runs/b/lora_r8"]), called(["runs/a/lora", "runs/b/lora"])
+    >>> short_paths(["runs/a/lora_r4", "runs/b/lora_r8"]), short_paths(["runs/a/lora", "runs/b/lora"])
     (['lora_r4', 'lora_r8'], ['runs/a/lora', 'runs/b/lora'])
     """
     last = [path.rstrip("/").rpartition("/")[2] for path in paths]
@@ -80,12 +80,12 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
     for reason, number_of in counts.items():
         names = [item.layer for item in left_out if item.reason == reason]
         quiet = reason in {"vector", "not_selected"}
-        shown = "" if quiet else f": {named(names)}"
+        shown = "" if quiet else f": {list_names(names)}"
         parts.append(f"{number_of} {REASONS[reason]}{shown}")
     return "; ".join(parts)
 
 
-def within(left_out: Sequence[LeftOut]) -> str:
+def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
     """Return a qualification of fractions of the change if a part was not measured."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"

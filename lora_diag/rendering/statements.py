@@ -16,7 +16,7 @@ from rich.text import Text
 from lora_diag.records import Results
 from lora_diag.records.vocabulary import ON_CPU
 from lora_diag.rendering.lines import inputs, left_out_line, not_measured, notes
-from lora_diag.rendering.text import named
+from lora_diag.rendering.text import list_names
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
 Level = Literal["ok", "note", "warning", "failure"]
@@ -123,7 +123,7 @@ def final_statements(results: Results[Any], so_far: str = "layers measured so fa
     if results.unmeasured:
         final.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
     if elsewhere := [record.layer for record in results if ON_CPU in getattr(record, "method", "")]:
-        words = f"the GPU was out of memory, and the CPU computed {named(elsewhere)}; --workers 1 takes less"
+        words = f"the GPU was out of memory, and the CPU computed {list_names(elsewhere)}; --workers 1 takes less"
         final.append(make_statement("device", "Device", words, level="warning"))
     if results.end is None:
         final.append(
@@ -140,7 +140,7 @@ _MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 
 
 @contextmanager
-def at_most(lines: int | None) -> Iterator[None]:
+def limit_lines(lines: int | None) -> Iterator[None]:
     """Limit summaries created within the block to this number of lines; warnings and failures are always shown."""
     token = _MAX_LINES.set(lines)
     try:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.shown import Shown, pooled_value, value_at
-from lora_diag.rendering.columns import Column, Grid, captioned_once, rows_of, title_of
+from lora_diag.rendering.columns import Column, Grid, drop_repeated_captions, rows_of, title_of
 from lora_diag.rendering.statements import Statement, summary_of
 from lora_diag.rendering.text import ends, plus_minus, safe, to_text, written
 
@@ -82,7 +82,7 @@ def grids_table(
         next_command: The suggested next command, printed last.
     """
     tables = [part for grid in grids for part in grid.shown(width)]
-    return to_text(Group(*captioned_once(tables), summary_of(statements, next_command)), width, color)
+    return to_text(Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color)
 
 
 def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:

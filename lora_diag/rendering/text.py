@@ -57,11 +57,11 @@ def to_text(renderable: RenderableType, width: int, color: bool) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def encodable(text: str, encoding: str) -> str:
+def replace_unencodable(text: str, encoding: str) -> str:
     """Return text in a terminal's encoding, with ASCII replacements for missing characters.
 
-    >>> encodable("‖ΔW‖ ≥ 2 ▁▅█", "ascii"), encodable("‖ΔW‖", "utf-8"), encodable("4×4 文", "latin-1")
-    ('|dW| >= 2 .+@', '‖ΔW‖', '4×4 ?')
+    >>> replace_unencodable("‖ΔW‖ ≥ 2 ▁▅█", "ascii"), replace_unencodable("4×4 文", "latin-1")
+    ('|dW| >= 2 .+@', '4×4 ?')
     """
     return text.encode(encoding, "ascii signs").decode(encoding)
 
@@ -84,10 +84,10 @@ def short(layer: str) -> str:
     return safe(layer.removesuffix(".weight"))
 
 
-def named(layers: Sequence[str], limit: int = 3) -> str:
+def list_names(layers: Sequence[str], limit: int = 3) -> str:
     """Return the first names for display, and the number of further ones.
 
-    >>> named(["a.weight", "b", "c", "d", "e"])
+    >>> list_names(["a.weight", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     first = ", ".join(map(short, layers[:limit]))
@@ -144,10 +144,10 @@ def middle(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def shown(value: float | None, formatter: Callable[[float], str] = number) -> str:
+def format_shown(value: float | None, formatter: Callable[[float], str] = number) -> str:
     """Return a value as written in a table; a dash for None.
 
-    >>> shown(0.5), shown(0.5, percent), shown(None)
+    >>> format_shown(0.5), format_shown(0.5, percent), format_shown(None)
     ('0.5', '50%', '-')
     """
     return "-" if value is None else formatter(value)

@@ -24,7 +24,7 @@ from lora_diag.records import Run
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import number
 from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, negligible_layers
-from lora_diag.reports.budget import allocated, reference, saved_params
+from lora_diag.reports.budget import find_allocations, reference, saved_params
 from lora_diag.reports.evidence import ARTICLE, Capacity, Evidence, energy_at
 from lora_diag.reports.findings import (
     MOST,
@@ -38,9 +38,9 @@ from lora_diag.reports.findings import (
     shares_at,
 )
 from lora_diag.reports.loss_advice import LOSS_RULES, flag_shifted_loss, sweep_of
-from lora_diag.reports.step import Advice, command, listed
+from lora_diag.reports.step import Advice, command, format_ranks
 from lora_diag.reports.worth import rejected_options, swept, without_matrices
-from lora_diag.running.options import typed
+from lora_diag.running.options import list_typed_options
 
 # Ranks commonly used in training and supported by servers.
 COMMON_RANKS = (4, 8, 16, 32, 64)
@@ -117,7 +117,7 @@ def set_scale(evidence: Evidence) -> Advice | None:
 
 def take_allocation(evidence: Evidence) -> Advice | None:
     """Step 1 with a budget of the user: the ranks chosen by ``allocate``."""
-    for source, certificate in allocated(evidence):
+    for source, certificate in find_allocations(evidence):
         argv = _repeat_allocation(source.results.run, evidence)
         if argv is None or not evidence.readable:
             continue
@@ -149,7 +149,7 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     """
     capacities, worse = evidence.largest, rejected_options(evidence)
     insufficient = [item for item in capacities if item.kept < SHORT]
-    if not insufficient or worse.more_rank or any(allocated(evidence)):
+    if not insufficient or worse.more_rank or any(find_allocations(evidence)):
         return None
     is_local = 2 * len(insufficient) <= len(capacities)
     measured = {record.layer: record for record in evidence.readable}
@@ -228,7 +228,7 @@ def widen_placement(evidence: Evidence) -> Advice | None:
     for layer, energy in unreached.items():
         name = module_type_of(layer)
         fractions[name] = fractions.get(name, 0.0) + energy / total
-    if math.fsum(fractions.values()) < PLACEMENT or any(allocated(evidence)):
+    if math.fsum(fractions.values()) < PLACEMENT or any(find_allocations(evidence)):
         return None
     params, reference_text = reference(evidence)
     missing_types = ", ".join(sorted(fractions, key=lambda name: -fractions[name]))
@@ -267,7 +267,7 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
     if not evidence.spectra:
         action = "Train norms and biases alone: no matrix outside embeddings and head changed"
         sweep_ranks: tuple[int, ...] = (COMMON_RANKS[0],)
-        action += f"; compare with {listed(sweep_ranks)} in addition, to see whether matrices matter"
+        action += f"; compare with {format_ranks(sweep_ranks)} in addition, to see whether matrices matter"
         argv = sweep_of(evidence, sweep_ranks, bitfit=True)
     elif gain_without_matrices is None:
         sweep_ranks = (0,)
@@ -283,8 +283,8 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
             ),
         )
         action = (
-            f"Also train {parts_text} (PEFT: modules_to_save), as in an adapter of {listed(sweep_ranks)} that saves "
-            "all of them"
+            f"Also train {parts_text} (PEFT: modules_to_save), as in an adapter of {format_ranks(sweep_ranks)} "
+            "that saves all of them"
         )
         reason += f" With every matrix as in BASE they give {percent(gain_without_matrices)} of the gain."
         argv = command("extract", *sides, rank=sweep_ranks[0], unfactored="save", o="adapter/")
@@ -375,7 +375,7 @@ def sweep(evidence: Evidence) -> Advice | None:
     candidates = tuple(above[max(0, nearest - 1) : max(0, nearest - 1) + 3])
     return Advice(
         "sweep",
-        f"Compare the held-out loss: train at {listed(candidates)}",
+        f"Compare the held-out loss: train at {format_ranks(candidates)}",
         f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
         f"{percent(median(kept))} in the median matrix: no other rule shows whether that is sufficient.",
         "no other rule applies",
@@ -441,7 +441,7 @@ def _repeat_allocation(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
         "allocate",
         results_file or _find_spectrum_file(evidence),
         **budget_of(settings),
-        **{name: value for name, value in typed(AllocateOptions, settings).items() if name != "energy"},
+        **{name: value for name, value in list_typed_options(AllocateOptions, settings).items() if name != "energy"},
         o="adapter_config.json",
     )
 

@@ -29,7 +29,7 @@ from lora_diag.rendering.text import two_digits
 from lora_diag.reports.budget import reference
 from lora_diag.reports.evidence import ARTICLE, DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
-from lora_diag.reports.step import Advice, command, listed
+from lora_diag.reports.step import Advice, command, format_ranks
 from lora_diag.reports.worth import of, rejected_options
 
 # Joint significance level of the units of a run.
@@ -151,7 +151,9 @@ def fit_rank(evidence: Evidence) -> Advice | None:
             candidates = [line.size or 0, chosen[0]]
         elif insufficient and not any(size.edge for size in insufficient) and line is None:
             higher = [2 * (insufficient[-1].size or 0), 4 * (insufficient[-1].size or 0)]
-            action = f"Expect r={_format_range(chosen)} to remain below full fine-tuning: also try {listed(higher)}"
+            action = (
+                f"Expect r={_format_range(chosen)} to remain below full fine-tuning: also try {format_ranks(higher)}"
+            )
             reason = (
                 f"On {name}, even r={insufficient[-1].size} reached {_format_shares(insufficient[-1])} of full "
                 "fine-tuning's gain"
@@ -256,7 +258,7 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
         return Advice(
             "loose loss bound",
             "Do not choose a rank by the loss bound (λ/2)Σσ²: measure the loss of the update truncated to "
-            f"{listed(whole_ranks)}",
+            f"{format_ranks(whole_ranks)}",
             f"On {whole[0].set} the bound is {min(ratios):.0f} to {max(ratios):.0f} times the measured gap at "
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
             f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "

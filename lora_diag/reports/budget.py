@@ -10,7 +10,7 @@ from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
 
 
-def allocated(evidence: Evidence) -> Iterator[tuple[Source, Certificate]]:
+def find_allocations(evidence: Evidence) -> Iterator[tuple[Source, Certificate]]:
     """Yield the allocations of the page with their certificates."""
     for source in evidence.sources:
         for record in source.results.whole:
@@ -24,7 +24,7 @@ def reference(evidence: Evidence) -> tuple[int, str]:
     The parameters of an allocation, requested by the user; else those of the largest adapter; else those of the default
     rank.
     """
-    for source, certificate in allocated(evidence):
+    for source, certificate in find_allocations(evidence):
         return certificate.params, f"the budget of {source.name}"
     sizes = {path: params_of(evidence, path) for path in evidence.adapted}
     if sizes and (largest := max(sizes.values())):

@@ -11,7 +11,7 @@ from lora_diag.cli.output import message, result, silence_matplotlib
 from lora_diag.errors import UsageError
 from lora_diag.reports.options import ReportOptions
 from lora_diag.reports.trackers import TRACKERS, track
-from lora_diag.running.options import OUTPUT, Option, filled, plain
+from lora_diag.running.options import OUTPUT, Option, fill_options, plain
 
 # Default name of an HTML page; other text formats go to standard output.
 PAGE = Path("report.html")
@@ -47,7 +47,7 @@ def report(
     if project is not None and to is None:
         raise UsageError("--project: names a project of a tracker; add --to")
     if to is not None:
-        defaults = filled(ReportOptions, {})
+        defaults = fill_options(ReportOptions, {})
         if any(plain(value) != plain(defaults[name]) for name, value in arguments.items()):
             raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
         silence_matplotlib()

@@ -29,7 +29,15 @@ from lora_diag.rendering.text import plain, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.sections import Section, sections_of
-from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, labels, other_metric_sentences, subject_of
+from lora_diag.reports.subject import (
+    ENERGY,
+    Subject,
+    certificates,
+    gate_outcome,
+    labels,
+    other_metric_sentences,
+    subject_of,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -99,7 +107,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     columns = fields_of(evidence, layers)
     if not any(column.is_number for column in columns):
         layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
-    outcome, verdicts = judged(evidence)
+    outcome, verdicts = gate_outcome(evidence)
     subject, sections = subject_of(evidence), sections_of(evidence)
     used = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(

@@ -16,7 +16,7 @@ from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.text import two_digits
 from lora_diag.reports.evidence import ARTICLE, Evidence
-from lora_diag.reports.step import Advice, command, listed
+from lora_diag.reports.step import Advice, command, format_ranks
 from lora_diag.reports.worth import SweptRun, compressed, contests, of, rejected_options, swept
 
 # Ranks of a recommended sweep.
@@ -89,7 +89,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
     return Advice(
         "close the gap",
         f"Close a gap of {_format_gap(best.worst)} nats to the full fine-tune: "
-        f"{f'train at {listed(candidates)}' if candidates else 'sweep learning rates'}",
+        f"{f'train at {format_ranks(candidates)}' if candidates else 'sweep learning rates'}",
         f"{_describe_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps "
         "based on weights suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
@@ -164,12 +164,12 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == sweep.ranks[-1] else ()
         action = f"Train at {setting}"
         if higher:
-            action += f", and also sweep {listed(higher)}: the loss still decreases there"
+            action += f", and also sweep {format_ranks(higher)}: the loss still decreases there"
         if seeds is not None:
             action += f"; {seeds} seeds would confirm{' more' if higher else ' it'}"
         next_ranks = (*sweep.ranks, *higher)
         if higher or seeds is not None:
-            argv = continued(sweep, next_ranks, seeds or verdict.seeds)
+            argv = extend_sweep(sweep, next_ranks, seeds or verdict.seeds)
         else:
             next_ranks = (chosen.rank,)
             argv = command("plan", path, ranks=next_ranks)
@@ -187,7 +187,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     )
 
 
-def continued(sweep: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, ...]:
+def extend_sweep(sweep: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, ...]:
     """Return the command that adds ranks and seeds to a finished sweep."""
     run = sweep.source.results.run
     settings = run.settings

@@ -13,7 +13,7 @@ from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.sections import sections_of
-from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, other_metric_sentences, subject_of
+from lora_diag.reports.subject import ENERGY, Subject, certificates, gate_outcome, other_metric_sentences, subject_of
 
 # GitHub limits comments to 65,536 characters.
 MAX_BYTES = 60_000
@@ -151,7 +151,7 @@ def _make_findings(subject: Subject) -> list[str]:
 
 
 def _make_gate(evidence: Evidence) -> list[str]:
-    outcome, verdicts = judged(evidence)
+    outcome, verdicts = gate_outcome(evidence)
     if not outcome:
         return []
     rows = [

@@ -14,7 +14,7 @@ from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, wr
 from lora_diag.records import Results
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.options import ReportOptions
-from lora_diag.running.options import filled, show_options
+from lora_diag.running.options import fill_options, show_options
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
 
@@ -50,7 +50,7 @@ def report(
         >>> print(report(results, format="md").splitlines()[0])
         # sample_checkpoints/full_ft compared with sample_checkpoints/base
     """
-    arguments = filled(ReportOptions, options)
+    arguments = fill_options(ReportOptions, options)
     output, format, overwrite, values = (arguments[name] for name in ("output", "format", "overwrite", "values"))
     if not results:
         raise UsageError("no results: give at least one results file")

@@ -11,7 +11,7 @@ from lora_diag.catalog import feature_of, features
 from lora_diag.feature import Feature
 from lora_diag.feature import Section as SectionKind
 from lora_diag.rendering.columns import Grid
-from lora_diag.rendering.lines import called
+from lora_diag.rendering.lines import short_paths
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence, Source
@@ -101,4 +101,4 @@ def named_of(source: Source) -> str:
     if run.command == "spectrum --adapters" or len(updates) > _NAMED:
         return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
     between = " in " if run.command == "verify-merge" else " + "
-    return between.join(called(updates)) or safe(source.name)
+    return between.join(short_paths(updates)) or safe(source.name)

@@ -72,10 +72,10 @@ def command(*words: str | Sequence[str], **options: object) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def listed(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """Return ranks as part of a sentence.
 
-    >>> listed([4]), listed([4, 8, 16])
+    >>> format_ranks([4]), format_ranks([4, 8, 16])
     ('r=4', 'r=4, r=8 and r=16')
     """
     words = [f"r={rank}" for rank in ranks]

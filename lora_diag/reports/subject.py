@@ -249,7 +249,7 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
     return texts
 
 
-def judged(evidence: Evidence) -> tuple[str, list[Verdict]]:
+def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
     """Return the outcome of the gates as text, and the verdicts that did not pass, worst first; empty without gates."""
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     counts = Counter(verdict.status for verdict in verdicts)

@@ -10,7 +10,7 @@ import io
 from typing import Any
 
 from lora_diag.errors import InputError
-from lora_diag.records.frames import Columns, one_type_each, record_columns, value_columns
+from lora_diag.records.frames import Columns, record_columns, unify_types, value_columns
 from lora_diag.records.names import short_names
 from lora_diag.reports.evidence import Evidence
 
@@ -47,7 +47,7 @@ def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
     except ImportError as error:
         raise InputError("--format parquet: needs pyarrow; install it with pip install pyarrow, or use csv") from error
     buffer = io.BytesIO()
-    table = pa.table(one_type_each(_make_columns(evidence, values)))
+    table = pa.table(unify_types(_make_columns(evidence, values)))
     # The key by which lora_diag.files recognizes the table.
     pq.write_table(table.replace_schema_metadata({b"loradiag": b"report"}), buffer)
     return buffer.getvalue()

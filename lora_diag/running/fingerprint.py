@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters.source import Source, open_source
-from lora_diag.checkpoints import Checkpoint, shown
+from lora_diag.checkpoints import Checkpoint, hide_secrets
 from lora_diag.checkpoints.distributed import INDEX
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
@@ -46,7 +46,7 @@ def legible(text: Path | str) -> str:
     >>> legible("caf\udce9.safetensors")
     'caf\\xe9.safetensors'
     """
-    return shown(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return hide_secrets(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def fingerprint_of_adapter(source: Source) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters import Adapter, Location, bare, is_adapter, is_same_part, match_names, open_adapter
+from lora_diag.adapters import Adapter, Location, drop_all_wrappers, is_adapter, is_same_part, match_names, open_adapter
 from lora_diag.adapters.complete import targets_of
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.source import StatedAlpha
@@ -163,14 +163,16 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
     one named RoBERTa.
     """
     matched, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
-    counts = Counter((bare(name), base[name].shape) for name in base)
+    counts = Counter((drop_all_wrappers(name), base[name].shape) for name in base)
     usable = {
         name: locations
         for name, locations in matched.items()
         if all(location.name not in tuned and location.into is None for location in locations)
         and all(location.shape == _matrix_shape(base, location) for location in locations)
         and {tuned[name].dtype, *(base[location.name].dtype for location in locations)} <= FLOAT_DTYPES
-        and all(is_same_part(name, p.name, counts[bare(p.name), base[p.name].shape] == 1) for p in locations)
+        and all(
+            is_same_part(name, p.name, counts[drop_all_wrappers(p.name), base[p.name].shape] == 1) for p in locations
+        )
     }
     claimed = Counter(location.layer for locations in usable.values() for location in locations)
     return {

@@ -24,7 +24,7 @@ from lora_diag.running.measuring import (
     read_memory,
     without_rank,
 )
-from lora_diag.running.options import LayerOptions, filled, settings, stated_alpha
+from lora_diag.running.options import LayerOptions, fill_options, settings, stated_alpha
 from lora_diag.running.progress import ProgressReporter
 from lora_diag.version import __version__
 
@@ -64,7 +64,7 @@ class LayerRun:
 
     def __init__(self, command: str, options: Mapping[str, object], group: type = LayerOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = filled(group, options)
+        self.options: dict[str, Any] = fill_options(group, options)
         self.own = settings(group, self.options)
         self.torch = True
         self.apart = False

@@ -160,16 +160,16 @@ def without_rank(pairing: Pairing, layout: Layout, device: str) -> Iterator[Left
     """Yield the records of 1-D tensors and of tensors that could not be paired."""
     vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
     yield from run_local(partial(left_out_vector, device=device), vectors, layout, footprint)
-    yield from not_paired(pairing, layout, device)
+    yield from record_unpaired(pairing, layout, device)
 
 
-def not_paired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
+def record_unpaired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
     """Yield the records of tensors that could not be paired."""
     measure = partial(left_out_rows, device=device)
     yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
 
 
-def checked_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
+def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
     """Return the distinct ranks in ascending order.
 
     Raises:

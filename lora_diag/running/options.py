@@ -363,12 +363,12 @@ class LayerTrainOptions(Selection, TrainOptions, total=False):
     """``TrainOptions``, and the selection of layers."""
 
 
-def declared(group: type) -> dict[str, tuple[Any, Option]]:
+def list_options(group: type) -> dict[str, tuple[Any, Option]]:
     """Return every option of a group by name, with its type: first the command's own, then the common ones.
 
     A type that is not imported stays a string.
 
-    >>> kind, option = declared(Selection)["layers"]
+    >>> kind, option = list_options(Selection)["layers"]
     >>> kind, option.default, option.metavar
     (str | None, None, 'REGEX')
     """
@@ -401,10 +401,10 @@ def _list_common() -> dict[str, Option]:
 
 def aliases(group: type) -> dict[str, str]:
     """Return the former flags of a group's options, each with the current flag."""
-    return {former: option.flag(name) for name, (_, option) in declared(group).items() for former in option.aliases}
+    return {former: option.flag(name) for name, (_, option) in list_options(group).items() for former in option.aliases}
 
 
-def filled(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
+def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
@@ -415,7 +415,7 @@ def filled(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
         TypeError: An option is unknown, given twice, or missing.
         UsageError: A value is none of the option's choices.
     """
-    options = declared(group)
+    options = list_options(group)
     names = {
         former.lstrip("-").replace("-", "_"): name for name, (_, option) in options.items() for former in option.aliases
     }
@@ -439,11 +439,11 @@ def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
         group: A ``TypedDict`` of options.
         values: Options and values derived from them.
     """
-    options = declared(group)
+    options = list_options(group)
     return {options[name][1].setting or name: plain(values[name]) for name in own_options(group)}
 
 
-def typed(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def list_typed_options(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in the settings of a run record that differ from their defaults, by name.
 
     Args:
@@ -452,7 +452,7 @@ def typed(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """
     return {
         name: recorded[option.setting or name]
-        for name, (_, option) in declared(group).items()
+        for name, (_, option) in list_options(group).items()
         if recorded.get(option.setting or name) not in (None, False, plain(option.default))
     }
 
@@ -481,7 +481,7 @@ def show_options(function: F) -> F:
     *parameters, last = own_signature.parameters.values()
     hint = last.annotation
     (group,) = get_args(eval(hint, function.__globals__) if isinstance(hint, str) else hint)
-    options = declared(group)
+    options = list_options(group)
     for name, (kind, option) in options.items():
         shown = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=shown))

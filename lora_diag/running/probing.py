@@ -21,8 +21,8 @@ from lora_diag.rendering.text import duration
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
-from lora_diag.running.measuring import not_paired
-from lora_diag.running.options import ProbeOptions, filled, stated_alpha
+from lora_diag.running.measuring import record_unpaired
+from lora_diag.running.options import ProbeOptions, fill_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
@@ -48,7 +48,7 @@ class ProbeRun:
 
     def __init__(self, command: str, options: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = filled(group, options)
+        self.options: dict[str, Any] = fill_options(group, options)
         self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
         self.batch: int = self.options["batch"]
         for name in ("batch", "max_sequences"):
@@ -180,7 +180,7 @@ def check_files(models: Sequence[Path | str], evaluate: Sequence[Path | str], *o
         check_texts(path)
 
 
-def described(texts: Texts, role: str | None = None) -> RunInput:
+def describe_texts(texts: Texts, role: str | None = None) -> RunInput:
     """Return the description of an evaluation set for the run record."""
     return RunInput(
         role=role or ("shifted" if texts.shifted else "eval"),
@@ -196,11 +196,11 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     """Return the tensors that could not be paired or that the model does not use."""
     detail = "the model that transformers builds of BASE has no such weight"
     return [
-        *not_paired(pairing, Layout(1, 1), "cpu"),
+        *record_unpaired(pairing, Layout(1, 1), "cpu"),
         *(LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail) for d in absent),
     ]
 
 
-def pluralized(number: int, singular: str, plural: str) -> str:
+def pluralize(number: int, singular: str, plural: str) -> str:
     """Return a number with its noun."""
     return f"{number} {singular if number == 1 else plural}"

@@ -14,13 +14,13 @@ MAX_FACTOR = 10.0
 STEP = 10 / 3
 
 
-def lowest(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, float]:
+def find_best_rates(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, float]:
     """Return the learning rate with the lowest loss for each trained item; omit items that always diverged.
 
     Args:
         runs: Item, loss and learning rate of each run; of one seed, on the deciding evaluation set.
 
-    >>> lowest([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
+    >>> find_best_rates([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}
     """
     best: dict[Key, tuple[float, float]] = {}
@@ -41,12 +41,12 @@ def edge(tried: Collection[float], best: float) -> int:
     return -1 if best == min(tried) else int(best == max(tried))
 
 
-def beyond(tried: Collection[float], best: float) -> float | None:
+def next_rate(tried: Collection[float], best: float) -> float | None:
     """Return the rate to try next if the best is at the edge: one more grid step, by a factor of at most 10/3.
 
     None if the best rate is inside the grid, if there is only one rate, or if the limit is reached.
 
-    >>> beyond([1e-3, 2e-3, 4e-3], 4e-3), beyond([1e-3, 1e-2], 1e-3), beyond([1e-3, 3e-3, 1e-2], 3e-3)
+    >>> next_rate([1e-3, 2e-3, 4e-3], 4e-3), next_rate([1e-3, 1e-2], 1e-3), next_rate([1e-3, 3e-3, 1e-2], 3e-3)
     (0.008, 0.0003, None)
     """
     side = edge(tried, best)

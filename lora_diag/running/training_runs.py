@@ -28,13 +28,13 @@ from lora_diag.models.methods import Lora, check_checkpointing
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Training
 from lora_diag.records import RunInput, WholeRecord
-from lora_diag.running.engines import Ray, joined
+from lora_diag.running.engines import Ray, keep_connection
 from lora_diag.running.measuring import plan_device
-from lora_diag.running.options import declared
-from lora_diag.running.probing import ProbeRun, described, pluralized
+from lora_diag.running.options import list_options
+from lora_diag.running.probing import ProbeRun, describe_texts, pluralize
 from lora_diag.running.progress import ProgressReporter, RunRecords
-from lora_diag.running.rates import MAX_FACTOR, beyond, lowest
-from lora_diag.running.training_workers import Site, Workers, bare, threads_of_run, workers_for
+from lora_diag.running.rates import MAX_FACTOR, find_best_rates, next_rate
+from lora_diag.running.training_workers import Site, Workers, drop_sequences, threads_of_run, workers_for
 
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
 
@@ -189,7 +189,7 @@ class RunPlan:
         """Describe how many runs the edges of the grids may add."""
         limit = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
         return (
-            f"; up to {pluralized(limit, 'run', 'runs')} more if the best rate is at the edge of the grid"
+            f"; up to {pluralize(limit, 'run', 'runs')} more if the best rate is at the edge of the grid"
             if limit
             else ""
         )
@@ -213,7 +213,7 @@ class RunPlan:
             for trial in left:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
             return
-        poll = partial(self.watch.batch, f"{pluralized(len(left), 'run', 'runs')} on the cluster", 0)
+        poll = partial(self.watch.batch, f"{pluralize(len(left), 'run', 'runs')} on the cluster", 0)
         for trial, records in zip(left, arm.remote(left, poll), strict=True):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)
@@ -228,7 +228,7 @@ class RunPlan:
         for _ in range(self.widen):
             best = self._best_rate(arm, size, tried)
             # A method that always diverged needs smaller steps.
-            further = beyond(tried, min(tried) if best is None else best)
+            further = next_rate(tried, min(tried) if best is None else best)
             if further is None:
                 return
             yield further
@@ -237,7 +237,7 @@ class RunPlan:
     def _best_rate(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
         """Return the rate of a size with the lowest loss of the first seed on the first set, so far."""
         runs = ((size, self._loss_of(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
-        return lowest(runs).get(size)
+        return find_best_rates(runs).get(size)
 
     def _loss_of(self, trial: Trial) -> float | None:
         """Return the loss of a run on the first set; None if it diverged or is not finished."""
@@ -280,7 +280,7 @@ class TrainRun(ProbeRun):
         counts: Sequence[str],
     ) -> None:
         super().__init__(command, arguments, group)
-        flags = {name: option.flag(name) for name, (_, option) in declared(group).items()}
+        flags = {name: option.flag(name) for name, (_, option) in list_options(group).items()}
         grids, numbers = ({flags[name]: self.options[name] for name in names} for names in (rates, counts))
         check_training(grids, numbers, self.options["widen"], self.options["seed"])
 
@@ -326,7 +326,7 @@ class TrainRun(ProbeRun):
             return
         on.check()
         cores = torch.get_num_threads()
-        with joined(on, cores) as has_gpus:
+        with keep_connection(on, cores) as has_gpus:
             if has_gpus and not on.gpus_per_task and device in {"auto", "cuda"}:
                 on = replace(on, gpus_per_task=1.0)
             kind = plan_device(on, device).kind
@@ -358,7 +358,7 @@ class TrainRun(ProbeRun):
             dtype=arguments["dtype"],
             length=arguments["length"],
             tokenizer=arguments["tokenizer"],
-            texts=tuple(map(bare, (self.training.texts, *self.sets))),
+            texts=tuple(map(drop_sequences, (self.training.texts, *self.sets))),
             most=arguments["max_sequences"],
             stored=stored,
         )
@@ -366,7 +366,7 @@ class TrainRun(ProbeRun):
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
         """Return the inputs, for the run record."""
-        return [self.describe(stored), described(self.training.texts, "data"), *map(described, self.sets)]
+        return [self.describe(stored), describe_texts(self.training.texts, "data"), *map(describe_texts, self.sets)]
 
     def trained(self, seeds: int) -> dict[str, Any]:
         """Return the training settings for the run record."""

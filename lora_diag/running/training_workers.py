@@ -121,7 +121,7 @@ def layout_of_runs(concurrent: int | None) -> Layout:
     return Layout(torch.get_num_threads(), (concurrent or 1) * FOOTPRINT)
 
 
-def bare(texts: Texts) -> Texts:
+def drop_sequences(texts: Texts) -> Texts:
     """Return a text without its sequences: what a worker needs to read it."""
     return replace(texts, sequences=())
 
@@ -130,7 +130,7 @@ def bare(texts: Texts) -> Texts:
 _open: tuple[Site, Model, list[Texts]] | None = None
 
 
-def opened(site: Site) -> tuple[Model, Texts, list[Texts]]:
+def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     """Return the model, the training text and the evaluation sets; opened once per process.
 
     Raises:

@@ -5,7 +5,16 @@ a small rank. Importing torch takes ten times as long as measuring an adapter.
 """
 
 from lora_diag.thin.sketch import BOTH, COLUMNS, LENGTH, ROWS, fold, join, mixed, row_major, sketch, transform
-from lora_diag.thin.values import ENOUGH, MAX_RANK, Grams, ThinValues, gram, thin_energies, thin_values, triangle
+from lora_diag.thin.values import (
+    ENOUGH,
+    MAX_RANK,
+    Grams,
+    ThinValues,
+    compute_grams,
+    thin_energies,
+    thin_values,
+    triangle,
+)
 
 __all__ = [
     "BOTH",
@@ -16,8 +25,8 @@ __all__ = [
     "ROWS",
     "Grams",
     "ThinValues",
+    "compute_grams",
     "fold",
-    "gram",
     "join",
     "mixed",
     "row_major",

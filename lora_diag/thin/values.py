@@ -179,13 +179,13 @@ def _sum_squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def triangle(x: Numbers) -> Triangles | None:
     """Return R of one X ``(m, r)``, as a stack of one; None if an entry is not finite."""
-    grams = gram(x[None])
+    grams = compute_grams(x[None])
     squares = grams.products[0].diagonal()
     if not np.isfinite(squares).all() and not np.isfinite(x).all():
         return None
     if not _in_range(squares):
         return _reduce_by_reflections(x, _scale_of(x))
-    triangle, conditioned = triangles(grams)
+    triangle, conditioned = reduce_grams(grams)
     return triangle if conditioned.all() else _reduce_by_reflections(x)
 
 
@@ -194,7 +194,7 @@ def _in_range(squares: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray((squares >= LEAST).all(axis=-1) & (squares <= MOST).all(axis=-1))
 
 
-def gram(stack: Numbers) -> Grams:
+def compute_grams(stack: Numbers) -> Grams:
     """Return XᵀX of each X of a stack ``(k, m, r)``, summed over blocks of rows.
 
     A few blocks at a time are converted to float64, so that they are in the cache when they are multiplied.
@@ -202,7 +202,7 @@ def gram(stack: Numbers) -> Grams:
     count, rows, rank = stack.shape
     block = _choose_block_rows(rows, rank)
     if count > 1 and rows % block:
-        grams = [gram(x[None]) for x in stack]
+        grams = [compute_grams(x[None]) for x in stack]
         return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
     x, whole = stack.reshape(-1, rank), -(-rows // block)
     step = block * max(1, CACHED // (block * rank))
@@ -246,7 +246,7 @@ def _multiply(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     np.matmul(turned[:, half:], parts, out=out[:, half:])
 
 
-def triangles(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
+def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     """Return R from each XᵀX of a stack by Cholesky, and which X are well conditioned: the others have no valid R.
 
     XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖. Each entry has an error

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diag import residual, spectrum
-from lora_diag.linalg import Difference, Factors, decompose, difference, own_stream
+from lora_diag.linalg import Difference, Factors, decompose, difference, use_own_stream
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.gram import gram_matrix
 from tests.benchmarks.measure import machine
@@ -108,7 +108,7 @@ def waited(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
     seconds: list[float] = []
     while not seconds or (sum(seconds) < REPEATED and len(seconds) <= RUNS):
         start = time.perf_counter()
-        with own_stream(device):  # and waits for it
+        with use_own_stream(device):  # and waits for it
             result = work()
         seconds.append(time.perf_counter() - start)
     return result, statistics.median(seconds[1:] or seconds)

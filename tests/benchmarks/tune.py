@@ -40,11 +40,11 @@ from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTr
 from lora_diag.decisions.tune.search import FULL_OVER_LORA
 from lora_diag.decisions.tune.summary import tune_table
 from lora_diag.decisions.tune.trials import target_modules
-from lora_diag.decisions.tune.variants import shortest, uniform
+from lora_diag.decisions.tune.variants import find_shortest_names, uniform
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import Losses, measure
-from lora_diag.models.methods import Lora, with_lora
-from lora_diag.models.opening import open_model, padded
+from lora_diag.models.methods import Lora, add_lora
+from lora_diag.models.opening import open_model, pad_sequences
 from lora_diag.models.training import Cell, Training, losses_after, train
 from tests.benchmarks.encoder import MODULES, sentences
 
@@ -171,7 +171,7 @@ class Baselines:
             (held, test), _ = losses_after(self.model, cell, training, self.sets, lambda: None, keep)
             return held, test, params
         torch.manual_seed(seed)
-        with with_lora(self.model, cell.rank, training.kind) as tuned:
+        with add_lora(self.model, cell.rank, training.kind) as tuned:
             initialize_lora_eva_weights(tuned.module, list(self._batches(seed)), show_progress_bar=False)
             train(tuned, cell, training, lambda: None)
             tuned.module.eval()
@@ -183,8 +183,8 @@ class Baselines:
         """Yield batches for EVA's SVD of the inputs; they differ by the seed, of which its start is the function."""
         for batch in replace(self.training, steps=16, order=seed).batches():
             ids = [sequence.ids for sequence in batch]
-            mask = padded([[1] * len(each) for each in ids], 0)
-            yield {"input_ids": padded(ids, self.model.tokens.pad), "attention_mask": mask}
+            mask = pad_sequences([[1] * len(each) for each in ids], 0)
+            yield {"input_ids": pad_sequences(ids, self.model.tokens.pad), "attention_mask": mask}
 
     def best(self, config: dict[str, Any] | None, rates: Iterable[float]) -> dict[str, Any]:
         """Return test losses of all seeds at the rate that is best on the held-out set with the first."""
@@ -269,7 +269,7 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
     baselines = Baselines(case, folder)
     layers = list(target_modules(baselines.model.module, case["targets"]))
     every = [path for path, _ in baselines.model.module.named_modules()]
-    names = case["targets"] or shortest(layers, every)
+    names = case["targets"] or find_shortest_names(layers, every)
     task = "CAUSAL_LM" if baselines.model.kind == "causal" else None
     rank = max(1, round(choice["params"] / mine["per_rank"]))
     eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora_diag import deltas, inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import as_path, locate, open_checkpoint, ranges, shown
+from lora_diag.checkpoints import as_path, hide_secrets, locate, open_checkpoint, ranges
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint, legible
 from tests.checkpoints.web import Web, basic, large, save_large
@@ -62,7 +62,7 @@ def soon(monkeypatch):
 )
 def test_address_is_shown_without_its_secrets(words, text):
     path = as_path(words)
-    for seen in (str(path), repr(path), shown(path), legible(words).rstrip("/"), f"{path!r:>9}"):
+    for seen in (str(path), repr(path), hide_secrets(path), legible(words).rstrip("/"), f"{path!r:>9}"):
         assert text in seen
         assert "ss@" not in seen
         assert "sig" not in seen.lower()
@@ -79,15 +79,15 @@ def test_address_is_shown_without_its_secrets(words, text):
 )
 def test_secrets_are_hidden_in_any_spelling(scheme, user, query, around):
     address = f"{scheme}://{user[0]}:{user[1]}@host/folder/m.safetensors?Zecret={query}#Zecret"
-    for told in (shown(around.replace("{}", address)), legible(around.replace("{}", address))):
+    for told in (hide_secrets(around.replace("{}", address)), legible(around.replace("{}", address))):
         assert "Zecret" not in told
         assert "//host/folder/m.safetensors" in told
 
 
 def test_addresses_in_messages_have_no_secrets():
     text = "cannot reach 'https://u:p@h/x?sig=1' nor s3://bucket/key, http://h/y#frag."
-    assert shown(text) == "cannot reach 'https://h/x' nor s3://bucket/key, http://h/y"
-    assert shown("a plain: text / with // slashes @ and ?") == "a plain: text / with // slashes @ and ?"
+    assert hide_secrets(text) == "cannot reach 'https://h/x' nor s3://bucket/key, http://h/y"
+    assert hide_secrets("a plain: text / with // slashes @ and ?") == "a plain: text / with // slashes @ and ?"
 
 
 def test_remote_path_behaves_as_path():

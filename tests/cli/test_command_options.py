@@ -11,7 +11,7 @@ from lora_diag import catalog
 from lora_diag.cli import options
 from lora_diag.cli.app import application
 from lora_diag.probes.intrinsic.options import IntrinsicOptions
-from lora_diag.running.options import PANELS, Option, filled
+from lora_diag.running.options import PANELS, Option, fill_options
 from tests.conftest import ROOT
 
 LINES = options.LINES  # before the fixture that shows all
@@ -102,12 +102,12 @@ def test_command_accepts_former_option_name(loradiag):
 
 
 def test_python_accepts_former_names_and_values():
-    former = filled(IntrinsicOptions, {"data": "t", "method": "plain", "seeds": 3})
-    assert former == filled(IntrinsicOptions, {"data": "t", "projection": "did", "repeats": 3})
+    former = fill_options(IntrinsicOptions, {"data": "t", "method": "plain", "seeds": 3})
+    assert former == fill_options(IntrinsicOptions, {"data": "t", "projection": "did", "repeats": 3})
     with pytest.raises(TypeError, match="former name"):
-        filled(IntrinsicOptions, {"data": "t", "seeds": 3, "repeats": 3})
+        fill_options(IntrinsicOptions, {"data": "t", "seeds": 3, "repeats": 3})
     with pytest.raises(TypeError, match="'data'"):
-        filled(IntrinsicOptions, {})
+        fill_options(IntrinsicOptions, {})
     one, other = (lora_diag.plan(SAMPLES / "base", **{name: "q_proj"}) for name in ("target", "layers"))
     assert one == other
 
@@ -210,14 +210,14 @@ def test_warnings_and_failures_are_never_hidden():
 
     from rich.console import Console
 
-    from lora_diag.rendering.statements import at_most, make_statement, summary_of
+    from lora_diag.rendering.statements import limit_lines, make_statement, summary_of
 
     alarm = make_statement("alarm", "Warning", *(f"alarm {n}" for n in range(20)), level="warning")
     notes = [
         make_statement(f"note{n}", f"Note {n}", f"lead {n}", *["detail"] * 3, priority=2 - n % 3) for n in range(9)
     ]
     console = Console(file=StringIO(), width=40)
-    with at_most(6):
+    with limit_lines(6):
         summary = summary_of([*notes, alarm], "loradiag inspect r.jsonl")
     console.print(summary)
     said = console.file.getvalue()

@@ -11,7 +11,7 @@ import lora_diag
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
 from lora_diag.layers.metric import Root, extra
-from lora_diag.metrics import weighed_edge
+from lora_diag.metrics import weighted_edge
 from lora_diag.running.activations import second_moments
 from lora_diag.running.inputs import compare
 from tests import oracles
@@ -254,7 +254,7 @@ def test_edge_of_weighted_noise_is_above_noise():
     rng = np.random.default_rng(0)
     right = rng.standard_normal((40, 40)) * np.linspace(0.1, 2, 40)
     tops = [np.linalg.norm(rng.standard_normal((60, 40)) @ right, 2) for _ in range(200)]
-    edge = weighed_edge((60**0.5, 1.0), (float(np.linalg.norm(right)), float(np.linalg.norm(right, 2))))
+    edge = weighted_edge((60**0.5, 1.0), (float(np.linalg.norm(right)), float(np.linalg.norm(right, 2))))
     assert max(tops) < edge < 1.7 * np.median(tops)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.linalg.cells import GRIDS, Cells, Opened, halves, nearest
+from lora_diag.linalg.cells import GRIDS, Cells, Opened, cell_halves, round_to_nearest
 from lora_diag.linalg.hidden_scales import Scales
 
 SHORT = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"]
@@ -30,7 +30,7 @@ def values_of(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", SHORT)
 def test_cells_end_at_midpoints_of_all_neighbours(name, wide):
     values = values_of(name)
-    below, above = (half.double() for half in halves(values.to(wide), GRIDS[name]))
+    below, above = (half.double() for half in cell_halves(values.to(wide), GRIDS[name]))
     middle = np.diff(values.numpy()) / 2
     np.testing.assert_array_equal(above[:-1].numpy(), middle)
     np.testing.assert_array_equal(below[1:].numpy(), middle)
@@ -43,24 +43,24 @@ def test_cells_end_at_midpoints_of_all_neighbours(name, wide):
 @pytest.mark.parametrize("name", SHORT)
 def test_values_in_cell_round_to_its_value(name):
     values = values_of(name).float()
-    below, above = halves(values, GRIDS[name])
+    below, above = cell_halves(values, GRIDS[name])
     low, high = values - below, values + above
     for end, inside in ((low, math.inf), (high, -math.inf)):
         finite = end.isfinite()
         within = torch.nextafter(end, torch.tensor(inside))[finite]
         outside = torch.nextafter(end, torch.tensor(-inside))[finite]
-        assert torch.equal(nearest(within, name), values[finite])
-        different = nearest(outside, name) != values[finite]
+        assert torch.equal(round_to_nearest(within, name), values[finite])
+        different = round_to_nearest(outside, name) != values[finite]
         assert different.sum() >= len(values) - 2  # beyond the largest value a format may saturate
-    assert torch.equal(nearest(values, name), values)
+    assert torch.equal(round_to_nearest(values, name), values)
 
 
 @pytest.mark.parametrize("name", SHORT)
 def test_tie_goes_to_even_code(name):
     values = values_of(name).float()
     values = values[values > 0]
-    tie = values[:-1] + halves(values, GRIDS[name])[1][:-1]
-    chosen = nearest(tie, name)
+    tie = values[:-1] + cell_halves(values, GRIDS[name])[1][:-1]
+    chosen = round_to_nearest(tie, name)
     dtype = getattr(torch, name)
     codes = chosen.to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.uint8)
     assert not (codes & 1).any()
@@ -71,16 +71,16 @@ def test_tie_goes_to_even_code(name):
 def test_sum_is_in_stored_cell(name, start, move, size):
     start, move = (torch.tensor(value, dtype=torch.float64) for value in (start, move * 2.0**size))
     total = (start + move).float()
-    stored = nearest(total, name)
+    stored = round_to_nearest(total, name)
     if stored.isfinite():
-        below, above = halves(stored, GRIDS[name])
+        below, above = cell_halves(stored, GRIDS[name])
         assert stored - below <= total <= stored + above
 
 
 def test_wider_formats_step_as_numpy_does():
     for name, number in (("float32", np.float32), ("float64", np.float64)):
         values = np.array([1.0, -1.5, 2.0**-100, 3.7e5, 1e-30], dtype=number)
-        below, above = halves(torch.tensor(values), GRIDS[name])
+        below, above = cell_halves(torch.tensor(values), GRIDS[name])
         np.testing.assert_array_equal(above.numpy(), (np.nextafter(values, number(np.inf)) - values) / 2)
         np.testing.assert_array_equal(below.numpy(), (values - np.nextafter(values, number(-np.inf))) / 2)
 

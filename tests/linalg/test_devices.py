@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import UsageError
-from lora_diag.layers.change import load_change, on_device
+from lora_diag.layers.change import compute_on_device, load_change
 from lora_diag.linalg import Difference, decompose, devices, difference
 from tests.standin import counted
 
@@ -59,7 +59,7 @@ def in_a_thread(work) -> None:
 def test_each_thread_uses_its_own_stream(log):
     def two_layers():
         for _ in range(2):
-            assert on_device(lambda device: log.append(f"computed on {device}"), GPU) == (None, "")
+            assert compute_on_device(lambda device: log.append(f"computed on {device}"), GPU) == (None, "")
 
     in_a_thread(two_layers)
     in_a_thread(two_layers)
@@ -71,8 +71,8 @@ def test_gpu_multiplies_in_full_float32_in_all_threads(log):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as training code does, or NVIDIA's containers
     try:
-        with devices.own_stream(GPU):
-            in_a_thread(lambda: on_device(lambda device: None, GPU))
+        with devices.use_own_stream(GPU):
+            in_a_thread(lambda: compute_on_device(lambda device: None, GPU))
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -80,7 +80,7 @@ def test_gpu_multiplies_in_full_float32_in_all_threads(log):
 
 
 def test_cpu_uses_no_stream(log):
-    assert on_device(lambda device: device.type, CPU) == ("cpu", "")
+    assert compute_on_device(lambda device: device.type, CPU) == ("cpu", "")
     assert log == []
 
 
@@ -91,7 +91,7 @@ def test_gpu_out_of_memory_falls_back_with_note(log):
         return 7
 
     found = []
-    in_a_thread(lambda: found.append(on_device(compute, GPU)))
+    in_a_thread(lambda: found.append(compute_on_device(compute, GPU)))
     assert found == [(7, " on the CPU: out of memory on cuda:0")]
     assert "cache emptied" in log
 
@@ -107,7 +107,7 @@ def test_libraries_out_of_memory_fall_back_after_freeing_theirs(log, words):
             raise RuntimeError(words)
         return [attempt() is None for attempt in attempts]
 
-    in_a_thread(lambda: log.append(on_device(compute, GPU)[0]))
+    in_a_thread(lambda: log.append(compute_on_device(compute, GPU)[0]))
     assert log[-1] == [True, False]
 
 
@@ -196,7 +196,7 @@ def test_other_errors_are_not_memory_errors():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        on_device(fails, CPU)
+        compute_on_device(fails, CPU)
 
 
 def test_missing_device_is_refused():

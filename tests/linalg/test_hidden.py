@@ -12,10 +12,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from scipy.stats import norm
 
-from lora_diag.linalg.cells import GRIDS, Cells, halves
+from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
 from lora_diag.linalg.hidden import fit_low_rank, fit_size, posterior_mean, recover
 from lora_diag.linalg.hidden_scales import fit_scales
-from lora_diag.linalg.shrinkage import edge, shrink, with_noise
+from lora_diag.linalg.shrinkage import add_noise, noise_edge, shrink
 
 
 def planted(m, n, rank, rms, seed, noise=0.0, rows=None):
@@ -32,7 +32,7 @@ def planted(m, n, rank, rms, seed, noise=0.0, rows=None):
 
 
 def cells_of(w, t):
-    below, above = halves(t, GRIDS["bfloat16"])
+    below, above = cell_halves(t, GRIDS["bfloat16"])
     return Cells(t - w - below, t - w + above)
 
 
@@ -56,8 +56,8 @@ def test_size_has_largest_likelihood(rounded):
     stored = torch.tensor(start).bfloat16().double()
     base = stored if rounded else torch.tensor(start)
     tuned = torch.tensor(start + rng.normal(size=start.shape) * 4e-5).bfloat16().double()
-    below, above = halves(tuned, GRIDS["bfloat16"])
-    parts = [tuned - base - below, tuned - base + above, *(halves(base, GRIDS["bfloat16"]) if rounded else ())]
+    below, above = cell_halves(tuned, GRIDS["bfloat16"])
+    parts = [tuned - base - below, tuned - base + above, *(cell_halves(base, GRIDS["bfloat16"]) if rounded else ())]
     lo, hi, *wide = (part.numpy() for part in parts)
     # The likelihood written out: the probability of the cell, averaged over where the start may have been.
     shifts = np.linspace(0, 1, 201)[:, None, None] if rounded else np.zeros((1, 1, 1))
@@ -84,10 +84,10 @@ def test_shrinking_inverts_what_noise_and_information_do(m, n, q, factor):
     s = 0.7
     noise = s / math.sqrt(q)
     x = noise * (m * n) ** 0.25 * factor
-    y = float(with_noise(torch.tensor([x], dtype=torch.float64), (m, n), noise)[0])
+    y = float(add_noise(torch.tensor([x], dtype=torch.float64), (m, n), noise)[0])
     eta = math.sqrt((y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4) / y  # Gavish and Donoho 2017
     sigma = (1 - q) * eta + q * y
-    values = torch.tensor([sigma, 0.999 * edge((m, n), s * math.sqrt(q))], dtype=torch.float64)
+    values = torch.tensor([sigma, 0.999 * noise_edge((m, n), s * math.sqrt(q))], dtype=torch.float64)
     found = shrink(values, (m, n), s, q)
     assert found.debiased.tolist() == pytest.approx([x], rel=1e-6)
     assert found.eta.tolist() == pytest.approx([eta], rel=1e-5)

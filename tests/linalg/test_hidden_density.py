@@ -8,7 +8,7 @@ import torch
 from scipy.special import ndtr
 
 from lora_diag.linalg import hidden_density
-from lora_diag.linalg.cells import GRIDS, Cells, halves
+from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
 from lora_diag.linalg.hidden import fit_size
 from lora_diag.linalg.hidden_density import END, KERNEL, SPACING, fit_density
 
@@ -27,7 +27,7 @@ def hidden(kind, rms, side=200, seed=4):
     w = torch.tensor(rng.normal(size=(side, side)) * 0.02).bfloat16().double()
     x = torch.tensor(drawn(kind, side, rng) * rms)
     t = (w + x).bfloat16().double()
-    below, above = halves(t, GRIDS["bfloat16"])
+    below, above = cell_halves(t, GRIDS["bfloat16"])
     cells = Cells(((t - w - below) / rms).float(), ((t - w + above) / rms).float())
     return cells, x / rms, float((t == w).double().mean())
 

@@ -8,7 +8,7 @@ import torch
 from scipy.integrate import trapezoid
 from scipy.special import ndtr
 
-from lora_diag.linalg.cells import GRIDS, Cells, halves
+from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
 from lora_diag.linalg.hidden import fit_size
 from lora_diag.linalg.hidden_shapes import FLATTER, HEAVIER, NORMAL, fit_shape
 
@@ -43,7 +43,7 @@ def test_hidden_entry_shape_is_estimated(kind, low, high):
     w = torch.tensor(rng.normal(size=(200, 200)) * 0.02).bfloat16().double()
     x = torch.tensor(draw[kind] * 2e-5)
     t = (w + x).bfloat16().double()
-    below, above = halves(t, GRIDS["bfloat16"])
+    below, above = cell_halves(t, GRIDS["bfloat16"])
     cells = Cells(t - w - below, t - w + above)
     normal = fit_size(cells, 2e-5)
     found = fit_shape(cells, normal.deviation)

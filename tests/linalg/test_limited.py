@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
 from lora_diag.linalg import limited as limits
-from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows, normal, times_wide
+from lora_diag.linalg.streamed import COLUMNS, gram_of_rows, merge_small_blocks, normal, times_wide
 from tests import oracles
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_products_do_not_depend_on_blocks(m, n, rows, held, columns, seed):
         assert np.allclose(back, b.T @ (b @ v), rtol=1e-10, atol=1e-10 * (1 + np.abs(a).sum() ** 2))
     lower = np.tril(a @ a.T)
     assert np.allclose(np.tril(gram_of_rows(blocks, held)), lower, rtol=1e-10, atol=1e-10 * (1 + np.abs(lower).sum()))
-    assert torch.equal(torch.cat(list(at_least(torch.from_numpy(a).split(rows), 7))), torch.from_numpy(a))
+    assert torch.equal(torch.cat(list(merge_small_blocks(torch.from_numpy(a).split(rows), 7))), torch.from_numpy(a))
 
 
 def test_products_of_rows_longer_than_part_of_columns():

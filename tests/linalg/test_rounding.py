@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import difference
-from lora_diag.linalg.rounding import LAYOUT, Spacing, spacings
+from lora_diag.linalg.rounding import LAYOUT, Spacing, write_spacings
 from lora_diag.metrics import signal_rank, verdict
 from tests.conftest import as_numpy
 
@@ -29,7 +29,7 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 def of(values: torch.Tensor) -> torch.Tensor:
     """The spacing of every entry, float64."""
     out = torch.empty_like(values, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
-    mantissa = spacings(values, out)
+    mantissa = write_spacings(values, out)
     return out.double() * 2.0**-mantissa
 
 
@@ -101,7 +101,7 @@ def test_short_numbers_in_long_file_are_recognised(short, long):
 def test_full_precision_values_are_unchanged(dtype):
     values = torch.randn(40, 50, dtype=torch.float64).to(dtype)
     out = torch.empty(40, 50, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    assert spacings(values, out) == LAYOUT[dtype][2]
+    assert write_spacings(values, out) == LAYOUT[dtype][2]
 
 
 def test_one_column_does_not_decide():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_diag.linalg.speed import DECAY, decaying, time_full, time_leading, time_pass
+from lora_diag.linalg.speed import DECAY, make_decaying, time_full, time_leading, time_pass
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +18,6 @@ def test_times_grow_with_work():
 
 
 def test_matrix_of_few_values_decays():
-    s = torch.linalg.svdvals(decaying(300).double())
+    s = torch.linalg.svdvals(make_decaying(300).double())
     slope = torch.log(s[80] / s[4]) / torch.log(torch.tensor(81.0 / 5.0))
     assert abs(float(slope) + DECAY) < 0.25

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.subspace import orthonormal, shares
-from lora_diag.metrics.overlap import chance, is_near
+from lora_diag.linalg.subspace import orthonormalize, shares
+from lora_diag.metrics.overlap import is_near, overlap_by_chance
 
 
 def dense_overlaps(delta: np.ndarray, gradient: np.ndarray, rank: int) -> dict[str, float]:
@@ -77,7 +77,7 @@ def test_random_subspaces_meet_baselines_within_sampling_error(shape, gradient_r
         found = shares(blocks, u, v, [rank])
         draws.append([found.both[0] ** 2, found.tangent[0] ** 2, found.left[0] ** 2, found.right[0] ** 2])
     mean, error = np.mean(draws, 0), np.std(draws, 0) / 20
-    expected = np.array(chance(shape, rank)) ** 2
+    expected = np.array(overlap_by_chance(shape, rank)) ** 2
     assert (np.abs(mean - expected) < 4 * error).all(), (mean, expected, error)
 
 
@@ -92,7 +92,7 @@ def test_non_finite_entry_is_named_zero_gradient_has_no_share():
 def test_bases_are_orthonormal_without_mixing_later_columns():
     rng = np.random.default_rng(2)
     given = random_basis(rng, 20, 5) @ np.triu(rng.standard_normal((5, 5)) + 3 * np.eye(5))
-    basis = orthonormal(torch.from_numpy(given)).numpy()
+    basis = orthonormalize(torch.from_numpy(given)).numpy()
     assert np.abs(basis.T @ basis - np.eye(5)).max() < 1e-13
     for k in range(1, 6):
         first = basis[:, :k]

@@ -109,13 +109,13 @@ def test_overlap_of_random_updates_is_near_chance():
         space = np.linalg.qr(rng.normal(size=(64, 8)))[0]
         d = rng.normal(size=(64, 4)) @ rng.normal(size=(4, 32))
         share = float((space.T @ d).ravel() @ (space.T @ d).ravel() / (d.ravel() @ d.ravel()))
-        near.append(near_chance(share, 8, 64, oracles.effective_rank(np.linalg.svd(d, compute_uv=False))))
+        near.append(is_near_chance(share, 8, 64, oracles.effective_rank(np.linalg.svd(d, compute_uv=False))))
         inside = space @ rng.normal(size=(8, 32))
-        assert not near_chance(1.0, 8, 64, oracles.effective_rank(np.linalg.svd(inside, compute_uv=False)))
+        assert not is_near_chance(1.0, 8, 64, oracles.effective_rank(np.linalg.svd(inside, compute_uv=False)))
     assert np.mean(near) > 0.97
-    pairs = {relation(near, c, 0.01) for near, c in ((True, 0.02), (False, 0.02), (True, 0.5), (True, -0.5))}
+    pairs = {classify_relation(near, c, 0.01) for near, c in ((True, 0.02), (False, 0.02), (True, 0.5), (True, -0.5))}
     assert pairs == {"apart", "share", "reinforce", "cancel"}
-    assert relation(False, 0.5, 0.2) == "share"  # within three standard deviations
+    assert classify_relation(False, 0.5, 0.2) == "share"  # within three standard deviations
 
 
 def test_overlaps_of_random_subspaces_have_their_mean_squares():
@@ -126,7 +126,7 @@ def test_overlaps_of_random_subspaces_have_their_mean_squares():
         u, v = (np.linalg.qr(rng.normal(size=(size, r)))[0] for size in (m, n))
         left, right, both = u @ (u.T @ g), (g @ v) @ v.T, u @ (u.T @ g @ v) @ v.T
         squares.append([np.sum(x**2) / np.sum(g**2) for x in (both, left + right - both, left, right)])
-    assert np.sqrt(np.mean(squares, axis=0)) == pytest.approx(chance((m, n), r), rel=0.03)
+    assert np.sqrt(np.mean(squares, axis=0)) == pytest.approx(overlap_by_chance((m, n), r), rel=0.03)
     assert is_near(0.3, 0.2)
     assert not is_near(0.65, 0.2)
 
@@ -139,7 +139,12 @@ def test_random_similarity_equals_monte_carlo():
     assert np.mean(largest < 0.3) == pytest.approx(below_at_random(m, vectors, 0.3), abs=0.06)
     assert below_at_random(m, vectors, 0.0) == 0
     # In the span of close neighbours it rotated; all of a random span is no evidence.
-    kinds = [kind(0.6, 0, 0.1, 0.5), kind(0.1, 0.9, 0.1, 0.5), kind(0.1, 0.2, 0.1, 0.5), kind(0.1, 1.0, 1.0, 0.5)]
+    kinds = [
+        classify_direction(0.6, 0, 0.1, 0.5),
+        classify_direction(0.1, 0.9, 0.1, 0.5),
+        classify_direction(0.1, 0.2, 0.1, 0.5),
+        classify_direction(0.1, 1.0, 1.0, 0.5),
+    ]
     assert kinds == ["kept", "rotated", "intruder", "intruder"]
 
 
@@ -167,11 +172,11 @@ def test_alike_finds_planted_copies_and_shared_spaces():
     rows[4] = rows[1] + 0.2 * rows[2]
     spaces = np.eye(5)
     spaces[2] = spaces[0]
-    found = {(pair.first, pair.second): pair for pair in near_duplicates(rows.tolist(), spaces.tolist())}
+    found = {(pair.first, pair.second): pair for pair in find_near_duplicates(rows.tolist(), spaces.tolist())}
     assert {key: pair.relation for key, pair in found.items()} == {(0, 3): "same", (1, 4): "near", (0, 2): "space"}
     cosine = rows[1] @ rows[4] / np.linalg.norm(rows[1]) / np.linalg.norm(rows[4])
     assert (found[0, 3].cosine, found[1, 4].cosine) == pytest.approx((-1, cosine))
-    assert near_duplicates([[1.0]], [[1.0]]) == []
+    assert find_near_duplicates([[1.0]], [[1.0]]) == []
 
 
 @dataclass
@@ -187,9 +192,9 @@ def test_outlier_kinds_equal_planted_kinds():
     fleet = [Adapter(), Adapter(1.1), Adapter(0.9), Adapter(30.0), Adapter(used=0.5), Adapter(spike=0.95),
              Adapter(spike=1.0, rank=1), Adapter(0.0, dead=3, used=0.1, spike=None), Adapter(used=None)]  # fmt: skip
     expected = [(), (), (), ("norm",), ("over-ranked",), ("spiked",), (), ("dead",), ()]
-    assert outlier_kinds(fleet) == expected
-    assert rarest_first(expected) == [3, 4, 5, 7]
-    assert norm_outliers([1.0, 100.0]) == [None, None]  # two have no median to be far from
+    assert find_outlier_kinds(fleet) == expected
+    assert order_by_rarity(expected) == [3, 4, 5, 7]
+    assert find_norm_outliers([1.0, 100.0]) == [None, None]  # two have no median to be far from
 
 
 def test_thinned_ranks_keep_ends_and_leave_no_early_gap():
@@ -217,7 +222,7 @@ def test_paired_error_is_spread_of_ratio_over_samples():
     errors = []
     for _ in range(400):
         drawn = rng.normal(0.1, 1.0, 40) * np.sqrt(counts) + 0.1 * counts
-        gap, error = paired(drawn, np.zeros(40), counts)
+        gap, error = paired_difference(drawn, np.zeros(40), counts)
         gaps.append(gap)
         errors.append(error)
     assert np.std(gaps) == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=0.12)

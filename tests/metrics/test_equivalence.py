@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_diag.metrics.equivalence import LEVEL, MAX_RUNS, Estimate, blocks, runs_needed, welch, within
+from lora_diag.metrics.equivalence import (
+    LEVEL,
+    MAX_RUNS,
+    Estimate,
+    blocked_variance,
+    runs_needed,
+    variance_within,
+    welch,
+)
 
 LOSS = st.floats(0.5, 5.0)
 
@@ -16,7 +24,7 @@ LOSS = st.floats(0.5, 5.0)
 @given(st.lists(st.tuples(LOSS, LOSS), min_size=2, max_size=9))
 def test_two_groups_in_blocks_are_paired_t_test(pairs):
     one, two = np.array(pairs).T
-    variance, freedom = blocks([dict(enumerate(one)), dict(enumerate(two))])
+    variance, freedom = blocked_variance([dict(enumerate(one)), dict(enumerate(two))])
     assert freedom == len(pairs) - 1
     # of the definition: the residual variance of two groups is half that of the differences
     np.testing.assert_allclose(variance, np.var(one - two, ddof=1) / 2, atol=1e-12)
@@ -24,15 +32,15 @@ def test_two_groups_in_blocks_are_paired_t_test(pairs):
 
 def test_blocks_equal_two_way_analysis_of_variance():
     losses = np.random.default_rng(0).normal(size=(4, 5)) + np.arange(4)[:, None] + np.arange(5) ** 2
-    variance, freedom = blocks([dict(enumerate(row)) for row in losses])
+    variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
     rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
     assert freedom == 12
     np.testing.assert_allclose(variance, (rest**2).sum() / 12)
     # What a seed adds to every group does not count, and a missing run costs one degree of freedom.
-    shifted, _ = blocks([dict(enumerate(row + 100 * np.arange(5))) for row in losses])
+    shifted, _ = blocked_variance([dict(enumerate(row + 100 * np.arange(5))) for row in losses])
     np.testing.assert_allclose(shifted, variance)
-    assert blocks([dict(enumerate(row)) for row in losses[:3]] + [{0: 1.0, 3: 2.0}])[1] == 9
-    assert blocks([{0: 1.0}, {0: 2.0}]) == (0.0, 0)
+    assert blocked_variance([dict(enumerate(row)) for row in losses[:3]] + [{0: 1.0, 3: 2.0}])[1] == 9
+    assert blocked_variance([{0: 1.0}, {0: 2.0}]) == (0.0, 0)
 
 
 def test_interval_and_confidence_equal_scipy():
@@ -45,7 +53,7 @@ def test_interval_and_confidence_equal_scipy():
     np.testing.assert_allclose([found.value - found.half(), found.value + found.half()], [low, high])
     less = stats.ttest_ind(one, two, equal_var=False, alternative="less").pvalue
     np.testing.assert_allclose(found.below(0.0), 1 - less)
-    spread, freedom = within([one, two])
+    spread, freedom = variance_within([one, two])
     assert freedom == 7
     np.testing.assert_allclose(spread, (one.var(ddof=1) * 4 + two.var(ddof=1) * 3) / 7)
 
@@ -56,7 +64,7 @@ def test_limit_is_missed_in_one_case_of_twenty(n):
     missed = 0
     for _ in range(2000):
         losses = rng.normal(size=(3, n)) + rng.normal(size=n)  # equal means; a seed's own part in all three
-        variance, freedom = blocks([dict(enumerate(row)) for row in losses])
+        variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
         found = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
         missed += found.value + found.half() < 0
     assert abs(missed / 2000 - 0.05) < 3.5 * math.sqrt(0.05 * 0.95 / 2000)
@@ -68,7 +76,7 @@ def test_planned_runs_have_power_80_percent():
     decided = 0
     for _ in range(1000):
         losses = rng.normal(size=(3, n)) + np.array([[0.0], [0.5], [0.5]])
-        variance, freedom = blocks([dict(enumerate(row)) for row in losses])
+        variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
         found = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
         decided += found.value + found.half() < 0
     assert 0.76 < decided / 1000 < 0.86

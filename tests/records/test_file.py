@@ -17,7 +17,7 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, LoradiagError, UsageError
 from lora_diag.records import LeftOut, is_results_file, reading, writing
-from lora_diag.records.reading import each_line
+from lora_diag.records.reading import iterate_records
 from tests.conftest import edit_results, save_model, save_pair
 from tests.messages import raises_naming
 
@@ -187,7 +187,7 @@ def test_text_after_torn_line_is_kept(written, tmp_path):
     """A record that lacked its newline, then the newline: it was called a line that is not JSON."""
     lines = written[1].read_bytes().splitlines(keepends=True)
     (tmp_path / "growing").write_bytes(b"".join(lines[:3])[:-1])
-    reading = each_line(tmp_path / "growing")
+    reading = iterate_records(tmp_path / "growing")
     found = [next(reading) for _ in range(3)]
     with (tmp_path / "growing").open("ab") as file:
         file.write(b"\n" + lines[3])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.rendering.columns import Column, captioned_once, shortened, table_of
+from lora_diag.rendering.columns import Column, drop_repeated_captions, shorten_names, table_of
 
 PARTS = st.sampled_from(["0", "1", "10", "layer", "attention", "output", "dense", "LayerNorm", "bias"])
 NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size=1, max_size=20)
@@ -12,7 +12,7 @@ NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size
 
 @given(NAMES, st.integers(8, 60))
 def test_shortened_names_fit_and_differ_where_names_do(names, width):
-    found = shortened(names, width)
+    found = shorten_names(names, width)
     assert all(len(name) <= width for name in found)
     assert len(set(zip(names, found, strict=True))) == len(set(names)) == len(set(found))
 
@@ -20,7 +20,7 @@ def test_shortened_names_fit_and_differ_where_names_do(names, width):
 @pytest.mark.parametrize("width", [12, 16, 24])
 def test_shortened_encoder_names_keep_block_and_end(width):
     blocks = range(12)
-    found = shortened([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
+    found = shorten_names([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
     assert all(f"{i}." in name and name.endswith("dense") for i, name in zip(blocks, found, strict=True))
 
 
@@ -40,4 +40,4 @@ def test_table_names_hidden_columns(width):
 
 def test_shared_caption_is_shown_once_below_last_table():
     tables = [table_of("layer", ["a"], [Column(name, ("1",), wide=True)], 80) for name in ("x", "x", "y")]
-    assert [table.caption is not None for table in captioned_once(tables)] == [False, True, True]
+    assert [table.caption is not None for table in drop_repeated_captions(tables)] == [False, True, True]

@@ -13,7 +13,7 @@ import lora_diag
 from lora_diag import catalog
 from lora_diag.cli.app import application
 from lora_diag.errors import UsageError
-from lora_diag.running.options import LayerOptions, RunOptions, declared, filled, show_options
+from lora_diag.running.options import LayerOptions, RunOptions, fill_options, list_options, show_options
 from tests.messages import assert_names
 
 # Function -> some of its options with their defaults, written here a second time on purpose.
@@ -88,7 +88,7 @@ def test_command_line_matches_declaration():
     for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
         shown = {each.name: each for each in found[name].params}
         assert {"ray_address", "gpus_per_task"} <= set(shown)
-        for option, (_, each) in declared(LayerOptions).items():
+        for option, (_, each) in list_options(LayerOptions).items():
             own = name in {"extract", "recover"} and option in {"output", "overwrite"}
             if each.cli and not own:
                 assert (shown[option].default, shown[option].help) == (each.default, each.help)
@@ -123,9 +123,9 @@ def test_every_function_with_options_is_checked_here():
 
 
 def test_filled_adds_defaults():
-    found = filled(RunOptions, {"layers": "q_proj", "resume": True})
+    found = fill_options(RunOptions, {"layers": "q_proj", "resume": True})
     assert (found["layers"], found["exclude"], found["resume"]) == ("q_proj", None, True)
-    assert set(found) == set(declared(RunOptions))
+    assert set(found) == set(list_options(RunOptions))
 
 
 def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):
@@ -140,8 +140,8 @@ def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     from their_options import Theirs, norm
 
-    assert declared(Theirs)["p"][0] is float
-    assert filled(Theirs, {}) == {"layers": None, "exclude": None, "p": 2.0}
+    assert list_options(Theirs)["p"][0] is float
+    assert fill_options(Theirs, {}) == {"layers": None, "exclude": None, "p": 2.0}
     assert str(inspect.signature(norm).parameters["p"]) == "p: float = 2.0"
     assert_names(norm.__doc__, "p:", "Order")
 

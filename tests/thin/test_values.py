@@ -55,7 +55,7 @@ def test_values_equal_product(m, n, rank, decay, scale, seed):
 
 
 def by_cholesky(x: np.ndarray):
-    found, conditioned = values.triangles(values.gram(x[None]))
+    found, conditioned = values.reduce_grams(values.compute_grams(x[None]))
     return found, bool(conditioned[0])
 
 
@@ -82,7 +82,10 @@ def test_energies_are_within_their_bound_or_refused():
     pairs.append((pairs[0][0] * sizes, pairs[0][1] / sizes[:, None]))
     pairs[0][1][5] = pairs[0][1][4] + 1e-6 * pairs[0][1][5]
     pairs[3][0][:, 2], pairs[5][0][7, 1] = 0.0, np.nan
-    left, right = values.gram(np.stack([b for b, _ in pairs])), values.gram(np.stack([a.T for _, a in pairs]))
+    left, right = (
+        values.compute_grams(np.stack([b for b, _ in pairs])),
+        values.compute_grams(np.stack([a.T for _, a in pairs])),
+    )
     scale = np.linspace(-2, 3, 7)
     right.products[4] = 1.0
     found = values.thin_energies(left, right, scale)
@@ -95,7 +98,7 @@ def test_energies_are_within_their_bound_or_refused():
         assert (np.abs(np.cumsum(found.s[i] ** 2) / found.fro[i] ** 2 - energy) <= found.energy_error[i]).all()
         assert np.abs((b @ found.mix[i])[:, :2].T @ u[:, :2]) == pytest.approx(np.eye(2), abs=1e-9)
         alone = values.thin_energies(
-            values.gram(b[None]), values.gram(np.ascontiguousarray(a.T)[None]), scale[i : i + 1]
+            values.compute_grams(b[None]), values.compute_grams(np.ascontiguousarray(a.T)[None]), scale[i : i + 1]
         )
         for name in ("s", "energy_error", "fro", "mix"):
             assert (getattr(found, name)[i] == getattr(alone, name)[0]).all()
@@ -105,8 +108,8 @@ def test_energies_are_within_their_bound_or_refused():
 def test_condition_is_bounded_and_factors_of_rank_64_are_good(rank, tilt):
     rng = np.random.default_rng(10)
     x = rng.standard_normal((3000, rank)) + tilt * rng.standard_normal((3000, 1))
-    grams = values.gram(x[None])
-    found, conditioned = values.triangles(grams)
+    grams = values.compute_grams(x[None])
+    found, conditioned = values.reduce_grams(grams)
     least = rank * (grams.terms[0] + rank + 2) * values.EPS / found.relative[0]
     unit = x / np.linalg.norm(x, axis=0)
     true = np.linalg.eigvalsh(unit.T @ unit)[0]
@@ -126,7 +129,7 @@ def test_gram_error_is_within_bound():
     x = np.random.default_rng(2).standard_normal((1500, 3)).astype(np.float32).astype(np.float64)
     getcontext().prec = 60
     columns = [[Decimal(value) for value in column] for column in x.T.tolist()]
-    stack = values.gram(x[None])
+    stack = values.compute_grams(x[None])
     found, terms = stack.products[0], int(stack.terms[0])
     for i in range(3):
         for j in range(3):

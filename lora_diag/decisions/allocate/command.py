@@ -10,7 +10,7 @@ from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, line, rerun_command, result, terminal
 from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.errors import UsageError
-from lora_diag.running.options import INPUTS, OUTPUT, RSLORA, SWEEP, UNFINISHED, Option, filled, plain
+from lora_diag.running.options import INPUTS, OUTPUT, RSLORA, SWEEP, UNFINISHED, Option, fill_options, plain
 
 if TYPE_CHECKING:
     from lora_diag.decisions.allocate.record import Allocation
@@ -50,7 +50,7 @@ def allocate(
     Example: loradiag allocate results.jsonl --params 10M -o adapter_config.json
     """
     if policies:
-        defaults = {**filled(AllocateOptions, {}), **filled(ConfigOptions, {})}
+        defaults = {**fill_options(AllocateOptions, {}), **fill_options(ConfigOptions, {})}
         free = {"allow_unfinished", "overwrite", "optimizer", "adapter_dtype", "scaling", "rslora"}
         if any(
             plain(defaults[name]) != plain(value) for name, value in {**arguments, **config}.items() if name not in free

@@ -18,7 +18,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
+from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, cut, name_of, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
@@ -46,7 +46,7 @@ def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: st
     """
     records = tuple(records)
     with panel_axes(ax) as (axes, style):
-        drawn = slots(records, per)
+        drawn = make_slots(records, per)
         _draw_ranks(axes, [drawn], style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank r")
@@ -77,7 +77,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     certificates = [item for results in series for item in results.whole if isinstance(item, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
-    drawn = [slots(results.records, options.per, types) for results in series]
+    drawn = [make_slots(results.records, options.per, types) for results in series]
     words = _make_text(series, drawn, alike, len(certificates) - len(alike), style)
     inches = style.width - 6 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())

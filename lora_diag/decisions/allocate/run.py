@@ -30,7 +30,7 @@ from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.run import timestamp
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.options import filled, show_options
+from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
 
 
@@ -82,7 +82,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
-    arguments = filled(AllocateOptions, options)
+    arguments = fill_options(AllocateOptions, options)
     params, total_rank, energy, match = (arguments[name] for name in ("params", "total_rank", "energy", "match"))
     min_rank, max_rank, ranks_from = (arguments[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
     target, exclude, weights, relative = (arguments[n] for n in ("layers", "exclude", "layer_weights", "relative"))

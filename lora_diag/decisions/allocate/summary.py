@@ -13,7 +13,7 @@ from lora_diag.rendering.columns import Column, rows_of
 from lora_diag.rendering.lines import left_out_line, notes
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
-from lora_diag.rendering.text import named, number, percent, safe, short, span, strip
+from lora_diag.rendering.text import list_names, number, percent, safe, short, span, strip
 
 # Differences of energy fractions below these are called "no gain" and "a small gain"; the value is printed, too.
 _NEGLIGIBLE, _SMALL = 0.005, 0.02
@@ -130,7 +130,7 @@ def _describe_allocation(results: Results[Allocation]) -> list[str]:
         noise = sum(record.cap == 0 and record.fro > 0 for record in none)
         why = [f"{unchanged} did not change" if unchanged else "", f"{noise} are only rounding noise" if noise else ""]
         lines.append(
-            f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
+            f"rank 0: {list_names([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
         )
     lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
     return [*how, *lines, *notes(results.run)]
@@ -170,7 +170,7 @@ def _describe_heads(results: Results[Allocation], certificate: Certificate) -> l
     payment = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
     task = task_type_of(results, names)
     return [
-        f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {payment}",
+        f"{list_names(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {payment}",
         f"task_type {task}, from the config of the fine-tune"
         if task
         else "task_type: not in the config of the fine-tune; set it in the PEFT config",

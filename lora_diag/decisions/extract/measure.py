@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.errors import InputError
-from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
+from lora_diag.layers.change import OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighted, Weighting, extra, fro_of, times, weigh
 from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
@@ -133,7 +133,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
     """
-    return noted(*on_device(partial(_extract, layer, settings, store), resolve_device(settings.device)))
+    return append_note(*compute_on_device(partial(_extract, layer, settings, store), resolve_device(settings.device)))
 
 
 def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:

@@ -37,7 +37,7 @@ from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.layers import RECORDED, LayerRun
-from lora_diag.running.options import FolderOptions, declared, filled, show_options, typed
+from lora_diag.running.options import FolderOptions, fill_options, list_options, list_typed_options, show_options
 
 Split = Literal["both", "b"]
 Rest = Literal["list", "save"]
@@ -102,7 +102,7 @@ def extract(
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
-    arguments = filled(ExtractOptions, options)
+    arguments = fill_options(ExtractOptions, options)
     rank, energy, params, ranks, signal = (arguments[n] for n in ("rank", "energy", "params", "allocation", "signal"))
     activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
     split, dtype, rest, portable = (arguments[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
@@ -121,7 +121,7 @@ def extract(
     portable = portable or form != PEFT
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])
-    common = {name: arguments[name] for name in declared(FolderOptions)}
+    common = {name: arguments[name] for name in list_options(FolderOptions)}
     run = LayerRun("extract", {**common, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
@@ -138,7 +138,7 @@ def extract(
         kept: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
         kept |= {
             name: arguments[name]
-            for name in declared(FolderOptions)
+            for name in list_options(FolderOptions)
             if name not in {"method", "tol", "resume", "on_record"}
         }
         return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **kept)
@@ -230,7 +230,7 @@ def _write(
 def _list_options(run: Run) -> list[str]:
     """Return the settings other than the defaults, as typed."""
     arguments = {
-        **typed(ExtractOptions, run.settings),
+        **list_typed_options(ExtractOptions, run.settings),
         "allocation": None,
         "params": None,
         "energy": None,
@@ -245,7 +245,7 @@ def _list_options(run: Run) -> list[str]:
 
 
 def _flag(name: str) -> str:
-    return declared(ExtractOptions)[name][1].flag(name)
+    return list_options(ExtractOptions)[name][1].flag(name)
 
 
 def _drop_base(delta: Delta) -> Delta:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import rows_of
-from lora_diag.rendering.lines import REASONS, subject, within
+from lora_diag.rendering.lines import REASONS, qualify_fractions, subject
 from lora_diag.rendering.statements import Level, Statement, compared, final_statements, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
-from lora_diag.rendering.text import count, named, number, percent, safe, short, shown, span
+from lora_diag.rendering.text import count, format_shown, list_names, number, percent, safe, short, span
 
 # Reason of a layer without factors if ΔW = 0, as recorded.
 ZERO = "its update is zero"
@@ -189,7 +189,7 @@ def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
     names = sorted(rows)
     if not names:
         return []
-    lines = [f"stored in full: {named(names)}"]
+    lines = [f"stored in full: {list_names(names)}"]
     if resized:
         sizes = ", ".join(str(size) for size in sorted({rows[name] for name in resized}))
         lines.append(f"before loading: base_model.resize_token_embeddings({sizes})")
@@ -221,7 +221,10 @@ def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
     """State the error in the metric for which the factors are optimal, and layers without it."""
     weighted = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
-    epsilon, floor = shown(pooled_data(weighted, "epsilon")), shown(pooled_data(weighted, "least_epsilon"))
+    epsilon, floor = (
+        format_shown(pooled_data(weighted, "epsilon")),
+        format_shown(pooled_data(weighted, "least_epsilon")),
+    )
     chosen, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
     if any(record.data and record.data.metric == "kfac" for record in weighted):
         chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
@@ -231,7 +234,7 @@ def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
         f"for these ranks is {floor}. The cost is a larger ε; truncation has {truncated}."
     ]
     if plain:
-        lines.append(f"Without activations, and optimal for the weights: {named(plain)}.")
+        lines.append(f"Without activations, and optimal for the weights: {list_names(plain)}.")
     return lines
 
 
@@ -287,7 +290,7 @@ def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
             "estimated",
             "Estimate",
             lead,
-            *([f"from the files, without an estimate: {named(not_estimated)}"] if not_estimated else []),
+            *([f"from the files, without an estimate: {list_names(not_estimated)}"] if not_estimated else []),
         )
     ]
 
@@ -305,7 +308,7 @@ def _describe_energy_split(results: Results[Extraction]) -> str:
     if total == 0:
         return ""
     shares = ", ".join(f"{percent(min(1.0, (norm / total) ** 2))} {words}" for words, norm in norms.items() if norm)
-    return f"of the whole change ‖Δ‖²{within(results.left_out)}, {shares}"
+    return f"of the whole change ‖Δ‖²{qualify_fractions(results.left_out)}, {shares}"
 
 
 def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
@@ -334,4 +337,4 @@ def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored 
 
 
 def _list_names(items: Sequence[LeftOut]) -> str:
-    return named([item.layer for item in items])
+    return list_names([item.layer for item in items])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_diag.decisions.gate.evidence import Source, Subject, subjects, value_of
+from lora_diag.decisions.gate.evidence import Source, Subject, list_subjects, value_of
 from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field, find
 from lora_diag.decisions.gate.policy import Regression
 from lora_diag.records import Results, totals
@@ -23,7 +23,7 @@ class Stored:
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
         """Return all subjects of a kind."""
         if kind not in self.subjects:
-            stored = subjects(kind, self.source) if self.source.holds(kind) else []
+            stored = list_subjects(kind, self.source) if self.source.holds(kind) else []
             self.subjects[kind] = {}
             for subject in stored:
                 key = (subject.layer, *subject.key)
@@ -57,7 +57,9 @@ class Stored:
         return list(dict.fromkeys(record.layer for record in self.source.results.layers))
 
 
-def tightened(regressions: Sequence[Regression], stored: Stored, sources: Sequence[Source]) -> Results[Any] | None:
+def tighten_baseline(
+    regressions: Sequence[Regression], stored: Stored, sources: Sequence[Source]
+) -> Results[Any] | None:
     """Return a baseline with improved records in place of the stored ones; None without improvements.
 
     A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is better.
@@ -69,7 +71,7 @@ def tightened(regressions: Sequence[Regression], stored: Stored, sources: Sequen
         holding = [source for source in sources if source.holds(kind)]
         if not fields or len(holding) != 1:
             continue
-        for subject in subjects(kind, holding[0]):
+        for subject in list_subjects(kind, holding[0]):
             old = stored.of_kind(kind).get((subject.layer, *subject.key))
             if (
                 old is not None

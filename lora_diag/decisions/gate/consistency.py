@@ -27,7 +27,7 @@ FLOAT32 = 1e-5
 RESOLVED, UNRESOLVED = 0.01, 0.5
 
 
-def contradictions(results: Results[Any]) -> Iterator[str]:
+def find_contradictions(results: Results[Any]) -> Iterator[str]:
     """Yield contradictions in the records of a run, as ``layer: problem``."""
     bases: dict[str, float] = {}
     for record in results.layers:

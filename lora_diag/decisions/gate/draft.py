@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lora_diag.decisions.gate.evidence import Source, Subject, subjects, value_of
+from lora_diag.decisions.gate.evidence import Source, Subject, list_subjects, value_of
 from lora_diag.decisions.gate.fields import Field, find
 from lora_diag.decisions.gate.policy import SPIKE
 from lora_diag.errors import InputError
@@ -164,7 +164,7 @@ def _draft_coverage(field: Field, matching: Sequence[Subject]) -> str:
 def _select_subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
     for source in sources:
         if source.holds(field.kind):
-            matching = subjects(field.kind, source)
+            matching = list_subjects(field.kind, source)
             yield from (
                 s for s in matching if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.catalog import read_results
-from lora_diag.decisions.gate.consistency import contradictions
+from lora_diag.decisions.gate.consistency import find_contradictions
 from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field
 from lora_diag.errors import InputError
 from lora_diag.records import Results, totals
@@ -99,10 +99,10 @@ def read_source(path: Path | str) -> Source:
     Raises:
         InputError: The file cannot be read, or records are missing.
     """
-    return checked(Source(str(path), read_results(path)))
+    return check_source(Source(str(path), read_results(path)))
 
 
-def checked(source: Source) -> Source:
+def check_source(source: Source) -> Source:
     """Return a source whose records are consistent with each other and with its last line, if it has one.
 
     Raises:
@@ -120,12 +120,12 @@ def checked(source: Source) -> Source:
                     f"{source.path}: has {n} {name}, but its last line states {total}, so it was truncated or edited; "
                     "measure again"
                 )
-    if problem := next(contradictions(results), None):
+    if problem := next(find_contradictions(results), None):
         raise InputError(f"{source.path}: {problem}; its records contradict each other; measure again")
     return source
 
 
-def subjects(
+def list_subjects(
     kind: str, source: Source, left_out: frozenset[str] = frozenset(), name_file: bool = False
 ) -> list[Subject]:
     """Return all existing and expected subjects of one kind in a file.

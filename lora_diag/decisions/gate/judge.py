@@ -13,7 +13,7 @@ from itertools import groupby
 
 from lora_diag.decisions.gate.baseline import Stored
 from lora_diag.decisions.gate.checks import has_updates, run_checks
-from lora_diag.decisions.gate.evidence import Present, Source, Subject, command_for, subjects, value_of
+from lora_diag.decisions.gate.evidence import Present, Source, Subject, command_for, list_subjects, value_of
 from lora_diag.decisions.gate.fields import LAYER_KINDS, Field, find
 from lora_diag.decisions.gate.grammar import problem_with
 from lora_diag.decisions.gate.inputs import judge_inputs
@@ -210,7 +210,7 @@ def _select_subjects(policy: Policy, demand: Criterion, field: Field, sources: S
     holding = [source for source in sources if source.holds(field.kind)]
     chosen: list[Subject] = []
     for source in holding:
-        selected = subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
+        selected = list_subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
         chosen += _filter_subjects(policy, demand, field, selected)
     if demand.where and not chosen:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record matches 'where'")

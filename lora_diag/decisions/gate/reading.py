@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lora_diag.decisions.gate.lines import line_of
 from lora_diag.decisions.gate.policy import READY, Policy
-from lora_diag.decisions.gate.tables import PlacedError, quoted
+from lora_diag.decisions.gate.tables import PlacedError, quote_text
 from lora_diag.errors import UsageError
 
 
@@ -68,7 +68,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
 def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     """Return the position and description of the first error."""
     first = error.errors()[0]
-    location, value, details = first["loc"], quoted(first["input"]), first.get("ctx", {})
+    location, value, details = first["loc"], quote_text(first["input"]), first.get("ctx", {})
     key = next(step for step in reversed(("", *location)) if isinstance(step, str))
     match first["type"]:
         case "missing":

@@ -7,9 +7,9 @@ from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.decisions.gate.baseline import Stored, tightened
+from lora_diag.decisions.gate.baseline import Stored, tighten_baseline
 from lora_diag.decisions.gate.draft import draft
-from lora_diag.decisions.gate.evidence import Source, checked, read_source
+from lora_diag.decisions.gate.evidence import Source, check_source, read_source
 from lora_diag.decisions.gate.judge import judge
 from lora_diag.decisions.gate.options import GateOptions
 from lora_diag.decisions.gate.policy import Policy, read_age
@@ -22,7 +22,7 @@ from lora_diag.files import RESULTS, check_output
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
-from lora_diag.running.options import filled, show_options
+from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
 
 __all__ = ["gate", "gate_init", "measure", "ready_policy"]
@@ -63,7 +63,7 @@ def gate(
         >>> outcome(verdicts.whole)
         'passed'
     """
-    arguments = filled(GateOptions, options)
+    arguments = fill_options(GateOptions, options)
     baseline, ratchet, shipped, max_age = (arguments[name] for name in ("baseline", "ratchet", "shipped", "max_age"))
     if not results:
         raise UsageError("gate: give at least one results file")
@@ -85,7 +85,7 @@ def gate(
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
     if ratchet and stored is not None and outcome(verdicts) == "passed":
-        better = tightened(rules.regressions, Stored(stored), sources)
+        better = tighten_baseline(rules.regressions, Stored(stored), sources)
         if better is not None:
             better.write(stored.path)
     return _make_results(rules, sources, stored, verdicts, day)
@@ -145,7 +145,7 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
 def _read_source(arguments: Path | str | Results[Any], number: int) -> Source:
     if isinstance(arguments, Results):
         shipped = arguments.run.inputs[-1].path if arguments.run.inputs else str(number)
-        return checked(Source(f"{arguments.run.command} of {shipped}", arguments))
+        return check_source(Source(f"{arguments.run.command} of {shipped}", arguments))
     return read_source(arguments)
 
 

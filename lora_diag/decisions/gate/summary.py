@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lora_diag.decisions.gate.record import Status, Verdict, outcome
 from lora_diag.records import Results, RunInput
-from lora_diag.rendering.columns import shortened
+from lora_diag.rendering.columns import shorten_names
 from lora_diag.rendering.statements import Statement, make_statement, summary_of
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
@@ -179,7 +179,7 @@ def _make_table(shown: Sequence[Verdict], width: int) -> Table:
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", overflow="fold", width=allowed)
     previous = ("", "")
-    for verdict, name in zip(shown, shortened(names, room), strict=True):
+    for verdict, name in zip(shown, shorten_names(names, room), strict=True):
         status = Text(verdict.status, style=_STYLE[verdict.status])
         # The condition of a rule is shown once.
         condition = Text("" if previous == (verdict.rule, verdict.allowed) else safe(verdict.allowed))

@@ -56,12 +56,12 @@ def is_a(description: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise ValueError(f"{info.field_name} is {description}, not {quoted(value)}") from None
+            raise ValueError(f"{info.field_name} is {description}, not {quote_text(value)}") from None
 
     return WrapValidator(check)
 
 
-def quoted(value: object) -> str:
+def quote_text(value: object) -> str:
     """Return a value for a message, with text in quotes."""
     return f'"{value}"' if isinstance(value, str) else str(value)
 
@@ -77,7 +77,7 @@ def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{info.field_name}: {quoted(text)} is not a valid regular expression ({error}); correct it"
+            f"{info.field_name}: {quote_text(text)} is not a valid regular expression ({error}); correct it"
         ) from error
 
 

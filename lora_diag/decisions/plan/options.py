@@ -16,7 +16,7 @@ from lora_diag.running.options import (
     TOP,
     ModelOptions,
     Option,
-    declared,
+    list_options,
 )
 
 
@@ -36,5 +36,5 @@ class PlanOptions(TypedDict, total=False):
     tokens: Annotated[
         str | int | None, Option(None, "Predicted tokens of the training data; default: those in --data.", "N")
     ]
-    tokenizer: Annotated[str, declared(ModelOptions)["tokenizer"][1]]
-    length: Annotated[int | None, declared(ModelOptions)["length"][1]]
+    tokenizer: Annotated[str, list_options(ModelOptions)["tokenizer"][1]]
+    length: Annotated[int | None, list_options(ModelOptions)["length"][1]]

@@ -23,7 +23,7 @@ from lora_diag.deltas import CONVOLUTION, EXPERTS, natural_order
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_bytes, read_count
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.options import filled, show_options
+from lora_diag.running.options import fill_options, show_options
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         >>> found.params, found.ranks[0].params, found.fit.rank
         (853120, 7168, 5)
     """
-    arguments = filled(PlanOptions, options)
+    arguments = fill_options(PlanOptions, options)
     ranks, target, exclude, params, memory = (
         arguments[name] for name in ("ranks", "layers", "exclude", "params", "memory_budget")
     )
@@ -135,14 +135,14 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
     if arguments["data"] is None:
         return None
     # deferred: imports transformers
-    from lora_diag.models.data import predicted, read_texts
+    from lora_diag.models.data import count_predictions, read_texts
     from lora_diag.models.opening import open_tokens
 
     path = as_path(base)
     folder = path.parent if path.suffix == ".json" else base
     model = open_tokens(folder, arguments["length"], arguments["tokenizer"])
     texts = read_texts(arguments["data"], model)
-    tokens = predicted(texts, model)
+    tokens = count_predictions(texts, model)
     return PlanCapacity(
         data=legible(texts.path),
         about=texts.about,

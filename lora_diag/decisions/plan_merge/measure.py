@@ -13,7 +13,7 @@ from lora_diag.decisions.plan_merge.formats import SIXTEEN_BIT, Target, quantize
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, FactoredDelta
 from lora_diag.layers.task import LayerTask
-from lora_diag.linalg import first_non_finite, require
+from lora_diag.linalg import first_non_finite, require_memory
 from lora_diag.records import LeftOut
 
 # Bytes for each entry of a block: 93 (bf16) to 159 (nvfp4) were measured with blocks of 2^20 entries.
@@ -72,7 +72,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
     if settings.memory is not None and isinstance(delta, DenseDelta):
         needed = COMPUTED * math.prod(delta.shape)
-        require(needed, settings.memory, delta.shape, "its update, computed in full, takes", "--exclude it")
+        require_memory(needed, settings.memory, delta.shape, "its update, computed in full, takes", "--exclude it")
     layer = _Layer(task, settings.target)
     if problem := layer.scan():
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="non_finite", detail=problem),)

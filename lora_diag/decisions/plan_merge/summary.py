@@ -15,7 +15,7 @@ from lora_diag.decisions.plan_merge.record import (
 )
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
-from lora_diag.rendering.text import count, factor, named, number, percent
+from lora_diag.rendering.text import count, factor, list_names, number, percent
 
 _WHY = {
     "merge": "the format keeps the update",
@@ -63,7 +63,7 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
     others = [record.layer for record in records if record.conclusion not in {outcome, None}]
     if others:
         lines.append(
-            f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {named(others)}"
+            f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {list_names(others)}"
         )
     return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
 
@@ -90,7 +90,7 @@ def _describe_overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
     if not hit:
         return []
     entries = sum(record.overflow for record in hit)
-    line = f"{count(entries)} entries of W + ΔW would be infinite, in {named([record.layer for record in hit])}"
+    line = f"{count(entries)} entries of W + ΔW would be infinite, in {list_names([record.layer for record in hit])}"
     return [make_statement("overflow", "Overflow", line, level="warning")]
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.deltas import StoredDelta, row_blocks
-from lora_diag.layers.change import Change, bytes_of, load_change, noted, on_device
+from lora_diag.layers.change import Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.recovery import CURVE, Estimate, recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.task import LayerSettings, LayerTask
-from lora_diag.linalg import Allowance, require, resolve_device
+from lora_diag.linalg import Allowance, require_memory, resolve_device
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut
 
@@ -123,8 +123,10 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
         refuse_cells(layer.shape, settings.memory)
         if layer.request.full:
             weight = 4 * math.prod(layer.shape)
-            require(weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank")
-    return noted(*on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
+            require_memory(
+                weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank"
+            )
+    return append_note(*compute_on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
 
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:

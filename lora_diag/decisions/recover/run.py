@@ -34,7 +34,7 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.measuring import without_rank
-from lora_diag.running.options import FolderOptions, declared, filled, show_options
+from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
 
 OUTPUT_OPTIONS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
 
@@ -88,7 +88,7 @@ def recover(
         >>> found[0].status
         'not_hidden'
     """
-    resolved = filled(RecoverOptions, options)
+    resolved = fill_options(RecoverOptions, options)
     begun = time.time()
     rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
     limit = None if resolved["time"] is None else read_time(resolved["time"])
@@ -114,7 +114,7 @@ def recover(
     destination: dict[str, Any] = {"output": output, "overwrite": overwrite}
     if folder is not None:
         destination = {"output": folder.records}
-    common = {name: resolved[name] for name in declared(FolderOptions)}
+    common = {name: resolved[name] for name in list_options(FolderOptions)}
     run = LayerRun("recover", {**common, **destination})
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)

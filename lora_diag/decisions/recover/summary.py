@@ -12,7 +12,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.lines import subject
 from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grids_table, record_grids
-from lora_diag.rendering.text import count, named, number, percent, safe, short, span
+from lora_diag.rendering.text import count, list_names, number, percent, safe, short, span
 
 
 def recovery_table(
@@ -156,7 +156,7 @@ def _describe_refused(records: Sequence[Recovery]) -> list[Statement]:
     if not refused:
         return []
     first = refused[0]
-    words = f"{_matrices(len(refused))}: {named([record.layer for record in refused])}"
+    words = f"{_matrices(len(refused))}: {list_names([record.layer for record in refused])}"
     return [make_statement("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
 
 
@@ -187,7 +187,7 @@ def _describe_written(results: Results[Recovery], folder: str | None) -> list[St
             f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"
         )
     if missing:
-        lines.append(f"not in it: {named(missing)}")
+        lines.append(f"not in it: {list_names(missing)}")
     return [make_statement("written", "Written", *lines)]
 
 
@@ -234,8 +234,8 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         f"{number(observed)}"
         f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
-        *([f"- not in it: {named(missing, 12)}"] if missing else []),
-        *([f"- not reached within the time limit: {named(out_of_time, 12)}"] if out_of_time else []),
+        *([f"- not in it: {list_names(missing, 12)}"] if missing else []),
+        *([f"- not reached within the time limit: {list_names(out_of_time, 12)}"] if out_of_time else []),
         "",
         f"Made by loradiag {results.run.version}; `recovery.jsonl` has the numbers of every weight:",
         "",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from lora_diag.metrics.equivalence import paired
+from lora_diag.metrics.equivalence import paired_difference
 from lora_diag.probes.sweep.verdict import SweepVerdict
 
 # Number of standard errors of a significant difference.
@@ -100,7 +100,7 @@ def gap_of(
     errors = [stdev(gaps) / math.sqrt(len(gaps))]
     challenger_nll, incumbent_nll = (_average_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
     if len(challenger_nll) == len(incumbent_nll) == len(predictions) > 1:
-        errors.append(paired(challenger_nll, incumbent_nll, predictions)[1] or 0.0)
+        errors.append(paired_difference(challenger_nll, incumbent_nll, predictions)[1] or 0.0)
     return Gap(fmean(gaps), max(errors), len(seeds))
 
 

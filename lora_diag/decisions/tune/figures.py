@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import levels, limits, loss_axis, panel_width, panels_of, sets_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, log_label, styled, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, apply_style, log_label, wrap_text
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
 
@@ -110,11 +110,11 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     sets = sets_of(trials)
     rows, columns = panels_of(len(sets), style)
     inches = panel_width(style, columns)
-    with styled(style):
+    with apply_style(style):
         page, axes = sheet(style, _make_text(series, style), rows, columns, panel=1.9 * style.panel, share=False)
         for (name, title), ax in zip(sets.items(), axes, strict=False):
             _draw(ax, trials, name, choice, style)
-            ax.set_title(wrapped(title, inches, style.text), parse_math=False)
+            ax.set_title(wrap_text(title, inches, style.text), parse_math=False)
             ax.set(xlabel="trained parameters", ylabel="loss (nats)")
         for ax in axes[len(sets) :]:
             ax.remove()

@@ -21,22 +21,22 @@ from lora_diag.decisions.tune.schedule import (
     Costs,
     Omission,
     Search,
-    narrowed,
+    list_stages,
+    narrow_search,
     ranks_within,
     seconds_of,
-    stages,
 )
 from lora_diag.decisions.tune.trials import step_seconds, target_modules
-from lora_diag.decisions.tune.variants import RSLORA_ALPHA, shortest, uniform
+from lora_diag.decisions.tune.variants import RSLORA_ALPHA, find_shortest_names, uniform
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.activations import inputs_of
-from lora_diag.models.data import predicted
+from lora_diag.models.activations import input_dimension
+from lora_diag.models.data import count_predictions
 from lora_diag.models.methods import Lora, is_transposed
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import Cell
 from lora_diag.records import Results
 from lora_diag.rendering.text import duration
-from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.measuring import check_ranks
 from lora_diag.running.training_runs import TrainRun
 
 
@@ -112,7 +112,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
         layers,
         {path: in_model.get(f"{path}.weight", f"{path}.weight") for path in layers},
         {path: _layer_shape(layer) for path, layer in layers.items()},
-        tuple(names) or tuple(shortest(list(layers), every)),
+        tuple(names) or tuple(find_shortest_names(list(layers), every)),
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
         sum(parameter.numel() for parameter in model.module.parameters()),
@@ -121,7 +121,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
 
 
 def _layer_shape(layer: nn.Module) -> tuple[int, int]:
-    weight, inputs = layer.get_parameter("weight"), inputs_of(layer)
+    weight, inputs = layer.get_parameter("weight"), input_dimension(layer)
     return weight.numel() // inputs, inputs
 
 
@@ -139,7 +139,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         UsageError: The budget is too small for rank 1, or the time for any search.
     """
     options = run.options
-    tokens = predicted(run.training.texts, run.model)
+    tokens = count_predictions(run.training.texts, run.model)
     budgets = {name: options[name] for name in ("params", "memory_budget")}
     exact = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
     budget_plan = plan(base, layers=exact, tokens=max(1, tokens), **budgets)
@@ -154,7 +154,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
             f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
             "give a budget of at least that, or choose fewer layers with --target-modules"
         )
-    ranks = tuple(checked_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
+    ranks = tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
     if above := [rank for rank in ranks if rank > largest]:
         raise UsageError(f"--ranks {','.join(map(str, above))}: {budget_plan.fit.asked} allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
@@ -180,7 +180,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     )
 
 
-def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
+def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
     """Return the plan of a search that is given more time: all options as given, as far as this limit allows.
 
     The steps of a run stay those of the earlier plan, so that its runs can be compared with new ones.
@@ -202,7 +202,7 @@ def extended(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePla
         )
     options = run.options
     search = Search(
-        tuple(checked_ranks(options["ranks"])) if options["ranks"] else ranks_within(plan.largest),
+        tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(plan.largest),
         tuple(sorted(set(options["rates"]))),
         plan.steps,
         options["repeats"],
@@ -223,7 +223,7 @@ def _plan_within(wanted: Search, costs: Costs, limit: float | None, left_out: tu
         limit: Seconds; None for none.
         left_out: Omissions for other reasons.
     """
-    search, narrower = narrowed(wanted, costs, limit)
+    search, narrower = narrow_search(wanted, costs, limit)
     fields = {field.name: getattr(search, field.name) for field in dataclass_fields(search)}
     return {
         **fields,
@@ -233,6 +233,6 @@ def _plan_within(wanted: Search, costs: Costs, limit: float | None, left_out: tu
         "left_out": (*narrower, *left_out),
         "stages": tuple(
             TuneStage(name=stage.name, runs=stage.runs, seconds=stage.seconds, decides=stage.decides)
-            for stage in stages(search, costs)
+            for stage in list_stages(search, costs)
         ),
     }

@@ -12,13 +12,13 @@ from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.tune.options import TuneOptions
 from lora_diag.decisions.tune.outputs import write_report
-from lora_diag.decisions.tune.planning import Target, extended, plan_of, target_of
+from lora_diag.decisions.tune.planning import Target, extend_plan, plan_of, target_of
 from lora_diag.decisions.tune.record import TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
 from lora_diag.files import check_folder_of, write_whole
 from lora_diag.models.methods import Lora
-from lora_diag.models.opening import kept_open
+from lora_diag.models.opening import keep_open
 from lora_diag.models.training import RECIPE
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.results import to_line
@@ -87,7 +87,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
     check_files([base], arguments["evaluate"], *arguments["shifted"], arguments["data"])
     earlier, kind = _read_earlier_plan(folder, arguments), Lora(dora=arguments["dora"], rslora=arguments["rslora"])
-    with kept_open(), run.joined():
+    with keep_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(arguments["data"], arguments["evaluate"], arguments["shifted"], arguments["steps"], kind)
         target = target_of(model, stored, arguments["target_modules"], kind)
@@ -96,7 +96,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         if earlier is None:
             plan = plan_of(base, run, target, limit, slots)
         elif limit is not None and limit != earlier.limit:
-            plan = extended(earlier, run, limit, slots)
+            plan = extend_plan(earlier, run, limit, slots)
         assert plan is not None
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
         if arguments["dry_run"] or (

@@ -132,7 +132,7 @@ def ranks_within(largest: int) -> tuple[int, ...]:
     return tuple(sorted(top >> (step * i) for i in range(4) if top >> (step * i)))
 
 
-def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
+def list_stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
     """Return the stages of a search with their results; runs and seconds are upper estimates."""
     run = search.steps * costs.step + costs.evaluation
     later = search.repeats - 1
@@ -171,7 +171,7 @@ def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
 
 def seconds_of(search: Search, costs: Costs) -> float:
     """Return the estimated duration of a search."""
-    return MARGIN * sum(stage.seconds for stage in stages(search, costs))
+    return MARGIN * sum(stage.seconds for stage in list_stages(search, costs))
 
 
 def _select_every_second(ranks: Sequence[int]) -> tuple[int, ...]:
@@ -220,7 +220,7 @@ _REDUCTIONS: tuple[tuple[Omission, Callable[[Search], Search]], ...] = (
 )
 
 
-def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search, tuple[str, ...]]:
+def narrow_search(search: Search, costs: Costs, limit: float | None) -> tuple[Search, tuple[str, ...]]:
     """Return a search that fits a time limit, and its omissions.
 
     Args:
@@ -253,7 +253,7 @@ def _merge_omissions(left_out: Sequence[str]) -> tuple[str, ...]:
     return tuple(omission for omission in left_out if omission not in steps[:-1])
 
 
-def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
+def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
     """Return the ``KEPT_RATES`` learning rates that continue after the short round, ascending.
 
     At every rank the rate with the lowest loss continues. Where all agree, so does the better of its neighbours in the
@@ -263,7 +263,8 @@ def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...
         losses: Losses by rank and rate; None where a run diverged.
 
     Example:
-        >>> halved({(1, 1e-3): 2.0, (1, 1e-2): 1.0, (1, 1e-1): 1.5, (8, 1e-3): 1.8, (8, 1e-2): 0.9, (8, 1e-1): None})
+        >>> losses = {(1, 1e-3): 2.0, (1, 1e-2): 1.0, (1, 1e-1): 1.5, (8, 1e-3): 1.8, (8, 1e-2): 0.9, (8, 1e-1): None}
+        >>> halve_rates(losses)
         (0.001, 0.01)
     """
     kept: list[float] = []

@@ -33,12 +33,12 @@ from lora_diag.decisions.tune.contest import (
 from lora_diag.decisions.tune.outputs import write_outputs
 from lora_diag.decisions.tune.planning import Target
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
-from lora_diag.decisions.tune.schedule import halved, short_steps
+from lora_diag.decisions.tune.schedule import halve_rates, short_steps
 from lora_diag.decisions.tune.trials import ADAPTER, TrialRun, Trials, uniform_name
-from lora_diag.decisions.tune.variants import Variant, changed, least_rank, ranks_of
+from lora_diag.decisions.tune.variants import Variant, change_variant, least_rank, ranks_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
-from lora_diag.models.methods import inner_layers
+from lora_diag.models.methods import layers_without_head
 from lora_diag.models.training import Training
 from lora_diag.probes.sensitivity.measure import gradients
 from lora_diag.probes.sweep.run import probe_sweep
@@ -225,7 +225,7 @@ class Tuner:
             for record in of_own_set
             if record.rank is not None and record.lr is not None
         }
-        rates = halved(losses) or plan.rates
+        rates = halve_rates(losses) or plan.rates
         self.decide(
             "rates",
             "learning rates",
@@ -536,7 +536,7 @@ class Tuner:
         for name in STABILITY:
             if name not in reasons:
                 continue
-            trial = changed(incumbent, name)
+            trial = change_variant(incumbent, name)
             known = self.decided("stability", trial.name)
             if known is None and not self._has_time(1 + self.plan.repeats):
                 self.decide(
@@ -687,7 +687,7 @@ class Tuner:
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent on all linear layers too, where it is on some; else on the head, if it is untied."""
-        layers = {name.removesuffix(".weight") for name in inner_layers(self.run_.model.module)}
+        layers = {name.removesuffix(".weight") for name in layers_without_head(self.run_.model.module)}
         missing = sorted(layers - set(self.target.layers))
         if not missing:
             module = self.run_.model.module

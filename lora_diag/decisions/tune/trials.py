@@ -24,13 +24,13 @@ from lora_diag.decisions.tune.variants import Variant
 from lora_diag.errors import InputError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
-from lora_diag.models.methods import Lora, inner_layers
+from lora_diag.models.methods import Lora, layers_without_head
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Training, losses_after
-from lora_diag.probes.sweep.rounding import rounded
+from lora_diag.probes.sweep.rounding import round_weights
 from lora_diag.records import Probe
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_workers import RunTask, Site, Workers, bare, opened
+from lora_diag.running.training_workers import RunTask, Site, Workers, drop_sequences, open_site
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -111,9 +111,11 @@ class Trials:
         """Yield the records of every run."""
         if self.workers is None:
             for run in runs:
-                yield trained(self.model, self.training, self.sets, self.grid, run, partial(self.after, run.label))
+                yield train_variant(
+                    self.model, self.training, self.sets, self.grid, run, partial(self.after, run.label)
+                )
             return
-        bare_ = replace(self.training, texts=bare(self.training.texts))
+        bare_ = replace(self.training, texts=drop_sequences(self.training.texts))
         poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
         on_worker = partial(train_on_worker, self.workers.site, bare_, self.grid)
         results = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
@@ -127,8 +129,8 @@ class Trials:
         if self.kept.has([texts.name for texts in self.sets], record="tune_trial", variant="base"):
             return
         batch = self.training.batch
-        layers = inner_layers(self.model.module).values()
-        with rounded(layers, self.grid) if self.grid else nullcontext():
+        layers = layers_without_head(self.model.module).values()
+        with round_weights(layers, self.grid) if self.grid else nullcontext():
             train_texts = self.training.texts.first(max(len(texts.sequences) for texts in self.sets))
             train_loss = measure(self.model, train_texts, batch, lambda: self.after("BASE")).mean
             by_set = [measure(self.model, texts, batch, lambda: self.after("BASE")) for texts in self.sets]
@@ -186,7 +188,7 @@ class Trials:
         return {record.set: record.predictions for record in self.records if record.variant == "base"}
 
 
-def trained(
+def train_variant(
     model: Model,
     training: Training,
     sets: Sequence[Texts],
@@ -215,7 +217,7 @@ def trained(
     kind = Lora(config=variant.config, vectors=variant.vectors)
     training = replace(training, steps=variant.steps, kind=kind, decay=variant.decay)
     cell = Cell(int(variant.config["r"]), variant.lr, run.seed)
-    with rounded(inner_layers(model.module).values(), grid):
+    with round_weights(layers_without_head(model.module).values(), grid):
         by_set, train_loss = losses_after(model, cell, training, sets, after_step, keep)
     return [
         trial_of(texts, losses, variant, run.seed, params, train_loss)
@@ -232,8 +234,8 @@ def train_on_worker(site: Site, training: Training, grid: str | None, task: RunT
         grid: Grid of BASE's linear layers; None without rounding.
         task: Its ``work`` is a ``TrialRun``.
     """
-    model, texts, sets = opened(site)
-    return trained(model, replace(training, texts=texts), sets, grid, task.work, lambda: None)
+    model, texts, sets = open_site(site)
+    return train_variant(model, replace(training, texts=texts), sets, grid, task.work, lambda: None)
 
 
 def uniform_name(rank: int) -> str:
@@ -296,7 +298,7 @@ def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
         module: The model.
         names: As PEFT takes them; empty for all linear layers but the head.
     """
-    layers = {name.removesuffix(".weight"): layer for name, layer in inner_layers(module).items()}
+    layers = {name.removesuffix(".weight"): layer for name, layer in layers_without_head(module).items()}
     if not names:
         return layers
     return {path: layer for path, layer in layers.items() if any(path == n or path.endswith(f".{n}") for n in names)}

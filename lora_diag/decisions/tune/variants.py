@@ -43,7 +43,7 @@ class Variant:
         return float(self.config["lora_alpha"]) / int(self.config["r"])
 
 
-def shortest(chosen: Sequence[str], every: Collection[str]) -> list[str]:
+def find_shortest_names(chosen: Sequence[str], every: Collection[str]) -> list[str]:
     """Return the shortest names by which PEFT finds these modules and no other.
 
     Args:
@@ -51,7 +51,7 @@ def shortest(chosen: Sequence[str], every: Collection[str]) -> list[str]:
         every: Paths of all modules.
 
     Example:
-        >>> shortest(["a.0.q", "a.1.q", "a.0.v"], ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
+        >>> find_shortest_names(["a.0.q", "a.1.q", "a.0.v"], ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
         ['a.0.v', 'q']
     """
     names: set[str] = set()
@@ -119,7 +119,7 @@ def least_rank(rank: int) -> int:
     return min(1, rank - 1)
 
 
-def changed(variant: Variant, trial: str) -> Variant:
+def change_variant(variant: Variant, trial: str) -> Variant:
     """Return a configuration with one change for stability.
 
     Args:
@@ -128,7 +128,7 @@ def changed(variant: Variant, trial: str) -> Variant:
 
     Example:
         >>> one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
-        >>> changed(one, "half-alpha").config["lora_alpha"], changed(one, "fewer-steps").steps
+        >>> change_variant(one, "half-alpha").config["lora_alpha"], change_variant(one, "fewer-steps").steps
         (4.0, 50)
     """
     name = f"{variant.name}+{trial}"

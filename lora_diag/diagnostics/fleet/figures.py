@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.diagnostics.fleet.record import Fleet
-from lora_diag.metrics.fleet import USED, OutlierKind, outlier_kinds, rarest_first
+from lora_diag.metrics.fleet import USED, OutlierKind, find_outlier_kinds, order_by_rarity
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.names import short_names
 from lora_diag.rendering.figures.series import Options, Series
@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     PageStyle,
     category,
-    cropped,
+    crop_name,
     log_label,
     width_of,
 )
@@ -85,7 +85,7 @@ def _points(series: Sequence[Series[Any]]) -> list[_Point]:
     """Return the adapters that have a rank."""
     records = [(record, run) for run, one in enumerate(series) for record in one.records]
     names = short_names(record.adapter for record, _ in records)
-    odd = [words for one in series for words in outlier_kinds(one.records)]
+    odd = [words for one in series for words in find_outlier_kinds(one.records)]
     return [
         _Point(names[record.adapter], words, record.used, record.fro, run)
         for (record, run), words in zip(records, odd, strict=True)
@@ -132,7 +132,7 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
 
 def _named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
     """Return the named adapters: the rarest outliers, as many as there are lines."""
-    odd = [points[i] for i in rarest_first([point.remark for point in points])]
+    odd = [points[i] for i in order_by_rarity([point.remark for point in points])]
     return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
 
@@ -163,7 +163,7 @@ def _names(
     for point, place in zip(named, heights, strict=True):
         full = f"{point.name}: {', '.join(point.remark)}"
         # Without space for both, show the name alone: the remark can be seen in the figure.
-        text = full if width_of(full, size) <= room else cropped(point.name, room, size)
+        text = full if width_of(full, size) <= room else crop_name(point.name, room, size)
         ax.plot(
             [point.used, 1.03, 1.06],
             [point.fro or low, place, place],

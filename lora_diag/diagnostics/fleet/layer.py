@@ -20,8 +20,8 @@ from lora_diag.thin import (
     MAX_RANK,
     Grams,
     ThinValues,
+    compute_grams,
     fold,
-    gram,
     join,
     mixed,
     row_major,
@@ -128,12 +128,12 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded
     """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
     thin = [delta.thin for delta in deltas if delta.thin is not None]
     b = row_major(thin[0].read_each_b(thin))
-    left, rows = gram(b), fold(b, BOTH).reshape(len(thin), 2, LENGTH, -1)
+    left, rows = compute_grams(b), fold(b, BOTH).reshape(len(thin), 2, LENGTH, -1)
     del b
     a = row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
     columns = fold(a, COLUMNS)
     folded = [_Folded(rows[i], columns[i], each.read_scale()) for i, each in enumerate(thin)]
-    return left, gram(a), folded
+    return left, compute_grams(a), folded
 
 
 def _joined(grams: Sequence[Grams]) -> Grams:

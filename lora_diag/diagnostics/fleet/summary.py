@@ -14,10 +14,10 @@ from lora_diag.metrics.fleet import (
     USED,
     NearDuplicate,
     OutlierKind,
-    near_duplicates,
-    norm_outliers,
-    outlier_kinds,
-    rarest_first,
+    find_near_duplicates,
+    find_norm_outliers,
+    find_outlier_kinds,
+    order_by_rarity,
 )
 from lora_diag.records import Results
 from lora_diag.records.shown import Shown
@@ -57,14 +57,14 @@ def fleet_table(
 
 def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicate adapters."""
-    return near_duplicates([record.update for record in results], [record.space for record in results])
+    return find_near_duplicates([record.update for record in results], [record.space for record in results])
 
 
 def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: str = "type") -> list[Grid]:
     """Return the tables: outliers, or every adapter; and near-duplicates."""
     records = list(results)
     names, notes = short_names([record.adapter for record in records]), remarks(records)
-    odd = rarest_first(outlier_kinds(records))
+    odd = order_by_rarity(find_outlier_kinds(records))
     shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
     rows_shown = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
@@ -87,9 +87,9 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     """Return descriptions of the faults and oddities of each adapter."""
-    ratios = norm_outliers([record.fro for record in records])
+    ratios = find_norm_outliers([record.fro for record in records])
     found = []
-    for record, ratio, odd in zip(records, ratios, outlier_kinds(records), strict=True):
+    for record, ratio, odd in zip(records, ratios, find_outlier_kinds(records), strict=True):
         words: dict[OutlierKind, str] = {
             "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
             "norm": f"norm {number(ratio or 0.0)}× the median",
@@ -161,7 +161,7 @@ def _rank(records: Sequence[Fleet]) -> str:
 
 
 def _outliers(records: Sequence[Fleet]) -> str:
-    counts = Counter(word for odd in outlier_kinds(records) for word in odd)
+    counts = Counter(word for odd in find_outlier_kinds(records) for word in odd)
     words: dict[OutlierKind, str] = {
         "dead": "with dead layers (ΔW = 0)",
         "over-ranked": f"over-ranked (99% of the energy in at most {USED:.0%} of the rank)",

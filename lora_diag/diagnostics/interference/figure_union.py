@@ -18,8 +18,8 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, wrapped
+from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, slot_axis
+from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, wrap_text
 
 SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
 
@@ -42,7 +42,7 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
         The Axes drawn on.
     """
     with panel_axes(ax) as (axes, style):
-        drawn = slots(shared(records), per)
+        drawn = make_slots(shared(records), per)
         _draw_ranks(axes, drawn, style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank at 90% of the energy")
@@ -61,7 +61,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     shown = [(item, shared(item.records)) for item in series]
     shown = [(item, records) for item, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)
-    drawn = [slots(records, options.per, types) for _, records in shown]
+    drawn = [make_slots(records, options.per, types) for _, records in shown]
     inches = style.width - 6 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
     below = label_height(all_records, inches, style.ticks) / (2 * len(shown))
@@ -79,7 +79,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     for position, ((item, records), part) in enumerate(zip(shown, drawn, strict=True)):
         ranks, shares = axes[2 * position : 2 * position + 2]
         _draw_ranks(ranks, part, style)
-        ranks.set_title(wrapped(_describe_run(item, records), inches, style.text), parse_math=False)
+        ranks.set_title(wrap_text(_describe_run(item, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")
         _draw_shares(shares, part, max(len(record.updates) for record in records), style)
         shares.set_ylabel("fraction")

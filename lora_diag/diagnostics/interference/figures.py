@@ -90,7 +90,7 @@ def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: in
         values = [(record, getattr(record, side)[str(rank)]) for record in item.records if str(rank) in record.columns]
         if not values:
             continue
-        cosines, shares = cumulated([cosine for _, space in values for cosine in space.cosines])
+        cosines, shares = cumulative_distribution([cosine for _, space in values for cosine in space.cosines])
         ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{item.label}")
         grid = np.linspace(0.0, 1.0, 201)
         chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in values])
@@ -101,7 +101,7 @@ def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: in
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
-def cumulated(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the cumulative distribution of values in [0, 1] as the corners of its steps, from (0, 0) to (1, 1)."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     shares = np.arange(1, len(ordered) + 1) / len(ordered)

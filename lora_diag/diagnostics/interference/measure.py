@@ -15,11 +15,11 @@ from lora_diag.diagnostics.interference.parts import InterferenceSettings, Layer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.interference.union import union
 from lora_diag.layers.agreement import agreement
-from lora_diag.layers.change import COMPUTED, Change, noted, on_device
+from lora_diag.layers.change import COMPUTED, Change, append_note, compute_on_device
 from lora_diag.layers.left_out import not_finite
-from lora_diag.linalg import Allowance, require, resolve_device, whole_bytes
+from lora_diag.linalg import Allowance, require_memory, resolve_device, whole_bytes
 from lora_diag.linalg.stacked import inner
-from lora_diag.metrics.interference import near_chance, relation
+from lora_diag.metrics.interference import classify_relation, is_near_chance
 from lora_diag.records import LeftOut
 
 # The relation of two updates is judged at the requested rank nearest to this.
@@ -86,7 +86,7 @@ def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     fix = "--density 0, which leaves out TIES and sign conflicts" if without_ties <= settings.memory else "--exclude it"
     factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
     description = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
-    require(needed, settings.memory, task.shape, f"{description} take", fix)
+    require_memory(needed, settings.memory, task.shape, f"{description} take", fix)
 
 
 def interference(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
@@ -103,9 +103,9 @@ def interference(task: LayerUpdates, settings: InterferenceSettings) -> tuple[In
     Raises:
         InputError: A file could not be read.
     """
-    records, fallback = on_device(partial(_measure, task, settings), resolve_device(settings.device))
+    records, fallback = compute_on_device(partial(_measure, task, settings), resolve_device(settings.device))
     return tuple(
-        record.model_copy(update={"spectrum": noted(record.spectrum, fallback)})
+        record.model_copy(update={"spectrum": append_note(record.spectrum, fallback)})
         if isinstance(record, Union)
         else record
         for record in records
@@ -156,7 +156,7 @@ def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceS
         columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
         rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
         energy=energy,
-        relation="noise" if noise else relation(near, cosine, by_chance),
+        relation="noise" if noise else classify_relation(near, cosine, by_chance),
     )
 
 
@@ -172,4 +172,4 @@ def _energy_within(task: LayerUpdates, first: Part, second: Part, rank: int) -> 
 
 def _is_near_chance(vectors: Tensor, part: Part, rank: int, rows: bool = False) -> bool:
     space = vectors[:, :rank]
-    return near_chance(within(space, part, rows), space.shape[1], len(space), part.effective)
+    return is_near_chance(within(space, part, rows), space.shape[1], len(space), part.effective)

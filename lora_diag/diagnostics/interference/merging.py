@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_diag.diagnostics.interference.record import MergeLoss
 from lora_diag.linalg.distance import products
-from lora_diag.linalg.stacked import Matrix, gap, inner, stacked
+from lora_diag.linalg.stacked import Matrix, gap, inner, stack_products
 from lora_diag.linalg.ties import Conflicts, ties_blocks, ties_factor
 from lora_diag.metrics import distances
 
@@ -69,7 +69,7 @@ def factor_merges(
     if pairs is None:
         return {"cat": None, "linear": None, "ties": None}
     weighted = [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)]
-    concatenated = stacked(weighted, [1.0] * len(pairs))
+    concatenated = stack_products(weighted, [1.0] * len(pairs))
     merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, concatenated), "linear": None, "ties": None}
     roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
     if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.base import LayerRecord, Norm, Ratio, Record, Share
-from lora_diag.records.shown import Shown, counted, value_at
+from lora_diag.records.shown import Shown, count_texts, value_at
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
@@ -114,7 +114,7 @@ class Interference(LayerRecord):
             "relation",
             "relation of the two updates",
             main=True,
-            pool=lambda records: counted([record.relation for record in records]),
+            pool=lambda records: count_texts([record.relation for record in records]),
         ),
     )
     record: Literal["interference"] = "interference"

@@ -23,7 +23,7 @@ from lora_diag.linalg import check_request
 from lora_diag.records import Results, totals
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import checked_ranks, without_rank
+from lora_diag.running.measuring import check_ranks, without_rank
 from lora_diag.running.options import show_options
 
 
@@ -63,7 +63,7 @@ def interference(
     run = LayerRun("interference", options, InterferenceOptions)
     weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
     settings = run.settings(
-        InterferenceSettings, ranks=checked_ranks(ranks), weights=_check_weights(weights, len(updates)), density=density
+        InterferenceSettings, ranks=check_ranks(ranks), weights=_check_weights(weights, len(updates)), density=density
     )
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:

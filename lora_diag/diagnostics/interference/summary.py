@@ -13,7 +13,7 @@ from lora_diag.diagnostics.interference.record import Interference, MergeLoss, R
 from lora_diag.records import Results
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Grid, rows_of
-from lora_diag.rendering.lines import called
+from lora_diag.rendering.lines import short_paths
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import number, percent, short
@@ -44,7 +44,7 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
 def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
     """Return the records of each pair by the shortest names of its updates, in the order of the inputs."""
     paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
-    names = dict(zip(paths, called(paths), strict=True))
+    names = dict(zip(paths, short_paths(paths), strict=True))
     groups: dict[tuple[str, str], list[Interference]] = {}
     for record in results:
         if isinstance(record, Interference):

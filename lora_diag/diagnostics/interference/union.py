@@ -14,7 +14,7 @@ from lora_diag.diagnostics.interference.merging import Pair, factor_merges, ties
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Part, within
 from lora_diag.diagnostics.interference.record import MergeLoss, Union
 from lora_diag.diagnostics.spectrum.values import record_of
-from lora_diag.linalg import Factors, decompose, decompose_factored, grain, numerical_rank
+from lora_diag.linalg import Factors, decompose, decompose_factored, numerical_rank, rounding_threshold
 from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
 from lora_diag.linalg.stacked import Matrix, total
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at, signal_rank, verdict
@@ -99,7 +99,7 @@ def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update
-        edge = max(edge, grain(factors))
+        edge = max(edge, rounding_threshold(factors))
     signal = signal_rank(factors.s.numpy(), edge, factors.complete)
     return Resolution(
         unchanged=None,

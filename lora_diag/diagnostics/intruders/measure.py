@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
-from lora_diag.layers.change import COMPUTED, Change, load_change, noted, on_device
+from lora_diag.layers.change import COMPUTED, Change, append_note, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
+from lora_diag.linalg import Allowance, Factors, decompose, norm, require_memory, resolve_device, whole_bytes
 from lora_diag.linalg.devices import move
-from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
+from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
 from lora_diag.records import LeftOut
 
 NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this one"
@@ -82,13 +82,13 @@ def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | Lef
     """
     if delta.base is None:
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
-    return (noted(*on_device(partial(_measure, delta, settings), resolve_device(settings.device))),)
+    return (append_note(*compute_on_device(partial(_measure, delta, settings), resolve_device(settings.device))),)
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
     if settings.memory is not None and device.type == "cpu":  # the limit applies to the machine's memory
         description = "both weights with all singular vectors of BASE take"
-        require(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
+        require_memory(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change)
@@ -144,7 +144,7 @@ def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings
                 window=int(near.sum()),
                 projection=projection,
                 projection_random=by_chance,
-                kind=kind(float(similarity), projection, by_chance, settings.epsilon),
+                kind=classify_direction(float(similarity), projection, by_chance, settings.epsilon),
             )
         )
     return tuple(directions)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_diag.diagnostics.overlap.measure import Subspaces
 from lora_diag.linalg import decompose_factored
-from lora_diag.linalg.subspace import orthonormal
+from lora_diag.linalg.subspace import orthonormalize
 from lora_diag.models.weights import Frozen
 from lora_diag.records import LeftOut
 
@@ -41,7 +41,7 @@ class LiveSubspaces:
         assert factors.vh is not None
         own_rank = len(factors.s)
         ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own_rank), own_rank}))
-        u, v = orthonormal(factors.u), orthonormal(factors.vh.T)
+        u, v = orthonormalize(factors.u), orthonormalize(factors.vh.T)
         return Subspaces(weight.name, u, v, ranks, "factored", "resolved")
 
 

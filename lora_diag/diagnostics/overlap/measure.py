@@ -13,14 +13,14 @@ from torch import Tensor
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.gradients import Snapshot
-from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
+from lora_diag.layers.change import OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, numerical_rank, resolve_device
-from lora_diag.linalg.subspace import orthonormal, shares
+from lora_diag.linalg.subspace import orthonormalize, shares
 from lora_diag.metrics import RANKS
-from lora_diag.metrics.overlap import chance
+from lora_diag.metrics.overlap import overlap_by_chance
 from lora_diag.metrics.resolution import Verdict
 from lora_diag.records import LeftOut
 
@@ -103,8 +103,10 @@ def overlap(followed: GradientTask, settings: OverlapSettings) -> tuple[Overlap 
     Raises:
         InputError: A file could not be read.
     """
-    records, fallback = on_device(partial(_measure_overlap, followed, settings), resolve_device(settings.device))
-    return tuple(noted(record, fallback) for record in records)
+    records, fallback = compute_on_device(
+        partial(_measure_overlap, followed, settings), resolve_device(settings.device)
+    )
+    return tuple(append_note(record, fallback) for record in records)
 
 
 def _measure_overlap(
@@ -159,8 +161,8 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     file_resolution = resolution(change.rounding, factors)
     return Subspaces(
         delta.layer,
-        orthonormal(factors.u),
-        orthonormal(factors.vh.T),
+        orthonormalize(factors.u),
+        orthonormalize(factors.vh.T),
         ranks,
         factors.method,
         file_resolution.verdict,
@@ -199,7 +201,7 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     none = parts.fro == 0.0
     records = []
     for index, rank in enumerate(spaces.ranks):
-        random = chance(spaces.shape, rank)
+        random = overlap_by_chance(spaces.shape, rank)
         records.append(
             Overlap(
                 layer=spaces.layer,

@@ -25,7 +25,7 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.reference import Reference
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import SNAPSHOT, check_output
-from lora_diag.models.processes import averaged, is_main, is_unscaled
+from lora_diag.models.processes import average_over_processes, is_main, is_unscaled
 from lora_diag.models.weights import Frozen, Weight, weights_of
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
@@ -256,7 +256,7 @@ class GradientRecorder(TrainerCallback):
         """Return a function for the gradient, averaged over processes and without the loss scale; None without one."""
         gradient = weight.gradient()
         if isinstance(weight, Frozen):
-            gradient = averaged(weight)
+            gradient = average_over_processes(weight)
         if gradient is None:
             return None
         scale = 1.0

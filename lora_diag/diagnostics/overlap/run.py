@@ -26,13 +26,13 @@ from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import (
+    check_ranks,
     check_running,
-    checked_ranks,
     layout_of,
-    not_paired,
+    record_unpaired,
     without_rank,
 )
-from lora_diag.running.options import Matching, Method, Workers, filled, show_options
+from lora_diag.running.options import Matching, Method, Workers, fill_options, show_options
 
 
 @show_options
@@ -73,7 +73,7 @@ def overlap(
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
     run = LayerRun("overlap", options, OverlapOptions)
-    settings = run.settings(OverlapSettings, ranks=checked_ranks(run.options["ranks"]))
+    settings = run.settings(OverlapSettings, ranks=check_ranks(run.options["ranks"]))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
         raise UsageError("overlap: no gradients are given; give a folder with one safetensors file per step")
@@ -137,9 +137,9 @@ def subspaces(
         >>> len(found.layers), found.layers["model.layers.0.mlp.up_proj.weight"].u.shape
         (28, torch.Size([384, 4]))
     """
-    arguments = filled(SubspaceOptions, options)
+    arguments = fill_options(SubspaceOptions, options)
     settings = OverlapSettings(
-        ranks=checked_ranks(ranks), method=arguments["method"], seed=arguments["seed"], device=arguments["device"]
+        ranks=check_ranks(ranks), method=arguments["method"], seed=arguments["seed"], device=arguments["device"]
     )
     check_running(arguments["workers"], settings.seed)
     check_request(settings.method, settings.ranks[-1], 0.5)
@@ -234,7 +234,7 @@ def _skip_unmeasured(
 ) -> Iterator[LeftOut]:
     """Yield skipped layers other than those found while measuring, including those of a resumed run."""
     yield from without_rank(pairing, layout, settings.device)
-    yield from not_paired(Pairing((), tuple(rest)), layout, settings.device)
+    yield from record_unpaired(Pairing((), tuple(rest)), layout, settings.device)
     done: dict[str, set[int]] = {}
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.step)

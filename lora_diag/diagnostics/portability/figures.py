@@ -28,10 +28,10 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     UNKNOWN,
     PageStyle,
-    cropped_all,
+    crop_names,
     log_label,
     width_of,
-    wrapped,
+    wrap_text,
 )
 
 # Colours by status; a wrong weight has the colour of its ε, or this one if its ε is not known.
@@ -130,7 +130,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     shown = cells(series)
     norm = _make_norm(shown)
     line = style.text / 72
-    names = cropped_all(shown.types, _NAMES * style.width, style.ticks)
+    names = crop_names(shown.types, _NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
     labels = 1.2 * line
     if not _names_fit(shown, inches, style.ticks):
@@ -166,7 +166,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
     ax.set_xlim(-0.5, len(shown.programs) * step - 0.5 - len(shown.depths) * _GAP)
     ax.set_ylim(len(shown.types) - 0.5, -0.5)
     ax.set_yticks(
-        range(len(shown.types)), list(cropped_all(shown.types, max_width, size).values()), parse_math=False, size=size
+        range(len(shown.types)), list(crop_names(shown.types, max_width, size).values()), parse_math=False, size=size
     )
     middles = [number * step - 0.5 + len(shown.depths) / 2 for number in range(len(shown.programs))]
     ax.set_xticks(middles, list(shown.programs), parse_math=False, size=size)
@@ -182,7 +182,7 @@ def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width
     if len(depths) > 1:
         outside = ", outside the blocks first" if None in shown.depths else ""
         text = f"program; in each, blocks {depths[0]} to {depths[-1]} from left to right{outside}"
-        ax.set_xlabel(wrapped(text, inches, size / 0.88))
+        ax.set_xlabel(wrap_text(text, inches, size / 0.88))
 
 
 def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:

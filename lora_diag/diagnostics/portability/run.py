@@ -19,7 +19,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.records import Results
 from lora_diag.running.inputs import describe, describe_adapter
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import not_paired
+from lora_diag.running.measuring import record_unpaired
 from lora_diag.running.options import show_options
 
 Chosen = dict[Name, tuple[Consumer, Rule]]
@@ -86,7 +86,7 @@ def portability(
         judge,
         size,
         PortabilitySettings(),
-        lambda layout, _, __: not_paired(Pairing((), tuple(missing)), layout, run.where.here),
+        lambda layout, _, __: record_unpaired(Pairing((), tuple(missing)), layout, run.where.here),
         (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), described),
         {
             "consumers": [f"{name}=={version}" for name, version in chosen],

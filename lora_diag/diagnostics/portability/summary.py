@@ -13,7 +13,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.columns import title_of as row_title
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
-from lora_diag.rendering.text import named, number, safe, short, shown, span
+from lora_diag.rendering.text import format_shown, list_names, number, safe, short, span
 
 Name = tuple[str, str]
 
@@ -66,7 +66,7 @@ def _make_cell(group: Sequence[Portability]) -> str:
         return status
     scales = sorted({record.scale / record.intended for record in group if record.scale and record.intended})
     if not scales or any(record.part in NONLINEAR_PARTS for record in group):
-        return f"ε {shown(max((r.epsilon for r in group if r.epsilon is not None), default=None))}"
+        return f"ε {format_shown(max((r.epsilon for r in group if r.epsilon is not None), default=None))}"
     low, high = number(scales[0]), number(scales[-1])
     return f"×{low}" if low == high else f"×{low} to ×{high}"
 
@@ -128,7 +128,7 @@ def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
         )
     skipped = fixed["left_out"]
     if skipped:
-        lines.append(f"left out: {named([*skipped])}")
+        lines.append(f"left out: {list_names([*skipped])}")
     return [make_statement("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
 
 
@@ -157,7 +157,9 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
         parts = [_describe_wrong(records)] if counts["wrong"] else []
         if counts["dropped"]:
             lost = [record for record in records if record.status == "dropped"]
-            parts.append(f"drops {len(lost)} of {len(records)} weights: {named([record.layer for record in lost])}")
+            parts.append(
+                f"drops {len(lost)} of {len(records)} weights: {list_names([record.layer for record in lost])}"
+            )
         lead, level = "; ".join(parts), "warning"
         if (epsilon := pooled_epsilon(records)) is not None:
             details.append(f"over all weights ε = {number(epsilon)}")

@@ -20,8 +20,8 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, PageStyle, wrapped
+from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, slot_axis
+from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, PageStyle, wrap_text
 
 RANK, DIRECTION, SCALE = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
 
@@ -78,7 +78,7 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
             f"records of {len(adapters)} adapters, but a panel shows one; pass the records of one .adapter"
         )
     with panel_axes(ax) as (axes, style):
-        drawn = slots(records, per)
+        drawn = make_slots(records, per)
         _draw(axes, drawn, style)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F²")
@@ -93,7 +93,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     shown = by_adapter(series)
     matrices = [_select_matrices(item.records) for item in shown]
     types = Types(record.layer for records in matrices for record in records)
-    drawn = [slots(records, options.per, types) for records in matrices]
+    drawn = [make_slots(records, options.per, types) for records in matrices]
     inches = style.width - 5 * style.text / 72
     all_records = list({slot.name: slot for part in drawn for slot in part}.values())
     below = label_height(all_records, inches, style.ticks) / len(shown)
@@ -101,7 +101,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     page, axes = sheet(style, _make_text(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
     for item, part, ax in zip(shown, drawn, axes, strict=True):
         _draw(ax, part, style)
-        ax.set_title(wrapped(_describe_run(item), inches, style.text), parse_math=False)
+        ax.set_title(wrap_text(_describe_run(item), inches, style.text), parse_math=False)
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

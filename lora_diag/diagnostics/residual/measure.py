@@ -12,7 +12,7 @@ import torch
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, footprint
 from lora_diag.diagnostics.residual.record import Distance, Expected, Residual
 from lora_diag.layers.agreement import agreement
-from lora_diag.layers.change import Change, load_change, noted, on_device, why_not_comparable
+from lora_diag.layers.change import Change, append_note, compute_on_device, load_change, why_not_comparable
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Metric, Moments, read_root, times
 from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
@@ -101,8 +101,8 @@ def residual(layer: Layer, settings: LayerSettings) -> tuple[Residual | LeftOut,
     Raises:
         InputError: A file could not be read, or a second moment is invalid.
     """
-    records, fallback = on_device(partial(_measure_residual, layer, settings), resolve_device(settings.device))
-    return tuple(noted(record, fallback) for record in records)
+    records, fallback = compute_on_device(partial(_measure_residual, layer, settings), resolve_device(settings.device))
+    return tuple(append_note(record, fallback) for record in records)
 
 
 def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, least_epsilon
-from lora_diag.records.shown import Shown, counted
+from lora_diag.records.shown import Shown, count_texts
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
@@ -58,7 +58,7 @@ class Distance(Record):
 
 def limits_of(records: Sequence[Residual]) -> str:
     """Return what limits several layers: one word, or each word with its number of layers."""
-    return counted(record.limited_by or "-" for record in records)
+    return count_texts(record.limited_by or "-" for record in records)
 
 
 def _make_pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:

@@ -22,7 +22,7 @@ from lora_diag.running.activations import second_moments
 from lora_diag.running.engines import Layout
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import not_paired
+from lora_diag.running.measuring import record_unpaired
 from lora_diag.running.options import show_options
 
 
@@ -111,7 +111,7 @@ def _skip_unmeasured(
     settings: LayerSettings,
 ) -> Iterator[LeftOut]:
     """Yield skipped layers other than those found while measuring, including those of a resumed run."""
-    yield from not_paired(left_out, layout, settings.device)
+    yield from record_unpaired(left_out, layout, settings.device)
     done: dict[str, set[str]] = {}
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.adapter)

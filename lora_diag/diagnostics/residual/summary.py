@@ -12,10 +12,10 @@ from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
 from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Grid, rows_of
-from lora_diag.rendering.lines import called
+from lora_diag.rendering.lines import short_paths
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grid_of
-from lora_diag.rendering.text import named, percent, safe, shown
+from lora_diag.rendering.text import format_shown, list_names, percent, safe
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
@@ -31,7 +31,7 @@ def _group_by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residu
     groups: dict[str, list[Residual]] = {}
     for record in results:
         groups.setdefault(record.adapter, []).append(record)
-    return list(zip(called([*groups]), groups.values(), strict=True))
+    return list(zip(short_paths([*groups]), groups.values(), strict=True))
 
 
 def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
@@ -132,11 +132,12 @@ def _describe_distance(records: Sequence[Residual]) -> str:
     if not acting:
         return "changes nothing that TUNED changes: ε = 1"
     there = pooled(acting)
-    parts = [f"ε = {shown(whole.epsilon)} for the whole model"]
+    parts = [f"ε = {format_shown(whole.epsilon)} for the whole model"]
     if len(acting) < len(records) and there.epsilon is not None:
-        parts.append(f"{shown(there.epsilon)} where it acts")
+        parts.append(f"{format_shown(there.epsilon)} where it acts")
     parts.append(
-        f"there its norm is {shown(there.norm_ratio)} times that of TUNED's update, with cosine {shown(there.cosine)}"
+        f"there its norm is {format_shown(there.norm_ratio)} times that of TUNED's update, with cosine "
+        f"{format_shown(there.cosine)}"
     )
     return "; ".join(parts)
 
@@ -169,7 +170,7 @@ def _describe_rank_limit(records: Sequence[Residual]) -> str:
     if not bound:
         return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the ranks of its layers"
     cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
-    worst = named([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
+    worst = list_names([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
     return f"is the limit in {len(bound)} of {len(ranked)} layers, at a cost of {cost} of ‖ΔW‖²: {worst}"
 
 
@@ -200,9 +201,9 @@ def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
             total = pooled(records)
             spaces = [record.column_space for record in records], [record.row_space for record in records]
             lines.append(
-                f"another full fine-tune, {name}, has ε = {shown(total.epsilon)} and cosine {shown(total.cosine)}; "
-                f"its top directions overlap {_describe_agreement(spaces[0])} in the column space and "
-                f"{_describe_agreement(spaces[1])} in the row space (in brackets: random)"
+                f"another full fine-tune, {name}, has ε = {format_shown(total.epsilon)} and cosine "
+                f"{format_shown(total.cosine)}; its top directions overlap {_describe_agreement(spaces[0])} in the "
+                f"column space and {_describe_agreement(spaces[1])} in the row space (in brackets: random)"
             )
             lines += [
                 _compare_with_reference(other, pooled(others), total)
@@ -222,4 +223,6 @@ def _compare_with_reference(name: str, adapter: Distances, reference: Distances)
         return f"{name} has no known distance"
     nearer = "no farther than the reference" if adapter.epsilon <= reference.epsilon else "farther than the reference"
     turned = "at least as aligned" if adapter.cosine >= reference.cosine else "less aligned"
-    return f"{name} is {nearer} (ε = {shown(adapter.epsilon)}) and {turned} (cosine {shown(adapter.cosine)})"
+    return (
+        f"{name} is {nearer} (ε = {format_shown(adapter.epsilon)}) and {turned} (cosine {format_shown(adapter.cosine)})"
+    )

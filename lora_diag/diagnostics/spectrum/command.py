@@ -15,7 +15,7 @@ from lora_diag.diagnostics.fleet.command import show_fleet
 from lora_diag.diagnostics.fleet.options import FleetOptions
 from lora_diag.diagnostics.spectrum.options import GradientSpectrumOptions, SpectrumOptions
 from lora_diag.errors import UsageError
-from lora_diag.running.options import BASE, Option, declared, filled, plain
+from lora_diag.running.options import BASE, Option, fill_options, list_options, plain
 
 # Options that do not apply to --adapters, with the reason.
 _EXACT = "the factors of an adapter give all of its singular values, exactly"
@@ -55,12 +55,12 @@ def spectrum(
     if adapters:
         if tuned is not None:
             raise UsageError("--adapters: takes only BASE as another input; remove the others")
-        defaults = filled(SpectrumOptions, {})
+        defaults = fill_options(SpectrumOptions, {})
         for name, why in _NOT_FOR_FLEETS.items():
             if plain(arguments[name]) != plain(defaults[name]):  # type: ignore[literal-required]
-                option = declared(SpectrumOptions)[name][1].flag(name)
+                option = list_options(SpectrumOptions)[name][1].flag(name)
                 raise UsageError(f"{option}: not with --adapters, because {why}; remove it")
-        of_fleet = {name: value for name, value in arguments.items() if name in declared(FleetOptions)}
+        of_fleet = {name: value for name, value in arguments.items() if name in list_options(FleetOptions)}
         show_fleet(adapters, {"base": base, **of_fleet}, shown)
         return
     _measure(base, tuned, arguments, shown)

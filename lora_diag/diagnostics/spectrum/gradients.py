@@ -14,13 +14,13 @@ from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
 from lora_diag.diagnostics.spectrum.task import SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.gradients import History
-from lora_diag.layers.change import COARSE, on_device
+from lora_diag.layers.change import COARSE, compute_on_device
 from lora_diag.layers.resolution import noise_of
-from lora_diag.linalg import Factors, first_non_finite, grain, norm, require, resolve_device
+from lora_diag.linalg import Factors, first_non_finite, norm, require_memory, resolve_device, rounding_threshold
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.gram import decompose_stack
 from lora_diag.linalg.limited import READING
-from lora_diag.linalg.rounding import Spacing, mixture
+from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution
@@ -76,7 +76,7 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
         ``left_out`` record if a gradient is not finite.
     """
     try:
-        result, fallback = on_device(
+        result, fallback = compute_on_device(
             lambda device: _compute(history, settings, device), resolve_device(settings.device)
         )
     except _NotFiniteError as error:
@@ -112,7 +112,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     """Read the gradients once for each side: two concurrent Gram matrices would take twice the memory."""
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
-        require(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
+        require_memory(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
     spacing = Spacing.of(_stacked_shape(history))
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_read_gradients(history, device, left, spacing), settings.top)
@@ -163,8 +163,8 @@ def _stacked_shape(history: History) -> tuple[int, int]:
 
 def _measure_resolution(result: _Found, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
-    noise = noise_of(mixture([(1 / 12, result.spacing.profile)], _stacked_shape(history)), 1)
-    edge = max(noise.edge, grain(result.side))
+    noise = noise_of(mix_profiles([(1 / 12, result.spacing.profile)], _stacked_shape(history)), 1)
+    edge = max(noise.edge, rounding_threshold(result.side))
     signal = signal_rank(result.side.s.numpy(), edge, result.side.complete)
     return Resolution(
         unchanged=None,

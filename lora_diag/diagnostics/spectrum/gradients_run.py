@@ -16,7 +16,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import describe
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import not_paired
+from lora_diag.running.measuring import record_unpaired
 
 NOT_SELECTED = "left out by --layers or --exclude"
 
@@ -51,7 +51,7 @@ def gradient_spectrum(
         _measure_layer,
         size,
         settings,
-        lambda layout, _, __: not_paired(Pairing((), tuple(unpaired)), layout, run.where.here),
+        lambda layout, _, __: record_unpaired(Pairing((), tuple(unpaired)), layout, run.where.here),
         (
             *([describe("base", stored, verify=verify)] if stored is not None else []),
             describe_steps(gradients, steps, verify),

@@ -12,7 +12,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import MemoryLimitError
-from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
+from lora_diag.layers.change import OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighted, Weighting, extra, weigh
 from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
@@ -45,7 +45,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         The spectrum, or, if ΔW is not finite, a ``left_out`` record with the position of the first such entry.
     """
     compute = partial(_compute, delta, settings, weighting)
-    (change, factors, weighted), fallback = on_device(compute, resolve_device(settings.device))
+    (change, factors, weighted), fallback = compute_on_device(compute, resolve_device(settings.device))
     if factors is None:
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
@@ -56,7 +56,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     )
     if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
         hidden, elsewhere = _estimate_hidden(delta, record.fro, settings)
-        record = noted(record.model_copy(update={"hidden": hidden}), "" if fallback else elsewhere)
+        record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else elsewhere)
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})
     if weighted is None or weighting is None:
@@ -72,7 +72,7 @@ def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings)
     except MemoryLimitError as error:
         return Hidden(status="refused", reason=str(error), unchanged=0.0), ""
     compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)
-    recovered, elsewhere = on_device(compute, resolve_device(settings.device))
+    recovered, elsewhere = compute_on_device(compute, resolve_device(settings.device))
     return recovered.hidden, elsewhere
 
 

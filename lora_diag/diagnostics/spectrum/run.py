@@ -15,7 +15,7 @@ from lora_diag.diagnostics.spectrum.thin import is_quick, is_thin, thin_spectrum
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import checked_ranks, without_rank
+from lora_diag.running.measuring import check_ranks, without_rank
 from lora_diag.running.options import show_options
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def spectrum(
     gradients, activations, kfac = (run.options[name] for name in ("gradients", "activations", "kfac"))
     ranks, top = run.options["ranks"], run.options["top"]
     recover = run.options["recover"]
-    settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top, recover=recover)
+    settings = run.settings(SpectrumSettings, ranks=check_ranks(ranks), top=top, recover=recover)
     defaults = SpectrumSettings()
     if (settings.method, top, settings.tol) != (defaults.method, defaults.top, defaults.tol):
         from lora_diag.linalg import check_request  # deferred: imports torch

@@ -14,7 +14,7 @@ from lora_diag.metrics import verdict
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NORMS
-from lora_diag.rendering.lines import REASONS, subject, within
+from lora_diag.rendering.lines import REASONS, qualify_fractions, subject
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import count, median_rank, number, percent, safe, short
 
@@ -321,4 +321,4 @@ def _describe_coverage(results: Results[Spectrum]) -> str:
     words = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
     shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
     whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
-    return f"of {whole}{within(results.left_out)}, {shares}"
+    return f"of {whole}{qualify_fractions(results.left_out)}, {shares}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
-from lora_diag.layers.resolution import unrounded
+from lora_diag.layers.resolution import make_unrounded
 from lora_diag.thin import MAX_RANK, thin_values, triangle
 
 # Entries of a layer's factors from which layers are measured concurrently. Below, threads wait for each other between
@@ -77,5 +77,5 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
         return None
     s = computed.s[0, : settings.top]
     values = _Kept(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
-    file_resolution = unrounded(s, fro, values.complete)
+    file_resolution = make_unrounded(s, fro, values.complete)
     return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)

@@ -38,7 +38,7 @@ from lora_diag.diagnostics.verify_merge.faults import (
 )
 from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
 from lora_diag.layers.change import COMPUTED
-from lora_diag.linalg import require
+from lora_diag.linalg import require_memory
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import (
     Addend,
@@ -169,7 +169,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     if task.merged is None:
         return _record(task, None, None, "missing", task.missing)
     if memory is not None and task.held:
-        require(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
+        require_memory(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
     keeps = task.adapted and (memory is None or task.footprint <= memory)
     return _verify(replace(task, kept=[], most=task.shape[0] if keeps else 1), task.merged)
 

@@ -17,7 +17,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.inputs import compare
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import not_paired
+from lora_diag.running.measuring import record_unpaired
 from lora_diag.running.options import RunOptions, show_options
 
 # The index of an expert, stacked (``w[3]``) or separate (``experts.3.``); and every number in a name.
@@ -97,7 +97,7 @@ def verify_merge(
         _measure_layer,
         _estimate_bytes,
         MergeSettings(),
-        lambda layout, _, __: not_paired(Pairing((), unpaired), layout, run.where.here),
+        lambda layout, _, __: record_unpaired(Pairing((), unpaired), layout, run.where.here),
         (
             *adapter_pairing.inputs,
             *(item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned"),

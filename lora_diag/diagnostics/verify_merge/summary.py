@@ -13,7 +13,7 @@ from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import left_out_line
 from lora_diag.rendering.statements import Level, Statement, compared, final_statements, make_statement
 from lora_diag.rendering.tables import grid_of
-from lora_diag.rendering.text import count, named, number, percent, safe, short
+from lora_diag.rendering.text import count, list_names, number, percent, safe, short
 
 # Remedy for each fault.
 REMEDIES: dict[MergeStatus, str] = {
@@ -149,7 +149,7 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
 
 
 def _list_names(records: Sequence[Merge]) -> str:
-    return named([record.layer for record in records])
+    return list_names([record.layer for record in records])
 
 
 def _select_right(results: Results[Merge]) -> list[Merge]:

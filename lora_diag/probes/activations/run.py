@@ -13,7 +13,15 @@ from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
-from lora_diag.models.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
+from lora_diag.models.activations import (
+    Listener,
+    Moment,
+    input_dimension,
+    iterate_equal_batches,
+    linear_layers,
+    output_dimension,
+    record,
+)
 from lora_diag.models.data import Texts
 from lora_diag.models.gradients import Draw
 from lora_diag.models.opening import Model, Weights
@@ -23,7 +31,7 @@ from lora_diag.running.activations import GRADIENTS
 from lora_diag.running.fingerprint import fingerprint, legible
 from lora_diag.running.inputs import MOMENTS
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, pluralized
+from lora_diag.running.probing import ProbeRun, pluralize
 from lora_diag.version import __version__
 
 
@@ -77,14 +85,14 @@ def probe_activations(
     model = run.open(base)
     texts = run.read(data)
     names, left_out = _choose_layers(model, stored, selected)
-    run.watch.total = sum(1 for _ in equal_batches(texts, run.batch))
+    run.watch.total = sum(1 for _ in iterate_equal_batches(texts, run.batch))
     linear = linear_layers(model.module)
     requested = {name: linear[name] for name in names}
-    sizes = [(inputs_of(layer), outputs_of(layer)) for layer in requested.values()]
+    sizes = [(input_dimension(layer), output_dimension(layer)) for layer in requested.values()]
     size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
     memory = f"; the sums take up to {size:.1f} GiB" if size >= 0.1 else ""
     memory += "; about three times as long with the backward pass" if gradients else ""
-    run.estimate(texts, f"{pluralized(len(requested), 'layer', 'layers')} on 1 set", memory)
+    run.estimate(texts, f"{pluralize(len(requested), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None
     listener = record(model, texts, requested, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}

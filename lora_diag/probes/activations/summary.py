@@ -8,7 +8,7 @@ from lora_diag.records.probe import Activations, LayerInput
 from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
-from lora_diag.rendering.text import count, named, safe, short
+from lora_diag.rendering.text import count, list_names, safe, short
 
 
 def activations_table(
@@ -49,7 +49,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
-    parts = [f"{len(layers)} {why}: {named(layers)}" for why, layers in by_reason.items()]
+    parts = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
     return [*statements, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 

@@ -23,10 +23,10 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     PageStyle,
     category,
-    cropped_all,
+    crop_names,
     log_label,
     name_of,
-    wrapped,
+    wrap_text,
 )
 
 MEASURED, MODEL, BOUND = CATEGORIES[0], CATEGORIES[1], QUIET
@@ -89,20 +89,22 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     inches = panel_width(style, columns)
     if rows and (columns == 1 or number > columns):  # align the panels of a column after the longest name
         inches *= 1 - NAMES
-    short = cropped_all(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
+    short = crop_names(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
     panel = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
     words = _make_text(series, all_records, bool(sets), style)
     figure, axes = sheet(style, words, -(-number // columns), columns, panel=panel, share=False)
     for name, ax in zip(sets, axes, strict=False):
         bounds = [_select_bounds(records, name) for _, records in runs]
         _draw_gaps(ax, bounds, inches, style)
-        ax.set_title(wrapped(_describe_run(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
+        ax.set_title(
+            wrap_text(_describe_run(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False
+        )
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
     if rows:
         ax = axes[len(sets)]
         draw_rows(ax, rows, style, short)
         ax.set_title(
-            wrapped(title, style.width / columns * (1 - NAMES) - style.text / 72, style.text), parse_math=False
+            wrap_text(title, style.width / columns * (1 - NAMES) - style.text / 72, style.text), parse_math=False
         )
         ax.set_xlabel(label)
     for ax in axes[number:]:

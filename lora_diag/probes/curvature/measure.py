@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_diag.errors import InputError
 from lora_diag.linalg.eigenpairs import Eigenpairs, eigenpairs
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import counted, logits_of
-from lora_diag.models.opening import Model, Weights, in_batches
+from lora_diag.models.losses import logits_of, select_predictions
+from lora_diag.models.opening import Model, Weights, iterate_batches
 from lora_diag.probes.curvature.record import Matrix, Surrogate
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
@@ -137,10 +137,10 @@ class LossFunction:
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
         predictions = 0
         with _enable_gradients(self._parameters):
-            for batch in in_batches(len(self._texts.sequences), self._size):
+            for batch in iterate_batches(len(self._texts.sequences), self._size):
                 chosen = [self._texts.sequences[i] for i in batch]
                 outputs = logits_of(self._model, chosen)
-                kept = [counted(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
+                kept = [select_predictions(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
                 logits = torch.cat([values for values, _ in kept]).float()
                 targets = torch.cat([labels for _, labels in kept])
                 loss = functional.cross_entropy(logits, targets, reduction="sum")

@@ -24,9 +24,9 @@ from lora_diag.probes.curvature.records_of import Effort, Point, curvatures
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
-from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.measuring import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
+from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 
@@ -77,7 +77,7 @@ def probe_curvature(
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
     evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
-    requested, fractions = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
+    requested, fractions = list(check_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
@@ -118,7 +118,7 @@ def probe_curvature(
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
-    return run.over([*inputs, described(texts)], settings, measured)
+    return run.over([*inputs, describe_texts(texts)], settings, measured)
 
 
 def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:
@@ -220,7 +220,7 @@ def _estimate_cost(
     products += len(ranks) * (1 + len(fractions)) if point.swapped else 0
     memory = 4 * point.loss_function.params * basis_size(point.loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
-    blocks = f" and {pluralized(len(layers), 'block', 'blocks')}" if layers else ""
+    blocks = f" and {pluralize(len(layers), 'block', 'blocks')}" if layers else ""
     return products, (
         f"about {duration(products * seconds)}: some {products} Hessian-vector products of {seconds:.2g} s each, all "
         f"layers jointly{blocks}{basis}"

@@ -12,7 +12,7 @@ from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Rows, columns_of, grid_of
-from lora_diag.rendering.text import count, median_rank, middle, number, percent, short, shown
+from lora_diag.rendering.text import count, format_shown, median_rank, middle, number, percent, short
 
 # Relative error below which the second-order model is accurate, and the linear term is small.
 NEAR = 0.1
@@ -73,7 +73,7 @@ def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> 
             else surrogates
         )
         columns = [
-            Column("held", tuple(shown(middle([s.share for s in group]), percent) for group in shares)),
+            Column("held", tuple(format_shown(middle([s.share for s in group]), percent) for group in shares)),
             Column("pairs", tuple(_median_rank_text([s.pairs_at for s in group]) for group in shares)),
             Column("rank 90%", tuple(_median_rank_text([s.rank_at["0.9"] for s in group]) for group in surrogates)),
         ]
@@ -225,8 +225,8 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
 def _describe_smallest(joint: Curvature) -> str:
     if not joint.strongly_convex:
         rounding = " is zero up to rounding" if (joint.smallest or 0) > 0 else ""
-        return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}{rounding}"
-    return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the curvature between the points is nowhere below μ"
+        return f"none: (μ/2)Σσ² needs μ > 0, and μ = {format_shown(joint.smallest)}{rounding}"
+    return f"(μ/2)Σσ² with μ = {format_shown(joint.smallest)}, if the curvature between the points is nowhere below μ"
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> str:
@@ -238,7 +238,7 @@ def _describe_surrogate(layers: Sequence[Curvature]) -> str:
     kind = "joint" if first.joint else "each layer's"
     share = middle([surrogate.share for _, surrogate in pairs])
     lines = [
-        f"the span of {kind} top {first.eigenpairs} eigenpairs has {shown(share, percent)} of the gradient"
+        f"the span of {kind} top {first.eigenpairs} eigenpairs has {format_shown(share, percent)} of the gradient"
         + ("" if first.joint else " (median)")
         + f"; a random subspace of the same dimension would have {percent(middle([s.random for _, s in pairs]) or 0.0)}"
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_diag.errors import InputError
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, nll, predictions
+from lora_diag.models.losses import Losses, iterate_predictions, nll
 from lora_diag.models.opening import Model
 from lora_diag.probes.fisher.record import Effect
 
@@ -35,7 +35,7 @@ def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]
     """
     sums, counts, kept = list[float](), list[int](), list[Tensor]()
     used_bytes = 0
-    for logits, labels in predictions(model, texts, size):
+    for logits, labels in iterate_predictions(model, texts, size):
         for outputs, target in zip(logits, labels, strict=True):
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))
@@ -58,7 +58,7 @@ def effect(model: Model, texts: Texts, before: BaseOutputs, size: int, after: Ca
     sums = list[float]()
     kl = 0.0
     index = 0
-    for logits, labels in predictions(model, texts, size):
+    for logits, labels in iterate_predictions(model, texts, size):
         for outputs, target in zip(logits, labels, strict=True):
             sums.append(float(nll(outputs, target)))
             log_p, log_q = before.logits[index].double().log_softmax(-1), outputs.double().log_softmax(-1)

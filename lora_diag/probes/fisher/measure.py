@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_diag.linalg import Factors
 from lora_diag.models.data import Sequence, Texts
 from lora_diag.models.gradients import Draw, backward
-from lora_diag.models.opening import Model, in_batches
+from lora_diag.models.opening import Model, iterate_batches
 
 # Memory limit of the sums and singular vectors of the layers of one pass over the text.
 PASS_BYTES = 2 * 2**30
@@ -179,7 +179,7 @@ def add_up(
     predictions = 0
     ordered = sorted(texts.sequences, key=lambda sequence: len(sequence.ids))
     try:
-        for batch in in_batches(len(ordered), size):
+        for batch in iterate_batches(len(ordered), size):
             chosen = [ordered[i] for i in batch]
             mask = _mask(chosen).to(model.device)
             predictions += sum(backward(model, chosen, draw))

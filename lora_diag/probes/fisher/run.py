@@ -21,9 +21,9 @@ from lora_diag.probes.fisher.measure import Tail, add_up, groups_of, tail_of
 from lora_diag.probes.fisher.options import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.measuring import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
+from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 # Cost of a backward pass in forward passes, in addition to its own forward pass.
@@ -73,7 +73,7 @@ def probe_fisher(
     run = ProbeRun("probe fisher", options, FisherOptions)
     data, evaluate, measure = (run.options[name] for name in ("data", "evaluate", "measure"))
     labels, seed = run.options["labels"], run.options["seed"]
-    requested = checked_ranks(run.options["ranks"])
+    requested = check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
     check_files([base, tuned], [data, *evaluate])
@@ -104,7 +104,7 @@ def probe_fisher(
         return [*left_out(compared.pairing, swapped.absent), *rest, *problems]
 
     settings = {"ranks": list(requested), "labels": labels, "seed": seed, **run.selection}
-    sets = [described(texts, "data"), *([described(held_out)] if held_out is not None else [])]
+    sets = [describe_texts(texts, "data"), *([describe_texts(held_out)] if held_out is not None else [])]
     return run.over([*compared.inputs, *sets], settings, measured)
 
 
@@ -144,7 +144,7 @@ class _Probe:
             measured = (changes + 1) * self.of.batches([self.held_out])
         self.of.watch.total = batches + measured
         description = (
-            f"{pluralized(len(todo), 'layer', 'layers')}, {pluralized(passes, 'pass', 'passes')} forward and back"
+            f"{pluralize(len(todo), 'layer', 'layers')}, {pluralize(passes, 'pass', 'passes')} forward and back"
         )
         if self.held_out is not None:
             description += f" and {changes} truncations measured"

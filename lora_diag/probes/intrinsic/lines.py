@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records.shown import Shown, value_at
-from lora_diag.running.rates import edge, lowest
+from lora_diag.running.rates import edge, find_best_rates
 
 Subject = Literal["full", "subspace", "lora"]
 
@@ -101,7 +101,7 @@ def best_rates(records: Iterable[Intrinsic], choose: str, seed: int, subject: Su
         subject: Kind of the runs.
     """
     key = (subject, choose, seed)
-    return lowest((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+    return find_best_rates((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
 
 
 def size_of(record: Intrinsic) -> int | None:

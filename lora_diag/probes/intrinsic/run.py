@@ -12,7 +12,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses
-from lora_diag.models.methods import with_lora
+from lora_diag.models.methods import add_lora
 from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, Training, losses_after
 from lora_diag.probes.intrinsic.lines import Subject
@@ -21,9 +21,9 @@ from lora_diag.probes.intrinsic.options import IntrinsicOptions
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
-from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.measuring import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, pluralized
+from lora_diag.running.probing import check_files, pluralize
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
@@ -79,7 +79,7 @@ def probe_intrinsic(
     dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "repeats"))
     paces, full_rates, lora_rates = (run.options[name] for name in grids)
     kind: Method = "said" if run.options["projection"] == "said" else "plain"
-    requested = list(checked_ranks(ranks)) if ranks else []
+    requested = list(check_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
     if not 0 < share < 1:
@@ -204,7 +204,7 @@ class _Probe:
     def _count_params(self, cell: _Cell) -> int:
         """Count the trained parameters of a run."""
         if cell.rank is not None:
-            with with_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
+            with add_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
                 return sum(parameter.numel() for parameter in tuned.module.parameters() if parameter.requires_grad)
         return cell.dim or self.total
 
@@ -213,7 +213,7 @@ class _Probe:
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
         lines = [
-            f"{pluralized(runs, 'run', 'runs')} {subject} of {walk.training.steps} steps of {step:.2g} s"
+            f"{pluralize(runs, 'run', 'runs')} {subject} of {walk.training.steps} steps of {step:.2g} s"
             for subject, (runs, step) in zip(arms, costs, strict=True)
         ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients

@@ -72,7 +72,7 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
 
 
 def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
-    gap, error = paired(other.nll, best.nll, counts)
+    gap, error = paired_difference(other.nll, best.nll, counts)
     if error is None:
         return Rival(other.name, gap, None, None)
     half = Estimate(gap, error, freedom(len(counts))).half(level)

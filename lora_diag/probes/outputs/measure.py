@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, counted, forward, nll
-from lora_diag.models.opening import Model, in_batches
+from lora_diag.models.losses import Losses, forward, nll, select_predictions
+from lora_diag.models.opening import Model, iterate_batches
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
@@ -134,11 +134,11 @@ def _compute_answer(
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
     answers = []
-    for batch in in_batches(len(chunk.sequences), size):
+    for batch in iterate_batches(len(chunk.sequences), size):
         chosen = [chunk.sequences[i] for i in batch]
         model_output = forward(model, chosen, hidden=True)
         for i, sequence in enumerate(chosen):
-            logits, labels = counted(model, sequence, model_output.logits[i])
+            logits, labels = select_predictions(model, sequence, model_output.logits[i])
             hidden = tuple(states[i, : len(sequence.ids)].float() for states in model_output.hidden_states or ())
             answers.append(_Answer(logits.float(), labels, hidden))
         after_batch(contender.name or contender.subject)

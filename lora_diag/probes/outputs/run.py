@@ -15,7 +15,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.probe import Subject
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
+from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 
@@ -80,13 +80,13 @@ def probe_outputs(
             )
         ]
         run.watch.total = len(contenders) * run.batches(todo)
-        run.estimate(texts[0], f"{len(contenders)} models on {pluralized(len(todo), 'set', 'sets')}")
+        run.estimate(texts[0], f"{len(contenders)} models on {pluralize(len(todo), 'set', 'sets')}")
         for text_set in todo:
             for record in outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 kept.put(record)
         return _list_left_out([full, *compared], contenders[1:])
 
-    return run.over([*inputs, *map(described, texts)], {}, measured)
+    return run.over([*inputs, *map(describe_texts, texts)], {}, measured)
 
 
 def _refuse_repeated(tuned: Path | str, others: Sequence[Path | str]) -> None:

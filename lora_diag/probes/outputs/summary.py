@@ -11,7 +11,7 @@ from lora_diag.probes.outputs.contest import Contest, contests_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.lines import called
+from lora_diag.rendering.lines import short_paths
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of
@@ -73,7 +73,7 @@ _READING = (
 def _label_models(records: Sequence[Probe]) -> dict[str, str]:
     """Return the label of each adapter and reference."""
     paths = list(dict.fromkeys(record.name for record in records if record.name))
-    return dict(zip(paths, called(paths), strict=True))
+    return dict(zip(paths, short_paths(paths), strict=True))
 
 
 def _name(record: Probe, names: dict[str, str]) -> str:
@@ -121,7 +121,7 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     record = best.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
-    (name,) = called([best.name])
+    (name,) = short_paths([best.name])
     return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
 
 

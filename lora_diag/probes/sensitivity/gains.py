@@ -12,12 +12,12 @@ from statistics import fmean
 from typing import ClassVar
 
 from lora_diag.metrics.correlation import interval, p_value, spearman
-from lora_diag.metrics.equivalence import paired
+from lora_diag.metrics.equivalence import paired_difference
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import module_type_of
 from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import SingularValues
-from lora_diag.running.rates import edge, lowest
+from lora_diag.running.rates import edge, find_best_rates
 
 # Number of standard errors below which a gain is not significant.
 ERRORS = 2
@@ -107,7 +107,7 @@ class Correlation:
 def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, choose: str, seed: int) -> float | None:
     """Return the rate of a unit's lowest loss of the first seed on the deciding set; None if all runs diverged."""
     key = (unit, rank, choose, seed)
-    return lowest((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
+    return find_best_rates((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
 
 
 def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, seed: int) -> list[Gain]:
@@ -128,7 +128,7 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
         if base is None or lr is None or not runs:
             continue
         nll = tuple(fmean(values) for values in zip(*(r.nll for r in runs), strict=True))
-        gain, error = paired(base.nll, nll, base.predictions)
+        gain, error = paired_difference(base.nll, nll, base.predictions)
         tried = {r.lr for r in records if (r.unit, r.rank) == (unit, rank) and r.lr is not None}
         seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
         gains.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
@@ -144,7 +144,7 @@ def marginals_of(
     if base is None:
         return []
     return [
-        Marginal(gain.unit, *paired(gain.nll, at_higher_rank[gain.unit].nll, base.predictions))
+        Marginal(gain.unit, *paired_difference(gain.nll, at_higher_rank[gain.unit].nll, base.predictions))
         for gain in lower
         if gain.unit in at_higher_rank
     ]

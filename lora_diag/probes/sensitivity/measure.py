@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lora_diag.errors import InputError
 from lora_diag.linalg import decompose, norm
-from lora_diag.models.activations import inputs_of
+from lora_diag.models.activations import input_dimension
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, counted, logits_of, nll
+from lora_diag.models.losses import Losses, logits_of, nll, select_predictions
 from lora_diag.models.methods import ALPHA_OVER_RANK, Lora
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Training, losses_after
@@ -80,12 +80,12 @@ def _unit_name(layer: str, per: str) -> str:
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """Return ``(out, in)`` of a linear layer."""
-    weight, inputs = layer.weight, inputs_of(layer)
+    weight, inputs = layer.weight, input_dimension(layer)
     assert isinstance(weight, Tensor)
     return weight.numel() // inputs, inputs
 
 
-def adapted_alone(
+def train_alone(
     model: Model,
     unit: Unit,
     cell: Cell,
@@ -169,7 +169,7 @@ def gradients(
         for first in range(0, len(texts.sequences), size):
             chosen = list(texts.sequences[first : first + size])
             logits = logits_of(model, chosen)
-            pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
+            pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
             torch.stack([nll(outputs, target) for outputs, target in pairs]).sum().backward()  # type: ignore[no-untyped-call]
             predictions += sum(len(target) for _, target in pairs)
             for name, weight in weights.items():

@@ -14,16 +14,16 @@ from lora_diag.errors import NothingComparedError
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
-from lora_diag.models.methods import inner_layers
+from lora_diag.models.methods import layers_without_head
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import RECIPE, Cell, Training
 from lora_diag.probes.sensitivity.measure import (
     Unit,
-    adapted_alone,
     first_order,
     gradients,
     record_of,
     shape_of,
+    train_alone,
     units_of,
 )
 from lora_diag.probes.sensitivity.options import SensitivityOptions
@@ -31,7 +31,7 @@ from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, pluralized
+from lora_diag.running.probing import check_files, pluralize
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
@@ -117,7 +117,7 @@ def _choose_layers(
     Raises:
         NothingComparedError: No linear layer is selected.
     """
-    weights, inner = Weights(model.module), inner_layers(model.module)
+    weights, inner = Weights(model.module), layers_without_head(model.module)
     known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
     names: dict[str, str] = {}
     left_out = []
@@ -156,7 +156,7 @@ class _Probe:
         fields = {"record": "sensitivity", "unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
 
         def train(training: Training, sets: Sequence[Texts], after: Callable[[], None]) -> list[Sensitivity]:
-            return adapted_alone(self.model, unit, cell, training, sets, bases, after)
+            return train_alone(self.model, unit, cell, training, sets, bases, after)
 
         return Trial(fields, f"{unit.name} {cell.label}", train)
 
@@ -203,10 +203,12 @@ class _Probe:
         walk.watch.total = walk.batches + passes
         walk.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation
-        sizes = sum(shape_of(layer)[0] * shape_of(layer)[1] for layer in inner_layers(self.model.module).values())
+        sizes = sum(
+            shape_of(layer)[0] * shape_of(layer)[1] for layer in layers_without_head(self.model.module).values()
+        )
         memory = f"; the gradients take {4 * sizes / 2**30:.1f} GiB" if passes and 4 * sizes >= 2**30 / 10 else ""
         walk.watch.note(
-            f"about {duration(seconds)}: {pluralized(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
-            f"at most ({pluralized(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{pluralized(len(walk.sets), 'set', 'sets')}{walk.more(arms)}{memory}"
+            f"about {duration(seconds)}: {pluralize(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
+            f"at most ({pluralize(len(self.units), 'unit', 'units')}), each evaluated on "
+            f"{pluralize(len(walk.sets), 'set', 'sets')}{walk.more(arms)}{memory}"
         )

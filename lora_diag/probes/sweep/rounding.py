@@ -71,7 +71,7 @@ def to_int8(weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounded(layers: Iterable[nn.Module], grid: str | None) -> Iterator[None]:
+def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[None]:
     """Round the weights of linear layers within the block, then restore them.
 
     Args:

@@ -11,20 +11,20 @@ from typing import Any, Unpack
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
-from lora_diag.models.methods import Lora, inner_layers
+from lora_diag.models.methods import Lora, layers_without_head
 from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, Training, record_of, run_cell
 from lora_diag.probes.sweep.options import SweepOptions
-from lora_diag.probes.sweep.rounding import rounded
+from lora_diag.probes.sweep.rounding import round_weights
 from lora_diag.records import LeftOut, Probe, Results, WholeRecord
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import duration
-from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.measuring import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, pluralized
+from lora_diag.running.probing import check_files, pluralize
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
-from lora_diag.running.training_workers import RunTask, Site, Workers, bare, opened
+from lora_diag.running.training_workers import RunTask, Site, Workers, drop_sequences, open_site
 
 # Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
 EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
@@ -87,7 +87,7 @@ def probe_sweep(
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
     names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
     full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in names)
-    requested = checked_ranks(run.options["ranks"])
+    requested = check_ranks(run.options["ranks"])
     if not 0 < tolerance < 1:
         raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
     if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
@@ -148,8 +148,8 @@ def train_on_worker(site: Site, training: Training, grid: str | None, task: RunT
         grid: Grid of BASE's linear layers; None without rounding.
         task: Its ``work`` is the cell.
     """
-    model, texts, sets = opened(site)
-    with rounded(inner_layers(model.module).values(), grid):
+    model, texts, sets = open_site(site)
+    with round_weights(layers_without_head(model.module).values(), grid):
         return run_cell(model, task.work, replace(training, texts=texts), sets, lambda: None)
 
 
@@ -187,7 +187,7 @@ class _Sweep:
     def _run_remotely(
         self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
     ) -> Iterator[Sequence[WholeRecord]]:
-        training = replace(self.walk.training, texts=bare(self.walk.training.texts))
+        training = replace(self.walk.training, texts=drop_sequences(self.walk.training.texts))
         trained = partial(train_on_worker, workers.site, training, grid)
         return workers.run(trained, [(trial.label, trial.work) for trial in trials], poll)
 
@@ -201,8 +201,8 @@ class _Sweep:
 
     def run(self, arm: _Arm) -> None:
         """Train everything of an arm."""
-        layers = inner_layers(self.model.module).values()
-        with rounded(layers, arm.grid) if arm.grid else nullcontext():
+        layers = layers_without_head(self.model.module).values()
+        with round_weights(layers, arm.grid) if arm.grid else nullcontext():
             if arm.grid:
                 self.measure_base(arm.grid)
             self.walk.run(arm.runs)
@@ -217,11 +217,11 @@ class _Sweep:
         for arm, (runs, step) in zip(arms, costs, strict=True):
             description = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
             lines.append(
-                f"{pluralized(runs, 'run', 'runs')}{description} of {walk.training.steps} steps of {step:.2g} s at most"
+                f"{pluralize(runs, 'run', 'runs')}{description} of {walk.training.steps} steps of {step:.2g} s at most"
             )
         walk.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
-            f"{pluralized(len(walk.sets), 'set', 'sets')}"
+            f"{pluralize(len(walk.sets), 'set', 'sets')}"
             f"{walk.more([arm.runs for arm in arms])}{self._estimate_copies(arms)}"
         )
 

@@ -18,11 +18,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from lora_diag.metrics.equivalence import LEVEL, MAX_RUNS, Estimate, blocks, runs_needed, welch, within
+from lora_diag.metrics.equivalence import (
+    LEVEL,
+    MAX_RUNS,
+    Estimate,
+    blocked_variance,
+    runs_needed,
+    variance_within,
+    welch,
+)
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject, main_sets
 from lora_diag.records.shown import Shown
-from lora_diag.running.rates import edge, lowest
+from lora_diag.running.rates import edge, find_best_rates
 
 Outcome = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
 Answer = Literal["yes", "no", "not known"]
@@ -248,10 +256,10 @@ def compare_with_reference(
         return None
     best = min(rows, key=lambda row: row.mean)
     gap = best.mean - other.mean
-    spread, freedom = within([row.losses for row in rows])
+    spread, freedom = variance_within([row.losses for row in rows])
     if not spread or not other.runs:
         return ReferenceComparison(best, other, gap, None, share, "no verdict")
-    its, own_freedom = within([other.losses])
+    its, own_freedom = variance_within([other.losses])
     fixed = its < FIXED**2 * spread
     level = 1 - (1 - LEVEL) / len(rows)
     n, m = len(best.runs), 1 if fixed else len(other.runs)
@@ -305,7 +313,7 @@ def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subjec
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
     key = (subject, choose, seed)
-    lowest_losses = lowest((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+    lowest_losses = find_best_rates((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
     return dict(sorted(lowest_losses.items(), key=lambda item: item[0] or 0))
 
 
@@ -372,7 +380,9 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         return SweepVerdict("no verdict", None, None, None, best.rank, max(0.0, share * gain), spread, gain, (), seeds)
     if gain <= 0:
         return SweepVerdict("no gain", None, None, None, best.rank, 0.0, spread, gain, (), seeds)
-    noise = _Noise(*blocks([row.runs for _, row in ranked]), *within([row.losses for _, row in ranked]))
+    noise = _Noise(
+        *blocked_variance([row.runs for _, row in ranked]), *variance_within([row.losses for _, row in ranked])
+    )
     standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
     close = (rank for rank, row in ranked if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0)
     chosen = next(
@@ -414,7 +424,7 @@ class _Noise:
         in 14% of simulated sweeps instead of 5% (spreads 5 times apart, 5 ranks); with the maximum it is 7 to 10%, and
         4% for equal spreads.
         """
-        return max(self.paired, blocks([first.runs, second.runs])[0])
+        return max(self.paired, blocked_variance([first.runs, second.runs])[0])
 
     def theta(self, value: float, variance: float, share: float, n: int, m: int) -> Estimate:
         """Return θ of n and m runs. Common seeds cancel, except for the fraction δ from the margin, which is a gain."""

@@ -30,14 +30,14 @@ LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
 ENOUGH = 0.9
 
 
-def together(records: Iterable[Probe]) -> tuple[Probe, ...]:
+def select_joint(records: Iterable[Probe]) -> tuple[Probe, ...]:
     """Return the records of all layers truncated together, including BASE and TUNED."""
     return tuple(record for record in records if record.layer is None and record.module_type is None)
 
 
 def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    if any(record.subject == "truncated" for record in together(records)):
+    if any(record.subject == "truncated" for record in select_joint(records)):
         return None
     return "no rank was measured with all layers truncated (--granularity all)"
 
@@ -57,7 +57,7 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
         The Axes drawn on.
     """
     records, called = one_set(results, "truncation", name)
-    of_set = together(records)
+    of_set = select_joint(records)
     with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw_gaps(axes, of_set, inches, style)
@@ -68,7 +68,7 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
-    runs = [together(item.records) for item in series]
+    runs = [select_joint(item.records) for item in series]
     single = len(runs) == 1
     panels: list[tuple[str, Draw]] = []
     for name, called in sets_of(record for records in runs for record in records).items():

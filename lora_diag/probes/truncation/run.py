@@ -10,9 +10,9 @@ from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.truncation.measure import cells_of, truncation
 from lora_diag.probes.truncation.options import TruncationOptions
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.measuring import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, described, left_out, pluralized
+from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 
@@ -56,7 +56,7 @@ def probe_truncation(
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
     evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "granularity", "untruncated"))
-    requested = list(checked_ranks(run.options["ranks"], 0))
+    requested = list(check_ranks(run.options["ranks"], 0))
     check_files([base, tuned], evaluate, *shifted)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
@@ -70,11 +70,11 @@ def probe_truncation(
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [cell for cell in cells if not kept.has(sets, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
-        svds = f", and the SVD of {pluralized(len(chosen), 'matrix', 'matrices')}"
-        run.estimate(texts[0], f"{len(todo) + 2} losses on {pluralized(len(texts), 'set', 'sets')}", svds)
+        svds = f", and the SVD of {pluralize(len(chosen), 'matrix', 'matrices')}"
+        run.estimate(texts[0], f"{len(todo) + 2} losses on {pluralize(len(texts), 'set', 'sets')}", svds)
         for record in truncation(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
             kept.put(record)
         return left_out(compared.pairing, swapped.absent)
 
     settings = {"ranks": requested, "per": per, "rest": rest, **run.selection}
-    return run.over([*compared.inputs, *map(described, texts)], settings, measured)
+    return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measured)

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from lora_diag.rendering.figures.style import INK, PANEL, PageStyle, styled, width_of
+from lora_diag.rendering.figures.style import INK, PANEL, PageStyle, apply_style, width_of
 
 
 @contextmanager
 def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, PageStyle | None]]:
     """Return the caller's axes with unchanged fonts, or those of a new figure."""
-    with styled(PANEL if ax is None else None):
+    with apply_style(PANEL if ax is None else None):
         if ax is not None:
             yield ax, None
         else:

@@ -101,10 +101,10 @@ def _iterate_numbers(content: Any, prefix: str) -> Iterable[str]:
         yield prefix
 
 
-def written(value: float) -> str:
+def format_cell(value: float) -> str:
     """Return a number in a short form for a cell.
 
-    >>> written(0.4123), written(12.0), written(1234.5), written(2.6e-5)
+    >>> format_cell(0.4123), format_cell(12.0), format_cell(1234.5), format_cell(2.6e-5)
     ('0.41', '12', '1234', '3e-05')
     """
     if value == 0 or (value == math.floor(value) and abs(value) < 1e4):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lora_diag.rendering.figures.losses import panel_width, panels_of
 from lora_diag.rendering.figures.sheet import FigureText, finish_grid, grid_of, sheet
-from lora_diag.rendering.figures.style import PageStyle, cropped_all, wrapped
+from lora_diag.rendering.figures.style import PageStyle, crop_names, wrap_text
 
 # Draws a panel: ``draw(ax, inches=...)``, on axes of this width in inches.
 Draw = Callable[..., object]
@@ -38,7 +38,7 @@ def page_of(
     figure, axes = sheet(style, words, rows, columns, panel=height * style.panel, share=False)
     for (title, draw), ax in zip(panels, axes, strict=False):
         draw(ax, inches=inches)
-        ax.set_title(wrapped(title, inches, style.text), parse_math=False)
+        ax.set_title(wrap_text(title, inches, style.text), parse_math=False)
         ax.set(**{name: text for name, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
     for ax in axes[len(panels) :]:
         ax.remove()
@@ -61,7 +61,7 @@ def multiples_of(
     rows, columns = grid_of(len(panels), style)
     inches = (style.width * width - 3.4 * style.text / 72) / columns - 1.2 * style.text / 72
     figure, axes = sheet(style, text, rows, columns)
-    titles = cropped_all(list(panels), inches, style.text)
+    titles = crop_names(list(panels), inches, style.text)
     for (name, draw), ax in zip(panels.items(), axes, strict=False):
         draw(ax, inches=inches)
         ax.set_title(titles[name], parse_math=False)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.rendering.figures.series import Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, category, cropped_all, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, category, crop_names, wrap_text
 
 # Fraction of a page's width available to names.
 NAMES = 0.42
@@ -96,7 +96,7 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: Fi
     columns = 1 if style.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
     shown = {row.name for _, panel_rows in panels for row in panel_rows}
-    short = cropped_all(sorted(shown), NAMES * style.width / columns, style.ticks)
+    short = crop_names(sorted(shown), NAMES * style.width / columns, style.ticks)
     inches = style.width / columns * (1 - NAMES)
     # Rows shared by several runs need room for all bars.
     max_rows = max(max(len({row.name for row in panel_rows}), 0.6 * len(panel_rows)) for _, panel_rows in panels)
@@ -104,7 +104,7 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: Fi
     figure, axes = sheet(style, text, rows, columns, panel=panel, share=False, low=True)
     for (title, panel_rows), ax in zip(panels, axes, strict=False):
         draw_rows(ax, panel_rows, style, short)
-        ax.set_title(wrapped(title, inches, style.text), parse_math=False)
+        ax.set_title(wrap_text(title, inches, style.text), parse_math=False)
         ax.set_xlabel(xlabel)
     for ax in axes[len(panels) :]:
         ax.remove()

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, PageStyle, width_of, wrapped
+from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, PageStyle, width_of, wrap_text
 
 # Line height relative to font size; gap between blocks of text in lines.
 LEADING, GAP = 1.28, 0.55
@@ -141,7 +141,7 @@ class _Block:
     def add(self, text: str, size: float, color: str, weight: str = "normal") -> None:
         if text:
             # Bold text is one ninth wider than the measured regular text.
-            lines = wrapped(text, self.width / (1.12 if weight == "bold" else 1), size)
+            lines = wrap_text(text, self.width / (1.12 if weight == "bold" else 1), size)
             self._parts.append((lines, size, color, weight))
             self.height += ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
 
@@ -168,7 +168,7 @@ def _break_legend(keys: Sequence[Key], width: float, style: PageStyle) -> list[l
     rows: list[list[Key]] = []
     left = 0.0
     handle = 4.2 * style.ticks / 72
-    for key in (Key(key.handle, wrapped(key.label, width - handle, style.ticks)) for key in keys):
+    for key in (Key(key.handle, wrap_text(key.label, width - handle, style.ticks)) for key in keys):
         needed = width_of(key.label, style.ticks) + handle
         if not rows or needed > left:
             rows.append([])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_diag.records import LayerRecord
 from lora_diag.rendering.figures.groups import Types, by_depth
 from lora_diag.rendering.figures.sheet import MAX_PANELS
-from lora_diag.rendering.figures.style import cropped_all, width_of
+from lora_diag.rendering.figures.style import crop_names, width_of
 
 R = TypeVar("R", bound=LayerRecord)
 
@@ -43,7 +43,7 @@ class Slot(Generic[R]):
         return max(map(len, self.bars))
 
 
-def slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[Slot[R], ...]:
+def make_slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[Slot[R], ...]:
     """Return the slots of layers; if there are too many types, the last slot has the others.
 
     Args:
@@ -110,7 +110,7 @@ def _fit_labels(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[l
     """Return the shortened names, and their rotation in degrees."""
     positions = [round(float(slot.edges.mean())) for slot in drawn]
     room = inches / (max(positions) - min(positions) + 1)
-    names = list(cropped_all([slot.name for slot in drawn], LONGEST * size / 72, size).values())
+    names = list(crop_names([slot.name for slot in drawn], LONGEST * size / 72, size).values())
     if max(width_of(name, size) for name in names) < 0.94 * room:
         return names, 0
     return names, 90 if room < 1.75 * size / 72 else 45

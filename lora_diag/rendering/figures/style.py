@@ -95,7 +95,7 @@ def page_style_of(name: str) -> PageStyle:
 
 
 @contextmanager
-def styled(style: PageStyle | None) -> Iterator[None]:
+def apply_style(style: PageStyle | None) -> Iterator[None]:
     """Set fonts, sizes and widths inside the block; None keeps the sizes of a notebook's own axes."""
     with mpl.rc_context(_PLAIN if style is None else _make_settings(style)):
         yield
@@ -148,7 +148,7 @@ def _format_tick(style: PageStyle) -> dict[str, Any]:
     }
 
 
-def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
+def encode_figure(figure: Figure, kind: str, width: str = "slide") -> bytes:
     """Return a figure as the bytes of a file; the same figure gives the same bytes.
 
     Args:
@@ -163,7 +163,7 @@ def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
         "pdf": {"CreationDate": None},
     }
     buffer = io.BytesIO()
-    with styled(style):
+    with apply_style(style):
         figure.savefig(buffer, format=kind, dpi=style.dpi, metadata=metadata[kind])
     return buffer.getvalue()
 
@@ -224,7 +224,7 @@ def _measure_line(line: str) -> float:
     return float(font.get_width_height()[0]) / 64 / 100
 
 
-def cropped(text: str, inches: float, size: float) -> str:
+def crop_name(text: str, inches: float, size: float) -> str:
     """Truncate a name at its beginning until it fits; its end is more specific."""
     return _first_fitting([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
 
@@ -240,7 +240,7 @@ def _first_fitting(texts: Sequence[str], inches: float, size: float) -> str:
     return texts[min(index, len(texts) - 1)]
 
 
-def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
+def crop_names(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
     """Shorten names to fit: those of one family at the same dot, others where each remains unambiguous.
 
     Returns:
@@ -257,8 +257,8 @@ def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, s
         for name in family
     }
     ways: list[Callable[[str], str]] = [
-        lambda name: cropped(_drop_to_dot(name, dots[name]), inches, size),
-        lambda name: cropped(name, inches, size),
+        lambda name: crop_name(_drop_to_dot(name, dots[name]), inches, size),
+        lambda name: crop_name(name, inches, size),
         lambda name: cut(name, inches, size),
     ]
     cropped_names = [{name: way(name) for name in names} for way in ways]
@@ -278,7 +278,7 @@ def _drop_to_dot(name: str, dot: int) -> str:
     return f"…{'.'.join(parts[dot:])}" if dot else name
 
 
-def wrapped(text: str, inches: float, size: float) -> str:
+def wrap_text(text: str, inches: float, size: float) -> str:
     """Wrap text between words, and break words that are too long."""
     lines: list[str] = []
     for paragraph in text.split("\n"):

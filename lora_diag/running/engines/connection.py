@@ -90,7 +90,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connected(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
+def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
     """Connect to the cluster or start a local one; an existing connection of the caller is kept.
 
     Raises:
@@ -133,7 +133,7 @@ def connected(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
 
 
 @contextmanager
-def joined(engine: Ray, cores: int) -> Iterator[bool]:
+def keep_connection(engine: Ray, cores: int) -> Iterator[bool]:
     """Stay connected over several uses of a cluster, so that its workers keep what they opened.
 
     Args:
@@ -148,7 +148,7 @@ def joined(engine: Ray, cores: int) -> Iterator[bool]:
         InputError: The cluster cannot be reached.
     """
     ray = import_ray()
-    with connected(ray, engine, cores):
+    with connect(ray, engine, cores):
         yield ray.cluster_resources().get("GPU", 0) >= 1
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
 from lora_diag.errors import InputError, LoradiagError
-from lora_diag.running.engines.connection import RETRIES, Ray, connected, import_ray
+from lora_diag.running.engines.connection import RETRIES, Ray, connect, import_ray
 from lora_diag.running.engines.local import Layout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
@@ -61,7 +61,7 @@ def run_ray(
     if not listed:
         return
     ray = import_ray()
-    with connected(ray, engine, layout.cores):
+    with connect(ray, engine, layout.cores):
         cluster = _Cluster(ray, engine.gpus_per_task)
         plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
         run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, listed)), listed, poll, advice)
@@ -87,7 +87,7 @@ def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
         footprint: Memory of a running task in bytes.
     """
     ray = import_ray()
-    with connected(ray, engine, layout.cores):
+    with connect(ray, engine, layout.cores):
         cluster = _Cluster(ray, engine.gpus_per_task)
         cores = cluster.threads(layout)(footprint)
         return cluster.slots if engine.gpus_per_task else cluster.fitting(cores), cores

@@ -35,7 +35,7 @@ def measured():
 
 def test_real_records_agree(measured):
     for name, results in measured.items():
-        assert list(consistency.contradictions(results)) == [], name
+        assert list(consistency.find_contradictions(results)) == [], name
 
 
 # Fields of which nothing else in the file tells anything.
@@ -89,7 +89,7 @@ def test_edited_number_is_detected(measured, name):
             if value == 0 or new == value:
                 continue
             try:
-                problems = list(consistency.contradictions(edited(results, 0, path, new)))
+                problems = list(consistency.find_contradictions(edited(results, 0, path, new)))
             except ValueError:
                 continue  # no record at all any more
             tried += 1
@@ -102,7 +102,7 @@ def test_edited_singular_value_is_detected(measured):
     results = measured["tuned"]
     s, fro = results.layers[0].s, results.layers[0].fro
     for i in range(len(s)):
-        problems = list(consistency.contradictions(edited(results, 0, ("s", i), s[i] * 2)))
+        problems = list(consistency.find_contradictions(edited(results, 0, ("s", i), s[i] * 2)))
         assert problems or 3 * (s[i] / fro) ** 2 < 1e-7, i
 
 
@@ -111,14 +111,14 @@ def test_edited_singular_value_is_detected(measured):
 def test_edge_out_of_range_is_detected(measured, name, factor):
     results = measured["tuned"]
     seen = getattr(results.layers[0].resolution, name)
-    problems = list(consistency.contradictions(edited(results, 0, ("resolution", name), seen * factor)))
+    problems = list(consistency.find_contradictions(edited(results, 0, ("resolution", name), seen * factor)))
     assert any("resolution.edge" in problem for problem in problems)
 
 
 def test_factor_in_every_record_is_detected(measured):
     results = measured["adapter"]
     layers = tuple(r.model_copy(update={"base_fro": 10 * r.base_fro}) for r in results)
-    problems = list(consistency.contradictions(Results(results.run, layers, results.left_out, results.end)))
+    problems = list(consistency.find_contradictions(Results(results.run, layers, results.left_out, results.end)))
     assert len(problems) == 1
     assert problems[0].startswith("end: base_fro")
 
@@ -132,7 +132,7 @@ def test_raised_verdict_is_detected():
 
 def contradictions_of(*records):
     layers = tuple(Spectrum.model_validate(record) for record in records)
-    return list(consistency.contradictions(Results(None, layers)))
+    return list(consistency.find_contradictions(Results(None, layers)))
 
 
 def test_resolution_limits_use_metric():

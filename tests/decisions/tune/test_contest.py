@@ -14,7 +14,7 @@ from lora_diag.decisions.tune.contest import (
     stability_trials,
 )
 from lora_diag.decisions.tune.figures import Point, frontier
-from lora_diag.decisions.tune.variants import Variant, changed, shortest, uniform
+from lora_diag.decisions.tune.variants import Variant, change_variant, find_shortest_names, uniform
 from lora_diag.probes.sweep.verdict import AtRank, judge
 
 COUNTS = np.array([5, 7, 3, 9])
@@ -110,11 +110,13 @@ def test_frontier_has_undominated_sizes():
 
 def test_variant_changes_one_setting():
     one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
-    assert changed(one, "dropout").config == {**one.config, "lora_dropout": 0.1}
-    assert changed(one, "weight-decay").decay == 0.1
+    assert change_variant(one, "dropout").config == {**one.config, "lora_dropout": 0.1}
+    assert change_variant(one, "weight-decay").decay == 0.1
     patterned = Variant("prior", {**one.config, "alpha_pattern": {"k": 16}}, 1e-3, 100)
-    assert changed(patterned, "half-alpha").config == {**one.config, "lora_alpha": 4, "alpha_pattern": {"k": 8}}
+    assert change_variant(patterned, "half-alpha").config == {**one.config, "lora_alpha": 4, "alpha_pattern": {"k": 8}}
     with pytest.raises(ValueError, match="more"):
-        changed(one, "more")
-    assert shortest(["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"], ["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"]) == ["q"]
-    assert shortest(["l.0.q"], ["l.0.q", "head.q"]) == ["l.0.q"]
+        change_variant(one, "more")
+    assert find_shortest_names(
+        ["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"], ["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"]
+    ) == ["q"]
+    assert find_shortest_names(["l.0.q"], ["l.0.q", "head.q"]) == ["l.0.q"]

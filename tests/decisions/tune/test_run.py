@@ -19,7 +19,7 @@ from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.decisions.tune.contest import Measured
 from lora_diag.decisions.tune.outputs import configs
-from lora_diag.decisions.tune.planning import extended
+from lora_diag.decisions.tune.planning import extend_plan
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.decisions.tune.variants import Variant, uniform
@@ -309,12 +309,12 @@ def test_more_time_restores_omitted_stages():
         largest=64, ranks=(1, 64), rates=(1e-3, 1e-2), steps=50, step_seconds=0.1, full_step_seconds=0.2,
         evaluation_seconds=1.0, limit=60.0, full=False, widen=0, left_out=("every second rank", "half of the steps"),
     )  # fmt: skip
-    found = extended(plan, SimpleNamespace(options=options), 36_000.0, 1)
+    found = extend_plan(plan, SimpleNamespace(options=options), 36_000.0, 1)
     assert (found.ranks, found.steps, found.full, found.widen, found.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
     assert found.left_out == ("half of the steps",)
     assert found.limit == 36_000
     with raises_naming(UsageError, "without", "limit"):
-        extended(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0, 1)
+        extend_plan(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0, 1)
 
 
 def test_trainers_get_expressible_ranks():

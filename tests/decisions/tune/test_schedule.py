@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.decisions.tune.schedule import MARGIN, Costs, Search, halved, narrowed, seconds_of, stages
+from lora_diag.decisions.tune.schedule import MARGIN, Costs, Search, halve_rates, list_stages, narrow_search, seconds_of
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_time
 
@@ -38,7 +38,7 @@ def test_concurrent_rounds_take_planned_time(rounds, slots):
 
 def test_stage_cost_equals_sum_of_runs():
     """By hand: a run takes 11 s, one of full fine-tuning 31 s; at each rank 4 + 1 rates and 2 seeds more."""
-    found = {stage.name: (stage.runs, stage.seconds) for stage in stages(FULL, COSTS)}
+    found = {stage.name: (stage.runs, stage.seconds) for stage in list_stages(FULL, COSTS)}
     assert found["ranks"] == (3 * 7, pytest.approx(21 * 11))
     assert found["seeds"] == (9, pytest.approx(99))
     assert found["finer"] == (7, pytest.approx(77))
@@ -52,7 +52,7 @@ def test_stage_cost_equals_sum_of_runs():
 def test_narrowed_search_keeps_limit_or_is_refused(search, costs, share):
     limit = share * seconds_of(search, costs)
     try:
-        found, left_out = narrowed(search, costs, limit)
+        found, left_out = narrow_search(search, costs, limit)
     except UsageError:
         return
     assert seconds_of(found, costs) <= limit
@@ -63,12 +63,12 @@ def test_narrowed_search_keeps_limit_or_is_refused(search, costs, share):
 
 
 def test_without_a_limit_nothing_is_left_out():
-    assert narrowed(FULL, COSTS, None) == (FULL, ())
+    assert narrow_search(FULL, COSTS, None) == (FULL, ())
 
 
 def test_less_time_omits_more_in_fixed_order():
     whole = seconds_of(FULL, COSTS)
-    given_up = [narrowed(FULL, COSTS, share * whole)[1] for share in (1, 0.7, 0.4, 0.2, 0.1)]
+    given_up = [narrow_search(FULL, COSTS, share * whole)[1] for share in (1, 0.7, 0.4, 0.2, 0.1)]
     assert given_up[0] == ()
     assert given_up[1][0].startswith("learning rates: all but two")
     assert "non-uniform ranks" not in given_up[2]
@@ -83,9 +83,9 @@ def test_halving_keeps_the_best_rate_of_every_rank():
     """An oracle: losses are parabolas in log rate with their own best rate at each rank."""
     rates = (1e-4, 3e-4, 1e-3, 3e-3)
     losses = {(rank, rate): (i - best) ** 2 for rank, best in ((1, 3), (16, 1)) for i, rate in enumerate(rates)}
-    assert halved(losses) == (3e-4, 3e-3)
-    assert halved({**losses, (1, 3e-3): None}) == (3e-4, 1e-3)  # it diverged: the next best goes on
-    assert halved({}) == ()
+    assert halve_rates(losses) == (3e-4, 3e-3)
+    assert halve_rates({**losses, (1, 3e-3): None}) == (3e-4, 1e-3)  # it diverged: the next best goes on
+    assert halve_rates({}) == ()
 
 
 @pytest.mark.parametrize("words", ["", "2", "h", "2 weeks", "-1h", "0s", "1h 2x"])

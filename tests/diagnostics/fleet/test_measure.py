@@ -13,7 +13,7 @@ from lora_diag.diagnostics.fleet.layer import measure_thin
 from lora_diag.diagnostics.fleet.run import expand
 from lora_diag.diagnostics.fleet.summary import remarks
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.metrics.fleet import near_duplicates, norm_outliers
+from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers
 from lora_diag.running.inputs import compare
 from tests import oracles
 from tests.adapters.dense import dense
@@ -69,7 +69,7 @@ def test_planted_outliers_are_found(tmp_path):
     names = [record.adapter.rpartition("/")[2] for record in found]
     pairs = {
         (names[pair.first], names[pair.second]): pair.relation
-        for pair in near_duplicates([r.update for r in found], [r.space for r in found])
+        for pair in find_near_duplicates([r.update for r in found], [r.space for r in found])
     }
     assert pairs[("large", "plain3")] == "same"
     assert set(pairs.values()) <= {"same", "space", "near"}
@@ -87,7 +87,7 @@ def test_same_column_space_other_update_is_found(tmp_path):
     found = lora_diag.fleet([tmp_path / "*"])
     words = {
         (pair.first, pair.second): pair.relation
-        for pair in near_duplicates([r.update for r in found], [r.space for r in found])
+        for pair in find_near_duplicates([r.update for r in found], [r.space for r in found])
     }
     assert words[(0, 1)] == "space"
     assert words[(0, 2)] == "near"
@@ -129,9 +129,9 @@ def test_factors_in_float32_have_sketches_of_float64(tmp_path, size):
 
 
 def test_norm_outliers_differ_by_factor_two():
-    assert norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
-    assert norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)
-    assert norm_outliers([1.0, 100.0]) == [None, None]
+    assert find_norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
+    assert find_norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)
+    assert find_norm_outliers([1.0, 100.0]) == [None, None]
 
 
 def test_patterns_name_each_adapter_once(tmp_path):

@@ -18,7 +18,7 @@ from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.diagnostics.interference.run import union_spectra
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.ties import merged
-from lora_diag.metrics.interference import near_chance, task_interference_at_random
+from lora_diag.metrics.interference import is_near_chance, task_interference_at_random
 from tests import oracles
 from tests.adapters.dense import dense
 from tests.conftest import ROOT, save_model, weights
@@ -357,9 +357,9 @@ def test_near_chance_false_positive_rate_and_power():
     for _ in range(300):
         u, x = orthonormal(rng, m, 8), rng.standard_normal((m, 4)) @ rng.standard_normal((4, 32))
         share = np.linalg.norm(u.T @ x) ** 2 / np.linalg.norm(x) ** 2
-        false += not near_chance(share, 8, m, oracles.effective_rank(svd(x)[1]))
+        false += not is_near_chance(share, 8, m, oracles.effective_rank(svd(x)[1]))
     assert false <= 15
-    assert not near_chance(0.3, 8, m, 4.0)
+    assert not is_near_chance(0.3, 8, m, 4.0)
 
 
 # ---- PEFT's own merges
@@ -498,7 +498,7 @@ def test_layer_moved_to_cpu_is_noted(tmp_path, monkeypatch):
     def moved(compute, device):
         return compute(device), " on the CPU: out of memory on cuda:0"
 
-    monkeypatch.setattr(diagnostic, "on_device", moved)
+    monkeypatch.setattr(diagnostic, "compute_on_device", moved)
     rng = np.random.default_rng(0)
     paths = adapters(tmp_path, [(rng.standard_normal((9, 2)), rng.standard_normal((2, 7))) for _ in range(2)])
     ((pair,), (union,)) = records(lora_diag.interference(paths, workers=1))

@@ -5,14 +5,14 @@ import pytest
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.table import overlap_table
 from lora_diag.diagnostics.overlap.tracks import tracks
-from lora_diag.metrics.overlap import chance
+from lora_diag.metrics.overlap import overlap_by_chance
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from tests.building import build
 from tests.messages import assert_names
 
 
 def record(layer, step, kappa, rank=16, tangent=None, **more):
-    random = chance((512, 512), rank)
+    random = overlap_by_chance((512, 512), rank)
     fields = {"tangent": min(1.0, kappa + 0.2) if tangent is None and kappa is not None else tangent, **more}
     chances = {f"{name}_random": getattr(random, name) for name in ("kappa", "tangent", "left", "right")}
     fields |= {"left": kappa, "right": kappa, "gradient_fro": 0.0 if kappa is None else 1.0} | chances

@@ -16,9 +16,9 @@ import lora_diag.running.probing
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
 from lora_diag.inspection.tables import table
-from lora_diag.models.methods import Lora, with_lora
-from lora_diag.models.opening import kept_open, open_model
-from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
+from lora_diag.models.methods import Lora, add_lora
+from lora_diag.models.opening import keep_open, open_model
+from lora_diag.probes.sweep.rounding import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
@@ -300,7 +300,7 @@ def test_rounded_weights_are_nearest_grid_values(grid, oracle):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(37, 11), torch.nn.Linear(64, 3)]
     before = [layer.weight.detach().clone() for layer in layers]
-    with rounded(layers, grid):
+    with round_weights(layers, grid):
         for layer, weight in zip(layers, before, strict=True):
             torch.testing.assert_close(layer.weight.detach(), oracle(weight), rtol=1e-6, atol=0)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
@@ -353,7 +353,7 @@ def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monke
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda self, *given: (calls.append(self.training), forward(self, *given))[1])
     found, counts = {}, {}
-    with kept_open():
+    with keep_open():
         for on in (True, False):
             found[on] = lora_diag.probe_sweep(base, gradient_checkpointing=on, **options)
             counts[on] = sum(calls)
@@ -391,7 +391,7 @@ def test_resume_requires_same_trained_parameters(case, tmp_path):
 
 def test_lora_excludes_classifier_head(tmp_path):
     model = open_model(bert(tmp_path / "base"), torch.device("cpu"))
-    with with_lora(model, 1, Lora()) as adapted:
+    with add_lora(model, 1, Lora()) as adapted:
         names = {name for name, _ in adapted.module.named_modules() if name.endswith(".lora_A")}
     assert any("pooler.dense" in name for name in names)
     assert not any("classifier" in name for name in names)

@@ -36,7 +36,7 @@ from lora_diag.running.engines.connection import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.measuring import DevicePlan, plan_device
 from lora_diag.running.training_runs import TrainRun
-from lora_diag.running.training_workers import Site, bare, opened
+from lora_diag.running.training_workers import Site, drop_sequences, open_site
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model
@@ -262,10 +262,10 @@ def test_local_training_uses_requested_device_and_threads(cluster, tiny):
 def test_worker_refuses_texts_that_differ(tiny):
     base, options = tiny
     text = read_texts(options["data"], open_model(base, torch.device("cpu")))
-    site = Site(str(base), "cpu", "float32", None, "auto", (bare(text),), None, open_checkpoint(base))
-    assert opened(site)[1] == text
+    site = Site(str(base), "cpu", "float32", None, "auto", (drop_sequences(text),), None, open_checkpoint(base))
+    assert open_site(site)[1] == text
     with raises_naming(InputError, "train.txt", "other contents"):
-        opened(replace(site, texts=(replace(bare(text), hash="0123456789abcdef"),)))
+        open_site(replace(site, texts=(replace(drop_sequences(text), hash="0123456789abcdef"),)))
 
 
 def test_local_run_resumes_on_cluster(cluster, pair, tmp_path):

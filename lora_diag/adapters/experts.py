@@ -119,8 +119,7 @@ def _find_stacks(owner: str, keys: list[str], targets: list[str], modules: Modul
     if len(leaves) != len(keys) or not known:
         raise InputError(
             f"{config.path}: the parameters of {owner} for its {len(keys)} pairs of factors are ambiguous "
-            f"(target_parameters names {', '.join(leaves)}); merge the adapter with peft and pass the merged "
-            "checkpoint"
+            f"(target_parameters names {', '.join(leaves)}); merge the adapter with peft and pass the merged checkpoint"
         )
     ordered = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if len(leaves) > 1 else 0, reverse=True)
     return [Stack(key, f"{owner}.{leaf}", modules[key]) for key, leaf in zip(outermost_first, ordered, strict=True)]

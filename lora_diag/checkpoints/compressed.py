@@ -227,8 +227,7 @@ def _describe_packed(source: Checkpoint, module: str, config: Mapping[str, Any])
     if groups < 1 or (not ordered and columns % groups):
         raise InputError(
             f"{source.file_of(scale)}: {scale} has {groups} groups for {columns} columns, which do not divide into "
-            "equal groups; "
-            "save the model again"
+            "equal groups; save the model again"
         )
     if zero in source:
         require(source, zero, (-(-out * bits // 32), groups), words, weight)

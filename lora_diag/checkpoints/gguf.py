@@ -267,8 +267,7 @@ def _read_header(path: Path) -> _Header:
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
                 raise InputError(
                     f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not supported; "
-                    "convert "
-                    "the model again with a current llama.cpp"
+                    "convert the model again with a current llama.cpp"
                 )
             count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
             fields = _read_fields(cursor, keys)

@@ -107,8 +107,7 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     if len(shape) not in {2, 3} or columns * bits != shape[-1] * 32 or columns % group or not columns:
         raise InputError(
             f"{source.file_of(weight)}: {weight} {list(shape)} is not a whole number of groups of {group} codes of "
-            f"{bits} bits; "
-            "save the model again"
+            f"{bits} bits; save the model again"
         )
     for name in (scales, biases):
         require(source, name, (*shape[:-1], columns // group), FLOAT_DTYPES, weight)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 # Smallest width that output is fitted to.
-MINIMUM = 60
+MIN_WIDTH = 60
 
 # Maximum number of unmeasured layers listed one by one; a large model has 70,000 layers.
-NAMED = 20
+MAX_NAMED = 20
 
 
 class BrokenOutputError(Exception):
@@ -58,7 +58,7 @@ def _wrap_lines(line: str, width: int) -> str:
 def _terminal_columns(stream: TextIO) -> int:
     """Return the width of a stream's own terminal; the other stream may be redirected."""
     try:
-        return max(MINIMUM, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))
+        return max(MIN_WIDTH, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))
     except (OSError, ValueError):
         return 80
 
@@ -131,11 +131,12 @@ def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
 
 def report_unmeasured(items: Sequence[LeftOut], hint: str) -> bool:
     """Report layers that could not be measured, and why; return whether there are any."""
-    for item in items[:NAMED]:
+    for item in items[:MAX_NAMED]:
         message(f"Error: {item.layer}: {item.detail}; {hint}")
-    if len(items) > NAMED:
+    if len(items) > MAX_NAMED:
         message(
-            f"Error: {len(items) - NAMED} more layers could not be measured; the records list all (--json, or -o FILE)"
+            f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list all (--json, or "
+            "-o FILE)"
         )
     return bool(items)
 
@@ -182,7 +183,7 @@ def terminal() -> tuple[int, bool]:
     """Return the width of standard output and whether it supports colours (https://no-color.org)."""
     tty = sys.stdout is not None and sys.stdout.isatty()
     color = (tty or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
-    return max(MINIMUM, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
+    return max(MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
 
 
 @contextmanager

@@ -33,14 +33,14 @@ from lora_diag.records.vocabulary import ON_CPU
 
 T = TypeVar("T")
 
-OVERFLOW = "the product of its factors overflows float64"
-COARSE = "the squares of the spacing of its numbers overflow float64"
+PRODUCT_OVERFLOW = "the product of its factors overflows float64"
+SPACING_OVERFLOW = "the squares of the spacing of its numbers overflow float64"
 
 # Range of norms of compared updates, so that squares of their quotients are finite in float64.
-LEAST, MOST = 1e-75, 1e75
+MIN_NORM, MAX_NORM = 1e-75, 1e75
 
 # Memory per entry of an update that is computed in full (LoHa, LoKr, ...): float64, with one factor or copy.
-COMPUTED = 16
+COMPUTED_ENTRY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +129,18 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         if change.non_finite is not None and device.type != "cpu":  # read again to locate the entry
             change = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
         if change.non_finite is None and not (change.rounding and math.isfinite(change.rounding.bound)):
-            change.non_finite = COARSE
+            change.non_finite = SPACING_OVERFLOW
         matrix, change.matrix = change.matrix, None
         streamed = (
             None if fits or change.non_finite else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
         )
         limit = allowance.limit if allowance else None
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
-    if allowance is not None and isinstance(delta, DenseDelta) and not allowance.holds(delta.shape, COMPUTED):
+    if (
+        allowance is not None
+        and isinstance(delta, DenseDelta)
+        and not allowance.holds(delta.shape, COMPUTED_ENTRY_BYTES)
+    ):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
         raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")
     base_fro = None
@@ -158,7 +162,7 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     """Estimate the memory of measuring a layer in bytes; within an allowance an upper bound."""
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
-    entry = COMPUTED if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
+    entry = COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
@@ -194,8 +198,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def why_not_comparable(fro: float) -> str | None:
     """Return why an update with this norm cannot be compared with another; None if it can."""
     if not math.isfinite(fro):
-        return OVERFLOW
-    if fro == 0.0 or LEAST <= fro <= MOST:
+        return PRODUCT_OVERFLOW
+    if fro == 0.0 or MIN_NORM <= fro <= MAX_NORM:
         return None
     return f"its norm is {fro:.2g}: float64 does not hold the squares of its quotients with others"
 

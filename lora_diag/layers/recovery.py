@@ -18,14 +18,14 @@ from lora_diag.deltas import Side, StoredDelta, row_spans
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change
 from lora_diag.linalg import Streamed, norm
-from lora_diag.linalg.binades import MOST_UNEVEN, Binades
+from lora_diag.linalg.binades import MAX_UNEVENNESS, Binades
 from lora_diag.linalg.cells import GRIDS, Cells, Source, cell_halves, join_cells, round_to_nearest
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.hidden import (
-    HELD_OUT,
-    MOST_HELD_OUT,
+    FULL_SVD_UP_TO,
+    HELD_OUT_FRACTION,
+    MAX_HELD_OUT,
     SAMPLE,
-    WHOLE_UP_TO,
     LowRank,
     Recovered,
     Size,
@@ -49,10 +49,10 @@ Start = Literal["stored", "rounded"]
 # The files resolve the update if the variance of TUNED's rounding errors is below this fraction of ‖D‖² and hardly an
 # entry is unchanged, or if their largest possible sum of squares is below it: a sparse update leaves most entries
 # unchanged. Both assume that the stored BASE is the start.
-RESOLVED, STILL = 0.01, 0.05
+RESOLVED, MAX_UNCHANGED = 0.01, 0.05
 
 # Default ranks of C(r).
-CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DEFAULT_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # With fewer changed entries the size cannot be estimated.
 MIN_COUNT = 30
@@ -61,10 +61,10 @@ MIN_COUNT = 30
 Z95 = 1.96
 
 # Number of entries, and of row ranges that they are from, by which hidden energy is ranked before any fit.
-RANKED, PLACES = 2**15, 16
+RANKING_ENTRIES, RANKING_SPANS = 2**15, 16
 
 # Memory of the blocks while they are read and measured.
-BLOCKS = 96 * 2**20
+BLOCK_BYTES = 96 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
     Whole: cells with both halves of BASE's, the posterior mean, and a copy; float32. If that exceeds a limit, cells are
     computed again from the files whenever they are read; the posterior mean is kept where it fits.
     """
-    whole = BLOCKS + 4 * 7 * math.prod(shape)
+    whole = BLOCK_BYTES + 4 * 7 * math.prod(shape)
     if memory is None or whole <= memory:
         return whole
     return min(memory, _min_bytes(shape) + 4 * math.prod(shape))
@@ -150,9 +150,9 @@ def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
 
 def _min_bytes(shape: tuple[int, int]) -> int:
     """Return the memory of recovery in row blocks: held-out cells with their indices, and thin factors."""
-    held_out = min(MOST_HELD_OUT, int(HELD_OUT * math.prod(shape)))
-    small = 4 * math.prod(shape) if min(shape) <= WHOLE_UP_TO else 0
-    return BLOCKS + 64 * held_out + 6 * 4 * 128 * sum(shape) + 3 * small
+    held_out = min(MAX_HELD_OUT, int(HELD_OUT_FRACTION * math.prod(shape)))
+    small = 4 * math.prod(shape) if min(shape) <= FULL_SVD_UP_TO else 0
+    return BLOCK_BYTES + 64 * held_out + 6 * 4 * 128 * sum(shape) + 3 * small
 
 
 def refuse_cells(shape: tuple[int, int], memory: int | None) -> None:
@@ -372,7 +372,7 @@ def recover_layer(
     every, stats = _read(read, whole_fits)
     unchanged = stats.unchanged / read.entries
     changed = read.entries - stats.unchanged
-    if (stats.width < RESOLVED * stats.square and unchanged < STILL) or stats.reach < RESOLVED * stats.square:
+    if (stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED) or stats.reach < RESOLVED * stats.square:
         rounding = stats.width / stats.square
         reason = f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the entries are equal"
         return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
@@ -503,8 +503,8 @@ def hidden_energy(delta: StoredDelta) -> float:
         InputError: A file could not be read.
     """
     rows, columns = delta.shape
-    each = max(1, RANKED // (PLACES * max(1, columns)))
-    places = range(0, max(1, rows - each + 1), max(1, rows // PLACES))
+    each = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))
+    places = range(0, max(1, rows - each + 1), max(1, rows // RANKING_SPANS))
     spans = [(first, min(rows, first + each)) for first in places]
     blocks = [
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
@@ -586,7 +586,7 @@ def _compare_binades(
     ``stored`` are the cells that the model was fitted to, divided by ``scales``.
     """
     # Scales are fitted roughly, and where L is most of X few binades show the size of the rest.
-    limit = math.inf if low_rank is not None else MOST_UNEVEN * (1 if scales is None else 2)
+    limit = math.inf if low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
     counts, shape = Binades(most_uneven=limit), read.delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), read.delta.blocks(), strict=True):
         w, t = move(w, read.device).to(read.wide), move(t, read.device).to(read.wide)

@@ -17,21 +17,21 @@ from torch import Tensor
 # unchanged) entries. Scaled updates of the sample model's layers have fractions up to 0.10 (both starts, χ² up to 14);
 # training without master weights has 0.6 and more with rounding to nearest (start: stored), 0.087 to 0.26 with
 # stochastic rounding, which resembles a rounded start. There a rejected fit has χ² above 40.
-WORST_CHI, WORST_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
+MAX_CHI, MAX_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
 
 # It is rejected, too, if the size varies so much with |W|, and by so many times its error. In 190 scaled updates of the
 # sample model's layers it varied by up to 0.07, and by 2 times its error; in training without master weights and with
 # stochastic rounding by 0.10 to 0.51, and by 6 to 28 times (256², tests/benchmarks/recovery.py).
-MOST_UNEVEN, UNEVEN_ERRORS = 0.08, 3.0
+MAX_UNEVENNESS, MAX_UNEVENNESS_ERRORS = 0.08, 3.0
 
 # Binades with fewer expected changes or expected unchanged entries are excluded from χ².
-LEAST = 10.0
+MIN_EXPECTED = 10.0
 
 # Exponents of float64 numbers.
 _LOWEST, _BINADES = -1100, 2200
 
 # Binades with fewer entries, or whose cells remove less of the variance, have no size.
-MIN_COUNT, LEAST_KNOWN = 50, 0.01
+MIN_COUNT, MIN_INFORMATION = 50, 0.01
 
 
 def _make_zeros() -> Tensor:
@@ -60,7 +60,7 @@ class Binades:
     square: Tensor = field(default_factory=_make_zeros)
     scatter: Tensor = field(default_factory=_make_zeros)
     known: Tensor = field(default_factory=_make_zeros)
-    most_uneven: float = MOST_UNEVEN
+    most_uneven: float = MAX_UNEVENNESS
 
     def add(self, base: Tensor, changed: Tensor, probability: Tensor, square: Tensor, known: Tensor) -> None:
         """Add a block.
@@ -90,7 +90,7 @@ class Binades:
     @property
     def chi(self) -> float | None:
         """χ² per degree of freedom; None with fewer than two usable binades."""
-        judged = torch.minimum(self.expected, self.entries - self.expected) >= LEAST
+        judged = torch.minimum(self.expected, self.entries - self.expected) >= MIN_EXPECTED
         if int(judged.sum()) < 2:
             return None
         off = (self.changed - self.expected)[judged] ** 2 / self.variance[judged]
@@ -106,7 +106,7 @@ class Binades:
     @property
     def _variation(self) -> tuple[float, float]:
         """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors."""
-        used = (self.entries >= MIN_COUNT) & (self.known >= LEAST_KNOWN * self.entries)
+        used = (self.entries >= MIN_COUNT) & (self.known >= MIN_INFORMATION * self.entries)
         count = self.entries[used]
         if len(count) < 2:
             return 0.0, 0.0
@@ -126,6 +126,6 @@ class Binades:
     def is_rejected(self, start: str) -> bool:
         """Return whether the model does not fit, given the assumed start of training."""
         spread, error = self._variation
-        if self.uneven > self.most_uneven and spread > UNEVEN_ERRORS * error:
+        if self.uneven > self.most_uneven and spread > MAX_UNEVENNESS_ERRORS * error:
             return True
-        return (self.chi or 0.0) > WORST_CHI and self.misplaced > WORST_MISPLACED[start]
+        return (self.chi or 0.0) > MAX_CHI and self.misplaced > MAX_MISPLACED[start]

@@ -136,7 +136,7 @@ class Source(ABC):
                 parts.append(self.rows(first, last).at(inside - first * columns))
         return join_cells(parts, 1)
 
-    def opened(self, entries: Tensor) -> Opened:
+    def open_entries(self, entries: Tensor) -> Opened:
         """Return the same cells with some entries unknown.
 
         Args:

@@ -44,7 +44,7 @@ def resolve_device(word: str) -> torch.device:
 # Up to this order eigenvalues and singular values of a matrix on a GPU are computed on the CPU, where LAPACK takes 2 to
 # 10 ms at orders 256 to 512. cuSOLVER runs on one such matrix in many small kernels, and torch's batched solvers are a
 # loop over the matrices from order 33 on (github.com/pytorch/pytorch/issues/175585). Not measured on a GPU.
-SMALL = 512
+CPU_SOLVER_UP_TO = 512
 
 _streams = threading.local()
 
@@ -106,7 +106,7 @@ def move(block: Tensor, device: torch.device) -> Tensor:
 
 def move_if_small(matrix: Tensor) -> Tensor:
     """Return a matrix on the CPU if it is small, else where it is."""
-    return matrix.cpu() if min(matrix.shape) <= SMALL else matrix
+    return matrix.cpu() if min(matrix.shape) <= CPU_SOLVER_UP_TO else matrix
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:

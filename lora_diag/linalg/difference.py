@@ -29,18 +29,18 @@ from lora_diag.linalg.rounding import (
 # β of ``Energies.base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0) if it is
 # within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start is
 # unknown.
-ERRORS = 5.0
+START_ERRORS = 5.0
 
 # ‖ΔW‖/‖W‖ from which the rounding of the subtraction matters. T − W is exact if T is within [W/2, 2W] (Sterbenz 1974);
 # below this ratio, entries with larger changes add less than 1/256 of the variance of the files' rounding.
-COARSE = 1 / 16
+COARSE_RATIO = 1 / 16
 
 # Entries of a piece of a block: a bfloat16 pair of 8192×2048 took 204 ms of one core in pieces of 2^18 entries, 260 in
 # whole blocks of 2^20, 225 in pieces of 2^17.
-PIECE = 2**18
+PIECE_ENTRIES = 2**18
 
 # Entries of a piece on a GPU, which takes some 1 GB: the GPU computes one while the CPU starts the next.
-GPU_PIECE = 2**24
+GPU_PIECE_ENTRIES = 2**24
 
 Start = Literal["exact", "rounded", "unknown"]
 
@@ -149,7 +149,7 @@ def difference(
             block_steps,
             row,
             Unchanged.of(block, norm, unchanged),
-            subtracted=norm > COARSE * base_norm,
+            subtracted=norm > COARSE_RATIO * base_norm,
         )
         if keep:
             if matrix is None:
@@ -249,9 +249,9 @@ class _Roundings:
         if estimate is None:
             return "unknown", None
         beta, error = estimate
-        if -0.5 < beta < min(0.5, 1 - ERRORS * error):
+        if -0.5 < beta < min(0.5, 1 - START_ERRORS * error):
             return "exact", estimate
-        return ("rounded" if max(0.5, ERRORS * error) < beta < 1.5 else "unknown"), estimate
+        return ("rounded" if max(0.5, START_ERRORS * error) < beta < 1.5 else "unknown"), estimate
 
 
 def norm(blocks: Iterable[Tensor]) -> float:
@@ -302,14 +302,14 @@ def _move_blocks(
             moved = (step if step is None else move(step.reshape(base.shape), device) for step in spacings)
             held.append((move(base, device), move(tuned, device), *moved))
             entries += base.numel()
-            if entries >= GPU_PIECE:
+            if entries >= GPU_PIECE_ENTRIES:
                 yield _join_blocks(held)
                 held, entries = [], 0
         if held:
             yield _join_blocks(held)
         return
     for (base, tuned), (base_step, tuned_step) in pairs:
-        rows = max(1, PIECE // max(1, base.shape[1]))
+        rows = max(1, PIECE_ENTRIES // max(1, base.shape[1]))
         before, after = (
             repeat(None) if step is None else torch.split(step.reshape(base.shape), rows)
             for step in (base_step, tuned_step)

@@ -19,13 +19,13 @@ from torch import Tensor
 from lora_diag.errors import InputError
 
 # An operator this small is written out: one product a column is what Lanczos would take, too.
-DENSE = 64
+DENSE_UP_TO = 64
 
 # Relative tolerance of ARPACK. Its bound is on the residual; the error of the eigenvalue is proportional to its square.
 TOLERANCE = 1e-3
 
 # Number of basis vectors, and maximum number of restarts.
-BASIS, RESTARTS = 20, 30
+BASIS_SIZE, MAX_RESTARTS = 20, 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def basis_size(size: int, count: int) -> int:
     >>> basis_size(10**6, 1), basis_size(10**6, 30), basis_size(100, 60)
     (20, 61, 100)
     """
-    return min(size, max(2 * count + 1, BASIS))
+    return min(size, max(2 * count + 1, BASIS_SIZE))
 
 
 def eigenpairs(
@@ -98,7 +98,7 @@ def eigenpairs(
             raise InputError("a Hessian-vector product is not finite: the weights are broken, or the loss overflows")
         return y.cpu().numpy()
 
-    if size <= max(DENSE, count + 1):
+    if size <= max(DENSE_UP_TO, count + 1):
         values, vectors = _solve_dense(times, size, count, end)
     elif end == "largest":
         values, vectors = _run_lanczos(times, size, count, end, seed)
@@ -130,11 +130,11 @@ def _run_lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, s
             v0=start.numpy(),
             ncv=basis_size(size, count),
             tol=TOLERANCE,
-            maxiter=RESTARTS,
+            maxiter=MAX_RESTARTS,
         )
     except ArpackNoConvergence as error:
         raise InputError(
-            f"the {end} eigenvalues did not converge in {RESTARTS} restarts of Lanczos; give fewer --eigenvalues"
+            f"the {end} eigenvalues did not converge in {MAX_RESTARTS} restarts of Lanczos; give fewer --eigenvalues"
         ) from error
     except ArpackError as error:
         # of an operator that is zero, as of a layer that the loss does not depend on

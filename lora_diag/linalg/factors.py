@@ -84,7 +84,7 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # log₂‖A‖_F beyond which A is scaled first: within it AᵀA stays far from the ends of float32's range.
-MODERATE = 30
+MAX_UNSCALED_LOG2 = 30
 
 
 def scale_of(fro: float, dtype: torch.dtype) -> float:
@@ -100,7 +100,7 @@ def scale_of(fro: float, dtype: torch.dtype) -> float:
         >>> scale_of(8.0, torch.float32), scale_of(2.0**40, torch.float32), scale_of(1e40, torch.float32) == 2.0**127
         (1.0, 1099511627776.0, True)
     """
-    if not fro or abs(math.log2(fro)) <= MODERATE:
+    if not fro or abs(math.log2(fro)) <= MAX_UNSCALED_LOG2:
         return 1.0
     max_exponent = math.frexp(torch.finfo(dtype).max)[1] - 1
     return float(2.0 ** max(1 - max_exponent, min(max_exponent, round(math.log2(fro)))))

@@ -32,24 +32,24 @@ from lora_diag.linalg.truncated import moments
 SAMPLE = 2**19
 
 # Up to this many rows or columns, singular values come from the full decomposition.
-WHOLE_UP_TO = 192
+FULL_SVD_UP_TO = 192
 
 # Maximum step of log s, smallest s/s0, and tolerance: float32 moments permit no finer steps.
-LARGEST_STEP, SMALLEST, DONE = 0.3, 0.03, 3e-3
-MOST_ITERATIONS = 100
+MAX_STEP, MIN_DEVIATION, TOLERANCE = 0.3, 0.03, 3e-3
+MAX_ITERATIONS = 100
 
 Rule = Literal["norm", "debiased", "held_out"]
 
 # Number of standard errors of the gain in held-out cells from which there are directions, and from which another rule
 # is better. With 2 for both 1 of 100 layers of noise had directions; with 3 real layers lose less than 1% of ε.
-SIGNIFICANT, BETTER = 3.0, 2.0
+MIN_GAIN, MIN_IMPROVEMENT = 3.0, 2.0
 
 # Fraction of the entries whose cells are held out to test the estimator, their largest number, how many of them s is
 # fitted to at most, and how many random numbers are drawn at a time.
-HELD_OUT, MOST_HELD_OUT, FITTED, DRAWN = 0.05, 2**20, 2**17, 2**20
+HELD_OUT_FRACTION, MAX_HELD_OUT, MAX_FITTED, DRAW_BLOCK = 0.05, 2**20, 2**17, 2**20
 
 # Normal deviate of the upper end of an interval of 95%.
-NORMAL = 1.96
+Z95 = 1.96
 
 # Standard deviation of log s about that of the fit, before held-out cells are seen: few cells change it little.
 PRIOR_DEVIATION = 0.5
@@ -214,9 +214,9 @@ class HeldOut:
     def part(self) -> HeldOut:
         """Return the entries that s is fitted to."""
         count = len(self.entries)
-        if count <= FITTED:
+        if count <= MAX_FITTED:
             return self
-        sample = torch.arange(0, count, count // FITTED + 1, device=self.entries.device)
+        sample = torch.arange(0, count, count // MAX_FITTED + 1, device=self.entries.device)
         return HeldOut(self.cells.at(sample), self.entries[sample])
 
     def step(self, mean: Tensor, deviation: float, center: float) -> float:
@@ -225,7 +225,7 @@ class HeldOut:
         excess = float((((given.mean - mean) ** 2 + given.variance) / deviation**2 - 1).sum(dtype=torch.float64))
         known = float((1 - given.variance / deviation**2).sum(dtype=torch.float64))
         pull = math.log(center / deviation) / PRIOR_DEVIATION**2
-        return max(-LARGEST_STEP, min(LARGEST_STEP, (excess + pull) / (2 * known + 1 / PRIOR_DEVIATION**2)))
+        return max(-MAX_STEP, min(MAX_STEP, (excess + pull) / (2 * known + 1 / PRIOR_DEVIATION**2)))
 
     def deviation(self, low_rank: LowRank) -> float:
         """Return the likeliest s given L."""
@@ -234,7 +234,7 @@ class HeldOut:
         for _ in range(40):
             step = part.step(mean, deviation, low_rank.deviation)
             deviation *= math.exp(step)
-            if abs(step) < DONE:
+            if abs(step) < TOLERANCE:
                 break
         return deviation
 
@@ -275,7 +275,7 @@ def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
     excess = float((lengths * eta).sum()) / square - 1
     factor = 1 + max(0.0, excess) * PRIOR_DEVIATION**2 / (PRIOR_DEVIATION**2 + error**2 / square)
     kept = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
-    upper = (kept + NORMAL * error).square() / eta.square().cumsum(0)
+    upper = (kept + Z95 * error).square() / eta.square().cumsum(0)
     return factor, upper.clamp(min=1.0)
 
 
@@ -308,7 +308,7 @@ def fit_low_rank(
     mean: Callable[[int, int], Tensor | float] = _zero if start is None else start.rows
     momentum, basis = 1.0, None if start is None else start.vh.T
     converged, iteration = False, 0
-    for iteration in range(1, MOST_ITERATIONS + 1):
+    for iteration in range(1, MAX_ITERATIONS + 1):
         posterior = _Posterior(cells, mean, deviation, stored)
         new = _compute_shrunk_svd(posterior, basis, seed)
         basis = new.basis
@@ -317,9 +317,9 @@ def fit_low_rank(
             step = 0.0 if part is None else part.step(part.mean(estimate), deviation, deviation)
         else:
             length = estimate.values.eta if rule == "norm" else estimate.values.debiased
-            left = max(SMALLEST**2, 1 - float((length**2).sum()) / whole**2)
+            left = max(MIN_DEVIATION**2, 1 - float((length**2).sum()) / whole**2)
             step = math.log(total * math.sqrt(left) / deviation)
-            step = max(-LARGEST_STEP, min(LARGEST_STEP, step))
+            step = max(-MAX_STEP, min(MAX_STEP, step))
         deviation *= math.exp(step)
         moved = _distance(estimate, current)
         scale = max(float((estimate.values.eta**2).sum()) ** 0.5, 0.01 * whole)
@@ -328,7 +328,7 @@ def fit_low_rank(
             current = estimate
             break
         previous, current = current, estimate
-        if moved <= DONE * scale and abs(step) <= DONE:
+        if moved <= TOLERANCE * scale and abs(step) <= TOLERANCE:
             converged = True
             break
         momentum, ahead = _extrapolate(momentum, estimate, previous)
@@ -389,7 +389,7 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
     """Return the shrunk singular values above the noise edge, with vectors and an initial basis for the next call."""
     shape = posterior.cells.shape
     smaller = min(shape)
-    if smaller <= WHOLE_UP_TO:
+    if smaller <= FULL_SVD_UP_TO:
         matrix = torch.cat(list(posterior.blocks()))
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         kept = posterior.shrink(s)
@@ -503,7 +503,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     """
     entries = _draw_held_out(cells.shape, seed, cells.device)
     hidden = HeldOut(cells.at(entries), entries)
-    known = cells.opened(entries)
+    known = cells.open_entries(entries)
     flat = moments(hidden.cells, 0.0, size.deviation).log_mass
     low_rank = fit_low_rank(known, size, seed=seed, keep=keep)
     rule: Rule = "norm"
@@ -512,7 +512,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     deviation = hidden.deviation(low_rank)
     gains = hidden.log_likelihood(low_rank, deviation) - flat
     z = _in_standard_errors(gains)
-    if z <= SIGNIFICANT:
+    if z <= MIN_GAIN:
         return Recovered(z, None)
     first = low_rank
     others: tuple[Rule, ...] = ("held_out", "debiased")
@@ -524,7 +524,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
             continue
         likeliest = hidden.deviation(fit)
         other_gains = hidden.log_likelihood(fit, likeliest) - flat
-        if _in_standard_errors(other_gains - gains) > BETTER:
+        if _in_standard_errors(other_gains - gains) > MIN_IMPROVEMENT:
             low_rank, rule, deviation, gains = fit, other_rule, likeliest, other_gains
     whole = fit_low_rank(cells, size, rule, low_rank, seed, keep=keep)
     stretch, upper = _estimate_stretch(hidden, low_rank, deviation)
@@ -539,9 +539,9 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
 def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """Return the held-out entries as row-major indices, ascending; at least one."""
     total = math.prod(shape)
-    share, random, parts = min(HELD_OUT, MOST_HELD_OUT / total), torch.Generator().manual_seed(seed), []
-    for first in range(0, total, DRAWN):
-        draw = torch.rand(min(DRAWN, total - first), generator=random)
+    share, random, parts = min(HELD_OUT_FRACTION, MAX_HELD_OUT / total), torch.Generator().manual_seed(seed), []
+    for first in range(0, total, DRAW_BLOCK):
+        draw = torch.rand(min(DRAW_BLOCK, total - first), generator=random)
         parts.append((draw <= share).nonzero()[:, 0] + first)
     entries = torch.cat(parts)
     return (entries if len(entries) else torch.zeros(1, dtype=torch.long)).to(device)

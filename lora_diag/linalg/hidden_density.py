@@ -25,14 +25,14 @@ SPACING, END, KERNEL = 0.25, 5.0, 0.15
 POWERS = (1, 2, 4)
 
 # Precision of a normal prior of the coefficients around those of a normal density; it decides nothing that cells show.
-PRIOR = 0.01
+PRIOR_PRECISION = 0.01
 
 # Number of entries that the density is fitted to, and most scoring steps.
 SAMPLE, STEPS = 2**17, 40
 
 # Standard error of log ‖X‖_F because no density of three coefficients is the true one: 24 to 28 layers of updates by
 # Adam were off by 1.3% to 1.5% on average where their sampling error was 0.8% to 1.7%.
-MISFIT = 0.015
+MISFIT_ERROR = 0.015
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,12 @@ def fit_density(cells: Source, deviation: float) -> Density:
     square = grid**2 + KERNEL**2
     mean = float(weights @ square)
     slope = (weights * (square - mean)) @ features
-    variance = float(slope @ torch.linalg.solve(scores.T @ scores + PRIOR * torch.eye(len(POWERS)).double(), slope))
+    variance = float(
+        slope @ torch.linalg.solve(scores.T @ scores + PRIOR_PRECISION * torch.eye(len(POWERS)).double(), slope)
+    )
     fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
     sampling = variance / (2 * mean) ** 2 * sample.count / total
-    return Density(deviation * math.sqrt(mean), math.sqrt(sampling + MISFIT**2), fourth / mean**2)
+    return Density(deviation * math.sqrt(mean), math.sqrt(sampling + MISFIT_ERROR**2), fourth / mean**2)
 
 
 def _compute_likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:
@@ -94,19 +96,19 @@ def _fit(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     base = torch.ones_like(grid)
     base[0] = 0.5  # both signs of the other points are counted
     start = torch.tensor([-2.0 if power == 2 else 0.0 for power in POWERS], dtype=torch.float64)
-    coefficients, pull = start.clone(), PRIOR * torch.eye(len(POWERS)).double()
+    coefficients, pull = start.clone(), PRIOR_PRECISION * torch.eye(len(POWERS)).double()
 
     def weights_at(values: Tensor) -> Tensor:
         return torch.softmax(features @ values + base.log(), 0)
 
     def objective(values: Tensor) -> float:
         away = values - start
-        return float((likelihood @ weights_at(values)).log().sum() - 0.5 * PRIOR * away @ away)
+        return float((likelihood @ weights_at(values)).log().sum() - 0.5 * PRIOR_PRECISION * away @ away)
 
     weights, current = weights_at(coefficients), objective(coefficients)
     for _ in range(STEPS):
         scores = (likelihood * weights / (likelihood @ weights)[:, None]) @ features - weights @ features
-        gradient = scores.sum(0) - PRIOR * (coefficients - start)
+        gradient = scores.sum(0) - PRIOR_PRECISION * (coefficients - start)
         step = torch.linalg.solve(scores.T @ scores + pull, gradient)
         previous = current
         for _ in range(12):

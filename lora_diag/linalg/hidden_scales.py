@@ -18,7 +18,7 @@ from lora_diag.linalg.hidden import Size, fit_size
 from lora_diag.linalg.truncated import moments
 
 # Standard deviations of the score test from which rows or columns count as different; rounds of fitting.
-DIFFERENT, ROUNDS = 5.0, 4
+MIN_EXCESS, ROUNDS = 5.0, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
         equally well, by the score test or the Bayesian information criterion.
     """
     scores = _sum_moments(cells, size.deviation)
-    if max(_excess_variation(scores, dim) for dim in (0, 1)) < DIFFERENT:
+    if max(_excess_variation(scores, dim) for dim in (0, 1)) < MIN_EXCESS:
         return None
     log_rows, log_columns = (torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     deviation, parts = size.deviation, cells

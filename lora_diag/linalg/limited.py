@@ -19,7 +19,7 @@ from lora_diag.linalg.streamed import ROWS, Streamed
 
 # Memory of reading and subtracting a block: 2^20 entries of both sides as stored and as float32, their difference, and
 # the spacing of their values.
-READING = 48 * 2**20
+READING_BYTES = 48 * 2**20
 
 # Bytes of a float32 and a float64 number.
 F4, F8 = 4, 8
@@ -62,11 +62,11 @@ def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -
     matrix = entry * small * large
     if allowance.method == "exact" or (allowance.method == "auto" and small <= EXACT_UP_TO):
         vectors = 4 * F8 * small * (small + large) if allowance.vectors else 0
-        return READING + matrix + 3 * F8 * small * large + vectors
+        return READING_BYTES + matrix + 3 * F8 * small * large + vectors
     needed = gram_bytes(shape, allowance)  # krylov may fall back to it
     if allowance.top and tries_krylov(shape, allowance.method, allowance.top, allowance.vectors):
         needed = max(needed, krylov_bytes(shape, allowance.top, int(LARGEST_BASIS * small)))
-    return READING + matrix + needed
+    return READING_BYTES + matrix + needed
 
 
 def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = False) -> int:
@@ -123,7 +123,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     if (scale := scale_of(fro, matrix.dtype)) != 1.0:
         scaled = decompose_streamed(matrix / scale, allowance, fro / scale, tol, seed)
         return replace(scaled, s=scaled.s * scale, fro=fro)
-    left = allowance.limit - READING
+    left = allowance.limit - READING_BYTES
     in_place = gram_bytes(matrix.shape, allowance) > left
     needed = gram_bytes(matrix.shape, allowance, in_place)
     tried = tries_krylov(matrix.shape, allowance.method, allowance.top, allowance.vectors)
@@ -180,9 +180,9 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
             f"{problem}, and exact takes {_format_size(whole_bytes(shape, allowance))}; --method gram reads it in "
             "row blocks"
         )
-    needed = READING + gram_bytes(shape, allowance, in_place=True)
+    needed = READING_BYTES + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
-    krylov = READING + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
+    krylov = READING_BYTES + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
     if allowance.top is None and krylov < needed:
         more = _suggest_memory(needed, allowance)
         return (

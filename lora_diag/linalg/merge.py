@@ -47,7 +47,7 @@ _CHUNK = 2**14
 
 # Number of standard errors by which c may differ from c*. Errors have random signs; given their sizes, a sum exceeds
 # LIMIT·√Σx² with probability at most 2·exp(−LIMIT²/2) = 3e-8 (Hoeffding 1963), for any number of terms.
-LIMIT = 6.0
+MAX_SCALE_ERRORS = 6.0
 
 # Variance of one rounding to nearest, in units of (u·x)²: (2u·2^e)²/12 with x log-uniform in [2^e, 2^(e+1)), for which
 # the mean of 4^e/x² is 3/(8 ln 2).
@@ -118,7 +118,7 @@ class Product:
         """Return c·ΔW."""
         return Product(self.b * factor, self.a)
 
-    def truncated(self, scale: float) -> Product:
+    def truncate_factors(self, scale: float) -> Product:
         """Return s·B·A with the factors truncated to the 10 mantissa bits of TF32, as read by a tensor core.
 
         Args:
@@ -127,11 +127,11 @@ class Product:
         b, a = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double() for x in (self.b / scale, self.a))
         return Product(b * scale, a)
 
-    def transposed(self) -> Product:
+    def transpose(self) -> Product:
         """Return ΔWᵀ."""
         return Product(self.a.T, self.b.T)
 
-    def halves_swapped(self) -> Product:
+    def swap_halves(self) -> Product:
         """Return ΔW with its upper and lower half swapped."""
         return Product(self.b.roll(len(self.b) // 2, 0), self.a)
 
@@ -175,12 +175,12 @@ class Whole:
         """Return c·ΔW."""
         return replace(self, factor=self.factor * factor, exact=False)
 
-    def transposed(self) -> Whole:
+    def transpose(self) -> Whole:
         """Return ΔWᵀ."""
         matrix = self.rows(0, self.shape[0]).T
         return Whole((self.shape[1], self.shape[0]), lambda first, last: matrix[first:last])
 
-    def halves_swapped(self) -> Whole:
+    def swap_halves(self) -> Whole:
         """Return ΔW with its upper and lower half swapped."""
         matrix = self.rows(0, self.shape[0]).roll(self.shape[0] // 2, 0)
         return Whole(self.shape, lambda first, last: matrix[first:last])
@@ -215,7 +215,7 @@ class Rounding:
     first: torch.dtype | None = None
     between: torch.dtype | None = None
 
-    def once(self, w: Tensor, delta: Tensor) -> Tensor:
+    def round_sum(self, w: Tensor, delta: Tensor) -> Tensor:
         """Return M*, W + ΔW with this rounding, float64."""
         start = w if self.first is None else w.to(self.first).double()
         total = start + delta
@@ -301,7 +301,7 @@ class Check:
     @property
     def scale_limit(self) -> float:
         """Largest difference of c from c* in a correct merge: random errors, and errors common to all entries."""
-        return LIMIT * self.scale_error + self.common_error
+        return MAX_SCALE_ERRORS * self.scale_error + self.common_error
 
     @property
     def common_error(self) -> float:
@@ -324,7 +324,7 @@ class Check:
         if not self.expected or self.gridded:
             return False
         noise = math.sqrt(self.variance + change * self.crossing) / self.expected
-        return 2 * (LIMIT * noise + self.common_error) < change
+        return 2 * (MAX_SCALE_ERRORS * noise + self.common_error) < change
 
     @property
     def drifted(self) -> bool:
@@ -453,7 +453,7 @@ def _add_scale(
         rounding: Possible rounding of a correct merge.
         span: First and last row.
     """
-    rounded, squares = rounding.once(w, delta), delta.square()
+    rounded, squares = rounding.round_sum(w, delta), delta.square()
     check.ideal += _inner(rounded - w, delta)
     off, size = m - rounded, delta.abs()
     check.apart += _inner(off.abs(), size)

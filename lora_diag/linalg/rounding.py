@@ -216,7 +216,7 @@ class Spacing:
 
 
 # Fraction of unchanged entries of a block below which training is assumed to have changed all of them.
-FEW = 0.25
+FEW_UNCHANGED = 0.25
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Unchanged:
 
     Args:
         block: ΔW.
-        few: Whether their fraction is below ``FEW``.
+        few: Whether their fraction is below ``FEW_UNCHANGED``.
         limit: The largest spacing that counts.
     """
 
@@ -247,7 +247,7 @@ class Unchanged:
         if not isinstance(number, Tensor) and not number:
             return None
         entries = block.numel()
-        return cls(block, number < FEW * entries, math.sqrt(12 / entries) * fro)
+        return cls(block, number < FEW_UNCHANGED * entries, math.sqrt(12 / entries) * fro)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,11 +11,11 @@ from typing import Literal, Protocol
 import numpy as np
 
 # |cosine| from which two updates are the same, and nearly the same; overlap from which two column spaces are the same.
-SAME, NEAR, SAME_SPACE = 0.999, 0.95, 0.9
+MIN_SAME_COSINE, MIN_NEAR_COSINE, MIN_SPACE_OVERLAP = 0.999, 0.95, 0.9
 
 # An adapter is over-ranked if 99% of its energy needs at most this fraction of its rank; and spiked if one direction
 # holds at least this fraction.
-USED, SPIKED = 0.5, 0.9
+OVER_RANKED_BELOW, SPIKED_FROM = 0.5, 0.9
 
 # A norm is an outlier if it differs from the median of the logarithms by this many robust standard deviations, and by a
 # factor of two.
@@ -88,11 +88,11 @@ def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Se
     if len(updates) < 2:
         return []
     cosines, overlaps = (_compute_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces))
-    similar = (np.abs(cosines) >= NEAR) | (overlaps >= SAME_SPACE)
+    similar = (np.abs(cosines) >= MIN_NEAR_COSINE) | (overlaps >= MIN_SPACE_OVERLAP)
     pairs = []
     for i, j in zip(*np.nonzero(np.triu(similar, 1)), strict=True):
         cosine = float(cosines[i, j])
-        relation = "same" if abs(cosine) >= SAME else "near" if abs(cosine) >= NEAR else "space"
+        relation = "same" if abs(cosine) >= MIN_SAME_COSINE else "near" if abs(cosine) >= MIN_NEAR_COSINE else "space"
         pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), relation))
     return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
 
@@ -131,8 +131,8 @@ def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, .
     for adapter, ratio in zip(adapters, ratios, strict=True):
         kinds: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
-            "over-ranked": adapter.used is not None and adapter.fro > 0 and adapter.used <= USED,
-            "spiked": adapter.spike is not None and adapter.spike >= SPIKED and adapter.rank != 1,
+            "over-ranked": adapter.used is not None and adapter.fro > 0 and adapter.used <= OVER_RANKED_BELOW,
+            "spiked": adapter.spike is not None and adapter.spike >= SPIKED_FROM and adapter.rank != 1,
             "norm": ratio is not None,
         }
         names.append(tuple(kind for kind, holds in kinds.items() if holds))

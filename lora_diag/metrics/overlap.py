@@ -8,10 +8,10 @@ from typing import NamedTuple
 # An overlap below this multiple of its baseline is near it. Random subspaces of 512² exceed it for a gradient of rank
 # one, the most variable case, in 2.6% of 20,000 draws at r = 4, 0.6% at 8, 0.05% at 16, never at 64. For full-rank
 # gradients they did not in 2,000 draws at any of these ranks.
-NEAR = 2.0
+NEAR_RANDOM = 2.0
 
 # Ratio of κ over a run from which its change is called a trend.
-TREND = 0.8
+TREND_RATIO = 0.8
 
 
 class Chance(NamedTuple):
@@ -49,4 +49,4 @@ def is_near(overlap: float, random: float) -> bool:
     >>> is_near(0.05, 0.031), is_near(0.07, 0.031), is_near(0.7, 0.5), is_near(0.8, 0.5)
     (True, False, True, False)
     """
-    return overlap < min(NEAR * random, (1 + random) / 2)
+    return overlap < min(NEAR_RANDOM * random, (1 + random) / 2)

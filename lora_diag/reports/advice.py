@@ -27,9 +27,9 @@ from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, negligible_la
 from lora_diag.reports.budget import find_allocations, reference, saved_params
 from lora_diag.reports.evidence import ARTICLE, Capacity, Evidence, energy_at
 from lora_diag.reports.findings import (
-    MOST,
-    SHORT,
-    VECTORS,
+    MIN_ENERGY,
+    MOST_LAYERS,
+    VECTORS_SHARE,
     large_vector_change,
     named,
     percent,
@@ -45,11 +45,11 @@ from lora_diag.running.options import list_typed_options
 # Ranks commonly used in training and supported by servers.
 COMMON_RANKS = (4, 8, 16, 32, 64)
 # Energy fraction of every layer from which a rank is sufficient.
-ENOUGH = 0.9
+SUFFICIENT_ENERGY = 0.9
 # Fraction of the change from which adapting a skipped part of the model is recommended.
-PLACEMENT = 0.1
+PLACEMENT_SHARE = 0.1
 # A LoRA of rank r on an n×n matrix has 2r/n of its parameters: for n < 4r it is not small.
-SIZEABLE = 4
+SIZEABLE_RATIO = 4
 
 
 def advice(evidence: Evidence) -> list[Advice]:
@@ -121,7 +121,7 @@ def take_allocation(evidence: Evidence) -> Advice | None:
         argv = _repeat_allocation(source.results.run, evidence)
         if argv is None or not evidence.readable:
             continue
-        short = [r for r in source.results if isinstance(r, Allocation) and r.kept is not None and r.kept < SHORT]
+        short = [r for r in source.results if isinstance(r, Allocation) and r.kept is not None and r.kept < MIN_ENERGY]
         uniform = certificate.uniform
         baseline_text = f", {uniform.name} {percent(uniform.kept)}" if uniform is not None else ""
         budget_text = f"{number(certificate.spent)}" + (
@@ -131,7 +131,8 @@ def take_allocation(evidence: Evidence) -> Advice | None:
             "take the allocation",
             f"Train with the ranks of {source.name}, {certificate.params:,} parameters",
             f"They use {budget_text} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of "
-            f"the energy{baseline_text}; {len(short)} of {len(source.results)} matrices keep less than {SHORT:.0%}.",
+            f"the energy{baseline_text}; {len(short)} of {len(source.results)} matrices keep less than "
+            f"{MIN_ENERGY:.0%}.",
             "an allocation by a budget, and no evidence that a smaller rank suffices",
             f"{ARTICLE}, multi-layer allocation",
             argv,
@@ -148,7 +149,7 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     allocation uses the user's budget.
     """
     capacities, worse = evidence.largest, rejected_options(evidence)
-    insufficient = [item for item in capacities if item.kept < SHORT]
+    insufficient = [item for item in capacities if item.kept < MIN_ENERGY]
     if not insufficient or worse.more_rank or any(find_allocations(evidence)):
         return None
     is_local = 2 * len(insufficient) <= len(capacities)
@@ -170,15 +171,15 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     largest_adapters = _find_largest_adapters(evidence)
     state = f"At rank {current}{f' ({_join_paths(largest_adapters)})' if largest_adapters else ''}"
     reason = (
-        f"{state}, {affected} can hold less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
+        f"{state}, {affected} can hold less than {MIN_ENERGY:.0%} of their energy: at worst {percent(worst.kept)}, in "
         f"{named([worst.layer])}."
     )
     rule = "raise rank in named layers" if is_local else "raise rank everywhere"
     condition = (
-        f"C(r) < {SHORT} in at most half of the resolved matrices, at the largest rank of any adapter there"
+        f"C(r) < {MIN_ENERGY} in at most half of the resolved matrices, at the largest rank of any adapter there"
         if is_local
-        else f"C(r) < {SHORT} in more than half of the resolved matrices, at the largest rank of any adapter there; a "
-        f"rank up to {COMMON_RANKS[-1]} suffices for the median"
+        else f"C(r) < {MIN_ENERGY} in more than half of the resolved matrices, at the largest rank of any adapter "
+        f"there; a rank up to {COMMON_RANKS[-1]} suffices for the median"
     )
     source, layers = (
         f"{ARTICLE}, rank selection step 5.1; Eckart & Young 1936",
@@ -228,7 +229,7 @@ def widen_placement(evidence: Evidence) -> Advice | None:
     for layer, energy in unreached.items():
         name = module_type_of(layer)
         fractions[name] = fractions.get(name, 0.0) + energy / total
-    if math.fsum(fractions.values()) < PLACEMENT or any(find_allocations(evidence)):
+    if math.fsum(fractions.values()) < PLACEMENT_SHARE or any(find_allocations(evidence)):
         return None
     params, reference_text = reference(evidence)
     missing_types = ", ".join(sorted(fractions, key=lambda name: -fractions[name]))
@@ -240,7 +241,7 @@ def widen_placement(evidence: Evidence) -> Advice | None:
         else f"Measure the spectrum, to adapt {missing_types} too",
         f"{percent(math.fsum(fractions.values()))} of ‖ΔW‖² is in matrices that {_join_paths(list(evidence.adapted))} "
         f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_fractions_text(fractions)}.",
-        f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
+        f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT_SHARE}",
         f"{ARTICLE}, rank selection step 5.2",
         command("allocate", _find_spectrum_file(evidence), params=params, o="adapter_config.json")
         if measured
@@ -254,9 +255,9 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
     """Steps 2 and 3: embeddings and head, norms and biases, which adapters of matrices do not reach."""
     fraction = evidence.shares["vocabulary"] if evidence.shares else 0.0
     vectors = large_vector_change(evidence)
-    table = fraction >= PLACEMENT and bool(evidence.readable)
+    table = fraction >= PLACEMENT_SHARE and bool(evidence.readable)
     gain_without_matrices = without_matrices(evidence)
-    if not (table or vectors) or (gain_without_matrices is not None and gain_without_matrices < PLACEMENT):
+    if not (table or vectors) or (gain_without_matrices is not None and gain_without_matrices < PLACEMENT_SHARE):
         return None
     parts = [*(["embeddings and head"] if table else []), *(["norms and biases"] if vectors else [])]
     parts_text = " and ".join(parts)
@@ -292,8 +293,8 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
         "hybrid" if vectors else "train embeddings and head",
         action,
         f"{reason} An adapter on the other matrices cannot reach it.".strip(),
-        f"fraction of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}, or in norms and biases ≥ {VECTORS}; truncation to "
-        f"r=0, if measured, keeps ≥ {PLACEMENT} of the gain",
+        f"fraction of ‖Δ‖² in embeddings and head ≥ {PLACEMENT_SHARE}, or in norms and biases ≥ {VECTORS_SHARE}; "
+        f"truncation to r=0, if measured, keeps ≥ {PLACEMENT_SHARE} of the gain",
         f"{ARTICLE}, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
         argv,
         ranks=sweep_ranks,
@@ -304,14 +305,14 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
 def train_fully(evidence: Evidence) -> Advice | None:
     """Step 4: train the weights themselves if the largest common rank is too small."""
     rank = COMMON_RANKS[-1]
-    large = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
+    large = [record for record in evidence.readable if min(record.shape) >= SIZEABLE_RATIO * rank]
     by_type: dict[str, list[float]] = {}
     for layer, fraction in shares_at(rank, large).items():
         by_type.setdefault(module_type_of(layer), []).append(fraction)
     flat_types = [
         name
         for name, fractions in by_type.items()
-        if sum(fraction < SHORT for fraction in fractions) >= MOST * len(fractions)
+        if sum(fraction < MIN_ENERGY for fraction in fractions) >= MOST_LAYERS * len(fractions)
     ]
     if not flat_types or rejected_options(evidence).has_better_adapter:
         return None
@@ -323,7 +324,8 @@ def train_fully(evidence: Evidence) -> Advice | None:
         or f"Unfreeze {', '.join(flat_types)}, adapters on the rest; compare the cost with r={rank} everywhere",
         f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
         f"{'every type' if all_types else f'these types, {len(flat_types)} of {len(by_type)}'}.",
-        f"C({rank}) < {SHORT} in at least {MOST:.0%} of a type's resolved matrices with both sizes ≥ {SIZEABLE * rank}",
+        f"C({rank}) < {MIN_ENERGY} in at least {MOST_LAYERS:.0%} of a type's resolved matrices with both sizes ≥ "
+        f"{SIZEABLE_RATIO * rank}",
         f"{ARTICLE}, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times common "
         "ranks",
         command("plan", evidence.path_of("base"), ranks=(rank,)),
@@ -341,17 +343,17 @@ def extract_at_small_rank(evidence: Evidence) -> Advice | None:
     for rank in COMMON_RANKS[:-1]:
         kept = [energy_at(record, rank) for record in evidence.readable]
         known = [fraction for fraction in kept if fraction is not None]
-        small = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
+        small = [record for record in evidence.readable if min(record.shape) >= SIZEABLE_RATIO * rank]
         if rank <= rejected_options(evidence).truncated_rank:
             continue
-        if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= ENOUGH:
+        if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= SUFFICIENT_ENERGY:
             return Advice(
                 "sufficient rank",
                 f"Extract the update at r={rank}, which is sufficient",
                 f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and no "
                 "measured change is outside the reach of an adapter.",
-                f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved, half of them "
-                f"{SIZEABLE * rank} or more wide; no other rule applies",
+                f"C({rank}) ≥ {SUFFICIENT_ENERGY} in every matrix outside embeddings and head, all resolved, half "
+                f"of them {SIZEABLE_RATIO * rank} or more wide; no other rule applies",
                 f"{ARTICLE}, rank sweep (fast saturation); Eckart & Young 1936",
                 command("extract", evidence.path_of("base"), evidence.path_of("tuned"), rank=rank, o="adapter/"),
                 ranks=(rank,),
@@ -392,7 +394,7 @@ def _target(
     for rank in COMMON_RANKS:
         kept = [energy_at(measured[item.layer], rank) or 0.0 for item in items]
         is_higher = rank > max(larger_than, *(item.rank for item in items)) if len(items) else False
-        if is_higher and sum(k >= SHORT for k in kept) >= at_least * len(kept):
+        if is_higher and sum(k >= MIN_ENERGY for k in kept) >= at_least * len(kept):
             return rank
     return None
 

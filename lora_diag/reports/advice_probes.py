@@ -16,7 +16,7 @@ from typing import Any
 from lora_diag.metrics.correlation import interval, spearman
 from lora_diag.metrics.equivalence import Estimate, freedom, paired
 from lora_diag.probes.curvature.record import LossBound
-from lora_diag.probes.curvature.summary import LOOSE
+from lora_diag.probes.curvature.summary import LOOSE_RATIO
 from lora_diag.probes.fisher.correlations import Correlations, correlations
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.intrinsic.lines import Line, lines, reached
@@ -37,7 +37,7 @@ LEVEL = 0.05
 # A unit with a significant gain below this fraction of the best significant gain is skipped.
 NEGLIGIBLE = 0.1
 # Gains that differ by less than this factor get one rank.
-UNEVEN = 2.0
+UNEVEN_FACTOR = 2.0
 # Minimum number of units or layers for an order.
 MIN_COUNT = 5
 # Upper confidence limit of ρ with the Fisher information below which energy has another order.
@@ -84,7 +84,7 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
             f"{_format_gain(lowest)}; {len(gains.clear)} of {len(gains.known)} gains are significant, "
             f"{len(gains.idle)} are at most a tenth of the best. The gain of a unit alone is not its contribution "
             "to the joint gain.",
-            f"some gain ≤ {NEGLIGIBLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
+            f"some gain ≤ {NEGLIGIBLE:g} of the highest, or the highest ≥ {UNEVEN_FACTOR:g} times the lowest, beyond "
             f"{gains.errors:.1f} paired standard errors (95% over {len(gains.known)} units); {MIN_COUNT} units or more",
             f"{ARTICLE}, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
             argv,
@@ -236,8 +236,7 @@ def _advise_measurement(source: Source, records: Sequence[Fisher], rank: int) ->
         "Measure whether energy or Fisher information predicts the cost of truncation, before choosing ranks by energy",
         f"They order {len(pairs)} layers differently: Spearman's ρ of the two at r={rank} is {_format_interval(rho)}.",
         f"95% interval of ρ between energy and Fisher information of the part beyond r={rank} is below "
-        f"{DIFFERENT_ORDER}; no "
-        "cost measured",
+        f"{DIFFERENT_ORDER}; no cost measured",
         "Fisher-weighted SVD (arXiv 2207.00112); Spearman 1904",
         command("probe fisher", base, tuned, data=data, eval="HELD_OUT_TEXT", ranks=(rank,), o="fisher-2.jsonl"),
         ranks=(rank,),
@@ -251,7 +250,7 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
     for source, records in _find_runs(evidence, LossBound):
         whole = [r for r in records if r.along == 1 and r.gap_error is not None and r.gap > ERRORS * r.gap_error]
         ratios = [record.upper / record.gap for record in whole]
-        if len(ratios) < 2 or min(ratios) < LOOSE:
+        if len(ratios) < 2 or min(ratios) < LOOSE_RATIO:
             continue
         base, tuned, text = source.path_of("base"), source.path_of("tuned"), source.path_of("eval", "HELD_OUT_TEXT")
         whole_ranks = tuple(record.rank for record in whole)
@@ -261,8 +260,8 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
             f"{format_ranks(whole_ranks)}",
             f"On {whole[0].set} the bound is {min(ratios):.0f} to {max(ratios):.0f} times the measured gap at "
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
-            f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "
-            "no truncation measured",
+            f"bound ≥ {LOOSE_RATIO:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} "
+            "standard errors; no truncation measured",
             f"{ARTICLE}, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
             command("probe truncation", base, tuned, eval=text, ranks=whole_ranks, o="truncation.jsonl"),
             ranks=whole_ranks,

@@ -17,29 +17,29 @@ from statistics import median
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.metrics.overlap import NEAR, is_near
+from lora_diag.metrics.overlap import NEAR_RANDOM, is_near
 from lora_diag.records.names import module_type_of, part_of
 from lora_diag.reports.evidence import ARTICLE, Evidence, energy_at
 
 # A rank that keeps less than half of a layer's energy is too small there; "most layers" are three quarters of them.
-SHORT, MOST = 0.5, 0.75
+MIN_ENERGY, MOST_LAYERS = 0.5, 0.75
 # Largest common LoRA rank; LoRA is not known to work well for updates that 16 does not hold at the median.
 USUAL_RANK = 16
 # Minimum number of layers for "everywhere".
 MIN_COUNT = 4
 # The rank at 90% energy of a Gaussian matrix is 0.51 of a square one's size and 0.76 of a 1:4 one's (256² to 1024²).
-FLAT = 0.5
+FLAT_RANK = 0.5
 # Smaller matrices are ignored: a common rank is a large fraction of any of them.
-SIZEABLE = 4 * USUAL_RANK
+MIN_SIZE = 4 * USUAL_RANK
 # A factor within these of 1 changes ε² by less than 6% of ‖X‖²: (1 − 1/1.25)² = 0.04, (1.25 − 1)² = 0.0625.
-SCALE = 1.25
+MAX_SCALE = 1.25
 # Below this cosine the adapter's direction holds less than a quarter of ‖D‖², and the scale is irrelevant.
-ALIGNED = 0.5
+MIN_COSINE = 0.5
 # Norms and biases hold less than 0.1% of a transformer's parameters. With 5% of ‖Δ‖² in them, an adapter that is exact
 # on every matrix is still at a distance of √0.05 = 0.22.
-VECTORS = 0.05
+VECTORS_SHARE = 0.05
 # Fraction of ‖G‖² by which tangent² must exceed its baseline, as in the summary of ``overlap``.
-REACH = 0.1
+MIN_REACH = 0.1
 
 # Projections into the residual stream, or from one modality to another.
 _PROJECTION = re.compile(
@@ -77,17 +77,17 @@ def findings(evidence: Evidence) -> list[Finding]:
 def slow_decay(evidence: Evidence) -> Finding | None:
     """Find a slow spectral decay in nearly all layers."""
     shares = shares_at(USUAL_RANK, evidence.readable)
-    slow = tuple(layer for layer, share in shares.items() if share < SHORT)
-    if len(shares) < MIN_COUNT or len(slow) < MOST * len(shares):
+    slow = tuple(layer for layer, share in shares.items() if share < MIN_ENERGY)
+    if len(shares) < MIN_COUNT or len(slow) < MOST_LAYERS * len(shares):
         return None
     return Finding(
         "Slow spectral decay everywhere",
-        f"r={USUAL_RANK} keeps less than {SHORT:.0%} of the energy in {len(slow)} of {len(shares)} matrices; "
+        f"r={USUAL_RANK} keeps less than {MIN_ENERGY:.0%} of the energy in {len(slow)} of {len(shares)} matrices; "
         f"{percent(median(shares.values()))} in the median one.",
         "A sign of a large distribution shift. A task of several independent skills and a high learning rate have the "
         "same effect: compare with a second full fine-tune before attributing it to the data.",
-        f"C({USUAL_RANK}) < {SHORT} in at least {MOST:.0%} of the resolved matrices larger than that, and these are "
-        f"{MIN_COUNT} or more",
+        f"C({USUAL_RANK}) < {MIN_ENERGY} in at least {MOST_LAYERS:.0%} of the resolved matrices larger than that, "
+        f"and these are {MIN_COUNT} or more",
         f"{ARTICLE}, failure modes 1 and 2",
         slow,
     )
@@ -96,10 +96,10 @@ def slow_decay(evidence: Evidence) -> Finding | None:
 def under_ranked(evidence: Evidence) -> Finding | None:
     """Find few important layers whose rank is too small while it suffices in most."""
     capacities = evidence.capacities
-    if len(capacities) < MIN_COUNT or median(item.kept for item in capacities) < SHORT:
+    if len(capacities) < MIN_COUNT or median(item.kept for item in capacities) < MIN_ENERGY:
         return None
     median_energy = median(item.energy for item in capacities)
-    short = [item for item in capacities if item.kept < SHORT and item.energy >= median_energy]
+    short = [item for item in capacities if item.kept < MIN_ENERGY and item.energy >= median_energy]
     if not short:
         return None
     worst = min(short, key=lambda item: item.kept)
@@ -107,12 +107,12 @@ def under_ranked(evidence: Evidence) -> Finding | None:
     return Finding(
         "Under-ranked critical layers",
         f"{named([item.layer for item in short])}: rank {ranks([item.rank for item in short])} can hold less than "
-        f"{SHORT:.0%} of the energy there (at worst {percent(worst.kept)}), compared with "
+        f"{MIN_ENERGY:.0%} of the energy there (at worst {percent(worst.kept)}), compared with "
         f"{percent(median(item.kept for item in capacities))} in the median layer. Together they have "
         f"{percent(share)} of ‖ΔW‖² in these {len(capacities)} matrices.",
         "A uniform rank is too small for these layers. Energy is not loss: it measures how much a layer changed, "
         "not how much the task needs it.",
-        f"C(r) < {SHORT} at the layer's rank, at least {SHORT} in the median layer; ‖ΔW‖ at least the median",
+        f"C(r) < {MIN_ENERGY} at the layer's rank, at least {MIN_ENERGY} in the median layer; ‖ΔW‖ at least the median",
         f"{ARTICLE}, failure mode 4",
         tuple(item.layer for item in short),
     )
@@ -123,9 +123,9 @@ def flat_projections(evidence: Evidence) -> Finding | None:
     flatness: dict[str, list[tuple[str, float]]] = {}
     for record in evidence.readable:
         name, share = module_type_of(record.layer), _compute_flatness(record)
-        if _PROJECTION.search(name) and share is not None and min(record.shape) >= SIZEABLE:
+        if _PROJECTION.search(name) and share is not None and min(record.shape) >= MIN_SIZE:
             flatness.setdefault(name, []).append((record.layer, share))
-    flat = {name: rows for name, rows in flatness.items() if median(share for _, share in rows) >= FLAT}
+    flat = {name: rows for name, rows in flatness.items() if median(share for _, share in rows) >= FLAT_RANK}
     if not flat:
         return None
     evidence_text = "; ".join(
@@ -137,7 +137,8 @@ def flat_projections(evidence: Evidence) -> Finding | None:
         f"For 90% of the energy, {evidence_text}.",
         "As flat as a random square matrix (51%): no small rank approximates this update. This is expected "
         "where the projection joins two modalities.",
-        f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}, min(out, in) ≥ {SIZEABLE}",
+        f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT_RANK}, min(out, in) ≥ "
+        f"{MIN_SIZE}",
         f"{ARTICLE}, failure mode 3",
         tuple(layer for rows in flat.values() for layer, _ in rows),
     )
@@ -148,9 +149,9 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
     scaled = [
         record
         for record in evidence.residuals
-        if record.best_scale is not None and record.cosine is not None and record.cosine >= ALIGNED
+        if record.best_scale is not None and record.cosine is not None and record.cosine >= MIN_COSINE
     ]
-    off = [record for record in scaled if not 1 / SCALE <= (record.best_scale or 0.0) <= SCALE]
+    off = [record for record in scaled if not 1 / MAX_SCALE <= (record.best_scale or 0.0) <= MAX_SCALE]
     adapted = [record for record in evidence.residuals if record.best_scale is not None]
     if not off or 2 * len(off) < len(adapted):
         return None
@@ -162,7 +163,8 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
         f"{median(r.cosine or 0.0 for r in off):.2f}).{_hint_at_confusion(factor, off)}",
         "The direction is right but the scale is not: check lora_alpha, the learning rate, and whether the scaling "
         "was applied exactly once.",
-        f"best scale outside [{1 / SCALE:.2g}, {SCALE}], cosine ≥ {ALIGNED} in at least half of the adapted matrices",
+        f"best scale outside [{1 / MAX_SCALE:.2g}, {MAX_SCALE}], cosine ≥ {MIN_COSINE} in at least half of the "
+        "adapted matrices",
         f"{ARTICLE}, rank sweep (noisy or unstable: scaling α); LoRA's α/r against rsLoRA's α/√r (arXiv 2312.03732)",
         tuple(record.layer for record in off),
     )
@@ -171,7 +173,7 @@ def scale_mismatch(evidence: Evidence) -> Finding | None:
 def large_vector_change(evidence: Evidence) -> Finding | None:
     """Find a change in norms and biases, which no adapter on matrices reaches."""
     share = evidence.shares["vectors"] if evidence.shares else 0.0
-    if share < VECTORS:
+    if share < VECTORS_SHARE:
         return None
     changed = [item for item in evidence.vectors if item.fro]
     return Finding(
@@ -179,7 +181,7 @@ def large_vector_change(evidence: Evidence) -> Finding | None:
         f"{percent(share)} of the whole change ‖Δ‖² is in {len(changed)} norms and biases.",
         "No low-rank adapter on matrices reaches them: one that is exact elsewhere remains at a distance of "
         f"{math.sqrt(share):.2f}·‖Δ‖.",
-        f"fraction of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
+        f"fraction of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS_SHARE}",
         f"{ARTICLE}, escalation step 3 (hybrid); BitFit (Ben Zaken et al. 2022)",
         tuple(item.layer for item in sorted(changed, key=lambda item: -(item.fro or 0.0))),
     )
@@ -204,7 +206,7 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
     outside = [
         record
         for record in last_records
-        if is_near(record.kappa, record.kappa_random) and record.tangent**2 - record.tangent_random**2 < REACH
+        if is_near(record.kappa, record.kappa_random) and record.tangent**2 - record.tangent_random**2 < MIN_REACH
     ]
     if not outside:
         return None
@@ -216,8 +218,8 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
         f"worst an adapter reaches {worst.tangent:.2f} of ‖G‖, one on a random subspace {worst.tangent_random:.2f}.",
         "The remaining gradient is outside these subspaces: a higher rank or another placement may reach it. At a "
         "low loss it only shows that training has converged.",
-        f"at the last step κ near its random baseline (below {NEAR:g}× it, or halfway from it to 1) and tangent² above "
-        f"its own by less than {REACH}",
+        f"at the last step κ near its random baseline (below {NEAR_RANDOM:g}× it, or halfway from it to 1) and "
+        f"tangent² above its own by less than {MIN_REACH}",
         f"{ARTICLE}, diagnostic 4 (κ)",
         tuple(record.layer for record in outside),
     )

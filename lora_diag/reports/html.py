@@ -43,15 +43,15 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 # Total number of points of all spectra: 256 per layer up to 2,000 layers, and 7 at 70,000, where the page stays below
 # 30 MB.
-POINTS, MOST_POINTS, FEWEST_POINTS = 500_000, 256, 6
+MAX_POINTS, MAX_LAYER_POINTS, MIN_LAYER_POINTS = 500_000, 256, 6
 # Number of layers from which numbers have six digits.
-LARGE, DIGITS = 5_000, 6
+LARGE_PAGE, DIGITS = 5_000, 6
 # Maximum number of rows of the table without JavaScript.
 PLAIN_ROWS = 200
 # Maximum number of points of an overlap curve.
-STEPS = 60
+MAX_STEPS = 60
 # Terminal width of the tables on the page.
-TERMINAL = 118
+TERMINAL_WIDTH = 118
 # Maximum number of listed verdicts of a gate, and of inputs of a run (a fleet has thousands).
 VERDICTS, INPUTS = 50, 20
 
@@ -164,7 +164,7 @@ def _pack_script(read: Callable[[], str]) -> str:
 def _render_run(source: Source) -> str:
     """Return the table and summary of a run as in a terminal; empty for a command without one."""
     try:
-        return table(source.results, TERMINAL)
+        return table(source.results, TERMINAL_WIDTH)
     except InputError:
         return ""
 
@@ -176,7 +176,7 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
     types = Types(layers)
     row = {name: position for position, name in enumerate(types.names)}
     position = {layer: i for i, layer in enumerate(layers)}
-    value: Callable[[Any], Any] = _round_value if len(layers) >= LARGE else lambda entry: entry
+    value: Callable[[Any], Any] = _round_value if len(layers) >= LARGE_PAGE else lambda entry: entry
     return {
         "layers": [safe(layer) for layer in layers],
         "types": [safe(name) for name in types.names],
@@ -247,7 +247,7 @@ def _make_overlaps(
                 "rank": track.rank,
                 "rows": [
                     [value(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
-                    for r in _select_evenly(track.records, STEPS)
+                    for r in _select_evenly(track.records, MAX_STEPS)
                 ],
             }
             for track in tracks(source.results)
@@ -259,7 +259,7 @@ def _make_overlaps(
 def _count_points(evidence: Evidence) -> int:
     """Return the number of points of a spectrum."""
     spectra = sum(len(source.results) for source in evidence.of(Spectrum))
-    return max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, spectra)))
+    return max(MIN_LAYER_POINTS, min(MAX_LAYER_POINTS, MAX_POINTS // max(1, spectra)))
 
 
 def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
@@ -272,11 +272,11 @@ def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
             f"Spectra and energy curves are drawn with up to {points} of up to {longest} points: the first "
             f"{points // 2} ranks and log-spaced ones beyond. All points are values of the results file."
         )
-    if len(layers) >= LARGE:
+    if len(layers) >= LARGE_PAGE:
         notes.append(f"With {len(layers)} layers, numbers have {DIGITS} digits.")
     steps = max((len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0)
-    if steps > STEPS:
-        notes.append(f"Overlap curves show {STEPS} of {steps} steps, evenly spaced.")
+    if steps > MAX_STEPS:
+        notes.append(f"Overlap curves show {MAX_STEPS} of {steps} steps, evenly spaced.")
     return notes
 
 

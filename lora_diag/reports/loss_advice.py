@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lora_diag.metrics.equivalence import LEVEL
 from lora_diag.probes.outputs.choice import Choice, choices
-from lora_diag.probes.outputs.contest import ERRORS, KEPT, Contest
+from lora_diag.probes.outputs.contest import ERRORS, SUFFICIENT_SHARE, Contest
 from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
@@ -38,10 +38,9 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         "keep the adapter",
         f"No change: {best.name} does as well as the full fine-tune on held-out text",
         f"{_describe_outcome(best)}.{f' The same holds for {others}.' if others else ''}{choices_text} Distances "
-        "in weights do not "
-        "contradict this.",
-        f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
-        "not shifted, and that gain more than two of its own",
+        "in weights do not contradict this.",
+        f"loss + {ERRORS:.0f} standard errors within {1 - SUFFICIENT_SHARE:.0%} of the full fine-tune's gain on "
+        "every set that is not shifted, and that gain more than two of its own",
         f"{ARTICLE}, diagnostic 3 (validation loss); {_PAIRED}",
         command("gate", policy="adapter-basic", base=source.path_of("base"), adapter=best.name),
         adapters=(best.name,),
@@ -93,7 +92,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         f"{_describe_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps "
         "based on weights suggest its cause; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
-        f"{KEPT:.0%} of the gain even if the loss is lower by as many errors",
+        f"{SUFFICIENT_SHARE:.0%} of the gain even if the loss is lower by as many errors",
         f"{ARTICLE}, rank selection step 5 (escalation); {_PAIRED}",
         argv,
         ranks=candidates,
@@ -112,7 +111,8 @@ def measure_more(evidence: Evidence) -> Advice | None:
         f"Measure the loss of {', '.join(contest.name for contest in unknown)} on more held-out text",
         f"{'; '.join(map(_describe_outcome, unknown))}: not enough text to decide whether "
         f"{'it does' if len(unknown) == 1 else 'they do'} as well as the full fine-tune.",
-        f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
+        f"neither within {1 - SUFFICIENT_SHARE:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors "
+        "either way",
         _PAIRED,
         command(
             "probe outputs",
@@ -141,8 +141,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         action = f"Change the training before the rank: try learning rates {', '.join(f'{rate:g}' for rate in rates)}"
         reason = (
             f"On {sweep.set}, every rank is worse than BASE: the best of r = {all_ranks} is {-verdict.gain:.3g} nats "
-            "above "
-            f"its {base.nats:.4g}, at learning rates from {lowest:g} up."
+            f"above its {base.nats:.4g}, at learning rates from {lowest:g} up."
         )
         argv = sweep_of(evidence, next_ranks, rates)
     else:
@@ -274,8 +273,8 @@ def compress(evidence: Evidence) -> Advice | None:
         f"To ship the full fine-tune as an adapter, truncate it to r={truncation.rank}, without training",
         f"It keeps {worst.kept:.0%} of the gain on {worst.set} (loss {_format_gap(worst)} to the full "
         f"fine-tune){energy}.{saved_text}",
-        f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
-        "than two of its standard errors",
+        f"smallest rank measured that keeps ≥ {SUFFICIENT_SHARE:.0%} of the gain on every set that is not shifted; "
+        "that gain more than two of its standard errors",
         "Eckart & Young 1936; measured, not bounded",
         command(
             "extract",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.choice import choices
-from lora_diag.probes.outputs.contest import ERRORS, KEPT, Contest, contests_of, gains
+from lora_diag.probes.outputs.contest import ERRORS, SUFFICIENT_SHARE, Contest, contests_of, gains
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
@@ -126,7 +126,7 @@ def _find_insufficient_ranks(evidence: Evidence) -> list[int]:
     for _, sets, bases, truncated in _find_truncations(evidence):
         for record in truncated:
             if record.rank and record.set in sets and gains(bases.get(record.set)) is not None:
-                ranks += [record.rank] if record.kept is not None and record.kept < KEPT else []
+                ranks += [record.rank] if record.kept is not None and record.kept < SUFFICIENT_SHARE else []
     return ranks
 
 
@@ -172,7 +172,9 @@ def compressed(evidence: Evidence) -> Compressed | None:
         zero = [record.kept for record in truncated if record.rank == 0 and record.kept is not None]
         for rank in sorted({record.rank for record in truncated if record.rank}):
             at_rank = tuple(record for record in truncated if record.rank == rank)
-            if len(at_rank) == len(sets) and all(record.kept is not None and record.kept >= KEPT for record in at_rank):
+            if len(at_rank) == len(sets) and all(
+                record.kept is not None and record.kept >= SUFFICIENT_SHARE for record in at_rank
+            ):
                 return Compressed(source, rank, at_rank, max(zero, default=None))
     return None
 

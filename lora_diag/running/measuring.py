@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Sized)
 
 # Entries from which the only layer of a run gets all cores: on two, all values of 4096² took 2.1 s instead of 3.1 s. At
 # 2048² a second core gains nothing (docs/benchmarks.md).
-ALONE = 3072**2
+ALL_CORES_FROM = 3072**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def layout_of(
         UsageError: The memory limit is too small for the program itself.
     """
     largest = max((math.prod(task.shape) for task in tasks), default=0)
-    if workers is None and len(tasks) == 1 and largest >= ALONE:
+    if workers is None and len(tasks) == 1 and largest >= ALL_CORES_FROM:
         workers = 1
     return layout_for(largest, workers, device, memory, torch)
 

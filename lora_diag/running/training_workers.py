@@ -22,9 +22,9 @@ from lora_diag.running.engines import Layout, Ray, capacity_of, run_ray
 Record = TypeVar("Record")
 
 # A shape and a footprint by which the engine sends every run alone: its cost is above that of a batch of layers.
-ALONE, FOOTPRINT = (2**12, 2**12), 2**40
+UNBATCHED_SHAPE, UNBATCHED_BYTES = (2**12, 2**12), 2**40
 
-ADVICE = "add a node with more, or lower --batch or --length"
+MEMORY_FIX = "add a node with more, or lower --batch or --length"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunTask:
 
     layer: str
     work: Any
-    shape: tuple[int, ...] = ALONE
+    shape: tuple[int, ...] = UNBATCHED_SHAPE
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Workers:
             LoradiagError: The error of the first failing run, or the cluster was lost.
         """
         tasks = [RunTask(label, work) for label, work in runs]
-        return run_ray(measure, tasks, self.layout, lambda task: FOOTPRINT, self.on, poll, ADVICE)
+        return run_ray(measure, tasks, self.layout, lambda task: UNBATCHED_BYTES, self.on, poll, MEMORY_FIX)
 
 
 def workers_for(site: Site, engine: Ray, concurrent: int | None) -> Workers:
@@ -108,17 +108,17 @@ def workers_for(site: Site, engine: Ray, concurrent: int | None) -> Workers:
         concurrent: Concurrent runs of a node; None for one, or on GPUs as many as these allow.
     """
     layout = layout_of_runs(concurrent)
-    return Workers(site, engine, layout, capacity_of(engine, layout, FOOTPRINT)[0])
+    return Workers(site, engine, layout, capacity_of(engine, layout, UNBATCHED_BYTES)[0])
 
 
 def threads_of_run(engine: Ray, concurrent: int | None) -> int:
     """Return the cores of one run on a cluster that this process is connected to."""
-    return capacity_of(engine, layout_of_runs(concurrent), FOOTPRINT)[1]
+    return capacity_of(engine, layout_of_runs(concurrent), UNBATCHED_BYTES)[1]
 
 
 def layout_of_runs(concurrent: int | None) -> Layout:
     """Return the allocation of a node to concurrent runs."""
-    return Layout(torch.get_num_threads(), (concurrent or 1) * FOOTPRINT)
+    return Layout(torch.get_num_threads(), (concurrent or 1) * UNBATCHED_BYTES)
 
 
 def drop_sequences(texts: Texts) -> Texts:

@@ -6,7 +6,7 @@ a small rank. Importing torch takes ten times as long as measuring an adapter.
 
 from lora_diag.thin.sketch import BOTH, COLUMNS, LENGTH, ROWS, fold, join, mixed, row_major, sketch, transform
 from lora_diag.thin.values import (
-    ENOUGH,
+    MAX_GRAM_ERROR,
     MAX_RANK,
     Grams,
     ThinValues,
@@ -19,8 +19,8 @@ from lora_diag.thin.values import (
 __all__ = [
     "BOTH",
     "COLUMNS",
-    "ENOUGH",
     "LENGTH",
+    "MAX_GRAM_ERROR",
     "MAX_RANK",
     "ROWS",
     "Grams",

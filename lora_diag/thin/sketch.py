@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_diag.scratch import scratch
-from lora_diag.thin.values import PRODUCT
+from lora_diag.thin.values import MAX_PRODUCT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +109,7 @@ def join(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
 
 def mixed(transforms: Transforms, mix: Array) -> Transforms:
     """Return the transforms of the columns of each B·W of a stack from those of B, on one thread."""
-    block, wide = max(1, (PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
+    block, wide = max(1, (MAX_PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
     found: Transforms = np.empty_like(transforms, shape=(*transforms.shape[:2], mix.shape[2]))
     for first in range(0, transforms.shape[1], block):
         np.matmul(transforms[:, first : first + block], wide, out=found[:, first : first + block])

@@ -29,20 +29,20 @@ MAX_RANK = 64
 
 # OpenBLAS starts threads for products of m·n·k ≥ 2^18 (interface/gemm.c), and for m·n > 2^13 entries of a matrix times
 # a vector (interface/ger.c, gemv.c), of which Householder QR consists.
-PRODUCT, ENTRIES = 2**18, 2**13
+MAX_PRODUCT, MAX_QR_ENTRIES = 2**18, 2**13
 
 # Rows of a product, and entries that are converted to float64 at once: half a MiB.
-BLOCK, CACHED = 512, 2**16
+MAX_BLOCK_ROWS, CACHE_ENTRIES = 512, 2**16
 
 # Least eigenvalue of XᵀX with columns scaled to norm 1, from which it is factored by Cholesky. Its bound is then below
 # that of QR. Trained adapters: 0.05 and more (tests/thin/test_values.py); Gaussian factors 0.9.
-CONDITIONED = 1 / 32
+MIN_EIGENVALUE = 1 / 32
 
 # Largest bound on an error of C(r) for which energies are taken from Gram matrices alone; trained adapters: below 1e-9.
-ENOUGH = 1e-8
+MAX_GRAM_ERROR = 1e-8
 
 # ‖x_i‖² within which squares and products of two factors are far from the ends of float64's range.
-LEAST, MOST = 1e-100, 1e100
+MIN_SQUARE, MAX_SQUARE = 1e-100, 1e100
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -191,7 +191,7 @@ def triangle(x: Numbers) -> Triangles | None:
 
 def _in_range(squares: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return whether all ‖x_i‖² are far from the ends of the range, for each of a stack."""
-    return np.asarray((squares >= LEAST).all(axis=-1) & (squares <= MOST).all(axis=-1))
+    return np.asarray((squares >= MIN_SQUARE).all(axis=-1) & (squares <= MAX_SQUARE).all(axis=-1))
 
 
 def compute_grams(stack: Numbers) -> Grams:
@@ -205,7 +205,7 @@ def compute_grams(stack: Numbers) -> Grams:
         grams = [compute_grams(x[None]) for x in stack]
         return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
     x, whole = stack.reshape(-1, rank), -(-rows // block)
-    step = block * max(1, CACHED // (block * rank))
+    step = block * max(1, CACHE_ENTRIES // (block * rank))
     products_of_blocks = np.empty((count * whole, rank, rank))
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(x), step):
@@ -221,7 +221,7 @@ def compute_grams(stack: Numbers) -> Grams:
 @cache
 def _choose_block_rows(rows: int, rank: int) -> int:
     """Return the number of rows of a block: a divisor of all if there is one that is not small."""
-    largest = max(1, min(rows, BLOCK, (PRODUCT - 1) // (rank * (rank - rank // 2))))
+    largest = max(1, min(rows, MAX_BLOCK_ROWS, (MAX_PRODUCT - 1) // (rank * (rank - rank // 2))))
     return next((block for block in range(largest, largest // 2, -1) if rows % block == 0), largest)
 
 
@@ -269,7 +269,7 @@ def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
         rank * (terms + rank + 2) * EPS / smallest,
         np.zeros(count),
     )
-    return result, usable & (smallest >= CONDITIONED)
+    return result, usable & (smallest >= MIN_EIGENVALUE)
 
 
 def _factor_cholesky(stack: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -296,7 +296,7 @@ def _reduce_by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
     sequential QR and LU factorizations" (TSQR).
     """
     rank = x.shape[1]
-    block = max(2 * rank, ENTRIES // rank)
+    block = max(2 * rank, MAX_QR_ENTRIES // rank)
     part, path = x.astype(np.float64, copy=False), 0
     if scale != 1.0:
         part = part / scale

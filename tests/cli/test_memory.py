@@ -105,7 +105,7 @@ def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
     assert ran.code == 3
     assert_names(ran.err, NAME, "3650x3600", "--memory", "141 MB", "169 MB")
     assert_names(ran.err, "29 MB", "--workers", "--top 64")
-    needed = limits.READING + limits.gram_bytes((3650, 3600), Allowance(0), in_place=True)
+    needed = limits.READING_BYTES + limits.gram_bytes((3650, 3600), Allowance(0), in_place=True)
     assert 168.5e6 < needed < (141 + 29) * 10**6  # with which tests of linalg measure
     assert "larger than --memory" in ran.out
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]

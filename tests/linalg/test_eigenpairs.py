@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
-from lora_diag.linalg.eigenpairs import DENSE, eigenpairs
+from lora_diag.linalg.eigenpairs import DENSE_UP_TO, eigenpairs
 from tests.messages import raises_naming
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def found(h, count, end, seed=0):
 
 
 @given(
-    st.integers(2, 2 * DENSE),
+    st.integers(2, 2 * DENSE_UP_TO),
     st.integers(1, 6),
     st.sampled_from(["largest", "smallest"]),
     st.sampled_from(["spread", "spikes", "repeated", "negative", "low rank", "zero"]),
@@ -88,6 +88,6 @@ def test_products_are_counted_and_one_seed_gives_one_answer():
 def test_non_finite_or_unconverged_matrix_is_reported(monkeypatch):
     with pytest.raises(InputError, match="not finite"):
         eigenpairs(lambda x: x * float("nan"), 100, 1, "largest", 0, CPU)
-    monkeypatch.setattr("lora_diag.linalg.eigenpairs.RESTARTS", 1)
+    monkeypatch.setattr("lora_diag.linalg.eigenpairs.MAX_RESTARTS", 1)
     with raises_naming(InputError, "converge", 1):
         found(symmetric(np.linspace(0, 1, 400), 0), 8, "largest")

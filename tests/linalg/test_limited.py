@@ -78,7 +78,7 @@ def test_krylov_plans_for_basis_and_products(shape, basis):
 def test_exact_plan_counts_float64_copies_and_lapack(shape):
     """A in float64 and the copy that Lapack destroys; of vectors U, Vᵀ and what fixing their signs copies."""
     small, large = sorted(shape)
-    matrix = 4 * small * large + limits.READING
+    matrix = 4 * small * large + limits.READING_BYTES
     values = limits.whole_bytes(shape, Allowance(0, "exact"))
     both = limits.whole_bytes(shape, Allowance(0, "exact", vectors=True))
     assert values >= matrix + 16 * small * large
@@ -100,7 +100,7 @@ def test_all_values_equal_float64_for_any_blocks(shape, rows, dtype, scale, in_p
     matrix = (power_law(*shape) * scale).astype(dtype)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     fro = math.sqrt((true**2).sum())
-    least = limits.READING + limits.gram_bytes(shape, Allowance(0), in_place)
+    least = limits.READING_BYTES + limits.gram_bytes(shape, Allowance(0), in_place)
     found = decompose_streamed(streamed(torch.from_numpy(matrix), rows), Allowance(least), fro)
     assert found.method == "gram"
     assert found.complete
@@ -149,8 +149,8 @@ def test_flat_spectrum_falls_back_to_gram_or_states_memory():
     matrix = oracles.with_spectrum(np.ones(600), 640, 600, seed=1).astype(np.float32)
     blocks, fro = streamed(torch.from_numpy(matrix), 100), float(np.linalg.norm(matrix.astype(np.float64)))
     assert decompose_streamed(blocks, Allowance(PLENTY, top=24), fro).method == "gram"
-    few = limits.READING + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
-    assert few < limits.READING + limits.gram_bytes(blocks.shape, Allowance(0), in_place=True)
+    few = limits.READING_BYTES + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
+    assert few < limits.READING_BYTES + limits.gram_bytes(blocks.shape, Allowance(0), in_place=True)
     with pytest.raises(
         MemoryLimitError, match=r"640x600: --memory leaves 5\d MB .* too flat for krylov .* give \d+ MB more"
     ):
@@ -160,9 +160,9 @@ def test_flat_spectrum_falls_back_to_gram_or_states_memory():
 def test_krylov_runs_where_gram_matrix_does_not_fit():
     matrix = power_law(4000, 500, exponent=2.0)  # below the order from which krylov is tried first
     blocks, fro = streamed(torch.from_numpy(matrix), 300), float(np.linalg.norm(matrix.astype(np.float64)))
-    few = limits.READING + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
+    few = limits.READING_BYTES + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
     assert decompose_streamed(blocks, Allowance(PLENTY, top=4), fro).method == "gram"
-    assert limits.gram_bytes(blocks.shape, Allowance(0, top=4), in_place=True) > few - limits.READING
+    assert limits.gram_bytes(blocks.shape, Allowance(0, top=4), in_place=True) > few - limits.READING_BYTES
     assert decompose_streamed(blocks, Allowance(few, top=4), fro).method.startswith("krylov")
 
 

@@ -184,11 +184,11 @@ def test_products_and_matrices_agree_within_tolerance():
     for left, right in (
         (product, whole),
         (product.times(2.0), whole.times(2.0)),
-        (product.transposed(), whole.transposed()),
-        (product.halves_swapped(), whole.halves_swapped()),
+        (product.transpose(), whole.transpose()),
+        (product.swap_halves(), whole.swap_halves()),
     ):
         assert torch.allclose(left.rows(1, 5), right.rows(1, 5))
-    assert torch.equal(product.halves_swapped().rows(0, 6), torch.cat([matrix[3:], matrix[:3]]))
+    assert torch.equal(product.swap_halves().rows(0, 6), torch.cat([matrix[3:], matrix[:3]]))
 
 
 def test_numbers_of_shorter_dtype_are_recognised():

@@ -26,7 +26,7 @@ def small(monkeypatch):
     """A program and blocks that take next to nothing: matrices of 128 columns are then too large for 2 MB."""
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "MIN_BYTES", 0)
-    monkeypatch.setattr(limited, "READING", 0)
+    monkeypatch.setattr(limited, "READING_BYTES", 0)
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 5000)
 
 

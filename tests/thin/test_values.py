@@ -89,7 +89,7 @@ def test_energies_are_within_their_bound_or_refused():
     scale = np.linspace(-2, 3, 7)
     right.products[4] = 1.0
     found = values.thin_energies(left, right, scale)
-    assert np.flatnonzero(found.energy_error > values.ENOUGH).tolist() == [3, 4, 5]
+    assert np.flatnonzero(found.energy_error > values.MAX_GRAM_ERROR).tolist() == [3, 4, 5]
     for i in (0, 1, 2, 6):
         b, a = pairs[i]
         u, due, _ = np.linalg.svd(scale[i] * (b @ a), full_matrices=False)

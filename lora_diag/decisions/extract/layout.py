@@ -51,8 +51,7 @@ class Plan:
         is_untested = self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory
         note = (
             f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
-            "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
-            "adapter"
+            "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the adapter"
         )
         return ((note,) if is_untested else ()) + self._list_tied()
 

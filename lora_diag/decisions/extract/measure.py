@@ -15,10 +15,10 @@ from torch import Tensor
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.errors import InputError
-from lora_diag.layers.change import OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
+from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighted, Weighting, extra, fro_of, times, weigh
-from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
+from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
@@ -146,7 +146,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         change, hidden = _before_rounding(change, layer.delta, settings, device)
     best, spectrum = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
     if not math.isfinite(best.fro):
-        return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
+        return not_finite(layer.delta, replace(change, non_finite=PRODUCT_OVERFLOW))
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
         return _explain_missing_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
@@ -199,7 +199,7 @@ def _before_rounding(
         MemoryLimitError: Its cells do not fit.
     """
     assert change.fro is not None
-    estimate = recover_layer(delta, change.fro, CURVE, settings.seed, device, settings.memory)
+    estimate = recover_layer(delta, change.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
     if estimate.hidden.status != "recovered":
         return change, estimate.hidden
     recovered = estimate.change(settings.memory)

@@ -99,7 +99,6 @@ def _read(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     if unknown:
         raise InputError(
             f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but layers have names "
-            f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same --layers and "
-            "--exclude"
+            f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same --layers and --exclude"
         )
     return ranks

@@ -14,7 +14,7 @@ Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
 # Rules, not results: a merge keeps the update if c is within 1 ± ARRIVED, and the relative error is at most ERROR, so
 # that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
 COEFFICIENT_TOLERANCE = 0.1
-ERROR = 0.5
+MAX_ERROR = 0.5
 
 _STYLES = {"merge": "", "merge into 16 bit": "bold yellow", "serve unmerged": "bold yellow"}
 
@@ -32,10 +32,10 @@ class FormatEffect(Record):
 
     @property
     def survives(self) -> bool:
-        """Whether a merge keeps the update, by ``COEFFICIENT_TOLERANCE`` and ``ERROR``."""
+        """Whether a merge keeps the update, by ``COEFFICIENT_TOLERANCE`` and ``MAX_ERROR``."""
         if self.arrived is None or self.error is None:
             return False
-        return abs(self.arrived - 1) <= COEFFICIENT_TOLERANCE and self.error <= ERROR
+        return abs(self.arrived - 1) <= COEFFICIENT_TOLERANCE and self.error <= MAX_ERROR
 
 
 def conclude(to: str, target: FormatEffect, sixteen: Iterable[FormatEffect], base_error: float | None) -> Conclusion:
@@ -47,7 +47,7 @@ def conclude(to: str, target: FormatEffect, sixteen: Iterable[FormatEffect], bas
     """
     if target.survives:
         return "merge"
-    if to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
+    if to not in {"bf16", "fp16"} and base_error is not None and base_error <= MAX_ERROR:
         return "serve unmerged"
     return "merge into 16 bit" if any(effect.survives for effect in sixteen) else "serve unmerged"
 

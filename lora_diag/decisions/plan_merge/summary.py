@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lora_diag.decisions.plan_merge.record import (
     COEFFICIENT_TOLERANCE,
-    ERROR,
+    MAX_ERROR,
     FormatEffect,
     PlannedMerge,
     conclusion,
@@ -41,8 +41,8 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
             make_statement(
                 "rules",
                 "Rules",
-                f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most {number(ERROR)} over "
-                "all layers; rules of thumb, not calibrated against a loss",
+                f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most "
+                f"{number(MAX_ERROR)} over all layers; rules of thumb, not calibrated against a loss",
             )
         )
     return [*lines, left_out(results), *final_statements(results)]
@@ -56,7 +56,12 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
         )
     why = _WHY[outcome]
     base_error = rms(records, lambda record: record.base_error)
-    if outcome == "serve unmerged" and to not in {"bf16", "fp16"} and base_error is not None and base_error <= ERROR:
+    if (
+        outcome == "serve unmerged"
+        and to not in {"bf16", "fp16"}
+        and base_error is not None
+        and base_error <= MAX_ERROR
+    ):
         why = _BASE_ONLY
     level: Level = "ok" if outcome == "merge" else "warning"
     lines = [f"{outcome} ({to}): {why}"]
@@ -108,7 +113,7 @@ def _describe_base(records: Sequence[PlannedMerge]) -> list[Statement]:
     if noise is not None:
         share = percent(len(noisy) / len(records))
         lines.append(f"BASE is quantized in {share} of the layers: its own rounding noise is {number(noise)} ‖ΔW‖")
-        if error is not None and error > ERROR:
+        if error is not None and error > MAX_ERROR:
             lines.append(
                 f"{records[0].to} does not reuse BASE's scales: unchanged BASE with the adapter unmerged has no "
                 "such error"

@@ -17,7 +17,7 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.deltas import StoredDelta, row_blocks
 from lora_diag.layers.change import Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.recovery import CURVE, Estimate, recover_layer, recovery_bytes, refuse_cells
+from lora_diag.layers.recovery import DEFAULT_RANKS, Estimate, recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, require_memory, resolve_device
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
@@ -143,7 +143,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     curve = energy_curve(factors.s.numpy(), fro, factors.complete) if fro else np.zeros(0)
     if limit is not None:
         change = replace(change, matrix=None)  # read again if it is to be written
-    estimate = recover_layer(delta, fro, CURVE, settings.seed, device, limit)
+    estimate = recover_layer(delta, fro, DEFAULT_RANKS, settings.seed, device, limit)
     written, rank = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), store)
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
@@ -155,7 +155,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
         dtypes=delta.dtypes,
         fro=fro,
         base_fro=base_fro,
-        energy={str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None for r in CURVE},
+        energy={str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None for r in DEFAULT_RANKS},
         rank_at={str(threshold): rank_at(curve, threshold) if len(curve) else 0 for threshold in THRESHOLDS},
         energy_error=factors.energy_error,
         method=factors.method,

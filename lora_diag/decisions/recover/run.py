@@ -24,7 +24,7 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.summary import model_card
 from lora_diag.deltas import StoredDelta
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
-from lora_diag.layers.recovery import CURVE, hidden_energy
+from lora_diag.layers.recovery import DEFAULT_RANKS, hidden_energy
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results
@@ -185,7 +185,7 @@ def recover(
         "full": full,
         "keep_refused": keep_refused,
         "nearest": nearest,
-        "curve": list(CURVE),
+        "curve": list(DEFAULT_RANKS),
     }
     return run.over(
         tasks,
@@ -222,7 +222,7 @@ def _spend_budget(
         settings,
         lambda *_: (),
         compared.inputs,
-        {"curve": list(CURVE)},
+        {"curve": list(DEFAULT_RANKS)},
     )
     known = {record.layer: record for record in records}
     try:

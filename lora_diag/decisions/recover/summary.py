@@ -231,8 +231,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         "master weights, started at the base model, and was rounded once. Evaluate it before you use it.",
         "",
         f"- {_matrices(len(recovered))} from the estimate: ‖X‖ = {number(estimated)}, and the files show ‖D‖ = "
-        f"{number(observed)}"
-        f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
+        f"{number(observed)}{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
         *([f"- not in it: {list_names(missing, 12)}"] if missing else []),
         *([f"- not reached within the time limit: {list_names(out_of_time, 12)}"] if out_of_time else []),

@@ -17,9 +17,9 @@ from lora_diag.metrics.equivalence import paired_difference
 from lora_diag.probes.sweep.verdict import SweepVerdict
 
 # Number of standard errors of a significant difference.
-ERRORS = 2.0
+SIGNIFICANT_ERRORS = 2.0
 # Regularization is justified if the held-out loss fell less than the training loss by this fraction of the gain.
-OVERFIT = 0.25
+OVERFIT_SHARE = 0.25
 # Fraction of full fine-tuning's gain below which more than LoRA within the budget is considered.
 SHORT_OF_FULL = 0.9
 
@@ -131,7 +131,10 @@ def contest(
     shifted_gap = _pool_gaps(others)
     if own_gap is None or own_gap.error is None:
         return Contest("not known", False, own_gap, shifted_gap)
-    is_better, is_worse = own_gap.value < -ERRORS * own_gap.error, own_gap.value > ERRORS * own_gap.error
+    is_better, is_worse = (
+        own_gap.value < -SIGNIFICANT_ERRORS * own_gap.error,
+        own_gap.value > SIGNIFICANT_ERRORS * own_gap.error,
+    )
     outcome: Outcome = "better" if is_better else "worse" if is_worse else "tie"
     return Contest(outcome, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)
 
@@ -235,7 +238,7 @@ def stability_trials(curves: Curves) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     gain, train_gain = curves.base - curves.loss, curves.base_train - curves.train
-    if train_gain - gain > OVERFIT * max(gain, 0.0) and train_gain > 0:
+    if train_gain - gain > OVERFIT_SHARE * max(gain, 0.0) and train_gain > 0:
         why = f"training loss fell by {train_gain:.3f}, held-out loss by {gain:.3f}"
         reasons |= dict.fromkeys(("dropout", "weight-decay", "fewer-steps"), why)
     if curves.diverged:

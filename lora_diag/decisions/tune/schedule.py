@@ -16,7 +16,7 @@ from enum import StrEnum
 from lora_diag.errors import UsageError
 
 # The short round of halving trains for this fraction of the steps, at the smallest and the largest rank.
-SHORT = 4
+SHORT_ROUND_DIVISOR = 4
 # Learning rates that continue after it.
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
@@ -116,7 +116,7 @@ class Stage:
 
 def short_steps(steps: int) -> int:
     """Return the steps of the short round, and of the batches whose gradients are taken."""
-    return max(1, steps // SHORT)
+    return max(1, steps // SHORT_ROUND_DIVISOR)
 
 
 def ranks_within(largest: int) -> tuple[int, ...]:

@@ -51,14 +51,14 @@ from lora_diag.running.training_workers import Workers
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
 FULL_OVER_LORA = 0.1
 # "Higher ranks" are trained at this multiple of the budget.
-RAISED = 1.5
+RAISED_FACTOR = 1.5
 # All layers of a pilot's spectrum: a pooler that has an adapter gets a rank, and is no head that is trained in full.
-ADAPTED = "."
+ALL_LAYERS = "."
 # Most layers that a decision lists.
-NAMED = 4
+MAX_NAMED = 4
 
 # Options that every run gets, besides those of models and texts.
-OF_RUNS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing")
+RUN_OPTIONS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing")
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
 
@@ -196,7 +196,7 @@ class Tuner:
         """Run ``probe sweep``, or resume an interrupted one."""
         run_options, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
-        shared = {name: run_options[name] for name in (*names, *OF_RUNS)}
+        shared = {name: run_options[name] for name in (*names, *RUN_OPTIONS)}
         shared |= {
             "engine": self.run_.on,
             "concurrent": run_options["concurrent"],
@@ -412,7 +412,7 @@ class Tuner:
 
     def _allocate_from_pilot(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
         """Return ranks from the pilot's spectrum."""
-        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ADAPTED, **options)
+        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ALL_LAYERS, **options)
 
     def _measure_gradient_weights(self) -> Path:
         """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
@@ -675,7 +675,7 @@ class Tuner:
         if not path.is_file():
             return None, ()
         try:
-            allocated = self._allocate_from_pilot(round(RAISED * choice.rank * self.plan.per_rank), choice.rank)
+            allocated = self._allocate_from_pilot(round(RAISED_FACTOR * choice.rank * self.plan.per_rank), choice.rank)
             config = self.target.allocated(allocated)
         except LoradiagError:
             return None, ()
@@ -683,7 +683,7 @@ class Tuner:
         if not grown:
             return None, ()
         variant = Variant("higher-ranks", config, incumbent.lr, incumbent.steps, incumbent.decay)
-        return variant, tuple(record.layer for record in grown[:NAMED])
+        return variant, tuple(record.layer for record in grown[:MAX_NAMED])
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent on all linear layers too, where it is on some; else on the head, if it is untied."""
@@ -698,7 +698,7 @@ class Tuner:
         if not missing:
             return None, ()
         config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *missing]}
-        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(missing[:NAMED])
+        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(missing[:MAX_NAMED])
 
     def _record_full(self, swept: Swept, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""

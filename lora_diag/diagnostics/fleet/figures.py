@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.diagnostics.fleet.record import Fleet
-from lora_diag.metrics.fleet import USED, OutlierKind, find_outlier_kinds, order_by_rarity
+from lora_diag.metrics.fleet import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.names import short_names
 from lora_diag.rendering.figures.series import Options, Series
@@ -109,7 +109,15 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
     ax.spines["bottom"].set_bounds(-0.03, 1.03)
     if not points:
         return
-    ax.plot([USED, USED], [low, high], color=INK, alpha=0.4, lw=0.7 * line, ls=(0, (1, 1.6)), label="_used")
+    ax.plot(
+        [OVER_RANKED_BELOW, OVER_RANKED_BELOW],
+        [low, high],
+        color=INK,
+        alpha=0.4,
+        lw=0.7 * line,
+        ls=(0, (1, 1.6)),
+        label="_used",
+    )
     for dead in (False, True):
         for run in {point.run for point in points}:
             some = [point for point in points if point.run == run and (point.fro == 0) == dead]
@@ -191,7 +199,7 @@ def _make_text(series: Sequence[Series[Any]], points: Sequence[_Point], style: P
     if any(point.fro == 0 for point in points):
         keys.append(Key(Line2D([], [], color=INK if several else category(0), marker="v", **marker), "ΔW = 0"))
     line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * style.line, ls=(0, (1, 1.6)))
-    keys.append(Key(line, f"over-ranked: at most {USED:g}"))
+    keys.append(Key(line, f"over-ranked: at most {OVER_RANKED_BELOW:g}"))
     odd = sum(bool(point.remark) for point in points)
     notes = [
         f"{odd or 'None'} of them {'is an outlier' if odd == 1 else 'are outliers'}; the rarest are named where "

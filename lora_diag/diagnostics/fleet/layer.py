@@ -15,8 +15,8 @@ from lora_diag.metrics import energy_curve, ranks_at
 from lora_diag.thin import (
     BOTH,
     COLUMNS,
-    ENOUGH,
     LENGTH,
+    MAX_GRAM_ERROR,
     MAX_RANK,
     Grams,
     ThinValues,
@@ -104,7 +104,7 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     left, right = _joined([grams for grams, _, _ in reduced]), _joined([grams for _, grams, _ in reduced])
     values = thin_energies(left, right, np.array([each.scale for each in folded]))
     found = _measured(several, folded, values)
-    for i in np.flatnonzero(values.energy_error > ENOUGH).tolist():
+    for i in np.flatnonzero(values.energy_error > MAX_GRAM_ERROR).tolist():
         found[i] = _measure_apart(several[i])
     return [found[order.index(i)] for i in range(len(deltas))]
 

@@ -8,10 +8,10 @@ from statistics import median
 
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import (
-    NEAR,
-    SAME_SPACE,
-    SPIKED,
-    USED,
+    MIN_NEAR_COSINE,
+    MIN_SPACE_OVERLAP,
+    OVER_RANKED_BELOW,
+    SPIKED_FROM,
     NearDuplicate,
     OutlierKind,
     find_near_duplicates,
@@ -164,8 +164,8 @@ def _outliers(records: Sequence[Fleet]) -> str:
     counts = Counter(word for odd in find_outlier_kinds(records) for word in odd)
     words: dict[OutlierKind, str] = {
         "dead": "with dead layers (ΔW = 0)",
-        "over-ranked": f"over-ranked (99% of the energy in at most {USED:.0%} of the rank)",
-        "spiked": f"spiked (one direction per layer has {SPIKED:.0%})",
+        "over-ranked": f"over-ranked (99% of the energy in at most {OVER_RANKED_BELOW:.0%} of the rank)",
+        "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
         "norm": "with an outlying norm",
     }
     lines = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
@@ -179,7 +179,10 @@ def _pairs(pairs: Sequence[NearDuplicate]) -> str:
         for word, text in _WORDS.items()
         if counts[word]
     ]
-    how = f"|cosine| ≥ {NEAR} or column spaces with an overlap ≥ {SAME_SPACE}, both estimated from sketches"
+    how = (
+        f"|cosine| ≥ {MIN_NEAR_COSINE} or column spaces with an overlap ≥ {MIN_SPACE_OVERLAP}, both estimated from "
+        "sketches"
+    )
     return f"{', '.join(lines) or 'none'} ({how})"
 
 

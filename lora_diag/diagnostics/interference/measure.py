@@ -15,7 +15,7 @@ from lora_diag.diagnostics.interference.parts import InterferenceSettings, Layer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.interference.union import union
 from lora_diag.layers.agreement import agreement
-from lora_diag.layers.change import COMPUTED, Change, append_note, compute_on_device
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, append_note, compute_on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.linalg import Allowance, require_memory, resolve_device, whole_bytes
 from lora_diag.linalg.stacked import inner
@@ -58,7 +58,7 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     stored = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
     stored += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
-    loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
+    loading = (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
     steps = [whole_bytes(task.shape, requested, loaded) for loaded in loading]
     kept = 0
     if dense:

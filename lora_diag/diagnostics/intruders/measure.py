@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
-from lora_diag.layers.change import COMPUTED, Change, append_note, compute_on_device, load_change
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, append_note, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Allowance, Factors, decompose, norm, require_memory, resolve_device, whole_bytes
@@ -60,7 +60,7 @@ def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
         1152
     """
     entry = 8 if "float64" in delta.dtypes else 4
-    update = math.prod(delta.shape) * (COMPUTED if isinstance(delta, DenseDelta) else entry)
+    update = math.prod(delta.shape) * (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else entry)
     base = whole_bytes(delta.shape, Allowance(0, vectors=True), entry)
     vectors = 8 * min(delta.shape) * sum(delta.shape)
     top = whole_bytes(delta.shape, Allowance(0, settings.method, min(settings.k, *delta.shape), True), entry)

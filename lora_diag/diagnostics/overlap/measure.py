@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.gradients import Snapshot
-from lora_diag.layers.change import OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
+from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
@@ -143,7 +143,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return _has_too_few_directions(delta, settings)
     factors = change.decompose(settings.method, ranks[-1], True, TOL, settings.seed)
     if not math.isfinite(factors.fro):
-        return not_finite(delta, replace(change, non_finite=OVERFLOW))
+        return not_finite(delta, replace(change, non_finite=PRODUCT_OVERFLOW))
     if factors.fro == 0.0:
         detail = "ΔW is zero, so it has no singular subspaces"
         return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)

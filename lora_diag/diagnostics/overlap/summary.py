@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapter, trend
-from lora_diag.metrics.overlap import NEAR
+from lora_diag.metrics.overlap import NEAR_RANDOM
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
@@ -16,11 +16,11 @@ from lora_diag.rendering.text import middle, number, short
 # Maximum number of layers named in a sentence.
 _NAMED = 4
 
-_LIMIT = f"below {NEAR:g}× random or halfway to 1"
+_LIMIT = f"below {NEAR_RANDOM:g}× random or halfway to 1"
 
 # An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
 # numbers are printed.
-REACHES = 0.1
+MIN_REACH = 0.1
 
 
 def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
@@ -185,7 +185,7 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
 
 def _has_reach(record: Overlap) -> bool:
     """Return whether an adapter reaches clearly more of ‖G‖² than its baseline, for any κ."""
-    return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= REACHES
+    return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= MIN_REACH
 
 
 def _rank_then_step(record: Overlap) -> tuple[int, int]:

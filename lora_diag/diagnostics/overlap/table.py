@@ -22,7 +22,7 @@ _SOME, _WIDE_SOME = 3, 6
 _STRIP, _WIDE_STRIP = 8, 24
 
 # Marks a κ near its baseline.
-NEAR = "*"
+NEAR_MARK = "*"
 
 
 def overlap_table(
@@ -70,7 +70,7 @@ def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
-    return grid_of((), rows, per, f"{caption} ({NEAR} near random)", extra=columns)
+    return grid_of((), rows, per, f"{caption} ({NEAR_MARK} near random)", extra=columns)
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:
@@ -90,7 +90,7 @@ def _make_step_column(rows: Rows, step: int, before: str) -> Column:
             continue
         kappa = median(record.kappa or 0.0 for record in known)
         random = median(record.kappa_random for record in known)
-        mark = NEAR if sum(map(near, known)) > len(known) / 2 else " "
+        mark = NEAR_MARK if sum(map(near, known)) > len(known) / 2 else " "
         style = shade(max(0.0, kappa - random) / max(1e-9, 1 - random))
         cells.append(Text(f"{small_fraction(kappa)}{mark}", style=style))
     return Column(f"{before}{step}", tuple(cells))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import mean
 
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.metrics.overlap import TREND, is_near
+from lora_diag.metrics.overlap import TREND_RATIO, is_near
 from lora_diag.records import Results
 
 # Default rank to show; for an adapter, its own rank.
-USUAL = 16
+USUAL_RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def trend(ends: tuple[float, float] | None) -> str:
     if ends is None:
         return ""
     first, last = ends
-    return "falls" if last < TREND * first else "rises" if first < TREND * last else "steady"
+    return "falls" if last < TREND_RATIO * first else "rises" if first < TREND_RATIO * last else "steady"
 
 
 def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
@@ -99,7 +99,7 @@ def reference_is_adapter(results: Results[Overlap]) -> bool:
 
 def _default_rank(results: Results[Overlap]) -> int:
     ranks = sorted({record.rank for record in results})
-    return USUAL if USUAL in ranks else ranks[len(ranks) // 2] if ranks else USUAL
+    return USUAL_RANK if USUAL_RANK in ranks else ranks[len(ranks) // 2] if ranks else USUAL_RANK
 
 
 def steps_of(some_tracks: Sequence[Track]) -> list[int]:

@@ -12,7 +12,7 @@ from lora_diag.adapters.updates import Site
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.portability.record import NONLINEAR_PARTS, Portability, Status
 from lora_diag.diagnostics.portability.rules import Outcome
-from lora_diag.layers.change import OVERFLOW, load_change
+from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import fro_of
 from lora_diag.linalg import resolve_device
@@ -86,7 +86,7 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
             return (not_finite(task.delta, change),)
         fro = fro_of(change)
         if not math.isfinite(fro):
-            return (not_finite(task.delta, replace(change, non_finite=OVERFLOW)),)
+            return (not_finite(task.delta, replace(change, non_finite=PRODUCT_OVERFLOW)),)
         whole = change.matrix if change.factors is None else change.factors
     return tuple(_record(task, name, outcome, fro, None if plain else whole) for name, outcome in task.outcomes.items())
 

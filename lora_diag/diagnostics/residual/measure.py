@@ -15,7 +15,7 @@ from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import Change, append_note, compute_on_device, load_change, why_not_comparable
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Metric, Moments, read_root, times
-from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
+from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Allowance, Factors, numerical_rank, products, resolve_device
@@ -209,7 +209,7 @@ def _before_rounding(
     """
     if not layer.recover or not isinstance(layer.tuned, StoredDelta) or not layer.tuned.is_matrix or not full.fro:
         return None
-    recovered = recover_layer(layer.tuned, full.fro, CURVE, settings.seed, device, settings.memory)
+    recovered = recover_layer(layer.tuned, full.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
     return None if recovered.cells is None else BeforeRounding(recovered.change(settings.memory), recovered.norm())
 
 

@@ -187,8 +187,7 @@ def _describe_resolution(records: Sequence[Residual]) -> Statement:
         "resolved",
         "Resolution",
         f"of {len(resolutions)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning "
-        "there "
-        "(limited by: noise)",
+        "there (limited by: noise)",
         level="warning",
     )
 

@@ -14,12 +14,12 @@ from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
 from lora_diag.diagnostics.spectrum.task import SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.gradients import History
-from lora_diag.layers.change import COARSE, compute_on_device
+from lora_diag.layers.change import SPACING_OVERFLOW, compute_on_device
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import Factors, first_non_finite, norm, require_memory, resolve_device, rounding_threshold
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.gram import decompose_stack
-from lora_diag.linalg.limited import READING
+from lora_diag.linalg.limited import READING_BYTES
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict
@@ -53,7 +53,7 @@ def max_bytes(history: History) -> int:
     """
     order = _find_largest_order(history.shape)
     entry = 8 if "float64" in history.dtypes else 4
-    return READING + entry * math.prod(history.shape) + 16 * order * (order + ROWS)
+    return READING_BYTES + entry * math.prod(history.shape) + 16 * order * (order + ROWS)
 
 
 def _find_largest_order(shape: tuple[int, int]) -> int:
@@ -117,7 +117,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_read_gradients(history, device, left, spacing), settings.top)
     if not math.isfinite(spacing.squares):
-        raise _NotFiniteError(COARSE)
+        raise _NotFiniteError(SPACING_OVERFLOW)
     other_side = None
     if len(history.snapshots) == 1:
         other_side = side

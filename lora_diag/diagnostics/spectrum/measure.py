@@ -12,7 +12,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import MemoryLimitError
-from lora_diag.layers.change import OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
+from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighted, Weighting, extra, weigh
 from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
@@ -91,7 +91,7 @@ def _compute(
         change = weighted.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
     if not math.isfinite(factors.fro):
-        return replace(change, non_finite=OVERFLOW), None, None
+        return replace(change, non_finite=PRODUCT_OVERFLOW), None, None
     if weighted is not None:
         factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighted.error))
     return change, factors, weighted

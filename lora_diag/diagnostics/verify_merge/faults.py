@@ -19,43 +19,43 @@ from lora_diag.linalg.merge import Addend, Check, Product, Rounding, unit_roundo
 from lora_diag.linalg.rounding import LAYOUT
 
 # Maximum fraction of entries that a fault may leave unexplained: roundings that differ from those of a correct merge.
-UNEXPLAINED = 1e-3
+MAX_UNEXPLAINED = 1e-3
 
 # Maximum fraction of ‖D'‖, besides rounding, that a fault may leave unexplained.
-NEAR = 0.05
+MAX_DISTANCE = 0.05
 
 # If less than this fraction of the entries is wrong, the others are taken as correct.
-FEW = 0.05
+FEW_ENTRIES = 0.05
 
 # Errors of a ΔW that was computed less precisely are of all sizes: in units of their bound their standard deviation is
 # about 0.2/√r, so that with entries beyond LARGE there are many more beyond SMALL. On products in bf16 (16² to 256²,
 # r from 1 to 64, rows of zeros among them) there were at least 1.6 times as many. Only in matrices of MANY entries, and
 # where errors are so FAR above a spacing that SMALL ones show, too.
-LARGE, SMALL, SPREAD, MANY, FAR = 1 / 8, 1 / 64, 1.25, 256, 32.0
+LARGE_ERROR, SMALL_ERROR, MIN_SPREAD, MIN_ENTRIES, MIN_ULP = 1 / 8, 1 / 64, 1.25, 256, 32.0
 
 # Unit roundoff of the coarsest arithmetic in which the ΔW of a right merge is computed, bfloat16.
-COARSE = 2.0**-8
+BFLOAT16_ROUNDOFF = 2.0**-8
 
 # Unit roundoff of float32, in which most merges compute ΔW for every dtype of the model.
-FINE = 2.0**-24
+FLOAT32_ROUNDOFF = 2.0**-24
 
 # Minimum number of rows and columns with entries that a scale explains and 1 does not, and their minimum fraction.
-FLIPPED, COHERENT = 32, 0.95
+MIN_LINES, MIN_COHERENCE = 32, 0.95
 
 # Maximum number of steps to the scale; two or three are usual, more where ΔW is close to the spacing of M.
-CHORDS = 12
+MAX_SECANT_STEPS = 12
 
 # Minimum cosine of a layer's change with the ΔW of another layer that was added to it.
-CLEAR = 0.5
+MIN_COSINE = 0.5
 
 # Weights that join two layers, whose halves can be in the wrong order.
-HALVES = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_linear")
+JOINED_WEIGHTS = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_linear")
 
-TWICE = "it was added twice"
-UNCHANGED = "MERGED holds BASE's weight: the update was not added"
+ADDED_TWICE = "it was added twice"
+NOT_ADDED = "MERGED holds BASE's weight: the update was not added"
 
 # Maximum number of row ranges named in a message.
-SHOWN = 3
+MAX_RANGES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def find_fault(failed: FailedLayer) -> Fault:
     """Return the fault that explains a layer best."""
     check = failed.check
     if check.moved == 0:
-        return Fault("dropped", UNCHANGED)
+        return Fault("dropped", NOT_ADDED)
     fault = _find_scale(failed) or scaled_precisely(failed) or _find_coarse_arithmetic(failed)
     if fault is None and check.count:
         fault = _find_partial(failed)
@@ -127,12 +127,14 @@ def _find_scale(failed: FailedLayer) -> Fault | None:
     fit = fit_scale(failed)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
-    if fit.check.count > UNEXPLAINED * failed.check.entries or fit.check.residual > fit.check.allowed:
+    if fit.check.count > MAX_UNEXPLAINED * failed.check.entries or fit.check.residual > fit.check.allowed:
         return None
     for factor, why in scales(failed.scale, failed.rank).items():
         if abs(fit.factor - factor) <= fit.limit + failed.rounding.roundoff * abs(factor):
             return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
-    if failed.rounding.roundoff < COARSE and any(abs(fit.factor - factor) <= fit.limit for factor in failed.rounded):
+    if failed.rounding.roundoff < BFLOAT16_ROUNDOFF and any(
+        abs(fit.factor - factor) <= fit.limit for factor in failed.rounded
+    ):
         return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {failed.scale:.4g} was rounded to 16 bits")
     return Fault("wrong scale", f"ΔW was added times {fit}, which is not a known fault")
 
@@ -148,10 +150,10 @@ def scaled_precisely(failed: FailedLayer) -> Fault | None:
     if how == failed.rounding or not failed.check.expected:
         return None
     check = failed.recheck(failed.addend, how)
-    if distinct_lines(check) < FLIPPED or not is_coherent(check):
+    if distinct_lines(check) < MIN_LINES or not is_coherent(check):
         return None
     fit = fit_scale(replace(failed, rounding=how, check=check))
-    if fit is None or fit.check.count > (1 - COHERENT) * check.count or fit.check.drifted:
+    if fit is None or fit.check.count > (1 - MIN_COHERENCE) * check.count or fit.check.drifted:
         return None
     spacing = abs(fit.factor - 1) / check.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
@@ -164,7 +166,7 @@ def scaled_precisely(failed: FailedLayer) -> Fault | None:
 
 def is_coherent(check: Check) -> bool:
     """Return whether nearly all differences of M from M* are in the direction of ΔW, or against it."""
-    return abs(check.inner - check.ideal) > COHERENT * check.apart
+    return abs(check.inner - check.ideal) > MIN_COHERENCE * check.apart
 
 
 def distinct_lines(check: Check) -> int:
@@ -174,7 +176,7 @@ def distinct_lines(check: Check) -> int:
 
 def precise(rounding: Rounding) -> Rounding:
     """Return the same rounding of a ΔW computed at least in float32."""
-    return replace(rounding, roundoff=min(rounding.roundoff, FINE), cast=False)
+    return replace(rounding, roundoff=min(rounding.roundoff, FLOAT32_ROUNDOFF), cast=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
         return None
     off = (arrived - failed.check.ideal) / expected
     factor, fit = 1.0 + off, None
-    for _ in range(CHORDS):
+    for _ in range(MAX_SECANT_STEPS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
         # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a correct merge
@@ -228,23 +230,27 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
 
 def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
     """Test a float32 merge whose ΔW was computed less precisely (bfloat16, TF32): correct, but not exact."""
-    if failed.rounding.roundoff >= COARSE:
+    if failed.rounding.roundoff >= BFLOAT16_ROUNDOFF:
         return None
 
     def within(share: float, addend: Addend) -> Check:
-        return failed.recheck(addend, replace(failed.rounding, roundoff=COARSE * share, cast=True))
+        return failed.recheck(addend, replace(failed.rounding, roundoff=BFLOAT16_ROUNDOFF * share, cast=True))
 
     addends = [failed.addend, *(failed.addend.times(factor) for factor in failed.rounded)]
     if isinstance(failed.addend, Product):
-        addends.append(failed.addend.truncated(failed.scale or 1.0))
+        addends.append(failed.addend.truncate_factors(failed.scale or 1.0))
     for addend in addends:
         check = within(1.0, addend)
         if not check.count and not check.drifted:
             break
     else:
         return None
-    visible = failed.check.entries >= MANY and failed.check.worst > FAR
-    if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
+    visible = failed.check.entries >= MIN_ENTRIES and failed.check.worst > MIN_ULP
+    if (
+        visible
+        and (large := within(LARGE_ERROR, addend).count)
+        and within(SMALL_ERROR, addend).count < MIN_SPREAD * large
+    ):
         return None  # a few entries are far off while others are correct to the last bit
     distance = math.sqrt(failed.check.residual / failed.check.expected) if failed.check.expected else 0.0
     dtype = str(failed.rounding.dtype).removeprefix("torch.")
@@ -265,7 +271,7 @@ def _choose_hypothesis(failed: FailedLayer) -> Fault | None:
     fitting: list[tuple[int, float, Fault]] = []
     for fault, check in _list_hypotheses(failed):
         near = check.residual <= min(_near(check.expected, check.allowed), failed.check.residual / 2)
-        if near or check.count <= min(UNEXPLAINED * check.entries, failed.check.count / 2):
+        if near or check.count <= min(MAX_UNEXPLAINED * check.entries, failed.check.count / 2):
             fitting.append((check.count, check.residual, fault))
     return min(fitting, key=lambda item: item[:2])[2] if fitting else None
 
@@ -275,27 +281,27 @@ def _near(squares: float, allowed: float) -> float:
 
     ``allowed`` is Σ(ulp/2)² or more; each rounding is expected to add a variance of ulp²/12.
     """
-    return NEAR**2 * squares + allowed * 2 / 3
+    return MAX_DISTANCE**2 * squares + allowed * 2 / 3
 
 
 def _list_hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
     how = failed.rounding
-    yield Fault("wrong scale", f"ΔW was added times 2: {TWICE}, one after the other"), failed.recheck_on_top()
+    yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), failed.recheck_on_top()
     for factor, why in scales(failed.scale, failed.rank).items():
         check = failed.recheck(failed.addend.times(factor), how)
         yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
     if failed.is_matrix and failed.shape[0] == failed.shape[1]:
-        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), failed.recheck(failed.addend.transposed(), how)
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), failed.recheck(failed.addend.transpose(), how)
     if has_halves(failed.layer, failed.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
-        yield Fault("wrong order", why), failed.recheck(failed.addend.halves_swapped(), how)
+        yield Fault("wrong order", why), failed.recheck(failed.addend.swap_halves(), how)
     if name := _find_nearest_layer(failed):
         yield Fault("wrong order", f"the ΔW of {name} was added here"), failed.recheck(failed.load_other(name), how)
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
     """Return whether a weight has two halves, by its name."""
-    return shape[0] % 2 == 0 and any(word in layer for word in HALVES)
+    return shape[0] % 2 == 0 and any(word in layer for word in JOINED_WEIGHTS)
 
 
 def scales(s: float | None, rank: int | None) -> dict[float, str]:
@@ -309,7 +315,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
         >>> sorted(scales(2.0, 16))
         [-1.0, 0.25, 0.5, 2.0, 4.0]
     """
-    causes: list[tuple[float, str]] = [(2.0, TWICE), (-1.0, "it was subtracted, or BASE and MERGED are swapped")]
+    causes: list[tuple[float, str]] = [(2.0, ADDED_TWICE), (-1.0, "it was subtracted, or BASE and MERGED are swapped")]
     if s:
         causes += [(1 / s, f"the scaling s = {s:.4g} (lora_alpha) was left out"), (s, f"s = {s:.4g} was applied twice")]
     if rank is not None and rank > 1:
@@ -330,7 +336,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
 def _find_nearest_layer(failed: FailedLayer) -> str | None:
     """Return the layer whose ΔW is clearly nearest in direction to this layer's change, by the first rows."""
     observed = failed.observed()
-    best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
+    best, nearest = MIN_COSINE * float(torch.linalg.vector_norm(observed)), None
     for name in failed.others:
         rows = failed.load_other(name).rows(0, len(observed))
         along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
@@ -341,7 +347,7 @@ def _find_nearest_layer(failed: FailedLayer) -> str | None:
 
 def _find_few_entries(failed: FailedLayer) -> Fault | None:
     check = failed.check
-    if check.count >= FEW * check.entries:
+    if check.count >= FEW_ENTRIES * check.entries:
         return None
     return Fault("other", f"{check.count} entries differ {_describe_place(failed)}, the others are right")
 
@@ -353,7 +359,7 @@ def _find_rounded_base(failed: FailedLayer) -> Fault | None:
             continue
         how = replace(failed.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
         check = failed.recheck(failed.addend, how)
-        if check.count <= UNEXPLAINED * failed.check.entries and not check.drifted:
+        if check.count <= MAX_UNEXPLAINED * failed.check.entries and not check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
 
@@ -367,7 +373,7 @@ def _describe_norms(failed: FailedLayer) -> Fault:
         )
     c = check.inner / check.expected
     distance = check.observed - c * c * check.expected
-    wrong_scale = abs(c - 1) > NEAR and distance <= min(
+    wrong_scale = abs(c - 1) > MAX_DISTANCE and distance <= min(
         _near(c * c * check.expected, check.allowed), check.observed / 2
     )
     if wrong_scale or (distance <= check.allowed and check.drifted):
@@ -412,5 +418,5 @@ def ranges(marked: Tensor) -> str:
     edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
     starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
     words = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
-    suffix = f" and {len(words) - SHOWN} more ranges" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + suffix
+    suffix = f" and {len(words) - MAX_RANGES} more ranges" if len(words) > MAX_RANGES else ""
+    return ", ".join(words[:MAX_RANGES]) + suffix

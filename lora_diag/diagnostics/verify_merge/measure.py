@@ -24,9 +24,9 @@ from lora_diag.deltas import (
     row_spans,
 )
 from lora_diag.diagnostics.verify_merge.faults import (
-    FLIPPED,
-    UNCHANGED,
-    UNEXPLAINED,
+    MAX_UNEXPLAINED,
+    MIN_LINES,
+    NOT_ADDED,
     FailedLayer,
     Fault,
     distinct_lines,
@@ -37,7 +37,7 @@ from lora_diag.diagnostics.verify_merge.faults import (
     scaled_precisely,
 )
 from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
-from lora_diag.layers.change import COMPUTED
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES
 from lora_diag.linalg import require_memory
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import (
@@ -145,7 +145,7 @@ class MergedLayer:
         others = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
         if not others:
             return 0
-        computed = COMPUTED if any(isinstance(delta, DenseDelta) for delta in others) else 0
+        computed = COMPUTED_ENTRY_BYTES if any(isinstance(delta, DenseDelta) for delta in others) else 0
         summed = 8 if len(self.deltas) > 1 or others[0].shape != self.shape else 0
         copies = 16 if computed else 28  # a weight that the adapter stores in full is read from two files
         turned = copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
@@ -193,7 +193,7 @@ def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     if decided := _decide_by_entries(task, addend, rounding, check, right):
         return _record(task, check, rounding, decided.status, decided.cause)
     ambiguous = ambiguous or merged.is_quantized or isinstance(addend, Whole)
-    if ambiguous and check.moved <= UNEXPLAINED * check.entries and check.expected > 0:
+    if ambiguous and check.moved <= MAX_UNEXPLAINED * check.entries and check.expected > 0:
         return _record(task, check, rounding, *_distinguish_from_zero(task, addend, rounding))
     if cause := _explain_ambiguity(task, addend, right):
         return _record(task, check, rounding, "inconclusive", cause)
@@ -224,7 +224,7 @@ def _decide_by_entries(
 def _is_clear(task: MergedLayer, right: _Right) -> bool:
     """Return whether single entries distinguish a correct merge from scales off by ``RESOLVED``."""
     return all(
-        distinct_lines(check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)) >= FLIPPED
+        distinct_lines(check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)) >= MIN_LINES
         for factor in (1 - RESOLVED, 1 + RESOLVED)
     )
 
@@ -300,7 +300,7 @@ def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding
     if sharp.count == 0 and sharp.moved > 0:
         return "ok", ""
     if sharp.unchanged == sharp.entries and sharp.count > DROPPED * sharp.entries:
-        return "dropped", UNCHANGED
+        return "dropped", NOT_ADDED
     return "inconclusive", "M is a rounding of W + ΔW and of W alone: this file is too coarse to distinguish them"
 
 

@@ -57,6 +57,5 @@ def _describe_too_few(layers: Sequence[LayerInput]) -> str:
     worst = min(layers, key=lambda item: item.rows / item.size)
     return (
         f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
-        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more "
-        "text"
+        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more text"
     )

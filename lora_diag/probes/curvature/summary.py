@@ -15,9 +15,9 @@ from lora_diag.rendering.tables import Rows, columns_of, grid_of
 from lora_diag.rendering.text import count, format_shown, median_rank, middle, number, percent, short
 
 # Relative error below which the second-order model is accurate, and the linear term is small.
-NEAR = 0.1
+ACCURATE_ERROR = 0.1
 # Ratio of the bound to the measured gap above which it is too loose for a choice: 700 to 12,000 on two models.
-LOOSE = 100.0
+LOOSE_RATIO = 100.0
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
@@ -163,7 +163,7 @@ def _describe_gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
     part = last.linear / last.gap
     verdict = (
         "small compared with the gap"
-        if abs(part) < NEAR
+        if abs(part) < ACCURATE_ERROR
         else "not small, so the zero gradient that the bound assumes does not hold"
     )
     return f"{text}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
@@ -178,11 +178,13 @@ def _describe_model(bounds: Sequence[LossBound]) -> str:
         if not ratios:
             continue
         point = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
-        right = [record.rank for record, ratio in zip(at_fraction, ratios, strict=True) if abs(ratio - 1) <= NEAR]
+        right = [
+            record.rank for record, ratio in zip(at_fraction, ratios, strict=True) if abs(ratio - 1) <= ACCURATE_ERROR
+        ]
         named = (
-            f"within {NEAR:.0%} at {', '.join(f'r={rank}' for rank in right)}"
+            f"within {ACCURATE_ERROR:.0%} at {', '.join(f'r={rank}' for rank in right)}"
             if right
-            else f"not within {NEAR:.0%} at any rank"
+            else f"not within {ACCURATE_ERROR:.0%} at any rank"
         )
         lines.append(f"{point} it is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, {named}")
     return "\n".join(lines) or "no gap is large enough to compare"
@@ -206,7 +208,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is at or above the gap at all {len(bounds)} points measured")
     if whole:
         ratios = [record.upper / record.gap for record in whole]
-        loose = ": too loose to choose a rank" if min(ratios) > LOOSE else ""
+        loose = ": too loose to choose a rank" if min(ratios) > LOOSE_RATIO else ""
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
         lines.append(answer)
     largest = max(record.curvature for record in bounds)

@@ -17,10 +17,10 @@ from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, number, percent, short
 
 # Ratio of ½F to the KL above which it is too high; on the sample model 2.0 with the text's labels, 1.0 with drawn ones.
-HIGH = 1.5
+HIGH_RATIO = 1.5
 
 # The rank of the table's fractions, if it was measured.
-USUAL = 8
+USUAL_RANK = 8
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
@@ -48,7 +48,7 @@ def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 def _rank(results: Results[Any]) -> int:
     ranks: list[int] = results.run.settings["ranks"]
-    return USUAL if USUAL in ranks else ranks[0]
+    return USUAL_RANK if USUAL_RANK in ranks else ranks[0]
 
 
 def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
@@ -133,7 +133,7 @@ def _describe_place(records: Sequence[Fisher], rank: int) -> str:
 def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not by_rank:
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
-    chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL), by_rank[0])
+    chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL_RANK), by_rank[0])
     lines = []
     for index, scope in ((0, "over all"), (1, "within module types")):
         known = {name: pair[index] for name, pair in chosen.kl.items() if pair[index] is not None}
@@ -165,7 +165,7 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
 
 def _suggest_reduction(record: Fisher, ratio: float) -> str:
     """Return a hint on reducing F to the KL if the predictions of a sequence add up."""
-    if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH:
+    if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH_RATIO:
         return (
             "; with the text's own labels the gradients of a sequence's predictions are correlated; --labels model "
             "avoids this"

@@ -13,7 +13,7 @@ from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 
 # Fraction of the full fine-tune's gain from which an adapter is called as good.
-KEPT = 0.9
+SUFFICIENT_SHARE = 0.9
 # Number of standard errors of a significant difference.
 ERRORS = 2.0
 
@@ -68,7 +68,7 @@ def _judge(own_records: tuple[Probe, ...], gained: dict[str, float | None]) -> L
         return "not known"
     if all(
         (gain := gained[record.set]) is not None
-        and (record.gap or 0.0) + ERRORS * (record.gap_error or 0.0) <= (1 - KEPT) * gain
+        and (record.gap or 0.0) + ERRORS * (record.gap_error or 0.0) <= (1 - SUFFICIENT_SHARE) * gain
         for record in own_records
     ):
         return "as good"

@@ -30,7 +30,7 @@ from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
 # BASE is drawn in the panel unless its distance from the runs exceeds their range by this factor.
-FAR = 8.0
+FAR_FACTOR = 8.0
 # Other subjects of training, and the names of their lines.
 LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit", "norms and biases"))
 
@@ -156,7 +156,7 @@ def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float]
         for word, loss in curve.lines.items():
             named[word, loss] = category(number) if len(curves) > 1 else QUIET
     span = max(losses) - min(losses) or abs(max(losses)) * 0.05
-    low, high = min(losses) - FAR * span, max(losses) + FAR * span
+    low, high = min(losses) - FAR_FACTOR * span, max(losses) + FAR_FACTOR * span
     near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
     below = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
     ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if below else 0.08))

@@ -37,9 +37,9 @@ Answer = Literal["yes", "no", "not known"]
 
 # A run that ends above this multiple of BASE's loss, while another seed at its rank and rate ends below it, has
 # diverged.
-DIVERGED = 1.1
+DIVERGED_RATIO = 1.1
 # A reference line with a standard deviation below this fraction of that of the ranks is independent of the seed.
-FIXED = 0.1
+FIXED_RATIO = 0.1
 # Fraction of the gain that a smaller rank may lose if the run does not record it: the command's default.
 TOLERANCE = 0.02
 
@@ -260,7 +260,7 @@ def compare_with_reference(
     if not spread or not other.runs:
         return ReferenceComparison(best, other, gap, None, share, "no verdict")
     its, own_freedom = variance_within([other.losses])
-    fixed = its < FIXED**2 * spread
+    fixed = its < FIXED_RATIO**2 * spread
     level = 1 - (1 - LEVEL) / len(rows)
     n, m = len(best.runs), 1 if fixed else len(other.runs)
     ours, theirs = (spread / n, freedom), ((spread, freedom) if fixed else (its / m, own_freedom))
@@ -299,7 +299,8 @@ def diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float |
     return {
         (r.subject, r.rank, r.lr, r.seed)
         for r in on_first
-        if r.lr is not None and (r.loss is None or ((r.subject, r.rank, r.lr) in stable and r.loss > DIVERGED * base))
+        if r.lr is not None
+        and (r.loss is None or ((r.subject, r.rank, r.lr) in stable and r.loss > DIVERGED_RATIO * base))
     } | {(r.subject, r.rank, r.lr, r.seed) for r in records if r.lr is not None and r.loss is None}
 
 

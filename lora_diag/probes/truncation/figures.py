@@ -27,7 +27,7 @@ from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle,
 
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
 # Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
-ENOUGH = 0.9
+SUFFICIENT_SHARE = 0.9
 
 
 def select_joint(records: Iterable[Probe]) -> tuple[Probe, ...]:
@@ -154,7 +154,9 @@ def _find_end(records: Sequence[Probe], subject: str) -> Probe | None:
 def _describe_run(label: str, of_set: Sequence[Probe]) -> str:
     """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
     truncated = _select_truncated(of_set)
-    sufficient = next((record for record in truncated if record.kept is not None and record.kept >= ENOUGH), None)
+    sufficient = next(
+        (record for record in truncated if record.kept is not None and record.kept >= SUFFICIENT_SHARE), None
+    )
     if sufficient is not None and sufficient.kept is not None:
         energy = "" if sufficient.energy is None else f", C({sufficient.rank})\xa0=\xa0{sufficient.energy:.2f}"
         return f"{label}: r\xa0=\xa0{sufficient.rank} keeps {sufficient.kept:.0%} of the change{energy}"

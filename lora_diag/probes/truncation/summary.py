@@ -15,7 +15,7 @@ from lora_diag.rendering.tables import columns_of
 from lora_diag.rendering.text import fraction, short
 
 # Fraction of the change of the loss that is enough.
-ENOUGH = 0.9
+SUFFICIENT_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,14 @@ def _describe_ranks(ranks: Sequence[Probe], gains: bool) -> list[str]:
     """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
     word = "gain" if gains else "rise of the loss"
     lines = []
-    if record := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
+    if record := next((r for r in ranks if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None):
         lines.append(
             f"r={record.rank} keeps {share(record)} of the {word}, and C({record.rank}) = {_format_energy(record)}"
         )
     else:
         last = ranks[-1]
         lines.append(
-            f"no measured rank keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = "
+            f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
             f"{_format_energy(last)}"
         )
     equal = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)

@@ -25,7 +25,7 @@ RETRIES = 3
 # often not larger.
 STORE_BYTES = 80 * 2**20
 # Seconds to wait for an answer at an address.
-ANSWER = 10.0
+ANSWER_SECONDS = 10.0
 
 # Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into memory and retries
 # it forever.
@@ -218,7 +218,7 @@ def _check_answers(named: str, address: str) -> None:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{named}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
     except OSError as error:
         raise InputError(
             f"{named}: no Ray cluster answers: {error.strerror or error}; start its head with ray start --head "

@@ -27,10 +27,10 @@ Task = TypeVar("Task", bound=Sized)
 Record = TypeVar("Record")
 
 # Seconds between two queries of the cluster; seconds without a suitable node before the run stops.
-LOOK, PATIENCE = 2.0, 60.0
+QUERY_SECONDS, MAX_WAIT_SECONDS = 2.0, 60.0
 
 # Start of Ray's message when a worker cannot import the function; Ray has no exception type for it.
-NO_IMPORT = "The remote function failed to import on the worker"
+IMPORT_FAILED = "The remote function failed to import on the worker"
 
 
 def run_ray(
@@ -115,13 +115,13 @@ class _Cluster:
         return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
 
     def _wait_for_a_node(self, cores: int) -> None:
-        if time.monotonic() - self._last_seen > PATIENCE:
+        if time.monotonic() - self._last_seen > MAX_WAIT_SECONDS:
             wanted = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
             raise InputError(
-                f"--engine ray: no node had {wanted}, which a task needs, for {PATIENCE:g} s; add such a node; a "
-                "run with -o continues with --resume"
+                f"--engine ray: no node had {wanted}, which a task needs, for {MAX_WAIT_SECONDS:g} s; add such a "
+                "node; a run with -o continues with --resume"
             )
-        time.sleep(LOOK)
+        time.sleep(QUERY_SECONDS)
         self._nodes = self._find_fitting_nodes(cores)
 
     @property
@@ -154,7 +154,7 @@ class _Cluster:
         Raises:
             InputError: No node could run the waiting tasks for the whole waiting time.
         """
-        if time.monotonic() - self._looked < LOOK:
+        if time.monotonic() - self._looked < QUERY_SECONDS:
             return
         self._looked = time.monotonic()
         if nodes := self._find_fitting_nodes(1):
@@ -190,7 +190,7 @@ class _Run:
 
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
         """Wait a while; yield the outcomes of finished batches, None if their workers died."""
-        done, _ = self._ray.wait(tickets, num_returns=1, timeout=LOOK)
+        done, _ = self._ray.wait(tickets, num_returns=1, timeout=QUERY_SECONDS)
         if done:  # others may have finished, too: a wait costs as much as there are tickets
             done, _ = self._ray.wait(tickets, num_returns=len(tickets), timeout=0)
         for ticket in done:
@@ -204,7 +204,7 @@ class _Run:
             outcomes: Sequence[Any] = self._ray.get(ticket)
         except self._ray.exceptions.RayTaskError as error:
             lines = str(error.cause).strip().splitlines()
-            if lines and lines[0].startswith(NO_IMPORT):
+            if lines and lines[0].startswith(IMPORT_FAILED):
                 raise InputError(
                     f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same version on every "
                     "node: pip install 'loradiag[ray]'"

@@ -305,8 +305,8 @@ def test_inputs_on_this_machine_only_are_named(cluster, pair, tmp_path):
 
 
 def test_cluster_without_gpu_is_an_error(cluster, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "PATIENCE", 0.1)
-    monkeypatch.setattr(engine, "LOOK", 0.2)
+    monkeypatch.setattr(engine, "MAX_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(engine, "QUERY_SECONDS", 0.2)
     with raises_naming(InputError, "1 CPU", "2 GPUs"):
         lora_diag.spectrum(*pair, output=tmp_path / "r", engine=Ray(gpus_per_task=2))
 
@@ -493,7 +493,7 @@ def test_ray_is_only_imported_inside_of_functions():
 
 def test_worker_without_loradiag_is_reported():
     class RayTaskError(Exception):
-        cause = RuntimeError(f"{engine.NO_IMPORT}. This may be\n\nTraceback:\nModuleNotFoundError: No module\n\n")
+        cause = RuntimeError(f"{engine.IMPORT_FAILED}. This may be\n\nTraceback:\nModuleNotFoundError: No module\n\n")
 
     def get(ticket):
         raise RayTaskError
@@ -519,8 +519,8 @@ class FakeRay:
 
 
 def test_cluster_without_large_nodes_is_reported(monkeypatch):
-    monkeypatch.setattr(engine, "PATIENCE", 0.05)
-    monkeypatch.setattr(engine, "LOOK", 0.02)
+    monkeypatch.setattr(engine, "MAX_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(engine, "QUERY_SECONDS", 0.02)
     ray = FakeRay({"CPU": 8.0}, {"CPU": 2.0}, {})
     cluster = engine._Cluster(ray, 0)
     assert (cluster.largest, cluster.slots, cluster.capacity(None).cores) == (8, 10, 10)

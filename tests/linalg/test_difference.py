@@ -51,7 +51,7 @@ def test_result_is_independent_of_blocks(rows, piece, shape, seed):
     step = torch.rand(shape, generator=rng).add_(0.5)
     whole = difference(in_blocks(base, tuned, 40), shape, CPU, steps=iter(((None, step),)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("lora_diag.linalg.difference"), "PIECE", piece)
+        patch.setattr(import_module("lora_diag.linalg.difference"), "PIECE_ENTRIES", piece)
         found = difference(
             in_blocks(base, tuned, rows), shape, CPU, steps=((None, part) for part in torch.split(step, rows))
         )

@@ -103,7 +103,7 @@ def test_unstreamable_layer_is_left_out_and_rest_measured(small):
 
 
 def test_gradients_beyond_memory_limit_are_left_out(small, monkeypatch):
-    monkeypatch.setattr(covariance, "READING", 0)
+    monkeypatch.setattr(covariance, "READING_BYTES", 0)
     asked = {"gradients": ["sample_checkpoints/gradients"], "layers": r"layers\.0\.(mlp\.up|self_attn\.q)"}
     plain = {record.layer: record for record in lora_diag.spectrum(BASE, **asked)}
     found = lora_diag.spectrum(BASE, **asked, memory="2MB", workers=1)  # 128x128 take 0.9 MB, 384x128 4.1

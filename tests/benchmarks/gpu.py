@@ -39,7 +39,7 @@ MARKS = "<!-- GPU tables -->\n", "<!-- end of GPU tables -->\n"
 CPU = torch.device("cpu")
 
 # Hidden and inner width, key-value width and layers of the pairs: of the check, and of the timed run. Orders of single
-# eigenvalue problems, for ``linalg.devices.SMALL``.
+# eigenvalue problems, for ``linalg.devices.CPU_SOLVER_UP_TO``.
 FULL = {
     "matrices": ((4096, 4096), (4096, 11008)),
     "orders": (128, 256, 512, 1024),

@@ -142,7 +142,7 @@ CASES = [((BF16, BF16), 0.6), ((BF16, F32), 0.1), ((F32, F32), 0.0), ((F64, F16)
 @pytest.mark.parametrize(("dtypes", "still"), CASES, ids=str)
 def test_pass_over_a_layer_waits_once(monkeypatch, dtypes, still):
     """Whatever the number of blocks; decisions made on the GPU are those of the CPU on the same pieces."""
-    monkeypatch.setattr(sys.modules[Difference.__module__], "GPU_PIECE", 12_000)
+    monkeypatch.setattr(sys.modules[Difference.__module__], "GPU_PIECE_ENTRIES", 12_000)
     seeded = torch.Generator().manual_seed(0)
     stored = [torch.randn(160, 200, generator=seeded) * size for size in (0.02, 4e-4, 1e-2)]
     base = stored[0].to(BF16).to(dtypes[0])  # in float32 they are still bfloat16 numbers

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_diag.errors import InputError
-from lora_diag.metrics.equivalence import paired
+from lora_diag.metrics.equivalence import paired_difference
 from lora_diag.models.data import IGNORED, Sequence, Texts
 from lora_diag.models.opening import Model, iterate_batches, pad_sequences
 
@@ -67,7 +67,7 @@ class Losses:
             >>> one.minus(two)
             (1.0, 0.5)
         """
-        return paired(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
+        return paired_difference(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
 
 def iterate_predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_diag.metrics.correlation import interval, spearman
-from lora_diag.metrics.equivalence import Estimate, freedom, paired
+from lora_diag.metrics.equivalence import Estimate, freedom, paired_difference
 from lora_diag.probes.curvature.record import LossBound
 from lora_diag.probes.curvature.summary import LOOSE_RATIO
 from lora_diag.probes.fisher.correlations import Correlations, correlations
@@ -291,8 +291,8 @@ def _find_base(records: Sequence[Sensitivity], name: str) -> Sensitivity:
 def _is_uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], errors: float) -> bool:
     """Return whether the highest gain exceeds the lowest significantly and by a relevant factor, by sequence."""
     best, worst = known[0], known[-1]
-    gap, error = paired(worst.nll, best.nll, _find_base(records, name).predictions)
-    return error is not None and gap > errors * error and best.gain >= UNEVEN * worst.gain
+    gap, error = paired_difference(worst.nll, best.nll, _find_base(records, name).predictions)
+    return error is not None and gap > errors * error and best.gain >= UNEVEN_FACTOR * worst.gain
 
 
 def _format_gain(gain: Gain) -> str:

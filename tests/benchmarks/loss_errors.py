@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
-from lora_diag.metrics.equivalence import freedom, paired
+from lora_diag.metrics.equivalence import freedom, paired_difference
 
 SAMPLES, LENGTH, TRIALS = Path("sample_checkpoints"), 256, 1000
 
@@ -61,7 +61,7 @@ def coverage(difference: np.ndarray, count: int, spread: bool) -> tuple[float, f
         length = min(len(difference), count * int(rng.integers(3, 8))) if spread else count
         first = int(rng.integers(0, len(difference) - length + 1))
         chosen = difference[first + np.arange(count) * length // count]
-        gap, error = paired(chosen, np.zeros(count), np.ones(count))
+        gap, error = paired_difference(chosen, np.zeros(count), np.ones(count))
         independent = chosen.std(ddof=1) / count**0.5 * stdtrit(count - 1, 0.975)
         assert error is not None
         hits += abs(gap - truth) <= np.array([independent, error * stdtrit(freedom(count), 0.975)])

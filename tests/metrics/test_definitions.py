@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from lora_diag.metrics.distance import distances, limit, pooled
-from lora_diag.metrics.equivalence import Estimate, freedom, paired
-from lora_diag.metrics.fleet import near_duplicates, norm_outliers, outlier_kinds, rarest_first
-from lora_diag.metrics.interference import near_chance, relation, task_interference, task_interference_at_random
-from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
-from lora_diag.metrics.overlap import chance, is_near
+from lora_diag.metrics.equivalence import Estimate, freedom, paired_difference
+from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers, find_outlier_kinds, order_by_rarity
+from lora_diag.metrics.interference import (
+    classify_relation,
+    is_near_chance,
+    task_interference,
+    task_interference_at_random,
+)
+from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
+from lora_diag.metrics.overlap import is_near, overlap_by_chance
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
 from lora_diag.metrics.truncation import spectral_error
@@ -212,8 +217,10 @@ def test_paired_error_is_that_of_batch_means():
     rng = np.random.default_rng(7)
     for count in (2, 3, 4, 9, 50):
         losses = rng.normal(2.0, 1.0, (2, count))
-        assert paired(*losses, [1] * count)[1] == pytest.approx(oracles.error_of_mean(losses[0] - losses[1]), rel=1e-12)
-    assert paired([3.0], [1.0], [4]) == (0.5, None)
+        assert paired_difference(*losses, [1] * count)[1] == pytest.approx(
+            oracles.error_of_mean(losses[0] - losses[1]), rel=1e-12
+        )
+    assert paired_difference([3.0], [1.0], [4]) == (0.5, None)
 
 
 def test_paired_error_is_spread_of_ratio_over_samples():
@@ -237,6 +244,6 @@ def test_paired_interval_holds_for_dependent_sequences(memory, least):
         values = np.zeros(200)
         for i in range(1, 200):
             values[i] = memory * values[i - 1] + rng.normal()
-        gap, error = paired(values[100:], np.zeros(100), np.ones(100))
+        gap, error = paired_difference(values[100:], np.zeros(100), np.ones(100))
         held += abs(gap) <= half * error
     assert least <= held / 1000 <= 0.97

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_diag.metrics.equivalence import Estimate, freedom, paired, runs_needed
+from lora_diag.metrics.equivalence import Estimate, freedom, paired_difference, runs_needed
 from lora_diag.records import Probe
 
 

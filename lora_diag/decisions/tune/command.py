@@ -33,6 +33,8 @@ def tune(
 ) -> None:
     """Choose an adapter by training within a budget.
 
+    By default, --ranks are up to four powers of 4 within the budget.
+
     Example: loradiag tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/
     """
     dry = arguments["dry_run"]

@@ -18,6 +18,8 @@ def intrinsic(
 ) -> None:
     """Intrinsic dimension: loss in random subspaces.
 
+    --lr is a grid of rates of full fine-tuning; the rate of z is scaled to move the weights as far per step.
+
     Example: loradiag probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 -o dims.jsonl
     """
     # deferred: imports torch

@@ -169,14 +169,14 @@ def test_update_of_zero_has_zeros():
 
 BYTES = """
 import hashlib, numpy
-from lora_diag.thin import gram, thin_energies, thin_values, triangle
+from lora_diag.thin import compute_grams, thin_energies, thin_values, triangle
 rng, found = numpy.random.default_rng(0), hashlib.sha256()
 for rank, m, n in ((16, 50000, 129), (64, 11008, 1111), (33, 700, 64)):
     b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
     for factor in (b, b[:, :1] + 1e-9 * b):
         values = thin_values(triangle(factor), triangle(a.T))
         found.update(values.s.tobytes())
-    values = thin_energies(gram(b[None]), gram(a.T[None]), numpy.ones(1))
+    values = thin_energies(compute_grams(b[None]), compute_grams(a.T[None]), numpy.ones(1))
     found.update(values.s.tobytes() + values.mix.tobytes())
 print(found.hexdigest())
 """

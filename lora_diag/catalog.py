@@ -1,4 +1,4 @@
-"""The catalog of features: those of loradiag and those of installed packages.
+"""The catalog of features: built-in ones and those of installed packages.
 
 A feature is one line in ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an installed package.
 All lists of commands, records, tables, figures, report sections and public functions are derived from this catalog.

@@ -242,7 +242,7 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """All tensors of two checkpoints: compared pairs in the order of BASE, and the rest."""
+    """All tensors of two checkpoints: compared pairs in the order of BASE, and unpaired tensors."""
 
     deltas: tuple[Delta, ...]
     unpaired: tuple[Unpaired, ...]

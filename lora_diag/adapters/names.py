@@ -223,7 +223,7 @@ class _Index:
 
 
 def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Location, ...] | str:
-    """Return the locations of one requested weight, or the reason why there are none."""
+    """Return the locations of one requested weight, or the reason why it has none."""
     problem = "BASE has no weight of this name"
     for names in index.lookups(name):
         fitting = [

@@ -24,7 +24,7 @@ GGUF = ".gguf"
 # The user's α for a file without one; ``rank`` for α = r.
 StatedAlpha = float | Literal["rank"] | None
 
-# Weights of an adapter folder, in PEFT's own order, then those of diffusers and MLX.
+# Names of weight files in an adapter folder: PEFT's, in its own order, then diffusers' and MLX's.
 ADAPTER_WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",

@@ -48,7 +48,7 @@ class Site:
         return flat.view(self.shape[::-1]).T if self.transposed else flat.view(self.shape)
 
     def rows(self, indices: list[int]) -> torch.Tensor:
-        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64; the rest of W is not read."""
+        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64; other rows are not read."""
         import torch
 
         assert self.base is not None, "an update that needs W was not given a BASE"

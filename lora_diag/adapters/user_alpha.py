@@ -35,7 +35,7 @@ def alpha_option(options: Mapping[str, Any]) -> StatedAlpha:
 
 
 def add_config(source: Source) -> Source:
-    """Return a source with the settings that a PEFT file lacks, from the ranks of its factors and the given α.
+    """Return a source with the settings that are missing in a PEFT file, from the ranks of its factors and the given α.
 
     Raises:
         InputError: The file holds several adapters.

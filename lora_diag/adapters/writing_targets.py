@@ -169,7 +169,7 @@ class Model:
 
     @property
     def has_names_in_memory(self) -> bool:
-        """Whether an adapter gives names in memory, which then replace those of the files."""
+        """Whether an adapter gives names in memory, which then replace the names in the files."""
         return bool(self._own)
 
     def in_memory(self, name: str) -> str:
@@ -207,7 +207,7 @@ class Model:
         return bool(stored[2 if leaf == "gate_up_proj" else 1] != width)
 
     def target(self, delta: Delta) -> Target | str:
-        """Return the target of a matrix's factors, or the reason why there is none."""
+        """Return the target of a matrix's factors, or the reason why it has none."""
         name = delta.base.name if delta.base is not None else delta.layer
         if HEAD.search(delta.layer) and name != delta.layer:
             return "BASE ties it to the embedding: what PEFT adds to the one is added to both"

@@ -256,7 +256,7 @@ def _read_shape(source: Checkpoint, module: str) -> tuple[int, int]:
 
 
 def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
-    """Return the bits of a code: those of the configuration that fit the packed columns; without one, that fit."""
+    """Return the bits of a code: the configured number, else one that fits the packed columns."""
     groups = config.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
     schemes = [group.get("weights") for group in groups if isinstance(group, dict)]

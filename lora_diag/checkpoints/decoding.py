@@ -33,7 +33,7 @@ def is_native(dtype: str) -> bool:
 
 
 def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
-    """Return the numbers encoded by little-endian bytes, in float32; float64 if that is what is stored.
+    """Return the numbers encoded by little-endian bytes, in float32, or in float64 if they are stored so.
 
     Args:
         content: The bytes; the result shares their memory if ``is_native``.

@@ -1,4 +1,4 @@
-"""Read a pickle as data: nothing that it names is imported, and nothing is called.
+"""Read a pickle as data, without importing or calling anything.
 
 A pickle is a program that builds objects. This interpreter runs it over plain data: numbers, text, tuples, lists and
 dictionaries are built as such, and every class, function and object becomes a ``Record`` of its name, its arguments
@@ -53,7 +53,7 @@ class Record:
     items: list[Any] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
-        """Return an attribute from the state; None if there is none.
+        """Return an attribute from the state; None if it does not exist.
 
         The state of a class with slots is ``(dictionary or None, slots)``.
         """

@@ -308,7 +308,7 @@ def _make_box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], sh
 
 
 def _assemble_parts(folder: Path, name: str, parts: list[_Part]) -> Boxes:
-    """Put the parts of a DTensor together: those of one place of every repeated dimension of the mesh."""
+    """Join the parts of a DTensor; of every repeated dimension of the mesh, one place is used."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     by_coordinates = {part.coordinates: part for part in parts}
     if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(parts):

@@ -22,14 +22,14 @@ AMBIGUOUS = frozenset({"._data", ".bitmask"})
 # Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
 READ = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
 
-# Those of which every quantized weight is packed into tensors of other names.
+# Formats in which every quantized weight is packed into tensors of other names.
 PACKING = ("gptq", "awq", "mxfp4")
 
 KEY = "quant_method in config.json"
 FLOATS = "if these weights are plain floats, remove quantization_config from config.json"
 NOT_FLOATS = "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
 
-# Names of PEFT factors in a running model contain the adapter's name; those of a saved adapter do not.
+# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
 WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
 
 

@@ -80,7 +80,7 @@ def _read_requirements() -> dict[str, list[Requirement]]:
 
 
 def _find_gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
-    """Return the installed packages with their versions, and for each missing or too old one what is wrong."""
+    """Return the installed packages with their versions, and a description of each that is missing or too old."""
     present, gaps = [], []
     for requirement in requirements:
         try:

@@ -585,7 +585,7 @@ def _compare_binades(
 
     ``stored`` are the cells that the model was fitted to, divided by ``scales``.
     """
-    # Scales are fitted roughly, and where L is most of X few binades show the size of the rest.
+    # Scales are fitted roughly, and where L is most of X few binades show the size of the remainder.
     limit = math.inf if low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
     counts, shape = Binades(most_uneven=limit), read.delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), read.delta.blocks(), strict=True):

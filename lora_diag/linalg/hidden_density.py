@@ -24,7 +24,8 @@ from lora_diag.linalg.truncated import moments
 SPACING, END, KERNEL = 0.25, 5.0, 0.15
 POWERS = (1, 2, 4)
 
-# Precision of a normal prior of the coefficients around those of a normal density; it decides nothing that cells show.
+# Precision of a normal prior of the coefficients around the coefficients of a normal density; it only matters where
+# cells are uninformative.
 PRIOR_PRECISION = 0.01
 
 # Number of entries that the density is fitted to, and most scoring steps.

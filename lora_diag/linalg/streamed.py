@@ -59,7 +59,7 @@ class Streamed:
         return replace(self, read=lambda: (block / scale for block in self.read()))
 
     def times(self, x: Tensor) -> Tensor:
-        """Return its product with a thin matrix in the dtype of the latter, from one pass.
+        """Return A·X for a thin X, in the dtype of X, from one pass.
 
         Args:
             x: X, ``(n, k)``, no shorter a dtype than that of the blocks.

@@ -10,7 +10,7 @@ from lora_diag.metrics.energy import energy_curve
 
 
 def thinned_ranks(values: int, points: int) -> list[int]:
-    """Return the ranks to draw: all if they fit, else half of the points without gaps and the rest log-spaced.
+    """Return the ranks to draw: all if they fit, else half of the points without gaps and the other half log-spaced.
 
     Args:
         values: K, the number of singular values.

@@ -51,7 +51,7 @@ class Lora:
 
 
 def layers_without_head(module: Any) -> dict[str, nn.Module]:
-    """Return the linear layers except those of the head, by the names of their weights.
+    """Return the linear layers outside the head, by the names of their weights.
 
     The head is the part outside the inner model: ``lm_head``, ``classifier``, ``score``.
     """

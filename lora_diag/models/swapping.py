@@ -18,7 +18,7 @@ from lora_diag.layers.change import Change, load_change
 from lora_diag.linalg import Factors
 from lora_diag.models.opening import Model, Weights
 
-# In place of a rank: all of ΔW.
+# Used instead of a rank for the whole ΔW.
 FULL = -1
 
 
@@ -33,7 +33,7 @@ class _Leading:
 
 
 class Swapped:
-    """A model whose weights are those of BASE plus a selectable part of an update.
+    """A model with the weights of BASE plus a selectable part of an update.
 
     Args:
         model: BASE opened by transformers; changed in place.

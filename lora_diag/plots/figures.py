@@ -212,7 +212,7 @@ def _make_series_and_options(
 
 
 def _select_usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
-    """Return the series whose records a figure can draw; for a heat map, those of the first kind that has its field."""
+    """Return the series whose records a figure can draw; for a heat map, of the first kind that has its field."""
     filled = [item for item in series if item.records]
     if kind.spec.needs:
         return tuple(item for item in filled if kind_of(item.records[0]) == kind.spec.needs)

@@ -74,7 +74,7 @@ class Record(BaseModel):
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the name of a field that the run's settings require and this record lacks; None if complete."""
+        """Return the name of a field that the run's settings require and that is missing here; None if complete."""
         return None
 
 

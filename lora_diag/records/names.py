@@ -17,7 +17,7 @@ RESIZABLE = re.compile(
     r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|shared|lm_head|embed_out)(\.weight)?$"
     r"|^output\.weight$"
 )
-# Other tables, such as those of positions. Adapters usually target neither kind.
+# Other tables, such as position embeddings. Adapters usually target neither kind.
 _TABLES = re.compile(
     r"(^|\.)(embed_\w+|pos_embed|wpe|(?!patch_)\w*embeddings?|relative_attention_bias)(\.\w+)?(\[\d+\])?$"
 )

@@ -20,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 # Placeholder of a bar whose value was not computed.
 UNKNOWN = "·"
 
-# ASCII replacements for characters that a terminal lacks, of the same width in tables.
+# ASCII replacements of the same width, for terminals without these characters.
 _ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~|dsel<>/") | str.maketrans(
     {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-", "→": "->"}
     | {"λ": "lambda", "ρ": "rho", "κ": "kappa", "α": "alpha", "μ": "mu", "∇": "grad "}

@@ -61,7 +61,7 @@ def section_kind(source: Source) -> SectionKind | None:
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each run whose feature has one, losses first; those of one command in the given order."""
+    """Return a section for each run whose feature has one, losses first; runs of one command in the given order."""
     sections = []
     drawn: set[str] = set()
     known = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]

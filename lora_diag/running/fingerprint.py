@@ -102,7 +102,7 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that hold a checkpoint's tensors; of parts of tensors, those of the folder."""
+    """Return the files that hold a checkpoint's tensors; for parts of tensors, all such files of the folder."""
     sources = {checkpoint.file_of(name) for name in checkpoint}
     return sorted({file for home in sources for file in (_find_parts(home) if home.is_dir() else [home])})
 

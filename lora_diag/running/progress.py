@@ -65,7 +65,7 @@ class ProgressReporter:
 
 
 class RunRecords(Generic[L]):
-    """The records of a run; those of an interrupted run come first and are passed on immediately.
+    """The records of a run; records of an interrupted run come first and are passed on immediately.
 
     Args:
         writer: The results file.

@@ -340,7 +340,7 @@ class TrainRun(ProbeRun):
                     f"--concurrent {concurrent}: applies to the CPU only; share a GPU with --gpus-per-task 0.5"
                 )
             self.on, self.options["device"] = on, kind
-            # Those of a run, whose step is timed here; the same where a search calls a sweep.
+            # Cores of a run, whose step is timed here; the same where a search calls a sweep.
             torch.set_num_threads(min(cores, threads_of_run(on, concurrent)))
             try:
                 yield

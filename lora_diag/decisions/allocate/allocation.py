@@ -97,7 +97,7 @@ def allocate(
     method: Method = "optimal",
     scores: Mapping[str, float] | None = None,
 ) -> Allocated:
-    """Choose ranks that keep the most energy within a budget, or those of the heuristic prior.
+    """Choose the ranks that keep the most energy within a budget, or the ranks of the heuristic prior.
 
     Args:
         records: Spectra, one per layer.

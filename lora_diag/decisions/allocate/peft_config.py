@@ -21,7 +21,7 @@ from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results
 
-# Wrappers of a model that may be absent from its names; removed if the rest is unambiguous.
+# Wrappers of a model that may be absent from its names; removed if the remaining name is unambiguous.
 _WRAPPERS = re.compile(r"^(?:(?:base_model|module|model|transformer)\.)+")
 _STACKED = re.compile(r"(.+)\[\d+\]")
 # Experts that BASE stores one by one; transformers 5 fuses them into two parameters on loading.

@@ -145,7 +145,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
 
 
 def _order_by_yield(steps: Steps) -> Ints:
-    """Return the steps with a positive gain by decreasing gain per cost, those of one unit in order."""
+    """Return the steps with a positive gain by decreasing gain per cost; the steps of one unit keep their order."""
     density = steps.gain / steps.cost
     for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
         # Rounding of sums must not reorder the steps of a unit.

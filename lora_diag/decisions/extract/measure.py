@@ -193,7 +193,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
 def _before_rounding(
     change: Change, delta: StoredDelta, settings: ExtractionSettings, device: torch.device
 ) -> tuple[Change, Hidden]:
-    """Return E[X | cells] in place of ΔW where directions are significant, and what was estimated.
+    """Return E[X | cells] instead of ΔW where directions are significant, and the estimate.
 
     Raises:
         MemoryLimitError: Its cells do not fit.

@@ -179,7 +179,7 @@ def _describe_written(results: Results[Extraction], folder: str | None) -> list[
 
 
 def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
-    """State what is stored in full, and how to prepare the base model before loading."""
+    """State which tensors are stored in full, and how to prepare the base model before loading."""
     rows: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
     resized = set()
     for item in results.left_out:
@@ -296,7 +296,7 @@ def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
 
 
 def _describe_energy_split(results: Results[Extraction]) -> str:
-    """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the rest."""
+    """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the remainder."""
     parts = {
         "in the adapter": [math.sqrt(max(0.0, 1 - record.epsilon**2)) * record.fro for record in results],
         "truncated by rank": [min(1.0, record.epsilon) * record.fro for record in results],

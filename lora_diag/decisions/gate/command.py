@@ -85,7 +85,7 @@ def gate(
     check_outputs([], [(Path(baseline) if ratchet and baseline else None, RESULTS)], overwrite=True)
     written = [(output, RESULTS), (reports["junit"], JUNIT), (reports["sarif"], SARIF)]
     check_outputs(read, written, overwrite)
-    # Only a block of the card is replaced; the rest is checked when it is read.
+    # Only a block of the card is replaced; its other text is checked when it is read.
     check_outputs([*read, *(path for path, _ in written)], [(reports["model_card"], CARD)], overwrite=True)
     if reports["model_card"] is not None:
         read_card(reports["model_card"])

@@ -77,7 +77,7 @@ def _escape_property(text: str) -> str:
 
 
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
-    """Return a step summary in Markdown of at most ``room`` bytes; the rest is counted."""
+    """Return a step summary in Markdown of at most ``room`` bytes; omitted rows are counted."""
     head = f"## loradiag gate: {cell(headline(results))}\n\n"
     lines = [
         f"- **{cell(rule)}** {status}: {cell(shared_description(verdicts))}\n"

@@ -184,7 +184,7 @@ def _judge_regression(
 def _find_field(
     policy: Policy, demand: Criterion, sources: Sequence[Source], allowed: str
 ) -> tuple[Field | None, list[Verdict]]:
-    """Return the field of a rule, given the kinds of records present; or what is missing.
+    """Return the field of a rule, given the kinds of records present; or a description of the missing records.
 
     Raises:
         UsageError: Several of these kinds have it.

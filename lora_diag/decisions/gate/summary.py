@@ -49,7 +49,7 @@ def policy_file(results: Results[Any]) -> str | None:
 
 
 def measured(verdict: Verdict) -> str:
-    """Return the value found as it is shown, never rounded to the other side of what is allowed."""
+    """Return the measured value as text, never rounded across the limit."""
     if verdict.measured is None:
         return "-"
     if isinstance(verdict.measured, str):

@@ -26,7 +26,7 @@ def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
 
 
 def spectrum_of(record: Recovery) -> Spectrum:
-    """Return the estimated singular values of X as a spectrum: those of the directions that were found."""
+    """Return the estimated singular values of X as a spectrum, one for each detected direction."""
     assert record.values_estimate is not None
     assert record.fro_estimate is not None
     values = record.values_estimate

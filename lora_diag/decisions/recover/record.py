@@ -158,7 +158,7 @@ class Recovery(Hidden, LayerRecord):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return the columns, without those of estimates where no layer has one."""
+        """Return the columns; columns of estimates only if a layer has one."""
         return tuple(
             field
             for field in cls.shown

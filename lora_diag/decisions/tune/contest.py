@@ -187,7 +187,7 @@ def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
-    """Return the power-of-two middle of the chosen rank and the next lower one tried; None if there is none.
+    """Return the power of two between the chosen rank and the next lower one tried; None if there is none.
 
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)

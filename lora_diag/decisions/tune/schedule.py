@@ -248,7 +248,7 @@ def narrow_search(search: Search, costs: Costs, limit: float | None) -> tuple[Se
 
 
 def _merge_omissions(left_out: Sequence[str]) -> tuple[str, ...]:
-    """Return the omissions; of those of steps only the last one, which includes the others."""
+    """Return the omissions; of several omissions of steps only the last one, which includes the others."""
     steps = [omission for omission in left_out if omission in STEP_OMISSIONS]
     return tuple(omission for omission in left_out if omission not in steps[:-1])
 

@@ -57,7 +57,7 @@ ALL_LAYERS = "."
 # Most layers that a decision lists.
 MAX_NAMED = 4
 
-# Options that every run gets, besides those of models and texts.
+# Options of every run, in addition to options of models and texts.
 RUN_OPTIONS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing")
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
@@ -471,7 +471,7 @@ class Tuner:
         return best if kept else incumbent
 
     def _describe_cost(self, candidates: Sequence[Variant]) -> str:
-        """Return the share of the runs so far that the comparison took: those of the pilot and of the candidates."""
+        """Describe the share of the runs so far that the comparison took: pilot and candidates."""
         names = {variant.name for variant in candidates}
         runs = {
             (variant.variant, variant.lr, variant.seed) for variant in self.trials.records if variant.variant != "base"

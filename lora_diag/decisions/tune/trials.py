@@ -1,4 +1,4 @@
-"""Training runs of ``tune`` other than those of the sweep: each runs once and is recorded with its losses.
+"""Training runs of ``tune`` outside the sweep: each runs once and is recorded with its losses.
 
 BASE is unchanged after every run.
 """

@@ -95,7 +95,7 @@ def _ratio(value: float | None, total: float) -> float | None:
 
 
 def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
-    """Bound the rounding of the sum by the sum of the roundings, since those of one BASE are equal in all parts."""
+    """Bound the rounding of the sum by the sum of the roundings: the rounding of a common BASE is equal in all."""
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update

@@ -232,7 +232,7 @@ def _skip_unmeasured(
     earlier: Results[Overlap],
     settings: OverlapSettings,
 ) -> Iterator[LeftOut]:
-    """Yield skipped layers other than those found while measuring, including those of a resumed run."""
+    """Yield skipped layers that were known before measuring, including layers of a resumed run."""
     yield from without_rank(pairing, layout, settings.device)
     yield from record_unpaired(Pairing((), tuple(rest)), layout, settings.device)
     done: dict[str, set[int]] = {}

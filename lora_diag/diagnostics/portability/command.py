@@ -81,7 +81,7 @@ def portability(
 
 
 def _check_fix(fix: bool, arguments: PortabilityOptions, others: dict[str, str | bool | None]) -> None:
-    """Refuse options of writing without ``--fix``, and those of a results file with it.
+    """Refuse options of writing without ``--fix``, and options of a results file with it.
 
     Raises:
         UsageError: One of them is given.

@@ -15,7 +15,7 @@ ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "full", "exact")
 # Statuses of a layer that is applied as intended.
 AS_INTENDED: tuple[Status, ...] = ("exact", "full")
 
-# Parts whose ΔW is not just B·A, so that errors are not those of scales only.
+# Parts whose ΔW is not B·A, so that an error may be other than a wrong scale.
 NONLINEAR_PARTS = frozenset({"dora", "residual"})
 
 

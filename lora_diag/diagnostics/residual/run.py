@@ -110,7 +110,7 @@ def _skip_unmeasured(
     earlier: Results[Residual],
     settings: LayerSettings,
 ) -> Iterator[LeftOut]:
-    """Yield skipped layers other than those found while measuring, including those of a resumed run."""
+    """Yield skipped layers that were known before measuring, including layers of a resumed run."""
     yield from record_unpaired(left_out, layout, settings.device)
     done: dict[str, set[str]] = {}
     for record in earlier:

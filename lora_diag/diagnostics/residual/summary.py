@@ -50,7 +50,7 @@ def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
 
 
 def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
-    """Return rows of the adapted matrices, sorted by their limiting factor, and one row for the rest.
+    """Return rows of the adapted matrices, sorted by their limiting factor, and one row for the other layers.
 
     The rest are tensors that are not adapted, and norms and biases, which have no rank.
     """

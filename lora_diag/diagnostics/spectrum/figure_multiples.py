@@ -86,7 +86,7 @@ def small_multiples(
 
 
 def _make_panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
-    """Return one panel per module type with an update; if there are too many, those of least ‖ΔW‖ share the last."""
+    """Return one panel per module type with an update; of too many, the types of least ‖ΔW‖ share the last."""
     types = Types(record.layer for item in series for record in item.records)
     energy: dict[str, float] = defaultdict(float)
     for item in series:

@@ -51,7 +51,7 @@ def draw_series(
 
 
 def draw_curve(ax: Axes, curve: Curve, color: object, style: PageStyle | None) -> None:
-    """Draw the resolved part in colour, the rest in grey."""
+    """Draw the resolved part in colour, the unresolved part in grey."""
     width = None if style is None else style.line
     line_style: dict[str, Any] = {"marker": "o", "markersize": 2 * (width or 1)} if len(curve.ranks) == 1 else {}
     clear = int(np.searchsorted(curve.ranks, curve.signal, side="right"))

@@ -267,7 +267,7 @@ class Spectrum(LayerRecord):
         return known / self.base_fro if known is not None and self.base_fro else None
 
     def before_rounding(self) -> Spectrum:
-        """Return the spectrum of the estimated update: its directions' values, its size. ΔW's where there is none."""
+        """Return the spectrum of the estimated update: values of its directions, and norm; without one, ΔW's."""
         hidden = self.hidden
         if hidden is None or hidden.status != "recovered" or not hidden.values_estimate or not hidden.fro_estimate:
             return self

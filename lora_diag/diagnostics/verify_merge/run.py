@@ -179,7 +179,7 @@ def _make_task(
 
 
 def _make_missing_task(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
-    """Return the task of a layer that the adapter changes and MERGED lacks, with the reason."""
+    """Return the task of a layer that the adapter changes and that is missing in MERGED, with the reason."""
     why = absent.get(delta.layer) or (absent.get(delta.base.name) if delta.base is not None else None)
     if delta.base is None or (why is not None and why.reason == "not_float"):
         detail = why.detail if why is not None else "BASE stores it as other than plain numbers"
@@ -211,7 +211,7 @@ def _drop_number(layer: str) -> str:
 
 
 def _compare_added_rows(adapter_pairing: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
-    """Compare vocabulary rows that MERGED adds with those in the adapter; also return the rest."""
+    """Compare vocabulary rows that MERGED adds with the rows in the adapter; also return the remaining tensors."""
     added = {
         item.layer: item for item in adapter_pairing.unpaired if item.reason == "added_rows" and item.rows is not None
     }

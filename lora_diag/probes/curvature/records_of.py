@@ -65,7 +65,7 @@ def curvatures(
     joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the requested records; those of one list belong together.
+    """Yield the requested records; records of one list belong together.
 
     Args:
         point: The point.

@@ -54,7 +54,7 @@ def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def _split_records(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
-    """Return the record of all layers, those of single layers, and those of truncations."""
+    """Return the record of all layers, the records of single layers, and the records of truncations."""
     records = results.whole_of(Curvature)
     joint = next((record for record in records if record.layer is None), None)
     layers = [record for record in records if record.layer is not None]

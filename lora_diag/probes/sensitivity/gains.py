@@ -155,7 +155,7 @@ SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
-    """Return the first-order scores of a unit, summed over its layers, without scores that a gradient lacks."""
+    """Return the first-order scores of a unit, summed over its layers, as far as the gradient provides them."""
     found_layers = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
     if len(found_layers) == len(gain.layers):

@@ -166,7 +166,7 @@ class SweepVerdict:
 
 
 def confident(confidence: float) -> str:
-    """Return a confidence in whole percent, rounded down so that it never reads as the required level.
+    """Return a confidence in whole percent, rounded down, so that it is never shown as the required level.
 
     >>> confident(0.9472), confident(0.998)
     ('94%', '>99%')

@@ -1,4 +1,4 @@
-"""`truncation`: loss of W_0 + ΔW_r over the rank, between those of BASE and TUNED, with the energy kept."""
+"""`truncation`: loss of W_0 + ΔW_r over the rank, between the losses of BASE and TUNED, with the energy kept."""
 
 from __future__ import annotations
 

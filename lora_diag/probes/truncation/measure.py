@@ -122,7 +122,7 @@ def record_of(
     ends: Mapping[str, Mapping[str, Losses]],
     energy: float | None = None,
 ) -> Probe:
-    """Return the record of one loss relative to those of BASE and TUNED."""
+    """Return the record of one loss relative to the losses of BASE and TUNED."""
     losses, base, tuned = losses_by_text[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
     gap, error = losses.minus(tuned)
     change = base.mean - tuned.mean

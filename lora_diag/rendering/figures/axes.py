@@ -1,4 +1,4 @@
-"""Axes of a panel: the caller's or those of a new figure; a rank axis with labels that fit."""
+"""Axes of a panel: the caller's, or new ones; a rank axis with labels that fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_diag.rendering.figures.style import INK, PANEL, PageStyle, apply_style
 
 @contextmanager
 def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, PageStyle | None]]:
-    """Return the caller's axes with unchanged fonts, or those of a new figure."""
+    """Return the caller's axes with unchanged fonts, or the axes of a new figure."""
     with apply_style(PANEL if ax is None else None):
         if ax is not None:
             yield ax, None

@@ -67,7 +67,7 @@ def series_of(
 
 
 def drawn(results: Results[Any]) -> tuple[Any, ...]:
-    """Return the records with figures: those of layers, and those of probes."""
+    """Return the records that have figures: records of layers and of probes."""
     return (*results.layers, *(item for item in results.whole if item.record not in _NOT_DRAWN))
 
 

@@ -241,7 +241,7 @@ def _first_fitting(texts: Sequence[str], inches: float, size: float) -> str:
 
 
 def crop_names(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
-    """Shorten names to fit: those of one family at the same dot, others where each remains unambiguous.
+    """Shorten names to fit: names of one family at the same dot, others where each remains unambiguous.
 
     Returns:
         Short names by their names, in the order of ``names``.

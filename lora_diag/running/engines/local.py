@@ -100,7 +100,7 @@ def layout_for(
 
 
 def own_cores() -> int:
-    """Return the number of cores that this program may use: ``OMP_NUM_THREADS``, else those of the process."""
+    """Return the number of cores that this program may use: ``OMP_NUM_THREADS``, else the cores of the process."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     if stated.isdecimal() and int(stated) > 0:
         return int(stated)

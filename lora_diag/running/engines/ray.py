@@ -79,7 +79,7 @@ def run_ray(
 
 
 def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
-    """Return how many tasks of one size a cluster runs concurrently, as it is now, and the cores of each.
+    """Return how many tasks of one size the cluster can run concurrently at present, and the cores of each.
 
     Args:
         engine: The cluster.

@@ -193,7 +193,7 @@ def _suggest_subfolders(folder: Path) -> str:
         return ""
     names = sorted({path.parent.name for file in (*WEIGHTS, ADAPTER_CONFIG) for path in folder.glob(f"*/{file}")})
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"; name one of its subfolders: {shown}" if names else ""
+    return f"; name one of its subfolders: {shown}" if names else "; give a folder or a file with weights"
 
 
 def _open_file(path: Path) -> OpenFile:

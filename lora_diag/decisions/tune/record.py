@@ -140,7 +140,7 @@ class TuneDecision(WholeRecord):
     Args:
         stage: The stage.
         name: Subject of the decision.
-        outcome: ``chosen``; of a challenger ``kept`` or ``rejected``; ``not needed``; ``proposed`` where it was not
+        outcome: ``chosen``; of a candidate ``kept`` or ``rejected``; ``not needed``; ``proposed`` where it was not
             trained; ``not tried``.
         why: The reason, with its numbers.
         rank: A shared rank; null without one.
@@ -180,7 +180,7 @@ class Tune(WholeRecord):
 
     Args:
         set: The evaluation set that decided.
-        variant: The chosen configuration: ``uniform-r8``, or the name of a challenger that was kept.
+        variant: The chosen configuration: ``uniform-r8``, or the name of a candidate that was kept.
         rank: The shared rank that it is based on.
         ranks: Rank of each layer by its path in the model; empty where all have ``rank``.
         significant: Whether the rank is shown to be enough and gains; else it is the smallest candidate.

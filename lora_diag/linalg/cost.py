@@ -1,28 +1,34 @@
 """Cost model of the spectral methods: whether Krylov pays, and when to stop it.
 
 Costs are in flops of a thin float32 product. Only ratios are used, never a clock, so that a choice, and with it every
-byte of a record, is the same on every machine. Gflop/s on one core of an Intel Xeon (AVX-512, MKL): thin products
-84–108, float64 products of the Gram matrix 57–76, its eigenvalues 40–48, the projected problem 62–65; on two cores of
-an AMD EPYC (OpenBLAS) thin products 107, the full spectrum 65. The relative costs differ by less than 1.5 between them.
+byte of a record, is the same on every machine. They were measured on one core of an Intel Xeon (AVX-512, MKL), where
+thin products run at 150 Gflop/s (docs/benchmarks.md has the table). On two cores of an AMD EPYC (OpenBLAS), thin
+products ran at 107, the full spectrum at 65; the relative costs differ by less than 1.5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Costs of one flop relative to that of a thin product in float32. Eigenvalues of small matrices cost more: 95/18 at 512
-# and 1024, 95/38 at 2048, 95/48 at 4096, fitted by EIGENVALUES·(1 + SMALL/n).
-GRAM, EIGENVALUES, PROJECTED = 1.5, 2.0, 1.5
-SMALL = 700
+# Costs of one flop of float64 products relative to that of a thin product in float32: 57 to 78 Gflop/s.
+GRAM = PROJECTED = 2.3
 
-# Cost of a check over p³ (8 ms at p = 224, 64 ms at 448), and of the probe over mn (25 ms at 2048²).
-CHECK, PROBE = 70, 550
+# The same of eigenvalues, fitted by EIGENVALUES·(1 + FEW/n): 29 Gflop/s at order 1152, 42 at 2048, 48 at 4096. Up to
+# order 1024 MKL runs at 16 to 19.
+EIGENVALUES, FEW, SMALL, UP_TO = 2.4, 1150, 8.5, 1024
+
+# Costs of a column over n: of its QR decompositions, and at every check of its copy in float64.
+COLUMN, COPY = 2000, 450
+
+# Cost of the problems of a check over p³ and p² (1.5 ms at p = 96, 15 at 256, 49 at 416), and of a probe over mn (22 ms
+# at 2048², 85 at 8192×2048).
+CHECK, SMALL_CHECK, PROBE = 56, 19000, 800
 
 # Eigenvectors besides the eigenvalues, over these alone: 1.7 for the largest, 4.9 where all are computed (4096²).
 SOME_VECTORS = 2.5
 
 # The first two checks, after which hopeless spectra are recognized, may cost this fraction of a full method.
-LOSS = 0.12
+LOSS = 0.1
 
 # Columns of the basis over K with which power laws from exponent 0.5 on were certified, and the largest cost of trying.
 TYPICAL, WORTH = 4.0, 0.75
@@ -37,7 +43,8 @@ def full_cost(shape: tuple[int, ...], vectors: bool = False) -> float:
     """
     n, m = sorted(shape)
     product = GRAM * 17 / 16 * m * n**2  # 17/32 of a full product: linalg.gram.PANELS
-    return product + EIGENVALUES * (1 + SMALL / n) * (SOME_VECTORS if vectors else 1.0) * 4 / 3 * n**3
+    eigenvalues = (SMALL if n <= UP_TO else EIGENVALUES * (1 + FEW / n)) * 4 / 3 * n**3
+    return product + eigenvalues * (SOME_VECTORS if vectors else 1.0)
 
 
 def krylov_cost(shape: tuple[int, ...], checks: Sequence[int], top: int = 0) -> float:
@@ -46,15 +53,16 @@ def krylov_cost(shape: tuple[int, ...], checks: Sequence[int], top: int = 0) -> 
     Args:
         shape: ``(m, n)``.
         checks: Columns of the basis at every check.
-        top: K, the number of values, to count the probe and the values in float64 as well; 0 before the end.
+        top: K, the number of values, to count the probe and the values as well; 0 before the end.
     """
     n, m = sorted(shape)
     columns = checks[-1]
-    products = 4.0 * m * n * columns + 4 * n * columns**2
-    projected = PROJECTED * (4 * n + m) * columns**2 + CHECK * sum(each**3 for each in checks)
+    products = 4.0 * m * n * columns + 4 * n * columns**2 + COLUMN * n * columns
+    projected = 4 * PROJECTED * n * columns**2
+    checking = sum(CHECK * p**3 + SMALL_CHECK * p**2 + COPY * n * p for p in checks)
     if not top:
-        return products + projected
-    return products + projected + PROBE * m * n + PROJECTED * (2 * m * n * top + 4 * (m + n) * top**2)
+        return products + projected + checking
+    return products + projected + checking + PROBE * m * n + 2 * PROJECTED * m * columns * top
 
 
 def is_worthwhile(shape: tuple[int, ...], checks: Sequence[int], top: int, vectors: bool = False) -> bool:

@@ -102,8 +102,9 @@ def test_probability_of_small_probe_is_exact():
         assert np.mean(np.array(found) < betaincinv(b / 2, (d - 1) / 2, share)) == pytest.approx(share, abs=0.03)
 
 
-LARGE = np.arange(1, 1185.0)
-FLOOR = np.sort(np.linalg.svd(np.random.default_rng(0).standard_normal((1184, 1184)), compute_uv=False))[::-1] / 40
+LARGE = np.arange(1, 1505.0)  # the first order of which 64 values are tried
+GAUSSIAN = np.random.default_rng(0).standard_normal((1504, 1504))
+FLOOR = np.sqrt(np.linalg.eigvalsh(GAUSSIAN.T @ GAUSSIAN).clip(0))[::-1] / 45
 TEMPTING = {
     "flat": LARGE**0,
     "noise": FLOOR,

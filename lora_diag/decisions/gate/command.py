@@ -125,7 +125,7 @@ def init(
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a policy with measured values as its limits.
+    """Write a policy from measured values, with a margin of 25%.
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """

@@ -125,7 +125,7 @@ def init(
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a policy from measured values, with a margin of 25%.
+    """Write a policy: measured values with a 25% margin.
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """

@@ -18,7 +18,7 @@ def intruders(
     arguments: IntruderOptions,
     shown: options.Rows,
 ) -> None:
-    """Intruder dimensions: large directions without a counterpart in BASE.
+    """Intruder dimensions: large directions unlike any of BASE.
 
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """

@@ -65,17 +65,17 @@ def with_spectrum(s: np.ndarray, m: int, n: int, seed: int) -> np.ndarray:
 def distance(d: np.ndarray, x: np.ndarray, rank: int | None) -> dict:
     """Everything a residual record says of how far x is from d, from the definitions."""
     fro, other = np.sqrt((d**2).sum()), np.sqrt((x**2).sum())
-    found = {"epsilon": float(np.sqrt(((d - x) ** 2).sum()) / fro), "norm_ratio": float(other / fro)}
+    result = {"epsilon": float(np.sqrt(((d - x) ** 2).sum()) / fro), "norm_ratio": float(other / fro)}
     if rank is not None:
         best = best_approximation(d, rank) if rank else np.zeros_like(d)
-        found["epsilon_min"] = float(np.sqrt(((d - best) ** 2).sum()) / fro)
-        found["excess"] = found["epsilon"] ** 2 - found["epsilon_min"] ** 2
+        result["epsilon_min"] = float(np.sqrt(((d - best) ** 2).sum()) / fro)
+        result["excess"] = result["epsilon"] ** 2 - result["epsilon_min"] ** 2
     if other:
         scale = float((d * x).sum() / (x**2).sum())
-        found["cosine"] = float((d * x).sum() / fro / other)
-        found["best_scale"] = scale
-        found["epsilon_best_scale"] = float(np.sqrt(((d - scale * x) ** 2).sum()) / fro)
-    return found
+        result["cosine"] = float((d * x).sum() / fro / other)
+        result["best_scale"] = scale
+        result["epsilon_best_scale"] = float(np.sqrt(((d - scale * x) ** 2).sum()) / fro)
+    return result
 
 
 def subspace_overlap(d: np.ndarray, x: np.ndarray, rank: int) -> tuple[float, float]:

@@ -91,8 +91,8 @@ class StandIn(TorchFunctionMode):
         arrives = name == "to" and on_gpu and not far and not kwargs.get("non_blocking")  # from pageable memory
         self.waits += arrives or (bool(far) and (awaited or (name in {"to", "copy_"} and not on_gpu)))
         with torch._C.DisableTorchFunctionSubclass():
-            found = func(*_to_cpu(tuple(args)), **{key: _to_cpu(value) for key, value in kwargs.items()})
-        return _to_gpu(found) if on_gpu else found
+            result = func(*_to_cpu(tuple(args)), **{key: _to_cpu(value) for key, value in kwargs.items()})
+        return _to_gpu(result) if on_gpu else result
 
 
 @contextmanager

@@ -121,16 +121,16 @@ def parsed(file: Path) -> ast.Module:
 @cache
 def imports() -> list[tuple[str, Path, str]]:
     """Return (unit, file, imported module) for every import statement of the package."""
-    found = []
+    result = []
     for file in sorted(PACKAGE.rglob("*.py")):
         relative = file.relative_to(PACKAGE)
         for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Import):
-                found += [(unit_of(relative.parts), relative, alias.name) for alias in node.names]
+                result += [(unit_of(relative.parts), relative, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{relative}: write imports in full"
-                found.append((unit_of(relative.parts), relative, node.module or ""))
-    return found
+                result.append((unit_of(relative.parts), relative, node.module or ""))
+    return result
 
 
 def allowed(unit: str, module: str) -> bool:

@@ -16,9 +16,9 @@ def pairing(tmp_path, before, after, **options):
         open_checkpoint(save_model(tmp_path / "base", before)),
         open_checkpoint(save_model(tmp_path / "tuned", after)),
     )
-    found = pair(*sides, **options)
-    refuse_empty(found, *sides)
-    return found
+    result = pair(*sides, **options)
+    refuse_empty(result, *sides)
+    return result
 
 
 def ones(*shape, dtype=torch.float32):
@@ -48,8 +48,8 @@ def test_every_tensor_is_compared_or_listed_with_its_reason(tmp_path):
         "nothing.weight": ones(0, 4),
         "scalar": torch.tensor(2.0),
     }
-    found = pairing(tmp_path, before, after)
-    compared = {delta.layer: (delta.shape, delta.is_matrix) for delta in found.deltas}
+    result = pairing(tmp_path, before, after)
+    compared = {delta.layer: (delta.shape, delta.is_matrix) for delta in result.deltas}
     assert compared == {
         "a.weight": ((3, 4), True),
         "norm.weight": ((1, 4), False),
@@ -57,7 +57,7 @@ def test_every_tensor_is_compared_or_listed_with_its_reason(tmp_path):
         "model.embed_tokens.weight": ((10, 4), True),
         "lm_head.weight": ((10, 4), True),
     }
-    reasons = {item.layer: (item.reason, item.shape) for item in found.unpaired}
+    reasons = {item.layer: (item.reason, item.shape) for item in result.unpaired}
     assert reasons == {
         "gone.weight": ("only_in_base", (2, 2)),
         "new.weight": ("only_in_tuned", (2, 2)),
@@ -67,22 +67,22 @@ def test_every_tensor_is_compared_or_listed_with_its_reason(tmp_path):
         "lm_head.weight": ("removed_rows", (2, 4)),
         "nothing.weight": ("empty", (0, 4)),
     }
-    assert "[3, 4]" in next(item.detail for item in found.unpaired if item.layer == "b.weight")
+    assert "[3, 4]" in next(item.detail for item in result.unpaired if item.layer == "b.weight")
 
 
 def test_only_vocabulary_tables_may_have_another_number_of_rows(tmp_path):
-    found = pairing(
+    result = pairing(
         tmp_path, {"a": ones(2, 2), "up_proj.weight": ones(4, 2)}, {"a": ones(2, 2), "up_proj.weight": ones(5, 2)}
     )
-    assert [item.reason for item in found.unpaired] == ["shape_differs"]
+    assert [item.reason for item in result.unpaired] == ["shape_differs"]
 
 
 def test_expert_stacks_split_and_convolutions_unroll(tmp_path):
     stack = torch.arange(24.0).view(2, 3, 4)
     conv = torch.arange(96.0).view(2, 3, 4, 4)
     tensors = {"mlp.experts.down_proj": stack, "conv1.weight": conv, "mixer.conv1d.weight": ones(5, 1, 4)}
-    found = pairing(tmp_path, {name: torch.zeros_like(value) for name, value in tensors.items()}, tensors)
-    by_layer = {delta.layer: delta for delta in found.deltas}
+    result = pairing(tmp_path, {name: torch.zeros_like(value) for name, value in tensors.items()}, tensors)
+    by_layer = {delta.layer: delta for delta in result.deltas}
     assert {layer: delta.shape for layer, delta in by_layer.items()} == {
         "mlp.experts.down_proj[0]": (3, 4),
         "mlp.experts.down_proj[1]": (3, 4),
@@ -101,18 +101,18 @@ def test_stack_of_one_expert_keeps_its_index():
 
 def test_added_rows_exist_on_one_side_only(tmp_path):
     before, after = torch.zeros(10, 4), torch.arange(52.0).view(13, 4)
-    found = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
-    rows = found.unpaired[0].rows
+    result = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
+    rows = result.unpaired[0].rows
     assert torch.equal(rows.read(0, 12).view(3, 4), after[10:])
-    assert torch.equal(torch.cat([tuned for _, tuned in found.deltas[1].blocks()]), after[:10])
+    assert torch.equal(torch.cat([tuned for _, tuned in result.deltas[1].blocks()]), after[:10])
 
 
 def test_row_blocks_are_in_order_for_any_size(tmp_path, monkeypatch):
     tensor = torch.arange(70.0).view(10, 7)
-    found = pairing(tmp_path, {"w": tensor}, {"w": tensor + 1})
+    result = pairing(tmp_path, {"w": tensor}, {"w": tensor + 1})
     for entries in (1, 7, 15, 1000):
         monkeypatch.setattr("lora_diag.deltas.BLOCK_ENTRIES", entries)
-        blocks = list(found.deltas[0].blocks())
+        blocks = list(result.deltas[0].blocks())
         assert torch.equal(torch.cat([base for base, _ in blocks]), tensor)
         assert torch.equal(torch.cat([tuned for _, tuned in blocks]), tensor + 1)
 
@@ -120,9 +120,9 @@ def test_row_blocks_are_in_order_for_any_size(tmp_path, monkeypatch):
 def test_layer_selection(tmp_path):
     names = ["h.0.q_proj.weight", "h.1.q_proj.weight", "h.1.up.weight"]
     tensors = {name: ones(2, 2) for name in names}
-    found = pairing(tmp_path, tensors, tensors, layers="q_proj|up", exclude=r"h\.0")
-    assert [delta.layer for delta in found.deltas] == names[1:]
-    assert [(item.layer, item.reason) for item in found.unpaired] == [(names[0], "not_selected")]
+    result = pairing(tmp_path, tensors, tensors, layers="q_proj|up", exclude=r"h\.0")
+    assert [delta.layer for delta in result.deltas] == names[1:]
+    assert [(item.layer, item.reason) for item in result.unpaired] == [(names[0], "not_selected")]
     with pytest.raises(UsageError, match="--layers"):
         pairing(tmp_path, tensors, tensors, layers="(")
     with pytest.raises(NothingComparedError, match="--exclude"):
@@ -157,18 +157,18 @@ def tied_pair(tmp_path, before, after, config_before=None, config_after=None):
 @pytest.mark.parametrize("rows", [10, 12])
 def test_tied_head_is_compared_with_embedding(tmp_path, config, rows):
     table, head = torch.arange(40.0).view(10, 4), torch.arange(4.0 * rows).view(rows, 4) ** 2
-    found = tied_pair(tmp_path, {TABLE: table}, {TABLE: table + 1, "lm_head.weight": head}, config)
-    deltas = {delta.layer: delta for delta in found.deltas}
+    result = tied_pair(tmp_path, {TABLE: table}, {TABLE: table + 1, "lm_head.weight": head}, config)
+    deltas = {delta.layer: delta for delta in result.deltas}
     ((before, after),) = deltas["lm_head.weight"].blocks()
     assert torch.equal(before, table)
     assert torch.equal(after, head[:10])
-    assert [(item.layer, item.reason) for item in found.unpaired] == [("lm_head.weight", "added_rows")] * (rows > 10)
+    assert [(item.layer, item.reason) for item in result.unpaired] == [("lm_head.weight", "added_rows")] * (rows > 10)
 
 
 def test_head_tied_by_tuning_equals_embedding_of_tuned(tmp_path):
     table, head = torch.ones(10, 4), torch.zeros(10, 4)
-    found = tied_pair(tmp_path, {TABLE: table, "lm_head.weight": head}, {TABLE: table}, None, TIED)
-    deltas = {delta.layer: delta for delta in found.deltas}
+    result = tied_pair(tmp_path, {TABLE: table, "lm_head.weight": head}, {TABLE: table}, None, TIED)
+    deltas = {delta.layer: delta for delta in result.deltas}
     assert torch.equal(next(deltas["lm_head.weight"].blocks())[1], table)
 
 
@@ -176,12 +176,12 @@ def test_head_tied_by_tuning_equals_embedding_of_tuned(tmp_path):
     "config", [None, {}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}]
 )
 def test_untied_missing_head_is_only_on_one_side(tmp_path, config):
-    found = tied_pair(tmp_path, {TABLE: ones(4, 4)}, {TABLE: ones(4, 4), "lm_head.weight": ones(4, 4)}, config)
-    assert [item.reason for item in found.unpaired] == ["only_in_tuned"]
+    result = tied_pair(tmp_path, {TABLE: ones(4, 4)}, {TABLE: ones(4, 4), "lm_head.weight": ones(4, 4)}, config)
+    assert [item.reason for item in result.unpaired] == ["only_in_tuned"]
 
 
 @pytest.mark.parametrize("other", ["decoder.embed_tokens.weight", "text.lm_head.weight"])
 def test_tied_head_needs_one_embedding_and_other_weights_none(tmp_path, other):
     two = {TABLE: ones(4, 4), other: ones(4, 4)}
-    found = tied_pair(tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED)
-    assert {item.layer for item in found.unpaired} == {"lm_head.weight", "a.weight"}
+    result = tied_pair(tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED)
+    assert {item.layer for item in result.unpaired} == {"lm_head.weight", "a.weight"}

@@ -64,8 +64,8 @@ def test_transcripts_equal_command_output(page, refresh):
 def test_python_examples_match_output(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    found = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
-    outcome = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(found)
+    result = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
+    outcome = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(result)
     assert outcome.attempted > 4
     assert not outcome.failed
 
@@ -129,9 +129,9 @@ def test_generated_tables_describe_every_option_and_field(feature):
             assert getattr(each, "hidden", False) or "--help" in each.opts or hooks.cell(each.help) in shown, each.name
     for kind in hooks.kinds(feature):
         for one in hooks.nested(kind):
-            told = hooks.documented(one)
+            message = hooks.documented(one)
             names = {field.alias or field_name for field_name, field in one.model_fields.items()}
-            assert names - {"record"} <= {found for found, text in told.items() if text}, one
+            assert names - {"record"} <= {result for result, text in message.items() if text}, one
             assert all(f"| `{each}` |" in hooks.field_table(one, {}) for each in names)
 
 

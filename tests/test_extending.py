@@ -85,9 +85,9 @@ def measured(plugins, tmp_path_factory) -> tuple[Path, list]:
         ["gate", "fails.toml", "nuclear.jsonl"],
     ]
     words = ["-c", COMMANDS, json.dumps([list(map(str, command)) for command in commands])]
-    found = started(plugins, folder, *words)
-    assert found.returncode == 0, found.stderr
-    return folder, json.loads(found.stdout.splitlines()[-1])
+    result = started(plugins, folder, *words)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout.splitlines()[-1])
 
 
 def test_example_is_small():
@@ -111,9 +111,9 @@ def test_example_measures_what_numpy_does(measured):
 
 def test_example_is_documented(plugins):
     """The site's tables of its options and fields, without a line for it in the docs."""
-    found = started(plugins, ROOT, ROOT / "docs" / "hooks.py", "nuclear")
-    assert "| `--tol` | `T` | `0.0005` |" in found.stdout
-    assert "| `flatness` | flatness |" in found.stdout
+    result = started(plugins, ROOT, ROOT / "docs" / "hooks.py", "nuclear")
+    assert "| `--tol` | `T` | `0.0005` |" in result.stdout
+    assert "| `flatness` | flatness |" in result.stdout
 
 
 def test_example_plugin_has_function_command_and_pages(measured):
@@ -129,10 +129,10 @@ def test_example_plugin_has_function_command_and_pages(measured):
 
 
 def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
-    found = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", measured[0] / "nuclear.jsonl")
-    assert found.returncode == 3
-    assert len(found.stderr.splitlines()) == 1
-    assert "nuclear" in found.stderr
+    result = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", measured[0] / "nuclear.jsonl")
+    assert result.returncode == 3
+    assert len(result.stderr.splitlines()) == 1
+    assert "nuclear" in result.stderr
 
 
 def test_broken_plugin_is_named_once(tmp_path):
@@ -141,7 +141,7 @@ def test_broken_plugin_is_named_once(tmp_path):
     (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (broken / "entry_points.txt").write_text("[loradiag.features]\nbroken = broken_plugin:FEATURE\n")
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no such thing')\n")
-    found = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", SAMPLES / "base")
-    assert found.returncode == 0
-    assert found.stderr.count("broken_plugin") == 1
-    assert "RuntimeError" in found.stderr
+    result = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", SAMPLES / "base")
+    assert result.returncode == 0
+    assert result.stderr.count("broken_plugin") == 1
+    assert "RuntimeError" in result.stderr

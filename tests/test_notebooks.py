@@ -33,7 +33,7 @@ def test_notebook_output_matches_text(path, monkeypatch):
 
 def rounded(text: str) -> str:
     """Return text whose numbers have two digits: losses differ by processor in the later ones."""
-    return re.sub(r"\d+\.\d+(e-\d+)?", lambda found: f"{float(found[0]):.1e}", text)
+    return re.sub(r"\d+\.\d+(e-\d+)?", lambda result: f"{float(result[0]):.1e}", text)
 
 
 def test_cells_are_code_and_markdown():

@@ -82,9 +82,9 @@ def test_container_is_not_root_and_copies_what_exists():
 @pytest.mark.parametrize("form", ["bug.yml", "format.yml"])
 def test_issue_form_asks_for_inspect(form):
     fields = yaml.safe_load(text(".github", "ISSUE_TEMPLATE", form))["body"]
-    asked = {field["id"]: field for field in fields}
-    assert "loradiag inspect" in asked["inspect"]["attributes"]["description"]
-    assert asked["inspect"]["validations"]["required"]
+    options = {field["id"]: field for field in fields}
+    assert "loradiag inspect" in options["inspect"]["attributes"]["description"]
+    assert options["inspect"]["validations"]["required"]
 
 
 def test_citation_has_the_fields_of_its_format():

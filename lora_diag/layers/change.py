@@ -94,9 +94,9 @@ class Change:
         if self.streamed is not None:
             assert self.limit is not None
             assert self.fro is not None
-            asked = Allowance(self.limit, method, top, vectors)
+            bounded = Allowance(self.limit, method, top, vectors)
             try:
-                return decompose_streamed(self.streamed, asked, self.fro, tol, seed)
+                return decompose_streamed(self.streamed, bounded, self.fro, tol, seed)
             except MemoryLimitError as error:
                 error.fro, error.base_fro = self.fro, self.base_fro
                 raise

@@ -16,9 +16,9 @@ def images_of(evidence: Evidence) -> list[Image]:
     files = [source.name for source in evidence.sources]
     images = []
     # Name in the page, figure, description, field of a heat map.
-    asked: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
-    asked.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
-    for name, kind, shows, field in asked:
+    kinds: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
+    kinds.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
+    for name, kind, shows, field in kinds:
         if plots.why_not(kind, runs, field=field) is None:
             drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
             address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"

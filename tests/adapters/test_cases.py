@@ -23,12 +23,12 @@ pytestmark = pytest.mark.skipif(not CASES, reason="the shared cases are not here
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    result = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
+        result |= load_file(file)
     for file in folder.glob("*.bin"):
-        found |= torch.load(file, weights_only=True)
-    return {name: value.double() for name, value in found.items()}
+        result |= torch.load(file, weights_only=True)
+    return {name: value.double() for name, value in result.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -286,5 +286,5 @@ def test_pattern_matches_like_peft():
         pattern = read_pattern(Config("config.json", {"rank_pattern": table}), "rank_pattern", modules)
         for module in modules:
             expected = table.get(get_pattern_key(table.keys(), module))
-            found = pattern.matches(module)
-            assert (found[0][1] if found else None) == expected, (module, keys[start:])
+            result = pattern.matches(module)
+            assert (result[0][1] if result else None) == expected, (module, keys[start:])

@@ -43,18 +43,18 @@ def test_parameter_follows_wrapper_depth(tmp_path):
     up, down = factors(8, 10), factors(5, 8, seed=4)
     folder = base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8), f"{OWNER}.down_proj": normal(E, 8, 5)})
     for targets in (["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"]):
-        found, _ = changes(folder_of(tmp_path, targets, [up, down]), folder)
+        result, _ = changes(folder_of(tmp_path, targets, [up, down]), folder)
         for e in range(E):
-            close(found[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
-            close(found[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
+            close(result[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
+            close(result[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
 
 
 def test_single_parameter_is_not_nested(tmp_path):
     down = factors(5, 8)
-    found, _ = changes(
+    result, _ = changes(
         folder_of(tmp_path, ["experts.down_proj"], [down]), base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)})
     )
-    close(found[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
+    close(result[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
 
 
 @pytest.mark.parametrize("by_name", [["q_proj"], r".*\.q_proj"])
@@ -71,12 +71,12 @@ def test_bare_parameter_names_mean_module_of_same_nesting(tmp_path, by_name):
         for part, value in zip("AB", pair, strict=True)
     }
     save_file(tensors, file)
-    found, _ = changes(folder, None)
+    result, _ = changes(folder, None)
     for module, (a, b) in more.items():
-        close(found[f"{module}.weight"], 1.5 * b @ a)
+        close(result[f"{module}.weight"], 1.5 * b @ a)
     for e in range(E):
-        close(found[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
-        close(found[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
+        close(result[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
+        close(result[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
 
 
 def test_rank_and_alpha_are_looked_up_by_parameter_s_path(tmp_path):
@@ -89,11 +89,11 @@ def test_experts_stored_one_by_one_get_their_rows(tmp_path):
     up = factors(8, 10)
     disk = "model.layers.0.block_sparse_moe.experts"
     folder = base(tmp_path, {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")})
-    found, _ = changes(folder_of(tmp_path, ["experts.gate_up_proj"], [up]), folder)
-    assert len(found) == 2 * E
+    result, _ = changes(folder_of(tmp_path, ["experts.gate_up_proj"], [up]), folder)
+    assert len(result) == 2 * E
     for e in range(E):
-        close(found[f"{disk}.{e}.w1.weight"], oracle(*up, 1.5)[e][:5])
-        close(found[f"{disk}.{e}.w3.weight"], oracle(*up, 1.5)[e][5:])
+        close(result[f"{disk}.{e}.w1.weight"], oracle(*up, 1.5)[e][:5])
+        close(result[f"{disk}.{e}.w3.weight"], oracle(*up, 1.5)[e][5:])
 
 
 def test_fully_adapted_experts_leave_no_rows_out(tmp_path):
@@ -111,17 +111,17 @@ def test_fully_adapted_experts_leave_no_rows_out(tmp_path):
 
 def test_experts_stored_in_out_are_detected_by_shape(tmp_path):
     up = factors(8, 10)
-    found, _ = changes(
+    result, _ = changes(
         folder_of(tmp_path, ["experts.gate_up_proj"], [up]), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 8, 10)})
     )
-    close(found[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
+    close(result[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
 
 
 def test_all_linear_in_config_excludes_parameters(tmp_path):
     down = factors(5, 8)
     folder = folder_of(tmp_path, ["down_proj"], [down], target_modules="all-linear")
-    found, _ = changes(folder, base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)}))
-    close(found[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
+    result, _ = changes(folder, base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)}))
+    close(result[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_experts_adapted_one_by_one_meet_in_fused_base(tmp_path, names):
     for e in range(E):
         for name, (a, b) in parts.items():
             tensors |= {f"{OWNER}.{e}.{name}.lora_A.weight": a + e, f"{OWNER}.{e}.{name}.lora_B.weight": b}
-    found, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8)}))
-    assert len(found) == E
+    result, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8)}))
+    assert len(result) == E
     expected = np.concatenate([1.5 * b @ (a + 2) for a, b in parts.values()])
-    close(found[f"{OWNER}.gate_up_proj[2]"], expected, 1e-5)
+    close(result[f"{OWNER}.gate_up_proj[2]"], expected, 1e-5)

@@ -56,9 +56,9 @@ def in_pairs(b, heads):
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
 def test_gguf_case_has_true_weights(case):
     truth = json.loads((case / "truth.json").read_text())
-    found, _ = changes(case / "adapter", case / "base")
-    assert set(found) == {name for name in truth if name != "_meta"}
-    for name, matrix in found.items():
+    result, _ = changes(case / "adapter", case / "base")
+    assert set(result) == {name for name in truth if name != "_meta"}
+    for name, matrix in result.items():
         assert list(matrix.shape) == truth[name]["shape"]
         assert np.linalg.norm(matrix) == pytest.approx(truth[name]["fro"], rel=1e-6)
         s = np.linalg.svd(matrix, compute_uv=False)[: len(truth[name]["s"])]
@@ -100,9 +100,9 @@ def llama(tmp_path):
 @pytest.mark.parametrize("alpha", [16.0, 0.0, None])
 def test_gguf_scale_is_alpha_by_the_rank_of_each_tensor(llama, alpha):
     base, tensors, expected, ranks, path = llama
-    found, notes = changes(write(path, tensors, alpha), base)
-    assert set(found) == set(expected)
-    for name, matrix in found.items():
+    result, notes = changes(write(path, tensors, alpha), base)
+    assert set(result) == set(expected)
+    for name, matrix in result.items():
         close(matrix, expected[name] * (alpha / ranks[name] if alpha else 1.0))
     assert any("norms are in the file" in note for note in notes)
     assert any("give no alpha" in note for note in notes) == (not alpha)
@@ -110,8 +110,8 @@ def test_gguf_scale_is_alpha_by_the_rank_of_each_tensor(llama, alpha):
 
 def test_gguf_without_base_has_the_same_singular_values(llama):
     _, tensors, expected, ranks, path = llama
-    found, notes = changes(write(path, tensors), None)
-    for name, matrix in found.items():
+    result, notes = changes(write(path, tensors), None)
+    for name, matrix in result.items():
         wanted = np.linalg.svd(expected[name] * 16 / ranks[name], compute_uv=False)
         np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), wanted, atol=1e-4)
     assert any("llama.cpp's order" in note for note in notes)
@@ -121,9 +121,9 @@ def test_gguf_q8_0_factors_are_decoded(llama):
     _, tensors, _, _, path = llama
     name = "blk.0.attn_output.weight.lora_a"
     kind = gguf.GGMLQuantizationType.Q8_0
-    found, _ = changes(write(path, tensors, quantized={name: kind}), None)
+    result, _ = changes(write(path, tensors, quantized={name: kind}), None)
     a = gguf.quants.dequantize(gguf.quants.quantize(tensors[name].astype(np.float32), kind), kind)
-    close(found["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8)
+    close(result["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8)
 
 
 def test_gguf_without_alpha_uses_stated_alpha(llama):
@@ -141,15 +141,15 @@ def test_gguf_without_alpha_uses_stated_alpha(llama):
 def test_gguf_experts_are_one_update_each(tmp_path):
     a, b = normal(3, 2, 8), normal(3, 12, 2)
     path = write(tmp_path / "a.gguf", pairs("blk.1.ffn_up_exps", a, b), 4.0, "qwen3moe")
-    found, _ = changes(path, None)
+    result, _ = changes(path, None)
     for expert in range(3):
-        close(found[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], b[expert] @ a[expert] * 2)
+        close(result[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], b[expert] @ a[expert] * 2)
 
 
 def test_gguf_of_unknown_architecture_keeps_its_names(tmp_path):
     path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), arch="bloom")
-    found, notes = changes(path, None)
-    assert list(found) == ["blk.1.attn_q.weight"]
+    result, notes = changes(path, None)
+    assert list(result) == ["blk.1.attn_q.weight"]
     assert any("'bloom' are not known" in note for note in notes)
 
 
@@ -206,10 +206,10 @@ def test_gguf_names_equal_library():
         table = gguf.get_tensor_name_map(keys[names.architecture], 3)
         for stem in (*(f"blk.2.{part}" for part in names.block), *WHOLE):
             theirs = names.in_transformers(f"{stem}.weight")
-            found = table.get_name(theirs.replace(".{}", ""), try_suffixes=(".weight",))
-            if found is None and stem in WHOLE:  # a tied head, a final norm without a weight
+            result = table.get_name(theirs.replace(".{}", ""), try_suffixes=(".weight",))
+            if result is None and stem in WHOLE:  # a tied head, a final norm without a weight
                 continue
-            assert found == f"{stem}.weight", (names.architecture, stem)
+            assert result == f"{stem}.weight", (names.architecture, stem)
             assert names.in_gguf(theirs) == f"{stem}.weight"
 
 
@@ -217,18 +217,18 @@ def test_gguf_names_equal_library():
 def peft(llama):
     """Write the same adapter as a PEFT folder with rsLoRA and patterns, and return the ΔW that it means."""
     base, _, expected, ranks, path = llama
-    found = {}
+    result = {}
     for layer, rank in ranks.items():
         module = layer.removesuffix(".weight")
         u, s, vh = np.linalg.svd(expected[layer], full_matrices=False)
         b, a = u[:, :rank] * s[:rank], vh[:rank]
         if "embed" in module:
-            found |= {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
+            result |= {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
         else:
-            found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            result |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     pattern = {layer.removesuffix(".weight"): rank for layer, rank in ranks.items()}
     folder = making.adapter(
-        path.parent, found, rank_pattern=pattern, use_rslora=True, target_modules=[*pattern], lora_alpha=6
+        path.parent, result, rank_pattern=pattern, use_rslora=True, target_modules=[*pattern], lora_alpha=6
     )
     return base, folder, {layer: change * 6 / ranks[layer] ** 0.5 for layer, change in expected.items()}
 
@@ -247,16 +247,16 @@ def test_gguf_written_is_the_same_update_by_the_library(peft):
         "adapter.type": "lora",
         "adapter.lora.alpha": 4.0,
     }
-    found = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
+    result = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
     layer = "model.layers.0.self_attn."
     for stem, name, heads in (("q", "q_proj", 4), ("k", "k_proj", 2), ("output", "o_proj", 0)):
-        a, b = (found.pop(f"blk.0.attn_{stem}.weight.lora_{side}") for side in "ab")
+        a, b = (result.pop(f"blk.0.attn_{stem}.weight.lora_{side}") for side in "ab")
         assert a.shape[0] == b.shape[1] == 4
         wanted = expected[f"{layer}{name}.weight"]
         close(b @ a, in_pairs(wanted, heads) if heads else wanted, 1e-5)
-    a, b = (found.pop(f"token_embd.weight.lora_{side}") for side in "ab")
+    a, b = (result.pop(f"token_embd.weight.lora_{side}") for side in "ab")
     close(a @ b.T, expected["model.embed_tokens.weight"], 1e-5)
-    assert not found
+    assert not result
 
 
 @pytest.mark.parametrize("form", ["peft", "mlx", "gguf"])
@@ -264,9 +264,9 @@ def test_gguf_is_written_in_another_layout_and_back(peft, form):
     base, folder, expected = peft
     make_portable(folder, folder.parent / "one", base, form="gguf")
     make_portable(folder.parent / "one", folder.parent / "two", base, form=form)
-    found, _ = changes(folder.parent / "two", base)
-    assert set(found) == set(expected)
-    for layer, change in found.items():
+    result, _ = changes(folder.parent / "two", base)
+    assert set(result) == set(expected)
+    for layer, change in result.items():
         close(change, expected[layer], 1e-5)
 
 

@@ -31,8 +31,8 @@ PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
     ],
 )
 def test_scaling_follows_config(tmp_path, config, scale):
-    found, _ = changes(adapter(tmp_path, PAIR, **config), base(tmp_path, {"fc.weight": W}))
-    close(found["fc.weight"], scale * B @ A)
+    result, _ = changes(adapter(tmp_path, PAIR, **config), base(tmp_path, {"fc.weight": W}))
+    close(result["fc.weight"], scale * B @ A)
 
 
 def test_adapter_alone_stays_factored(tmp_path):
@@ -43,8 +43,8 @@ def test_adapter_alone_stays_factored(tmp_path):
 
 
 def test_weight_stored_in_by_out_is_transposed_by_shape_not_flag(tmp_path):
-    found, _ = changes(adapter(tmp_path, PAIR, fan_in_fan_out=False), base(tmp_path, {"fc.weight": W.T}))
-    close(found["fc.weight"], (1.5 * B @ A).T)
+    result, _ = changes(adapter(tmp_path, PAIR, fan_in_fan_out=False), base(tmp_path, {"fc.weight": W.T}))
+    close(result["fc.weight"], (1.5 * B @ A).T)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def test_square_weight_follows_namesakes_neighbours_then_flag(tmp_path, others, 
         tmp_path, {"h.0.c_proj.weight": normal(8, 8)} | {name: normal(*size) for name, size in others.items()}
     )
     path = adapter(tmp_path, {"h.0.c_proj.lora_A.weight": a, "h.0.c_proj.lora_B.weight": b}, fan_in_fan_out=flag)
-    found, _ = changes(path, folder)
+    result, _ = changes(path, folder)
     expected = 1.5 * b @ a
-    close(found["h.0.c_proj.weight"], expected.T if (flag if transposed is None else transposed) else expected)
+    close(result["h.0.c_proj.weight"], expected.T if (flag if transposed is None else transposed) else expected)
 
 
 def test_embedding_factors_are_transposed(tmp_path):
     a, b = normal(2, 20), normal(6, 2)
     path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
-    found, _ = changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
-    close(found["embed_tokens.weight"], 1.5 * (b @ a).T)
+    result, _ = changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
+    close(result["embed_tokens.weight"], 1.5 * (b @ a).T)
 
 
 def test_grown_vocabulary_lists_new_and_compares_common_rows(tmp_path):
@@ -95,36 +95,36 @@ def test_copied_base_embedding_is_not_a_change(tmp_path):
     w, a, b = normal(20, 6), normal(2, 20), normal(6, 2)
     factors = {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b}
     folder = base(tmp_path, {"embed_tokens.weight": w})
-    found, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": w}), folder)
-    close(found["embed_tokens.weight"], 1.5 * (b @ a).T)
+    result, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": w}), folder)
+    close(result["embed_tokens.weight"], 1.5 * (b @ a).T)
     other = normal(20, 6, seed=9)
-    found, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": other}), folder)
-    close(found["embed_tokens.weight"], 1.5 * (b @ a).T + other - w)
+    result, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": other}), folder)
+    close(result["embed_tokens.weight"], 1.5 * (b @ a).T + other - w)
 
 
 def test_adapted_head_copy_is_not_used_as_model(tmp_path):
     w = normal(8, 12)
     tensors = {"lm_head.lora_A.weight": A, "lm_head.lora_B.weight": B, "lm_head.base_layer.weight": w}
-    found, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {"lm_head.weight": w}))
-    close(found["lm_head.weight"], 1.5 * B @ A)
+    result, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {"lm_head.weight": w}))
+    close(result["lm_head.weight"], 1.5 * B @ A)
 
 
 def test_convolution_acts_as_matrix(tmp_path):
     a, b = normal(2, 3, 5, 5), normal(8, 2, 1, 1)
-    found, _ = changes(
+    result, _ = changes(
         adapter(tmp_path, {"conv.lora_A.weight": a, "conv.lora_B.weight": b}),
         base(tmp_path, {"conv.weight": normal(8, 3, 5, 5)}),
     )
-    close(found["conv.weight"], 1.5 * np.einsum("or,rikl->oikl", b[:, :, 0, 0], a))
+    close(result["conv.weight"], 1.5 * np.einsum("or,rikl->oikl", b[:, :, 0, 0], a))
 
 
 def test_dora_equals_float64_merge(tmp_path):
     m = np.abs(normal(8)) + 0.5
-    found, _ = changes(
+    result, _ = changes(
         adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": m}, use_dora=True), base(tmp_path, {"fc.weight": W})
     )
     v = W + 1.5 * B @ A
-    close(found["fc.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
+    close(result["fc.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
 
 
 def test_dora_of_small_rotation_keeps_precision(tmp_path):
@@ -132,31 +132,31 @@ def test_dora_of_small_rotation_keeps_precision(tmp_path):
     w = normal(8, 12, seed=3)
     m = (np.linalg.norm(w, axis=1) * (1 + 1e-5 * normal(8))).astype(np.float32).astype(np.float64)
     tensors = PAIR | {"fc.lora_B.weight": 0 * B, "fc.lora_magnitude_vector": m}
-    found, _ = changes(adapter(tmp_path, tensors, use_dora=True), base(tmp_path, {"fc.weight": w}))
-    close(found["fc.weight"], (m / np.linalg.norm(w, axis=1) - 1)[:, None] * w)
+    result, _ = changes(adapter(tmp_path, tensors, use_dora=True), base(tmp_path, {"fc.weight": w}))
+    close(result["fc.weight"], (m / np.linalg.norm(w, axis=1) - 1)[:, None] * w)
 
 
 def test_residual_initializations_include_base_change(tmp_path):
     folder = base(tmp_path, {"fc.weight": W})
     u, s, vh = np.linalg.svd(W, full_matrices=False)
-    found, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="pissa"), folder)
-    close(found["fc.weight"], 1.5 * B @ A - (u[:, :2] * s[:2]) @ vh[:2])
+    result, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="pissa"), folder)
+    close(result["fc.weight"], 1.5 * B @ A - (u[:, :2] * s[:2]) @ vh[:2])
     q, r = np.linalg.qr(W)
-    found, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="olora"), folder)
-    close(found["fc.weight"], 1.5 * B @ A - 1.5 * q[:, :2] @ r[:2])
+    result, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="olora"), folder)
+    close(result["fc.weight"], 1.5 * B @ A - 1.5 * q[:, :2] @ r[:2])
     d = normal(2)
-    found, _ = changes(adapter(tmp_path, PAIR | {"fc.lora_diag": d}, kasa_config={"beta": 1}), folder)
-    close(found["fc.weight"], 1.5 * (B * d) @ A - (u[:, -2:] * s[-2:]) @ vh[-2:])
+    result, _ = changes(adapter(tmp_path, PAIR | {"fc.lora_diag": d}, kasa_config={"beta": 1}), folder)
+    close(result["fc.weight"], 1.5 * (B * d) @ A - (u[:, -2:] * s[-2:]) @ vh[-2:])
 
 
 def test_bdlora_blocks_are_diagonal(tmp_path):
     a, b = normal(2, 6), normal(8, 2)
     blocks = {"nblocks": 2, "target_modules_bd_a": ["fc"], "target_modules_bd_b": []}
-    found, _ = changes(
+    result, _ = changes(
         adapter(tmp_path, {"fc.lora_A.weight": a, "fc.lora_B.weight": b}, use_bdlora=blocks),
         base(tmp_path, {"fc.weight": W}),
     )
-    close(found["fc.weight"], 1.5 * b @ block_diag(a[:1], a[1:]))
+    close(result["fc.weight"], 1.5 * b @ block_diag(a[:1], a[1:]))
 
 
 def test_multihead_attention_out_proj_counts_twice(tmp_path):
@@ -166,9 +166,9 @@ def test_multihead_attention_out_proj_counts_twice(tmp_path):
         "attn.base_layer.out_proj.lora_B.weight": normal(4, 2, seed=3),
     }  # fmt: skip
     folder = base(tmp_path, {"attn.in_proj_weight": normal(12, 4), "attn.out_proj.weight": normal(4, 4)})
-    found, notes = changes(adapter(tmp_path, tensors), folder)
-    close(found["attn.in_proj_weight"], 1.5 * normal(12, 2) @ normal(2, 4))
-    close(found["attn.out_proj.weight"], 2 * 1.5 * normal(4, 2, seed=3) @ normal(2, 4, seed=3))
+    result, notes = changes(adapter(tmp_path, tensors), folder)
+    close(result["attn.in_proj_weight"], 1.5 * normal(12, 2) @ normal(2, 4))
+    close(result["attn.out_proj.weight"], 2 * 1.5 * normal(4, 2, seed=3) @ normal(2, 4, seed=3))
     assert any("twice" in note for note in notes)
 
 
@@ -184,10 +184,10 @@ def test_new_values_and_biases(tmp_path):
     assert isinstance(kinds["lm_head.weight"], StoredDelta)
     assert not kinds["norm.weight"].is_matrix
     assert not kinds["fc.bias"].is_matrix
-    found, notes = changes(tmp_path / "adapter", tmp_path / "base")
-    close(found["fc.bias"], 1.5 * normal(8, seed=7))
-    close(found["norm.weight"], normal(8, seed=6) - normal(8, seed=5))
-    close(found["lm_head.weight"], normal(20, 8, seed=8) - normal(20, 8))
+    result, notes = changes(tmp_path / "adapter", tmp_path / "base")
+    close(result["fc.bias"], 1.5 * normal(8, seed=7))
+    close(result["norm.weight"], normal(8, seed=6) - normal(8, seed=5))
+    close(result["lm_head.weight"], normal(20, 8, seed=8) - normal(20, 8))
     assert_names(notes, 4, "4 tensors", "BASE")
 
 
@@ -204,10 +204,10 @@ def test_trainable_tokens_are_new_rows(tmp_path):
         {"embed_tokens.token_adapter.trainable_tokens_delta": rows},
         trainable_token_indices={"embed_tokens": [7, 0, 19]},
     )
-    found, _ = changes(path, base(tmp_path, {"embed_tokens.weight": w}))
+    result, _ = changes(path, base(tmp_path, {"embed_tokens.weight": w}))
     expected = np.zeros_like(w)
     expected[[7, 0, 19]] = rows - w[[7, 0, 19]]
-    close(found["embed_tokens.weight"], expected)
+    close(result["embed_tokens.weight"], expected)
 
 
 def test_token_right_behind_table_is_refused(tmp_path):
@@ -316,8 +316,8 @@ def test_missing_config_gives_no_scaling(tmp_path):
 
 def test_disagreeing_patterns_and_unused_keys_are_noted(tmp_path):
     path = adapter(tmp_path, PAIR, alpha_pattern={"fc": 4, ".*c": 8, "other": 1})
-    found, notes = changes(path, None)
-    close(found["fc.weight"], 2 * B @ A)
+    result, notes = changes(path, None)
+    close(result["fc.weight"], 2 * B @ A)
     assert any("different values" in note for note in notes)
     assert any(mentions(note, "other", "no module") for note in notes)
 

@@ -41,10 +41,10 @@ def checkpoint(tmp_path, shapes: dict[str, tuple[int, ...]]):
 )
 def test_name_is_matched_with_name_on_disk(tmp_path, wanted, on_disk):
     decoys = {"other.weight": (4, 6), f"{on_disk[:-7]}x.weight": (4, 6)}
-    found, missing = match_names({wanted: (4, 6)}, checkpoint(tmp_path, {on_disk: (4, 6)} | decoys))
+    result, missing = match_names({wanted: (4, 6)}, checkpoint(tmp_path, {on_disk: (4, 6)} | decoys))
     assert not missing
-    assert [place.name for place in found[wanted]] == [on_disk]
-    assert found[wanted][0].layer == on_disk
+    assert [place.name for place in result[wanted]] == [on_disk]
+    assert result[wanted][0].layer == on_disk
 
 
 def test_ambiguous_name_matches_nothing(tmp_path):
@@ -55,8 +55,8 @@ def test_ambiguous_name_matches_nothing(tmp_path):
 
 def test_name_with_two_candidates_matches_by_shape(tmp_path):
     base = checkpoint(tmp_path, {"model.fc.weight": (4, 6), "transformer.fc.weight": (5, 6)})
-    found, _ = match_names({"fc.weight": (5, 6)}, base)
-    assert found["fc.weight"][0].name == "transformer.fc.weight"
+    result, _ = match_names({"fc.weight": (5, 6)}, base)
+    assert result["fc.weight"][0].name == "transformer.fc.weight"
 
 
 def test_exact_name_in_another_shape_is_final(tmp_path):
@@ -77,9 +77,9 @@ def test_fused_experts_are_found_in_per_expert_storage(tmp_path, gate, up, down)
     shapes = {f"{prefix}.{e}.{name}.weight": (5, 8) for e in range(2) for name in (gate, up)}
     base = checkpoint(tmp_path, shapes | {f"{prefix}.{e}.{down}.weight": (8, 5) for e in range(2)})
     wanted = "model.layers.0.mlp.experts.gate_up_proj"
-    found, missing = match_names({wanted: (2, 10, 8), wanted.replace("gate_up", "down"): (2, 8, 5)}, base)
+    result, missing = match_names({wanted: (2, 10, 8), wanted.replace("gate_up", "down"): (2, 8, 5)}, base)
     assert not missing
-    assert [(place.name, place.index, place.rows) for place in found[wanted]] == [
+    assert [(place.name, place.index, place.rows) for place in result[wanted]] == [
         (f"{prefix}.0.{gate}.weight", 0, (0, 5)),
         (f"{prefix}.0.{up}.weight", 0, (5, 10)),
         (f"{prefix}.1.{gate}.weight", 1, (0, 5)),

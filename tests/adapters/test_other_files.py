@@ -35,8 +35,8 @@ def test_kohya_lora_is_scaled_by_alpha(tmp_path, extra, scale):
     path, folder = kohya(tmp_path, tensors)
     assert is_adapter(path)
     assert is_adapter(path.parent)
-    found, notes = changes(path, folder)
-    close(found[f"{Q}.weight"], scale * UP @ DOWN)
+    result, notes = changes(path, folder)
+    close(result[f"{Q}.weight"], scale * UP @ DOWN)
     assert any("no alpha" in note for note in notes) == (not extra)
     pairing, _ = open_adapter(path).pair(open_checkpoint(folder))
     assert isinstance(pairing.deltas[0], FactoredDelta)
@@ -48,8 +48,8 @@ def test_kohya_convolution_with_core(tmp_path):
     up, mid = normal(8, 3, 1, 1), normal(3, 3, 3, 3)
     tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_mid.weight": mid, f"{FLAT}.lora_down.weight": down}
     folder = base(tmp_path, {f"{Q}.weight": normal(8, 6, 3, 3)})
-    found, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
-    close(found[f"{Q}.weight"], np.einsum("oi,ijkl,jp->opkl", up[:, :, 0, 0], mid, down[:, :, 0, 0]))
+    result, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
+    close(result[f"{Q}.weight"], np.einsum("oi,ijkl,jp->opkl", up[:, :, 0, 0], mid, down[:, :, 0, 0]))
 
 
 def test_lycoris_loha_lokr_and_differences(tmp_path):
@@ -68,9 +68,9 @@ def test_lycoris_loha_lokr_and_differences(tmp_path):
     path, folder = kohya(
         tmp_path, {f"{FLAT}.diff": normal(8, 6), f"{FLAT}.diff_b": normal(8)}, **{f"{Q}.bias": normal(8)}
     )
-    found, _ = changes(path, folder)
-    close(found[f"{Q}.weight"], normal(8, 6))
-    close(found[f"{Q}.bias"], normal(8))
+    result, _ = changes(path, folder)
+    close(result[f"{Q}.weight"], normal(8, 6))
+    close(result[f"{Q}.bias"], normal(8))
 
 
 LYCORIS = {
@@ -89,9 +89,9 @@ def test_lycoris_dora_axis_follows_shape_of_lengths(tmp_path, kind, by_column):
     parts, change = LYCORIS[kind]
     m = np.abs(normal(1, 6) if by_column else normal(8, 1)) + 0.5
     tensors = {f"{FLAT}.{part}": value for part, value in parts.items()} | {f"{FLAT}.dora_scale": m}
-    found, _ = changes(*kohya(tmp_path, tensors))
+    result, _ = changes(*kohya(tmp_path, tensors))
     v = W + change
-    close(found[f"{Q}.weight"], m / np.linalg.norm(v, axis=0 if by_column else 1, keepdims=True) * v - W)
+    close(result[f"{Q}.weight"], m / np.linalg.norm(v, axis=0 if by_column else 1, keepdims=True) * v - W)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 6, 1, 1)], ids=str)
@@ -99,10 +99,10 @@ def test_lycoris_dora_of_convolution_measures_all_kernels(tmp_path, shape):
     w, w1, w2, m = normal(8, 6, 3, 3), normal(2, 3), normal(4, 2, 3, 3), np.abs(normal(*shape)) + 0.5
     tensors = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2, f"{FLAT}.dora_scale": m}
     folder = base(tmp_path, {f"{Q}.weight": w})
-    found, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
+    result, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
     v = w + np.einsum("ab,cdkl->acbdkl", w1, w2).reshape(8, 6, 3, 3)
     lengths = np.sqrt((v**2).sum(axis=tuple(i for i in range(4) if shape[i] == 1), keepdims=True))
-    close(found[f"{Q}.weight"], m / lengths * v - w)
+    close(result[f"{Q}.weight"], m / lengths * v - w)
 
 
 def test_mismatched_dora_lengths_are_refused(tmp_path):
@@ -123,16 +123,16 @@ def test_dora_column_lengths_are_not_kernel_lengths(tmp_path, shape):
 def test_single_dora_length_is_for_single_row(tmp_path):
     w, up, m = normal(1, 6, seed=3), normal(1, 2), np.array([[0.7]])
     tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
-    found, _ = changes(write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w}))
+    result, _ = changes(write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w}))
     v = w + up @ DOWN
-    close(found[f"{Q}.weight"], 0.7 * v / np.linalg.norm(v) - w)
+    close(result[f"{Q}.weight"], 0.7 * v / np.linalg.norm(v) - w)
 
 
 def test_lycoris_lokr_of_conv1d_multiplies_outputs_and_inputs(tmp_path):
     w1, w2 = normal(2, 3), normal(4, 2, 3)
     path = write(tmp_path / "a.safetensors", {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2})
-    found, _ = changes(path, base(tmp_path, {f"{Q}.weight": normal(8, 6, 3)}))
-    close(found[f"{Q}.weight"], np.einsum("ab,cdk->acbdk", w1, w2).reshape(8, 6, 3))
+    result, _ = changes(path, base(tmp_path, {f"{Q}.weight": normal(8, 6, 3)}))
+    close(result[f"{Q}.weight"], np.einsum("ab,cdk->acbdk", w1, w2).reshape(8, 6, 3))
 
 
 @pytest.mark.parametrize(("up", "down"), [((8, 2), (2, 0)), ((8, 2), (2,)), ((8,), (2, 6)), ((0, 2), (2, 6))], ids=str)
@@ -178,8 +178,8 @@ def test_two_text_encoders_on_one_are_refused(tmp_path):
 def test_diffusers_lora_is_scaled_by_metadata(tmp_path, metadata, extra, scale, names):
     tensors = {f"unet.{Q}.{names[0]}.weight": UP, f"unet.{Q}.{names[1]}.weight": DOWN}
     path = write(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tensors | extra, metadata)
-    found, notes = changes(path.parent, base(tmp_path, {f"{Q}.weight": W}))
-    close(found[f"{Q}.weight"], scale * UP @ DOWN)
+    result, notes = changes(path.parent, base(tmp_path, {f"{Q}.weight": W}))
+    close(result[f"{Q}.weight"], scale * UP @ DOWN)
     assert any("s = 1" in note for note in notes) == (scale == 1.0)
 
 
@@ -194,8 +194,8 @@ def test_diffusers_reports_smallest_and_largest_rank(tmp_path):
 def test_diffusers_before_peft(tmp_path):
     stem = "unet.down_blocks.0.attn1.processor.to_q_lora"
     path = write(tmp_path / "pytorch_lora_weights.safetensors", {f"{stem}.up.weight": UP, f"{stem}.down.weight": DOWN})
-    found, _ = changes(path, base(tmp_path, {f"{Q}.weight": W}))
-    close(found[f"{Q}.weight"], UP @ DOWN)
+    result, _ = changes(path, base(tmp_path, {f"{Q}.weight": W}))
+    close(result[f"{Q}.weight"], UP @ DOWN)
 
 
 def mlx(tmp_path, tensors, **config):
@@ -207,8 +207,8 @@ def mlx(tmp_path, tensors, **config):
 
 def test_mlx_factors_are_transposed_and_unscaled_by_rank(tmp_path):
     path = mlx(tmp_path, {"layers.0.q_proj.lora_a": DOWN.T, "layers.0.q_proj.lora_b": UP.T})
-    found, _ = changes(path, base(tmp_path, {"model.layers.0.q_proj.weight": W}))
-    close(found["model.layers.0.q_proj.weight"], 10 * UP @ DOWN)
+    result, _ = changes(path, base(tmp_path, {"model.layers.0.q_proj.weight": W}))
+    close(result["model.layers.0.q_proj.weight"], 10 * UP @ DOWN)
     with pytest.raises(InputError, match="no scale"):
         open_adapter(mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 2}))
     with pytest.raises(InputError, match="says 3"):
@@ -219,8 +219,8 @@ def test_mlx_dora_equals_definition(tmp_path):
     m = np.abs(normal(8)) + 0.5
     path = mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T, "q.m": m}, fine_tune_type="dora")
     v = W + 10 * UP @ DOWN
-    found, _ = changes(path, base(tmp_path, {"q.weight": W}))
-    close(found["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
+    result, _ = changes(path, base(tmp_path, {"q.weight": W}))
+    close(result["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
 
 
 def test_mlx_dora_of_square_weight_measures_its_rows(tmp_path):
@@ -235,8 +235,8 @@ def test_mlx_dora_of_square_weight_measures_its_rows(tmp_path):
 def test_mlx_embeddings_are_adapted_row_by_row(tmp_path):
     table, a, b, m = normal(9, 6), normal(9, 2), normal(2, 6), np.abs(normal(9)) + 0.5
     folder = base(tmp_path, {"model.embed_tokens.weight": table})
-    found, _ = changes(mlx(tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b}), folder)
-    close(found["model.embed_tokens.weight"], 10 * a @ b)
+    result, _ = changes(mlx(tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b}), folder)
+    close(result["model.embed_tokens.weight"], 10 * a @ b)
     path = mlx(
         tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b, "embed_tokens.m": m}, fine_tune_type="dora"
     )

@@ -49,12 +49,12 @@ def test_lokr_of_convolution_multiplies_channels_of_conv1d_ends(tmp_path):
     """PEFT 0.21.2 multiplies the sides of a Conv1d as ``torch.kron`` lays them: w1's columns into the kernel."""
     w1, w2 = normal(2, 3), normal(4, 2, 3, 3)
     path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
-    found, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 3, 3)}))
-    close(found["fc.weight"], 1.5 * np.einsum("ab,cdkl->acbdkl", w1, w2))
+    result, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 3, 3)}))
+    close(result["fc.weight"], 1.5 * np.einsum("ab,cdkl->acbdkl", w1, w2))
     w2 = normal(4, 2, 5)
     path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
-    found, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 5)}))
-    close(found["fc.weight"], 1.5 * np.kron(w1, w2))
+    result, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 5)}))
+    close(result["fc.weight"], 1.5 * np.kron(w1, w2))
 
 
 def vera(tmp_path, **more):
@@ -83,11 +83,11 @@ def test_ia3_update_is_read(tmp_path):
     tensors = {"k.ia3_l": out, "ff.ia3_l": into}
     path = adapter(tmp_path, tensors, peft_type="IA3", feedforward_modules=["ff"])
     bias = normal(8, seed=4)
-    found, _ = changes(path, base(tmp_path, {"k.weight": W, "k.bias": bias, "ff.weight": W, "ff.bias": bias}))
-    close(found["k.weight"], (out - 1) * W)
-    close(found["k.bias"], (out[:, 0] - 1) * bias)
-    close(found["ff.weight"], (into - 1) * W)
-    assert "ff.bias" not in found
+    result, _ = changes(path, base(tmp_path, {"k.weight": W, "k.bias": bias, "ff.weight": W, "ff.bias": bias}))
+    close(result["k.weight"], (out - 1) * W)
+    close(result["k.bias"], (out[:, 0] - 1) * bias)
+    close(result["ff.weight"], (into - 1) * W)
+    assert "ff.bias" not in result
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -122,8 +122,8 @@ def test_fourierft_update_is_read(tmp_path):
 
 def test_ln_tuning_is_difference_of_norms(tmp_path):
     path = adapter(tmp_path, {"norm.ln_tuning_layers.weight": normal(8)}, peft_type="LN_TUNING")
-    found, _ = changes(path, base(tmp_path, {"norm.weight": normal(8, seed=1)}))
-    close(found["norm.weight"], normal(8) - normal(8, seed=1))
+    result, _ = changes(path, base(tmp_path, {"norm.weight": normal(8, seed=1)}))
+    close(result["norm.weight"], normal(8) - normal(8, seed=1))
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST))

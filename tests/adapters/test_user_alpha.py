@@ -43,8 +43,8 @@ def test_kohya_and_diffusers_files_without_alpha(tmp_path, given, scales):
     tensors |= {f"{name}.lora_B.weight": pair[1] for name, pair in names.items()}
     files.append(write(tmp_path / "d" / "pytorch_lora_weights.safetensors", tensors))
     for file in files:
-        found, notes = stated(file, given)
-        for change, scale, pair in zip(found.values(), scales, names.values(), strict=True):
+        result, notes = stated(file, given)
+        for change, scale, pair in zip(result.values(), scales, names.values(), strict=True):
             close(change, scale * pair[1] @ pair[0])
         assert ("was given" in notes) == (given is not None)
         assert "give no alpha" in notes
@@ -52,9 +52,9 @@ def test_kohya_and_diffusers_files_without_alpha(tmp_path, given, scales):
 
 def test_alpha_in_file_is_used(tmp_path):
     path = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0)})
-    found, _ = stated(path, 8.0)
-    close(found["lora_unet_a.weight"], 1.5 * B @ A)
-    close(found["lora_unet_b.weight"], 8 / 3 * D @ C)
+    result, _ = stated(path, 8.0)
+    close(result["lora_unet_a.weight"], 1.5 * B @ A)
+    close(result["lora_unet_b.weight"], 8 / 3 * D @ C)
     whole = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0), "lora_unet_b.alpha": np.array(3.0)})
     assert "is not used" in stated(whole, 8.0)[1]
 
@@ -66,9 +66,9 @@ def test_peft_file_without_its_config(tmp_path, given, scales):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="give --alpha"):
         open_adapter(folder)
-    found, notes = stated(folder, given)
-    close(found["h.a.weight"], scales[0] * B @ A)
-    close(found["h.b.weight"], scales[1] * D @ C)
+    result, notes = stated(folder, given)
+    close(result["h.a.weight"], scales[0] * B @ A)
+    close(result["h.b.weight"], scales[1] * D @ C)
     assert "was given" in notes
     options = {"alpha_is_rank": True} if given == "rank" else {"alpha": given}
     assert {record.status for record in portability(folder, **options)} == {"refused"}
@@ -129,7 +129,7 @@ def test_commands_record_stated_alpha(tmp_path, loradiag):
     ran = loradiag("extract", "base", "lora.safetensors", "--rank", "2", "-o", "out", "--alpha", "8")
     assert ran.code == 0, ran.err
     ran = loradiag("residual", "base", "lora.safetensors", "out", "--alpha", "8", "--json", "--layers", "^a")
-    (record,) = [found for line in ran.out.splitlines() if (found := json.loads(line))["record"] == "residual"]
+    (record,) = [result for line in ran.out.splitlines() if (result := json.loads(line))["record"] == "residual"]
     assert record["epsilon"] == pytest.approx(0, abs=1e-5)
     assert loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code == 2
 
@@ -149,8 +149,8 @@ def test_probes_scale_adapters_by_stated_alpha(tmp_path, probe):
     more = {"data": "x.txt"} if probe == "fisher" else {}
     for given, scale in (({}, 1.0), ({"alpha": 8.0}, 4.0), ({"alpha_is_rank": True}, 1.0)):
         run = ProbeRun(f"probe {probe}", {**given, **more}, PROBES[probe])
-        found = {delta.layer: dense(delta) for delta in run.compare(folder, file).pairing.deltas}
-        close(found["a.weight"], scale * B @ A)
+        result = {delta.layer: dense(delta) for delta in run.compare(folder, file).pairing.deltas}
+        close(result["a.weight"], scale * B @ A)
 
 
 def test_gate_recognises_adapter_of_stated_alpha(tmp_path, loradiag):

@@ -315,12 +315,12 @@ def test_adapter_is_compressed_under_its_own_names(tmp_path):
 
 
 def test_untested_model_type_is_noted(tmp_path):
-    for kind, told in (("llama", 0), ("segformer", 1)):
+    for kind, message in (("llama", 0), ("segformer", 1)):
         tensors = {"stages.0.q_proj.weight": normal(8, 6)}
         model = write_base(tmp_path / kind, tensors, {"model_type": kind})
         tuned = write_base(tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()})
         run = lora_diag.extract(model, tuned, tmp_path / kind / "adapter", rank=1).run
-        assert sum(mentions(note, "segformer", "PEFT") for note in run.inputs[1].notes) == told
+        assert sum(mentions(note, "segformer", "PEFT") for note in run.inputs[1].notes) == message
     smaller = lora_diag.extract(model, tmp_path / "segformer" / "adapter", tmp_path / "smaller", rank=1).run
     assert smaller.inputs[1].notes == ("adapts 1 of 1 tensors of BASE",)  # that adapter tells the names
 

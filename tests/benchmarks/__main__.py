@@ -83,13 +83,13 @@ def kernels(peers: bool) -> None:
         print(f"| {rows}×{columns} | torch.linalg.svdvals, float32 | {plain:.2f} | 1.0 | | |")
         print(f"| {rows}×{columns} | product and eigenvalues alone | {own:.2f} | {plain / own:.1f} | | |")
         for name, (a, norm, true, options) in cases.items():
-            found = decompose(a, fro=norm, **options)
+            result = decompose(a, fro=norm, **options)
             seconds = best(lambda a=a, norm=norm, options=options: decompose(a, fro=norm, **options))
-            curve = np.cumsum(found.s.numpy() ** 2) / norm**2
+            curve = np.cumsum(result.s.numpy() ** 2) / norm**2
             error = np.abs(curve - true[: len(curve)]).max()
             print(
-                f"| {rows}×{columns} | {name} ({found.method}) | {seconds:.2f} | {plain / seconds:.1f} | "
-                f"{error:.1e} | {found.energy_error:.1e} |"
+                f"| {rows}×{columns} | {name} ({result.method}) | {seconds:.2f} | {plain / seconds:.1f} | "
+                f"{error:.1e} | {result.energy_error:.1e} |"
             )
 
 

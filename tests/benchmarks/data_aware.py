@@ -62,8 +62,8 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
     if not file.exists():
         lora_diag.probe_activations(tuned, data, file, gradients=True, **common)
     for (_, path), labels in zip(tails.items(), ("data", "model"), strict=True):
-        asked = {"data": data, "ranks": RANKS, "labels": labels, "output": path, "resume": path.exists()}
-        lora_diag.probe_fisher(base, tuned, **asked, **common)
+        options = {"data": data, "ranks": RANKS, "labels": labels, "output": path, "resume": path.exists()}
+        lora_diag.probe_fisher(base, tuned, **options, **common)
     plain = lora_diag.spectrum(base, tuned, exclude=EXCLUDE, output=spectra)
     moments = {key: value.double().numpy() for key, value in load_file(file).items()}
     metrics = {
@@ -86,7 +86,7 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
         "kfac": lora_diag.allocate(metrics["kfac"], **ask),
     }
     allocated |= {kind: lora_diag.allocate(plain, weights=path, **ask) for kind, path in tails.items()}
-    ranks = {kind: {record.layer: record.rank for record in found} for kind, found in allocated.items()}
+    ranks = {kind: {record.layer: record.rank for record in result} for kind, result in allocated.items()}
     variants = {f"r={rank} {kind}": (kind, dict.fromkeys(layers, rank)) for rank in RANKS for kind in KINDS}
     variants |= {f"allocated by {kind}": ("plain", ranks[kind]) for kind in ranks}
     variants["allocated by data, cut by data"] = ("data", ranks["data"])
@@ -98,11 +98,11 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
             named.find(layer).copy_(torch.tensor(before[layer] + cut[layer].of(kind, given[layer])))
         losses[variant] = measure(model, texts, 8)
         print(name, variant, *losses[variant].minus(reference), file=sys.stderr, flush=True)
-    found = {}
+    result = {}
     for variant, loss in losses.items():
         against = f"{variant.split()[0]} plain" if variant.startswith("r=") else f"r={BUDGET} plain"
-        found[variant] = (loss.minus(reference)[0], *(value or 0.0 for value in loss.minus(losses[against])))
-    return found
+        result[variant] = (loss.minus(reference)[0], *(value or 0.0 for value in loss.minus(losses[against])))
+    return result
 
 
 KINDS = ("plain", "data", "kfac")
@@ -110,12 +110,12 @@ KINDS = ("plain", "data", "kfac")
 
 def main(base: Path, tuned: Path, work: Path, *files: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    found = [split(base, tuned, work, *pair) for pair in zip(files[::2], files[1::2], strict=True)]
+    result = [split(base, tuned, work, *pair) for pair in zip(files[::2], files[1::2], strict=True)]
     print("| truncated | loss − TUNED's, by split | minus the plain one of its rank, ± standard error, by split |")
     print("|---|---|---|")
-    for variant in found[0]:
-        gaps = ", ".join(f"{each[variant][0]:.4f}" for each in found)
-        more = ", ".join(f"{each[variant][1]:+.4f} ± {each[variant][2]:.4f}" for each in found)
+    for variant in result[0]:
+        gaps = ", ".join(f"{each[variant][0]:.4f}" for each in result)
+        more = ", ".join(f"{each[variant][1]:+.4f} ± {each[variant][2]:.4f}" for each in result)
         print(f"| {variant} | {gaps} | {more} |")
 
 

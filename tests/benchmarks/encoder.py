@@ -29,7 +29,7 @@ RANKS = (4, 8, 16, 64)
 
 def sentences() -> list[tuple[str, int]]:
     """Return (sentence, module) pairs from docstrings, in an order that depends on nothing."""
-    found = []
+    result = []
     for label, name in enumerate(MODULES):
         module = Path(ast.__file__).parent / name
         for file in sorted(module.rglob("*.py")) if module.is_dir() else [module.with_suffix(".py")]:
@@ -37,9 +37,9 @@ def sentences() -> list[tuple[str, int]]:
             owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
             texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, owners)]
             split = [" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n|(?<=[.])\s", text)]
-            found += [(part, label) for part in split if 25 < len(part) < 300]
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
-    return [found[i] for i in order]
+            result += [(part, label) for part in split if 25 < len(part) < 300]
+    order = torch.randperm(len(result), generator=torch.Generator().manual_seed(0)).tolist()
+    return [result[i] for i in order]
 
 
 class Classifier(torch.nn.Module):

@@ -50,11 +50,11 @@ def noise(weights: Weights, rng: np.random.Generator, both: bool) -> tuple[float
     true = torch.from_numpy(planted) if both else torch.zeros(m, n, dtype=torch.float64)
     tuned = (start + true).bfloat16() if both else start.float()
     base = start.bfloat16()
-    found = difference([(base, tuned)], (m, n), torch.device("cpu"), keep=False)
-    assert found.rounding is not None
+    result = difference([(base, tuned)], (m, n), torch.device("cpu"), keep=False)
+    assert result.rounding is not None
     error = tuned.double() - base.double() - true
     top = float(torch.linalg.eigvalsh(error.T @ error if n <= m else error @ error.T)[-1]) ** 0.5
-    seen = noise_of(found.rounding.noise, found.rounding.sides)
+    seen = noise_of(result.rounding.noise, result.rounding.sides)
     return top, seen.edge, seen.fro * (m**-0.5 + n**-0.5)
 
 

@@ -116,11 +116,11 @@ def waited(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
 
 def matrices(base: Path, tuned: Path) -> dict[str, np.ndarray]:
     """Return ΔW of every matrix of a pair by name, float64."""
-    found = {}
+    result = {}
     for shard in sorted(base.glob("*.safetensors")):
         before, after = load_file(shard), load_file(tuned / shard.name)
-        found |= {n: (after[n].double() - before[n].double()).numpy() for n in before if before[n].ndim == 2}
-    return found
+        result |= {n: (after[n].double() - before[n].double()).numpy() for n in before if before[n].ndim == 2}
+    return result
 
 
 def products(adapter: Path) -> dict[str, np.ndarray]:
@@ -166,8 +166,8 @@ def checks(device: torch.device, folder: Path, widths: tuple[int, ...]) -> Itera
         records = list(measure(str(device)))
         for record in records:
             s = next(each for name, each in true.items() if record.layer in name)
-            total, found = float((s**2).sum()), np.array(record.s)
-            gap = found**2 - s[: len(found)] ** 2
+            total, result = float((s**2).sum()), np.array(record.s)
+            gap = result**2 - s[: len(result)] ** 2
             largest = max(float(np.abs(gap).max()), float(np.abs(np.cumsum(gap)).max()))
             curve = max(curve, largest / (record.energy_error + 4 * DIGITS) / total)
             fro = max(fro, abs(record.fro / math.sqrt(total) - 1))
@@ -327,8 +327,8 @@ def synchronisations(device: torch.device, shape: tuple[int, int], top: int | No
     rows = max(1, shape[0] // 16)
 
     def measure(device: torch.device) -> None:
-        found = difference(zip(base.split(rows), tuned.split(rows), strict=True), shape, device)
-        decompose(found.matrix, fro=found.fro, top=top)
+        result = difference(zip(base.split(rows), tuned.split(rows), strict=True), shape, device)
+        decompose(result.matrix, fro=result.fro, top=top)
 
     if device.type != "cuda":
         with counted() as mode:
@@ -368,8 +368,8 @@ def report(device: torch.device, sizes: dict[str, tuple], folder: Path, seconds:
     end = start + seconds
     card = "no GPU: a stand-in on the CPU"
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        card = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        result = torch.cuda.get_device_properties(device)
+        card = f"{result.name}, {result.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     yield f"{card}; {machine()}; torch {version('torch')}."
     yield ""
     yield "Differences are fractions of what the bounds allow, or of the rounding of sums in float32; up to 1 is right."

@@ -152,12 +152,12 @@ def main(words: list[str] | None = None) -> int:
     chosen = parser.parse_args(words)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = {kernel.name: ratio(kernel) for kernel in kernels(Path(folder))}
+        result = {kernel.name: ratio(kernel) for kernel in kernels(Path(folder))}
     baseline: dict[str, dict[str, float]] = json.loads(BASELINE.read_text())
-    text, good = compare(found, baseline.get(processor(), {}))
+    text, good = compare(result, baseline.get(processor(), {}))
     print(f"{processor()}, one thread, processor time\n\n{text}")
     if chosen.update:
-        baseline[processor()] = {name: float(f"{value:.4g}") for name, value in found.items()}
+        baseline[processor()] = {name: float(f"{value:.4g}") for name, value in result.items()}
         BASELINE.write_text(json.dumps(baseline, indent=2, ensure_ascii=False) + "\n")
         return 0
     if processor() not in baseline:

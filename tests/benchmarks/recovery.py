@@ -80,8 +80,8 @@ def update(m: int, n: int, kind: str, rms: float, rng: np.random.Generator) -> T
 def compared(w: Tensor, x: Tensor, rank: int, seed: int = 0) -> dict[str, float | str]:
     """Return what is found of round(W + X) beside the truth."""
     t = (w + x).bfloat16()
-    found, _ = estimate(w.bfloat16(), t, seed)
-    hidden, d = found.hidden, t.float() - w
+    result, _ = estimate(w.bfloat16(), t, seed)
+    hidden, d = result.hidden, t.float() - w
     whole = float(x.double().norm())
     plain = gap(truncated(d, rank), x)
     return {
@@ -90,7 +90,7 @@ def compared(w: Tensor, x: Tensor, rank: int, seed: int = 0) -> dict[str, float 
         "files": float(d.double().norm()) / whole,
         "best": gap(truncated(x, rank), x),
         "svd": plain,
-        "recovered": gap(truncated(found.matrix(), rank), x) if hidden.status == "recovered" else plain,
+        "recovered": gap(truncated(result.matrix(), rank), x) if hidden.status == "recovered" else plain,
         "status": hidden.status,
         "rule": hidden.rule or "",
         "start": hidden.start or "",
@@ -142,13 +142,13 @@ def layers(scales: str = "0.02,0.01,0.003") -> None:
                 scaled = x * c
                 origin = w.bfloat16().float() if start == "stored" else w
                 t = (origin + scaled).bfloat16()
-                found, _ = estimate(w.bfloat16(), t)
-                hidden = found.hidden
+                result, _ = estimate(w.bfloat16(), t)
+                hidden = result.hidden
                 if hidden.status == "not_hidden":
                     continue
                 d = t.float() - w.bfloat16().float()
                 svd = gap(truncated(d, 16), scaled)
-                mine = gap(truncated(found.matrix(), 16), scaled) if hidden.status == "recovered" else svd
+                mine = gap(truncated(result.matrix(), 16), scaled) if hidden.status == "recovered" else svd
                 norm = hidden.fro_estimate / float(scaled.double().norm()) if hidden.fro_estimate else math.nan
                 norms.append(norm)
                 worse.append(mine - svd)
@@ -207,17 +207,17 @@ def bf16(seeds: int = 6) -> None:
         for rate in (1e-5, 3e-6, 1e-6):
             for drift in (0.1, 1.0):
                 for steps in (40, 200):
-                    found = []
+                    result = []
                     for seed in range(seeds):
                         rng = torch.Generator().manual_seed(2000 + seed)
                         start = (torch.randn(256, 256, generator=rng) * 0.02).bfloat16().float()
                         now = bf16_run(start, rate, drift, steps, stochastic, rng)
-                        found.append(estimate(start.bfloat16(), now.bfloat16())[0].hidden)
+                        result.append(estimate(start.bfloat16(), now.bfloat16())[0].hidden)
                     words = ", ".join(
-                        f"{sum(h.status == s for h in found)} {s}" for s in sorted({h.status for h in found})
+                        f"{sum(h.status == s for h in result)} {s}" for s in sorted({h.status for h in result})
                     )
 
-                    starts = ", ".join(sorted({h.start or "" for h in found}))
+                    starts = ", ".join(sorted({h.start or "" for h in result}))
 
                     def spread(values: list[float | None]) -> str:
                         known = [v for v in values if v is not None]
@@ -225,8 +225,8 @@ def bf16(seeds: int = 6) -> None:
 
                     print(
                         f"| {'stochastic' if stochastic else 'nearest'} | {rate:g} | {drift:g} | {steps} | {words} | "
-                        f"{spread([h.unchanged for h in found])} | {spread([h.fit_chi for h in found])} | "
-                        f"{spread([h.fit_misplaced for h in found])} | {starts} |",
+                        f"{spread([h.unchanged for h in result])} | {spread([h.fit_chi for h in result])} | "
+                        f"{spread([h.fit_misplaced for h in result])} | {starts} |",
                         flush=True,
                     )
 
@@ -266,13 +266,13 @@ def speed(side: int = 4096, mebibytes: int | None = None) -> None:
     t = (w + x).bfloat16()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin, worked = time.perf_counter(), time.process_time()
-    found, _ = estimate(w.bfloat16(), t, memory=None if mebibytes is None else mebibytes * 2**20)
+    result, _ = estimate(w.bfloat16(), t, memory=None if mebibytes is None else mebibytes * 2**20)
     seconds, worked = time.perf_counter() - begin, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     how = f"{side}², row blocks" if mebibytes else f"{side}²"
     print(
         f"{how}: {seconds:.1f} s ({worked:.1f} s of processors), {torch.get_num_threads()} threads, "
-        f"{found.hidden.iterations} iterations of the last fit, {found.hidden.status}; peak {peak / 1024:.0f} MiB "
+        f"{result.hidden.iterations} iterations of the last fit, {result.hidden.status}; peak {peak / 1024:.0f} MiB "
         f"({before / 1024:.0f} before)"
     )
 

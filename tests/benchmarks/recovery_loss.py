@@ -59,28 +59,28 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     stored = bf16(after)
     still = sum(int((stored[n] == base[n]).sum()) for n in names) / sum(base[n].numel() for n in names)
     options: dict[str, Any] = {"overwrite": True, "layers": "|".join(map(r"{}".format, names)).replace(".", r"\.")}
-    found = {"base": base, "true": after, "stored": stored}
+    result = {"base": base, "true": after, "stored": stored}
     records = lora_diag.recover(before_path, after_path, folder / "full", full=True, nearest=True, **options)
     whole = load_file(folder / "full" / "model.safetensors")
-    found["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
+    result["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
     estimates = {record.layer: record.fro_estimate for record in records}
-    found["long"] = dict(base)
+    result["long"] = dict(base)
     for name in names:
-        step = found["recovered"][name] - base[name]
+        step = result["recovered"][name] - base[name]
         known = estimates.get(name)
         stretch = max(1.0, known / float(step.double().norm())) if known else 1.0  # the default of recover
-        found["long"][name] = base[name] + stretch * step
-    kinds = {"svd": stored, "rec": found["recovered"], "len": found["long"], "true": after}
+        result["long"][name] = base[name] + stretch * step
+    kinds = {"svd": stored, "rec": result["recovered"], "len": result["long"], "true": after}
     for kind, tuned in kinds.items():
         parts = {name: torch.linalg.svd(tuned[name] - base[name], full_matrices=False) for name in names}
         for rank in RANKS:
             model = dict(base)
             for name, (u, s, vh) in parts.items():
                 model[name] = base[name] + (u[:, :rank] * s[:rank]) @ vh[:rank]
-            found[f"{kind}{rank}"] = model
+            result[f"{kind}{rank}"] = model
     words = [record.status for record in records]
     verdicts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
-    return found, still, verdicts
+    return result, still, verdicts
 
 
 def report(label: str, folder: Path, models: dict[str, Weights], judge: Judge) -> dict[str, tuple[float, float]]:
@@ -119,10 +119,10 @@ def compare(label: str, runs: Iterable[tuple[int, Weights, Weights, Judge]], fol
     shares, stills, gains = [], [], []
     for seed, base, after, judge in runs:
         models, still, verdicts = candidates(base, after, folder, config)
-        found = report(label, folder, models, judge)
+        result = report(label, folder, models, judge)
         gain = float((judge(base) - judge(after)).mean())
-        row(label, str(seed), still, gain, found, verdicts)
-        shares.append(found)
+        row(label, str(seed), still, gain, result, verdicts)
+        shares.append(result)
         stills.append(still)
         gains.append(gain)
     if len(shares) > 1:
@@ -187,12 +187,12 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6"))
     def judge(weights: Weights) -> np.ndarray:
         model.load_state_dict(weights)
         model.eval()
-        found = []
+        result = []
         for part in windows.split(50):
             logits = model(input_ids=part).logits[:, :-1]
             each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
-            found.append(each.view(len(part), -1).mean(1))
-        return torch.cat(found).double().numpy()
+            result.append(each.view(len(part), -1).mean(1))
+        return torch.cat(result).double().numpy()
 
     head()
     for words in rates:
@@ -308,11 +308,11 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
     def judge(weights: Weights) -> np.ndarray:
         model.load_state_dict(weights, strict=False)
         whole.eval()
-        found = []
+        result = []
         for i in range(0, HELD_OUT, 100):
             logits = whole({k: v[i : i + 100] for k, v in tokens.items()})
-            found.append(torch.nn.functional.cross_entropy(logits, labels[i : i + 100], reduction="none"))
-        return torch.cat(found).double().numpy()
+            result.append(torch.nn.functional.cross_entropy(logits, labels[i : i + 100], reduction="none"))
+        return torch.cat(result).double().numpy()
 
     head()
     for words in rates:

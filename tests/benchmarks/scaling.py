@@ -169,15 +169,15 @@ def simulate(tasks: Sequence[Task], nodes: int, cores: int, costs: Costs, top: i
 
 def tasks_of(config: dict[str, object]) -> list[Task]:
     """Return the matrices of a model; an expert of a stack is one, its gate and up another."""
-    found = []
+    result = []
     for name, shape in weights_of(config, "config.json"):
         if len(shape) == 2:
-            found.append(Task(name, shape))
+            result.append(Task(name, shape))
         elif len(shape) == 3:
             rows, columns = shape[1:]
             halves = 2 if "gate_up" in name else 1
-            found += [Task(f"{name}[{at}]", (rows // halves, columns)) for at in range(halves * shape[0])]
-    return found
+            result += [Task(f"{name}[{at}]", (rows // halves, columns)) for at in range(halves * shape[0])]
+    return result
 
 
 def tables(costs: Costs) -> None:

@@ -85,10 +85,10 @@ def _row(name: str, matrix: Tensor, runs: int) -> str:
     )
     row = f"| {name} | {wall:.2f} | {plain / processor:.1f} |"
     for tol, (own, own_processor) in zip(TOLERANCES, others, strict=True):
-        found = decompose(matrix, top=TOP, fro=fro, tol=tol)
-        error = np.abs(np.cumsum(found.s.numpy() ** 2) / fro**2 - truth).max()
-        assert error <= found.energy_error
-        row += f" {own:.2f} s, `{found.method}` | {own_processor / processor:.2f} | {found.energy_error:.1e} |"
+        result = decompose(matrix, top=TOP, fro=fro, tol=tol)
+        error = np.abs(np.cumsum(result.s.numpy() ** 2) / fro**2 - truth).max()
+        assert error <= result.energy_error
+        row += f" {own:.2f} s, `{result.method}` | {own_processor / processor:.2f} | {result.energy_error:.1e} |"
     return row
 
 

@@ -46,14 +46,14 @@ def starts(kind: str, change: str, shape: tuple[int, int], seed: int) -> dict[tu
     base = start.bfloat16()
     moves = torch.from_numpy(update(change, rng, start.numpy()))
     moves *= (base.double() - start).norm() / moves.norm()
-    said = {}
+    text = {}
     for share in SHARES:
         for true, origin in (("rounded", start), ("exact", base.double())):
             tuned = (origin + moves * (1 / share - 1) ** 0.5).float()
             rounding = difference([(base, tuned)], shape, torch.device("cpu"), keep=False).rounding
             assert rounding is not None
-            said[share, true] = rounding.start
-    return said
+            text[share, true] = rounding.start
+    return text
 
 
 def main(seeds: int) -> None:
@@ -69,9 +69,9 @@ def main(seeds: int) -> None:
                         counts[key][word] += 1
                         if {key[1], word} == {"rounded", "exact"}:
                             wrong[f"{shape}, {kind}, {change}, {key[0]:.1%}: {key[1]} taken for {word}"] += 1
-        for (share, true), found in counts.items():
-            row = " | ".join(f"{found[word] / found.total():.1%}" for word in ("rounded", "unknown", "exact"))
-            print(f"| {shape[0]}×{shape[1]} | {true} | {share:.1%} | {row} | {found.total()} |", flush=True)
+        for (share, true), result in counts.items():
+            row = " | ".join(f"{result[word] / result.total():.1%}" for word in ("rounded", "unknown", "exact"))
+            print(f"| {shape[0]}×{shape[1]} | {true} | {share:.1%} | {row} | {result.total()} |", flush=True)
     for case, times in wrong.items():
         print(case, times)
 

@@ -39,7 +39,7 @@ def curves(spectra, gains, rank, delta):
     """What each layer still lacks of its gain at rank 0, 1, …: energies scaled to the gains at both ranks."""
     first = {each.unit: each.gain for each in gains[0]}
     more = {each.unit: each.gain for each in gains[1]}
-    found = {}
+    result = {}
     for record in spectra:
         if record.layer in first:
             energy = np.concatenate([[0.0], np.cumsum(np.square(record.s))])
@@ -48,8 +48,8 @@ def curves(spectra, gains, rank, delta):
             curve = np.where(
                 np.arange(len(energy)) <= rank, low * energy / energy[rank], low + slope * (energy - energy[rank])
             )
-            found[record.layer] = tuple(map(float, curve[-1] - curve))
-    return found
+            result[record.layer] = tuple(map(float, curve[-1] - curve))
+    return result
 
 
 def ranks_by(rule, params, spectra):
@@ -110,13 +110,13 @@ def main(seeds: int) -> None:
             rows = {lr: [trained(model, texts, held, ranks, lr, seed) for seed in range(seeds)] for lr in RATES}
             lr = min(rows, key=lambda rate: fmean(rows[rate]))
             losses[rule] = rows[lr]
-            told = [f"{params:6d} {rule:12s} lr {lr:g} {fmean(losses[rule]):.4f}"]
+            message = [f"{params:6d} {rule:12s} lr {lr:g} {fmean(losses[rule]):.4f}"]
             for other in ("one for all", "gains"):
                 if other in losses and other != rule:
                     gaps = [one - two for one, two in zip(losses[rule], losses[other], strict=True)]
                     error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-                    told.append(f"to {other} {fmean(gaps):+.4f} ±{error:.4f}")
-            print(", ".join(told), flush=True)
+                    message.append(f"to {other} {fmean(gaps):+.4f} ±{error:.4f}")
+            print(", ".join(message), flush=True)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def text_case(folder: Path, name: str) -> dict[str, Any]:
 
 def encoder_case(folder: Path, name: str) -> dict[str, Any]:
     """Write a classifier whose head is fitted to the encoder as it is, by other rows, and the rows of the case."""
-    rows, found = ROWS[name], sentences()
-    parts = {"held": found[:100], "test": found[100:300], "train": found[500 : 500 + rows]}
+    rows, result = ROWS[name], sentences()
+    parts = {"held": result[:100], "test": result[100:300], "train": result[500 : 500 + rows]}
     for part, pairs in parts.items():
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
         (folder / f"{part}.jsonl").write_text("".join(lines))
@@ -114,7 +114,7 @@ def encoder_case(folder: Path, name: str) -> dict[str, Any]:
         model.bert.load_state_dict(encoder.state_dict())
         model.eval()
         batch = tokenizer(
-            [text for text, _ in found[-400:]],
+            [text for text, _ in result[-400:]],
             padding=True,
             truncation=True,
             max_length=32,
@@ -124,7 +124,7 @@ def encoder_case(folder: Path, name: str) -> dict[str, Any]:
             pooled = torch.cat(
                 [model.bert(**{k: v[i : i + 50] for k, v in batch.items()}).pooler_output for i in range(0, 400, 50)]
             )
-        labels = torch.tensor([label for _, label in found[-400:]])
+        labels = torch.tensor([label for _, label in result[-400:]])
         optimizer = torch.optim.Adam(model.classifier.parameters(), lr=1e-2, weight_decay=1e-3)
         for _ in range(200):
             optimizer.zero_grad()
@@ -210,21 +210,21 @@ def tuned(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     def count(_: object = None) -> None:
         spent.write_text(f"{earlier + time.process_time() - begin}")
 
-    found = lora_diag.tune(
+    result = lora_diag.tune(
         case["base"], run, data=texts["train"], evaluate=[texts["held"], texts["test"]], params=case["params"],
         rates=case["rates"], widen=0, steps=case["steps"], repeats=SEEDS, length=case["length"], batch=case["batch"],
         target_modules=case["targets"], no_full=True, resume=run.is_dir(),
         on_progress=count, on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )  # fmt: skip
     count()
-    (choice,), (plan,) = found.whole_of(Tune), found.whole_of(TunePlan)
+    (choice,), (plan,) = result.whole_of(Tune), result.whole_of(TunePlan)
     return {
         "seconds": float(spent.read_text()),
         "choice": choice.model_dump(mode="json"),
         "per_rank": plan.per_rank,
-        "decisions": [one.model_dump(mode="json") for one in found.whole_of(TuneDecision)],
-        "trials": [one.model_dump(mode="json") for one in found.whole_of(TuneTrial)],
-        "printed": tune_table(found, 80),
+        "decisions": [one.model_dump(mode="json") for one in result.whole_of(TuneDecision)],
+        "trials": [one.model_dump(mode="json") for one in result.whole_of(TuneTrial)],
+        "printed": tune_table(result, 80),
     }
 
 

@@ -24,8 +24,8 @@ def find_chromium() -> str | None:
     if os.environ.get("CHROMIUM"):
         return os.environ["CHROMIUM"]
     # Ubuntu's chromium-browser may be a script that asks for a snap.
-    found = filter(None, map(shutil.which, NAMES))
-    return next((name for name in found if not subprocess.call([name, "--version"], **QUIET)), None)
+    result = filter(None, map(shutil.which, NAMES))
+    return next((name for name in result if not subprocess.call([name, "--version"], **QUIET)), None)
 
 
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -145,15 +145,15 @@ def test_page_sorts_rows(page):
     for down in (False, True):
         page.click(*center(page, "#table button[data-sort='s0.rank_at.0.9']"))
         page.wait(f"document.querySelector('[aria-sort={'descending' if down else 'ascending'}]') !== null")
-        found = [int(text) for text in column(page, place)]
-        assert found == sorted(found, reverse=down)
-        assert sorted(found) == [rank for rank, _ in wanted]
+        result = [int(text) for text in column(page, place)]
+        assert result == sorted(result, reverse=down)
+        assert sorted(result) == [rank for rank, _ in wanted]
     page.key("Enter")
     assert [int(text) for text in column(page, place)] == [rank for rank, _ in wanted]
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept"),
+    ("options", "kept"),
     [
         ("O_PROJ", lambda record: "o_proj" in record.layer),
         ("C(8) < 0.5", lambda record: record.energy["8"] < 0.5),
@@ -162,8 +162,8 @@ def test_page_sorts_rows(page):
         ("no such", lambda record: False),
     ],
 )
-def test_page_filters_rows(page, asked, kept):
-    put(page, "filter", asked, "input")
+def test_page_filters_rows(page, options, kept):
+    put(page, "filter", options, "input")
     wanted = [record.layer.removesuffix(".weight") for record in small()[0] if kept(record)]
     assert column(page, 0) == wanted
     assert page.js("document.getElementById('count').textContent") == f"{len(wanted)} of 14 layers"

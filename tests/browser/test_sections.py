@@ -90,7 +90,7 @@ def test_cells_are_sorted_by_leading_numbers(tab, tmp_path):
     path.write_text(f'<meta charset="utf-8"><div class="several">{tables}</div><script>{script}</script>', "utf-8")
     page.open(path, ready="document.readyState === 'complete'")
     page.js("document.querySelectorAll('th:last-child button').forEach((button) => button.click())")
-    found = (
+    result = (
         "[...document.querySelectorAll('tbody')].map((body) => [...body.rows].map((row) => +row.cells[0].textContent))"
     )
-    assert page.js(found) == [order for _, order in ORDERS]
+    assert page.js(result) == [order for _, order in ORDERS]

@@ -20,10 +20,10 @@ def test_every_code_equals_torch_value(dtype):
     else:
         codes = np.random.default_rng(0).integers(0, 256, 8 * 10**4, dtype=np.uint8)
     due = torch.from_numpy(codes.copy()).view(kind).to(torch.float64).numpy()
-    found = decode(codes, dtype)
-    assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
-    np.testing.assert_array_equal(found, due)
-    assert (np.signbit(found) == np.signbit(due))[~np.isnan(due)].all()
+    result = decode(codes, dtype)
+    assert result.dtype == (np.float64 if dtype == "float64" else np.float32)
+    np.testing.assert_array_equal(result, due)
+    assert (np.signbit(result) == np.signbit(due))[~np.isnan(due)].all()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])

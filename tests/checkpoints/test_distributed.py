@@ -194,9 +194,9 @@ def test_pickle_in_index_or_shard_is_not_executed(tmp_path, protocol):
     canary = Canary(str(tmp_path / "sang"))
     folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: setattr(i, "storage_meta", canary))
     assert_same(open_checkpoint(folder), TENSORS)
-    found = load(pickle.dumps([canary, {"a": canary}], protocol), tmp_path, "it")
-    assert isinstance(found[0], Record)
-    assert found[0].name in {"touch", "getattr", "Path.touch"}
+    result = load(pickle.dumps([canary, {"a": canary}], protocol), tmp_path, "it")
+    assert isinstance(result[0], Record)
+    assert result[0].name in {"touch", "getattr", "Path.touch"}
     torch.save({"w": torch.ones(2), "c": canary}, tmp_path / "model_world_size_1_rank_0.pt")
     assert list(open_checkpoint(tmp_path)) == ["w"]
     assert not (tmp_path / "sang").exists()

@@ -45,13 +45,13 @@ def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
     )
     (update,) = open_adapter(adapter).pair(base)[0].deltas
     layer = MergedLayer("w", (300, 50), *(deltas.Side(side, "w.weight") for side in (base, merged)), (update,))
-    found = []
+    result = []
     for memory, low, high in ((None, 2, 2), (layer.needed, 10, 100)):
         READING.clear()
-        found.append(verify(layer, memory))
+        result.append(verify(layer, memory))
         assert low <= (READING.total()[0] - 8 * (300 + 50)) / (4 * 300 * 50) <= high
-    assert found[0] == found[1]
-    assert found[0].status == "other"
+    assert result[0] == result[1]
+    assert result[0].status == "other"
 
 
 def test_verbose_reports_reading(loradiag):

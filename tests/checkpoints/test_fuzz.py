@@ -143,8 +143,8 @@ def test_any_shape_of_scales(tmp_path_factory, shape, grid, suffix):
 
 @given(st.text(alphabet="ab/@.-_ :\\", max_size=20))
 def test_arbitrary_hub_id_is_accepted_or_refused(words):
-    found = parse(words)
-    assert found is None or str(found) == words
+    result = parse(words)
+    assert result is None or str(result) == words
 
 
 @given(st.lists(st.text(alphabet="._abmodule", max_size=20) | st.just("module._orig_mod.a"), max_size=4))

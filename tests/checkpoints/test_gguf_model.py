@@ -78,14 +78,14 @@ def test_steps_of_tables_reach_the_farther_neighbour(name):
     blocks, values = blocks_of(name, 600)
     steps = CODECS[name].steps(torch.from_numpy(blocks)).numpy()
     groups = 0
-    for row, found in zip(values.reshape(-1, 32), steps.reshape(-1, 32), strict=True):
+    for row, result in zip(values.reshape(-1, 32), steps.reshape(-1, 32), strict=True):
         held = np.unique(row)
         if len(held) < 16:
             continue
         groups += 1
         gap = np.diff(held)
         farther = np.maximum(np.append(0, gap), np.append(gap, 0))
-        np.testing.assert_allclose(found, farther[np.searchsorted(held, row)], rtol=1e-6)
+        np.testing.assert_allclose(result, farther[np.searchsorted(held, row)], rtol=1e-6)
     assert groups > 10
 
 

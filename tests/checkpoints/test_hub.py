@@ -147,7 +147,7 @@ class FakeHub:
     """Serves a folder as ``org/name``, and remembers what was asked for."""
 
     def __init__(self, cache, folder, monkeypatch):
-        self.cache, self.folder, self.asked = cache, folder, []
+        self.cache, self.folder, self.requests = cache, folder, []
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub.HfApi, "model_info", lambda _, repo, revision: self.info(repo))
         monkeypatch.setattr(hub, "hf_hub_download", self.download)
@@ -159,7 +159,7 @@ class FakeHub:
 
     def download(self, repo, name, revision):
         assert revision == SHA
-        self.asked.append(name)
+        self.requests.append(name)
         snapshot = put(self.cache, self.folder, only=lambda other: other == name)
         return str(snapshot / name)
 
@@ -171,7 +171,7 @@ def test_only_configuration_index_and_its_shards_are_downloaded(cache, tmp_path,
     fake = FakeHub(cache, folder, monkeypatch)
     assert len(open_checkpoint("org/name")) == len(weights(1))
     shards = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
-    assert set(fake.asked) == shards | {"config.json", "model.safetensors.index.json"}
+    assert set(fake.requests) == shards | {"config.json", "model.safetensors.index.json"}
 
     monkeypatch.setattr(hub.HfApi, "model_info", forbidden)
     assert len(open_checkpoint("org/name")) == len(weights(1))
@@ -193,7 +193,7 @@ def test_index_on_hub_may_only_name_plain_files(cache, tmp_path, monkeypatch, sh
     fake = FakeHub(cache, folder, monkeypatch)
     with pytest.raises(InputError, match=r"plain file name|must map|is missing"):
         open_checkpoint("org/name")
-    assert set(fake.asked) == {"config.json", "model.safetensors.index.json"}
+    assert set(fake.requests) == {"config.json", "model.safetensors.index.json"}
 
 
 def test_hub_failures_give_one_message(cache, monkeypatch):

@@ -91,8 +91,8 @@ def test_every_range_and_step_matches_codes(tmp_path, kind):
 
 
 def test_every_packed_format_is_tested_here(tmp_path):
-    found = {find.__module__.rpartition(".")[2] for find in FORMATS} - {"bitsandbytes", "scaled"}
-    assert found == {"compressed", "gptq", "mlx", "mxfp4"}
+    result = {find.__module__.rpartition(".")[2] for find in FORMATS} - {"bitsandbytes", "scaled"}
+    assert result == {"compressed", "gptq", "mlx", "mxfp4"}
 
 
 def test_parts_of_packed_weights_may_lie_in_other_shards(tmp_path):

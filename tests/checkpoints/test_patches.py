@@ -59,12 +59,12 @@ def test_patches_of_a_folder_follow_their_versions(tmp_path, base):
     for version, name in ((2, "a"), (10, "b"), (1, "c")):
         changes = {NAME: ([0, version], torch.full((2,), float(version)).bfloat16())}
         patch(tmp_path / "run" / f"{name}.safetensors", changes, version)
-    found = compare(base, tmp_path / "run")
-    (delta,) = [delta for delta in found.pairing.deltas if delta.layer == NAME]
+    result = compare(base, tmp_path / "run")
+    (delta,) = [delta for delta in result.pairing.deltas if delta.layer == NAME]
     after = delta.tuned.read(0, 11)
     assert after[[0, 1, 2, 10]].tolist() == [10, 1, 2, 10]
-    assert found.inputs[1].notes == ("3 sparse patches, applied in the order of model_version",)
-    fingerprint = found.inputs[1].fingerprint
+    assert result.inputs[1].notes == ("3 sparse patches, applied in the order of model_version",)
+    fingerprint = result.inputs[1].fingerprint
     patch(tmp_path / "run" / "c.safetensors", {NAME: ([0], torch.zeros(1).bfloat16())}, 1)
     assert compare(base, tmp_path / "run").inputs[1].fingerprint != fingerprint
 

@@ -82,14 +82,14 @@ def test_every_range_equals_decoded_weight(tmp_path, kind):
 
 
 def test_every_format_is_tested_here(tmp_path):
-    found = set()
+    result = set()
     for number, ((tensors, _), _) in enumerate(KINDS.values()):
         checkpoint = open_checkpoint(save_model(tmp_path / str(number), tensors))
         (file,) = checkpoint.files
         source = file._weights[W].source
-        found |= {find for find in FORMATS if list(find(source, {}))}
+        result |= {find for find in FORMATS if list(find(source, {}))}
     packed = {find for find in FORMATS if find.__module__.rpartition(".")[2] in PACKED}  # in test_packed.py
-    assert found == set(FORMATS) - packed
+    assert result == set(FORMATS) - packed
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -354,9 +354,9 @@ def test_shared_cases_have_true_change(case):
     if not folder.is_dir():
         pytest.skip("the shared cases are not here")
     truth = json.loads((folder / "truth.json").read_text())
-    found = pair(open_checkpoint(folder / "base"), open_checkpoint(folder / "merged"))
-    assert {delta.layer for delta in found.deltas} == set(truth) - {"_meta"}
-    for delta in found.deltas:
+    result = pair(open_checkpoint(folder / "base"), open_checkpoint(folder / "merged"))
+    assert {delta.layer for delta in result.deltas} == set(truth) - {"_meta"}
+    for delta in result.deltas:
         change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
         expected = truth[delta.layer]
         np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)

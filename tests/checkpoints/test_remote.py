@@ -79,9 +79,9 @@ def test_address_is_shown_without_its_secrets(words, text):
 )
 def test_secrets_are_hidden_in_any_spelling(scheme, user, query, around):
     address = f"{scheme}://{user[0]}:{user[1]}@host/folder/m.safetensors?Zecret={query}#Zecret"
-    for told in (hide_secrets(around.replace("{}", address)), legible(around.replace("{}", address))):
-        assert "Zecret" not in told
-        assert "//host/folder/m.safetensors" in told
+    for message in (hide_secrets(around.replace("{}", address)), legible(around.replace("{}", address))):
+        assert "Zecret" not in message
+        assert "//host/folder/m.safetensors" in message
 
 
 def test_addresses_in_messages_have_no_secrets():
@@ -153,18 +153,18 @@ def test_checkpoint_is_same_from_server(web, folder, name):
 def test_only_header_and_tensor_are_read(web):
     size = 4 * 256 * 256
     spectrum(f"{web.url}/base", f"{web.url}/tuned", layers=r"layers\.2\.")
-    data = [asked for asked in web.asked if asked.status == 206 and asked.range[0] > 0]
-    assert sum(asked.sent for asked in data) == 2 * size
+    data = [request for request in web.requests if request.status == 206 and request.range[0] > 0]
+    assert sum(request.sent for request in data) == 2 * size
     # Besides, the first bytes of each file, and of the small ones all.
     assert web.sent <= 2 * size + 2 * (HEAD + 1000)
-    keys = [(asked.path, asked.range) for asked in web.asked]
+    keys = [(request.path, request.range) for request in web.requests]
     assert len(keys) == len(set(keys)), "asked twice"
 
 
 def test_inspect_reads_headers_only(web):
     inspect(f"{web.url}/sharded")
-    assert not [asked for asked in web.asked if asked.range[0] > 0]
-    assert len(web.asked) <= 20
+    assert not [request for request in web.requests if request.range[0] > 0]
+    assert len(web.requests) <= 20
 
 
 def test_cluster_records_equal_local_run(web, folder):
@@ -182,21 +182,21 @@ def test_cluster_records_equal_local_run(web, folder):
 def test_large_tensor_uses_several_connections(web):
     checkpoint = open_checkpoint(f"{web.url}/base")
     name = next(iter(checkpoint))
-    web.asked.clear()
+    web.requests.clear()
     checkpoint.read(name)
-    assert sorted(asked.range[1] + 1 - asked.range[0] for asked in web.asked) == [2**16] * 4
+    assert sorted(request.range[1] + 1 - request.range[0] for request in web.requests) == [2**16] * 4
 
 
 def test_next_blocks_are_prefetched(web, monkeypatch):
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 16 * 256)
     checkpoint = open_checkpoint(f"{web.url}/base")
     name = list(checkpoint)[-1]
-    web.asked.clear()
+    web.requests.clear()
     web.together, web.most = ranges.READ_AHEAD + 1, 0
     blocks = list(deltas.row_blocks(deltas.Side(checkpoint, name), (256, 256)))
     assert torch.equal(torch.cat(blocks), large(1)[name])
     assert web.most == ranges.READ_AHEAD + 1
-    assert len(web.asked) == 16
+    assert len(web.requests) == 16
 
 
 def test_shards_are_opened_side_by_side(web, folder):
@@ -241,7 +241,7 @@ def test_shard_stays_in_folder(web, folder):
         (bad / "model.safetensors.index.json").write_text(index)
         with pytest.raises(InputError, match="is missing from"):
             open_checkpoint(f"{web.url}/bad")
-        assert web.asked[-1].path == "/bad/%252e%252e%252fbase%252fmodel.safetensors"
+        assert web.requests[-1].path == "/bad/%252e%252e%252fbase%252fmodel.safetensors"
         (bad / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"w": "../base/model.safetensors"}})
         )
@@ -290,11 +290,11 @@ def test_credentials_go_to_server_only(web):
     with raises_naming(InputError, "answers", 401) as caught:
         open_checkpoint(f"{web.url}/base")
     web.user = None
-    found = spectrum(f"{web.url}/base/model.safetensors?sig=a%2Fb", f"{web.url}/tuned/model.safetensors?sig=c%2Fd")
-    assert {asked.query for asked in web.asked if asked.query} == {"sig=a%2Fb", "sig=c%2Fd"}
-    assert "sig" not in found.run.model_dump_json()
+    result = spectrum(f"{web.url}/base/model.safetensors?sig=a%2Fb", f"{web.url}/tuned/model.safetensors?sig=c%2Fd")
+    assert {request.query for request in web.requests if request.query} == {"sig=a%2Fb", "sig=c%2Fd"}
+    assert "sig" not in result.run.model_dump_json()
     # The signature is for one file: nothing beside it is asked for.
-    assert all(asked.path.endswith("model.safetensors") for asked in web.asked if asked.query)
+    assert all(request.path.endswith("model.safetensors") for request in web.requests if request.query)
     assert "401" in str(caught.value)
 
 
@@ -306,8 +306,8 @@ CASES = SHARED / "cases"
 def test_adapters_written_by_other_libraries(case):
     web = Web(CASES)
     try:
-        found = next(path for path in sorted((CASES / case).rglob("*.safetensors")) if is_adapter(path))
-        place = found.parent if (found.parent / "adapter_config.json").exists() else found
+        result = next(path for path in sorted((CASES / case).rglob("*.safetensors")) if is_adapter(path))
+        place = result.parent if (result.parent / "adapter_config.json").exists() else result
         far, near = open_adapter(locate(f"{web.url}/{place.relative_to(CASES)}")), open_adapter(place)
         assert far.weights() == near.weights()
         assert (far.kind, far.reading.scaling, far.notes) == (near.kind, near.reading.scaling, near.notes)

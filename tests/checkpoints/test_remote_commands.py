@@ -40,8 +40,8 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
             main()
-        told = capsys.readouterr()
-        return Ran(int(stopped.value.code or 0), told.out, told.err)
+        message = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), message.out, message.err)
 
     return command
 
@@ -71,14 +71,14 @@ def far(words, url):
     ids=lambda words: " ".join(words[:4]),
 )
 def test_command_output_equal_for_address_and_folder(web, run, words):
-    web.asked.clear()
+    web.requests.clear()
     remote = run(*far(words, web.url))
     local = run(*far(words, SAMPLES))
     assert (remote.code, local.code) in {(0, 0), (1, 1)}, remote.err
     # The same text, but for the place and the blanks that its length costs.
     assert remote.out.replace(web.url, str(SAMPLES)).split() == local.out.split()
-    assert web.asked
-    counts = Counter((asked.path, asked.range) for asked in web.asked)
+    assert web.requests
+    counts = Counter((request.path, request.range) for request in web.requests)
     twice = {path for (path, _), count in counts.items() if count > 1}
     # Factors are looked at before they are measured; these two commands go over a weight several times.
     assert all("lora" in path for path in twice) or words[0] in {"intruders", "verify-merge"}
@@ -203,16 +203,16 @@ def test_hub_commands_read_remote_model(hub, loradiag, tmp_path):
     words = ("spectrum", "hf://org/name@main/base", "hf://org/name@main/full_ft", *QPROJ)
     done = loradiag(*words, "-o", "s.jsonl", env=env, anew=True)
     assert done.code == 0, done.err
-    found = read_results(tmp_path / "s.jsonl")
-    assert found.layers == spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers=QPROJ[1]).layers
-    assert found.run.inputs[0].path == "hf://org/name@main/base"
-    assert "at commit 0123456789abcdef" in found.run.inputs[0].notes[0]
+    result = read_results(tmp_path / "s.jsonl")
+    assert result.layers == spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers=QPROJ[1]).layers
+    assert result.run.inputs[0].path == "hf://org/name@main/base"
+    assert "at commit 0123456789abcdef" in result.run.inputs[0].notes[0]
     # The token goes to the Hub, not to where it keeps its files; and nothing of a file is kept.
-    assert {asked.headers.get("authorization") for asked in front.asked if "/org/name" in asked.path} == {
+    assert {request.headers.get("authorization") for request in front.requests if "/org/name" in request.path} == {
         "Bearer hf_hidden"
     }
-    assert files.asked
-    assert not any("authorization" in asked.headers for asked in files.asked)
+    assert files.requests
+    assert not any("authorization" in request.headers for request in files.requests)
     assert "hf_hidden" not in done.out + done.err + (tmp_path / "s.jsonl").read_text()
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 

@@ -44,7 +44,7 @@ def test_transient_fault_is_retried(web, fault, times):
     assert torch.equal(checkpoint.read(NAME), large(1)[NAME].reshape(-1))
     assert web.times == 0
     # What came before a break is not asked for again.
-    repeated = sum(asked.sent for asked in web.asked if asked.status == 206 and asked.range[0] > 0) - 2**18
+    repeated = sum(request.sent for request in web.requests if request.status == 206 and request.range[0] > 0) - 2**18
     assert repeated == 0
 
 
@@ -110,9 +110,9 @@ def test_large_file_without_ranges_is_refused_early(web, folder):
     with raises_naming(InputError, "20,000,000 bytes"):
         open_checkpoint(f"{web.url}/large.safetensors")
     # A small one is taken whole, once.
-    web.asked.clear()
+    web.requests.clear()
     assert torch.equal(open_checkpoint(f"{web.url}/base/model.safetensors").read(NAME), large(1)[NAME].reshape(-1))
-    assert [asked.status for asked in web.asked if asked.path.endswith(".safetensors")] == [200]
+    assert [request.status for request in web.requests if request.path.endswith(".safetensors")] == [200]
 
 
 def test_replaced_file_during_read_is_detected(web, folder):

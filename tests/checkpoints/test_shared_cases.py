@@ -26,10 +26,10 @@ def test_policy_lines_are_found():
 def test_shared_case_has_true_change(case):
     folder = FOLDERS / case
     truth = json.loads((folder / "truth.json").read_text())
-    found = compare(folder / "base", folder / "tuned").pairing
-    assert not found.unpaired
+    result = compare(folder / "base", folder / "tuned").pairing
+    assert not result.unpaired
     changes: dict[str, list[np.ndarray]] = {}  # of a stack of experts, one per expert
-    for delta in found.deltas:
+    for delta in result.deltas:
         change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
         changes.setdefault(delta.layer.partition("[")[0], []).append(change)
     assert set(changes) == set(truth) - {"_meta"}

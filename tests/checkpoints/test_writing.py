@@ -26,10 +26,10 @@ def infos(tensors):
 def test_library_reads_what_was_written(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, infos(TENSORS), TENSORS.__getitem__, {"format": "pt"})
-    found = load_file(path)
-    assert set(found) == set(TENSORS)
+    result = load_file(path)
+    assert set(result) == set(TENSORS)
     assert all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+        torch.equal(result[name], tensor) and result[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
     )
     ours = open_checkpoint(path)
     assert np.array_equal(ours.read("b").numpy(), np.arange(6, dtype=np.float32))

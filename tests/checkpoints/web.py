@@ -32,7 +32,7 @@ def save_large(root: Path):
 
 
 @dataclass
-class Asked:
+class Request:
     """One request, as it came and as it was answered."""
 
     path: str
@@ -51,7 +51,7 @@ class Web:
     """
 
     def __init__(self, folder: Path, certificate: Path | None = None):
-        self.folder, self.asked = folder, []
+        self.folder, self.requests = folder, []
         self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
         self.names_versions, self.is_gone = True, False
         self.now, self.most = 0, 0  # requests at once, now and at most
@@ -90,7 +90,7 @@ class Web:
 
     @property
     def sent(self) -> int:
-        return sum(asked.sent for asked in self.asked)
+        return sum(request.sent for request in self.requests)
 
     def takes_fault(self, start: int) -> str | None:
         with self._lock:
@@ -123,33 +123,33 @@ class _Handler(BaseHTTPRequestHandler):
         file = self.web.folder / unquote(parts.path).lstrip("/")
         wanted = self.headers.get("Range")
         span = tuple(map(int, wanted.removeprefix("bytes=").split("-"))) if wanted else None
-        asked = Asked(
+        request = Request(
             parts.path, parts.query, span, 0, 0, {name.lower(): value for name, value in self.headers.items()}
         )
-        self.web.asked.append(asked)
+        self.web.requests.append(request)
         if self.web.user and self.headers.get("Authorization") != f"Basic {self.web.user}":
-            self.answer(asked, 401, {}, b"who are you?")
+            self.answer(request, 401, {}, b"who are you?")
         elif moved := next((to for old, to in self.web.moved.items() if parts.path.startswith(old)), None):
-            self.answer(asked, 302, {"Location": f"{moved}/{parts.path.rpartition('/')[2]}?signature=secret"}, b"")
+            self.answer(request, 302, {"Location": f"{moved}/{parts.path.rpartition('/')[2]}?signature=secret"}, b"")
         elif not file.is_file():
-            self.answer(asked, 404, {}, b"nothing here")
+            self.answer(request, 404, {}, b"nothing here")
         else:
-            self.give(asked, file.read_bytes(), span)
+            self.give(request, file.read_bytes(), span)
 
-    def give(self, asked: Asked, content: bytes, span: tuple[int, int] | None):
+    def give(self, request: Request, content: bytes, span: tuple[int, int] | None):
         headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.web.names_versions else {}
         start, stop = (span[0], min(span[1] + 1, len(content))) if span else (0, len(content))
         fault = self.web.takes_fault(start)
         if fault == "ignore" or span is None:
-            self.answer(asked, 200, headers, content)
+            self.answer(request, 200, headers, content)
             return
         if start >= stop:
-            self.answer(asked, 416, {"Content-Range": f"bytes */{len(content)}"}, b"")
+            self.answer(request, 416, {"Content-Range": f"bytes */{len(content)}"}, b"")
             return
         body = content[start:stop]
         first, last, size = start, stop - 1, len(content)
         if fault and fault.isdigit():
-            self.answer(asked, int(fault), {"Location": "http://elsewhere.invalid/x?token=secret"}, b"<html>")
+            self.answer(request, int(fault), {"Location": "http://elsewhere.invalid/x?token=secret"}, b"<html>")
             return
         if fault == "shifted":
             first, last, body = start + 1, stop, content[start + 1 : stop + 1]
@@ -166,29 +166,29 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "short":
             body = body[: (len(body) + 1) // 2]
         elif fault == "endless":
-            self.pour(asked, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
+            self.pour(request, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
             return
         elif fault == "long":
             body += b"x"
         if size is not None:
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        self.answer(asked, 206, headers, body, drop=fault == "drop")
+        self.answer(request, 206, headers, body, drop=fault == "drop")
 
-    def pour(self, asked: Asked, headers: dict):
+    def pour(self, request: Request, headers: dict):
         """Send bytes until nobody takes them, whatever the headers promise."""
         self.send_response(206)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        asked.status = 206
+        request.status = 206
         with suppress(OSError):
             while not self.web.is_gone:
                 self.wfile.write(b"10000\r\n" + bytes(2**16) + b"\r\n")
-                asked.sent += 2**16
+                request.sent += 2**16
         self.close_connection = True
 
-    def answer(self, asked: Asked, status: int, headers: dict, body: bytes, drop: bool = False):
+    def answer(self, request: Request, status: int, headers: dict, body: bytes, drop: bool = False):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if drop:
             body = body[: len(body) // 2]
-        asked.status, asked.sent = status, len(body)
+        request.status, request.sent = status, len(body)
         try:
             self.wfile.write(body)
             self.wfile.flush()

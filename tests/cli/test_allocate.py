@@ -38,8 +38,8 @@ def test_table_fits_terminal_with_kept_fraction(loradiag, measured, columns, per
 def test_unmeasured_fraction_is_not_stated(loradiag, tmp_path):
     base, tuned = ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft"
     lora_diag.spectrum(base, tuned, exclude="lm_head", output=tmp_path / "s.jsonl")
-    told = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
-    assert_names(told, "‖Δ‖²", "measured tensors")
+    message = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
+    assert_names(message, "‖Δ‖²", "measured tensors")
 
 
 def test_small_gain_is_reported(loradiag, tmp_path):
@@ -49,8 +49,8 @@ def test_small_gain_is_reported(loradiag, tmp_path):
 
 
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):
-    told = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json").out
-    assert_names(told, "PEFT", "loradiag allocate")
+    message = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json").out
+    assert_names(message, "PEFT", "loradiag allocate")
     ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -79,10 +79,10 @@ def test_ranks_in_metric_are_extracted_without_summed_norms(loradiag, tmp_path, 
     recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
     run = spectra.run.model_copy(update={"inputs": (*spectra.run.inputs, recorded)})
     Results(run, spectra.layers, spectra.left_out, spectra.end).write(tmp_path / "s.jsonl")
-    told = " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "1", "-o", "r.jsonl").out.split())
-    assert_names(told, "extract", f"--allocation r.jsonl --activations a.safetensors {more}-o adapter")
-    assert "whole change" not in told
-    assert "1 one-dimensional" in told
+    message = " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "1", "-o", "r.jsonl").out.split())
+    assert_names(message, "extract", f"--allocation r.jsonl --activations a.safetensors {more}-o adapter")
+    assert "whole change" not in message
+    assert "1 one-dimensional" in message
 
 
 def test_config_check_builds_model(loradiag, measured, tmp_path):
@@ -169,9 +169,9 @@ def test_heuristic_allocation_is_labelled(loradiag, measured, tmp_path):
     ran = loradiag("allocate", measured, "--params", "50k", "--strategy", "heuristic", "-o", tmp_path / "h.jsonl")
     assert ran.code == 0, ran.err
     (best,) = lora_diag.allocate(measured, params="50k").whole
-    found = lora_diag.read_results(tmp_path / "h.jsonl")
-    (heuristic,) = found.whole
-    assert found.run.settings["method"] == "heuristic"
+    result = lora_diag.read_results(tmp_path / "h.jsonl")
+    (heuristic,) = result.whole
+    assert result.run.settings["method"] == "heuristic"
     assert heuristic.kept == best.baselines[1].kept < best.kept <= heuristic.bound + 1e-12
     for words in (["--energy", "0.9", "--strategy", "heuristic"], ["--params", "50k", "--strategy", "greedy"]):
         ran = loradiag("allocate", measured, *words)

@@ -80,8 +80,8 @@ def test_upload_of_the_page_comes_after_the_gate():
 
 def test_every_command_of_the_page_runs(shell, repository):
     """The action, then all commands in the order of the page; each has to end with 0."""
-    code, found = action(shell, repository, **given(), GITHUB_ACTIONS="true")
-    assert (code, found["verdict"]) == (0, "passed")
+    code, result = action(shell, repository, **given(), GITHUB_ACTIONS="true")
+    assert (code, result["verdict"]) == (0, "passed")
     assert (repository / "summary.md").read_text().startswith("## loradiag gate: PASSED")
     shutil.copy(repository / "loradiag" / "results.jsonl", repository / "gates" / "main.jsonl")
     shutil.copy(repository / "loradiag" / "results.jsonl", repository / "results.jsonl")
@@ -155,22 +155,22 @@ def action(shell, repository, **variables) -> tuple[int, dict[str, str]]:
 
 
 def test_action_measures_judges_and_reports(shell, repository):
-    code, found = action(shell, repository)
-    assert (code, found["verdict"]) == (0, "passed")
-    assert (repository / found["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    code, result = action(shell, repository)
+    assert (code, result["verdict"]) == (0, "passed")
+    assert (repository / result["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "| " in (repository / "summary.md").read_text(encoding="utf-8")
     (repository / "gates" / "strict.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
-    code, repeated = action(shell, repository, POLICY="gates/strict.toml", RESULTS=found["results"])
-    assert (code, repeated["verdict"], repeated["key"]) == (1, "failed", found["key"])
-    code, other = action(shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=found["results"])
+    code, repeated = action(shell, repository, POLICY="gates/strict.toml", RESULTS=result["results"])
+    assert (code, repeated["verdict"], repeated["key"]) == (1, "failed", result["key"])
+    code, other = action(shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=result["results"])
     assert (code, other["verdict"], other["report"]) == (2, "error", "")
-    assert other["key"] != found["key"]
+    assert other["key"] != result["key"]
     weights = repository / "adapter" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    _, changed = action(shell, repository, RESULTS=found["results"])
-    assert changed["key"] != found["key"]  # results of other weights are not taken from the cache
+    _, changed = action(shell, repository, RESULTS=result["results"])
+    assert changed["key"] != result["key"]  # results of other weights are not taken from the cache
     assert changed["verdict"] != "passed"  # nor judged as those of these
 
 

@@ -245,7 +245,7 @@ def test_usage_line_and_exit_codes_are_valid(loradiag):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--nope"], "see loradiag --help"),
         (["spectrum", "a", "b", "c"], "unexpected extra argument"),
@@ -255,10 +255,10 @@ def test_usage_line_and_exit_codes_are_valid(loradiag):
         (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "give BASE first"),
     ],
 )
-def test_usage_errors_are_reported(loradiag, pair_of_models, words, told):
+def test_usage_errors_are_reported(loradiag, pair_of_models, words, message):
     ran = loradiag(*words)
     assert (ran.code, ran.out) == (2, "")
-    assert told in ran.err
+    assert message in ran.err
 
 
 def test_non_utf8_names_are_refused(loradiag, pair_of_models, tmp_path):

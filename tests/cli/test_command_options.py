@@ -47,7 +47,7 @@ def test_option_names_are_consistent():
         for each in visible(command):
             for flag in each.opts:
                 meanings[flag].add((each.metavar, each.help, each.is_flag, each.multiple))
-    assert {flag for flag, found in meanings.items() if len(found) > 1} == {*DIFFERENT, "-o"}
+    assert {flag for flag, result in meanings.items() if len(result) > 1} == {*DIFFERENT, "-o"}
     assert len(meanings) > 80
 
 
@@ -56,7 +56,7 @@ def test_no_option_is_synonym_of_another():
     for command in COMMANDS.values():
         for each in visible(command):
             names[each.help].add(each.opts[-1])
-    assert [found for found in names.values() if len(found) > 1] == []
+    assert [result for result in names.values() if len(result) > 1] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -136,10 +136,10 @@ def test_help_wraps_at_whole_entries(loradiag, name):
         assert each.help.endswith("."), each.name
     # An option that has no default value says what happens without it.
     for each in visible(COMMANDS[name]):
-        said = ("default", "Budget", "repeatable", "Smallest ranks", "to write")
+        text = ("default", "Budget", "repeatable", "Smallest ranks", "to write")
         alone = {"rank", "ranks", "activations", "reference", "sweep", "allocation", "tuned", "layers", "exclude"}
         if each.default is None and not each.required and each.name not in alone and each.metavar:
-            assert any(word in each.help for word in said) or each.metavar == "FILE", each.name
+            assert any(word in each.help for word in text) or each.metavar == "FILE", each.name
 
 
 def test_list_of_commands_has_one_line_each(loradiag):
@@ -220,11 +220,11 @@ def test_warnings_and_failures_are_never_hidden():
     with limit_lines(6):
         summary = summary_of([*notes, alarm], "loradiag inspect r.jsonl")
     console.print(summary)
-    said = console.file.getvalue()
-    assert all(f"alarm {n}\n" in said.replace(" \n", "\n").replace("  ", "") or f"alarm {n}" in said for n in range(20))
-    assert "loradiag inspect r.jsonl" in said
-    assert [n for n in range(9) if f"lead {n}" in said] == [2, 5, 8]
-    assert said.rstrip().endswith("32 more lines with -v")
+    text = console.file.getvalue()
+    assert all(f"alarm {n}\n" in text.replace(" \n", "\n").replace("  ", "") or f"alarm {n}" in text for n in range(20))
+    assert "loradiag inspect r.jsonl" in text
+    assert [n for n in range(9) if f"lead {n}" in text] == [2, 5, 8]
+    assert text.rstrip().endswith("32 more lines with -v")
 
 
 def test_option_choices_are_checked_once():

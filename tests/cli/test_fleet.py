@@ -21,10 +21,10 @@ def test_pattern_table_and_gate(loradiag, tmp_path):
     ran = loradiag("spectrum", "--adapters", "fleet/**", "-o", "f.jsonl")
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
-    said = " ".join(ran.out.split())
-    assert_names(said, "copy × one", "1.000 1.00")
-    assert_names(said, "1 pair")
-    assert "r = 4 to 16" in said
+    message = " ".join(ran.out.split())
+    assert_names(message, "copy × one", "1.000 1.00")
+    assert_names(message, "1 pair")
+    assert "r = 4 to 16" in message
     text = (tmp_path / "f.jsonl").read_text()
     assert [json.loads(line)["record"] for line in text.splitlines()] == ["run", "fleet", "fleet", "fleet", "end"]
     assert loradiag("inspect", "f.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"

@@ -55,7 +55,7 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
     lacking = results.read_text().splitlines(keepends=True)
     (tmp_path / "lacking.jsonl").write_text("".join(lacking[:2] + lacking[3:]))
     name = policy()
-    for code, words, said in (
+    for code, words, text in (
         (2, ["absent.toml", "r.jsonl"], "absent.toml: no such file"),
         (2, [name], "give results files"),
         (2, ["--policy", "nope", "r.jsonl"], "adapter-basic"),
@@ -76,8 +76,8 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
     ):
         ran = loradiag("gate", *words)
         assert (ran.code, words) == (code, words), ran.err + ran.out
-        assert said in ran.err
-        assert ran.err.count("\n") == (1 if said else 0)
+        assert text in ran.err
+        assert ran.err.count("\n") == (1 if text else 0)
     assert not list(tmp_path.glob("*.xml"))
 
 

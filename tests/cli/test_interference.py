@@ -22,17 +22,17 @@ def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
     pairs = [record for record in records if record["record"] == "interference"]
     unions = [record for record in records if record["record"] == "union"]
     assert len(pairs) == len(unions) == 28
-    said = " ".join(ran.out.split())
+    text = " ".join(ran.out.split())
     along = sum(r["cosine"] * r["first_fro"] * r["second_fro"] for r in pairs)
     norms = [math.sqrt(sum(r[key] ** 2 for r in pairs)) for key in ("first_fro", "second_fro")]
-    assert f"cosine {along / norms[0] / norms[1]:.3g}" in said
+    assert f"cosine {along / norms[0] / norms[1]:.3g}" in text
     together = sum(r["spectrum"]["rank_at"]["0.9"] for r in unions)
     apart = sum(r["parts_rank_at"]["0.9"] for r in unions)
-    assert_names(said, f"Σr = {together}", f"{together / apart:.3g}", apart)
+    assert_names(text, f"Σr = {together}", f"{together / apart:.3g}", apart)
     energy = sum(r["fro"] ** 2 for r in unions)
     lost = sum((r["recompressed"]["8"] * r["fro"]) ** 2 for r in unions) / energy
-    assert f"{lost:.0%} at r = 8" in said
-    assert "loradiag allocate u.jsonl" in said
+    assert f"{lost:.0%} at r = 8" in text
+    assert "loradiag allocate u.jsonl" in text
     shown = loradiag("inspect", "i.jsonl").out
     assert shown == ran.out[: ran.out.index("\nNext ")] + "\n"
 
@@ -90,7 +90,7 @@ def test_gate_judges_interference(loradiag, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         ((R4,), 2, "at least two updates"),
         ((R4, R4), 2, "given twice"),
@@ -103,10 +103,10 @@ def test_gate_judges_interference(loradiag, tmp_path):
         ((R4, "nowhere"), 3, "nowhere"),
     ],
 )
-def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, told):
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):
     ran = loradiag("interference", *words)
     assert ran.code == code, ran.err
-    assert told in ran.err
+    assert message in ran.err
     assert len(ran.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

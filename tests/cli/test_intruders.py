@@ -19,15 +19,15 @@ def test_table_and_summary_of_records(loradiag, tmp_path):
     assert max(map(len, ran.out.splitlines())) <= 80
     records = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
     layers = [record for record in records if record["record"] == "intruders"]
-    said = " ".join(ran.out.split())
-    found = sum(record["intruders"] for record in layers)
+    text = " ".join(ran.out.split())
+    result = sum(record["intruders"] for record in layers)
     hit = sum(record["intruders"] > 0 for record in layers)
-    assert found > 0
-    assert f"Intruders {found} of 280 directions, in {hit} of 28 layers" in said
-    assert_names(said, sum(record["count"] for record in layers))
-    assert_names(said, "random direction")
+    assert result > 0
+    assert f"Intruders {result} of 280 directions, in {hit} of 28 layers" in text
+    assert_names(text, sum(record["count"] for record in layers))
+    assert_names(text, "random direction")
     assert loradiag("inspect", "i.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
-    assert_names(said, "inspect i.jsonl --per layer")
+    assert_names(text, "inspect i.jsonl --per layer")
     assert loradiag("inspect", "i.jsonl", "--per", "layer").code == 0
     for rule, code in (("intruders <= 10", 0), ("intruders <= 2", 1), ("median intruders.share <= 0.9", 0)):
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
@@ -47,7 +47,7 @@ def test_json_and_resume(loradiag, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         ((BASE, TUNED, "--epsilon", "1"), 2, "--epsilon"),
         ((BASE, TUNED, "--window", "-1"), 2, "--window"),
@@ -57,9 +57,9 @@ def test_json_and_resume(loradiag, tmp_path):
         ((BASE, "nowhere"), 3, "nowhere"),
     ],
 )
-def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, told):
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):
     ran = loradiag("intruders", *words)
     assert ran.code == code, ran.err
-    assert told in ran.err
+    assert message in ran.err
     assert len(ran.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -125,7 +125,7 @@ def test_invalid_size_is_a_usage_error(loradiag):
 
 
 @pytest.mark.parametrize(
-    ("memory", "workers", "said"),
+    ("memory", "workers", "text"),
     [
         ("lots", None, "--memory lots: give a size with its unit"),
         ("-1GB", None, "--memory -1GB: give a size with its unit"),
@@ -134,8 +134,8 @@ def test_invalid_size_is_a_usage_error(loradiag):
         ("1GB", 9, "give 1578MB or more"),
     ],
 )
-def test_invalid_sizes_are_refused(memory, workers, said):
-    with pytest.raises(UsageError, match=re.escape(said)):
+def test_invalid_sizes_are_refused(memory, workers, text):
+    with pytest.raises(UsageError, match=re.escape(text)):
         lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)
 
 

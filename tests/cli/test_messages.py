@@ -48,7 +48,7 @@ def test_terminal_without_utf_8_gets_ascii_and_json_is_whole(monkeypatch, encodi
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "printed"),
     [
         (["spectrum", "base", "tuned"], "interrupted; a run with -o continues with --resume"),
         (["verify-merge", "base", "lora", "merged"], "interrupted; a run with -o continues with --resume"),
@@ -57,7 +57,7 @@ def test_terminal_without_utf_8_gets_ascii_and_json_is_whole(monkeypatch, encodi
         (["report", "spectrum"], "interrupted"),
     ],
 )
-def test_ctrl_c_names_resume_option(monkeypatch, capsys, words, told):
+def test_ctrl_c_names_resume_option(monkeypatch, capsys, words, printed):
     def interrupted(**_):
         raise KeyboardInterrupt
 
@@ -66,4 +66,4 @@ def test_ctrl_c_names_resume_option(monkeypatch, capsys, words, told):
     monkeypatch.setattr(sys, "argv", ["loradiag", *words])
     with pytest.raises(SystemExit) as stop:
         module.main()
-    assert (stop.value.code, capsys.readouterr().err) == (130, f"{told}\n")
+    assert (stop.value.code, capsys.readouterr().err) == (130, f"{printed}\n")

@@ -102,9 +102,9 @@ def names(folder):
 
 
 def test_commands_and_their_outputs_are_found():
-    found = {" ".join(each.values[0]).removesuffix(" missing") + " " + each.values[1] for each in OUTPUTS}
+    result = {" ".join(each.values[0]).removesuffix(" missing") + " " + each.values[1] for each in OUTPUTS}
     assert len(OUTPUTS) >= 22
-    assert {"gate --model-card", "extract missing --output", "plot --output"} <= found
+    assert {"gate --model-card", "extract missing --output", "plot --output"} <= result
 
 
 @pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)

@@ -81,7 +81,7 @@ def test_non_finite_gradient_exits_3_after_others(loradiag, inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "text"),
     [
         (["--rank", "0"], 2, "--rank"),
         (["--resume"], 2, "--resume"),
@@ -89,10 +89,10 @@ def test_non_finite_gradient_exits_3_after_others(loradiag, inputs, tmp_path):
         (["g/10.safetensors"], 3, "step 10 is also in"),
     ],
 )
-def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, words, code, said):
+def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, words, code, text):
     ran = loradiag("overlap", *inputs, *words, *([] if words == ["--resume"] else ["-o", "o.jsonl"]))
     assert ran.code == code
-    assert said in ran.err
+    assert text in ran.err
     assert not (tmp_path / "o.jsonl").exists()
 
 

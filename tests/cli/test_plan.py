@@ -26,7 +26,7 @@ def test_tables_fit_terminal(loradiag, columns):
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "message"),
     [
         ("9727", "too small for r=1, which takes 9,728 parameters"),
         ("800k", "that saves nothing: full fine-tuning of these matrices trains 786,432"),
@@ -37,8 +37,8 @@ def test_tables_fit_terminal(loradiag, columns):
         ),
     ],
 )
-def test_budgets_out_of_range_are_refused(params, told):
-    assert told in " ".join(plan_table(lora_diag.plan(BASE, params=params)).split())
+def test_budgets_out_of_range_are_refused(params, message):
+    assert message in " ".join(plan_table(lora_diag.plan(BASE, params=params)).split())
 
 
 @pytest.mark.parametrize(("budget", "suggested"), [("9727", "--params 9728"), ("9728", "--params 9728")])
@@ -101,12 +101,12 @@ def test_record_of_cost_adds_up(loradiag):
     from lora_diag.decisions.plan.cost import Speed
     from lora_diag.decisions.plan.record import Plan
 
-    found = Plan.model_validate_json(loradiag("plan", BASE, "--cost", "--json").out)
-    assert found.rates is not None
-    assert min(found.rates.entry, found.rates.product, *found.rates.eigen.values()) > 0
-    total = sum(row.matrices * Speed(found.rates).core_seconds(row.shape, None) for row in found.types)
-    assert [each.core_seconds for each in found.costs] == [pytest.approx(total)]
-    assert found.costs[0].bytes == 2 * found.base_bytes
+    result = Plan.model_validate_json(loradiag("plan", BASE, "--cost", "--json").out)
+    assert result.rates is not None
+    assert min(result.rates.entry, result.rates.product, *result.rates.eigen.values()) > 0
+    total = sum(row.matrices * Speed(result.rates).core_seconds(row.shape, None) for row in result.types)
+    assert [each.core_seconds for each in result.costs] == [pytest.approx(total)]
+    assert result.costs[0].bytes == 2 * result.base_bytes
 
 
 def test_config_experts_cost_equals_checkpoint():

@@ -57,7 +57,7 @@ def test_real_samples_and_advice_runs(loradiag, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (["spectrum.jsonl", "-o", "r.pdf"], 2, "--format"),
         (["spectrum.jsonl", "--format", "pdf"], 2, "pdf"),
@@ -70,13 +70,13 @@ def test_real_samples_and_advice_runs(loradiag, tmp_path):
         ([], 2, "RESULTS"),
     ],
 )
-def test_impossible_request_is_one_message(loradiag, files, tmp_path, words, code, told):
+def test_impossible_request_is_one_message(loradiag, files, tmp_path, words, code, message):
     (tmp_path / "broken.jsonl").write_text("<html>\n")
     (tmp_path / "link.md").symlink_to("spectrum.jsonl")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     ran = loradiag("report", *words)
     assert (ran.code, ran.out) == (code, "") if words else ran.code == code
-    assert told in ran.err + ran.out
+    assert message in ran.err + ran.out
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

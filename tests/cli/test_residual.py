@@ -21,15 +21,15 @@ def test_table_adapter_and_summary(loradiag, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     layers = [record for record in records if record["record"] == "residual"]
     assert {record["adapter"] for record in layers} == {str(R4), str(R16)}
-    said = " ".join(ran.out.split())
+    text = " ".join(ran.out.split())
     for name in ("lora_r4", "lora_r16"):
         mine = [record for record in layers if record["adapter"].endswith(name)]
         fro = sum(record["fro"] ** 2 for record in mine)
         epsilon = (sum((record["epsilon"] * record["fro"]) ** 2 for record in mine) / fro) ** 0.5
-        assert_names(said, name, f"{epsilon:.3g}")
+        assert_names(text, name, f"{epsilon:.3g}")
         still = sum(record["fro"] ** 2 for record in mine if record["limited_by"] == "not adapted") / fro
-        assert_names(said, name, 28, "28 tensors", "11 tensors", f"{still:.0%}", "‖ΔW‖²")
-    assert "not quality" in said
+        assert_names(text, name, 28, "28 tensors", "11 tensors", f"{still:.0%}", "‖ΔW‖²")
+    assert "not quality" in text
 
 
 def test_inspect_shows_residual_and_json_has_records(loradiag, tmp_path):
@@ -42,9 +42,9 @@ def test_inspect_shows_residual_and_json_has_records(loradiag, tmp_path):
 
 
 def test_adapter_in_place_of_fine_tune_is_reported(loradiag):
-    told = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
-    assert_names(told, "lora_r4", "TUNED")
-    assert_names(told, "BASE TUNED ADAPTER")
+    message = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
+    assert_names(message, "lora_r4", "TUNED")
+    assert_names(message, "BASE TUNED ADAPTER")
     assert "The order" not in loradiag("residual", BASE, TUNED, R4, "--layers", r"layers\.0\..*q_proj").out
 
 
@@ -93,7 +93,7 @@ def test_encoder_table_has_adapted_matrices(loradiag, encoder, tmp_path, width, 
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         ((BASE, TUNED), 2, "at least one ADAPTER"),
         ((BASE, TUNED, TUNED), 2, "TUNED itself"),
@@ -103,10 +103,10 @@ def test_encoder_table_has_adapted_matrices(loradiag, encoder, tmp_path, width, 
         ((R4, TUNED, R16), 2, "give BASE first"),
     ],
 )
-def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, told):
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):
     ran = loradiag("residual", *words, "-o", "r.jsonl")
     assert ran.code == code
-    assert told in ran.err
+    assert message in ran.err
     assert len(ran.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -212,12 +212,14 @@ def test_verify_merge_python_api(files):
     assert json.loads(results[NAMES[0]].model_dump_json())["record"] == "merge"
 
 
-@pytest.mark.parametrize(("reason", "told"), [("shape_differs", "in another shape: 4×4"), ("only_in_base", "no such")])
-def test_missing_expert_reason_is_at_its_stack(reason, told):
+@pytest.mark.parametrize(
+    ("reason", "message"), [("shape_differs", "in another shape: 4×4"), ("only_in_base", "no such")]
+)
+def test_missing_expert_reason_is_at_its_stack(reason, message):
     """MERGED tells of whole stored weights, the adapter of the experts in them."""
     stack = SimpleNamespace(name="mlp.experts.up_proj")
     expert = SimpleNamespace(layer="mlp.experts.up_proj[1]", base=stack, shape=(8, 4), is_matrix=True)
     why = Unpaired(stack.name, (2, 8, 4), reason, "4×4")
-    assert told in _make_missing_task(expert, {stack.name: why}, "merged").missing
+    assert message in _make_missing_task(expert, {stack.name: why}, "merged").missing
     with pytest.raises(InputError, match=r"^merged: mlp\.experts\.up_proj\[1\]: packed; merge into a dtype"):
         _make_missing_task(expert, {stack.name: replace(why, reason="not_float", detail="packed")}, "merged")

@@ -45,5 +45,5 @@ def test_page_shows_output(name, code, folder, loradiag):
     ran = loradiag(*COMMAND.split(), name, cwd=folder, env={"COLUMNS": "80"}, brief=True)
     assert ran.code == code
     wanted = f"```console\n$ loradiag {COMMAND} {name}\n" + ran.out.strip("\n") + "\n```\n"
-    shown = {found["name"]: found["shown"] for found in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
+    shown = {result["name"]: result["shown"] for result in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
     assert shown[name] == wanted, f"put this in the page:\n{wanted}"

@@ -39,9 +39,9 @@ AXOLOTL = {
 
 
 def test_axolotl_settings_keep_rank_pattern():
-    found = yaml.safe_load(written_for("axolotl", CONFIG))
-    assert found.pop("adapter") == "lora"
-    assert {AXOLOTL[key]: value for key, value in found.items()} == {key: CONFIG[key] for key in AXOLOTL.values()}
+    result = yaml.safe_load(written_for("axolotl", CONFIG))
+    assert result.pop("adapter") == "lora"
+    assert {AXOLOTL[key]: value for key, value in result.items()} == {key: CONFIG[key] for key in AXOLOTL.values()}
 
 
 def test_unsloth_call_has_the_arguments_of_peft():
@@ -86,9 +86,9 @@ def test_allocate_writes_axolotl_settings(loradiag, tmp_path):
     assert loradiag(*words, "-o", "adapter_config.json").code == 0
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    found = yaml.safe_load((tmp_path / "lora.yaml").read_text())
-    assert found["lora_rank_pattern"] == config["rank_pattern"]
-    assert found["lora_target_modules"] == config["target_modules"]
+    result = yaml.safe_load((tmp_path / "lora.yaml").read_text())
+    assert result["lora_rank_pattern"] == config["rank_pattern"]
+    assert result["lora_target_modules"] == config["target_modules"]
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0  # its own file is replaced
     (tmp_path / "lora.yaml").write_text("mine: 1\n")
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 2

@@ -32,6 +32,6 @@ def on_stand_in(compute, device):
 def test_records_of_a_gpu_are_those_of_the_cpu(feature, monkeypatch, tmp_path):
     there = list(RUNS[feature](tmp_path / "cpu"))
     monkeypatch.setattr(importlib.import_module(f"lora_diag.{feature}.measure"), "compute_on_device", on_stand_in)
-    found = list(RUNS[feature](tmp_path / "gpu"))
-    assert found
-    assert EXCEEDED not in fields(found, there)
+    result = list(RUNS[feature](tmp_path / "gpu"))
+    assert result
+    assert EXCEEDED not in fields(result, there)

@@ -51,10 +51,10 @@ def rows(ran):
 
 def test_doctor_passes_here_and_opens_input(loradiag):
     ran = loradiag("doctor", SAMPLES_BASE, "--json")
-    found = rows(ran)
+    result = rows(ran)
     assert ran.code == 0
-    assert found["packages"]["level"] == found["address"]["level"] == "ok"
-    assert ".".join(map(str, sys.version_info[:3])) in found["versions"]["lines"][0]
+    assert result["packages"]["level"] == result["address"]["level"] == "ok"
+    assert ".".join(map(str, sys.version_info[:3])) in result["versions"]["lines"][0]
 
 
 def test_doctor_fails_on_unreadable_input(loradiag, tmp_path):

@@ -57,11 +57,11 @@ def models(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("whole"), torch.Generator().manual_seed(0)
     shapes = {NAME: SHAPE, SMALL: (90, 80)}
     base = {name: torch.randn(shape, generator=rng) * 0.02 for name, shape in shapes.items()}
-    found = [save_model(folder / "base", {name: value.bfloat16() for name, value in base.items()})]
+    result = [save_model(folder / "base", {name: value.bfloat16() for name, value in base.items()})]
     for number in range(2):
         tuned = {name: (w + 1e-2 * torch.randn(w.shape, generator=rng)).bfloat16() for name, w in base.items()}
-        found.append(save_model(folder / f"tuned{number}", tuned))
-    return list(map(str, found))
+        result.append(save_model(folder / f"tuned{number}", tuned))
+    return list(map(str, result))
 
 
 @pytest.mark.parametrize("what", ["intruders", "interference"])
@@ -100,10 +100,10 @@ def test_ties_remedy_is_stated_where_it_helps():
     ]
     task = LayerUpdates(NAME, (40000, 8000), tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
     settings = InterferenceSettings(weights=(1.0, 1.0), memory=10**9)
-    said = (
+    text = (
         "the entries of its updates, for TIES, take 5.3 GB; give 4.3 GB more .* or --density 0, which leaves out TIES"
     )
-    with pytest.raises(MemoryLimitError, match=said):
+    with pytest.raises(MemoryLimitError, match=text):
         interference.interference(task, settings)
     assert interference.max_bytes(task, replace(settings, density=0.0)) < 10**9
     assert interference.size(task, settings) == 10**9

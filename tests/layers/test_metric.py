@@ -72,20 +72,20 @@ def test_energies_equal_update_times_root_of_c(pair, tmp_path, method):
     stored = as_stored(file)
     d = as_numpy(after[UP] - before[UP])  # float32, as it is subtracted
     right, left = oracles.square_root(stored[UP]), oracles.square_root(stored[PREFIX + UP])
-    asked = {"activations": file, "ranks": (1, 3, 8), "method": method, "layers": "mlp"}
-    found = lora_diag.spectrum(base, tuned, **asked)
-    assert found[UP].metric == "data"
-    check(found[UP], d, as_numpy(before[UP]), np.eye(16), right)
-    both = lora_diag.spectrum(base, tuned, kfac=True, **asked)
+    options = {"activations": file, "ranks": (1, 3, 8), "method": method, "layers": "mlp"}
+    result = lora_diag.spectrum(base, tuned, **options)
+    assert result[UP].metric == "data"
+    check(result[UP], d, as_numpy(before[UP]), np.eye(16), right)
+    both = lora_diag.spectrum(base, tuned, kfac=True, **options)
     assert both[UP].metric == "kfac"
     check(both[UP], d, as_numpy(before[UP]), left, right)
-    assert [item.layer for item in found.left_out if item.reason == "no_activations"] == [
+    assert [item.layer for item in result.left_out if item.reason == "no_activations"] == [
         item.layer for item in both.left_out if item.reason == "no_activations"
     ]
-    assert {item.layer for item in found.left_out if item.reason == "no_activations"} == {
+    assert {item.layer for item in result.left_out if item.reason == "no_activations"} == {
         name for name in before if "mlp" in name and name != UP
     }
-    assert found.run.settings["metric"] == "data"
+    assert result.run.settings["metric"] == "data"
     assert both.run.settings["metric"] == "kfac"
 
 
@@ -110,11 +110,11 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
     tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
     file, text = tmp_path / "a.safetensors", some_text(tmp_path, windows=4)
     chosen = r"(layers|h)\.1\."
-    told = lora_diag.probe_activations(tuned, text, file, gradients=True, length=32, batch=3, layers=chosen)
-    assert told.gradients == "data"
+    message = lora_diag.probe_activations(tuned, text, file, gradients=True, length=32, batch=3, layers=chosen)
+    assert message.gradients == "data"
     inputs, outputs = caught(tuned, text.read_bytes(), 32)
     stored = as_stored(file)
-    names = {item.layer for item in told.layers}
+    names = {item.layer for item in message.layers}
     assert stored.keys() == names | {PREFIX + name for name in names}
     for name in names:
         g = outputs[name]
@@ -122,14 +122,14 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
     assert any("not a checkpoint" in note for note in lora_diag.inspect(file).notes)
     with raises_naming(UsageError, "--activations"):
         lora_diag.spectrum(base, file)
-    found = lora_diag.spectrum(base, tuned, activations=file, layers=chosen)
+    result = lora_diag.spectrum(base, tuned, activations=file, layers=chosen)
     both = lora_diag.spectrum(base, tuned, activations=file, kfac=True, layers=chosen)
     before, after = tensors(base), tensors(tuned)
     for name in names:
         d = after[name].astype(np.float32) - before[name].astype(np.float32)
         d = (d.T if kind == "gpt2" else d).astype(np.float64)
         x, g = inputs[name], outputs[name]
-        assert found[name].fro ** 2 == pytest.approx(((x @ d.T) ** 2).sum(1).mean(), rel=1e-4)
+        assert result[name].fro ** 2 == pytest.approx(((x @ d.T) ** 2).sum(1).mean(), rel=1e-4)
         c, g = x.T @ x / len(x), g.T @ g / len(g)
         assert both[name].fro ** 2 == pytest.approx(np.trace(g @ d @ c @ d.T), rel=1e-4)
 
@@ -169,10 +169,10 @@ def test_labels_drawn_from_model_repeat_with_seed(tmp_path):
         files[name] = tmp_path / f"{name}.safetensors"
         lora_diag.probe_activations(base, text, files[name], gradients=True, labels=labels, layers="c_fc", **more)
     key = PREFIX + "transformer.h.0.mlp.c_fc.weight"
-    found = {name: as_stored(file)[key] for name, file in files.items()}
-    assert np.array_equal(found["one"], found["again"])
-    assert not np.allclose(found["one"], found["two"], rtol=1e-3)
-    assert not np.allclose(found["one"], found["data"], rtol=1e-3)
+    result = {name: as_stored(file)[key] for name, file in files.items()}
+    assert np.array_equal(result["one"], result["again"])
+    assert not np.allclose(result["one"], result["two"], rtol=1e-3)
+    assert not np.allclose(result["one"], result["data"], rtol=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -278,14 +278,14 @@ def test_invalid_options_are_refused(pair, tmp_path, loradiag):
     base, tuned, *_ = pair
     file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     adapter = lora(tmp_path / "adapter", {UP: (np.ones((16, 1)), np.ones((1, 12)))}, target_modules=["up_proj"])
-    for words, asked in (
+    for words, options in (
         ("needs BASE", {"base": adapter, "activations": file}),
         ("needs --activations", {"base": base, "tuned": tuned, "kfac": True}),
         ("has no output gradients", {"base": base, "tuned": tuned, "activations": file, "kfac": True}),
         ("not to --gradients", {"base": base, "activations": file, "gradients": [tmp_path]}),
     ):
         with pytest.raises(UsageError, match=words):
-            lora_diag.spectrum(**asked)
+            lora_diag.spectrum(**options)
     with pytest.raises(UsageError, match="needs --output-gradients"):
         lora_diag.probe_activations(base, file, tmp_path / "new", labels="model")
     ran = loradiag("spectrum", "--adapters", adapter, "--activations", file)
@@ -322,9 +322,9 @@ def test_update_outside_data_has_no_energy(tmp_path):
 def test_memory_of_layer_counts_second_moments(pair, tmp_path):
     base, tuned, *_ = pair
     pairing = compare(base, tuned).pairing
-    found = second_moments(store(tmp_path / "a.safetensors", **{UP: moments(12, 3)}), base, pairing)
-    assert found.weighting(UP, True) is None
-    weighting = found.weighting(UP, False)
+    result = second_moments(store(tmp_path / "a.safetensors", **{UP: moments(12, 3)}), base, pairing)
+    assert result.weighting(UP, True) is None
+    weighting = result.weighting(UP, False)
     delta = next(delta for delta in pairing.deltas if delta.layer == UP)
     plain = SpectrumSettings()
     assert size(Layer(delta, weighting), plain) - size(Layer(delta), plain) == extra(weighting, (16, 12)) > 8 * 12 * 12

@@ -36,19 +36,19 @@ def off(found, x):
 @pytest.mark.slow
 def test_recover_bfloat16_pair_size_directions_and_intervals(tmp_path):
     w, x, t = planted(256, 192, 4, 1.5e-5, 1)
-    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
-    hidden = found.hidden
+    result = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    hidden = result.hidden
     assert (hidden.status, hidden.start, hidden.directions, hidden.scales) == ("recovered", "stored", 4, False)
     assert hidden.start_gain < -10
     assert hidden.unchanged == pytest.approx(float((t == w).double().mean()))
     low, high = hidden.fro_interval
     assert low < hidden.fro_estimate < high
-    assert off(found, x) < 0.05
+    assert off(result, x) < 0.05
     s = np.linalg.svd(x.double().numpy(), compute_uv=False)
     share = float((s[:4] ** 2).sum() / (s**2).sum())
     assert hidden.energy_interval["4"][0] <= share <= hidden.energy_interval["4"][1] + 1e-9
     assert hidden.energy_estimate["16"] == hidden.energy_estimate["4"]
-    assert torch.equal((w + found.matrix()).bfloat16().float(), t)
+    assert torch.equal((w + result.matrix()).bfloat16().float(), t)
 
 
 @pytest.mark.slow
@@ -106,10 +106,10 @@ def test_recover_gpu_equals_cpu(tmp_path):
 
 def test_small_noise_is_consistent_with_rounding(tmp_path):
     w, x, t = planted(256, 200, 0, 3e-6, 32)
-    found = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
-    assert found.status == "size_only"
-    assert found.fit_uneven < 0.08
-    assert found.fro_interval[0] < float(x.norm()) < found.fro_interval[1]
+    result = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
+    assert result.status == "size_only"
+    assert result.fit_uneven < 0.08
+    assert result.fro_interval[0] < float(x.norm()) < result.fro_interval[1]
 
 
 def test_bfloat16_values_in_float32_are_detected(tmp_path):
@@ -125,21 +125,21 @@ def test_recover_base_in_float32_and_float16_files(tmp_path):
     rng = np.random.default_rng(3)
     w = torch.tensor(rng.normal(size=(128, 100)) * 0.02).float()
     x = torch.tensor(rng.normal(size=(128, 2)) @ rng.normal(size=(2, 100)) * 2e-6).float()
-    found = estimate(tmp_path, w, (w + x).half())
-    assert found.hidden.status in {"recovered", "size_only"}
-    assert found.hidden.start == "stored"
-    assert found.hidden.start_gain is None
-    assert off(found, x) < 0.1
+    result = estimate(tmp_path, w, (w + x).half())
+    assert result.hidden.status in {"recovered", "size_only"}
+    assert result.hidden.start == "stored"
+    assert result.hidden.start_gain is None
+    assert off(result, x) < 0.1
 
 
 def test_recover_notes_base_rounded_after_start(tmp_path):
     rng = np.random.default_rng(4)
     start = torch.tensor(rng.normal(size=(160, 128)) * 0.02)
     x = torch.tensor(rng.normal(size=(160, 128)) * 3e-5)
-    found = estimate(tmp_path, start.float().bfloat16(), (start + x).float().bfloat16())
-    assert found.hidden.start == "rounded"
-    assert found.hidden.start_gain > 10
-    assert off(found, x) < 0.05
+    result = estimate(tmp_path, start.float().bfloat16(), (start + x).float().bfloat16())
+    assert result.hidden.start == "rounded"
+    assert result.hidden.start_gain > 10
+    assert off(result, x) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -150,17 +150,17 @@ def test_scaled_eight_bit_weights(tmp_path, dtype):
     w = code.double() * scale
     x = torch.tensor(rng.normal(size=(128, 96)) * 4e-4)
     tuned = ((w + x) / scale).float().to(dtype)
-    found = estimate(tmp_path, *({NAME: c, f"{NAME}_scale": torch.tensor([scale])} for c in (code, tuned)))
-    assert found.hidden.status == "size_only"
-    assert off(found, x) < 0.05
+    result = estimate(tmp_path, *({NAME: c, f"{NAME}_scale": torch.tensor([scale])} for c in (code, tuned)))
+    assert result.hidden.status == "size_only"
+    assert off(result, x) < 0.05
 
 
 def test_resolved_update_is_not_hidden(tmp_path):
     w, x, _ = planted(64, 48, 2, 1e-4, 6)
-    found = estimate(tmp_path, w.bfloat16(), w + x)
-    assert found.hidden.status == "not_hidden"
-    assert found.hidden.fro_estimate == pytest.approx(float(x.norm()), rel=1e-5)
-    assert found.cells is None
+    result = estimate(tmp_path, w.bfloat16(), w + x)
+    assert result.hidden.status == "not_hidden"
+    assert result.hidden.fro_estimate == pytest.approx(float(x.norm()), rel=1e-5)
+    assert result.cells is None
 
 
 def test_unchanged_or_tiny_update_is_refused(tmp_path):
@@ -168,9 +168,9 @@ def test_unchanged_or_tiny_update_is_refused(tmp_path):
     assert "no entry changed" in estimate(tmp_path, w.bfloat16(), w.bfloat16()).hidden.reason
     few = w.bfloat16().clone()
     few[0, :5] *= 1 + 2**-7  # to the next number
-    found = estimate(tmp_path, w.bfloat16(), few).hidden
-    assert (found.status, found.fro_estimate) == ("refused", None)
-    assert "5 entries" in found.reason
+    result = estimate(tmp_path, w.bfloat16(), few).hidden
+    assert (result.status, result.fro_estimate) == ("refused", None)
+    assert "5 entries" in result.reason
     few[0, :5] += 1  # beside which no rounding counts
     assert estimate(tmp_path, w.bfloat16(), few).hidden.status == "not_hidden"
 
@@ -198,42 +198,42 @@ def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate, 
             now = (bits & -65536).view(torch.float32)
         else:
             now = moved.bfloat16().float()
-    found = estimate(tmp_path, start.bfloat16(), now.bfloat16()).hidden
-    assert found.status == "refused"
-    assert found.fit_uneven > 0.08 if stochastic else found.fit_chi > 20
-    assert found.fro_estimate is None
+    result = estimate(tmp_path, start.bfloat16(), now.bfloat16()).hidden
+    assert result.status == "refused"
+    assert result.fit_uneven > 0.08 if stochastic else result.fit_chi > 20
+    assert result.fro_estimate is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2])
 def test_recover_rank_1_or_2_needs_directions_to_fit(tmp_path, rank):
     w, x, t = planted(256, 200, rank, 2e-5, 20 + rank)
-    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
-    assert found.hidden.status == "recovered"
-    assert off(found, x) < 0.06
-    assert float((found.matrix() - x).norm() / x.norm()) < 0.25
+    result = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert result.hidden.status == "recovered"
+    assert off(result, x) < 0.06
+    assert float((result.matrix() - x).norm() / x.norm()) < 0.25
 
 
 @pytest.mark.slow
 def test_rows_of_different_sizes_get_scales_before_refusal(tmp_path):
     w, x, t = planted(256, 200, 0, 1e-5, 9, rows=0.8)
-    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
-    assert found.hidden.scales
-    assert found.hidden.status == "size_only"
-    assert off(found, x) < 0.03
-    assert torch.equal((w + found.matrix()).bfloat16().float(), t)
+    result = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert result.hidden.scales
+    assert result.hidden.status == "size_only"
+    assert off(result, x) < 0.03
+    assert torch.equal((w + result.matrix()).bfloat16().float(), t)
 
 
 @pytest.mark.slow
 def test_row_scales_keep_the_values_of_a_low_rank_update(tmp_path):
     w, x, t = planted(256, 200, 2, 2e-5, 10, rows=0.9)
-    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
-    assert found.hidden.scales
-    assert found.hidden.status == "recovered"
-    assert float((found.matrix() - x).norm() / x.norm()) < 0.6 * float((t - w - x).norm() / x.norm())
+    result = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert result.hidden.scales
+    assert result.hidden.status == "recovered"
+    assert float((result.matrix() - x).norm() / x.norm()) < 0.6 * float((t - w - x).norm() / x.norm())
     s = np.linalg.svd(x.double().numpy(), compute_uv=False)
     first = float(s[0] ** 2 / (s**2).sum())
-    assert found.hidden.energy_interval["1"][0] <= first <= found.hidden.energy_interval["1"][1]
+    assert result.hidden.energy_interval["1"][0] <= first <= result.hidden.energy_interval["1"][1]
 
 
 def test_recover_refuses_format_without_known_cells():
@@ -244,6 +244,6 @@ def test_recover_refuses_format_without_known_cells():
         pytest.skip("no such files here")
     base = open_checkpoint(next(case.glob("base*")))
     delta = next(one for one in pair(base, base).deltas if one.tuned.info.stored)
-    found = recover_layer(delta, 1.0, (1,), 0, CPU).hidden
-    assert found.status == "refused"
-    assert "nf4" in found.reason
+    result = recover_layer(delta, 1.0, (1,), 0, CPU).hidden
+    assert result.status == "refused"
+    assert "nf4" in result.reason

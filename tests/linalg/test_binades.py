@@ -36,8 +36,8 @@ def test_change_proportional_to_weight_is_uneven(growth, bad):
         parts = (mean[rows] ** 2 + variance[rows], known[rows])
         changed, chance = t[rows] != w[rows], torch.full((rows.stop - rows.start, 100), 0.5)
         counts.add(w[rows], changed, chance, *map(torch.tensor, parts))
-    found = np.array([size(binade == b) for b in np.unique(binade)])
+    result = np.array([size(binade == b) for b in np.unique(binade)])
     weight = np.array([known[binade == b].sum() for b in np.unique(binade)])
-    spread = math.sqrt(np.cov(found, aweights=weight, ddof=0))
+    spread = math.sqrt(np.cov(result, aweights=weight, ddof=0))
     assert counts.uneven == pytest.approx(spread if bad else 0.0, rel=0.15, abs=0.02)
     assert (counts.uneven > counts.most_uneven) is bad

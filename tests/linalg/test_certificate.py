@@ -85,21 +85,21 @@ def test_energies_of_hard_spectra_are_within_bound(name, dtype):
     s = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     rounding = 1e-12 if dtype == np.float64 else 2e-7
     for tol in (1e-2, 5e-4):
-        found = decompose(torch.from_numpy(matrix), "krylov", top=24, tol=tol)
-        error = np.cumsum(s[:24] ** 2 - found.s.numpy() ** 2) / (s**2).sum()
-        assert -rounding <= error.min() <= error.max() <= found.energy_error <= tol
+        result = decompose(torch.from_numpy(matrix), "krylov", top=24, tol=tol)
+        error = np.cumsum(s[:24] ** 2 - result.s.numpy() ** 2) / (s**2).sum()
+        assert -rounding <= error.min() <= error.max() <= result.energy_error <= tol
 
 
 def test_probability_of_small_probe_is_exact():
     """Beta(b/2, (d − 1)/2) is the distribution of the part of a block's span along a direction: against sampling."""
     rng = np.random.default_rng(0)
-    d, b, found = 50, 4, []
+    d, b, result = 50, 4, []
     for _ in range(4000):
         x = rng.standard_normal((d, b))
         y = x @ x[0]
-        found.append(y[0] ** 2 / (y @ y))
+        result.append(y[0] ** 2 / (y @ y))
     for share in (0.05, 0.5):
-        assert np.mean(np.array(found) < betaincinv(b / 2, (d - 1) / 2, share)) == pytest.approx(share, abs=0.03)
+        assert np.mean(np.array(result) < betaincinv(b / 2, (d - 1) / 2, share)) == pytest.approx(share, abs=0.03)
 
 
 LARGE = np.arange(1, 1505.0)  # the first order of which 64 values are tried
@@ -165,9 +165,9 @@ def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
     monkeypatch.setattr(krylov, "_largest_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest))
     a = oracles.with_spectrum(HARD[name], N, N, 3)
     fro = float(np.linalg.norm(a))
-    found = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)
+    result = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)
     squares, residuals, largest = of_basis(a.T @ a, np.linalg.qr(bases[-1].double().numpy())[0])
     exact = certificate.missed(
         torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 20, fro, largest, torch.from_numpy(a)
     )
-    assert exact * 0.99 <= found.energy_error <= 2e-2
+    assert exact * 0.99 <= result.energy_error <= 2e-2

@@ -90,9 +90,9 @@ def test_gpu_out_of_memory_falls_back_with_note(log):
             raise torch.cuda.OutOfMemoryError("no more")
         return 7
 
-    found = []
-    in_a_thread(lambda: found.append(compute_on_device(compute, GPU)))
-    assert found == [(7, " on the CPU: out of memory on cuda:0")]
+    result = []
+    in_a_thread(lambda: result.append(compute_on_device(compute, GPU)))
+    assert result == [(7, " on the CPU: out of memory on cuda:0")]
     assert "cache emptied" in log
 
 
@@ -126,11 +126,11 @@ def test_krylov_waits_once_a_check_and_repeats_a_block():
     matrix = torch.diag(torch.cat((torch.ones(40), torch.zeros(1160))))
     there = decompose(matrix, "krylov", 24, fro=40**0.5)
     with counted() as mode:
-        found = decompose(devices.move(matrix, GPU), "krylov", 24, fro=40**0.5)
-    assert found.method == there.method == "krylov:192"
+        result = decompose(devices.move(matrix, GPU), "krylov", 24, fro=40**0.5)
+    assert result.method == there.method == "krylov:192"
     assert mode.waits == 7  # three checks, one of them repeated, two probes, and the values
-    assert found.s.numpy() == pytest.approx(1.0, rel=1e-12)
-    assert found.energy_error == pytest.approx(there.energy_error, rel=1e-6)
+    assert result.s.numpy() == pytest.approx(1.0, rel=1e-12)
+    assert result.energy_error == pytest.approx(there.energy_error, rel=1e-6)
 
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -173,8 +173,8 @@ def test_all_values_wait_once_after_the_pass(rows, waits):
     base = torch.zeros_like(matrix)
     there = decompose(matrix)
     with counted() as mode:
-        found = difference([(base, matrix)], tuple(matrix.shape), GPU)
-        factors = decompose(found.matrix, fro=found.fro)
+        result = difference([(base, matrix)], tuple(matrix.shape), GPU)
+        factors = decompose(result.matrix, fro=result.fro)
     assert mode.waits == waits
     assert float((factors.s - there.s).abs().max()) < 1e-9 * float(there.s[0])
 
@@ -200,6 +200,6 @@ def test_other_errors_are_not_memory_errors():
 
 
 def test_missing_device_is_refused():
-    for word, said in (("cuda:99", "this torch sees"), ("mps", "no float64"), ("tpu", "use auto")):
-        with pytest.raises(UsageError, match=said):
+    for word, text in (("cuda:99", "this torch sees"), ("mps", "no float64"), ("tpu", "use auto")):
+        with pytest.raises(UsageError, match=text):
             devices.resolve_device(word)

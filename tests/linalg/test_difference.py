@@ -29,12 +29,12 @@ def test_norms_and_entries_for_every_pair_of_dtypes(before, after):
     tuned = (base.to(torch.float64) + torch.randn(50, 30) * 1e-3).to(after)
     tuned[:10] = base[:10].to(after)
     expected = as_numpy(tuned) - as_numpy(base)
-    found = difference(in_blocks(base, tuned, 7), (50, 30), CPU)
-    assert found.fro == pytest.approx(np.sqrt((expected**2).sum()), rel=1e-7)
-    assert found.base_fro == pytest.approx(np.sqrt((as_numpy(base) ** 2).sum()), rel=1e-12)
-    assert np.abs(as_numpy(found.matrix) - expected).max() <= 1e-7 * np.abs(expected).max()
-    assert found.unchanged == np.mean(as_numpy(tuned) == as_numpy(base))
-    assert found.non_finite is None
+    result = difference(in_blocks(base, tuned, 7), (50, 30), CPU)
+    assert result.fro == pytest.approx(np.sqrt((expected**2).sum()), rel=1e-7)
+    assert result.base_fro == pytest.approx(np.sqrt((as_numpy(base) ** 2).sum()), rel=1e-12)
+    assert np.abs(as_numpy(result.matrix) - expected).max() <= 1e-7 * np.abs(expected).max()
+    assert result.unchanged == np.mean(as_numpy(tuned) == as_numpy(base))
+    assert result.non_finite is None
 
 
 @pytest.mark.slow
@@ -52,13 +52,13 @@ def test_result_is_independent_of_blocks(rows, piece, shape, seed):
     whole = difference(in_blocks(base, tuned, 40), shape, CPU, steps=iter(((None, step),)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("lora_diag.linalg.difference"), "PIECE_ENTRIES", piece)
-        found = difference(
+        result = difference(
             in_blocks(base, tuned, rows), shape, CPU, steps=((None, part) for part in torch.split(step, rows))
         )
-    assert torch.equal(found.matrix, whole.matrix)
-    assert found.fro == pytest.approx(whole.fro, rel=1e-14)
-    assert found.rounding.bound == pytest.approx(whole.rounding.bound, rel=1e-6)
-    assert found.matrix.T.is_contiguous() == (shape[0] < shape[1])
+    assert torch.equal(result.matrix, whole.matrix)
+    assert result.fro == pytest.approx(whole.fro, rel=1e-14)
+    assert result.rounding.bound == pytest.approx(whole.rounding.bound, rel=1e-6)
+    assert result.matrix.T.is_contiguous() == (shape[0] < shape[1])
 
 
 @pytest.mark.slow
@@ -67,14 +67,14 @@ def test_norm_of_large_matrix_is_accurate():
     torch.manual_seed(0)
     base = torch.zeros(4096, 4096, dtype=torch.bfloat16)
     tuned = torch.randn(4096, 4096).to(torch.bfloat16)
-    found = difference(in_blocks(base, tuned, 512), (4096, 4096), CPU)
-    assert found.fro == pytest.approx(math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9)
+    result = difference(in_blocks(base, tuned, 512), (4096, 4096), CPU)
+    assert result.fro == pytest.approx(math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9)
 
 
 def test_minus_zero_is_a_change_within_dtype():
-    found = difference([(torch.tensor([[0.0, 1.0]]), torch.tensor([[-0.0, 1.0]]))], (1, 2), CPU)
-    assert found.unchanged == 0.5
-    assert found.fro == 0.0
+    result = difference([(torch.tensor([[0.0, 1.0]]), torch.tensor([[-0.0, 1.0]]))], (1, 2), CPU)
+    assert result.unchanged == 0.5
+    assert result.fro == 0.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -83,10 +83,10 @@ def test_minus_zero_is_a_change_within_dtype():
 def test_first_non_finite_entry_is_named(value, side, dtype):
     pair = [torch.zeros(9, 4, dtype=dtype), torch.zeros(9, 4, dtype=dtype)]
     pair[side][5, 2] = pair[side][7, 0] = value
-    found = difference(in_blocks(*pair, 2), (9, 4), CPU)
-    assert found.matrix is None
-    assert "[5, 2]" in found.non_finite
-    assert ("BASE", "TUNED")[side] in found.non_finite
+    result = difference(in_blocks(*pair, 2), (9, 4), CPU)
+    assert result.matrix is None
+    assert "[5, 2]" in result.non_finite
+    assert ("BASE", "TUNED")[side] in result.non_finite
 
 
 def test_overflow_of_difference_or_norm_is_reported():
@@ -99,13 +99,13 @@ def test_overflow_of_difference_or_norm_is_reported():
 @pytest.mark.parametrize("scale", [1e-170, 1e200])
 def test_norms_of_float64_far_from_one(scale):
     tuned = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64) * scale
-    found = difference(in_blocks(torch.zeros_like(tuned), tuned, 1), (2, 2), CPU)
-    assert found.fro == pytest.approx(5 * scale, rel=1e-14)
+    result = difference(in_blocks(torch.zeros_like(tuned), tuned, 1), (2, 2), CPU)
+    assert result.fro == pytest.approx(5 * scale, rel=1e-14)
 
 
 def test_matrix_is_freed_without_keep():
-    found = difference([(torch.zeros(2, 2), torch.ones(2, 2))], (2, 2), CPU, keep=False)
-    assert (found.matrix, found.fro) == (None, 2.0)
+    result = difference([(torch.zeros(2, 2), torch.ones(2, 2))], (2, 2), CPU, keep=False)
+    assert (result.matrix, result.fro) == (None, 2.0)
 
 
 @pytest.mark.parametrize("word", ["tpu", "cuda:99", "mps", "meta", ""])
@@ -123,6 +123,6 @@ def test_limit_of_unchanged_entries_may_exceed_float32():
     base = torch.full((4, 4), 1.1)  # uses all mantissa bits
     tuned = base.clone()
     tuned[0, 0] = 1.1e36
-    found = difference([(base, tuned)], (4, 4), CPU)
-    assert found.unchanged == 15 / 16
-    assert found.rounding is not None
+    result = difference([(base, tuned)], (4, 4), CPU)
+    assert result.unchanged == 15 / 16
+    assert result.rounding is not None

@@ -72,11 +72,11 @@ def test_size_has_largest_likelihood(rounded):
         )
 
     best = minimize_scalar(loss, bounds=(math.log(5e-6), math.log(5e-4)), method="bounded", options={"xatol": 1e-7})
-    found = fit_size(Cells(*parts), 1e-4)
-    assert found.deviation == pytest.approx(math.exp(best.x), rel=1e-4 if not rounded else 2e-3)
-    assert found.log_likelihood == pytest.approx(-best.fun, rel=1e-6 if not rounded else 1e-4)
+    result = fit_size(Cells(*parts), 1e-4)
+    assert result.deviation == pytest.approx(math.exp(best.x), rel=1e-4 if not rounded else 2e-3)
+    assert result.log_likelihood == pytest.approx(-best.fun, rel=1e-6 if not rounded else 1e-4)
     curvature = (loss(best.x + 0.01) + loss(best.x - 0.01) - 2 * best.fun) / 1e-4
-    assert found.error == pytest.approx(1 / math.sqrt(curvature), rel=0.15)
+    assert result.error == pytest.approx(1 / math.sqrt(curvature), rel=0.15)
 
 
 @given(m=st.integers(2, 40), n=st.integers(2, 40), q=st.floats(0.05, 1.0), factor=st.floats(1.01, 30.0))
@@ -88,10 +88,10 @@ def test_shrinking_inverts_what_noise_and_information_do(m, n, q, factor):
     eta = math.sqrt((y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4) / y  # Gavish and Donoho 2017
     sigma = (1 - q) * eta + q * y
     values = torch.tensor([sigma, 0.999 * noise_edge((m, n), s * math.sqrt(q))], dtype=torch.float64)
-    found = shrink(values, (m, n), s, q)
-    assert found.debiased.tolist() == pytest.approx([x], rel=1e-6)
-    assert found.eta.tolist() == pytest.approx([eta], rel=1e-5)
-    assert found.noise == pytest.approx(noise)
+    result = shrink(values, (m, n), s, q)
+    assert result.debiased.tolist() == pytest.approx([x], rel=1e-6)
+    assert result.eta.tolist() == pytest.approx([eta], rel=1e-5)
+    assert result.noise == pytest.approx(noise)
 
 
 def test_shrunk_values_are_nearest_to_what_was_planted():
@@ -100,10 +100,10 @@ def test_shrunk_values_are_nearest_to_what_was_planted():
     u, v = (part / np.linalg.norm(part) for part in (rng.normal(size=m), rng.normal(size=n)))
     noisy = x * np.outer(u, v) + rng.normal(size=(m, n))
     left, s, right = np.linalg.svd(noisy)
-    found = shrink(torch.tensor(s), (m, n), 1.0, 1.0)
-    assert found.debiased.tolist() == pytest.approx([x], rel=0.05)
+    result = shrink(torch.tensor(s), (m, n), 1.0, 1.0)
+    assert result.debiased.tolist() == pytest.approx([x], rel=0.05)
     best = x * float(left[:, 0] @ u) * float(right[0] @ v)  # the multiple of u₁v₁ᵀ that is nearest
-    assert float(found.eta[0]) == pytest.approx(best, rel=0.05)
+    assert float(result.eta[0]) == pytest.approx(best, rel=0.05)
 
 
 @pytest.mark.parametrize(("rms", "most"), [(3e-5, 0.05), (1e-5, 0.15)])
@@ -112,10 +112,10 @@ def test_low_rank_update_is_recovered(rms, most):
     cells = cells_of(w, t)
     size = fit_size(cells, rms_of(w, t))
     assert size.fro == pytest.approx(float(x.norm()), rel=0.06)
-    found = recover(cells, size)
-    assert found.z > 5
-    assert found.low_rank.rank == 4
-    mean = torch.cat(list(posterior_mean(cells, found.low_rank, found.deviation)))
+    result = recover(cells, size)
+    assert result.z > 5
+    assert result.low_rank.rank == 4
+    mean = torch.cat(list(posterior_mean(cells, result.low_rank, result.deviation)))
     recovered, plain = error(low_rank_of(mean, 4), x), error(low_rank_of(t - w, 4), x)
     assert recovered < most
     assert recovered < 0.3 * plain
@@ -125,16 +125,16 @@ def test_low_rank_update_is_recovered(rms, most):
 def test_error_of_the_estimate_is_expected(rms, noise):
     w, x, t = planted(256, 200, 4, rms, 7, noise=noise)
     cells = cells_of(w, t)
-    found = recover(cells, fit_size(cells, rms_of(w, t)))
-    low_rank = found.low_rank
+    result = recover(cells, fit_size(cells, rms_of(w, t)))
+    low_rank = result.low_rank
     off = float((x - low_rank.rows(0, 256)).square().mean().sqrt())
-    assert 0.95 * off < found.deviation < 1.4 * off
+    assert 0.95 * off < result.deviation < 1.4 * off
     # Var[x | cell] of a truncated normal distribution, written out.
-    low, high = ((end - low_rank.rows(0, 256)).double().numpy() / found.deviation for end in (cells.lo, cells.hi))
+    low, high = ((end - low_rank.rows(0, 256)).double().numpy() / result.deviation for end in (cells.lo, cells.hi))
     mass, at = ndtr(high) - ndtr(low), [norm.pdf(end) for end in (low, high)]
     variance = 1 + (low * at[0] - high * at[1]) / mass - ((at[0] - at[1]) / mass) ** 2
-    mean = torch.cat(list(posterior_mean(cells, low_rank, found.deviation)))
-    ratio = found.deviation * math.sqrt(variance.mean()) / float((mean - x).square().mean().sqrt())
+    mean = torch.cat(list(posterior_mean(cells, low_rank, result.deviation)))
+    ratio = result.deviation * math.sqrt(variance.mean()) / float((mean - x).square().mean().sqrt())
     assert 0.95 < ratio < 1.4  # by the s of the fit itself up to 2.6
 
 
@@ -157,13 +157,13 @@ def test_scaling_by_powers_of_two_is_exact(rule, shape):
     cells = cells_of(w, t)
     rows, columns = torch.randperm(shape[0]), torch.randperm(shape[1])
     size = fit_size(cells, 2.0**-15)
-    found = fit_low_rank(cells, size, rule)
+    result = fit_low_rank(cells, size, rule)
     scaled = Cells(cells.lo * 2.0**12, cells.hi * 2.0**12)
     other = fit_low_rank(scaled, fit_size(scaled, 2.0**-3), rule)
-    assert torch.equal(other.rows(0, shape[0]), found.rows(0, shape[0]) * 2.0**12)
+    assert torch.equal(other.rows(0, shape[0]), result.rows(0, shape[0]) * 2.0**12)
     moved = Cells(cells.lo[rows][:, columns], cells.hi[rows][:, columns])
     turned = fit_low_rank(moved, fit_size(moved, 2.0**-15), rule).rows(0, shape[0])
-    expected = found.rows(0, shape[0])[rows][:, columns]
+    expected = result.rows(0, shape[0])[rows][:, columns]
     assert float((turned - expected).norm() / expected.norm()) < 0.02
 
 
@@ -171,8 +171,8 @@ def test_estimate_lies_in_cells():
     w, _, t = planted(100, 80, 2, 1e-5, 13)
     cells = cells_of(w, t)
     size = fit_size(cells, rms_of(w, t))
-    found = recover(cells, size)
-    mean = torch.cat(list(posterior_mean(cells, found.low_rank, found.deviation)))
+    result = recover(cells, size)
+    mean = torch.cat(list(posterior_mean(cells, result.low_rank, result.deviation)))
     assert torch.equal((w + mean).bfloat16().float(), t)
 
 

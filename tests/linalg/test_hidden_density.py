@@ -38,28 +38,28 @@ def test_size_does_not_depend_on_the_distribution(kind):
     cells, x, still = hidden(kind, 4e-6)
     assert still > 0.94
     true = float(x.square().mean().sqrt())
-    found = fit_density(cells, fit_size(cells, 1.0).deviation)
-    assert found.deviation == pytest.approx(true, rel=0.035)
-    assert abs(math.log(found.deviation / true)) < 2.5 * found.error
-    assert 0.015 <= found.error < 0.025
+    result = fit_density(cells, fit_size(cells, 1.0).deviation)
+    assert result.deviation == pytest.approx(true, rel=0.035)
+    assert abs(math.log(result.deviation / true)) < 2.5 * result.error
+    assert 0.015 <= result.error < 0.025
 
 
 def test_likelihood_equals_definition_and_fit_maximizes_it():
     cells, _, _ = hidden("uniform", 1e-5, 60)
     unit = fit_size(cells, 1.0).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
-    found = hidden_density._compute_likelihood(cells, grid * unit, KERNEL * unit)
+    result = hidden_density._compute_likelihood(cells, grid * unit, KERNEL * unit)
     lo, hi = (side.double().numpy().reshape(-1, 1) for side in (cells.lo, cells.hi))
     z, s = grid.numpy() * unit, KERNEL * unit
     mass = sum(ndtr((hi - sign * z) / s) - ndtr((lo - sign * z) / s) for sign in (1, -1))
     expected = mass / mass.max(1, keepdims=True)
-    assert np.abs(found.numpy() - expected).max() < 5e-3
-    weights, _, features = hidden_density._fit(found, grid)
-    best = float((found @ weights).log().sum())
+    assert np.abs(result.numpy() - expected).max() < 5e-3
+    weights, _, features = hidden_density._fit(result, grid)
+    best = float((result @ weights).log().sum())
     for column in features.T:
         for step in (-0.05, 0.05):
             other = torch.softmax(weights.log() + step * column, 0)
-            assert float((found @ other).log().sum()) < best
+            assert float((result @ other).log().sum()) < best
 
 
 @pytest.mark.slow

@@ -20,15 +20,15 @@ def test_shapes_have_variance_1_and_moments_of_their_density(shape):
     assert trapezoid(density * x**2, x) == pytest.approx(1, abs=1e-6)
     assert trapezoid(density * x**4, x) == pytest.approx(shape.kurtosis, rel=1e-3)
     lo, hi = torch.tensor([[-0.5, 0.3, 1.0]]).double(), torch.tensor([[0.4, 0.5, 3.0]]).double()
-    found = shape.moments(Cells(lo, hi), 1.3)
+    result = shape.moments(Cells(lo, hi), 1.3)
     for k in range(3):
         inside = (x * 1.3 >= float(lo[0, k])) & (x * 1.3 <= float(hi[0, k]))
         mass = trapezoid(np.where(inside, density, 0), x)
         mean = trapezoid(np.where(inside, density * x, 0), x) * 1.3 / mass
         variance = trapezoid(np.where(inside, density * (x * 1.3 - mean) ** 2, 0), x) / mass
-        assert float(found.log_mass[0, k]) == pytest.approx(math.log(mass), abs=2e-3)
-        assert float(found.mean[0, k]) == pytest.approx(mean, abs=1e-3)
-        assert float(found.variance[0, k]) == pytest.approx(variance, rel=5e-3)
+        assert float(result.log_mass[0, k]) == pytest.approx(math.log(mass), abs=2e-3)
+        assert float(result.mean[0, k]) == pytest.approx(mean, abs=1e-3)
+        assert float(result.variance[0, k]) == pytest.approx(variance, rel=5e-3)
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)])
@@ -46,9 +46,9 @@ def test_hidden_entry_shape_is_estimated(kind, low, high):
     below, above = cell_halves(t, GRIDS["bfloat16"])
     cells = Cells(t - w - below, t - w + above)
     normal = fit_size(cells, 2e-5)
-    found = fit_shape(cells, normal.deviation)
-    assert low <= found.shape.kurtosis <= high
-    assert found.log_likelihood >= normal.log_likelihood - 1e-4 * abs(normal.log_likelihood)
-    edges = [cells.lo.numpy() / found.deviation, cells.hi.numpy() / found.deviation]
-    mass = sum(w * (ndtr((edges[1] - m) / s) - ndtr((edges[0] - m) / s)) for w, m, s in found.shape.parts)
-    assert found.log_likelihood == pytest.approx(float(np.log(mass).sum()), rel=1e-3)
+    result = fit_shape(cells, normal.deviation)
+    assert low <= result.shape.kurtosis <= high
+    assert result.log_likelihood >= normal.log_likelihood - 1e-4 * abs(normal.log_likelihood)
+    edges = [cells.lo.numpy() / result.deviation, cells.hi.numpy() / result.deviation]
+    mass = sum(w * (ndtr((edges[1] - m) / s) - ndtr((edges[0] - m) / s)) for w, m, s in result.shape.parts)
+    assert result.log_likelihood == pytest.approx(float(np.log(mass).sum()), rel=1e-3)

@@ -83,9 +83,9 @@ def test_exact_plan_counts_float64_copies_and_lapack(shape):
     both = limits.whole_bytes(shape, Allowance(0, "exact", vectors=True))
     assert values >= matrix + 16 * small * large
     assert both - values > 16 * small * (small + large)
-    for needed, asked in ((values, {}), (both, {"vectors": True})):
-        assert Allowance(needed, "exact", **asked).holds(shape)
-        assert not Allowance(needed - 1, "exact", **asked).holds(shape)
+    for needed, options in ((values, {}), (both, {"vectors": True})):
+        assert Allowance(needed, "exact", **options).holds(shape)
+        assert not Allowance(needed - 1, "exact", **options).holds(shape)
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,12 +101,12 @@ def test_all_values_equal_float64_for_any_blocks(shape, rows, dtype, scale, in_p
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     fro = math.sqrt((true**2).sum())
     least = limits.READING_BYTES + limits.gram_bytes(shape, Allowance(0), in_place)
-    found = decompose_streamed(streamed(torch.from_numpy(matrix), rows), Allowance(least), fro)
-    assert found.method == "gram"
-    assert found.complete
-    assert np.abs(found.s.numpy() - true).max() <= 1e-7 * true[0]
+    result = decompose_streamed(streamed(torch.from_numpy(matrix), rows), Allowance(least), fro)
+    assert result.method == "gram"
+    assert result.complete
+    assert np.abs(result.s.numpy() - true).max() <= 1e-7 * true[0]
     curve = np.cumsum(true**2) / fro**2
-    assert np.abs(np.cumsum(found.s.numpy() ** 2) / fro**2 - curve).max() <= found.energy_error + 1e-12
+    assert np.abs(np.cumsum(result.s.numpy() ** 2) / fro**2 - curve).max() <= result.energy_error + 1e-12
 
 
 def test_norm_beyond_float32_is_computed():
@@ -114,9 +114,9 @@ def test_norm_beyond_float32_is_computed():
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     fro = math.sqrt((true**2).sum())
     assert fro > float(np.finfo(np.float32).max)
-    found = decompose_streamed(streamed(torch.from_numpy(matrix), 20), Allowance(PLENTY, "gram"), fro)
-    np.testing.assert_allclose(found.s, true, rtol=1e-9)
-    assert found.fro == fro
+    result = decompose_streamed(streamed(torch.from_numpy(matrix), 20), Allowance(PLENTY, "gram"), fro)
+    np.testing.assert_allclose(result.s, true, rtol=1e-9)
+    assert result.fro == fro
 
 
 @pytest.mark.parametrize("shape", [(700, 600), (600, 700)], ids=str)
@@ -125,24 +125,24 @@ def test_top_values_equal_whole_matrix_with_same_certificate(shape, rows):
     matrix = power_law(*shape)
     whole = decompose(torch.from_numpy(matrix), "krylov", top=24, vectors=True)
     blocks = streamed(torch.from_numpy(matrix), rows)
-    found = decompose_streamed(blocks, Allowance(PLENTY, "krylov", top=24, vectors=True), whole.fro)
+    result = decompose_streamed(blocks, Allowance(PLENTY, "krylov", top=24, vectors=True), whole.fro)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:24]
-    assert found.method == whole.method
-    assert found.method.startswith("krylov")
-    missed = (np.cumsum(true**2) - np.cumsum(found.s.numpy() ** 2)).max() / whole.fro**2
-    assert -1e-12 <= missed <= found.energy_error <= 5e-4
-    assert found.s.numpy() == pytest.approx(whole.s.numpy(), rel=1e-5)
-    core = found.u.T.numpy() @ matrix.astype(np.float64) @ found.vh.T.numpy()
-    assert np.abs(core - np.diag(found.s.numpy())).max() <= 1e-6 * true[0]
-    assert (found.u.gather(0, found.u.abs().argmax(0, keepdim=True)) > 0).all()
+    assert result.method == whole.method
+    assert result.method.startswith("krylov")
+    missed = (np.cumsum(true**2) - np.cumsum(result.s.numpy() ** 2)).max() / whole.fro**2
+    assert -1e-12 <= missed <= result.energy_error <= 5e-4
+    assert result.s.numpy() == pytest.approx(whole.s.numpy(), rel=1e-5)
+    core = result.u.T.numpy() @ matrix.astype(np.float64) @ result.vh.T.numpy()
+    assert np.abs(core - np.diag(result.s.numpy())).max() <= 1e-6 * true[0]
+    assert (result.u.gather(0, result.u.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 def test_vectors_from_gram_matrix_of_row_blocks():
     for shape in ((90, 60), (60, 90)):
         matrix = power_law(*shape, dtype=np.float64)
         blocks = streamed(torch.from_numpy(matrix), 7)
-        found = decompose_streamed(blocks, Allowance(PLENTY, "gram", vectors=True), float(np.linalg.norm(matrix)))
-        assert np.abs((found.u * found.s @ found.vh).numpy() - matrix).max() < 1e-12
+        result = decompose_streamed(blocks, Allowance(PLENTY, "gram", vectors=True), float(np.linalg.norm(matrix)))
+        assert np.abs((result.u * result.s @ result.vh).numpy() - matrix).max() < 1e-12
 
 
 def test_flat_spectrum_falls_back_to_gram_or_states_memory():

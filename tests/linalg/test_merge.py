@@ -82,8 +82,8 @@ def counted(dtype, w, m, b, a, s=1.0):
 def test_every_documented_merge_is_correct(problem, path, s):
     dtype, w, b, a = problem
     m = merged(path, dtype, w, b, a, s)
-    found = counted(dtype, w, m, b, a, s)
-    assert found.count == 0
+    result = counted(dtype, w, m, b, a, s)
+    assert result.count == 0
 
 
 @settings(deadline=None, max_examples=150)
@@ -103,8 +103,8 @@ def test_wrong_scale_above_rounding_fails(problem, path, factor, s):
     # Half a spacing for each of the two roundings of M that could hide it, and all that ΔW itself may be off by.
     above = np.abs((factor - 1) * change) > grain + 1.02 * (2 * u * np.abs(change) + (6 * u + 2.0**-20) * product)
     above &= np.abs((factor - 1) * change) > 20 * small * (2 + s + np.abs(b).sum() + np.abs(a).sum())
-    found = counted(dtype, w, m, b, a, s)
-    assert found.count >= int(above.sum()) > 0 or not above.any()
+    result = counted(dtype, w, m, b, a, s)
+    assert result.count >= int(above.sum()) > 0 or not above.any()
 
 
 def test_counts_equal_direct_count():
@@ -116,11 +116,11 @@ def test_counts_equal_direct_count():
     at = [(3, 4), (3, 5), (17, 29)]
     for row, column in at:
         m[row, column] += 2 * float(ulp(torch.tensor(m[row, column]), torch.bfloat16))
-    found = counted(torch.bfloat16, w, m, b, a)
-    assert found.count == 3
-    assert found.beyond[0].nonzero().flatten().tolist() == [3, 17]
-    assert found.beyond[1].nonzero().flatten().tolist() == [4, 5, 29]
-    assert 1.5 < found.worst < 2.5
+    result = counted(torch.bfloat16, w, m, b, a)
+    assert result.count == 3
+    assert result.beyond[0].nonzero().flatten().tolist() == [3, 17]
+    assert result.beyond[1].nonzero().flatten().tolist() == [4, 5, 29]
+    assert 1.5 < result.worst < 2.5
 
 
 def test_merge_sums_equal_numpy():
@@ -130,13 +130,13 @@ def test_merge_sums_equal_numpy():
     m, d = bf16_of_float64(w + b @ a), b @ a
     stored_w, stored_m, left, right = tensors(w, m, b, a)
     blocks = [(stored_w[i:j].bfloat16(), stored_m[i:j].bfloat16(), None) for i, j in pairwise([0, 7, 30, 50])]
-    found = check_merge(blocks, (50, 700), Product(left, right), rounding_of(torch.bfloat16))
+    result = check_merge(blocks, (50, 700), Product(left, right), rounding_of(torch.bfloat16))
     o = m - w
     expected = [(o * d).sum(), (d**2).sum(), (o**2).sum(), ((o - d) ** 2).sum(), (w**2).sum()]
-    ours = [found.inner, found.expected, found.observed, found.residual, found.base]
+    ours = [result.inner, result.expected, result.observed, result.residual, result.base]
     assert np.allclose(ours, expected, rtol=1e-12)
-    assert (found.unchanged, found.entries) == (int((m == w).sum()), m.size)
-    assert 0.99 * (m != w).sum() < found.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
+    assert (result.unchanged, result.entries) == (int((m == w).sum()), m.size)
+    assert 0.99 * (m != w).sum() < result.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
 
 
 def test_small_update_is_rounded_entrywise():
@@ -204,8 +204,8 @@ def test_non_finite_entry_is_named(side, bad):
     sides = [torch.ones(2, 3), torch.ones(2, 3)]
     sides[bad][1, 2] = float("nan")
     empty = Product(torch.zeros(2, 0, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64))
-    found = check_merge([(*sides, None)], (2, 3), empty, rounding_of(torch.float32))
-    assert (found.base_non_finite, found.non_finite)[bad] == f"{side} holds nan at [1, 2]"
+    result = check_merge([(*sides, None)], (2, 3), empty, rounding_of(torch.float32))
+    assert (result.base_non_finite, result.non_finite)[bad] == f"{side} holds nan at [1, 2]"
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.05, 0.95])
@@ -215,9 +215,9 @@ def test_scale_within_entry_rounding_is_detected(factor):
     w = bf16_of_float64(rng.standard_normal((96, 96)) * 0.02)
     b, a = rng.standard_normal((96, 512)) * 0.05, rng.standard_normal((512, 96)) * 0.1
     for change in (b @ a, bf16_of_float64(b) @ bf16_of_float64(a)):
-        found = counted(torch.bfloat16, w, bf16_of_float64(w + factor * change), b, a)
-        assert found.count == 0
-        assert found.drifted == (factor != 1.0)
+        result = counted(torch.bfloat16, w, bf16_of_float64(w + factor * change), b, a)
+        assert result.count == 0
+        assert result.drifted == (factor != 1.0)
 
 
 @settings(deadline=None, max_examples=100)

@@ -160,8 +160,8 @@ def test_krylov_certificate_is_never_broken(spectrum, shape):
     factors = decompose(torch.from_numpy(matrix), "krylov", top=K, seed=seed, vectors=True)
     s = true_values(matrix)
     assert factors.energy_error <= 5e-4
-    found, true = np.cumsum(factors.s.numpy() ** 2), np.cumsum(s[:K] ** 2)
-    assert ((true - found) / (s**2).sum()).max() <= factors.energy_error
+    result, true = np.cumsum(factors.s.numpy() ** 2), np.cumsum(s[:K] ** 2)
+    assert ((true - result) / (s**2).sum()).max() <= factors.energy_error
     assert np.all(factors.s.numpy() <= s[:K] * (1 + 1e-9) + 1e-9 * s[0])
     assert not factors.complete
     u, vh = factors.u.numpy(), factors.vh.numpy()
@@ -275,9 +275,9 @@ def test_eigenvalues_in_place_are_same(monkeypatch):
     plain = decompose(torch.from_numpy(matrix), "gram")
     monkeypatch.setattr(gram, "IN_PLACE_FROM", 1)
     for shape in (matrix, matrix.T.copy()):
-        found = decompose(torch.from_numpy(shape), "gram")
-        check(found, shape)
-        assert torch.allclose(found.s, plain.s, rtol=1e-9, atol=1e-9)
+        result = decompose(torch.from_numpy(shape), "gram")
+        check(result, shape)
+        assert torch.allclose(result.s, plain.s, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -56,21 +56,21 @@ def test_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
     base = torch.randn(20, 30, generator=rng, dtype=torch.float64) * 0.02
     tuned = base + torch.randn(20, 30, generator=rng, dtype=torch.float64) * 1e-4 * scale
     stored = base.to(dtype), tuned.to(dtype)
-    found = difference([stored], (20, 30), CPU)
+    result = difference([stored], (20, 30), CPU)
     error = np.linalg.norm((as_numpy(stored[1]) - as_numpy(stored[0])) - (tuned - base).numpy())
-    assert error <= found.rounding.bound
+    assert error <= result.rounding.bound
     by_definition = sum(math.sqrt(sum((ulp(float(w), dtype) / 2) ** 2 for w in side.reshape(-1))) for side in stored)
-    assert found.rounding.bound == pytest.approx(by_definition, rel=3e-6)
+    assert result.rounding.bound == pytest.approx(by_definition, rel=3e-6)
 
 
 def test_finer_tuned_dtype_makes_base_exact():
     base = torch.randn(20, 30).bfloat16()
     tuned = base.float() + torch.randn(20, 30) * 1e-5
-    found = difference([(base, tuned)], (20, 30), CPU)
-    assert found.mantissa == (7, 23)
-    assert found.rounding.bound < 1e-6 * found.base_fro
+    result = difference([(base, tuned)], (20, 30), CPU)
+    assert result.mantissa == (7, 23)
+    assert result.rounding.bound < 1e-6 * result.base_fro
     coarse = difference([(base, tuned.bfloat16())], (20, 30), CPU)
-    assert coarse.rounding.bound > 1e-3 * found.base_fro
+    assert coarse.rounding.bound > 1e-3 * result.base_fro
 
 
 STORED = [
@@ -107,9 +107,9 @@ def test_full_precision_values_are_unchanged(dtype):
 def test_one_column_does_not_decide():
     values = torch.randn(256, 4096).bfloat16().float()
     values[:, 0] = torch.rand(256)
-    found = of(values)
-    assert torch.equal(found[:, 1:], of(values[:, 1:].bfloat16()))
-    assert float((found[:, 0] / values[:, 0]).max()) < 2.0**-22
+    result = of(values)
+    assert torch.equal(result[:, 1:], of(values[:, 1:].bfloat16()))
+    assert float((result[:, 0] / values[:, 0]).max()) < 2.0**-22
 
 
 def test_quantized_side_uses_step_of_its_format():
@@ -117,13 +117,13 @@ def test_quantized_side_uses_step_of_its_format():
     step = torch.rand(6, 5)
     halves = [(base[:3], tuned[:3]), (base[3:], tuned[3:])]
     steps = [(step[:3].reshape(-1), None), (step[3:].reshape(-1), None)]
-    found = difference(halves, (6, 5), CPU, steps=steps)
+    result = difference(halves, (6, 5), CPU, steps=steps)
     plain = difference(halves, (6, 5), CPU)
     expected = np.linalg.norm(as_numpy(step)) / 2
-    assert found.rounding.bound == pytest.approx(expected, rel=1e-4)
-    assert found.rounding.bound > 1000 * plain.rounding.bound
-    assert found.mantissa == (0, 23)
-    assert torch.equal(found.matrix, plain.matrix)
+    assert result.rounding.bound == pytest.approx(expected, rel=1e-4)
+    assert result.rounding.bound > 1000 * plain.rounding.bound
+    assert result.mantissa == (0, 23)
+    assert torch.equal(result.matrix, plain.matrix)
 
 
 def noise(found):
@@ -152,15 +152,15 @@ def planted(rank: int, rms: float, n: int = 512):
 )
 def test_verdicts_on_planted_updates(rms, expected):
     base, tuned, delta = planted(8, rms)
-    found = difference([(base, tuned)], base.shape, CPU)
+    result = difference([(base, tuned)], base.shape, CPU)
     s = np.linalg.svd(as_numpy(tuned) - as_numpy(base), compute_uv=False)
-    signal = signal_rank(s, noise(found).edge, complete=True)
-    noise_fro = noise(found).fro
-    assert verdict(noise_fro, found.fro, signal) == expected
+    signal = signal_rank(s, noise(result).edge, complete=True)
+    noise_fro = noise(result).fro
+    assert verdict(noise_fro, result.fro, signal) == expected
     if rms >= 3e-5:
         assert signal == 8
     error = np.linalg.norm(as_numpy(tuned) - as_numpy(base) - delta)
-    assert error <= found.rounding.bound
+    assert error <= result.rounding.bound
     if rms >= 3e-4:  # few entries unchanged: the error is noise, and one side of two was rounded
         assert noise_fro / math.sqrt(2) == pytest.approx(error, rel=0.05)
 
@@ -169,11 +169,11 @@ def test_full_rank_float32_update_stays_resolved():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((100, 80)).astype(np.float32))
     tuned = base + torch.from_numpy((rng.standard_normal((100, 80)) * 1e-3).astype(np.float32))
-    found = difference([(base, tuned)], (100, 80), CPU)
+    result = difference([(base, tuned)], (100, 80), CPU)
     s = np.linalg.svd(as_numpy(tuned) - as_numpy(base), compute_uv=False)
-    signal = signal_rank(s, noise(found).edge, complete=True)
+    signal = signal_rank(s, noise(result).edge, complete=True)
     assert signal == 80
-    assert verdict(noise(found).fro, found.fro, signal) == "resolved"
+    assert verdict(noise(result).fro, result.fro, signal) == "resolved"
 
 
 def test_signal_rank_of_part_of_spectrum():

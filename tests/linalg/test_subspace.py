@@ -31,16 +31,16 @@ def test_shares_equal_dense_projections_for_any_blocks(m, n, seed, rows, scale):
     ranks = tuple(range(1, min(m, n) + 1))
     u, _, vh = np.linalg.svd(delta)
     u, v = torch.from_numpy(u[:, : ranks[-1]].copy()), torch.from_numpy(vh[: ranks[-1]].T.copy())
-    found = shares(torch.from_numpy(gradient).split(rows), u, v, ranks)
-    assert found.fro == pytest.approx(np.linalg.norm(gradient), rel=1e-12)
+    result = shares(torch.from_numpy(gradient).split(rows), u, v, ranks)
+    assert result.fro == pytest.approx(np.linalg.norm(gradient), rel=1e-12)
     for at, rank in enumerate(ranks):
         expected = dense_overlaps(delta, gradient, rank)
-        assert found.both[at] == pytest.approx(expected["kappa"], abs=1e-10)
-        assert found.left[at] == pytest.approx(expected["left"], abs=1e-10)
-        assert found.right[at] == pytest.approx(expected["right"], abs=1e-10)
-        assert found.tangent[at] == pytest.approx(expected["tangent"], abs=1e-10)
-        assert 0 <= found.both[at] <= min(found.left[at], found.right[at])
-        assert max(found.left[at], found.right[at]) <= found.tangent[at] <= 1
+        assert result.both[at] == pytest.approx(expected["kappa"], abs=1e-10)
+        assert result.left[at] == pytest.approx(expected["left"], abs=1e-10)
+        assert result.right[at] == pytest.approx(expected["right"], abs=1e-10)
+        assert result.tangent[at] == pytest.approx(expected["tangent"], abs=1e-10)
+        assert 0 <= result.both[at] <= min(result.left[at], result.right[at])
+        assert max(result.left[at], result.right[at]) <= result.tangent[at] <= 1
 
 
 def test_gradient_overlap_is_one_inside_and_zero_outside():
@@ -48,10 +48,10 @@ def test_gradient_overlap_is_one_inside_and_zero_outside():
     u, v = np.linalg.qr(rng.standard_normal((40, 40)))[0], np.linalg.qr(rng.standard_normal((30, 30)))[0]
     inside, outside = u[:, :4] @ rng.standard_normal((4, 4)) @ v[:, :4].T, u[:, 4:] @ v[:, 4:20].T.repeat(3, 0)[:36]
     left, right = torch.from_numpy(u[:, :4].copy()), torch.from_numpy(v[:, :4].copy())
-    found = shares([torch.from_numpy(inside)], left, right, [4])
-    assert (found.both[0], found.tangent[0]) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-12))
-    found = shares([torch.from_numpy(outside)], left, right, [4])
-    assert found.tangent[0] == pytest.approx(0, abs=1e-12)
+    result = shares([torch.from_numpy(inside)], left, right, [4])
+    assert (result.both[0], result.tangent[0]) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-12))
+    result = shares([torch.from_numpy(outside)], left, right, [4])
+    assert result.tangent[0] == pytest.approx(0, abs=1e-12)
 
 
 def test_gradient_at_optimum_is_outside_reach():
@@ -74,8 +74,8 @@ def test_random_subspaces_meet_baselines_within_sampling_error(shape, gradient_r
     draws = []
     for _ in range(400):
         u, v = torch.from_numpy(random_basis(rng, m, rank)), torch.from_numpy(random_basis(rng, n, rank))
-        found = shares(blocks, u, v, [rank])
-        draws.append([found.both[0] ** 2, found.tangent[0] ** 2, found.left[0] ** 2, found.right[0] ** 2])
+        result = shares(blocks, u, v, [rank])
+        draws.append([result.both[0] ** 2, result.tangent[0] ** 2, result.left[0] ** 2, result.right[0] ** 2])
     mean, error = np.mean(draws, 0), np.std(draws, 0) / 20
     expected = np.array(overlap_by_chance(shape, rank)) ** 2
     assert (np.abs(mean - expected) < 4 * error).all(), (mean, expected, error)

@@ -62,11 +62,11 @@ def test_moments_equal_definition(dtype, error, rounded, scale, mean, center, ha
     start = tuple(h * 10**ratio for ratio in ratios) if rounded else None
     numbers = [center * s - h, center * s + h, *(start or ()), mean * s]
     lo, hi, *start, mu = (float(torch.tensor(x, dtype=dtype)) for x in numbers)  # as they are in the dtype
-    found = moments(one(lo, hi, start, dtype), mu, s)
+    result = moments(one(lo, hi, start, dtype), mu, s)
     expected = by_definition(lo, hi, start or None, mu, s)
-    assert abs(float(found.mean) - expected[0]) <= error * math.sqrt(expected[1])
-    assert float(found.variance) == pytest.approx(expected[1], rel=error)
-    assert float(found.log_mass) == pytest.approx(expected[2], abs=error)
+    assert abs(float(result.mean) - expected[0]) <= error * math.sqrt(expected[1])
+    assert float(result.variance) == pytest.approx(expected[1], rel=error)
+    assert float(result.log_mass) == pytest.approx(expected[2], abs=error)
 
 
 @given(power=st.integers(-20, 20), seed=st.integers(0, 99), rounded=st.booleans())
@@ -87,20 +87,20 @@ def test_mean_lies_in_cell(seed, far):
     rng = np.random.default_rng(seed)
     lo = torch.tensor(rng.normal(size=(3, 7)) * far)
     hi = lo + torch.tensor(np.exp(rng.uniform(-8, 3, size=(3, 7))))
-    found = moments(Cells(lo, hi), 0.0, 1.0)
+    result = moments(Cells(lo, hi), 0.0, 1.0)
     slack = 1e-12 * (1 + lo.abs())
-    assert (found.mean >= lo - slack).all()
-    assert (found.mean <= hi + slack).all()
-    assert (found.variance <= torch.minimum((hi - lo) ** 2 / 4, torch.ones(())) * (1 + 1e-9)).all()
+    assert (result.mean >= lo - slack).all()
+    assert (result.mean <= hi + slack).all()
+    assert (result.variance <= torch.minimum((hi - lo) ** 2 / 4, torch.ones(())) * (1 + 1e-9)).all()
 
 
 def test_unbounded_cell_gives_no_information():
     wide = Cells(torch.full((1, 2), -math.inf), torch.full((1, 2), math.inf), torch.ones(1, 2), torch.ones(1, 2))
     for cells in (wide, wide.exact_start()):
-        found = moments(cells, torch.tensor([[0.0, 3.0]]), 2.0)
-        assert torch.allclose(found.mean, torch.tensor([[0.0, 3.0]]), atol=1e-6)
-        assert torch.allclose(found.variance, torch.full((1, 2), 4.0), rtol=1e-4)
-        assert torch.allclose(found.log_mass, torch.zeros(1, 2), atol=1e-5)
+        result = moments(cells, torch.tensor([[0.0, 3.0]]), 2.0)
+        assert torch.allclose(result.mean, torch.tensor([[0.0, 3.0]]), atol=1e-6)
+        assert torch.allclose(result.variance, torch.full((1, 2), 4.0), rtol=1e-4)
+        assert torch.allclose(result.log_mass, torch.zeros(1, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [None, (0.25, 0.5), (2e-7, 1e-7)], ids=str)
@@ -109,9 +109,9 @@ def test_cell_of_one_float32_spacing_has_moments(at, mean, start):
     """t loses the ends of such a cell where the mean is far."""
     lo = torch.tensor(at)
     hi = torch.nextafter(lo, torch.tensor(math.inf))
-    found = moments(one(float(lo), float(hi), start, torch.float32), mean, 1.0)
+    result = moments(one(float(lo), float(hi), start, torch.float32), mean, 1.0)
     # What goes beyond float32's own rounding of t is checked against float64.
     exact = moments(one(float(lo), float(hi), start, torch.float64), mean, 1.0)
-    assert abs(float(found.mean - exact.mean)) <= 4e-7 * max(1.0, abs(mean))
-    assert float(found.variance) <= float(exact.variance) + 1e-6 * max(1.0, mean**2)
-    assert float(found.log_mass) == pytest.approx(float(exact.log_mass), abs=0.2, rel=1e-5)
+    assert abs(float(result.mean - exact.mean)) <= 4e-7 * max(1.0, abs(mean))
+    assert float(result.variance) <= float(exact.variance) + 1e-6 * max(1.0, mean**2)
+    assert float(result.log_mass) == pytest.approx(float(exact.log_mass), abs=0.2, rel=1e-5)

@@ -35,9 +35,9 @@ def test_rho_within_groups_ignores_group_means():
 @pytest.mark.parametrize("groups", [None, [0, 0, 0, 1, 1, 1]])
 def test_p_value_equals_exact_permutation_fraction(groups):
     x, y = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 3.0, 6.0, 4.0, 5.0]
-    found = abs(spearman(x, y, groups))
+    result = abs(spearman(x, y, groups))
     orders = [order for order in permutations(range(6)) if groups is None or {*order[:3]} == {0, 1, 2}]
-    far = [abs(spearman(x, [y[i] for i in order], groups)) >= found - 1e-12 for order in orders]
+    far = [abs(spearman(x, [y[i] for i in order], groups)) >= result - 1e-12 for order in orders]
     assert p_value(x, y, groups) == pytest.approx(np.mean(far), abs=0.015)
 
 

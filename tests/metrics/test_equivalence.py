@@ -47,12 +47,12 @@ def test_interval_and_confidence_equal_scipy():
     rng = np.random.default_rng(1)
     one, two = rng.normal(size=5), rng.normal(0.3, 2.0, size=4)
     error, freedom = welch((one.var(ddof=1) / 5, 4), (two.var(ddof=1) / 4, 3))
-    found = Estimate(one.mean() - two.mean(), error, freedom)
+    result = Estimate(one.mean() - two.mean(), error, freedom)
     truth = stats.ttest_ind(one, two, equal_var=False)
     low, high = truth.confidence_interval(2 * LEVEL - 1)
-    np.testing.assert_allclose([found.value - found.half(), found.value + found.half()], [low, high])
+    np.testing.assert_allclose([result.value - result.half(), result.value + result.half()], [low, high])
     less = stats.ttest_ind(one, two, equal_var=False, alternative="less").pvalue
-    np.testing.assert_allclose(found.below(0.0), 1 - less)
+    np.testing.assert_allclose(result.below(0.0), 1 - less)
     spread, freedom = variance_within([one, two])
     assert freedom == 7
     np.testing.assert_allclose(spread, (one.var(ddof=1) * 4 + two.var(ddof=1) * 3) / 7)
@@ -65,8 +65,8 @@ def test_limit_is_missed_in_one_case_of_twenty(n):
     for _ in range(2000):
         losses = rng.normal(size=(3, n)) + rng.normal(size=n)  # equal means; a seed's own part in all three
         variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
-        found = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
-        missed += found.value + found.half() < 0
+        result = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
+        missed += result.value + result.half() < 0
     assert abs(missed / 2000 - 0.05) < 3.5 * math.sqrt(0.05 * 0.95 / 2000)
 
 
@@ -77,8 +77,8 @@ def test_planned_runs_have_power_80_percent():
     for _ in range(1000):
         losses = rng.normal(size=(3, n)) + np.array([[0.0], [0.5], [0.5]])
         variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
-        found = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
-        decided += found.value + found.half() < 0
+        result = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
+        decided += result.value + result.half() < 0
     assert 0.76 < decided / 1000 < 0.86
     assert runs_needed(0.25, math.sqrt(2), 2) > 3 * n
     assert runs_needed(0.5, 2 * math.sqrt(2), 2) > 3 * n

@@ -47,13 +47,13 @@ def test_error_squared_and_energy_are_one(s, rank):
 @given(values, st.integers(1, 40), st.integers(0, 45))
 def test_errors_of_incomplete_spectrum(s, top, rank):
     fro = math.sqrt(float((s**2).sum()))
-    found = truncation_error(s[:top], fro, rank, complete=False)
+    result = truncation_error(s[:top], fro, rank, complete=False)
     if rank > min(top, len(s)):
-        assert found is None
+        assert result is None
         return
     exact, _ = truncation_error(s, fro, rank, complete=True)
-    assert found[0] == pytest.approx(exact, abs=1e-7 * fro)  # √ of a few rounding errors in ‖A‖² and in what is kept
-    assert found[1] == (s[rank] if rank < min(top, len(s)) else None)
+    assert result[0] == pytest.approx(exact, abs=1e-7 * fro)  # √ of a few rounding errors in ‖A‖² and in what is kept
+    assert result[1] == (s[rank] if rank < min(top, len(s)) else None)
 
 
 def test_exact_threshold_is_met():
@@ -93,15 +93,15 @@ def test_equal_singular_values_have_full_ranks():
 def test_random_subspace_angles_follow_their_distribution(first, second, dimension):
     """Against simulated subspaces; and exactly in the mean squared cosine, max(p, q)/m."""
     rng = np.random.default_rng(dimension)
-    found = []
+    result = []
     for _ in range(80):
         u, v = (np.linalg.qr(rng.normal(size=(dimension, k)))[0] for k in (first, second))
-        found += list(np.clip(np.linalg.svd(u.T @ v, compute_uv=False), 0, 1))
+        result += list(np.clip(np.linalg.svd(u.T @ v, compute_uv=False), 0, 1))
     grid = np.linspace(0, 1, 4001)
     shares = random_angles(grid, first, second, dimension)
     assert shares[-1] == 1
     assert np.all(np.diff(shares) >= 0)
-    simulated = np.searchsorted(np.sort(found), grid[:-1], side="right") / len(found)
+    simulated = np.searchsorted(np.sort(result), grid[:-1], side="right") / len(result)
     # Small spaces spread beyond the edges of the law, by about 1/√(p·q) of its mass.
     assert np.abs(shares[:-1] - simulated).max() < 0.05 + 0.3 / np.sqrt(first * second)
     mean = float(np.sum(np.diff(shares) * (grid[1:] ** 2 + grid[:-1] ** 2) / 2))

@@ -72,17 +72,17 @@ def test_noise_edge_equals_minimum_of_scipy(spread, pole):
         return target / p / q
 
     top = math.log(most_p)
-    found = optimize.minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-8})
+    result = optimize.minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-8})
     edge, at = _minimize_edge(a, b, pole * a.max(), pole * b.max())
-    assert edge == pytest.approx(min(found.fun, squared(top)), rel=1e-6)
-    assert at == pytest.approx(found.x if found.fun < squared(top) else top, abs=1e-3)
+    assert edge == pytest.approx(min(result.fun, squared(top)), rel=1e-6)
+    assert at == pytest.approx(result.x if result.fun < squared(top) else top, abs=1e-3)
 
 
 def seen(base, tuned):
-    found = difference([(base, tuned)], base.shape, CPU)
+    result = difference([(base, tuned)], base.shape, CPU)
     s = np.linalg.svd((tuned.double() - base.double()).numpy(), compute_uv=False)
-    own = noise_of(found.rounding.noise, found.rounding.sides)
-    return found, own, signal_rank(s, own.edge, complete=True)
+    own = noise_of(result.rounding.noise, result.rounding.sides)
+    return result, own, signal_rank(s, own.edge, complete=True)
 
 
 def planted(rng, shape, rank, rms):
@@ -106,11 +106,11 @@ def test_rounded_copy_has_no_signal():
     rng = np.random.default_rng(0)
     for _ in range(5):
         start = heteroscedastic(rng).float()
-        found, own, signal = seen(start.bfloat16(), start)
+        result, own, signal = seen(start.bfloat16(), start)
         assert signal == 0
-        assert found.rounding.start == "rounded"
-        assert found.rounding.base_rounding[0] == pytest.approx(1.0, abs=0.1)
-        assert own.fro == pytest.approx(found.fro, rel=0.05)
+        assert result.rounding.start == "rounded"
+        assert result.rounding.base_rounding[0] == pytest.approx(1.0, abs=0.1)
+        assert own.fro == pytest.approx(result.fro, rel=0.05)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -132,10 +132,10 @@ def test_rounded_base_is_detected_despite_outlier(share):
 def test_changes_proportional_to_weight_are_not_rounding(kind):
     shares = [share for share in starts.SHARES if share >= 0.03]
     for weights in starts.WEIGHTS:
-        said = starts.starts(weights, kind, (256, 256), 0)
-        assert {"rounded", "unknown"} >= {said[share, "rounded"] for share in shares}
-        assert {"exact", "unknown"} >= {said[share, "exact"] for share in shares}
-        assert (said[0.3, "rounded"], said[0.3, "exact"]) == ("rounded", "exact")
+        text = starts.starts(weights, kind, (256, 256), 0)
+        assert {"rounded", "unknown"} >= {text[share, "rounded"] for share in shares}
+        assert {"exact", "unknown"} >= {text[share, "exact"] for share in shares}
+        assert (text[0.3, "rounded"], text[0.3, "exact"]) == ("rounded", "exact")
 
 
 def test_unknown_start_counts_rounding_of_base():
@@ -147,8 +147,8 @@ def test_unknown_start_counts_rounding_of_base():
     moves = planted(rng, start.shape, 4, 1.0)
     moves *= error * math.sqrt(1 / 1e-3 - 1) / float(moves.norm())
     for origin, true in ((start.double(), error), (base.double(), 0.0)):
-        found, own, signal = seen(base, (origin + moves).float())
-        assert (found.rounding.start, signal) == ("unknown", 4)
+        result, own, signal = seen(base, (origin + moves).float())
+        assert (result.rounding.start, signal) == ("unknown", 4)
         assert own.fro == pytest.approx(error, rel=0.02)
         assert true <= 1.02 * own.fro
 
@@ -183,9 +183,9 @@ def test_sparse_update_noise_is_at_changed_entries():
     for trained in (torch.from_numpy(rng.random(base.shape)) < 0.05, torch.arange(256)[:, None] < 10):
         true = torch.where(trained, delta, 0.0)
         tuned = (base.double() + true).bfloat16()
-        found, own, _ = seen(base, tuned)
+        result, own, _ = seen(base, tuned)
         error = (tuned.double() - base.double() - true).norm()
-        assert found.rounding.untouched == pytest.approx(1 - float(trained.double().mean()), abs=0.03)
+        assert result.rounding.untouched == pytest.approx(1 - float(trained.double().mean()), abs=0.03)
         assert own.fro == pytest.approx(math.sqrt(2) * float(error), rel=0.1)  # both sides count
 
 
@@ -193,16 +193,16 @@ def test_absorbed_update_is_not_sparse():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
     tuned = (base.double() + torch.from_numpy(rng.standard_normal(base.shape) * 1e-5)).bfloat16()
-    found, own, signal = seen(base, tuned)
-    assert found.unchanged > 0.85
-    assert found.rounding.untouched < 0.2
-    assert own.fro > 0.7 * found.fro
+    result, own, signal = seen(base, tuned)
+    assert result.unchanged > 0.85
+    assert result.rounding.untouched < 0.2
+    assert own.fro > 0.7 * result.fro
     assert signal == 0
 
 
 @pytest.mark.parametrize("rows", [10, 20, 30])
 def test_few_entries_do_not_make_absorbed_update_sparse(rows):
-    said = []
+    text = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         base = torch.from_numpy(rng.standard_normal((rows, 10)) * 0.02).bfloat16()
@@ -210,29 +210,29 @@ def test_few_entries_do_not_make_absorbed_update_sparse(rows):
             base.double() + torch.from_numpy(rng.standard_normal(base.shape) * 10 ** rng.uniform(-5, -4))
         ).bfloat16()
         if (tuned != base).any():
-            said.append(difference([(base, tuned)], base.shape, CPU).rounding.untouched)
-    assert max(said) < 0.2
+            text.append(difference([(base, tuned)], base.shape, CPU).rounding.untouched)
+    assert max(text) < 0.2
 
 
 @pytest.mark.parametrize("rows", [20, 30])
 def test_few_entries_show_sparse_update(rows):
-    said = []
+    text = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         base = torch.from_numpy(rng.standard_normal((rows, 10)) * 0.02).bfloat16()
         moves = torch.from_numpy(np.where(rng.random(base.shape) < 0.1, rng.standard_normal(base.shape) * 1e-2, 0.0))
         tuned = (base.double() + moves).bfloat16()
-        said.append(difference([(base, tuned)], base.shape, CPU).rounding.untouched)
-    assert np.mean(said) == pytest.approx(0.9, abs=0.08)
+        text.append(difference([(base, tuned)], base.shape, CPU).rounding.untouched)
+    assert np.mean(text) == pytest.approx(0.9, abs=0.08)
 
 
 def test_subtraction_rounding_is_not_a_signal():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
     tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()
-    found = difference([(base, tuned)], base.shape, CPU)
-    s = np.linalg.svd(found.matrix.double().numpy(), compute_uv=False)
-    assert signal_rank(s, noise_of(found.rounding.noise, found.rounding.sides).edge, complete=True) == 8
+    result = difference([(base, tuned)], base.shape, CPU)
+    s = np.linalg.svd(result.matrix.double().numpy(), compute_uv=False)
+    assert signal_rank(s, noise_of(result.rounding.noise, result.rounding.sides).edge, complete=True) == 8
 
 
 def test_gram_rounding_is_not_a_signal():
@@ -240,9 +240,9 @@ def test_gram_rounding_is_not_a_signal():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((512, 256)) * 0.02).float()
     tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()
-    found = difference([(base, tuned)], base.shape, CPU)
-    factors = decompose(found.matrix, "gram")
-    edge = noise_of(found.rounding.noise, found.rounding.sides).edge
+    result = difference([(base, tuned)], base.shape, CPU)
+    factors = decompose(result.matrix, "gram")
+    edge = noise_of(result.rounding.noise, result.rounding.sides).edge
     assert factors.s[8] > edge  # so that this test can fail
-    seen = resolution(found, factors)
+    seen = resolution(result, factors)
     assert (seen.signal_rank, int((factors.s > seen.edge).sum())) == (8, 8)

@@ -72,11 +72,11 @@ def sequences(base, path):
 
 def test_masking_hides_fifteen_percent(case):
     base, _, text, vocabulary = case
-    found = sequences(base, text)
+    result = sequences(base, text)
     whole = windows(text, vocabulary)
-    assert len(found.sequences) == len(whole)
+    assert len(result.sequences) == len(whole)
     places = []
-    for sequence, original in zip(found.sequences, whole, strict=True):
+    for sequence, original in zip(result.sequences, whole, strict=True):
         hidden = [i for i, label in enumerate(sequence.labels) if label != -100]
         assert len(hidden) == round(0.15 * (LENGTH - 2))
         assert [sequence.labels[i] for i in hidden] == [original[i] for i in hidden]
@@ -84,7 +84,7 @@ def test_masking_hides_fifteen_percent(case):
         assert not {0, LENGTH - 1} & set(hidden)
         places += hidden
     assert len(set(places)) > LENGTH / 2  # not the same places everywhere
-    assert_names(found.about, "15%", "replaced", "seed 0")
+    assert_names(result.about, "15%", "replaced", "seed 0")
 
 
 def test_mask_depends_on_position_only(case):
@@ -101,10 +101,10 @@ def test_mask_is_fixed_by_seed_and_line(case, tmp_path):
     base, _, text, _ = case
     file = tmp_path / "x.jsonl"
     file.write_text((json.dumps({"text": " ".join(text.read_text().split()[:20])}) + "\n") * 3)
-    for number, found in enumerate(sequences(base, file).sequences):
-        order, count = random.Random(f"0:{number}"), len(found.ids) - 2
+    for number, result in enumerate(sequences(base, file).sequences):
+        order, count = random.Random(f"0:{number}"), len(result.ids) - 2
         draws = [order.random() for _ in range(count)]
-        hidden = [place for place, label in enumerate(found.labels, -1) if label != -100]
+        hidden = [place for place, label in enumerate(result.labels, -1) if label != -100]
         assert hidden == sorted(np.argsort(draws)[: max(1, round(0.15 * count))].tolist())
 
 
@@ -120,14 +120,14 @@ def test_only_completions_are_masked(case, tmp_path):
     file = tmp_path / "x.jsonl"
     rows = [{"prompt": " ".join(words[:9]), "completion": " ".join(words[9:60])}, {"text": "a"}, {"text": ""}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = sequences(base, file)
-    first, second = found.sequences
-    asked = len(open_model(base, torch.device("cpu")).tokens.ids(rows[0]["prompt"]))
+    result = sequences(base, file)
+    first, second = result.sequences
+    options = len(open_model(base, torch.device("cpu")).tokens.ids(rows[0]["prompt"]))
     hidden = [i for i, label in enumerate(first.labels) if label != -100]
-    assert min(hidden) > asked
+    assert min(hidden) > options
     assert (len(first.ids), first.ids[0], first.ids[-1]) == (LENGTH, CLS, SEP)
     assert second.ids == (CLS, MASK, SEP)
-    assert found.notes == (
+    assert result.notes == (
         f"1 of 3 lines were cut to {LENGTH} tokens",
         "1 of 3 lines have nothing to predict and are left out",
     )
@@ -148,21 +148,21 @@ def losses(base, weights, text, own):
 
 def test_truncation_losses_equal_independent_script(case):
     base, tuned, text, _ = case
-    found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4).whole
+    result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4).whole
     own = sequences(base, text)
     w, t = tensors(base), tensors(tuned)
     matrices = [n for n in w if w[n].ndim == 2 and "embeddings" not in n and "decoder" not in n]
     assert len(matrices) == 13  # six in each block, one before the decoder
     cut = {rank: {**t, **{n: w[n] + best(t[n] - w[n], rank) for n in matrices}} for rank in (0, 2)}
     expected = {("base", None): w, ("tuned", None): t, ("truncated", 0): cut[0], ("truncated", 2): cut[2]}
-    assert [(r.subject, r.rank) for r in found] == list(expected)
+    assert [(r.subject, r.rank) for r in result] == list(expected)
     of_tuned = losses(base, t, text, own)
-    for record in found:
+    for record in result:
         each = losses(base, expected[record.subject, record.rank], text, own)
         assert record.loss == pytest.approx(each.mean(), abs=1e-4)  # every sequence hides as many
         assert record.gap == pytest.approx((each - of_tuned).mean(), abs=1e-4)
         assert record.gap_error == pytest.approx(oracles.error_of_mean(each - of_tuned), abs=1e-4)
-    assert found[0].tokens == len(own.sequences) * round(0.15 * (LENGTH - 2))
+    assert result[0].tokens == len(own.sequences) * round(0.15 * (LENGTH - 2))
 
 
 def test_outputs_compare_masked_predictions(case, tmp_path):
@@ -174,10 +174,10 @@ def test_outputs_compare_masked_predictions(case, tmp_path):
     def logits(folder):
         model = transformers.BertForMaskedLM.from_pretrained(folder).eval()
         with torch.no_grad():
-            found = [
+            result = [
                 model(input_ids=torch.tensor([s.ids])).logits[0][torch.tensor(s.labels) != -100] for s in own.sequences
             ]
-        return torch.cat(found).double().numpy()
+        return torch.cat(result).double().numpy()
 
     z_base, z_tuned, z_other = map(logits, (base, tuned, other))
     expected = np.linalg.norm(z_tuned - z_other) / np.linalg.norm(z_tuned - z_base)
@@ -188,15 +188,15 @@ def test_outputs_compare_masked_predictions(case, tmp_path):
 
 def test_activations_respect_attention_mask(case, tmp_path):
     base, _, text, _ = case
-    found = lora_diag.probe_activations(base, data=text, output=tmp_path / "c.safetensors", length=LENGTH)
+    result = lora_diag.probe_activations(base, data=text, output=tmp_path / "c.safetensors", length=LENGTH)
     own = sequences(base, text)
     model = transformers.BertForMaskedLM.from_pretrained(base).eval()
     ids = torch.tensor([s.ids for s in own.sequences])
     with torch.no_grad():
         x = model.bert.embeddings(ids).double()
-    query = next(item for item in found.layers if "0.attention.self.query" in item.layer)
+    query = next(item for item in result.layers if "0.attention.self.query" in item.layer)
     assert query.square == pytest.approx(float((x**2).sum() / (x.shape[0] * x.shape[1])), rel=1e-5)
-    assert "mask" in found.about
+    assert "mask" in result.about
 
 
 def test_without_mask_token_there_is_one_message(case, tmp_path):

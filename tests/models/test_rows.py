@@ -55,10 +55,10 @@ def test_label_is_found_by_name_then_index(tmp_path):
     model = open_model(bert(tmp_path / "base"), CPU, tokenizer="bytes")  # ham, spam, other
     named = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["other", "spam"])})
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
-    found = read_texts(saved(rows, tmp_path / "named", named), model)
-    assert [sequence.labels for sequence in found.sequences] == [(2,), (1,)]
-    found = read_texts(saved(rows, tmp_path / "numbered"), model)
-    assert [sequence.labels for sequence in found.sequences] == [(0,), (1,)]
+    result = read_texts(saved(rows, tmp_path / "named", named), model)
+    assert [sequence.labels for sequence in result.sequences] == [(2,), (1,)]
+    result = read_texts(saved(rows, tmp_path / "numbered"), model)
+    assert [sequence.labels for sequence in result.sequences] == [(0,), (1,)]
     with raises_naming(InputError, "row 0", "label 7", "3 classes"):
         read_texts(saved([{"text": "a", "label": 7}], tmp_path / "wrong"), model)
 
@@ -67,8 +67,8 @@ def test_probe_accepts_data_set_or_file(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     sets = [saved(ROWS, tmp_path / "set"), lines(ROWS, tmp_path / "same.jsonl")]
-    found = lora_diag.probe_truncation(base, tuned, evaluate=sets, ranks=(1,)).whole
-    by_set = {name: [r.loss for r in found if r.set == name] for name in ("set", "same")}
+    result = lora_diag.probe_truncation(base, tuned, evaluate=sets, ranks=(1,)).whole
+    by_set = {name: [r.loss for r in result if r.set == name] for name in ("set", "same")}
     assert by_set["set"] == by_set["same"]
 
 

@@ -125,11 +125,11 @@ def overlaps(blocks, types=TYPES, steps=(0, 40, 200), ranks=(4, 8)):
 
 def allocations(blocks, types=TYPES):
     rng = np.random.default_rng(blocks)
-    found = []
+    result = []
     for block in range(blocks):
         for name in types:
             rank = int(rng.integers(0, 20))
-            found.append(
+            result.append(
                 Allocation(
                     layer=f"model.layers.{block}.{name}.weight",
                     shape=(32, 64),
@@ -143,7 +143,7 @@ def allocations(blocks, types=TYPES):
                     uniform_kept=0.3,
                 )
             )
-    return found
+    return result
 
 
 def recoveries(blocks, types=TYPES, ranks=(1, 4, 16)):
@@ -304,7 +304,7 @@ def adapters(count, folder="runs"):
 
 def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0"), ("llamacpp", "0b03adaa632b"))):
     """Return what programs make of a model's weights: exact, wrong by more in every block, dropped, refused."""
-    found = []
+    result = []
     for block in range(blocks):
         for place, kind in enumerate(types):
             for number, (consumer, version) in enumerate(programs):
@@ -312,7 +312,7 @@ def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0")
                 epsilon = {"exact": 0.0, "full": 0.0, "dropped": 1.0, "wrong": 0.5 * (block + 1), "refused": None}[
                     status
                 ]
-                found.append(
+                result.append(
                     Portability(
                         layer=f"model.layers.{block}.{kind}.weight",
                         consumer=consumer,
@@ -326,7 +326,7 @@ def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0")
                         fro=2.0,
                     )
                 )
-    return found
+    return result
 
 
 def results(records, whole=(), name="tuned", settings=None):
@@ -350,39 +350,39 @@ def probe(probe, subject, loss, *, name="held_out", shifted=False, **more):
 
 def swept(ranks=(4, 8, 16, 64), seeds=3, sets=("held_out", "other"), base=1.8, rates=(1e-4, 1e-3)):
     """Return the records of a sweep: the higher rate is the better one, all seeds there and one elsewhere."""
-    found = []
+    result = []
     for place, name in enumerate(sets):
         where = {"name": name, "shifted": place > 0}
-        found.append(probe("sweep", "base", base + 0.1 * place, **where))
+        result.append(probe("sweep", "base", base + 0.1 * place, **where))
         for rank in ranks:
             for lr in rates:
                 for seed in range(seeds if lr == max(rates) else 1):
                     noise = 0.0002 * ((rank + seed) % 3)
                     loss = 1.5 + 0.15 / rank + 0.004 * seed + noise + 0.05 * (lr < max(rates))
-                    found.append(probe("sweep", "lora", loss, rank=rank, lr=lr, seed=seed, **where))
-    return found
+                    result.append(probe("sweep", "lora", loss, rank=rank, lr=lr, seed=seed, **where))
+    return result
 
 
 def truncated(ranks=(0, 1, 4, 16, 64), sets=("held_out", "other"), base=2.0, tuned=1.2, error=0.02, **alone):
     """Return the records of a truncation: with the rank the loss goes from BASE's to TUNED's."""
-    found = []
+    result = []
     for place, name in enumerate(sets):
         where = {"name": name, "shifted": place > 0}
         ends = (base, tuned) if place == 0 else (tuned, base)
         for subject, loss in zip(("base", "tuned"), ends, strict=True):
-            found.append(probe("truncation", subject, loss, gap=loss - ends[1], gap_error=error, **where))
+            result.append(probe("truncation", subject, loss, gap=loss - ends[1], gap_error=error, **where))
         for rank in ranks:
             kept = rank / (rank + 4)
             loss = ends[0] + kept * (ends[1] - ends[0])
             more = {"rank": rank, "gap": loss - ends[1], "gap_error": error * (1 - kept), "kept": kept}
-            found.append(probe("truncation", "truncated", loss, energy=kept**2, **more, **where, **alone))
-    return found
+            result.append(probe("truncation", "truncated", loss, energy=kept**2, **more, **where, **alone))
+    return result
 
 
 def alone(parts=("mlp.up_proj", "self_attn.q_proj"), ranks=(0, 4), kind="module_type", **more):
     """Return the records of parts truncated alone: the later costs more, and half as much at the higher rank."""
-    found = truncated(ranks=(), **more)
-    return found + [
+    result = truncated(ranks=(), **more)
+    return result + [
         record.model_copy(update={kind: part, "gap": (0.1 + i) / (1 + j), "rank": rank})
         for i, part in enumerate(parts)
         for j, rank in enumerate(ranks)
@@ -393,37 +393,37 @@ def alone(parts=("mlp.up_proj", "self_attn.q_proj"), ranks=(0, 4), kind="module_
 
 def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5, base=0.8):
     """Return the records of outputs: each adapter is worse than the one before it, and its states further away."""
-    found = []
+    result = []
     for place, name in enumerate(sets):
         where = {"name": name, "shifted": place > 0}
         ends = (("base", base, 1.0), ("tuned", 0.0, 0.0))
         for subject, gap, far in ends:
             hidden = (None, *[far] * (depths - 1))
-            found.append(probe("outputs", subject, 1.2 + gap, gap=gap, gap_error=0.02, hidden=hidden, **where))
+            result.append(probe("outputs", subject, 1.2 + gap, gap=gap, gap_error=0.02, hidden=hidden, **where))
         for i, path in enumerate(adapters):
             hidden = (None, *[(1 + i) / (2 + depth) for depth in range(depths - 1)])
             gap = 0.05 * i - 0.02
             record = probe("outputs", "adapter", 1.2 + gap, gap=gap, gap_error=0.01, hidden=hidden, **where)
-            found.append(record.model_copy(update={"name": path}))
-    return found
+            result.append(record.model_copy(update={"name": path}))
+    return result
 
 
 def adapted(units=("mlp.up_proj", "self_attn.q_proj"), sets=("held_out", "other")):
     """Return the records of units adapted alone, two rates each: the later gains more, and all at the higher rate."""
     rng = np.random.default_rng(0)
     counts = [10, 20, 30, 40]
-    found = []
+    result = []
     for place, name in enumerate(sets):
         base = np.array(counts) * 2.0
         more = {"set": name, "shifted": place > 0, "data": "0", "tokens": sum(counts)}
-        found.append(Sensitivity(loss=2.0, nll=tuple(base), predictions=tuple(counts), **more))
+        result.append(Sensitivity(loss=2.0, nll=tuple(base), predictions=tuple(counts), **more))
         for i, unit in enumerate(units):
             for lr in (1e-4, 1e-3):
                 nll = base - np.array(counts) * (0.1 + 0.2 * i) * (lr > 1e-4) - rng.normal(size=4)
                 loss = float(nll.sum() / sum(counts))
                 run = {"unit": unit, "layers": (unit,), "rank": 8, "params": 64, "lr": lr, "nll": tuple(nll)}
-                found.append(Sensitivity(loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more))
-    return found
+                result.append(Sensitivity(loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more))
+    return result
 
 
 def probed(records, name="tuned", command="probe sweep", **settings):
@@ -442,10 +442,10 @@ def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_p
     more = {"set": sets[0], "data": "0", "tokens": 10, "at": "tuned" if ranks else "base", "matrix": "hessian"}
     more |= {"loss": 1.0, "gradient": 1.0}
     top = {"eigenvalues": (50.0, 2.0), "residual": 1e-3, "smallest": -1.0}
-    found = [Curvature(layer=None, params=100, trace=9.0, trace_error=1.0, **top, **more)]
+    result = [Curvature(layer=None, params=100, trace=9.0, trace_error=1.0, **top, **more)]
     for place, layer in enumerate(layers):
         own = {"eigenvalues": (2.0 + place,), "residual": 1e-3} if how.get("eigen", True) else {}
-        found.append(Curvature(layer=layer, params=10, trace=float(place - 1), trace_error=None, **own, **more))
+        result.append(Curvature(layer=layer, params=10, trace=float(place - 1), trace_error=None, **own, **more))
     for name in sets:
         for rank in ranks:
             for along in (0.1, 1.0):
@@ -453,8 +453,8 @@ def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_p
                 more = {"tail_energy": 1.0, "linear": 0.1 * gap, "quadratic": 0.8 * gap, "upper": 100 / (1 + rank)}
                 more |= {"lower": None, "curvature": 1.0, "loss": 1 + gap, "gap": gap, "gap_error": 0.3 * abs(gap)}
                 where = {"set": name, "data": "0", "tokens": 10, "rank": rank, "along": along}
-                found.append(LossBound(holds=True, **where, **more))
-    return found
+                result.append(LossBound(holds=True, **where, **more))
+    return result
 
 
 def reached(dims=(10, 100, 1000), ranks=(1, 8), sets=("held_out", "shifted"), full=1.0):
@@ -462,20 +462,20 @@ def reached(dims=(10, 100, 1000), ranks=(1, 8), sets=("held_out", "shifted"), fu
     sizes = [("full", None, None, 10**6, full)]
     sizes += [("subspace", d, None, d, 2 - 0.3 * np.log10(d)) for d in dims]
     sizes += [("lora", None, r, 500 * r, 1.3 - 0.02 * r) for r in ranks]
-    found = []
+    result = []
     for name in sets:
         more = {"set": name, "shifted": name == "shifted", "data": "0", "tokens": 10}
-        found.append(Intrinsic(subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more))
+        result.append(Intrinsic(subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more))
         for subject, dim, rank, params, loss in sizes:
             for lr, seed, worse in ((1e-3, 0, 0.0), (1e-2, 0, 0.2), (1e-3, 1, 0.04)):
                 run = {"subject": subject, "dim": dim, "rank": rank, "params": params, "lr": lr, "seed": seed}
-                found.append(Intrinsic(loss=loss + worse, **run, **more))
-    return found
+                result.append(Intrinsic(loss=loss + worse, **run, **more))
+    return result
 
 
 def fishers(types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), measured=True, values=32):
     """Return the records of ``probe fisher``: the KL has the order of F, the other way round than σ²."""
-    found = []
+    result = []
     for place, kind in enumerate(types):
         for block in range(blocks):
             number = place * blocks + block + 1
@@ -485,8 +485,8 @@ def fishers(types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), m
             more = {"set": "text", "labels": "model", "sequences": 2, "predictions": 10, "tokens": 10, "fro": 1.0}
             sums = {"linear": at, "weight": {r: -f for r, f in at.items()}, "data": at, "kfac": at}
             more |= {"fisher": curve, "on": "held_out" if measured else None, "effect": effect if measured else None}
-            found.append(Fisher(layer=f"model.layers.{block}.{kind}.weight", shape=(8, 8 * number), **sums, **more))
-    return found
+            result.append(Fisher(layer=f"model.layers.{block}.{kind}.weight", shape=(8, 8 * number), **sums, **more))
+    return result
 
 
 def searched(ranks=(4, 16, 64), sets=("held_out", "other"), base=1.8):

@@ -47,7 +47,7 @@ def readings(figure):
     """Return what a reader sees of categories: for each panel with such values {name: its values}."""
     figure.draw_without_rendering()
     panels = [ax for ax in figure.axes if not hasattr(ax, "_colorbar")]
-    found = []
+    result = []
     for number, ax in enumerate(panels):
         # Names below stand under the last of panels that lie above each other with one scale.
         below = next((names for other in panels[number:] if (names := categories(other.xaxis))), {})
@@ -66,8 +66,8 @@ def readings(figure):
             elif isinstance(artist, ErrorbarContainer) and beside:
                 seen[beside[round(artist.lines[0].get_ydata()[0])]].append(artist.lines[0].get_xdata()[0])
         if seen:
-            found.append((ax.get_title(loc="left"), seen))
-    return found
+            result.append((ax.get_title(loc="left"), seen))
+    return result
 
 
 def unique(records, field, of=lambda record: record.layer):
@@ -89,10 +89,10 @@ def spectra(layers, name):
 
 
 def by_type(records, value):
-    found = defaultdict(list)
+    result = defaultdict(list)
     for record in records:
-        found[type_of(record.layer)].append(value(record))
-    return found
+        result[type_of(record.layer)].append(value(record))
+    return result
 
 
 def heatmap(inputs):
@@ -258,9 +258,9 @@ def test_figure_names_are_at_their_values(name, mix):
     runs, expected = make(layers_of(MIXES[mix]))
     labels = NAMES[: len(runs)] if len(runs) > 1 else ()
     figure = plots.figure(name, runs, labels=labels, width="column" if mix == "two architectures" else "slide")
-    found = [("", make.drawn(figure))] if hasattr(make, "drawn") else readings(figure)
-    assert len(found) == len(expected)
-    for number, ((title, panel), values) in enumerate(zip(found, expected, strict=True)):
+    result = [("", make.drawn(figure))] if hasattr(make, "drawn") else readings(figure)
+    assert len(result) == len(expected)
+    for number, ((title, panel), values) in enumerate(zip(result, expected, strict=True)):
         drawn = {full(kind, values): sorted(numbers) for kind, numbers in panel.items()}
         assert set(drawn) == set(values)
         for kind in values:
@@ -271,9 +271,9 @@ def test_figure_names_are_at_their_values(name, mix):
 
 def full(shown, names):
     """Return the name that a shortened one stands for."""
-    found = [shown] if shown in names else [name for name in names if name.endswith(shown.lstrip("…"))]
-    assert len(found) == 1, f"{shown!r} may be any of {found}"
-    return found[0]
+    result = [shown] if shown in names else [name for name in names if name.endswith(shown.lstrip("…"))]
+    assert len(result) == 1, f"{shown!r} may be any of {result}"
+    return result[0]
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT))

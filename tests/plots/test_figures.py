@@ -161,11 +161,11 @@ def test_residual_title_gives_drawn_fractions():
         assert f"{part} {square / (gap + 4):.0%}" in title
 
 
-@pytest.mark.parametrize(("length", "told"), [(3.0, True), (0.2, False)])
-def test_long_misaligned_update_is_explained(length, told):
+@pytest.mark.parametrize(("length", "message"), [(3.0, True), (0.2, False)])
+def test_long_misaligned_update_is_explained(length, message):
     record = making.residual("h.0.q.weight", 1.0, length, 0.2, 0.5)  # limited by direction, says the record
     text = " ".join(text.get_text() for text in plots.figure("residual", making.results([record])).texts)
-    assert (mentions(text.replace("\n", " "), "not aligned", "ΔW")) == told
+    assert (mentions(text.replace("\n", " "), "not aligned", "ΔW")) == message
 
 
 def test_experts_are_pooled_by_their_norms():
@@ -191,9 +191,9 @@ def test_figure_and_summary_show_one_pooled_epsilon():
         records.append(record.model_copy(update={"shape": (8,)} if len(d) == 8 else {}))
     d, x = np.concatenate(full), np.concatenate(mine)
     truth = oracles.distance(d, x, None)
-    found = levels(records)
-    assert found.epsilon == pytest.approx(truth["epsilon"])
-    assert found.direction == pytest.approx(truth["epsilon_best_scale"])
+    result = levels(records)
+    assert result.epsilon == pytest.approx(truth["epsilon"])
+    assert result.direction == pytest.approx(truth["epsilon_best_scale"])
     results = making.results(records)
     (panel,) = plots.figure("residual", results).axes
     shown = f"ε = {truth['epsilon']:.2f}"
@@ -217,9 +217,9 @@ def test_overlap_shows_medians_beside_their_baselines():
     drawn = {line.get_label(): line for line in ax.lines}
     for name, field in (("κ", "kappa"), ("tangent", "tangent")):
         for step in (0, 40, 200):
-            found = [getattr(r, field) for r in records if r.step == step and r.rank == 8]
+            result = [getattr(r, field) for r in records if r.step == step and r.rank == 8]
             line = drawn[f"_{name}"]
-            assert line.get_ydata()[list(line.get_xdata()).index(step)] == pytest.approx(np.median(found))
+            assert line.get_ydata()[list(line.get_xdata()).index(step)] == pytest.approx(np.median(result))
     assert set(drawn["_random κ"].get_ydata()) == {8 / np.sqrt(32 * 64)}
     assert len([label for label in drawn if label.startswith("_κ of")]) == 5
     assert plots.overlap(records, rank=4).get_ylabel().endswith("r = 4")
@@ -251,8 +251,8 @@ def test_angles_of_layers_are_one_distribution_with_chance():
         for i, (c, (u, _)) in enumerate(zip(cosines, spaces, strict=True))
     ]
     drawn = {line.get_label(): line for line in plots.angles(records).lines}
-    found = np.sort(np.concatenate(cosines))
-    np.testing.assert_array_equal(drawn["_sql × chat"].get_xdata(), [0, *found, 1])
+    result = np.sort(np.concatenate(cosines))
+    np.testing.assert_array_equal(drawn["_sql × chat"].get_xdata(), [0, *result, 1])
     np.testing.assert_allclose(drawn["_sql × chat"].get_ydata(), [0, *np.arange(1, 17) / 16, 1])
     many = []
     for m in (64, 128):

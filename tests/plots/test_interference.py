@@ -42,8 +42,8 @@ def test_additive_share_equals_definition(results):
     drawn = figure("heatmap", results, field="additive.0.9")
     mine = [f"{record.additive['0.9']:.2f}" for record in results if record.record == "union"]
     assert sorted(numbers(drawn.axes[0])) == sorted(mine)
-    said = " ".join(text.get_text() for text in drawn.texts)
-    assert "lora_r4 + lora_r16 + full_ft" in said
+    message = " ".join(text.get_text() for text in drawn.texts)
+    assert "lora_r4 + lora_r16 + full_ft" in message
 
 
 def test_fleet_has_no_depth_to_draw():

@@ -151,14 +151,14 @@ def shown_texts(figure):
     """Return (text, the corners of its box) of all that a reader sees."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    found = list(figure.texts)
+    result = list(figure.texts)
     for legend in figure.legends:
-        found += legend.get_texts()
+        result += legend.get_texts()
     for ax in figure.axes:
-        found += [ax.title, ax._left_title, ax._right_title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        result += [ax.title, ax._left_title, ax._right_title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
         for axis in (ax.xaxis, ax.yaxis):
-            found += [tick.label1 for tick in axis._update_ticks()] + [tick.label2 for tick in axis._update_ticks()]
-    shown = [text for text in found if text.get_visible() and text.get_text().strip()]
+            result += [tick.label1 for tick in axis._update_ticks()] + [tick.label2 for tick in axis._update_ticks()]
+    shown = [text for text in result if text.get_visible() and text.get_text().strip()]
     return [(text, corners(text, renderer)) for text in shown]
 
 

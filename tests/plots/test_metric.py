@@ -39,14 +39,14 @@ def words(figure) -> str:
 @pytest.mark.parametrize("metric", OF)
 @pytest.mark.parametrize("width", ["slide", "column"])
 def test_titles_and_axes_name_metric(metric, width):
-    for name, said in (
+    for name, text in (
         ("energy", f"Energy fraction C(r) of {OF[metric]}"),
         ("spectrum", f"σᵢ of {OF[metric]}"),
         ("heatmap", f"C(8) of {OF[metric]}"),
     ):
-        told = words(plots.figure(name, results(metric), width=width))
-        assert said in told
-        assert {"data": "in the data's metric", "kfac": "in K-FAC's metric"}[metric] in told
+        message = words(plots.figure(name, results(metric), width=width))
+        assert text in message
+        assert {"data": "in the data's metric", "kfac": "in K-FAC's metric"}[metric] in message
     assert f"‖{OF[metric]}‖_F²" in words(plots.figure("energy", results(metric))).replace("\xa0", " ")
     assert OF[metric] in plots.spectrum(results(metric)).get_ylabel()
     assert OF[metric] in plots.energy(results(metric)).get_ylabel()
@@ -54,18 +54,18 @@ def test_titles_and_axes_name_metric(metric, width):
 
 def test_figure_in_weights_names_no_metric():
     for name in ("energy", "spectrum", "heatmap"):
-        told = words(plots.figure(name, results()))
-        assert "metric" not in told
-        assert "C^½" not in told
+        message = words(plots.figure(name, results()))
+        assert "metric" not in message
+        assert "C^½" not in message
     assert plots.energy(results()).get_ylabel() == "energy fraction C(r)"
 
 
 def test_metric_shares_are_labelled_and_singular_values_refused():
     both = [results(), results("data")]
-    told = words(plots.figure("energy", both))
-    assert_names(told, "full_ft", "weights' metric")
-    assert_names(told, "full_ft", "data's metric")
-    assert "‖ΔW‖_F²" not in told
+    message = words(plots.figure("energy", both))
+    assert_names(message, "full_ft", "weights' metric")
+    assert_names(message, "full_ft", "data's metric")
+    assert "‖ΔW‖_F²" not in message
     assert_names(words(plots.figure("energy", both, labels=["yours", "mine"])), "mine", "data's metric")
     with raises_naming(UsageError, "common axis"):
         plots.figure("spectrum", both)
@@ -85,5 +85,5 @@ def test_allocation_states_metric_of_energy():
     weighted = replace(allocated, run=run)
     assert_names(words(plots.figure("allocation", weighted)), "Energy", "K-FAC's metric")
     assert "metric" not in words(plots.figure("allocation", allocated))
-    (said,) = certificates(Evidence((Source("a.jsonl", weighted),)))
-    assert_names(said[1], "energy", "K-FAC's metric")
+    (text,) = certificates(Evidence((Source("a.jsonl", weighted),)))
+    assert_names(text[1], "energy", "K-FAC's metric")

@@ -118,11 +118,11 @@ def test_layers_truncated_alone_are_not_pooled():
 def bars(ax):
     """Return (name, value, half the bar) of every row from top to bottom, by the labels and containers."""
     names = [label.get_text() for label in ax.get_yticklabels()]
-    found = []
+    result = []
     for name, (dots, _, (errors,)) in zip(names, ax.containers, strict=True):
         (low, high) = errors.get_segments()[0]
-        found.append((name, dots.get_xdata()[0], (high[0] - low[0]) / 2))
-    return found
+        result.append((name, dots.get_xdata()[0], (high[0] - low[0]) / 2))
+    return result
 
 
 def test_parts_truncated_alone_are_ranked_by_cost_with_errors(snapshot):
@@ -207,8 +207,8 @@ def test_curvature_at_base_shows_layers_and_negative_gap():
 
 
 def test_ggn_gives_no_bound():
-    told = words(plots.figure("curvature", making.probed(making.curved())))
-    assert "and its bound" in told
+    message = words(plots.figure("curvature", making.probed(making.curved())))
+    assert "and its bound" in message
     newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
     page = plots.figure("curvature", making.probed(newton))
     assert "and its bound" not in words(page)
@@ -221,8 +221,8 @@ def test_ggn_gives_no_bound():
 def test_intrinsic_figure_omits_sets_without_gain(snapshot):
     ax = plots.intrinsic(making.probed(making.reached(), share=0.9))
     gain = 2.0 - (1.0 + 1.04) / 2
-    found = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}
-    np.testing.assert_allclose(lines(ax, "_subspace")[0], list(found.items()))
+    result = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}
+    np.testing.assert_allclose(lines(ax, "_subspace")[0], list(result.items()))
     np.testing.assert_allclose(lines(ax, "_lora")[0], [[500, 0.7 / gain], [4000, 0.84 / gain]])
     assert lines(ax, "_share")[0][0, 1] == 0.9
     assert sum(map(len, lines(ax, "_seeds"))) == 10

@@ -95,10 +95,10 @@ def test_resume_ends_in_same_file(written, pair_of_models, cut, torn):
     assert read_results(path).end is None
     with pytest.raises(UsageError, match="--resume"):
         lora_diag.spectrum(base, tuned, output=path)
-    told = []
-    lora_diag.spectrum(base, tuned, output=path, resume=True, on_record=told.append)
+    message = []
+    lora_diag.spectrum(base, tuned, output=path, resume=True, on_record=message.append)
     assert path.read_bytes() == whole
-    assert tuple(told) == tuple(read_results(path).records())
+    assert tuple(message) == tuple(read_results(path).records())
 
 
 def test_resume_measures_only_what_is_missing(written, pair_of_models, monkeypatch):
@@ -154,13 +154,13 @@ def test_resume_names_older_version(written, pair_of_models):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda settings: settings.pop("top"), r"settings\.top, so it is from an older loradiag or other options"),
         (lambda settings: settings.update(later=1), r"with other settings \(later\); "),
     ],
 )
-def test_setting_of_one_run_is_named(written, pair_of_models, change, told):
+def test_setting_of_one_run_is_named(written, pair_of_models, change, message):
     """One that was not asked for is null, and a run that does not know it is told from that."""
     _, path = written
     base, tuned, *_ = pair_of_models
@@ -169,7 +169,7 @@ def test_setting_of_one_run_is_named(written, pair_of_models, change, told):
     assert run["settings"]["top"] is None
     change(run["settings"])
     path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         lora_diag.spectrum(base, tuned, output=path, resume=True)
 
 
@@ -188,10 +188,10 @@ def test_text_after_torn_line_is_kept(written, tmp_path):
     lines = written[1].read_bytes().splitlines(keepends=True)
     (tmp_path / "growing").write_bytes(b"".join(lines[:3])[:-1])
     reading = iterate_records(tmp_path / "growing")
-    found = [next(reading) for _ in range(3)]
+    result = [next(reading) for _ in range(3)]
     with (tmp_path / "growing").open("ab") as file:
         file.write(b"\n" + lines[3])
-    assert [*found, *reading] == list(read_results(written[1]).records())[:3]
+    assert [*result, *reading] == list(read_results(written[1]).records())[:3]
 
 
 def test_overwrite_replaces_only_finished_runs(written, pair_of_models, tmp_path):
@@ -244,8 +244,8 @@ def test_damaged_results_files(written, change, words):
 def test_fields_of_later_version_are_ignored(written):
     results, path = written
     edit_results(path, lambda text: text.replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
-    found = read_results(path)
-    assert (found.run, found.layers, found.left_out) == (results.run, results.layers, results.left_out)
+    result = read_results(path)
+    assert (result.run, result.layers, result.left_out) == (results.run, results.layers, results.left_out)
 
 
 def test_last_line_hashes_lines_before_it(written):
@@ -261,7 +261,7 @@ def test_edited_line_is_refused(written, line):
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 14
     if line >= 0:
-        lines[line] = re.sub(r"\d(?=\D*$)", lambda found: str(9 - int(found[0])), lines[line])
+        lines[line] = re.sub(r"\d(?=\D*$)", lambda result: str(9 - int(result[0])), lines[line])
     else:
         lines[1], lines[2] = lines[2], lines[1]
     path.write_text("".join(lines))
@@ -307,11 +307,11 @@ class StoppedError(Exception):
 
 def interrupted(base, tuned, path, records=4, **options):
     """A run that stops behind so many records."""
-    told = []
+    message = []
 
     def tell(record):
-        told.append(record)
-        if len(told) == records:
+        message.append(record)
+        if len(message) == records:
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -458,10 +458,10 @@ def test_fingerprint_is_independent_of_path_and_time(pair_of_models, tmp_path):
 
 def test_filter_keeps_totals_and_left_out_together(written):
     results, _ = written
-    found = results.filter("layers.0")
-    assert {record.layer for record in found.left_out} == {"model.layers.0.input_layernorm.weight"}
-    assert (found.end.layers, found.end.left_out) == (len(found), 1)
-    assert found.end.fro == pytest.approx(sum(record.fro**2 for record in found) ** 0.5)
+    result = results.filter("layers.0")
+    assert {record.layer for record in result.left_out} == {"model.layers.0.input_layernorm.weight"}
+    assert (result.end.layers, result.end.left_out) == (len(result), 1)
+    assert result.end.fro == pytest.approx(sum(record.fro**2 for record in result) ** 0.5)
     unhashed = results.end.model_copy(update={"sha256": ""})
     assert results.filter("") == replace(results, end=unhashed)
     assert len(results.filter("nothing")) == results.filter("nothing").end.fro == 0

@@ -73,11 +73,11 @@ def test_adapters_have_short_and_unique_names():
 
 @given(st.lists(st.text(st.sampled_from("ab/"), max_size=6), max_size=5))
 def test_short_names_distinguish_paths(paths):
-    found = short_names(paths)
-    assert set(found) == set(paths)
+    result = short_names(paths)
+    assert set(result) == set(paths)
     if len({path.rstrip("/") for path in paths}) == len(set(paths)):
-        assert len(set(found.values())) == len(found)
-    assert all(path.rstrip("/").endswith(name) or name == path for path, name in found.items())
+        assert len(set(result.values())) == len(result)
+    assert all(path.rstrip("/").endswith(name) or name == path for path, name in result.items())
 
 
 def test_probe_has_one_row_record():
@@ -193,9 +193,9 @@ def test_arrow_and_parquet_have_columns_of_records(results, values):
     columns = results.columns(values)
     assert results.to_arrow(values).to_pydict() == columns
     table = pq.read_table(io.BytesIO(to_parquet(Evidence((Source("r.jsonl", results),)), values)))
-    found = table.to_pydict()
-    assert found.pop("results") == ["r.jsonl"] * table.num_rows
-    assert {name: column for name, column in found.items() if any(value is not None for value in column)} == {
+    result = table.to_pydict()
+    assert result.pop("results") == ["r.jsonl"] * table.num_rows
+    assert {name: column for name, column in result.items() if any(value is not None for value in column)} == {
         name: column for name, column in columns.items() if any(value is not None for value in column)
     } or not table.num_rows
 

@@ -12,16 +12,16 @@ NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size
 
 @given(NAMES, st.integers(8, 60))
 def test_shortened_names_fit_and_differ_where_names_do(names, width):
-    found = shorten_names(names, width)
-    assert all(len(name) <= width for name in found)
-    assert len(set(zip(names, found, strict=True))) == len(set(names)) == len(set(found))
+    result = shorten_names(names, width)
+    assert all(len(name) <= width for name in result)
+    assert len(set(zip(names, result, strict=True))) == len(set(names)) == len(set(result))
 
 
 @pytest.mark.parametrize("width", [12, 16, 24])
 def test_shortened_encoder_names_keep_block_and_end(width):
     blocks = range(12)
-    found = shorten_names([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
-    assert all(f"{i}." in name and name.endswith("dense") for i, name in zip(blocks, found, strict=True))
+    result = shorten_names([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
+    assert all(f"{i}." in name and name.endswith("dense") for i, name in zip(blocks, result, strict=True))
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 140])

@@ -49,8 +49,8 @@ class Made(LayerRecord):
 
 def cells(shown, *rows):
     """Return the cells of a column of rows of records; None where there is no column."""
-    found = columns_of([shown], [(str(place), row) for place, row in enumerate(rows)])
-    return [str(cell) for cell in found[0].cells] if found else None
+    result = columns_of([shown], [(str(place), row) for place, row in enumerate(rows)])
+    return [str(cell) for cell in result[0].cells] if result else None
 
 
 @pytest.mark.parametrize(

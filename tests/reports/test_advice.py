@@ -46,7 +46,7 @@ def told(*results) -> list[str]:
 
 
 def seen(*results) -> list[str]:
-    return [found.name for found in findings(evidence(*results))]
+    return [result.name for result in findings(evidence(*results))]
 
 
 def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
@@ -150,9 +150,9 @@ def test_changed_norms_and_biases_suggest_training_them():
     (step,) = advice(evidence(model(EASY, left_out=[heavy])))
     assert step.rule == "hybrid"
     assert_names(step.because, "20%", "‖Δ‖²", 1, "norms and biases")
-    (found,) = findings(evidence(model(EASY, left_out=[heavy])))
-    assert found.name == "Norm- or bias-heavy update"
-    assert "0.45·‖Δ‖" in found.means
+    (result,) = findings(evidence(model(EASY, left_out=[heavy])))
+    assert result.name == "Norm- or bias-heavy update"
+    assert "0.45·‖Δ‖" in result.means
     light = vector("model.norm.weight", math.sqrt(total * 0.04))
     assert told(model(EASY, left_out=[light])) == ["sufficient rank"]
 
@@ -190,9 +190,9 @@ def test_wrong_scale_comes_first(factor):
     assert step.rule == "scale"
     assert_names(step.do, "lora_alpha", "lora", f"{factor:.3g}")
     assert step.argv[-1] == "lora"
-    (found,) = findings(evidence(residuals(records)))
-    assert found.name == "Scale mismatch"
-    assert ("rsLoRA" in found.seen) == (factor == 4.0)  # √16
+    (result,) = findings(evidence(residuals(records)))
+    assert result.name == "Scale mismatch"
+    assert ("rsLoRA" in result.seen) == (factor == 4.0)  # √16
 
 
 def test_scale_without_direction_is_null():
@@ -228,18 +228,18 @@ def test_flat_projections_are_found_and_others_not():
     assert "Flat spectra in projection layers" in seen(model(EASY, special={"o_proj": flat}))
     assert "Flat spectra in projection layers" not in seen(model(EASY, special={"q_proj": flat}))
     connector = spectra([*model(EASY).layers, spectrum("multi_modal_projector.linear_1.weight", flat)])
-    (found,) = [item for item in findings(evidence(connector)) if item.name.startswith("Flat")]
-    assert found.layers == ("multi_modal_projector.linear_1.weight",)
-    assert_names(found.seen, "90%")
+    (result,) = [item for item in findings(evidence(connector)) if item.name.startswith("Flat")]
+    assert result.layers == ("multi_modal_projector.linear_1.weight",)
+    assert_names(result.seen, "90%")
 
 
 def test_gradients_out_of_reach():
     inside = [overlap(layer, step, 0.3, 0.6) for layer in names(1) for step in (0, 100)]
     assert seen(overlaps(inside)) == []
     rejected_options = [overlap(names(1)[0], 100, 0.035, 0.25)]
-    (found,) = findings(evidence(overlaps([*inside[:-1], *rejected_options])))
-    assert found.layers == (names(1)[0],)
-    assert_names(found.seen, "0.25", "‖G‖", "0.25")
+    (result,) = findings(evidence(overlaps([*inside[:-1], *rejected_options])))
+    assert result.layers == (names(1)[0],)
+    assert_names(result.seen, "0.25", "‖G‖", "0.25")
     early = [overlap(names(1)[0], 0, 0.035, 0.25), overlap(names(1)[0], 100, 0.3, 0.6)]
     assert seen(overlaps(early)) == []
     unread = [overlap(names(1)[0], 100, 0.035, 0.25, verdict="floor-limited")]
@@ -303,13 +303,13 @@ def test_every_rule_states_version_and_source():
         (residuals([residual(n, 8 if n in names(4, TYPES) else 0, kept=0.95) for n in names(4, TYPES + MLP)]),),
     ]  # fmt: skip
     steps = [step for results in runs for step in advice(evidence(*results))]
-    found = [item for results in runs for item in findings(evidence(*results))]
+    result = [item for results in runs for item in findings(evidence(*results))]
     assert len({step.rule for step in steps}) >= 7
     assert all(step.condition and step.source and step.command.startswith("loradiag ") for step in steps)
-    assert all(item.condition and item.source and item.means for item in found)
+    assert all(item.condition and item.source and item.means for item in result)
     page = (ROOT / "docs" / "reference" / "report.md").read_text()
     assert len(STEPS) + len(RULES) == 12
-    for name in {step.rule for step in steps} | {item.name for item in found}:
+    for name in {step.rule for step in steps} | {item.name for item in result}:
         assert name in page, f"docs/reference/report.md does not explain {name!r}"
 
 

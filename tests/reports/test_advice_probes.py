@@ -48,26 +48,26 @@ def fisher(energy, cost, measured=True):
 
 def bounds(times, error=0.1):
     """The gap is 1/r nats with this relative error, and the bound so many times that."""
-    found = []
+    result = []
     for rank in (1, 4, 16):
         gap = 1 / rank
         more = {"tail_energy": 1.0, "linear": 0.0, "quadratic": gap, "upper": times * gap, "lower": None, "holds": True}
         more |= {"curvature": 1.0, "loss": 1 + gap, "gap": gap, "gap_error": error * gap}
-        found.append(LossBound(set="own", data="0", tokens=9, rank=rank, along=1.0, **more))
-    return run("probe curvature", found)
+        result.append(LossBound(set="own", data="0", tokens=9, rank=rank, along=1.0, **more))
+    return run("probe curvature", result)
 
 
 def intrinsic(shares, rates=(1e-4, 1e-3, 1e-2), best=1e-3, full_best=1e-3):
     """Full fine-tuning gains 1 nat; ``shares`` by rank, one a seed. The best rate lies inside the grid if not asked."""
-    found = [Intrinsic(set="own", data="0", tokens=9, subject="base", params=0, loss=2.0)]
+    result = [Intrinsic(set="own", data="0", tokens=9, subject="base", params=0, loss=2.0)]
     for subject, rank, seeds in (("full", None, (1.0, 1.0)), *(("lora", r, s) for r, s in shares.items())):
         at = full_best if rank is None else best if isinstance(best, float) else best[rank]
         for lr in rates:
             for seed, share in enumerate(seeds if lr == at else seeds[:1]):
                 loss = 2.0 - share + 0.5 * (lr != at)
                 more = {"subject": subject, "rank": rank, "params": 9, "lr": lr, "seed": seed, "loss": loss}
-                found.append(Intrinsic(set="own", data="0", tokens=9, **more))
-    return run("probe intrinsic", found, seed=0, share=0.9, ranks=list(shares), dims=[10])
+                result.append(Intrinsic(set="own", data="0", tokens=9, **more))
+    return run("probe intrinsic", result, seed=0, share=0.9, ranks=list(shares), dims=[10])
 
 
 def test_gaining_units_are_named_and_losing_units_omitted():
@@ -173,8 +173,8 @@ def adapter(rank):
 
 
 def test_chosen_rank_is_compared_with_smallest_equal():
-    found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
-    step = next(step for step in advice(evidence(adapter(16), found)) if step.rule == "fit the rank")
+    result = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
+    step = next(step for step in advice(evidence(adapter(16), result)) if step.rule == "fit the rank")
     assert step.do == "Try r=2 instead of r=16"
     assert_names(step.because, "own", "r=2", "93%", "95%")
     assert step.command == ("loradiag probe sweep 'my base' --data TEXT --eval own.txt --ranks 2,16 -o sweep.jsonl")
@@ -185,7 +185,7 @@ def test_chosen_rank_is_compared_with_smallest_equal():
 
 
 @pytest.mark.parametrize(
-    ("rank", "found"),
+    ("rank", "result"),
     [
         (2, intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})),  # it is the smallest
         (16, intrinsic({2: (0.95, 0.85), 8: (0.99, 0.98)})),  # not with every seed
@@ -199,9 +199,9 @@ def test_chosen_rank_is_compared_with_smallest_equal():
         (4, intrinsic({4: (0.5, 0.6), 8: (0.7, 0.75)}, best={4: 1e-3, 8: 1e-2})),  # the higher one may gain more
     ],
 )
-def test_fitting_or_undecided_rank_is_unchanged(rank, found):
-    assert "fit the rank" not in told(adapter(rank), found)
-    assert told(found) == []  # no adapter, no rank
+def test_fitting_or_undecided_rank_is_unchanged(rank, result):
+    assert "fit the rank" not in told(adapter(rank), result)
+    assert told(result) == []  # no adapter, no rank
 
 
 def test_adapter_of_several_ranks_is_compared_at_largest():
@@ -211,8 +211,8 @@ def test_adapter_of_several_ranks_is_compared_at_largest():
 
 
 def test_losses_of_whole_model_come_first():
-    found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
+    result = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
     gains = sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])
     assert told(gains, outputs({"a": 0.3})) == ["close the gap", "place by gain"]
     assert told(gains, outputs({"a": 0.0})) == ["keep the adapter"]
-    assert "fit the rank" not in told(adapter(16), found, sweep({4: 1.1, 8: 1.099, 16: 1.098}))
+    assert "fit the rank" not in told(adapter(16), result, sweep({4: 1.1, 8: 1.099, 16: 1.098}))

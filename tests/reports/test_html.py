@@ -94,7 +94,7 @@ def test_page_numbers_equal_records():
     fields = {field["id"]: field["values"] for field in data["fields"]}
     for record in spectrum_run:
         i = place[record.layer]
-        said = {
+        text = {
             "fro": record.fro,
             "energy.8": record.energy["8"],
             "energy.64": record.energy["64"],
@@ -105,10 +105,10 @@ def test_page_numbers_equal_records():
             "relative": record.fro / record.base_fro,
             "resolution.verdict": record.resolution.verdict,
         }
-        assert {name: fields[f"s0.{name}"][i] for name in said} == said
+        assert {name: fields[f"s0.{name}"][i] for name in text} == text
     for record in residual_run:
         i = place[record.layer]
-        said = {
+        text = {
             "epsilon": record.epsilon,
             "epsilon_min": record.epsilon_min,
             "cosine": record.cosine,
@@ -116,7 +116,7 @@ def test_page_numbers_equal_records():
             "norm_ratio": record.norm_ratio,
             "limited_by": record.limited_by,
         }
-        assert {name: fields[f"a0.{name}"][i] for name in said} == said
+        assert {name: fields[f"a0.{name}"][i] for name in text} == text
     (drawn,) = data["spectra"]
     assert len(drawn["curves"]) == len(spectrum_run)
     for curve in drawn["curves"]:
@@ -154,17 +154,17 @@ def test_html_hostile_names_stay_text():
     )
     sources = (Source(name, run, name) for name, run in zip(itertools.cycle(HOSTILE), runs, strict=False))
     page = html_report(Evidence(tuple(sources)), images_of(evidence(runs[0], runs[-1])), "now")
-    found = Elements(page)
-    tags = {tag for tag, _ in found.seen}
+    result = Elements(page)
+    tags = {tag for tag, _ in result.seen}
     assert tags <= {tag for tag, _ in plain.seen} | {"img", "figure", "figcaption"}
-    assert len([tag for tag, _ in found.seen if tag == "script"]) == len([t for t, _ in plain.seen if t == "script"])
-    assert not [attr for _, attrs in found.seen for attr in attrs if attr.startswith("on")]
-    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in found.seen if tag == "img")
+    assert len([tag for tag, _ in result.seen if tag == "script"]) == len([t for t, _ in plain.seen if t == "script"])
+    assert not [attr for _, attrs in result.seen for attr in attrs if attr.startswith("on")]
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in result.seen if tag == "img")
     assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
-    shown = json.loads(found.scripts["data"])["layers"]
+    shown = json.loads(result.scripts["data"])["layers"]
     assert len(shown) == len(layers)
-    assert "<" not in found.scripts["data"]
-    assert "49" not in "".join(word for word in found.words if "alert(3)" in word)
+    assert "<" not in result.scripts["data"]
+    assert "49" not in "".join(word for word in result.words if "alert(3)" in word)
 
 
 def test_page_makes_no_requests():

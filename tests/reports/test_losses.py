@@ -81,9 +81,9 @@ def test_losses_come_first_in_any_mix(mix, also):
     drawn = len(mix) == 1 and (not also or mix == ("outputs",))
     page, text = html_report(runs, images_of(runs) if drawn else [], "now"), markdown_report(runs)
     for shown in (" ".join(Elements(page).words), text):
-        asked = [question for question in QUESTIONS.values() if question in shown]
-        assert asked == [QUESTIONS[name] for name in KINDS if name in mix]
-        places = [shown.index(question) for question in asked]
+        options = [question for question in QUESTIONS.values() if question in shown]
+        assert options == [QUESTIONS[name] for name in KINDS if name in mix]
+        places = [shown.index(question) for question in options]
         assert places == sorted(places)
         assert (low_rank() in shown) == also
         if also:

@@ -62,10 +62,10 @@ def test_gate_accepts_adapter_that_was_measured():
 
 @pytest.mark.parametrize(("metric", "norms"), [("data", "‖ΔW·C^½‖/‖W·C^½‖"), ("kfac", "‖G^½·ΔW·C^½‖/‖G^½·W·C^½‖")])
 def test_headings_captions_and_curves_name_metric(metric, norms):
-    told = markdown_report(evidence(weighted(metric)))
-    assert f"| {_escape_text(norms)} " in told
-    assert "‖ΔW‖/‖W‖" not in told
-    assert "whole change" not in told
+    message = markdown_report(evidence(weighted(metric)))
+    assert f"| {_escape_text(norms)} " in message
+    assert "‖ΔW‖/‖W‖" not in message
+    assert "whole change" not in message
     page = html_report(evidence(weighted(metric)))
     of = norms.partition("/")[0].strip("‖")
     assert f'Singular values σ<sub>i</sub> of <span class="of">{of}</span>; dotted' in page
@@ -81,7 +81,7 @@ def test_headings_captions_and_curves_name_metric(metric, norms):
 
 
 def test_report_in_weights_names_no_metric():
-    told = markdown_report(evidence(plain()))
-    assert "metric" not in told
-    assert "| ‖ΔW‖/‖W‖ |" in told
+    message = markdown_report(evidence(plain()))
+    assert "metric" not in message
+    assert "| ‖ΔW‖/‖W‖ |" in message
     assert "C^½" not in json.dumps(embedded(html_report(evidence(plain()))), ensure_ascii=False)

@@ -49,18 +49,18 @@ SAID = {
 
 
 def probed(command, name="mlp.up_proj", set="held_out"):
-    found = run(command, RECORDS[command](name, set))
-    return type(found)(
-        found.run.model_copy(update={"settings": {**SETTINGS, **MORE[command]}}), (), (), found.end, found.whole
+    result = run(command, RECORDS[command](name, set))
+    return type(result)(
+        result.run.model_copy(update={"settings": {**SETTINGS, **MORE[command]}}), (), (), result.end, result.whole
     )
 
 
 def cells(page):
     """Return the rows of the sections' tables by their names: of one name the last one's cells follow."""
-    found = {}
+    result = {}
     for name, row in re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page):
-        found.setdefault(name, []).extend(re.findall(r"<td[^>]*>(.*?)</td>", row))
-    return found
+        result.setdefault(name, []).extend(re.findall(r"<td[^>]*>(.*?)</td>", row))
+    return result
 
 
 @pytest.mark.parametrize("command", MORE)
@@ -87,34 +87,34 @@ def test_each_probe_has_tables_and_statements_in_both_formats(command):
 
 
 def test_numbers_equal_records():
-    found = cells(html_report(evidence(probed("probe sensitivity"))))
+    result = cells(html_report(evidence(probed("probe sensitivity"))))
     records = [r for r in probed("probe sensitivity").whole if r.set == "held_out" and r.unit and r.lr == 1e-3]
     for record in records:
-        assert found[record.unit][0].startswith(f"{record.gain:+.4f} ±")
+        assert result[record.unit][0].startswith(f"{record.gain:+.4f} ±")
 
-    found = cells(html_report(evidence(probed("probe curvature"))))
+    result = cells(html_report(evidence(probed("probe curvature"))))
     _, *layers = [r for r in probed("probe curvature").whole if r.record == "curvature"]
-    assert found["all layers"][2:6] == ["50", "-1", "9", "1"]
-    assert [found[r.layer][2] for r in layers] == ["2", "3"]
+    assert result["all layers"][2:6] == ["50", "-1", "9", "1"]
+    assert [result[r.layer][2] for r in layers] == ["2", "3"]
     for bound in (r for r in probed("probe curvature").whole if r.record == "loss_bound" and r.along == 1):
-        assert f"{bound.gap:+.4f}" in found[f"r={bound.rank}"]
-        assert f"{bound.linear + bound.quadratic:+.4f}" in found[f"r={bound.rank}"]
+        assert f"{bound.gap:+.4f}" in result[f"r={bound.rank}"]
+        assert f"{bound.linear + bound.quadratic:+.4f}" in result[f"r={bound.rank}"]
 
-    found = cells(html_report(evidence(probed("probe intrinsic"))))
+    result = cells(html_report(evidence(probed("probe intrinsic"))))
     for dim in (10, 100, 1000):
         losses = [r.loss for r in probed("probe intrinsic").whole if (r.set, r.dim, r.lr) == ("held_out", dim, 1e-3)]
-        assert f"{fmean(losses):.4f}" in found[f"d={dim}"]
-        assert f"{(2 - fmean(losses)) / (2 - 1.02):.0%}" in found[f"d={dim}"]
+        assert f"{fmean(losses):.4f}" in result[f"d={dim}"]
+        assert f"{(2 - fmean(losses)) / (2 - 1.02):.0%}" in result[f"d={dim}"]
 
-    found = cells(html_report(evidence(probed("probe fisher"))))
+    result = cells(html_report(evidence(probed("probe fisher"))))
     records = probed("probe fisher").whole
     for record in records:
-        row = found[record.layer.removesuffix(".weight")]
+        row = result[record.layer.removesuffix(".weight")]
         share = record.fisher[8] / sum(r.fisher[8] for r in records)
         assert abs(float(row[3].rstrip("%")) / 100 - share) < 0.005
         assert float(row[4]) == pytest.approx(record.fisher[8] / 2, rel=0.005)
         assert float(row[5]) == pytest.approx(record.effect["8"].kl, rel=0.005)
-    assert found["Fisher"] == ["1.00 | 1.00", "1.00 | 1.00"]
+    assert result["Fisher"] == ["1.00 | 1.00", "1.00 | 1.00"]
 
 
 @pytest.mark.parametrize("command", MORE)
@@ -145,10 +145,10 @@ def test_all_runs_diverged_is_stated(command):
     whole = run(command, making.swept()) if command == "probe sweep" else probed(command)
     rejected_options = {"loss": None, "gain": None} if command == "probe sensitivity" else {"loss": None}
     records = [r.model_copy(update=rejected_options) if getattr(r, "lr", None) else r for r in whole.whole]
-    said = markdown_report(evidence(type(whole)(whole.run, (), (), whole.end, tuple(records))))
-    assert "finite loss" in said
-    assert "not measured yet" not in said
-    assert "None" not in said
+    text = markdown_report(evidence(type(whole)(whole.run, (), (), whole.end, tuple(records))))
+    assert "finite loss" in text
+    assert "not measured yet" not in text
+    assert "None" not in text
 
 
 @pytest.mark.parametrize("command", [*MORE, "probe outputs", "probe sweep", "probe truncation"])

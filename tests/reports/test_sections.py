@@ -101,16 +101,16 @@ def test_report_of_any_mix_has_page_text_and_table(mix, also):
     drawn = not also or len(mix) == len(KINDS)
     page = html_report(runs, images_of(runs) if drawn else [], "now")
     text = markdown_report(runs)
-    for said in (Elements(page).words, [text]):
-        shown = " ".join(said)
+    for message in (Elements(page).words, [text]):
+        shown = " ".join(message)
         assert (low_rank() in shown) == also
         assert ("Next steps" in shown) == also
         assert [name for name, question in QUESTIONS.items() if question in shown] == list(mix)
     figures = {a["alt"].split(":")[0] for tag, a in Elements(page).seen if tag == "img"}
     wanted = {"interference": {"angles", "union"}, "intruders": {"intruders"}, "fleet": {"fleet"}}
     for name, own in wanted.items():
-        found = {each for each in own if f"Figure of {each}" in figures}
-        assert found == (own if name in mix and drawn else set())
+        result = {each for each in own if f"Figure of {each}" in figures}
+        assert result == (own if name in mix and drawn else set())
     assert len(to_csv(runs).splitlines()) > len(mix)
 
 
@@ -176,12 +176,12 @@ def test_several_hostile_names_stay_text(plain):
     sources = zip(itertools.cycle(HOSTILE), runs, strict=False)
     hostile = Evidence(tuple(Source(name, item) for name, item in sources))
     page = html_report(hostile, images_of(hostile), "now")
-    found = Elements(page)
-    assert {tag for tag, _ in found.seen} <= {tag for tag, _ in plain} | {"br"}
+    result = Elements(page)
+    assert {tag for tag, _ in result.seen} <= {tag for tag, _ in plain} | {"br"}
     scripts = [tag for tag, _ in plain if tag == "script"]
-    assert len([tag for tag, _ in found.seen if tag == "script"]) == len(scripts)
-    assert not [attr for _, attrs in found.seen for attr in attrs if attr.startswith("on")]
-    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in found.seen if tag == "img")
+    assert len([tag for tag, _ in result.seen if tag == "script"]) == len(scripts)
+    assert not [attr for _, attrs in result.seen for attr in attrs if attr.startswith("on")]
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in result.seen if tag == "img")
     assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
     text = GITHUB.render(markdown_report(hostile))
     assert not re.search(r"<(script|img|!--|b|a)\b", text)
@@ -200,11 +200,11 @@ def merged(*statuses):
 def test_merge_comes_first_and_one_wrong_layer_decides():
     runs = evidence(merged("ok", "dropped", "ok"))
     page, text = html_report(runs, images_of(runs)), markdown_report(runs)
-    for said in (" ".join(Elements(page).words), text):
-        assert_names(said, *questions("verify-merge"), "no", "1 of 3", "ΔW")
-        assert_names(said, "a in m")
-        assert low_rank() not in said
-        assert "Failure modes" not in said
+    for message in (" ".join(Elements(page).words), text):
+        assert_names(message, *questions("verify-merge"), "no", "1 of 3", "ΔW")
+        assert_names(message, "a in m")
+        assert low_rank() not in message
+        assert "Failure modes" not in message
     fields = {field["title"]: field["values"] for field in json.loads(Elements(page).scripts["data"])["fields"]}
     assert fields["merge"] == ["ok", "dropped", "ok"]
     assert fields["differing"] == [0, 0.125, 0.25]

@@ -93,8 +93,8 @@ def test_step_command_has_numbers_of_its_text(situation):
         assert given.get("repeats", 2) == (step.seeds or given.get("repeats", 2)), step
         assert set(step.adapters) <= set(step.argv), step
         # What the sentence asks for is in the command, and no other rank or number of parameters is.
-        asked = step.do.replace("as many as with r=8 everywhere", "")
-        assert {float(rank) for rank in re.findall(r"\br=(\d+)", asked)} <= {*ranks}, step
+        options = step.do.replace("as many as with r=8 everywhere", "")
+        assert {float(rank) for rank in re.findall(r"\br=(\d+)", options)} <= {*ranks}, step
         amounts = [int(each.replace(",", "")) for each in re.findall(r"([\d,]+)(?: trainable)? parameters", step.do)]
         assert amounts == ([] if step.params is None else [step.params]), step
         if name == "allocate":
@@ -108,8 +108,8 @@ def test_steps_and_findings_match_snapshot(snapshot):
     shown = {}
     for situation, runs in SITUATIONS.items():
         steps = [(step.rule, step.do, step.because, step.condition, step.command) for step in advice(evidence(*runs))]
-        found = [(item.name, item.seen, item.means, item.condition) for item in findings(evidence(*runs))]
-        shown[situation] = steps + found
+        result = [(item.name, item.seen, item.means, item.condition) for item in findings(evidence(*runs))]
+        shown[situation] = steps + result
     assert shown == snapshot
 
 

@@ -20,9 +20,9 @@ def rows(*runs):
 
 def test_every_record_is_a_row():
     runs = small()
-    found = rows(*runs)
-    assert len(found) == sum(len(run) + len(run.left_out) for run in runs)
-    by_kind = {kind: [row for row in found if row["record"] == kind] for kind in ("spectrum", "residual", "overlap")}
+    result = rows(*runs)
+    assert len(result) == sum(len(run) + len(run.left_out) for run in runs)
+    by_kind = {kind: [row for row in result if row["record"] == kind] for kind in ("spectrum", "residual", "overlap")}
     for row, record in zip(by_kind["spectrum"], runs[0], strict=True):
         assert row["layer"] == record.layer
         assert float(row["energy.8"]) == record.energy["8"]
@@ -55,9 +55,9 @@ def test_spreadsheet_runs_no_computed_column():
 
 def test_values_of_several_runs_name_their_run():
     runs = small()
-    found = list(csv.DictReader(io.StringIO(to_csv(evidence(*runs), values=True))))
-    assert {row["results"] for row in found} == {"spectrum0.jsonl"}
-    assert [float(row["value"]) for row in found] == [value for record in runs[0] for value in record.s]
+    result = list(csv.DictReader(io.StringIO(to_csv(evidence(*runs), values=True))))
+    assert {row["results"] for row in result} == {"spectrum0.jsonl"}
+    assert [float(row["value"]) for row in result] == [value for record in runs[0] for value in record.s]
 
 
 @pytest.mark.parametrize("format", ["html", "md"])
@@ -74,8 +74,8 @@ def test_values_by_command(loradiag, tmp_path):
     results.write(tmp_path / "r.jsonl")
     ran = loradiag("report", tmp_path / "r.jsonl", "--format", "csv", "--values")
     assert ran.code == 0, ran.err
-    found = list(csv.DictReader(io.StringIO(ran.out)))
-    assert [(row["layer"], row["index"], float(row["value"])) for row in found] == [
+    result = list(csv.DictReader(io.StringIO(ran.out)))
+    assert [(row["layer"], row["index"], float(row["value"])) for row in result] == [
         (record.layer, str(i), value) for record in results for i, value in enumerate(record.s, 1)
     ]
 

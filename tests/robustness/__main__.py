@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--only", type=int, help="this number of one kind alone, to see a finding again")
     parser.add_argument("--log", type=Path, help="append findings and counts to this file after every batch")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     # Imported here, once, so that no child pays for it.
     import lora_diag.decisions.extract.run
@@ -40,21 +40,21 @@ def main() -> int:
     findings = []
     with tempfile.TemporaryDirectory() as folder:
         whole = make(Path(folder))
-        for turn in until(asked.minutes) if asked.minutes else range(1):
-            for kind in asked.kinds:
-                size = max(1, asked.inputs // SHARE.get(kind, 1))
+        for turn in until(options.minutes) if options.minutes else range(1):
+            for kind in options.kinds:
+                size = max(1, options.inputs // SHARE.get(kind, 1))
                 numbers = range(turn * size, (turn + 1) * size)
-                if asked.only is not None:
-                    numbers = range(asked.only, asked.only + 1)
-                done, found = run_batch(kind, numbers, asked.seed, whole)
+                if options.only is not None:
+                    numbers = range(options.only, options.only + 1)
+                done, result = run_batch(kind, numbers, options.seed, whole)
                 tried[kind] += done
-                findings += found
-                if asked.log:
-                    with asked.log.open("a") as log:
-                        log.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+                findings += result
+                if options.log:
+                    with options.log.open("a") as log:
+                        log.writelines(json.dumps(asdict(one)) + "\n" for one in result)
                         log.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
     for one in findings[:20]:
-        sys.stdout.write(f"\n{one.kind} {one.number} (seed {asked.seed}): {' '.join(one.words)}\n{one.problem}\n")
+        sys.stdout.write(f"\n{one.kind} {one.number} (seed {options.seed}): {' '.join(one.words)}\n{one.problem}\n")
     sys.stdout.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
     return 1 if findings else 0
 

@@ -77,14 +77,14 @@ def try_one(kind: str, number: int, seed: int, whole: Path) -> tuple[list[str], 
     try:
         words = prepare(kind, number, seed, whole, folder / "at")
         before = set((folder / "at").rglob("*"))
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as message:
             warnings.simplefilter("always")
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             code, out, err = cli(words)
             signal.setitimer(signal.ITIMER_PROF, 0)
         problem = judge(words, code, out, err) or _left(folder / "at", before, words, code)
-        if not problem and told:
-            problem = f"warning: {told[0].message} ({told[0].filename}:{told[0].lineno})"
+        if not problem and message:
+            problem = f"warning: {message[0].message} ({message[0].filename}:{message[0].lineno})"
         if not problem and (whole / "ran").exists():
             problem = "a pickle ran code"
     except TooLongError:

@@ -126,9 +126,9 @@ def forbidden(expression: str) -> set[str]:
 def rows() -> list[tuple[str, str, str]]:
     """Return name, licence and the extras that bring a package on every platform, those of no extra first."""
     by_extra = {extra: needed("loradiag", extra) for extra in EXTRAS}
-    found = {name: package for packages in by_extra.values() for name, package in packages.items()}
+    result = {name: package for packages in by_extra.values() for name, package in packages.items()}
     table = []
-    for name, package in sorted(found.items()):
+    for name, package in sorted(result.items()):
         always = name in by_extra[""]
         extras = [] if always else [f"`{extra}`" for extra in EXTRAS if extra and name in by_extra[extra]]
         table.append((name, licence(package), "always" if always else " ".join(extras)))

@@ -28,27 +28,27 @@ SETTINGS = [
 
 def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
     """Flip bits, set bytes, cut, repeat or insert, one to four times."""
-    found = bytearray(content)
+    result = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(found) + 1)
+        at = rng.randrange(len(result) + 1)
         length = rng.choice([1, 2, 4, 8, 64, 1000])
         match rng.randrange(7):
-            case 0 if at < len(found):
-                found[at] ^= 1 << rng.randrange(8)
-            case 1 if at < len(found):
-                found[at] = rng.choice([0, 1, 127, 128, 255, *b'0123456789-.e"[]{},:'])
+            case 0 if at < len(result):
+                result[at] ^= 1 << rng.randrange(8)
+            case 1 if at < len(result):
+                result[at] = rng.choice([0, 1, 127, 128, 255, *b'0123456789-.e"[]{},:'])
             case 2:
-                del found[at : at + length]
+                del result[at : at + length]
             case 3:
-                found[at:at] = found[at : at + length]
+                result[at:at] = result[at : at + length]
             case 4:
-                found[at:at] = rng.choice(TOKENS)
+                result[at:at] = rng.choice(TOKENS)
             case 5:
-                del found[at:]
+                del result[at:]
             case 6:
-                other = rng.randrange(len(found) + 1)
-                found[at : at + length] = found[other : other + length]
-    return bytes(found)
+                other = rng.randrange(len(result) + 1)
+                result[at : at + length] = result[other : other + length]
+    return bytes(result)
 
 
 def damaged_value(value: Any, rng: random.Random) -> Any:
@@ -133,11 +133,11 @@ def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
 
 def _numbers(data: bytes, rng: random.Random) -> bytes:
     """Put numbers that are not finite, too large or too small in the place of some entries."""
-    found = bytearray(data)
+    result = bytearray(data)
     for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(max(1, len(found) - 8)) // 4 * 4
-        found[at : at + 4] = rng.choice(FLOATS)
-    return bytes(found[: len(data)])
+        at = rng.randrange(max(1, len(result) - 8)) // 4 * 4
+        result[at : at + 4] = rng.choice(FLOATS)
+    return bytes(result[: len(data)])
 
 
 def damaged_archive(content: bytes, rng: random.Random) -> bytes:

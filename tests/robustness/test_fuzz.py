@@ -33,10 +33,10 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
 def test_damaged_inputs_of_every_kind() -> None:
     done = fuzz("--inputs", "8", "--seed", "2026")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert set(told["tried"]) == set(KINDS)
-    assert told["findings"] == 0
-    assert told["all"] > 85
+    message = json.loads(done.stdout.splitlines()[-1])
+    assert set(message["tried"]) == set(KINDS)
+    assert message["findings"] == 0
+    assert message["all"] > 85
 
 
 def test_same_seed_gives_same_inputs(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_same_seed_gives_same_inputs(tmp_path: Path) -> None:
     ],
 )
 def test_judge_reports_each_fault(words: list[str], code: int, out: str, err: str, problem: str) -> None:
-    found = judge(words, code, out, err)
-    assert (problem in found) if problem else not found
+    result = judge(words, code, out, err)
+    assert (problem in result) if problem else not result
 
 
 BROKEN = """
@@ -104,12 +104,12 @@ def test_faults_of_child_are_found(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", BROKEN, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, check=True
     )
-    done, found = json.loads(ran.stdout)
+    done, result = json.loads(ran.stdout)
     assert done == 7
-    told = dict(found)
-    assert sorted(told) == [1, 2, 3, 4, 5]
-    assert_names(told[1], "ValueError")
-    assert_names(told[2], "took", "512 MiB")
-    assert "SIGABRT" in told[3]
-    assert_names(told[4], "took", "0.5 s")
-    assert_names(told[5], "left .half")
+    message = dict(result)
+    assert sorted(message) == [1, 2, 3, 4, 5]
+    assert_names(message[1], "ValueError")
+    assert_names(message[2], "took", "512 MiB")
+    assert "SIGABRT" in message[3]
+    assert_names(message[4], "took", "0.5 s")
+    assert_names(message[5], "left .half")

@@ -69,13 +69,13 @@ def test_prefix_on_one_side_is_ignored(tmp_path, prefix, on_base):
     sides[0] = {prefix + name: value for name, value in sides[0].items()}
     before, after = sides if on_base else reversed(sides)
     expected = lora_diag.spectrum(save_model(tmp_path / "a", plain), save_model(tmp_path / "b", tuned))
-    found = lora_diag.spectrum(save_model(tmp_path / "c", before), save_model(tmp_path / "d", after))
-    assert [layer.s for layer in found.layers] == [layer.s for layer in expected.layers]
-    assert [layer.layer.removeprefix(prefix if on_base else "") for layer in found.layers] == [
+    result = lora_diag.spectrum(save_model(tmp_path / "c", before), save_model(tmp_path / "d", after))
+    assert [layer.s for layer in result.layers] == [layer.s for layer in expected.layers]
+    assert [layer.layer.removeprefix(prefix if on_base else "") for layer in result.layers] == [
         layer.layer for layer in expected.layers
     ]
-    assert {item.reason for item in found.left_out} == {"vector"}
-    assert_names(found.run.inputs[1].notes[0], "12 tensors", "BASE")
+    assert {item.reason for item in result.left_out} == {"vector"}
+    assert_names(result.run.inputs[1].notes[0], "12 tensors", "BASE")
 
 
 def test_names_without_anything_in_common_are_not_paired(tmp_path):

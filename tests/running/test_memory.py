@@ -32,7 +32,7 @@ def small(monkeypatch):
 
 def numbers(record, skip=("method", "blocks", "energy_error")) -> dict:
     """Every number of a record by its path."""
-    found: dict = {}
+    result: dict = {}
 
     def walk(value, path):
         if isinstance(value, dict):
@@ -42,10 +42,10 @@ def numbers(record, skip=("method", "blocks", "energy_error")) -> dict:
             for at, inner in enumerate(value):
                 walk(inner, (*path, at))
         elif path[0] not in skip:
-            found[path] = value
+            result[path] = value
 
     walk(record.model_dump(), ())
-    return found
+    return result
 
 
 def check(plain, blocks) -> None:
@@ -96,23 +96,23 @@ def test_overlap_memory_stays_within_limit(small):
 
 
 def test_unstreamable_layer_is_left_out_and_rest_measured(small):
-    found = lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1, method="exact")
-    assert len(found) == 0
-    assert {item.reason for item in found.unmeasured} == {"memory"}
-    assert all(mentions(item.detail, "--method", "blocks") and item.fro > 0 for item in found.unmeasured)
+    result = lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1, method="exact")
+    assert len(result) == 0
+    assert {item.reason for item in result.unmeasured} == {"memory"}
+    assert all(mentions(item.detail, "--method", "blocks") and item.fro > 0 for item in result.unmeasured)
 
 
 def test_gradients_beyond_memory_limit_are_left_out(small, monkeypatch):
     monkeypatch.setattr(covariance, "READING_BYTES", 0)
-    asked = {"gradients": ["sample_checkpoints/gradients"], "layers": r"layers\.0\.(mlp\.up|self_attn\.q)"}
-    plain = {record.layer: record for record in lora_diag.spectrum(BASE, **asked)}
-    found = lora_diag.spectrum(BASE, **asked, memory="2MB", workers=1)  # 128x128 take 0.9 MB, 384x128 4.1
-    assert [numbers(record) for record in found] == [numbers(plain[record.layer]) for record in found]
-    assert [record.shape for record in found] == [(128, 128)]
-    (left,) = found.unmeasured
+    options = {"gradients": ["sample_checkpoints/gradients"], "layers": r"layers\.0\.(mlp\.up|self_attn\.q)"}
+    plain = {record.layer: record for record in lora_diag.spectrum(BASE, **options)}
+    result = lora_diag.spectrum(BASE, **options, memory="2MB", workers=1)  # 128x128 take 0.9 MB, 384x128 4.1
+    assert [numbers(record) for record in result] == [numbers(plain[record.layer]) for record in result]
+    assert [record.shape for record in result] == [(128, 128)]
+    (left,) = result.unmeasured
     assert (left.reason, left.shape) == ("memory", (384, 128))
     assert_names(left.detail, "4 MB", "3 MB", "--workers", "--exclude")
-    assert len(lora_diag.spectrum(BASE, **asked, memory="5MB", workers=1)) == 2
+    assert len(lora_diag.spectrum(BASE, **options, memory="5MB", workers=1)) == 2
 
 
 def test_memory_is_of_this_machine():
@@ -127,7 +127,7 @@ def test_merge_layer_counts_its_memory_up_to_limit(footprint, limit, size):
 
 
 def test_fleet_uses_requested_workers(monkeypatch):
-    asked, layout_for = [], measuring.layout_for
-    monkeypatch.setattr(measuring, "layout_for", lambda *words: asked.append(words) or layout_for(*words))
+    options, layout_for = [], measuring.layout_for
+    monkeypatch.setattr(measuring, "layout_for", lambda *words: options.append(words) or layout_for(*words))
     lora_diag.fleet([ROOT / "sample_checkpoints" / "lora_r4"], device="cpu", workers=3)
-    assert [words[1:3] for words in asked] == [(3, "cpu")]
+    assert [words[1:3] for words in options] == [(3, "cpu")]

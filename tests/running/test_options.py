@@ -84,17 +84,17 @@ def commands(command):
 
 def test_command_line_matches_declaration():
     """By name, default and help; ``engine`` is three options there, and a callback none."""
-    found = {command.name: command for command in commands(typer.main.get_command(application()))}
+    result = {command.name: command for command in commands(typer.main.get_command(application()))}
     for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
-        shown = {each.name: each for each in found[name].params}
+        shown = {each.name: each for each in result[name].params}
         assert {"ray_address", "gpus_per_task"} <= set(shown)
         for option, (_, each) in list_options(LayerOptions).items():
             own = name in {"extract", "recover"} and option in {"output", "overwrite"}
             if each.cli and not own:
                 assert (shown[option].default, shown[option].help) == (each.default, each.help)
             assert each.cli or option == "engine" or option not in shown
-    assert "tol" not in {each.name for each in found["overlap"].params}
-    assert "method" not in {each.name for each in found["verify-merge"].params}
+    assert "tol" not in {each.name for each in result["overlap"].params}
+    assert "method" not in {each.name for each in result["verify-merge"].params}
 
 
 def as_python(value, default):
@@ -111,8 +111,8 @@ def test_own_options_have_same_defaults_in_python_and_cli():
             shown = inspect.signature(feature.load(feature.command)).parameters
             for name, each in inspect.signature(feature.load(feature.functions[0])).parameters.items():
                 if name in shown and each.default is not each.empty:
-                    found = as_python(shown[name].default, each.default)
-                    assert found == each.default, f"{feature.name} --{name}"
+                    result = as_python(shown[name].default, each.default)
+                    assert result == each.default, f"{feature.name} --{name}"
                     compared += 1
     assert compared > 200
 
@@ -123,9 +123,9 @@ def test_every_function_with_options_is_checked_here():
 
 
 def test_filled_adds_defaults():
-    found = fill_options(RunOptions, {"layers": "q_proj", "resume": True})
-    assert (found["layers"], found["exclude"], found["resume"]) == ("q_proj", None, True)
-    assert set(found) == set(list_options(RunOptions))
+    result = fill_options(RunOptions, {"layers": "q_proj", "resume": True})
+    assert (result["layers"], result["exclude"], result["resume"]) == ("q_proj", None, True)
+    assert set(result) == set(list_options(RunOptions))
 
 
 def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):

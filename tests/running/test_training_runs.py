@@ -177,9 +177,9 @@ def test_edge_uncertainty_is_stated_where_there_are_edges():
 )
 def test_numbers_at_their_limits(words, refused):
     given = {"rate": 1e-3, "steps": 3, "widen": 2, "seed": 0} | words
-    told = ""
+    message = ""
     try:
         check_training({"--lr": [given["rate"]]}, {"--steps": given["steps"]}, given["widen"], given["seed"])
     except UsageError as error:
-        told = str(error)
-    assert told == refused
+        message = str(error)
+    assert message == refused

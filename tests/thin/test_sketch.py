@@ -73,8 +73,8 @@ def test_sums_beyond_float32_are_added_in_float64():
 
 def test_sketches_of_layers_are_orthogonal_on_average():
     rng = np.random.default_rng(7)
-    found = [sketch(rng.standard_normal((40, 30)), str(layer)) for layer in range(30)]
-    cosines = [cosine(p, q) for at, p in enumerate(found) for q in found[:at]]
+    result = [sketch(rng.standard_normal((40, 30)), str(layer)) for layer in range(30)]
+    cosines = [cosine(p, q) for at, p in enumerate(result) for q in result[:at]]
     assert np.std(cosines) == pytest.approx(1 / math.sqrt(LENGTH), rel=0.3)
 
 

@@ -19,11 +19,11 @@ def thin_values(b: np.ndarray, a: np.ndarray, factor: float = 1.0, vectors: bool
     left, right = values.triangle(b), values.triangle(a.T)
     if left is None or right is None:
         return None
-    found = values.thin_values(left, right, factor, vectors)
-    if not np.isfinite(found.fro[0]):
+    result = values.thin_values(left, right, factor, vectors)
+    if not np.isfinite(result.fro[0]):
         return None
-    mix = found.mix[0] if vectors else None
-    return values.ThinValues(found.s[0], float(found.energy_error[0]), float(found.fro[0]), mix)
+    mix = result.mix[0] if vectors else None
+    return values.ThinValues(result.s[0], float(result.energy_error[0]), float(result.fro[0]), mix)
 
 
 def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,19 +44,19 @@ def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndar
 )
 def test_values_equal_product(m, n, rank, decay, scale, seed):
     b, a = factors(m, n, rank, decay, seed)
-    found = thin_values(b, a, scale)
+    result = thin_values(b, a, scale)
     due = np.linalg.svd(scale * (b @ a), compute_uv=False)[: min(m, n, rank)]
-    assert len(found.s) == len(due)
-    assert np.abs(found.s - due).max() <= 1e-12 * due[0]
+    assert len(result.s) == len(due)
+    assert np.abs(result.s - due).max() <= 1e-12 * due[0]
     energy = np.cumsum(due**2) / (due**2).sum()
-    assert np.abs(np.cumsum(found.s**2) / found.fro**2 - energy).max() <= found.energy_error + 1e-13
-    assert found.energy_error <= 1e-8
-    assert found.fro == pytest.approx(np.linalg.norm(due), rel=1e-12)
+    assert np.abs(np.cumsum(result.s**2) / result.fro**2 - energy).max() <= result.energy_error + 1e-13
+    assert result.energy_error <= 1e-8
+    assert result.fro == pytest.approx(np.linalg.norm(due), rel=1e-12)
 
 
 def by_cholesky(x: np.ndarray):
-    found, conditioned = values.reduce_grams(values.compute_grams(x[None]))
-    return found, bool(conditioned[0])
+    result, conditioned = values.reduce_grams(values.compute_grams(x[None]))
+    return result, bool(conditioned[0])
 
 
 def test_both_ways_to_triangle_agree_within_bounds():
@@ -66,9 +66,9 @@ def test_both_ways_to_triangle_agree_within_bounds():
     assert conditioned
     other = values._reduce_by_reflections(x)
     due = np.linalg.svd(x, compute_uv=False)
-    for found in (one, other):
-        s = np.linalg.svd(found.r[0], compute_uv=False) * found.scale
-        slack = found.relative * due + found.backward * np.linalg.norm(x) + 1e-15 * due[0]
+    for result in (one, other):
+        s = np.linalg.svd(result.r[0], compute_uv=False) * result.scale
+        slack = result.relative * due + result.backward * np.linalg.norm(x) + 1e-15 * due[0]
         assert (np.abs(s - due) <= slack).all()
     repeated = np.hstack([x, x[:, :1] * (1 + 1e-9)])
     assert not by_cholesky(repeated)[1]
@@ -88,20 +88,20 @@ def test_energies_are_within_their_bound_or_refused():
     )
     scale = np.linspace(-2, 3, 7)
     right.products[4] = 1.0
-    found = values.thin_energies(left, right, scale)
-    assert np.flatnonzero(found.energy_error > values.MAX_GRAM_ERROR).tolist() == [3, 4, 5]
+    result = values.thin_energies(left, right, scale)
+    assert np.flatnonzero(result.energy_error > values.MAX_GRAM_ERROR).tolist() == [3, 4, 5]
     for i in (0, 1, 2, 6):
         b, a = pairs[i]
         u, due, _ = np.linalg.svd(scale[i] * (b @ a), full_matrices=False)
-        assert found.fro[i] == pytest.approx(np.linalg.norm(due), rel=1e-12)
+        assert result.fro[i] == pytest.approx(np.linalg.norm(due), rel=1e-12)
         energy = np.cumsum(due[:8] ** 2) / (due**2).sum()
-        assert (np.abs(np.cumsum(found.s[i] ** 2) / found.fro[i] ** 2 - energy) <= found.energy_error[i]).all()
-        assert np.abs((b @ found.mix[i])[:, :2].T @ u[:, :2]) == pytest.approx(np.eye(2), abs=1e-9)
+        assert (np.abs(np.cumsum(result.s[i] ** 2) / result.fro[i] ** 2 - energy) <= result.energy_error[i]).all()
+        assert np.abs((b @ result.mix[i])[:, :2].T @ u[:, :2]) == pytest.approx(np.eye(2), abs=1e-9)
         alone = values.thin_energies(
             values.compute_grams(b[None]), values.compute_grams(np.ascontiguousarray(a.T)[None]), scale[i : i + 1]
         )
         for name in ("s", "energy_error", "fro", "mix"):
-            assert (getattr(found, name)[i] == getattr(alone, name)[0]).all()
+            assert (getattr(result, name)[i] == getattr(alone, name)[0]).all()
 
 
 @pytest.mark.parametrize(("rank", "tilt"), [(16, 0.0), (64, 0.0), (16, 0.8), (64, 0.2)])
@@ -109,8 +109,8 @@ def test_condition_is_bounded_and_factors_of_rank_64_are_good(rank, tilt):
     rng = np.random.default_rng(10)
     x = rng.standard_normal((3000, rank)) + tilt * rng.standard_normal((3000, 1))
     grams = values.compute_grams(x[None])
-    found, conditioned = values.reduce_grams(grams)
-    least = rank * (grams.terms[0] + rank + 2) * values.EPS / found.relative[0]
+    result, conditioned = values.reduce_grams(grams)
+    least = rank * (grams.terms[0] + rank + 2) * values.EPS / result.relative[0]
     unit = x / np.linalg.norm(x, axis=0)
     true = np.linalg.eigvalsh(unit.T @ unit)[0]
     assert true / 16 <= least <= true * (1 + 1e-12)
@@ -130,12 +130,12 @@ def test_gram_error_is_within_bound():
     getcontext().prec = 60
     columns = [[Decimal(value) for value in column] for column in x.T.tolist()]
     stack = values.compute_grams(x[None])
-    found, terms = stack.products[0], int(stack.terms[0])
+    result, terms = stack.products[0], int(stack.terms[0])
     for i in range(3):
         for j in range(3):
             exact = sum(p * q for p, q in zip(columns[i], columns[j], strict=True))
             size = np.linalg.norm(x[:, i]) * np.linalg.norm(x[:, j])
-            assert abs(Decimal(float(found[i, j])) - exact) <= Decimal(terms * values.EPS * size)
+            assert abs(Decimal(float(result[i, j])) - exact) <= Decimal(terms * values.EPS * size)
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-180, 1e180])
@@ -157,14 +157,14 @@ def test_non_finite_factor_is_refused(bad):
 
 def test_mix_gives_left_singular_vectors():
     b, a = factors(300, 200, 8, 0.5, 5)
-    found = thin_values(b, a, -3.0, vectors=True)
+    result = thin_values(b, a, -3.0, vectors=True)
     u = np.linalg.svd(b @ a)[0][:, :8]
-    assert np.abs((b @ found.mix).T @ u) == pytest.approx(np.eye(8), abs=1e-10)
+    assert np.abs((b @ result.mix).T @ u) == pytest.approx(np.eye(8), abs=1e-10)
 
 
 def test_update_of_zero_has_zeros():
-    found = thin_values(np.zeros((50, 3)), np.ones((3, 20)))
-    assert (found.s.tolist(), found.energy_error, found.fro) == ([0.0] * 3, 0.0, 0.0)
+    result = thin_values(np.zeros((50, 3)), np.ones((3, 20)))
+    assert (result.s.tolist(), result.energy_error, result.fro) == ([0.0] * 3, 0.0, 0.0)
 
 
 BYTES = """
@@ -185,9 +185,9 @@ print(found.hexdigest())
 @pytest.mark.slow
 def test_bytes_do_not_depend_on_threads():
     """Products and decompositions stay below the sizes from which OpenBLAS starts threads."""
-    found = set()
+    result = set()
     for threads in ("1", "2"):
         env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", BYTES], env=env, capture_output=True, text=True, check=True)
-        found.add(done.stdout)
-    assert len(found) == 1
+        result.add(done.stdout)
+    assert len(result) == 1

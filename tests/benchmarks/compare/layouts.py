@@ -39,8 +39,8 @@ def applied(ran: tools.Ran, base: Path, adapter: Path, truth: Weights) -> str:
     """Say how far the base with the adapter merged in is from the fine-tune."""
     if ran.code:
         return f"exit {ran.code}: {ran.last}"
-    found = tools.merged(base, adapter)
-    errors = {name: error(found[name], update) for name, update in truth.items()}
+    result = tools.merged(base, adapter)
+    errors = {name: error(result[name], update) for name, update in truth.items()}
     off = [f"{name} {value:.2f}" for name, value in errors.items() if value > 1e-3]
     return f"merged, error {max(errors.values()):.0e} at most" if not off else f"merged, error of {', '.join(off)}"
 
@@ -66,7 +66,7 @@ def seen(home: Path, names: list[str]) -> list[tuple[str, str]]:
         "modeldelta": (len(deltas), f"effective rank {spread(m['effective_rank'] for m in deltas)}"),
         "WeightWatcher": (len(watched), f"spikes {spread(w['num_spikes'] for w in watched)}"),
     }
-    return [(name, f"figures of {found} of {count}; {figure}") for name, (found, figure) in ranks.items()]
+    return [(name, f"figures of {result} of {count}; {figure}") for name, (result, figure) in ranks.items()]
 
 
 def broken(kohya: Path | None) -> None:

@@ -30,8 +30,8 @@ def table(head: str, rows: Iterable[Iterable[object]]) -> None:
 
 def spread(values: Iterable[float | None]) -> str:
     """Return a figure of all layers: one number, or the least and the largest."""
-    found = sorted(float(f"{value:.3g}") for value in values if value is not None)
-    return "none" if not found else f"{found[0]:g}" if found[0] == found[-1] else f"{found[0]:g} to {found[-1]:g}"
+    result = sorted(float(f"{value:.3g}") for value in values if value is not None)
+    return "none" if not result else f"{result[0]:g}" if result[0] == result[-1] else f"{result[0]:g} to {result[-1]:g}"
 
 
 def about(rows: Iterable[dict[str, Any]], key: str, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -81,8 +81,8 @@ def extracted(home: Path, truth: Weights, kohya: Path | None) -> None:
     rows.append(("mergekit --max-rank 16", f"{distance(base, home / 'mergekit', truth):.3f}", "-"))
     if kohya:
         tools.done(tools.kohya_extract(kohya, base, tuned, home / "k.safetensors", RANK))
-        found = tools.kohya_updates(home / "k.safetensors", truth)
-        rows.append(("kohya flux_extract --dim 16", f"{worst(found, truth):.3f}", "-"))
+        result = tools.kohya_updates(home / "k.safetensors", truth)
+        rows.append(("kohya flux_extract --dim 16", f"{worst(result, truth):.3f}", "-"))
     table("adapter by | error against what was planted | says", rows)
 
 
@@ -133,7 +133,7 @@ def fixed(home: Path, truth: Weights, spectra: Mapping[str, np.ndarray], kohya: 
         tools.done(tools.loradiag("extract", base, tuned, "--rank", RANK, "--method", method, "-o", out))
     tools.done(tools.mergekit(base, tuned, home / "mergekit", RANK))
     tools.peft_convert(base, whole, home / "peft", RANK)
-    found = {
+    result = {
         "loradiag extract": tools.merged(base, home / "ours-auto"),
         "loradiag extract --method exact": tools.merged(base, home / "ours-exact"),
         "mergekit": tools.merged(base, home / "mergekit"),
@@ -142,16 +142,16 @@ def fixed(home: Path, truth: Weights, spectra: Mapping[str, np.ndarray], kohya: 
     for dtype, name in (("fp16", "fp16, the default"), ("fp32", "fp32")):
         out = home / f"gradience-{dtype}"
         tools.done(tools.gradience_truncate(whole, out, RANK, "--dtype", dtype))
-        found[f"gradience truncate, {name}, from the same"] = tools.merged(base, out)
+        result[f"gradience truncate, {name}, from the same"] = tools.merged(base, out)
     if kohya:
         file = home / "k.safetensors"
         tools.done(tools.kohya_extract(kohya, base, tuned, file, RANK))
-        found["kohya flux_extract"] = tools.kohya_updates(file, truth)
+        result["kohya flux_extract"] = tools.kohya_updates(file, truth)
         tools.done(tools.kohya_extract(kohya, base, tuned, file, RANK, "--clamp_quantile", "1"))
-        found["kohya flux_extract --clamp_quantile 1"] = tools.kohya_updates(file, truth)
+        result["kohya flux_extract --clamp_quantile 1"] = tools.kohya_updates(file, truth)
         tools.done(tools.kohya_resize(kohya, whole.with_suffix(".kohya.safetensors"), file, RANK))
-        found["kohya resize, from an adapter of full rank"] = tools.kohya_updates(file, truth)
-    return [(name, excess(update, truth, spectra)) for name, update in found.items()]
+        result["kohya resize, from an adapter of full rank"] = tools.kohya_updates(file, truth)
+    return [(name, excess(update, truth, spectra)) for name, update in result.items()]
 
 
 def automatic(home: Path, spectra: Mapping[str, np.ndarray], kohya: Path | None) -> list[tuple[str, str]]:
@@ -161,7 +161,7 @@ def automatic(home: Path, spectra: Mapping[str, np.ndarray], kohya: Path | None)
     tools.peft_convert(base, whole, home / "peft90", 0.9)
     layers = tools.gradience_audit(whole)["layer_data"]["layer_rows"]
     prefix = "base_model.model."
-    found = {
+    result = {
         "loradiag extract --energy 0.9": tools.peft_ranks(home / "ours90", spectra),
         "PEFT save_as_lora(rank=0.9)": tools.peft_ranks(home / "peft90", spectra),
         "gradience audit, energy rank": {
@@ -172,8 +172,8 @@ def automatic(home: Path, spectra: Mapping[str, np.ndarray], kohya: Path | None)
         words = ["--dynamic_method", "sv_fro", "--dynamic_param", 0.9**0.5]
         file = home / "k90.safetensors"
         tools.done(tools.kohya_resize(kohya, whole.with_suffix(".kohya.safetensors"), file, 512, *words))
-        found["kohya resize sv_fro 0.9487 (√0.9)"] = tools.kohya_ranks(file, spectra)
-    return [(name, spread(ranks[n] - rank_at(s, 0.9) for n, s in spectra.items())) for name, ranks in found.items()]
+        result["kohya resize sv_fro 0.9487 (√0.9)"] = tools.kohya_ranks(file, spectra)
+    return [(name, spread(ranks[n] - rank_at(s, 0.9) for n, s in spectra.items())) for name, ranks in result.items()]
 
 
 def half() -> list[tuple[str, str]]:

@@ -57,15 +57,15 @@ def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, m
         with pytest.raises(UsageError, match=r"at least|more than the budget"):
             allocate(spectra, params(amount), Constraints(least, most, listed))
         return
-    found = allocate(spectra, params(amount), Constraints(least, most, listed))
-    ranks = ranks_of(found)
+    result = allocate(spectra, params(amount), Constraints(least, most, listed))
+    ranks = ranks_of(result)
     spent = sum(ranks[r.layer] * cost(r) for r in spectra)
-    certificate = found.certificate
-    assert spent == certificate.spent == certificate.params == sum(layer.params for layer in found.layers) <= amount
+    certificate = result.certificate
+    assert spent == certificate.spent == certificate.params == sum(layer.params for layer in result.layers) <= amount
     assert certificate.kept == pytest.approx(share(spectra, ranks), abs=1e-9)
     assert 0 <= certificate.gap <= 1
     assert certificate.kept <= certificate.bound + 1e-12
-    for layer in found.layers:
+    for layer in result.layers:
         assert most is None or layer.rank <= most
         assert least <= layer.rank <= layer.cap
         assert listed is None or layer.rank in {0, *listed}
@@ -77,13 +77,13 @@ def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, m
 
 def test_ranks_for_energy_equal_spectra():
     spectra = llama(3, 5)
-    found = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
-    assert ranks_of(found) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
-    assert found.certificate.budget is None
-    assert found.certificate.spent == found.certificate.params
-    assert found.certificate.bound >= found.certificate.kept
-    best = allocate(spectra, params(found.certificate.params))
-    assert best.certificate.kept >= found.certificate.kept - 1e-12
+    result = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
+    assert ranks_of(result) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
+    assert result.certificate.budget is None
+    assert result.certificate.spent == result.certificate.params
+    assert result.certificate.bound >= result.certificate.kept
+    best = allocate(spectra, params(result.certificate.params))
+    assert best.certificate.kept >= result.certificate.kept - 1e-12
 
 
 def test_rank_budget_takes_largest_singular_values():
@@ -92,10 +92,10 @@ def test_rank_budget_takes_largest_singular_values():
     wanted = dict.fromkeys((r.layer for r in spectra), 0)
     for _, layer in all_records[:20]:
         wanted[layer] += 1
-    found = allocate(spectra, Budget("total_rank", 20, "--total-rank 20"))
-    assert ranks_of(found) == wanted
-    assert found.certificate.spent == 20
-    assert found.certificate.optimal
+    result = allocate(spectra, Budget("total_rank", 20, "--total-rank 20"))
+    assert ranks_of(result) == wanted
+    assert result.certificate.spent == 20
+    assert result.certificate.optimal
 
 
 def test_budget_of_bytes_counts_every_copy_of_parameter():
@@ -142,34 +142,34 @@ def test_more_at_most_bounds_larger_budgets(layers, amount, listed, counted, exa
         if not exact:
             patch.setattr(spending, "MAX_TABLE", 0)
         try:
-            found = allocate(spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed))
+            result = allocate(spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed))
         except UsageError:
             return
-    caps = {layer.layer: layer.cap for layer in found.layers}
+    caps = {layer.layer: layer.cap for layer in result.layers}
     more = range(int(60 * each))
     allowed = {layer: [rank for rank in listed or range(1, 7) if rank <= cap] for layer, cap in caps.items()}
     best = best_shares(spectra, lambda r: allowed[r.layer], int((amount + len(more)) / each))
     for n in more:
         reachable = best[int((amount + n) // each)]
-        assert reachable <= found.certificate.kept + found.certificate.more_at_most(n) + 1e-9
+        assert reachable <= result.certificate.kept + result.certificate.more_at_most(n) + 1e-9
 
 
 def test_uniform_rank_is_largest_that_fits():
     spectra = llama(2, 3)
     per_rank = sum(map(cost, spectra))
-    found = allocate(spectra, params(5 * per_rank + per_rank // 2))
-    uniform = found.certificate.baselines[0]
+    result = allocate(spectra, params(5 * per_rank + per_rank // 2))
+    uniform = result.certificate.baselines[0]
     assert uniform.name == "uniform r=5"
     assert uniform.spent == 5 * per_rank
     assert uniform.kept == pytest.approx(share(spectra, {r.layer: 5 for r in spectra}))
     assert uniform.epsilon_min == pytest.approx(math.sqrt(1 - uniform.kept))
-    assert {layer.uniform_rank for layer in found.layers} == {5}
+    assert {layer.uniform_rank for layer in result.layers} == {5}
 
 
 def test_prior_is_proportional_to_sensitivity_and_root_of_size():
     spectra = [record(f"l.{i}.weight", (16, 16), np.ones(16), base_fro=1 / (i + 1)) for i in range(2)]
-    found = allocate(spectra, params(32 * 9))
-    prior = found.certificate.baselines[1]
+    result = allocate(spectra, params(32 * 9))
+    prior = result.certificate.baselines[1]
     assert prior.spent == 32 * 9  # ranks 3 and 6: twice as sensitive, twice the rank
     assert prior.kept == pytest.approx(9 / 32)
 
@@ -181,10 +181,10 @@ def test_layers_get_no_rank_from_noise():
         record("c.weight", (8, 8), np.zeros(8), signal=0),
         record("d.weight", (8, 8), np.ones(8), signal=None),
     ]
-    found = allocate(spectra, params(10**6), Constraints(min_rank=1))
-    assert ranks_of(found) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 4}
-    assert [layer.capped_by for layer in found.layers] == ["signal_rank", "signal_rank", "update_rank", "break_even"]
-    assert found.layers[2].kept is None
+    result = allocate(spectra, params(10**6), Constraints(min_rank=1))
+    assert ranks_of(result) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 4}
+    assert [layer.capped_by for layer in result.layers] == ["signal_rank", "signal_rank", "update_rank", "break_even"]
+    assert result.layers[2].kept is None
     with raises_naming(UsageError, "rounding noise"):
         allocate(spectra[1:3], params(10**6))
     with raises_naming(UsageError, "ΔW", "zero"):
@@ -198,10 +198,10 @@ def test_truncated_spectrum_caps_ranks_with_error():
         record("a.weight", (8, 8), [3.0, 2.0], fro=5.0, complete=False, error=1e-3),
         record("b.weight", (8, 8), np.ones(8), fro=math.sqrt(8)),
     ]
-    found = allocate(spectra, params(10**6))
-    assert [(layer.rank, layer.capped_by) for layer in found.layers] == [(2, "values_kept"), (4, "break_even")]
-    assert found.layers[0].kept == pytest.approx(13 / 25)
-    assert found.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
+    result = allocate(spectra, params(10**6))
+    assert [(layer.rank, layer.capped_by) for layer in result.layers] == [(2, "values_kept"), (4, "break_even")]
+    assert result.layers[0].kept == pytest.approx(13 / 25)
+    assert result.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
 
 
 @settings(max_examples=50, deadline=None)
@@ -212,34 +212,34 @@ def test_epsilon_min_of_certificate_is_lower_bound(seed, kept, error):
     fro = float(np.sqrt((s**2).sum()))
     found_less = s[:kept] * np.sqrt(np.maximum(0, 1 - error * fro**2 / kept / s[:kept] ** 2))
     layer = record("a.weight", (32, 32), found_less, fro=fro, complete=False, error=error)
-    found = allocate([layer], params(10**6), Constraints(ranks_from=(8,)))
-    rank = found.layers[0].rank
+    result = allocate([layer], params(10**6), Constraints(ranks_from=(8,)))
+    rank = result.layers[0].rank
     assert rank == 8
-    assert found.certificate.epsilon_min <= np.sqrt((s[rank:] ** 2).sum()) / fro + 1e-9
+    assert result.certificate.epsilon_min <= np.sqrt((s[rank:] ** 2).sum()) / fro + 1e-9
 
 
 def test_list_of_ranks_may_round_cap_up_to_its_next_entry():
     spectra = [record("a.weight", (32, 32), [9, 8, 7, 6, 5, *[0.01] * 27], signal=5)]
-    found = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16)))
-    assert (found.layers[0].rank, found.layers[0].cap, found.layers[0].capped_by) == (8, 8, "ranks_from")
-    found = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16), max_rank=7))
-    assert found.layers[0].rank == 4
+    result = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16)))
+    assert (result.layers[0].rank, result.layers[0].cap, result.layers[0].capped_by) == (8, 8, "ranks_from")
+    result = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16), max_rank=7))
+    assert result.layers[0].rank == 4
 
 
 def test_expert_stack_shares_rank_and_pays_for_each_expert():
     rng = np.random.default_rng(0)
     stack = [record(f"mlp.experts.up_proj[{i}]", (8, 6), rng.exponential(size=6)) for i in range(3)]
     alone = record("self_attn.q_proj.weight", (8, 8), rng.exponential(size=8))
-    found = allocate([*stack, alone], params(14 * 3 * 2 + 16))
-    assert len({layer.rank for layer in found.layers[:3]}) == 1
-    assert {layer.group for layer in found.layers} == {"mlp.experts.up_proj", None}
+    result = allocate([*stack, alone], params(14 * 3 * 2 + 16))
+    assert len({layer.rank for layer in result.layers[:3]}) == 1
+    assert {layer.group for layer in result.layers} == {"mlp.experts.up_proj", None}
     best = max(
         share([*stack, alone], {**{r.layer: a for r in stack}, alone.layer: b})
         for a in range(7)
         for b in range(9)
         if 42 * a + 16 * b <= 100
     )
-    assert found.certificate.kept == pytest.approx(best)
+    assert result.certificate.kept == pytest.approx(best)
 
 
 def test_embeddings_head_and_routers_are_excluded_unless_named():
@@ -252,9 +252,9 @@ def test_embeddings_head_and_routers_are_excluded_unless_named():
             "layers.0.q_proj.weight",
         )
     ]
-    found = allocate(spectra, params(10**6))
-    assert [layer.layer for layer in found.layers] == ["layers.0.q_proj.weight"]
-    assert [item.layer for item in found.left_out] == [r.layer for r in spectra[:3]]
+    result = allocate(spectra, params(10**6))
+    assert [layer.layer for layer in result.layers] == ["layers.0.q_proj.weight"]
+    assert [item.layer for item in result.left_out] == [r.layer for r in spectra[:3]]
     named = allocate(spectra, params(10**6), target="lm_head|q_proj")
     assert [layer.layer for layer in named.layers] == ["lm_head.weight", "layers.0.q_proj.weight"]
     assert [layer.layer for layer in allocate(spectra, params(10**6), target=".", exclude="gate|embed").layers] == [
@@ -313,10 +313,12 @@ def test_heads_in_full_are_charged_first():
     new = LeftOut(layer="score.weight", shape=(2, 16), reason="only_in_tuned", detail="")
     still = record("bert.pooler.dense.weight", (16, 16), np.zeros(16))
     size = 7 * 16 + 7 + 2 * 16
-    found = allocate([layer, head, still], params(size + 70), left_out=[bias, new])
-    assert {item.layer for item in found.left_out if item.reason == "saved"} == {head.layer, bias.layer, new.layer}
-    assert ranks_of(found)[layer.layer] == 2
-    assert (found.certificate.saved, found.certificate.params) == (size, size + 64) == (size, found.certificate.spent)
+    result = allocate([layer, head, still], params(size + 70), left_out=[bias, new])
+    assert {item.layer for item in result.left_out if item.reason == "saved"} == {head.layer, bias.layer, new.layer}
+    assert ranks_of(result)[layer.layer] == 2
+    assert (
+        (result.certificate.saved, result.certificate.params) == (size, size + 64) == (size, result.certificate.spent)
+    )
     with raises_naming(UsageError, "151 parameters", "1 parameters"):
         allocate([layer, head], params(150), left_out=[bias, new])
     by_rank = allocate([layer, head], Budget("total_rank", 2, "x"), left_out=[bias])
@@ -333,8 +335,8 @@ def test_no_rank_has_more_parameters_than_its_matrix(m, n, listed, least):
     if least > 0 and listed:
         least = 1
     layers = [record("a.weight", (m, n), np.ones(min(m, n))), record("b.weight", (32, 32), np.ones(32))]
-    found = allocate(layers, params(10**6), Constraints(min_rank=least, ranks_from=listed))
-    for layer in found.layers:
+    result = allocate(layers, params(10**6), Constraints(min_rank=least, ranks_from=listed))
+    for layer in result.layers:
         assert layer.params <= math.prod(layer.shape)
         larger = [rank for rank in listed or range(1, 64) if layer.rank < rank]
         assert not larger or larger[0] * sum(layer.shape) > math.prod(layer.shape)
@@ -343,17 +345,17 @@ def test_no_rank_has_more_parameters_than_its_matrix(m, n, listed, least):
 def test_heuristic_follows_its_scores():
     """r ∝ s·√(d_in + d_out): twice the score, twice the rank."""
     spectra = [record(f"l.{i}.weight", (32, 32), np.ones(32) / (i + 1)) for i in range(2)]
-    found = allocate(spectra, params(64 * 9), method="heuristic", scores={"l.0.weight": 1.0, "l.1.weight": 2.0})
-    assert ranks_of(found) == {"l.0.weight": 3, "l.1.weight": 6}
-    assert found.certificate.kept == pytest.approx(share(spectra, ranks_of(found)))
-    assert found.certificate.kept < found.certificate.bound
-    assert not found.certificate.optimal
+    result = allocate(spectra, params(64 * 9), method="heuristic", scores={"l.0.weight": 1.0, "l.1.weight": 2.0})
+    assert ranks_of(result) == {"l.0.weight": 3, "l.1.weight": 6}
+    assert result.certificate.kept == pytest.approx(share(spectra, ranks_of(result)))
+    assert result.certificate.kept < result.certificate.bound
+    assert not result.certificate.optimal
 
 
 def test_layer_with_most_gain_is_named():
     spectra = [record("a.weight", (16, 16), 9 * np.ones(16)), *llama(1, 3)]
-    found = allocate(spectra, params(500))
-    uniform = found.certificate.baselines[0]
+    result = allocate(spectra, params(500))
+    uniform = result.certificate.baselines[0]
     assert uniform.lead == "a.weight"
     assert 2 * uniform.lead_gain > uniform.equal - uniform.kept > 0
     equal = [record(f"{i}.weight", (16, 16), np.ones(16)) for i in range(4)]

@@ -67,26 +67,26 @@ def test_corners_end_at_best_rank():
 @given(seed=st.integers(0, 10**6), budget=st.integers(27, 360), most=st.integers(1, 4), least=st.integers(0, 2))
 def test_bound_holds_for_every_choice_and_best_corner_is_chosen(seed, budget, most, least):
     least = min(least, most)
-    losses, found = curves(seed), spectra()
+    losses, result = curves(seed), spectra()
     with contextlib.suppress(UsageError):  # the first rank that lowers anything may be beyond the budget
-        chosen = allocate(found, Budget("params", budget, "--params"), Constraints(least, most), losses=losses)
+        chosen = allocate(result, Budget("params", budget, "--params"), Constraints(least, most), losses=losses)
         check(chosen, losses, budget, range(least, most + 1))
 
 
 def test_layer_with_costly_tail_gets_rank_despite_small_norm():
     little = (0.1, 0.05, 0.0, 0.0, 0.0)
-    losses, found = {LAYERS[0]: (9.0, 5.0, 2.0, 1.0, 0.0), LAYERS[1]: little, LAYERS[2]: little}, spectra()
-    ranks = [layer.rank for layer in allocate(found, Budget("params", 108, "x"), Constraints(), losses=losses).layers]
+    losses, result = {LAYERS[0]: (9.0, 5.0, 2.0, 1.0, 0.0), LAYERS[1]: little, LAYERS[2]: little}, spectra()
+    ranks = [layer.rank for layer in allocate(result, Budget("params", 108, "x"), Constraints(), losses=losses).layers]
     assert ranks[0] == 4
-    plain = [layer.rank for layer in allocate(found, Budget("params", 108, "x"), Constraints()).layers]
+    plain = [layer.rank for layer in allocate(result, Budget("params", 108, "x"), Constraints()).layers]
     assert plain[0] < 4
 
 
 def test_rank_with_costlier_tail_than_lower_rank_is_not_chosen():
     losses = {LAYERS[0]: (4.0, 1.0, 3.0, 2.0, 0.0), LAYERS[1]: (0.0,) * 5, LAYERS[2]: (0.0,) * 5}
     for budget, rank in ((27, 1), (54, 1), (81, 1), (108, 4)):
-        found = allocate(spectra(), Budget("params", budget, "x"), Constraints(), losses=losses)
-        assert [layer.rank for layer in found.layers] == [rank, 0, 0]
+        result = allocate(spectra(), Budget("params", budget, "x"), Constraints(), losses=losses)
+        assert [layer.rank for layer in result.layers] == [rank, 0, 0]
 
 
 def fisher(name, shape, curve, fro):
@@ -107,11 +107,11 @@ def stored(path, records, command="probe fisher", end=True):
 
 
 def test_layer_weights_accept_probe_fisher_file(tmp_path):
-    found, losses = spectra(), curves(3)
-    records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
+    result, losses = spectra(), curves(3)
+    records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in result]
     path = stored(tmp_path / "f.jsonl", records)
-    by_file = lora_diag.allocate(results(*found), params=180, weights=path)
-    chosen = allocate(found, Budget("params", 180, "--params 180"), Constraints(), losses=losses)
+    by_file = lora_diag.allocate(results(*result), params=180, weights=path)
+    chosen = allocate(result, Budget("params", 180, "--params 180"), Constraints(), losses=losses)
     assert by_file.layers == chosen.layers
     assert by_file.run.inputs[-1].role == "weights"
     assert_names(by_file.run.inputs[-1].kind, 7, "gradients")
@@ -119,34 +119,34 @@ def test_layer_weights_accept_probe_fisher_file(tmp_path):
     assert "ΣF(0)" in table
     assert "Σ½F" in table
     part = stored(tmp_path / "part.jsonl", records[:2])
-    lacking = lora_diag.allocate(results(*found), params=180, weights=part)
+    lacking = lora_diag.allocate(results(*result), params=180, weights=part)
     assert lacking.layers[2].rank == 0
     assert_names(lacking.run.inputs[-1].notes[0], "1 layers", "measured")
 
 
 def test_files_without_these_layers_are_refused(tmp_path):
-    found, losses = spectra(), curves(3)
-    records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
+    result, losses = spectra(), curves(3)
+    records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in result]
     other = stored(tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)])
     with raises_naming(UsageError, "measurement", "spectra"):
-        lora_diag.allocate(results(*found), params=180, weights=other)
+        lora_diag.allocate(results(*result), params=180, weights=other)
     off = stored(tmp_path / "off.jsonl", [record.model_copy(update={"fro": record.fro * 1.1}) for record in records])
     with raises_naming(InputError, "measure", "update"):
-        lora_diag.allocate(results(*found), params=180, weights=off)
+        lora_diag.allocate(results(*result), params=180, weights=off)
     cut = stored(tmp_path / "cut.jsonl", records, end=False)
     with pytest.raises(InputError, match="did not finish"):
-        lora_diag.allocate(results(*found), params=180, weights=cut)
-    assert lora_diag.allocate(results(*found), params=180, weights=cut, allow_unfinished=True).layers
+        lora_diag.allocate(results(*result), params=180, weights=cut)
+    assert lora_diag.allocate(results(*result), params=180, weights=cut, allow_unfinished=True).layers
     with pytest.raises(UsageError, match="--relative"):
-        lora_diag.allocate(results(*found), params=180, weights=stored(tmp_path / "f.jsonl", records), relative=True)
+        lora_diag.allocate(results(*result), params=180, weights=stored(tmp_path / "f.jsonl", records), relative=True)
     with pytest.raises(InputError, match="probe truncation"):
         lora_diag.allocate(
-            results(*found), params=180, weights=stored(tmp_path / "t.jsonl", records, command="probe truncation")
+            results(*result), params=180, weights=stored(tmp_path / "t.jsonl", records, command="probe truncation")
         )
 
 
 def test_spectra_in_another_metric_are_labelled():
-    found = [each.model_copy(update={"metric": "kfac", "weights_fro": 1.0}) for each in spectra()]
-    table = allocation_table(lora_diag.allocate(results(*found), params=180), 80)
+    result = [each.model_copy(update={"metric": "kfac", "weights_fro": 1.0}) for each in spectra()]
+    table = allocation_table(lora_diag.allocate(results(*result), params=180), 80)
     assert "K-FAC's metric" in table
     assert "size of the weight change" not in table

@@ -19,8 +19,8 @@ SPECTRA = results(*llama(3))
 @pytest.mark.parametrize("more", [{}, {"allowed_ranks": [2, 4]}, {"min_rank": 2}])
 def test_portable_allocation_is_the_best_of_one_rank(more):
     """By brute force: the best of the allocations that allow one rank each."""
-    found = lora_diag.allocate(SPECTRA, params=2000, portable=True, **more)
-    (rank,) = {each.rank for each in found} - {0}
+    result = lora_diag.allocate(SPECTRA, params=2000, portable=True, **more)
+    (rank,) = {each.rank for each in result} - {0}
     kept = {}
     for one in more.get("allowed_ranks", GRID):
         if one < more.get("min_rank", 0):
@@ -31,21 +31,21 @@ def test_portable_allocation_is_the_best_of_one_rank(more):
             continue
         kept[one] = alone.whole[0].kept
     assert len(kept) > 1
-    assert found.whole[0].kept == max(kept.values()) == kept[rank]
+    assert result.whole[0].kept == max(kept.values()) == kept[rank]
     free = lora_diag.allocate(SPECTRA, params=2000, **more)
-    assert found.whole[0].kept <= found.whole[0].bound
-    assert free.whole[0].kept >= found.whole[0].kept
+    assert result.whole[0].kept <= result.whole[0].bound
+    assert free.whole[0].kept >= result.whole[0].kept
 
 
 def test_portable_config_is_exact_in_every_program(tmp_path):
     options = {"params": 1500, "min_rank": 1, "exclude": "self_attn"}  # SGLang wants q and v of a layer both
-    found = lora_diag.allocate(SPECTRA, portable=True, **options)
-    write_allocation(found, tmp_path / "adapter_config.json", scaling=3.0)
+    result = lora_diag.allocate(SPECTRA, portable=True, **options)
+    write_allocation(result, tmp_path / "adapter_config.json", scaling=3.0)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     items = tuple(
         Item(each.layer, each.layer.removesuffix(".weight"), "factors", "lora_B", each.rank, 3.0, None, each.shape)
-        for each in found
+        for each in result
         if each.rank
     )
     contents = Contents("peft", items, config)
@@ -79,6 +79,6 @@ def test_portable_allocation_refuses_stacks_of_experts():
 
 
 def test_portable_allocation_and_rslora_contradict(tmp_path):
-    found = lora_diag.allocate(SPECTRA, params=2000, portable=True)
+    result = lora_diag.allocate(SPECTRA, params=2000, portable=True)
     with pytest.raises(UsageError, match="SGLang and llama"):
-        write_allocation(found, tmp_path / "adapter_config.json", rslora=True)
+        write_allocation(result, tmp_path / "adapter_config.json", rslora=True)

@@ -23,9 +23,9 @@ WITH_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futur
 def allocation(spectra, amount, tensors=None, left_out=(), **constraints):
     """An allocation of made-up spectra, as ``lora_diag.allocate`` returns it."""
     measured = results(*spectra, left_out=left_out, tensors=tensors)
-    found = allocate(spectra, Budget("params", amount, f"--params {amount}"), Constraints(**constraints))
-    rest = (*found.left_out, *left_out)
-    return Results(measured.run, found.layers, rest, totals(found.layers, rest), (found.certificate,))
+    result = allocate(spectra, Budget("params", amount, f"--params {amount}"), Constraints(**constraints))
+    rest = (*result.left_out, *left_out)
+    return Results(measured.run, result.layers, rest, totals(result.layers, rest), (result.certificate,))
 
 
 def resolved(config, module):
@@ -48,13 +48,13 @@ def resolved(config, module):
 @pytest.mark.parametrize("tensors", [48, 100], ids=["every tensor known", "some unknown"])
 def test_every_layer_has_requested_rank_and_scaling(tensors):
     """12 layers: ``layers.1.`` must not speak for ``layers.11.``."""
-    found = allocation(llama(12), 5000, tensors)
-    assert len({r.rank for r in found}) > 3
-    assert any(r.rank == 0 for r in found)
-    config = peft_config(found, Scaling(1.5))
-    for r in found:
+    result = allocation(llama(12), 5000, tensors)
+    assert len({r.rank for r in result}) > 3
+    assert any(r.rank == 0 for r in result)
+    config = peft_config(result, Scaling(1.5))
+    for r in result:
         assert resolved(config, module_of(r.layer)) == ((r.rank, pytest.approx(1.5)) if r.rank else None)
-    assert config["r"] in {r.rank for r in found}
+    assert config["r"] in {r.rank for r in result}
     assert 0 not in config["rank_pattern"].values()
 
 
@@ -79,11 +79,11 @@ def test_stacks_as_module_weights_are_module_targets():
     """``weight`` alone would be a parameter of every module."""
     names = ["mlp.input_linear.weight[0]", "mlp.input_linear.weight[1]", "attn.q_proj.weight"]
     spectra = [record(f"model.layers.0.{name}", (8, 8), np.ones(8)) for name in names]
-    found = allocation(spectra, 10**6, 2)
-    config = peft_config(found)
+    result = allocation(spectra, 10**6, 2)
+    config = peft_config(result)
     assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], ["input_linear.weight"])
     ranks = {"model.layers.0.mlp.input_linear": (4, 2.0), "model.layers.0.attn.q_proj": (4, 2.0)}
-    compare(found, ranks, Scaling(2.0))
+    compare(result, ranks, Scaling(2.0))
 
 
 def test_equal_ranks_share_one_pattern_key():
@@ -151,14 +151,14 @@ def built(config, model_config, tmp_path):
     with torch.device("meta"):
         model = getattr(transformers, model_config.architectures[0])(model_config)
         wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(tmp_path))
-    found = {}
+    result = {}
     for name, module in wrapped.named_modules():
         if hasattr(module, "lora_A") and "default" in module.r:
             path = name.removeprefix("base_model.model.").replace(".base_layer", "")
             parameter = getattr(module, "parameter_name", None)
             whole = f"{path}.{parameter}" if parameter not in {None, "weight"} else path
-            found[whole] = (module.r["default"], module.scaling["default"])
-    return found
+            result[whole] = (module.r["default"], module.scaling["default"])
+    return result
 
 
 def wanted(found):
@@ -173,8 +173,8 @@ def test_peft_builds_llama_as_allocated(tmp_path):
     spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=40)
     config = transformers.AutoConfig.from_pretrained(ROOT / "sample_checkpoints/base")
     for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "ranks_from": [4, 16]}):
-        found = lora_diag.allocate(spectra, **options)
-        assert built(peft_config(found), config, tmp_path) == wanted(found)
+        result = lora_diag.allocate(spectra, **options)
+        assert built(peft_config(result), config, tmp_path) == wanted(result)
     with_tables = lora_diag.allocate(spectra, params="80k", target="lm_head|q_proj")
     assert built(peft_config(with_tables), config, tmp_path) == wanted(with_tables)
     assert with_tables["lm_head.weight"].rank > 0
@@ -193,10 +193,10 @@ def test_peft_builds_gpt2_as_allocated(tmp_path):
         for i in range(12)
         for name, shape in {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32)}.items()
     ]
-    found = allocation(spectra, 3000, tensors=60)
-    assert any(r.rank == 0 for r in found)
-    made = built(peft_config(found), config, tmp_path)
-    assert made == {f"transformer.{name}": value for name, value in wanted(found).items()}
+    result = allocation(spectra, 3000, tensors=60)
+    assert any(r.rank == 0 for r in result)
+    made = built(peft_config(result), config, tmp_path)
+    assert made == {f"transformer.{name}": value for name, value in wanted(result).items()}
 
 
 @WITH_PEFT
@@ -220,15 +220,15 @@ def test_peft_builds_mixture_of_experts_as_allocated(tmp_path):
         )
         for suffix in suffixes
     ]
-    found = allocation(spectra, 600, tensors=6)
-    assert len({r.rank for r in found}) > 1
-    assert built(peft_config(found), config, tmp_path) == wanted(found)
+    result = allocation(spectra, 600, tensors=6)
+    assert len({r.rank for r in result}) > 1
+    assert built(peft_config(result), config, tmp_path) == wanted(result)
 
 
 def test_peft_model_is_compared_with_intended_ranks():
-    found = allocation(llama(2), 1000)
-    good = {f"wrapped.{name}": value for name, value in wanted(found).items()}
-    compare(found, good, Scaling(2.0))
+    result = allocation(llama(2), 1000)
+    good = {f"wrapped.{name}": value for name, value in wanted(result).items()}
+    compare(result, good, Scaling(2.0))
     first = next(iter(good))
     rank, scaling = good[first]
     for wrong, message in (
@@ -238,7 +238,7 @@ def test_peft_model_is_compared_with_intended_ranks():
         ({**good, "wrapped.other": (2, 2.0)}, "also adapts wrapped.other"),
     ):
         with pytest.raises(InputError, match=message):
-            compare(found, wrong, Scaling(2.0))
+            compare(result, wrong, Scaling(2.0))
 
 
 def test_model_without_targets_is_refused():
@@ -283,14 +283,14 @@ def test_peft_trains_as_many_parameters_as_budget_counts(tmp_path, name):
             assert key
     tuned.save_pretrained(tmp_path / "tuned")
     spectra = lora_diag.spectrum(tmp_path / "base", tmp_path / "tuned")
-    found = lora_diag.allocate(spectra, params=9000)
-    config = peft_config(found)
+    result = lora_diag.allocate(spectra, params=9000)
+    config = peft_config(result)
     assert (config["task_type"], set(config.get("modules_to_save", []))) == (task, heads)
-    assert (found.whole[0].saved > 0) == bool(heads)
-    assert built(config, tuned.config, tmp_path) == wanted(found)
+    assert (result.whole[0].saved > 0) == bool(heads)
+    assert built(config, tuned.config, tmp_path) == wanted(result)
     folder = tmp_path / "config"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
     model = peft.get_peft_model(tuned, peft.LoraConfig.from_pretrained(folder))
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    assert trained == found.whole[0].params == found.whole[0].spent <= 9000
+    assert trained == result.whole[0].params == result.whole[0].spent <= 9000

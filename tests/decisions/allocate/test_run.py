@@ -27,11 +27,11 @@ def test_file_and_results_in_memory_give_same(tmp_path):
 
 
 def test_written_then_read_is_equal(tmp_path):
-    found = lora_diag.allocate(SPECTRA, params="2k", ranks_from=[8, 2, 4])
-    write_allocation(found, tmp_path / "a.jsonl")
+    result = lora_diag.allocate(SPECTRA, params="2k", ranks_from=[8, 2, 4])
+    write_allocation(result, tmp_path / "a.jsonl")
     read = read_results_of(Allocation, tmp_path / "a.jsonl")
-    assert replace(read, end=read.end.model_copy(update={"sha256": ""})) == found
-    write_allocation(found, tmp_path / "a.jsonl")  # again, over itself
+    assert replace(read, end=read.end.model_copy(update={"sha256": ""})) == result
+    write_allocation(result, tmp_path / "a.jsonl")  # again, over itself
     assert not list(tmp_path.glob(".*"))
 
 
@@ -47,10 +47,10 @@ def test_budgets_as_text_and_numbers():
 
 def test_written_parameter_count_equals_adapter():
     spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=20)
-    found = lora_diag.allocate(spectra, match=ROOT / "sample_checkpoints/lora_r4")
-    assert found.whole[0].budget == 4 * sum(sum(layer.shape) for layer in found)
-    assert found.whole[0].spent <= found.whole[0].budget
-    assert found.whole[0].baselines[0].name == "uniform r=4"
+    result = lora_diag.allocate(spectra, match=ROOT / "sample_checkpoints/lora_r4")
+    assert result.whole[0].budget == 4 * sum(sum(layer.shape) for layer in result)
+    assert result.whole[0].spent <= result.whole[0].budget
+    assert result.whole[0].baselines[0].name == "uniform r=4"
     with pytest.raises(InputError, match="no such file"):
         lora_diag.allocate(spectra, match="nothing/here")
 
@@ -73,8 +73,8 @@ def test_unfinished_run_needs_option(tmp_path):
     (tmp_path / "s.jsonl").write_text("\n".join(lines[:-3]) + "\n")
     with pytest.raises(InputError, match=r"did not finish.*--resume"):
         lora_diag.allocate(tmp_path / "s.jsonl", params=2000)
-    found = lora_diag.allocate(tmp_path / "s.jsonl", params=2000, allow_unfinished=True)
-    assert "did not finish" in found.run.inputs[0].notes[0]
+    result = lora_diag.allocate(tmp_path / "s.jsonl", params=2000, allow_unfinished=True)
+    assert "did not finish" in result.run.inputs[0].notes[0]
     (tmp_path / "s.jsonl").write_text(lines[0] + "\n")
     with pytest.raises(InputError, match="hold no layer"):
         lora_diag.allocate(tmp_path / "s.jsonl", params=2000, allow_unfinished=True)
@@ -107,9 +107,9 @@ def test_weights_by_name_and_from_file(tmp_path):
 
 
 def test_layer_of_weight_zero_gets_no_rank():
-    found = lora_diag.allocate(SPECTRA, params=10**6, weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
-    assert [layer.rank == 0 for layer in found] == [True, *[False] * (len(found) - 1)]
-    assert found.whole[0].kept == found.whole[0].bound
+    result = lora_diag.allocate(SPECTRA, params=10**6, weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
+    assert [layer.rank == 0 for layer in result] == [True, *[False] * (len(result) - 1)]
+    assert result.whole[0].kept == result.whole[0].bound
     with raises_naming(UsageError, "energy", "keep"):
         lora_diag.allocate(SPECTRA, params=2000, weights={"default": 0.0})
 
@@ -120,26 +120,26 @@ def test_spectra_of_gradients_are_marked():
 
 
 def test_overwrite_keeps_other_files(tmp_path):
-    found = lora_diag.allocate(SPECTRA, params=2000)
+    result = lora_diag.allocate(SPECTRA, params=2000)
     for name, content in (("config.json", '{"model_type": "llama"}'), ("notes.jsonl", "{}\n"), ("x.json", "[")):
         (tmp_path / name).write_text(content)
         with pytest.raises(UsageError, match="--overwrite"):
-            write_allocation(found, tmp_path / name)
+            write_allocation(result, tmp_path / name)
         assert (tmp_path / name).read_text() == content
     with pytest.raises(UsageError, match=r"use \.json"):
-        write_allocation(found, tmp_path / "adapter")
+        write_allocation(result, tmp_path / "adapter")
     with pytest.raises(InputError, match="cannot be written"):
-        write_allocation(found, tmp_path / "no/such/folder/adapter_config.json")
-    write_allocation(found, tmp_path / "adapter_config.json")
-    write_allocation(found, tmp_path / "adapter_config.json", scaling=1.0)
+        write_allocation(result, tmp_path / "no/such/folder/adapter_config.json")
+    write_allocation(result, tmp_path / "adapter_config.json")
+    write_allocation(result, tmp_path / "adapter_config.json", scaling=1.0)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
 
 
 def test_every_layer_has_its_policies():
-    found = rank_table(SPECTRA)
-    assert [item.layer for item in found] == [r.layer for r in SPECTRA]
-    assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(found, SPECTRA, strict=True))
+    result = rank_table(SPECTRA)
+    assert [item.layer for item in result] == [r.layer for r in SPECTRA]
+    assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(result, SPECTRA, strict=True))
 
 
 def test_measured_weights_name_next_command():

@@ -101,6 +101,6 @@ def test_policies_of_full_and_truncated_spectrum():
     ],
 )
 def test_unusual_target_is_refused(name, why):
-    told = why_no_target(name, None, None)
-    assert told.startswith(why)
-    assert bool(told) == bool(why)
+    message = why_no_target(name, None, None)
+    assert message.startswith(why)
+    assert bool(message) == bool(why)

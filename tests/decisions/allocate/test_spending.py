@@ -45,11 +45,11 @@ def optimum(curves, costs, starts, allowed, budget):
 def test_exact_method_finds_optimum_and_bound_holds(units, budget, step):
     steps, all_records = problem(units, step)
     best = optimum(*all_records, budget)
-    found = spend(steps, budget)
-    assert found.optimal
-    assert found.cost <= budget
-    assert found.gain == pytest.approx(best, abs=1e-9)
-    assert found.bound >= best - 1e-9
+    result = spend(steps, budget)
+    assert result.optimal
+    assert result.cost <= budget
+    assert result.gain == pytest.approx(best, abs=1e-9)
+    assert result.bound >= best - 1e-9
 
 
 @settings(max_examples=150, deadline=None)
@@ -57,16 +57,16 @@ def test_exact_method_finds_optimum_and_bound_holds(units, budget, step):
 def test_certificate_holds_without_exact_method(units, budget, step):
     steps, all_records = problem(units, step)
     best = optimum(*all_records, budget)
-    found = spend(steps, budget, exact=False)
-    assert found.cost <= budget
-    assert found.gain <= best + 1e-9 <= found.bound + 2e-9
-    if found.optimal:
-        assert found.gain == pytest.approx(best, abs=1e-9)
+    result = spend(steps, budget, exact=False)
+    assert result.cost <= budget
+    assert result.gain <= best + 1e-9 <= result.bound + 2e-9
+    if result.optimal:
+        assert result.gain == pytest.approx(best, abs=1e-9)
     # what the ranks say is what was counted
     curves, costs, starts, _ = all_records
-    ranks = found.ranks.tolist()
-    assert found.cost == sum((r - s) * c for r, s, c in zip(ranks, starts, costs, strict=True))
-    assert found.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
+    ranks = result.ranks.tolist()
+    assert result.cost == sum((r - s) * c for r, s, c in zip(ranks, starts, costs, strict=True))
+    assert result.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
 
 
 def test_exact_method_beats_greedy_where_they_differ():
@@ -94,17 +94,17 @@ def test_larger_budget_never_keeps_less(units, budget):
 def test_greedy_is_optimal_for_equal_costs(units, budget):
     """The article's rule for a budget of ranks: the next unit where σ² is largest."""
     steps, all_records = problem([(gains, 1, start) for gains, _, start in units])
-    found = spend(steps, budget, exact=False)
-    assert found.gain == pytest.approx(optimum(*all_records, budget), abs=1e-9)
-    assert found.gain == pytest.approx(found.bound, abs=1e-9)
+    result = spend(steps, budget, exact=False)
+    assert result.gain == pytest.approx(optimum(*all_records, budget), abs=1e-9)
+    assert result.gain == pytest.approx(result.bound, abs=1e-9)
 
 
 def test_price_bounds_gain_of_one_unit():
     curves = [np.array([0.0, 4.0, 6.0]), np.array([0.0, 3.0])]
     steps = make_steps(curves, [2, 3], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
-    found = spend(steps, 3)
-    assert found.price == 1.0
-    assert found.bound == 5.0
+    result = spend(steps, 3)
+    assert result.price == 1.0
+    assert result.bound == 5.0
     assert spend(steps, 100).price == 0.0
 
 
@@ -130,8 +130,8 @@ def test_allocation_of_many_layers_is_fast():
     curves = [np.concatenate([[0.0], np.cumsum(np.sort(rng.exponential(size=kept))[::-1])]) for _ in range(layers)]
     allowed = [np.arange(1, kept + 1)] * layers
     steps = make_steps(curves, rng.choice([8192, 15104, 5120], layers).tolist(), [0] * layers, allowed)
-    found = spend(steps, layers * 16 * 8000)
-    assert 0 <= 1 - found.gain / found.bound < 1e-5
+    result = spend(steps, layers * 16 * 8000)
+    assert 0 <= 1 - result.gain / result.bound < 1e-5
 
 
 def test_budget_holds_after_step_without_gain():
@@ -139,6 +139,6 @@ def test_budget_holds_after_step_without_gain():
     curve = np.array([0.0, 0.9, 1 - 1e-10, 1 - 1e-10, 1 - 1e-10, 1.0])
     steps = make_steps([curve], [10], [0], [np.array([2, 4, 5])])
     for exact in (True, False):
-        found = spend(steps, 35, exact=exact)
-        assert found.cost == 10 * found.ranks[0] <= 35
-        assert found.gain == pytest.approx(curve[found.ranks[0]], abs=1e-12)
+        result = spend(steps, 35, exact=exact)
+        assert result.cost == 10 * result.ranks[0] <= 35
+        assert result.gain == pytest.approx(curve[result.ranks[0]], abs=1e-12)

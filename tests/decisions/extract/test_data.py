@@ -55,13 +55,13 @@ def test_output_error_is_minimal(tmp_path_factory, rows, columns, rank, seen, on
     b, a = kept.b.double().numpy(), kept.a.double().numpy()
     product = (b @ a).T if transposed else b @ a
     whole = loss(real, 0, x, on_rows)
-    found = loss(real, product, x, on_rows)
+    result = loss(real, product, x, on_rows)
     weighted = oracles.square_root(x @ x.T / seen) @ real if on_rows else real @ oracles.square_root(x @ x.T / seen)
     s = np.linalg.svd(weighted, compute_uv=False)
     floor = (s[rank:] ** 2).sum()
     assert record.data.fro**2 == pytest.approx(whole, rel=1e-6)
-    assert record.data.epsilon**2 == pytest.approx(found / whole, rel=1e-5, abs=1e-6)
-    assert found == pytest.approx(floor, rel=1e-5, abs=1e-6 * whole)
+    assert record.data.epsilon**2 == pytest.approx(result / whole, rel=1e-5, abs=1e-6)
+    assert result == pytest.approx(floor, rel=1e-5, abs=1e-6 * whole)
     assert record.data.epsilon_min**2 == pytest.approx(floor / whole, rel=1e-5, abs=1e-6)
     assert record.data.kept == pytest.approx(1 - floor / whole, abs=1e-6)
     assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-5, abs=1e-6)
@@ -71,7 +71,7 @@ def test_output_error_is_minimal(tmp_path_factory, rows, columns, rank, seen, on
         others.append(rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, columns)))
         nearby = product + 0.01 * rng.standard_normal(product.shape)
         others.append(oracles.best_approximation(nearby, rank))
-    assert all(loss(real, other, x, on_rows) >= found - 1e-6 * whole for other in others)
+    assert all(loss(real, other, x, on_rows) >= result - 1e-6 * whole for other in others)
 
 
 def test_bound_includes_rounding_of_moments(tmp_path):
@@ -122,9 +122,9 @@ def test_factors_alone_are_compressed_in_metric_too(tmp_path, rule):
     lora_diag.extract(base, tuned, big, rank=12, layers="c_fc")
     file = tmp_path / "a.safetensors"
     lora_diag.probe_activations(base, some_text(tmp_path), file)
-    found = lora_diag.extract(base, big, tmp_path / "small", activations=file, **rule)
+    result = lora_diag.extract(base, big, tmp_path / "small", activations=file, **rule)
     stored = {name: value.double().numpy() for name, value in load_file(big / "adapter_model.safetensors").items()}
-    for record in found:
+    for record in result:
         key = "base_model.model." + record.layer.removesuffix(".weight")
         d = stored[f"{key}.lora_B.weight"] @ stored[f"{key}.lora_A.weight"]  # (out, in) as PEFT has it
         c = load_file(file)[record.layer].double().numpy()

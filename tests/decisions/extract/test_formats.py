@@ -65,8 +65,8 @@ def test_extract_gguf_is_read_by_the_library(tmp_path):
     base, tuned = pair(tmp_path, LAYERS, HEADS)
     extract(base, tuned, tmp_path / "out", rank=2, format="gguf")
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
-    found = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
-    a, b = (found[f"blk.0.ffn_up.weight.lora_{side}"] for side in "ab")
+    result = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
+    a, b = (result[f"blk.0.ffn_up.weight.lora_{side}"] for side in "ab")
     expected, _ = changes(tmp_path / "out", base)
     close(b @ a, expected["model.layers.0.mlp.up_proj.weight"], 1e-12)
     assert reader.fields["adapter.lora.alpha"].contents() == 2.0

@@ -19,8 +19,8 @@ ADAPTER = (("base", "b"), ("adapter", "a"))
 def found(path, policy="[checks]\n"):
     verdicts = gate(read_policy("p.toml", policy), path, today=TODAY).whole
     made = {"inputs", "complete", "base"}  # of results made by hand, whose inputs are nowhere and have no names
-    told = [v for v in verdicts if v.status != "passed" and (v.status, v.rule in made) != ("not judged", True)]
-    bad = [(v.rule, v.layer, v.status) for v in told]
+    message = [v for v in verdicts if v.status != "passed" and (v.status, v.rule in made) != ("not judged", True)]
+    bad = [(v.rule, v.layer, v.status) for v in message]
     return outcome(verdicts), bad
 
 

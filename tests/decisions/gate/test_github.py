@@ -15,9 +15,9 @@ UNESCAPED = (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "
 
 def parsed(line: str) -> tuple[str, dict[str, str], str]:
     """What the runner makes of a line (actions/runner, ActionCommand.cs): a command, its properties, its text."""
-    found = re.fullmatch(r"::(?P<command>\w+)(?: (?P<properties>.*?))?::(?P<text>.*)", line)
-    assert found, line
-    properties = dict(item.split("=", 1) for item in (found["properties"] or "").split(",") if item)
+    result = re.fullmatch(r"::(?P<command>\w+)(?: (?P<properties>.*?))?::(?P<text>.*)", line)
+    assert result, line
+    properties = dict(item.split("=", 1) for item in (result["properties"] or "").split(",") if item)
 
     def unescape(text, pairs):
         for code, char in pairs:
@@ -25,35 +25,35 @@ def parsed(line: str) -> tuple[str, dict[str, str], str]:
         return text
 
     return (
-        found["command"],
+        result["command"],
         {key: unescape(value, UNESCAPED) for key, value in properties.items()},
-        unescape(found["text"], UNESCAPED[2:]),
+        unescape(result["text"], UNESCAPED[2:]),
     )
 
 
 def test_annotations_are_one_per_rule_on_policys_lines():
-    found = [parsed(line) for line in workflow_commands(results(*ONE_OF_EACH))]
-    assert [command for command, _, _ in found] == ["error", "error", "warning"]
-    assert found[0][1] == {"file": "gates/p.toml", "line": "7", "title": "loradiag gate: drift"}
-    assert "model.layers.2.mlp.up_proj: failed, measured 0.7" in found[0][2]
-    assert "file" not in found[2][1]
+    result = [parsed(line) for line in workflow_commands(results(*ONE_OF_EACH))]
+    assert [command for command, _, _ in result] == ["error", "error", "warning"]
+    assert result[0][1] == {"file": "gates/p.toml", "line": "7", "title": "loradiag gate: drift"}
+    assert "model.layers.2.mlp.up_proj: failed, measured 0.7" in result[0][2]
+    assert "file" not in result[2][1]
 
 
 def test_annotation_names_three_layers_and_counts_others():
     many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [
         verdict("warned", layer=f"l{i}.weight") for i in range(10)
     ]
-    found = [parsed(line) for line in workflow_commands(results(*many))]
-    assert [command for command, _, _ in found] == ["error", "warning"]
-    assert "and 22 more" in found[0][2]
-    assert "and 7 more" in found[1][2]
+    result = [parsed(line) for line in workflow_commands(results(*many))]
+    assert [command for command, _, _ in result] == ["error", "warning"]
+    assert "and 22 more" in result[0][2]
+    assert "and 7 more" in result[1][2]
 
 
 def test_more_rules_than_github_shows_are_counted():
     many = [verdict(rule=f"rule {i}", layer="x.weight") for i in range(12)]
-    found = [parsed(line) for line in workflow_commands(results(*many))]
-    assert len(found) == 10
-    assert found[-1][2].startswith("3 more rules")
+    result = [parsed(line) for line in workflow_commands(results(*many))]
+    assert len(result) == 10
+    assert result[-1][2].startswith("3 more rules")
 
 
 def test_every_rule_is_shown_despite_many_failures():

@@ -40,11 +40,11 @@ def test_aggregates_equal_definitions(values, percent):
     }
     for word, expected in wanted.items():
         assert parse(f"{word} epsilon <= 1").measure(values) == pytest.approx(expected, rel=1e-12, abs=1e-9)
-    found = parse(f"p{percent} epsilon <= 1").measure(values)
-    below = [value for value in values if value <= found]
-    assert found in values
+    result = parse(f"p{percent} epsilon <= 1").measure(values)
+    below = [value for value in values if value <= result]
+    assert result in values
     assert 100 * len(below) >= percent * len(values)
-    smaller = [value for value in values if value < found]
+    smaller = [value for value in values if value < result]
     assert 100 * len(smaller) < percent * len(values)
 
 
@@ -57,7 +57,7 @@ def test_share_of_layers_counts_them(words):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "write a field"),
         ("epsilon", "an operator"),
@@ -104,10 +104,10 @@ def test_share_of_layers_counts_them(words):
         ("record == spectrum", "not one value"),
     ],
 )
-def test_invalid_policy_is_refused_with_reason(text, said):
+def test_invalid_policy_is_refused_with_reason(text, message):
     with pytest.raises(ConditionError) as error:
         parse(text)
-    assert said in str(error.value), str(error.value)
+    assert message in str(error.value), str(error.value)
 
 
 @given(st.text(max_size=40))

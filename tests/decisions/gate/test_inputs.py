@@ -169,8 +169,8 @@ def test_adapter_with_missing_layers_is_incomplete(shop):
     change(shop / "adapter", lambda w: {name: value for name, value in w.items() if ".layers.0." in name})
     measure()
     assert blocking("new.jsonl") == ("failed", {"complete"})
-    found = gate(POLICY, "new.jsonl", today=TODAY).whole
-    lost = {v.layer for v in found if v.rule == "complete"}
+    result = gate(POLICY, "new.jsonl", today=TODAY).whole
+    lost = {v.layer for v in result if v.rule == "complete"}
     whole = {record.layer for record in lora_diag.read_results("r.jsonl")}
     assert lost == {layer for layer in whole if ".layers.0." not in layer}
     lora_diag.residual("base", SAMPLES / "full_ft", ["adapter"], layers="layers.0", output="res.jsonl")
@@ -195,8 +195,8 @@ def test_only_targeted_weights_are_missed(shop):
     ):
         keep = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "modules_to_save": None}
         with_config(shop, **keep | config)
-        found = lora_diag.spectrum("base", "adapter").run.inputs[-1]
-        assert (None if found.targets is None else len(found.lacking)) == lacking, config
+        result = lora_diag.spectrum("base", "adapter").run.inputs[-1]
+        assert (None if result.targets is None else len(result.lacking)) == lacking, config
 
 
 def test_gate_fails_for_base_other_than_in_config(shop):

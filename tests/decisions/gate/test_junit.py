@@ -12,7 +12,7 @@ from tests.decisions.gate.gated import HOSTILE, ONE_OF_EACH, results, verdict
 def cases(text: str) -> dict[tuple[str, str], str]:
     root = ElementTree.fromstring(text)
     assert root.tag == "testsuites"
-    found = {}
+    result = {}
     for suite in root.findall("testsuite"):
         tags = Counter(child.tag for case in suite for child in case)
         counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
@@ -25,15 +25,15 @@ def cases(text: str) -> dict[tuple[str, str], str]:
         for case in suite:
             outcomes = [child.tag for child in case if child.tag != "system-out"]
             assert len(outcomes) < 2
-            found[suite.get("name"), case.get("name")] = outcomes[0] if outcomes else "passed"
-    totals = Counter(found.values())
+            result[suite.get("name"), case.get("name")] = outcomes[0] if outcomes else "passed"
+    totals = Counter(result.values())
     assert [int(root.get(name)) for name in ("tests", "failures", "errors", "skipped")] == [
-        len(found),
+        len(result),
         totals["failure"],
         totals["error"],
         totals["skipped"],
     ]
-    return found
+    return result
 
 
 def test_junit_case_is_rule_and_module_type():
@@ -62,5 +62,5 @@ def test_hostile_names_are_text(text):
 
 
 def test_adapter_groups_are_separate_cases():
-    found = cases(junit(results(verdict(group="adapter a"), verdict("passed", group="adapter b"))))
-    assert found == {("drift", "mlp.up_proj (adapter a)"): "failure", ("drift", "mlp.up_proj (adapter b)"): "passed"}
+    result = cases(junit(results(verdict(group="adapter a"), verdict("passed", group="adapter b"))))
+    assert result == {("drift", "mlp.up_proj (adapter a)"): "failure", ("drift", "mlp.up_proj (adapter b)"): "passed"}

@@ -31,17 +31,17 @@ def judged(policy, *files, **more):
     return gate(read_policy("p.toml", policy), *files, today=TODAY, **more)
 
 
-@pytest.mark.parametrize(("metric", "said"), [("data", "the data's metric"), ("kfac", "K-FAC's metric")])
-def test_every_form_of_verdict_names_metric(tmp_path, metric, said):
+@pytest.mark.parametrize(("metric", "text"), [("data", "the data's metric"), ("kfac", "K-FAC's metric")])
+def test_every_form_of_verdict_names_metric(tmp_path, metric, text):
     results = judged(RULE.format(0.99, ""), file(tmp_path / "s.jsonl", metric))
     assert outcome(results.whole) == "failed"
-    assert {v.group for v in results.whole if v.rule == "r"} == {f"in {said}"}
+    assert {v.group for v in results.whole if v.rule == "r"} == {f"in {text}"}
     (gated,) = [line for line in verdict_table(results, 140).splitlines() if line.startswith("Gate")]
-    assert gated.endswith(f"(spectra in {said})")
-    assert f"(spectra in {said})" in step_summary(results).splitlines()[0]
+    assert gated.endswith(f"(spectra in {text})")
+    assert f"(spectra in {text})" in step_summary(results).splitlines()[0]
     root = ElementTree.fromstring(junit(results))
-    assert root.get("name").endswith(f"spectra in {said}")
-    assert all(f"(in {said})" in case.get("name") for case in root.iter("testcase") if case.get("classname")[-1] == "r")
+    assert root.get("name").endswith(f"spectra in {text}")
+    assert all(f"(in {text})" in case.get("name") for case in root.iter("testcase") if case.get("classname")[-1] == "r")
 
 
 def test_verdicts_on_weights_name_no_metric(tmp_path):
@@ -84,16 +84,16 @@ def test_rank_one_data_does_not_diverge(tmp_path):
     spiky = {"s": (100.0, 1.0), "base_fro": 1.0}
     status = {v.rule: v.status for v in judged(policy, file(tmp_path / "w.jsonl", **spiky)).whole}
     assert status["spike"] == "warned"
-    found = {v.rule: v for v in judged(policy, file(tmp_path / "d.jsonl", "data", **spiky)).whole}
-    assert found["spike"].status == found["unused_rank"].status == "not judged"
-    assert found["spike"].message == "every spectrum is in the data's metric, not in the weights'"
-    assert found["dead"].status == "passed"
+    result = {v.rule: v for v in judged(policy, file(tmp_path / "d.jsonl", "data", **spiky)).whole}
+    assert result["spike"].status == result["unused_rank"].status == "not judged"
+    assert result["spike"].message == "every spectrum is in the data's metric, not in the weights'"
+    assert result["dead"].status == "passed"
 
 
 def test_update_outside_data_is_not_dead(tmp_path):
     records = [spectrum(name, s=(0.0,), metric="data", weights_fro=1.0) for name in LAYERS]
-    found = {v.rule: v for v in judged(RULE.format(0.5, ""), write(tmp_path / "d.jsonl", records)).whole}
-    assert found["dead"].status == "passed"
+    result = {v.rule: v for v in judged(RULE.format(0.5, ""), write(tmp_path / "d.jsonl", records)).whole}
+    assert result["dead"].status == "passed"
 
 
 def test_drafted_policy_names_metric_of_limits(tmp_path):

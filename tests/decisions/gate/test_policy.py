@@ -41,7 +41,7 @@ def test_good_policy_is_read():
 
 
 @pytest.mark.parametrize(
-    ("line", "said", "text"),
+    ("line", "printed", "text"),
     [
         (6, "unknown key 'requir'", GOOD + 'requir = "x"'),
         (1, 'about is "adapter" or "tuned"', 'about = "base"\n' + GOOD),
@@ -112,12 +112,12 @@ def test_good_policy_is_read():
         (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
     ],
 )
-def test_policy_error_names_line(line, said, text):
+def test_policy_error_names_line(line, printed, text):
     message = refused(text)
-    found = re.match(r"p\.toml: line (\d+): (.*)", message, re.DOTALL)
-    assert found, message
-    assert said in found[2], message
-    assert int(found[1]) == line, message
+    result = re.match(r"p\.toml: line (\d+): (.*)", message, re.DOTALL)
+    assert result, message
+    assert printed in result[2], message
+    assert int(result[1]) == line, message
 
 
 def test_invalid_policies_are_refused(tmp_path):

@@ -20,15 +20,15 @@ def run(*verdicts, **more) -> dict:
 
 
 def test_sarif_has_every_verdict_except_passed():
-    found = run(*ONE_OF_EACH)["results"]
-    assert [(r["ruleId"], r["level"], "suppressions" in r) for r in found] == [
+    result = run(*ONE_OF_EACH)["results"]
+    assert [(r["ruleId"], r["level"], "suppressions" in r) for r in result] == [
         ("drift", "error", False),
         ("drift", "error", False),
         ("rank", "error", False),
         ("spike", "warning", False),
         ("drift", "error", True),
     ]
-    place = found[0]["locations"][0]
+    place = result[0]["locations"][0]
     assert place["physicalLocation"] == {"artifactLocation": {"uri": "gates/p.toml"}, "region": {"startLine": 7}}
     assert place["logicalLocations"][0]["fullyQualifiedName"] == "model.layers.2.mlp.up_proj.weight"
 

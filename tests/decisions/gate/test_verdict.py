@@ -89,6 +89,6 @@ def test_report_lists_verdicts_worst_first():
 def test_layer_shows_worst_of_its_verdicts(statuses, worst):
     layer = "model.layers.1.mlp.up_proj.weight"
     for order in (statuses, statuses[::-1]):
-        found = results(*(verdict(status, f"rule{place}", layer) for place, status in enumerate(order)))
-        (column,) = (field for field in fields_of(evidence(found), [layer]) if field.id == "g")
+        result = results(*(verdict(status, f"rule{place}", layer) for place, status in enumerate(order)))
+        (column,) = (field for field in fields_of(evidence(result), [layer]) if field.id == "g")
         assert column.values == (worst,)

@@ -39,18 +39,18 @@ def test_waived_layer_passes_with_its_reason(path):
 def test_waiver_holds_through_last_day(path, today, comes_to):
     counts_text, verdicts = judged(path, "up_proj", today=today)
     assert counts_text == comes_to
-    told = [v for v in verdicts if v.rule == "waiver"]
-    assert bool(told) == (comes_to == "failed")
-    assert all("expired on 2026-12-31" in v.message and v.status == "warned" for v in told)
+    message = [v for v in verdicts if v.rule == "waiver"]
+    assert bool(message) == (comes_to == "failed")
+    assert all("expired on 2026-12-31" in v.message and v.status == "warned" for v in message)
 
 
 @pytest.mark.parametrize("layers", ["q_proj", "nothing"])
 def test_waiver_without_effect_is_reported(path, layers):
     counts_text, verdicts = judged(path, layers)
     assert counts_text == "failed"
-    (told,) = [v for v in verdicts if v.rule == "waiver"]
-    assert "delete it" in told.message
-    assert told.line == 4
+    (message,) = [v for v in verdicts if v.rule == "waiver"]
+    assert "delete it" in message.message
+    assert message.line == 4
 
 
 def test_waiver_of_one_layer_takes_it_out_of_aggregate(path):

@@ -39,15 +39,15 @@ def test_beyond_orders_measured_eigenvalues_cost_as_cube():
 
 @given(orders, st.dictionaries(st.integers(2, 10**4), st.floats(1e-6, 1e3), min_size=1), st.integers(0, 3))
 def test_cost_is_interpolated_between_orders(order, costs, beyond):
-    found = between(costs, order, beyond)
+    result = between(costs, order, beyond)
     below, above = [n for n in costs if n <= order], [n for n in costs if n >= order]
     if below and above:
         ends = costs[max(below)], costs[min(above)]
-        assert min(ends) * (1 - 1e-9) <= found <= max(ends) * (1 + 1e-9)
+        assert min(ends) * (1 - 1e-9) <= result <= max(ends) * (1 + 1e-9)
     else:
         nearest = min(costs, key=lambda n: abs(n - order))
-        assert found == pytest.approx(costs[nearest] * (order / nearest) ** beyond)
-    assert math.isfinite(found)
+        assert result == pytest.approx(costs[nearest] * (order / nearest) ** beyond)
+    assert math.isfinite(result)
 
 
 @given(st.lists(st.tuples(orders, orders), min_size=1, max_size=5), st.sampled_from([None, 64]))

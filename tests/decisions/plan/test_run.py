@@ -25,8 +25,8 @@ def types(found):
 
 
 def test_plan_matches_article_table_of_matrices(tmp_path):
-    found = types(plan(tmp_path))
-    attention, up, down = found["self_attn.q_proj"], found["mlp.up_proj"], found["mlp.down_proj"]
+    result = types(plan(tmp_path))
+    attention, up, down = result["self_attn.q_proj"], result["mlp.up_proj"], result["mlp.down_proj"]
     assert attention.params // attention.matrices == 16_777_216
     assert up.params // up.matrices == down.params // down.matrices == 45_088_768
     assert [r * attention.per_rank // 32 for r in (1, 4, 8, 16, 64)] == [8192, 32_768, 65_536, 131_072, 524_288]
@@ -36,12 +36,12 @@ def test_plan_matches_article_table_of_matrices(tmp_path):
 
 
 def test_plan_matches_article_query_value_totals(tmp_path):
-    found = plan(tmp_path, target="q_proj|v_proj")
-    assert [(row.rank, row.params) for row in found.ranks] == [
+    result = plan(tmp_path, target="q_proj|v_proj")
+    assert [(row.rank, row.params) for row in result.ranks] == [
         (4, 2_097_152), (8, 4_194_304), (16, 8_388_608), (64, 33_554_432),
     ]  # fmt: skip
-    assert sum(row.per_rank for row in found.types if row.targeted) == 524_288
-    assert [row.rho for row in found.ranks] == [2 * r / 4096 for r in (4, 8, 16, 64)]
+    assert sum(row.per_rank for row in result.types if row.targeted) == 524_288
+    assert [row.rho for row in result.ranks] == [2 * r / 4096 for r in (4, 8, 16, 64)]
 
 
 def test_plan_matches_article_example(tmp_path):
@@ -54,18 +54,18 @@ def test_plan_matches_article_example(tmp_path):
 
 
 def test_whole_model_and_its_memory(tmp_path):
-    found = plan(tmp_path)
-    assert found.params == 6_738_415_616  # as published for Llama 2 7B
-    assert found.base_bytes == 2 * found.params
-    assert found.full_bytes["adamw"] == 16 * found.params
-    assert found.full_bytes["sgd"] == 8 * found.params
-    eight = found.ranks[1]
+    result = plan(tmp_path)
+    assert result.params == 6_738_415_616  # as published for Llama 2 7B
+    assert result.base_bytes == 2 * result.params
+    assert result.full_bytes["adamw"] == 16 * result.params
+    assert result.full_bytes["sgd"] == 8 * result.params
+    eight = result.ranks[1]
     assert eight.params == 8 * 32 * (4 * 8192 + 3 * 15_104)
     assert eight.bytes["adamw"] == 16 * eight.params
     assert eight.bytes["adamw8bit"] == 10.03125 * eight.params
-    assert eight.of_model == eight.params / found.params
+    assert eight.of_model == eight.params / result.params
     bf16 = plan(tmp_path, dtype="bfloat16")
-    assert bf16.full_bytes["adamw"] == (2 + 2 + 8) * found.params
+    assert bf16.full_bytes["adamw"] == (2 + 2 + 8) * result.params
 
 
 def test_flops_count_matrices_multiplied_per_token(tmp_path):
@@ -81,14 +81,14 @@ def test_plan_of_mixture_counts_only_active_experts(tmp_path):
     config = {
         **LLAMA_7B, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 1,
     }  # fmt: skip
-    found = plan(tmp_path, config)
-    row = types(found)["mlp.experts.gate_up_proj"]
+    result = plan(tmp_path, config)
+    row = types(result)["mlp.experts.gate_up_proj"]
     assert (row.matrices, row.shape, row.per_rank) == (8, (22016, 4096), 8 * (22016 + 4096))
-    assert not types(found)["mlp.gate"].targeted
+    assert not types(result)["mlp.gate"].targeted
     experts = 2 * (3 * 4096 * 11008)
     extra = 4 * (2 * ((22016 + 4096) + 15_104) + 4 * 8192)
-    assert found.ranks[0].flops == pytest.approx(extra / (experts + 4 * 4096**2 + 8 * 4096 + 32000 * 4096))
-    assert "2 of 8" in found.notes[0]
+    assert result.ranks[0].flops == pytest.approx(extra / (experts + 4 * 4096**2 + 8 * 4096 + 32000 * 4096))
+    assert "2 of 8" in result.notes[0]
 
 
 def test_headers_and_config_agree():
@@ -101,10 +101,10 @@ def test_headers_and_config_agree():
 
 
 def test_checkpoint_without_config(tmp_path):
-    found = lora_diag.plan(save_model(tmp_path / "model", weights(0)), params=1000, ranks=[2])
-    assert found.params == sum(value.numel() for value in weights(0).values())
+    result = lora_diag.plan(save_model(tmp_path / "model", weights(0)), params=1000, ranks=[2])
+    assert result.params == sum(value.numel() for value in weights(0).values())
     per_rank = 2 * ((12 + 12) + (6 + 12) + 2 * (16 + 12))
-    assert (found.fit.rank, found.fit.left) == (1000 // per_rank, 1000 % per_rank)
+    assert (result.fit.rank, result.fit.left) == (1000 // per_rank, 1000 % per_rank)
 
 
 def test_memory_budget_includes_optimizer_state(tmp_path):
@@ -152,10 +152,10 @@ def test_gguf_adapter_with_invalid_config_is_refused(tmp_path):
 def test_capacity_rules_choose_rank_for_tokens(tmp_path):
     """By hand: r(4·8192 + 3·15104)·32 parameters have to be as many as tokens, or 2 bits each hold 1 bit a token."""
     per_rank = 32 * (4 * 8192 + 3 * 15_104)
-    found = plan(tmp_path, tokens="100M").capacity
-    assert found.tokens == 100_000_000
-    asked = [(rule.params, rule.rank) for rule in found.rules]
-    assert asked == [(100_000_000, -(-100_000_000 // per_rank)), (50_000_000, -(-50_000_000 // per_rank))]
+    result = plan(tmp_path, tokens="100M").capacity
+    assert result.tokens == 100_000_000
+    options = [(rule.params, rule.rank) for rule in result.rules]
+    assert options == [(100_000_000, -(-100_000_000 // per_rank)), (50_000_000, -(-50_000_000 // per_rank))]
     assert [rule.rank for rule in plan(tmp_path, tokens=10**12).capacity.rules] == [None, None]
     assert plan(tmp_path).capacity is None
     with raises_naming(UsageError, "combined", "--data"):

@@ -51,10 +51,10 @@ def nearest(x, values, overflow=None):
     above = np.clip(np.searchsorted(values, size), 1, len(values) - 1)
     low, high = size - values[above - 1], values[above] - size
     code = np.where((high < low) | ((high == low) & (above % 2 == 0)), above, above - 1)
-    found = np.where(size >= values[-1], values[-1], values[code])
+    result = np.where(size >= values[-1], values[-1], values[code])
     if overflow is not None:
-        found = np.where(size >= overflow, np.inf, found)
-    return np.copysign(found, x)
+        result = np.where(size >= overflow, np.inf, result)
+    return np.copysign(result, x)
 
 
 def oracle(x, target):
@@ -167,10 +167,10 @@ def test_record_follows_from_the_definitions(target, tmp_path, monkeypatch):
     assert record.base_error == pytest.approx(norm(before[1] - w) / fro, rel=1e-9)
     plane = np.linalg.qr(a[:2].T.astype(float))[0]
     assert record.base_error_inside == pytest.approx(norm((before[1] - w) @ plane) / fro, rel=1e-7)
-    for found, name in ((record.bf16, "bf16"), (record.fp16, "fp16")):
+    for result, name in ((record.bf16, "bf16"), (record.fp16, "fp16")):
         stored = oracle(w + u, Target(name))[1]
-        assert found.error == pytest.approx(norm(stored - w - u) / fro, rel=1e-9)
-        assert found.arrived == pytest.approx(((stored - w) * u).sum() / fro**2, rel=1e-9)
+        assert result.error == pytest.approx(norm(stored - w - u) / fro, rel=1e-9)
+        assert result.arrived == pytest.approx(((stored - w) * u).sum() / fro**2, rel=1e-9)
     assert record.base_noise is None
 
 
@@ -277,24 +277,24 @@ def test_command_measures_the_samples(loradiag, tmp_path):
         assert ran.code == 0, ran.err
         assert f"merge ({to})" in ran.out
         assert "Rules" in ran.out
-    found = {to: lora_diag.read_results(tmp_path / f"{to}.jsonl") for to in ("bf16", "mxfp4")}
-    assert len(found["bf16"]) == len(found["mxfp4"]) == 4
-    for fine, coarse in zip(found["bf16"], found["mxfp4"], strict=True):
+    result = {to: lora_diag.read_results(tmp_path / f"{to}.jsonl") for to in ("bf16", "mxfp4")}
+    assert len(result["bf16"]) == len(result["mxfp4"]) == 4
+    for fine, coarse in zip(result["bf16"], result["mxfp4"], strict=True):
         assert fine.error < 0.01 < coarse.error
         assert fine.bf16 == coarse.bf16 == FormatEffect(arrived=fine.arrived, error=fine.error)
     compared = lora_diag.spectrum(BASE, R4, layers=r"0\..*q_proj")
-    assert found["bf16"][Q].fro == pytest.approx(compared[Q].fro)
+    assert result["bf16"][Q].fro == pytest.approx(compared[Q].fro)
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "kept"\nrequire = "plan_merge.error <= 0.1"\n')
     assert loradiag("gate", "p.toml", "mxfp4.jsonl").code == 1
     assert loradiag("report", "bf16.jsonl", "-o", "r.md").code == 0
     assert "Merge plan" in (tmp_path / "r.md").read_text()
 
 
-@pytest.mark.parametrize(("noise", "error", "told"), [(2.0, 9.0, True), (2.0, 0.0, False), (None, 9.0, False)])
-def test_summary_states_scales_are_not_reused(noise, error, told):
+@pytest.mark.parametrize(("noise", "error", "message"), [(2.0, 9.0, True), (2.0, 0.0, False), (None, 9.0, False)])
+def test_summary_states_scales_are_not_reused(noise, error, message):
     fields = {"fro": 1.0, "base_noise": noise, "base_error": error, "bf16": GOOD, "fp16": GOOD}
-    found = results([build(PlannedMerge, to="int4", **fields)], command="plan-merge")
-    assert any(mentions(line, "reuse", "scales") for line in lines_of(plan_lines(found), "base")) == told
+    result = results([build(PlannedMerge, to="int4", **fields)], command="plan-merge")
+    assert any(mentions(line, "reuse", "scales") for line in lines_of(plan_lines(result), "base")) == message
 
 
 def test_command_refuses_bad_input(loradiag, tmp_path):
@@ -325,10 +325,10 @@ def test_overflow_and_non_finite_entries_are_reported(tmp_path):
     assert record.conclusion == "merge into 16 bit"
     w[1, 2] = math.nan
     save_model(base, {Q: w})
-    found = lora_diag.plan_merge(base, adapter, to="bf16")
-    assert not len(found)
-    assert [item.reason for item in found.left_out] == ["non_finite"]
-    assert "[1, 2]" in found.left_out[0].detail
+    result = lora_diag.plan_merge(base, adapter, to="bf16")
+    assert not len(result)
+    assert [item.reason for item in result.left_out] == ["non_finite"]
+    assert "[1, 2]" in result.left_out[0].detail
 
 
 def test_full_tensors_of_an_adapter_are_rounded_too(tmp_path):

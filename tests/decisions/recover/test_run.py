@@ -42,18 +42,18 @@ def models(tmp_path_factory):
 
 def test_records_compare_the_estimate_with_the_files(models, tmp_path):
     base, tuned, before, after, x = models
-    found = lora_diag.recover(base, tuned, tmp_path / "r.jsonl")
-    assert {record.layer: record.status for record in found} == {Q: "recovered", UP: "size_only", HEAD: "refused"}
-    record = found[Q]
+    result = lora_diag.recover(base, tuned, tmp_path / "r.jsonl")
+    assert {record.layer: record.status for record in result} == {Q: "recovered", UP: "size_only", HEAD: "refused"}
+    record = result[Q]
     expected = spectrum(before[Q].double().numpy(), after[Q].double().numpy())
     assert record.fro == pytest.approx(expected["fro"])
     assert record.energy["4"] == pytest.approx(float(expected["curve"][3]), abs=1e-6)
     assert record.rank_at["0.9"] == int(np.searchsorted(expected["curve"], 0.9)) + 1
     assert record.rank_at_estimate["0.9"] in {2, 3, None}
     assert record.fro_estimate == pytest.approx(float(x.norm()), rel=0.1)
-    assert [item.reason for item in found.left_out] == ["vector"]
-    assert lora_diag.read_results(tmp_path / "r.jsonl").layers == found.layers
-    assert lora_diag.recover(base, tuned, workers=1, seed=0).layers == found.layers
+    assert [item.reason for item in result.left_out] == ["vector"]
+    assert lora_diag.read_results(tmp_path / "r.jsonl").layers == result.layers
+    assert lora_diag.recover(base, tuned, workers=1, seed=0).layers == result.layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -73,8 +73,8 @@ def test_resolved_sparse_update_is_not_hidden(tmp_path, dtype):
 def test_difference_longer_than_estimate_is_shown(models):
     """Rounding lengthens D where few entries stay the same: a fraction of ‖X‖ would be capped at 1."""
     base, tuned, *_ = models
-    found = lora_diag.recover(base, tuned, layers="q_proj")
-    longer = replace(found, layers=tuple(r.model_copy(update={"fro": 1.25 * r.fro_estimate}) for r in found))
+    result = lora_diag.recover(base, tuned, layers="q_proj")
+    longer = replace(result, layers=tuple(r.model_copy(update={"fro": 1.25 * r.fro_estimate}) for r in result))
     (size,) = [line for line in recovery_lines(longer) if line.key == "size"]
     assert "1.25 times" in size.lead
 
@@ -93,9 +93,9 @@ def test_recover_measures_small_float32_update(tmp_path):
 
 def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
     base, tuned, before, after, x = models
-    found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
+    result = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
     mean = load_file(tmp_path / "full" / "model.safetensors")[Q].double() - before[Q].double()
-    found = lora_diag.recover(base, tuned, tmp_path / "adapter", rank=3)
+    result = lora_diag.recover(base, tuned, tmp_path / "adapter", rank=3)
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "recovery.jsonl"}
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -106,7 +106,7 @@ def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
     plain = np.linalg.norm(low_rank_of(after[Q].double() - before[Q].double(), 3) - x.numpy())
     assert np.linalg.norm(product - x.numpy()) < 0.5 * plain
     assert len(factors) == 2  # layers without a direction have no factors
-    assert [record.written for record in found] == ["posterior" if r.layer == Q else "nothing" for r in found]
+    assert [record.written for record in result] == ["posterior" if r.layer == Q else "nothing" for r in result]
     assert "estimate" in (tmp_path / "adapter" / "README.md").read_text()
     residual = lora_diag.residual(base, tuned, [tmp_path / "adapter"], layers="q_proj")
     assert residual[0].rank == 3
@@ -114,21 +114,21 @@ def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
 
 def test_recover_energy_chooses_ranks(models, tmp_path):
     base, tuned, before, after, _ = models
-    found = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, keep_refused=True)
-    assert found[Q].energy_estimate[str(found[Q].rank)] >= 0.5 or found[Q].rank == found[Q].directions
-    assert (found[UP].written, found[HEAD].written) == ("file", "nothing")
+    result = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, keep_refused=True)
+    assert result[Q].energy_estimate[str(result[Q].rank)] >= 0.5 or result[Q].rank == result[Q].directions
+    assert (result[UP].written, result[HEAD].written) == ("file", "nothing")
     factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     prefix = f"base_model.model.{UP.removesuffix('.weight')}"
     product = (factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()).numpy()
-    best = low_rank_of(after[UP].double() - before[UP].double(), found[UP].rank)
+    best = low_rank_of(after[UP].double() - before[UP].double(), result[UP].rank)
     assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
 
 
 def test_recover_budget_keeps_leading_directions(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
-    found = lora_diag.recover(base, tuned, tmp_path / "p", params=400)
-    assert {record.layer: (record.rank, record.params) for record in found} == {Q: (2, 352), UP: (0, 0), HEAD: (0, 0)}
+    result = lora_diag.recover(base, tuned, tmp_path / "p", params=400)
+    assert {record.layer: (record.rank, record.params) for record in result} == {Q: (2, 352), UP: (0, 0), HEAD: (0, 0)}
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
         ("README.md", "adapter_config.json", "adapter_model.safetensors", "recovery.jsonl")
     )
@@ -146,8 +146,8 @@ def test_recover_budget_keeps_leading_directions(models, tmp_path):
 
 def test_recovered_checkpoint_rounds_to_stored_values(models, tmp_path):
     base, tuned, before, after, x = models
-    found = lora_diag.recover(base, tuned, tmp_path / "full", full=True, nearest=True)
-    assert {record.layer: record.written for record in found} == {Q: "posterior", UP: "posterior", HEAD: "file"}
+    result = lora_diag.recover(base, tuned, tmp_path / "full", full=True, nearest=True)
+    assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", HEAD: "file"}
     tensors = load_file(tmp_path / "full" / "model.safetensors")
     assert set(tensors) == set(after)
     for name, tensor in tensors.items():
@@ -165,16 +165,16 @@ def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     base, tuned, before, *_ = models
     for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):
         lora_diag.recover(base, tuned, tmp_path / name, nearest=True, **ways)
-        found = lora_diag.recover(base, tuned, tmp_path / f"{name}long", **ways)
+        result = lora_diag.recover(base, tuned, tmp_path / f"{name}long", **ways)
     plain, long = (load_file(tmp_path / name / "model.safetensors") for name in ("full", "fulllong"))
     for layer in (Q, UP):
         steps = [(tensors[layer].double() - before[layer].double()) for tensors in (plain, long)]
-        assert float(steps[1].norm()) == pytest.approx(found[layer].fro_estimate, rel=1e-3)
+        assert float(steps[1].norm()) == pytest.approx(result[layer].fro_estimate, rel=1e-3)
         assert float(steps[0].norm()) < 0.999 * float(steps[1].norm())
         assert torch.nn.functional.cosine_similarity(*(step.flatten() for step in steps), dim=0) > 0.999
     plain, long = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r3", "r3long"))
     ratio = [float(long[key].norm() / plain[key].norm()) for key in plain]
-    stretch = found[Q].fro_estimate / float((load_file(tmp_path / "full" / "model.safetensors")[Q] - before[Q]).norm())
+    stretch = result[Q].fro_estimate / float((load_file(tmp_path / "full" / "model.safetensors")[Q] - before[Q]).norm())
     assert ratio[0] * ratio[1] == pytest.approx(stretch, rel=1e-2)
     assert_names((tmp_path / "fulllong" / "README.md").read_text(), "scaled", "‖X‖")
 
@@ -245,8 +245,8 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
     before, after = (torch.stack([part[k] for part in parts]).bfloat16() for k in (0, 2))
     save_model(tmp_path / "base", {name: before})
     save_model(tmp_path / "tuned", {name: after})
-    found = lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True, nearest=True)
-    assert [record.layer for record in found] == [f"{name}[0]", f"{name}[1]"]
+    result = lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True, nearest=True)
+    assert [record.layer for record in result] == [f"{name}[0]", f"{name}[1]"]
     tensor = load_file(tmp_path / "full" / "model.safetensors")[name]
     assert torch.equal(tensor.bfloat16(), after)
     truth = torch.stack([part[0] + part[1] for part in parts])
@@ -308,12 +308,12 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
     for words in (["plot", "r.jsonl", "--figure", "recovery", "-o", "r.png"], ["report", "r.jsonl", "-o", "r.html"]):
         assert loradiag(*words).code == 0
     assert (tmp_path / "r.png").stat().st_size > 10_000
-    page, found = (
+    page, result = (
         (tmp_path / "r.html").read_text(),
         {record.layer: record for record in lora_diag.read_results(tmp_path / "r.jsonl")},
     )
-    assert f"{found[Q].unchanged:.0%}" in page
-    assert found[HEAD].reason in page
+    assert f"{result[Q].unchanged:.0%}" in page
+    assert result[HEAD].reason in page
     for least, code in ((2, 0), (10**6, 1)):
         (tmp_path / "policy.toml").write_text(
             f"[[rule]]\nname = 'directions'\nlayers = 'q_proj'\nrequire = 'gain_z >= {least}'\n"
@@ -324,8 +324,8 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
 def test_extract_factors_the_update_before_rounding(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True, nearest=True)
-    found = lora_diag.extract(base, tuned, tmp_path / "e", rank=2, recover=True)
-    assert {r.layer: r.estimated for r in found} == {Q: True, UP: False}
+    result = lora_diag.extract(base, tuned, tmp_path / "e", rank=2, recover=True)
+    assert {r.layer: r.estimated for r in result} == {Q: True, UP: False}
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r", "e"))
     for name in (Q, UP):
         prefix = f"base_model.model.{name.removesuffix('.weight')}"
@@ -345,9 +345,9 @@ def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
     base, tuned, *_, x = models
     true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double()}
     lora_diag.recover(base, tuned, tmp_path / "a", rank=3, keep_refused=True)
-    found = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj", recover=True)
+    result = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj", recover=True)
     factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    for record in found:
+    for record in result:
         prefix = f"base_model.model.{record.layer.removesuffix('.weight')}"
         product = factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()
         epsilon = float((product - true[record.layer]).norm() / true[record.layer].norm())
@@ -355,4 +355,4 @@ def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
         assert expected.epsilon == pytest.approx(epsilon, abs=0.03)
         assert expected.fro == pytest.approx(float(true[record.layer].norm()), rel=0.05)
     plain = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj")
-    assert [r.model_copy(update={"before_rounding": None}) for r in found] == list(plain)
+    assert [r.model_copy(update={"before_rounding": None}) for r in result] == list(plain)

@@ -22,25 +22,25 @@ COUNTS = np.array([5, 7, 3, 9])
 
 def runs(rng, mean, seeds, spread, seed_effect):
     """Losses of one configuration with an effect of each seed in common; sequences differ, too."""
-    found = {}
+    result = {}
     for seed in range(seeds):
         nll = COUNTS * (mean + seed_effect[seed] + spread * rng.standard_normal()) + 0.01 * rng.standard_normal(4)
-        found[seed] = Measured(float(nll.sum() / COUNTS.sum()), tuple(nll))
-    return found
+        result[seed] = Measured(float(nll.sum() / COUNTS.sum()), tuple(nll))
+    return result
 
 
 def test_gap_error_is_larger_of_two_paired_errors():
     rng = np.random.default_rng(0)
     effect = rng.standard_normal(3)
     one, two = (runs(rng, mean, 3, 0.02, effect) for mean in (1.0, 0.9))
-    found = gap_of(one, two, COUNTS)
+    result = gap_of(one, two, COUNTS)
     differences = np.array([two[seed].loss - one[seed].loss for seed in range(3)])
     over_seeds = differences.std(ddof=1) / np.sqrt(3)
     moved = np.mean([np.subtract(two[seed].nll, one[seed].nll) for seed in range(3)], axis=0)
     residual = moved - COUNTS * moved.sum() / COUNTS.sum()
     over_sequences = np.sqrt(4 / 3 * (residual**2).sum()) / COUNTS.sum()
-    assert found.value == pytest.approx(differences.mean())
-    assert found.error == pytest.approx(max(over_seeds, over_sequences))
+    assert result.value == pytest.approx(differences.mean())
+    assert result.error == pytest.approx(max(over_seeds, over_sequences))
     assert gap_of(one, {0: two[0]}, COUNTS).error is None
     assert gap_of(one, {7: two[0]}, COUNTS) is None
 
@@ -64,8 +64,8 @@ def test_contest_rejects_gain_with_loss_on_shifted_set():
 
     one = losses((1.0, 1.1, 1.05), (2.0, 2.1, 2.2))
     better = losses((0.8, 0.91, 0.85), (2.1, 2.2, 2.3))
-    found = contest(one, better, "dev", ["other"], {})
-    assert (found.outcome, found.kept) == ("better", False)
+    result = contest(one, better, "dev", ["other"], {})
+    assert (result.outcome, result.kept) == ("better", False)
     assert contest(one, better, "dev", [], {}).kept
     assert contest(one, losses((0.8, 0.91, 0.85), (2.0, 2.1, 2.2)), "dev", ["other"], {}).kept
     assert contest(one, losses((1.2, 1.31, 1.25), (1.0,)), "dev", ["other"], {}).outcome == "worse"
@@ -75,8 +75,8 @@ def test_contest_rejects_gain_with_loss_on_shifted_set():
 def test_rank_choice_follows_verdict_or_is_marked():
     rates = {2: 1e-2, 8: 1e-3}
     clear = judge([AtRank(2, 1e-2, {0: 1.0, 1: 1.001}), AtRank(8, 1e-3, {0: 0.8, 1: 0.802})], 2.0, 0.02)
-    found = choose_rank(clear, rates)
-    assert (found.rank, found.lr, found.significant) == (8, 1e-3, True)
+    result = choose_rank(clear, rates)
+    assert (result.rank, result.lr, result.significant) == (8, 1e-3, True)
     noisy = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.7}), AtRank(8, 1e-3, {0: 0.8, 1: 1.0})], 2.0, 0.02)
     assert (choose_rank(noisy, rates).rank, choose_rank(noisy, rates).significant) == (2, False)
     wide = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.75}), AtRank(8, 1e-3, {0: 0.8, 1: 0.82})], 2.0, 0.02)

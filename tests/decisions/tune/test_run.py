@@ -44,26 +44,26 @@ def case(tmp_path_factory):
         "shifted": [some_text(folder, "other", windows=3, source="shifted")],
     }
     notes = []
-    found = lora_diag.tune(base, folder / "run", on_note=notes.append, **texts, **OPTIONS)
-    return base, texts, found, folder / "run", notes
+    result = lora_diag.tune(base, folder / "run", on_note=notes.append, **texts, **OPTIONS)
+    return base, texts, result, folder / "run", notes
 
 
 def test_tune_records_and_prints_every_decision(case):
-    _, _, found, folder, notes = case
-    assert read_results(folder / "tune.jsonl") == found
-    decisions = found.whole_of(TuneDecision)
+    _, _, result, folder, notes = case
+    assert read_results(folder / "tune.jsonl") == result
+    decisions = result.whole_of(TuneDecision)
     assert {"budget", "ranks", "redistribution", "stability"} <= {one.stage for one in decisions}
     assert len(notes) == len(decisions)
-    (choice,) = found.whole_of(Tune)
+    (choice,) = result.whole_of(Tune)
     assert choice.rank in {2, 4, 8}
     assert choice.params <= choice.budget == 4500
-    assert {one.variant for one in found.whole_of(TuneTrial)} >= {"base", "full", "uniform-r2", "uniform-r8"}
+    assert {one.variant for one in result.whole_of(TuneTrial)} >= {"base", "full", "uniform-r2", "uniform-r8"}
 
 
 def test_losses_equal_plain_loop(case):
-    base, texts, found, _, _ = case
+    base, texts, result, _, _ = case
     held = texts["evaluate"][0]
-    of_held = [one for one in found.whole_of(TuneTrial) if one.set == "held_out" and one.lr is not None]
+    of_held = [one for one in result.whole_of(TuneTrial) if one.set == "held_out" and one.lr is not None]
     for one in of_held:
         if one.variant in {"uniform-r2", "uniform-r8", "full"}:
             what = "full" if one.variant == "full" else int(one.variant.removeprefix("uniform-r"))
@@ -72,7 +72,7 @@ def test_losses_equal_plain_loop(case):
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     with torch.no_grad():
         truth = model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
-    (choice,) = found.whole_of(Tune)
+    (choice,) = result.whole_of(Tune)
     assert choice.base_loss == pytest.approx(truth, abs=1e-5)
     mine = [o.loss for o in of_held if (o.variant, o.lr) == (choice.variant, choice.lr)]
     assert choice.gain == pytest.approx(choice.base_loss - sum(mine) / len(mine))
@@ -80,8 +80,8 @@ def test_losses_equal_plain_loop(case):
 
 def test_tune_writes_adapter_that_peft_loads(case):
     """Its loss is that of the first seed, and its ranks are those of the config."""
-    base, texts, found, folder, _ = case
-    (choice,) = found.whole_of(Tune)
+    base, texts, result, folder, _ = case
+    (choice,) = result.whole_of(Tune)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config == json.loads((folder / "adapter" / "adapter_config.json").read_text())
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
@@ -89,7 +89,7 @@ def test_tune_writes_adapter_that_peft_loads(case):
     ids = ids_of(texts["evaluate"][0])
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
-    trials = [o for o in found.whole_of(TuneTrial) if (o.variant, o.lr) == (choice.variant, choice.lr)]
+    trials = [o for o in result.whole_of(TuneTrial) if (o.variant, o.lr) == (choice.variant, choice.lr)]
     assert loss == pytest.approx(next(o.loss for o in trials if o.set == "held_out" and o.seed == 0), abs=1e-5)
     weights = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
     assert weights == choice.params
@@ -123,14 +123,14 @@ def _lora_of(script):
 
 
 def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
-    _, _, found, _, _ = case
-    every = [*found.whole]
+    _, _, result, _, _ = case
+    every = [*result.whole]
     end = next(i for i, one in enumerate(every) if getattr(one, "name", "") == "non-uniform ranks")
     ran = {(o.variant, o.lr, o.seed) for o in every[:end] if isinstance(o, TuneTrial) and o.variant != "base"}
     mine = [name for name, _, _ in ran if name in {"prior", "marginal"} or name.startswith("pilot")]
     assert every[end].why.endswith(f"found with {len(mine)} of {len(ran)} runs")
-    (choice,) = found.whole_of(Tune)
-    trials = found.whole_of(TuneTrial)
+    (choice,) = result.whole_of(Tune)
+    trials = result.whole_of(TuneTrial)
     uniform = next(one.params for one in trials if one.variant == f"uniform-r{choice.rank}")
     others = [one for one in trials if one.variant in {"prior", "marginal"}]
     assert others
@@ -140,7 +140,7 @@ def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
 
 
 def test_tune_resumed_search_gives_same_result(case, tmp_path):
-    base, texts, found, folder, _ = case
+    base, texts, result, folder, _ = case
     run = tmp_path / "run"
     shutil.copytree(folder, run)
     lines = (run / "tune.jsonl").read_text().splitlines(keepends=True)
@@ -152,7 +152,7 @@ def test_tune_resumed_search_gives_same_result(case, tmp_path):
     repeated = lora_diag.tune(
         base, run, resume=True, on_progress=lambda event: labels.append(event.label), **texts, **OPTIONS
     )
-    assert repeated == found
+    assert repeated == result
     assert not [label for label in labels if label.startswith("r=")]  # the sweep is not trained again
 
 
@@ -160,9 +160,9 @@ def test_tune_writes_nothing_before_confirmation(case, tmp_path):
     base, texts, *_ = case
     seen = []
     for options in ({"on_plan": lambda plan: bool(seen.append(plan))}, {"dry_run": True}):
-        found = lora_diag.tune(base, tmp_path / "run", **texts, **OPTIONS, **options)
-        assert found.end is None
-        assert [type(one) for one in found.whole] == [TunePlan]
+        result = lora_diag.tune(base, tmp_path / "run", **texts, **OPTIONS, **options)
+        assert result.end is None
+        assert [type(one) for one in result.whole] == [TunePlan]
         assert not (tmp_path / "run").exists()
     assert seen[0].largest == 4500 // seen[0].per_rank
     per_rank = 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)
@@ -228,17 +228,17 @@ def test_tune_replaces_run_only_after_confirmation(case, tmp_path):
     plans = []
     lora_diag.tune(base, run, overwrite=True, on_plan=lambda plan: bool(plans.append(plan)), **texts, **options)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    found = lora_diag.tune(base, run, overwrite=True, **texts, **options)
+    result = lora_diag.tune(base, run, overwrite=True, **texts, **options)
     assert not stale.exists()
-    assert read_results(run / "tune.jsonl") == found
-    assert found.run.settings["ranks"] == [2]
+    assert read_results(run / "tune.jsonl") == result
+    assert result.run.settings["ranks"] == [2]
     assert {one.rank for one in read_results(run / "sweep.jsonl").whole if one.subject == "lora"} == {2}
-    for settings in (found.run.settings, read_results(run / "sweep.jsonl").run.settings):
+    for settings in (result.run.settings, read_results(run / "sweep.jsonl").run.settings):
         assert (settings["kind"], settings["gradient_checkpointing"]) == (
             "DoRA with rsLoRA's scaling, alpha = 16",
             True,
         )
-    _check_dora_and_rslora(base, texts, found, run, plans[0])
+    _check_dora_and_rslora(base, texts, result, run, plans[0])
 
 
 def _check_dora_and_rslora(base, texts, found, run, plan):
@@ -277,12 +277,12 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     base, texts, whole, *_ = case
     began, run, original = [], tmp_path / "run", Tuner.left.fget
     monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if began else original(self)))
-    found = lora_diag.tune(
+    result = lora_diag.tune(
         base, run, time="1h", on_progress=lambda e: began.extend([1] * e.label.startswith("pilot")),
         **texts, **OPTIONS,
     )  # fmt: skip
-    (choice,) = found.whole_of(Tune)
-    outcomes = {one.name: one.outcome for one in found.whole_of(TuneDecision)}
+    (choice,) = result.whole_of(Tune)
+    outcomes = {one.name: one.outcome for one in result.whole_of(TuneDecision)}
     assert outcomes["non-uniform ranks"] == "not tried"
     assert "kept" not in outcomes.values()
     assert choice.variant.startswith("uniform")
@@ -290,7 +290,7 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UsageError, match="planned for 60 min"):
         lora_diag.tune(base, run, resume=True, time="30min", **texts, **OPTIONS)
-    assert lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS) == found
+    assert lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS) == result
     labels = []
     more = lora_diag.tune(
         base, run, resume=True, time="2h", on_progress=lambda e: labels.append(e.label), **texts, **OPTIONS
@@ -309,10 +309,10 @@ def test_more_time_restores_omitted_stages():
         largest=64, ranks=(1, 64), rates=(1e-3, 1e-2), steps=50, step_seconds=0.1, full_step_seconds=0.2,
         evaluation_seconds=1.0, limit=60.0, full=False, widen=0, left_out=("every second rank", "half of the steps"),
     )  # fmt: skip
-    found = extend_plan(plan, SimpleNamespace(options=options), 36_000.0, 1)
-    assert (found.ranks, found.steps, found.full, found.widen, found.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
-    assert found.left_out == ("half of the steps",)
-    assert found.limit == 36_000
+    result = extend_plan(plan, SimpleNamespace(options=options), 36_000.0, 1)
+    assert (result.ranks, result.steps, result.full, result.widen, result.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
+    assert result.left_out == ("half of the steps",)
+    assert result.limit == 36_000
     with raises_naming(UsageError, "without", "limit"):
         extend_plan(plan.model_copy(update={"limit": None}), SimpleNamespace(options=options), 36_000.0, 1)
 
@@ -321,21 +321,21 @@ def test_trainers_get_expressible_ranks():
     """LLaMA-Factory has one rank for all layers, and gets the uniform one; axolotl has patterns."""
     shared = uniform(["q", "v"], 4, False, "CAUSAL_LM")
     mixed = {**shared, "r": 2, "lora_alpha": 4, "rank_pattern": {"0.q": 8}, "alpha_pattern": {"0.q": 16}}
-    found = configs(
+    result = configs(
         "base", ("a.jsonl", "b.jsonl"), Variant("prior", mixed, 1e-3, 9), shared, {"batch": 8, "length": 64}
     )
-    axolotl, factory = (yaml.safe_load(found[f"config.{name}.yaml"]) for name in ("axolotl", "llamafactory"))
+    axolotl, factory = (yaml.safe_load(result[f"config.{name}.yaml"]) for name in ("axolotl", "llamafactory"))
     assert (axolotl["lora_r"], axolotl["lora_rank_pattern"], axolotl["lora_alpha_pattern"]) == (
         2,
         {"0.q": 8},
         {"0.q": 16},
     )
     assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (4, 8, "q,v")
-    assert "uniform rank 4" in found["config.llamafactory.yaml"]
+    assert "uniform rank 4" in result["config.llamafactory.yaml"]
     same = configs("base", ("a.jsonl", "b.jsonl"), Variant("one", shared, 1e-3, 9), shared, {"batch": 8, "length": 64})
     assert yaml.safe_load(same["config.axolotl.yaml"])["learning_rate"] == 1e-3
     assert "#" not in same["config.llamafactory.yaml"]
-    mine = _lora_of(found["config.trl.py"])
+    mine = _lora_of(result["config.trl.py"])
     assert (mine.rank_pattern, mine.alpha_pattern, mine.target_modules) == ({"0.q": 8}, {"0.q": 16}, {"q", "v"})
 
 
@@ -346,8 +346,8 @@ def test_allocate_ranks_pooler_like_other_layers(tmp_path):
     lora = peft.LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False)
     peft.get_peft_model(model, lora).save_pretrained(tmp_path / "pilot")
     lora_diag.spectrum(base, tmp_path / "pilot", output=tmp_path / "pilot.jsonl")
-    found = Tuner._allocate_from_pilot(SimpleNamespace(folder=tmp_path), 200, 1)
-    assert {record.rank > 0 for record in found if "pooler" in record.layer} == {True}
+    result = Tuner._allocate_from_pilot(SimpleNamespace(folder=tmp_path), 200, 1)
+    assert {record.rank > 0 for record in result if "pooler" in record.layer} == {True}
 
 
 @pytest.mark.parametrize(("gap", "goes_on"), [(0.01, False), (-0.004, False), (-0.006, True)])
@@ -385,11 +385,11 @@ def test_ranks_are_not_redistributed_where_none_gains():
     assert "one matrix" in reason(1, "fast saturation")
 
     def escalation(word):
-        found = []
-        tuner = SimpleNamespace(_compute_gains=lambda *_: (0.1, None), decide=lambda *words: found.append(words[-1]))
+        result = []
+        tuner = SimpleNamespace(_compute_gains=lambda *_: (0.1, None), decide=lambda *words: result.append(words[-1]))
         swept = SimpleNamespace(verdict=SimpleNamespace(outcome=word), ranks=[1, 4])
         Tuner._escalate(tuner, None, SimpleNamespace(rank=1), swept)
-        return found
+        return result
 
     assert escalation("no gain") == ["no rank lowers the loss of BASE"]
     assert escalation("fast saturation") == ["a rank below the largest is enough"]

@@ -38,28 +38,28 @@ def test_concurrent_rounds_take_planned_time(rounds, slots):
 
 def test_stage_cost_equals_sum_of_runs():
     """By hand: a run takes 11 s, one of full fine-tuning 31 s; at each rank 4 + 1 rates and 2 seeds more."""
-    found = {stage.name: (stage.runs, stage.seconds) for stage in list_stages(FULL, COSTS)}
-    assert found["ranks"] == (3 * 7, pytest.approx(21 * 11))
-    assert found["seeds"] == (9, pytest.approx(99))
-    assert found["finer"] == (7, pytest.approx(77))
-    assert found["full"] == (7, pytest.approx(7 * 31))
-    assert found["redistribution"] == (6, pytest.approx(66 + 2.5))
-    assert found["trials"] == (6, pytest.approx(66))
-    assert seconds_of(FULL, COSTS) == pytest.approx(MARGIN * sum(seconds for _, seconds in found.values()))
+    result = {stage.name: (stage.runs, stage.seconds) for stage in list_stages(FULL, COSTS)}
+    assert result["ranks"] == (3 * 7, pytest.approx(21 * 11))
+    assert result["seeds"] == (9, pytest.approx(99))
+    assert result["finer"] == (7, pytest.approx(77))
+    assert result["full"] == (7, pytest.approx(7 * 31))
+    assert result["redistribution"] == (6, pytest.approx(66 + 2.5))
+    assert result["trials"] == (6, pytest.approx(66))
+    assert seconds_of(FULL, COSTS) == pytest.approx(MARGIN * sum(seconds for _, seconds in result.values()))
 
 
 @given(searches, costs, st.floats(0.01, 1.2))
 def test_narrowed_search_keeps_limit_or_is_refused(search, costs, share):
     limit = share * seconds_of(search, costs)
     try:
-        found, left_out = narrow_search(search, costs, limit)
+        result, left_out = narrow_search(search, costs, limit)
     except UsageError:
         return
-    assert seconds_of(found, costs) <= limit
-    assert bool(left_out) == (found != search)
-    assert set(found.ranks) <= set(search.ranks)
-    assert {search.ranks[0], search.ranks[-1]} <= set(found.ranks)
-    assert found.repeats >= min(search.repeats, 2)
+    assert seconds_of(result, costs) <= limit
+    assert bool(left_out) == (result != search)
+    assert set(result.ranks) <= set(search.ranks)
+    assert {search.ranks[0], search.ranks[-1]} <= set(result.ranks)
+    assert result.repeats >= min(search.repeats, 2)
 
 
 def test_without_a_limit_nothing_is_left_out():

@@ -26,9 +26,9 @@ LAYERS = [f"model.layers.{i}.self_attn.{name}.weight" for i in range(3) for name
 
 
 def test_every_adapter_against_numpy():
-    found = lora_diag.fleet([SAMPLES / "lora_*"])
-    assert [record.rank for record in found] == [4, 16]
-    for record in found:
+    result = lora_diag.fleet([SAMPLES / "lora_*"])
+    assert [record.rank for record in result] == [4, 16]
+    for record in result:
         deltas = {delta.layer: dense(delta) for delta in compare(record.adapter, None).pairing.deltas}
         assert set(record.layers) == set(deltas)
         for name, x in deltas.items():
@@ -59,17 +59,17 @@ def test_planted_outliers_are_found(tmp_path):
     large = {layer: (50 * b, a) for layer, (b, a) in plain[3].items()}
     for name, updates in (("dead", dead), ("half", half), ("spiked", spiked), ("large", large)):
         lora(tmp_path / name, updates)
-    found = lora_diag.fleet([tmp_path / "*"])
-    told = dict(zip([record.adapter.rpartition("/")[2] for record in found], remarks(found.layers), strict=True))
-    assert all(told[f"plain{i}"] == [] for i in range(8))
-    assert told["dead"] == ["dead"]
-    assert "3 of 6 dead" in told["half"]
-    assert {"over-ranked", "spiked"} <= set(told["spiked"])
-    assert any(word.startswith("norm") for word in told["large"])
-    names = [record.adapter.rpartition("/")[2] for record in found]
+    result = lora_diag.fleet([tmp_path / "*"])
+    message = dict(zip([record.adapter.rpartition("/")[2] for record in result], remarks(result.layers), strict=True))
+    assert all(message[f"plain{i}"] == [] for i in range(8))
+    assert message["dead"] == ["dead"]
+    assert "3 of 6 dead" in message["half"]
+    assert {"over-ranked", "spiked"} <= set(message["spiked"])
+    assert any(word.startswith("norm") for word in message["large"])
+    names = [record.adapter.rpartition("/")[2] for record in result]
     pairs = {
         (names[pair.first], names[pair.second]): pair.relation
-        for pair in find_near_duplicates([r.update for r in found], [r.space for r in found])
+        for pair in find_near_duplicates([r.update for r in result], [r.space for r in result])
     }
     assert pairs[("large", "plain3")] == "same"
     assert set(pairs.values()) <= {"same", "space", "near"}
@@ -84,10 +84,10 @@ def test_same_column_space_other_update_is_found(tmp_path):
     near = {layer: (b, a + 0.15 * rng.standard_normal(a.shape)) for layer, (b, a) in first.items()}
     for name, updates in (("a", first), ("b", second), ("c", near)):
         lora(tmp_path / name, updates)
-    found = lora_diag.fleet([tmp_path / "*"])
+    result = lora_diag.fleet([tmp_path / "*"])
     words = {
         (pair.first, pair.second): pair.relation
-        for pair in find_near_duplicates([r.update for r in found], [r.space for r in found])
+        for pair in find_near_duplicates([r.update for r in result], [r.space for r in result])
     }
     assert words[(0, 1)] == "space"
     assert words[(0, 2)] == "near"
@@ -139,8 +139,8 @@ def test_patterns_name_each_adapter_once(tmp_path):
     for name in ("x/a2", "x/a10", "y"):
         lora(tmp_path / name, {LAYERS[0]: factors(rng)})
     (tmp_path / "notes").mkdir()
-    found = [str(path.relative_to(tmp_path)) for path in expand([f"{tmp_path}/**", tmp_path / "y"])]
-    assert found == ["x/a2", "x/a10", "y"]
+    result = [str(path.relative_to(tmp_path)) for path in expand([f"{tmp_path}/**", tmp_path / "y"])]
+    assert result == ["x/a2", "x/a10", "y"]
     with pytest.raises(NothingComparedError, match="no adapter"):
         expand([f"{tmp_path}/notes/*"])
 
@@ -160,9 +160,9 @@ def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch):
 def test_fleet_update_beyond_root_of_range_is_measured(tmp_path):
     """The square of its norm is not a number."""
     b, a = factors(np.random.default_rng(8))
-    (found,) = lora_diag.fleet([lora(tmp_path / "lora", dict.fromkeys(LAYERS, (1e160 * b, a)))])
-    assert found.fro == pytest.approx(1e160 * math.sqrt(len(LAYERS)) * np.linalg.norm(b @ a), rel=1e-9)
-    assert found.spike == pytest.approx(found.layers[LAYERS[0]].spike, rel=1e-9)
+    (result,) = lora_diag.fleet([lora(tmp_path / "lora", dict.fromkeys(LAYERS, (1e160 * b, a)))])
+    assert result.fro == pytest.approx(1e160 * math.sqrt(len(LAYERS)) * np.linalg.norm(b @ a), rel=1e-9)
+    assert result.spike == pytest.approx(result.layers[LAYERS[0]].spike, rel=1e-9)
 
 
 def test_unreadable_adapter_does_not_stop_others(tmp_path):
@@ -172,12 +172,12 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     (bad / "adapter_model.safetensors").write_bytes(b"short")
     nan = lora(tmp_path / "nan", {LAYERS[0]: (np.full((48, 4), np.nan), factors(rng)[1])})
     zero_times_nan = lora(tmp_path / "zero", {LAYERS[0]: (np.zeros((48, 4)), np.full((4, 32), np.nan))})
-    found = lora_diag.fleet([good, bad, nan, zero_times_nan, tmp_path / "missing"])
-    assert [record.adapter for record in found] == [str(good)]
-    assert {item.layer for item in found.left_out} == {
+    result = lora_diag.fleet([good, bad, nan, zero_times_nan, tmp_path / "missing"])
+    assert [record.adapter for record in result] == [str(good)]
+    assert {item.layer for item in result.left_out} == {
         str(path) for path in (bad, nan, zero_times_nan, tmp_path / "missing")
     }
-    assert {item.reason for item in found.left_out} == {"unreadable"}
+    assert {item.reason for item in result.left_out} == {"unreadable"}
 
 
 def test_folder_of_adapters_message_suggests_pattern(loradiag):

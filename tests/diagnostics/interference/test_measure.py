@@ -69,11 +69,11 @@ def overlap(x, y, rank, side):
 
 
 def sti(parts):
-    found = [svd(x) for x in parts]
+    result = [svd(x) for x in parts]
     ranks = [np.linalg.matrix_rank(x) for x in parts]
-    u = np.hstack([u[:, :r] for (u, _, _), r in zip(found, ranks, strict=True)])
-    v = np.hstack([vh[:r].T for (_, _, vh), r in zip(found, ranks, strict=True)])
-    s = np.concatenate([s[:r] for (_, s, _), r in zip(found, ranks, strict=True)])
+    u = np.hstack([u[:, :r] for (u, _, _), r in zip(result, ranks, strict=True)])
+    v = np.hstack([vh[:r].T for (_, _, vh), r in zip(result, ranks, strict=True)])
+    s = np.concatenate([s[:r] for (_, s, _), r in zip(result, ranks, strict=True)])
     return np.abs((u.T @ u - np.eye(len(s))) @ np.diag(s) @ (v.T @ v - np.eye(len(s)))).sum()
 
 
@@ -157,11 +157,11 @@ def check_loss(found, total, merged, tolerance=1e-6):
 def test_samples_against_numpy():
     """Mixed: two adapters and a full fine-tune, of one layer of each shape."""
     paths = [SAMPLES / name for name in ("lora_r4", "lora_r16", "full_ft")]
-    found = lora_diag.interference(paths, base=SAMPLES / "base", layers=r"layers\.1\.(mlp.down|self_attn.k)")
+    result = lora_diag.interference(paths, base=SAMPLES / "base", layers=r"layers\.1\.(mlp.down|self_attn.k)")
     base, tuned = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
     opened = [lora_diag.running.inputs.compare(path, None) for path in paths[:2]]
     known = [{d.layer: dense(d) for d in side.pairing.deltas} for side in opened]
-    pairs, unions = records(found)
+    pairs, unions = records(result)
     assert (len(pairs), len(unions)) == (6, 2)
     for union in unions:
         full = (tuned.read(union.layer).double() - base.read(union.layer).double()).numpy().reshape(union.shape)
@@ -202,9 +202,9 @@ def test_random_adapters_against_numpy(tmp_path_factory, seed, m, n, ranks, dens
     scales = rng.uniform(0.5, 2.0, len(ranks)).round(3).tolist()
     given_weights = rng.uniform(0.5, 2.0, len(ranks)).round(3).tolist()
     paths = adapters(tmp_path_factory.mktemp("x"), pairs, scales)
-    found = lora_diag.interference(paths, ranks=[1, 2, 64], density=density, weights=given_weights)
+    result = lora_diag.interference(paths, ranks=[1, 2, 64], density=density, weights=given_weights)
     parts = [s * b @ a for (b, a), s in zip(pairs, scales, strict=True)]
-    _, (union,) = records(found)
+    _, (union,) = records(result)
     check_union(union, parts, given_weights, density)
     scaled = [w * x for w, x in zip(given_weights, parts, strict=True)]
     assert union.sti == pytest.approx(sti(scaled), rel=1e-5)
@@ -299,11 +299,11 @@ def test_sum_not_spanning_every_update_has_no_common_rank(tmp_path):
         save_model(tmp_path / name, {key: torch.tensor(value, dtype=torch.float32) for key, value in held.items()})
         for name, held in (("base", zero), ("one", {LAYER: u @ a.T}), ("two", {LAYER: u @ b.T}))
     ]
-    for found in (
+    for result in (
         lora_diag.interference(folders[1:], base=folders[0]),
         lora_diag.interference(adapters(tmp_path, [(u, a.T), (u, b.T)])),
     ):
-        ((record,),) = records(found)[1:]
+        ((record,),) = records(result)[1:]
         assert record.rank_for_all == {"0.9": None, "0.95": None, "0.99": None}
         assert record.weakest_kept["0.9"] == pytest.approx(0.5, abs=1e-6)
 
@@ -337,9 +337,9 @@ def test_random_updates_meet_their_baselines(tmp_path):
 def test_updates_of_norms_beyond_comparison_are_left_out(tmp_path, scale):
     rng = np.random.default_rng(0)
     pairs = [(rng.standard_normal((12, 2)) * scale, rng.standard_normal((2, 9)) * scale) for _ in range(2)]
-    found = lora_diag.interference(adapters(tmp_path, pairs))
-    assert not found.layers
-    (item,) = found.left_out
+    result = lora_diag.interference(adapters(tmp_path, pairs))
+    assert not result.layers
+    (item,) = result.left_out
     assert "its norm is" in item.detail
 
 
@@ -408,8 +408,8 @@ def test_predicted_residual_equals_peft_merge(tmp_path, kind):
 
     total = sum(w * of(name) for w, name in zip(used, names, strict=True))
     truth = np.linalg.norm(total - of("merged")) / np.linalg.norm(total)
-    found = lora_diag.interference([tmp_path / name for name in names], weights=used, density=0.3, ranks=[2, 8])
-    _, (union,) = records(found)
+    result = lora_diag.interference([tmp_path / name for name in names], weights=used, density=0.3, ranks=[2, 8])
+    _, (union,) = records(result)
     if kind == "svd":
         assert union.recompressed["4"] == pytest.approx(truth, abs=1e-5)  # PEFT's own rank, though it was not asked
     else:
@@ -429,12 +429,12 @@ def test_layer_of_one_update_has_no_pair_but_spectrum(tmp_path):
         return rng.standard_normal((10, 2)), rng.standard_normal((2, 8))
 
     paths = [lora(tmp_path / "a", {LAYER: factors()}), lora(tmp_path / "b", {LAYER: factors(), other: factors()})]
-    found = lora_diag.interference(paths)
-    pairs, unions = records(found)
+    result = lora_diag.interference(paths)
+    pairs, unions = records(result)
     assert [pair.layer for pair in pairs] == [LAYER]
     alone = unions[1]
     assert (alone.layer, alone.updates, alone.additive["0.9"], alone.merges) == (other, (str(paths[1]),), None, {})
-    spectra = union_spectra(found)
+    spectra = union_spectra(result)
     assert [record.layer for record in spectra] == [LAYER, other]
     assert spectra.run.command == "spectrum"
 
@@ -477,11 +477,11 @@ def test_non_finite_update_is_left_out_by_name(tmp_path):
     bad[LAYER][2, 3] = math.nan
     good = {name: value + weights(2)[name] for name, value in before.items()}
     paths = [save_model(tmp_path / name, x) for name, x in (("base", before), ("bad", bad), ("good", good))]
-    found = lora_diag.interference(paths[1:], base=paths[0])
-    (item,) = [item for item in found.left_out if item.reason == "non_finite"]
+    result = lora_diag.interference(paths[1:], base=paths[0])
+    (item,) = [item for item in result.left_out if item.reason == "non_finite"]
     assert item.layer == LAYER
     assert str(paths[1]) in item.detail
-    assert LAYER not in {record.layer for record in found}
+    assert LAYER not in {record.layer for record in result}
 
 
 def test_without_entries_there_are_no_signs(tmp_path):

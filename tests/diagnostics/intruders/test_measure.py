@@ -23,7 +23,7 @@ def oracle(before, after, k, epsilon, window):
     """The definitions, vector by vector."""
     u0, s0, _ = np.linalg.svd(before, full_matrices=False)
     u1, s1, _ = np.linalg.svd(after, full_matrices=False)
-    found = []
+    result = []
     for j in range(min(k, len(s1))):
         cosines = np.abs(u0.T @ u1[:, j])
         near = [i for i in range(len(s0)) if abs(s0[i] - s1[j]) <= window * s1[j]]
@@ -32,8 +32,8 @@ def oracle(before, after, k, epsilon, window):
             kind = "kept"
         else:
             kind = "rotated" if c < 1 and (p2 - c) / (1 - c) >= epsilon**2 else "intruder"
-        found.append((s1[j], cosines.max(), len(near), math.sqrt(p2), math.sqrt(c), kind))
-    return found
+        result.append((s1[j], cosines.max(), len(near), math.sqrt(p2), math.sqrt(c), kind))
+    return result
 
 
 def check(record, before, after, k=10, epsilon=0.5, window=0.1):
@@ -60,10 +60,10 @@ def measured(tmp_path, before, after, **options):
 
 
 def test_full_fine_tune_of_samples_against_numpy():
-    found = lora_diag.intruders(SAMPLES / "base", SAMPLES / "full_ft", layers=r"layers\.[03]|lm_head")
+    result = lora_diag.intruders(SAMPLES / "base", SAMPLES / "full_ft", layers=r"layers\.[03]|lm_head")
     base, tuned = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
-    assert len(found) == 15
-    for record in found:
+    assert len(result) == 15
+    for record in result:
         sides = [side.read(record.layer).double().numpy().reshape(record.shape) for side in (base, tuned)]
         check(record, *sides)
         assert record.base_fro == pytest.approx(np.linalg.norm(sides[0]), rel=1e-6)
@@ -97,9 +97,9 @@ def test_parameter_count_equals_peft(tmp_path):
     before = tiny.up_proj.weight.detach().clone()
     model = peft.get_peft_model(tiny, config)
     model.save_pretrained(tmp_path / "adapter")
-    told = []
-    intruders.reduce_intruder_dimension(model, top_k=10, threshold_epsilon=0.5, logging_sink=told.append)
-    (line,) = [text for text in told if "ntruders" in text]
+    message = []
+    intruders.reduce_intruder_dimension(model, top_k=10, threshold_epsilon=0.5, logging_sink=message.append)
+    (line,) = [text for text in message if "ntruders" in text]
     base = save_model(tmp_path / "base", {"up_proj.weight": before})
     (record,) = lora_diag.intruders(base, tmp_path / "adapter")
     assert record.count > 0
@@ -170,10 +170,10 @@ def test_random_directions_match_baseline(m, n):
     rng = np.random.default_rng(5)
     u = np.linalg.qr(rng.standard_normal((m, n)))[0]
     x = rng.standard_normal((m, 2000))
-    found = np.abs(u.T @ (x / np.linalg.norm(x, axis=0))).max(0)
-    assert np.median(found) == pytest.approx(similarity_at_random(m, n), rel=0.03)
+    result = np.abs(u.T @ (x / np.linalg.norm(x, axis=0))).max(0)
+    assert np.median(result) == pytest.approx(similarity_at_random(m, n), rel=0.03)
     for epsilon in (0.2, 0.3, 0.4):
-        assert np.mean(found < epsilon) == pytest.approx(below_at_random(m, n, epsilon), abs=0.06)
+        assert np.mean(result < epsilon) == pytest.approx(below_at_random(m, n, epsilon), abs=0.06)
 
 
 def test_non_finite_weight_is_left_out(tmp_path):
@@ -181,9 +181,9 @@ def test_non_finite_weight_is_left_out(tmp_path):
     after = before.copy()
     after[3, 4] = np.nan
     paths = [save_model(tmp_path / name, {NAME: torch.tensor(value)}) for name, value in (("b", before), ("t", after))]
-    found = lora_diag.intruders(*paths)
-    assert not found.layers
-    assert [item.reason for item in found.left_out] == ["non_finite"]
+    result = lora_diag.intruders(*paths)
+    assert not result.layers
+    assert [item.reason for item in result.left_out] == ["non_finite"]
 
 
 def test_invalid_options_are_rejected():

@@ -203,9 +203,9 @@ def accumulated(model):
 def test_gradients_under_lora_equal_unfrozen_weights(tmp_path, make, stored):
     model = make()
     model.train()
-    found, expected = record(model, accumulated, tmp_path / "g"), unfrozen(model, accumulated)
-    assert found
-    for name, grad in found.items():
+    result, expected = record(model, accumulated, tmp_path / "g"), unfrozen(model, accumulated)
+    assert result
+    for name, grad in result.items():
         path = f"base_model.model.{name.removesuffix('.weight')}"
         frozen = stored.format(path) if stored.format(path) in expected else f"{path}.modules_to_save.default.weight"
         truth = expected[frozen]
@@ -221,9 +221,9 @@ def test_gradient_checkpointing_counts_every_layer_once(tmp_path):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
         model.zero_grad()
-        found = record(model, accumulated, tmp_path / f"checkpointed{reentrant}")
+        result = record(model, accumulated, tmp_path / f"checkpointed{reentrant}")
         for name, grad in expected.items():
-            assert torch.allclose(found[name], grad, atol=1e-6), (reentrant, name)
+            assert torch.allclose(result[name], grad, atol=1e-6), (reentrant, name)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -241,10 +241,10 @@ def test_loss_scale_is_divided_out(tmp_path, unscale):
         recorder.step(scaler)
         scaler.step(optimizer)
         scaler.update()
-    found = saved(tmp_path / "scaled", 0)
-    assert "lm_head.weight" in found
+    result = saved(tmp_path / "scaled", 0)
+    assert "lm_head.weight" in result
     for name, grad in expected.items():
-        assert torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7), name
+        assert torch.allclose(result[name], grad, rtol=1e-4, atol=1e-7), name
 
 
 def test_bf16_autocast_gradient_has_bf16_accuracy(tmp_path):
@@ -256,10 +256,10 @@ def test_bf16_autocast_gradient_has_bf16_accuracy(tmp_path):
         with torch.autocast("cpu", torch.bfloat16):
             accumulated(model)
 
-    found = record(model, mixed, tmp_path / "mixed", dtype="bfloat16")
+    result = record(model, mixed, tmp_path / "mixed", dtype="bfloat16")
     for name, grad in expected.items():
-        assert found[name].dtype == torch.bfloat16
-        assert float((found[name].float() - grad).norm() / grad.norm()) < 0.05
+        assert result[name].dtype == torch.bfloat16
+        assert float((result[name].float() - grad).norm() / grad.norm()) < 0.05
 
 
 def test_gradients_equal_training_loop(tmp_path):
@@ -280,15 +280,15 @@ def test_overlap_reads_saved_gradients_and_model_on_disk(tmp_path):
     model.save_pretrained(tmp_path / "base")
     train(model, tmp_path, [GradientRecorder(tmp_path / "g", every=2)])
     model.save_pretrained(tmp_path / "tuned")
-    found = lora_diag.overlap(tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2])
-    assert {record.step for record in found} == {0, 2}
-    assert len({record.layer for record in found}) == 16
-    assert {item.reason for item in found.left_out} == {"vector"}
+    result = lora_diag.overlap(tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2])
+    assert {record.step for record in result} == {0, 2}
+    assert len({record.layer for record in result}) == 16
+    assert {item.reason for item in result.left_out} == {"vector"}
     before, after = (
         load_file(tmp_path / "base" / "model.safetensors"),
         load_file(tmp_path / "tuned" / "model.safetensors"),
     )
-    for record in found:
+    for record in result:
         delta = as_numpy(after[record.layer]) - as_numpy(before[record.layer])
         truth = dense_overlaps(delta, as_numpy(saved(tmp_path / "g", record.step)[record.layer]), 2)
         assert record.kappa == pytest.approx(truth["kappa"], abs=1e-6)
@@ -328,11 +328,11 @@ def test_live_subspaces_follow_current_lora(tmp_path, loradiag):
     watch = ProgressReporter()
     recorders = [GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live", ranks=[1, 8])]
     train(model, tmp_path, [*recorders, GradientRecorder(tmp_path / "g", every=1), watch])
-    found = read_results(tmp_path / "o.jsonl")
-    assert {(item.reason, item.detail[:6]) for item in found.left_out} == {("no_reference", "step 0")}
-    assert {record.step for record in found} == {1, 2}
-    assert {record.rank for record in found} == {1, 3}
-    for record in found:
+    result = read_results(tmp_path / "o.jsonl")
+    assert {(item.reason, item.detail[:6]) for item in result.left_out} == {("no_reference", "step 0")}
+    assert {record.step for record in result} == {1, 2}
+    assert {record.rank for record in result} == {1, 3}
+    for record in result:
         path = f"base_model.model.{record.layer.removesuffix('.weight')}"
         b, a = (as_numpy(watch.seen[record.step][f"{path}.lora_{x}.default.weight"][0]) for x in "BA")
         gradient = as_numpy(saved(tmp_path / "g", record.step)[record.layer])
@@ -354,9 +354,9 @@ def test_non_finite_gradient_is_left_out_with_step(tmp_path):
         accumulated(model)
         model.lm_head.weight.grad[1, 1] = math.inf
         recorder.step()
-    found = read_results(tmp_path / "o.jsonl")
-    assert len(found) == 0
-    details = {item.layer: item.detail for item in found.left_out}
+    result = read_results(tmp_path / "o.jsonl")
+    assert len(result) == 0
+    details = {item.layer: item.detail for item in result.left_out}
     assert details["lm_head.weight"] == "step 0: the gradient holds inf at [1, 1]"
     assert details["model.embed_tokens.weight"] == "ΔW is zero, so it has no singular subspaces"
 
@@ -372,9 +372,9 @@ def test_exception_leaves_records_without_end_and_no_hooks(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         broken()
-    found = read_results(tmp_path / "o.jsonl")
-    assert found.end is None
-    assert len(found) == 4
+    result = read_results(tmp_path / "o.jsonl")
+    assert result.end is None
+    assert len(result) == 4
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -433,7 +433,7 @@ def test_two_processes_record_gradient_of_whole_batch_once(tmp_path):
             process.kill()
             process.wait()
     expected = record(with_lora(llama(), modules_to_save=["lm_head"]), accumulated, tmp_path / "one")
-    found = saved(tmp_path / "g", 0)
-    assert set(found) == set(expected)
+    result = saved(tmp_path / "g", 0)
+    assert set(result) == set(expected)
     for name, grad in expected.items():
-        assert torch.allclose(found[name], grad, atol=1e-6), name
+        assert torch.allclose(result[name], grad, atol=1e-6), name

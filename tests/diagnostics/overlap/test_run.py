@@ -50,10 +50,10 @@ def test_full_fine_tune_spectrum_equals_numpy(where):
     before, after = load(base), load(tuned)
     gradients = {int(file.stem[-6:]): load_file(file) for file in sorted(grads.glob("*.safetensors"))}
     update = {k: as_numpy(after[k]) - as_numpy(before[k]) for k in before if before[k].ndim == 2}
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[3, 8])
-    check(found, update, gradients, lambda delta: [3, 8])
-    assert found.end is not None
-    assert {item.reason for item in found.left_out} == {"vector"}
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[3, 8])
+    check(result, update, gradients, lambda delta: [3, 8])
+    assert result.end is not None
+    assert {item.reason for item in result.left_out} == {"vector"}
 
 
 def test_adapter_is_own_reference_at_its_rank():
@@ -65,9 +65,9 @@ def test_adapter_is_own_reference_at_its_rank():
             update[name] = 2 * as_numpy(adapter[key.replace("lora_A", "lora_B")]) @ as_numpy(adapter[key])
     gradients = {0: load_file(SAMPLES / "gradients" / "grad_step000000.safetensors")}
     path = [SAMPLES / "gradients" / "grad_step000000.safetensors"]
-    found = lora_diag.overlap(SAMPLES / "base", SAMPLES / "lora_r4", path, ranks=[2, 16])
-    check(found, update, gradients, lambda delta: [2, 4])
-    assert {item.layer for item in found.left_out if item.reason == "no_reference"} == {
+    result = lora_diag.overlap(SAMPLES / "base", SAMPLES / "lora_r4", path, ranks=[2, 16])
+    check(result, update, gradients, lambda delta: [2, 4])
+    assert {item.layer for item in result.left_out if item.reason == "no_reference"} == {
         "lm_head.weight",
         "model.embed_tokens.weight",
     }
@@ -103,14 +103,14 @@ def test_layers_without_gradient_are_named(model):
     missing = "model.layers.0.mlp.up_proj.weight"
     without(grads / "10.safetensors", missing, "lm_head.weight")
     without(grads / "0.safetensors", "lm_head.weight", other=torch.ones(2, 2))
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[2])
-    said = {item.layer: (item.reason, item.detail) for item in found.left_out if item.reason != "vector"}
-    assert said["lm_head.weight"][0] == said[missing][0] == "no_gradient"
-    assert_names(said["lm_head.weight"][1], "2 steps")
-    assert_names(said[missing][1], "step 10")
-    assert said["other"][0] == "not_in_base"
-    assert [record.step for record in found if record.layer == missing] == [0]
-    assert not any(record.layer == "lm_head.weight" for record in found)
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
+    text = {item.layer: (item.reason, item.detail) for item in result.left_out if item.reason != "vector"}
+    assert text["lm_head.weight"][0] == text[missing][0] == "no_gradient"
+    assert_names(text["lm_head.weight"][1], "2 steps")
+    assert_names(text[missing][1], "step 10")
+    assert text["other"][0] == "not_in_base"
+    assert [record.step for record in result if record.layer == missing] == [0]
+    assert not any(record.layer == "lm_head.weight" for record in result)
 
 
 def test_non_finite_gradient_keeps_other_steps(model):
@@ -118,11 +118,11 @@ def test_non_finite_gradient_keeps_other_steps(model):
     bad = load_file(grads / "10.safetensors")["lm_head.weight"]
     bad[7, 3] = torch.inf
     without(grads / "10.safetensors", **{"lm_head.weight": bad})
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[2])
-    (item,) = [item for item in found.left_out if item.reason == "non_finite"]
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
+    (item,) = [item for item in result.left_out if item.reason == "non_finite"]
     assert item.layer == "lm_head.weight"
     assert_names(item.detail, "step 10", "inf at [7, 3]")
-    assert [record.step for record in found if record.layer == "lm_head.weight"] == [0]
+    assert [record.step for record in result if record.layer == "lm_head.weight"] == [0]
 
 
 def test_resumed_run_gives_same_file_with_non_finite_gradient(model, tmp_path):
@@ -157,17 +157,17 @@ def test_zero_update_has_no_subspaces_and_zero_gradient_no_share(model):
     same = load_file(base / "model.safetensors")
     save_model(tuned, after | {"lm_head.weight": same["lm_head.weight"]})
     without(grads / "0.safetensors", **{"model.embed_tokens.weight": torch.zeros(20, 12)})
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[2])
-    reasons = {item.layer: item.reason for item in found.left_out}
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
+    reasons = {item.layer: item.reason for item in result.left_out}
     assert reasons["lm_head.weight"] == "no_reference"
-    record = found["model.embed_tokens.weight"]
+    record = result["model.embed_tokens.weight"]
     assert (record.step, record.gradient_fro, record.kappa, record.tangent) == (0, 0.0, None, None)
 
 
 def test_ranks_beyond_layer_are_left_out_there(model):
     base, tuned, grads = model
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[4, 8, 12])
-    ranks = {(record.shape, record.rank) for record in found}
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[4, 8, 12])
+    ranks = {(record.shape, record.rank) for record in result}
     assert ((6, 12), 4) in ranks
     assert ((6, 12), 8) not in ranks
     assert ((12, 16), 12) in ranks
@@ -181,8 +181,8 @@ def test_gradient_equal_to_update_has_overlap_growing_to_one(model, tmp_path):
     base, tuned, _ = model
     before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
     save_step(tmp_path / "own" / "1.safetensors", {name: before[name] - after[name] for name in before})
-    found = lora_diag.overlap(base, tuned, [tmp_path / "own"], ranks=[1, 6, 12], layers="up_proj")
-    by_rank = {record.rank: record for record in found if "layers.0" in record.layer}
+    result = lora_diag.overlap(base, tuned, [tmp_path / "own"], ranks=[1, 6, 12], layers="up_proj")
+    by_rank = {record.rank: record for record in result if "layers.0" in record.layer}
     assert by_rank[12].kappa == pytest.approx(1, abs=1e-6)
     for record in by_rank.values():  # the part of ΔW in its own top-r spaces is C(r)
         assert record.kappa == pytest.approx(record.left, abs=1e-6)
@@ -206,8 +206,8 @@ def test_gradients_of_another_shape_are_left_out(model):
     base, tuned, grads = model
     for step in (0, 10):
         without(grads / f"{step}.safetensors", **{"model.layers.0.mlp.up_proj.weight": torch.ones(12, 12)})
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[2])
-    (item,) = [item for item in found.left_out if item.reason == "no_gradient"]
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
+    (item,) = [item for item in result.left_out if item.reason == "no_gradient"]
     assert item.layer == "model.layers.0.mlp.up_proj.weight"
     assert_names(item.detail, "shape", "[12, 12]")
 
@@ -228,8 +228,8 @@ def test_reference_below_rounding_floor_is_noted(tmp_path, model):
     before = {name: value.to(torch.bfloat16) for name, value in load_file(base / "model.safetensors").items()}
     after = {name: value + (weights(5)[name] * 3e-3).to(torch.bfloat16) for name, value in before.items()}
     base, tuned = save_model(tmp_path / "b16", before), save_model(tmp_path / "t16", after)
-    found = lora_diag.overlap(base, tuned, [grads], ranks=[2])
-    assert "unresolved" in {record.verdict for record in found} <= {"unresolved", "floor-limited"}
+    result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
+    assert "unresolved" in {record.verdict for record in result} <= {"unresolved", "floor-limited"}
 
 
 def test_swapped_gradients_and_checkpoints_are_detected(model, tmp_path):
@@ -239,8 +239,8 @@ def test_swapped_gradients_and_checkpoints_are_detected(model, tmp_path):
         lora_diag.overlap(SAMPLES / "base", first, [SAMPLES / "gradients"])
     (tuned / "config.json").write_text('{"model_type": "llama"}')
     named = tuned.rename(tmp_path / "checkpoint-40")
-    found = lora_diag.overlap(base, named, [named], ranks=[2])
-    assert found.run.inputs[2].notes == (
+    result = lora_diag.overlap(base, named, [named], ranks=[2])
+    assert result.run.inputs[2].notes == (
         "step 40 is next to a config.json; check that these are gradients, not a checkpoint",
     )
 

@@ -36,12 +36,12 @@ A, B = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.wei
 
 def test_layer_at_baseline_is_named_with_step():
     kappas = {0: 0.4, 10: 0.05, 20: 0.3, 30: 0.06, 40: 0.05}
-    found = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
-    said = flat(found)
-    assert "Containment partly" in said
-    assert "layers.0.self_attn.q_proj: 0.05, since step 30" in said
-    assert_names(said, "1 of 2 matrices")
-    assert_names(said, "outside", "directions")
+    result = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
+    text = flat(result)
+    assert "Containment partly" in text
+    assert "layers.0.self_attn.q_proj: 0.05, since step 30" in text
+    assert_names(text, "1 of 2 matrices")
+    assert_names(text, "outside", "directions")
 
 
 def test_shares_of_inside_outside_and_unknown_gradients():
@@ -65,9 +65,9 @@ def test_complete_subspaces_suggest_no_rank():
     """At full rank κ and its baseline are both 1, which says nothing of a higher rank."""
     near, full = record(A, 0, 0.031), record(A, 0, 1.0, rank=512, tangent=1.0)
     assert full.kappa_random == 1
-    said = flat(results([near.model_copy(update={"tangent": 0.26}), full], ranks=(16, 512)))
-    assert "use a higher rank" not in said
-    assert_names(said, "gradients", "outside")
+    text = flat(results([near.model_copy(update={"tangent": 0.26}), full], ranks=(16, 512)))
+    assert "use a higher rank" not in text
+    assert_names(text, "gradients", "outside")
 
 
 def test_adapter_is_shown_at_its_own_rank_and_checkpoint_at_16():
@@ -79,42 +79,42 @@ def test_adapter_is_shown_at_its_own_rank_and_checkpoint_at_16():
 
 
 def test_records_in_order_of_training_are_joined_by_layer():
-    found = results([record(layer, step, 0.5) for step in (20, 0, 10) for layer in (A, B)])
-    assert [(track.layer, [r.step for r in track.records]) for track in tracks(found)] == [
+    result = results([record(layer, step, 0.5) for step in (20, 0, 10) for layer in (A, B)])
+    assert [(track.layer, [r.step for r in track.records]) for track in tracks(result)] == [
         (A, [0, 10, 20]),
         (B, [0, 10, 20]),
     ]
 
 
 def test_many_steps_are_binned_and_table_still_fits():
-    found = results([record(A, step, 0.1 + step / 2000) for step in range(0, 1000, 5)])
+    result = results([record(A, step, 0.1 + step / 2000) for step in range(0, 1000, 5)])
     for width in (60, 80, 140):
-        text = overlap_table(found, width)
+        text = overlap_table(result, width)
         assert max(map(len, text.splitlines())) <= width
         assert "995" in text
-    assert "over steps" in overlap_table(found, 80)
-    assert "rises" in overlap_table(found, 80)
+    assert "over steps" in overlap_table(result, 80)
+    assert "rises" in overlap_table(result, 80)
 
 
 def test_unmeasured_parts_are_stated():
     left_out = [LeftOut(layer=B, shape=(2, 2), reason="non_finite", detail="step 3: the gradient holds nan at [0, 0]")]
-    said = flat(results([record(A, 0, 0.5)], left_out=left_out, end=False, ranks=(16, 600)))
-    assert_names(said, "step 3", "gradient")
-    assert "the run did not finish" in said
-    assert "exceed min(out, in): r=600 in 1" in said
+    text = flat(results([record(A, 0, 0.5)], left_out=left_out, end=False, ranks=(16, 600)))
+    assert_names(text, "step 3", "gradient")
+    assert "the run did not finish" in text
+    assert "exceed min(out, in): r=600 in 1" in text
 
 
-@pytest.mark.parametrize(("verdict", "said"), [("unresolved", "of 1 matrix 1 unresolved"), ("resolved", "")])
-def test_subspaces_of_rounding_noise_are_flagged(verdict, said):
+@pytest.mark.parametrize(("verdict", "message"), [("unresolved", "of 1 matrix 1 unresolved"), ("resolved", "")])
+def test_subspaces_of_rounding_noise_are_flagged(verdict, message):
     text = flat(results([record(A, 0, 0.05, verdict=verdict)]))
-    assert ("Resolution" in text) == bool(said)
-    assert said in text
+    assert ("Resolution" in text) == bool(message)
+    assert message in text
 
 
 def test_embeddings_are_listed_but_not_judged():
-    said = flat(results([record(A, 0, 0.5), record("model.embed_tokens.weight", 0, 0.03)]))
-    assert "Containment yes" in said
-    assert "embed_tokens" in said
+    text = flat(results([record(A, 0, 0.5), record("model.embed_tokens.weight", 0, 0.03)]))
+    assert "Containment yes" in text
+    assert "embed_tokens" in text
 
 
 def test_colour_shades_by_distance_from_random():

@@ -14,13 +14,13 @@ MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_
 
 
 def factors(ranks=(2, 2, 2, 2)):
-    found = {}
+    result = {}
     for n, (module, rank) in enumerate(zip(MODULES, ranks, strict=True)):
-        found |= {
+        result |= {
             f"{module}.lora_A.weight": normal(rank, 12, seed=n),
             f"{module}.lora_B.weight": normal(12, rank, seed=9 + n),
         }
-    return found
+    return result
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def test_required_program_with_wrong_update_fails(patterned, loradiag):
     ran = loradiag("portability", "adapter", "--require", "llamacpp", "--json")
     assert ran.code == 1
     records = [json.loads(line) for line in ran.out.splitlines()]
-    found = {
+    result = {
         r["layer"]: (r["status"], r["scale"], r["intended"], r["epsilon"])
         for r in records
         if r["record"] == "portability"
     }
-    assert found == {
+    assert result == {
         f"{module}.weight": ("exact", 1.5, 1.5, 0.0) if "q_proj" in module else ("wrong", 1.5, 3.0, 0.5)
         for module in MODULES
     }

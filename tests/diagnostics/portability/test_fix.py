@@ -185,9 +185,9 @@ def test_diffusers_loads_adapter_of_scale_1(tmp_path):
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     state = {name.removeprefix("unet."): value for name, value in tensors.items()}
     ranks = {name: value.shape[1] for name, value in state.items() if "lora_B" in name}
-    found = get_peft_kwargs(ranks, None, state)
-    assert (found["r"], found["lora_alpha"], found["rank_pattern"], found["alpha_pattern"]) == (3, 3, {}, {})
-    assert set(found["target_modules"]) == {"down_blocks.0.attn.to_q", "mid_block.conv"}
+    result = get_peft_kwargs(ranks, None, state)
+    assert (result["r"], result["lora_alpha"], result["rank_pattern"], result["alpha_pattern"]) == (3, 3, {}, {})
+    assert set(result["target_modules"]) == {"down_blocks.0.attn.to_q", "mid_block.conv"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")

@@ -41,11 +41,11 @@ def test_rules_agree_with_the_truth_of_each_case(case):
     truth = json.loads((case / "truth.json").read_text())
     known = [name for name in truth["_consumers"] if truth["_consumers"][name]["verdict"] != "unknown"]
     results = portability(case / "adapter", case / "base", consumers=[NAMES[name] for name in known])
-    found = {(record.layer, record.consumer, record.version): record for record in results}
+    result = {(record.layer, record.consumer, record.version): record for record in results}
     for layer in (name for name in truth if not name.startswith("_")):
         for name in known:
             consumer, _, version = NAMES[name].partition("==")
-            record = found.pop((layer, consumer, version or CONSUMERS[consumer].newest))
+            record = result.pop((layer, consumer, version or CONSUMERS[consumer].newest))
             scale, epsilon = truth[layer]["scale"][name], truth[layer]["epsilon"][name]
             if isinstance(scale, str):
                 assert record.status == scale
@@ -58,7 +58,7 @@ def test_rules_agree_with_the_truth_of_each_case(case):
             else:
                 assert record.epsilon == pytest.approx(epsilon, abs=1e-9)
             assert record.fro == pytest.approx(truth[layer]["fro"], rel=1e-5)
-    assert not found
+    assert not result
 
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -119,11 +119,11 @@ def test_llamacpp_divides_one_alpha_by_each_rank(drawn):
 @given(adapters())
 def test_sglang_has_one_scale_and_takes_one_rank(drawn):
     contents, ranks, _ = drawn
-    found = applied("sglang", contents)
+    result = applied("sglang", contents)
     if set(ranks.values()) == {contents.config["r"]}:
-        assert set(found.values()) == {contents.config["lora_alpha"] / contents.config["r"]}
+        assert set(result.values()) == {contents.config["lora_alpha"] / contents.config["r"]}
     else:
-        assert_names(found, "assertion fails")
+        assert_names(result, "assertion fails")
 
 
 @given(adapters())
@@ -151,14 +151,14 @@ def test_old_peft_needs_a_dot_before_a_key(drawn):
         module: (old(config["rank_pattern"], module, config["r"]), old(config["alpha_pattern"], module, None))
         for module in ranks
     }
-    found = applied("peft==0.14", contents)
+    result = applied("peft==0.14", contents)
     if any(settings[module][0] != rank for module, rank in ranks.items()):
-        assert "size mismatch" in found
+        assert "size mismatch" in result
     else:
         power = 0.5 if config["use_rslora"] else 1.0
         for module, rank in ranks.items():
             alpha = settings[module][1]
-            assert found[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
+            assert result[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
 
 
 @pytest.mark.slow
@@ -222,15 +222,15 @@ def test_diffusers_scales_equal_its_own_function(modules):
     keys = [f"unet.block{n}.to_q" for n in range(len(modules))]
     ranks = {f"{key}.lora_B.weight": rank for key, (rank, _) in zip(keys, modules, strict=True)}
     alphas = {f"{key}.alpha": alpha for key, (_, alpha) in zip(keys, modules, strict=True) if alpha is not None}
-    found = get_peft_kwargs(ranks, alphas or None, dict.fromkeys(ranks))
+    result = get_peft_kwargs(ranks, alphas or None, dict.fromkeys(ranks))
     items = tuple(
         Item(f"{key}.weight", key, "factors", f"{key}.lora_B.weight", rank, (alpha or rank) / rank, alpha)
         for key, (rank, alpha) in zip(keys, modules, strict=True)
     )
     ours = applied(f"diffusers=={diffusers.__version__}", Contents("diffusers", items))
     for key, (rank, _) in zip(keys, modules, strict=True):
-        alpha = found["alpha_pattern"].get(key, found["lora_alpha"])
-        assert found["rank_pattern"].get(key, found["r"]) == rank
+        alpha = result["alpha_pattern"].get(key, result["lora_alpha"])
+        assert result["rank_pattern"].get(key, result["r"]) == rank
         assert ours[key] == pytest.approx(alpha / rank)
 
 
@@ -239,8 +239,8 @@ def test_diffusers_scales_equal_its_own_function(modules):
 )
 def test_diffusers_before_0_40_uses_first_rank_as_alpha(version, mixed):
     contents = FEATURES["no alpha, unequal ranks"]
-    found = applied(f"diffusers=={version}", contents)
-    assert {item.rank: found[item.module] for item in contents.items} == mixed
+    result = applied(f"diffusers=={version}", contents)
+    assert {item.rank: result[item.module] for item in contents.items} == mixed
 
 
 def test_kohya_uses_rank_for_missing_alpha():
@@ -284,8 +284,10 @@ def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
     ],
 )
 def test_portability_features_have_documented_effect(feature, expected):
-    found = {name: words(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0])) for name in expected}
-    assert found == expected
+    result = {
+        name: words(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0])) for name in expected
+    }
+    assert result == expected
 
 
 def test_every_consumer_has_a_column_for_each_rule():
@@ -334,7 +336,7 @@ def test_guide_table_equals_rules():
 
 def test_history_names_first_version_of_rule():
     """The three that the sources changed in: PEFT's anchored keys, vLLM's patterns, diffusers without alpha."""
-    found = {
+    result = {
         name: history(FEATURES[feature], CONSUMERS[name])
         for name, feature in (
             ("peft", "anchored pattern (^)"),
@@ -343,7 +345,7 @@ def test_history_names_first_version_of_rule():
             ("llamacpp", "alpha_pattern"),
         )
     }
-    assert found == {
+    assert result == {
         "peft": "exact since 0.15, before ×0.5",
         "vllm": "exact since 0.32, before ×0.5",
         "diffusers": "exact since 0.40, before ×4",

@@ -92,10 +92,10 @@ def test_whole_model_is_all_layers_as_one_vector():
     for name in stored[0]:
         d.append(stored[1].read(name).double().numpy() - stored[0].read(name).double().numpy())
         x.append(known[name].ravel() if name in known else np.zeros_like(d[-1]))
-    found = pooled(results.layers)
+    result = pooled(results.layers)
     truth = oracles.distance(np.concatenate(d), np.concatenate(x), None)
     for field, value in truth.items():
-        assert getattr(found, field) == pytest.approx(value, rel=1e-6)
+        assert getattr(result, field) == pytest.approx(value, rel=1e-6)
 
 
 @pytest.fixture
@@ -405,16 +405,16 @@ def test_residual_identities(seed, m, n, rank, scale):
     d, x = rng.standard_normal((m, n)), scale * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
     s = np.linalg.svd(d, compute_uv=False)
     floor = float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
-    found = distances(
+    result = distances(
         float(np.linalg.norm(d)), float(np.linalg.norm(x)), float(np.linalg.norm(d - x)), float((d * x).sum()), floor
     )
-    assert found.epsilon >= floor - 1e-12  # Eckart–Young
-    assert found.epsilon**2 == pytest.approx(floor**2 + found.excess)
-    if found.cosine is not None:
-        assert found.epsilon**2 == pytest.approx(1 - 2 * found.norm_ratio * found.cosine + found.norm_ratio**2)
-        assert found.epsilon_best_scale <= min(1.0, found.epsilon) + 1e-9
-        assert found.epsilon_best_scale**2 == pytest.approx(1 - found.cosine**2, abs=1e-9)
-    assert limit(found) is not None
+    assert result.epsilon >= floor - 1e-12  # Eckart–Young
+    assert result.epsilon**2 == pytest.approx(floor**2 + result.excess)
+    if result.cosine is not None:
+        assert result.epsilon**2 == pytest.approx(1 - 2 * result.norm_ratio * result.cosine + result.norm_ratio**2)
+        assert result.epsilon_best_scale <= min(1.0, result.epsilon) + 1e-9
+        assert result.epsilon_best_scale**2 == pytest.approx(1 - result.cosine**2, abs=1e-9)
+    assert limit(result) is not None
 
 
 @pytest.mark.parametrize("case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"])
@@ -444,4 +444,4 @@ def test_directions_beyond_rank_are_not_in_subspaces(tmp_path):
     assert record.column_space.overlap == pytest.approx(1)
     gradient = tmp_path / "g.safetensors"
     save_file({"w.weight": torch.randn(200, 150)}, gradient, {"step": "0"})
-    assert {found.rank for found in lora_diag.overlap(base, tuned, [gradient], ranks=(4, 5, 8, 64))} == {4, 5}
+    assert {result.rank for result in lora_diag.overlap(base, tuned, [gradient], ranks=(4, 5, 8, 64))} == {4, 5}

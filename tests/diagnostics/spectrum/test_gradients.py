@@ -40,9 +40,9 @@ def test_expert_values_equal_stack(where):
         if not base.exists():
             pytest.skip("the shared cases are not here")
     taken = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-    found = lora_diag.spectrum(base, gradients=[folder], ranks=[2, 8])
-    assert {record.layer for record in found} == {name for name, value in taken[0].items() if value.ndim == 2}
-    for record in found:
+    result = lora_diag.spectrum(base, gradients=[folder], ranks=[2, 8])
+    assert {record.layer for record in result} == {name for name, value in taken[0].items() if value.ndim == 2}
+    for record in result:
         sides = both_sides([as_numpy(step[record.layer]) for step in taken])
         m, n = record.shape
         own, other = ("left", "right") if m < n else ("right", "left")
@@ -104,10 +104,10 @@ def test_zero_and_non_finite_gradients(tmp_path):
     bad = torch.ones(4, 4)
     bad[2, 1] = torch.nan
     save_step(tmp_path / "g" / "3.safetensors", {"zero.weight": torch.zeros(4, 4), "bad.weight": bad})
-    found = lora_diag.spectrum(gradients=[tmp_path / "g"], ranks=[1])
-    (zero,) = found
+    result = lora_diag.spectrum(gradients=[tmp_path / "g"], ranks=[1])
+    (zero,) = result
     assert (zero.layer, zero.fro, zero.energy["1"], zero.stack.other_energy["1"]) == ("zero.weight", 0.0, None, None)
-    (item,) = found.left_out
+    (item,) = result.left_out
     assert (item.layer, item.reason, item.detail) == (
         "bad.weight",
         "non_finite",
@@ -139,53 +139,53 @@ def test_invalid_requests_are_refused(tmp_path):
 def test_left_out_tensors_are_listed(tmp_path):
     base = save_model(tmp_path / "base", weights(1))
     path = save_step(tmp_path / "g" / "3.safetensors", weights(2) | {"new.weight": torch.ones(3, 3)})
-    found = lora_diag.spectrum(base, gradients=[path], exclude="lm_head")
-    reasons = {item.layer: item.reason for item in found.left_out}
+    result = lora_diag.spectrum(base, gradients=[path], exclude="lm_head")
+    reasons = {item.layer: item.reason for item in result.left_out}
     assert reasons["lm_head.weight"] == "not_selected"
     assert reasons["new.weight"] == "not_in_base"
     assert reasons["model.layers.0.input_layernorm.weight"] == "vector"
-    assert len(found) == 9
+    assert len(result) == 9
 
 
 @pytest.mark.parametrize(("first", "second", "dtype"), [(1e-38, 1e2, np.float32), (1e-200, 1e150, np.float64)])
 def test_stack_with_tiny_first_gradient(first, second, dtype):
     rng = np.random.default_rng(0)
     parts = [(rng.standard_normal((9, 7)) * scale).astype(dtype) for scale in (first, second, first)]
-    found = decompose_stack([torch.from_numpy(part) for part in parts])
+    result = decompose_stack([torch.from_numpy(part) for part in parts])
     expected = np.linalg.svd(np.concatenate(parts).astype(np.float64), compute_uv=False)
-    np.testing.assert_allclose(found.s.numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(result.s.numpy(), expected, rtol=1e-12)
 
 
 def test_stack_needs_no_more_rows_than_it_has_values():
     """Fewer rows in all than columns: only so many values can differ from zero."""
-    found = decompose_stack([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 2.0, 0]])])
-    assert found.s.tolist() == [2.0, 1.0]
-    assert found.complete
+    result = decompose_stack([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 2.0, 0]])])
+    assert result.s.tolist() == [2.0, 1.0]
+    assert result.complete
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e150])
 def test_gradients_in_float64_of_any_size(scale):
     matrices = np.random.default_rng(0).standard_normal((3, 6, 5))
-    found = decompose_stack([torch.zeros(6, 5).double(), *torch.from_numpy(matrices * scale)])
+    result = decompose_stack([torch.zeros(6, 5).double(), *torch.from_numpy(matrices * scale)])
     true = np.linalg.svd(matrices.reshape(18, 5), compute_uv=False)
-    np.testing.assert_allclose(found.s / scale, true, rtol=1e-9)
-    assert found.energy_error < 1e-6
+    np.testing.assert_allclose(result.s / scale, true, rtol=1e-9)
+    assert result.energy_error < 1e-6
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**40])
 def test_stack_bound_equals_matrix_bound(scale):
     parts = [torch.randn(9, 7).double() * scale for _ in range(5)]
     matrix = torch.cat(parts)
-    found, whole = decompose_stack(parts), decompose_gram(matrix, float(torch.linalg.matrix_norm(matrix)))
-    assert found.energy_error == pytest.approx(whole.energy_error, rel=1e-9)
-    assert found.energy_error > 7**0.5 * 45 * 2.0**-52
+    result, whole = decompose_stack(parts), decompose_gram(matrix, float(torch.linalg.matrix_norm(matrix)))
+    assert result.energy_error == pytest.approx(whole.energy_error, rel=1e-9)
+    assert result.energy_error > 7**0.5 * 45 * 2.0**-52
 
 
 def test_gradients_with_coarse_spacing_are_left_out(tmp_path):
     for step in range(2):
         save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(4, 4).double() * 1e200})
-    found = lora_diag.spectrum(gradients=[tmp_path / "g"])
-    assert [(item.reason, mentions(item.detail, "spacing", "numbers")) for item in found.left_out] == [
+    result = lora_diag.spectrum(gradients=[tmp_path / "g"])
+    assert [(item.reason, mentions(item.detail, "spacing", "numbers")) for item in result.left_out] == [
         ("non_finite", True)
     ]
 
@@ -207,11 +207,11 @@ def test_sample_gradients_order_layers_as_update_at_low_rank():
     from scipy.stats import spearmanr
 
     update = lora_diag.spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers="_proj")
-    found = lora_diag.spectrum(SAMPLES / "base", gradients=[SAMPLES / "gradients"], layers="_proj")
+    result = lora_diag.spectrum(SAMPLES / "base", gradients=[SAMPLES / "gradients"], layers="_proj")
     first = [SAMPLES / "gradients" / "grad_step000000.safetensors"]
     at_start = lora_diag.spectrum(SAMPLES / "base", gradients=first, layers="_proj")
     true_c, true_r = [r.energy["8"] for r in update], [r.rank_at["0.9"] for r in update]
-    for results, rho, ratio in ((found, 0.956, 1.66), (at_start, 0.928, 1.86)):
+    for results, rho, ratio in ((result, 0.956, 1.66), (at_start, 0.928, 1.86)):
         c, r = [record.energy["8"] for record in results], [record.rank_at["0.9"] for record in results]
         assert spearmanr(true_c, c).statistic == pytest.approx(rho, abs=0.01)
         assert spearmanr(true_r, r).statistic > 0.93

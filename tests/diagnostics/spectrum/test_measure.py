@@ -228,12 +228,12 @@ def test_resolution_of_bf16_pair(tmp_path):
     small = rng.standard_normal((96, 2)) @ rng.standard_normal((2, 80)) * 2e-4
     tuned = (base.double() + torch.from_numpy(small)).bfloat16()
     (record,) = lora_diag.spectrum(save_model(tmp_path / "a", {"w": base}), save_model(tmp_path / "b", {"w": tuned}))
-    found = record.resolution
-    assert (found.verdict, found.mantissa, found.signal_rank) == ("floor-limited", (7, 7), 2)
-    assert np.linalg.norm(as_numpy(tuned) - as_numpy(base) - small) <= found.rounding_fro
-    even = found.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80))
-    assert even < found.edge < 1.25 * even  # Gaussian weights: rows and columns of nearly the same variance
-    assert found.start == "rounded"
+    result = record.resolution
+    assert (result.verdict, result.mantissa, result.signal_rank) == ("floor-limited", (7, 7), 2)
+    assert np.linalg.norm(as_numpy(tuned) - as_numpy(base) - small) <= result.rounding_fro
+    even = result.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80))
+    assert even < result.edge < 1.25 * even  # Gaussian weights: rows and columns of nearly the same variance
+    assert result.start == "rounded"
 
 
 def test_non_finite_added_rows_and_adapter_base_are_named(tmp_path):
@@ -258,8 +258,8 @@ def test_non_finite_added_rows_and_adapter_base_are_named(tmp_path):
 def test_factors_whose_product_overflows_are_left_out():
     huge = torch.full((3, 1), 1e300, dtype=torch.float64)
     delta = FactoredDelta("w", (3, 3), lambda: (huge, huge.T), (None, "float64"))
-    found = diagnostic.spectrum(delta, diagnostic.SpectrumSettings())
-    assert (found.reason, found.detail) == ("non_finite", "the product of its factors overflows float64")
+    result = diagnostic.spectrum(delta, diagnostic.SpectrumSettings())
+    assert (result.reason, result.detail) == ("non_finite", "the product of its factors overflows float64")
 
 
 def test_gpu_out_of_memory_moves_layer_to_cpu(pair_of_models, monkeypatch):

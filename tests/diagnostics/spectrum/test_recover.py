@@ -32,19 +32,19 @@ def line(results, key):
 
 def test_unresolved_layers_are_estimated(pair, tmp_path):
     base, tuned, x = pair
-    found = lora_diag.spectrum(base, tuned, recover=True, output=tmp_path / "s.jsonl")
+    result = lora_diag.spectrum(base, tuned, recover=True, output=tmp_path / "s.jsonl")
     plain = lora_diag.recover(base, tuned)[Q]
-    hidden = found[Q].hidden
+    hidden = result[Q].hidden
     assert hidden.fro_estimate == plain.fro_estimate == pytest.approx(float(x.norm()), rel=0.1)
     assert hidden.values_estimate == plain.values_estimate
-    assert set(hidden.energy_estimate) == set(found[Q].energy)
-    assert found[UP].hidden is None
-    assert found[UP].resolution.verdict == "resolved"
-    assert lora_diag.read_results(tmp_path / "s.jsonl").layers == found.layers
-    assert found.run.settings["recover"] is True
-    said = line(found, "before_rounding")
-    assert f"‖X‖ = {hidden.fro_estimate:.3g}"[:8] in said
-    assert "loradiag recover" not in line(found, "resolved")
+    assert set(hidden.energy_estimate) == set(result[Q].energy)
+    assert result[UP].hidden is None
+    assert result[UP].resolution.verdict == "resolved"
+    assert lora_diag.read_results(tmp_path / "s.jsonl").layers == result.layers
+    assert result.run.settings["recover"] is True
+    text = line(result, "before_rounding")
+    assert f"‖X‖ = {hidden.fro_estimate:.3g}"[:8] in text
+    assert "loradiag recover" not in line(result, "resolved")
 
 
 def test_estimate_that_did_not_fit_on_the_gpu_is_named(pair, monkeypatch):
@@ -57,26 +57,26 @@ def test_estimate_that_did_not_fit_on_the_gpu_is_named(pair, monkeypatch):
         return real(*words, **options)
 
     monkeypatch.setattr(measure, "recover_layer", fails_once)
-    found = lora_diag.spectrum(pair[0], pair[1], recover=True, layers="q_proj")
-    assert found[Q].hidden is not None
-    assert_names(line(found, "device"), "self_attn.q_proj", "--workers 1")
+    result = lora_diag.spectrum(pair[0], pair[1], recover=True, layers="q_proj")
+    assert result[Q].hidden is not None
+    assert_names(line(result, "device"), "self_attn.q_proj", "--workers 1")
 
 
 def test_recover_is_suggested_for_unchanged_entries(pair):
     base, tuned, _ = pair
-    said = line(lora_diag.spectrum(base, tuned), "resolved")
-    assert "loradiag recover (or --recover here) can estimate the update before rounding in 1 of 3" in said
+    text = line(lora_diag.spectrum(base, tuned), "resolved")
+    assert "loradiag recover (or --recover here) can estimate the update before rounding in 1 of 3" in text
     for layers in ("up_proj", "k_proj"):
         assert "loradiag recover" not in line(lora_diag.spectrum(base, tuned, layers=layers), "resolved")
 
 
 def test_allocate_uses_update_before_rounding(pair):
     base, tuned, _ = pair
-    found = lora_diag.spectrum(base, tuned, recover=True, layers="q_proj")
-    chosen = lora_diag.allocate(found, energy=0.99)
-    values = found[Q].hidden.values_estimate
+    result = lora_diag.spectrum(base, tuned, recover=True, layers="q_proj")
+    chosen = lora_diag.allocate(result, energy=0.99)
+    values = result[Q].hidden.values_estimate
     assert chosen[Q].rank == len(values) <= 3
-    assert chosen[Q].kept == pytest.approx(sum(x**2 for x in values) / found[Q].hidden.fro_estimate ** 2)
+    assert chosen[Q].kept == pytest.approx(sum(x**2 for x in values) / result[Q].hidden.fro_estimate ** 2)
     assert_names(chosen.run.inputs[0].notes[0], "1 of 1 layers", "before rounding")
 
 

@@ -358,13 +358,13 @@ def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     plain = verified(merged)
     m, n = plain[Q].shape
     assert m == n
-    found = verified(merged, memory=(72 + 16 + 16) * m * n - 1, workers=1)
-    left = {item.layer: item for item in found.unmeasured}
+    result = verified(merged, memory=(72 + 16 + 16) * m * n - 1, workers=1)
+    left = {item.layer: item for item in result.unmeasured}
     assert {Q, Q1} <= set(left)
     assert left[Q].reason == "memory"
     assert_names(left[Q].detail, "held whole")
-    assert [record for record in plain if record.layer not in left] == list(found)
-    assert "lm_head.weight" in {record.layer for record in found}
+    assert [record for record in plain if record.layer not in left] == list(result)
+    assert "lm_head.weight" in {record.layer for record in result}
     assert Q in {record.layer for record in verified(merged, memory=(72 + 16 + 16) * m * n, workers=1)}
     assert list(verified(merged, memory="1MB", workers=1)) == list(plain)
 
@@ -545,8 +545,8 @@ def test_layer_of_other_shape_is_not_a_candidate(tmp_path):
         tensors |= {f"{module}.lora_A.weight": making.normal(2, n), f"{module}.lora_B.weight": making.normal(m, 2)}
     wrong = {key: value + making.normal(*value.shape, seed=9) for key, value in weights.items()}
     base, adapter = making.base(tmp_path, weights), making.adapter(tmp_path, tensors)
-    found = verify_merge(base, adapter, making.base(tmp_path / "merged", wrong))
-    assert {record.layer: record.status for record in found} == dict.fromkeys(weights, "other")
+    result = verify_merge(base, adapter, making.base(tmp_path / "merged", wrong))
+    assert {record.layer: record.status for record in result} == dict.fromkeys(weights, "other")
 
 
 def test_check_by_rows_needs_memory_of_rows(tmp_path):

@@ -117,7 +117,7 @@ def test_correct_merges_with_large_error_do_not_fail(order, relative):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_diagonal_is_not_a_wrong_scale(dtype):
     """AdaLoRA's E and VeRA's d: each rounding of them is shared by a whole column of B."""
-    found = []
+    result = []
     for seed in range(6):
         w, b, a = factors((256, 256), 4, 0.2, 2.0, dtype, seed)
         e = torch.rand(4, 1, generator=torch.Generator().manual_seed(seed)) + 0.5
@@ -129,8 +129,8 @@ def test_rounded_diagonal_is_not_a_wrong_scale(dtype):
         u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
         least = sum(0.18 * u**2 * (part * exact).sum() ** 2 for part in parts) / (exact**2).sum() ** 2
         assert record.scale_error**2 - as_lora.scale_error**2 >= 0.99 * least
-        found.append(as_lora.status)
-    assert "wrong scale" in found  # so that the diagonal is what makes the difference
+        result.append(as_lora.status)
+    assert "wrong scale" in result  # so that the diagonal is what makes the difference
 
 
 def test_entry_off_by_more_than_casts_of_factors_is_found():

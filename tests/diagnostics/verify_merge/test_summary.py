@@ -68,19 +68,19 @@ def test_failing_statuses_come_first_with_remedy():
 
 
 def test_failures_come_first():
-    found = results(
+    result = results(
         *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
     )
-    rows = [line.split() for line in table(found).splitlines()[3:5]]
+    rows = [line.split() for line in table(result).splitlines()[3:5]]
     assert [row[:3] for row in rows] == [["z", "1", "dropped"], ["mlp.up_proj", "3", "ok"]]
 
 
 def test_cause_is_stated_once_with_its_layers():
     layers = [wrong("wrong scale", layer=f"l.{i}.w", cause="twice") for i in range(5)]
-    found = words(results(*layers), width=140)
-    assert "Wrong scale l.0.w, l.1.w, l.2.w and 2 more: twice" in found
-    assert found.count("twice") == 1
-    assert_names(found, "no", "5 of 5", "ΔW")
+    result = words(results(*layers), width=140)
+    assert "Wrong scale l.0.w, l.1.w, l.2.w and 2 more: twice" in result
+    assert result.count("twice") == 1
+    assert_names(result, "no", "5 of 5", "ΔW")
 
 
 def test_many_causes_are_counted():
@@ -102,16 +102,16 @@ def test_merge_lost_to_rounding_is_reported():
 
 def test_layers_changed_without_adapter():
     changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
-    found = words(results(record(), record(adapted=False, layer="b"), changed))
-    assert_names(found, "Not adapted", "1 of 2", "50%", "model.norm")
-    assert_names(found, "1 layer", "without", "changed")
+    result = words(results(record(), record(adapted=False, layer="b"), changed))
+    assert_names(result, "Not adapted", "1 of 2", "50%", "model.norm")
+    assert_names(result, "1 layer", "without", "changed")
 
 
 def test_unreadable_or_unfinished_results_are_reported():
     bad = LeftOut(layer="x", shape=(2,), reason="non_finite", detail="BASE holds nan at [0]")
-    found = words(results(record(), left_out=[bad], finished=False))
-    assert_names(found, "measured", "BASE", "[0]")
-    assert "the run did not finish" in found
+    result = words(results(record(), left_out=[bad], finished=False))
+    assert_names(result, "measured", "BASE", "[0]")
+    assert "the run did not finish" in result
 
 
 def test_names_and_causes_from_files_are_escaped():
@@ -120,17 +120,17 @@ def test_names_and_causes_from_files_are_escaped():
 
 
 def test_older_merge_records_are_read(tmp_path):
-    found = results(record(), wrong("missing", layer="b", dtype=None, unchanged=None, scale=None))
-    found.write(tmp_path / "r.jsonl")
+    result = results(record(), wrong("missing", layer="b", dtype=None, unchanged=None, scale=None))
+    result.write(tmp_path / "r.jsonl")
     read = read_results(tmp_path / "r.jsonl")
-    assert (read.run, read.layers, read.left_out) == (found.run, found.layers, found.left_out)
-    assert table(read_results(tmp_path / "r.jsonl")) == table(found)
+    assert (read.run, read.layers, read.left_out) == (result.run, result.layers, result.left_out)
+    assert table(read_results(tmp_path / "r.jsonl")) == table(result)
 
 
 def test_wide_terminal_shows_all_columns_and_layer_counts():
-    found = results(record(), record(layer="model.layers.1.self_attn.q_proj.weight"))
-    assert [column.title for column in merge_grids(found, "type")[0].columns if column.title == "n"] == ["n"]
-    assert [column.title for column in merge_grids(found, "layer")[0].columns if column.title == "n"] == []
+    result = results(record(), record(layer="model.layers.1.self_attn.q_proj.weight"))
+    assert [column.title for column in merge_grids(result, "type")[0].columns if column.title == "n"] == ["n"]
+    assert [column.title for column in merge_grids(result, "layer")[0].columns if column.title == "n"] == []
     for width, shown in ((WIDE - 1, False), (WIDE, True)):
-        titles = table(found, width).splitlines()[1]
+        titles = table(result, width).splitlines()[1]
         assert all((title in titles) == shown for title in ("shape", "dtype", "max ulp"))

@@ -54,9 +54,9 @@ def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
         assert item.rows == len(x) == recorded.tokens == 4 * 32
         assert item.square == pytest.approx((x**2).sum(1).mean(), rel=1e-5)
         assert item.directions == pytest.approx(np.trace(c) ** 2 / (c**2).sum(), rel=1e-4)
-    found = lora_diag.residual(base, tuned, reference=other, activations=tmp_path / "a.safetensors")
+    result = lora_diag.residual(base, tuned, reference=other, activations=tmp_path / "a.safetensors")
     before, after, near = tensors(base), tensors(tuned), tensors(other)
-    compared = [record for record in found if record.data is not None]
+    compared = [record for record in result if record.data is not None]
     assert len(compared) == len(stored)
     for record in compared:
         full, part = after[record.layer] - before[record.layer], near[record.layer] - before[record.layer]
@@ -83,11 +83,11 @@ def test_moments_file_states_its_data(tmp_path):
     text = some_text(tmp_path)
     lora_diag.probe_activations(gpt2(tmp_path / "base"), text, tmp_path / "a.safetensors", max_sequences=2)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        said = file.metadata()
-    assert (said["tokens"], said["sequences"], said["length"], said["set"]) == ("64", "2", "32", "held_out")
+        message = file.metadata()
+    assert (message["tokens"], message["sequences"], message["length"], message["set"]) == ("64", "2", "32", "held_out")
     import hashlib
 
-    assert said["data"] == hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+    assert message["data"] == hashlib.sha256(text.read_bytes()).hexdigest()[:16]
 
 
 def test_lines_of_different_lengths_are_not_padded(tmp_path):

@@ -134,9 +134,9 @@ def test_products_equal_curvlinops(case, matrix):
         x = torch.randn(loss_function.params, generator=torch.Generator().manual_seed(0))
         parts = loss_function.split(x)
         truth = operator @ [parts[name].contiguous() for name in names]
-    found = loss_function.split(loss_function.product(x))
+    result = loss_function.split(loss_function.product(x))
     for name, part in zip(names, truth, strict=True):
-        torch.testing.assert_close(found[name], part, atol=1e-5 * float(part.abs().max()), rtol=1e-3)
+        torch.testing.assert_close(result[name], part, atol=1e-5 * float(part.abs().max()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -164,7 +164,7 @@ def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
     }
     loss_function = LossFunction(model, read_texts(text, model), 2, shapes)
     x = torch.randn(loss_function.params, generator=torch.Generator().manual_seed(0))
-    found = loss_function.split(loss_function.product(x))
+    result = loss_function.split(loss_function.product(x))
     reference = transformers.AutoModelForCausalLM.from_pretrained(base).double().eval()
     named = dict(reference.named_parameters())
     ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()[: 3 * 32].view(3, 32)
@@ -180,7 +180,7 @@ def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
     h = 1e-4
     for name, up, down in zip(shapes, gradient(h), gradient(-h), strict=True):
         truth = (up - down) / (2 * h)
-        assert (found[name] - truth).abs().max() <= 1e-3 * truth.abs().max()
+        assert (result[name] - truth).abs().max() <= 1e-3 * truth.abs().max()
 
 
 def test_one_matrix_of_stack_has_its_block_of_hessian(tmp_path):
@@ -243,14 +243,14 @@ def test_announced_products_match_both_ends(case, monkeypatch):
     spent, ends = [], LossFunction.ends
 
     def counted(loss_function, *words):
-        found = ends(loss_function, *words)
-        spent.extend(each.products for each in found)
-        return found
+        result = ends(loss_function, *words)
+        spent.extend(each.products for each in result)
+        return result
 
     monkeypatch.setattr(LossFunction, "ends", counted)
-    asked = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
-    found = lora_diag.probe_curvature(base, tuned, along=(), probes=1, **asked).whole
-    assert next(record for record in found if record.record == "curvature").products == sum(spent[:2]) > spent[0]
+    options = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
+    result = lora_diag.probe_curvature(base, tuned, along=(), probes=1, **options).whole
+    assert next(record for record in result if record.record == "curvature").products == sum(spent[:2]) > spent[0]
 
 
 def of_rank(measured):
@@ -379,7 +379,7 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
     model.save_pretrained(tmp_path / "tuned")
-    found = lora_diag.probe_curvature(
+    result = lora_diag.probe_curvature(
         base,
         tmp_path / "tuned",
         evaluate=[text],
@@ -389,13 +389,13 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
         top=2,
         tokenizer="bytes",
     )
-    joint = found.whole[0]
+    joint = result.whole[0]
     stored = tensors(tmp_path / "tuned")[name]
     delta = stored - tensors(base)[name]
     assert abs(joint.smallest) <= 1e-5 * joint.eigenvalues[0]  # convex, and flat where all logits move alike
     assert not joint.strongly_convex
     checked = 0
-    for record in of_rank(found):
+    for record in of_rank(result):
         e = best(delta, record.rank) - delta
         points = np.linspace(0, record.along, 9)
         largest = max(np.linalg.eigvalsh(dense.hessian(stored + t * e))[-1] for t in points)
@@ -407,7 +407,7 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
             assert record.holds
             checked += 1
     assert checked
-    assert all(abs(r.linear) <= 0.02 * r.gap for r in of_rank(found) if r.along == 1 and r.gap > 1e-4)
+    assert all(abs(r.linear) <= 0.02 * r.gap for r in of_rank(result) if r.along == 1 and r.gap > 1e-4)
 
 
 def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
@@ -471,18 +471,18 @@ def test_ctrl_c_leaves_resumable_file(case, by_layer, tmp_path):
         lora_diag.probe_curvature(base, tuned, output=cut, on_progress=stop, **options)
     assert [r.rank for r in read_results(cut).whole if r.record == "loss_bound"] == [0, 0]
     labels = []
-    said = []
+    message = []
     lora_diag.probe_curvature(
         base,
         tuned,
         output=cut,
         resume=True,
         on_progress=lambda event: labels.append(event.label),
-        on_note=said.append,
+        on_note=message.append,
         **options,
     )
     assert "r=0" not in labels
-    assert said[0].startswith("about ")
+    assert message[0].startswith("about ")
     assert cut.read_text() == by_layer[1].read_text()
 
 

@@ -113,8 +113,8 @@ def test_effects_equal_truncated_model(models, tmp_path):
     base, tuned, text = models
     held_out = some_text(tmp_path, "other", windows=3, source="shifted")
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
-    asked = {"data": text, "evaluate": [held_out], "ranks": (1, 3, 16), "layers": layers, "batch": 2}
-    results = lora_diag.probe_fisher(base, tuned, **asked)
+    options = {"data": text, "evaluate": [held_out], "ranks": (1, 3, 16), "layers": layers, "batch": 2}
+    results = lora_diag.probe_fisher(base, tuned, **options)
     before, after = tensors(base), tensors(tuned)
     content = held_out.read_bytes()
     ids = torch.tensor([list(content[i : i + 32]) for i in range(0, 96, 32)])
@@ -131,15 +131,15 @@ def test_effects_equal_truncated_model(models, tmp_path):
     for record in results.whole:
         assert record.on == "other"
         assert set(record.effect) == {"1", "3"}  # 16 truncates nothing
-        for rank, found in record.effect.items():
+        for rank, result in record.effect.items():
             delta = after[record.layer] - before[record.layer]
             changed = logits({**after, record.layer: before[record.layer] + best(delta, int(rank))})
             gaps = (whole.gather(-1, targets) - changed.gather(-1, targets)).sum((1, 2)).numpy()
-            assert found.gap == pytest.approx(gaps.sum() / 93, abs=1e-5)
-            assert found.gap_error == pytest.approx(np.std(gaps, ddof=1) * np.sqrt(3) / 93, abs=1e-5)
-            assert found.kl == pytest.approx(float((whole.exp() * (whole - changed)).sum()) / 93, rel=1e-2, abs=1e-7)
-            assert found.loss == pytest.approx(-float(changed.gather(-1, targets).sum()) / 93, abs=1e-5)
-    alone = lora_diag.probe_fisher(base, tuned, **{**asked, "evaluate": []})
+            assert result.gap == pytest.approx(gaps.sum() / 93, abs=1e-5)
+            assert result.gap_error == pytest.approx(np.std(gaps, ddof=1) * np.sqrt(3) / 93, abs=1e-5)
+            assert result.kl == pytest.approx(float((whole.exp() * (whole - changed)).sum()) / 93, rel=1e-2, abs=1e-7)
+            assert result.loss == pytest.approx(-float(changed.gather(-1, targets).sum()) / 93, abs=1e-5)
+    alone = lora_diag.probe_fisher(base, tuned, **{**options, "evaluate": []})
     assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
 
 
@@ -150,22 +150,22 @@ def test_half_fisher_is_kl_of_small_change(tmp_path):
     file = tmp_path / "x.jsonl"
     lines = [json.dumps({"text": f"line {i % 7} of many", "label": 0}) + "\n" for i in range(700)]
     file.write_text("".join(lines))
-    found = lora_diag.probe_fisher(
+    result = lora_diag.probe_fisher(
         base, tuned, data=file, labels="model", measure=True, ranks=(1,), batch=350, layers="output.dense"
     )
-    for record in found.whole:
+    for record in result.whole:
         assert record.at(1) / 2 == pytest.approx(record.effect["1"].kl, rel=0.25)
         assert record.labels == "model"
 
 
 def test_layers_of_second_pass_get_same_labels(models, monkeypatch):
     base, tuned, text = models
-    asked = {"data": text, "ranks": (2,), "labels": "model", "seed": 3}
-    one = lora_diag.probe_fisher(base, tuned, **asked)
+    options = {"data": text, "ranks": (2,), "labels": "model", "seed": 3}
+    one = lora_diag.probe_fisher(base, tuned, **options)
     monkeypatch.setattr("lora_diag.probes.fisher.measure.groups_of.__defaults__", (1,))
-    many = lora_diag.probe_fisher(base, tuned, **asked)
+    many = lora_diag.probe_fisher(base, tuned, **options)
     assert [record.fisher for record in one.whole] == [record.fisher for record in many.whole]
-    other = lora_diag.probe_fisher(base, tuned, **{**asked, "seed": 4})
+    other = lora_diag.probe_fisher(base, tuned, **{**options, "seed": 4})
     assert [record.fisher for record in one.whole] != [record.fisher for record in other.whole]
 
 
@@ -185,8 +185,8 @@ def test_reused_layer_gradients_sum_before_square():
 
 def test_interrupted_run_resumes_after_last_layer(models, tmp_path, monkeypatch):
     base, tuned, text = models
-    asked = {"data": text, "ranks": (2, 4), "measure": True, "layers": r"h\.0\."}
-    whole = lora_diag.probe_fisher(base, tuned, **asked)
+    options = {"data": text, "ranks": (2, 4), "measure": True, "layers": r"h\.0\."}
+    whole = lora_diag.probe_fisher(base, tuned, **options)
 
     def stop(record):
         if isinstance(record, Fisher) and "c_fc" in record.layer:
@@ -194,13 +194,13 @@ def test_interrupted_run_resumes_after_last_layer(models, tmp_path, monkeypatch)
 
     out = tmp_path / "f.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_fisher(base, tuned, output=out, on_record=stop, **asked)
+        lora_diag.probe_fisher(base, tuned, output=out, on_record=stop, **options)
     kept = len(lora_diag.read_results(out).whole)
     assert 0 < kept < len(whole.whole)
     seen = []
-    resumed = lora_diag.probe_fisher(base, tuned, output=out, resume=True, on_record=seen.append, **asked)
+    resumed = lora_diag.probe_fisher(base, tuned, output=out, resume=True, on_record=seen.append, **options)
     assert resumed.whole == whole.whole == lora_diag.read_results(out).whole
-    assert lora_diag.probe_fisher(base, tuned, output=out, resume=True, **asked).whole == whole.whole
+    assert lora_diag.probe_fisher(base, tuned, output=out, resume=True, **options).whole == whole.whole
 
 
 def test_invalid_options_are_refused(models, tmp_path):

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def drawn(size, dim, total, seed):
     """P's rows of one tensor, column by column, and the same written out from the definition with SciPy."""
     one = Fastfood(size, dim, total, torch.Generator().manual_seed(seed), CPU)
-    found = torch.stack([one.times(unit) for unit in torch.eye(dim)], 1)
+    result = torch.stack([one.times(unit) for unit in torch.eye(dim)], 1)
     block = 2 ** math.ceil(math.log2(dim)) if dim > 1 else 1
     generator, blocks = torch.Generator().manual_seed(seed), math.ceil(size / block)
     signs = torch.randint(0, 2, (blocks, block), generator=generator, dtype=torch.int8).numpy() * 2.0 - 1
@@ -42,7 +42,7 @@ def drawn(size, dim, total, seed):
     h = dense_hadamard(block).astype(float)
     swap = np.eye(block)[order]
     whole = np.concatenate([h @ np.diag(normal[i]) @ swap @ h @ np.diag(signs[i]) for i in range(blocks)])
-    return one, found, whole[:size, :dim] / math.sqrt(block * total)
+    return one, result, whole[:size, :dim] / math.sqrt(block * total)
 
 
 @given(st.integers(0, 6), st.integers(1, 4))
@@ -55,8 +55,8 @@ def test_fast_transform_is_hadamard_matrix(exponent, rows):
 @given(st.integers(1, 90), st.integers(1, 40), st.integers(0, 50))
 @settings(deadline=None, max_examples=25)
 def test_projection_and_its_adjoint_match_definition(size, dim, seed):
-    one, found, truth = drawn(size, dim, 3 * size, seed)
-    np.testing.assert_allclose(found.numpy(), truth, atol=1e-5 * np.abs(truth).max())
+    one, result, truth = drawn(size, dim, 3 * size, seed)
+    np.testing.assert_allclose(result.numpy(), truth, atol=1e-5 * np.abs(truth).max())
     z, w = torch.randn(dim, requires_grad=True), torch.randn(size)
     (pulled,) = torch.autograd.grad(one.times(z) @ w, z)
     np.testing.assert_allclose(pulled.numpy(), truth.T @ w.double().numpy(), atol=1e-4)
@@ -64,12 +64,12 @@ def test_projection_and_its_adjoint_match_definition(size, dim, seed):
 
 
 def test_columns_have_norm_1_and_little_to_do_with_each_other():
-    _, found, _ = drawn(20_000, 50, 20_000, 0)
-    products = (found.T @ found).double()
+    _, result, _ = drawn(20_000, 50, 20_000, 0)
+    products = (result.T @ result).double()
     assert (products.diagonal() - 1).abs().max() < 0.15
     assert (products - torch.diag(products.diagonal())).abs().max() < 0.08
     z = torch.randn(50)
-    assert float((found @ z).norm() / z.norm()) == pytest.approx(1, abs=0.1)
+    assert float((result @ z).norm() / z.norm()) == pytest.approx(1, abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ OPTIONS["widen"] = 0
 def measured(base, texts, tmp_path_factory):
     train, held = texts
     output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
-    found = lora_diag.probe_intrinsic(base, data=train, evaluate=[held], steps=5, batch=3, output=output, **OPTIONS)
-    return found, output
+    result = lora_diag.probe_intrinsic(base, data=train, evaluate=[held], steps=5, batch=3, output=output, **OPTIONS)
+    return result, output
 
 
 def test_training_loss_is_of_last_tenth_and_base_is_in_eval_mode(base, texts, monkeypatch):
@@ -228,18 +228,18 @@ def test_ctrl_c_leaves_resumable_file(base, texts, measured, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         lora_diag.probe_intrinsic(base, output=cut, on_progress=stop, **options)
     assert len(read_results(cut).whole) == 1 + 2 + 4 + 1
-    seen, said = [], []
+    seen, text = [], []
     lora_diag.probe_intrinsic(
         base,
         output=cut,
         resume=True,
         on_progress=lambda event: seen.append((event.label, event.done, event.total)),
-        on_note=said.append,
+        on_note=text.append,
         **options,
     )
     assert {label.split()[0] for label, *_ in seen} == {"d=40", "r=1"}
     assert seen[-1][1] == seen[-1][2] == len(seen)
-    assert_names(said[0], "1 run", "5 steps")
+    assert_names(text[0], "1 run", "5 steps")
     assert cut.read_text() == measured[1].read_text()
 
 
@@ -269,22 +269,22 @@ def test_smallest_size_uses_own_best_rate():
         )
     ]
     assert best_rates(records, "held", 0, "subspace") == {10: 0.1, 100: 0.1, 300: 0.1, 1000: 0.1}
-    found = lines(records, "held", "held", 0)
-    answer = reached(found, "subspace", 0.9)
+    result = lines(records, "held", "held", 0)
+    answer = reached(result, "subspace", 0.9)
     assert (answer.line.size, answer.below.size, answer.certain, answer.missed) == (100, 10, False, (300,))
     assert answer.line.share == pytest.approx(0.91)
     assert answer.line.edge
     assert not answer.below.edge
-    assert reached(found, "subspace", 0.95).certain
-    lora = reached(found, "lora", 0.9)
+    assert reached(result, "subspace", 0.95).certain
+    lora = reached(result, "lora", 0.9)
     assert (lora.line, lora.below.size) == (None, 2)
 
 
 def test_dimension_is_null_without_gain_of_full_fine_tuning():
     records = [r if r.subject != "full" else r.model_copy(update={"loss": 3.5}) for r in planted([])]
     records += [r for r in planted([("subspace", 10, 0.1, (0.5, 0.4))]) if r.subject == "subspace"]
-    found = lines(records, "held", "held", 0)
-    assert reached(found, "subspace", 0.9).line is None
+    result = lines(records, "held", "held", 0)
+    assert reached(result, "subspace", 0.9).line is None
 
 
 def shown(records):
@@ -297,18 +297,18 @@ def shown(records):
 def test_weak_reference_is_flagged():
     """Full fine-tuning at its lowest rate, and a subspace that gains more than it does."""
     records = [*planted([("subspace", 10, 0.1, (1.2, 0.89)), ("lora", 2, 0.1, (0.5, 0.4))])]
-    told = shown(records)
-    assert_names(told, "1 nats", "90%")
-    assert_names(told, "some runs")
-    assert_names(told, "d=10", "104%", "89%", "120%")
-    assert_names(told, "LoRA", "r=2", "45%", "40%", "50%")
-    assert "edge of --full-lr" not in told
+    message = shown(records)
+    assert_names(message, "1 nats", "90%")
+    assert_names(message, "some runs")
+    assert_names(message, "d=10", "104%", "89%", "120%")
+    assert_names(message, "LoRA", "r=2", "45%", "40%", "50%")
+    assert "edge of --full-lr" not in message
     worse = next(record for record in records if record.subject == "full")
-    told = shown([*records, worse.model_copy(update={"lr": 2e-3, "loss": 2.5})])
-    assert_names(told, "--full-lr")
-    told = shown([r.model_copy(update={"loss": 3.5}) if r.subject == "full" else r for r in records])
-    assert_names(told, "no gain", "BASE", "0.5 nats")
-    assert "the run did not finish" in told
+    message = shown([*records, worse.model_copy(update={"lr": 2e-3, "loss": 2.5})])
+    assert_names(message, "--full-lr")
+    message = shown([r.model_copy(update={"loss": 3.5}) if r.subject == "full" else r for r in records])
+    assert_names(message, "no gain", "BASE", "0.5 nats")
+    assert "the run did not finish" in message
 
 
 def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
@@ -317,7 +317,7 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     for name, shift in (("train", 0), ("held", 1)):
         rows = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(9))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = lora_diag.probe_intrinsic(
+    result = lora_diag.probe_intrinsic(
         base,
         data=tmp_path / "train.jsonl",
         evaluate=[tmp_path / "held.jsonl"],
@@ -329,11 +329,11 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
         seeds=2,
         tokenizer="bytes",
     )
-    shares = [line.share for line in lines(found.whole, "held", "held", 0) if line.subject == "subspace"]
+    shares = [line.share for line in lines(result.whole, "held", "held", 0) if line.subject == "subspace"]
     assert shares[0] < shares[1] < shares[2]
     assert shares[0] < 0.3
     assert shares[2] > 0.7
-    text = table(found, 80)
+    text = table(result, 80)
     assert_names(text, "fine-tuning gains")
     assert all(len(line) <= 80 for line in text.splitlines())
 

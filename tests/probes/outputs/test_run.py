@@ -34,8 +34,8 @@ def logits(folder, text, length, adapter=None):
     ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     windows = ids[: len(ids) // length * length].view(-1, length)
     with torch.no_grad():
-        found = torch.cat([model(input_ids=one[None]).logits[0, :-1] for one in windows])
-    return found.double().numpy(), windows[:, 1:].reshape(-1).numpy(), len(windows)
+        result = torch.cat([model(input_ids=one[None]).logits[0, :-1] for one in windows])
+    return result.double().numpy(), windows[:, 1:].reshape(-1).numpy(), len(windows)
 
 
 def states(folder, text, length, adapter=None):
@@ -47,8 +47,8 @@ def states(folder, text, length, adapter=None):
     ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     windows = ids[: len(ids) // length * length].view(-1, length)
     with torch.no_grad():
-        found = [torch.stack(model(input_ids=one[None], output_hidden_states=True).hidden_states) for one in windows]
-    return torch.cat(found, 2).squeeze(1).double().numpy()
+        result = [torch.stack(model(input_ids=one[None], output_hidden_states=True).hidden_states) for one in windows]
+    return torch.cat(result, 2).squeeze(1).double().numpy()
 
 
 def log_softmax(z):
@@ -67,7 +67,7 @@ def case(tmp_path):
 def test_probe_equals_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
     monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
-    found = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
+    result = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
     z = {
         "base": logits(base, text, 64),
         "tuned": logits(tuned, text, 64),
@@ -77,8 +77,8 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
     _, wanted, windows = z["tuned"]
     p = log_softmax(z["tuned"][0])
     losses = {name: -log_softmax(each[0])[np.arange(len(wanted)), wanted] for name, each in z.items()}
-    assert [record.subject for record in found.whole] == list(z)
-    for record in found.whole:
+    assert [record.subject for record in result.whole] == list(z)
+    for record in result.whole:
         own, tuned_z, base_z = z[record.subject][0], z["tuned"][0], z["base"][0]
         q = log_softmax(own)
         distance = np.linalg.norm(tuned_z - own) / np.linalg.norm(tuned_z - base_z)
@@ -110,15 +110,15 @@ def test_outputs_chunks_stay_within_memory(monkeypatch):
 
 def test_hidden_states_are_compared_depth_by_depth(case):
     base, tuned, adapter, _, text = case
-    found = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
+    result = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
     h_base, h_tuned, h_own = (
         states(*each) for each in ((base, text, 64), (tuned, text, 64), (base, text, 64, adapter))
     )
     change = np.linalg.norm(h_tuned - h_base, axis=(1, 2))
     expected = np.linalg.norm(h_tuned - h_own, axis=(1, 2)) / change
-    assert len(found[2].hidden) == 5  # embeddings and four blocks
-    np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
-    assert (found[0].hidden, found[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
+    assert len(result[2].hidden) == 5  # embeddings and four blocks
+    np.testing.assert_allclose(result[2].hidden, expected, rtol=1e-4)
+    assert (result[0].hidden, result[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
 
 
 def test_unchanged_depth_has_no_distance(tmp_path):
@@ -127,9 +127,9 @@ def test_unchanged_depth_has_no_distance(tmp_path):
     weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
     save_file({name: torch.from_numpy(value).float() for name, value in weights.items()}, tuned / "model.safetensors")
     other = moved(base, tmp_path / "other", seed=3)
-    found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
-    assert found[2].hidden[:2] == (None, None)
-    assert found[2].hidden[2] > 0
+    result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
+    assert result[2].hidden[:2] == (None, None)
+    assert result[2].hidden[2] > 0
 
 
 def test_hidden_states_exclude_padding(tmp_path):
@@ -143,22 +143,22 @@ def test_hidden_states_exclude_padding(tmp_path):
         model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
         with torch.no_grad():
             ids = [torch.tensor([list(text.encode())]) for text in texts]
-            found = [torch.stack(model(input_ids=one, output_hidden_states=True).hidden_states)[:, 0] for one in ids]
-        return torch.cat(found, 1).double().numpy()
+            result = [torch.stack(model(input_ids=one, output_hidden_states=True).hidden_states)[:, 0] for one in ids]
+        return torch.cat(result, 1).double().numpy()
 
     h_base, h_tuned, h_other = map(hidden, (base, tuned, other))
     expected = np.linalg.norm(h_tuned - h_other, axis=(1, 2)) / np.linalg.norm(h_tuned - h_base, axis=(1, 2))
-    found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4).whole
-    np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
+    result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4).whole
+    np.testing.assert_allclose(result[2].hidden, expected, rtol=1e-4)
 
 
 def test_sample_adapter_losses_match_readme():
-    told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
-    found = lora_diag.probe_outputs(
+    message = json.loads((SAMPLES / "losses.json").read_text())["losses"]
+    result = lora_diag.probe_outputs(
         SAMPLES / "base", SAMPLES / "lora_r4", [SAMPLES / "lora_r16"], evaluate=[SAMPLES / "eval" / "shifted.txt"]
     )
-    for record, name in zip(found.whole, ("base", "lora_r4", "lora_r16"), strict=True):
-        assert record.loss == pytest.approx(told[name]["shifted"], abs=1e-4)
+    for record, name in zip(result.whole, ("base", "lora_r4", "lora_r16"), strict=True):
+        assert record.loss == pytest.approx(message[name]["shifted"], abs=1e-4)
 
 
 def test_results_are_independent_of_adapter_order(tmp_path):

@@ -47,7 +47,7 @@ def measured(case, tmp_path_factory):
     """Two layers at two ranks, with another seed at the best rate of each; and the file."""
     base, train, held, shifted = case
     path = tmp_path_factory.mktemp("measured") / "s.jsonl"
-    found = lora_diag.probe_sensitivity(
+    result = lora_diag.probe_sensitivity(
         base,
         data=train,
         evaluate=[held],
@@ -63,7 +63,7 @@ def measured(case, tmp_path_factory):
         layers=r"h\.1\.(attn|mlp)\.c_proj",
         output=path,
     )
-    return found, path
+    return result, path
 
 
 def runs_of(found):
@@ -115,13 +115,13 @@ def in_float64(base, train):
 
 def test_first_order_scores_equal_float64_gradient(case, tmp_path):
     base, train, held, _ = case
-    found = lora_diag.probe_sensitivity(
+    result = lora_diag.probe_sensitivity(
         base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, per="block", seed=SEED
     )
-    scores = {record.layer: record for record in found.whole if isinstance(record, FirstOrder)}
+    scores = {record.layer: record for record in result.whole if isinstance(record, FirstOrder)}
     truth = in_float64(base, train)
     assert set(scores) == set(truth)
-    assert {r.unit for r in runs_of(found)} == {"", "transformer.h.0", "transformer.h.1"}
+    assert {r.unit for r in runs_of(result)} == {"", "transformer.h.0", "transformer.h.1"}
     rng = torch.Generator().manual_seed(0)
     for name, gradient in truth.items():
         record, (out, inputs) = scores[name], gradient.shape
@@ -176,15 +176,15 @@ def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
         lora_diag.probe_sensitivity(base, output=cut, on_progress=stop, **options)
     before = len(runs_of(read_results(cut)))
     assert before == 2 + 2 * (3 + 1)
-    labels, said = [], []
-    resumed = {"output": cut, "resume": True, "on_note": said.append}
+    labels, text = [], []
+    resumed = {"output": cut, "resume": True, "on_note": text.append}
     lora_diag.probe_sensitivity(
         base, on_progress=lambda event: labels.append((event.label, event.done, event.total)), **resumed, **options
     )
     assert cut.read_text() == measured[1].read_text()
     assert not any(label.startswith(("transformer.h.1.attn.c_proj.weight r=2", "gradient")) for label, *_ in labels)
-    assert said[0].startswith("about ")
-    assert "8 runs of 4 steps" in said[0]
+    assert text[0].startswith("about ")
+    assert "8 runs of 4 steps" in text[0]
     assert labels[-1][1] == labels[-1][2] == len(labels)
     with raises_naming(UsageError, "other settings", "delta"):
         lora_diag.probe_sensitivity(base, output=cut, resume=True, **(options | {"delta": None}))
@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
 
 def test_memory_of_unit_is_known_before_first_step(case):
     base, train, held, _ = case
-    last, said = [], []
+    last, text = [], []
     lora_diag.probe_sensitivity(
         base,
         data=train,
@@ -201,12 +201,12 @@ def test_memory_of_unit_is_known_before_first_step(case):
         rates=(1e-2,),
         steps=2,
         exclude="c_proj|c_fc",
-        on_note=said.append,
+        on_note=text.append,
         on_progress=lambda event: last.append((event.done, event.total)),
     )
     assert last[-1][0] == last[-1][1] == len(last)
-    assert "1 run of 2 steps" in said[0]
-    assert "(1 unit)" in said[0]
+    assert "1 run of 2 steps" in text[0]
+    assert "(1 unit)" in text[0]
 
 
 def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
@@ -216,12 +216,12 @@ def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
         lora_diag.models.training, "rate_at", lambda s, n, peak: math.nan if peak == 0.5 else real(s, n, peak)
     )
     options = {"data": train, "evaluate": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
-    found = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)
-    lost = [record for record in runs_of(found) if record.unit and record.loss is None]
+    result = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)
+    lost = [record for record in runs_of(result) if record.unit and record.loss is None]
     assert {(r.lr, r.gain, r.nll) for r in lost} == {(0.5, None, ())}
-    assert_names(table(found, 80), "2 losses")
+    assert_names(table(result, 80), "2 losses")
     alone = lora_diag.probe_sensitivity(base, rates=(1e-2,), **options)
-    fine = {record.unit: record.loss for record in runs_of(found) if record.lr == 1e-2}
+    fine = {record.unit: record.loss for record in runs_of(result) if record.lr == 1e-2}
     assert fine == {record.unit: record.loss for record in runs_of(alone) if record.unit}
     nothing = lora_diag.probe_sensitivity(base, rates=(0.5,), **options)
     assert "no run is finished" in table(nothing, 80)
@@ -232,7 +232,7 @@ def test_classifier_head_is_not_adapted(tmp_path):
     for name, shift in (("train", 0), ("held", 1)):
         lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = lora_diag.probe_sensitivity(
+    result = lora_diag.probe_sensitivity(
         base,
         data=tmp_path / "train.jsonl",
         evaluate=[tmp_path / "held.jsonl"],
@@ -240,9 +240,9 @@ def test_classifier_head_is_not_adapted(tmp_path):
         steps=8,
         exclude="attention",
     )
-    assert all(record.gain > 0 for record in runs_of(found) if record.unit)
-    assert {item.layer: item.detail for item in found.left_out}["classifier.weight"] == "the head is not adapted"
-    assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(found)}
+    assert all(record.gain > 0 for record in runs_of(result) if record.unit)
+    assert {item.layer: item.detail for item in result.left_out}["classifier.weight"] == "the head is not adapted"
+    assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(result)}
 
 
 def test_table_names_largest_gain_at_narrow_width(measured):

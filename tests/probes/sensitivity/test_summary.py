@@ -37,7 +37,7 @@ MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
 
 
 @pytest.mark.parametrize(
-    ("gains", "scores", "sizes", "noise", "said"),
+    ("gains", "scores", "sizes", "noise", "text"),
     [
         (RISING, RISING, MIXED, 0.0, "yes: Σσ_i(G)² to r ranks the 8 with ρ = 1.00"),
         (RISING, RISING, RISING, 0.0, "no: the number of parameters ranks the 8 as well"),
@@ -46,9 +46,9 @@ MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
     ],
     ids=["the gradient", "its size", "chance", "noise"],
 )
-def test_gradient_scores_are_compared_with_gains(gains, scores, sizes, noise, said):
+def test_gradient_scores_are_compared_with_gains(gains, scores, sizes, noise, text):
     shown = table(results(gains, scores, [round(100 * size) for size in sizes], noise), 120)
-    assert f"Proxies {said}" in " ".join(shown.split())
+    assert f"Proxies {text}" in " ".join(shown.split())
 
 
 def test_most_sensitive_units_come_first():
@@ -62,13 +62,13 @@ def test_most_sensitive_units_come_first():
 
 def test_edge_of_unit_uses_own_rates():
     """Beyond the grid only some units are tried: a rate that others went past is still their last."""
-    found = results([0.3, 0.3], [1, 1], [1, 1])
-    base, first, second = (record for record in found.whole if isinstance(record, Sensitivity))
+    result = results([0.3, 0.3], [1, 1], [1, 1])
+    base, first, second = (record for record in result.whole if isinstance(record, Sensitivity))
     worse = {"loss": 2.9, "nll": (2.9,) * 10, "gain": 0.1}
     records = [base, first, second]
     records += [unit.model_copy(update={"lr": 0.01, **worse}) for unit in (first, second)]
     records.append(second.model_copy(update={"lr": 0.33, **worse}))
     gains = gains_of(records, "own", "own", 2, 0)
     assert [(gain.unit, gain.lr, gain.edge) for gain in gains] == [("h.0.q.weight", 0.1, 1), ("h.1.q.weight", 0.1, 0)]
-    said = " ".join(table(replace(found, whole=tuple(records)), 120).split())
-    assert_names(said, 2, 1, "--lr")
+    text = " ".join(table(replace(result, whole=tuple(records)), 120).split())
+    assert_names(text, 2, 1, "--lr")

@@ -40,15 +40,15 @@ def case(tmp_path):
 def test_sweep_runs_equal_plain_training_loop(case):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "ranks": (1, 3), "rates": (1e-3, 3e-2)}
-    found = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
-    by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in found.whole}
+    result = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
+    by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in result.whole}
     runs = {key[:3] for key in by_cell if key[0] is not None}
     assert len(runs) == 2 * (2 + 1 + 1)
-    told = " ".join(table(found, 200).split())
+    message = " ".join(table(result, 200).split())
     generator = torch.Generator().manual_seed(5)
     order = [place for _ in range(2) for place in torch.randperm(7, generator=generator).tolist()][:12]
     steps = repr([order[first : first + 2] for first in range(0, 12, 2)])
-    assert found.run.settings["order"] == hashlib.sha256(steps.encode()).hexdigest()[:16]
+    assert result.run.settings["order"] == hashlib.sha256(steps.encode()).hexdigest()[:16]
     assert {seed for _, _, seed in runs} == {5, 6}
     for rank, lr, seed in runs:
         for text in (held, shifted):
@@ -59,14 +59,14 @@ def test_sweep_runs_equal_plain_training_loop(case):
         tried = {1e-3, 3e-2, 3e-4 if of_grid == 1e-3 else 0.1}
         assert {lr for r, lr, seed in runs if (r, seed) == (rank, 5)} == tried
         further = f"{(tried - {1e-3, 3e-2}).pop():g}"
-        assert re.search(rf"{further}[^b]* also tried, because a best rate was at the edge of --lr", told)
+        assert re.search(rf"{further}[^b]* also tried, because a best rate was at the edge of --lr", message)
         best = min(tried, key=lambda lr: by_cell[rank, lr, 5, "held_out"])
         assert (rank, best, 6) in runs
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     with torch.no_grad():
         truth = model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
-    assert found.whole[0].subject == "base"
-    assert found.whole[0].loss == pytest.approx(truth, abs=1e-5)
+    assert result.whole[0].subject == "base"
+    assert result.whole[0].loss == pytest.approx(truth, abs=1e-5)
 
 
 def test_ctrl_c_leaves_resumable_file(case, tmp_path):
@@ -82,20 +82,20 @@ def test_ctrl_c_leaves_resumable_file(case, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         lora_diag.probe_sweep(base, output=cut, on_progress=stop_in_the_third_run, **options)
     assert [r.rank for r in read_results(cut).whole] == [None, 1, 1]
-    labels, said = [], []
+    labels, text = [], []
     lora_diag.probe_sweep(
         base,
         output=cut,
         resume=True,
         on_progress=lambda event: labels.append((event.label, event.done, event.total)),
-        on_note=said.append,
+        on_note=text.append,
         **options,
     )
     assert {label for label, *_ in labels if label.startswith("r=1")} <= {
         f"r=1 lr={lr} seed 1" for lr in ("0.01", "0.03")
     }
-    assert said[0].startswith("about ")
-    assert "4 runs of 3 steps" in said[0]
+    assert text[0].startswith("about ")
+    assert "4 runs of 3 steps" in text[0]
     assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
@@ -173,10 +173,10 @@ def test_diverged_run_is_reported_and_others_continue(case, monkeypatch):
 
     monkeypatch.setattr(lora_diag.models.training, "rate_at", rate_at)
     options = {"ranks": (1, 2), "rates": (1e-2, 0.5), "widen": 0, "steps": 3}
-    found = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
-    assert {r.lr for r in found.whole if r.subject == "lora" and r.loss is None} == {0.5}
-    assert {r.lr for r in found.whole if r.seed == 1} == {1e-2}
-    shown = table(found, 80)
+    result = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
+    assert {r.lr for r in result.whole if r.subject == "lora" and r.loss is None} == {0.5}
+    assert {r.lr for r in result.whole if r.seed == 1} == {1e-2}
+    shown = table(result, 80)
     assert "diverged" in shown
     assert_names(shown, "2 losses")
 
@@ -186,7 +186,7 @@ def test_classifier_can_be_swept(tmp_path):
     for name, shift in (("train", 0), ("held", 1)):
         lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = lora_diag.probe_sweep(
+    result = lora_diag.probe_sweep(
         base,
         data=tmp_path / "train.jsonl",
         evaluate=[tmp_path / "held.jsonl"],
@@ -195,8 +195,8 @@ def test_classifier_can_be_swept(tmp_path):
         steps=20,
         targets=("query", "value"),
     )
-    assert all(r.loss < found.whole[0].loss for r in found.whole[1:])
-    assert found.run.settings["targets"] == ["query", "value"]
+    assert all(r.loss < result.whole[0].loss for r in result.whole[1:])
+    assert result.run.settings["targets"] == ["query", "value"]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
     opened = []
     real = lora_diag.running.probing.open_model
     monkeypatch.setattr(lora_diag.running.probing, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
-    found = lora_diag.probe_sweep(
+    result = lora_diag.probe_sweep(
         base,
         data=train,
         evaluate=[held],
@@ -254,7 +254,7 @@ def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
         batch=2,
         seed=3,
     )
-    lines = [record for record in found.whole if record.subject in {"full", "bitfit"}]
+    lines = [record for record in result.whole if record.subject in {"full", "bitfit"}]
     assert sorted((r.subject, r.lr, r.seed) for r in lines)[:2] == [("bitfit", 1e-2, 3), ("bitfit", 1e-2, 4)]
     assert len(lines) == 2 + 3
     for record in lines:
@@ -264,7 +264,7 @@ def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
     module = opened[0].module
     assert state_of(module) == state_of(transformers.GPT2LMHeadModel.from_pretrained(base))
     assert not any(parameter.requires_grad for parameter in module.parameters())
-    shown = table(found, 100)
+    shown = table(result, 100)
     assert "To full" in shown
     assert "BASE int8" in shown
 
@@ -322,7 +322,7 @@ def test_row_of_zeros_rounds_to_zeros():
 )
 def test_lora_variants_equal_peft(case, options, of_peft):
     base, train, held, _ = case
-    found = lora_diag.probe_sweep(
+    result = lora_diag.probe_sweep(
         base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options
     )
 
@@ -332,7 +332,7 @@ def test_lora_variants_equal_peft(case, options, of_peft):
                 module.weight.data = rounded_nf4(module.weight.data.T.contiguous()).T.contiguous()
 
     truth = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0, change, **of_peft)
-    record = found.whole[-1]
+    record = result.whole[-1]
     assert record.loss == pytest.approx(truth, abs=1e-4)
     plain = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0)
     assert abs(plain - truth) > 1e-3 or options.get("quantized") or options.get("dora")
@@ -340,8 +340,8 @@ def test_lora_variants_equal_peft(case, options, of_peft):
         model = transformers.GPT2LMHeadModel.from_pretrained(base)
         change(model)
         with torch.no_grad():
-            assert found.whole[1].loss == pytest.approx(model(ids_of(held), labels=ids_of(held)).loss.item(), abs=1e-5)
-        assert (found.whole[1].subject, found.whole[1].name) == ("base", "nf4")
+            assert result.whole[1].loss == pytest.approx(model(ids_of(held), labels=ids_of(held)).loss.item(), abs=1e-5)
+        assert (result.whole[1].subject, result.whole[1].name) == ("base", "nf4")
 
 
 def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monkeypatch):
@@ -352,16 +352,16 @@ def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monke
     block, calls = transformers.models.gpt2.modeling_gpt2.GPT2MLP, []
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda self, *given: (calls.append(self.training), forward(self, *given))[1])
-    found, counts = {}, {}
+    result, counts = {}, {}
     with keep_open():
         for on in (True, False):
-            found[on] = lora_diag.probe_sweep(base, gradient_checkpointing=on, **options)
+            result[on] = lora_diag.probe_sweep(base, gradient_checkpointing=on, **options)
             counts[on] = sum(calls)
             calls.clear()
     assert counts == {True: 2 * counts[False], False: 2 * (2 + 3) * 2}  # blocks x (timed + trained) x (LoRA, full)
-    assert [r.loss for r in found[True].whole] == pytest.approx([r.loss for r in found[False].whole], abs=1e-6)
-    assert len({r.loss for r in found[True].whole}) == 3
-    assert [found[on].run.settings.get("gradient_checkpointing") for on in (True, False)] == [True, None]
+    assert [r.loss for r in result[True].whole] == pytest.approx([r.loss for r in result[False].whole], abs=1e-6)
+    assert len({r.loss for r in result[True].whole}) == 3
+    assert [result[on].run.settings.get("gradient_checkpointing") for on in (True, False)] == [True, None]
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "supports_gradient_checkpointing", False)
     with raises_naming(UsageError, "GPT2LMHeadModel"):
         lora_diag.probe_sweep(base, gradient_checkpointing=True, **options | {"output": tmp_path / "other.jsonl"})

@@ -49,23 +49,23 @@ def rows(*losses):
     ],
 )
 def test_sweep_verdicts(losses, word, rank, answer):
-    found = judge(rows(*losses), base=2.0, share=0.02)
-    assert (found.outcome, found.rank, found.answer) == (word, rank, answer)
+    result = judge(rows(*losses), base=2.0, share=0.02)
+    assert (result.outcome, result.rank, result.answer) == (word, rank, answer)
 
 
 def test_standing_is_paired_t_test_against_margin():
     """Two ranks: θ of the pair by its definition, seed by seed, with SciPy's t test of one sample."""
     four, eight, base, share = np.array([1.02, 1.05, 1.00]), np.array([1.00, 1.01, 0.99]), 2.0, 0.1
-    found = judge(rows(four, eight), base, share).standings[0]
+    result = judge(rows(four, eight), base, share).standings[0]
     theta = four.mean() - (1 - share) * eight.mean() - share * base
     paired = np.var(four - eight, ddof=1) / 2
     plain = (np.var(four, ddof=1) + np.var(eight, ddof=1)) / 2
     error = math.sqrt((paired * (1 + (1 - share) ** 2) + share**2 * max(0, plain - paired)) / 3)
-    assert found.confidence == pytest.approx(stats.t(2).cdf(-theta / error))
-    assert found.behind == pytest.approx((four - eight).mean())
+    assert result.confidence == pytest.approx(stats.t(2).cdf(-theta / error))
+    assert result.behind == pytest.approx((four - eight).mean())
     span = stats.ttest_rel(four, eight).confidence_interval(0.9)
-    assert (found.behind - found.half, found.behind + found.half) == pytest.approx((span.low, span.high))
-    assert found.share == pytest.approx(found.behind / 1.0)
+    assert (result.behind - result.half, result.behind + result.half) == pytest.approx((span.low, span.high))
+    assert result.share == pytest.approx(result.behind / 1.0)
 
 
 @settings(max_examples=60)
@@ -90,9 +90,9 @@ def test_rank_at_margin_false_positive_rate(seeds, common):
     means = np.array([[1.3], [1.02], [1.0]])
     for _ in range(1500):
         losses = means + 0.01 * rng.normal(size=(3, seeds)) + common * rng.normal(size=seeds)
-        found = judge(rows(*losses), base=2.0, share=0.02)
-        wrong += found.standings[1].enough == "yes"
-        known += found.standings[0].enough == "no"
+        result = judge(rows(*losses), base=2.0, share=0.02)
+        wrong += result.standings[1].enough == "yes"
+        known += result.standings[0].enough == "no"
     assert wrong / 1500 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)
     assert known / 1500 > 0.9  # and what is far behind is seen to be
 
@@ -100,9 +100,9 @@ def test_rank_at_margin_false_positive_rate(seeds, common):
 def test_noisy_pair_uses_own_variance():
     """Quiet ranks beside it do not make its interval narrow: at least that of the pair alone, with pooled freedom."""
     noisy = (1.0, 1.06, 1.02), (1.04, 1.0, 1.01)
-    found = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
+    result = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
     own = np.var(np.subtract(*noisy), ddof=1)
-    best = found.standings[2]
+    best = result.standings[2]
     assert best.half == pytest.approx(stats.t(6).ppf(0.95) * math.sqrt(own / 3))
 
 
@@ -111,25 +111,25 @@ def test_equal_rank_is_enough_with_recommended_seeds():
     few = judge(rows((1.0, 1.04), (1.03, 1.01), (1.02, 1.01)), 2.0, 0.02)
     assert few.rank is None
     assert 2 < max(one.seeds for one in few.standings if one.seeds is not None) < 200
-    found = [judge(rows(*(1 + 0.02 * rng.normal(size=(3, 40)))), 2.0, 0.02).rank == 4 for _ in range(200)]
-    assert np.mean(found) > 0.95
+    result = [judge(rows(*(1 + 0.02 * rng.normal(size=(3, 40)))), 2.0, 0.02).rank == 4 for _ in range(200)]
+    assert np.mean(result) > 0.95
 
 
 def test_documented_example_distinguishes_5_from_2_percent():
     results = read_results(ROOT / "docs" / "examples" / "sweep.jsonl")
-    (found, _), (shifted, _) = verdicts(results.whole, 0, results.run.settings["tolerance"]).values()
+    (result, _), (shifted, _) = verdicts(results.whole, 0, results.run.settings["tolerance"]).values()
     runs = {rank: [r.loss for r in results.whole if (r.set, r.rank, r.lr) == ("held_out", rank, lr)]
             for rank, lr in ((1, 0.01), (4, 0.01), (16, 0.003))}  # fmt: skip
-    four = found.standings[1]
+    four = result.standings[1]
     assert four.rank == 4
     assert four.share == pytest.approx((np.mean(runs[4]) - np.mean(runs[16])) / (1.982591734874231 - np.mean(runs[16])))
     assert round(four.share, 3) == 0.055
-    assert [one.enough for one in found.standings] == ["no", "not known", "not known"]
-    assert (found.rank, found.answer, found.chosen.rank, found.chosen.lr) == (None, 16, 16, 0.003)
-    assert found.tolerance == pytest.approx(0.02 * found.gain)
+    assert [one.enough for one in result.standings] == ["no", "not known", "not known"]
+    assert (result.rank, result.answer, result.chosen.rank, result.chosen.lr) == (None, 16, 16, 0.003)
+    assert result.tolerance == pytest.approx(0.02 * result.gain)
     assert four.seeds > 3
-    assert found.confidence < four.against < found.standings[0].against
-    assert len(reasons(found, 0.02)) == 3
+    assert result.confidence < four.against < result.standings[0].against
+    assert len(reasons(result, 0.02)) == 3
     assert shifted.outcome == "no gain"
 
 
@@ -169,13 +169,13 @@ def test_best_rank_is_compared_with_line_by_welch():
     """As SciPy's t test of unequal variances where there is one rank and the line depends on the seed."""
     line = AtRank(None, 1e-4, dict(enumerate((0.91, 0.99, 0.94))))
     best = (0.90, 0.95, 0.85, 0.93)
-    found = compare_with_reference([row(4, best)], line, base=2.0, share=0.02)
+    result = compare_with_reference([row(4, best)], line, base=2.0, share=0.02)
     truth = stats.ttest_ind(best, line.losses, equal_var=False).confidence_interval(0.9)
-    assert not found.fixed
-    assert found.gap - found.half == pytest.approx(truth.low)
-    assert found.gap + found.half == pytest.approx(truth.high)
-    assert found.outcome == "not known"  # what is not significantly different is not equal
-    assert found.seeds > 4
+    assert not result.fixed
+    assert result.gap - result.half == pytest.approx(truth.low)
+    assert result.gap + result.half == pytest.approx(truth.high)
+    assert result.outcome == "not known"  # what is not significantly different is not equal
+    assert result.seeds > 4
     wide = compare_with_reference([row(4, best)], line, base=2.0, share=0.3)
     assert wide.outcome == "as good"
     # Where the best was chosen among several ranks, limits are Bonferroni's: 97.5% each for two, 99% in all for ten.
@@ -191,10 +191,10 @@ def test_seed_independent_reference_counts_as_one_run():
     best = (1.0, 1.02, 1.01)
     spread = np.var(best, ddof=1)
     for losses in ((0.9, 0.9, 0.9), (0.9,), (0.9, 0.9 + 1e-5, 0.9)):
-        found = compare_with_reference([row(4, best)], row(None, losses), base=2.0, share=0.02)
-        assert found.fixed
-        assert found.half == pytest.approx(stats.t(2).ppf(0.95) * math.sqrt(spread * (1 / 3 + 1)))
-        assert found.outcome == "worse"
+        result = compare_with_reference([row(4, best)], row(None, losses), base=2.0, share=0.02)
+        assert result.fixed
+        assert result.half == pytest.approx(stats.t(2).ppf(0.95) * math.sqrt(spread * (1 / 3 + 1)))
+        assert result.outcome == "worse"
     near = compare_with_reference([row(4, best)], row(None, (1.0, 1.0)), base=2.0, share=0.02)
     assert (near.outcome, near.seeds) == ("not known", None)  # one run stays one run, however many seeds LoRA has
 
@@ -204,8 +204,10 @@ def test_seed_independent_reference_counts_as_one_run():
     [((0.5, 0.51), "worse"), ((1.5, 1.52), "better"), ((1.0, 1.01), "as good"), ((1.004, 1.2), "not known")],
 )
 def test_lora_is_compared_with_reference_line(line, word):
-    found = compare_with_reference(rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, dict(enumerate(line))), 2.0, 0.06)
-    assert (found.outcome, found.best.rank) == (word, 8)
+    result = compare_with_reference(
+        rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, dict(enumerate(line))), 2.0, 0.06
+    )
+    assert (result.outcome, result.best.rank) == (word, 8)
 
 
 def test_line_without_spread_or_rank_has_no_statement():
@@ -237,8 +239,8 @@ def test_diverged_run_is_excluded_from_statistics():
         assert diverged(records) == {("lora", 8, 1e-2, 3)}
         eight = by_rank(records, "own", best_rates(records, "own", 0))[1]
         assert (len(eight.runs), eight.diverged) == (3, 1)
-        found = judge(by_rank(records, "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
-        assert replace(found, standings=()) == replace(clean, standings=())
+        result = judge(by_rank(records, "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
+        assert replace(result, standings=()) == replace(clean, standings=())
     # It is one on every set, and a rate at which all runs end above BASE is no gain and no divergence.
     twice = [base(2.0), *good, record(8, 1e-2, 3, 5.0), base(9.0, "two"), record(8, 1e-2, 3, 8.0, "two")]
     twice += [record(8, 1e-2, 0, 7.0, "two")]
@@ -248,5 +250,5 @@ def test_diverged_run_is_excluded_from_statistics():
 
 
 def test_ranks_are_paired_on_common_seeds():
-    found = judge([AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02)
-    assert found.standings[0].behind == pytest.approx(-0.005)
+    result = judge([AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02)
+    assert result.standings[0].behind == pytest.approx(-0.005)

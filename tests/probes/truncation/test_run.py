@@ -32,23 +32,23 @@ def is_truncated(name: str, value: np.ndarray) -> bool:
 
 def weights_at(base, tuned, rank, rest, only=None):
     """W_0 + ΔW_r by the definition; other tensors as in ``rest``."""
-    found = {}
+    result = {}
     for name, before in base.items():
         delta = tuned[name] - before
         if not is_truncated(name, before):
-            found[name] = tuned[name] if rest == "tuned" else before
+            result[name] = tuned[name] if rest == "tuned" else before
         elif only is None or name in only:
-            found[name] = before + best(delta, rank)
+            result[name] = before + best(delta, rank)
         else:
-            found[name] = tuned[name]
-    return found
+            result[name] = tuned[name]
+    return result
 
 
 @pytest.mark.parametrize("rest", ["tuned", "base"])
 def test_losses_equal_independent_computation(pair, tmp_path, rest):
     base, tuned, length = pair
     text = some_text(tmp_path, length=length)
-    found = lora_diag.probe_truncation(
+    result = lora_diag.probe_truncation(
         base, tuned, evaluate=[text], ranks=(0, 3, 11), rest=rest, length=length, batch=2
     )
     before, after = tensors(base), tensors(tuned)
@@ -56,8 +56,8 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
         "base": window_losses(base, before, text, length),
         "tuned": window_losses(base, after, text, length),
     }
-    assert [record.rank for record in found.whole] == [None, None, 0, 3, 11]
-    for record in found.whole:
+    assert [record.rank for record in result.whole] == [None, None, 0, 3, 11]
+    for record in result.whole:
         truth = ends.get(record.subject)
         if truth is None:
             truth = window_losses(base, weights_at(before, after, record.rank, rest), text, length)
@@ -83,9 +83,9 @@ def test_sensitivity_by_layer_or_type(tmp_path, per):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     text = some_text(tmp_path)
-    found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn")
+    result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn")
     before, after = tensors(base), tensors(tuned)
-    alone = [record for record in found.whole if record.subject == "truncated"]
+    alone = [record for record in result.whole if record.subject == "truncated"]
     assert len(alone) == (4 if per == "layer" else 2)
     for record in alone:
         mine = {name for name in before if name == record.layer or (record.module_type or "\0") in name}
@@ -94,23 +94,23 @@ def test_sensitivity_by_layer_or_type(tmp_path, per):
 
 
 def test_sample_losses_match_readme():
-    told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
-    found = lora_diag.probe_truncation(
+    message = json.loads((SAMPLES / "losses.json").read_text())["losses"]
+    result = lora_diag.probe_truncation(
         SAMPLES / "base",
         SAMPLES / "full_ft",
         evaluate=[EVAL / "in_domain.txt"],
         ranks=(999,),
         batch=16,
     )
-    assert [record.subject for record in found.whole] == ["base", "tuned"]
-    for record, name in zip(found.whole, ("base", "full_ft"), strict=True):
-        assert record.loss == pytest.approx(told[name]["in_domain"], abs=1e-4)
+    assert [record.subject for record in result.whole] == ["base", "tuned"]
+    for record, name in zip(result.whole, ("base", "full_ft"), strict=True):
+        assert record.loss == pytest.approx(message[name]["in_domain"], abs=1e-4)
 
 
 def test_adapter_truncated_at_own_rank_is_complete(tmp_path):
     text = some_text(tmp_path, windows=2, length=64)
-    found = lora_diag.probe_truncation(SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64)
-    by_rank = {record.rank: record for record in found.whole}
+    result = lora_diag.probe_truncation(SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64)
+    by_rank = {record.rank: record for record in result.whole}
     assert by_rank[4].gap == pytest.approx(0, abs=1e-5)
     assert by_rank[4].energy == pytest.approx(1)
     assert 0 < by_rank[1].energy < 1
@@ -122,10 +122,10 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     lines = [("hello", 0), ("buy now", "spam"), ("x" * 80, 2)]
     file = tmp_path / "mail.jsonl"
     file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in lines))
-    found = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
+    result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
     import transformers
 
-    for record, folder in zip(found.whole, (base, tuned), strict=False):
+    for record, folder in zip(result.whole, (base, tuned), strict=False):
         model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
         losses = [
             model(
@@ -136,7 +136,7 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
         ]
         assert record.loss == pytest.approx(np.mean(losses), abs=1e-4)
         assert record.tokens == 3
-    assert any(mentions(note, 1, "3 lines") for given in found.run.inputs for note in given.notes)
+    assert any(mentions(note, 1, "3 lines") for given in result.run.inputs for note in given.notes)
 
 
 def test_only_completion_is_predicted(tmp_path):
@@ -144,7 +144,7 @@ def test_only_completion_is_predicted(tmp_path):
     tuned = moved(base, tmp_path / "tuned")
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"prompt": "one two ", "completion": "three"}) + "\n\n" + json.dumps({"text": "ab"}))
-    found = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
+    result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
     import transformers
 
     model = transformers.GPT2LMHeadModel.from_pretrained(base).eval()
@@ -153,8 +153,8 @@ def test_only_completion_is_predicted(tmp_path):
     labels[0, :8] = -100
     two = torch.tensor([list(b"ab")])
     sums = model(input_ids=ids, labels=labels).loss.item() * 5 + model(input_ids=two, labels=two).loss.item()
-    assert found.whole[0].tokens == 6
-    assert found.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
+    assert result.whole[0].tokens == 6
+    assert result.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
 
 
 def test_resumed_run_measures_each_cell_once(tmp_path):

@@ -18,8 +18,8 @@ def test_records_come_in_order_of_tasks():
         time.sleep(0.05 if task == 0 else 0)
         return task * 10
 
-    found = list(run_local(slow_first, range(20), Layout(4, 100), lambda task: 1))
-    assert found == [task * 10 for task in range(20)]
+    result = list(run_local(slow_first, range(20), Layout(4, 100), lambda task: 1))
+    assert result == [task * 10 for task in range(20)]
 
 
 @pytest.mark.parametrize(("workers", "size", "at_once"), [(None, 1, 4), (None, 100, 1), (None, 40, 2), (3, 100, 3)])
@@ -44,8 +44,8 @@ def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_onc
 
 def test_threads_of_task_depend_on_its_size_alone():
     layout = Layout(2, 100)
-    found = list(run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task))
-    assert found == [1, 2, 1, 2]
+    result = list(run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task))
+    assert result == [1, 2, 1, 2]
 
 
 def test_thread_count_of_caller_is_restored():
@@ -64,9 +64,9 @@ def test_first_error_cancels_later_tasks():
         time.sleep(0.01)
         return task
 
-    found = []
+    result = []
     with pytest.raises(InputError, match="three"):
-        found.extend(run_local(measure, range(1000), Layout(2, 100), lambda task: 1))
+        result.extend(run_local(measure, range(1000), Layout(2, 100), lambda task: 1))
     assert len(started) < 1000
 
 

@@ -229,11 +229,11 @@ def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, mo
     monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if marker.exists() else original(self)))
     monkeypatch.setattr(trials, "train_on_worker", partial(faulty.never_ends, marker, "pilot"))
     run = tmp_path / "cluster"
-    found = lora_diag.tune(base, run, time="1h", engine=Ray(), **options)
-    outcomes = {one.name: one.outcome for one in found.whole_of(TuneDecision)}
+    result = lora_diag.tune(base, run, time="1h", engine=Ray(), **options)
+    outcomes = {one.name: one.outcome for one in result.whole_of(TuneDecision)}
     assert outcomes["non-uniform ranks"] == "not tried"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    assert found.whole_of(TunePlan)[0].slots == 2
+    assert result.whole_of(TunePlan)[0].slots == 2
     assert (run / "sweep.jsonl").read_bytes() == (tmp_path / "local" / "sweep.jsonl").read_bytes()
     monkeypatch.undo()
     repeated = lora_diag.tune(base, run, resume=True, time="2h", **options)
@@ -285,13 +285,13 @@ def test_cluster_reports_unmeasurable_layer_like_local(cluster, pair, tmp_path, 
     assert local == there
     assert b'"non_finite"' in local
     monkeypatch.setattr(api, "_measure_layer", partial(faulty.cannot_read, LAST))
-    told = []
+    message = []
     for name, on in (("local2", None), ("cluster2", Ray())):
         with pytest.raises(InputError) as error:
             lora_diag.spectrum(base, tuned, output=tmp_path / name, engine=on)
-        told.append((str(error.value), (tmp_path / name).read_bytes()))
-    assert told[0] == told[1]
-    assert LAST in told[0][0]
+        message.append((str(error.value), (tmp_path / name).read_bytes()))
+    assert message[0] == message[1]
+    assert LAST in message[0][0]
 
 
 def test_inputs_on_this_machine_only_are_named(cluster, pair, tmp_path):
@@ -407,7 +407,7 @@ def test_worker_checks_adapter_and_base(other):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"address": "ray://10.0.0.1:10001"}, "--ray-address ray://10.0.0.1:10001: unsupported form of address"),
         ({"gpus_per_task": -1.0}, "--gpus-per-task -1: must be"),
@@ -416,9 +416,9 @@ def test_worker_checks_adapter_and_base(other):
         ({"gpus_per_task": 1.5}, "--gpus-per-task 1.5: must be"),
     ],
 )
-def test_invalid_options_are_refused(asked, message):
+def test_invalid_options_are_refused(requested, message):
     with pytest.raises(UsageError) as error:
-        Ray(**asked).check()
+        Ray(**requested).check()
     assert str(error.value).startswith(message)
 
 

@@ -87,12 +87,12 @@ class Machines:
     def outcomes(self, batch):
         if self.deadly & set(range(batch.start, batch.stop)):
             return None
-        found = []
+        result = []
         for at in range(batch.start, batch.stop):
             if at in self.broken:
-                return [*found, InputError(f"broken {at}")]
-            found.append(at)
-        return found
+                return [*result, InputError(f"broken {at}")]
+            result.append(at)
+        return result
 
     def run(self, plan, capacity, reach=8):
         return in_order(
@@ -119,11 +119,11 @@ def test_concurrency_equals_requested_workers():
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
 def test_first_error_follows_earlier_outcomes(seed, deadly, broken):
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
-    machines, found = Machines(seed, [deadly], [broken]), []
+    machines, result = Machines(seed, [deadly], [broken]), []
     with pytest.raises(InputError) as error:
-        found.extend(machines.run(plan, Capacity(2)))
+        result.extend(machines.run(plan, Capacity(2)))
     first = min(deadly, broken)
-    assert found == list(range(first))
+    assert result == list(range(first))
     assert str(error.value) == (f"lost {first}" if first == deadly else f"broken {first}")
     # Those around a deadly one were tried one by one; nothing is sent far behind an error.
     assert max(batch.start for batch in machines.sent) <= first + 5 * 8 + 5
@@ -165,8 +165,8 @@ def test_tasks_near_fatal_task_are_retried_in_order():
 
 def test_later_error_keeps_earlier_and_stops_sending():
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
-    machines, found = InTurn([5, 10, 0], broken=[6, 11]), []
+    machines, result = InTurn([5, 10, 0], broken=[6, 11]), []
     with pytest.raises(InputError, match="broken 6"):
-        found.extend(machines.run(plan, Capacity(2, most=3), reach=4))
-    assert found == list(range(6))
+        result.extend(machines.run(plan, Capacity(2, most=3), reach=4))
+    assert result == list(range(6))
     assert [batch.start for batch in machines.sent] == [0, 5, 10]

@@ -132,7 +132,7 @@ def test_invalid_requests_are_refused(tmp_path):
         lora_diag.spectrum(gradients=[path], method="exact")
     with pytest.raises(NothingComparedError):
         lora_diag.spectrum(base, gradients=[path], layers="nowhere")
-    with pytest.raises(InputError, match="has no step"):
+    with pytest.raises(InputError, match="no training step is known"):
         lora_diag.spectrum(gradients=[base])
 
 

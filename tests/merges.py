@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Merged:
-    """What lies where, and the tensors of base and merged."""
+    """Paths, and the tensors of base and merged."""
 
     base: Path
     adapter: Path

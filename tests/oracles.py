@@ -6,7 +6,7 @@ import numpy as np
 
 
 def spectrum(base: np.ndarray, tuned: np.ndarray) -> dict:
-    """Everything a spectrum record says, from numpy.linalg.svd in float64."""
+    """The values of a spectrum record, from numpy.linalg.svd in float64."""
     delta = tuned.astype(np.float64) - base.astype(np.float64)
     s = np.linalg.svd(delta, compute_uv=False)
     energy = s**2
@@ -63,7 +63,7 @@ def with_spectrum(s: np.ndarray, m: int, n: int, seed: int) -> np.ndarray:
 
 
 def distance(d: np.ndarray, x: np.ndarray, rank: int | None) -> dict:
-    """Everything a residual record says of how far x is from d, from the definitions."""
+    """The distances of x from d in a residual record, from their definitions."""
     fro, other = np.sqrt((d**2).sum()), np.sqrt((x**2).sum())
     result = {"epsilon": float(np.sqrt(((d - x) ** 2).sum()) / fro), "norm_ratio": float(other / fro)}
     if rank is not None:

@@ -174,7 +174,7 @@ def serve(path: str) -> None:
 
 
 def _report_ends(running: dict[int, socket.socket]) -> None:
-    """Tell who asked for a command that it has ended, and how."""
+    """Tell the caller of a command that it has ended, and how."""
     for child in list(running):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

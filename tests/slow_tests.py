@@ -15,7 +15,7 @@ from tests.served import ROOT
 
 # Folders whose tests run models, browsers, or commands many times over.
 FOLDERS = {"browser", "models", "probes", "robustness"}
-# A module is slow that says so, or that imports what takes seconds to import and more to run.
+# A module is slow if it declares so, or if it imports packages that take seconds to import.
 HEAVY = re.compile(
     r"^ *pytestmark = .*\bslow\b|(?:^ *(?:import|from) |importorskip\(\")(?:datasets|moto|peft|ray|transformers)\b",
     re.M,

@@ -246,7 +246,7 @@ def test_only_cli_prints_or_exits():
 
 
 def is_short(call: ast.expr) -> bool:
-    """Return whether what is called is a name, or an attribute of one."""
+    """Return whether a call is of a name, or of an attribute of a name."""
     return isinstance(call, ast.Name) or (isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name))
 
 

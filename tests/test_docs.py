@@ -79,7 +79,7 @@ def test_installation_pages_state_source(page):
 
 
 def test_links_resolve():
-    """Files exist, and so do headings: those of the page as it is written, and as the site completes it."""
+    """Linked files and headings exist, in the sources of a page and in the built site."""
     pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     headings = {page: anchors(hooks.completed(name(page).removeprefix("docs/"), text)) for page, text in pages.items()}
     wrong = []

@@ -1,4 +1,4 @@
-"""The notebooks of the docs: run again, they show what is in the file."""
+"""The notebooks of the docs: a new run gives the stored outputs."""
 
 import json
 import re

@@ -99,7 +99,7 @@ def table(head: str, rows: Iterable[Row], end: float) -> Iterator[str]:
 
 
 def compared(found: float, allowed: float) -> str:
-    """Return a difference as a fraction of what is allowed."""
+    """Return a difference as a fraction of the allowed one."""
     return f"{found / allowed:.1e}{'' if found <= allowed else f' {EXCEEDED}'}"  # also if it is NaN
 
 
@@ -227,7 +227,7 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def disagreement(own: Any, other: Any, size: float) -> tuple[float, float]:
-    """Return the difference between two results of the same work, and what is allowed.
+    """Return the difference between two results of the same work, and the allowed difference.
 
     Args:
         own: On the device.

@@ -66,7 +66,7 @@ def factors(size: tuple[int, int], rank: int, relative: float, s: float, dtype: 
 
 
 def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float, diagonal: bool = False) -> Merge:
-    """Return what verify-merge says of one layer."""
+    """Return the result of verify-merge for one layer."""
     dtypes = (str(w.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch."))
     update = FactoredDelta(
         "w", tuple(w.shape), lambda: (b.double() * s, a.double()), dtypes, Held(w), True, s, diagonal

@@ -78,7 +78,7 @@ def update(m: int, n: int, kind: str, rms: float, rng: np.random.Generator) -> T
 
 
 def compared(w: Tensor, x: Tensor, rank: int, seed: int = 0) -> dict[str, float | str]:
-    """Return what is found of round(W + X) beside the truth."""
+    """Return the estimate from round(W + X) with the true values."""
     t = (w + x).bfloat16()
     result, _ = estimate(w.bfloat16(), t, seed)
     hidden, d = result.hidden, t.float() - w

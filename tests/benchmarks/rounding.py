@@ -1,4 +1,4 @@
-"""What the rounding of bf16 files does to a planted update, and what the verdict says of it."""
+"""The effect of bf16 rounding on a planted update, and the verdict on it."""
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def ranks(s: np.ndarray) -> str:
 
 
 def rounding_table() -> str:
-    """Return the table: what is true, what the files read, what loradiag says."""
+    """Return the table: true values, values of the files, and verdicts of loradiag."""
     lines = [
         "| update | rms | unchanged | ‖E‖/‖ΔW‖ | noise stated | true ranks 90, 95, 99% | read | signal | verdict |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|",

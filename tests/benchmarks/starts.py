@@ -1,4 +1,4 @@
-"""How often a BASE that was rounded after the start of training is told from one that is the start.
+"""How often a BASE that was rounded after the start of training is distinguished from the start itself.
 
 TUNED is float32, BASE bfloat16, so that its rounding, if it is none of the start, makes up a share of ‖ΔW‖² that is
 given. Rows of a table: ``python -m tests.benchmarks.starts [SEEDS]``.
@@ -40,7 +40,7 @@ UPDATES = ("rank 4", "full rank", "rows of different size", "in proportion to w"
 
 
 def starts(kind: str, change: str, shape: tuple[int, int], seed: int) -> dict[tuple[float, str], str]:
-    """Return what is said of one simulated layer, by the share of the rounding and the true start."""
+    """Return the verdict on one simulated layer, by the share of the rounding and the true start."""
     rng = np.random.default_rng(seed)
     start = weights(kind, rng, shape)
     base = start.bfloat16()

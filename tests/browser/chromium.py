@@ -152,7 +152,7 @@ class Page:
             time.sleep(0.02)
 
     def freeze_layout(self) -> None:
-        """Wait until the page has drawn what it was told: Plotly puts off by 100 ms what a new size needs."""
+        """Wait until the page has drawn: Plotly delays resizing by 100 ms."""
         frames = (
             "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(drawn, 200))))"
         )

@@ -18,7 +18,7 @@ from tests.reports.test_html import HOSTILE, evidence, small
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (apt-get install chromium)")
 
-# Where the screenshots go, for who wants to look at them.
+# Folder of the screenshots, for inspection.
 KEEP = os.environ.get("LORADIAG_SCREENSHOTS")
 
 

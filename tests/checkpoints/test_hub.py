@@ -144,7 +144,7 @@ def test_adapter_is_found_with_its_configuration(cache, tmp_path):
 
 
 class FakeHub:
-    """Serves a folder as ``org/name``, and remembers what was asked for."""
+    """Serves a folder as ``org/name``, and records requests."""
 
     def __init__(self, cache, folder, monkeypatch):
         self.cache, self.folder, self.requests = cache, folder, []

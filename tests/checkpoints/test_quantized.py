@@ -201,7 +201,7 @@ def test_ambiguous_block_size_is_read_from_config(tmp_path):
     np.testing.assert_allclose(as_numpy(file.read(W)), expected.reshape(-1), rtol=3e-7)
 
 
-# Holding what is stored together: every misfit is one message that names file and tensor.
+# Consistency of stored tensors: every mismatch is one message that names file and tensor.
 
 STATE = f"{W}.quant_state.bitsandbytes__nf4"
 

@@ -1,4 +1,4 @@
-"""Addresses, and checkpoints read by ranges from a web server: what is asked for, what comes, what is never shown."""
+"""Addresses, and checkpoints read by ranges from a web server: requests, responses, and secrets, which are hidden."""
 
 import json
 import pickle
@@ -293,7 +293,7 @@ def test_credentials_go_to_server_only(web):
     result = spectrum(f"{web.url}/base/model.safetensors?sig=a%2Fb", f"{web.url}/tuned/model.safetensors?sig=c%2Fd")
     assert {request.query for request in web.requests if request.query} == {"sig=a%2Fb", "sig=c%2Fd"}
     assert "sig" not in result.run.model_dump_json()
-    # The signature is for one file: nothing beside it is asked for.
+    # The signature is for one file: no other is requested.
     assert all(request.path.endswith("model.safetensors") for request in web.requests if request.query)
     assert "401" in str(caught.value)
 

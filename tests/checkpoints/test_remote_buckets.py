@@ -94,18 +94,18 @@ def test_cluster_records_equal_local_run(bucket, folder):
 
 
 def test_only_header_and_tensor_are_read(bucket, monkeypatch):
-    ranges = []
+    reads = []
     original = BucketStore.read_range
 
     def counted(self, address, start, buffer, file_info):
-        ranges.append((address, start, len(buffer)))
+        reads.append((address, start, len(buffer)))
         return original(self, address, start, buffer, file_info)
 
     monkeypatch.setattr(BucketStore, "read_range", counted)
     spectrum("s3://models/base", "s3://models/tuned", layers=r"layers\.2\.")
-    assert len(ranges) == len(set(ranges))
-    assert sum(size for _, start, size in ranges if start > 0) == 2 * 4 * 256 * 256
-    assert sum(size for _, start, size in ranges if start == 0) <= 2 * (2**16 + 1000)
+    assert len(reads) == len(set(reads))
+    assert sum(size for _, start, size in reads if start > 0) == 2 * 4 * 256 * 256
+    assert sum(size for _, start, size in reads if start == 0) <= 2 * (2**16 + 1000)
 
 
 def test_adapter_under_key_with_two_slashes(bucket):
@@ -240,7 +240,7 @@ def memory(monkeypatch, folder):
         truncated = 0
 
         def ls(self, path, detail=True, **options):
-            """As gcsfs says it: a generation that is another one for another content."""
+            """As gcsfs reports it: a generation that changes with the content."""
             entries = super().ls(path, detail=True)
             return [
                 entry | {"generation": str(zlib.crc32(super(Played, self).cat_file(entry["name"])))}

@@ -1,4 +1,4 @@
-"""Every command that opens a checkpoint or adapter takes an address, and none shows or keeps what is secret in it."""
+"""Every command that opens a checkpoint or adapter takes an address, and none shows or stores its secrets."""
 
 import json
 import shutil
@@ -135,7 +135,7 @@ def test_resume_requires_same_inputs(run, tmp_path):
         assert run(*words, "--resume").code == 0
         assert (tmp_path / "s.jsonl").read_text() == whole
         (tmp_path / "s.jsonl").write_text("".join(lines[:3]))
-        # One bit of one weight: the size is as before, and so is nearly every page.
+        # One bit of one weight: the size is unchanged, and so is nearly every page.
         file = next((tmp_path / "served" / "full_ft").glob("*.safetensors"))
         content = bytearray(file.read_bytes())
         content[len(content) // 3] ^= 1

@@ -43,7 +43,7 @@ def test_transient_fault_is_retried(web, fault, times):
     web.fault, web.times = fault, times
     assert torch.equal(checkpoint.read(NAME), large(1)[NAME].reshape(-1))
     assert web.times == 0
-    # What came before a break is not asked for again.
+    # Bytes received before an interruption are not requested again.
     repeated = sum(request.sent for request in web.requests if request.status == 206 and request.range[0] > 0) - 2**18
     assert repeated == 0
 

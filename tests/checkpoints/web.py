@@ -1,4 +1,4 @@
-"""A web server for tests: it gives ranges of a folder's files, counts what it sends, and fails or lies on request."""
+"""A web server for tests: it gives ranges of a folder's files, counts sent bytes, and fails or lies if told to."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ from tests.conftest import save_model
 
 
 def large(seed: int) -> dict[str, torch.Tensor]:
-    """Four matrices of 256 KiB, so that most of a file lies behind its first bytes."""
+    """Four matrices of 256 KiB, so that most of a file is after its first bytes."""
     rng = torch.Generator().manual_seed(seed)
     return {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(256, 256, generator=rng) for i in range(4)}
 
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(request, 206, headers, body, drop=fault == "drop")
 
     def pour(self, request: Request, headers: dict):
-        """Send bytes until nobody takes them, whatever the headers promise."""
+        """Send bytes until the client stops reading, regardless of the headers."""
         self.send_response(206)
         for name, value in headers.items():
             self.send_header(name, value)

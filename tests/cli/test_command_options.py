@@ -134,7 +134,7 @@ def test_help_wraps_at_whole_entries(loradiag, name):
     for each in COMMANDS[name].params:
         assert (each.help and each.help[0].isupper()) or each.help[0] in "α√", each.name
         assert each.help.endswith("."), each.name
-    # An option that has no default value says what happens without it.
+    # The help of an option without a default value states what happens without it.
     for each in visible(COMMANDS[name]):
         text = ("default", "Budget", "repeatable", "Smallest ranks", "to write")
         alone = {"rank", "ranks", "activations", "reference", "sweep", "allocation", "tuned", "layers", "exclude"}

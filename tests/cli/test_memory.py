@@ -1,4 +1,4 @@
-"""``--memory``: under a hard limit of the system, what it says, and that the numbers are those of a run without it."""
+"""``--memory``: runs under a hard limit of the system, messages, and results equal to those without the option."""
 
 import json
 import os

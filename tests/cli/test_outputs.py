@@ -109,7 +109,7 @@ def test_commands_and_their_outputs_are_found():
 
 @pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
 def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name):
-    """Links, strangers' files, another kind of our own, folders: nothing changes, and the message says what to do."""
+    """Links, foreign files, files of another kind, folders: nothing changes, and the message gives a fix."""
     out = tmp_path / names_of(words, name)
     folder = words[0] in {"extract", "tune"}
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00weights")
@@ -157,7 +157,7 @@ def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name
     ("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] not in {"extract", "tune"}]
 )
 def test_overwrite_allows_foreign_file(run, tmp_path, words, option, name):
-    """With it, the missing inputs are what is wrong; the file is still there, because nothing was made."""
+    """With the option, the error is about the missing inputs; the file still exists, because nothing was written."""
     out = tmp_path / names_of(words, name)
     out.write_bytes(b"# mine\n" if name == "model_card" else FOREIGN[out.suffix])
     before = state(tmp_path)

@@ -33,7 +33,7 @@ WRITERS = [
 
 @pytest.fixture
 def told(monkeypatch, capsys, tmp_path):
-    """Run a command in this process, beside results; return its exit code and what it said."""
+    """Run a command in this process, next to results; return its exit code and output."""
     monkeypatch.chdir(tmp_path)
     lora_diag.spectrum(*PAIR, layers="o_proj", output="r.jsonl")
 
@@ -63,7 +63,7 @@ def test_invalid_file_names_are_refused(told, tmp_path, words):
 
 @pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])
 def test_output_does_not_replace_device(told, tmp_path, words):
-    """As root, renaming onto /dev/null would take it from the whole machine; here a pipe stands for it.
+    """As root, renaming onto /dev/null would take it from the whole machine; here a pipe replaces it.
 
     No test names the real one: where the refusal failed, a test that did took it from the machine that ran it.
     """
@@ -88,7 +88,7 @@ def test_output_does_not_replace_device(told, tmp_path, words):
     ],
 )
 def test_outputs_do_not_overwrite_inputs_or_each_other(told, tmp_path, words):
-    """What was measured for hours is not replaced by what is made of it."""
+    """Results of hours are not replaced by files made from them."""
     (tmp_path / "w.jsonl").write_bytes((tmp_path / "r.jsonl").read_bytes())
     before = (tmp_path / "r.jsonl").read_bytes()
     code, err = told(*words)

@@ -1,4 +1,4 @@
-"""What holds all singular vectors of several matrices takes no more memory than planned, and says where that lacks."""
+"""Computations with all singular vectors of several matrices stay within planned memory, or report what is missing."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ print(needed, resident() - before)
 
 
 def needed_and_measured(what, base, *updates):
-    """Return what a layer is said to take, and what measures it."""
+    """Return the estimated memory of a layer, and its measurement."""
     deltas = [next(d for d in compare(base, path).pairing.deltas if d.layer == NAME) for path in updates]
     if what == "intruders":
         settings = intruders.IntruderSettings()

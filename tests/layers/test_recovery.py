@@ -1,4 +1,4 @@
-"""One layer's update before rounding: formats, both starts, and what is refused."""
+"""One layer's update before rounding: formats, both starts, and refused layers."""
 
 import math
 

@@ -24,7 +24,7 @@ GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 @pytest.fixture
 def log(monkeypatch):
-    """Record what would be asked of CUDA."""
+    """Record calls that would go to CUDA."""
     events = []
 
     class Stream:

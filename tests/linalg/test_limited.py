@@ -1,4 +1,4 @@
-"""Row blocks against the whole matrix and float64 NumPy, and what methods take against what they are said to take."""
+"""Row blocks compared with the whole matrix and float64 NumPy; used memory compared with the estimate."""
 
 import math
 import subprocess

@@ -161,7 +161,7 @@ def test_verify_merge_allows_base_in_dtype_of_merge():
 
 
 def test_sum_rounded_to_float32_on_way_may_lose_tie():
-    """W lies between two bf16 numbers and ΔW pushes it past the middle by less than float32 can hold."""
+    """W is between two bf16 numbers, and ΔW moves it past the middle by less than float32 resolves."""
     w, delta = torch.tensor([[1 + 2.0**-8]]), torch.tensor([[2.0**-30]], dtype=torch.float64)
     m = (w + delta.float()).bfloat16()
     assert m.item() == 1.0 != bf16_of_float64((w.double() + delta).numpy()).item()

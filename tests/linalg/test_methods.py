@@ -246,7 +246,7 @@ def test_bound_covers_energy_outside_basis(monkeypatch):
 
 
 def test_energy_outside_basis_is_bounded_above(monkeypatch):
-    """The probe's Ritz value lies below λ_max(N), whatever the matrix; μ has to lie above it."""
+    """The probe's Ritz value is below λ_max(N) for every matrix; μ must be above it."""
     s = np.concatenate([4.0 ** -np.arange(4.0), np.linspace(0.003, 0.001, 396)])
     seen = []
     outside = krylov._largest_outside

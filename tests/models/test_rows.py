@@ -39,7 +39,7 @@ def test_data_set_equals_json_lines(tmp_path, rows):
     other = read_texts(lines(rows, tmp_path / "x.jsonl"), model)
     assert (one.name, one.sequences) == ("my.data", other.sequences)
     assert one.about == other.about.replace("lines", "rows")
-    # The hash is that of what is read, however it is stored.
+    # The hash is that of the text, independent of its format.
     assert one.hash == read_texts(saved(rows, tmp_path / "other"), model).hash
     assert one.hash != read_texts(saved(rows[:1], tmp_path / "less"), model).hash
 

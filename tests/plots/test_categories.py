@@ -1,4 +1,4 @@
-"""The label of a category stands at the numbers of its records, in every figure and whatever is compared."""
+"""Every figure puts the label of a category at the values of its records, for any comparison."""
 
 import itertools
 import re
@@ -270,7 +270,7 @@ def test_figure_names_are_at_their_values(name, mix):
 
 
 def full(shown, names):
-    """Return the name that a shortened one stands for."""
+    """Return the full name of a shortened one."""
     result = [shown] if shown in names else [name for name in names if name.endswith(shown.lstrip("…"))]
     assert len(result) == 1, f"{shown!r} may be any of {result}"
     return result[0]

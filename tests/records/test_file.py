@@ -1,4 +1,4 @@
-"""The results file: what is written is what is read, and a crash loses one line."""
+"""The results file: records are read as written, and a crash loses at most one line."""
 
 import hashlib
 import json
@@ -161,7 +161,7 @@ def test_resume_names_older_version(written, pair_of_models):
     ],
 )
 def test_setting_of_one_run_is_named(written, pair_of_models, change, message):
-    """One that was not asked for is null, and a run that does not know it is told from that."""
+    """A field that was not requested is null, which differs from a run that does not have the field."""
     _, path = written
     base, tuned, *_ = pair_of_models
     begun, *rest = path.read_text().splitlines(keepends=True)

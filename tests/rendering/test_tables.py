@@ -1,4 +1,4 @@
-"""Tables derive from what records declare: values, formats, what stands around them, and who is left out first."""
+"""Tables from the declarations of records: values, formats, marks, and the order in which columns are dropped."""
 
 import math
 from dataclasses import dataclass, replace

@@ -101,7 +101,7 @@ def try_one(kind: str, number: int, seed: int, whole: Path) -> tuple[list[str], 
 
 
 def judge(words: list[str], code: int, out: str, err: str) -> str:
-    """Return what is wrong with how a command ended; empty if nothing is."""
+    """Return the problem with the exit of a command; empty if there is none."""
     allowed = CODES.get(words[0] if words else "", {0, 2, 3, 4})
     if code not in allowed:
         return f"exit code {code}: {err[-300:]}"
@@ -114,7 +114,7 @@ def judge(words: list[str], code: int, out: str, err: str) -> str:
 
 
 def _left(folder: Path, before: set[Path], words: list[str], code: int) -> str:
-    """Return what is wrong with what a command left behind: half-written files, or any after an error but records."""
+    """Return the problem with files left by a command: partial ones, or any but records after an error."""
     for path in sorted(set(folder.rglob("*")) - before):
         name = str(path.relative_to(folder))
         if path.is_dir() or name.startswith(("new.part/", "new/", "figures/")):

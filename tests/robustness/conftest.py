@@ -1,4 +1,4 @@
-"""A command that dies of what a test asks for."""
+"""A command with an injected fault."""
 
 import os
 import signal

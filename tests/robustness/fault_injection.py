@@ -27,14 +27,14 @@ EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcnt
 
 
 def prepare(job: dict[str, Any]) -> None:
-    """Be ready to die of what is asked."""
+    """Arm the requested fault."""
     Steps(job)
     for fault, value in job["faults"].items():
         FAULTS[fault](value)
 
 
 class Steps:
-    """Counts what is done to files, and sends a signal at the step that is asked for."""
+    """Counts operations on files, and sends a signal at the requested step."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.log = os.open(job["steps"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -67,7 +67,7 @@ class Steps:
         return os.path.abspath(path).startswith(self.below)  # noqa: PTH100
 
     def step(self, name: str) -> None:
-        """Be at a step: note it, and die there if that is asked."""
+        """Record a step, and die there if requested."""
         self.seen += 1
         os.write(self.log, f"{name}\n".encode())
         if self.seen == self.at:

@@ -259,7 +259,7 @@ VALUES = ("4,8", "auto", "exact", "krylov", "(", "q_proj", "out.jsonl", "0.9", "
 
 
 def words(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """Words that nobody meant: options of other commands, values of other options, paths of other kinds."""
+    """Mistaken arguments: options of other commands, values of other options, paths of other kinds."""
     paths = [str(whole / name) for name in ("base", "tuned", "lora", "gradients", "policy.toml", "zip.pt", "nowhere")]
     paths += [str(whole / "runs" / f"{name}.jsonl") for name in ("spectrum", "residual", "gate")]
     pool = [*OPTIONS, *VALUES, *paths, *paths, *(str(junk) for junk in JUNK if isinstance(junk, str | int | float))]

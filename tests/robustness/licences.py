@@ -41,7 +41,7 @@ SPDX = {
     "0bsd": "0BSD",
 }
 # None of these asks anything of a program that imports the package. MPL-2.0 asks that changed files of the package
-# itself stay open; it is weak copyleft, and is listed so that nobody is surprised.
+# itself stay open; it is weak copyleft, and is listed for transparency.
 PERMISSIVE = {
     *("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD", "MIT", "MIT-CMU", "ISC", "PSF-2.0", "Unlicense", "Zlib"),
     *("0BSD", "HPND", "CC0-1.0", "MPL-2.0", "Python-2.0", "LLVM-exception", "BSL-1.0", "CNRI-Python"),

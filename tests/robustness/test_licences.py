@@ -1,4 +1,4 @@
-"""What the program needs to run asks nothing of those who use it; and the page that says so names all of it."""
+"""The licences of run-time dependencies impose nothing on users, and the page lists all of them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Code that comes with a model is not run, and what a file says is not called."""
+"""Code that comes with a model is not run, and nothing named in a file is called."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def test_model_repository_code_is_not_executed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Who asks whether it may is asked by nobody here, and would wait for an answer.
+    # A prompt for permission would wait for an answer.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with raises_naming(InputError, "cannot open"):
         open_model(hostile, torch.device("cpu"))

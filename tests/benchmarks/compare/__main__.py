@@ -1,4 +1,4 @@
-"""What each tool says of the same planted inputs, and how right it is; as Markdown.
+"""Output of each tool for the same planted inputs, and its correctness; as Markdown.
 
     python -m tests.benchmarks.compare [PARTS] [--kohya SD_SCRIPTS]
 

@@ -101,7 +101,7 @@ def broken(kohya: Path | None) -> None:
 
 
 def complains(ran: tools.Ran, name: str) -> bool:
-    """Say whether a line names the weight and what is wrong with it."""
+    """Return whether a line names the weight and its problem."""
     words = ("nan", "shape", "size", "finite", "skip")
     return any(name in line and any(word in line.lower() for word in words) for line in ran.text.splitlines())
 

@@ -40,7 +40,7 @@ def floor(kohya: Path | None) -> None:
 
 
 def subspace(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return ‖U_16ᵀ Û_16‖_F²/16: how much of one space of left singular vectors lies in the other."""
+    """Return ‖U_16ᵀ Û_16‖_F²/16: the overlap of two spaces of left singular vectors."""
     u, v = np.linalg.svd(found.numpy())[0][:, :RANK], np.linalg.svd(truth.numpy())[0][:, :RANK]
     return float(((u.T @ v) ** 2).sum() / RANK)
 
@@ -107,7 +107,7 @@ def decay(kohya: Path | None) -> None:
 
 
 def figures(home: Path, spectra: Mapping[str, np.ndarray]) -> None:
-    """Compare what is measured with float64."""
+    """Compare measured values with float64."""
     base, tuned = home / "base", home / "tuned"
     ranks = (8, 16, 64)
     ours = about(tools.loradiag_records("spectrum", base, tuned, "--ranks", "8,16,64"), "layer", spectra)

@@ -73,7 +73,7 @@ def loradiag_records(*words: object) -> list[dict[str, Any]]:
 
 
 def modeldelta(base: Path, tuned: Path, out: Path, top: int = 16) -> tuple[Ran, list[dict[str, Any]]]:
-    """Run ``python -m modeldelta --top-k``, and return what its JSON says of every tensor with an SVD."""
+    """Run ``python -m modeldelta --top-k``, and return the JSON of every tensor with an SVD."""
     out.unlink(missing_ok=True)
     ran = run([peer("modeldelta") / "python", "-m", "modeldelta", base, tuned, "-q", "--top-k", top, "-o", out])
     modules = json.loads(out.read_text())["modules"] if out.exists() else []
@@ -100,7 +100,7 @@ def audited(adapter: Path) -> Ran:
 
 
 def gradience_audit(adapter: Path) -> dict[str, Any]:
-    """Return what the audit says; messages are on standard error, which comes behind its JSON here."""
+    """Return the output of the audit; messages are on standard error, which follows its JSON here."""
     ran = audited(adapter)
     done(ran)
     return dict(json.JSONDecoder().raw_decode(ran.text[ran.text.index("{") :])[0])

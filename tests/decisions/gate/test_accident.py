@@ -95,7 +95,7 @@ def changed(record: dict, path: tuple, value) -> dict:
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "", KeyError, {}, []], ids=str)
 def test_null_or_missing_value_of_failing_layer_does_not_pass(tmp_path, value):
-    """Of the layer that fails by one rule, only what the rule stands on is taken away."""
+    """From a layer that fails one rule, only the field of the rule is removed."""
     records = failing()
     for path in places(records[3]):
         if path[0] == "layer":
@@ -142,7 +142,7 @@ def test_selector_without_match_does_not_pass(tmp_path, selector):
     st.booleans(),
 )
 def test_gate_misses_no_layer_when_records_are_removed(tmp_path_factory, require, gone, keep_count):
-    """Layers vanish from the file; unless its last line is forged, too, the gate says that something is missing."""
+    """Layers are removed from the file; unless its last line is changed too, the gate reports missing layers."""
     records = [spectrum(name, s=(8.0, 1.0)) for name in LAYERS]
     kept = [record for i, record in enumerate(records) if i not in gone]
     whole, part = lines(records), lines(kept)

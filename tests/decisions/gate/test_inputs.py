@@ -113,7 +113,7 @@ def test_results_are_of_what_for_names(shop):
     assert blocking("r.jsonl", shipped=["elsewhere"]) == ("passed", set())
     change(shop / "elsewhere", scaled)
     assert blocking("r.jsonl", shipped=["elsewhere"]) == ("inconclusive", {"inputs"})
-    # What lies at the recorded path is not asked where --for says where it is now.
+    # The recorded path is not read if --for gives the present one.
     shutil.copytree(SAMPLES / "lora_r16", "adapter")
     assert blocking("r.jsonl", shipped=[SAMPLES / "lora_r4"]) == ("passed", set())
 

@@ -1,4 +1,4 @@
-"""Verdicts against an oracle that reads the JSON by itself, and what is never a pass."""
+"""Verdicts compared with an oracle that reads the JSON itself; cases that never pass."""
 
 import statistics
 from datetime import date

@@ -1,4 +1,4 @@
-"""Spectra in another metric than the weights': said in every verdict, chosen by ``where``, not compared with plain."""
+"""Spectra in another metric: named in every verdict, selected by ``where``, not compared with those of weights."""
 
 from datetime import date
 from xml.etree import ElementTree

@@ -1,4 +1,4 @@
-"""SARIF 2.1.0: what its schema asks of the parts that are used, and what is no pass in it."""
+"""SARIF 2.1.0: the parts in use conform to its schema, and only passes are passes."""
 
 import json
 

@@ -201,7 +201,7 @@ def mxfp4(folder):
 
 
 def test_quantized_base_loses_small_update(tmp_path):
-    """Stored ``(in, out)``: groups run along the rows. Updates below half a step are lost where W lies on the grid."""
+    """Stored ``(in, out)``: groups run along the rows. Updates below half a step are lost where W is on the grid."""
     name, w = mxfp4(tmp_path / "base")
     a, b = np.ones((1, 4)), np.ones((64, 1)) * 1e-4
     base = open_checkpoint(tmp_path / "base")

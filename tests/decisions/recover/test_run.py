@@ -202,7 +202,7 @@ def test_recover_resumes_interrupted_run(models, tmp_path):
 
 @pytest.mark.parametrize("ways", [{}, {"full": True}, {"rank": 3}], ids=str)
 def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypatch, ways):
-    """The clock stands still for the options, the sample and one layer. q hides more per entry than the others."""
+    """The clock is stopped for the options, the sample and one layer. q hides more per entry than the others."""
     base, tuned, *_ = models
     whole = lora_diag.recover(base, tuned, tmp_path / "whole", **ways)
     clock = iter([0.0, 1.0])

@@ -101,7 +101,7 @@ def test_tune_writes_adapter_that_peft_loads(case):
 
 
 def written_arguments(config):
-    """What an ``adapter_config.json`` says of a new adapter."""
+    """The ``adapter_config.json`` of a new adapter."""
     return {key: value for key, value in config.items() if key not in {"peft_type", "base_model_name_or_path"}} | {
         "inference_mode": False
     }

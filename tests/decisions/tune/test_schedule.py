@@ -1,4 +1,4 @@
-"""The plan of a search: its cost counted by a simulation, its time limit kept, what is given up named."""
+"""The plan of a search: its cost counted by a simulation, its time limit kept, its omissions named."""
 
 from itertools import pairwise
 

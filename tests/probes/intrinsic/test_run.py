@@ -79,7 +79,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """What is trained on, what is held out."""
+    """Training and held-out texts."""
     folder = tmp_path_factory.mktemp("texts")
     return some_text(folder, "train", windows=12), some_text(folder, "held", windows=2, source="shifted")
 

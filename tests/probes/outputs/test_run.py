@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 def logits(folder, text, length, adapter=None):
-    """Return logits (tokens, classes) of every predicted position, what is predicted, and the window of each."""
+    """Return logits (tokens, classes) of every predicted position, the targets, and the window of each."""
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
     if adapter is not None:

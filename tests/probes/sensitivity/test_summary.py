@@ -1,4 +1,4 @@
-"""What the summary says of scores, on gains made up so that it is known."""
+"""Statements on scores, from constructed gains with known answers."""
 
 import random
 from dataclasses import replace

@@ -15,7 +15,7 @@ from lora_diag.probes.sweep import run as sweep
 
 
 def first_time(marker: Path) -> bool:
-    """Say whether nobody said so before, on whatever worker."""
+    """Return whether this is the first call on any worker."""
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:

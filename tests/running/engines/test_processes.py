@@ -9,7 +9,7 @@ from lora_diag.running.engines.processes import Processes
 
 
 def test_process_answers_raises_and_may_end(capfd):
-    """``eval`` is the diagnostic: what is printed is no answer, an error is raised here, and an end is named."""
+    """``eval`` is the diagnostic: printed text is no result, errors are raised, the end of a process is reported."""
     with Processes(eval, 1) as measure, ThreadPoolExecutor(3) as pool:
         assert list(pool.map(measure, [f"print({i}) or {i}" for i in range(20)])) == list(range(20))
         with pytest.raises(UsageError, match="as it is"):

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, in a process of its own: it says the address, then does as it is told.
+"""A Ray cluster of two nodes on this machine, in a separate process: it prints the address, then follows commands.
 
 ``add`` starts the second node again, ``kill`` kills it as a power cut would, the end of the input ends all.
 """

@@ -503,9 +503,9 @@ def hidden_energy(delta: StoredDelta) -> float:
         InputError: A file could not be read.
     """
     rows, columns = delta.shape
-    each = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))
-    places = range(0, max(1, rows - each + 1), max(1, rows // RANKING_SPANS))
-    spans = [(first, min(rows, first + each)) for first in places]
+    span_rows = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))
+    places = range(0, max(1, rows - span_rows + 1), max(1, rows // RANKING_SPANS))
+    spans = [(first, min(rows, first + span_rows)) for first in places]
     blocks = [
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
         for side in _make_sides(delta)

@@ -436,7 +436,7 @@ def _add_scale(
     w: Tensor,
     m: Tensor,
     delta: Tensor,
-    grain: Tensor,
+    spacing: Tensor,
     quantized: bool,
     rounding: Rounding,
     span: tuple[int, int],
@@ -448,7 +448,7 @@ def _add_scale(
         w: Rows of W.
         m: Rows of M.
         delta: Rows of ΔW.
-        grain: Spacing of M's numbers at every entry.
+        spacing: Spacing of M's numbers at every entry.
         quantized: Whether that is the step of a quantized format, which M* leaves out.
         rounding: Possible rounding of a correct merge.
         span: First and last row.
@@ -458,13 +458,13 @@ def _add_scale(
     off, size = m - rounded, delta.abs()
     check.apart += _inner(off.abs(), size)
     check.variance += _inner(off.square_(), squares)
-    flow = size.mul_(grain)
+    flow = size.mul_(spacing)
     check.crossing += _inner(squares, flow)
     check.halves += float(flow[(4 * squares > flow) & (squares < flow)].sum())
     if rounding.dequantized:
         check.along += _inner(w, delta) * unit_roundoff(rounding.dtype)
     if quantized:
-        check.coarsest += float(grain.square().sum()) / 12
+        check.coarsest += float(spacing.square().sum()) / 12
         check.gridded |= rounding.dequantized
     if check.shared is not None:
         rows, columns = check.shared

@@ -488,7 +488,7 @@ def show_options(function: F) -> F:
     function.__signature__ = own_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def lines(match: re.Match[str]) -> str:
-        missing = {name: each for name, (_, each) in options.items() if f"\n{match[1]}{name}: " not in written}
+        missing = {name: option for name, (_, option) in options.items() if f"\n{match[1]}{name}: " not in written}
         return "".join(f"{match[1]}{name}: {option.words()}\n" for name, option in missing.items())
 
     written = function.__doc__ or ""

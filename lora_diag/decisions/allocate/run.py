@@ -254,8 +254,8 @@ def _make_budget(
     }
     named = [option for option, value in arguments.items() if value is not None]
     if len(named) != 1:
-        found = f"{len(named)} budgets ({', '.join(named)})" if named else "no budget"
-        raise UsageError(f"allocate: {found}; give exactly one of {', '.join(arguments)}")
+        given = f"{len(named)} budgets ({', '.join(named)})" if named else "no budget"
+        raise UsageError(f"allocate: {given}; give exactly one of {', '.join(arguments)}")
     option = f"{named[0]} {legible(str(arguments[named[0]]))}"
     if params is not None:
         return Budget("params", read_count(str(params), "--params"), option)

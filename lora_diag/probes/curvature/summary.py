@@ -101,7 +101,7 @@ def _name_matrix(joint: Curvature) -> str:
 
 def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
     whole = [record for record in bounds if record.along == 1]
-    smallest_step = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
+    smallest_step = {record.rank: record for record in bounds if record.along == min(bound.along for bound in bounds)}
     rows = [(f"r={record.rank}", [record]) for record in whole]
     columns = columns_of(LossBound.shown, rows)
     if any(record.along < 1 for record in smallest_step.values()):

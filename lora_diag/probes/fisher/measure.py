@@ -187,8 +187,8 @@ def add_up(
                 tail.end_batch()
             after()
     finally:
-        for each in hooks:
-            each.remove()
+        for registered in hooks:
+            registered.remove()
     for tail in tails.values():
         if not tail.problem and not tail.tokens:
             tail.problem = "no gradient reaches it on this text"

@@ -117,7 +117,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     names = [short(row.unit.removesuffix(".weight")) for row in rows]
 
     def named(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
-        by_unit = {each.unit: [each] for each in items}
+        by_unit = {item.unit: [item] for item in items}
         return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
 
     gain, seeds, *others = Gain.shown

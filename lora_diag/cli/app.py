@@ -217,7 +217,7 @@ def _format_usage_error(problem: str, context: Any) -> str:
     >>> _format_usage_error("No such option: --rnak Did you mean --rank?", None)
     'No such option: --rnak Did you mean --rank?'
     >>> from types import SimpleNamespace
-    >>> _usage("No such command 'plt'. Did you mean 'plot'?", SimpleNamespace(command_path="loradiag"))
+    >>> _format_usage_error("No such command 'plt'. Did you mean 'plot'?", SimpleNamespace(command_path="loradiag"))
     "No such command 'plt'. Did you mean 'plot'? See loradiag --help"
     """
     command_path = getattr(context, "command_path", "")

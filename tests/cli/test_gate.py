@@ -240,7 +240,7 @@ def test_page_shows_printed_failure_and_valid_policies(loradiag, tmp_path):
     for name in ("base", "full_ft"):
         (tmp_path / name).symlink_to(SAMPLES / name)
     loradiag("spectrum", "base", "full_ft", "-q", "-o", "results.jsonl")
-    ran = loradiag("gate", "policy.toml", "results.jsonl", env={"COLUMNS": "80"})
+    ran = loradiag("gate", "policy.toml", "results.jsonl", env={"COLUMNS": "80"}, brief=True)
     assert ran.code == 1
     printed = ran.out.strip("\n")
     assert f"```console\n$ loradiag gate policy.toml results.jsonl\n{printed}\n```" in page

@@ -127,7 +127,7 @@ def test_krylov_waits_once_a_check_and_repeats_a_block():
     there = decompose(matrix, "krylov", 24, fro=40**0.5)
     with counted() as mode:
         result = decompose(devices.move(matrix, GPU), "krylov", 24, fro=40**0.5)
-    assert result.method == there.method == "krylov:192"
+    assert result.method == there.method == "krylov:160"
     assert mode.waits == 7  # three checks, one of them repeated, two probes, and the values
     assert result.s.numpy() == pytest.approx(1.0, rel=1e-12)
     assert result.energy_error == pytest.approx(there.energy_error, rel=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag import plots
+from tests import oracles
 from tests.messages import assert_names
 from tests.plots import making
 
@@ -169,7 +170,7 @@ def test_gains_of_single_units_are_ranked_at_best_rate(snapshot):
         run = max((r for r in records if r.set == "held_out" and r.unit == unit), key=lambda r: r.gain)
         d, n = np.subtract(base.nll, run.nll), np.array(base.predictions)
         gain = d.sum() / n.sum()
-        expected.append((gain, 2 * np.sqrt(4 / 3 * ((d - gain * n) ** 2).sum()) / n.sum()))
+        expected.append((gain, 2 * 4 * oracles.error_of_mean(d - gain * n) / n.sum()))
     drawn = bars(plots.sensitivity(making.probed(records)))
     assert [name for name, *_ in drawn] == ["self_attn.q_proj", "mlp.up_proj"]
     np.testing.assert_allclose([row[1:] for row in drawn], expected)

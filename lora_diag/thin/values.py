@@ -5,7 +5,8 @@ A factor that is well conditioned needs no Q: R is the Cholesky factor of BᵀB,
 Any other is reduced by Householder QR.
 
 All products and decompositions are of blocks that OpenBLAS, which NumPy's wheels contain, computes on one thread, so
-that the bytes of the result do not depend on the number of threads.
+that the bytes of the result do not depend on the number of threads. Before NumPy 2.3, OpenBLAS starts threads for
+inverses from rank 30 or 40 on, and before 2.0 for Cholesky factors of rank 64.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def paired_difference(
 
 
 def freedom(count: int) -> float:
-    """Return the degrees of freedom of the standard error of ``paired`` over so many sequences.
+    """Return the degrees of freedom of the standard error of ``paired_difference`` over so many sequences.
 
     1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984).
 

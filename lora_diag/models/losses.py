@@ -59,7 +59,7 @@ class Losses:
         return {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": self.tokens}
 
     def minus(self, other: Losses) -> tuple[float, float | None]:
-        """Return the difference of two losses on the same sequences, and its standard error; see ``paired``.
+        """Return the difference of two losses on the same sequences, and its standard error; see ``paired_difference``.
 
         Example:
             >>> one = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))

@@ -5,7 +5,7 @@
 The sample models are evaluated on source files of Python's standard library, one after another in random order. A part
 of the text plays the user's file, all of it the text that the user asks about. Coverage is the share of parts whose
 interval holds the mean over all windows: of N windows in a row, and of N that are spread over a part 3 to 7 times as
-long (``--max-sequences``), by the formula for independent sequences and by that of ``paired``.
+long (``--max-sequences``), by the formula for independent sequences and by that of ``paired_difference``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def losses(name: str, ids: torch.Tensor) -> np.ndarray:
 
 
 def coverage(difference: np.ndarray, count: int, spread: bool) -> tuple[float, float]:
-    """Return the coverage for independent sequences, and of ``paired``."""
+    """Return the coverage for independent sequences, and of ``paired_difference``."""
     rng, truth, hits = np.random.default_rng(count), difference.mean(), np.zeros(2)
     for _ in range(TRIALS):
         length = min(len(difference), count * int(rng.integers(3, 8))) if spread else count

@@ -69,9 +69,8 @@ class Noise:
         bulk, scale = _bulk_edge(a, b)
         outlier, _ = _minimize_edge(a, b, *poles)
         square, fourth = self.rows.sum(keepdims=True), self.rows_fourth.sum(keepdims=True)
-        norm = float(
-            (square * _bound_excess(square, fourth, self.terms, names))[0]
-        )  # little above a single large entry
+        # barely above a single large entry
+        norm = float((square * _bound_excess(square, fourth, self.terms, names))[0])
         return self.unit * math.sqrt(min(max(bulk + TRACY_WIDOM * scale, outlier), norm))
 
 

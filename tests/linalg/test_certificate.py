@@ -171,3 +171,16 @@ def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
         torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 20, fro, largest, torch.from_numpy(a)
     )
     assert exact * 0.99 <= result.energy_error <= 2e-2
+
+
+def test_bound_of_low_rank_matrix_covers_all_energy_not_found():
+    """Its values are in float64: a bound from float32 products could be smaller than what they lack."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        u, v = (np.linalg.qr(rng.standard_normal((n, 300)))[0] for n in (400, 300))
+        s = np.concatenate([np.linspace(1, 0.3, 24), np.full(276, 1e-5)])
+        matrix = torch.tensor((u * s) @ v.T, dtype=torch.float32)
+        fro = float(matrix.double().norm())
+        result = krylov.decompose_krylov(matrix, fro, 24, budget=float("inf"))
+        assert result is not None
+        assert 1e-9 < 1 - float(result.s.square().sum()) / fro**2 <= result.energy_error

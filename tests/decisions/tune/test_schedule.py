@@ -84,7 +84,7 @@ def test_halving_keeps_the_best_rate_of_every_rank():
     rates = (1e-4, 3e-4, 1e-3, 3e-3)
     losses = {(rank, rate): (i - best) ** 2 for rank, best in ((1, 3), (16, 1)) for i, rate in enumerate(rates)}
     assert halve_rates(losses) == (3e-4, 3e-3)
-    assert halve_rates({**losses, (1, 3e-3): None}) == (3e-4, 1e-3)  # it diverged: the next best goes on
+    assert halve_rates({**losses, (1, 3e-3): None}) == (3e-4, 1e-3)  # the best run diverged, so the next one continues
     assert halve_rates({}) == ()
 
 

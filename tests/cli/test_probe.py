@@ -139,3 +139,12 @@ def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     wrong = loradiag("allocate", "spectrum.jsonl", "--total-rank", "9", "--weights", "spectrum.jsonl")
     assert (wrong.code, "holds results of loradiag spectrum" in wrong.err) == (3, True)
+
+
+@pytest.mark.slow
+def test_error_is_only_line_of_standard_error(loradiag, tmp_path):
+    """Libraries that transformers imports report objects that are alive at exit: nanobind in Triton in 23 lines."""
+    base = gpt2(tmp_path / "base")
+    (tmp_path / "empty.txt").write_text("")
+    ran = loradiag("probe", "truncation", base, moved(base, tmp_path / "tuned"), "--eval", "empty.txt", anew=True)
+    assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err

@@ -15,7 +15,7 @@ from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NORMS
 from lora_diag.rendering.lines import REASONS, qualify_fractions, subject
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import count, median_rank, number, percent, safe, short
 
 # Minimum median C(16) of a low-rank update, and of a partly low-rank one. Conventions: the statement has the number.
@@ -153,9 +153,10 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
     return [
         _describe_resolution(changed),
+        *_describe_start(changed),
         *before_rounding(changed),
-        make_statement("low_rank", "Low rank", *_describe_low_rank(readable, ranks)),
-        make_statement("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
+        make_statement("low_rank", "Low rank", *_describe_low_rank(readable, len(changed), ranks)),
+        make_statement("rank_at_90", "Rank at 90%", _rank_at_90(readable, len(changed))),
     ]
 
 
@@ -165,7 +166,7 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]
     if counts["resolved"] == len(changed):
         worst = f"{percent(max(shares))} of {NORMS[changed[0].metric][0]}²"
-        sentence = f"yes: rounding is expected to make up {worst} in the worst layer{_start(changed)}"
+        sentence = f"yes: rounding is expected to make up {worst} in the worst layer"
         return make_statement("resolved", "Resolution", sentence)
     word = "no" if counts["unresolved"] > len(changed) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
@@ -175,62 +176,68 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
         "Resolution",
         f"{word}: {_count_unresolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{still}; "
-        f"ranks beyond the signal rank count noise{_start(changed)}. "
+        f"ranks beyond the signal rank count noise. "
         f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
         level="failure" if word == "no" else "warning",
     )
 
 
-def _start(changed: Sequence[Spectrum]) -> str:
-    """State which start of training is assumed or was found, and how many layers were trained in part."""
+def _describe_start(changed: Sequence[Spectrum]) -> list[Statement]:
+    """State which start of training is assumed or was found where that matters, and how many updates are sparse."""
     resolutions = [record.resolution for record in changed]
-    rounded = [
-        resolution
-        for resolution in resolutions
-        if resolution.start == "rounded" and resolution.base_rounding is not None
-    ]
+    of_all = f"of {_matrices(len(changed))}"
+    rounded = [known for known in resolutions if known.start == "rounded" and known.base_rounding is not None]
     unknown = [record for record in changed if record.resolution.start == "unknown"]
-    text = ""
-    if rounded:
-        text = (
-            f"; in {len(rounded)} of {len(changed)} matrices BASE is a rounded copy of the start of training, "
-            "and its rounding is counted"
+    exact = sum(known.start == "exact" for known in resolutions)
+    pooled = _pool_base_rounding(changed)
+    lines = []
+    if exact and rounded:
+        lines.append(
+            f"the matrices disagree: {exact} {of_all} show that training started at BASE, {len(rounded)} that BASE is "
+            f"a rounded copy of the start; do not rely on ranks of the {exact}. Measure against the BASE that training "
+            "started from"
         )
-    if unknown:
+    elif rounded:
+        lines.append(
+            f"in {len(rounded)} {of_all} BASE is a rounded copy of the start of training; its rounding is counted as "
+            "noise"
+        )
+    elif unknown and pooled is not None and -0.5 < pooled[0] < min(0.5, 1 - ERRORS * pooled[1]):
+        marked = [record for record in unknown if record.resolution.verdict != "resolved"]
+        if cleared := sum(_judge_start(record) == "resolved" for record in marked):
+            lines.append(
+                f"training started at BASE as stored, as all layers together show: {cleared} {of_all} marked ~ or ! "
+                f"{'is' if cleared == 1 else 'are'} resolved"
+            )
+    elif unknown:
         counted = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in unknown)
-        text += (
-            f"; in {len(unknown)} of {len(changed)} matrices BASE may be a rounded copy of the start of training: its "
-            f"rounding, up to {percent(min(1.0, counted))}, is counted{_combine_evidence(changed)}"
+        lines.append(
+            f"in {len(unknown)} {of_all} the files do not show whether BASE is a rounded copy of the start of "
+            f"training; its rounding, up to {percent(min(1.0, counted))} of ‖ΔW‖², is counted as noise"
         )
-    sparse = [
-        resolution.untouched
-        for resolution in resolutions
-        if resolution.untouched is not None and resolution.untouched >= SPARSE
-    ]
+    if lines and pooled is not None:
+        beta, error = pooled
+        lines.append(f"β = {beta:.2f} ± {error:.2f} over all layers: 0 if BASE is the start, 1 if a rounded copy")
+    sparse = [known.untouched for known in resolutions if known.untouched is not None and known.untouched >= SPARSE]
     if sparse:
-        text += (
-            f"; {len(sparse)} of {len(changed)} updates are sparse: training did not change about "
-            f"{percent(median(sparse))} of the entries, which have no noise"
+        lines.append(
+            f"{len(sparse)} {of_all} have sparse updates: training did not change about {percent(median(sparse))} of "
+            "the entries, which have no noise"
         )
-    return text
+    level: Level = "warning" if exact and rounded else "note"
+    return [make_statement("start", "Start", *lines, level=level, priority=2)] if lines else []
 
 
-def _combine_evidence(changed: Sequence[Spectrum]) -> str:
-    """State the evidence of all layers together on the start of training, and its consequence for unknown layers."""
+def _pool_base_rounding(changed: Sequence[Spectrum]) -> tuple[float, float] | None:
+    """Return β of all layers together and its standard error; None for fewer than two layers that have one."""
     known = [pair for record in changed if (pair := record.resolution.base_rounding) is not None and pair[1] > 0]
     if len(known) < 2:
-        return ""
+        return None
     weight = math.fsum(error**-2 for _, error in known)
     beta = math.fsum(beta / error**2 for beta, error in known) / weight
     spread = math.fsum(((value - beta) / error) ** 2 for value, error in known) / (len(known) - 1)
-    error = math.sqrt(max(1.0, spread) / weight)  # layers that differ by more than their errors have less weight
-    estimate = f"{beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself"
-    if -0.5 < beta < min(0.5, 1 - ERRORS * error):
-        unknown = [record for record in changed if record.resolution.start == "unknown"]
-        resolved_alone = sum(_judge_start(record) == "resolved" for record in unknown)
-        consequence = f"then {resolved_alone} of the {len(unknown)} are resolved"
-        return f", though all layers together show the start ({estimate}); {consequence}"
-    return f" (all layers together: {estimate})" if error < 0.2 and -0.5 < beta < 1.5 else ""
+    # Layers that differ by more than their errors have less weight.
+    return beta, math.sqrt(max(1.0, spread) / weight)
 
 
 def _judge_start(record: Spectrum) -> str:
@@ -251,33 +258,41 @@ def _count_unresolved(counts: Counter[str]) -> str:
     return f"{every} {words[verdict]}"
 
 
-def _describe_low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
-    """State what each common rank keeps at the median and in the worst layer, with a verdict."""
-    if not records:
-        return ["not known: these files resolve no matrix"]
+def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> list[str]:
+    """State what each common rank keeps at the median and in the worst layer, with a verdict.
+
+    There is none if fewer than half of the changed matrices are readable.
+    """
+    if 2 * len(readable) < changed or not readable:
+        known = f"only {len(readable)} of {_matrices(changed)}" if readable else "no matrix"
+        return [f"not known: these files resolve {known}"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
-    kept_at_rank = {rank: _describe_rank(rank, records) for rank in shown}
-    kept = {rank: share for rank, (share, _) in kept_at_rank.items() if share is not None}
-    lines = [line for _, line in kept_at_rank.values()]
+    described = {rank: _describe_rank(rank, readable) for rank in shown}
+    kept = {rank: layers for rank, (layers, _) in described.items() if layers}
+    lines = [line for _, line in described.values()]
     if not kept:
         return lines[:1]
     judged = 16 if 16 in kept else max(kept)
-    word = "yes" if kept[judged] >= LOW_RANK else "partly" if kept[judged] >= PARTLY else "no"
-    return [f"{word}, judged at r={judged} by the median layer's energy (Σσ²)", *lines]
+    middle = median(kept[judged])
+    word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
+    number_of = len(kept[judged])
+    basis = f"{number_of} of" if number_of < changed else "all"
+    judged_by = f"the median of {basis} {_matrices(changed)}" if changed > 1 else "the matrix"
+    return [f"{word}, judged at r={judged} by the energy (Σσ²) of {judged_by}", *lines]
 
 
-def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:
-    """Return what a rank keeps of the median layer, or None, and the line that states it.
+def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[Sequence[float], str]:
+    """Return what a rank keeps of each layer, empty if it is not known, and the line that states it.
 
     A layer that is not larger than the rank keeps everything for any update and is not counted.
     """
     larger = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
     shares = {layer: share for layer, share in larger.items() if share is not None}
     if not larger:
-        return None, f"r={rank} has no meaning: no layer is larger"
+        return (), f"r={rank} has no meaning: no layer is larger"
     if len(shares) < len(larger):
-        return None, f"C({rank}) was not computed; use --top {rank} or more"
-    kept, worst = median(shares.values()), min(shares, key=shares.__getitem__)
+        return (), f"C({rank}) was not computed; use --top {rank} or more"
+    kept, worst = [*shares.values()], min(shares, key=shares.__getitem__)
     suffix = ""
     if len(larger) < len(records):
         suffix = (
@@ -285,11 +300,11 @@ def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[float | None
             if len(larger) > 1
             else " of the one layer larger"
         )
-    return kept, f"r={rank} keeps {percent(kept)}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
+    return kept, f"r={rank} keeps {percent(median(kept))}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
 
 
-def _rank_at_90(records: Sequence[Spectrum]) -> str:
-    if not records:
+def _rank_at_90(records: Sequence[Spectrum], changed: int) -> str:
+    if 2 * len(records) < changed or not records:
         return "not shown, for the same reason"
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]

@@ -143,14 +143,49 @@ def test_one_dimensional_tensors_are_named(tmp_path):
     assert_names(said(changed(tmp_path, "lm_head.weight")), 2, "one-dimensional")
 
 
-@pytest.mark.parametrize("beta", [0.02, 0.98])
-def test_pooled_layers_resolve_rounded_start(beta):
-    """Errors of 0.3 of ten layers are 0.09 together. Noise is 1 of ‖ΔW‖² = 32, and 0.19 without that of BASE."""
+def with_start(seen, number_of=10):
+    """Return results of matrices whose noise is 1 of ‖ΔW‖² = 32, and 0.19 without that of BASE."""
     noise = {"noise_fro": 1.0, "signal_rank": 32, "verdict": "floor-limited", "base_noise_fro": 0.9}
-    names = [f"model.layers.{i}.q_proj.weight" for i in range(10)]
-    seen = noise | {"start": "unknown", "base_rounding": (beta, 0.3)}
-    layers = [layer_spectrum(name, [1.0] * 32, [8, 16, 64], shape=(32, 32), resolution=seen) for name in names]
-    text = said(results_of(layers))
-    shown = "all layers together show the start (0.02 ± 0.09, where 1 is a rounded copy and 0 the start itself); "
-    assert (shown + "then 10 of the 10 are resolved" in text) == (beta < 0.5)
-    assert_names(text, "10 of 10 matrices", "BASE")
+    names = [f"model.layers.{i}.q_proj.weight" for i in range(number_of)]
+    return results_of(
+        [
+            layer_spectrum(name, [1.0] * 32, [8, 16, 64], shape=(32, 32), resolution=noise | seen(i))
+            for i, name in enumerate(names)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("beta", "cleared"), [(0.02, True), (0.98, False)])
+def test_pooled_layers_resolve_rounded_start(beta, cleared):
+    """Errors of 0.3 of ten layers are 0.09 together."""
+    start = find(summary_lines(with_start(lambda _: {"start": "unknown", "base_rounding": (beta, 0.3)})), "start")
+    assert_names(start.lead, "10 of 10 matrices")
+    assert_names(start.details, f"{beta} ± 0.09")
+    assert ("are resolved" in start.lead) == cleared
+
+
+def test_start_without_consequence_is_not_stated():
+    seen = {"start": "unknown", "base_rounding": (0.02, 0.3), "verdict": "resolved"}
+    assert find(summary_lines(with_start(lambda _: seen)), "start") is None
+
+
+def test_layers_that_disagree_on_the_start_are_a_warning():
+    """One BASE has one start: layers that show both cannot all be right."""
+    kinds = {0: {"start": "exact", "base_rounding": (0.4, 0.01)}, 1: {"start": "rounded", "base_rounding": (0.6, 0.01)}}
+    start = find(summary_lines(with_start(lambda i: kinds[i % 2])), "start")
+    assert start.level == "warning"
+    assert_names(start.lead, "5 of 10 matrices", 5)
+
+
+@pytest.mark.parametrize(("resolved", "known"), [(2, False), (5, True), (10, True)])
+def test_low_rank_has_no_verdict_below_half_of_the_layers(resolved, known):
+    records = [
+        record(f"layers.{i}.q_proj.weight", verdict="resolved" if i < resolved else "unresolved") for i in range(10)
+    ]
+    statements = summary_lines(results_of(records))
+    assert_names(find(statements, "low_rank").text, "all 10" if resolved == 10 else f"{resolved} of 10", "matrices")
+    assert (find(statements, "low_rank").lead.startswith("partly"), "keeps" in find(statements, "low_rank").text) == (
+        known,
+        known,
+    )
+    assert ("median" in find(statements, "rank_at_90").text) == known

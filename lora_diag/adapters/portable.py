@@ -202,7 +202,7 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
     """Return the factors of one item: how to read them, their shapes, and whether a dtype holds them."""
     import torch
 
-    load: Callable[[], Factors] = partial(_make_plain_part, item)
+    load: Callable[[], Factors] = partial(_load_factors, item)
     epsilon = 0.0
     if item.part in {"dora", "residual"}:
         assert delta is not None
@@ -219,7 +219,8 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
     return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, is_exact)
 
 
-def _make_plain_part(item: Item) -> Factors:
+def _load_factors(item: Item) -> Factors:
+    """Return B and A of an item with ΔW = s·B·A."""
     assert item.load is not None
     loaded = item.load(Site(item.shape))
     assert isinstance(loaded, tuple)

@@ -64,7 +64,7 @@ class Config:
 
     @staticmethod
     def read(path: Path) -> Config:
-        """Read a file.
+        """Read an adapter's settings.
 
         Raises:
             InputError: The file cannot be read or holds no settings.

@@ -37,8 +37,8 @@ class Moments(NamedTuple):
 @cache
 def _gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
     """Return nodes on [−1, 1] and their weights."""
-    nodes_at, weights = np.polynomial.legendre.leggauss(nodes)
-    return tuple(zip(nodes_at.tolist(), weights.tolist(), strict=True))
+    abscissas, weights = np.polynomial.legendre.leggauss(nodes)
+    return tuple(zip(abscissas.tolist(), weights.tolist(), strict=True))
 
 
 def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = False) -> Moments:

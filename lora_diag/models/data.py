@@ -115,7 +115,7 @@ def check_names(texts: list[Texts]) -> None:
     Raises:
         UsageError: Two sets have one name.
     """
-    names = [item.name for item in texts]
+    names = [text_set.name for text_set in texts]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--eval: two evaluation sets have the name {name}; rename one of the files")

@@ -162,7 +162,7 @@ def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     Raises:
         InputError: There is nothing to train.
     """
-    trained = [item for item in model.module.parameters() if item.ndim == 1 or not only_vectors]
+    trained = [weight for weight in model.module.parameters() if weight.ndim == 1 or not only_vectors]
     if not trained:
         raise InputError("--bitfit: this model has no biases or norms to train; remove the option")
     changing = [*trained, *model.module.buffers()]

@@ -320,7 +320,7 @@ def _suggest_bytes(vocabulary: int, kind: Kind) -> str:
 
 
 def _first_line_of_error(error: Exception) -> str:
-    """Return the first line of transformers' message; the other arguments apply to other models.
+    """Return the first line of transformers' message; the other lines are about other models.
 
     If it is the heading of a list of ways to get a tokenizer, there are no tokenizer files.
     """

@@ -88,19 +88,19 @@ def tower_of(layer: str) -> tuple[str, ...]:
     return tuple(layer[: match.start()].split(".")) if match else ()
 
 
-def short_names(paths: Iterable[str], typer_option: Callable[[str], str] = str) -> dict[str, str]:
+def short_names(paths: Iterable[str], display: Callable[[str], str] = str) -> dict[str, str]:
     """Return labels of paths: their last part, or as many last parts as needed to distinguish them.
 
     Args:
         paths: Paths, such as those of a run's inputs.
-        typer_option: Returns the displayed form of a name; names must differ in this form.
+        display: Returns the displayed form of a name; names must differ in this form.
 
     >>> short_names(["runs/full", "runs/lora"]), short_names(["a/x/lora", "b/y/lora"])
     ({'runs/full': 'full', 'runs/lora': 'lora'}, {'a/x/lora': 'x/lora', 'b/y/lora': 'y/lora'})
     """
     parts = {path: path.replace("\\", "/").rstrip("/").split("/") for path in dict.fromkeys(paths)}
     for last in range(1, max(map(len, parts.values()), default=0) + 1):
-        names = {path: typer_option("/".join(part[-last:])) or typer_option(path) for path, part in parts.items()}
+        names = {path: display("/".join(part[-last:])) or display(path) for path, part in parts.items()}
         if len(set(names.values())) == len(parts):
             return names
-    return {path: typer_option(path) for path in parts}
+    return {path: display(path) for path in parts}

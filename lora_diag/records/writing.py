@@ -56,10 +56,10 @@ class ResultsWriter(Generic[L]):
         run: The first line.
         resume: Append to the records of an interrupted run in the file, or in ``NAME.part``.
         overwrite: Replace an existing file that is not a results file.
-        grows: Settings that may be extended when a run, finished or not, is resumed, each with a function that combines
-            the earlier and the new value; a new value takes the place of null. If the result is an extension, the
-            earlier records are copied to ``NAME.part`` under the new first line, and the file is replaced once the run
-            has ended.
+        extendable: Settings that may be extended when a run, finished or not, is resumed, each with a function that
+            combines the earlier and the new value; a new value takes the place of null. If the result is an extension,
+            the earlier records are copied to ``NAME.part`` under the new first line, and the file is replaced once the
+            run has ended.
 
     Layers that a time limit left out are dropped from ``earlier``, so that a resumed run measures them.
 
@@ -84,7 +84,7 @@ class ResultsWriter(Generic[L]):
         self.path: Path | None = None
         self.run = run.model_copy(update={"made": timestamp()})
         self.earlier: Results[L] = Results(self.run, ())
-        self._grows = extendable or {}
+        self._extendable = extendable or {}
         self._seal = Seal()
         self._kept = 0
         self._begun = False
@@ -110,19 +110,19 @@ class ResultsWriter(Generic[L]):
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
             _refuse_inputs(self._final, self.run)
-        behind_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
-        self.path = part if behind_part else self._final
-        if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
+        in_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
+        self.path = part if in_part else self._final
+        if resume and (part_state if in_part else state) in {"unfinished", "finished"}:
             earlier: Results[L] = read_results(self.path)
             extended = self._extend_settings(earlier)
             self.earlier = _drop_partial_layer(_check_same_run(extended, self.run, self.path))
             self.run = self.earlier.run
             if extended.run != earlier.run or len(extended.left_out) < len(earlier.left_out):
-                self.path, behind_part = part, True
+                self.path, in_part = part, True
                 write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
             self._kept = sum(1 for _ in self.earlier.records())
         check_folder_of(self.path, in_place=True)
-        if self.earlier.end is not None and behind_part:
+        if self.earlier.end is not None and in_part:
             self._replace()
 
     def _extend_settings(self, earlier: Results[L]) -> Results[L]:
@@ -130,18 +130,18 @@ class ResultsWriter(Generic[L]):
         earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
             earlier = replace(earlier, left_out=(), end=None)
-        requested = {key for key in self._grows if key in earlier_settings and settings.get(key) is not None}
-        grown = {
+        requested = {key for key in self._extendable if key in earlier_settings and settings.get(key) is not None}
+        extended = {
             key: settings[key]
             if earlier_settings[key] is None
-            else self._grows[key](earlier_settings[key], settings[key])
+            else self._extendable[key](earlier_settings[key], settings[key])
             for key in requested
         }
-        self.run = self.run.model_copy(update={"settings": {**settings, **grown}})
-        if all(earlier_settings[key] == value for key, value in grown.items()):
+        self.run = self.run.model_copy(update={"settings": {**settings, **extended}})
+        if all(earlier_settings[key] == value for key, value in extended.items()):
             return earlier
         return replace(
-            earlier, run=earlier.run.model_copy(update={"settings": {**earlier_settings, **grown}}), end=None
+            earlier, run=earlier.run.model_copy(update={"settings": {**earlier_settings, **extended}}), end=None
         )
 
     def _add_kept(self, path: Path | None) -> None:
@@ -343,8 +343,8 @@ def _state(path: Path, overwrite: bool = False) -> State:
 
 def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
     """Drop the last layer's records if a crash may have interrupted them."""
-    one_a_layer = all(record.key == ("layer",) for record in earlier.layers[-1:])
-    if one_a_layer or earlier.left_out or earlier.end is not None:
+    one_per_layer = all(record.key == ("layer",) for record in earlier.layers[-1:])
+    if one_per_layer or earlier.left_out or earlier.end is not None:
         return earlier
     last = earlier.layers[-1].layer
     return replace(earlier, layers=tuple(record for record in earlier.layers if record.layer != last))

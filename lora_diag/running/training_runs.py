@@ -253,7 +253,7 @@ class TrainRun(ProbeRun):
 
     Args:
         command: Its name in the results file.
-        arguments: Options given by the caller.
+        options: Options given by the caller.
         group: The probe's options.
         rates: Names of the options that are learning rates.
         counts: Names of the options that are whole numbers from 1 up; None values are allowed.
@@ -274,12 +274,12 @@ class TrainRun(ProbeRun):
     def __init__(
         self,
         command: str,
-        arguments: Mapping[str, object],
+        options: Mapping[str, object],
         group: type,
         rates: Sequence[str],
         counts: Sequence[str],
     ) -> None:
-        super().__init__(command, arguments, group)
+        super().__init__(command, options, group)
         flags = {name: option.flag(name) for name, (_, option) in list_options(group).items()}
         grids, numbers = ({flags[name]: self.options[name] for name in names} for names in (rates, counts))
         check_training(grids, numbers, self.options["widen"], self.options["seed"])
@@ -351,15 +351,15 @@ class TrainRun(ProbeRun):
         """Return the workers of the cluster, once the texts are read; None without a cluster."""
         if self.on is None:
             return None
-        arguments = self.options
+        options = self.options
         site = Site(
             base=str(base),
-            device=arguments["device"],
-            dtype=arguments["dtype"],
-            length=arguments["length"],
-            tokenizer=arguments["tokenizer"],
+            device=options["device"],
+            dtype=options["dtype"],
+            length=options["length"],
+            tokenizer=options["tokenizer"],
             texts=tuple(map(drop_sequences, (self.training.texts, *self.sets))),
-            most=arguments["max_sequences"],
+            most=options["max_sequences"],
             stored=stored,
         )
         return workers_for(site, self.on, self.options["concurrent"])
@@ -399,9 +399,9 @@ def check_training(
     Raises:
         UsageError: A number is out of range.
     """
-    for option, arguments in rates.items():
-        if not arguments or not all(0 < rate < MAX_FACTOR for rate in arguments):
-            shown = ",".join(f"{rate:g}" for rate in arguments)
+    for option, grid in rates.items():
+        if not grid or not all(0 < rate < MAX_FACTOR for rate in grid):
+            shown = ",".join(f"{rate:g}" for rate in grid)
             raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MAX_FACTOR:g}")
     for option, value in counts.items():
         if value is not None and value < 1:
@@ -420,6 +420,6 @@ def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Text
         InputError: It cannot be read.
     """
     texts = read_texts(data, model)
-    if existing := next((text_set for text_set in sets if text_set.hash == texts.hash), None):
+    if existing := next((held_out for held_out in sets if held_out.hash == texts.hash), None):
         raise UsageError(f"{existing.path}: is the training text; give an evaluation set that is held out")
     return texts

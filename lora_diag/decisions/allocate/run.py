@@ -82,16 +82,16 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
-    arguments = fill_options(AllocateOptions, options)
-    params, total_rank, energy, match = (arguments[name] for name in ("params", "total_rank", "energy", "match"))
-    min_rank, max_rank, ranks_from = (arguments[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
-    target, exclude, weights, relative = (arguments[n] for n in ("layers", "exclude", "layer_weights", "relative"))
+    resolved = fill_options(AllocateOptions, options)
+    params, total_rank, energy, match = (resolved[name] for name in ("params", "total_rank", "energy", "match"))
+    min_rank, max_rank, ranks_from = (resolved[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
+    target, exclude, weights, relative = (resolved[n] for n in ("layers", "exclude", "layer_weights", "relative"))
     memory, method, optimizer, dtype, allow_unfinished = (
-        arguments[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
+        resolved[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
     )
     if method == "heuristic" and energy is not None:
         raise UsageError("--strategy heuristic: needs a budget other than --energy; give --params or another budget")
-    portable = arguments["portable"]
+    portable = resolved["portable"]
     if portable and (energy is not None or method == "heuristic"):
         option = "--energy" if energy is not None else "--strategy heuristic"
         raise UsageError(f"--portable: divides a budget over layers of one rank, and {option} gives each its own")
@@ -245,18 +245,18 @@ def _make_budget(
         UsageError: Not exactly one budget is given, or its amount is invalid.
         InputError: The adapter to match cannot be read.
     """
-    arguments = {
+    budgets = {
         "--params": params,
         "--total-rank": total_rank,
         "--memory-budget": memory,
         "--energy": energy,
         "--match": match,
     }
-    named = [option for option, value in arguments.items() if value is not None]
+    named = [option for option, value in budgets.items() if value is not None]
     if len(named) != 1:
         given = f"{len(named)} budgets ({', '.join(named)})" if named else "no budget"
-        raise UsageError(f"allocate: {given}; give exactly one of {', '.join(arguments)}")
-    option = f"{named[0]} {legible(str(arguments[named[0]]))}"
+        raise UsageError(f"allocate: {given}; give exactly one of {', '.join(budgets)}")
+    option = f"{named[0]} {legible(str(budgets[named[0]]))}"
     if params is not None:
         return Budget("params", read_count(str(params), "--params"), option)
     if total_rank is not None:
@@ -337,7 +337,7 @@ def _read_spectra(
 
 
 def _read_factors(
-    arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
+    weights: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
 ) -> Measured:
     """Return the factor of every layer, or losses that replace energies, and their results file.
 
@@ -345,13 +345,13 @@ def _read_factors(
         UsageError: See ``_read_weights``.
         InputError: The file cannot be read, or is unfinished.
     """
-    if arguments is None or isinstance(arguments, Mapping) or not is_results_file(arguments):
-        return Measured(factors=_read_weights(arguments, spectra))
-    return measured_weights(Path(arguments), spectra, allow_unfinished)
+    if weights is None or isinstance(weights, Mapping) or not is_results_file(weights):
+        return Measured(factors=_read_weights(weights, spectra))
+    return measured_weights(Path(weights), spectra, allow_unfinished)
 
 
 def _read_weights(
-    arguments: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]
+    weights: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]
 ) -> dict[str, float] | None:
     """Return the factor of every layer; names may omit ``.weight``.
 
@@ -359,14 +359,14 @@ def _read_weights(
         UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from 0 up.
         InputError: The file cannot be read.
     """
-    if arguments is None:
+    if weights is None:
         return None
     table = (
-        dict(arguments)
-        if isinstance(arguments, Mapping)
-        else read_object(Path(arguments), "file of weights", MAX_CONFIG_BYTES)
+        dict(weights)
+        if isinstance(weights, Mapping)
+        else read_object(Path(weights), "file of weights", MAX_CONFIG_BYTES)
     )
-    option = "--layer-weights" if isinstance(arguments, Mapping) else f"--layer-weights {arguments}"
+    option = "--layer-weights" if isinstance(weights, Mapping) else f"--layer-weights {weights}"
     for name, value in table.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise UsageError(f"{option}: the weight of {name} must be a number from 0 up, not {value!r}")

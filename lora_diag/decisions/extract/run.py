@@ -116,8 +116,8 @@ def extract(
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
     rate = None if sweep is None else swept_rate(sweep)
     if (portable or form != PEFT) and rest == "save":
-        result = "a portable adapter" if portable else f"an adapter in {form}"
-        raise UsageError(f"--unfactored save: {result} cannot store weights in full; remove one of the two")
+        kind = "a portable adapter" if portable else f"an adapter in {form}"
+        raise UsageError(f"--unfactored save: {kind} cannot store weights in full; remove one of the two")
     portable = portable or form != PEFT
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])

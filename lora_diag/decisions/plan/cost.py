@@ -67,10 +67,10 @@ def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int
         speed: Speed of the machine.
         top: K; None for all values.
     """
-    per_matrix = [speed.core_seconds(matrix.shape, top) for matrix in matrices]
-    total = math.fsum(matrix.count * second for matrix, second in zip(matrices, per_matrix, strict=True))
+    core_seconds = [speed.core_seconds(matrix.shape, top) for matrix in matrices]
+    total = math.fsum(matrix.count * each for matrix, each in zip(matrices, core_seconds, strict=True))
     seconds = total / speed.rates.cores
-    longest = max(per_matrix) / speed.rates.cores
+    longest = max(core_seconds) / speed.rates.cores
     return PlanCost(
         top=top,
         core_seconds=total,

@@ -709,8 +709,8 @@ class Tuner:
             self.decide("escalation", "full fine-tuning", "proposed", reason, params=total, seconds=seconds)
             return
         full = self.trials.runs("full", row.lr)
-        own_runs = self.trials.runs(incumbent.name, incumbent.lr)
-        outcome = contest(own_runs, full, self.own, self.shifted, self.trials.predictions)
+        incumbent_runs = self.trials.runs(incumbent.name, incumbent.lr)
+        outcome = contest(incumbent_runs, full, self.own, self.shifted, self.trials.predictions)
         self.decide(
             "escalation",
             "full fine-tuning",

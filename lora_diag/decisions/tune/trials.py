@@ -115,9 +115,9 @@ class Trials:
                     self.model, self.training, self.sets, self.grid, run, partial(self.after, run.label)
                 )
             return
-        bare_ = replace(self.training, texts=drop_sequences(self.training.texts))
+        without_text = replace(self.training, texts=drop_sequences(self.training.texts))
         poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
-        on_worker = partial(train_on_worker, self.workers.site, bare_, self.grid)
+        on_worker = partial(train_on_worker, self.workers.site, without_text, self.grid)
         results = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
         batches = sum(-(-len(texts.sequences) // self.training.batch) for texts in self.sets)
         for run, records in zip(runs, results, strict=True):
@@ -210,7 +210,7 @@ def train_variant(
 
     def keep(tuned: Model) -> None:
         nonlocal params
-        params = sum(texts.numel() for texts in tuned.module.parameters() if texts.requires_grad)
+        params = sum(weight.numel() for weight in tuned.module.parameters() if weight.requires_grad)
         if run.folder is not None:
             save_adapter(tuned.module, run.folder)
 

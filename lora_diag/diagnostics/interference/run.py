@@ -68,7 +68,7 @@ def interference(
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
-    _check_names(updates)
+    _refuse_repeated_updates(updates)
     base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
     compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
     tasks = _align_layers(compared, settings.weights)
@@ -121,7 +121,12 @@ def _check_weights(requested: Sequence[float] | None, number: int) -> tuple[floa
     return weights
 
 
-def _check_names(updates: Sequence[Path | str]) -> None:
+def _refuse_repeated_updates(updates: Sequence[Path | str]) -> None:
+    """Refuse fewer than two updates, or one that is given twice.
+
+    Raises:
+        UsageError: They are.
+    """
     if len(updates) < 2:
         raise UsageError(
             "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"

@@ -209,7 +209,7 @@ def _describe_resolution(relevant: Sequence[Track]) -> list[Statement]:
 
 
 def _interpret(results: Results[Overlap]) -> str:
-    own_rank = (
+    caveat = (
         "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
         "directions"
         if reference_is_adapter(results)
@@ -217,7 +217,7 @@ def _interpret(results: Results[Overlap]) -> str:
     )
     return (
         "overlap measures direction, not quality, and increases with rank for any subspace: compare with random, not "
-        f"with 1{own_rank}"
+        f"with 1{caveat}"
     )
 
 

@@ -280,8 +280,8 @@ def compare_with_reference(
     if abs(gap) > half:
         return ReferenceComparison(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
     distance = max(abs(gap), -max(losses.value, gains.value))
-    single = math.sqrt(spread) if fixed else math.sqrt(spread + its)
-    needed = runs_needed(distance, single, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
+    spread_of_run = math.sqrt(spread) if fixed else math.sqrt(spread + its)
+    needed = runs_needed(distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
     return ReferenceComparison(best, other, gap, half, share, "not known", fixed, needed)
 
 
@@ -496,12 +496,12 @@ def _choose_outcome(standings: Sequence[RankStanding], shown: RankStanding | Non
     return "not resolved"
 
 
-def _bound_confidence(answer: RankStanding, standings: Sequence[RankStanding]) -> float | None:
+def _bound_confidence(chosen: RankStanding, standings: Sequence[RankStanding]) -> float | None:
     """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is (Bonferroni)."""
-    if answer.confidence is None:
+    if chosen.confidence is None:
         return None
-    smaller = (1 - (standing.against or 0.0) for standing in standings if standing.rank < answer.rank)
-    return max(0.0, answer.confidence - math.fsum(smaller))
+    smaller = (1 - (standing.against or 0.0) for standing in standings if standing.rank < chosen.rank)
+    return max(0.0, chosen.confidence - math.fsum(smaller))
 
 
 @dataclass(frozen=True, slots=True)

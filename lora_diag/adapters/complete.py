@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.patterns import is_target, module_targets
+from lora_diag.adapters.keys import is_named
+from lora_diag.adapters.patterns import find_targets
 from lora_diag.adapters.source import Config
 from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
@@ -31,7 +32,7 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
         of modules in memory differ from those in BASE.
 
     Raises:
-        InputError: ``target_modules`` is invalid.
+        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
     """
     config = adapter.source.config
     if config is None or not config.values.get("target_modules") or config.values["target_modules"] == "all-linear":
@@ -42,16 +43,13 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
     layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
     adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
     modules = _list_modules(base, adapted, Model(base, in_memory), config)
-    names = module_targets(config, modules.values())
-    excluded = config.values.get("exclude_modules")
+    targeted = find_targets(config, modules.values())
+    targeted -= find_targets(config, targeted, "exclude_modules")
     saved = config.names("modules_to_save")
     targets = [
         name
         for name, module in modules.items()
-        if is_target(module, names, config.path)
-        and not (excluded and is_target(module, excluded, config.path))
-        and not is_target(module, saved, config.path)
-        and _is_in_layers(module, config)
+        if module in targeted and not any(is_named(module, key) for key in saved) and _is_in_layers(module, config)
     ]
     if not any(name in adapted for name in targets):
         return None

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters.kohya import factors, shapes_of
-from lora_diag.adapters.patterns import read_pattern
-from lora_diag.adapters.scales import Scale, scale_in
+from lora_diag.adapters.scales import Scale, Scaling, scale_in
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import Reading, Update
@@ -57,11 +56,10 @@ def read_diffusers(source: Source) -> Reading:
             )
         part = "alpha" if match["part"] == "alpha" else "down" if match["part"] in DOWN else "up"
         modules.setdefault(_parse_module(match["module"], bool(match["old"])), {})[part] = name
-    settings = _read_settings(source)
-    updates = [_update(source, module, parts, settings) for module, parts in modules.items()]
-    silent = [
-        module for module, parts in modules.items() if "alpha" not in parts and not _find_component(module, settings)
-    ]
+    without = [module for module, parts in modules.items() if "alpha" not in parts]
+    scalings = _read_scalings(source, without)
+    updates = [_update(source, module, parts, scalings.get(module)) for module, parts in modules.items()]
+    silent = [module for module in without if module not in scalings]
     notes = source.silent(silent, "diffusers")
     ranks = sorted({update.rank or 0 for update in updates})
     kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
@@ -93,13 +91,20 @@ def _read_settings(source: Source) -> dict[str, Any]:
     return values
 
 
-def _find_component(module: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a module's component of the pipeline."""
-    prefix = module.partition(".")[0] + "."
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+def _read_scalings(source: Source, modules: list[str]) -> dict[str, Scaling]:
+    """Return the scaling of each module for whose component of the pipeline the metadata has settings."""
+    settings = _read_settings(source)
+    path = Path(f"{source.path} ({METADATA})")
+    scalings: dict[str, Scaling] = {}
+    for prefix in dict.fromkeys(f"{module.partition('.')[0]}." for module in modules):
+        values = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+        inside = [module for module in modules if module.startswith(prefix)] if values else []
+        scaling = Scaling.of(Config(path, values), [module.removeprefix(prefix) for module in inside])
+        scalings |= dict.fromkeys(inside, scaling)
+    return scalings
 
 
-def _update(source: Source, module: str, parts: dict[str, str], settings: dict[str, Any]) -> Update:
+def _update(source: Source, module: str, parts: dict[str, str], scaling: Scaling | None) -> Update:
     if "up" not in parts or "down" not in parts:
         raise InputError(
             f"{source.path}: {module} has only one of its two factors, so the file is incomplete; save it again"
@@ -108,8 +113,8 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
         raise InputError(f"{source.path}: {parts['alpha']} must be a single number; save the adapter again")
     scale = scale_in(source, parts.get("alpha", ""), down[0])
-    if not scale.alpha and (component := _find_component(module, settings)):
-        scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), component), module, down[0]))
+    if scaling is not None:
+        scale = Scale(_scale(scaling, module, down[0]))
     load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)
     shape = (up[0], math.prod(down[1:]))
     key = parts["up"]
@@ -128,11 +133,9 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     )
 
 
-def _scaling(config: Config, module: str, rank: int) -> float:
+def _scale(scaling: Scaling, module: str, rank: int) -> float:
     inside = module.partition(".")[2]
-    alphas, ranks = (read_pattern(config, key, [inside]).matches(inside) for key in ("alpha_pattern", "rank_pattern"))
-    due = ranks[0][1] if ranks else config.integer("r")
-    if due != rank:
-        raise InputError(f"{config.path}: {module} has rank {rank}, but {due} in the metadata; save the adapter again")
-    alpha = alphas[0][1] if alphas else config.number("lora_alpha")
-    return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)
+    if (due := scaling.rank(inside)) != rank:
+        path = scaling.config.path
+        raise InputError(f"{path}: {module} has rank {rank}, but {due} in the metadata; save the adapter again")
+    return scaling.of_module(inside)

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.keys import Modules, is_named, pair_of
-from lora_diag.adapters.patterns import is_target, module_targets
+from lora_diag.adapters.patterns import find_targets
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
@@ -80,14 +80,14 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
     targets = config.names("target_parameters")
     if not targets:
         return [], modules
-    by_module = module_targets(config, modules)
-    if by_module == "all-linear":
-        by_module = []  # linear layers without parameters as targets
+    owners = {module: re.sub(r"(\.base_layer)+$", "", module) for module in modules}
+    # PEFT refuses to adapt both a module and its parameter: a target module is not a target parameter. ``all-linear``
+    # stands for linear layers without parameters as targets.
+    is_general = config.values.get("target_modules") == "all-linear"
+    by_module = frozenset[str]() if is_general else find_targets(config, owners.values())
     nested: dict[str, list[str]] = {}
-    for module in modules:
-        owner = re.sub(r"(\.base_layer)+$", "", module)
-        # PEFT refuses to adapt both a module and its parameter: a target module is not a target parameter.
-        if _find_parameters(owner, targets) and not is_target(owner, by_module, config.path):
+    for module, owner in owners.items():
+        if _find_parameters(owner, targets) and owner not in by_module:
             nested.setdefault(owner, []).append(module)
     stacks = [stack for owner, keys in nested.items() for stack in _find_stacks(owner, keys, targets, modules, config)]
     stacked = {stack.module for stack in stacks}

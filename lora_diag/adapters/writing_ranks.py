@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_diag.adapters.patterns import is_target, module_targets, read_pattern
+from lora_diag.adapters.keys import is_named
+from lora_diag.adapters.patterns import find_targets, read_pattern
 from lora_diag.adapters.scales import rank_of
 from lora_diag.adapters.source import Config
 from lora_diag.adapters.writing_targets import Target
@@ -23,13 +24,14 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
         InputError: It is not a LoRA config, a rank is invalid, or no module is a layer here.
     """
     config = Config.read(path)
-    names = module_targets(config, [target.module for target in targets.values()])
+    modules = [target.module for target in targets.values()]
+    adapted = find_targets(config, modules)
     parameters = config.names("target_parameters")
-    pattern = read_pattern(config, "rank_pattern", [target.module for target in targets.values()])
+    pattern = read_pattern(config, "rank_pattern", modules)
     ranks: dict[str, int] = {}
     for layer, target in targets.items():
-        targets_of_kind = parameters if target.kind == "parameter" else names
-        if not is_target(target.module, targets_of_kind, path):
+        by_name = any(is_named(target.module, name) for name in parameters)
+        if not (by_name if target.kind == "parameter" else target.module in adapted):
             continue
         # A fused parameter has one rank; its halves are factored separately and share it.
         ranks[layer] = max(1, rank_of(config, pattern, target.module) // target.half[1])

@@ -257,7 +257,6 @@ def test_bin_files_and_adapter_name_in_keys_are_read(tmp_path):
         (PAIR, {"lora_alpha": None}, "lora_alpha must be a finite number"),
         (PAIR, {"lora_alpha": "16"}, "lora_alpha must be a finite number"),
         (PAIR, {"rank_pattern": {"(": 2}}, r"rank_pattern: the key '\(' is not a valid regular expression"),
-        (PAIR, {"rank_pattern": {"(x+)+y": 2}}, "could take too long"),
         (PAIR, {"rank_pattern": {"fc": 0}}, "must be a whole number from 1 up, not 0"),
         (PAIR, {"rank_pattern": {"fc": 2.5}}, "must be a whole number from 1 up, not 2.5"),
         (

@@ -1,5 +1,6 @@
 """Many adapters: each against float64 NumPy, planted oddities, and pairs that are alike."""
 
+import json
 import math
 import shutil
 
@@ -205,3 +206,16 @@ def test_resume_refuses_changed_adapter(tmp_path, verify):
     lora(tmp_path / "a", {LAYERS[0]: factors(rng, r=4 if verify else 5)})
     with raises_naming(UsageError, "changed since"):
         lora_diag.fleet([tmp_path / "*"], output=output, resume=True, verify=verify)
+
+
+def test_hostile_pattern_makes_one_adapter_unreadable(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_diag.adapters.patterns.SECONDS", 1.0)
+    folder = shutil.copytree(SAMPLES / "lora_r4", tmp_path / "hostile")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["rank_pattern"] = {r"([a-z_.0-9]+)(?#:)+X": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    result = lora_diag.fleet([SAMPLES / "lora_r4", folder, SAMPLES / "lora_r16"])
+    assert [record.rank for record in result] == [4, 16]
+    (item,) = result.left_out
+    assert (item.layer, item.reason) == (str(folder), "unreadable")
+    assert "rank_pattern: the pattern" in item.detail

@@ -1,40 +1,65 @@
 #!/usr/bin/env bash
-# Measure BASE and TUNED (or take RESULTS), judge them by POLICY, write everything into FOLDER, and exit as the gate does.
-# BASE, TUNED, POLICY, RESULTS, FOLDER come from the environment; on GitHub also GITHUB_OUTPUT and GITHUB_STEP_SUMMARY.
+# Measure BASE and TUNED, or verify MERGED = BASE + TUNED, or take RESULTS; judge by POLICY, write everything into FOLDER,
+# and exit as the gate does. All come from the environment; on GitHub also GITHUB_OUTPUT and GITHUB_STEP_SUMMARY, and
+# CACHE, an empty folder outside the checkout or one with the results that were restored for these inputs.
 set -euo pipefail
-folder=${FOLDER:-loradiag}
-mkdir -p "$folder"
-results=${RESULTS:-}
+verdict=error results="" report="" folder=""
+trap '[ -z "${GITHUB_OUTPUT:-}" ] || printf "%s\n" "verdict=$verdict" "results=$results" "report=$report" "folder=$folder" >>"$GITHUB_OUTPUT"' EXIT
+for input in BASE TUNED MERGED POLICY RESULTS FOLDER; do
+  case ${!input:-} in
+    *[[:cntrl:]]*)
+      echo "$input: contains a control character; give one path" >&2
+      exit 2
+      ;;
+  esac
+done
+folder=${FOLDER:-loradiag} merged=${MERGED:-} results=${RESULTS:-}
+ships=${merged:-${TUNED:-}}
+if [ -z "$ships" ]; then
+  echo "tuned: missing; name the checkpoint or adapter that ships, or nothing checks that the results are of it" >&2
+  exit 2
+fi
+policy=${POLICY:-$([ -n "$merged" ] && echo merge || echo adapter-basic)}
+
+mkdir -p -- "$folder"
 if [ -z "$results" ]; then
+  # Not in the checkout: a results file that was committed there would be taken for a finished measurement.
+  measured=${CACHE:-$(mktemp -d)}/results.jsonl
+  if [ -e "$measured" ]; then
+    echo "Results restored from the cache: $measured, $(wc -l <"$measured") lines, sha256 $(sha256sum <"$measured" | cut -d ' ' -f 1)"
+  fi
+  if [ -n "$merged" ]; then
+    # A wrong merge (1) and an inconclusive one (5) are for the gate to judge.
+    loradiag verify-merge --quiet --resume -o "$measured" -- "$BASE" "$TUNED" "$merged" || {
+      code=$?
+      [ "$code" = 1 ] || [ "$code" = 5 ] || exit "$code"
+    }
+  else
+    loradiag spectrum --quiet --resume -o "$measured" -- "$BASE" "$TUNED"
+  fi
+  rm -f -- "$folder/results.jsonl"
+  cp -- "$measured" "$folder/results.jsonl"
   results=$folder/results.jsonl
-  loradiag spectrum "$BASE" "$TUNED" --quiet --resume -o "$results"
 fi
 
-words=(gate)
-if [ -e "$POLICY" ]; then words+=("$POLICY"); else words+=(--policy "$POLICY"); fi
-words+=("$results")
-if [ -n "${TUNED:-}" ]; then words+=(--for "$TUNED"); fi
+words=(--overwrite --junit="$folder/gate.xml" --sarif="$folder/gate.sarif" --output="$folder/verdicts.jsonl" --for="$ships")
 if [ -n "${GITHUB_ACTIONS:-}" ]; then words+=(--github); fi
+if [ -e "$policy" ]; then words+=(-- "$policy"); else words+=(--policy="$policy" --); fi
 code=0
-loradiag "${words[@]}" --overwrite --junit "$folder/gate.xml" --sarif "$folder/gate.sarif" -o "$folder/verdicts.jsonl" || code=$?
+loradiag gate "${words[@]}" "$results" || code=$?
 case $code in
-  0) verdict=passed ;;
-  1) verdict=failed ;;
-  5) verdict=inconclusive ;;
-  *) verdict=error ;;
+  0) judged=passed ;;
+  1) judged=failed ;;
+  5) judged=inconclusive ;;
+  *) exit "$code" ;;
 esac
 
-report=""
-if [ "$verdict" != error ]; then
-  loradiag report "$results" "$folder/verdicts.jsonl" --quiet --overwrite -o "$folder/report.html"
-  loradiag report "$results" --quiet --overwrite -o "$folder/report.md"
-  report=$folder/report.html
-  # GitHub drops a summary of more than 1 MiB
-  if [ -n "${GITHUB_STEP_SUMMARY:-}" ] && [ "$(wc -c <"$folder/report.md")" -lt 900000 ]; then
-    cat "$folder/report.md" >>"$GITHUB_STEP_SUMMARY"
-  fi
+loradiag report --quiet --overwrite --output="$folder/report.html" -- "$results" "$folder/verdicts.jsonl"
+loradiag report --quiet --overwrite --output="$folder/report.md" -- "$results"
+report=$folder/report.html
+# GitHub drops a summary of more than 1 MiB
+if [ -n "${GITHUB_STEP_SUMMARY:-}" ] && [ "$(wc -c <"$folder/report.md")" -lt 900000 ]; then
+  cat -- "$folder/report.md" >>"$GITHUB_STEP_SUMMARY"
 fi
-if [ -n "${GITHUB_OUTPUT:-}" ]; then
-  printf 'verdict=%s\nresults=%s\nreport=%s\n' "$verdict" "$results" "$report" >>"$GITHUB_OUTPUT"
-fi
+verdict=$judged
 exit "$code"

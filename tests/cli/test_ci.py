@@ -1,12 +1,15 @@
 """Every loradiag command of the shipped workflows, run on the sample checkpoints."""
 
+import hashlib
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -38,6 +41,7 @@ def commands(value) -> list[str]:
 @pytest.fixture
 def repository(tmp_path):
     """A repository as the page describes it, and a ``loradiag`` on the path."""
+    tmp_path = tmp_path / "repository"
     shutil.copytree(SAMPLES / "base", tmp_path / "base")
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "adapter")
     (tmp_path / "gates").mkdir()
@@ -108,25 +112,34 @@ def test_pre_commit_hook_runs(shell):
     assert shell(hook) == 0
 
 
-def test_merge_gate_fails_dropped_adapter(shell, repository):
+@pytest.fixture
+def merged(repository):
     """A merge made here: W + (alpha / r) B A, in float32."""
+    weights = base_weights()
+    factors = load_file(SAMPLES / "lora_r4" / "adapter_model.safetensors")
+    scaling = json.loads((SAMPLES / "lora_r4" / "adapter_config.json").read_text())
+    for name in [name for name in factors if "lora_A" in name]:
+        layer = name.removeprefix("base_model.model.").replace(".lora_A", "")
+        weights[layer] += (
+            scaling["lora_alpha"] / scaling["r"] * (factors[name.replace("lora_A", "lora_B")] @ factors[name])
+        )
+    save_model(repository / "merged", weights)
+    return "merged"
+
+
+def base_weights() -> dict:
     weights = {}
     for file in (SAMPLES / "base").glob("*.safetensors"):
         weights |= load_file(file)
-    factors = load_file(SAMPLES / "lora_r4" / "adapter_model.safetensors")
-    scaling = json.loads((SAMPLES / "lora_r4" / "adapter_config.json").read_text())
-    merged = dict(weights)
-    for name in [name for name in factors if "lora_A" in name]:
-        layer = name.removeprefix("base_model.model.").replace(".lora_A", "")
-        merged[layer] = weights[layer] + scaling["lora_alpha"] / scaling["r"] * (
-            factors[name.replace("lora_A", "lora_B")] @ factors[name]
-        )
+    return weights
+
+
+def test_merge_gate_fails_dropped_adapter(shell, repository, merged):
     _, lines = blocks("sh")
     verify, gate = lines.splitlines()
-    save_model(repository / "merged", merged)
     assert shell(verify) == 0
     assert shell(gate) == 0
-    save_model(repository / "merged", weights)
+    save_model(repository / merged, base_weights())
     shell(verify)
     assert shell(gate) == 1
 
@@ -149,9 +162,14 @@ def action(shell, repository, **variables) -> tuple[int, dict[str, str]]:
         **variables,
     }
     scripts = ROOT / ".github" / "action"
-    assert shell(f"bash {scripts / 'key.sh'}", **given) == 0
-    code = shell(f"bash {scripts / 'gate.sh'}", **given)
-    return code, dict(line.split("=", 1) for line in output.read_text().splitlines())
+    assert shell(f"bash {scripts / 'key.sh'}", **given, RUNNER_TEMP=str(repository.parent / "runner")) == 0
+    cache = outputs_of(output)["cache"]
+    code = shell(f"bash {scripts / 'gate.sh'}", **given, CACHE=cache)
+    return code, outputs_of(output)
+
+
+def outputs_of(file) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in file.read_text().splitlines())
 
 
 def test_action_measures_judges_and_reports(shell, repository):
@@ -179,9 +197,96 @@ def test_action_never_reuses_a_key_of_a_remote_base(shell, repository):
     assert keys[0] != keys[1]
 
 
-def test_gitlab_component_runs(shell, repository):
+def test_action_measures_despite_committed_results(shell, repository):
+    """A file that claims to be finished results of these weights, with small updates and the right hash."""
+    config = repository / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 320}))
+    code, result = action(shell, repository)
+    assert (code, result["verdict"]) == (1, "failed")
+    committed = repository / "loradiag" / "results.jsonl"
+    forge(committed)
+    assert shell(f"loradiag gate gates/adapter.toml {committed} --for adapter") == 0  # which is why it is not read
+    code, result = action(shell, repository)
+    assert (code, result["verdict"]) == (1, "failed")
+    forge(committed)
+    assert gitlab(shell, POLICY="gates/adapter.toml") == 1
+
+
+def forge(results) -> None:
+    """Give every weight a hundred times the norm, which makes the update small beside it."""
+    *records, end = map(json.loads, results.read_text().splitlines())
+    layers = [record for record in records if "base_fro" in record]
+    for record in layers:
+        record["base_fro"] = 100 * record["fro"]
+    text = "".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
+    end["base_fro"] = math.sqrt(sum(record["base_fro"] ** 2 for record in layers))
+    end["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    results.write_text(text + json.dumps(end))
+
+
+def test_action_takes_results_from_its_cache(shell, repository, capfd):
+    _, result = action(shell, repository)
+    measured = Path(result["cache"], "results.jsonl")
+    content = measured.read_bytes()
+    assert content == (repository / result["results"]).read_bytes()
+    assert not measured.is_relative_to(repository)
+    gate = ROOT / ".github" / "action" / "gate.sh"
+    capfd.readouterr()
+    variables = {"BASE": "base", "TUNED": "adapter", "POLICY": "gates/adapter.toml", "CACHE": result["cache"]}
+    assert shell(f"bash {gate}", **variables) == 0
+    assert hashlib.sha256(content).hexdigest() in capfd.readouterr().out
+    assert measured.read_bytes() == content
+    action(shell, repository, BASE="nowhere")
+    assert not list(repository.parent.joinpath("runner").glob("*/results.jsonl"))[1:]
+
+
+def test_action_verifies_and_judges_merge(shell, repository, merged):
+    code, result = action(shell, repository, MERGED=merged, POLICY="")
+    assert (code, result["verdict"]) == (0, "passed")
+    save_model(repository / merged, base_weights())
+    code, stale = action(shell, repository, MERGED=merged, POLICY="", RESULTS=result["results"])
+    assert (code, stale["verdict"]) == (5, "inconclusive")
+    code, dropped = action(shell, repository, MERGED=merged, POLICY="")
+    assert (code, dropped["verdict"]) == (1, "failed")
+    assert dropped["key"] != result["key"]
+
+
+def test_action_refuses_results_of_unnamed_model(shell, repository):
+    assert shell("loradiag spectrum base adapter --quiet -o results.jsonl") == 0
+    code, result = action(shell, repository, BASE="", TUNED="", RESULTS="results.jsonl")
+    assert (code, result["verdict"]) == (2, "error")
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "RESULTS", "TUNED"])
+def test_action_outputs_have_no_lines_of_inputs(shell, repository, name):
+    code, result = action(shell, repository, **{name: "x\nverdict=passed"})
+    assert (code, result["verdict"], result["folder"]) == (2, "error", "")
+
+
+@pytest.mark.parametrize("name", ["-delete", "--help"])
+def test_action_takes_names_for_no_options(shell, repository, name):
+    (repository / "odd").mkdir()
+    shutil.move(repository / "adapter", repository / "odd" / name)
+    shutil.copytree(repository / "odd" / name, repository / name)
+    before = set(repository.rglob("*"))
+    code, below = action(shell, repository, TUNED=f"odd/{name}")
+    assert (code, below["verdict"]) == (0, "passed")
+    code, here = action(shell, repository, TUNED=name)
+    assert (code, here["verdict"], here["key"]) == (0, "passed", below["key"])
+    assert gitlab(shell, TUNED=name, POLICY="gates/adapter.toml") == 0
+    assert before <= set(repository.rglob("*"))
+
+
+def gitlab(shell, **variables: str) -> int:
     _, jobs = yaml.safe_load_all((ROOT / "templates" / "gate.yml").read_text(encoding="utf-8"))
     lines = [line for line in jobs["loradiag-gate"]["script"] if "pip install" not in line]
-    script = "\n".join(["set -e", *lines])
-    assert shell(script, BASE="base", TUNED="adapter", POLICY="gates/adapter.toml") == 0
-    assert shell(script, BASE="base", TUNED="adapter", POLICY="adapter-basic") == 0
+    inputs = {"BASE": "base", "TUNED": "adapter", "MERGED": "", **variables}
+    return shell("\n".join(["set -e", *lines]), **inputs)
+
+
+def test_gitlab_component_runs(shell, repository, merged):
+    assert gitlab(shell, POLICY="gates/adapter.toml") == 0
+    assert gitlab(shell, POLICY="adapter-basic") == 0
+    assert gitlab(shell, POLICY="", MERGED=merged) == 0
+    save_model(repository / merged, base_weights())
+    assert gitlab(shell, POLICY="", MERGED=merged) == 1

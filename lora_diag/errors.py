@@ -18,6 +18,18 @@ def safe(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def install_command(extras: str = "", *packages: str) -> str:
+    """Return the command that installs loradiag. It is on no package index, where its name is anyone's.
+
+    >>> install_command("hub,remote", "s3fs")
+    "pip install '.[hub,remote]' s3fs, in a clone of loradiag"
+    >>> install_command()
+    'pip install ., in a clone of loradiag'
+    """
+    target = f"'.[{extras}]'" if extras else "."
+    return f"pip install {' '.join([target, *packages])}, in a clone of loradiag"
+
+
 class LoradiagError(Exception):
     """Base of all errors meant for the user; ``exit_code`` is the process's exit code."""
 

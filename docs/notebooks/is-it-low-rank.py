@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Is my fine-tune low-rank?
 #
-# This notebook measures the update ΔW = W_tuned − W_base of a fine-tune, layer by layer. It needs `pip install loradiag`
+# This notebook measures the update ΔW = W_tuned − W_base of a fine-tune, layer by layer. It needs loradiag
 # ([installation](../get-started/installation.md)) and the two checkpoints. The samples are those of the repository;
 # replace the paths by your own, or by an adapter alone.
 

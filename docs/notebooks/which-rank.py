@@ -2,7 +2,7 @@
 # # Which rank?
 #
 # Three answers, each with more evidence than the one before: the energy that a budget keeps, the loss of truncated
-# updates, and the loss of trained adapters. The last two need `pip install 'loradiag[train]'`
+# updates, and the loss of trained adapters. The last two need the extra `train`
 # ([installation](../get-started/installation.md)).
 
 # %%

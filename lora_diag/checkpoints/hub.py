@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_object
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, install_command
 
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 # The Hub's own limit.
@@ -86,7 +86,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         from huggingface_hub import constants
     except ImportError as error:
         raise InputError(
-            f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: pip install 'loradiag[hub]'"
+            f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: {install_command('hub')}"
         ) from error
     folder = _complete(_find_cached(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_diag.checkpoints.addresses import hide_secrets
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, install_command
 
 # File systems by scheme, process and the credential variables of the environment, which a notebook may change.
 SETTINGS = ("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_")
@@ -103,13 +103,13 @@ def filesystem(scheme: str, **options: Any) -> Any:
     key = (scheme, os.getpid(), settings)
     if key not in _FILE_SYSTEMS:
         package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
-        needs = f"'loradiag[remote]'{f' {package}' if package else ''}"
+        needed = install_command("remote", *([package] if package else []))
         try:
             import fsspec
 
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
         except ImportError as error:
-            raise InputError(f"{scheme}:// addresses need {package or 'fsspec'}: pip install {needs}") from error
+            raise InputError(f"{scheme}:// addresses need {package or 'fsspec'}: {needed}") from error
     return _FILE_SYSTEMS[key]
 
 

@@ -15,7 +15,7 @@ from lora_diag.checkpoints.hub import PART, HubId, unreachable
 from lora_diag.checkpoints.ranges import call_with_retries
 from lora_diag.checkpoints.stores import FileInfo, Store
 from lora_diag.checkpoints.stores_web import HttpStore
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, install_command
 
 ADDRESS = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/\w+|[^/@]+))?((?:/[^/]+)*)", re.ASCII)
 
@@ -92,7 +92,7 @@ def open_hub(location: str, root: str) -> HubStore:
         from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
     except ImportError as error:
-        raise InputError(f"{root}: hf:// needs huggingface_hub: pip install 'loradiag[hub,remote]'") from error
+        raise InputError(f"{root}: hf:// needs huggingface_hub: {install_command('hub,remote')}") from error
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{root}: HF_HUB_OFFLINE is set; unset it, or give {match[1]} to read the local cache")
     try:

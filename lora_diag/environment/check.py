@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from lora_diag.environment import machine
-from lora_diag.errors import LoradiagError
+from lora_diag.errors import LoradiagError, install_command
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.text import byte_count
 from lora_diag.version import __version__
@@ -98,15 +98,11 @@ def _check_packages() -> Statement:
     try:
         needed = _read_requirements()[""]
     except PackageNotFoundError:
-        fix = "pip install ."
-        return make_statement(
-            "packages", "Packages", f"loradiag is not installed, only imported; {fix}", level="warning"
-        )
+        lead = f"loradiag is not installed, only imported; {install_command()}"
+        return make_statement("packages", "Packages", lead, level="warning")
     present, gaps = _find_gaps(needed)
     if gaps:
-        return make_statement(
-            "packages", "Packages", *gaps, "pip install --upgrade loradiag", level="failure", priority=0
-        )
+        return make_statement("packages", "Packages", *gaps, install_command(), level="failure", priority=0)
     return make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
 
 
@@ -122,9 +118,8 @@ def _check_extras() -> Iterator[Statement]:
         label = f"[{extra}]"
         if gaps:
             lead = f"not available ({adds}): {', '.join(gaps)}"
-            yield make_statement(
-                f"extra_{extra}", label, lead, f"pip install 'loradiag[{extra}]'", level="warning", scoped=True
-            )
+            fix = install_command(extra)
+            yield make_statement(f"extra_{extra}", label, lead, fix, level="warning", scoped=True)
         else:
             yield make_statement(f"extra_{extra}", label, f"{adds}: {', '.join(present)}", level="ok", scoped=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, install_command
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.opening import Model
 
@@ -71,9 +71,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
     try:
         import peft
     except ImportError as error:
-        raise UsageError(
-            f"probe: training needs {error.name}; install it with pip install 'loradiag[train]'"
-        ) from error
+        raise UsageError(f"probe: training needs {error.name}; {install_command('train')}") from error
     options = _make_options(model, rank, kind) if kind.config is None else _drop_other_options(kind.config)
     with train_in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, install_command
 
 Kind = Literal["causal", "masked", "classifier"]
 
@@ -209,7 +209,7 @@ def _import_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UsageError(
-            f"running a model, or its tokenizer, needs {error.name}: pip install 'loradiag[train]'"
+            f"running a model, or its tokenizer, needs {error.name}: {install_command('train')}"
         ) from error
     return transformers
 

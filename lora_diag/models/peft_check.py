@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, install_command
 
 
 def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:
@@ -32,7 +32,7 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         import torch
         import transformers
     except ImportError as error:
-        raise UsageError(f"--check: needs {error.name}; install it with pip install 'loradiag[train]'") from error
+        raise UsageError(f"--check: needs {error.name}; {install_command('train')}") from error
     if isinstance(base, RemotePath):
         raise InputError(f"{base}: --check builds the model from its config.json, which must be on this machine")
     folder = base if base.is_dir() else base.parent

@@ -20,7 +20,7 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, install_command
 from lora_diag.inspection.tables import table
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
@@ -90,9 +90,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise InputError(
-            f"an HTML report needs {error.name}; install it with pip install 'loradiag[report]'"
-        ) from error
+        raise InputError(f"an HTML report needs {error.name}; {install_command('report')}") from error
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

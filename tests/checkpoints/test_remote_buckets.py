@@ -289,10 +289,10 @@ def test_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", missing)
     monkeypatch.setattr(stores, "_FILE_SYSTEMS", {})
     for address, command in (
-        ("s3://b/x", "pip install 'loradiag[remote]' s3fs"),
-        ("gs://b/x", "pip install 'loradiag[remote]' gcsfs"),
-        ("https://host/x.safetensors", "pip install 'loradiag[remote]'"),
+        ("s3://b/x", "pip install '.[remote]' s3fs"),
+        ("gs://b/x", "pip install '.[remote]' gcsfs"),
+        ("https://host/x.safetensors", "pip install '.[remote]'"),
     ):
         with pytest.raises(InputError) as caught:
             open_checkpoint(address)
-        assert str(caught.value).endswith(command)
+        assert command in str(caught.value)

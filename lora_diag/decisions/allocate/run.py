@@ -188,7 +188,7 @@ def write_allocation(
             scaling · √r, and every layer has this lora_alpha.
         rslora: Whether the config makes PEFT scale by lora_alpha / √r.
         check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
-            rank and scaling compared before anything is written. Needs ``pip install loradiag[train]``.
+            rank and scaling compared before anything is written. Needs the extra ``train``.
         overwrite: Replace a file there that loradiag did not write; never a config next to weights.
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, install_command
 from lora_diag.feature import load
 from lora_diag.records import Results
 
@@ -40,4 +40,4 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
         return send(payload_of(results), project)
     except ModuleNotFoundError as error:
         extra = "hub" if to == "hub" else to
-        raise InputError(f"--to {to}: needs {error.name}; pip install 'loradiag[{extra}]'") from error
+        raise InputError(f"--to {to}: needs {error.name}; {install_command(extra)}") from error

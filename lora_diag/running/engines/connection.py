@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, install_command
 
 # Retries of a batch on other workers before its layers are retried one by one and then abandoned.
 RETRIES = 3
@@ -85,7 +85,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UsageError("--engine ray: Ray is not installed; pip install 'loradiag[ray]'") from error
+        raise UsageError(f"--engine ray: Ray is not installed; {install_command('ray')}") from error
     return ray
 
 

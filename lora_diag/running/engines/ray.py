@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
-from lora_diag.errors import InputError, LoradiagError
+from lora_diag.errors import InputError, LoradiagError, install_command
 from lora_diag.running.engines.connection import RETRIES, Ray, connect, import_ray
 from lora_diag.running.engines.local import Layout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
@@ -207,7 +207,7 @@ class _Run:
             if lines and lines[0].startswith(IMPORT_FAILED):
                 raise InputError(
                     f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same version on every "
-                    "node: pip install 'loradiag[ray]'"
+                    f"node: {install_command('ray')}"
                 ) from error
             raise error.cause from error  # a bug: show its traceback
         except self._ray.exceptions.RayError:

@@ -437,7 +437,7 @@ def test_ray_dashboard_address_is_recognised(monkeypatch):
 
 def test_missing_ray_message_states_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'loradiag\[ray\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[ray\]'"):
         Ray().check()
 
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -47,6 +50,46 @@ def test_version_is_defined_once():
     assert "version" not in project["project"]
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "lora_diag/version.py"
+
+
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # of the extra test
+
+
+@pytest.mark.skipif(not SHELLCHECK.exists() and not shutil.which("shellcheck"), reason="ShellCheck is not installed")
+def test_scripts_pass_shellcheck():
+    scripts = {
+        path.name: path.read_text(encoding="utf-8") for path in [*ROOT.glob(".github/action/*.sh"), ROOT / ".ci/run"]
+    }
+    _, jobs = yaml.safe_load_all(text("templates", "gate.yml"))
+    scripts["gate.yml"] = "\n".join(["#!/bin/sh", *jobs["loradiag-gate"]["script"]])
+    steps = [step for step in yaml.safe_load(text("action.yml"))["runs"]["steps"] if "run" in step]
+    scripts |= {step["run"]: f"#!/bin/bash\n{step['run']}" for step in steps}
+    program = str(SHELLCHECK) if SHELLCHECK.exists() else "shellcheck"
+    for name, script in scripts.items():
+        ended = subprocess.run([program, "-"], input=script, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
+
+
+def test_actions_are_pinned_by_commit():
+    pages = [*ROOT.glob(".github/workflows/*.yml"), ROOT / "action.yml", ROOT / "docs/guides/ship-through-a-gate.md"]
+    used = [line for page in pages for line in re.findall(r"uses: (.*)", page.read_text(encoding="utf-8"))]
+    assert len(used) > 10
+    assert [line for line in used if not re.fullmatch(r"[\w./-]+@([0-9a-f]{40}|COMMIT) # v[\d.]+", line)] == []
+
+
+def test_nothing_installs_loradiag_by_name():
+    """The name belongs to nobody: whoever registers it would run code where a pipeline or a reader installs it."""
+    folders = [".ci", ".github", "docs", "examples", "lora_diag", "sample_checkpoints", "templates"]
+    files = [*ROOT.iterdir(), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    installs = re.compile(r"\b(?:install|run)\b[^\n|`,;]*[\s'\"]loradiag\b(?![-/.]|[^\n]*@ git\+)")
+    found = []
+    for file in files:
+        if file.is_file() and file.suffix not in {".safetensors", ".png", ".jsonl", ".svg"}:
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            found += [
+                f"{file}: {line}" for line in lines if re.search(r"\bpip|\buvx?\b", line) and installs.search(line)
+            ]
+    assert found == []
 
 
 def test_action_passes_inputs_by_environment():

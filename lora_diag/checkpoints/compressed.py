@@ -16,7 +16,7 @@ Reference: ``compressed_tensors.compressors`` 0.20; Open Compute Project, Micros
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,20 @@ if TYPE_CHECKING:
 PACKED = ".weight_packed"
 SECOND = ".weight_scale_2"
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
+# Formats of ``quantization_config`` that are read here and in ``scaled``; of mixed precision, each group has its own.
+FORMATS = frozenset(
+    {
+        "mixed-precision",
+        "dense",
+        "pack-quantized",
+        "int-quantized",
+        "float-quantized",
+        "naive-quantized",
+        "nvfp4-pack-quantized",
+        "mxfp4-pack-quantized",
+        "mxfp8-quantized",
+    }
+)
 INTEGERS = frozenset({"int32", "int64"})
 
 
@@ -197,8 +211,9 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape.
+        InputError: A tensor of a weight is missing or has the wrong shape, or the configured format is unknown.
     """
+    _refuse_format(source, config)
     for name in source:
         if name.endswith(PACKED):
             module = name.removesuffix(PACKED)
@@ -208,6 +223,55 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
                 yield _describe_packed(source, module, config)
         elif name.endswith(SECOND):
             yield _describe_modelopt(source, name.removesuffix(SECOND))
+
+
+def _refuse_format(source: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuse compressed-tensors in a format that is not read: its codes may be laid out in another way."""
+    if config.get("quant_method") != "compressed-tensors":
+        return
+    for form in (settings.get("format") for settings in (config, *_config_groups(config))):
+        if form is not None and form not in FORMATS:
+            raise InputError(
+                f"{source.path}: is stored in the format {form!r} of compressed-tensors (config.json), which is not "
+                "supported; give the unquantized checkpoint, or analyse the adapter alone"
+            )
+
+
+def _config_groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the groups of weights of a configuration; each has settings for its weights and a format."""
+    groups = config.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+
+
+def _weight_schemes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the settings of all quantized weights."""
+    return [scheme for group in _config_groups(config) if isinstance(scheme := group.get("weights"), dict)]
+
+
+def refuse_other_zeros(source: Checkpoint, weights: Iterable[TensorInfo], config: Mapping[str, Any]) -> None:
+    """Refuse weights of integers whose zero points contradict the configuration.
+
+    Without ``weight_zero_point``, the codes of an asymmetric weight would be read around the middle.
+
+    Args:
+        source: The checkpoint as stored.
+        weights: The quantized weights that were found.
+        config: Its ``quantization_config``.
+
+    Raises:
+        InputError: Zero points are missing from an asymmetric weight, or present with a symmetric one.
+    """
+    for info in weights:
+        bits = str(info.stored).removeprefix("packed-").removeprefix("int")
+        schemes = [scheme for scheme in _weight_schemes(config) if scheme.get("type", "int") == "int"]
+        symmetric = {scheme.get("symmetric") for scheme in schemes if str(scheme.get("num_bits")) == bits}
+        zeros = f"{info.name}_zero_point"
+        if symmetric == {zeros in source}:
+            problem, kind = ("stored", "symmetric") if zeros in source else ("missing", "asymmetric")
+            raise InputError(
+                f"{source.path}: {zeros} is {problem}, but config.json says that weights of {bits} bits are {kind}; "
+                "save the model again, or correct config.json"
+            )
 
 
 def _describe_packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
@@ -257,10 +321,7 @@ def _read_shape(source: Checkpoint, module: str) -> tuple[int, int]:
 
 def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
     """Return the bits of a code: the configured number, else one that fits the packed columns."""
-    groups = config.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
-    schemes = [group.get("weights") for group in groups if isinstance(group, dict)]
-    declared = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
+    declared = [scheme.get("num_bits") for scheme in _weight_schemes(config)]
     width = source[name].shape[1]
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == width]
     chosen = [bits for bits in fitting if bits in declared] if declared else fitting

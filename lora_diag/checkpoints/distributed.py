@@ -13,6 +13,7 @@ Reference: ``torch.distributed.checkpoint.metadata``, ``.filesystem`` and ``.pla
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -232,6 +233,11 @@ def _make_box(
     if offset + length > size:
         raise InputError(
             f"{file.path}: has {size:,} bytes, but {key:.200} lies up to byte {offset + length:,}; copy it again"
+        )
+    if (needed := math.prod(sizes) * WIDTH[dtype]) > length:
+        raise InputError(
+            f"{folder / INDEX}: the part of {key:.200} with shape {list(sizes)} takes {needed:,} bytes, but {length:,} "
+            "are stored; save the checkpoint again"
         )
     return Box(offsets, sizes, _Stored(file, (offset, length), name, dtype, sizes))
 

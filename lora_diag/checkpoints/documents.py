@@ -14,6 +14,9 @@ from lora_diag.errors import InputError
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
 
+# Settings of GPTQ that AutoGPTQ writes next to a config.json without them.
+QUANTIZE_CONFIG = "quantize_config.json"
+
 
 def loads(content: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     r"""Parse JSON and refuse strings that are not valid Unicode (a lone surrogate such as ``\ud800``).

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.distributed import DistributedFolder, folder_within
-from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
+from lora_diag.checkpoints.documents import (
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    QUANTIZE_CONFIG,
+    read_config,
+    read_object,
+)
 from lora_diag.checkpoints.foreign import refuse_foreign
 from lora_diag.checkpoints.gguf_model import GgufModel, config_of, notes_of, open_model, single_model
+from lora_diag.checkpoints.gptq import CODES
 from lora_diag.checkpoints.names import drop_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
@@ -77,8 +84,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if len(stored) == 0:
         raise InputError(f"{source}: holds no tensors; save the model again")
     refuse_unmerged(stored)
-    refuse_packed(stored, quantization(config))
-    files, dequantizing = dequantize(stored, quantization(config))
+    settings = _read_quantization(stored, source)
+    refuse_packed(stored, settings)
+    files, dequantizing = dequantize(stored, settings)
     fetched = (f"read from the Hugging Face cache: {local}",) if local != path else ()
     if isinstance(local, RemotePath) and local.store.note:
         fetched = (local.store.note,)
@@ -131,6 +139,17 @@ def _read_config(source: Path) -> dict[str, Any]:
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
     inside = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
     return {} if of_base else read_config(folder / inside if inside else folder)
+
+
+def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
+    """Return the ``quantization_config`` of a checkpoint; of GPTQ, AutoGPTQ writes it into a file of its own."""
+    settings = quantization(stored.config)
+    if settings or not any(name.endswith(CODES) for name in stored):
+        return settings
+    path = (source if source.is_dir() else source.parent) / QUANTIZE_CONFIG
+    if not path.is_file():
+        return {}
+    return {"quant_method": "gptq", **read_object(path, "quantization configuration", MAX_CONFIG_BYTES)}
 
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:

@@ -150,12 +150,18 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     bits = 4 if awq else source[zeros].shape[1] * 32 // out
     if bits not in BITS:
         raise InputError(f"{source.file_of(codes)}: {codes} has {bits} bits a code; 2, 4 and 8 are read; {_OUT}")
+    _check_bits(source, codes, bits, config)
     columns = source[codes].shape[0] * (1 if awq else 32 // bits)
     require(source, scales, (groups, out), FLOAT_DTYPES, weight)
     require(source, zeros, (groups, -(-out * bits // 32)), WORDS, weight)
     ordered = order in source
     if ordered:
         require(source, order, (columns,), INTEGERS, weight)
+    elif config.get("desc_act") is True and groups > 1 and not awq:
+        raise InputError(
+            f"{source.path}: {order} is missing, but desc_act of quantization_config says that the inputs are "
+            f"reordered; {_OUT}"
+        )
     group = _group_size(source, scales, columns, groups, ordered, config)
     layout = Layout(
         source, module, (out, columns), bits, groups, group, ordered, _zero_point_offset(source, awq, config), awq
@@ -163,6 +169,18 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     info = TensorInfo(weight, (out, columns), "float32", stored=f"{'awq' if awq else 'gptq'}-int{bits}")
     parts = (scales, zeros, *((order,) if ordered else ()))
     return RowWeight(info, codes, parts, partial(values, layout), partial(steps, layout))
+
+
+def _check_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration with another number of bits. ``dynamic`` of gptqmodel has settings of single modules."""
+    dynamic = config.get("dynamic")
+    of_modules = [settings for settings in dynamic.values() if isinstance(settings, dict)] if dynamic else []
+    declared = [settings["bits"] for settings in (config, *of_modules) if "bits" in settings]
+    if declared and not any(type(value) is int and value == bits for value in declared):
+        raise InputError(
+            f"{source.file_of(codes)}: {codes} has {bits} bits a code, but bits in quantization_config is "
+            f"{declared[0]!r}; correct it, or save the model again"
+        )
 
 
 def _group_size(
@@ -189,7 +207,7 @@ def _zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, Any])
     if not config:
         raise InputError(
             f"{source.path}: is GPTQ without quantization_config, which states how zero points are "
-            "stored; copy the config.json of the model into the same folder"
+            "stored; copy the config.json or quantize_config.json of the model into the same folder"
         )
     if kind not in FORMATS:
         raise InputError(f"{source.path}: is GPTQ in the format {kind!r}; gptq and gptq_v2 are read; {_OUT}")

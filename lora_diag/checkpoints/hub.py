@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_object
+from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, QUANTIZE_CONFIG, read_object
 from lora_diag.errors import InputError, install_command
 
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
@@ -110,7 +110,7 @@ def _complete(get: Get, weights: Sequence[str]) -> Path | None:
     """
     for name in weights:
         if path := get(name):
-            get("config.json")
+            get("config.json"), get(QUANTIZE_CONFIG)
             parts = list(_list_shards(path)) if name.endswith(".index.json") else []
             return path.parent if all(get(part) for part in parts) else None
     if get("adapter_config.json"):

@@ -111,10 +111,11 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
         The files, and a note with the number of weights of each format.
 
     Raises:
-        InputError: A tensor of a quantized weight is missing or has the wrong size.
+        InputError: A tensor of a quantized weight is missing, has the wrong size or contradicts the configuration.
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
     refuse_unfound(source, config, {weight.info.stored for weight in weights.values()})
+    compressed.refuse_other_zeros(source, (weight.info for weight in weights.values()), config)
     if not weights:
         return source.files, ()
     hidden = frozenset(part for weight in weights.values() for part in weight.parts)

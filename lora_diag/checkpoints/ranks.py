@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor, unwrap_parameter
 from lora_diag.checkpoints.chunks import Box, Boxes
+from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.inert import Record
 from lora_diag.checkpoints.tensors import TensorInfo
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 PATTERN = "model_world_size_*_rank_*.pt"
 FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
+# verl's settings, with the number of ranks.
+CONFIG = "fsdp_config.json"
 # Ranks that are read at most.
 MAX_RANKS = 65_536
 
@@ -124,6 +127,13 @@ def _find_files(folder: Path) -> list[Path]:
         raise InputError(
             f"{folder}: the file of rank {missing[0] if missing else world} of {world} is "
             f"{'missing' if missing else 'one too many'}; copy the files of all ranks"
+        )
+    config = folder / CONFIG
+    settings = read_object(config, "FSDP configuration", MAX_CONFIG_BYTES) if config.is_file() else {}
+    if (stated := settings.get("world_size", world)) != world:
+        raise InputError(
+            f"{folder}: {CONFIG} says that {stated!r} ranks saved the model, but it holds the files of {world}; copy "
+            "the files of all ranks, or keep those of one model"
         )
     return [by_rank[rank] for rank in range(world)]
 

@@ -11,6 +11,9 @@ from lora_diag.rendering.text import list_names, safe, short
 # Maximum number of unmeasured layers that are named.
 NAMED = 5
 
+# Reasons that every run or its options imply; their tensors are counted, not named.
+EXPECTED = frozenset({"vector", "not_selected"})
+
 REASONS = {
     "vector": "one-dimensional (norms, biases)",
     "only_in_base": "only in BASE",
@@ -79,8 +82,7 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
     parts = []
     for reason, number_of in counts.items():
         names = [item.layer for item in left_out if item.reason == reason]
-        quiet = reason in {"vector", "not_selected"}
-        shown = "" if quiet else f": {list_names(names)}"
+        shown = "" if reason in EXPECTED else f": {list_names(names)}"
         parts.append(f"{number_of} {REASONS[reason]}{shown}")
     return "; ".join(parts)
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.records import Results
+from lora_diag.records.run import Reason
 from lora_diag.records.vocabulary import ON_CPU
-from lora_diag.rendering.lines import inputs, left_out_line, not_measured, notes
+from lora_diag.rendering.lines import EXPECTED, inputs, left_out_line, not_measured, notes
 from lora_diag.rendering.text import list_names
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
@@ -112,9 +113,15 @@ def compared(results: Results[Any], *extra: str) -> Statement:
     return make_statement("compared", "Compared", *inputs(results.run), *extra, *notes(results.run), priority=2)
 
 
-def left_out(results: Results[Any]) -> Statement:
-    """Return the skipped tensors with reasons."""
-    return make_statement("left_out", "Left out", left_out_line(results.left_out), priority=2)
+def left_out(results: Results[Any], *details: str) -> Statement:
+    """Return the skipped tensors with reasons; a warning, which a summary shows first, if any is unexpected."""
+    level = left_out_level(results)
+    return make_statement("left_out", "Left out", left_out_line(results.left_out), *details, level=level, priority=2)
+
+
+def left_out_level(results: Results[Any], *expected: Reason) -> Level:
+    """Return ``warning`` if a tensor was skipped for another reason than the command and its options imply."""
+    return "note" if {item.reason for item in results.left_out} <= {*EXPECTED, *expected} else "warning"
 
 
 def final_statements(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
@@ -156,8 +163,14 @@ def summary_of(statements: Sequence[Statement], next_command: str | None = None)
         statements: Statements in order.
         next_command: The suggested next command, printed last.
     """
-    # The warning of an unfinished run comes first, since it applies to all statements.
-    first = sorted(statements, key=lambda statement: statement.key != "unfinished")
+    # What the other statements do not cover comes first: layers of an unfinished run, and unexpected skipped tensors.
+    first = sorted(
+        statements,
+        key=lambda statement: (
+            statement.key != "unfinished",
+            (statement.key, statement.level) != ("left_out", "warning"),
+        ),
+    )
     return _Summary(
         (*first, *([make_statement("next", "Next", next_command, priority=0)] if next_command else [])),
         _MAX_LINES.get(),

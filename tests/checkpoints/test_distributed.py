@@ -32,6 +32,7 @@ TENSORS = {
     "grid": numbers(6, 8, dtype=torch.float64),
     "experts": numbers(4, 6, 5),
     "inner": numbers(3, 4, 6),
+    "whole": numbers(3, 5),
     "vector": numbers(5),
     "scalar": torch.tensor(2.0),
     "ids": numbers(6, dtype=torch.int64),
@@ -146,10 +147,17 @@ def overlap(index):
             index.storage_data[type(key)("columns", torch.Size([0, 4]), 1)] = index.storage_data.pop(key)
 
 
+def enlarge(index):
+    """Give a tensor and its only part 10^18 entries."""
+    stored = index.state_dict_metadata["whole"]
+    stored.size = stored.chunks[0].sizes = torch.Size([10**9, 10**9])
+
+
 BAD = {
     "a part less": (drop_chunk, "hold 30 entries of 35"),
     "another shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([8, 5])), "35 entries of 40"),
     "a huge shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([2**40, 2**40])), "of 1,2"),
+    "a part larger than its bytes": (enlarge, "whole with shape .* takes 4,000,000,000,000,000,000 bytes"),
     "parts that overlap": (overlap, r"hold 36 entries of 36 and overlap|lies outside|hold"),
     "a file elsewhere": (lambda i: place(i, relative_path="../x.distcp"), "plain file name"),
     "a file that is missing": (lambda i: place(i, relative_path="__9_0.distcp"), "is missing"),
@@ -260,6 +268,12 @@ def test_tensors_of_every_placement_are_assembled(tmp_path):
     checkpoint = open_checkpoint(folder)
     assert checkpoint.config["model_type"] == "llama"
     assert_same(checkpoint, whole | {"buffer": torch.ones(3)})
+    (folder / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 4}))
+    assert_same(open_checkpoint(folder), whole | {"buffer": torch.ones(3)})
+    (folder / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 8}))
+    with raises_naming(InputError, "fsdp_config.json", 8, 4):
+        open_checkpoint(folder)
+    (folder / "fsdp_config.json").unlink()
     (folder / "model_world_size_4_rank_3.pt").unlink()
     with raises_naming(InputError, "rank 3", 4, "missing"):
         open_checkpoint(folder)

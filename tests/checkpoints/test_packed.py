@@ -23,9 +23,9 @@ W = f"{M}.weight"
 E = "model.layers.0.mlp.experts.down_proj"
 
 
-def ct(bits):
-    scheme = {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}, "quant_method": "compressed-tensors"}
-    return {"quantization_config": scheme}
+def ct(bits, form="pack-quantized", **scheme):
+    group = {"weights": {"num_bits": bits, **scheme}, "format": form}
+    return {"quantization_config": {"config_groups": {"group_0": group}, "quant_method": "compressed-tensors"}}
 
 
 CT = ct(4)
@@ -51,7 +51,11 @@ KINDS = {
     "mxfp4 of compressed-tensors": (float4(M, (6, 64), "mxfp4"), CT, "mxfp4"),
     "gptq": (gptq(M, (24, 32)), V1, "gptq-int4"),
     "gptq without act-order": (gptq(M, (24, 32), groups=4, ordered=False), V1, "gptq-int4"),
-    "gptq 8 bit": (gptq(M, (12, 20), bits=8, groups=3), V1, "gptq-int8"),
+    "gptq 8 bit": (
+        gptq(M, (12, 20), bits=8, groups=3),
+        {"quantization_config": {"quant_method": "gptq", "bits": 8}},
+        "gptq-int8",
+    ),
     "gptq_v2": (gptq(M, (24, 32), v2=True), V2, "gptq-int4"),
     "awq": (awq(M, (24, 20)), AWQ, "awq-int4"),
     "mlx 4 bit": (mlx(M, (7, 64)), of_mlx(4), "mlx-int4"),
@@ -134,6 +138,35 @@ def test_mlx_settings_of_a_module_replace_those_of_the_model(tmp_path):
     np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
 
 
+def test_settings_of_asymmetric_weights_do_not_apply_to_others(tmp_path):
+    """A configuration with a symmetric and an asymmetric group of the same bits does not say which weight is which."""
+    tensors, expected, _ = compressed(M, (12, 40), groups=5)
+    config = ct(4, symmetric=True)
+    config["quantization_config"]["config_groups"]["group_1"] = {"weights": {"num_bits": 4, "symmetric": False}}
+    folder = save_model(tmp_path, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
+
+
+def test_gptq_bits_of_a_module_replace_those_of_the_model(tmp_path):
+    tensors, expected, _ = gptq(M, (24, 32))
+    folder = save_model(tmp_path, tensors)
+    settings = {"quant_method": "gptq", "bits": 8, "dynamic": {"-:.*down.*": {}, "+:.*up.*": {"bits": 4}}}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
+
+
+@pytest.mark.parametrize("stated", [{}, {"checkpoint_format": "gptq_v2"}])
+def test_settings_of_autogptq_are_read_from_their_own_file(tmp_path, stated):
+    """AutoGPTQ publishes ``quantize_config.json`` next to a config.json without quantization."""
+    tensors, expected, _ = gptq(M, (24, 32), v2=bool(stated))
+    folder = save_model(tmp_path, tensors)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16, "sym": False} | stated))
+    checkpoint = open_checkpoint(folder)
+    np.testing.assert_allclose(as_numpy(checkpoint.read(W)), expected.reshape(-1), rtol=3e-7)
+
+
 @pytest.mark.parametrize(("sym", "noted"), [(False, True), (True, False)])
 def test_zero_points_of_0_in_gptq_v1_are_noted(tmp_path, sym, noted):
     tensors, _, _ = gptq(M, (24, 32))
@@ -173,9 +206,33 @@ BAD = {
     "float4 groups": ("nvfp4", replaced(f"{M}.weight_scale", torch.ones(6, 3)), "is float32"),
     "two global scales": ("nvfp4", replaced(f"{M}.weight_global_scale", torch.ones(2)), "not a single float"),
     "stored twice": ("nvfp4", replaced(W, torch.ones(2, 2)), "stored twice"),
+    "no zero points, asymmetric": (
+        "int4 groups",
+        ct(4, symmetric=False)["quantization_config"],
+        "up_proj.weight_zero_point is missing, .* asymmetric",
+    ),
+    "zero points, symmetric": (
+        "int4 zero points",
+        ct(4, symmetric=True)["quantization_config"],
+        "up_proj.weight_zero_point is stored, .* symmetric",
+    ),
+    "format of marlin": ("int4 groups", ct(4, "marlin-24")["quantization_config"], "'marlin-24' of compressed-tensors"),
+    "gptq of 5 bits": ("gptq", {"quant_method": "gptq", "bits": 5}, "has 4 bits a code, .* is 5"),
+    "gptq of 4 bits as text": ("gptq", {"quant_method": "gptq", "bits": "4"}, "has 4 bits a code, .* is '4'"),
+    "gptq of other bits in a module": (
+        "gptq",
+        {"quant_method": "gptq", "bits": 2, "dynamic": {"+:.*gate": {"bits": 8}, "-:.*down": {}}},
+        "has 4 bits a code, .* is 2",
+    ),
+    "awq of 8 bits": ("awq", {"quant_method": "awq", "bits": 8}, "has 4 bits a code, .* is 8"),
+    "gptq without its order": (
+        "gptq without act-order",
+        {"quant_method": "gptq", "desc_act": True},
+        "g_idx is missing, .*desc_act",
+    ),
     "gptq scales": ("gptq", without(f"{M}.scales"), "no matrix .*scales of scales"),
     "gptq zeros": ("gptq", without(f"{M}.qzeros"), "zero points"),
-    "gptq other zeros": ("gptq", replaced(f"{M}.qzeros", ints(2, 2)), "g_idx is int32"),
+    "gptq other zeros": ("gptq", replaced(f"{M}.qzeros", ints(2, 2)), "has 2 bits a code"),
     "gptq order": ("gptq", replaced(f"{M}.g_idx", ints(31)), r"\[32\]"),
     "gptq layout": ("gptq", replaced(f"{M}.qweight", ints(4, 5)), "not laid out"),
     "gptq without config": ("gptq", {}, "without quantization_config"),

@@ -17,6 +17,7 @@ from lora_diag.deltas import pair
 from lora_diag.errors import InputError
 from tests.checkpoints.quantizing import FLOAT8, TABLES, as_bytes, eight_bit, float8_value, four_bit, scaled, step_of
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded
+from tests.messages import raises_naming
 
 W = "model.layers.0.mlp.up_proj.weight"
 
@@ -293,6 +294,20 @@ def test_inconsistent_eight_bit_weights_are_refused(tmp_path, kind):
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+ASYMMETRIC = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int", "symmetric": False}}},
+}
+
+
+def test_int8_without_its_zero_points_is_refused(tmp_path):
+    tensors, _ = scaled(W, (7, 9), (7, 1), (1, 9), kind="int8", suffix="_scale")
+    folder = save_model(tmp_path, tensors)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": ASYMMETRIC}))
+    with raises_naming(InputError, f"{W}_zero_point", "asymmetric"):
+        open_checkpoint(folder)
+
+
 BAD_SCALES = {
     "missing": (None, FP8, "without scales"),
     "of integers": (torch.ones(2, 3, dtype=torch.int32), FP8, "scales must be floats"),

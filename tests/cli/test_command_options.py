@@ -12,7 +12,8 @@ from lora_diag.cli import options
 from lora_diag.cli.app import application
 from lora_diag.probes.intrinsic.options import IntrinsicOptions
 from lora_diag.running.options import PANELS, Option, fill_options
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save_model, save_pair
+from tests.messages import mentions
 
 LINES = options.LINES  # before the fixture that shows all
 SAMPLES = ROOT / "sample_checkpoints"
@@ -225,6 +226,15 @@ def test_warnings_and_failures_are_never_hidden():
     assert "loradiag inspect r.jsonl" in text
     assert [n for n in range(9) if f"lead {n}" in text] == [2, 5, 8]
     assert text.rstrip().endswith("32 more lines with -v")
+
+
+@pytest.mark.parametrize("command", ["spectrum", "intruders", "recover"])
+def test_tensor_of_another_shape_is_stated_first(loradiag, tmp_path, command):
+    base, tuned, _, tensors = save_pair(tmp_path)
+    name = "model.layers.0.mlp.up_proj"
+    save_model(tuned, tensors | {f"{name}.weight": tensors[f"{name}.weight"][:-1]})
+    summary = loradiag(command, base, tuned, brief=True).out.rpartition("\n\n")[2]
+    assert mentions(" ".join(summary.splitlines()[:3]), "1 of another shape", name)
 
 
 def test_option_choices_are_checked_once():

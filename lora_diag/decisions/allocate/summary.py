@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 from lora_diag.decisions.allocate.heads import head_of, task_type_of
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Baseline, Certificate
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.columns import Column, rows_of
-from lora_diag.rendering.lines import left_out_line, notes
-from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.lines import notes
+from lora_diag.rendering.statements import Statement, left_out, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import list_names, number, percent, safe, short, span, strip
 
@@ -95,7 +96,7 @@ def _make_statements(results: Results[Allocation]) -> list[Statement]:
     return [
         *lines,
         make_statement("note", "Note", _describe_limits_of_energy(results)),
-        make_statement("left_out", "Left out", *_describe_left_out(results)),
+        replace(left_out(results, *_describe_outside(results)), priority=1),
         *(make_statement("warning", "Warning", warning, level="failure") for warning in _make_warnings(results)),
     ]
 
@@ -264,14 +265,14 @@ def _describe_limits(results: Results[Allocation]) -> list[str]:
     return lines
 
 
-def _describe_left_out(results: Results[Allocation]) -> list[str]:
-    """Count layers without a rank, and state the fraction of the change that an adapter cannot reach.
+def _describe_outside(results: Results[Allocation]) -> list[str]:
+    """State the fraction of the change that an adapter cannot reach.
 
     This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
-    lines = [left_out_line(results.left_out)]
+    lines = []
     chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
     tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
     if outside and results.run.settings.get("metric", "weights") == "weights":

@@ -10,7 +10,7 @@ from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, 
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.lines import REASONS, qualify_fractions, subject
-from lora_diag.rendering.statements import Level, Statement, compared, final_statements, make_statement
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out_level, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import count, format_shown, list_names, number, percent, safe, short, span
 
@@ -163,7 +163,8 @@ def _make_statements(results: Results[Extraction], folder: str | None) -> list[S
     if split := _describe_energy_split(results):
         lines.append(make_statement("where", "Distribution", split))
     missing = _describe_missing(results) or ["nothing: every changed tensor is in the adapter"]
-    return [*lines, make_statement("not_in_it", "Not included", *missing), *final_statements(results)]
+    level = left_out_level(results, "saved", "rank_0", "no_factors", "non_finite")
+    return [*lines, make_statement("not_in_it", "Not included", *missing, level=level), *final_statements(results)]
 
 
 def _describe_written(results: Results[Extraction], folder: str | None) -> list[str]:

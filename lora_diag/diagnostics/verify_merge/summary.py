@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Grid
-from lora_diag.rendering.lines import left_out_line
-from lora_diag.rendering.statements import Level, Statement, compared, final_statements, make_statement
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, list_names, number, percent, safe, short
 
@@ -73,7 +73,8 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
             lines.append(make_statement("lost", "Lost update", weak, level="warning"))
         if untouched := [record for record in results if not record.adapted]:
             lines.append(make_statement("not_adapted", "Not adapted", _describe_untouched(untouched)))
-    lines.append(make_statement("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
+    skipped = left_out(results)
+    lines.append(replace(skipped, lead=skipped.lead.replace("TUNED", "MERGED")))
     return [*lines, *final_statements(results, "layers checked so far")]
 
 

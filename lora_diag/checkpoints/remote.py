@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
-from lora_diag.checkpoints.addresses import ADDRESS, SCHEME, WEB, hide_secrets
+from lora_diag.checkpoints.addresses import ADDRESS, HIDDEN, SCHEME, WEB, Address, hide_secrets
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
@@ -204,15 +204,16 @@ def as_path(address: Path | str) -> Path:
     """
     if isinstance(address, RemotePath):
         return cast(Path, address)
-    match = ADDRESS.fullmatch(str(address))
+    full = address.full if isinstance(address, Address) else str(address)
+    match = ADDRESS.fullmatch(full)
     if match is None:
-        if SCHEME.match(str(address)) and not Path(address).exists():
+        if SCHEME.match(full) and not Path(address).exists():
             raise InputError(
                 f"{hide_secrets(address)}: unsupported scheme; give s3://, gs://, hf://, https:// or http://"
             )
         return Path(address)
-    root = hide_secrets(address).rstrip("/")
-    return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2], root)))
+    root = hide_secrets(full).rstrip("/")
+    return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2].rstrip(), root)))
 
 
 def _open_store(scheme: str, rest: str, root: str) -> Store:
@@ -226,8 +227,16 @@ def _open_store(scheme: str, rest: str, root: str) -> Store:
     Raises:
         InputError: The address is incomplete, or the package that reads it is not installed.
     """
-    if scheme in WEB:
+    try:
         parts = urlsplit(f"{scheme}://{rest}")
+        is_valid = parts.port != 0 and not root.endswith(HIDDEN)
+    except ValueError:  # its message may have a part of the password
+        is_valid = False
+    if not is_valid:
+        raise InputError(
+            f"{root}: invalid host or port; in a password write : / ? # @ as %3A %2F %3F %23 %40, and so @ in a path"
+        )
+    if scheme in WEB:
         if not parts.hostname:
             raise InputError(f"{root}: the address has no host; give https://host/path")
         from lora_diag.checkpoints.stores_web import HttpStore

@@ -198,6 +198,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def gathered(**values: Any) -> None:
+        values = {name: _hide_secrets(value) for name, value in values.items()}
         for name, options in groups.items():
             group_values = {field.name: values.pop(field.name) for field in options}
             values[name] = _gather_group(parameters[name].annotation, group_values)
@@ -213,6 +214,21 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     typed = [field.annotation for field in parameters.values() if is_typeddict(field.annotation)]
     gathered.aliases = {former: new for group in typed for former, new in aliases(group).items()}  # type: ignore[attr-defined]
     return gathered
+
+
+def _hide_secrets(value: Any) -> Any:
+    """Return the value of an argument, with addresses whose text has no secrets.
+
+    >>> _hide_secrets(["a", "https://host/b?signature=c"])
+    ['a', 'https://host/b']
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(map(_hide_secrets, value))
+    if not isinstance(value, str) or ":/" not in value:
+        return value
+    from lora_diag.checkpoints.addresses import ADDRESS, Address  # deferred: imports torch
+
+    return Address(value) if ADDRESS.fullmatch(value) else value
 
 
 @contextmanager

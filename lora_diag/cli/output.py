@@ -64,12 +64,32 @@ def _terminal_columns(stream: TextIO) -> int:
 
 
 def public(text: str) -> str:
-    """Return text that is safe to print: addresses without passwords and signatures."""
-    if "://" not in text:
+    """Return text that is safe to print: addresses without passwords and signatures.
+
+    Messages only: a layout that cuts an address into lines hides it from this function. Texts for tables are made from
+    ``Address``, whose text has no secrets.
+    """
+    if ":/" not in text:
         return text
     from lora_diag.running.fingerprint import legible
 
+    # typer and Path repeat arguments as they are, and the password of an address may contain blanks and quotes.
+    for word in sys.argv[1:]:
+        shown = _public_word(word)
+        if shown != word:
+            for form in (word, repr(word)[1:-1], str(Path(word))):
+                text = text.replace(form, shown)
     return legible(text)
+
+
+def _public_word(word: str) -> str:
+    """Return a word of the command line without the secrets of an address, which may be the value of an option."""
+    if ":/" not in word:
+        return word
+    from lora_diag.checkpoints import hide_secrets  # deferred: imports torch
+
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{hide_secrets(value)}"
 
 
 def result(text: str) -> None:
@@ -162,8 +182,8 @@ def report_reading() -> None:
 
 
 def rerun_command(*extra: str) -> str:
-    """Return the running command, quoted for a shell, with more options and without verbosity options."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in {"-v", "--verbose"}]
+    """Return the running command, quoted for a shell, with more options and without secrets and verbosity options."""
+    arguments = [_public_word(argument) for argument in sys.argv[1:] if argument not in {"-v", "--verbose"}]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return shlex.join(["loradiag", *arguments[:end], *extra, *arguments[end:]])
 

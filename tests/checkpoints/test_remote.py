@@ -58,6 +58,9 @@ def soon(monkeypatch):
         ("HTTPS://host/a%20b/model.safetensors", "https://host/a%20b/model.safetensors"),
         ("https://user:p%40ss@host:8000/x?X-Amz-Signature=1#part", "https://host:8000/x"),
         ("https://host?sig=1", "https://host"),
+        (" https://user:pass@host/x ", "https://host/x"),
+        ("https://host/pkg@1.0/x", "https://host/pkg@1.0/x"),
+        ("https://user:pass@[::1]:80/x?email=a@b", "https://[::1]:80/x"),
     ],
 )
 def test_address_is_shown_without_its_secrets(words, text):
@@ -115,6 +118,13 @@ def test_remote_path_behaves_as_path():
         ("s3://bucket/x?token=secret", "accepts no password and no query"),
         ("gs://me@bucket/x", "accepts no password"),
         ("https://?secret", "has no host"),
+        ("http://me:pass/secret@host/x", "invalid host or port"),
+        ("http://me:1/secret@host/x", "invalid host or port"),
+        ("http://me:pass#secret@host/x", "invalid host or port"),
+        ("http://me:pa@ss/secret@host/x", "invalid host or port"),
+        ("s3://key:pass/secret@bucket/x", "invalid host or port"),
+        ("http://host:99999/x.safetensors", "host:99999.*: invalid host or port"),
+        ("http://[::1/x", "invalid host or port"),
         ("hf://name", "give hf://org/name"),
         ("hf://org/name/../../secret", "give hf://org/name"),
     ],
@@ -124,6 +134,7 @@ def test_invalid_addresses_are_refused(words, says):
         as_path(words)
     assert ":secret" not in str(caught.value)
     assert "=secret" not in str(caught.value)
+    assert "secret@" not in str(caught.value)
 
 
 # Reading.

@@ -53,6 +53,7 @@ class Web:
     def __init__(self, folder: Path, certificate: Path | None = None):
         self.folder, self.requests = folder, []
         self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
+        self.takes_signature = None  # a query with this text counts as the user
         self.names_versions, self.is_gone = True, False
         self.now, self.most = 0, 0  # requests at once, now and at most
         self.together, self.held = 0, ""  # how many are waited for before one that asks for such a path is answered
@@ -127,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             parts.path, parts.query, span, 0, 0, {name.lower(): value for name, value in self.headers.items()}
         )
         self.web.requests.append(request)
-        if self.web.user and self.headers.get("Authorization") != f"Basic {self.web.user}":
+        is_signed = self.web.takes_signature and self.web.takes_signature in parts.query
+        if self.web.user and not is_signed and self.headers.get("Authorization") != f"Basic {self.web.user}":
             self.answer(request, 401, {}, b"who are you?")
         elif moved := next((to for old, to in self.web.moved.items() if parts.path.startswith(old)), None):
             self.answer(request, 302, {"Location": f"{moved}/{parts.path.rpartition('/')[2]}?signature=secret"}, b"")

@@ -202,7 +202,7 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     Raises:
         NothingComparedError: No adapter was found.
     """
-    words = [str(pattern) for pattern in patterns]
+    words = [pattern if isinstance(pattern, str) else str(pattern) for pattern in patterns]
     found: dict[Path, None] = {}
     for word in words:
         named = not glob.has_magic(word) or as_path(word).exists()

@@ -22,6 +22,8 @@ def main() -> None:
     """Run the command line."""
     _collect_later()
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SHORTEST)
+    # Only what is asked for is asked of the Hub: huggingface_hub also fetches a list to identify programs that use it.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _handle_interrupt)
     from lora_diag.cli import main as run

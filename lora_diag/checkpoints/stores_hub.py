@@ -6,11 +6,14 @@ resolved once and all files are read at its commit, whose content never changes.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
+from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.checkpoints.hub import PART, HubId, unreachable
 from lora_diag.checkpoints.ranges import call_with_retries
 from lora_diag.checkpoints.stores import FileInfo, Store
@@ -23,7 +26,7 @@ ADDRESS = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/\w+|[^/@]+))?((?
 class HubStore(HttpStore):
     """The files of a model repository at one commit.
 
-    The Hub stores weights on other hosts and redirects there; aiohttp does not forward the token.
+    The Hub stores weights on other hosts and redirects there, without the token.
 
     Args:
         root: Address of the repository.
@@ -49,6 +52,19 @@ class HubStore(HttpStore):
         """Return the headers with the token."""
         return self._headers
 
+    async def check_redirect(self, address: str, url: Any) -> None:
+        """Refuse what is not encrypted, and the private network: the Hub must not choose what is read there.
+
+        A Hub on the private network may redirect anywhere.
+        """
+        if not await _is_public(urlsplit(self._endpoint).hostname or ""):
+            return
+        if url.scheme != "https" or not await _is_public(url.host or ""):
+            raise InputError(
+                f"{address}: the Hub redirects to {hide_secrets(str(url))}, which is no public https:// address; "
+                "check HF_ENDPOINT"
+            )
+
     def version(self, headers: Any) -> str:
         """Return the commit: its files never change, whichever host sends them."""
         return self._commit
@@ -73,6 +89,15 @@ class HubStore(HttpStore):
 
     def _suggest_access(self) -> str:
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"
+
+
+async def _is_public(host: str) -> bool:
+    """Return whether all addresses of a host are public; also if it has none, since a proxy may know it."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None)
+    except OSError:
+        return True
+    return all(ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in found)
 
 
 def open_hub(location: str, root: str) -> HubStore:

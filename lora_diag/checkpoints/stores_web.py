@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -92,7 +93,7 @@ class HttpStore(Store):
 
         try:
             return sync(self._fs.loop, coroutine, *args)
-        except (aiohttp.ClientSSLError, aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
+        except (aiohttp.ClientSSLError, aiohttp.InvalidURL, ValueError) as error:
             raise InputError(f"{args[0]}: cannot be read: {first_line_of(error)}") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise TransientError(first_line_of(error)) from error
@@ -101,19 +102,32 @@ class HttpStore(Store):
         if self._fs is None:
             self._fs = filesystem("http", get_client=_make_client)
 
-    def _get(self, session: Any, address: str, start: int, stop: int) -> Any:
+    async def check_redirect(self, address: str, url: Any) -> None:
+        """Raise an ``InputError`` if a redirect to this URL is not to be followed."""
+
+    @asynccontextmanager
+    async def _get(self, address: str, start: int, stop: int) -> AsyncIterator[Any]:
+        """Request a range, following at most ``redirects`` redirects; credentials stay with the first host."""
         import yarl
 
-        return session.get(
-            yarl.URL(self.url(address), encoded=True),
-            headers={**self.headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"},
-            allow_redirects=self.redirects > 0,
-            max_redirects=max(1, self.redirects),
-        )
+        session = await self._fs.set_session()
+        url = yarl.URL(self.url(address), encoded=True)
+        headers = {**self.headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        for left in range(self.redirects, -1, -1):
+            async with session.get(url, headers=headers, allow_redirects=False) as response:
+                location = response.headers.get("Location") if 300 <= response.status < 400 else None
+                if location is None or not left:
+                    yield response
+                    return
+                target = url.join(yarl.URL(location, encoded=True))
+            await self.check_redirect(address, target)
+            if target.origin() != url.origin():
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            url = target
 
     async def _ask(self, address: str) -> FileInfo | None:
         """Request the first bytes of a file: presigned URLs refuse ``HEAD``, which would not prove range support."""
-        async with self._get(await self._fs.set_session(), address, 0, HEAD_BYTES) as response:
+        async with self._get(address, 0, HEAD_BYTES) as response:
             if response.status in {404, 410}:
                 return None
             if response.status == 416:
@@ -142,7 +156,7 @@ class HttpStore(Store):
         import aiohttp
 
         stop, done = start + len(buffer), 0
-        async with self._get(await self._fs.set_session(), address, start, stop) as response:
+        async with self._get(address, start, stop) as response:
             self._check_status(address, response)
             if response.status == 200:
                 raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")

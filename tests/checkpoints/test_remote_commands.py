@@ -1,5 +1,6 @@
 """Every command that opens a checkpoint or adapter takes an address, and none shows or stores its secrets."""
 
+import asyncio
 import json
 import shutil
 import sys
@@ -10,8 +11,9 @@ from ipaddress import ip_address
 import pytest
 
 from lora_diag import read_results, spectrum
-from lora_diag.checkpoints import ranges
+from lora_diag.checkpoints import ranges, stores_hub
 from lora_diag.cli.app import main
+from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, basic
 from tests.conftest import ROOT, Ran
 from tests.messages import assert_names
@@ -211,10 +213,57 @@ def test_hub_commands_read_remote_model(hub, loradiag, tmp_path):
     assert {request.headers.get("authorization") for request in front.requests if "/org/name" in request.path} == {
         "Bearer hf_hidden"
     }
+    # Nothing but the named model is asked for, such as huggingface_hub's list of programs.
+    assert {"/".join(request.path.split("/")[:5]) for request in front.requests} == {
+        "/api/models/org/name",
+        "/org/name/resolve/0123456789abcdef0123456789abcdef01234567",
+    }
     assert files.requests
     assert not any("authorization" in request.headers for request in files.requests)
     assert "hf_hidden" not in done.out + done.err + (tmp_path / "s.jsonl").read_text()
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("endpoint", "follows"), [("http://127.0.0.1", True), ("http://localhost", False)])
+def test_hub_redirects_to_public_addresses_only(hub, monkeypatch, endpoint, follows):
+    """A file host on the private network, with the Hub there as well or not."""
+
+    async def is_public(host):
+        return host == "localhost"
+
+    monkeypatch.setattr(stores_hub, "_is_public", is_public)
+    front, files = hub
+    root = f"{endpoint}:{front.url.rpartition(':')[2]}/org/name/resolve/0123456789abcdef0123456789abcdef01234567"
+    store = stores_hub.HubStore("hf://org/name", root, ["base/config.json"], "0123", {"Authorization": "Bearer x"})
+    if follows:
+        assert store.is_file("hf://org/name/base/config.json")
+        assert (
+            store.file_info("hf://org/name/base/config.json").size == (SAMPLES / "base" / "config.json").stat().st_size
+        )
+    else:
+        with pytest.raises(InputError) as caught:
+            store.file_info("hf://org/name/base/config.json")
+        assert_names(str(caught.value), files.url, "HF_ENDPOINT")
+        assert "secret" not in str(caught.value)
+        assert not files.requests
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("1.1.1.1", True),
+        ("2606:4700:4700::1111", True),
+        ("127.0.0.1", False),
+        ("::1", False),
+        ("169.254.169.254", False),
+        ("10.0.0.1", False),
+        ("::ffff:127.0.0.1", False),
+        ("fe80::1%lo", False),
+        ("localhost", False),
+    ],
+)
+def test_private_addresses_are_recognized(host, expected):
+    assert asyncio.run(stores_hub._is_public(host)) is expected
 
 
 def test_inspect_of_address_imports_no_torch(web):

@@ -18,6 +18,16 @@ def safe(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+# Longest message, in characters: it quotes files, in which a name may have any length.
+MAX_MESSAGE = 2000
+
+
+def shorten(text: str) -> str:
+    """Leave out the middle of a text that is too long for a message: it begins with the path and ends with the fix."""
+    half = MAX_MESSAGE // 2 - 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
+
+
 def install_command(extras: str = "", *packages: str) -> str:
     """Return the command that installs loradiag. It is on no package index, where its name is anyone's.
 
@@ -34,6 +44,9 @@ class LoradiagError(Exception):
     """Base of all errors meant for the user; ``exit_code`` is the process's exit code."""
 
     exit_code = UNREADABLE
+
+    def __str__(self) -> str:
+        return shorten(super().__str__())
 
 
 class UsageError(LoradiagError):

@@ -164,6 +164,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         if not status.st_size:
             return
         if not appending and is_unfinished(path):
+            os.close(lock(path))  # refused while another process writes it, when it must not be deleted
             raise UsageError(f"{path}: holds an unfinished run; resume it with --resume, or delete the file")
         if not overwrite and not kind.is_at(path):
             raise UsageError(

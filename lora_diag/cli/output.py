@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from typer import Exit
 
-from lora_diag.errors import UNREADABLE, InputError, UsageError
+from lora_diag.errors import UNREADABLE, InputError, UsageError, shorten
 from lora_diag.files import Kind, check_output
 from lora_diag.rendering.text import byte_count, replace_unencodable, safe
 
@@ -44,7 +44,7 @@ def message(text: str) -> None:
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            shown_text = safe(public(text))
+            shown_text = shorten(safe(public(text)))
             print(
                 _wrap_lines(shown_text, _terminal_columns(sys.stderr)) if sys.stderr.isatty() else shown_text,
                 file=sys.stderr,

@@ -9,19 +9,19 @@ import csv
 import io
 from typing import Any
 
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, safe
 from lora_diag.records.frames import Columns, record_columns, unify_types, value_columns
 from lora_diag.records.names import short_names
 from lora_diag.reports.evidence import Evidence
 
 # Prefixes of cells that spreadsheets interpret as formulas (OWASP, "CSV injection").
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@")
 
 
 def to_csv(evidence: Evidence, values: bool = False) -> str:
     """Return all records except ``run`` and ``end`` as CSV (RFC 4180), with unrounded numbers.
 
-    Text that a spreadsheet would interpret as a formula is prefixed with ``'``.
+    Text that a spreadsheet would interpret as a formula is prefixed with ``'``; control characters are escaped.
 
     Args:
         evidence: The runs.
@@ -30,7 +30,7 @@ def to_csv(evidence: Evidence, values: bool = False) -> str:
     columns = _make_columns(evidence, values)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(columns)
+    writer.writerow(map(_make_cell, columns))
     writer.writerows([_make_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
     return buffer.getvalue()
 
@@ -65,4 +65,7 @@ def _make_columns(evidence: Evidence, values: bool) -> Columns:
 
 
 def _make_cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    text = safe(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lora_diag.cli.output import line, message, result
+from lora_diag.errors import InputError
 
 PATH = "runs/a-folder-with-hyphens/and-a-name-that-is-longer-than-a-narrow-terminal-is-wide/model.safetensors"
 LINE = f"about 4 min: 128 batches of 2 s each, and evaluation of what was trained on {PATH}: take fewer sequences"
@@ -27,6 +28,17 @@ def test_terminal_lines_fit_and_paths_are_complete(monkeypatch, columns, width):
     assert " ".join(map(str.strip, lines)) == LINE
     assert all(len(line) <= width or line.strip() == f"{PATH}:" for line in lines)
     assert all(line.startswith("  ") for line in lines[1:])
+
+
+@pytest.mark.parametrize("name", ["x" * 10**6, "\x1b" * 10**4])
+def test_long_message_keeps_path_and_fix(capsys, name):
+    error = InputError(f"a/model.safetensors: has a tensor {name}; rename it")
+    assert len(str(error)) <= 2000
+    message(f"Error: {error}")
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert len(shown) <= 2000
+    assert shown.startswith("Error: a/model.safetensors: has a tensor")
+    assert shown.endswith("rename it")
 
 
 def test_gate_log_has_one_line(monkeypatch, capsys):

@@ -41,9 +41,14 @@ def test_spreadsheet_runs_no_name():
     assert row["layer"] == "'=cmd|'/c calc'!A1"
 
 
-def test_quotes_and_newlines_stay_in_their_cell():
-    (row,) = rows(spectra([spectrum('a"b\n,c', decay(16, 1))]))
-    assert row["layer"] == 'a"b\n,c'
+def test_quotes_stay_in_their_cell():
+    (row,) = rows(spectra([spectrum('a"b,c', decay(16, 1))]))
+    assert row["layer"] == 'a"b,c'
+
+
+def test_control_characters_are_escaped():
+    (row,) = rows(spectra([spectrum("a\x1b[2J\x9b\u202e\t\nb", decay(16, 1))]))
+    assert row["layer"] == r"a\x1b[2J\x9b\u202e\t\nb"
 
 
 def test_spreadsheet_runs_no_computed_column():

@@ -225,10 +225,9 @@ def test_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path
     seen = []
 
     def another(record: object) -> None:
-        with raises_naming(UsageError, "another process"):
-            lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, overwrite=True)
-        with raises_naming(UsageError, "another process"):
-            lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, resume=True)
+        for more in ({}, {"overwrite": True}, {"resume": True}):
+            with raises_naming(UsageError, "another process"):
+                lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, **more)
         seen.append(record)
 
     lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, on_record=another)

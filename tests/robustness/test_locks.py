@@ -7,7 +7,7 @@ import pytest
 
 from lora_diag import files
 from lora_diag.errors import UsageError
-from lora_diag.files import lock, sync
+from lora_diag.files import MARKDOWN, check_output, lock, sync
 from tests.messages import raises_naming
 
 
@@ -18,6 +18,17 @@ def test_lock_is_released_between_processes(tmp_path: Path) -> None:
     os.close(first)
     os.close(lock(tmp_path / "a"))
     assert (tmp_path / "a").read_bytes() == b""
+
+
+def test_file_of_running_process_is_not_to_be_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text('{"record":"run","schema":1,"command":"spectrum"}\n')
+    with raises_naming(UsageError, "unfinished run", "delete"):
+        check_output(path, MARKDOWN)
+    held = lock(path)
+    with raises_naming(UsageError, "another process"):
+        check_output(path, MARKDOWN)
+    os.close(held)
 
 
 def test_replaced_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

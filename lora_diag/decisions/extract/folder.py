@@ -68,11 +68,21 @@ class OutputFolder:
         self._check_final()
         if self.work.exists() and not resume:
             if not overwrite:
+                self._refuse_running()
                 raise UsageError(
                     f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete "
                     "it"
                 )
             self._check_ours(self.work)
+
+    def _refuse_running(self) -> None:
+        """Refuse a folder that another process is writing, which must not be deleted.
+
+        Raises:
+            UsageError: Another process holds the lock of one of its files.
+        """
+        for file in filter(Path.exists, (self.records, self.spectra)):
+            os.close(lock(file))
 
     def _check_final(self) -> None:
         if not self.final.exists():
@@ -125,8 +135,7 @@ class OutputFolder:
                 (self.final / CARD).unlink(missing_ok=True)
                 self.final.rename(self.work)
             if self.work.exists() and not self._resume:
-                for file in filter(Path.exists, (self.records, self.spectra)):
-                    os.close(lock(file))
+                self._refuse_running()
                 shutil.rmtree(self.work)
             self._resume = True
             (self.work / FACTORS).mkdir(parents=True, exist_ok=True)

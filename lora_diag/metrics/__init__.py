@@ -3,7 +3,7 @@
 Functions take singular values and norms and return numbers or arrays; independent of torch, names and files.
 """
 
-from lora_diag.metrics.distance import Distances, distances, limit, pooled
+from lora_diag.metrics.distance import Distances, Parts, distances, limit, parts, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, energy_curve, rank_at, ranks_at
 from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighted_edge
@@ -15,10 +15,12 @@ __all__ = [
     "Distances",
     "Gain",
     "Noise",
+    "Parts",
     "distances",
     "effective_rank",
     "energy_curve",
     "limit",
+    "parts",
     "pooled",
     "rank_at",
     "ranks_at",

@@ -111,15 +111,52 @@ def pooled(layers: Sequence[Measured]) -> Distances:
     return distances(fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of ε², as fractions of ‖D‖²; they are nonnegative and sum to ε².
+
+    Args:
+        rank: ε_min²: no update of X's rank has less.
+        direction: The remainder: what X's angle to D costs at its best scale, and what X's component orthogonal to D
+            adds to an ε² above 1, the distance of no update.
+        scale: What the best scale of X gains over the better of X and no update; and what X overshoots along D.
+    """
+
+    rank: float
+    direction: float
+    scale: float
+
+
+def parts(distances: Distances) -> Parts | None:
+    """Split ε² into rank, direction and scale; None where D or X is zero.
+
+    With ρ = ‖X‖/‖D‖ and cos₊ = max(0, cosine), min over c ≥ 0 of ‖D − cX‖²/‖D‖² is 1 − cos₊². X's component along D
+    is aD, a = ρ·cosine, so that ε² = (1 − a)² + ρ²(1 − cosine²). A part of ε² above max(1, a − 1)² is due to the second
+    term, X's component orthogonal to D. A smaller scale removes it only by undoing X; it is no loss of scale:
+
+        rank      = ε_min²
+        direction = (1 − cos₊² − ε_min²) + (ε² − top),   top = min(ε², max(1, a − 1)²)
+        scale     = top − (1 − cos₊²)
+
+    Example:
+        >>> parts(distances(fro=1.0, other=3.0, gap=2.0, inner=3.0, epsilon_min=0.0))  # X = 3D
+        Parts(rank=0.0, direction=0.0, scale=4.0)
+    """
+    epsilon, cosine, at_best = distances.epsilon, distances.cosine, distances.epsilon_best_scale
+    if epsilon is None or cosine is None or at_best is None:
+        return None
+    top = min(epsilon**2, max(1.0, (distances.norm_ratio or 0.0) * cosine - 1) ** 2)
+    best = min(top, at_best**2) if cosine > 0 else min(top, 1.0)
+    rank = min(best, (distances.epsilon_min or 0.0) ** 2)
+    return Parts(rank, best - rank + epsilon**2 - top, top - best)
+
+
 def limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
     """Return the factor that limits ε.
 
     * ``not adapted``: X is zero.
     * ``exact``: ε ≤ 1e-3.
-    * * ``rank``: at least half of ε² is ε_min², a lower bound for updates of this rank.
-    * ``direction``: cos² is below half of 1 − ε_min², the cos² of the best update of this rank. No scale repairs that.
-    * * else the larger of: the part of ε² that the best scale would remove (``scale``), and the rest of the excess
-      (``direction``).
+    * else the largest of ``rank``, ``direction`` and ``scale`` (``parts``).
 
     Args:
         distances: The distances of one layer.
@@ -133,14 +170,11 @@ def limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale"
     """
     if distances.epsilon is None:
         return None
-    if distances.cosine is None or distances.epsilon_best_scale is None:
+    found = parts(distances)
+    if found is None:
         return "not adapted"
     if distances.epsilon <= EXACT:
         return "exact"
-    floor = distances.epsilon_min or 0.0
-    if floor**2 >= distances.epsilon**2 / 2:
+    if found.rank >= max(found.direction, found.scale):
         return "rank"
-    if distances.cosine <= 0 or distances.cosine**2 < (1 - floor**2) / 2:
-        return "direction"
-    by_scale = distances.epsilon**2 - distances.epsilon_best_scale**2
-    return "scale" if by_scale > distances.epsilon_best_scale**2 - floor**2 else "direction"
+    return "direction" if found.direction >= found.scale else "scale"

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 
-from lora_diag.metrics.distance import distances, limit, pooled
+from lora_diag.metrics.distance import distances, limit, parts, pooled
 from lora_diag.metrics.equivalence import Estimate, freedom, paired_difference
 from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers, find_outlier_kinds, order_by_rarity
 from lora_diag.metrics.interference import (
@@ -85,7 +86,30 @@ def test_limit_names_what_was_changed():
     assert limit(found(layer(d, turned))) == "direction"
     assert limit(found(layer(d, best + 0.3 * turned))) == "direction"
     assert limit(found(layer(d, 5 * (best + 1.5 * turned)))) == "direction"  # of which no scale makes much
+    assert limit(found(layer(d, 3 * best))) == "scale"
     assert limit(found(layer(0 * d, d))) is None
+
+
+@pytest.mark.parametrize("length", [0.05, 0.5, 1.0, 2.5, 8.0])
+@pytest.mark.parametrize("aligned", [-0.5, 0.0, 0.1, 0.6, 0.95, 1.0])
+def test_parts_sum_to_epsilon_squared(length, aligned):
+    """Scale is what a search over scales gains, from the better of X and nothing, if X does not pass 2D along D."""
+    rng = np.random.default_rng(7)
+    d = rng.normal(size=(7, 5))
+    best = oracles.best_approximation(d, 2)
+    other = oracles.best_approximation(rng.normal(size=(7, 5)), 2)
+    other -= (other * d).sum() / (d * d).sum() * d  # orthogonal to D
+    x = aligned * best / np.linalg.norm(best) + math.sqrt(1 - aligned**2) * other / np.linalg.norm(other)
+    x *= length * np.linalg.norm(d)
+    along = (x * d).sum() / (d * d).sum() * d
+    whole, overshoot = (((d - other) ** 2).sum() / (d * d).sum() for other in (x, along if aligned > 0 else 0 * d))
+    floor = ((d - best) ** 2).sum() / (d * d).sum()
+    got = parts(found(layer(d, x)))
+    assert got.rank == pytest.approx(floor)
+    assert got.rank + got.direction + got.scale == pytest.approx(whole)
+    assert min(got.rank, got.direction, got.scale) >= 0
+    found_scale = minimize_scalar(lambda c: ((d - c * x) ** 2).sum() / (d * d).sum(), bounds=(0, 40), method="bounded")
+    assert got.scale == pytest.approx(min(whole, max(1.0, overshoot)) - min(1.0, found_scale.fun), abs=1e-6)
 
 
 def updates(count, rank, m, n, rng):

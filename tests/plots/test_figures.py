@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 import lora_diag
 from lora_diag import plots
-from lora_diag.diagnostics.residual.figures import levels
+from lora_diag.diagnostics.residual.record import sum_parts
 from lora_diag.diagnostics.residual.summary import residual_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.figure_heatmap import cells, norm_of
@@ -17,7 +17,7 @@ from lora_diag.records import Results, RunInput
 from lora_diag.rendering.figures.series import series_of
 from lora_diag.rendering.statements import find
 from tests import oracles
-from tests.messages import assert_names, mentions, raises_naming
+from tests.messages import assert_names, raises_naming
 from tests.plots import making
 
 pytestmark = pytest.mark.slow
@@ -131,41 +131,48 @@ def test_null_is_hatched_and_no_cell():
     assert len(figure.legends[0].get_texts()) == 1
 
 
-def test_bands_of_residual_are_floor_best_scale_and_epsilon():
+def drawn_parts(axes):
+    """Return the heights of the parts in a panel with one bar."""
+    return [float(patch.get_data().values[0] - np.ravel(patch.get_data().baseline)[0]) for patch in axes.patches]
+
+
+@pytest.mark.parametrize("length", [0.3, 3.0])
+def test_bands_of_residual_are_parts_of_epsilon(length):
+    """X of rank 2 with more of D than of anything else: all parts are above zero."""
     rng = np.random.default_rng(0)
-    delta, other = rng.normal(size=(2, 9, 6))
+    delta = rng.normal(size=(9, 6))
+    other = oracles.best_approximation(delta, 2) + 0.7 * rng.normal(size=(9, 6))
     s = np.linalg.svd(delta, compute_uv=False)
     fro, norm = np.linalg.norm(delta), np.linalg.norm(other)
-    cosine = float((delta * other).sum() / fro / norm)
+    other *= length * fro / norm
+    cosine = float((delta * other).sum() / fro**2 / length)
     floor = float(np.sqrt(np.sum(s[2:] ** 2)) / fro)
-    record = making.residual("h.0.q.weight", fro, norm, cosine, floor, rank=2)
-    ax = plots.residual([record])
-    tops = [float(patch.get_data().values[0]) for patch in ax.patches]
-    bases = [float(np.ravel(patch.get_data().baseline)[0]) for patch in ax.patches]
-    scale = (delta * other).sum() / norm**2
-    best = np.linalg.norm(delta - scale * other) / fro
-    np.testing.assert_allclose(tops, np.square([floor, best, np.linalg.norm(delta - other) / fro]), rtol=1e-9)
-    np.testing.assert_allclose(bases, np.square([0, floor, best]), rtol=1e-9)
+    record = making.residual("h.0.q.weight", fro, length * fro, cosine, floor, rank=2)
+    scales = np.linspace(0, 5, 50_001)
+    nearest = min(float(np.sum((delta - c * other) ** 2)) for c in scales) / fro**2
+    whole = float(np.sum((delta - other) ** 2)) / fro**2
+    scale = min(whole, 1.0) - nearest  # X does not reach twice as far as D in the direction of D
+    expected = [floor**2, whole - floor**2 - scale, scale]
+    assert drawn_parts(plots.residual([record])) == pytest.approx(expected, abs=1e-6)
+    assert [getattr(record.parts, name) for name in ("rank", "direction", "scale")] == pytest.approx(expected, abs=1e-6)
 
 
-def test_residual_title_gives_drawn_fractions():
+def test_residual_figure_and_summary_state_the_same_parts():
+    """A long X that is not aligned: scale is 0.04, what another α gains over BASE."""
     records = [
         making.residual("h.0.q.weight", 1.0, 3.0, 0.2, 0.5),
         making.residual("h.1.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0),
     ]
     gap = 1 + 9 - 2 * 0.2 * 3
-    drawn = {"rank": 0.25, "direction": 1 - 0.04 - 0.25, "scale": gap - (1 - 0.04), "not adapted": 4.0}
-    title = plots.figure("residual", making.results(records)).axes[0].get_title(loc="left").replace("\n", " ")
-    assert f"{np.sqrt((gap + 4) / 5):.2f}, " in title.replace("\xa0", " ")
-    for part, square in drawn.items():
-        assert f"{part} {square / (gap + 4):.0%}" in title
-
-
-@pytest.mark.parametrize(("length", "message"), [(3.0, True), (0.2, False)])
-def test_long_misaligned_update_is_explained(length, message):
-    record = making.residual("h.0.q.weight", 1.0, length, 0.2, 0.5)  # limited by direction, says the record
-    text = " ".join(text.get_text() for text in plots.figure("residual", making.results([record])).texts)
-    assert (mentions(text.replace("\n", " "), "not aligned", "ΔW")) == message
+    shares = {"rank": 0.25, "direction": gap - 0.25 - 0.04, "scale": 0.04, "not adapted": 4.0}
+    assert sum_parts(records) == pytest.approx({name: part / 5 for name, part in shares.items()})
+    assert [record.limited_by for record in records] == ["direction", "not adapted"]
+    results = making.results(records)
+    title = plots.figure("residual", results).axes[0].get_title(loc="left").replace("\n", " ")
+    stated = find(residual_lines(results), "limited_by").text
+    for text in (title.replace("\xa0", " "), stated):
+        assert f"{(gap + 4) / 5:.3g} = rank 0.05 + direction {shares['direction'] / 5:.3g}" in text
+        assert "+ not adapted 0.8" in text
 
 
 def test_experts_are_pooled_by_their_norms():
@@ -174,8 +181,7 @@ def test_experts_are_pooled_by_their_norms():
         making.residual("h.0.experts.1.w1.weight", 1.0, 2.0, 0.1, 0.4),
     ]
     gaps = [9 + 1 - 2 * 0.2 * 3, 1 + 4 - 2 * 0.1 * 2]
-    top = float(plots.residual(records).patches[-1].get_data().values[0])
-    assert top == pytest.approx(sum(gaps) / 10)
+    assert sum(drawn_parts(plots.residual(records))) == pytest.approx(sum(gaps) / 10)
 
 
 def test_figure_and_summary_show_one_pooled_epsilon():
@@ -191,14 +197,11 @@ def test_figure_and_summary_show_one_pooled_epsilon():
         records.append(record.model_copy(update={"shape": (8,)} if len(d) == 8 else {}))
     d, x = np.concatenate(full), np.concatenate(mine)
     truth = oracles.distance(d, x, None)
-    result = levels(records)
-    assert result.epsilon == pytest.approx(truth["epsilon"])
-    assert result.direction == pytest.approx(truth["epsilon_best_scale"])
+    assert sum(sum_parts(records).values()) == pytest.approx(truth["epsilon"] ** 2)
     results = making.results(records)
     (panel,) = plots.figure("residual", results).axes
-    shown = f"ε = {truth['epsilon']:.2f}"
-    assert shown in panel.get_title(loc="left")
-    assert shown in find(residual_lines(results), "distance").text
+    assert f"ε² = {truth['epsilon'] ** 2:.3g}" in panel.get_title(loc="left")
+    assert f"ε = {truth['epsilon']:.3g}" in find(residual_lines(results), "distance").text
 
 
 def test_unadapted_layer_has_grey_bar():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.residual.record import Residual, describe_parts, sum_parts
 from lora_diag.errors import UsageError
 from lora_diag.metrics import pooled
 from lora_diag.rendering.figures.axes import panel_axes
@@ -22,43 +21,22 @@ from lora_diag.rendering.figures.series import Options, Series, by_adapter
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, PageStyle, wrap_text
+from lora_diag.rendering.text import number
 
-RANK, DIRECTION, SCALE = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """Nested levels of ε over several layers (``metrics.pooled``).
-
-    Args:
-        floor: Lower bound for every update of these ranks; 0 if X has no rank.
-        direction: ε at the best common scale of these layers; the part above the floor is direction.
-        epsilon: ε; the part above the best scale is scale.
-        adapted: Whether X touches any of the layers.
-    """
-
-    floor: float
-    direction: float
-    epsilon: float
-    adapted: bool
-
-
-def levels(records: Sequence[Residual]) -> Levels | None:
-    """Return the pooled levels of layers; None if ΔW = 0 in all of them."""
-    sums = pooled(records)
-    if sums.epsilon is None:
-        return None
-    floor = min(sums.epsilon_min or 0.0, sums.epsilon)
-    # Without a direction (X = 0) there is no scale to choose: ε is 1 at any.
-    best = sums.epsilon if sums.epsilon_best_scale is None else sums.epsilon_best_scale
-    return Levels(floor, min(max(best, floor), sums.epsilon), sums.epsilon, sums.cosine is not None)
+# Colors of the parts of ε², from the bottom of a bar.
+COLORS = dict(
+    zip(
+        ("rank", "direction", "scale", "not adapted"),
+        (CATEGORIES[0], CATEGORIES[5], CATEGORIES[1], FLOOR),
+        strict=True,
+    )
+)
 
 
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
-    """Draw ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F² of one adapter's update X, layer by layer, as a stack of its three parts.
+    """Draw ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F² of one adapter's update X, layer by layer, as a stack of its parts.
 
-    ε² = rank + direction + scale: rank is ε_min² = 1 − C(r), a lower bound for every adapter of the rank; direction is
-    the remainder at the best scale of X; scale is the part that the best scale would remove.
+    ε² = rank + direction + scale (``metrics.parts``). Layers of one bar are added up.
 
     Args:
         records: Records of ``residual``, for one adapter.
@@ -115,69 +93,33 @@ def _select_matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
 
 def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], style: PageStyle | None) -> None:
     for slot in drawn:
-        bar_levels = [levels(bar) for bar in slot.bars]
-        floor, direction, epsilon = (
-            np.array([getattr(level, name) ** 2 if level and level.adapted else np.nan for level in bar_levels])
-            for name in ("floor", "direction", "epsilon")
-        )
-        idle = np.array([level.epsilon**2 if level and not level.adapted else np.nan for level in bar_levels])
-        for values, base, color in (
-            (floor, np.zeros_like(floor), RANK),
-            (direction, floor, DIRECTION),
-            (epsilon, direction, SCALE),
-            (idle, np.zeros_like(idle), FLOOR),
-        ):
-            if np.isfinite(values).any():
-                ax.stairs(values, slot.edges, baseline=base, fill=True, color=color, lw=0, label=f"_{slot.name}")
+        sums = [sum_parts(bar) for bar in slot.bars]
+        base = np.zeros(len(sums))
+        for name, color in COLORS.items():
+            part = np.array([bar.get(name, np.nan) for bar in sums])
+            if (part > 0).any():
+                ax.stairs(base + part, slot.edges, baseline=base, fill=True, color=color, lw=0, label=f"_{slot.name}")
+            base = base + part
     ax.axhline(1, color=INK, lw=0.7 * (style.line if style else 1), ls=(0, (4, 2)), zorder=3)
     ax.set_ylim(bottom=0)
 
 
 def _describe_run(item: Series[Any]) -> str:
-    """Return the label of an adapter with its pooled ε and the parts of ε²."""
+    """Return the label of an adapter with the parts of its ε², its cosine and its norm ratio."""
     records = _select_matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
-    together = levels(item.records)
-    texts = [f"ε = {together.epsilon:.2f}"] if together else ["ΔW = 0"]
-    texts += [f"{part} {share:.0%}" for part, share in parts(item.records).items() if share >= 0.005]
-    return f"{item.label}{rank}: {', '.join(texts)}{' of ε²' if len(texts) > 1 else ''}"
-
-
-def parts(records: Sequence[Residual]) -> dict[str, float]:
-    """Return the fractions of ‖ΔW − X‖² over layers due to rank, direction, scale and missing adaptation."""
-    shares = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
-    for record in records:
-        own_levels = levels([record])
-        if own_levels is None:  # ΔW = 0: the best scale of X would be 0, without a distance
-            shares["scale"] += record.gap**2
-        else:
-            steps = (own_levels.floor, own_levels.direction, own_levels.epsilon) if own_levels.adapted else ()
-            below = 0.0
-            for name, step in zip(shares, steps, strict=False):
-                shares[name] += (step**2 - below**2) * record.fro**2
-                below = step
-            if not own_levels.adapted:
-                shares["not adapted"] += record.gap**2
-    total = sum(shares.values())
-    return {name: part / total for name, part in shares.items()} if total else {}
-
-
-def _is_misaligned(records: Sequence[Residual]) -> bool:
-    """Return whether layers are limited by direction while most of their ε² is scale."""
-    misaligned = levels([record for record in records if record.limited_by == "direction"])
-    if misaligned is None:
-        return False
-    return misaligned.epsilon**2 - misaligned.direction**2 > misaligned.direction**2 - misaligned.floor**2
+    sums = pooled(item.records)
+    if sums.epsilon is None:
+        return f"{item.label}{rank}: ΔW = 0"
+    shape = "" if sums.cosine is None else f"; cosine {sums.cosine:.2f}, norm ratio {number(sums.norm_ratio or 0.0)}"
+    return f"{item.label}{rank}: {describe_parts(item.records)}{shape}"
 
 
 def _make_keys(style: PageStyle | None) -> tuple[Key, ...]:
     line = Line2D([], [], color=INK, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)))
     return (
-        Key(Patch(facecolor=RANK), "rank: ε_min²"),
-        Key(Patch(facecolor=DIRECTION), "direction"),
-        Key(Patch(facecolor=SCALE), "scale"),
-        Key(Patch(facecolor=FLOOR), "not adapted"),
+        *(Key(Patch(facecolor=color), name) for name, color in COLORS.items()),
         Key(line, "ε² = 1: no adapter"),
     )
 
@@ -187,14 +129,9 @@ def _make_text(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Resid
     vectors = len({r.layer for item in shown for r in item.records if len(r.shape) == 1})
     zero = len({r.layer for item in shown for r in item.records if r.fro == 0})
     notes = [
-        "ε² = rank + direction + scale: up to ε_min², up to ε² at the best scale of X, up to ε². "
-        "ε is the distance to this fine-tune, not a measure of quality."
+        "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over the better of the adapter "
+        "and BASE. direction: the remainder. ε is the distance to this fine-tune, not a measure of quality."
     ]
-    if any(_is_misaligned(_select_matrices(item.records)) for item in shown):
-        notes.append(
-            "Layers whose largest part is scale are limited by direction: X is long and not aligned with ΔW, so "
-            "scaling does not help."
-        )
     if joined > 1:
         notes.append(f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
     if vectors:

@@ -19,7 +19,7 @@ from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_byt
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Allowance, Factors, numerical_rank, products, resolve_device
-from lora_diag.metrics import Distances, distances, limit
+from lora_diag.metrics import Distances, distances
 from lora_diag.records import Agreement, LeftOut, Resolution
 
 # Number of singular vectors to compare if no adapter determines it.
@@ -153,6 +153,7 @@ def _record(
     if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
         columns, rows = _measure_agreements(weights, change, rank, settings)
     file_resolution = _measure_resolution(weights) if layer.tuned.is_matrix else None
+    measured = _add_energy_error(distances, weights.factors)
     unresolved = (
         file_resolution is not None and file_resolution.verdict == "unresolved" and distances.epsilon is not None
     )
@@ -171,9 +172,9 @@ def _record(
         row_space=rows,
         data=None if data is None else Distance(**_add_energy_error(data.distances(change, rank)[0], data.factors)),
         before_rounding=None if before is None else before.distance(change, layer.shape),
-        limited_by="noise" if unresolved else limit(distances),
+        limited_by="noise" if unresolved else Distance(**measured).limit,
         resolution=file_resolution,
-        **_add_energy_error(distances, weights.factors),
+        **measured,
     )
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, least_epsilon
 from lora_diag.records.shown import Shown, count_texts
 from lora_diag.records.vocabulary import Agreement, Resolution
+from lora_diag.rendering.text import number
+
+if TYPE_CHECKING:
+    from lora_diag.metrics import Distances, Parts
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
 
@@ -55,6 +60,28 @@ class Distance(Record):
         """√(max(0, ε_min² − energy_error)): a lower bound on the ε of every update of the adapter's rank."""
         return None if self.epsilon_min is None else least_epsilon(self.epsilon_min, self.energy_error)
 
+    @property
+    def _above_floor(self) -> Distances:
+        """These distances, with ``least_epsilon`` as the floor."""
+        from lora_diag.metrics import Distances  # imports NumPy
+
+        values = {field.name: getattr(self, field.name) for field in fields(Distances)}
+        return Distances(**values | {"epsilon_min": self.least_epsilon})
+
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of ε² (``metrics.parts``); None where D or X is zero."""
+        from lora_diag.metrics import parts
+
+        return parts(self._above_floor)
+
+    @property
+    def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
+        """The largest of rank, direction and scale (``metrics.limit``); None if D is zero."""
+        from lora_diag.metrics import limit
+
+        return limit(self._above_floor)
+
 
 def limits_of(records: Sequence[Residual]) -> str:
     """Return what limits several layers: one word, or each word with its number of layers."""
@@ -74,6 +101,36 @@ def _make_pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
 def _pool_floor(records: Sequence[Residual]) -> float | None:
     """Return the pooled lower bound; None if no rank is known."""
     return _make_pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
+
+
+def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
+    """Return the parts of ε² of several layers by name, as fractions of Σ‖D‖²; empty if every D is zero.
+
+    Parts of layers add up, each at its own best scale. Layers that X does not change are ``not adapted``; where D is
+    zero, all of X is orthogonal to it: ``direction``.
+    """
+    total = math.fsum(record.fro**2 for record in records)
+    sums = dict.fromkeys(("rank", "direction", "scale", "not adapted"), 0.0)
+    for record in records:
+        if (own := record.parts) is not None:
+            for name, part in zip(sums, (own.rank, own.direction, own.scale), strict=False):
+                sums[name] += part * record.fro**2
+        else:
+            sums["direction" if record.epsilon is None else "not adapted"] += record.gap**2
+    return {name: part / total for name, part in sums.items()} if total else {}
+
+
+def describe_parts(records: Sequence[Residual]) -> str:
+    """State ε² of several layers as the sum of its parts; those below 0.5% of it are omitted."""
+    shares = sum_parts(records)
+    whole = math.fsum(shares.values())
+    return f"ε² = {number(whole)} = " + " + ".join(
+        f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * whole and part
+    )
+
+
+def _pool_part(name: str) -> Callable[[Sequence[Residual]], float | None]:
+    return lambda records: sum_parts(records).get(name)
 
 
 class Expected(Distance):
@@ -115,7 +172,7 @@ class Residual(Distance, LayerRecord):
             output; null without activations for the layer.
         before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
             cells of the files; null where it was not requested, is not hidden, or could not be estimated.
-        limited_by: The largest part of ε² (``metrics.limit``).
+        limited_by: The largest of rank, direction and scale (``limit``); ``noise`` if the files do not resolve D.
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """
 
@@ -186,21 +243,25 @@ class Residual(Distance, LayerRecord):
             chance="row_space.random",
         ),
         Shown(
-            "best_scale",
-            "best scale",
-            "factor that minimizes ε",
-            pool=_make_pooled("best_scale"),
+            "parts.direction",
+            "direction",
+            "part of ε² due to the angle between the adapter's update and the full one",
+            axis="part of ε² due to direction",
+            pool=_pool_part("direction"),
             drop=6,
             terminal=True,
         ),
         Shown(
-            "epsilon_best_scale",
-            "ε at best",
-            "ε at the best scale",
-            pool=_make_pooled("epsilon_best_scale"),
+            "parts.scale",
+            "scale",
+            "part of ε² that another α would gain over the better of the adapter and BASE",
+            axis="part of ε² due to scale",
+            pool=_pool_part("scale"),
             drop=7,
             terminal=True,
         ),
+        Shown("best_scale", "best scale", "factor that minimizes ε", pool=_make_pooled("best_scale")),
+        Shown("epsilon_best_scale", "ε at best", "ε at the best scale", pool=_make_pooled("epsilon_best_scale")),
         Shown(
             "data.epsilon",
             "ε in C^½",
@@ -221,7 +282,7 @@ class Residual(Distance, LayerRecord):
             drop=1,
             terminal=True,
         ),
-        Shown("limited_by", "limited by", "largest part of ε²", main=True, pool=limits_of),
+        Shown("limited_by", "limited by", "largest of rank, direction and scale", main=True, pool=limits_of),
     )
     record: Literal["residual"] = "residual"
     layer: str

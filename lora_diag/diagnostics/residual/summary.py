@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from lora_diag.diagnostics.residual.record import SEEDS, Residual
+from lora_diag.diagnostics.residual.record import SEEDS, Residual, describe_parts
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
 from lora_diag.records.shown import Shown
@@ -152,7 +152,12 @@ def _describe_limits(records: Sequence[Residual]) -> str:
     if still:
         share = percent((math.hypot(*(record.fro for record in still)) / total) ** 2)
         words.append(f"{_tensors(len(still))} not adapted, with {share} of ‖ΔW‖²")
-    return "; ".join(words)
+    if scaled := [record for record in acting if record.limited_by == "scale"]:
+        words.append(
+            f"the best α of the {_tensors(len(scaled))} limited by scale is "
+            f"{format_shown(pooled(scaled).best_scale)} times theirs"
+        )
+    return "; ".join([*words, *([describe_parts(records)] if any(record.fro for record in records) else [])])
 
 
 def _tensors(number_of: int) -> str:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import Persistent, Record, load
+from lora_diag.checkpoints.inert import Persistent, Record, describe, load
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ WIDTH = {
 REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_tensor")
 # Wrappers of a tensor: their first argument is the tensor itself.
 WRAPPED = ("_rebuild_parameter", "_rebuild_parameter_with_state")
+
+
+# Dimensions of a tensor or of a device mesh at most, as in NumPy.
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,7 @@ class Archive:
             raise InputError(
                 f"{file.path}: {description} is not a readable torch file: {reason}; copy or save it again"
             ) from error
+        self.pickle_bytes = len(content)
         self.value = load(content, file.path, description)
 
     def _check(self, size: int) -> None:
@@ -166,7 +172,7 @@ class Archive:
             return None
         storage, offset, shape, strides = value.args[:4]
         dtype = value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
-        if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset,)) and len(shape) == len(strides)):
+        if not (are_sizes(shape) and are_sizes(strides) and are_sizes((offset,)) and len(shape) == len(strides)):
             raise self._make_error(name, "has an invalid shape")
         kind, begin, size = self._locate_storage(storage, name)
         if isinstance(dtype, Record):
@@ -187,7 +193,7 @@ class Archive:
             raise self._make_error(name, "has no storage in the file")
         info = self._entries.get(f"data/{id_[2]}") if isinstance(id_[2], str) else None
         if info is None:
-            raise self._make_error(name, f"has its storage in data/{id_[2]!s:.40}, which is missing")
+            raise self._make_error(name, f"has its storage in data/{describe(id_[2])}, which is missing")
         # The entry's data follows its own header: 30 bytes, its name, and padding.
         header = bytearray(30)
         self.file.fill(memoryview(header), self._offset + info.header_offset, name)
@@ -209,11 +215,16 @@ def unwrap_parameter(value: Any) -> Any:
     return value
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, tuple | list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def are_sizes(values: Any) -> bool:
+    """Return whether a value of a pickle is a shape, or offsets or strides of one."""
+    return (
+        isinstance(values, tuple | list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
-def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:

@@ -22,10 +22,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor
+from lora_diag.checkpoints.archives import MAX_DIMENSIONS, WIDTH, Archive, StoredTensor, are_sizes
 from lora_diag.checkpoints.chunks import Box, Boxes
 from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import Record, load
+from lora_diag.checkpoints.inert import Record, describe, load
 from lora_diag.checkpoints.pickled import WRAPPERS
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 INDEX = ".metadata"
 # About 200 bytes per box: the optimizer and weights of 100 billion parameters on 1,000 ranks take 400 MB.
 MAX_INDEX_BYTES = 500_000_000
+# An index that is smaller repeats the description of a box instead of giving that of another.
+BYTES_PER_BOX = 20
 # Keys of a training state that hold no weights; and the last parts of an optimizer's.
 OTHERS = re.compile(r"optim|sched|^ema$|train_state|dataloader|^rng|^step$|^extra_state$|^_extra_state$")
 MOMENTS = re.compile(r"(^|\.)(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|master_param|step)$")
@@ -59,15 +61,21 @@ class DistributedFolder:
         self.metadata: Mapping[str, str] = {}
         index = folder / INDEX
         state = _state(index)
-        tensors = {str(key): item for key, item in state["state_dict_metadata"].items() if _is_tensor(item)}
+        tensors = {
+            key: item for key, item in state["state_dict_metadata"].items() if isinstance(key, str) and _is_tensor(item)
+        }
         chosen, prefix = _choose_weights(index, tensors, state.get("planner_data"))
         locations = _read_locations(index, state["storage_data"])
         files: dict[str, tuple[FileBytes, int]] = {}
         described: dict[str, TensorInfo] = {}
         self.tensors: Mapping[str, TensorInfo] = described
         self._boxes: dict[str, Boxes] = {}
+        room = index.stat().st_size // BYTES_PER_BOX
         for key, name in chosen.items():
             info, boxes = _read_description(index, key, name, tensors[key])
+            room -= len(boxes)
+            if room < 0:
+                raise InputError(f"{index}: {key:.200} repeats the parts of other tensors; save the checkpoint again")
             chunks = [_make_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
             self._boxes[name] = Boxes(name, info.shape, chunks, index)
             described[name] = info
@@ -159,7 +167,7 @@ def _is_tensor(item: Any) -> bool:
 
 
 def _read_sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+    if not are_sizes(value):
         raise InputError(f"{index}: the shape of {key:.200} in the index is invalid; save the checkpoint again")
     return tuple(value)
 
@@ -177,9 +185,10 @@ def _read_description(
     if dtype not in WIDTH:
         raise InputError(f"{index}: {key:.200} has the unsupported dtype {dtype!r}; save it in another")
     boxes = []
-    for chunk in item.get("chunks") or ():
-        if not isinstance(chunk, Record):
-            raise InputError(f"{index}: a part of {key:.200} is not described; save the checkpoint again")
+    chunks = item.get("chunks")
+    if not isinstance(chunks, list) or not all(isinstance(chunk, Record) for chunk in chunks):
+        raise InputError(f"{index}: the parts of {key:.200} are not described; save the checkpoint again")
+    for chunk in chunks:
         offsets, sizes = (_read_sizes(index, key, chunk.get(field)) for field in ("offsets", "sizes"))
         if not len(offsets) == len(sizes) == len(shape):
             raise InputError(
@@ -195,7 +204,7 @@ def _read_locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, t
     for key, location in stored.items():
         if isinstance(key, Record) and isinstance(location, Record) and isinstance(key.get("fqn"), str):
             offset = key.get("offset")
-            locations[key.get("fqn"), tuple(offset) if isinstance(offset, tuple) else ()] = location
+            locations[key.get("fqn"), tuple(offset) if are_sizes(offset) else ()] = location
     return locations
 
 
@@ -220,7 +229,7 @@ def _make_box(
         )
     if not isinstance(relative, str) or relative in {"", ".", ".."} or set(relative) & set("/\\\0"):
         raise InputError(
-            f"{folder / INDEX}: the file {relative!r:.200} of {key:.200} is not a plain file name; save it again"
+            f"{folder / INDEX}: the file {describe(relative)} of {key:.200} is not a plain file name; save it again"
         )
     if not all(type(value) is int and 0 <= value < 2**63 for value in (offset, length)):
         raise InputError(f"{folder / INDEX}: the position of {key:.200} is not valid; save the checkpoint again")
@@ -288,7 +297,11 @@ def _choose_weights(index: Path, tensors: Mapping[str, Record], planned: Any) ->
 def _read_path(key: str, planned: Any) -> tuple[str, ...]:
     """Return the keys of the nested dictionaries that lead to a tensor."""
     path = planned.get(key) if isinstance(planned, dict) else None
-    if isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path):
+    if (
+        isinstance(path, tuple)
+        and 0 < len(path) <= MAX_DIMENSIONS
+        and all(isinstance(part, str) or are_sizes((part,)) for part in path)
+    ):
         return tuple(map(str, path))
     return (key,)
 

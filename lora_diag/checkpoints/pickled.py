@@ -1,9 +1,10 @@
 """The ``torch.save`` format: ``pytorch_model.bin``, ``*.pt``, ``*.pth``, ``*.ckpt``.
 
 Files are loaded with ``weights_only=True`` only: a file that needs code to be read is refused. A zip file with entries
-that are compressed, or larger than the file, is refused before torch unpacks them. Zip files are memory-mapped, and the
-pages of a range are released after the range was copied, so that resident memory does not grow with the file. The
-legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
+that are compressed, or larger than the file, is refused before torch unpacks them; so is a pickle that takes more
+memory than its length explains (``inert``), and afterwards a tensor with more entries than its storage. Zip files are
+memory-mapped, and the pages of a range are released after the range was copied, so that resident memory does not grow
+with the file. The legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints import inert
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 ZIP = b"PK\x03\x04"
+# First pickle of the legacy format.
+MAGIC = 0x1950A86A20F9469CFC6C
 # Keys under which trainers store the weights in a larger dictionary.
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
@@ -60,12 +64,14 @@ class TorchFile:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
         tensor = self._state[name]
-        if not tensor.is_contiguous():
-            return tensor.reshape(-1)[start:stop].clone()
-        view = tensor.view(-1)[start:stop]
-        out = view.clone()
+        if tensor.is_contiguous():
+            view = tensor.view(-1)[start:stop]
+            out, used = view.clone(), (view.data_ptr(), view.numel() * view.element_size())
+        else:
+            storage = tensor.untyped_storage()
+            out, used = _read_strided(tensor, start, stop), (storage.data_ptr(), storage.nbytes())
         if self._mapped:
-            _release_pages(view)
+            _release_pages(*used)
         return out
 
     def read_bytes(self, name: str) -> bytes:
@@ -83,8 +89,7 @@ class TorchFile:
             # A mapped file stays readable after its name is removed.
             whole = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
             with whole as local, warnings.catch_warnings():
-                if self._mapped:
-                    _check_stored(Path(local), self.path)
+                (_check_archive if self._mapped else _check_legacy)(Path(local), self.path)
                 warnings.simplefilter("ignore")  # about pickle protocols: the file is refused or read below
                 loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
         except OSError as error:
@@ -121,19 +126,27 @@ class TorchFile:
         self._load()
 
 
-def _check_stored(file: Path, path: Path) -> None:
-    """Refuse an archive with entries larger than their place in the file, which torch would unpack into memory.
+def _check_archive(file: Path, path: Path) -> None:
+    """Refuse an archive that torch would unpack into more memory than the file has bytes.
 
     Args:
         file: The archive.
         path: The path as given by the user.
 
     Raises:
-        InputError: An entry is compressed, or the entries together are larger than the file.
+        InputError: An entry is compressed, the entries together are larger than the file, or the pickle copies entries
+            again and again.
         zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
+        _check_entries(parts, file, path)
+        for part in parts:
+            if part.filename.endswith("data.pkl"):
+                inert.load(archive.read(part), path, part.filename)
+
+
+def _check_entries(parts: Sequence[zipfile.ZipInfo], file: Path, path: Path) -> None:
     for part in parts:
         if part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size:
             raise InputError(
@@ -147,6 +160,19 @@ def _check_stored(file: Path, path: Path) -> None:
         )
 
 
+def _check_legacy(file: Path, path: Path) -> None:
+    """Refuse a file of the legacy format whose pickles take more memory than their length explains.
+
+    Raises:
+        InputError: See above.
+    """
+    with file.open("rb") as content:
+        # A magic number, version, machine, data and names of the storages; any other file is refused by torch.
+        if inert.load(content, path, "the first pickle") == MAGIC:
+            for part in ("version", "machine", "data", "list of storages"):
+                inert.load(content, path, f"the {part}")
+
+
 def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors by name, from a nested dictionary if the outer one has none."""
     import torch
@@ -154,6 +180,14 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     if isinstance(loaded, dict):
         tensors = {str(name): value.detach() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
         if tensors:
+            larger = [
+                name
+                for name, value in tensors.items()
+                if value.layout == torch.strided
+                and value.numel() * value.element_size() > value.untyped_storage().nbytes()
+            ]
+            if larger:
+                raise InputError(f"{path}: {larger[0]} has more entries than its storage; save it contiguous")
             dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
             if len(dense) < len(tensors):
                 raise InputError(f"{path}: {min(tensors.keys() - dense.keys())} is a sparse tensor; save it dense")
@@ -168,12 +202,24 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     raise InputError(f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()")
 
 
-def _release_pages(view: torch.Tensor) -> None:
-    """Release the memory-mapped pages under ``view``; they can be read again."""
+def _read_strided(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return the entries ``start:stop`` of a tensor that is not contiguous, copying only the rows that hold them."""
+    while tensor.ndim > 1 and start < stop:
+        width = max(1, tensor[0].numel())
+        first, last = start // width, -(-stop // width)
+        tensor, start, stop = tensor[first:last], start - first * width, stop - first * width
+        if last - first > 1:
+            break
+        tensor = tensor[0]
+    return tensor.reshape(-1)[start:stop].clone()
+
+
+def _release_pages(address: int, size: int) -> None:
+    """Release the memory-mapped pages inside a range of bytes; they can be read again."""
     if sys.platform == "win32":
         return
     page = mmap.PAGESIZE
-    begin = -(-view.data_ptr() // page) * page
-    length = (view.data_ptr() + view.numel() * view.element_size() - begin) // page * page
+    begin = -(-address // page) * page
+    length = (address + size - begin) // page * page
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

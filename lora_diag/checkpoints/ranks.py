@@ -21,7 +21,14 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor, unwrap_parameter
+from lora_diag.checkpoints.archives import (
+    MAX_DIMENSIONS,
+    WIDTH,
+    Archive,
+    StoredTensor,
+    are_sizes,
+    unwrap_parameter,
+)
 from lora_diag.checkpoints.chunks import Box, Boxes
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.file_bytes import FileBytes
@@ -38,6 +45,8 @@ FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 CONFIG = "fsdp_config.json"
 # Ranks that are read at most.
 MAX_RANKS = 65_536
+# A name and a reference to its tensor; a smaller pickle repeats the parts of other tensors.
+BYTES_PER_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +162,15 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
         "".join(name for name in state if isinstance(name, str)).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
         raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
-    values = {
-        name: _read_value_parts(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)
-    }
-    return {name: parts for name, parts in values.items() if parts}
+    values: dict[str, list[_Part]] = {}
+    room = archive.pickle_bytes // BYTES_PER_PART
+    for name, value in state.items():
+        if isinstance(name, str) and (parts := _read_value_parts(archive, name, value, rank)):
+            values[name] = parts
+            room -= len(parts)
+        if room < 0:
+            raise InputError(f"{path}: {name} repeats the parts of other tensors; save the model again")
+    return values
 
 
 def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
@@ -191,7 +205,7 @@ def _read_dtensor(value: Any) -> tuple[Any, Any]:
     """
     state = _rebuild_state(value, "DTensor")
     if state is not None:
-        for item in state if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
+        for item in state[:2] if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
             if isinstance(item, dict) and "_local_tensor" in item:
                 return item["_local_tensor"], item.get("_spec")
     return None, None
@@ -204,11 +218,12 @@ def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: 
     shape = meta.args[0] if isinstance(meta, Record) and meta.args else None
     if shape is None and isinstance(meta, Record):
         shape = meta.get("shape")
-    if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+    if not isinstance(shape, tuple) or not are_sizes(shape):
         raise InputError(f"{path}: {name} does not give the shape of the whole tensor; save the model again")
-    sharded_dims = tuple(
-        _read_sharded_dim(path, name, placement, len(shape)) for placement in spec.get("placements") or ()
-    )
+    placements = spec.get("placements")
+    if not isinstance(placements, tuple | list) or len(placements) > MAX_DIMENSIONS:
+        raise InputError(f"{path}: {name} does not say how it is cut; save the model again")
+    sharded_dims = tuple(_read_sharded_dim(path, name, placement, len(shape)) for placement in placements)
     coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
     return _Part(tensor, shape, sharded_dims, coordinates)
 
@@ -265,18 +280,14 @@ def _read_sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
     """Return the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
     shards, meta = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
     shape = meta.get("size") if isinstance(meta, Record) else None
-    if not isinstance(shards, list) or not isinstance(shape, tuple):
+    if not isinstance(shards, list) or not isinstance(shape, tuple) or not are_sizes(shape):
         raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without shards; save the model again")
     parts = []
     for shard in shards:
         coordinate = shard.get("metadata") if isinstance(shard, Record) else None
         tensor = archive.tensor(shard.get("tensor"), name) if isinstance(shard, Record) else None
         offsets = coordinate.get("shard_offsets") if isinstance(coordinate, Record) else None
-        if (
-            tensor is None
-            or not isinstance(offsets, list | tuple)
-            or not all(type(offset) is int for offset in offsets)
-        ):
+        if tensor is None or offsets is None or not are_sizes(offsets):
             raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without offsets; save the model again")
         parts.append(_Part(tensor, shape, offsets=tuple(offsets)))
     return parts
@@ -312,7 +323,7 @@ def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distrib
 
 def _make_box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: tuple[int, ...] | None) -> Box:
     sizes = part.tensor.shape
-    if len(offsets) != len(sizes) or (shape is not None and len(shape) != len(sizes)) or min(offsets, default=0) < 0:
+    if len(offsets) != len(sizes) or (shape is not None and len(shape) != len(sizes)):
         raise InputError(f"{folder}: the part of {name} at {list(offsets)} does not lie in the tensor; save it again")
     return Box(offsets, sizes, part.tensor)
 

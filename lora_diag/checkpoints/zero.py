@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor
+from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor, are_sizes
 from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import Record
+from lora_diag.checkpoints.inert import Record, describe
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
 
@@ -123,9 +123,9 @@ class ZeroFolder:
         archive = _open_archive(self.path / WHOLE)
         module = archive.value.get("module") if isinstance(archive.value, dict) else None
         for name, value in module.items() if isinstance(module, dict) else ():
-            tensor = archive.tensor(value, str(name))
+            tensor = archive.tensor(value, name) if isinstance(name, str) else None
             if tensor is not None:
-                yield str(name), (tensor.shape, Flat(((tensor, 0, tensor.numel),)))
+                yield name, (tensor.shape, Flat(((tensor, 0, tensor.numel),)))
 
     def _read_master_weights(self, files: Sequence[Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Yield the float32 weights of the optimizer files, then frozen ones, buffers and shared ones."""
@@ -165,12 +165,12 @@ class ZeroFolder:
             raise InputError(
                 f"{self.path}: a rank does not hold the {len(groups)} groups of param_shapes; copy all files"
             )
-        for number, group in enumerate(groups):
+        for number, group in enumerate(self._check_groups(groups)):
             vector = [flat[number] for flat in flats]
             position, align = 0, 2 * len(flats)
             for name, shape in group.items():
-                count = math.prod(self._check_shape(name, shape))
-                yield str(name), (self._check_shape(name, shape), self._slice(vector, position, count, name))
+                count = math.prod(shape)
+                yield name, (shape, self._slice(vector, position, count, name))
                 position += count
             stored = sum(part.numel for part in vector)
             if -(-position // align) != -(-stored // align):
@@ -184,12 +184,11 @@ class ZeroFolder:
     ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
         """Stage 3: every rank holds an equal part of each parameter, the last with padding."""
         position = 0
-        for group in groups:
-            for name, values in group.items():
-                shape = self._check_shape(name, values)
+        for group in self._check_groups(groups):
+            for name, shape in group.items():
                 count = -(-math.prod(shape) // len(flats))
                 parts = [part for flat in flats for part in self._slice(flat, position, count, name).parts]
-                yield str(name), (shape, _drop_padding(parts, math.prod(shape)))
+                yield name, (shape, _drop_padding(parts, math.prod(shape)))
                 position += count
         stored = sum(part.numel for part in flats[0])
         if position != stored:
@@ -204,8 +203,9 @@ class ZeroFolder:
         tensors: dict[str, tuple[tuple[int, ...], Flat]] = {}
         buffers, module = state.get("buffer_names"), state.get("module")
         for name in buffers if isinstance(buffers, list) else ():
-            stored = module.get(name) if isinstance(module, dict) and isinstance(name, str) else None
-            tensor = archive.tensor(stored, str(name))
+            if not isinstance(name, str) or not isinstance(module, dict):
+                continue
+            tensor = archive.tensor(module.get(name), name)
             if tensor is not None:
                 tensors[name] = tensor.shape, Flat(((tensor, 0, tensor.numel),))
         frozen = state.get("frozen_param_shapes")
@@ -214,20 +214,17 @@ class ZeroFolder:
         archives = [archive]
         if stage == 3:
             archives += [_open_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
-        for name, values in frozen.items():
-            shape = self._check_shape(name, values)
+        for name, shape in self._check_shapes(frozen).items():
             parts = []
             for source in archives:
                 fragments = source.value.get("frozen_param_fragments") if isinstance(source.value, dict) else None
-                tensor = source.tensor(fragments.get(name), str(name)) if isinstance(fragments, dict) else None
+                tensor = source.tensor(fragments.get(name), name) if isinstance(fragments, dict) else None
                 if tensor is None:
-                    raise InputError(
-                        f"{source.file.path}: has no part of {name!s:.200}, which is frozen; copy it again"
-                    )
+                    raise InputError(f"{source.file.path}: has no part of {name:.200}, which is frozen; copy it again")
                 parts.append((tensor, 0, tensor.numel))
             if sum(count for *_, count in parts) < math.prod(shape):
-                raise InputError(f"{self.path}: the parts of {name!s:.200} hold fewer entries than {list(shape)}")
-            tensors[str(name)] = shape, _drop_padding(parts, math.prod(shape))
+                raise InputError(f"{self.path}: the parts of {name:.200} hold fewer entries than {list(shape)}")
+            tensors[name] = shape, _drop_padding(parts, math.prod(shape))
         return tensors
 
     def _open_optimizer_file(self, path: Path) -> tuple[Archive, int, int, Any, Any]:
@@ -244,7 +241,7 @@ class ZeroFolder:
         key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
         return archive, max(1, stage), world, state.get(key), state.get("param_alignment_paddings")
 
-    def _slice(self, vector: Sequence[StoredTensor], start: int, count: int, name: Any) -> Flat:
+    def _slice(self, vector: Sequence[StoredTensor], start: int, count: int, name: str) -> Flat:
         """Return a range of the concatenated tensors of a vector."""
         parts, begin = [], 0
         for tensor in vector:
@@ -254,15 +251,28 @@ class ZeroFolder:
             begin += tensor.numel
         if start + count > begin or not vector:
             raise InputError(
-                f"{self.path}: {name!s:.200} lies up to entry {start + count:,}, but {begin:,} are stored; "
-                "copy all files"
+                f"{self.path}: {name:.200} lies up to entry {start + count:,}, but {begin:,} are stored; copy all files"
             )
         return Flat(tuple(parts) or ((vector[0], 0, 0),))
 
-    def _check_shape(self, name: Any, shape: Any) -> tuple[int, ...]:
-        if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-            raise InputError(f"{self.path}: param_shapes gives {name!s:.200} an invalid shape; {self._suggest_fix()}")
-        return shape
+    def _check_groups(self, groups: Sequence[Mapping[Any, Any]]) -> list[dict[str, tuple[int, ...]]]:
+        """Return the shapes of the parameters of all groups."""
+        names: set[str] = set()
+        checked = []
+        for group in groups:
+            if not names.isdisjoint(group):
+                raise InputError(f"{self.path}: two groups of param_shapes have one parameter; {self._suggest_fix()}")
+            checked.append(self._check_shapes(group))
+            names.update(group)
+        return checked
+
+    def _check_shapes(self, shapes: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
+        for name, shape in shapes.items():
+            if not isinstance(name, str) or not isinstance(shape, tuple) or not are_sizes(shape):
+                raise InputError(
+                    f"{self.path}: param_shapes gives {describe(name)} an invalid shape; {self._suggest_fix()}"
+                )
+        return dict(shapes)
 
 
 def _find_step_folder(folder: Path) -> Path:
@@ -323,14 +333,15 @@ def _drop_padding(parts: Sequence[tuple[StoredTensor, int, int]], count: int) ->
     return Flat(tuple(kept) or ((parts[0][0], 0, 0),))
 
 
-def _list_numbers(value: Any, depth: int = 2) -> list[int]:
-    """Return the whole numbers of a value or of nested lists."""
-    if isinstance(value, list | tuple):
-        return [number for item in value for number in _list_numbers(item, depth - 1)] if depth else []
-    return [value] if type(value) is int else []
+def _list_numbers(value: Any) -> list[int]:
+    """Return the whole numbers of a value, of a list or of lists in a list; those of a repeated list once."""
+    items = value if isinstance(value, list | tuple) else (value,)
+    lists = {id(item): item for item in items if isinstance(item, list | tuple)}.values()
+    return [number for part in (items, *lists) for number in part if type(number) is int]
 
 
 def _list_aliases(value: Any) -> list[tuple[str, str]]:
     """Return the aliases of shared parameters."""
     items = value.items() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [(str(item[0]), str(item[1])) for item in items if isinstance(item, tuple | list) and len(item) == 2]
+    pairs = [tuple(item) for item in items if isinstance(item, tuple | list) and len(item) == 2]
+    return [(alias, name) for alias, name in pairs if isinstance(alias, str) and isinstance(name, str)]

@@ -1,0 +1,306 @@
+"""Small files that ask for much memory or time: pickles that repeat values, shapes without data, deep policies."""
+
+import resource
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_diag.__main__
+
+# What a command may take beyond what its process takes when it starts.
+PEAK, SPACE, SECONDS = 200 << 20, 2 << 30, 30
+COUNT = 30_000
+
+
+def limit(job: dict[str, Any]) -> None:
+    """Limit this process before it becomes a command, and note at its end by how much it grew."""
+    page = resource.getpagesize()
+    size, resident = (int(pages) * page for pages in Path("/proc/self/statm").read_text().split()[:2])
+    resource.setrlimit(resource.RLIMIT_AS, (size + SPACE, size + SPACE))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    main = lora_diag.__main__.main
+
+    def measured() -> None:
+        try:
+            main()
+        finally:
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
+            Path(job["peak"]).write_text(str(peak))
+
+    lora_diag.__main__.main = measured
+
+
+# --- an assembler ----------------------------------------------------------------------------------------------------
+
+
+class Code(bytes):
+    """Instructions that leave one value on the stack."""
+
+
+def name(module: str, of: str) -> Code:
+    return Code(f"c{module}\n{of}\n".encode())
+
+
+def get(index: int) -> Code:
+    return Code(b"h" + bytes([index]))
+
+
+def put(value: Any, index: int) -> Code:
+    return Code(code(value) + b"q" + bytes([index]))
+
+
+def made(kind: Code, **state: Any) -> Code:
+    """Return an object with attributes."""
+    return Code(kind + b")\x81" + code(state) + b"b")
+
+
+def call(function: Code, *args: Any) -> Code:
+    return Code(function + code(args) + b"R")
+
+
+def repeated(fragment: Any, count: int = COUNT) -> Code:
+    """Return a list of values."""
+    return Code(b"](" + code(fragment) * count + b"e")
+
+
+def code(value: Any) -> bytes:
+    """Return the instructions that push a value."""
+    match value:
+        case Code():
+            return value
+        case None:
+            return b"N"
+        case int():
+            return b"J" + struct.pack("<i", value) if abs(value) < 2**31 else b"L%dL\n" % value
+        case str():
+            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+        case tuple():
+            return b"(" + b"".join(map(code, value)) + b"t"
+        case list():
+            return b"](" + b"".join(map(code, value)) + b"e"
+    return b"}(" + b"".join(code(key) + code(item) for key, item in value.items()) + b"u"
+
+
+def nested(levels: int, width: int = 10, kind: str = "list") -> Code:
+    """Return a list, or tuple, of lists that are one list: width ** levels leaves. It takes the memo's place 9."""
+    start, end = (b"](", b"e") if kind == "list" else (b"(", b"t")
+    inner = b"".join(b"0" + start + get(9) * width + end + b"q\t" for _ in range(levels))
+    return Code(put("aaaaa", 9) + inner)
+
+
+def deep(levels: int) -> Code:
+    return Code(b")" + b"\x85" * levels)
+
+
+BIG = put(Code(b"](" + b"N" * 200_000 + b"e"), 0)
+WIDE = put(Code(b"(" + b"N" * 200_000 + b"t"), 0)
+
+
+def forget(value: Code, then: Code) -> Code:
+    """Return ``then``, for which ``value`` has filled the memo."""
+    return Code(value + b"0" + then)
+
+
+def calls(module: str, of: str, argument: Code, count: int = COUNT, how: bytes = b"\x85R") -> Code:
+    """Return a list of calls of one function with one argument, which is in the memo's place 0."""
+    return forget(argument, forget(put(name(module, of), 1), repeated(Code(get(1) + get(0) + how), count)))
+
+
+def keyed(key: Code, count: int = COUNT) -> Code:
+    """Return a dictionary in which one key, in the memo's place 0, is set again and again."""
+    return forget(key, Code(b"}" + (get(0) + b"Ns") * count))
+
+
+PICKLES: dict[str, Code] = {
+    "calls with a list": calls("a", "B", BIG, how=b"R"),
+    "sets": calls("builtins", "set", BIG),
+    "sizes": calls("torch", "Size", BIG),
+    "texts": calls("_codecs", "encode", put("a" * 100_000, 0)),
+    "keywords": forget(WIDE, forget(put(name("a", "B"), 1), repeated(Code(get(1) + get(0) + b"}NNs\x92")))),
+    "dictionaries": calls("collections", "OrderedDict", put([(i, 0) for i in range(10_000)], 0)),
+    "a long key": keyed(WIDE),
+    "a key of shared tuples": Code(b"}" + nested(60, 2, "tuple") + b"Ns"),
+    "a deep key": Code(b"}" + deep(300_000) + b"Ns"),
+    "keys of one hash": Code(b"}(" + b"".join(code(i * (2**61 - 1)) + b"N" for i in range(30_000)) + b"u"),
+    "a large memo": Code(b"Nr\xff\xff\xff\x7f"),
+    "bytes by number": call(name("builtins", "bytearray"), 20_000_000_000),
+    "deep lists": Code(b"]" * 100_000 + b"a" * 99_999),
+    "nested lists": nested(9),
+    "a long integer": Code(b"I" + b"9" * 1_000_000 + b"\n"),
+}
+
+
+def pickled(value: Any, protocol: bytes = b"\x80\x02") -> bytes:
+    return protocol + code(value) + b"."
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def index(folder: Path, root: Any) -> Path:
+    """Write the index of a distributed checkpoint."""
+    folder.mkdir(exist_ok=True)
+    (folder / "__0_0.distcp").write_bytes(b"x" * 64)
+    (folder / ".metadata").write_bytes(pickled(root))
+    return folder
+
+
+def archive(path: Path, root: Any) -> Path:
+    """Write a torch file with 64 bytes of data."""
+    with zipfile.ZipFile(path, "w") as file:
+        for part, content in (("data.pkl", pickled(root)), ("byteorder", b"little"), ("data/0", bytes(64))):
+            file.writestr(f"a/{part}", content)
+        file.writestr("a/version", "3\n")
+    return path
+
+
+def ranks(folder: Path, root: Any) -> Path:
+    """Write the file of the only rank."""
+    folder.mkdir(exist_ok=True)
+    archive(folder / "model_world_size_1_rank_0.pt", root)
+    return folder
+
+
+def zero(folder: Path, model: Any, **state: Any) -> Path:
+    """Write the files of DeepSpeed's only rank."""
+    step = folder / "global_step1"
+    step.mkdir(parents=True, exist_ok=True)
+    state = {"zero_stage": 2, "partition_count": [1], "single_partition_of_fp32_groups": [TENSOR]} | state
+    archive(step / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": state})
+    archive(step / "mp_rank_00_model_states.pt", model)
+    return folder
+
+
+STORAGE = Code(code(("storage", name("torch", "FloatStorage"), "0", "cpu", 16)) + b"Q")
+REBUILD = name("torch._utils", "_rebuild_tensor_v2")
+
+
+def tensor(shape: Any = (16,), strides: Any = (1,), storage: Code = STORAGE) -> Code:
+    return call(REBUILD, storage, 0, shape, strides, 0, {})
+
+
+TENSOR = tensor()
+
+
+def dcp(
+    relative: Any = "__0_0.distcp", offsets: Any = (0,), size: Any = (2,), path: Any = ("w",), key: Any = "w"
+) -> Code:
+    """Return an index of one tensor."""
+    chunk = made(name("x", "ChunkStorageMetadata"), offsets=(0,), sizes=(2,))
+    properties = made(name("x", "TensorProperties"), dtype=name("torch", "float32"))
+    described = made(name("x", "TensorStorageMetadata"), properties=properties, size=size, chunks=[chunk])
+    place = made(name("x", "StorageInfo"), relative_path=relative, offset=0, length=64)
+    where = Code(code(made(name("x", "MetadataIndex"), fqn="w", offset=offsets)))
+    return made(
+        name("x", "Metadata"),
+        state_dict_metadata=Code(b"}" + code(key) + described + b"s"),
+        storage_data=Code(b"}" + where + place + b"s"),
+        planner_data={"w": path},
+    )
+
+
+def shared_parts(count: int = 3_000) -> Code:
+    """Return an index whose tensors have one list of parts."""
+    chunk = made(name("x", "ChunkStorageMetadata"), offsets=(0,), sizes=(2,))
+    properties = made(name("x", "TensorProperties"), dtype=name("torch", "float32"))
+    place = made(name("x", "StorageInfo"), relative_path="__0_0.distcp", offset=0, length=64)
+    parts = forget(put(chunk, 0), forget(put(place, 1), put(repeated(get(0)), 2)))
+    kind = made(name("x", "TensorStorageMetadata"), properties=properties, size=(2,), chunks=get(2))
+    names = [f"w{i}" for i in range(count)]
+    where = b"".join(made(name("x", "MetadataIndex"), fqn=each, offset=(0,)) + get(1) for each in names)
+    described = forget(parts, forget(put(kind, 3), Code(code({each: get(3) for each in names}))))
+    return made(
+        name("x", "Metadata"), state_dict_metadata=described, storage_data=Code(b"}(" + where + b"u"), planner_data=None
+    )
+
+
+def distributed(kind: str, state: Any) -> Code:
+    """Return a tensor of a subclass."""
+    rebuild = name("torch._tensor", "_rebuild_from_type_v2")
+    return call(rebuild, name("a", "f"), name("x", kind), (), state)
+
+
+def sharded(size: Any = (16,), shards: Any = None) -> Code:
+    place = made(name("x", "ShardMetadata"), shard_offsets=[0])
+    shard = made(name("x", "Shard"), metadata=place, tensor=TENSOR)
+    meta = made(name("x", "ShardedTensorMetadata"), size=size)
+    return distributed("ShardedTensor", (shards if shards is not None else [shard], meta))
+
+
+def placed(placements: Any) -> Code:
+    spec = made(
+        name("x", "DTensorSpec"),
+        tensor_meta=made(name("x", "TensorMeta"), shape=(16,)),
+        placements=placements,
+        mesh=made(name("x", "DeviceMesh"), _coordinate_on_dim=[0]),
+    )
+    return distributed("DTensor", {"_local_tensor": TENSOR, "_spec": spec})
+
+
+def shared_values(value: Code, count: int = 10_000) -> Code:
+    """Return a state dict of one value under many names."""
+    return forget(put(value, 5), Code(code({f"w{i}": get(5) for i in range(count)})))
+
+
+SHARD = made(name("x", "Shard"), metadata=made(name("x", "ShardMetadata"), shard_offsets=[0]), tensor=TENSOR)
+GROUP = put({f"w{i}": (0,) for i in range(3_000)}, 0)
+
+
+def expanded(path: Path) -> Path:
+    torch.save({"w": torch.ones(1, 32_768).expand(32_768, 32_768)}, path)
+    return path
+
+
+def legacy(path: Path, root: Any) -> Path:
+    """Write the format of torch before 1.6."""
+    magic = pickled(0x1950A86A20F9469CFC6C)
+    path.write_bytes(magic + pickled(1001) + pickled({}) + pickled(root) + pickled([]))
+    return path
+
+
+Write = Callable[[Path], Path]
+FILES: dict[str, Write] = {
+    **{f"index: {kind}": lambda at, root=root: index(at / "m", root) for kind, root in PICKLES.items()},
+    **{f"torch: {kind}": lambda at, root=root: archive(at / "m.bin", {"w": root}) for kind, root in PICKLES.items()},
+    "rank: calls with a list": lambda at: ranks(at / "m", PICKLES["calls with a list"]),
+    "index: nested file": lambda at: index(at / "m", dcp(relative=nested(9))),
+    "index: nested path": lambda at: index(at / "m", dcp(path=nested(60, 2, "tuple"))),
+    "index: shared offset": lambda at: index(at / "m", dcp(offsets=nested(60, 2, "tuple"))),
+    "index: deep offset": lambda at: index(at / "m", dcp(offsets=deep(300_000))),
+    "index: nested shape": lambda at: index(at / "m", dcp(size=nested(9))),
+    "index: nested key": lambda at: index(at / "m", dcp(key=made(name("a", "B"), x=nested(9)))),
+    "index: shared parts": lambda at: index(at / "m", shared_parts()),
+    "rank: shared shape": lambda at: ranks(at / "m", {"w": sharded(size=nested(60, 2, "tuple"))}),
+    "rank: deep shape": lambda at: ranks(at / "m", {"w": sharded(size=deep(300_000))}),
+    "rank: shared shards": lambda at: ranks(
+        at / "m", shared_values(forget(put(SHARD, 0), sharded(shards=repeated(get(0)))))
+    ),
+    "rank: placements": lambda at: ranks(
+        at / "m",
+        shared_values(forget(put(made(name("x", "Replicate")), 0), placed(Code(b"(" + get(0) * COUNT + b"t")))),
+    ),
+    "rank: nested storage": lambda at: ranks(
+        at / "m",
+        {"w": tensor(storage=Code(code(("storage", name("torch", "FloatStorage"), nested(9), "cpu", 16)) + b"Q"))},
+    ),
+    "zero: shared paddings": lambda at: zero(
+        at / "m",
+        {"param_shapes": [{"w": (16,)}]},
+        param_alignment_paddings=forget(put(repeated(0), 0), repeated(get(0))),
+    ),
+    "zero: shared groups": lambda at: zero(
+        at / "m",
+        {"param_shapes": forget(GROUP, repeated(get(0), 50_000))},
+        single_partition_of_fp32_groups=forget(put(TENSOR, 0), repeated(get(0), 50_000)),
+    ),
+    "zero: nested alias": lambda at: zero(
+        at / "m", {"param_shapes": [{"w": (16,)}], "shared_params": [[nested(9), "w"]]}
+    ),
+    "torch: expanded": lambda at: expanded(at / "m.bin"),
+    "torch: nested lists, legacy": lambda at: legacy(at / "m.bin", {"w": nested(9)}),
+    "torch: sets, legacy": lambda at: legacy(at / "m.bin", {"w": PICKLES["sets"]}),
+}  # fmt: skip

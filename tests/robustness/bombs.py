@@ -1,5 +1,6 @@
 """Small files that ask for much memory or time: pickles that repeat values, shapes without data, deep policies."""
 
+import random
 import resource
 import struct
 import zipfile
@@ -262,6 +263,47 @@ def legacy(path: Path, root: Any) -> Path:
     return path
 
 
+def costly(rng: random.Random) -> Code:
+    """Return a value whose parts are repeated by random instructions."""
+    start = rng.choice(
+        [code([0] * 50_000), code((0,) * 50_000), code("a" * 50_000), code(("a", 0)), code([[0, 1]]), code({"a": 1})]
+    )
+    value = put(Code(start), 0)
+    for _ in range(rng.randint(1, 3)):
+        function = put(name(*rng.choice(CALLED)), 1)
+        match rng.randrange(6):
+            case 0:
+                again = repeated(get(0), rng.choice([2, 10, 20_000]))
+            case 1:
+                how = rng.choice([b"R", b"\x85R", b"\x81", b"\x85\x81", b"}\x92", b")\x81", b"b"])
+                again = forget(function, repeated(Code(get(1) + get(0) + how), 20_000))
+            case 2:
+                again = Code(b"}" + (get(0) + get(0) + b"s") * 20_000)
+            case 3:
+                again = nested(rng.choice([3, 9, 60]), rng.choice([2, 10]), rng.choice(["list", "tuple"]))
+            case 4:
+                again = Code(b"(" + get(0) * rng.choice([2, 20_000]) + rng.choice([b"t", b"l", b"d", b"\x91"]))
+            case _:
+                again = made(rng.choice([get(0), Code(function)]), a=get(0))
+        value = put(forget(value, again), 0)
+    return value
+
+
+CALLED = [
+    *(("a", "B"), ("builtins", "set"), ("builtins", "bytearray"), ("collections", "OrderedDict"), ("torch", "Size")),
+    *(("_codecs", "encode"), ("torch", "Tensor"), ("torch._utils", "_rebuild_tensor_v2"), ("collections", "Counter")),
+]
+
+
+def costly_toml(rng: random.Random) -> bytes:
+    """Return a line of a policy with a deep key or value."""
+    part = rng.choice(["a", '"a"', "'a'", "a-b", '"."'])
+    count = rng.choice([3, 15, 17, 3_000, 30_000])
+    key = rng.choice([".", " . "]).join([part] * count)
+    line = rng.choice(["{0} = 1", "[{0}]", "[[{0}]]", "x = {{{0} = 1}}", "x = [{1}", "x = {2}", "x = '{0}'"])
+    return f"{line}\n".format(key, "[" * count, "{a = " * count).encode()
+
+
 Write = Callable[[Path], Path]
 FILES: dict[str, Write] = {
     **{f"index: {kind}": lambda at, root=root: index(at / "m", root) for kind, root in PICKLES.items()},
@@ -304,3 +346,19 @@ FILES: dict[str, Write] = {
     "torch: nested lists, legacy": lambda at: legacy(at / "m.bin", {"w": nested(9)}),
     "torch: sets, legacy": lambda at: legacy(at / "m.bin", {"w": PICKLES["sets"]}),
 }  # fmt: skip
+
+
+# --- policies --------------------------------------------------------------------------------------------------------
+
+RULE = '[[rule]]\nname = "r{0}"\nrequire = "relative <= 0.3"\n'
+POLICIES: dict[str, str] = {
+    "a dotted key": ".".join(["a"] * 45_000) + " = 1\n",
+    "quoted parts": ".".join(['"a"', "'a'"] * 10_000) + " = 1\n",
+    "a deep table": "[" + ".".join(["a"] * 45_000) + "]\n",
+    "a key after a string": 'x = ["""\n"""" , {' + ".".join(["a"] * 40_000) + ' = 1}, "x"]\n',
+    "nested tables": "x = " + "{a = " * 15_000,
+    "nested lists": "x = " + "[" * 90_000,
+    "a long file": "x = 1\n" * 1_000_000,
+    "many rules": "".join(RULE.format(number) for number in range(1_500)),
+    "quotes": "x = " + '"\\' * 40_000 + "\n",
+}

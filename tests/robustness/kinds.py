@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.robustness import bombs
 from tests.robustness.mutate import (
     JUNK,
     damaged_archive,
@@ -177,10 +178,33 @@ def gguf(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return _read_as(rng, whole, name, "gguf.gguf")
 
 
+def bomb(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A pickle that repeats values, as an index, a torch file, or a part of either."""
+    value = bombs.costly(rng)
+    match rng.randrange(6):
+        case 0:
+            bombs.index(at / "m", value)
+        case 1:
+            fields = {"relative": "__0_0.distcp", "offsets": (0,), "size": (2,), "path": ("w",), "key": "w"}
+            bombs.index(at / "m", bombs.dcp(**fields | {rng.choice(sorted(fields)): value}))
+        case 2:
+            bombs.ranks(at / "m", {"w": rng.choice([bombs.sharded(size=value), bombs.sharded(shards=value)])})
+        case 3:
+            bombs.ranks(at / "m", {"w": rng.choice([bombs.placed(value), bombs.tensor(shape=value), value])})
+        case 4:
+            bombs.zero(at / "m", {"param_shapes": rng.choice([value, [value], [{"w": value}]])}, other=value)
+        case 5:
+            bombs.archive(at / "m", {"w": rng.choice([value, bombs.tensor(shape=value), bombs.tensor()]), "x": value})
+    return _read_as(rng, whole, "m", "base")
+
+
 def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A policy."""
     name = rng.choice(["policy", "policy", "adapter-basic", "merge", "full-ft-drift"])
-    (at / "p.toml").write_bytes(damaged_toml((whole / f"{name}.toml").read_bytes(), rng))
+    content = damaged_toml((whole / f"{name}.toml").read_bytes(), rng)
+    if rng.random() < 0.2:
+        content = rng.choice([b"%s", b"[[rule]]\n%s", b"[checks]\n%s", b"# %s"]) % bombs.costly_toml(rng) + content
+    (at / "p.toml").write_bytes(content)
     runs = [str(whole / "runs" / f"{run}.jsonl") for run in rng.sample(["spectrum", "residual", "overlap", "merge"], 2)]
     runs = [run.replace("merge.jsonl", "verify-merge.jsonl") for run in runs]
     more = rng.choice([[], ["--junit", "j.xml"], ["--sarif", "s.json"], ["--model-card", "c.md"], ["-o", "out.jsonl"]])
@@ -282,6 +306,7 @@ KINDS: dict[str, Kind] = {
     "adapter config": adapter_config,
     "gradients": gradients,
     "gguf": gguf,
+    "bomb": bomb,
     "policy": policy,
     "results": results,
     "pages": pages,

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness.bombs import FILES, PEAK
+from tests.robustness.bombs import FILES, PEAK, POLICIES
 from tests.served import Server
-
 
 pytestmark = pytest.mark.slow
 
@@ -46,4 +45,13 @@ def test_small_file_takes_little_memory(limited: Limited, tmp_path: Path, kind: 
     code, err = limited("inspect", path.name, cwd=tmp_path)
     assert code in {0, 3}
     assert code == 0 or path.name in err
+    assert len(err) < 2500
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_small_policy_takes_little_memory(limited: Limited, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "p.toml").write_text(POLICIES[kind])
+    code, err = limited("gate", "p.toml", "missing.jsonl", cwd=tmp_path)
+    assert code in {2, 3}
+    assert ("p.toml" in err) == (kind != "many rules")
     assert len(err) < 2500

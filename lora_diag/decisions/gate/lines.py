@@ -7,10 +7,17 @@ begins after the previous valid piece. This covers all TOML syntax without a sec
 from __future__ import annotations
 
 import contextlib
+import re
 import tomllib
 from typing import Any
 
 Path = tuple[str | int, ...]
+
+# A comment or a string of a valid file.
+_STRING = re.compile(
+    r"""#[^\n]*|"{3}(?:[^"\\]|\\.|"{1,2}(?!"))*"{3,5}|'{3}(?:[^']|'{1,2}(?!'))*'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*'""",
+    re.DOTALL,
+)
 
 
 def line_of(text: str, path: Path) -> int:
@@ -42,6 +49,17 @@ def line_of(text: str, path: Path) -> int:
         else:
             last = number
     return last + 1 if path else 1
+
+
+def lines_of_tables(text: str, key: str) -> list[int]:
+    r"""Return the lines, counted from 1, of the headers ``[[key]]`` of a valid file.
+
+    >>> lines_of_tables("[[rule]]\nx = '''\n[[rule]]\n'''\n [[ rule ]] # two\n", "rule")
+    [1, 5]
+    """
+    blank = _STRING.sub(lambda found: "\n" * found[0].count("\n"), text)
+    header = re.compile(rf"[ \t]*\[\[[ \t]*{re.escape(key)}[ \t]*\]\]")
+    return [number for number, line in enumerate(blank.split("\n"), 1) if header.match(line)]
 
 
 def _parse_longest(lines: list[str], number: int, first: int) -> tuple[int, Any]:

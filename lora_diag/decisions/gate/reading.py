@@ -9,10 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_diag.decisions.gate.lines import line_of
+from lora_diag.decisions.gate.lines import line_of, lines_of_tables
 from lora_diag.decisions.gate.policy import READY, Policy
 from lora_diag.decisions.gate.tables import PlacedError, quote_text
 from lora_diag.errors import UsageError
+
+# About 1,000 rules. The parser takes the square of the depth of a key, and no key of a policy is deeper than 3.
+MAX_BYTES, MAX_DEPTH = 100_000, 16
+_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*"""
+_DEEP = re.compile(rf"(?<![\w\\-])(?:{_PART}){{{MAX_DEPTH}}}", re.ASCII)
 
 
 def read_policy(path: Path | str, content: str | None = None) -> Policy:
@@ -27,7 +32,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     """
     if content is None:
         try:
-            content = Path(path).read_bytes().decode("utf-8")
+            with Path(path).open("rb") as file:
+                content = file.read(4 * MAX_BYTES + 1).decode("utf-8")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is not UTF-8 text"
             problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as a policy: {why}"
@@ -37,9 +43,14 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
                 else "the order is: loradiag gate POLICY RESULTS..."
             )
             raise UsageError(f"{path}: {problem}; {fix}") from error
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{path}: has more than {MAX_BYTES:,} characters, too many for a policy; use fewer rules")
     if content.startswith('{"record"'):
         raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")
+    if deep := _DEEP.search(content):
+        line = content.count("\n", 0, deep.start()) + 1
+        raise UsageError(f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it")
     try:
         policy = Policy.model_validate(tomllib.loads(content))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -53,7 +64,10 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
 
     def placed(key: str, tables: list[Any]) -> list[Any]:
-        return [table.model_copy(update={"line": line_of(content, (key, i))}) for i, table in enumerate(tables)]
+        lines = lines_of_tables(content, key)
+        if len(lines) != len(tables):  # some are written inline
+            lines = [line_of(content, (key, i)) for i in range(len(tables))]
+        return [table.model_copy(update={"line": line}) for table, line in zip(tables, lines, strict=True)]
 
     return policy.model_copy(
         update={

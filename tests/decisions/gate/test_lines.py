@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from lora_diag.decisions.gate.lines import line_of
+from lora_diag.decisions.gate.lines import line_of, lines_of_tables
 
 TEXT = '''# a comment
 title = "x"
@@ -62,6 +62,10 @@ minimum = 1'''
 )
 def test_value_is_found_on_its_line(path, line):
     assert line_of(TEXT, path) == line
+
+
+def test_headers_of_tables_are_found_outside_strings():
+    assert lines_of_tables(TEXT, "rule") == [line_of(TEXT, ("rule", number)) for number in range(2)] == [13, 17]
 
 
 def test_long_files_are_searched_quickly():

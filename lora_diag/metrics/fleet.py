@@ -127,7 +127,7 @@ def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
 def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     """Return the properties by which each adapter is an outlier."""
     ratios = find_norm_outliers([adapter.fro for adapter in adapters])
-    names = []
+    outliers = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
         kinds: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
@@ -135,8 +135,8 @@ def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, .
             "spiked": adapter.spike is not None and adapter.spike >= SPIKED_FROM and adapter.rank != 1,
             "norm": ratio is not None,
         }
-        names.append(tuple(kind for kind, holds in kinds.items() if holds))
-    return names
+        outliers.append(tuple(kind for kind, holds in kinds.items() if holds))
+    return outliers
 
 
 def order_by_rarity(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
@@ -146,6 +146,6 @@ def order_by_rarity(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
         >>> order_by_rarity([("spiked",), (), ("spiked", "over-ranked"), ("spiked",), ("dead",)])
         [2, 4, 0, 3]
     """
-    times = Counter(word for words in kinds_of for word in words)
-    odd = [i for i, words in enumerate(kinds_of) if words]
-    return sorted(odd, key=lambda i: (min(times[word] for word in kinds_of[i]), -len(kinds_of[i]), i))
+    counts = Counter(kind for kinds in kinds_of for kind in kinds)
+    outliers = [i for i, kinds in enumerate(kinds_of) if kinds]
+    return sorted(outliers, key=lambda i: (min(counts[kind] for kind in kinds_of[i]), -len(kinds_of[i]), i))

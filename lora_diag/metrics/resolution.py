@@ -61,25 +61,25 @@ class Noise:
             return 0.0
         total = math.sqrt(self.rows.sum())
         a, b = self.rows[rows] / total, self.columns[columns] / total
-        names = len(self.rows) + len(self.columns)
+        lines = len(self.rows) + len(self.columns)
         poles = (
-            float((a * _bound_excess(self.rows[rows], self.rows_fourth[rows], self.terms, names)).max()),
-            float((b * _bound_excess(self.columns[columns], self.columns_fourth[columns], self.terms, names)).max()),
+            float((a * _bound_excess(self.rows[rows], self.rows_fourth[rows], self.terms, lines)).max()),
+            float((b * _bound_excess(self.columns[columns], self.columns_fourth[columns], self.terms, lines)).max()),
         )
         bulk, scale = _bulk_edge(a, b)
         outlier, _ = _minimize_edge(a, b, *poles)
         square, fourth = self.rows.sum(keepdims=True), self.rows_fourth.sum(keepdims=True)
         # barely above a single large entry
-        norm = float((square * _bound_excess(square, fourth, self.terms, names))[0])
+        norm = float((square * _bound_excess(square, fourth, self.terms, lines))[0])
         return self.unit * math.sqrt(min(max(bulk + TRACY_WIDOM * scale, outlier), norm))
 
 
-def _bound_excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
-    """Return the factor by which Σe² of a row may exceed its expectation Σσ², over all rows and columns.
+def _bound_excess(sums: Sums, fourth: Sums, terms: int, lines: int) -> Sums:
+    """Return the factor by which Σe² of a row may exceed its expectation Σσ², over all ``lines`` rows and columns.
 
     e² of a sum of k equal uniform errors has the variance (2 − 1.2/k)σ⁴ and is 3kσ² at most.
     """
-    z = math.sqrt(2 * math.log(names / FALSE_POSITIVES))
+    z = math.sqrt(2 * math.log(lines / FALSE_POSITIVES))
     return np.minimum(3 * terms, 1 + z * np.sqrt((2 - 1.2 / terms) * fourth) / sums)
 
 

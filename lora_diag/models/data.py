@@ -82,21 +82,19 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
     if model.kind == "classifier" and source.text is not None:
         raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of these")
     if source.text is not None:
-        texts = list(_split_into_windows(source.text, model))
+        cut = list(_split_into_windows(source.text, model))
     else:
-        texts = [_tokenize_row(item, where, model) for where, item in source.rows]
+        cut = [_tokenize_row(item, where, model) for where, item in source.rows]
     if model.kind == "masked":
-        texts = [
-            (_mask_sequence(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(texts)
-        ]
+        cut = [(_mask_sequence(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(cut)]
     notes = []
-    truncated = sum(is_truncated for _, is_truncated in texts)
+    truncated = sum(is_truncated for _, is_truncated in cut)
     if source.text is None and truncated:
-        notes.append(f"{truncated} of {len(texts)} {source.unit} were cut to {model.length} tokens")
-    sequences = [sequence for sequence, _ in texts if _has_predictions(sequence, model)]
-    if len(sequences) < len(texts):
-        none = len(texts) - len(sequences)
-        notes.append(f"{none} of {len(texts)} {source.unit} have nothing to predict and are left out")
+        notes.append(f"{truncated} of {len(cut)} {source.unit} were cut to {model.length} tokens")
+    sequences = [sequence for sequence, _ in cut if _has_predictions(sequence, model)]
+    if len(sequences) < len(cut):
+        empty = len(cut) - len(sequences)
+        notes.append(f"{empty} of {len(cut)} {source.unit} have nothing to predict and are left out")
     if not sequences:
         raise InputError(f"{path}: has no token to predict; give longer text")
     if max_sequences is not None and max_sequences < len(sequences):

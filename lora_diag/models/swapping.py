@@ -38,7 +38,7 @@ class Swapped:
     Args:
         model: BASE opened by transformers; changed in place.
         deltas: ΔW of every layer that can change.
-        most: Largest rank that will be used.
+        max_rank: Largest rank that will be used.
 
     Attributes:
         absent: ΔW of tensors that the model does not have, without matrices.
@@ -56,7 +56,7 @@ class Swapped:
             raise InputError(
                 f"{missing}: not part of the model that transformers builds from BASE; exclude it with --exclude"
             )
-        self._most = max_rank
+        self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
         self._state = dict.fromkeys(self._deltas, 0)
         for layer in self._deltas:
@@ -64,11 +64,11 @@ class Swapped:
 
     def arrange(self, ranks: Mapping[str, int]) -> None:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0 and for layers that are not named."""
-        for layer, original in self._state.items():
+        for layer, current in self._state.items():
             rank = ranks.get(layer, 0)
             if rank >= min(self._deltas[layer].shape):
                 rank = FULL
-            if rank != original:
+            if rank != current:
                 self._put(layer, rank)
                 self._state[layer] = rank
 
@@ -79,7 +79,7 @@ class Swapped:
 
     def factors(self, layer: str) -> Factors:
         """Return all singular values and vectors of one layer's ΔW."""
-        return _is_finite(self._deltas[layer]).decompose(vectors=True)
+        return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
         """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers; None if none of them changed."""
@@ -104,7 +104,7 @@ class Swapped:
         """Yield ΔW_r in row blocks, float64."""
         delta = self._deltas[layer]
         if rank == FULL:
-            yield from _is_finite(delta).blocks(delta.shape)
+            yield from _load_finite(delta).blocks(delta.shape)
             return
         leading = self._decompose_layer(layer) if rank else None
         for first, last in row_spans(delta.shape):
@@ -118,7 +118,7 @@ class Swapped:
             factors = self.factors(layer)
             assert factors.u is not None
             assert factors.vh is not None
-            us, vh = (factors.u * factors.s)[:, : self._most], factors.vh[: self._most]
+            us, vh = (factors.u * factors.s)[:, : self._max_rank], factors.vh[: self._max_rank]
             self._leading[layer] = _Leading(us.float().clone(), vh.float().clone(), factors.s**2, factors.fro**2)
         return self._leading[layer]
 
@@ -139,7 +139,7 @@ def _side_of_base(delta: Delta) -> Side:
     return delta.base
 
 
-def _is_finite(delta: Delta) -> Change:
+def _load_finite(delta: Delta) -> Change:
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
         raise InputError(f"{delta.layer}: {change.non_finite}; exclude it with --exclude")

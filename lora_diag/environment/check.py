@@ -56,7 +56,7 @@ def checks(addresses: Sequence[str] = ()) -> list[Statement]:
         *_check_devices(),
         _check_memory(),
         *_check_disk(),
-        _cache(),
+        _check_cache(),
         *_check_ray(),
         *map(_check_address, addresses),
     ]
@@ -145,7 +145,7 @@ def _is_same_environment(command: str) -> bool:
 
 
 def _check_devices() -> Iterator[Statement]:
-    import torch  # a second, and only needed here
+    import torch  # deferred: takes a second
 
     usable = machine.cores()
     settings = ", ".join(
@@ -206,14 +206,14 @@ def _check_disk() -> Iterator[Statement]:
             yield make_statement(key, label, f"{byte_count(free)} free", level="ok")
 
 
-def _cache() -> Statement:
+def _check_cache() -> Statement:
     """Check the folder into which the Hub's library downloads models."""
     home = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     folder = Path(
         home or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     ).expanduser()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
         fix = "export HF_HOME=FOLDER with a folder of yours"
         return make_statement(
             "cache", "Hub cache", f"{_shorten_home(str(folder))} is not writable; {fix}", level="warning"
@@ -221,7 +221,7 @@ def _cache() -> Statement:
     return make_statement(
         "cache",
         "Hub cache",
-        f"{_shorten_home(str(folder))}, {byte_count(shutil.disk_usage(there).free)} free",
+        f"{_shorten_home(str(folder))}, {byte_count(shutil.disk_usage(existing).free)} free",
         level="ok",
     )
 

@@ -32,7 +32,7 @@ FEATURE = Feature(
     ),
 )
 
-_PANEL_FUNCTIONS = {
+_EXPORTS = {
     "FIGURES": ".figures:FIGURES",
     "FORMATS": "lora_diag.rendering.figures.style:FORMATS",
     "FigureKind": ".figures:FigureKind",
@@ -47,8 +47,8 @@ _PANEL_FUNCTIONS = {
 
 def __getattr__(name: str) -> Any:
     """Return a panel of the catalog or a name of this package, imported on first use."""
-    if name in _PANEL_FUNCTIONS:
-        return load(_PANEL_FUNCTIONS[name], __name__)
+    if name in _EXPORTS:
+        return load(_EXPORTS[name], __name__)
     from lora_diag.catalog import panels
 
     if name not in panels():
@@ -59,4 +59,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from lora_diag.catalog import panels
 
-    return sorted({*_PANEL_FUNCTIONS, *panels()})
+    return sorted({*_EXPORTS, *panels()})

@@ -146,8 +146,8 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
     Raises:
         UsageError: There is no such figure, or the records cannot be drawn.
     """
-    limits = {key: value for key, value in options.items() if key != "plain"}
-    chosen = name or next((kind.name for kind in FIGURES if obstacle(kind.name, results, **limits) is None), None)
+    selection = {key: value for key, value in options.items() if key != "plain"}
+    chosen = name or next((kind.name for kind in FIGURES if obstacle(kind.name, results, **selection) is None), None)
     if chosen is None:
         raise UsageError(f"results of loradiag {results.run.command}: no figure shows them")
     page = figure(chosen, results, **options)

@@ -78,10 +78,10 @@ def plot(
     """
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    arguments = fill_options(PlotOptions, options)
-    figure, labels, field, rank, per = (arguments[name] for name in ("figure", "labels", "field", "show_rank", "per"))
+    resolved = fill_options(PlotOptions, options)
+    figure, labels, field, rank, per = (resolved[name] for name in ("figure", "labels", "field", "show_rank", "per"))
     width, format, layers, plain, overwrite = (
-        arguments[name] for name in ("width", "format", "layers", "plain", "overwrite")
+        resolved[name] for name in ("width", "format", "layers", "plain", "overwrite")
     )
     if not results:
         raise UsageError("no results: give at least one results file")
@@ -100,12 +100,11 @@ def plot(
         figure = "heatmap"
     _check_options(figure, field, rank)
     runs = [
-        _select_layers(figure_kind if isinstance(figure_kind, Results) else read_results(figure_kind), layers)
-        for figure_kind in results
+        _select_layers(source if isinstance(source, Results) else read_results(source), layers) for source in results
     ]
     if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_explain_no_layer(runs, layers)}")
-    files = () if any(isinstance(figure_kind, Results) for figure_kind in results) else tuple(map(str, results))
+    files = () if any(isinstance(source, Results) for source in results) else tuple(map(str, results))
     drawn_as: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     requested = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
@@ -201,7 +200,7 @@ def _explain_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
 
 def _explain_no_figure(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
-    reasons = [f"{figure_kind.name}: {figure_kind.reason}" for figure_kind in made if figure_kind.missing != "records"]
+    reasons = [f"{drawn.name}: {drawn.reason}" for drawn in made if drawn.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return (
         "; ".join(reasons)

@@ -80,10 +80,10 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
         return "nothing"
     counts = Counter(item.reason for item in left_out)
     parts = []
-    for reason, number_of in counts.items():
+    for reason, tensors in counts.items():
         names = [item.layer for item in left_out if item.reason == reason]
         shown = "" if reason in EXPECTED else f": {list_names(names)}"
-        parts.append(f"{number_of} {REASONS[reason]}{shown}")
+        parts.append(f"{tensors} {REASONS[reason]}{shown}")
     return "; ".join(parts)
 
 

@@ -31,25 +31,23 @@ class Types:
     def __init__(self, layers: Iterable[str]) -> None:
         layers = tuple(dict.fromkeys(layers))
         towers: dict[str, set[tuple[str, ...]]] = {}
-        first_layer: dict[tuple[str, ...], int] = {}
+        order: dict[tuple[str, ...], int] = {}
         for layer in layers:
             if tower := tower_of(layer):
                 towers.setdefault(module_type_of(layer), set()).add(tower)
-                first_layer.setdefault(tower, len(first_layer))
+                order.setdefault(tower, len(order))
         self._towers = _find_distinguishing_parts(
-            {tower for names in towers.values() if len(names) > 1 for tower in names}
+            {tower for of_type in towers.values() if len(of_type) > 1 for tower in of_type}
         )
-        ordered = sorted(
-            layers, key=lambda layer: (first_layer.get(tower_of(layer), len(first_layer)), place_of(layer))
-        )
-        self._name = {layer: self._find_drawn_type(layer) for layer in ordered}
+        ordered = sorted(layers, key=lambda layer: (order.get(tower_of(layer), len(order)), place_of(layer)))
+        self._name = {layer: self._label_type(layer) for layer in ordered}
         self.names = tuple(dict.fromkeys(self._name.values()))
 
     def of(self, layer: str) -> str:
         """Return the module type of a layer as drawn."""
         return self._name[layer]
 
-    def _find_drawn_type(self, layer: str) -> str:
+    def _label_type(self, layer: str) -> str:
         tower = self._towers.get(tower_of(layer))
         return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
 
@@ -67,12 +65,10 @@ def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, 
 
 def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
     """Group records by block in ascending order; those outside the blocks come last."""
-    by_layer_number: dict[int | None, list[R]] = {}
+    by_block: dict[int | None, list[R]] = {}
     for record in records:
-        by_layer_number.setdefault(depth_of(record.layer), []).append(record)
-    return {
-        depth: tuple(by_layer_number[depth]) for depth in sorted(by_layer_number, key=lambda d: (d is None, d or 0))
-    }
+        by_block.setdefault(depth_of(record.layer), []).append(record)
+    return {depth: tuple(by_block[depth]) for depth in sorted(by_block, key=lambda d: (d is None, d or 0))}
 
 
 def deepest(layers: Iterable[str]) -> int:

@@ -64,12 +64,12 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
         groups.setdefault((run.command, metrics[position] if metrics else ""), []).append(position)
     names: dict[int, str] = {}
     for positions in groups.values():
-        inputs_of_run = [runs[position] for position in positions]
+        similar_runs = [runs[position] for position in positions]
         read = [files[position] for position in positions] if files else []
         names.update(
             zip(
                 positions,
-                [run_name(inputs_of_run[0])] if len(inputs_of_run) == 1 else _disambiguate(inputs_of_run, read),
+                [run_name(similar_runs[0])] if len(similar_runs) == 1 else _disambiguate(similar_runs, read),
                 strict=True,
             )
         )

@@ -16,7 +16,7 @@ Draw = Callable[..., object]
 
 def page_of(
     panels: Sequence[tuple[str, Draw]],
-    words: FigureText,
+    text: FigureText,
     style: PageStyle,
     *,
     height: float = 1.9,
@@ -27,7 +27,7 @@ def page_of(
 
     Args:
         panels: The title of each, and what draws it.
-        words: The text around them.
+        text: The text around them.
         style: The page.
         height: Least height of a panel over that of the page's small multiples.
         xlabel: Label of all x axes; as drawn if empty.
@@ -35,11 +35,11 @@ def page_of(
     """
     rows, columns = panels_of(len(panels), style)
     inches = panel_width(style, columns)
-    figure, axes = sheet(style, words, rows, columns, panel=height * style.panel, share=False)
+    figure, axes = sheet(style, text, rows, columns, panel=height * style.panel, share=False)
     for (title, draw), ax in zip(panels, axes, strict=False):
         draw(ax, inches=inches)
         ax.set_title(wrap_text(title, inches, style.text), parse_math=False)
-        ax.set(**{name: text for name, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
+        ax.set(**{name: label for name, label in (("xlabel", xlabel), ("ylabel", ylabel)) if label})
     for ax in axes[len(panels) :]:
         ax.remove()
     return figure

@@ -127,6 +127,9 @@ def _make_title(evidence: Evidence) -> str:
     if source is not None and section_kind(source) is not None and not is_of_losses(source):
         return named_of(source)
     paths = {side.role: safe(side.path) for side in reversed(inputs)}
+    adapters = sum(side.role == "adapter" for side in inputs)
+    if source is not None and is_of_losses(source) and "tuned" not in paths and adapters > 1:
+        return f"{adapters} adapters of {paths['base']}"
     tuned = paths.get("tuned") or paths.get("adapter")
     if tuned and "base" in paths:
         return f"{tuned} compared with {paths['base']}"

@@ -47,7 +47,9 @@ def gains(base: Probe | None) -> float | None:
 
 
 def contests_of(records: Sequence[Probe]) -> list[Contest]:
-    """Return the comparison of every adapter with TUNED; shifted sets count only if there is no other."""
+    """Return the comparison of every adapter with TUNED, if there is one; shifted sets count only without others."""
+    if not any(record.subject == "tuned" for record in records):
+        return []
     sets = main_sets(records)
     bases = {record.set: record for record in records if record.subject == "base"}
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")

@@ -27,7 +27,7 @@ _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
 def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why gaps cannot be drawn; None if they can."""
-    return None if any(_select_others(records)) else "no model besides TUNED is finished"
+    return None if any(_select_others(records)) else "no model was compared with a full fine-tune"
 
 
 def find_depth_obstacle(records: Sequence[Probe], options: Options) -> str | None:

@@ -71,10 +71,12 @@ class _Sums:
     def losses(self) -> Losses:
         return Losses(torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.counts, dtype=torch.float64))
 
-    def add(self, answer: _Answer, tuned: _Answer) -> None:
-        """Add one sequence, compared with TUNED."""
+    def add(self, answer: _Answer, tuned: _Answer | None) -> None:
+        """Add one sequence, compared with TUNED if there is one."""
         self.nll.append(float(nll(answer.logits, answer.labels)))
         self.counts.append(len(answer.labels))
+        if tuned is None:
+            return
         self.squares += _sum_squares(tuned.logits, answer.logits)
         log_p, log_q = tuned.logits.double().log_softmax(-1), answer.logits.double().log_softmax(-1)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
@@ -100,20 +102,21 @@ def outputs(
 
     Args:
         model: BASE; its weights are changed and restored.
-        contenders: BASE first, TUNED second, then the others.
+        contenders: BASE first, then TUNED if there is one, then the others.
         texts: The set.
         size: Sequences in a batch.
         after_batch: Called after every batch.
     """
     sums = [_Sums() for _ in contenders]
+    has_tuned = contenders[1].subject == "tuned"
     for chunk in chunks(model, texts, size):
         ends = [_compute_answer(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
             answers = ends[i] if i < 2 else _compute_answer(model, contender, chunk, size, after_batch)
-            for answer, tuned in zip(answers, ends[1], strict=True):
-                sums[i].add(answer, tuned)
+            for answer, second in zip(answers, ends[1], strict=True):
+                sums[i].add(answer, second if has_tuned else None)
     for contender, sums_of_one in zip(contenders, sums, strict=True):
-        yield _record(contender, sums_of_one, sums[0], sums[1], texts)
+        yield _record(contender, sums_of_one, sums[0], sums[1] if has_tuned else None, texts)
 
 
 def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
@@ -147,24 +150,29 @@ def _compute_answer(
     return answers
 
 
-def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums, texts: Texts) -> Probe:
-    gap, error = own_sums.losses.minus(tuned.losses)
-    change = base.losses.mean - tuned.losses.mean
-    predicted = own_sums.losses.tokens
-    return Probe(
+def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | None, texts: Texts) -> Probe:
+    record = Probe(
         probe="outputs",
         **own_sums.losses.on(texts),
         subject=contender.subject,
         name=contender.name,
         loss=own_sums.losses.mean,
-        gap=gap,
-        gap_error=error,
-        kept=(base.losses.mean - own_sums.losses.mean) / change + 0.0 if change else None,
-        distance=math.sqrt(own_sums.squares / base.squares) if base.squares else None,
-        kl=own_sums.kl / predicted,
-        agreement=own_sums.same / predicted,
         nll=tuple(round(value, 6) for value in own_sums.nll),
         predictions=tuple(own_sums.counts) if contender.subject == "base" else (),
-        hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own_sums.hidden, base.hidden, strict=True))
-        or None,
     )
+    if tuned is None:
+        return record
+    gap, error = own_sums.losses.minus(tuned.losses)
+    change = base.losses.mean - tuned.losses.mean
+    predicted = own_sums.losses.tokens
+    compared = {
+        "gap": gap,
+        "gap_error": error,
+        "kept": (base.losses.mean - own_sums.losses.mean) / change + 0.0 if change else None,
+        "distance": math.sqrt(own_sums.squares / base.squares) if base.squares else None,
+        "kl": own_sums.kl / predicted,
+        "agreement": own_sums.same / predicted,
+        "hidden": tuple(math.sqrt(x / b) if b else None for x, b in zip(own_sums.hidden, base.hidden, strict=True))
+        or None,
+    }
+    return record.model_copy(update=compared)

@@ -22,7 +22,7 @@ from lora_diag.running.progress import RunRecords
 @show_options
 def probe_outputs(
     base: Path | str,
-    tuned: Path | str,
+    tuned: Path | str | None,
     adapters: Sequence[Path | str] = (),
     **options: Unpack[OutputsOptions],
 ) -> Results[Any]:
@@ -33,7 +33,8 @@ def probe_outputs(
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
-        tuned: Full fine-tune; may be an adapter.
+        tuned: Full fine-tune; may be an adapter. None to compare adapters with each other and with BASE: then there are
+            losses only.
         adapters: Adapters of any supported kind, or checkpoints with a merged adapter.
         reference: Another full fine-tune, such as another seed, to show the distance between equally good models.
         evaluate: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
@@ -44,7 +45,7 @@ def probe_outputs(
         The records are in ``whole``: one per set and model, including BASE and TUNED.
 
     Raises:
-        UsageError: An option is invalid, there is nothing to compare with TUNED, or the extra ``train`` is missing.
+        UsageError: An option is invalid, there is nothing to compare, or the extra ``train`` is missing.
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: A checkpoint has no weight in common with BASE.
 
@@ -57,19 +58,24 @@ def probe_outputs(
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
     reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))
-    others = [*((path, "adapter") for path in adapters), *([(reference, "reference")] if reference else [])]
+    others: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
+    others += [(reference, "reference")] if reference else []
     _refuse_repeated(tuned, [path for path, _ in others])
-    check_files([base, tuned, *(path for path, _ in others)], evaluate, *shifted)
-    full, compared = run.compare(base, tuned), [run.compare(base, path) for path, _ in others]
+    if tuned is not None:
+        others.insert(0, (tuned, "tuned"))
+    elif reference:
+        raise UsageError("--reference: is compared with the full fine-tune; give that with --tuned")
+    check_files([base, *(path for path, _ in others)], evaluate, *shifted)
+    compared = [run.compare(base, path) for path, _ in others]
     model = run.open(base)
     texts = run.read_sets(evaluate, shifted)
-    contenders = [Contender("base", "", None), Contender("tuned", "", Swapped(model, full.pairing.deltas, 0))]
-    inputs = [*full.inputs]
+    contenders = [Contender("base", "", None)]
+    inputs = [compared[0].inputs[0]]
     for (_, role), comparison in zip(others, compared, strict=True):
-        subject: Subject = "reference" if role == "reference" else "adapter"
-        described_as = comparison.inputs[-1].model_copy(update={"role": role})
-        inputs.append(described_as)
-        contenders.append(Contender(subject, described_as.path, Swapped(model, comparison.pairing.deltas, 0)))
+        given = comparison.inputs[-1]
+        inputs.append(given if role == "tuned" else given.model_copy(update={"role": role}))
+        name = "" if role == "tuned" else given.path
+        contenders.append(Contender(role, name, Swapped(model, comparison.pairing.deltas, 0)))
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [
@@ -84,12 +90,12 @@ def probe_outputs(
         for text_set in todo:
             for record in outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 kept.put(record)
-        return _list_left_out([full, *compared], contenders[1:])
+        return _list_left_out(compared, contenders[1:])
 
     return run.over([*inputs, *map(describe_texts, texts)], {}, measured)
 
 
-def _refuse_repeated(tuned: Path | str, others: Sequence[Path | str]) -> None:
+def _refuse_repeated(tuned: Path | str | None, others: Sequence[Path | str]) -> None:
     """Refuse to compare nothing, or an input twice.
 
     Raises:
@@ -100,8 +106,8 @@ def _refuse_repeated(tuned: Path | str, others: Sequence[Path | str]) -> None:
             "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
             "--reference"
         )
-    paths = {os.path.realpath(tuned)}
-    for path in others:
+    paths: set[str] = set()
+    for path in others if tuned is None else (tuned, *others):
         if os.path.realpath(path) in paths:
             raise UsageError(f"{path}: given twice; give each path once")
         paths.add(os.path.realpath(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_diag.metrics.equivalence import MAX_RUNS
+from lora_diag.metrics.equivalence import MAX_RUNS, paired_difference
 from lora_diag.probes.outputs.choice import Choice, Rival, choices
 from lora_diag.probes.outputs.contest import Contest, contests_of
 from lora_diag.records import Probe, Results
@@ -15,13 +15,15 @@ from lora_diag.rendering.lines import short_paths
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of
-from lora_diag.rendering.text import safe, short
+from lora_diag.rendering.text import plus_minus, safe, short
 
 # For runs without a reference: measured values for comparison (docs/reference/probe-outputs.md).
 _NO_REFERENCE = (
     "none for the distances; give another full fine-tune with --reference (two seeds had a distance of 0.39 on the "
     "one model measured)"
 )
+
+_EQUALS = "none: the models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"
 
 # Maximum number of depths of hidden states in the table; the records have all.
 DEPTHS = 7
@@ -33,9 +35,11 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     names, judged = _label_models(records), _describe_best(contests_of(records))
     by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
     statements = []
+    has_tuned = any(record.subject == "tuned" for record in records)
     for name, of_set in by_set.items():
-        lines = _describe_losses(of_set, names)
-        statements.append(on_set(name, *lines, answer=judged or (lines[1] if len(lines) > 1 else "")))
+        lines = _describe_losses(of_set, names) if has_tuned else _describe_equals(of_set, names)
+        answer = judged or (lines[1] if len(lines) > 1 else "") if has_tuned else f"not compared with one: {lines[0]}"
+        statements.append(on_set(name, *lines, answer=answer))
     distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, names))}
     if distances:
         several = len(by_set) > 1
@@ -43,9 +47,11 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
             f"{short(name)}: {line}" if several else line for name, own_lines in distances.items() for line in own_lines
         ]
         statements.append(make_statement("distances", "Distances", *all_lines))
-    if not any(record.subject == "reference" for record in records):
+    if not has_tuned:
+        statements.append(make_statement("tuned", "TUNED", _EQUALS))
+    elif not any(record.subject == "reference" for record in records):
         statements.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
-    return probe_summary(results, *statements, reading=_READING)
+    return probe_summary(results, *statements, reading=_READING if has_tuned else "")
 
 
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -109,6 +115,21 @@ def _describe_losses(of_set: Sequence[Probe], names: dict[str, str]) -> list[str
         *(f"{_name(record, names)}: {_compare_with_tuned(record)}" for record in adapters),
         *(_describe_choice(choice, names) for choice in choices(of_set)),
     ]
+
+
+def _describe_equals(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    """State which of several models to use, and how the best compares with BASE."""
+    base = next((record for record in of_set if record.subject == "base"), None)
+    adapters = [record for record in of_set if record.subject == "adapter"]
+    if base is None or not adapters:
+        return ["not measured yet"]
+    best = min(adapters, key=lambda record: record.nats)
+    gap, error = paired_difference(best.nll, base.nll, base.predictions)
+    spread = "" if error is None else plus_minus(error)
+    compared = f"{_name(best, names)}: {gap:+.4f}{spread} nats from BASE"
+    if error is not None and gap > -2 * error:
+        compared += ", no significant gain" if gap <= 2 * error else ": worse than BASE, and so are the others"
+    return [*(_describe_choice(choice, names) for choice in choices(of_set)), compared]
 
 
 def _describe_best(contests: Sequence[Contest]) -> str:

@@ -1,6 +1,7 @@
 """Distances of outputs against logits of transformers and PEFT themselves, in float64 NumPy."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.data import Sequence, Texts
+from lora_diag.probes.outputs.command import FullFineTune
 from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
@@ -202,10 +204,62 @@ def test_reference_scales_distances(tmp_path):
     assert "Reference" not in shown
 
 
+def test_adapters_of_a_run_are_compared_as_equals(tmp_path, loradiag):
+    """In the order of their steps, not of the shell; and their losses are those of a comparison with TUNED."""
+    names = {"checkpoint-100": "lora_r16", "checkpoint-20": "lora_r4"}
+    for name, sample in names.items():
+        shutil.copytree(SAMPLES / sample, tmp_path / name)
+    text = some_text(tmp_path, length=64)
+    words = ("probe", "outputs", SAMPLES / "base", *names, "--eval", text, "--length", "64", "-o", "equals.jsonl")
+    ran = loradiag(*words)
+    assert ran.code == 0, ran.err
+    equals = read_results(tmp_path / "equals.jsonl").whole
+    assert [(record.subject, record.name) for record in equals] == [
+        ("base", ""),
+        ("adapter", "checkpoint-20"),
+        ("adapter", "checkpoint-100"),
+    ]
+    full = lora_diag.probe_outputs(
+        SAMPLES / "base", SAMPLES / "full_ft", [tmp_path / name for name in names], evaluate=[text], length=64
+    ).whole
+    losses = {record.name.rpartition("/")[2]: record.loss for record in full if record.subject == "adapter"}
+    for record in equals[1:]:
+        assert record.loss == pytest.approx(losses[record.name], abs=1e-6)
+        assert (record.gap, record.kept, record.distance, record.kl, record.hidden) == (None,) * 5
+    assert_names(ran.out, "checkpoint-100", "checkpoint-20", "sequences would decide")
+    assert loradiag("report", "equals.jsonl", "-o", "equals.md", "--format", "md").code == 0
+    page = (tmp_path / "equals.md").read_text(encoding="utf-8")
+    assert_names(page, "2 adapters of", "base")
+    assert "does as well as the full fine-tune" not in page
+
+
+@pytest.mark.parametrize(
+    ("given", "models", "tuned", "others"),
+    [
+        (None, ["full", "lora-9", "lora-10"], "full", ["lora-9", "lora-10"]),
+        (None, ["lora-10", "lora-9"], None, ["lora-9", "lora-10"]),
+        (None, ["lora-9", "full"], None, ["lora-9", "full"]),
+        (None, ["full-20", "full-3", "lora-9"], None, ["full-3", "full-20", "lora-9"]),
+        (None, ["full-20", "lora-9"], "full-20", ["lora-9"]),
+        ("lora-10", ["lora-10", "lora-9"], "lora-10", ["lora-9"]),
+        ("full-3/", ["full-20", "full-3"], "full-3/", ["full-20"]),
+    ],
+)
+def test_first_model_is_tuned_unless_it_is_an_equal(tmp_path, monkeypatch, given, models, tuned, others):
+    monkeypatch.chdir(tmp_path)
+    for name in ("full", "full-3", "full-20", "lora-9", "lora-10"):
+        (tmp_path / name).mkdir()
+        file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+        save_file({"a.weight": torch.ones(1)}, tmp_path / name / file)
+    assert FullFineTune(given).split(models) == (tuned, others)
+
+
 def test_missing_or_repeated_input_is_refused(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
     with raises_naming(UsageError, "least", "ADAPTER"):
         lora_diag.probe_outputs(base, tuned, evaluate=[text])
+    with raises_naming(UsageError, "--reference", "--tuned"):
+        lora_diag.probe_outputs(base, None, [tuned], reference=base, evaluate=[text])
     with pytest.raises(UsageError, match="given twice"):
         lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

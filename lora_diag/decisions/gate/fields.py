@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -158,4 +159,8 @@ def _list_properties(kind: type[Record]) -> dict[str, Any]:
     declared = {
         name: value for name, value in members.items() if value.fget and value.fget.__module__.startswith("lora_diag")
     }
-    return {name: get_type_hints(value.fget, include_extras=True).get("return") for name, value in declared.items()}
+    hints = {}
+    for name, value in declared.items():
+        with suppress(NameError):  # a type that is imported for type checking alone: not a value for a policy
+            hints[name] = get_type_hints(value.fget, include_extras=True).get("return")
+    return hints
